@@ -1,0 +1,14 @@
+"""Self-supervised pretraining of image encoders on Ray."""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load_encoder"]
+
+
+def __getattr__(name: str) -> Any:
+    # Data workers import this package and must not load torch, which load_encoder needs.
+    if name == "load_encoder":
+        return import_module("raysl.encoder").load_encoder
+    raise AttributeError(f"module 'raysl' has no attribute {name!r}")

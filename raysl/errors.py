@@ -1,0 +1,52 @@
+"""Every error that raysl raises on purpose.
+
+    RayslError
+    +-- ConfigError         a key, a value or a combination in a YAML file or an override
+    +-- DataError           a source that cannot be opened or does not hold what was asked for
+    |   +-- DecodeError     bytes that are not an image
+    +-- ShapeError          a tensor of the wrong shape (also a ValueError)
+    +-- ClusterError        too few CPUs or GPUs, a folder that a node does not see
+    +-- RunFolderError      a run folder in use, damaged, or of another configuration
+    +-- DivergedError       a loss or gradient that is not finite
+    +-- CollapsedError      features that are the same for every image
+
+Each takes one message: Ray pickles exceptions between processes, and a class whose ``__init__``
+takes more loses its text on the way. A message says where, what was given, what is allowed and
+what to do.
+"""
+
+
+class RayslError(Exception):
+    """The parent of all; the command line prints its message without a traceback."""
+
+
+class ConfigError(RayslError):
+    """A key, a value or a combination of them is wrong."""
+
+
+class DataError(RayslError):
+    """A source cannot be opened, or does not hold what was asked for."""
+
+
+class DecodeError(DataError):
+    """Bytes that are not an image we can decode."""
+
+
+class ShapeError(RayslError, ValueError):
+    """A tensor has the wrong shape."""
+
+
+class ClusterError(RayslError):
+    """The cluster cannot run what was asked for."""
+
+
+class RunFolderError(RayslError):
+    """A run folder is in use, damaged, or belongs to another configuration."""
+
+
+class DivergedError(RayslError):
+    """The loss or its gradient is not finite."""
+
+
+class CollapsedError(RayslError):
+    """All images have the same features."""

@@ -1,0 +1,80 @@
+"""Fixtures that several rooms' tests need."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+# Before anything loads torch or Ray, and inherited by every process the tests start. Threads that
+# wait must sleep; Ray's report interval, start-up patience and noise are for tests.
+os.environ.update(
+    {
+        "OMP_WAIT_POLICY": "passive",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
+        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "180",
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "GIT_PYTHON_REFRESH": "quiet",
+    }
+)
+os.environ.pop("RAY_ADDRESS", None)
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+RUN = """\
+data:
+  source: digits
+  limit: 160
+  views:
+    recipe: custom
+    kinds: [{count: 2, size_px: 32, crop: {scale: [0.5, 1.0]}, ops: [{op: rotate}]}]
+backbone: {name: resnet18}
+method: {name: simclr}
+optim: {base_lr: 0.1}
+train: {steps: 6, global_batch_size: 32, log_every: 1, checkpoint_every: {steps: 2}}
+evaluate: {every: {steps: 3}, max_train_images: 200, max_test_images: 100}
+cluster: {num_train_workers: 0, threads_per_train_worker: 1, num_data_workers: 1}
+track: {mlflow: false}
+"""
+
+
+@pytest.fixture
+def run_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Write a small run on the digits, with the test's folder as the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(name: str) -> Path:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(RUN)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def _ray_session() -> Iterator[Callable[[], None]]:
+    import ray
+
+    def start() -> None:
+        if not ray.is_initialized():
+            ray.init(address="local", num_cpus=4, log_to_driver=False, include_dashboard=True)
+
+    yield start
+    ray.shutdown()
+
+
+@pytest.fixture
+def ray_cluster(_ray_session: Callable[[], None]) -> None:
+    """A Ray of four logical CPUs that all tests share."""
+    _ray_session()
+
+
+@pytest.fixture
+def no_ray_cluster() -> None:
+    """End the shared Ray: this test starts one of its own."""
+    import ray
+
+    ray.shutdown()
