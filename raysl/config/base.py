@@ -1,0 +1,51 @@
+"""The base class of every configuration section, and the units that sections share."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+
+
+class Config(BaseModel):
+    """Strict and frozen: a typo is an error, and nothing is edited after loading."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+    )
+
+
+class Duration(Config):
+    """A length of training, given in exactly one unit."""
+
+    steps: Annotated[int, Field(ge=0)] | None = None
+    """Optimizer steps."""
+    epochs: Annotated[float, Field(ge=0.0)] | None = None
+    """Passes over the training images."""
+    fraction: Probability | None = None
+    """Share of the whole run."""
+
+    @model_validator(mode="after")
+    def _exactly_one_unit(self) -> "Duration":
+        given = [
+            unit for unit in ("steps", "epochs", "fraction") if getattr(self, unit) is not None
+        ]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of steps, epochs, fraction; got {given or 'none'}")
+        return self
+
+    def in_steps(self, *, steps_per_epoch: int, total_steps: int) -> int:
+        """Return this duration in optimizer steps, rounded to the nearest."""
+        if self.steps is not None:
+            return self.steps
+        if self.epochs is not None:
+            return round(self.epochs * steps_per_epoch)
+        return round((self.fraction or 0.0) * total_steps)

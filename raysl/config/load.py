@@ -1,0 +1,240 @@
+"""From a YAML file and dotted overrides to a validated model, with errors a person can act on."""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from raysl.errors import ConfigError
+
+EXTENDS = "extends"
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 numbers: ``1e-3`` is a float (PyYAML's own resolver reads a string).
+
+    A key that stands twice is an error, not a silent overwrite.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping and refuse a key given twice."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConfigError(
+                    f"{node.start_mark.name}: key {key!r} stands twice in the section that begins "
+                    f"at line {node.start_mark.line + 1}; keep one"
+                )
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that the loader would read as numbers, such as ``1e3``."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+        list("-+0123456789."),
+    )
+
+
+def parse_yaml(text: str, *, where: str) -> Any:
+    """Parse one YAML document.
+
+    Raises:
+        ConfigError: If the text is not YAML; the message has the line.
+    """
+    try:
+        loader = _Loader(text)
+        loader.name = where
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {error}") from None
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML file and what it extends into one mapping of plain values.
+
+    ``extends: other.yaml`` names at most one parent, relative to the file. Sections of parent and
+    child merge key by key; a value inside a section is replaced whole, and so is a section whose
+    ``name`` or ``recipe`` changes.
+
+    Raises:
+        ConfigError: If a file is missing, is not YAML, is not a mapping, or extends itself.
+    """
+    chain: list[Path] = []
+    layers: list[dict[str, Any]] = []
+    following: Path | None = path
+    while following is not None:
+        if following.resolve() in chain:
+            raise ConfigError(f"{path}: 'extends' goes round in a circle at {following}")
+        chain.append(following.resolve())
+        values = _read_one(following)
+        parent = values.pop(EXTENDS, None)
+        layers.append(values)
+        following = following.parent / str(parent) if parent is not None else None
+    merged: dict[str, Any] = {}
+    for layer in reversed(layers):
+        merged = _merge(merged, layer)
+    return merged
+
+
+def _read_one(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 3)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"{path}: no such file{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    values = parse_yaml(text, where=str(path))
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected 'key: value' lines, got {type(values).__name__}")
+    return values
+
+
+def _merge(parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(parent)
+    for key, value in child.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict) and _same_kind(old, value):
+            merged[key] = {**old, **value}
+        else:
+            merged[key] = value
+    return merged
+
+
+def _same_kind(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    return all(new.get(tag, old.get(tag)) == old.get(tag) for tag in ("name", "recipe"))
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return ``values`` with dotted overrides such as ``optim.base_lr=3e-1`` applied in order.
+
+    The value is typed as YAML: ``a.b=0.1``, ``a.b={epochs: 5}``, ``a.b=[1, 2]``, ``a.b=null``.
+
+    Raises:
+        ConfigError: If an override is not ``key=value`` or runs through a value.
+    """
+    result: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        names = key.split(".")
+        if not equals or not all(names):
+            raise ConfigError(f"override {override!r} is not of the form section.key=value")
+        target = result
+        for depth, name in enumerate(names[:-1]):
+            inner = target.get(name)
+            if inner is None:
+                inner = target[name] = {}
+            if not isinstance(inner, dict):
+                path = ".".join(names[: depth + 1])
+                raise ConfigError(
+                    f"override {override!r}: {path} is the value {inner!r}, no section"
+                )
+            target = inner
+        value = parse_yaml(text, where=f"override {override!r}")
+        old = target.get(names[-1])
+        if isinstance(old, dict) and isinstance(value, str) and len(names) == 1:
+            raise ConfigError(f"override {override!r}: {key} is a section; set {key}.KEY=VALUE")
+        target[names[-1]] = value
+    return result
+
+
+def validate(model: type[M], values: Mapping[str, Any], *, where: str) -> M:
+    """Validate plain values against a model.
+
+    Raises:
+        ConfigError: Lists every bad key at once: the key, what is allowed, what was given, and for
+            an unknown key the nearest known one.
+    """
+    try:
+        # As JSON, because strict mode then still reads a list as a tuple and an int as a float.
+        return model.model_validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        lines = [f"{where}: {len(problems)} bad key{'s' if len(problems) > 1 else ''}"]
+        lines += [f"  {_describe(model, problem)}" for problem in problems]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _describe(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
+    location = problem["loc"]
+    if problem["type"] == "extra_forbidden":
+        owner, shown = _follow(model, location[:-1])
+        known = sorted(owner.model_fields) if owner is not None else []
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        section = ".".join(shown) or "top level"
+        return f"{section}: unknown key {str(location[-1])!r}; {hint}"
+    key = ".".join(_follow(model, location)[1]) or "top level"
+    if problem["type"] == "missing":
+        return f"{key}: missing; it has no default"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in ("union_tag_invalid", "literal_error"):
+        allowed = re.findall(
+            r"'([^']*)'",
+            str(problem.get("ctx", {}).get("expected", ""))
+            or str(problem.get("ctx", {}).get("expected_tags", "")),
+        )
+        given = problem["input"]
+        given = (
+            next((given[t] for t in ("name", "recipe", "op") if t in given), given)
+            if isinstance(given, dict)
+            else given
+        )
+        near = difflib.get_close_matches(str(given), allowed, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{key}: got {given!r}, allowed: {', '.join(allowed)}{hint}"
+    if problem["type"] == "value_error":
+        return f"{key}: {message}"
+    return f"{key}: {message}, got {json.dumps(problem['input'], default=str)}"
+
+
+def _follow(
+    model: type[BaseModel], location: Sequence[Any]
+) -> tuple[type[BaseModel] | None, list[str]]:
+    """Walk a pydantic location; return the model that owns its end and the keys a person typed."""
+    current: list[type[BaseModel]] = [model]
+    shown: list[str] = []
+    for part in location:
+        field = next((m.model_fields[part] for m in current if part in m.model_fields), None)
+        if field is not None:
+            shown.append(str(part))
+            current = _models_in(field.annotation)
+        elif isinstance(part, int):
+            shown.append(str(part))
+        else:  # the tag of a union: not a key of the file, but it says which member is meant
+            current = [m for m in current if part in _tags(m)] or current
+    return (current[0] if current else None), shown
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]
+
+
+def _tags(model: type[BaseModel]) -> list[str]:
+    fields = [model.model_fields[t] for t in ("name", "recipe", "op") if t in model.model_fields]
+    return [str(value) for field in fields for value in get_args(field.annotation)]
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """Write plain values as YAML, in the order given."""
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

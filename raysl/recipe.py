@@ -1,0 +1,238 @@
+"""A whole run: the sections that the rooms define, put together, and what follows from them."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, field_validator, model_validator
+
+from raysl.config.base import Config, PositiveFloat, PositiveInt
+from raysl.config.load import apply_overrides, read_mapping, validate
+from raysl.data.plan import Plan, item_size_for
+from raysl.data.source import DataConfig
+from raysl.errors import ConfigError
+from raysl.evaluate.protocol import EvaluateConfig
+from raysl.methods import load_method
+from raysl.methods.base import MethodConfig
+from raysl.nn.backbones import BackboneConfig
+from raysl.optim.build import OptimConfig, peak_lr
+from raysl.train.health import HealthConfig
+from raysl.train.loop import TrainConfig
+
+M = TypeVar("M", bound=MethodConfig)
+
+# What may change between a run's start and its resume: where it runs and what it says of itself.
+FREE_SECTIONS = ("cluster", "track", "output_dir", "evaluate", "health")
+FREE_KEYS = {"train": ("log_every", "checkpoint_every", "keep_checkpoints")}
+
+
+class ClusterConfig(Config):
+    """What of the Ray cluster a run takes."""
+
+    num_train_workers: Annotated[int, Field(ge=0)] = 1
+    """Processes that train; 0 trains in this process, without Ray."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes one GPU a train worker if the cluster has as many, else CPUs."""
+    cpus_per_train_worker: PositiveFloat | None = None
+    """CPUs that Ray sets aside for a train worker; the rest makes views. null takes 1, or less
+    where that would take them all."""
+    threads_per_train_worker: PositiveInt | None = None
+    """Threads of torch in a train worker on CPU; null shares the node's cores."""
+    num_data_workers: PositiveInt | None = None
+    """Processes that read, decode and augment; null takes every CPU that is left."""
+    prefetch_batches: PositiveInt = 2
+    """Batches that a train worker holds ready."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Lost workers or nodes after which a run gives up; each time it goes on from its last
+    checkpoint."""
+
+
+class TrackConfig(Config):
+    """Where MLflow gets the run."""
+
+    mlflow: bool = True
+    tracking_uri: str | None = None
+    """null takes MLFLOW_TRACKING_URI, else a SQLite file in the working directory."""
+    experiment: str = "raysl"
+    log_model: bool = True
+    """Store the encoder as an MLflow model with its signature."""
+
+
+class RunConfig(Config, Generic[M]):
+    """One pretraining run."""
+
+    name: str
+    """The run folder is output_dir/name; the same name goes on with the same run."""
+    output_dir: str = "runs"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of weights, order and views."""
+    data: DataConfig
+    backbone: BackboneConfig = BackboneConfig()
+    method: M
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig
+    health: HealthConfig = HealthConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    track: TrackConfig = TrackConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_folder_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=-]*", name):
+            raise ValueError(
+                f"a name starts with a letter or digit and holds letters, digits, '.', '_', '=' "
+                f"and '-'; got {name!r}"
+            )
+        return name
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "RunConfig[M]":
+        if (self.train.epochs is None) == (self.train.steps is None):
+            raise ValueError("give exactly one of train.epochs and train.steps")
+        workers, batch = max(1, self.cluster.num_train_workers), self.train.global_batch_size
+        if batch % workers:
+            near = sorted(
+                {max(workers, batch // workers * workers), -(-batch // workers) * workers}
+            )
+            raise ValueError(
+                f"train.global_batch_size={batch} does not divide over "
+                f"cluster.num_train_workers={workers}; use {' or '.join(map(str, near))}"
+            )
+        per_worker, splits = batch // workers, self.backbone.batch_norm_splits
+        if self.backbone.batch_norm == "split" and per_worker % splits:
+            raise ValueError(
+                f"a worker's batch of {per_worker} does not divide into "
+                f"backbone.batch_norm_splits={splits}"
+            )
+        views = sum(view.count for view in self.data.views.views())
+        if views != self.method.num_views:
+            raise ValueError(
+                f"method {self.method.name} takes {self.method.num_views} views of an image; "
+                f"data.views makes {views}"
+            )
+        try:
+            self.method.check(global_batch_size=batch, num_workers=workers)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    @property
+    def image_size_px(self) -> int:
+        """Side of the largest view, which is also that of images when the encoder is evaluated."""
+        return max(view.size_px for view in self.data.views.views())
+
+
+class Derived(NamedTuple):
+    """What follows from a configuration and the number of training images."""
+
+    num_images: int
+    steps_per_epoch: int
+    total_steps: int
+    batch_size_per_worker: int
+    item_size: int
+    peak_lr: float
+    warmup_steps: int
+    checkpoint_every_steps: int
+    evaluate_every_steps: int | None
+    views_per_image: int
+
+
+def derive(config: RunConfig[Any], *, num_images: int) -> Derived:
+    """Compute the derived values.
+
+    Raises:
+        ConfigError: If the batch is larger than the source or the run has no step.
+    """
+    train = config.train
+    batch = train.global_batch_size
+    if batch > num_images:
+        raise ConfigError(
+            f"train.global_batch_size={batch} is larger than data.source={config.data.source}, "
+            f"which has {num_images:,} images; use at most {num_images}"
+        )
+    per_epoch = num_images // batch
+    total = train.steps if train.steps is not None else round((train.epochs or 0.0) * per_epoch)
+    if total < 1:
+        raise ConfigError(f"train.epochs={train.epochs} is less than one step of {batch} images")
+    views = config.data.views.views()
+    per_worker = batch // max(1, config.cluster.num_train_workers)
+    every = config.evaluate.every
+    sizes = {"steps_per_epoch": per_epoch, "total_steps": total}
+    return Derived(
+        num_images=num_images,
+        steps_per_epoch=per_epoch,
+        total_steps=total,
+        batch_size_per_worker=per_worker,
+        item_size=item_size_for(
+            per_worker, bytes_per_image=sum(3 * v.count * v.size_px**2 for v in views)
+        ),
+        peak_lr=peak_lr(config.optim, global_batch_size=batch),
+        warmup_steps=config.optim.warmup.in_steps(**sizes),
+        checkpoint_every_steps=max(1, train.checkpoint_every.in_steps(**sizes)),
+        evaluate_every_steps=None if every is None else max(1, every.in_steps(**sizes)),
+        views_per_image=sum(view.count for view in views),
+    )
+
+
+def plan_of(
+    config: RunConfig[Any], group_sizes: npt.NDArray[np.int64], window_size: int | None
+) -> Plan:
+    """Return the order in which a run reads a source with these groups and this window."""
+    derived = derive(config, num_images=int(group_sizes.sum()))
+    return Plan(
+        group_sizes,
+        seed=config.seed,
+        global_batch_size=config.train.global_batch_size,
+        item_size=derived.item_size,
+        num_steps=derived.total_steps,
+        window_size=window_size,
+    )
+
+
+def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig[Any]:
+    """Read a run from a YAML file and dotted overrides; its name defaults to the file's.
+
+    Raises:
+        ConfigError: Lists every bad key at once.
+    """
+    values = apply_overrides(read_mapping(path), overrides)
+    values.setdefault("name", path.stem)
+    where = " ".join([str(path), *overrides])
+    return run_from_values(values, where=where)
+
+
+def run_from_values(values: Mapping[str, Any], *, where: str) -> RunConfig[Any]:
+    """Validate plain values as a run.
+
+    Raises:
+        ConfigError: Lists every bad key at once.
+    """
+    method = values.get("method")
+    name = method.get("name") if isinstance(method, dict) else None
+    if name is None:
+        raise ConfigError(
+            f"{where}: method.name is missing; give method: {{name: simclr}} or another"
+        )
+    try:
+        config_type = load_method(str(name)).Config
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return validate(RunConfig[config_type], values, where=where)  # type: ignore[valid-type]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """List the settings that differ and that a run cannot change between start and resume."""
+    lines = []
+    for section in sorted({*old, *new} - set(FREE_SECTIONS)):
+        before, after = old.get(section), new.get(section)
+        if isinstance(before, dict) and isinstance(after, dict):
+            for key in sorted({*before, *after} - set(FREE_KEYS.get(section, ()))):
+                if before.get(key) != after.get(key):
+                    lines.append(f"{section}.{key}: {before.get(key)} -> {after.get(key)}")
+        elif before != after:
+            lines.append(f"{section}: {before} -> {after}")
+    return lines
