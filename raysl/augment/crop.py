@@ -1,0 +1,109 @@
+"""Random resized crop, centre crop, flip and rotation: where the pixels of a view come from."""
+
+import math
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+Image = npt.NDArray[np.uint8]
+
+
+class CropBox(NamedTuple):
+    """A rectangle in pixels of the source image; ``top`` and ``left`` are inclusive."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def plan_crop(
+    rng: np.random.Generator,
+    *,
+    height: int,
+    width: int,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    attempts: int = 10,
+) -> CropBox:
+    """Draw an Inception-style crop box that lies inside the image.
+
+    Args:
+        rng: The stream of this (seed, epoch, image, view); nothing else is random.
+        height: Source height in pixels, > 0.
+        width: Source width in pixels, > 0.
+        scale: Range of crop area over image area, 0 < low <= high <= 1.
+        ratio: Range of width over height, drawn uniformly in log space.
+        attempts: Rejected draws before falling back to the largest centred box.
+
+    Source: Szegedy et al. 2015, arXiv:1409.4842, sec. 6.
+    Departs: Same distribution as torchvision's RandomResizedCrop, not the same numbers.
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(attempts):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(low, high))
+        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < h <= height and 0 < w <= width:
+            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            return CropBox(int(top), int(left), h, w)
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    h, w = min(height, round(width / aspect)), min(width, round(height * aspect))
+    return CropBox((height - h) // 2, (width - w) // 2, h, w)
+
+
+def center_box(*, height: int, width: int, fraction: float = 1.0) -> CropBox:
+    """Return the largest centred square, its side scaled by ``fraction`` in (0, 1]."""
+    side = max(1, round(min(height, width) * fraction))
+    return CropBox((height - side) // 2, (width - side) // 2, side, side)
+
+
+def apply_crop(image: Image, box: CropBox, *, size_px: int) -> Image:
+    """Cut ``box`` out of an image and resize it to a square.
+
+    Args:
+        image: ``(H, W, 3)`` uint8.
+        box: A rectangle inside the image.
+        size_px: Side of the result in pixels, > 0.
+
+    Returns:
+        ``(size_px, size_px, 3)`` uint8, a new array unless nothing had to change. Shrinking
+        averages over the source pixels (no aliasing), enlarging interpolates linearly.
+    """
+    patch = image[box.top : box.top + box.height, box.left : box.left + box.width]
+    if box.height == size_px and box.width == size_px:
+        return patch
+    shrinks = box.height > size_px and box.width > size_px
+    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return cv2.resize(patch, (size_px, size_px), interpolation=interpolation)  # type: ignore[return-value]
+
+
+def plan_flip(rng: np.random.Generator, *, prob: float) -> bool:
+    """Draw whether to mirror, with probability ``prob``."""
+    return bool(rng.random() < prob)
+
+
+def apply_flip(image: Image) -> Image:
+    """Mirror ``(H, W, 3)`` uint8 left to right."""
+    return cv2.flip(image, 1)  # type: ignore[return-value]
+
+
+def plan_rotation(rng: np.random.Generator, *, max_deg: float, prob: float) -> float | None:
+    """Draw an angle in degrees, uniform in [-max_deg, max_deg], or None with 1 - prob."""
+    if rng.random() >= prob:
+        return None
+    return float(rng.uniform(-max_deg, max_deg))
+
+
+def apply_rotation(image: Image, angle_deg: float) -> Image:
+    """Rotate ``(H, W, 3)`` uint8 counter-clockwise about its centre.
+
+    The border pixels are repeated outwards, so that no black wedge tells the network the angle.
+    """
+    height, width = image.shape[:2]
+    matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), angle_deg, 1.0)
+    return cv2.warpAffine(  # type: ignore[return-value]
+        image, matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+    )

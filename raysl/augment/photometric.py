@@ -1,0 +1,150 @@
+"""Colour jitter, grey, Gaussian blur and solarise: what happens to the pixels of a view.
+
+The definitions are torchvision's on uint8 images (clamped and rounded after each step), because
+the SimCLR and MoCo v2 recipes were tuned with them.
+"""
+
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from raysl.augment.crop import Image
+
+# ITU-R 601-2 luma, as PIL's convert("L") and OpenCV's RGB2GRAY have it.
+_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+_LEVELS = np.arange(256, dtype=np.float32)
+
+
+class JitterPlan(NamedTuple):
+    """Factors of one colour jitter and the order in which they act."""
+
+    brightness: float  # multiplies the pixels
+    contrast: float  # 0 is the mean grey level everywhere, 1 the image
+    saturation: float  # 0 is grey, 1 the image
+    hue: float  # added to the hue, in turns, in [-0.5, 0.5]
+    order: tuple[int, ...]  # a permutation of (0, 1, 2, 3) = brightness, contrast, saturation, hue
+
+
+def plan_jitter(
+    rng: np.random.Generator,
+    *,
+    brightness: float,
+    contrast: float,
+    saturation: float,
+    hue: float,
+    prob: float,
+) -> JitterPlan | None:
+    """Draw the factors of a colour jitter, or None with probability 1 - prob.
+
+    Args:
+        rng: The stream of this view.
+        brightness: b >= 0; the factor is uniform in [max(0, 1 - b), 1 + b].
+        contrast: Likewise.
+        saturation: Likewise.
+        hue: h in [0, 0.5]; the shift is uniform in [-h, h] turns.
+        prob: Probability that the jitter happens at all.
+
+    Source: Chen et al. 2020, arXiv:2002.05709v3, appendix A; torchvision's ColorJitter.
+    """
+    if rng.random() >= prob:
+        return None
+    factors = [rng.uniform(max(0.0, 1 - s), 1 + s) for s in (brightness, contrast, saturation)]
+    shift = rng.uniform(-hue, hue)
+    order = tuple(int(i) for i in rng.permutation(4))
+    return JitterPlan(float(factors[0]), float(factors[1]), float(factors[2]), float(shift), order)
+
+
+def apply_jitter(image: Image, plan: JitterPlan) -> Image:
+    """Apply a colour jitter to ``(H, W, 3)`` uint8 RGB; returns a new array."""
+    steps = (
+        lambda x: apply_brightness(x, plan.brightness),
+        lambda x: apply_contrast(x, plan.contrast),
+        lambda x: apply_saturation(x, plan.saturation),
+        lambda x: apply_hue(x, plan.hue),
+    )
+    for step in plan.order:
+        image = steps[step](image)
+    return image
+
+
+def apply_brightness(image: Image, factor: float) -> Image:
+    """Multiply by ``factor`` >= 0 and clamp to [0, 255]."""
+    return _lookup(image, _LEVELS * factor)
+
+
+def apply_contrast(image: Image, factor: float) -> Image:
+    """Blend with the mean grey level of the image by ``factor`` >= 0."""
+    mean = float(np.dot(cv2.mean(image)[:3], _LUMA))
+    return _lookup(image, _LEVELS * factor + round(mean) * (1 - factor))
+
+
+def apply_saturation(image: Image, factor: float) -> Image:
+    """Blend with the grey image by ``factor`` >= 0."""
+    grey = _LUMA * (1 - factor)
+    matrix = np.tile(grey, (3, 1)) + np.eye(3, dtype=np.float32) * factor
+    return cv2.transform(image, matrix.astype(np.float32))  # type: ignore[return-value]
+
+
+def apply_hue(image: Image, shift: float) -> Image:
+    """Turn the hue by ``shift`` turns in [-0.5, 0.5]; value and saturation stay."""
+    if shift == 0:
+        return image
+    # A full turn is 256 levels in OpenCV's way there and 255 on its way back.
+    turned = np.rint((_LEVELS / 256 + shift) % 1 * 255).astype(np.uint8)
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
+    hsv[..., 0] = cv2.LUT(hsv[..., 0], turned)
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)  # type: ignore[return-value]
+
+
+def _lookup(image: Image, levels: np.ndarray) -> Image:
+    table = np.clip(np.rint(levels), 0, 255).astype(np.uint8)
+    return cv2.LUT(image, table)  # type: ignore[return-value]
+
+
+def apply_grey(image: Image) -> Image:
+    """Replace ``(H, W, 3)`` uint8 RGB by its luma in all three channels."""
+    return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)  # type: ignore[return-value]
+
+
+def plan_blur(
+    rng: np.random.Generator, *, sigma_px: tuple[float, float], prob: float
+) -> float | None:
+    """Draw the standard deviation of a Gaussian in pixels, or None with probability 1 - prob."""
+    if rng.random() >= prob:
+        return None
+    return float(rng.uniform(*sigma_px))
+
+
+def apply_blur(image: Image, sigma_px: float, *, kernel_px: int | None = None) -> Image:
+    """Blur ``(H, W, 3)`` uint8 with a Gaussian.
+
+    Args:
+        image: The image.
+        sigma_px: Standard deviation in pixels, > 0.
+        kernel_px: Longest kernel, odd; SimCLR cuts it at a tenth of the image side. A kernel
+            beyond three standard deviations on each side changes nothing and costs time, so the
+            shorter of the two is used.
+
+    Source: Chen et al. 2020, arXiv:2002.05709v3, appendix A.
+    """
+    taps = 2 * int(np.ceil(3 * sigma_px)) + 1
+    if kernel_px is not None:
+        taps = min(taps, kernel_px)
+    return cv2.GaussianBlur(  # type: ignore[return-value]
+        image, (taps, taps), sigma_px, borderType=cv2.BORDER_REFLECT_101
+    )
+
+
+def apply_solarise(image: Image, *, threshold: int = 128) -> Image:
+    """Invert the pixels at or above ``threshold`` in [0, 256].
+
+    Source: Grill et al. 2020, arXiv:2006.07733v3, appendix B.
+    """
+    levels = np.where(np.arange(256) >= threshold, 255 - np.arange(256), np.arange(256))
+    return cv2.LUT(image, levels.astype(np.uint8))  # type: ignore[return-value]
+
+
+def plan_chance(rng: np.random.Generator, *, prob: float) -> bool:
+    """Draw whether an operation without parameters happens."""
+    return bool(rng.random() < prob)

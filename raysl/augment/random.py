@@ -1,0 +1,28 @@
+"""The random numbers of a view: a function of (seed, epoch, image, view) and of nothing else."""
+
+import numpy as np
+
+MAX_VIEWS = 256
+_MASK_64 = (1 << 64) - 1
+
+
+def view_stream(*, seed: int, epoch: int, index: int, view: int) -> np.random.Generator:
+    """Return the random stream of one view of one image.
+
+    Philox is counter-based: the key and the counter name the stream, so nothing has to be saved
+    or skipped to get it again, on any machine and in any order.
+
+    Args:
+        seed: The run's seed, 0 <= seed < 2**64.
+        epoch: Pass over the images, >= 0.
+        index: Row of the image in its source, >= 0.
+        view: Number of the view, 0 <= view < 256.
+
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+    """
+    if not 0 <= view < MAX_VIEWS:
+        raise ValueError(f"view must be in [0, {MAX_VIEWS}); got {view}")
+    key = np.array([seed & _MASK_64, (epoch * MAX_VIEWS + view) & _MASK_64], dtype=np.uint64)
+    # The lowest word counts the numbers drawn; the highest names the image, so no two overlap.
+    counter = np.array([0, 0, 0, index], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))

@@ -1,0 +1,278 @@
+import math
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms.v2 import RandomResizedCrop
+from torchvision.transforms.v2 import functional as tv
+
+from raysl.augment.crop import (
+    CropBox,
+    Image,
+    apply_crop,
+    apply_flip,
+    apply_rotation,
+    center_box,
+    plan_crop,
+    plan_flip,
+    plan_rotation,
+)
+
+DRAWS = 5000
+
+
+def _noise(height: int, width: int) -> Image:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def _smooth(height: int, width: int) -> Image:
+    """Make a picture of blobs about 16 pixels wide: like a photo, not like noise."""
+    return cv2.resize(  # type: ignore[return-value]
+        _noise(height // 16, width // 16), (width, height), interpolation=cv2.INTER_CUBIC
+    )
+
+
+def _tensor(image: Image) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+
+
+def _ours(
+    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return np.array(
+        [plan_crop(rng, height=height, width=width, scale=scale, ratio=ratio) for _ in range(DRAWS)]
+    )
+
+
+def _torchvisions(
+    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> np.ndarray:
+    crop = RandomResizedCrop(8, scale=scale, ratio=ratio)
+    image = [torch.empty(3, height, width, dtype=torch.uint8)]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        drawn = [crop.make_params(image) for _ in range(DRAWS)]
+    return np.array([[d["top"], d["left"], d["height"], d["width"]] for d in drawn])
+
+
+class TestPlanCrop:
+    @pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1), (7, 5), (64, 64), (100, 300)])
+    def test_boxes_lie_inside_the_image(self, size: tuple[int, int]) -> None:
+        height, width = size
+        rng = np.random.default_rng(0)
+        for _ in range(500):
+            box = plan_crop(rng, height=height, width=width)
+            assert box.height >= 1
+            assert box.width >= 1
+            assert 0 <= box.top <= height - box.height
+            assert 0 <= box.left <= width - box.width
+
+    @pytest.mark.parametrize(
+        ("size", "scale", "ratio"),
+        [
+            ((96, 96), (0.08, 1.0), (3 / 4, 4 / 3)),
+            ((96, 96), (0.2, 1.0), (3 / 4, 4 / 3)),
+            ((60, 200), (0.08, 1.0), (3 / 4, 4 / 3)),  # every third one falls back
+            ((200, 120), (0.05, 0.3), (1 / 2, 2.0)),
+        ],
+    )
+    def test_has_the_distribution_of_torchvisions_random_resized_crop(
+        self, size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
+    ) -> None:
+        samples = []
+        for boxes in (_ours(*size, scale, ratio), _torchvisions(*size, scale, ratio)):
+            top, left, height, width = boxes.T
+            samples.append(
+                {
+                    "area": height * width / (size[0] * size[1]),
+                    "log aspect": np.log(width / height),
+                    "centre y": top + height / 2,
+                    "centre x": left + width / 2,
+                    "area squared": (height * width / (size[0] * size[1])) ** 2,
+                    "log aspect squared": np.log(width / height) ** 2,
+                }
+            )
+        for name in samples[0]:
+            ours, theirs = samples[0][name], samples[1][name]
+            # The difference of two means of 5000: four standard errors, one time in 16,000.
+            error = math.sqrt((ours.var() + theirs.var()) / DRAWS)
+            assert ours.mean() == pytest.approx(theirs.mean(), abs=4 * error), name
+
+    def test_area_is_uniform_and_aspect_log_uniform_where_every_draw_fits(self) -> None:
+        top, _, height, width = _ours(1000, 1000, (0.1, 0.5), (3 / 4, 4 / 3)).T
+        area, aspect = height * width / 1e6, np.log(width / height) / math.log(4 / 3)
+        ranks = (np.arange(DRAWS) + 0.5) / DRAWS
+        # Kolmogorov-Smirnov, 0.1 % level: 1.95 / sqrt(n).
+        limit = 1.95 / math.sqrt(DRAWS)
+        assert np.abs((np.sort(area) - 0.1) / 0.4 - ranks).max() < limit
+        assert np.abs((np.sort(aspect) + 1) / 2 - ranks).max() < limit
+        assert (top / (1000 - height)).mean() == pytest.approx(0.5, abs=0.02)
+
+    def test_scale_of_one_and_a_square_is_the_whole_square_image(self) -> None:
+        box = plan_crop(
+            np.random.default_rng(0), height=33, width=33, scale=(1.0, 1.0), ratio=(1.0, 1.0)
+        )
+        assert box == CropBox(0, 0, 33, 33)
+
+    @pytest.mark.parametrize(
+        ("size", "box"),
+        [
+            ((10, 100), CropBox(0, 43, 10, 13)),  # too wide: 10 * 4/3
+            ((100, 12), CropBox(42, 0, 16, 12)),  # too high: 12 / (3/4)
+            ((30, 30), CropBox(0, 0, 30, 30)),
+            ((1, 1000), CropBox(0, 499, 1, 1)),
+        ],
+    )
+    def test_falls_back_to_the_largest_centred_box(
+        self, size: tuple[int, int], box: CropBox
+    ) -> None:
+        rng = np.random.default_rng(0)
+        assert plan_crop(rng, height=size[0], width=size[1], attempts=0) == box
+
+    def test_falls_back_when_no_draw_fits(self) -> None:
+        rng = np.random.default_rng(0)
+        box = plan_crop(rng, height=10, width=100, scale=(1.0, 1.0))
+        assert box == CropBox(0, 43, 10, 13)
+
+
+class TestCenterBox:
+    @pytest.mark.parametrize(
+        ("size", "fraction", "box"),
+        [
+            ((8, 8), 1.0, CropBox(0, 0, 8, 8)),
+            ((8, 12), 1.0, CropBox(0, 2, 8, 8)),
+            ((13, 8), 1.0, CropBox(2, 0, 8, 8)),
+            ((256, 300), 0.875, CropBox(16, 38, 224, 224)),
+            ((3, 3), 0.01, CropBox(1, 1, 1, 1)),
+        ],
+    )
+    def test_by_hand(self, size: tuple[int, int], fraction: float, box: CropBox) -> None:
+        assert center_box(height=size[0], width=size[1], fraction=fraction) == box
+
+
+class TestApplyCrop:
+    def test_a_box_of_the_wanted_size_is_cut_out_unchanged(self) -> None:
+        image = _noise(20, 30)
+        result = apply_crop(image, CropBox(3, 5, 8, 8), size_px=8)
+        np.testing.assert_array_equal(result, image[3:11, 5:13])
+
+    @pytest.mark.parametrize(
+        "box", [CropBox(0, 0, 40, 60), CropBox(7, 9, 5, 3), CropBox(0, 0, 1, 1)]
+    )
+    @pytest.mark.parametrize("size_px", [1, 8, 50])
+    def test_returns_a_square_of_the_wanted_size(self, box: CropBox, size_px: int) -> None:
+        result = apply_crop(_noise(40, 60), box, size_px=size_px)
+        assert result.shape == (size_px, size_px, 3)
+        assert result.dtype == np.uint8
+
+    def test_looks_only_at_the_box(self) -> None:
+        image = _noise(40, 40)
+        inside = np.zeros_like(image)
+        inside[10:30, 5:35] = image[10:30, 5:35]
+        box = CropBox(10, 5, 20, 30)
+        for size_px in (8, 25, 64):
+            np.testing.assert_array_equal(
+                apply_crop(image, box, size_px=size_px), apply_crop(inside, box, size_px=size_px)
+            )
+
+    def test_shrinking_by_a_whole_factor_is_the_mean_of_each_cell(self) -> None:
+        image = _noise(48, 48)
+        cells = image.reshape(12, 4, 12, 4, 3).astype(float).mean(axis=(1, 3))
+        result = apply_crop(image, CropBox(0, 0, 48, 48), size_px=12)
+        assert np.abs(result - cells).max() <= 0.5 + 1e-9
+
+    def test_a_checkerboard_shrinks_to_grey_without_aliasing(self) -> None:
+        board = np.indices((60, 60)).sum(axis=0) % 2 * 255
+        image = np.repeat(board[..., None], 3, axis=2).astype(np.uint8)
+        result = apply_crop(image, CropBox(0, 0, 60, 60), size_px=10).astype(int)
+        assert np.abs(result - 127.5).max() <= 1
+
+    @pytest.mark.parametrize(
+        ("box", "size_px", "most", "mean"),
+        [
+            # Enlarging: both interpolate linearly, torchvision in fixed point.
+            (CropBox(3, 5, 30, 30), 96, 1, 0.3),
+            (CropBox(16, 8, 60, 40), 96, 1, 0.3),
+            # Shrinking: area average here, a triangle over twice the area there.
+            (CropBox(3, 5, 110, 90), 64, 4, 0.5),
+            (CropBox(0, 0, 128, 128), 32, 9, 1.5),
+            # One side shrinks, the other grows: linear.
+            (CropBox(0, 0, 128, 90), 100, 3, 0.5),
+        ],
+    )
+    def test_is_near_torchvisions_antialiased_resize_on_a_smooth_image(
+        self, box: CropBox, size_px: int, most: int, mean: float
+    ) -> None:
+        image = _smooth(128, 128)
+        theirs = tv.resized_crop(_tensor(image), *box, [size_px, size_px], antialias=True)
+        ours = apply_crop(image, box, size_px=size_px)
+        apart = np.abs(ours.astype(int) - theirs.permute(1, 2, 0).numpy())
+        assert apart.max() <= most
+        assert apart.mean() <= mean
+
+    def test_keeps_a_flat_image_flat(self) -> None:
+        image = np.full((37, 53, 3), (10, 200, 77), dtype=np.uint8)
+        for size_px in (5, 40, 80):
+            result = apply_crop(image, CropBox(1, 2, 30, 45), size_px=size_px)
+            np.testing.assert_array_equal(result, np.broadcast_to(image[0, 0], result.shape))
+
+
+class TestFlip:
+    def test_mirrors_left_to_right(self) -> None:
+        image = _noise(4, 7)
+        np.testing.assert_array_equal(apply_flip(image), image[:, ::-1])
+
+    def test_twice_is_the_image(self) -> None:
+        image = _noise(4, 7)
+        np.testing.assert_array_equal(apply_flip(apply_flip(image)), image)
+
+    @pytest.mark.parametrize("prob", [0.0, 0.3, 1.0])
+    def test_happens_with_the_probability_asked_for(self, prob: float) -> None:
+        rng = np.random.default_rng(0)
+        share = np.mean([plan_flip(rng, prob=prob) for _ in range(DRAWS)])
+        assert share == pytest.approx(prob, abs=4 * math.sqrt(prob * (1 - prob) / DRAWS))
+
+
+class TestRotation:
+    @pytest.mark.parametrize("size", [(16, 16), (9, 14)])
+    def test_by_nothing_is_the_image(self, size: tuple[int, int]) -> None:
+        image = _noise(*size)
+        np.testing.assert_array_equal(apply_rotation(image, 0.0), image)
+
+    @pytest.mark.parametrize("side", [8, 9])
+    @pytest.mark.parametrize(("angle", "turns"), [(90.0, 1), (180.0, 2), (-90.0, 3)])
+    def test_by_right_angles_is_rot90_counter_clockwise(
+        self, side: int, angle: float, turns: int
+    ) -> None:
+        image = _noise(side, side)
+        np.testing.assert_array_equal(apply_rotation(image, angle), np.rot90(image, turns))
+
+    def test_keeps_the_shape_of_an_image_that_is_not_square(self) -> None:
+        assert apply_rotation(_noise(9, 14), 33.0).shape == (9, 14, 3)
+
+    def test_repeats_the_border_and_leaves_no_black_wedge(self) -> None:
+        image = np.full((20, 20, 3), 200, dtype=np.uint8)
+        np.testing.assert_array_equal(apply_rotation(image, 30.0), image)
+
+    def test_of_a_wide_image_by_90_degrees_shows_the_repeated_border(self) -> None:
+        image = np.zeros((3, 9, 3), dtype=np.uint8)
+        image[0], image[1], image[2] = 10, 20, 30
+        # The three rows become the three middle columns; what lies beyond repeats them.
+        expected = np.array([10] * 4 + [20] + [30] * 4)
+        result = apply_rotation(image, 90.0)[..., 0]
+        np.testing.assert_array_equal(result, np.tile(expected, (3, 1)))
+
+    def test_angles_are_uniform_up_to_the_largest(self) -> None:
+        rng = np.random.default_rng(0)
+        angles = [plan_rotation(rng, max_deg=15.0, prob=1.0) for _ in range(DRAWS)]
+        drawn = np.array(angles, dtype=float)
+        ranks = (np.arange(DRAWS) + 0.5) / DRAWS
+        assert np.abs((np.sort(drawn) + 15) / 30 - ranks).max() < 1.95 / math.sqrt(DRAWS)
+
+    def test_happens_with_the_probability_asked_for(self) -> None:
+        rng = np.random.default_rng(0)
+        drawn = [plan_rotation(rng, max_deg=15.0, prob=0.25) for _ in range(DRAWS)]
+        share = np.mean([angle is not None for angle in drawn])
+        assert share == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / DRAWS))

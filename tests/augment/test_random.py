@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+
+from raysl.augment.random import MAX_VIEWS, view_stream
+
+KEY = {"seed": 3, "epoch": 5, "index": 7, "view": 1}
+
+
+def _words(seed: int, epoch: int, index: int, view: int, count: int = 64) -> list[int]:
+    rng = view_stream(seed=seed, epoch=epoch, index=index, view=view)
+    return [int(word) for word in rng.bit_generator.random_raw(count)]
+
+
+class TestViewStream:
+    def test_the_same_key_gives_the_same_numbers(self) -> None:
+        assert _words(**KEY) == _words(**KEY)
+
+    def test_is_known_once_and_for_all(self) -> None:
+        # Other numbers here would change, on a resume, the views of every stored run.
+        assert _words(**KEY, count=3) == [
+            7274137319038931249,
+            7536654465411675181,
+            6129056085977233954,
+        ]
+
+    @pytest.mark.parametrize("part", ["seed", "epoch", "index", "view"])
+    def test_depends_on_each_part_of_the_key(self, part: str) -> None:
+        assert _words(**KEY) != _words(**{**KEY, part: KEY[part] + 1})
+
+    def test_does_not_depend_on_what_was_drawn_before(self) -> None:
+        expected = view_stream(**KEY).random(4).tolist()
+        other = view_stream(**{**KEY, "index": 8})
+        other.random(1000)
+        np.random.default_rng(0).random(10)
+        assert view_stream(**KEY).random(4).tolist() == expected
+
+    def test_no_two_keys_share_a_number(self) -> None:
+        # 64-bit words: 3**4 * 256 of them hold a chance pair with probability 1e-11.
+        words = [
+            word
+            for seed in (0, 1, 2)
+            for epoch in (0, 1, 2)
+            for index in (0, 1, 2)
+            for view in (0, 1, 255)
+            for word in _words(seed, epoch, index, view, count=256)
+        ]
+        assert len(set(words)) == len(words) == 3**4 * 256
+
+    def test_the_last_view_of_an_epoch_is_not_the_first_of_the_next(self) -> None:
+        assert _words(0, 0, 0, MAX_VIEWS - 1) != _words(0, 1, 0, 0)
+
+    def test_takes_keys_of_the_full_range(self) -> None:
+        largest = _words(2**64 - 1, 2**50, 2**63 - 1, MAX_VIEWS - 1)
+        assert largest != _words(0, 2**50, 2**63 - 1, MAX_VIEWS - 1)
+
+    def test_numbers_are_uniform_over_images(self) -> None:
+        first = [view_stream(seed=0, epoch=0, index=i, view=0).random() for i in range(2000)]
+        # Mean 1/2 and variance 1/12; four standard errors.
+        assert np.mean(first) == pytest.approx(0.5, abs=4 * (1 / 12 / 2000) ** 0.5)
+        neighbours = np.corrcoef(first[:-1], first[1:])[0, 1]
+        assert abs(neighbours) < 4 / 2000**0.5
+
+    @pytest.mark.parametrize("view", [-1, MAX_VIEWS])
+    def test_a_view_that_would_run_into_the_next_epoch_is_an_error(self, view: int) -> None:
+        with pytest.raises(ValueError, match=rf"view must be in \[0, 256\); got {view}"):
+            view_stream(seed=0, epoch=0, index=0, view=view)

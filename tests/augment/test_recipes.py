@@ -1,0 +1,167 @@
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from raysl.augment.pipeline import Blur, ColorJitter, Crop, Flip, Grey, View
+from raysl.augment.recipes import (
+    CustomViews,
+    MoCoV1Views,
+    MoCoV2Views,
+    SimCLRViews,
+    Views,
+)
+from raysl.config.base import Config
+from raysl.config.load import parse_yaml, to_yaml, validate
+from raysl.errors import ConfigError
+
+
+class _Section(Config):
+    views: Views = SimCLRViews()
+
+
+class TestSimCLRViews:
+    def test_has_the_papers_operations_in_the_papers_order(self) -> None:
+        # arXiv:2002.05709v3, appendix A: crop of 8 to 100 % with aspect 3/4 to 4/3, flip, colour
+        # distortion of strength 1, blur half the time with sigma in [0.1, 2], kernel a tenth.
+        (view,) = SimCLRViews().views()
+        assert view == View(
+            count=2,
+            size_px=224,
+            crop=Crop(scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)),
+            ops=(
+                Flip(prob=0.5),
+                ColorJitter(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, prob=0.8),
+                Grey(prob=0.2),
+                Blur(sigma_px=(0.1, 2.0), kernel_fraction=0.1, prob=0.5),
+            ),
+        )
+
+    def test_of_cifar_has_half_the_strength_and_no_blur(self) -> None:
+        # Appendix B.9.
+        (view,) = SimCLRViews(size_px=32, color_strength=0.5, blur_prob=0.0).views()
+        assert view.size_px == 32
+        assert view.ops == (
+            Flip(prob=0.5),
+            ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, prob=0.8),
+            Grey(prob=0.2),
+        )
+
+    def test_every_knob_reaches_its_operation(self) -> None:
+        (view,) = SimCLRViews(
+            min_scale=0.3, flip_prob=0.1, color_prob=0.2, grey_prob=0.3, blur_prob=0.4
+        ).views()
+        assert view.crop.scale == (0.3, 1.0)
+        assert [op.prob for op in view.ops] == [0.1, 0.2, 0.3, 0.4]
+
+    def test_a_great_strength_keeps_the_hue_within_half_a_turn(self) -> None:
+        (view,) = SimCLRViews(color_strength=4.0).views()
+        jitter = view.ops[1]
+        assert isinstance(jitter, ColorJitter)
+        assert (jitter.brightness, jitter.hue) == (3.2, 0.5)
+
+
+class TestMoCoV1Views:
+    def test_has_the_authors_operations_in_the_authors_order(self) -> None:
+        # arXiv:1911.05722v3 and main_moco.py: grey 0.2, jitter(0.4, 0.4, 0.4, 0.4) always, flip.
+        (view,) = MoCoV1Views().views()
+        assert view == View(
+            count=2,
+            size_px=224,
+            crop=Crop(scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)),
+            ops=(
+                Grey(prob=0.2),
+                ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4, prob=1.0),
+                Flip(prob=0.5),
+            ),
+        )
+
+
+class TestMoCoV2Views:
+    def test_has_the_authors_operations_in_the_authors_order(self) -> None:
+        # arXiv:2003.04297v1 and main_moco.py: jitter(0.4, 0.4, 0.4, 0.1) 0.8, grey 0.2, blur, flip.
+        (view,) = MoCoV2Views().views()
+        assert view == View(
+            count=2,
+            size_px=224,
+            crop=Crop(scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)),
+            ops=(
+                ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, prob=0.8),
+                Grey(prob=0.2),
+                Blur(sigma_px=(0.1, 2.0), kernel_fraction=None, prob=0.5),
+                Flip(prob=0.5),
+            ),
+        )
+
+    def test_every_knob_reaches_its_operation(self) -> None:
+        (view,) = MoCoV2Views(size_px=32, min_scale=0.5, blur_prob=0.0, flip_prob=0.1).views()
+        assert (view.size_px, view.crop.scale) == (32, (0.5, 1.0))
+        assert [op.op for op in view.ops] == ["color_jitter", "grey", "flip"]
+        assert view.ops[-1].prob == 0.1
+
+
+class TestCustomViews:
+    def test_are_the_kinds_as_they_stand(self) -> None:
+        kinds = (View(count=2, ops=(Flip(),)), View(count=6, size_px=96))
+        assert CustomViews(kinds=kinds).views() == kinds
+
+    def test_takes_256_views_of_an_image_and_no_more(self) -> None:
+        CustomViews(kinds=(View(count=250), View(count=6)))
+        with pytest.raises(ValidationError, match=r"at most 256 views .* add up to 257"):
+            CustomViews(kinds=(View(count=250), View(count=7)))
+
+    def test_too_many_views_in_a_file_name_the_section(self) -> None:
+        values = {"views": {"recipe": "custom", "kinds": [{"count": 200}, {"count": 57}]}}
+        with pytest.raises(ConfigError, match=r"  views: at most 256 views of an image; .* 257"):
+            validate(_Section, values, where="x")
+
+    def test_takes_at_least_one_kind(self) -> None:
+        with pytest.raises(ConfigError, match=r"views\.kinds: .*at least 1 item.*got \[\]"):
+            validate(_Section, {"views": {"recipe": "custom", "kinds": []}}, where="x")
+        with pytest.raises(ConfigError, match=r"views\.kinds: missing; it has no default"):
+            validate(_Section, {"views": {"recipe": "custom"}}, where="x")
+
+    def test_an_unknown_operation_names_its_place(self) -> None:
+        kinds = [{"ops": []}, {"ops": [{"op": "flip"}, {"op": "gray"}]}]
+        with pytest.raises(
+            ConfigError,
+            match=r"views\.kinds\.1\.ops\.1: got 'gray', allowed: .*did you mean 'grey'",
+        ):
+            validate(_Section, {"views": {"recipe": "custom", "kinds": kinds}}, where="x")
+
+
+class TestViews:
+    def test_an_unknown_recipe_names_the_nearest(self) -> None:
+        with pytest.raises(
+            ConfigError,
+            match=r"views: got 'moco', allowed: simclr, moco_v1, moco_v2, custom; did you mean 'mo",
+        ):
+            validate(_Section, {"views": {"recipe": "moco"}}, where="x")
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"recipe": "simclr", "color_strenght": 1}, "did you mean 'color_strength'"),
+            ({"recipe": "moco_v1", "blur_prob": 1}, "views: unknown key 'blur_prob'"),
+            ({"recipe": "simclr", "min_scale": 0}, r"views\.min_scale: .*greater than 0, got 0"),
+            ({"recipe": "moco_v2", "size_px": 0}, r"views\.size_px: .*greater than 0, got 0"),
+        ],
+    )
+    def test_a_bad_key_is_named(self, given: dict[str, Any], message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            validate(_Section, {"views": given}, where="x")
+
+    @pytest.mark.parametrize(
+        "views",
+        [
+            SimCLRViews(color_strength=0.5),
+            MoCoV1Views(size_px=96),
+            MoCoV2Views(min_scale=0.1),
+            CustomViews(kinds=MoCoV2Views().views()),
+        ],
+        ids=lambda views: views.recipe,
+    )
+    def test_a_dump_loads_again(self, views: Any) -> None:
+        section = _Section(views=views)
+        values = parse_yaml(to_yaml(section.model_dump(mode="json")), where="dump")
+        assert validate(_Section, values, where="dump") == section
