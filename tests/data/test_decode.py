@@ -1,0 +1,166 @@
+import io
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image as PILImage
+from PIL import ImageOps
+
+from raysl.augment.crop import Image
+from raysl.data.decode import decode
+from raysl.errors import DataError, DecodeError
+
+
+def _picture() -> Image:
+    """Make a smooth 24 x 32 picture with a different colour in each corner."""
+    corners = np.array([[[250, 20, 30], [10, 240, 60]], [[30, 40, 230], [200, 190, 10]]], np.uint8)
+    return cv2.resize(corners, (32, 24), interpolation=cv2.INTER_LINEAR)  # type: ignore[return-value]
+
+
+def _encode(picture: PILImage.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def _pil(mode: str = "RGB") -> PILImage.Image:
+    return PILImage.fromarray(_picture()).convert(mode)
+
+
+def _apart(one: Image, other: np.ndarray) -> int:
+    assert one.shape == other.shape
+    assert one.dtype == np.uint8
+    return int(np.abs(one.astype(int) - other).max())
+
+
+class TestFormats:
+    @pytest.mark.parametrize(
+        ("kind", "options"),
+        [
+            ("PNG", {}),
+            ("BMP", {}),
+            ("TIFF", {}),
+            ("TIFF", {"compression": "tiff_lzw"}),
+            ("WEBP", {"lossless": True}),
+        ],
+    )
+    def test_lossless_ones_give_the_pixels_in_rgb_order(
+        self, kind: str, options: dict[str, Any]
+    ) -> None:
+        image = decode(_encode(_pil(), kind, **options), where="x")
+        np.testing.assert_array_equal(image, _picture())
+
+    @pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+    def test_lossy_ones_give_what_pillow_gives_within_a_few_levels(self, kind: str) -> None:
+        encoded = _encode(_pil(), kind, quality=95)
+        pillows = np.array(PILImage.open(io.BytesIO(encoded)).convert("RGB"))
+        assert _apart(decode(encoded, where="x"), pillows) <= 3
+        assert _apart(decode(encoded, where="x"), _picture()) <= 20
+
+    def test_a_progressive_jpeg_is_read(self) -> None:
+        plain = decode(_encode(_pil(), "JPEG", quality=95), where="x")
+        progressive = decode(_encode(_pil(), "JPEG", quality=95, progressive=True), where="x")
+        assert _apart(progressive, plain) <= 1
+
+    @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF"])
+    def test_grey_gets_three_equal_channels(self, kind: str) -> None:
+        grey = _pil("L")
+        expected = np.repeat(np.array(grey)[..., None], 3, axis=2)
+        np.testing.assert_array_equal(decode(_encode(grey, kind), where="x"), expected)
+
+    @pytest.mark.parametrize("mode", ["P", "1"])
+    @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF"])
+    def test_palettes_and_single_bits_become_their_colours(self, mode: str, kind: str) -> None:
+        picture = _pil(mode)
+        image = decode(_encode(picture, kind), where="x")
+        np.testing.assert_array_equal(image, np.array(picture.convert("RGB")))
+
+    @pytest.mark.parametrize(
+        ("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True, "exact": True})]
+    )
+    def test_alpha_is_dropped_and_the_colour_below_kept(
+        self, kind: str, options: dict[str, Any]
+    ) -> None:
+        alpha = np.random.default_rng(0).integers(0, 256, (24, 32), dtype=np.uint8)
+        picture = PILImage.fromarray(np.dstack([_picture(), alpha]))
+        image = decode(_encode(picture, kind, **options), where="x")
+        np.testing.assert_array_equal(image, _picture())
+
+    def test_grey_with_alpha_and_a_palette_with_a_transparent_entry_are_read(self) -> None:
+        grey = np.array(_pil("L"))
+        image = decode(_encode(_pil("LA"), "PNG"), where="x")
+        np.testing.assert_array_equal(image, np.repeat(grey[..., None], 3, axis=2))
+        palette = _pil().quantize(16)
+        image = decode(_encode(palette, "PNG", transparency=0), where="x")
+        np.testing.assert_array_equal(image, np.array(palette.convert("RGB")))
+
+    @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+    def test_sixteen_bits_keep_the_upper_eight(self, kind: str) -> None:
+        levels = np.linspace(0, 65535, 24 * 32).astype(np.uint16).reshape(24, 32)
+        image = decode(_encode(PILImage.fromarray(levels), kind), where="x")
+        np.testing.assert_array_equal(image, np.repeat((levels >> 8)[..., None], 3, axis=2))
+
+    def test_sixteen_bits_in_colour_keep_the_upper_eight(self) -> None:
+        deep = _picture().astype(np.uint16) * 257
+        _, encoded = cv2.imencode(".png", cv2.cvtColor(deep, cv2.COLOR_RGB2BGR))
+        np.testing.assert_array_equal(decode(encoded.tobytes(), where="x"), _picture())
+
+    def test_a_cmyk_jpeg_has_the_colours_that_pillow_gives(self) -> None:
+        encoded = _encode(_pil("CMYK"), "JPEG", quality=95)
+        pillows = np.array(PILImage.open(io.BytesIO(encoded)).convert("RGB"))
+        assert _apart(decode(encoded, where="x"), pillows) <= 3
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+    def test_is_turned_as_exif_says(self, kind: str, orientation: int) -> None:
+        exif = PILImage.Exif()
+        exif[0x0112] = orientation
+        # For JPEG the quality counts, for WebP also that nothing is lost; PNG ignores both.
+        encoded = _encode(_pil(), kind, exif=exif, quality=95, lossless=True)
+        turned = ImageOps.exif_transpose(PILImage.open(io.BytesIO(encoded)))
+        assert _apart(decode(encoded, where="x"), np.array(turned.convert("RGB"))) <= 3
+        assert turned.size == ((32, 24) if orientation < 5 else (24, 32))
+
+
+class TestInputs:
+    def test_a_memoryview_is_read_like_bytes(self) -> None:
+        encoded = _encode(_pil(), "PNG")
+        np.testing.assert_array_equal(decode(memoryview(encoded), where="x"), _picture())
+
+    def test_pixels_pass_through_untouched(self) -> None:
+        picture = _picture()
+        assert decode(picture, where="x") is picture
+
+    def test_grey_pixels_get_three_equal_channels(self) -> None:
+        grey = _picture()[..., 0].copy()
+        np.testing.assert_array_equal(
+            decode(grey, where="x"), np.repeat(grey[..., None], 3, axis=2)
+        )
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("encoded", "says"),
+        [
+            (b"", r"\(0 bytes\): .*begins with nothing\)"),
+            (b"\xff", r"\(1 bytes\): .*begins with ff\)"),
+            (b"<html>not found</html>", r"\(22 bytes\): .*begins with 3c68746d\)"),
+            (bytes(12_480), r"\(12,480 bytes\): .*begins with 00000000\)"),
+        ],
+    )
+    def test_bytes_that_are_no_image_name_it_their_size_and_their_beginning(
+        self, encoded: bytes, says: str
+    ) -> None:
+        with pytest.raises(DecodeError, match=rf"^cats/007\.jpg {says}; remove or replace it$"):
+            decode(encoded, where="cats/007.jpg")
+
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+    def test_a_file_cut_in_half_is_named(self, kind: str) -> None:
+        encoded = _encode(_pil(), kind)
+        with pytest.raises(DecodeError, match=r"^half\.x \("):
+            decode(encoded[: len(encoded) // 2], where="half.x")
+
+    def test_is_a_data_error_too(self) -> None:
+        with pytest.raises(DataError):
+            decode(b"", where="x")
