@@ -1,0 +1,165 @@
+"""Batch normalisation over all workers, over this worker, or over parts of its batch."""
+
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raysl.errors import ConfigError, ShapeError
+from raysl.nn.collectives import rank_and_size, sum_over_ranks
+
+BatchNormScope = Literal["worker", "sync", "split"]
+_BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+class SyncBatchNorm(_BatchNorm):
+    """Batch normalisation with the statistics of all ranks, on any device.
+
+    Torch's own SyncBatchNorm has kernels for accelerators only and refuses CPU tensors. This one
+    is made of two sums over ranks (mean, then centred squares, so that nothing cancels) whose
+    gradients are sums over ranks too. On CUDA the torch module is used instead.
+
+    Source: Ioffe and Szegedy 2015, arXiv:1502.03167v3, Algorithm 1, with the batch of all workers.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 2:
+            raise ShapeError(f"expected (N, C, ...); got {tuple(input.shape)}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise ``(N, C, ...)`` by the statistics of the global batch while training."""
+        self._check_input_dim(input)
+        _, size = rank_and_size()
+        if not self.training or size == 1:
+            return F.batch_norm(
+                input,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                self.training,
+                self._momentum_now(),
+                self.eps,
+            )
+        dims = [0, *range(2, input.ndim)]
+        shape = [1, -1] + [1] * (input.ndim - 2)
+        x = input if input.dtype == torch.float64 else input.float()
+        count = x.numel() / x.shape[1] * size
+        mean = sum_over_ranks(x.sum(dims)) / count
+        centred = x - mean.view(shape)
+        variance = sum_over_ranks(centred.square().sum(dims)) / count
+        if self.track_running_stats:
+            self._update(mean.detach(), variance.detach() * count / (count - 1))
+        normed = centred * torch.rsqrt(variance + self.eps).view(shape)
+        if self.affine:
+            normed = normed * self.weight.view(shape) + self.bias.view(shape)
+        return normed.to(input.dtype)
+
+    def _momentum_now(self) -> float:
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        return 0.1 if self.momentum is None else self.momentum
+
+    @torch.no_grad()
+    def _update(self, mean: Tensor, variance: Tensor) -> None:
+        momentum = self._momentum_now()
+        cast(Tensor, self.running_mean).lerp_(mean, momentum)
+        cast(Tensor, self.running_var).lerp_(variance, momentum)
+
+
+class SplitBatchNorm(_BatchNorm):
+    """Batch normalisation over equal parts of a worker's batch, as if each were a GPU of its own.
+
+    MoCo needs statistics of small groups; with one worker this stands in for many. The running
+    statistics are the mean of the parts'.
+
+    Source: The MoCo authors' CIFAR-10 demonstration (moco_cifar10_demo.ipynb).
+    """
+
+    num_splits: int = 1
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 2:
+            raise ShapeError(f"expected (N, C, ...); got {tuple(input.shape)}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise ``(N, C, ...)`` part by part while training; N must divide by the parts."""
+        self._check_input_dim(input)
+        if not self.training:
+            return super().forward(input)
+        n, channels, *rest = input.shape
+        parts = self.num_splits
+        if n % parts:
+            raise ShapeError(f"a batch of {n} does not divide into {parts} batch-norm splits")
+        # Part p takes the contiguous rows p * n / parts and on, and its channels become channels
+        # of their own, so that one call normalises all parts.
+        folded = input.view(parts, n // parts, channels, *rest).transpose(0, 1)
+        folded = folded.reshape(n // parts, parts * channels, *rest)
+        mean = cast(Tensor, self.running_mean).repeat(parts)
+        variance = cast(Tensor, self.running_var).repeat(parts)
+        momentum = 0.1 if self.momentum is None else self.momentum
+        normed = F.batch_norm(
+            folded,
+            mean,
+            variance,
+            self.weight.repeat(parts) if self.affine else None,
+            self.bias.repeat(parts) if self.affine else None,
+            True,
+            momentum,
+            self.eps,
+        )
+        with torch.no_grad():
+            cast(Tensor, self.running_mean).copy_(mean.view(parts, channels).mean(0))
+            cast(Tensor, self.running_var).copy_(variance.view(parts, channels).mean(0))
+            cast(Tensor, self.num_batches_tracked).add_(1)
+        unfolded = normed.view(n // parts, parts, channels, *rest).transpose(0, 1)
+        return unfolded.reshape(input.shape)
+
+
+def set_batch_norm_scope(
+    module: nn.Module, scope: BatchNormScope, *, num_splits: int = 1, on_cuda: bool = False
+) -> nn.Module:
+    """Replace every batch norm in ``module`` by the one of the given scope; parameters are shared.
+
+    Args:
+        module: Any module; changed in place where it has children.
+        scope: ``worker`` leaves it as it is, ``sync`` uses the batch of all workers, ``split`` uses
+            ``num_splits`` parts of the worker's batch.
+        num_splits: Parts for ``split``, > 0.
+        on_cuda: Whether the module will run on CUDA, where torch's own SyncBatchNorm is faster.
+
+    Raises:
+        ConfigError: If the scope is not known.
+    """
+    if scope == "worker":
+        return module
+    if scope == "sync" and on_cuda:
+        return cast(nn.Module, nn.SyncBatchNorm.convert_sync_batchnorm(module))
+    if scope not in ("sync", "split"):
+        raise ConfigError(f"batch norm scope {scope!r}; allowed: worker, sync, split")
+    if isinstance(module, _BatchNorm):
+        return _converted(module, SyncBatchNorm if scope == "sync" else SplitBatchNorm, num_splits)
+    for name, child in module.named_children():
+        replaced = set_batch_norm_scope(child, scope, num_splits=num_splits)
+        if replaced is not child:
+            setattr(module, name, replaced)
+    return module
+
+
+def _converted(old: Any, kind: type[Any], num_splits: int) -> nn.Module:
+    new = kind(
+        old.num_features,
+        eps=old.eps,
+        momentum=old.momentum,
+        affine=old.affine,
+        track_running_stats=old.track_running_stats,
+    )
+    if old.affine:
+        new.weight, new.bias = old.weight, old.bias
+    for name, buffer in old.named_buffers(recurse=False):
+        new.register_buffer(name, buffer)
+    if kind is SplitBatchNorm:
+        new.num_splits = num_splits
+    new.train(old.training)
+    return cast(nn.Module, new)

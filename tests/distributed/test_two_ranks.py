@@ -1,0 +1,381 @@
+"""Two gloo processes that hold half of the images each equal one process with all of them.
+
+One start of two processes runs every check, as start-up is most of the time; the tests compare
+what each rank wrote with what this process computes on its own. Without the sum over ranks in the
+backward pass of ``gather_batch`` or of ``SyncBatchNorm`` the losses here still agree and the
+gradients do not.
+"""
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raysl.data.source import ArraySource
+from raysl.evaluate.features import EvalImages, embed
+from raysl.methods import load_method
+from raysl.methods.base import Method, Progress
+from raysl.methods.simclr import nt_xent_loss
+from raysl.nn.backbones import build_backbone
+from raysl.nn.batchnorm import set_batch_norm_scope
+from raysl.nn.collectives import (
+    barrier,
+    broadcast_object,
+    gather_batch,
+    gather_batch_no_grad,
+    mean_over_ranks,
+    rank_and_size,
+    sum_over_ranks,
+)
+
+pytestmark = pytest.mark.distributed
+
+RANKS = 2
+PER_RANK = 4
+TIMEOUT_S = 180
+METHODS: dict[str, dict[str, Any]] = {
+    "simclr": {"temperature": 0.5, "projection_dim": 16},
+    "moco": {"queue_length": 20, "projection_dim": 16, "ema_momentum": 0.9},
+    "moco_symmetric": {
+        "queue_length": 24, "projection_dim": 16, "ema_momentum": 0.9, "symmetric": True
+    },
+}  # fmt: skip
+NUM_STEPS = {"simclr": 1, "moco": 2, "moco_symmetric": 1}
+EVAL_SIZES = (1, 6, 7)
+NORMS: dict[str, tuple[type[nn.Module], tuple[int, ...], torch.dtype]] = {
+    "images": (nn.BatchNorm2d, (8, 3, 5, 5), torch.float32),
+    "vectors": (nn.BatchNorm1d, (8, 3), torch.float32),
+    "float64": (nn.BatchNorm2d, (8, 3, 5, 5), torch.float64),
+}
+
+Results = dict[str, Any]
+
+
+def numbers(*shape: int, seed: int) -> Tensor:
+    """Rows that differ in mean and spread, so that each half has statistics of its own."""
+    rows = torch.linspace(0.3, 2.5, shape[0]).view(-1, *[1] * (len(shape) - 1))
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * rows + rows
+
+
+def mine(rows: Tensor) -> Tensor:
+    """This rank's part of a batch; all of it in a process on its own."""
+    rank, size = rank_and_size()
+    return rows.chunk(size)[rank].clone()
+
+
+def average_over_ranks(gradients: list[Tensor]) -> list[Tensor]:
+    """Average as data-parallel training does."""
+    return [mean_over_ranks(gradient) for gradient in gradients]
+
+
+# What both ranks, and this process on its own, compute.
+
+
+def nt_xent() -> Results:
+    z0, z1 = (mine(numbers(8, 5, seed=seed)).requires_grad_() for seed in (0, 1))
+    loss = nt_xent_loss(z0, z1, temperature=0.2)
+    loss.backward()
+    return {"loss": loss.detach(), "gradients": [z0.grad, z1.grad]}
+
+
+def batch_norm() -> Results:
+    torch.manual_seed(0)
+    found: Results = {}
+    for name, (kind, shape, dtype) in NORMS.items():
+        norm = kind(3, dtype=dtype)
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+        norm = set_batch_norm_scope(norm, "sync")
+        x = mine(numbers(*shape, seed=2).to(dtype)).requires_grad_()
+        weights = mine(numbers(*shape, seed=3).to(dtype))
+        for _ in range(2):  # the running statistics move twice
+            output = norm(x)
+        (output * weights).sum().backward()
+        found[name] = {
+            "output": output.detach(),
+            "input_gradient": x.grad,
+            "gradients": average_over_ranks([norm.weight.grad, norm.bias.grad]),
+            "buffers": [norm.running_mean, norm.running_var, norm.num_batches_tracked],
+            "evaluated": norm.eval()(x).detach(),
+        }
+    return found
+
+
+def build(name: str) -> Method:
+    torch.manual_seed(0)
+    kind = load_method(name.removesuffix("_symmetric"))
+    method = kind(kind.Config(**METHODS[name]), build_backbone("resnet18"))
+    set_batch_norm_scope(method, "sync")
+    for network in method.children():
+        network.double()  # in float32, rounding turns a few ReLUs, and with them the gradient
+    return method
+
+
+def train_steps(name: str) -> Results:
+    """Take steps: the loss of MoCo's second shows its queue, moving average and weights."""
+    method = build(name)
+    model: nn.Module = method
+    if rank_and_size()[1] > 1:
+        model = DistributedDataParallel(method, broadcast_buffers=False)
+    trainable = [p for p in method.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trainable, lr=0.02)
+    found: Results = {"losses": []}
+    for step in range(NUM_STEPS[name]):
+        views = [
+            mine(numbers(RANKS * PER_RANK, 3, 32, 32, seed=10 * step + view).double())
+            for view in range(2)
+        ]
+        progress = Progress(step, 10, 5, seed=1)
+        output = model(views, progress)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        method.after_optimizer_step(progress)
+        found["losses"].append(mean_over_ranks(output.loss.detach()))
+        if step == 0:
+            found["gradients"] = [p.grad.clone() for p in trainable]
+    found["buffers"] = dict(method.named_buffers())
+    return found
+
+
+def embedded() -> Results:
+    found = {}
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4), nn.BatchNorm1d(4))
+    for count in EVAL_SIZES:
+        pixels = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+        images = EvalImages(
+            ArraySource("made up", pixels),
+            np.arange(count),
+            np.zeros(count, dtype=np.int64),
+            size_px=8,
+            crop_fraction=1.0,
+            num_threads=1,
+        )
+        found[count] = embed(
+            encoder, images, to_input=lambda x: torch.from_numpy(x).permute(0, 3, 1, 2) / 255
+        )
+    return found
+
+
+def collectives(rank: int) -> Results:
+    """Rank r holds rows [r, r], [r, r + 1]; its loss weighs all rows by r + 1."""
+    rows = torch.tensor([[rank, rank], [rank, rank + 1]], dtype=torch.float32, requires_grad=True)
+    gathered = gather_batch(rows)
+    (gathered * torch.arange(8.0).view(4, 2) * (rank + 1)).sum().backward()
+    value = torch.tensor([1.0 + rank, 10.0], requires_grad=True)
+    total = sum_over_ranks(value)
+    (total * torch.tensor([2.0, 3.0]) * (rank + 1)).sum().backward()
+    given = torch.tensor([float(rank), 4.0], requires_grad=True)
+    found = {
+        "rank_and_size": rank_and_size(),
+        "gathered": gathered.detach(),
+        "gathered_gradient": rows.grad,
+        "gathered_no_grad": gather_batch_no_grad(rows),
+        "gathered_columns": gather_batch_no_grad(torch.full((2, 3), float(rank)).T),
+        "sum": total.detach(),
+        "sum_gradient": value.grad,
+        "mean": mean_over_ranks(given),
+        "given": given.detach(),
+        "object": broadcast_object({"from": rank, "text": "x" * (rank + 1)}),
+    }
+    barrier()
+    return found
+
+
+def everything() -> Results:
+    """Compute what must not depend on how many processes share the work."""
+    found: Results = {"nt_xent": nt_xent(), "batch_norm": batch_norm(), "embedded": embedded()}
+    return found | {name: train_steps(name) for name in METHODS}
+
+
+def run_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=RANKS,
+        timeout=timedelta(seconds=TIMEOUT_S / 2),
+    )
+    found = everything() | {"collectives": collectives(rank)}
+    torch.save(found, f"{folder}/rank-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    context = mp.start_processes(
+        run_rank, args=(str(folder),), nprocs=RANKS, join=False, start_method="spawn"
+    )
+    deadline = time.monotonic() + TIMEOUT_S
+    try:
+        while not context.join(timeout=1.0):  # raises what a rank raised
+            assert time.monotonic() < deadline, f"two ranks took more than {TIMEOUT_S} s"
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.fixture(scope="module")
+def alone() -> Results:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return everything()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def joined(ranks: list[Results], pick: Callable[[Results], Tensor]) -> Tensor:
+    return torch.cat([pick(found) for found in ranks])
+
+
+def assert_equal_to_scale(found: Tensor, expected: Tensor, *, scale: float = 1e-5) -> None:
+    """Equal up to ``scale`` times the largest number expected."""
+    limit = scale * float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=limit)
+
+
+class TestCollectives:
+    def test_each_process_knows_its_place(self, ranks: list[Results]) -> None:
+        assert [found["collectives"]["rank_and_size"] for found in ranks] == [(0, 2), (1, 2)]
+
+    def test_gathered_rows_are_in_the_order_of_ranks_on_every_rank(
+        self, ranks: list[Results]
+    ) -> None:
+        expected = torch.tensor([[0.0, 0], [0, 1], [1, 1], [1, 2]])
+        for found in ranks:
+            assert torch.equal(found["collectives"]["gathered"], expected)
+            assert torch.equal(found["collectives"]["gathered_no_grad"], expected)
+            assert not found["collectives"]["gathered_no_grad"].requires_grad
+
+    def test_rows_that_are_not_contiguous_are_gathered_too(self, ranks: list[Results]) -> None:
+        expected = torch.tensor([0.0, 0, 0, 1, 1, 1])[:, None].expand(6, 2)
+        assert all(torch.equal(f["collectives"]["gathered_columns"], expected) for f in ranks)
+
+    def test_gradient_of_a_row_is_summed_over_the_ranks_that_used_it(
+        self, ranks: list[Results]
+    ) -> None:
+        expected = torch.arange(8.0).view(4, 2) * (1 + 2)
+        assert torch.equal(joined(ranks, lambda f: f["collectives"]["gathered_gradient"]), expected)
+
+    def test_sum_and_its_gradient_are_sums_over_ranks(self, ranks: list[Results]) -> None:
+        for found in ranks:
+            assert found["collectives"]["sum"].tolist() == [1 + 2, 20]
+            assert found["collectives"]["sum_gradient"].tolist() == [2 * 3, 3 * 3]
+
+    def test_mean_is_the_same_on_every_rank_and_leaves_what_it_was_given(
+        self, ranks: list[Results]
+    ) -> None:
+        for rank, found in enumerate(ranks):
+            assert found["collectives"]["mean"].tolist() == [0.5, 4.0]
+            assert found["collectives"]["given"].tolist() == [rank, 4.0]
+
+    def test_an_object_is_that_of_rank_0(self, ranks: list[Results]) -> None:
+        assert all(f["collectives"]["object"] == {"from": 0, "text": "x"} for f in ranks)
+
+
+class TestBatchNorm:
+    @pytest.mark.parametrize("kind", NORMS)
+    def test_two_ranks_equal_one_big_batch(
+        self, ranks: list[Results], alone: Results, kind: str
+    ) -> None:
+        """Output and input gradient of each row, weight gradients, and running statistics."""
+        expected = alone["batch_norm"][kind]
+        scale = 1e-13 if kind == "float64" else 1e-5
+        for name in ("output", "input_gradient", "evaluated"):
+            found = joined(ranks, lambda f, name=name: f["batch_norm"][kind][name])
+            assert_equal_to_scale(found, expected[name], scale=scale)
+        for found in ranks:
+            both = found["batch_norm"][kind]
+            # The mean over ranks of a sum over rows: half of the sum over all rows.
+            for gradient, total in zip(both["gradients"], expected["gradients"], strict=True):
+                assert_equal_to_scale(gradient * RANKS, total, scale=scale)
+            for buffer, whole in zip(both["buffers"], expected["buffers"], strict=True):
+                torch.testing.assert_close(buffer, whole, rtol=1e-5, atol=1e-6)
+
+    def test_each_rank_on_its_own_would_have_given_something_else(self, alone: Results) -> None:
+        x = numbers(8, 3, 5, 5, seed=2)
+        halves = torch.cat([nn.BatchNorm2d(3)(half) for half in x.chunk(2)])
+        assert (halves - nn.BatchNorm2d(3)(x)).abs().max() > 0.1
+
+
+class TestLoss:
+    def test_nt_xent_of_two_ranks_equals_one_big_batch(
+        self, ranks: list[Results], alone: Results
+    ) -> None:
+        losses = [found["nt_xent"]["loss"] for found in ranks]
+        assert losses[0] != losses[1]  # each is the mean over the rank's own images
+        torch.testing.assert_close(torch.stack(losses).mean(), alone["nt_xent"]["loss"])
+        for view in range(2):
+            gradient = joined(ranks, lambda f, view=view: f["nt_xent"]["gradients"][view])
+            expected = alone["nt_xent"]["gradients"][view]
+            assert_equal_to_scale(gradient / RANKS, expected)  # the mean of the ranks' losses
+
+
+@pytest.mark.parametrize("name", METHODS)
+class TestMethod:
+    def test_two_ranks_equal_one_big_batch_in_loss(
+        self, ranks: list[Results], alone: Results, name: str
+    ) -> None:
+        for found in ranks:
+            for loss, expected in zip(found[name]["losses"], alone[name]["losses"], strict=True):
+                torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+    def test_two_ranks_equal_one_big_batch_in_every_gradient(
+        self, ranks: list[Results], alone: Results, name: str
+    ) -> None:
+        expected = alone[name]["gradients"]
+        scale = max(float(gradient.abs().max()) for gradient in expected)
+        for found in ranks:
+            for gradient, whole in zip(found[name]["gradients"], expected, strict=True):
+                torch.testing.assert_close(gradient, whole, rtol=0.0, atol=1e-5 * scale)
+
+    def test_both_ranks_end_with_the_same_gradients_and_buffers(
+        self, ranks: list[Results], name: str
+    ) -> None:
+        assert all(map(torch.equal, *(found[name]["gradients"] for found in ranks)))
+        first, second = (found[name]["buffers"] for found in ranks)
+        assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+class TestQueue:
+    def test_of_two_ranks_equals_that_of_one(self, ranks: list[Results], alone: Results) -> None:
+        expected = alone["moco"]["buffers"]
+        for found in ranks:
+            buffers = found["moco"]["buffers"]
+            assert int(buffers["queue_place"]) == int(expected["queue_place"]) == 16
+            torch.testing.assert_close(buffers["queue"], expected["queue"], rtol=1e-4, atol=1e-4)
+
+    def test_of_a_symmetric_loss_holds_the_same_keys_in_the_order_of_ranks(
+        self, ranks: list[Results], alone: Results
+    ) -> None:
+        found = ranks[0]["moco_symmetric"]["buffers"]["queue"][:16]
+        expected = alone["moco_symmetric"]["buffers"]["queue"][:16]
+        places = (found @ expected.T).argmax(dim=1)  # rank 0: views 1 and 0, then rank 1
+        assert places.tolist() == [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15]
+        torch.testing.assert_close(found, expected[places], rtol=1e-4, atol=1e-4)
+
+
+class TestEmbed:
+    @pytest.mark.parametrize("count", EVAL_SIZES)
+    def test_two_ranks_share_the_images_and_give_the_features_of_one(
+        self, ranks: list[Results], alone: Results, count: int
+    ) -> None:
+        """Also when the images do not divide over the ranks, or are fewer."""
+        for found in ranks:
+            assert found["embedded"][count].shape == (count, 4)
+            torch.testing.assert_close(found["embedded"][count], alone["embedded"][count])

@@ -1,0 +1,54 @@
+import pytest
+import torch
+from torch import nn
+
+from raysl.nn.heads import projection_mlp
+
+
+def kinds(head: nn.Module) -> list[str]:
+    return [type(layer).__name__ for layer in head.children()]
+
+
+def test_simclr_layout_has_batch_norm_on_every_layer_and_relu_in_between() -> None:
+    block = ["Linear", "BatchNorm1d", "ReLU"]
+    assert kinds(projection_mlp(8, 6, 4)) == [*block, "Linear", "BatchNorm1d"]
+    assert kinds(projection_mlp(8, 6, 4, num_layers=3)) == [*block, *block, "Linear", "BatchNorm1d"]
+
+
+def test_widths_go_from_in_over_hidden_to_out() -> None:
+    linear = [m for m in projection_mlp(8, 6, 4, num_layers=3) if isinstance(m, nn.Linear)]
+    assert [(m.in_features, m.out_features) for m in linear] == [(8, 6), (6, 6), (6, 4)]
+
+
+def test_before_batch_norm_there_is_no_bias() -> None:
+    linear = [m for m in projection_mlp(8, 6, 4) if isinstance(m, nn.Linear)]
+    assert all(m.bias is None for m in linear)
+
+
+def test_the_last_batch_norm_has_a_scale_but_a_bias_fixed_at_zero() -> None:
+    hidden, last = (m for m in projection_mlp(8, 6, 4) if isinstance(m, nn.BatchNorm1d))
+    assert hidden.bias.requires_grad
+    assert last.weight.requires_grad
+    assert not last.bias.requires_grad
+    assert torch.equal(last.bias, torch.zeros(4))
+
+
+def test_output_of_a_new_simclr_head_is_standardised_over_the_batch() -> None:
+    torch.manual_seed(0)
+    output = projection_mlp(8, 6, 4)(torch.randn(64, 8) * 3 + 1)
+    assert torch.allclose(output.mean(0), torch.zeros(4), atol=1e-5)
+    assert torch.allclose(output.var(0, unbiased=False), torch.ones(4), atol=1e-3)
+
+
+def test_without_batch_norm_layers_have_biases() -> None:
+    head = projection_mlp(8, 6, 4, batch_norm=False)
+    assert kinds(head) == ["Linear", "ReLU", "Linear"]
+    assert all(p.requires_grad for p in head.parameters())
+    assert [tuple(p.shape) for p in head.parameters()] == [(6, 8), (6,), (4, 6), (4,)]
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_one_layer_is_a_linear_map_that_ignores_the_hidden_width(batch_norm: bool) -> None:
+    head = projection_mlp(8, 999, 4, num_layers=1, batch_norm=batch_norm)
+    assert kinds(head) == (["Linear", "BatchNorm1d"] if batch_norm else ["Linear"])
+    assert tuple(head[0].weight.shape) == (4, 8)
