@@ -1,0 +1,44 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from raysl.methods.base import Progress
+from raysl.nn.backbones import Backbone
+
+EMBED_DIM = 6
+
+
+@pytest.fixture
+def tiny_backbone() -> Callable[..., Backbone]:
+    """A convolution, batch norm if asked, ReLU and the mean: enough to be a backbone."""
+
+    def build(*, batch_norm: bool = True, seed: int = 0) -> Backbone:
+        torch.manual_seed(seed)
+        layers: list[nn.Module] = [nn.Conv2d(3, EMBED_DIM, 3, bias=False)]
+        if batch_norm:
+            layers.append(nn.BatchNorm2d(EMBED_DIM))
+        layers += [nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        return Backbone(nn.Sequential(*layers), embed_dim=EMBED_DIM)
+
+    return build
+
+
+@pytest.fixture
+def make_views() -> Callable[..., list[Tensor]]:
+    """Views whose rows have different brightness and contrast, so that images differ."""
+
+    def make(n: int = 8, *, num_views: int = 2, seed: int = 0) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        spread = torch.linspace(0.5, 2.0, n).view(n, 1, 1, 1)
+        return [
+            torch.randn(n, 3, 8, 8, generator=generator) * spread + spread for _ in range(num_views)
+        ]
+
+    return make
+
+
+@pytest.fixture
+def progress() -> Progress:
+    return Progress(step=3, total_steps=20, steps_per_epoch=5, seed=7)
