@@ -1,0 +1,110 @@
+"""Checkpoints on disk: written beside, synced, renamed; a folder that is there is complete."""
+
+import contextlib
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raysl.errors import RunFolderError
+
+_NAME = re.compile(r"^step-(\d{9})$")
+_STATE = "state.pt"
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Return where the checkpoint after ``step`` optimizer steps lies."""
+    return folder / f"step-{step:09d}"
+
+
+def list_checkpoints(folder: Path) -> list[int]:
+    """Return the steps of the complete checkpoints in a folder, in order."""
+    if not folder.is_dir():
+        return []
+    matches = (_NAME.match(entry.name) for entry in folder.iterdir())
+    return sorted(int(match.group(1)) for match in matches if match)
+
+
+def latest_step(folder: Path) -> int:
+    """Return the step of the newest complete checkpoint, 0 if there is none."""
+    return max(list_checkpoints(folder), default=0)
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any], *, step: int, keep: int) -> Path:
+    """Write a checkpoint that is either complete or not there, then delete old ones.
+
+    The state goes to a temporary folder, is synced to the disk, and the folder is renamed; a
+    process killed at any moment, or a full disk, leaves the earlier checkpoints as they were.
+
+    Args:
+        folder: The run's checkpoint folder.
+        state: Tensors, numbers, strings, and lists and dicts of them.
+        step: Optimizer steps done.
+        keep: Newest checkpoints to keep, > 0.
+
+    Raises:
+        RunFolderError: If it cannot be written; earlier checkpoints are untouched.
+    """
+    final = checkpoint_path(folder, step)
+    temporary = folder / f".tmp-{final.name}-{os.getpid()}"
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        with open(temporary / _STATE, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if final.exists():  # the same step again, after a resume from an earlier one
+            _set_aside(final)
+        temporary.rename(final)
+        _sync_folder(folder)
+    except (OSError, RuntimeError) as error:  # torch's writer wraps a full disk in a RuntimeError
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunFolderError(
+            f"{final}: the checkpoint cannot be written: {_reason(error)}. Earlier checkpoints are "
+            f"untouched; free space or set output_dir to another disk, then run the same command"
+        ) from None
+    for old in list_checkpoints(folder)[:-keep]:
+        with contextlib.suppress(OSError):
+            _set_aside(checkpoint_path(folder, old))
+    for leftover in folder.glob(".tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    return final
+
+
+def load_checkpoint(folder: Path, *, step: int, device: torch.device) -> dict[str, Any]:
+    """Read the checkpoint of a step; no code in the file is ever run.
+
+    Raises:
+        RunFolderError: If it is damaged.
+    """
+    path = checkpoint_path(folder, step) / _STATE
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise RunFolderError(
+            f"{path}: the checkpoint is damaged: {_reason(error)}. Delete the folder {path.parent} "
+            f"to go on from the one before it"
+        ) from None
+    return state
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _set_aside(checkpoint: Path) -> None:
+    """Give up the name before the files, so that a folder half deleted is not taken for whole."""
+    aside = checkpoint.with_name(f".tmp-old-{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,286 @@
+"""The training loop: batches in, one optimizer step each, metrics and checkpoints out."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from raysl.config.base import Config, Duration, PositiveInt
+from raysl.errors import RayslError
+from raysl.methods.base import LossOutput, Method, Progress
+from raysl.nn.collectives import mean_over_ranks, rank_and_size
+from raysl.train.health import HealthCheck, effective_rank, feature_std
+
+NumpyBatch = Mapping[str, npt.NDArray[Any]]
+
+
+class TrainConfig(Config):
+    """How long, with which batches, in which precision."""
+
+    epochs: Annotated[float, Field(gt=0.0)] | None = None
+    """Passes over the training images; give this or steps."""
+    steps: PositiveInt | None = None
+    """Optimizer steps; give this or epochs."""
+    global_batch_size: PositiveInt = 256
+    """Images of one optimizer step, over all workers."""
+    precision: Literal["by_device", "fp32", "bf16"] = "by_device"
+    """bf16 autocasts to bfloat16; by_device takes bf16 on GPUs and fp32 on CPUs, where bf16 is
+    often slower."""
+    channels_last: bool = True
+    """Memory layout of images and convolutions; faster on GPUs and on CPUs."""
+    log_every: PositiveInt = 10
+    """Optimizer steps from one line of metrics to the next; each checkpoint has a line too."""
+    checkpoint_every: Duration = Duration(epochs=1.0)
+    """From one checkpoint to the next; there is always one at the end."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints to keep."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop calls outside of itself, all collectively: every rank at the same step."""
+
+    log: Callable[[Mapping[str, float], int], None]  # metrics, step
+    checkpoint: Callable[[int], None]  # steps done
+    evaluate: Callable[[int], Mapping[str, float]]  # steps done -> metrics
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When things happen, in optimizer steps; all of it follows from the configuration."""
+
+    total_steps: int
+    steps_per_epoch: int
+    log_every: int
+    checkpoint_every: int
+    evaluate_every: int | None
+    lr: Callable[[int], float]
+    seed: int
+
+
+class Trainer:
+    """Trains a method on batches that someone else makes.
+
+    Args:
+        method: The method, on its device.
+        optimizer: Built from the method's parameters.
+        model: What is called: the method, or its data-parallel wrapper.
+        schedule: When what happens.
+        to_views: Turns a uint8 batch into the method's views.
+        precision: ``fp32`` or ``bf16``.
+        max_grad_norm: Clip to this norm, or None.
+        health: Raises when the run cannot come to anything.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        optimizer: Optimizer,
+        *,
+        model: nn.Module,
+        schedule: Schedule,
+        to_views: Callable[[NumpyBatch], list[Tensor]],
+        precision: Literal["fp32", "bf16"],
+        max_grad_norm: float | None,
+        health: HealthCheck,
+    ) -> None:
+        self.method = method
+        self.optimizer = optimizer
+        self.model = model
+        self.schedule = schedule
+        self.to_views = to_views
+        self.precision = precision
+        self.max_grad_norm = max_grad_norm
+        self.health = health
+        self.device = next(method.parameters()).device
+
+    def run(
+        self, batches: Iterator[NumpyBatch], *, start_step: int, rank: int, hooks: Hooks
+    ) -> None:
+        """Train from ``start_step`` to the end; the number of steps is known beforehand.
+
+        Raises:
+            RayslError: If a batch is not the one that belongs to the step.
+            DivergedError: If a loss is not finite at a logging step.
+            CollapsedError: If the features are the same for all images.
+        """
+        schedule = self.schedule
+        meter = _Meter()
+        self.method.train()
+        for step in range(start_step, schedule.total_steps):
+            batch = meter.wait_for(batches)
+            _check_place(batch, step)
+            progress = Progress(step, schedule.total_steps, schedule.steps_per_epoch, schedule.seed)
+            _seed_step(schedule.seed, step, rank)
+            metrics, features = self._step(self.to_views(batch), progress)
+            done = step + 1
+            last = done == schedule.total_steps
+            meter.count(len(batch["index"]))
+            if done == start_step + 1:
+                self._synchronize()
+                hooks.log({"time/first_step_at": time.time()}, done)
+                meter = _Meter()  # speed is measured from the first step on, not from the start
+            saves = self._due(done, schedule.checkpoint_every) or last
+            logged: dict[str, float] = {}
+            # Also before each checkpoint: what is not finite must not replace what is.
+            if saves or self._due(done, schedule.log_every):
+                logged = self._read(metrics, features, meter)
+                logged["train/lr"] = schedule.lr(step)
+                logged["train/epoch"] = done / schedule.steps_per_epoch
+            if self._due(done, schedule.evaluate_every):
+                logged |= meter.pause(lambda done=done: hooks.evaluate(done))  # type: ignore[misc]
+                self.method.train()
+            if logged:
+                hooks.log(logged, done)
+            if "train/loss" in logged:
+                self.health(logged, step=done)
+            if saves:
+                meter.pause(lambda done=done: hooks.checkpoint(done))  # type: ignore[misc]
+
+    def _step(self, views: list[Tensor], progress: Progress) -> tuple[dict[str, Tensor], Tensor]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.lr(progress.step)
+        with self._autocast():
+            output: LossOutput = self.model(views, progress)
+        self.optimizer.zero_grad(set_to_none=True)
+        output.loss.backward()  # type: ignore[no-untyped-call]
+        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
+        grad_norm = nn.utils.clip_grad_norm_(self.method.parameters(), limit, foreach=True)
+        self.optimizer.step()
+        self.method.after_optimizer_step(progress)
+        metrics = {"train/loss": output.loss.detach(), "train/grad_norm": grad_norm.detach()}
+        return metrics | output.metrics, output.features
+
+    def _read(
+        self, metrics: dict[str, Tensor], features: Tensor, meter: "_Meter"
+    ) -> dict[str, float]:
+        """Wait for the device and return the means over ranks (of images a second, the sum)."""
+        metrics = metrics | {
+            "train/feature_std": feature_std(features),
+            "train/effective_rank": effective_rank(features),
+        }
+        self._synchronize()
+        _, world_size = rank_and_size()
+        images, elapsed_s, waited_s = meter.read()
+        metrics["train/images_per_s"] = torch.tensor(images * world_size / elapsed_s)
+        metrics["data/wait_share"] = torch.tensor(min(1.0, waited_s / elapsed_s))
+        metrics["time/train_s"] = torch.tensor(elapsed_s)
+        values = torch.stack([value.float().to(self.device) for value in metrics.values()])
+        return dict(zip(metrics, mean_over_ranks(values).tolist(), strict=True))
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def _due(self, done: int, every: int | None) -> bool:
+        return every is not None and every > 0 and done % every == 0
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+class _Meter:
+    """Counts images and the time spent waiting for them, from one logging step to the next."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._start = time.perf_counter()
+        self._waited_s = 0.0
+        self._images = 0
+
+    def wait_for(self, batches: Iterator[NumpyBatch]) -> NumpyBatch:
+        before = time.perf_counter()
+        batch = next(batches, None)
+        self._waited_s += time.perf_counter() - before
+        if batch is None:
+            raise RayslError("the stream of batches ended before the last step")
+        return batch
+
+    def count(self, images: int) -> None:
+        self._images += images
+
+    def pause(self, work: Callable[[], Any]) -> Any:
+        """Do something whose time is not training time."""
+        before = time.perf_counter()
+        result = work()
+        self._start += time.perf_counter() - before
+        return result
+
+    def read(self) -> tuple[int, float, float]:
+        """Return this worker's images, its seconds of training and those spent waiting."""
+        elapsed_s = max(time.perf_counter() - self._start, 1e-9)
+        result = self._images, elapsed_s, self._waited_s
+        self._reset()
+        return result
+
+
+def _check_place(batch: NumpyBatch, step: int) -> None:
+    """Refuse a batch of another step: the stream and the model would have parted ways."""
+    found = np.unique(batch["step"])
+    if len(found) != 1 or found[0] != step:
+        raise RayslError(
+            f"expected the batch of step {step}, got one of step {found.tolist()}: the stream "
+            f"began at another checkpoint than the model. Run the same command again"
+        )
+
+
+def _seed_step(seed: int, step: int, rank: int) -> None:
+    """Make whatever is random inside a network (dropout) a function of seed, step and rank.
+
+    So there is no generator state to save: a run that goes on from a checkpoint draws what it
+    would have drawn.
+    """
+    sequence = np.random.SeedSequence([seed, step, rank])
+    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
+
+
+def view_converter(
+    *,
+    device: torch.device,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    channels_last: bool,
+) -> Callable[[NumpyBatch], list[Tensor]]:
+    """Return the function that turns a batch's uint8 views into normalised float tensors.
+
+    Each view of ``(N, V, S, S, 3)`` uint8 becomes ``(N, 3, S, S)`` float32 on the device. Pixels
+    travel as uint8 and are normalised once, there.
+    """
+    center = torch.tensor(mean, device=device).mul_(255).view(1, 3, 1, 1)
+    scale = torch.tensor(std, device=device).mul_(255).reciprocal_().view(1, 3, 1, 1)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def to_views(batch: NumpyBatch) -> list[Tensor]:
+        views: list[Tensor] = []
+        for name in sorted((name for name in batch if name.startswith("views_")), key=_view_number):
+            pixels = as_tensor(batch[name]).to(device, non_blocking=True)
+            for view in pixels.unbind(1):
+                image = view.permute(0, 3, 1, 2).to(torch.float32, memory_format=layout)
+                views.append((image - center).mul_(scale))
+        return views
+
+    return to_views
+
+
+def _view_number(column: str) -> int:
+    return int(column.removeprefix("views_"))
+
+
+def as_tensor(array: npt.NDArray[Any]) -> Tensor:
+    """Wrap an array without a copy, a read-only one too: nothing here writes to it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
