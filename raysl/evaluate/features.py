@@ -1,0 +1,129 @@
+"""Images without augmentation, and the features that an encoder or the bare pixels give them."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from raysl.augment.crop import Image, apply_crop, center_box
+from raysl.data.decode import decode
+from raysl.data.source import Labels, Source
+from raysl.nn.collectives import gather_batch_no_grad, rank_and_size
+
+Rows = npt.NDArray[np.int64]
+
+_CACHE_BYTES = 1 << 30
+_BATCH = 256
+_MAX_PIXEL_SIDE = 32
+
+
+class EvalImages:
+    """Labelled images, decoded, cut to a centred square and resized; the same every time.
+
+    Args:
+        source: Where they are.
+        rows: Which of them, ``(M,)``.
+        labels: Their class numbers, ``(M,)``.
+        size_px: Side of the square given to the encoder.
+        crop_fraction: Side of the centred square over the shorter side of the image.
+        num_threads: Threads that decode.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        rows: Rows,
+        labels: Labels,
+        *,
+        size_px: int,
+        crop_fraction: float,
+        num_threads: int,
+    ) -> None:
+        self.source = source
+        self.rows = rows
+        self.labels = labels
+        self.size_px = size_px
+        self.crop_fraction = crop_fraction
+        self.num_threads = num_threads
+        self._cache: dict[bytes, npt.NDArray[np.uint8]] = {}  # by the places of a batch
+        self._caches = len(rows) * size_px * size_px * 3 <= _CACHE_BYTES
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def image(self, place: int) -> Image:
+        """Return the original image at ``place`` in [0, M)."""
+        row = int(self.rows[place])
+        return decode(self.source.read([row])[0], where=self.source.where(row))
+
+    def batches(self, places: Rows) -> Iterator[npt.NDArray[np.uint8]]:
+        """Yield ``(B, S, S, 3)`` uint8 for these places in order."""
+        with ThreadPoolExecutor(self.num_threads, thread_name_prefix="raysl-eval") as pool:
+            for start in range(0, len(places), _BATCH):
+                wanted = places[start : start + _BATCH]
+                key = wanted.tobytes()
+                if key in self._cache:
+                    yield self._cache[key]
+                    continue
+                pixels = np.stack(list(pool.map(self._square, wanted.tolist())))
+                if self._caches:
+                    self._cache[key] = pixels
+                yield pixels
+
+    def _square(self, place: int) -> Image:
+        image = self.image(place)
+        height, width = image.shape[:2]
+        box = center_box(height=height, width=width, fraction=self.crop_fraction)
+        return apply_crop(image, box, size_px=self.size_px)
+
+    def pixels(self) -> npt.NDArray[np.float32]:
+        """Return the bare pixels as features, ``(M, P * P)`` or ``(M, P * P * 3)`` in [0, 1].
+
+        P is the side of the images themselves, at most 32; grey images keep one channel.
+        """
+        first = self.image(0)
+        side = min(*first.shape[:2], self.size_px, _MAX_PIXEL_SIDE)
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            squares = np.stack(
+                list(pool.map(lambda p: self._pixel_square(p, side), range(len(self))))
+            )
+        if (squares == squares[..., :1]).all():
+            squares = squares[..., :1]
+        return squares.reshape(len(squares), -1).astype(np.float32) / np.float32(255)
+
+    def _pixel_square(self, place: int, side: int) -> Image:
+        image = self.image(place)
+        box = center_box(height=image.shape[0], width=image.shape[1], fraction=self.crop_fraction)
+        patch = image[box.top : box.top + box.height, box.left : box.left + box.width]
+        return cv2.resize(patch, (side, side), interpolation=cv2.INTER_AREA)  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def embed(
+    encoder: nn.Module, images: EvalImages, *, to_input: Callable[[npt.NDArray[np.uint8]], Tensor]
+) -> Tensor:
+    """Return the features of all images; the ranks share the work.
+
+    Args:
+        encoder: Maps ``(B, 3, S, S)`` to ``(B, D)``. It runs in evaluation mode, with the running
+            statistics of batch norm, and is left in the mode it was in.
+        images: What to embed.
+        to_input: Turns ``(B, S, S, 3)`` uint8 into the encoder's input on its device.
+
+    Returns:
+        ``(M, D)`` float32 on the CPU, the same on every rank.
+    """
+    rank, size = rank_and_size()
+    share = -(-len(images) // size)  # every rank embeds as many; the last ones repeat an image
+    places = np.minimum(np.arange(rank * share, (rank + 1) * share), len(images) - 1)
+    was_training = encoder.training
+    encoder.eval()
+    try:
+        parts = [encoder(to_input(pixels)).float() for pixels in images.batches(places)]
+    finally:
+        encoder.train(was_training)
+    return gather_batch_no_grad(torch.cat(parts))[: len(images)].cpu()

@@ -1,0 +1,66 @@
+"""Weighted nearest neighbours on frozen features.
+
+Z. Wu, Y. Xiong, S. Yu, D. Lin: "Unsupervised Feature Learning via Non-Parametric Instance
+Discrimination", 2018, arXiv:1805.01978v1, sec. 3.4.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from raysl.errors import ShapeError
+
+_ROWS_AT_ONCE = 1024
+
+
+@torch.no_grad()
+def knn_accuracy(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    *,
+    k: int,
+    temperature: float,
+) -> float:
+    """Return the share of test images whose weighted nearest neighbours vote for their class.
+
+    Each of the k nearest training images by cosine similarity s votes with exp(s / temperature).
+
+    Args:
+        train_features: ``(M, D)`` float, not normalised.
+        train_labels: ``(M,)`` int64, class numbers >= 0.
+        test_features: ``(N, D)`` float.
+        test_labels: ``(N,)`` int64.
+        k: Neighbours, > 0; at most M are used.
+        temperature: > 0.
+
+    Returns:
+        Accuracy in [0, 1]; every test row counts.
+
+    Raises:
+        ShapeError: If the shapes do not fit or a set is empty.
+    """
+    shapes = [tuple(x.shape) for x in (train_features, train_labels, test_features, test_labels)]
+    fits = (
+        train_features.ndim == test_features.ndim == 2
+        and train_features.shape[1] == test_features.shape[1]
+        and len(train_features) == len(train_labels) > 0
+        and len(test_features) == len(test_labels) > 0
+    )
+    if not fits:
+        raise ShapeError(f"expected (M, D), (M,), (N, D), (N,) with M, N > 0; got {shapes}")
+    bank = F.normalize(train_features.float(), dim=1)
+    num_classes = int(max(train_labels.max(), test_labels.max())) + 1
+    right = 0
+    for rows, labels in zip(
+        test_features.split(_ROWS_AT_ONCE), test_labels.split(_ROWS_AT_ONCE), strict=True
+    ):
+        similarity = F.normalize(rows.float(), dim=1) @ bank.T  # (rows, M)
+        nearest, places = similarity.topk(min(k, len(bank)), dim=1)
+        # Relative to the nearest: a low temperature cannot overflow, and the vote is the same.
+        weights = ((nearest - nearest[:, :1]) / temperature).exp()
+        votes = weights.new_zeros(len(rows), num_classes)
+        votes.scatter_add_(1, train_labels[places], weights)
+        right += int((votes.argmax(dim=1) == labels).sum())
+    return right / len(test_labels)
