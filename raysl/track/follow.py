@@ -1,0 +1,83 @@
+"""Following a run from outside: threads that read its metrics file while it is written.
+
+Training never waits for any of them. A run that restarts repeats the steps after its last
+checkpoint and rewrites the file; the reader then begins again, and hands out nothing twice.
+"""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from raysl.track.run_folder import follow_metrics
+
+Record = dict[str, Any]
+
+
+class MetricsReader:
+    """Hands out the values of a metrics file that were not handed out before.
+
+    Args:
+        path: The file; it may not exist yet.
+        seen: Newest step handed out for each metric, by an earlier reader.
+    """
+
+    def __init__(self, path: Path, seen: dict[str, int] | None = None) -> None:
+        self.path = path
+        self.seen = dict(seen or {})
+        self._offset = 0
+        self._inode = 0
+
+    def read(self) -> list[Record]:
+        """Return the new records; a record holds only metrics newer than those seen."""
+        if not self.path.exists():
+            return []
+        status = self.path.stat()
+        # A restart replaces the file, and the new one may have outgrown the old one by now.
+        if status.st_ino != self._inode or status.st_size < self._offset:
+            self._inode, self._offset = status.st_ino, 0
+        fresh = []
+        for record, offset in follow_metrics(self.path, self._offset):
+            self._offset = offset
+            step = int(record["step"])
+            values = {
+                name: value
+                for name, value in record.items()
+                if name not in ("step", "time") and step > self.seen.get(name, -1)
+            }
+            if values:
+                self.seen.update(dict.fromkeys(values, step))
+                fresh.append({"step": step, "time": record["time"], **values})
+        return fresh
+
+
+class Follower:
+    """Calls a function with new records every so often, in a thread of its own.
+
+    Args:
+        reader: Where records come from.
+        consume: Gets each list of new records; an empty one too, as a sign of life.
+        every_s: Seconds between two calls.
+    """
+
+    def __init__(
+        self, reader: MetricsReader, consume: Callable[[list[Record]], None], *, every_s: float
+    ) -> None:
+        self.reader = reader
+        self.consume = consume
+        self.every_s = every_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="raysl-follow", daemon=True)
+
+    def __enter__(self) -> "Follower":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self.every_s):
+            self.consume(self.reader.read())
+        self.consume(self.reader.read())

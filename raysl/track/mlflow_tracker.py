@@ -1,0 +1,271 @@
+"""MLflow: one run a training, fed from the metrics file by a thread that training never waits for.
+
+Everything that MLflow gets is on the disk first. A server that is slow or down delays its own
+records, which are sent when it answers again, or by the next start of the same run.
+"""
+
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import mlflow
+import mlflow.pytorch
+import numpy as np
+from mlflow.entities import LifecycleStage, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.tracking import MlflowClient
+from mlflow.types import Schema, TensorSpec
+
+from raysl.track.follow import MetricsReader, Record
+from raysl.track.run_folder import RunFolder, read_json, write_json
+from raysl.track.uri import without_password
+
+T = TypeVar("T")
+
+_METRICS_A_CALL = 1000
+_PARAMS_A_CALL = 100
+_LONGEST_PARAM = 6000
+_EVERY_S = 2.0
+_RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
+_LAST_CHANCE_S = 15.0
+
+
+class MlflowTracker:
+    """Sends a run to MLflow from a thread of its own.
+
+    The run's id and what was sent are kept in ``mlflow.json`` of the run folder, so that a resumed
+    training goes on with the same MLflow run and sends nothing twice.
+
+    Args:
+        folder: The run.
+        uri: MLflow's tracking URI.
+        experiment: Its experiment, made if it is not there.
+        run_name: Name of the run in the UI.
+        params: The configuration, flat; each is sent once.
+        tags: What else is known of the run.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        uri: str,
+        experiment: str,
+        run_name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+    ) -> None:
+        self.folder = folder
+        self.uri = uri
+        self.experiment = experiment
+        self.run_name = run_name
+        self.params = params
+        self.tags = tags
+        kept = read_json(folder.mlflow) or {}
+        same_place = (
+            kept.get("uri") == without_password(uri) and kept.get("experiment") == experiment
+        )
+        self.run_id: str | None = kept.get("run_id") if same_place else None
+        self.problem: str | None = None
+        self._reader = MetricsReader(folder.metrics, kept.get("sent") if same_place else None)
+        self._sent: dict[str, int] = dict(self._reader.seen)
+        self._waiting: list[Record] = []
+        self._client: MlflowClient | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="raysl-mlflow", daemon=True)
+
+    def start(self) -> None:
+        """Begin to send what is written to the metrics file."""
+        # MLflow's own patience is minutes; ours is a loop that goes on for as long as the run.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        self._thread.start()
+
+    def finish(
+        self,
+        *,
+        status: str,
+        artifacts: list[Path],
+        log_model: Callable[["MlflowTracker"], None] | None,
+    ) -> None:
+        """Send the rest and end the MLflow run; give up, with ``problem`` set, if nobody answers.
+
+        Args:
+            status: ``FINISHED``, ``FAILED`` or ``KILLED``.
+            artifacts: Files to store with the run.
+            log_model: Called last to store the encoder.
+        """
+        self._stop.set()
+        self._thread.join(timeout=_LAST_CHANCE_S)
+        if self._thread.is_alive():
+            self.problem = self.problem or "the tracking server does not answer"
+            return
+        self._send_pending()
+        if self.problem is not None:
+            return
+        self._try(lambda: self._store(artifacts, log_model))
+        # Also when an artifact could not be stored: what ended is not running.
+        self._try(lambda: self._ended(status))
+
+    def _run(self) -> None:
+        failures = 0
+        while True:
+            stopping = self._stop.wait(_RETRY_S[min(failures, 5) - 1] if failures else _EVERY_S)
+            if stopping:
+                return
+            self._send_pending()
+            failures = failures + 1 if self.problem else 0
+
+    def _send_pending(self) -> None:
+        self._waiting += self._reader.read()
+        self._try(self._send)
+
+    def _try(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+            self.problem = None
+        except Exception as error:  # a store may raise anything, and training goes on
+            uri = self.uri.rstrip("/")  # as MLflow's messages quote it
+            text = f"{type(error).__name__}: {error}".replace(uri, without_password(uri))
+            self.problem = text.splitlines()[0]
+
+    def _send(self) -> None:
+        client = self._ready()
+        assert self.run_id is not None
+        while self._waiting:
+            records: list[Record] = []
+            metrics: list[Metric] = []
+            for record in self._waiting:
+                points = _metrics_of(record)
+                if metrics and len(metrics) + len(points) > _METRICS_A_CALL:
+                    break
+                records.append(record)
+                metrics += points
+            client.log_batch(self.run_id, metrics=metrics)
+            for record in records:
+                self._sent.update({k: record["step"] for k in record if k not in ("step", "time")})
+            del self._waiting[: len(records)]
+            self._keep()
+
+    def _ready(self) -> MlflowClient:
+        """Return a client with the run made, or found again, and its parameters sent."""
+        if self._client is not None:
+            return self._client
+        client = MlflowClient(self.uri)
+        known: set[str] = set()
+        if self.run_id is not None:
+            try:
+                run = client.get_run(self.run_id)
+                deleted = run.info.lifecycle_stage == LifecycleStage.DELETED
+                if not deleted:
+                    known = set(run.data.params)
+                    client.update_run(self.run_id, status="RUNNING")
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                deleted = True
+            if deleted:  # by somebody: tell the whole run again
+                self.run_id = None
+                self._reader, self._sent, self._waiting = MetricsReader(self.folder.metrics), {}, []
+                self._waiting = self._reader.read()
+        if self.run_id is None:
+            self.run_id = client.create_run(
+                _experiment_id(client, self.experiment),
+                start_time=int(time.time() * 1000),
+                run_name=self.run_name,
+            ).info.run_id
+            self._keep()
+        new = [Param(k, str(v)[:_LONGEST_PARAM]) for k, v in self.params.items() if k not in known]
+        for some in _chunks(new, _PARAMS_A_CALL):
+            client.log_batch(self.run_id, params=some)
+        client.log_batch(self.run_id, tags=[RunTag(k, str(v)) for k, v in self.tags.items()])
+        self._client = client
+        return client
+
+    def _store(
+        self, artifacts: list[Path], log_model: Callable[["MlflowTracker"], None] | None
+    ) -> None:
+        client = self._ready()
+        for path in artifacts:
+            if path.exists():
+                where = path.parent.relative_to(self.folder.path).as_posix()
+                client.log_artifact(self.run_id, str(path), None if where == "." else where)
+        if log_model is not None:
+            log_model(self)
+
+    def _ended(self, status: str) -> None:
+        client = self._ready()
+        assert self.run_id is not None
+        client.set_terminated(self.run_id, status=status)
+
+    def _keep(self) -> None:
+        write_json(
+            self.folder.mlflow,
+            {
+                "run_id": self.run_id,
+                "uri": without_password(self.uri),
+                "experiment": self.experiment,
+                "sent": self._sent,
+            },
+        )
+
+
+def log_encoder(
+    tracker: MlflowTracker, encoder: Any, *, size_px: int, embed_dim: int, packages: list[str]
+) -> None:
+    """Store an encoder as a model of the tracker's run, with its signature.
+
+    Args:
+        tracker: Its run gets the model.
+        encoder: A torch module, ``(N, 3, S, S)`` float32 -> ``(N, embed_dim)`` float32.
+        size_px: S.
+        embed_dim: Width of the features.
+        packages: Requirements of whoever loads it, such as ``torch==2.15.0``.
+    """
+    mlflow.set_tracking_uri(tracker.uri)
+    shape = (-1, 3, size_px, size_px)
+    signature = ModelSignature(
+        inputs=Schema([TensorSpec(np.dtype(np.float32), shape)]),
+        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, embed_dim))]),
+    )
+    with mlflow.start_run(run_id=tracker.run_id):
+        mlflow.pytorch.log_model(
+            encoder,
+            name="encoder",
+            signature=signature,
+            input_example=np.zeros((2, *shape[1:]), dtype=np.float32),
+            pip_requirements=packages,
+        )
+
+
+def _experiment_id(client: MlflowClient, name: str) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    try:
+        return str(client.create_experiment(name))
+    except MlflowException:
+        found = client.get_experiment_by_name(name)  # another run made it in between
+        if found is None:
+            raise
+        return str(found.experiment_id)
+
+
+def _metrics_of(record: Record) -> list[Metric]:
+    timestamp = int(record["time"] * 1000)
+    return [
+        Metric(name, float(value), timestamp, int(record["step"]))
+        for name, value in record.items()
+        # Clocks and stop-watches are for the results; as metrics they only fill the UI's plots.
+        if name not in ("step", "time") and not name.startswith("time/") and not math.isnan(value)
+    ]
+
+
+def _chunks(items: list[T], size: int) -> Iterator[list[T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,140 @@
+"""The folder of a run: where everything lies, who may write to it, and its metrics file."""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from raysl.errors import RunFolderError
+
+
+class RunFolder:
+    """``runs/NAME``: the paths in it.
+
+    Args:
+        path: The folder; absolute, since workers have other working directories.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.encoder = self.path / "encoder.safetensors"
+        self.results = self.path / "results.json"
+        self.features = self.path / "features.npz"
+        self.report = self.path / "report.html"
+        self.pictures = self.path / "pictures"
+        self.mlflow = self.path / "mlflow.json"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for one process; the lock goes with the process, however it ends.
+
+        Raises:
+            RunFolderError: If another process holds it, or it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = open(self.path / ".lock", "a+")  # noqa: SIM115 - closed below
+        except OSError as error:
+            raise RunFolderError(
+                f"{self.path}: cannot be written: {error.strerror}; set output_dir to a folder "
+                f"that can"
+            ) from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise RunFolderError(
+                    f"{self.path}: process {file.read().strip() or 'unknown'} is training in this "
+                    f"folder; wait for it, or give this run another name=..."
+                ) from None
+            file.seek(0)
+            file.truncate()
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+    def read_results(self) -> dict[str, Any] | None:
+        """Return the results of a finished run, or None."""
+        return read_json(self.results)
+
+
+class MetricsFile:
+    """Appends one JSON line a logging step to ``metrics.jsonl``.
+
+    The file is the record of the run: MLflow, the progress bar and the report all read it.
+
+    Args:
+        path: The file.
+        start_step: Steps already done; lines of later steps, written before a crash by a run that
+            now repeats them, are dropped.
+    """
+
+    def __init__(self, path: Path, *, start_step: int) -> None:
+        kept = [record for record in read_metrics(path) if record["step"] <= start_step]
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+
+    def log(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Append the metrics of a step, with the time in seconds since 1970."""
+        record = {"step": step, "time": time.time(), **{k: float(v) for k, v in metrics.items()}}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics file; a last line that was cut short is left out."""
+    if not path.exists():
+        return []
+    return [record for record, _ in follow_metrics(path, 0)]
+
+
+def follow_metrics(path: Path, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield the complete lines from a byte offset on, each with the offset after it."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # a line that a crash of the machine left half on the disk
+            yield record, offset
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that it is either old or new, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return a JSON file's object, or None if it is not there or not whole."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file so that it is either old or new."""
+    write_atomically(path, json.dumps(value, indent=1) + "\n")
