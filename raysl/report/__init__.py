@@ -1,0 +1,1 @@
+"""What a run looks like: its pictures, and one page that holds them."""

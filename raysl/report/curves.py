@@ -1,0 +1,173 @@
+"""The curves of a run: every metric over the optimizer step, each in a panel of its own."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+
+from raysl.errors import DataError
+from raysl.report.figure import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    RED,
+    new_figure,
+    save_png,
+    style_axes,
+)
+
+Record = Mapping[str, Any]
+
+_SMOOTH_FROM = 60  # records from which a noisy curve gets a running mean
+_SMOOTH_SHARE = 30  # its window: one part in so many of the records
+
+
+class _Panel(NamedTuple):
+    """A curve to draw."""
+
+    key: str
+    title: str
+    color: str = BLUE
+    scale: float = 1.0
+    from_zero: bool = False
+    is_noisy: bool = False
+
+
+_LEARNING = (
+    _Panel("train/loss", "Loss", is_noisy=True),
+    _Panel("eval/knn_top1", "Nearest-neighbour accuracy, %", ORANGE, 100),
+)
+_HEALTH = (
+    _Panel("train/feature_std", "Spread of features (0: collapsed, 1: even)", from_zero=True),
+    _Panel("train/effective_rank", "Effective rank of features, dimensions", from_zero=True),
+    _Panel("train/lr", "Learning rate", from_zero=True),
+    _Panel("train/grad_norm", "Gradient norm", from_zero=True, is_noisy=True),
+    _Panel("train/images_per_s", "Throughput, images/s", GREEN, from_zero=True, is_noisy=True),
+    _Panel(
+        "data/wait_share",
+        "Time spent waiting for data, %",
+        GREEN,
+        100,
+        from_zero=True,
+        is_noisy=True,
+    ),
+)
+_NOT_CURVES = ("final", "time")
+_PERCENT = ("_top1", "_share")
+
+
+def draw_curves(path: Path, records: list[dict[str, Any]]) -> None:
+    """Draw every metric that has numbers over the optimizer step, each in a panel of its own.
+
+    Args:
+        path: PNG to write.
+        records: Lines of ``metrics.jsonl``; any key but ``step`` may be missing. Values that are
+            not finite are marked by a cross at the foot of the panel.
+
+    Raises:
+        DataError: If there is nothing to draw.
+    """
+    panels = [p for p in _panels(records) if np.isfinite(_curve(records, p)[1]).any()]
+    if not panels:
+        raise DataError("the metrics hold no finite number to draw")
+    num_rows = -(-len(panels) // 2)
+    figure = new_figure(height_in=0.35 + 1.75 * num_rows)
+    grid = figure.subplots(num_rows, 2, sharex=True, squeeze=False)
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        _draw_panel(axes, panel, records)
+    if len(panels) % 2:
+        grid[-1, 1].remove()
+        if num_rows > 1:
+            grid[-2, 1].tick_params(labelbottom=True)
+    figure.supxlabel(_step_label(records), fontsize=9, color=INK)
+    save_png(figure, path)
+
+
+def _panels(records: Sequence[Record]) -> list[_Panel]:
+    """List the known panels, with those of the method after the ones about learning."""
+    known = {panel.key for panel in (*_LEARNING, *_HEALTH)} | {"step", "time", "train/epoch"}
+    others = dict.fromkeys(key for record in records for key in record if key not in known)
+    of_method = []
+    for key in others:
+        section, _, name = key.partition("/")
+        if section in _NOT_CURVES:
+            continue
+        percent = name.endswith(_PERCENT)
+        words = name.removesuffix("_top1").replace("_", " ") or key
+        title = {"partner_top1": f"Partner view ranked first ({section})"}.get(
+            name, f"{section}: {words}"
+        )
+        unit = ", %" if percent else ""
+        of_method.append(_Panel(key, title + unit, scale=100 if percent else 1, is_noisy=True))
+    return [*_LEARNING, *of_method, *_HEALTH]
+
+
+def _curve(records: Sequence[Record], panel: _Panel) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Return the steps that have the metric and its values, in the panel's unit."""
+    pairs = [(record["step"], record[panel.key]) for record in records if panel.key in record]
+    pairs = [(step, value) for step, value in pairs if isinstance(value, (int, float))]
+    both = np.array(sorted(pairs), dtype=np.float64).reshape(-1, 2)
+    return both[:, 0], both[:, 1] * panel.scale
+
+
+def _draw_panel(axes: Axes, panel: _Panel, records: Sequence[Record]) -> None:
+    steps, values = _curve(records, panel)
+    finite = np.isfinite(values)
+    x, y = steps[finite], values[finite]
+    style_axes(axes, title=panel.title)
+    if panel.is_noisy and len(y) >= _SMOOTH_FROM:
+        axes.plot(x, y, color=panel.color, linewidth=0.8, alpha=0.35)
+        axes.plot(x, _running_mean(y, len(y) // _SMOOTH_SHARE), color=panel.color, linewidth=1.6)
+    else:
+        marker = "o" if len(y) <= _SMOOTH_FROM // 2 else ""
+        axes.plot(x, y, color=panel.color, linewidth=1.6, marker=marker, markersize=3)
+    axes.margins(y=0.15)
+    if panel.from_zero:
+        axes.set_ylim(bottom=0, top=1.08 * y.max() if y.max() > 0 else 1)
+    if panel.key == "eval/knn_top1":
+        _draw_references(axes, records)
+    lost = steps[~finite]
+    if len(lost):
+        foot = axes.get_xaxis_transform()
+        axes.plot(lost, np.zeros(len(lost)), "x", color=RED, transform=foot, clip_on=False)
+        axes.set_title("x: not finite", loc="right", fontsize=8, color=RED)
+    axes.yaxis.set_major_formatter(_tick)
+    axes.xaxis.set_major_formatter(_tick)
+    axes.locator_params(axis="both", nbins=5)
+
+
+def _draw_references(axes: Axes, records: Sequence[Record]) -> None:
+    """Draw what the untrained network and the bare pixels reach, if the run has measured it."""
+    for key, text in (("untrained", "untrained"), ("pixels", "bare pixels")):
+        values = [r[f"final/{key}_knn_top1"] for r in records if f"final/{key}_knn_top1" in r]
+        if values:
+            axes.axhline(100 * values[-1], color=GREY, linewidth=1, linestyle="--")
+            right = axes.get_yaxis_transform()
+            place: dict[str, Any] = {"ha": "right", "va": "bottom", "fontsize": 7.5, "color": GREY}
+            axes.text(1, 100 * values[-1], text, transform=right, **place)
+
+
+def _running_mean(values: npt.NDArray[Any], window: int) -> npt.NDArray[Any]:
+    """Return the mean of the values around each, fewer at the ends."""
+    kernel = np.ones(2 * (window // 2) + 1)
+    sums = np.convolve(values, kernel, mode="same")
+    result: npt.NDArray[Any] = sums / np.convolve(np.ones_like(values), kernel, mode="same")
+    return result
+
+
+def _tick(value: float, _: float = 0) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _step_label(records: Sequence[Record]) -> str:
+    for record in reversed(records):
+        epoch = record.get("train/epoch", math.nan)
+        if math.isfinite(epoch) and epoch > 0:
+            return f"optimizer step ({record['step']:,} steps are {epoch:,.4g} epochs)"
+    return "optimizer step"

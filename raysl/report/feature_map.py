@@ -1,0 +1,178 @@
+"""The map of a run: images laid out so that those with like features lie together."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+
+from raysl.data.source import Labels
+from raysl.errors import DataError
+from raysl.report.figure import (
+    DPI,
+    GREY,
+    LIGHT_GREY,
+    WIDTH_IN,
+    drawable_name,
+    new_figure,
+    save_png,
+    show_pixels,
+)
+
+_MAX_POINTS = 1500
+_MAX_NAMED_CLASSES = 20
+_MIN_TSNE_POINTS = 20
+_PCA_DIMS = 50
+_TSNE_ITERATIONS = 500
+_ALIKE = 1e-5
+_THUMBNAIL = 0.055  # side over the map's side
+_NUM_THUMBNAILS = {True: 40, False: 110}  # with labels, without
+# Tol 2021, "Colour schemes", SRON/EPS/TN/09-002, scheme "muted", and black.
+_CLASS_COLORS = (
+    "#CC6677", "#332288", "#DDCC77", "#117733", "#88CCEE",
+    "#882255", "#44AA99", "#999933", "#AA4499", "#222222",
+)  # fmt: skip
+
+
+class _Mark(NamedTuple):
+    """How the points of a class look."""
+
+    color: str
+    shape: str
+
+
+def draw_map(
+    path: Path,
+    *,
+    features: npt.NDArray[Any],
+    labels: Labels,
+    class_names: Sequence[str],
+    thumbnails: npt.NDArray[np.uint8],
+) -> None:
+    """Draw a flat map of features, on which images that the encoder finds alike lie together.
+
+    Directions of the features, as the nearest-neighbour probe sees them, by PCA and t-SNE; by PCA
+    alone under 20 images. At most 1,500 images are drawn, a random choice that is always the same;
+    images whose features are not finite are left out.
+
+    Args:
+        path: PNG to write.
+        features: ``(M, D)`` float.
+        labels: ``(M,)`` class numbers; -1 without.
+        class_names: By number; up to 20 classes are named.
+        thumbnails: ``(M, S, S, 3)`` uint8.
+
+    Raises:
+        DataError: If no feature is finite.
+    """
+    rows = np.flatnonzero(np.isfinite(features).all(axis=1))
+    if not len(rows):
+        raise DataError("no image has finite features to draw")
+    rows = np.random.default_rng(0).permutation(rows)[:_MAX_POINTS]
+    points, how = _flatten(features[rows])
+    classes = np.unique(labels[rows][labels[rows] >= 0]).tolist()
+    marks = [_mark_of(label, classes) for label in labels[rows].tolist()]
+    names = _names(labels[rows], classes, class_names)
+    columns = 5 if max(map(len, names.values()), default=0) <= 12 else 4
+    figure = new_figure(height_in=WIDTH_IN + 0.35 + 0.21 * -(-len(names) // columns))
+    axes = figure.subplots()
+    _draw_points(axes, points, marks)
+    _draw_thumbnails(axes, points, marks, thumbnails[rows], most=_NUM_THUMBNAILS[bool(classes)])
+    axes.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), xticks=[], yticks=[], aspect="equal")
+    for spine in axes.spines.values():
+        spine.set_color(LIGHT_GREY)
+    axes.set_title(f"{len(rows):,} images by their features: {how}", loc="left", fontsize=9.5)
+    if names:
+        _draw_legend(figure, names, columns)
+    save_png(figure, path)
+
+
+def _flatten(features: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], str]:
+    """Place ``(M, D)`` features in the unit square, ``(M, 2)``; also say how it was done."""
+    lengths = np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
+    directions = features / np.maximum(lengths, np.finfo(np.float64).tiny)
+    if np.ptp(directions, axis=0).max() < _ALIKE:
+        return np.full((len(features), 2), 0.5), "all the same"
+    num_dims = min(_PCA_DIMS, *directions.shape)
+    points = PCA(num_dims, random_state=0).fit_transform(directions)
+    if len(points) < _MIN_TSNE_POINTS or num_dims == 1:
+        flat = np.zeros((len(points), 2))
+        flat[:, : points.shape[1]] = points[:, :2]
+        spread = np.ptp(flat, axis=0).max()
+        return (flat - (flat.max(axis=0) + flat.min(axis=0)) / 2) / spread + 0.5, "PCA"
+    perplexity = min(30.0, (len(points) - 1) / 3)
+    tsne = TSNE(perplexity=perplexity, init="pca", random_state=0, max_iter=_TSNE_ITERATIONS)
+    flat = tsne.fit_transform(points)
+    # Its distances mean nothing across the map, so that each axis may be stretched to fill it.
+    return (flat - flat.min(axis=0)) / np.maximum(np.ptp(flat, axis=0), _ALIKE), "t-SNE"
+
+
+def _mark_of(label: int, classes: Sequence[int]) -> _Mark:
+    """Return how to draw a class: ten colours, then the same with another shape."""
+    if label < 0:
+        return _Mark(GREY, "o")
+    turn, place = divmod(classes.index(label), len(_CLASS_COLORS))
+    return _Mark(_CLASS_COLORS[place], "o^"[turn % 2])
+
+
+def _names(labels: Labels, classes: Sequence[int], class_names: Sequence[str]) -> dict[_Mark, str]:
+    """Return what the legend says of each mark; nothing if there are no classes or too many."""
+    if not 0 < len(classes) <= _MAX_NAMED_CLASSES:
+        return {}
+    names = {}
+    for number in classes:
+        name = str(class_names[number]) if number < len(class_names) else ""
+        names[_mark_of(number, classes)] = drawable_name(name, otherwise=f"class {number}")
+    return names | ({_mark_of(-1, classes): "no label"} if (labels < 0).any() else {})
+
+
+def _draw_points(axes: Axes, points: npt.NDArray[Any], marks: Sequence[_Mark]) -> None:
+    size = 3.5 if len(points) > 300 else 5
+    for mark in dict.fromkeys(marks):
+        x, y = points[[other == mark for other in marks]].T
+        axes.plot(x, y, mark.shape, color=mark.color, markersize=size, markeredgewidth=0, alpha=0.8)
+
+
+def _draw_legend(figure: Figure, names: dict[_Mark, str], columns: int) -> None:
+    handles = [
+        Line2D([], [], linestyle="", marker=mark.shape, color=mark.color, markersize=6)
+        for mark in names
+    ]
+    place: dict[str, Any] = {"loc": "outside lower left", "frameon": False, "fontsize": 8.5}
+    # Stand-ins first: matplotlib drops labels that begin with "_", and reads "$" as mathematics.
+    stand_ins = [str(number) for number in range(len(names))]
+    legend = figure.legend(handles, stand_ins, ncols=columns, handletextpad=0.2, **place)
+    for text, name in zip(legend.get_texts(), names.values(), strict=True):
+        text.set_parse_math(False)
+        text.set_text(name)
+
+
+def _draw_thumbnails(
+    axes: Axes,
+    points: npt.NDArray[Any],
+    marks: Sequence[_Mark],
+    thumbnails: npt.NDArray[np.uint8],
+    *,
+    most: int,
+) -> None:
+    """Draw images where they lie, as many as fit without covering each other, up to a number."""
+    chosen: list[int] = []
+    for row, point in enumerate(points):  # rows are in random order already
+        if (np.abs(points[chosen] - point).max(axis=1) > 1.2 * _THUMBNAIL).all():
+            chosen.append(row)
+        if len(chosen) == most:
+            break
+    half, room_px = _THUMBNAIL / 2, _THUMBNAIL * WIDTH_IN * DPI
+    for row in chosen:
+        x, y = points[row]
+        box = (x - half, x + half, y - half, y + half)
+        show_pixels(axes, thumbnails[row], extent=box, room_px=room_px)
+        frame: dict[str, Any] = {"edgecolor": marks[row].color, "linewidth": 1.2, "zorder": 4}
+        axes.add_patch(Rectangle((box[0], box[2]), 2 * half, 2 * half, fill=False, **frame))

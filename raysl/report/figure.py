@@ -1,0 +1,82 @@
+"""What all pictures share: paper, ink, letters that can be drawn, and how a PNG gets to the disk.
+
+Figures are made without pyplot, which keeps global state and belongs to the main thread.
+"""
+
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+DPI = 200  # the page shows two pixels of a picture as one, so 1 inch is 100 px of the page
+WIDTH_IN = 6.6
+_PAD_IN = 0.08  # around axes
+
+# Okabe and Ito 2008, "Color universal design": told apart with every kind of colour blindness.
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+GREY, LIGHT_GREY, INK = "#7A7A7A", "#D9D9D9", "#222222"
+
+_MAX_NAME = 20
+
+
+def new_figure(*, width_in: float = WIDTH_IN, height_in: float) -> Figure:
+    """Return an empty white figure with a layout that keeps texts apart."""
+    figure = Figure(figsize=(width_in, height_in), dpi=DPI, facecolor="white")
+    figure.set_layout_engine(ConstrainedLayoutEngine(h_pad=_PAD_IN, w_pad=_PAD_IN))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write a figure so that the file is either old or new, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        figure.savefig(temporary, format="png", dpi=DPI)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def style_axes(axes: Axes, *, title: str, grid: str = "both") -> None:
+    """Give axes a title at the left, a light grid behind the data and no box."""
+    axes.set_title(title, loc="left", fontsize=9.5, color=INK, parse_math=False)
+    axes.set_axisbelow(True)
+    axes.grid(True, axis=grid, color=LIGHT_GREY, linewidth=0.6)  # type: ignore[arg-type]
+    axes.tick_params(labelsize=8, colors=INK, length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(GREY)
+
+
+def drawable_name(name: str, *, otherwise: str) -> str:
+    """Return a name on one line and not too long, or ``otherwise`` if the font lacks its letters.
+
+    A class may be called anything; matplotlib brings one font and warns of each missing letter.
+    """
+    short = " ".join(name.split())
+    if len(short) > _MAX_NAME:
+        short = short[: _MAX_NAME - 3] + "..."
+    font = get_font(findfont(FontProperties(family="DejaVu Sans")))
+    known = all(font.get_char_index(ord(letter)) for letter in short)
+    return short if short and known else otherwise
+
+
+def show_pixels(
+    axes: Axes,
+    image: npt.NDArray[np.uint8],
+    *,
+    extent: tuple[float, float, float, float],
+    room_px: float,
+) -> None:
+    """Show an image with square pixels when it is enlarged, and averaged when it shrinks."""
+    enlarged = max(image.shape[:2]) <= room_px
+    kind = "nearest" if enlarged else "hanning"
+    axes.imshow(image, extent=extent, interpolation=kind, interpolation_stage="data", zorder=3)

@@ -1,0 +1,181 @@
+"""The pictures of a run: its views, its curves, its accuracy and the map of its features."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from raysl.augment.crop import Image
+from raysl.augment.pipeline import View, make_views
+from raysl.data.decode import decode
+from raysl.data.source import Source
+from raysl.errors import DataError
+from raysl.report.curves import draw_curves
+from raysl.report.feature_map import draw_map
+from raysl.report.figure import (
+    BLUE,
+    DPI,
+    GREY,
+    INK,
+    ORANGE,
+    new_figure,
+    save_png,
+    show_pixels,
+    style_axes,
+)
+
+__all__ = ["draw_accuracy", "draw_curves", "draw_map", "draw_views"]
+
+Record = Mapping[str, Any]
+
+ENCODERS = (
+    ("", "Pretrained"),
+    ("untrained_", "Untrained"),
+    ("pixels_", "Bare pixels"),
+)
+"""Prefix of the keys of ``results.json``, and what is measured under it."""
+
+PROBES = ("knn_top1", "linear_top1", "few_shot_top1")
+
+_CELL_IN = 1.1
+_GAP = 0.04  # around an image, over a cell
+_MAX_VIEWS = 11
+
+
+def draw_views(
+    path: Path, *, source: Source, views: Sequence[View], seed: int, num_images: int = 8
+) -> None:
+    """Draw images and what the method saw of them in epoch 0.
+
+    One row an image, spread evenly over the source; the original first, then its views. At most 11
+    views are drawn.
+
+    Args:
+        path: PNG to write.
+        source: The training images.
+        views: The kinds of view.
+        seed: Of the run: with it the views are those that were trained on.
+        num_images: Rows of the picture.
+
+    Raises:
+        DecodeError: If an image cannot be decoded.
+    """
+    total = int(source.group_sizes.sum())
+    rows = np.unique(np.linspace(0, total - 1, min(num_images, total)).astype(np.int64))
+    grid: list[list[Image]] = []
+    for row, encoded in zip(rows.tolist(), source.read(rows), strict=True):
+        image = decode(encoded, where=source.where(row))
+        made = make_views(image, views, seed=seed, epoch=0, index=row)
+        grid.append([image, *(view for kind in made for view in kind)][: _MAX_VIEWS + 1])
+    sizes = [view.size_px for view in views for _ in range(view.count)]
+    heads = ["original\n" + _size_of([line[0] for line in grid])]
+    heads += [f"view {number}\n{size} px" for number, size in enumerate(sizes[:_MAX_VIEWS], 1)]
+    save_png(_image_grid(grid, heads), path)
+
+
+def _size_of(images: Sequence[Image]) -> str:
+    shapes = {image.shape[:2] for image in images}
+    if len(shapes) > 1:
+        return "various sizes"
+    height, width = shapes.pop()
+    return f"{width} x {height} px" if width != height else f"{width} px"
+
+
+def _image_grid(grid: Sequence[Sequence[Image]], heads: Sequence[str]) -> Figure:
+    """Lay images of any size into square cells; row by row, with a head over each column."""
+    num_rows, num_columns = len(grid), len(heads)
+    head = 0.45
+    figure = new_figure(width_in=num_columns * _CELL_IN, height_in=(num_rows + head) * _CELL_IN)
+    figure.set_layout_engine("none")
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    for row, line in enumerate(grid):
+        for column, image in enumerate(line):
+            _put_image(axes, image, left=column, top=row)
+    for column, text in enumerate(heads):
+        place = (column + 0.5, -0.08)
+        axes.text(*place, text, ha="center", va="baseline", fontsize=8.5, color=INK)
+    axes.set(xlim=(0, num_columns), ylim=(num_rows, -head), aspect="equal")
+    axes.set_axis_off()
+    return figure
+
+
+def _put_image(axes: Axes, image: Image, *, left: float, top: float) -> None:
+    height, width = image.shape[:2]
+    room = 1 - 2 * _GAP
+    wide, high = room * width / max(height, width), room * height / max(height, width)
+    x, y = left + (1 - wide) / 2, top + (1 - high) / 2
+    show_pixels(axes, image, extent=(x, x + wide, y + high, y), room_px=_CELL_IN * DPI)
+
+
+def draw_accuracy(path: Path, results: Record) -> None:
+    """Draw the accuracy of the pretrained and untrained network and of bare pixels as bars.
+
+    Args:
+        path: PNG to write.
+        results: Of ``results.json``: accuracies in [0, 1]; those that are missing are left out.
+
+    Raises:
+        DataError: If it holds no accuracy.
+    """
+    if not has_accuracy(results):
+        raise DataError("the results hold no accuracy to draw")
+    figure = new_figure(height_in=3.4)
+    axes = figure.subplots()
+    style_axes(axes, title="", grid="y")
+    drawn = list(zip(ENCODERS, (BLUE, ORANGE, GREY), strict=True))
+    for number, ((prefix, _), color) in enumerate(drawn):
+        _draw_bars(axes, results, prefix, color=color, shift=0.27 * (number - 1))
+    handles: list[Artist] = [Patch(color=color, label=name) for (_, name), color in drawn]
+    if results.get("num_classes"):
+        chance = axes.axhline(100 / results["num_classes"], color=INK, linewidth=1, linestyle=":")
+        chance.set_label("Chance, equal classes")
+        handles.append(chance)
+    axes.set_xticks(range(len(PROBES)), [probe_name(probe, results) for probe in PROBES])
+    axes.tick_params(axis="x", labelsize=9.5)
+    axes.set(ylim=(0, 112), yticks=range(0, 101, 20))
+    axes.set_ylabel("top-1 accuracy, % (axis: 0 to 100)", fontsize=9, color=INK)
+    place: dict[str, Any] = {"loc": "outside upper left", "ncols": 4, "frameon": False}
+    figure.legend(handles=handles, fontsize=8, columnspacing=1.2, **place)
+    save_png(figure, path)
+
+
+def has_accuracy(results: Record) -> bool:
+    """Return whether any accuracy was measured."""
+    return any(accuracy(results, prefix + probe) for prefix, _ in ENCODERS for probe in PROBES)
+
+
+def accuracy(results: Record, key: str) -> tuple[float, float | None] | None:
+    """Return an accuracy in percent and its deviation over draws if it has one; None if missing."""
+    value, deviation = results.get(key), results.get(f"{key}_std")
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return 100 * value, None if deviation is None else 100 * deviation
+
+
+def probe_name(probe: str, results: Record) -> str:
+    """Name a probe for a reader."""
+    labels = results.get("few_shot_labels", "few")
+    few = f"Linear, {labels} label{'' if labels == 1 else 's'} a class"
+    return {"knn_top1": "Nearest neighbours", "linear_top1": "Linear, all labels"}.get(probe, few)
+
+
+def _draw_bars(axes: Axes, results: Record, prefix: str, *, color: str, shift: float) -> None:
+    for place, probe in enumerate(PROBES):
+        found = accuracy(results, prefix + probe)
+        if found is None:
+            continue
+        value, deviation = found
+        axes.bar(place + shift, value, 0.25, color=color)
+        if deviation:
+            line: dict[str, Any] = {"ecolor": INK, "elinewidth": 1, "capsize": 3}
+            axes.errorbar(place + shift, value, yerr=deviation, fmt="none", **line)
+        top = value + (deviation or 0) + 1
+        style: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": 8.5, "color": INK}
+        style["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+        axes.text(place + shift, top, f"{value:.1f}", **style)
