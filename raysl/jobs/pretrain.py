@@ -1,0 +1,319 @@
+"""Pretraining as one worker sees it: build, resume, train, evaluate, write the encoder."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raysl.data.source import Source
+from raysl.encoder import save_encoder
+from raysl.errors import RunFolderError
+from raysl.evaluate.features import EvalImages, embed
+from raysl.evaluate.protocol import LabelledSets, all_protocols, knn_top1, open_labelled
+from raysl.methods import load_method
+from raysl.methods.base import Method
+from raysl.nn.backbones import Backbone, build_backbone
+from raysl.nn.batchnorm import set_batch_norm_scope
+from raysl.nn.collectives import barrier, broadcast_object, mean_over_ranks, rank_and_size
+from raysl.optim.build import build_optimizer, lr_at
+from raysl.recipe import Derived, RunConfig, derive
+from raysl.track.run_folder import MetricsFile, RunFolder, write_json
+from raysl.train.checkpoint import load_checkpoint, save_checkpoint
+from raysl.train.health import HealthCheck
+from raysl.train.loop import Hooks, NumpyBatch, Schedule, Trainer, view_converter
+
+# Images of the source whose features make the map.
+_MAP_IMAGES = 1500
+
+
+class Place(NamedTuple):
+    """Where a worker runs."""
+
+    device: torch.device
+    threads: int  # of torch, and of decoding during evaluation
+
+
+def pretrain(
+    config: RunConfig[Any],
+    *,
+    folder: RunFolder,
+    source: Source,
+    place: Place,
+    start_step: int,
+    open_batches: Callable[[Derived], Iterator[NumpyBatch]],
+) -> dict[str, Any]:
+    """Run one worker of a pretraining, from ``start_step`` to the written encoder.
+
+    Every rank calls it with the same arguments but ``place``. Rank 0 writes into the folder.
+
+    Args:
+        config: The run.
+        folder: The run's folder.
+        source: The training images, for evaluation.
+        place: This worker's device and threads.
+        start_step: The checkpoint to go on from; 0 starts anew.
+        open_batches: Opens this rank's stream of batches, beginning at ``start_step``.
+
+    Returns:
+        The results of the run, on rank 0 also written to ``results.json``.
+
+    Raises:
+        DivergedError: If the loss is not finite.
+        CollapsedError: If the features are the same for all images.
+        RunFolderError: If a checkpoint cannot be written or read.
+    """
+    torch.set_num_threads(place.threads)
+    derived = derive(config, num_images=int(source.group_sizes.sum()))
+    worker = _Worker(config, folder=folder, source=source, place=place)
+    if start_step:
+        worker.restore(start_step)
+    metrics = MetricsFile(folder.metrics, start_step=start_step) if worker.rank == 0 else None
+
+    def log(values: Mapping[str, float], step: int) -> None:
+        if metrics is not None:
+            metrics.log(values, step=step)
+
+    hooks = Hooks(log=log, checkpoint=worker.checkpoint, evaluate=worker.evaluate)
+    if start_step < derived.total_steps:
+        trainer = worker.trainer(_schedule(config, derived))
+        batches = open_batches(derived)
+        trainer.run(batches, start_step=start_step, rank=worker.rank, hooks=hooks)
+    average_buffers(worker.method)
+    if metrics is not None:  # before anything else can go wrong
+        save_encoder(folder.encoder, worker.method.encoder, description=describe(config))
+    results = worker.results() | {"steps": derived.total_steps}
+    if metrics is not None:
+        accuracies = {f"final/{k}": v for k, v in results.items() if "top1" in k}
+        metrics.log(accuracies, step=derived.total_steps)
+        metrics.close()
+        write_json(folder.results, results)
+    barrier()
+    return results
+
+
+class _Worker:
+    """One rank's method and optimizer, and what happens to them around the loop."""
+
+    def __init__(
+        self, config: RunConfig[Any], *, folder: RunFolder, source: Source, place: Place
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.source = source
+        self.place = place
+        self.rank, _ = rank_and_size()
+        self.method = build_method(config, device=place.device)
+        self.optimizer = build_optimizer(self.method, config.optim)
+        self.to_views = view_converter(
+            device=place.device,
+            mean=config.data.mean,
+            std=config.data.std,
+            channels_last=config.train.channels_last,
+        )
+        self.sets = open_labelled(
+            config.evaluate,
+            config.data,
+            source,
+            size_px=config.image_size_px,
+            num_threads=place.threads,
+        )
+
+    def trainer(self, schedule: Schedule) -> Trainer:
+        """Return the loop around this rank's method."""
+        return Trainer(
+            self.method,
+            self.optimizer,
+            model=_parallel(self.method, self.place.device),
+            schedule=schedule,
+            to_views=self.to_views,
+            precision=precision_on(self.config, self.place.device),
+            max_grad_norm=self.config.optim.max_grad_norm,
+            health=HealthCheck(self.config.health),
+        )
+
+    def restore(self, step: int) -> None:
+        """Load the checkpoint of a step."""
+        state = load_checkpoint(self.folder.checkpoints, step=step, device=self.place.device)
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def checkpoint(self, step: int) -> None:
+        """Write a checkpoint on rank 0; an error there is an error on every rank."""
+        average_buffers(self.method)
+        problem: str | None = None
+        if self.rank == 0:
+            state = {
+                "method": self.method.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "step": step,
+            }
+            keep = self.config.train.keep_checkpoints
+            try:
+                save_checkpoint(self.folder.checkpoints, state, step=step, keep=keep)
+            except RunFolderError as error:
+                problem = str(error)
+        problem = broadcast_object(problem)
+        if problem is not None:
+            raise RunFolderError(problem)
+
+    def evaluate(self, step: int) -> Mapping[str, float]:
+        """Return the nearest-neighbour accuracy of the encoder as it is."""
+        if self.sets is None:
+            return {}
+        average_buffers(self.method)
+        train, test = self._embed(self.method.encoder, self.sets)
+        return {"eval/knn_top1": knn_top1(self.config.evaluate, self.sets, train, test)}
+
+    def results(self) -> dict[str, Any]:
+        """Measure the encoder, the same encoder before training, and the bare pixels.
+
+        Rank 0 measures; every rank takes part in embedding.
+        """
+        average_buffers(self.method)
+        if self.sets is None:
+            self._write_unlabelled_features()
+            return {}
+        untrained = build_method(self.config, device=self.place.device).encoder
+        trained = self._embed(self.method.encoder, self.sets)
+        before = self._embed(untrained, self.sets)
+        if self.rank != 0:
+            return {}
+        _write_features(self.folder, trained[1], self.sets.test, self.sets.class_names)
+        pixels = tuple(torch.from_numpy(s.pixels()) for s in (self.sets.train, self.sets.test))
+        evaluate = self.config.evaluate
+        measured: dict[str, Any] = {}
+        features = (("", trained), ("untrained_", before), ("pixels_", pixels))
+        for prefix, (train, test) in features:
+            scores = all_protocols(evaluate, self.sets, train, test)
+            measured |= {prefix + name: value for name, value in scores.items()}
+        return measured | {
+            "num_train_labels": len(self.sets.train),
+            "num_test_labels": len(self.sets.test),
+            "num_classes": len(self.sets.class_names),
+            "knn_k": evaluate.knn_k,
+            "knn_temperature": evaluate.knn_temperature,
+            "few_shot_labels": evaluate.few_shot_labels,
+            "few_shot_draws": evaluate.few_shot_draws,
+        }
+
+    def _embed(self, encoder: Backbone, sets: LabelledSets) -> tuple[Tensor, Tensor]:
+        train = embed(encoder, sets.train, to_input=self._to_input)
+        return train, embed(encoder, sets.test, to_input=self._to_input)
+
+    def _to_input(self, pixels: npt.NDArray[np.uint8]) -> Tensor:
+        return self.to_views({"views_0": pixels[:, None]})[0]
+
+    def _write_unlabelled_features(self) -> None:
+        rows = np.arange(min(_MAP_IMAGES, int(self.source.group_sizes.sum())))
+        images = EvalImages(
+            self.source,
+            rows,
+            np.full(len(rows), -1, dtype=np.int64),
+            size_px=self.config.image_size_px,
+            crop_fraction=self.config.evaluate.crop_fraction,
+            num_threads=self.place.threads,
+        )
+        features = embed(self.method.encoder, images, to_input=self._to_input)
+        if self.rank == 0:
+            _write_features(self.folder, features, images, [])
+
+
+def build_method(config: RunConfig[Any], *, device: torch.device) -> Method:
+    """Build the method with weights that are a function of the run's seed."""
+    torch.manual_seed(config.seed)
+    backbone = build_backbone(
+        config.backbone.name,
+        stem=config.backbone.stem,
+        zero_init_residual=config.backbone.zero_init_residual,
+    )
+    method = load_method(config.method.name)(config.method, backbone)
+    set_batch_norm_scope(
+        method,
+        config.backbone.batch_norm,
+        num_splits=config.backbone.batch_norm_splits,
+        on_cuda=device.type == "cuda",
+    )
+    layout = torch.channels_last if config.train.channels_last else torch.preserve_format
+    placed: Method = method.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    return placed
+
+
+def precision_on(config: RunConfig[Any], device: torch.device) -> Any:
+    """Return the precision of a run on a device: ``fp32`` or ``bf16``."""
+    if config.train.precision == "by_device":
+        return "bf16" if device.type == "cuda" else "fp32"
+    return config.train.precision
+
+
+def describe(config: RunConfig[Any]) -> dict[str, Any]:
+    """Return what a user of the encoder has to know besides its weights."""
+    return {
+        "name": config.backbone.name,
+        "stem": config.backbone.stem,
+        "mean": list(config.data.mean),
+        "std": list(config.data.std),
+        "image_size_px": config.image_size_px,
+        "method": config.method.name,
+        "run": config.name,
+    }
+
+
+def average_buffers(method: nn.Module) -> None:
+    """Give every rank the mean of the ranks' batch-norm statistics.
+
+    Each rank's running statistics come from its own images. They never enter the training loss, so
+    this changes only what is evaluated and saved.
+    """
+    for module in method.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            for buffer in (module.running_mean, module.running_var):
+                assert buffer is not None
+                buffer.copy_(mean_over_ranks(buffer))
+
+
+def _parallel(method: Method, device: torch.device) -> nn.Module:
+    if rank_and_size()[1] == 1:
+        return method
+    # Buffers are the method's own affair: queues are equal on all ranks, statistics are averaged.
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(method, device_ids=ids, broadcast_buffers=False)
+
+
+def _schedule(config: RunConfig[Any], derived: Derived) -> Schedule:
+    def lr(step: int) -> float:
+        return lr_at(
+            config.optim,
+            step,
+            peak=derived.peak_lr,
+            steps_per_epoch=derived.steps_per_epoch,
+            total_steps=derived.total_steps,
+        )
+
+    return Schedule(
+        total_steps=derived.total_steps,
+        steps_per_epoch=derived.steps_per_epoch,
+        log_every=config.train.log_every,
+        checkpoint_every=derived.checkpoint_every_steps,
+        evaluate_every=derived.evaluate_every_steps,
+        lr=lr,
+        seed=config.seed,
+    )
+
+
+def _write_features(
+    folder: RunFolder, features: Tensor, images: EvalImages, class_names: list[str]
+) -> None:
+    """Keep the features that the map of the report is drawn from."""
+    count = min(len(images), _MAP_IMAGES)
+    pixels = np.concatenate(list(images.batches(np.arange(count))))
+    np.savez(
+        folder.features,
+        features=features[:count].numpy(),
+        labels=images.labels[:count],
+        thumbnails=pixels,
+        class_names=np.array(class_names, dtype=np.str_),
+    )

@@ -1,0 +1,178 @@
+"""A run on Ray Train: the worker function, the stream's door, restarts and errors."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+from ray.train import DataConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.config import FailureConfig
+from ray.train.v2.api.config import RunConfig as RayRunConfig
+
+import raysl.errors
+from raysl.data.source import Source
+from raysl.errors import ClusterError, RayslError
+from raysl.jobs.pretrain import Place, pretrain
+from raysl.nn.collectives import broadcast_object, rank_and_size
+from raysl.recipe import RunConfig, plan_of, run_from_values
+from raysl.runtime.cluster import Layout, worker_runtime_env
+from raysl.runtime.ray_data import execution_options, iterate_shard, open_dataset
+from raysl.track.run_folder import RunFolder, read_json, write_json
+from raysl.train.checkpoint import latest_step
+
+_ERROR = "error"
+
+
+class OpenRest:
+    """What Ray Train calls at each start of the workers to open the rest of the run's data.
+
+    Args:
+        config: The run.
+        folder: Its folder; the newest checkpoint in it says where to begin.
+        source: Reference of the source in the object store.
+        group_sizes: Of the source.
+        window_size: Of the source.
+        layout: How the run is laid out.
+    """
+
+    def __init__(
+        self, config: dict[str, Any], folder: Path, source: Any, opened: Source, layout: Layout
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.source = source
+        self.group_sizes = opened.group_sizes
+        self.window_size = opened.window_size
+        self.layout = layout
+
+    def __call__(self) -> Any:
+        """Open the plan from the newest complete checkpoint on."""
+        config = run_from_values(self.config, where="the run")
+        plan = plan_of(config, self.group_sizes, self.window_size)
+        return open_dataset(
+            self.source,
+            plan,
+            config.data.views.views(),
+            start_step=latest_step(RunFolder(self.folder).checkpoints),
+            layout=self.layout,
+        )
+
+
+def pretrain_on_ray(
+    config: RunConfig[Any], *, folder: RunFolder, source: Source, layout: Layout
+) -> dict[str, Any]:
+    """Run a pretraining on the connected cluster and return its results.
+
+    Raises:
+        RayslError: What a worker raised, as it raised it.
+        ClusterError: If workers were lost more often than ``cluster.max_failures``.
+    """
+    values = config.model_dump(mode="json")
+    reference = ray.put(source)
+    (folder.path / "error.json").unlink(missing_ok=True)
+    resources = {"CPU": layout.cpus_per_train_worker}
+    for name in ("ray.train", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    trainer = TorchTrainer(
+        _train_worker,  # type: ignore[arg-type] # Train V2 takes a function that returns
+        train_loop_config={
+            "config": values,
+            "folder": str(folder.path),
+            "source": reference,
+            "threads": layout.threads_per_train_worker,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=layout.num_train_workers,
+            use_gpu=layout.use_gpu,
+            resources_per_worker=resources | ({"GPU": 1} if layout.use_gpu else {}),
+        ),
+        datasets={"train": OpenRest(values, folder.path, reference, source, layout)},
+        dataset_config=DataConfig(execution_options=execution_options()),
+        run_config=RayRunConfig(  # type: ignore[arg-type] # typed as V1's
+            name="ray",
+            storage_path=str(folder.path),
+            failure_config=FailureConfig(
+                max_failures=config.cluster.max_failures,
+                controller_failure_limit=config.cluster.max_failures,
+            ),
+            worker_runtime_env=worker_runtime_env(),
+        ),
+    )
+    try:
+        outcome = trainer.fit().return_value  # type: ignore[attr-defined] # Train V2 has it
+    except ray.train.TrainingFailedError as error:
+        raise _as_cluster_error(error, config) from None
+    assert isinstance(outcome, dict)
+    if _ERROR in outcome:
+        kind = getattr(raysl.errors, outcome[_ERROR], RayslError)
+        raise kind(outcome["message"])
+    return outcome
+
+
+def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """Run one worker; an error that a restart would not mend is returned, not raised.
+
+    One that only this rank met is left in the folder and raised, so that Ray ends the others, which
+    wait for this rank; at the restart that follows every rank returns it.
+    """
+    folder = RunFolder(Path(settings["folder"]))
+    if not folder.config.exists():
+        raise ClusterError(
+            f"node {ray.util.get_node_ip_address()} does not see the run folder {folder.path}: on "
+            f"several nodes output_dir must be on a disk that all share"
+        )
+    told = read_json(folder.path / "error.json")
+    if told is not None:
+        return told
+    config = run_from_values(settings["config"], where="the run")
+    device = ray.train.torch.get_device()
+    start_step = int(broadcast_object(latest_step(folder.checkpoints)))
+    try:
+        return pretrain(
+            config,
+            folder=folder,
+            source=ray.get(settings["source"]),
+            # Ray may count more CPUs than there are.
+            place=Place(device, min(settings["threads"], os.cpu_count() or 1)),
+            start_step=start_step,
+            open_batches=lambda derived: iterate_shard(
+                ray.train.get_dataset_shard("train"),
+                batch_size=derived.batch_size_per_worker,
+                prefetch_batches=config.cluster.prefetch_batches,
+            ),
+        )
+    except (RayslError, ray.exceptions.RayTaskError) as error:
+        found = _raysl_error(error)
+        if found is None:
+            raise
+        told = {_ERROR: type(found).__name__, "message": str(found)}
+        if rank_and_size()[1] == 1:
+            return told
+        write_json(folder.path / "error.json", told)
+        raise
+
+
+def _raysl_error(error: BaseException | None) -> RayslError | None:
+    """Return raysl's own error inside those that Ray wrapped around it."""
+    while error is not None:
+        if isinstance(error, RayslError) and not isinstance(error, ClusterError):
+            return error
+        error = getattr(error, "cause", None) or error.__cause__
+    return None
+
+
+def _as_cluster_error(error: Any, config: RunConfig[Any]) -> ClusterError:
+    failures = getattr(error, "worker_failures", None) or {}
+    inner = next(iter(failures.values()), error)
+    text = str(inner).strip() or type(inner).__name__
+    return ClusterError(
+        f"the workers failed more often than cluster.max_failures={config.cluster.max_failures}; "
+        f"the last time: {type(inner).__name__}: {text}. The same command goes on from the last "
+        f"checkpoint; Ray's own logs are below session_latest/logs/train of its temporary folder"
+    )

@@ -1,0 +1,119 @@
+"""Training on Ray gives what training without Ray gives, whatever happens on the way."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from raysl.cli import main
+from raysl.track.run_folder import RunFolder, read_metrics
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+ON_RAY = ["cluster.num_train_workers=1"]
+
+
+def losses(name: str) -> dict[int, float]:
+    records = read_metrics(RunFolder(Path("runs") / name).metrics)
+    return {int(r["step"]): r["train/loss"] for r in records if "train/loss" in r}
+
+
+def pretrain(config: Path, *overrides: str) -> int:
+    return main(["pretrain", str(config), *overrides])
+
+
+class TestOneWorker:
+    def test_gives_the_same_losses_to_the_bit_as_no_ray_and_leaves_the_same_files(
+        self, run_yaml: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["pretrain", str(run_yaml("bare"))]) == 0
+        assert main(["pretrain", str(run_yaml("ray")), *ON_RAY, "--json"]) == 0
+        printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert losses("ray") == losses("bare")
+        assert len(losses("ray")) == 6
+        files = {p.name for p in Path("runs/ray").iterdir()}
+        assert {p.name for p in Path("runs/bare").iterdir()} <= files
+        assert printed["run_dir"] == str(Path("runs/ray").absolute())
+        assert printed["seconds_to_first_step"] > 0
+
+    def test_a_broken_image_ends_the_run_once_with_its_name(
+        self,
+        run_yaml: Callable[[str], Path],
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        folder = tmp_path / "photos"
+        folder.mkdir()
+        import cv2
+
+        for number in range(63):
+            image = np.full((8, 8, 3), number, dtype=np.uint8)
+            cv2.imwrite(str(folder / f"{number:02}.png"), image)
+        (folder / "broken.png").write_bytes(b"<html>not found</html>")
+        overrides = [f"data.source={folder}", "data.limit=64", *ON_RAY]
+        assert pretrain(run_yaml("broken"), *overrides) == 1
+        error = capsys.readouterr().err
+        assert "DecodeError" in error
+        assert f"{folder}/broken.png (22 bytes): not an image" in error
+        assert "Traceback" not in error
+
+
+class TestTwoWorkers:
+    def test_give_the_losses_of_one_worker_with_the_same_global_batch(
+        self, run_yaml: Callable[[str], Path]
+    ) -> None:
+        sync = ["backbone.batch_norm=sync", "evaluate.every=null"]
+        assert pretrain(run_yaml("one"), *sync) == 0
+        assert pretrain(run_yaml("two"), *sync, "cluster.num_train_workers=2") == 0
+        one, two = losses("one"), losses("two")
+        assert sorted(two) == sorted(one)
+        # The first step has the same weights. Later ones carry float32 rounding on, which flips
+        # ReLUs of so small a batch; in float64 the gradients agree (tests/distributed).
+        assert two[1] == pytest.approx(one[1], abs=1e-5)
+        assert [two[s] for s in sorted(two)] == pytest.approx(
+            [one[s] for s in sorted(one)], rel=0.05
+        )
+
+
+class TestAKilledWorker:
+    def test_the_run_goes_on_and_ends_as_if_nothing_had_happened(
+        self, run_yaml: Callable[[str], Path]
+    ) -> None:
+        longer = ["train.steps=20", "evaluate.every=null", "train.checkpoint_every={steps: 5}"]
+        assert pretrain(run_yaml("calm"), *longer) == 0
+        killed: list[int] = []
+        killer = threading.Thread(target=kill_at, args=("shot", 8, killed), daemon=True)
+        killer.start()
+        assert pretrain(run_yaml("shot"), *longer, *ON_RAY) == 0
+        killer.join(timeout=5)
+        assert killed, "no worker was killed, so nothing was tested"
+        assert losses("shot") == losses("calm")
+
+
+def kill_at(name: str, step: int, killed: list[int]) -> None:
+    """SIGKILL this test's train worker once the run is past a step."""
+    metrics = RunFolder(Path("runs") / name).metrics
+    deadline = time.monotonic() + 400
+    while time.monotonic() < deadline:
+        if any(r["step"] >= step for r in read_metrics(metrics)):
+            for process in psutil.Process().children(recursive=True):
+                if is_train_worker(process):
+                    os.kill(process.pid, signal.SIGKILL)
+                    killed.append(process.pid)
+            return
+        time.sleep(0.05)
+
+
+def is_train_worker(process: Any) -> bool:
+    try:
+        return "RayTrainWorker" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
