@@ -1,0 +1,134 @@
+"""What a person sees: a header, progress, tables. Progress goes to standard error."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from raysl.track.follow import Record
+
+_LINE_EVERY_S = 10.0
+_PLAIN_WIDTH = 110
+
+_SHOWN = (
+    ("train/loss", "loss", "{:.3f}"),
+    ("train/lr", "lr", "{:.2g}"),
+    ("train/images_per_s", "img/s", "{:.0f}"),
+    ("data/wait_share", "data wait", "{:.0%}"),
+    ("train/feature_std", "std", "{:.2f}"),
+    ("train/effective_rank", "rank", "{:.0f}"),
+    ("eval/knn_top1", "kNN", "{:.1%}"),
+)
+
+
+def console(*, error: bool = False) -> Console:
+    """Return a console on standard output, or on standard error; as wide as a log line if piped."""
+    stream = sys.stderr if error else sys.stdout
+    return Console(
+        file=stream,
+        width=None if stream.isatty() else _PLAIN_WIDTH,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def say(text: str) -> None:
+    """Tell a person something that is not a result."""
+    console(error=True).print(text, markup=False)
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Write one JSON object as the last line of standard output."""
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+class ProgressView:
+    """Shows where a run stands: a bar at a terminal, a line every ten seconds elsewhere.
+
+    Args:
+        total_steps: Optimizer steps of the run.
+        done: Steps done before this start.
+    """
+
+    def __init__(self, *, total_steps: int, done: int) -> None:
+        self.total_steps = total_steps
+        self._latest: dict[str, float] = {}
+        self._step = done
+        self._console = console(error=True)
+        self._last_line = 0.0
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(bar_width=24),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[metrics]}"),
+                console=self._console,
+            )
+            self._task = self._bar.add_task(
+                "", total=total_steps, completed=done, metrics="starting"
+            )
+            self._bar.start()
+
+    def update(self, records: Sequence[Record]) -> None:
+        """Take in new records of the metrics file."""
+        for record in records:
+            self._step = max(self._step, int(record["step"]))
+            self._latest.update({k: v for k, v in record.items() if k not in ("step", "time")})
+        if not records:
+            return
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._step, metrics=self._text())
+            return
+        finished = self._step >= self.total_steps
+        if time.monotonic() - self._last_line >= _LINE_EVERY_S or finished:
+            self._last_line = time.monotonic()
+            text = self._text() or "first step done"
+            self._console.print(f"step {self._step}/{self.total_steps}  {text}", markup=False)
+
+    def close(self) -> None:
+        """Leave the last state on the screen."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _text(self) -> str:
+        return "  ".join(
+            f"{label} {form.format(self._latest[name])}"
+            for name, label, form in _SHOWN
+            if name in self._latest
+        )
+
+
+def accuracy_table(results: Mapping[str, Any]) -> Table:
+    """Return the table of what pretraining gave, against the untrained encoder and bare pixels."""
+    few = f"{results['few_shot_labels']} labels a class"
+    table = Table(title="Accuracy of frozen features on the test images")
+    table.add_column("features")
+    table.add_column(f"kNN (k {results['knn_k']})", justify="right")
+    table.add_column("linear probe", justify="right")
+    table.add_column(f"{few} (mean of {results['few_shot_draws']})", justify="right")
+    rows = (("pretrained", ""), ("same encoder, untrained", "untrained_"), ("pixels", "pixels_"))
+    for label, prefix in rows:
+        spread = results[f"{prefix}few_shot_top1_std"]
+        table.add_row(
+            label,
+            f"{results[prefix + 'knn_top1']:.1%}",
+            f"{results[prefix + 'linear_top1']:.1%}",
+            f"{results[prefix + 'few_shot_top1']:.1%} +- {100 * spread:.1f}",
+            style="bold" if not prefix else None,
+        )
+    return table
+
+
+def mapping_table(title: str, values: Mapping[str, Any]) -> Table:
+    """Return a table of names and values."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in values.items():
+        table.add_row(name, f"{value:g}" if isinstance(value, float) else str(value))
+    return table

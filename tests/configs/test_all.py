@@ -1,0 +1,31 @@
+"""Every configuration in the repository is a run, and stays one when it is written and read."""
+
+from pathlib import Path
+
+import pytest
+
+from raysl.config.load import to_yaml
+from raysl.recipe import load_run
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def test_there_are_configurations() -> None:
+    assert len(CONFIGS) >= 6
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_loads_and_comes_back_the_same_from_its_own_dump(path: Path, tmp_path: Path) -> None:
+    config = load_run(path)
+    dumped = tmp_path / "dumped.yaml"
+    dumped.write_text(to_yaml(config.model_dump(mode="json")))
+    assert load_run(dumped) == config
+    assert config.name == path.stem
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_opens_with_its_source_its_command_and_what_was_measured(path: Path) -> None:
+    head = path.read_text().split("\n\n")[0]
+    assert head.startswith("# ")
+    assert "# Run: " in head
+    assert "# Measured: " in head

@@ -1,0 +1,249 @@
+"""The command line as a person uses it: stop, go on, finish, make mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from raysl.cli import main
+from raysl.encoder import load_encoder
+from raysl.track.run_folder import RunFolder, read_metrics
+
+PIPELINE = Path(__file__).parents[2] / "pipelines" / "pretrain.py"
+
+
+def losses(name: str) -> dict[int, float]:
+    records = read_metrics(RunFolder(Path("runs") / name).metrics)
+    return {int(r["step"]): r["train/loss"] for r in records if "train/loss" in r}
+
+
+class TestPretrain:
+    def test_leaves_everything_the_readme_names(
+        self, run_yaml: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["pretrain", str(run_yaml("all")), "track.mlflow=true", "--json"]) == 0
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        folder = Path("runs/all")
+        wanted = (
+            "config.yaml metrics.jsonl checkpoints encoder.safetensors results.json report.html"
+        )
+        assert set(wanted.split()) <= {path.name for path in folder.iterdir()}
+        assert {p.name for p in (folder / "pictures").iterdir()} >= {"curves.png", "map.png"}
+        measures = ("knn_top1", "linear_top1", "few_shot_top1")
+        prefixes = ("", "untrained_", "pixels_")
+        assert all(0 < result[prefix + name] <= 1 for prefix in prefixes for name in measures)
+        assert result["images_per_s"] > 0
+        assert 0 <= result["data_wait"] <= 1
+        assert result["mlflow_problem"] is None
+        assert load_encoder(folder).training is False
+
+    def test_stopped_after_five_steps_and_started_again_equals_ten_steps_to_the_bit(
+        self, run_yaml: Callable[[str], Path]
+    ) -> None:
+        ten = ["train.steps=10", "train.checkpoint_every={steps: 5}", "evaluate.every=null"]
+        assert main(["pretrain", str(run_yaml("whole")), *ten]) == 0
+        config = run_yaml("parted")
+        process = subprocess.Popen([sys.executable, PIPELINE, config, *ten])
+        try:
+            wait_for((Path("runs/parted/checkpoints") / "step-000000005").exists)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        assert max(losses("parted")) < 10, "it finished before it was killed"
+        assert main(["pretrain", str(config), *ten]) == 0
+        assert losses("parted") == losses("whole")
+        files = [Path("runs") / name / "encoder.safetensors" for name in ("whole", "parted")]
+        ours, theirs = (load_encoder(path).state_dict() for path in files)
+        assert all((ours[key] == theirs[key]).all() for key in ours)
+
+    def test_moco_with_its_queue_goes_on_to_the_bit(self, run_yaml: Callable[[str], Path]) -> None:
+        moco = [
+            "method={name: moco, queue_length: 50, ema_momentum: 0.9}",
+            "backbone={name: resnet18, batch_norm: split, batch_norm_splits: 4}",
+            "train.steps=4",
+            "evaluate.every=null",
+        ]
+        assert main(["pretrain", str(run_yaml("whole")), *moco]) == 0
+        config = run_yaml("parted")
+        assert main(["pretrain", str(config), *moco]) == 0
+        folder = RunFolder(Path("runs/parted"))
+        folder.results.unlink()  # as if it had been killed after step 2
+        steps = sorted(folder.checkpoints.iterdir())
+        assert [path.name for path in steps] == ["step-000000002", "step-000000004"]
+        for path in steps[1].iterdir():
+            path.unlink()
+        steps[1].rmdir()
+        assert main(["pretrain", str(config), *moco]) == 0
+        assert losses("parted") == losses("whole")
+
+    def test_a_finished_run_says_so_and_trains_nothing(
+        self, run_yaml: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config = str(run_yaml("done"))
+        assert main(["pretrain", config, "train.steps=1", "--json"]) == 0
+        first = json.loads(capsys.readouterr().out.splitlines()[-1])
+        before = Path("runs/done/metrics.jsonl").read_bytes()
+        assert main(["pretrain", config, "train.steps=1", "--json"]) == 0
+        captured = capsys.readouterr()
+        assert "this run is finished" in captured.err
+        assert json.loads(captured.out.splitlines()[-1]) == first
+        assert Path("runs/done/metrics.jsonl").read_bytes() == before
+
+    def test_other_settings_under_the_same_name_are_refused_and_fresh_keeps_the_old_run(
+        self, run_yaml: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config = str(run_yaml("same"))
+        assert main(["pretrain", config, "train.steps=1"]) == 0
+        assert main(["pretrain", config, "train.steps=1", "optim.base_lr=0.2"]) == 1
+        assert "optim.base_lr: 0.1 -> 0.2" in capsys.readouterr().err
+        again = ["pretrain", config, "train.steps=1", "optim.base_lr=0.2", "--fresh"]
+        assert main(again) == 0
+        assert len(list(Path("runs").glob("same*"))) == 2
+
+    def test_images_without_labels_give_an_encoder_and_a_map(
+        self, run_yaml: Callable[[str], Path], tmp_path: Path
+    ) -> None:
+        import cv2
+        import numpy as np
+
+        photos = tmp_path / "photos"
+        photos.mkdir()
+        rng = np.random.default_rng(0)
+        for number in range(40):
+            image = rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+            cv2.imwrite(str(photos / f"{number}.jpg"), image)
+        overrides = [f"data.source={photos}", "train.steps=1"]
+        assert main(["pretrain", str(run_yaml("plain")), *overrides]) == 0
+        assert Path("runs/plain/encoder.safetensors").exists()
+        assert Path("runs/plain/pictures/map.png").exists()
+
+    def test_ctrl_c_says_how_to_go_on(self, run_yaml: Callable[[str], Path]) -> None:
+        config = run_yaml("stopped")
+        command = [sys.executable, PIPELINE, config, "train.steps=500", "evaluate.every=null"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        try:
+            wait_for(lambda: bool(losses("stopped")))
+            process.send_signal(signal.SIGINT)
+            _, error = process.communicate(timeout=300)
+        finally:
+            process.kill()
+        assert process.returncode == 130
+        assert "the same command goes on" in error
+        assert "Traceback" not in error
+
+    def test_two_processes_cannot_train_in_one_folder(
+        self, run_yaml: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config = run_yaml("shared")
+        with RunFolder(Path("runs/shared")).locked():
+            assert main(["pretrain", str(config)]) == 1
+        assert f"process {os.getpid()} is training in this folder" in capsys.readouterr().err
+
+    def test_a_diverging_run_names_the_setting_and_keeps_the_last_finite_checkpoint(
+        self, run_yaml: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        overrides = ["optim.base_lr=1e30", "train.checkpoint_every={steps: 1}"]
+        assert main(["pretrain", str(run_yaml("wild")), *overrides]) == 1
+        error = capsys.readouterr().err
+        assert "DivergedError" in error
+        assert "Lower optim.base_lr" in error
+
+    def test_a_disk_that_is_full_loses_nothing_that_was_written(
+        self,
+        run_yaml: Callable[[str], Path],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        import errno
+
+        import torch
+
+        save, calls = torch.save, []
+
+        def full(*args: object, **options: object) -> None:
+            calls.append(1)
+            if len(calls) > 1:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            save(*args, **options)  # type: ignore[arg-type]
+
+        config = run_yaml("full")
+        monkeypatch.setattr(torch, "save", full)
+        assert main(["pretrain", str(config)]) == 1
+        error = capsys.readouterr().err
+        assert "No space left on device" in error
+        assert "Earlier checkpoints are untouched" in error
+        monkeypatch.undo()
+        os.chdir(config.parent)
+        assert main(["pretrain", str(config)]) == 0
+        assert len(losses("full")) == 6
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("arguments", "answer"),
+        [
+            (["optim.base_lrr=1"], "optim: unknown key 'base_lrr'; did you mean 'base_lr'?"),
+            (["train.global_batch_size=0"], "train.global_batch_size: Input should be greater"),
+            (["method.name=simclrr"], "allowed: moco, simclr"),
+            (["data.source=/nowhere"], "data.source=/nowhere: no such file or folder"),
+            (["train.global_batch_size=161"], "which has 160 images; use at most 160"),
+            (["data.views={recipe: simclr, size_px: 0}"], "data.views.size_px"),
+        ],
+    )
+    def test_are_answered_with_the_key_and_what_is_allowed(
+        self,
+        arguments: list[str],
+        answer: str,
+        run_yaml: Callable[[str], Path],
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        assert main(["pretrain", str(run_yaml("wrong")), *arguments]) == 1
+        error = capsys.readouterr().err
+        assert answer in error
+        assert "Traceback" not in error
+
+    def test_a_missing_file_is_answered_with_the_nearest_name(
+        self, run_yaml: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run_yaml("quick")
+        assert main(["pretrain", "quik.yaml"]) == 1
+        assert "did you mean quick.yaml?" in capsys.readouterr().err
+
+    def test_help_answers_without_loading_torch_or_ray(self) -> None:
+        code = (
+            "import sys, raysl.cli\n"
+            "try:\n    raysl.cli.main(['--help'])\nexcept SystemExit:\n    pass\n"
+            "assert not {'torch', 'ray', 'mlflow'} & set(sys.modules), 'loaded too much'\n"
+        )
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "ray job submit --working-dir ." in done.stdout
+
+
+class TestConfig:
+    def test_prints_the_run_and_what_follows_from_it(
+        self, run_yaml: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = str(run_yaml("shown"))
+        assert main(["config", path, "optim.base_lr=0.4", "--json"]) == 0
+        shown = json.loads(capsys.readouterr().out)
+        assert shown["config"]["optim"]["base_lr"] == 0.4
+        assert shown["derived"]["peak_lr"] == pytest.approx(0.4 * 32 / 256)
+        assert shown["derived"]["steps_per_epoch"] == 160 // 32
+        assert main(["config", path]) == 0
+        assert "peak_lr" in capsys.readouterr().out
+
+
+def wait_for(condition: Callable[[], bool], *, seconds: float = 400) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError("it did not happen")
+        time.sleep(0.05)
