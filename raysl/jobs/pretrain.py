@@ -68,6 +68,8 @@ def pretrain(
     """
     torch.set_num_threads(place.threads)
     derived = derive(config, num_images=int(source.group_sizes.sum()))
+    # First of all: the stream comes up while the model is built.
+    batches = open_batches(derived) if start_step < derived.total_steps else None
     worker = _Worker(config, folder=folder, source=source, place=place)
     if start_step:
         worker.restore(start_step)
@@ -78,9 +80,8 @@ def pretrain(
             metrics.log(values, step=step)
 
     hooks = Hooks(log=log, checkpoint=worker.checkpoint, evaluate=worker.evaluate)
-    if start_step < derived.total_steps:
+    if batches is not None:
         trainer = worker.trainer(_schedule(config, derived))
-        batches = open_batches(derived)
         trainer.run(batches, start_step=start_step, rank=worker.rank, hooks=hooks)
     average_buffers(worker.method)
     if metrics is not None:  # before anything else can go wrong

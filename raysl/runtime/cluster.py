@@ -4,12 +4,14 @@ import logging
 import math
 import os
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 
 from raysl.errors import ClusterError
-from raysl.recipe import RunConfig
+
+if TYPE_CHECKING:  # the recipe loads torch; Ray's actors import this file and must not
+    from raysl.recipe import RunConfig
 
 # The read stage yields numbers only; it needs a sliver of a CPU, but it needs it.
 READ_CPUS = 0.01
@@ -84,7 +86,7 @@ def worker_runtime_env() -> dict[str, dict[str, str]] | None:
     return {"env_vars": wanted}
 
 
-def plan_layout(config: RunConfig[Any]) -> Layout:
+def plan_layout(config: "RunConfig[Any]") -> Layout:
     """Lay a run out over the connected cluster.
 
     Raises:

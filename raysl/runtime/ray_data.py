@@ -1,6 +1,11 @@
-"""The stream of a run on Ray Data: one execution from the first step to the last."""
+"""The stream of a run on Ray Data: one execution from the first step to the last.
+
+Four of Ray's processes import this file, one after the other, before the first batch: what it
+imports is paid four times. So it knows neither torch nor the configuration.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +18,9 @@ from ray.data.datasource import Datasource, ReadTask
 from raysl.augment.pipeline import View
 from raysl.data.plan import Plan
 from raysl.data.stream import Block, ItemMaker
+from raysl.runtime.background import in_background
 from raysl.runtime.cluster import READ_CPUS, Layout
+from raysl.track.run_folder import latest_step
 
 _POSITION = "position"
 _ITEMS_PER_READ_TASK = 100
@@ -119,11 +126,74 @@ def open_dataset(
     return dataset
 
 
-def iterate_shard(shard: Any, *, batch_size: int, prefetch_batches: int) -> Iterator[Block]:
-    """Yield this worker's batches; a batch that is one block is a view of the object store."""
-    yield from shard.iter_batches(
-        batch_size=batch_size,
-        batch_format="numpy",
-        prefetch_batches=prefetch_batches,
-        drop_last=True,
-    )
+class OpenRest:
+    """What Ray Train calls at each start of the workers to open the rest of the run's data.
+
+    Args:
+        source: Reference of the source in the object store.
+        plan: The order of the images.
+        views: What to make of them.
+        checkpoints: Folder whose newest complete checkpoint says where to begin.
+        layout: How many data workers there are.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        plan: Plan,
+        views: tuple[View, ...],
+        *,
+        checkpoints: Path,
+        layout: Layout,
+    ) -> None:
+        self.source = source
+        self.plan = plan
+        self.views = views
+        self.checkpoints = checkpoints
+        self.layout = layout
+
+    def __call__(self) -> Dataset:
+        """Open the plan from the newest complete checkpoint on."""
+        return open_dataset(
+            self.source,
+            self.plan,
+            self.views,
+            start_step=latest_step(self.checkpoints),
+            layout=self.layout,
+        )
+
+
+def iterate_shard(
+    open_shard: Callable[[], Any], *, batch_size: int, prefetch_batches: int
+) -> Iterator[Block]:
+    """Yield this worker's batches; a batch that is one block is a view of the object store.
+
+    The stream starts at this call, in a thread of its own, and not when the first batch is asked
+    for: its actors take seconds to come up, which is time to build the model.
+
+    Args:
+        open_shard: Returns the worker's part of the dataset.
+        batch_size: Images of a batch.
+        prefetch_batches: Batches to hold ready.
+    """
+
+    def begin() -> tuple[Block | None, Iterator[Block]]:
+        batches = iter(
+            open_shard().iter_batches(
+                batch_size=batch_size,
+                batch_format="numpy",
+                prefetch_batches=prefetch_batches,
+                drop_last=True,
+            )
+        )
+        return next(batches, None), batches
+
+    begun = in_background(begin, name="raysl-first-batch")
+
+    def batches() -> Iterator[Block]:
+        first, rest = begun.result()
+        if first is not None:
+            yield first
+            yield from rest
+
+    return batches()

@@ -19,47 +19,12 @@ from raysl.errors import ClusterError, RayslError
 from raysl.jobs.pretrain import Place, pretrain
 from raysl.nn.collectives import broadcast_object, rank_and_size
 from raysl.recipe import RunConfig, plan_of, run_from_values
+from raysl.runtime.background import in_background
 from raysl.runtime.cluster import Layout, worker_runtime_env
-from raysl.runtime.ray_data import execution_options, iterate_shard, open_dataset
-from raysl.track.run_folder import RunFolder, read_json, write_json
-from raysl.train.checkpoint import latest_step
+from raysl.runtime.ray_data import OpenRest, execution_options, iterate_shard
+from raysl.track.run_folder import RunFolder, latest_step, read_json, write_json
 
 _ERROR = "error"
-
-
-class OpenRest:
-    """What Ray Train calls at each start of the workers to open the rest of the run's data.
-
-    Args:
-        config: The run.
-        folder: Its folder; the newest checkpoint in it says where to begin.
-        source: Reference of the source in the object store.
-        group_sizes: Of the source.
-        window_size: Of the source.
-        layout: How the run is laid out.
-    """
-
-    def __init__(
-        self, config: dict[str, Any], folder: Path, source: Any, opened: Source, layout: Layout
-    ) -> None:
-        self.config = config
-        self.folder = folder
-        self.source = source
-        self.group_sizes = opened.group_sizes
-        self.window_size = opened.window_size
-        self.layout = layout
-
-    def __call__(self) -> Any:
-        """Open the plan from the newest complete checkpoint on."""
-        config = run_from_values(self.config, where="the run")
-        plan = plan_of(config, self.group_sizes, self.window_size)
-        return open_dataset(
-            self.source,
-            plan,
-            config.data.views.views(),
-            start_step=latest_step(RunFolder(self.folder).checkpoints),
-            layout=self.layout,
-        )
 
 
 def pretrain_on_ray(
@@ -92,7 +57,15 @@ def pretrain_on_ray(
             use_gpu=layout.use_gpu,
             resources_per_worker=resources | ({"GPU": 1} if layout.use_gpu else {}),
         ),
-        datasets={"train": OpenRest(values, folder.path, reference, source, layout)},
+        datasets={
+            "train": OpenRest(
+                reference,
+                plan_of(config, source.group_sizes, source.window_size),
+                config.data.views.views(),
+                checkpoints=folder.checkpoints,
+                layout=layout,
+            )
+        },
         dataset_config=DataConfig(execution_options=execution_options()),
         run_config=RayRunConfig(  # type: ignore[arg-type] # typed as V1's
             name="ray",
@@ -105,7 +78,10 @@ def pretrain_on_ray(
         ),
     )
     try:
-        outcome = trainer.fit().return_value  # type: ignore[attr-defined] # Train V2 has it
+        # In the main thread Ray would take Ctrl-C for itself and end the process with an error of
+        # its own; here it interrupts the wait, and the caller leaves the cluster.
+        fitted = in_background(trainer.fit, name="raysl-train").result()
+        outcome = fitted.return_value  # type: ignore[attr-defined] # Train V2 has it
     except ray.train.TrainingFailedError as error:
         raise _as_cluster_error(error, config) from None
     assert isinstance(outcome, dict)
@@ -142,7 +118,7 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
             place=Place(device, min(settings["threads"], os.cpu_count() or 1)),
             start_step=start_step,
             open_batches=lambda derived: iterate_shard(
-                ray.train.get_dataset_shard("train"),
+                lambda: ray.train.get_dataset_shard("train"),
                 batch_size=derived.batch_size_per_worker,
                 prefetch_batches=config.cluster.prefetch_batches,
             ),

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from raysl.errors import RunFolderError
+
+_CHECKPOINT_NAME = re.compile(r"^step-(\d{9})$")
 
 
 class RunFolder:
@@ -64,6 +67,24 @@ class RunFolder:
     def read_results(self) -> dict[str, Any] | None:
         """Return the results of a finished run, or None."""
         return read_json(self.results)
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Return where the checkpoint after ``step`` optimizer steps lies."""
+    return folder / f"step-{step:09d}"
+
+
+def list_checkpoints(folder: Path) -> list[int]:
+    """Return the steps of the complete checkpoints in a folder, in order."""
+    if not folder.is_dir():
+        return []
+    matches = (_CHECKPOINT_NAME.match(entry.name) for entry in folder.iterdir())
+    return sorted(int(match.group(1)) for match in matches if match)
+
+
+def latest_step(folder: Path) -> int:
+    """Return the step of the newest complete checkpoint, 0 if there is none."""
+    return max(list_checkpoints(folder), default=0)
 
 
 class MetricsFile:

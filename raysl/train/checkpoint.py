@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,27 +9,9 @@ from typing import Any
 import torch
 
 from raysl.errors import RunFolderError
+from raysl.track.run_folder import checkpoint_path, list_checkpoints
 
-_NAME = re.compile(r"^step-(\d{9})$")
 _STATE = "state.pt"
-
-
-def checkpoint_path(folder: Path, step: int) -> Path:
-    """Return where the checkpoint after ``step`` optimizer steps lies."""
-    return folder / f"step-{step:09d}"
-
-
-def list_checkpoints(folder: Path) -> list[int]:
-    """Return the steps of the complete checkpoints in a folder, in order."""
-    if not folder.is_dir():
-        return []
-    matches = (_NAME.match(entry.name) for entry in folder.iterdir())
-    return sorted(int(match.group(1)) for match in matches if match)
-
-
-def latest_step(folder: Path) -> int:
-    """Return the step of the newest complete checkpoint, 0 if there is none."""
-    return max(list_checkpoints(folder), default=0)
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], *, step: int, keep: int) -> Path:

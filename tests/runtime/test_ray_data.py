@@ -1,5 +1,8 @@
 """The stream on Ray Data is the plan, block by block and bit by bit."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -57,7 +60,7 @@ class TestStream:
         dataset = open_dataset(
             ray.put(source()), plan(), VIEWS, start_step=start_step, layout=layout(num_data_workers)
         )
-        found = iterate_shard(dataset.iterator(), batch_size=8, prefetch_batches=2)
+        found = iterate_shard(dataset.iterator, batch_size=8, prefetch_batches=2)
         expected = iterate(
             ItemMaker(source(), plan(), VIEWS),
             start_step=start_step,
@@ -70,3 +73,14 @@ class TestStream:
             assert same(bare, mine)
             steps += 1
         assert steps == 15 - start_step
+
+
+def test_the_processes_of_the_stream_load_no_torch() -> None:
+    """Four of them start one after the other before the first batch; torch costs each seconds."""
+    code = "import raysl.runtime.ray_data, sys; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    assert {"raysl", "ray", "cv2"} <= loaded
+    assert not loaded & {"torch", "torchvision", "sklearn", "scipy", "mlflow", "matplotlib"}

@@ -10,14 +10,9 @@ import pytest
 import torch
 
 from raysl.errors import RunFolderError
+from raysl.track.run_folder import checkpoint_path, latest_step, list_checkpoints
 from raysl.train import checkpoint
-from raysl.train.checkpoint import (
-    checkpoint_path,
-    latest_step,
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
+from raysl.train.checkpoint import load_checkpoint, save_checkpoint
 
 CPU = torch.device("cpu")
 
