@@ -21,9 +21,13 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 ON_RAY = ["cluster.num_train_workers=1"]
 
 
-def losses(name: str) -> dict[int, float]:
+def values(metric: str, name: str) -> dict[int, float]:
     records = read_metrics(RunFolder(Path("runs") / name).metrics)
-    return {int(r["step"]): r["train/loss"] for r in records if "train/loss" in r}
+    return {int(r["step"]): r[metric] for r in records if metric in r}
+
+
+def losses(name: str) -> dict[int, float]:
+    return values("train/loss", name)
 
 
 def pretrain(config: Path, *overrides: str) -> int:
@@ -70,17 +74,18 @@ class TestTwoWorkers:
     def test_give_the_losses_of_one_worker_with_the_same_global_batch(
         self, run_yaml: Callable[[str], Path]
     ) -> None:
-        sync = ["backbone.batch_norm=sync", "evaluate.every=null"]
-        assert pretrain(run_yaml("one"), *sync) == 0
-        assert pretrain(run_yaml("two"), *sync, "cluster.num_train_workers=2") == 0
+        # Steps so small that rounding stays rounding. At the usual ones this is a chaotic system:
+        # the same batches with their rows in another order part by 0.1 after five steps, even in
+        # float64. What a step does with its gradients is tests/distributed's affair.
+        calm = ["method.temperature=1.0", "optim.base_lr=1e-4", "optim.warmup={steps: 0}"]
+        calm += ["backbone.batch_norm=sync", "evaluate.every=null"]
+        assert pretrain(run_yaml("one"), *calm) == 0
+        assert pretrain(run_yaml("two"), *calm, "cluster.num_train_workers=2") == 0
         one, two = losses("one"), losses("two")
-        assert sorted(two) == sorted(one)
-        # The first step has the same weights. Later ones carry float32 rounding on, which flips
-        # ReLUs of so small a batch; in float64 the gradients agree (tests/distributed).
-        assert two[1] == pytest.approx(one[1], abs=1e-5)
-        assert [two[s] for s in sorted(two)] == pytest.approx(
-            [one[s] for s in sorted(one)], rel=0.05
-        )
+        assert two == pytest.approx(one, abs=1e-3)
+        assert max(one.values()) - min(one.values()) > 0.02  # each step has images of its own
+        norms = [values("train/grad_norm", name) for name in ("one", "two")]
+        assert norms[1] == pytest.approx(norms[0], rel=0.05)
 
 
 class TestAKilledWorker:
