@@ -17,7 +17,7 @@ from raysl.commands.record import flat, packages, tags_of
 from raysl.commands.terminal import ProgressView, accuracy_table, console, print_json, say
 from raysl.config.load import read_mapping, to_yaml
 from raysl.data.open import open_source
-from raysl.data.source import Source
+from raysl.data.source import BUILT_IN, Source
 from raysl.data.stream import ItemMaker, iterate
 from raysl.encoder import load_encoder, read_description
 from raysl.errors import RunFolderError
@@ -26,9 +26,14 @@ from raysl.recipe import Derived, RunConfig, derive, differences, load_run, plan
 from raysl.runtime.cluster import connect, describe_cluster, disconnect, plan_layout
 from raysl.runtime.ray_train import pretrain_on_ray
 from raysl.track.follow import Follower, MetricsReader
-from raysl.track.run_folder import RunFolder, read_metrics, write_atomically, write_json
+from raysl.track.run_folder import (
+    RunFolder,
+    latest_step,
+    read_metrics,
+    write_atomically,
+    write_json,
+)
 from raysl.track.uri import tracking_uri, without_password
-from raysl.train.checkpoint import latest_step
 
 _PROGRESS_EVERY_S = 0.5
 # Below this folder Ray unpacks the working directory of a job, and deletes it afterwards.
@@ -306,7 +311,16 @@ def _say_results(opened: Opened, results: dict[str, Any]) -> None:
     if config.track.mlflow:
         uri = without_password(tracking_uri(config.track.tracking_uri, folder=opened.home))
         lines.append(f"compare   mlflow ui --backend-store-uri {uri}")
-    lines.append(
-        f"next      raysl pretrain {opened.config_file} data.source=FOLDER_OF_IMAGES name=mine"
-    )
+    lines.append(f"next      {_next_command(opened)}")
     out.print("\n".join(lines), markup=False)
+
+
+def _next_command(opened: Opened) -> str:
+    """Return the line that trains on images of one's own, or, if these are, on more of them."""
+    photos = opened.config_file.with_name("simclr_resnet18_photos.yaml")
+    if opened.config.data.source in BUILT_IN and photos.exists():
+        return f"raysl pretrain {photos} data.source=FOLDER_OF_IMAGES name=mine"
+    train = opened.config.train
+    twice = 2 * (train.steps or train.epochs or 1)
+    longer = f"{'steps' if train.steps else 'epochs'}={twice:g}"
+    return f"raysl pretrain {opened.config_file} name=longer train.{longer}"
