@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"raysl {parsed.verb}: {type(error).__name__}: {error}\n")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write(f"raysl {parsed.verb}: stopped; the same command goes on from here\n")
+        sys.stderr.write(
+            f"raysl {parsed.verb}: stopped; the same command goes on from the last checkpoint\n"
+        )
         return _INTERRUPTED
     return status

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from raysl.errors import DataError
@@ -32,7 +32,8 @@ def save_encoder(path: Path, backbone: Backbone, *, description: dict[str, Any])
         "raysl": json.dumps(description | {"embed_dim": backbone.embed_dim}),
     }
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(state, temporary, metadata=header)
+    # Through a plain open: safetensors' own writer makes files that only their owner can read.
+    temporary.write_bytes(save(state, metadata=header))
     temporary.replace(path)
 
 

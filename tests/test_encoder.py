@@ -91,14 +91,25 @@ def test_an_older_file_stays_until_the_new_one_is_complete(
     path = tmp_path / "encoder.safetensors"
     save_encoder(path, backbone, description=DESCRIPTION)
 
-    def full(state: object, file: Path, **_: object) -> None:
-        file.write_bytes(b"half")
+    def full(file: Path, data: bytes) -> int:
+        with open(file, "wb") as opened:
+            opened.write(data[: len(data) // 2])
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("raysl.encoder.save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         save_encoder(path, backbone, description=DESCRIPTION | {"name": "resnet50"})
     assert read_description(path)["name"] == "resnet18"
+
+
+def test_a_file_can_be_read_by_whom_the_umask_lets(tmp_path: Path, backbone: Backbone) -> None:
+    path = tmp_path / "encoder.safetensors"
+    before = os.umask(0o022)
+    try:
+        save_encoder(path, backbone, description=DESCRIPTION)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o644
 
 
 class _Malicious:

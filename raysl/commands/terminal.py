@@ -62,6 +62,7 @@ class ProgressView:
         self._step = done
         self._console = console(error=True)
         self._last_line = 0.0
+        self._finished = False
         self._bar: Progress | None = None
         if self._console.is_terminal:
             self._bar = Progress(
@@ -86,9 +87,10 @@ class ProgressView:
         if self._bar is not None:
             self._bar.update(self._task, completed=self._step, metrics=self._text())
             return
-        finished = self._step >= self.total_steps
+        finished = self._step >= self.total_steps and not self._finished
         if time.monotonic() - self._last_line >= _LINE_EVERY_S or finished:
             self._last_line = time.monotonic()
+            self._finished = self._finished or finished
             text = self._text() or "first step done"
             self._console.print(f"step {self._step}/{self.total_steps}  {text}", markup=False)
 

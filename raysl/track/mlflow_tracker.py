@@ -4,6 +4,7 @@ Everything that MLflow gets is on the disk first. A server that is slow or down 
 records, which are sent when it answers again, or by the next start of the same run.
 """
 
+import logging
 import math
 import os
 import threading
@@ -81,6 +82,9 @@ class MlflowTracker:
 
     def start(self) -> None:
         """Begin to send what is written to the metrics file."""
+        # Tables that it makes and versions that it guesses at are not news to who trains.
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         # MLflow's own patience is minutes; ours is a loop that goes on for as long as the run.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")

@@ -123,9 +123,12 @@ class TestPretrain:
         assert Path("runs/plain/encoder.safetensors").exists()
         assert Path("runs/plain/pictures/map.png").exists()
 
-    def test_ctrl_c_says_how_to_go_on(self, run_yaml: Callable[[str], Path]) -> None:
+    @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.ray)])
+    @pytest.mark.usefixtures("no_ray_cluster")
+    def test_ctrl_c_says_how_to_go_on(self, run_yaml: Callable[[str], Path], workers: int) -> None:
         config = run_yaml("stopped")
         command = [sys.executable, PIPELINE, config, "train.steps=500", "evaluate.every=null"]
+        command += [f"cluster.num_train_workers={workers}"]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         try:
             wait_for(lambda: bool(losses("stopped")))
