@@ -36,18 +36,35 @@ def pretrain_on_ray(
         RayslError: What a worker raised, as it raised it.
         ClusterError: If workers were lost more often than ``cluster.max_failures``.
     """
-    values = config.model_dump(mode="json")
-    reference = ray.put(source)
     (folder.path / "error.json").unlink(missing_ok=True)
-    resources = {"CPU": layout.cpus_per_train_worker}
     for name in ("ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    trainer = TorchTrainer(
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    trainer = _trainer(config, folder=folder, source=source, layout=layout)
+    try:
+        # In the main thread Ray would take Ctrl-C for itself and end the process with an error of
+        # its own; here it interrupts the wait, and the caller leaves the cluster.
+        fitted = in_background(trainer.fit, name="raysl-train").result()
+        outcome = fitted.return_value  # type: ignore[attr-defined] # Train V2 has it
+    except ray.train.TrainingFailedError as error:
+        raise _as_cluster_error(error, config) from None
+    assert isinstance(outcome, dict)
+    if _ERROR in outcome:
+        kind = getattr(raysl.errors, outcome[_ERROR], RayslError)
+        raise kind(outcome["message"])
+    return outcome
+
+
+def _trainer(
+    config: RunConfig[Any], *, folder: RunFolder, source: Source, layout: Layout
+) -> TorchTrainer:
+    reference = ray.put(source)
+    resources = {"CPU": layout.cpus_per_train_worker}
+    failures = config.cluster.max_failures
+    return TorchTrainer(
         _train_worker,  # type: ignore[arg-type] # Train V2 takes a function that returns
         train_loop_config={
-            "config": values,
+            "config": config.model_dump(mode="json"),
             "folder": str(folder.path),
             "source": reference,
             "threads": layout.threads_per_train_worker,
@@ -70,25 +87,10 @@ def pretrain_on_ray(
         run_config=RayRunConfig(  # type: ignore[arg-type] # typed as V1's
             name="ray",
             storage_path=str(folder.path),
-            failure_config=FailureConfig(
-                max_failures=config.cluster.max_failures,
-                controller_failure_limit=config.cluster.max_failures,
-            ),
+            failure_config=FailureConfig(max_failures=failures, controller_failure_limit=failures),
             worker_runtime_env=worker_runtime_env(),
         ),
     )
-    try:
-        # In the main thread Ray would take Ctrl-C for itself and end the process with an error of
-        # its own; here it interrupts the wait, and the caller leaves the cluster.
-        fitted = in_background(trainer.fit, name="raysl-train").result()
-        outcome = fitted.return_value  # type: ignore[attr-defined] # Train V2 has it
-    except ray.train.TrainingFailedError as error:
-        raise _as_cluster_error(error, config) from None
-    assert isinstance(outcome, dict)
-    if _ERROR in outcome:
-        kind = getattr(raysl.errors, outcome[_ERROR], RayslError)
-        raise kind(outcome["message"])
-    return outcome
 
 
 def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
