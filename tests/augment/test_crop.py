@@ -189,6 +189,12 @@ class TestApplyCrop:
         result = apply_crop(image, CropBox(0, 0, 60, 60), size_px=10).astype(int)
         assert np.abs(result - 127.5).max() <= 1
 
+    def test_stripes_shrink_to_grey_also_where_the_other_side_grows(self) -> None:
+        stripes = np.zeros((60, 8, 3), dtype=np.uint8)
+        stripes[::2] = 255
+        result = apply_crop(stripes, CropBox(0, 0, 60, 8), size_px=10).astype(int)
+        assert np.abs(result - 127.5).max() <= 1
+
     @pytest.mark.parametrize(
         ("box", "size_px", "most", "mean"),
         [
@@ -198,8 +204,10 @@ class TestApplyCrop:
             # Shrinking: area average here, a triangle over twice the area there.
             (CropBox(3, 5, 110, 90), 64, 4, 0.5),
             (CropBox(0, 0, 128, 128), 32, 9, 1.5),
-            # One side shrinks, the other grows: linear.
+            (CropBox(0, 0, 128, 128), 90, 3, 0.5),  # by less than two
+            # One side shrinks, the other grows: each as it should.
             (CropBox(0, 0, 128, 90), 100, 3, 0.5),
+            (CropBox(0, 0, 120, 30), 48, 9, 1.0),
         ],
     )
     def test_is_near_torchvisions_antialiased_resize_on_a_smooth_image(
