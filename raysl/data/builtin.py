@@ -1,16 +1,15 @@
 """Data sets by name: scikit-learn's digits, torchvision's CIFAR-10, CIFAR-100 and STL-10.
 
-Only the driver and the evaluation open these; data workers get the pixels. That is why importing
-torchvision here costs them nothing.
+Only the driver and the evaluation open these; data workers get the pixels.
 """
 
+import importlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torchvision.datasets import CIFAR10, CIFAR100, STL10
 
 from raysl.data.source import ArraySource, Split
 from raysl.errors import DataError
@@ -50,17 +49,18 @@ def open_torchvision(name: str, split: Split, *, root: str) -> ArraySource:
     """
     folder = Path(root).expanduser()
     train = split == "train"
+    datasets = importlib.import_module("torchvision.datasets")  # late: the digits do without
     dataset: Any
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if name == "stl10":
-            dataset = STL10(
+            dataset = datasets.STL10(
                 str(folder), split="train+unlabeled" if train else "test", download=True
             )
             labels = dataset.labels
             images = np.ascontiguousarray(dataset.data.transpose(0, 2, 3, 1))
         else:
-            kind = CIFAR10 if name == "cifar10" else CIFAR100
+            kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
             dataset = kind(str(folder), train=train, download=True)
             images, labels = dataset.data, dataset.targets
     except (OSError, RuntimeError) as error:

@@ -1,12 +1,11 @@
 """Logistic regression on frozen features, on all labels and on a few a class."""
 
+import importlib
 import warnings
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from raysl.errors import DataError
@@ -122,9 +121,11 @@ def few_shot_rows(
 def _fit_and_score(
     train: Features, train_labels: Labels, test: Features, test_labels: Labels, penalty: float
 ) -> float:
-    classifier = LogisticRegression(C=penalty, max_iter=_MAX_ITERATIONS)
+    sklearn = importlib.import_module("sklearn.linear_model")  # late: it takes a second to load
+    classifier = sklearn.LogisticRegression(C=penalty, max_iter=_MAX_ITERATIONS)
     # One thread: these are small problems, and the threads of BLAS spin while others work.
     with threadpool_limits(1), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the limit is part of the protocol
+        # The limit of steps is part of the protocol.
+        warnings.filterwarnings("ignore", message="lbfgs failed to converge")
         classifier.fit(train, train_labels)
         return float((classifier.predict(test) == test_labels).mean())

@@ -1,8 +1,8 @@
 """Encoders: torchvision's residual networks, with ImageNet's stem or one for small images."""
 
+import importlib
 from typing import Any, Literal
 
-import torchvision
 from torch import Tensor, nn
 
 from raysl.config.base import Config
@@ -59,7 +59,9 @@ def build_backbone(
 ) -> Backbone:
     """Build an encoder with random weights from the global generator."""
     options: dict[str, Any] = {"zero_init_residual": zero_init_residual}
-    net: Any = getattr(torchvision.models, name)(weights=None, **options)
+    # Late: torchvision loads torch's compiler, and a driver, which builds nothing, can do without.
+    models = importlib.import_module("torchvision.models")
+    net: Any = getattr(models, name)(weights=None, **options)
     embed_dim = int(net.fc.in_features)
     net.fc = nn.Identity()
     if stem == "cifar":
