@@ -129,7 +129,13 @@ class TestPretrain:
         config = run_yaml("stopped")
         command = [sys.executable, PIPELINE, config, "train.steps=500", "evaluate.every=null"]
         command += [f"cluster.num_train_workers={workers}"]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            text=True,
+            # What a shell starts in the background ignores Ctrl-C, and so do its children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+        )
         try:
             wait_for(lambda: bool(losses("stopped")))
             process.send_signal(signal.SIGINT)
