@@ -1,4 +1,4 @@
-"""Random resized crop, centre crop, flip and rotation: where the pixels of a view come from."""
+"""Random resized crop, centre crop, flip and rotations: where the pixels of a view come from."""
 
 import math
 from typing import NamedTuple
@@ -118,3 +118,15 @@ def apply_rotation(image: Image, angle_deg: float) -> Image:
     return cv2.warpAffine(  # type: ignore[return-value]
         image, matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
     )
+
+
+def plan_quarter_turn(rng: np.random.Generator, *, prob: float) -> int | None:
+    """Draw 1, 2 or 3 quarter turns, each as likely, or None with probability 1 - prob."""
+    if rng.random() >= prob:
+        return None
+    return int(rng.integers(1, 4))
+
+
+def apply_quarter_turn(image: Image, turns: int) -> Image:
+    """Turn a square image counter-clockwise by 90 degrees times ``turns``; no pixel is lost."""
+    return np.ascontiguousarray(np.rot90(image, turns))

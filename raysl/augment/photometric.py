@@ -1,4 +1,4 @@
-"""Colour jitter, grey, Gaussian blur and solarise: what happens to the pixels of a view.
+"""Colour jitter, grey, blur, solarise, noise, Sobel, cutout: what happens to a view's pixels.
 
 The definitions are torchvision's on uint8 images (clamped and rounded after each step), because
 the SimCLR and MoCo v2 recipes were tuned with them.
@@ -148,3 +148,75 @@ def apply_solarise(image: Image, *, threshold: int = 128) -> Image:
 def plan_chance(rng: np.random.Generator, *, prob: float) -> bool:
     """Draw whether an operation without parameters happens."""
     return bool(rng.random() < prob)
+
+
+class NoisePlan(NamedTuple):
+    """A field of Gaussian noise: its strength, and the seed that it is drawn from."""
+
+    sigma: float  # of pixels in [0, 1]
+    seed: int
+
+
+def plan_noise(
+    rng: np.random.Generator, *, sigma: tuple[float, float], prob: float
+) -> NoisePlan | None:
+    """Draw the strength and the seed of a noise field, or None with probability 1 - prob."""
+    if rng.random() >= prob:
+        return None
+    return NoisePlan(float(rng.uniform(*sigma)), int(rng.integers(1 << 62)))
+
+
+def apply_noise(image: Image, plan: NoisePlan) -> Image:
+    """Add independent Gaussian noise to each channel of each pixel of ``(H, W, 3)`` uint8.
+
+    Source: Chen et al. 2020, arXiv:2002.05709v3, figure 4 (its strength is not published).
+    """
+    rng = np.random.Generator(np.random.Philox(key=plan.seed))
+    noise = rng.standard_normal(image.shape, dtype=np.float32) * np.float32(255 * plan.sigma)
+    return np.clip(np.rint(image + noise), 0, 255).astype(np.uint8)
+
+
+def apply_sobel(image: Image) -> Image:
+    """Replace ``(H, W, 3)`` uint8 RGB by the magnitude of its luma's Sobel gradient.
+
+    The 3 x 3 operator's largest response to an edge between 0 and 255 is 4 * 255; dividing by
+    four keeps the edge's height.
+
+    Source: Chen et al. 2020, arXiv:2002.05709v3, figure 4.
+    """
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    across = cv2.Sobel(grey, cv2.CV_32F, 1, 0, borderType=cv2.BORDER_REPLICATE)
+    down = cv2.Sobel(grey, cv2.CV_32F, 0, 1, borderType=cv2.BORDER_REPLICATE)
+    edges = np.clip(np.rint(cv2.magnitude(across, down) / 4), 0, 255).astype(np.uint8)
+    return cv2.cvtColor(edges, cv2.COLOR_GRAY2RGB)  # type: ignore[return-value]
+
+
+class CutoutPlan(NamedTuple):
+    """A square to erase, in fractions of the view's side."""
+
+    row: float  # of its centre, in [0, 1)
+    column: float
+    side: float
+
+
+def plan_cutout(
+    rng: np.random.Generator, *, side: tuple[float, float], prob: float
+) -> CutoutPlan | None:
+    """Draw the square, its centre anywhere in the view, or None with probability 1 - prob."""
+    if rng.random() >= prob:
+        return None
+    return CutoutPlan(float(rng.random()), float(rng.random()), float(rng.uniform(*side)))
+
+
+def apply_cutout(image: Image, plan: CutoutPlan, *, fill: int) -> Image:
+    """Fill a square of ``(H, W, 3)`` uint8 with ``fill``; at the border it is cut off.
+
+    Source: DeVries and Taylor 2017, arXiv:1708.04552v2, sec. 3.2.
+    """
+    height, width = image.shape[:2]
+    half = plan.side * min(height, width) / 2
+    top, left = round(plan.row * height - half), round(plan.column * width - half)
+    bottom, right = round(plan.row * height + half), round(plan.column * width + half)
+    result = image.copy()
+    result[max(0, top) : max(0, bottom), max(0, left) : max(0, right)] = fill
+    return result

@@ -11,23 +11,38 @@ from raysl.augment.crop import (
     Image,
     apply_crop,
     apply_flip,
+    apply_quarter_turn,
     apply_rotation,
     plan_crop,
     plan_flip,
+    plan_quarter_turn,
     plan_rotation,
 )
 from raysl.augment.photometric import (
+    CutoutPlan,
     JitterPlan,
+    NoisePlan,
     apply_blur,
+    apply_cutout,
     apply_grey,
     apply_jitter,
+    apply_noise,
+    apply_sobel,
     apply_solarise,
     plan_blur,
     plan_chance,
+    plan_cutout,
     plan_jitter,
+    plan_noise,
 )
 from raysl.augment.random import MAX_VIEWS, view_stream
 from raysl.config.base import Config, NonNegativeFloat, PositiveFloat, PositiveInt, Probability
+
+
+def _check_range(name: str, bounds: tuple[float, float]) -> None:
+    low, high = bounds
+    if low > high:
+        raise ValueError(f"{name} is [low, high] with low <= high; got [{low}, {high}]")
 
 
 class Crop(Config):
@@ -42,10 +57,8 @@ class Crop(Config):
 
     @model_validator(mode="after")
     def _ordered(self) -> "Crop":
-        for name in ("scale", "ratio"):
-            low, high = getattr(self, name)
-            if low > high:
-                raise ValueError(f"{name} is [low, high] with low <= high; got [{low}, {high}]")
+        _check_range("scale", self.scale)
+        _check_range("ratio", self.ratio)
         return self
 
 
@@ -78,6 +91,21 @@ class Rotate(Config):
     def apply(self, image: Image, plan: float | None) -> Image:
         """Rotate by the planned angle."""
         return image if plan is None else apply_rotation(image, plan)
+
+
+class QuarterTurn(Config):
+    """Rotate by 90, 180 or 270 degrees."""
+
+    op: Literal["quarter_turn"] = "quarter_turn"
+    prob: Probability = 0.5
+
+    def plan(self, rng: np.random.Generator) -> int | None:
+        """Draw the number of quarter turns."""
+        return plan_quarter_turn(rng, prob=self.prob)
+
+    def apply(self, image: Image, plan: int | None) -> Image:
+        """Turn as planned."""
+        return image if plan is None else apply_quarter_turn(image, plan)
 
 
 class ColorJitter(Config):
@@ -161,7 +189,75 @@ class Solarise(Config):
         return apply_solarise(image, threshold=self.threshold) if plan else image
 
 
-Op = Annotated[Flip | Rotate | ColorJitter | Grey | Blur | Solarise, Field(discriminator="op")]
+class Noise(Config):
+    """Gaussian noise on each channel of each pixel."""
+
+    op: Literal["noise"] = "noise"
+    sigma: tuple[
+        Annotated[float, Field(ge=0.0, le=1.0)], Annotated[float, Field(ge=0.0, le=1.0)]
+    ] = (0.02, 0.1)
+    """Range of the standard deviation, of pixels in [0, 1]."""
+    prob: Probability = 0.5
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Noise":
+        _check_range("sigma", self.sigma)
+        return self
+
+    def plan(self, rng: np.random.Generator) -> NoisePlan | None:
+        """Draw the strength, and the seed of the field."""
+        return plan_noise(rng, sigma=self.sigma, prob=self.prob)
+
+    def apply(self, image: Image, plan: NoisePlan | None) -> Image:
+        """Add the planned field."""
+        return image if plan is None else apply_noise(image, plan)
+
+
+class Sobel(Config):
+    """Edges instead of the image."""
+
+    op: Literal["sobel"] = "sobel"
+    prob: Probability = 0.5
+
+    def plan(self, rng: np.random.Generator) -> bool:
+        """Draw whether to filter."""
+        return plan_chance(rng, prob=self.prob)
+
+    def apply(self, image: Image, plan: bool) -> Image:
+        """Filter if the plan says so."""
+        return apply_sobel(image) if plan else image
+
+
+class Cutout(Config):
+    """Erase a square."""
+
+    op: Literal["cutout"] = "cutout"
+    side: tuple[
+        Annotated[float, Field(gt=0.0, le=1.0)], Annotated[float, Field(gt=0.0, le=1.0)]
+    ] = (0.25, 0.5)
+    """Range of the square's side over the view's."""
+    fill: Annotated[int, Field(ge=0, le=255)] = 124
+    """Level that it is filled with; 124 is near zero once ImageNet's mean is taken off."""
+    prob: Probability = 0.5
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Cutout":
+        _check_range("side", self.side)
+        return self
+
+    def plan(self, rng: np.random.Generator) -> CutoutPlan | None:
+        """Draw the square."""
+        return plan_cutout(rng, side=self.side, prob=self.prob)
+
+    def apply(self, image: Image, plan: CutoutPlan | None) -> Image:
+        """Erase the planned square."""
+        return image if plan is None else apply_cutout(image, plan, fill=self.fill)
+
+
+Op = Annotated[
+    Flip | Rotate | QuarterTurn | ColorJitter | Grey | Blur | Solarise | Noise | Sobel | Cutout,
+    Field(discriminator="op"),
+]
 
 
 class View(Config):

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from raysl.augment.pipeline import Blur, ColorJitter, Crop, Flip, Grey, Op, View
+from raysl.augment.pipeline import Blur, ColorJitter, Crop, Flip, Grey, Op, Solarise, View
 from raysl.augment.random import MAX_VIEWS
 from raysl.config.base import Config, NonNegativeFloat, PositiveInt, Probability
 
@@ -90,6 +90,96 @@ class MoCoV2Views(Config):
         return (View(count=2, size_px=self.size_px, crop=crop, ops=tuple(ops)),)
 
 
+class BYOLViews(Config):
+    """Two views of BYOL that differ: one always blurred, one at times solarised.
+
+    Source: Grill et al. 2020, arXiv:2006.07733v3, appendix B, table 6.
+    """
+
+    recipe: Literal["byol"] = "byol"
+    size_px: PositiveInt = 224
+    min_scale: _Scale = 0.08
+
+    def views(self) -> tuple[View, ...]:
+        """Return the definitions of the two views."""
+        crop = Crop(scale=(self.min_scale, 1.0))
+        return tuple(
+            View(size_px=self.size_px, crop=crop, ops=_distort(blur, solarise, kernel_fraction=0.1))
+            for blur, solarise in ((1.0, 0.0), (0.1, 0.2))
+        )
+
+
+class DINOViews(Config):
+    """Two large crops and several small ones.
+
+    Source: Caron et al. 2021, arXiv:2104.14294v2, and the authors' main_dino.py: its options
+    --global_crops_scale, --local_crops_scale and --local_crops_number.
+    Departs: Crops are resized linearly, not bicubically; the blur is a true Gaussian.
+    """
+
+    recipe: Literal["dino"] = "dino"
+    size_px: PositiveInt = 224
+    global_scale: tuple[_Scale, _Scale] = (0.4, 1.0)
+    """Range of a large crop's area over the image's."""
+    local_count: Annotated[int, Field(ge=0, le=MAX_VIEWS - 2)] = 8
+    local_size_px: PositiveInt = 96
+    local_scale: tuple[_Scale, _Scale] = (0.05, 0.4)
+    """Range of a small crop's area."""
+
+    def views(self) -> tuple[View, ...]:
+        """Return the definitions: each large crop, then the small ones."""
+        large = Crop(scale=self.global_scale)
+        views = [
+            View(
+                size_px=self.size_px, crop=large, ops=_distort(blur, solarise, kernel_fraction=None)
+            )
+            for blur, solarise in ((1.0, 0.0), (0.1, 0.2))
+        ]
+        if self.local_count > 0:
+            small = Crop(scale=self.local_scale)
+            views.append(
+                View(
+                    count=self.local_count,
+                    size_px=self.local_size_px,
+                    crop=small,
+                    ops=_distort(0.5, 0.0, kernel_fraction=None),
+                )
+            )
+        return tuple(views)
+
+
+class MAEViews(Config):
+    """One view: crop and flip.
+
+    Source: He et al. 2021, arXiv:2111.06377v3, appendix A.1, table 8.
+    Departs: Resized linearly; the authors' code resizes bicubically.
+    """
+
+    recipe: Literal["mae"] = "mae"
+    size_px: PositiveInt = 224
+    min_scale: _Scale = 0.2
+
+    def views(self) -> tuple[View, ...]:
+        """Return the view's definition."""
+        crop = Crop(scale=(self.min_scale, 1.0))
+        return (View(size_px=self.size_px, crop=crop, ops=(Flip(),)),)
+
+
+def _distort(
+    blur_prob: float, solarise_prob: float, *, kernel_fraction: float | None
+) -> tuple[Op, ...]:
+    """Return the operations that BYOL and DINO share; what never happens is left out."""
+    ops: list[Op] = [
+        Flip(),
+        ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, prob=0.8),
+        Grey(prob=0.2),
+        Blur(prob=blur_prob, kernel_fraction=kernel_fraction),
+    ]
+    if solarise_prob > 0:
+        ops.append(Solarise(prob=solarise_prob))
+    return tuple(ops)
+
+
 class CustomViews(Config):
     """Views composed in the YAML, operation by operation."""
 
@@ -110,5 +200,6 @@ class CustomViews(Config):
 
 
 Views = Annotated[
-    SimCLRViews | MoCoV1Views | MoCoV2Views | CustomViews, Field(discriminator="recipe")
+    SimCLRViews | MoCoV1Views | MoCoV2Views | BYOLViews | DINOViews | MAEViews | CustomViews,
+    Field(discriminator="recipe"),
 ]

@@ -12,10 +12,12 @@ from raysl.augment.crop import (
     Image,
     apply_crop,
     apply_flip,
+    apply_quarter_turn,
     apply_rotation,
     center_box,
     plan_crop,
     plan_flip,
+    plan_quarter_turn,
     plan_rotation,
 )
 
@@ -284,3 +286,18 @@ class TestRotation:
         drawn = [plan_rotation(rng, max_deg=15.0, prob=0.25) for _ in range(DRAWS)]
         share = np.mean([angle is not None for angle in drawn])
         assert share == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / DRAWS))
+
+
+class TestQuarterTurn:
+    def test_is_rot90_counter_clockwise(self) -> None:
+        image = _noise(6, 6)
+        for turns in (1, 2, 3):
+            found = apply_quarter_turn(image, turns)
+            np.testing.assert_array_equal(found, np.rot90(image, turns))
+            assert found.flags.c_contiguous
+
+    def test_each_turn_is_as_likely(self) -> None:
+        rng = np.random.default_rng(0)
+        drawn = [plan_quarter_turn(rng, prob=0.75) for _ in range(4000)]
+        for turns in (None, 1, 2, 3):
+            assert drawn.count(turns) / len(drawn) == pytest.approx(0.25, abs=0.03)

@@ -10,18 +10,25 @@ from torchvision.transforms.v2 import functional as tv
 
 from raysl.augment.crop import Image
 from raysl.augment.photometric import (
+    CutoutPlan,
     JitterPlan,
+    NoisePlan,
     apply_blur,
     apply_brightness,
     apply_contrast,
+    apply_cutout,
     apply_grey,
     apply_hue,
     apply_jitter,
+    apply_noise,
     apply_saturation,
+    apply_sobel,
     apply_solarise,
     plan_blur,
     plan_chance,
+    plan_cutout,
     plan_jitter,
+    plan_noise,
 )
 
 DRAWS = 4000
@@ -312,3 +319,82 @@ class TestPlanChance:
         rng = np.random.default_rng(0)
         share = np.mean([plan_chance(rng, prob=prob) for _ in range(DRAWS)])
         assert share == pytest.approx(prob, abs=4 * math.sqrt(prob * (1 - prob) / DRAWS))
+
+
+class TestNoise:
+    def test_has_the_deviation_asked_for_and_no_bias(self) -> None:
+        grey = np.full((96, 96, 3), 128, dtype=np.uint8)
+        apart = apply_noise(grey, NoisePlan(sigma=0.05, seed=3)).astype(float) - 128
+        assert apart.std() == pytest.approx(0.05 * 255, rel=0.03)
+        assert abs(apart.mean()) < 0.3
+
+    def test_is_a_function_of_the_seed_and_differs_in_every_channel(self) -> None:
+        grey = np.full((16, 16, 3), 128, dtype=np.uint8)
+        one, same, other = (apply_noise(grey, NoisePlan(0.1, seed)) for seed in (1, 1, 2))
+        assert np.array_equal(one, same)
+        assert not np.array_equal(one, other)
+        assert not np.array_equal(one[..., 0], one[..., 1])
+
+    def test_stays_within_the_levels(self) -> None:
+        white = np.full((16, 16, 3), 255, dtype=np.uint8)
+        assert apply_noise(white, NoisePlan(0.1, 0)).min() > 100  # no overflow to black
+
+    def test_strength_is_uniform_and_seeds_differ(self) -> None:
+        rng = np.random.default_rng(0)
+        plans = [plan_noise(rng, sigma=(0.1, 0.3), prob=0.5) for _ in range(DRAWS)]
+        drawn = [plan for plan in plans if plan is not None]
+        assert len(drawn) / DRAWS == pytest.approx(0.5, abs=0.03)
+        assert np.mean([plan.sigma for plan in drawn]) == pytest.approx(0.2, abs=0.005)
+        assert len({plan.seed for plan in drawn}) == len(drawn)
+
+
+class TestSobel:
+    @pytest.mark.parametrize("axis", [0, 1])
+    def test_of_a_straight_edge_is_its_height_on_both_sides(self, axis: int) -> None:
+        image = np.zeros((8, 8, 3), dtype=np.uint8)
+        image[:, 4:] = 100
+        if axis == 0:
+            image = image.transpose(1, 0, 2).copy()
+        found = apply_sobel(image)
+        found = found.transpose(1, 0, 2) if axis == 0 else found
+        assert (found[:, 3:5] == 100).all()
+        assert (found[:, :3] == 0).all()
+        assert (found[:, 5:] == 0).all()
+
+    def test_is_the_gradient_of_the_luma_by_hand(self) -> None:
+        image = _noise()
+        luma = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(float)
+        across = luma[:, 2:] - luma[:, :-2]
+        across = across[:-2] + 2 * across[1:-1] + across[2:]
+        down = luma[2:] - luma[:-2]
+        down = down[:, :-2] + 2 * down[:, 1:-1] + down[:, 2:]
+        expected = np.minimum(np.hypot(across, down) / 4, 255)
+        assert np.abs(apply_sobel(image)[1:-1, 1:-1, 0] - expected).max() <= 0.51
+
+
+class TestCutout:
+    def test_by_hand(self) -> None:
+        found = apply_cutout(np.zeros((10, 10, 3), np.uint8), CutoutPlan(0.5, 0.3, 0.4), fill=9)
+        expected = np.zeros((10, 10, 3), np.uint8)
+        expected[3:7, 1:5] = 9
+        assert np.array_equal(found, expected)
+
+    def test_is_cut_off_at_the_border(self) -> None:
+        found = apply_cutout(np.zeros((10, 10, 3), np.uint8), CutoutPlan(0.0, 0.99, 0.4), fill=9)
+        assert np.count_nonzero(found[..., 0]) == 2 * 2
+        assert (found[:2, 8:] == 9).all()
+
+    def test_leaves_the_image_it_was_given(self) -> None:
+        image = _noise()
+        before = image.copy()
+        apply_cutout(image, CutoutPlan(0.5, 0.5, 0.5), fill=0)
+        assert np.array_equal(image, before)
+
+    def test_centre_and_side_are_uniform(self) -> None:
+        rng = np.random.default_rng(0)
+        drawn = [plan_cutout(rng, side=(0.2, 0.4), prob=1.0) for _ in range(DRAWS)]
+        rows, columns, sides = np.array(drawn, dtype=float).T
+        for values, low, high in ((rows, 0, 1), (columns, 0, 1), (sides, 0.2, 0.4)):
+            assert values.min() >= low
+            assert values.max() <= high
+            assert values.mean() == pytest.approx((low + high) / 2, abs=0.02 * (high - low) * 2)

@@ -12,9 +12,13 @@ from raysl.augment.pipeline import (
     Blur,
     ColorJitter,
     Crop,
+    Cutout,
     Flip,
     Grey,
+    Noise,
+    QuarterTurn,
     Rotate,
+    Sobel,
     Solarise,
     View,
     ViewPlan,
@@ -33,6 +37,10 @@ EVERY_OP = (
     Grey(prob=0.5),
     Blur(prob=0.5),
     Solarise(prob=0.5),
+    QuarterTurn(),
+    Noise(),
+    Sobel(),
+    Cutout(),
 )
 GLOBAL = View(count=2, size_px=24, ops=EVERY_OP)
 LOCAL = View(count=3, size_px=16, crop=Crop(scale=(0.05, 0.3)), ops=EVERY_OP)
@@ -133,7 +141,8 @@ class TestApplyView:
 
     def test_a_plan_in_which_nothing_happens_is_the_crop(self) -> None:
         view = View(size_px=16, ops=EVERY_OP)
-        plan = ViewPlan(CropBox(2, 3, 16, 16), (False, None, None, False, None, False))
+        nothing = (False, None, None, False, None, False, None, None, False, None)
+        plan = ViewPlan(CropBox(2, 3, 16, 16), nothing)
         np.testing.assert_array_equal(apply_view(view, _image(0), plan), _image(0)[2:18, 3:19])
 
     def test_a_plan_of_another_view_is_an_error(self) -> None:
@@ -157,7 +166,8 @@ class TestOps:
         for _ in range(20):
             if op.op == "blur":  # a Gaussian of less than 0.2 px rounds to nothing
                 always = always.model_copy(update={"sigma_px": (0.5, 2.0)})
-            assert (always.apply(_image(0), always.plan(rng)) != _image(0)).any()
+            square = _image(0, 40, 40)  # as views are
+            assert (always.apply(square, always.plan(rng)) != square).any()
 
     @pytest.mark.parametrize(
         ("side", "fraction", "taps"), [(96, 0.1, 9), (224, 0.1, 23), (32, 0.1, 3), (8, 0.1, 3)]
@@ -199,7 +209,10 @@ class TestConfigs:
     @pytest.mark.parametrize(
         ("op", "message"),
         [
-            ("{op: flop}", r"ops\.0: got 'flop', allowed: flip, .*solarise; did you mean 'flip'\?"),
+            (
+                "{op: flop}",
+                r"ops\.0: got 'flop', allowed: flip, .*cutout; did you mean 'flip'\?",
+            ),
             ("{op: solarize}", r"ops\.0: got 'solarize'.*did you mean 'solarise'\?"),
             ("{op: flip, prob: 1.5}", r"ops\.0\.prob: .*less than or equal to 1, got 1\.5"),
             (
@@ -212,6 +225,9 @@ class TestConfigs:
             ),
             ("{op: solarise, threshold: 257}", r"ops\.0\.threshold: .*got 257"),
             ("{op: rotate, max_deg: -1}", r"ops\.0\.max_deg: .*got -1"),
+            ("{op: noise, sigma: [0.2, 0.1]}", r"ops\.0: sigma is \[low, high\].*got \[0\.2, 0"),
+            ("{op: cutout, side: [0.5, 0.4]}", r"ops\.0: side is \[low, high\].*got \[0\.5, 0"),
+            ("{op: cutout, fill: 256}", r"ops\.0\.fill: .*got 256"),
             ("{prob: 0.5}", r"ops\.0: .*'op'"),
         ],
     )

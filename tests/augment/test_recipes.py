@@ -3,9 +3,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from raysl.augment.pipeline import Blur, ColorJitter, Crop, Flip, Grey, View
+from raysl.augment.pipeline import Blur, ColorJitter, Crop, Flip, Grey, Solarise, View
 from raysl.augment.recipes import (
+    BYOLViews,
     CustomViews,
+    DINOViews,
+    MAEViews,
     MoCoV1Views,
     MoCoV2Views,
     SimCLRViews,
@@ -100,6 +103,51 @@ class TestMoCoV2Views:
         assert view.ops[-1].prob == 0.1
 
 
+class TestBYOLViews:
+    def test_are_two_that_differ_in_blur_and_solarise(self) -> None:
+        # arXiv:2006.07733v3, table 6.
+        first, second = BYOLViews().views()
+        shared = (
+            Flip(prob=0.5),
+            ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, prob=0.8),
+            Grey(prob=0.2),
+        )
+        assert first == View(
+            size_px=224, crop=Crop(scale=(0.08, 1.0)), ops=(*shared, Blur(prob=1.0))
+        )
+        assert second == View(
+            size_px=224,
+            crop=Crop(scale=(0.08, 1.0)),
+            ops=(*shared, Blur(prob=0.1), Solarise(threshold=128, prob=0.2)),
+        )
+
+
+class TestDINOViews:
+    def test_are_two_large_crops_and_eight_small_ones(self) -> None:
+        # arXiv:2104.14294v2 and main_dino.py: areas [0.4, 1] and [0.05, 0.4], blur 1, 0.1, 0.5.
+        views = DINOViews().views()
+        assert [(v.count, v.size_px, v.crop.scale) for v in views] == [
+            (1, 224, (0.4, 1.0)),
+            (1, 224, (0.4, 1.0)),
+            (8, 96, (0.05, 0.4)),
+        ]
+        blurs = [op for view in views for op in view.ops if isinstance(op, Blur)]
+        assert [blur.prob for blur in blurs] == [1.0, 0.1, 0.5]
+        solarised = [any(isinstance(op, Solarise) for op in view.ops) for view in views]
+        assert solarised == [False, True, False]
+
+    def test_every_knob_reaches_its_view_and_small_crops_can_be_left_out(self) -> None:
+        views = DINOViews(size_px=64, local_count=3, local_size_px=24, local_scale=(0.1, 0.2))
+        assert [(v.count, v.size_px) for v in views.views()] == [(1, 64), (1, 64), (3, 24)]
+        assert views.views()[2].crop.scale == (0.1, 0.2)
+        assert len(DINOViews(local_count=0).views()) == 2
+
+
+class TestMAEViews:
+    def test_is_one_crop_with_a_flip(self) -> None:
+        assert MAEViews().views() == (View(crop=Crop(scale=(0.2, 1.0)), ops=(Flip(),)),)
+
+
 class TestCustomViews:
     def test_are_the_kinds_as_they_stand(self) -> None:
         kinds = (View(count=2, ops=(Flip(),)), View(count=6, size_px=96))
@@ -134,7 +182,7 @@ class TestViews:
     def test_an_unknown_recipe_names_the_nearest(self) -> None:
         with pytest.raises(
             ConfigError,
-            match=r"views: got 'moco', allowed: simclr, moco_v1, moco_v2, custom; did you mean 'mo",
+            match=r"views: got 'moco', allowed: simclr, moco_v1, .*custom; did you mean 'mo",
         ):
             validate(_Section, {"views": {"recipe": "moco"}}, where="x")
 
@@ -157,6 +205,9 @@ class TestViews:
             SimCLRViews(color_strength=0.5),
             MoCoV1Views(size_px=96),
             MoCoV2Views(min_scale=0.1),
+            BYOLViews(size_px=32),
+            DINOViews(local_count=2),
+            MAEViews(min_scale=0.5),
             CustomViews(kinds=MoCoV2Views().views()),
         ],
         ids=lambda views: views.recipe,
