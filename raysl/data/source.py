@@ -2,48 +2,79 @@
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.fs as pafs
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from raysl.augment.crop import Image
+from raysl.augment.pipeline import device_ops
 from raysl.augment.recipes import SimCLRViews, Views
 from raysl.config.base import Config, PositiveFloat, PositiveInt
-from raysl.errors import DataError
+from raysl.data.filter import Condition
 
 Labels = npt.NDArray[np.int64]
 Split = Literal["train", "test"]
 _Channel = Annotated[float, Field(ge=0.0, le=1.0)]
 
 BUILT_IN = ("digits", "cifar10", "cifar100", "stl10")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 
 
 class SourceConfig(Config):
     """A set of images, labelled or not."""
 
     source: str
-    """digits, cifar10, cifar100, stl10; a folder of images (in class folders or not); a Parquet
-    file, a folder of them or a glob. A path, or a URI such as s3://bucket/folder."""
+    """digits, cifar10, cifar100, stl10; a folder of images (in class folders or not); Parquet files
+    or WebDataset's .tar shards: a file, a folder of them, a glob, or a range such as
+    DIR/{000..099}.tar. A path, or a URI such as s3://bucket/folder."""
     image_column: str | None = None
-    """Parquet: column of encoded images; null takes 'image', or the only binary column."""
+    """Parquet: column of encoded images; null takes 'image', or the only binary column. Tar shards:
+    suffix of the image in samples that hold several."""
     label_column: str | None = None
-    """Parquet: column of labels (integers or names); null takes 'label' if there is one."""
+    """Parquet: column of labels (integers or names); null takes 'label' if there is one. Tar
+    shards: key in a sample's .json; null takes its .cls, or the key 'label'."""
+    filter: tuple[Condition, ...] = ()
+    """Keep only the images for which all conditions hold, each [column, comparison, value]: columns
+    of a Parquet file, or of files and tar members their path and bytes."""
     limit: PositiveInt | None = None
-    """Use only the first so many images."""
+    """Use only the first so many images (of those that the filter keeps)."""
+
+
+class WeightedSource(SourceConfig):
+    """Images to mix in."""
+
+    weight: PositiveFloat = 1.0
+    """How often an image of this source is seen for once of data.source's: 0.5 every other pass."""
+
+
+class BadImagesConfig(Config):
+    """What happens to images that are broken, empty, too large, or no images."""
+
+    policy: Literal["skip", "replace", "fail"] = "replace"
+    """skip gives an image's place in the batch to another one of its work item, with other views;
+    replace to one drawn from the same file or row group; fail ends the run. Batches stay full."""
+    max_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
+    """End the run once more than this share of the source is found to be bad."""
+    max_megapixels: Annotated[float, Field(gt=0.0, le=178.0)] = 100.0
+    """An image of more pixels is bad: small files can unfold into gigabytes."""
 
 
 class DataConfig(SourceConfig):
     """The training images and what is made of them."""
 
+    mix: tuple[WeightedSource, ...] = ()
+    """More sources, mixed with data.source by their weights."""
+    bad_images: BadImagesConfig = BadImagesConfig()
+    """What to do with images that cannot be used."""
     torchvision_root: str = "~/.cache/raysl"
     """Folder of torchvision's data sets; they are downloaded there if they are missing."""
     views: Views = SimCLRViews()
     """The views of an image that a method sees: a recipe by name, or composed."""
+    color_on: Literal["cpu", "device"] = "cpu"
+    """Where the last operations of the views run: by the data workers, or batched on the
+    accelerator of the train workers, which leaves the CPUs decoding and cropping."""
     mean: tuple[_Channel, _Channel, _Channel] = (0.485, 0.456, 0.406)
     """Mean of the red, green and blue pixels in [0, 1], taken off once on the device."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
@@ -52,11 +83,24 @@ class DataConfig(SourceConfig):
     """Encoded images a data worker holds to shuffle across the row groups of Parquet files; a
     smaller source is shuffled fully."""
 
+    @model_validator(mode="after")
+    def _device_has_something_to_do(self) -> "DataConfig":
+        for view in self.views.views() if self.color_on == "device" else ():
+            if view.ops and not device_ops(view):
+                raise ValueError(
+                    f"color_on: device runs the last operations of a view on the accelerator, but "
+                    f"{view.ops[-1].op!r} only runs on the CPU; set color_on: cpu or put it before "
+                    f"the others"
+                )
+        return self
+
 
 class Source(Protocol):
     """Images in a fixed order. Small enough to send to every data worker."""
 
     name: str
+    weights: npt.NDArray[np.float64] | None
+    """How often an image of each group is seen in a pass; None: each once."""
     fingerprint: str
     """Changes when the images do: 16 hex digits."""
 
@@ -108,6 +152,7 @@ class ArraySource:
         self.name = name
         self.images = images
         self.window_size = None
+        self.weights: npt.NDArray[np.float64] | None = None
         self.class_names = list(class_names)
         self._labels = labels
         self.fingerprint = digest(np.ascontiguousarray(images).data)
@@ -136,17 +181,3 @@ def digest(*parts: bytes | memoryview | str) -> str:
     for part in parts:
         total.update(part.encode() if isinstance(part, str) else part)
     return total.hexdigest()
-
-
-def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
-    """Return the pyarrow file system and the path of a local path or a URI.
-
-    Raises:
-        DataError: If the URI's scheme is not known.
-    """
-    if "://" not in uri:
-        return pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
-    try:
-        return pafs.FileSystem.from_uri(uri)  # type: ignore[no-any-return]
-    except (ValueError, OSError) as error:
-        raise DataError(f"data.source={uri}: {error}") from None

@@ -1,3 +1,4 @@
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ class TestListing:
         assert _files(_open(tmp_path)) == ["a.png", "a/1.png", "b/10.png", "b/2.png"]
 
     def test_takes_images_only_by_their_suffix_in_any_case(self, tmp_path: Path) -> None:
-        names = ["a.JPG", "b.jpeg", "c.png", "d.WebP", "e.bmp", "f.tif", "g.tiff"]
-        _write(tmp_path, *names, "notes.txt", "png", "h.png.part", "i.gif")
+        names = ["a.JPG", "b.jpeg", "c.png", "d.WebP", "e.bmp", "f.tif", "g.tiff", "h.gif"]
+        _write(tmp_path, *names, "notes.txt", "png", "i.png.part", "j.svg")
         assert _files(_open(tmp_path)) == names
 
     def test_leaves_hidden_files_and_folders_out(self, tmp_path: Path) -> None:
@@ -58,6 +59,40 @@ class TestListing:
     def test_a_folder_named_like_an_image_is_no_image(self, tmp_path: Path) -> None:
         _write(tmp_path, "a.png/1.png")
         assert _files(_open(tmp_path)) == ["a.png/1.png"]
+
+    def test_a_name_that_is_not_utf8_is_read_and_shown(self, tmp_path: Path) -> None:
+        name = os.fsencode(tmp_path) + b"/\xe9t\xe9.png"
+        _write(tmp_path, "a.png")
+        os.rename(tmp_path / "a.png", name)
+        source = pickle.loads(pickle.dumps(_open(tmp_path)))
+        assert source.where(0) == f"{tmp_path}/\\xe9t\\xe9.png"
+        np.testing.assert_array_equal(decode(source.read([0])[0], where="x"), _image(0))
+        kept = _open(tmp_path, filter=(("path", "matches", "*t*.png"),))
+        assert kept.group_sizes.tolist() == [1]
+
+    def test_follows_links_and_no_circle_of_them(self, tmp_path: Path) -> None:
+        _write(tmp_path / "elsewhere", "1.png")
+        _write(tmp_path / "here", "a/2.png")
+        (tmp_path / "here" / "b").symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "here" / "a" / "up").symlink_to(tmp_path / "here")
+        (tmp_path / "elsewhere" / "across").symlink_to(tmp_path / "here" / "b")
+        (tmp_path / "here" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+        assert _files(_open(tmp_path / "here")) == ["a/2.png", "b/1.png"]
+
+    def test_a_folder_that_may_not_be_read_is_named(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        _write(tmp_path, "a/1.png", "b/2.png")
+        scan = os.scandir
+
+        def forbid(path: bytes) -> Any:  # chmod does not stop root
+            if path.endswith(b"/b"):
+                raise PermissionError(13, "Permission denied")
+            return scan(path)
+
+        monkeypatch.setattr(os, "scandir", forbid)
+        with pytest.raises(DataError, match=rf"^{tmp_path}/b: cannot be listed: Permission denied"):
+            _open(tmp_path)
 
 
 class TestLabels:
@@ -140,6 +175,37 @@ class TestReading:
         _write(tmp_path, "a.png", "b.png")
         assert _open(tmp_path).group_sizes.tolist() == [2]
         assert _open(tmp_path).window_size is None
+
+    def test_takes_few_bytes_a_file_on_the_way_to_a_worker(self, tmp_path: Path) -> None:
+        for folder in ("ape", "cat"):
+            (tmp_path / folder).mkdir()
+            for number in range(1000):
+                (tmp_path / folder / f"{number:06}.jpg").touch()
+        # 14 bytes of path, 8 of its place, 1 of its label.
+        assert len(pickle.dumps(_open(tmp_path))) < 2000 * 24 + 2000
+
+
+class TestFilter:
+    def test_by_path_and_size(self, tmp_path: Path) -> None:
+        _write(tmp_path, "cat/1.png", "dog/2.png", "dog/3.png")
+        (tmp_path / "dog" / "3.png").write_bytes(b"")
+        _files_of = _open(tmp_path, filter=(("path", "matches", "dog/*"), ("bytes", ">", 0)))
+        assert _files(_files_of) == ["dog/2.png"]
+        assert _files_of.fingerprint != _open(tmp_path).fingerprint
+
+    def test_comes_before_the_limit(self, tmp_path: Path) -> None:
+        _write(tmp_path, "a.png", "b.png", "c.png")
+        assert _files(_open(tmp_path, filter=(("path", "!=", "a.png"),), limit=1)) == ["b.png"]
+
+    def test_that_leaves_nothing_says_so(self, tmp_path: Path) -> None:
+        _write(tmp_path, "a.png")
+        with pytest.raises(DataError, match=r"data\.filter leaves no image$"):
+            _open(tmp_path, filter=(("bytes", ">", 10**9),))
+
+    def test_of_something_else_lists_what_there_is(self, tmp_path: Path) -> None:
+        _write(tmp_path, "a.png")
+        with pytest.raises(DataError, match=r"no column 'width'; there are path, bytes$"):
+            _open(tmp_path, filter=(("width", ">", 3),))
 
 
 class TestFingerprint:

@@ -1,6 +1,7 @@
 import pickle
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,28 @@ class TestParquet:
         assert (_grey(source, 0), labels.tolist()) == (3, [5])
 
 
+class TestFolderOfBoth:
+    def test_parquet_wins_over_images(self, folder: Path, tables: Path) -> None:
+        tables.rename(folder / "tables")
+        assert isinstance(_open(folder), ParquetSource)
+
+    def test_hidden_files_and_folders_are_no_shards(self, tables: Path) -> None:
+        for name in ("_temporary/part-9.parquet", ".part-9.parquet", "_part-9.parquet"):
+            (tables / name).parent.mkdir(exist_ok=True)
+            (tables / name).write_bytes(b"half written")
+        assert _open(tables).group_sizes.tolist() == [2, 2]
+        assert _open(tables / "*.parquet").group_sizes.tolist() == [2, 2]
+
+    def test_tar_shards_beside_images_are_an_error_that_says_how_to_choose(
+        self, folder: Path
+    ) -> None:
+        with tarfile.open(folder / "a.tar", "w") as shard:
+            shard.add(folder / "cat" / "1.png", "1.png")
+        with pytest.raises(DataError, match=rf"3 images and 1 \.tar files; give {folder}/\*\.tar"):
+            _open(folder)
+        assert _grey(_open(folder / "*.tar"), 0) == 0
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         "name", ["nowhere", "nowhere/*.parquet", "x.parquet", "x-[0-9].parquet"]
@@ -175,8 +198,8 @@ class TestErrors:
         message = str(caught.value)
         assert message.startswith(f"data.source={tmp_path}/{name}: ")
         assert message.endswith(
-            "give digits, cifar10, cifar100, stl10, a folder of images, or Parquet (a file, a "
-            "folder, a glob)"
+            "give digits, cifar10, cifar100, stl10, a folder of images, or shards (Parquet or "
+            ".tar: a file, a folder, a glob, a range such as DIR/{000..099}.tar)"
         )
 
     def test_a_name_near_a_built_in_one_lists_the_built_in_ones(self) -> None:
@@ -191,7 +214,8 @@ class TestErrors:
     def test_a_folder_without_images_names_the_endings_it_looked_for(self, tmp_path: Path) -> None:
         (tmp_path / "notes.txt").write_text("a")
         with pytest.raises(
-            DataError, match=r"no images and no \.parquet files .*\.jpg, \.jpeg, \.png.*\.tiff$"
+            DataError,
+            match=r"no images, no \.parquet files and no \.tar shards .*\.jpg, \.jpeg, .*\.tiff",
         ):
             _open(tmp_path)
 

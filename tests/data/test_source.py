@@ -9,7 +9,8 @@ import pytest
 from raysl.augment.pipeline import View
 from raysl.augment.recipes import CustomViews, MoCoV1Views
 from raysl.config.load import parse_yaml, to_yaml, validate
-from raysl.data.source import ArraySource, DataConfig, SourceConfig, digest, resolve
+from raysl.data.source import ArraySource, DataConfig, SourceConfig, digest
+from raysl.data.storage import resolve
 from raysl.errors import ConfigError, DataError
 
 

@@ -1,0 +1,312 @@
+"""Local disks and object stores behind one face: from a URI to a listing and to bytes."""
+
+import errno
+import fnmatch
+import importlib
+import os
+import re
+import stat
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs as pafs
+
+from raysl.errors import DataError
+
+T = TypeVar("T")
+
+HIDDEN = "._"
+"""How the names of files begin that tools leave beside the data: .crc, _SUCCESS, _temporary."""
+
+# Object stores are waited for, not computed with; a disk is kept busy by a few.
+REMOTE_READERS = 16
+LOCAL_READERS = 4
+
+# By pyarrow itself; fsspec knows the others.
+_NATIVE = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
+_PACKAGES = {"az": "adlfs", "adl": "adlfs", "hf": "huggingface_hub", "oci": "ocifs", "oss": "ossfs"}
+_HELP = {
+    "s3": "Check the bucket, the network and the credentials (AWS_ACCESS_KEY_ID and "
+    "AWS_SECRET_ACCESS_KEY, or ~/.aws); AWS_ENDPOINT_URL names a store other than AWS",
+    "gs": "Check the bucket, the network and the credentials (GOOGLE_APPLICATION_CREDENTIALS, or "
+    "gs://anonymous@BUCKET/... for a public one)",
+    "abfs": "Write abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH and check the credentials "
+    "(AZURE_CLIENT_ID, AZURE_TENANT_ID and AZURE_CLIENT_SECRET, or az login)",
+    "hdfs": "Check JAVA_HOME, HADOOP_HOME, CLASSPATH and the name node's address",
+    "az": "Check the container and AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+}
+_HELP |= {"gcs": _HELP["gs"], "abfss": _HELP["abfs"], "viewfs": _HELP["hdfs"]}
+_LONGEST_ERROR = 400
+_GCS_PATIENCE_S = 15  # its own limit is a quarter of an hour
+
+_PAUSES_S = (0.5, 2.0, 5.0)
+# What waiting does not mend: the words of the stores' own errors.
+_FINAL = re.compile("ACCESS_DENIED|NO_SUCH|INVALID_|SIGNATURE|NOT_FOUND|PERMISSION|UNAUTHENTICATED")
+
+
+def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
+    """Return the pyarrow file system and the path of a local path or a URI.
+
+    ``s3://BUCKET/PATH``, ``gs://``, ``abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH``,
+    ``hdfs://`` and ``file://`` are pyarrow's; ``az://CONTAINER/PATH`` and every other scheme are
+    fsspec's, if the package that it needs is installed. Credentials come from where each store's
+    own tools look for them. Of S3, ``AWS_ENDPOINT_URL`` or ``AWS_ENDPOINT_URL_S3`` in the
+    environment names another store that speaks its language, such as MinIO; it is read here, and
+    the file system carries it to the workers. The path is taken as it stands, spaces and globs too,
+    except after ``file://``, where %20 is a space.
+
+    Raises:
+        DataError: If the scheme is not known, its package is missing, or the store cannot be
+            reached.
+    """
+    scheme, found, rest = uri.partition("://")
+    if not found:
+        return pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+    try:
+        if scheme not in _NATIVE:
+            return _from_fsspec(uri)
+        if scheme == "file":
+            return pafs.FileSystem.from_uri(uri.replace(" ", "%20"))  # type: ignore[no-any-return]
+        place, _, path = rest.partition("/")
+        # A question mark begins the store's settings or is the sign of a glob.
+        path, _, settings = path.rpartition("?") if re.search(r"\?\w+=", path) else (path, "", "")
+        place, _, more = place.partition("?")
+        settings = settings or more
+        if scheme in ("gs", "gcs") and "retry_limit_seconds" not in settings:
+            settings += f"{'&' if settings else ''}retry_limit_seconds={_GCS_PATIENCE_S}"
+        address = f"{scheme}://{place}" + (f"?{settings}" if settings else "")
+        filesystem, base = pafs.FileSystem.from_uri(address)
+        return filesystem, f"{base.rstrip('/')}/{path}" if path else base.rstrip("/") or "/"
+    except ImportError as error:
+        package = _PACKAGES.get(scheme)
+        hint = f". Install it: pip install {package}" if package else ""
+        raise DataError(f"data.source={uri}: {error}{hint}") from None
+    except (ValueError, OSError, pa.ArrowException) as error:
+        raise unreachable(uri, error) from None
+
+
+def _from_fsspec(uri: str) -> tuple[pafs.FileSystem, str]:
+    # Late: most sources need no fsspec.
+    core = importlib.import_module("fsspec.core")
+    filesystem, path = core.url_to_fs(uri)
+    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), str(path).rstrip("/")
+
+
+def unreachable(uri: str, error: Exception) -> DataError:
+    """Return the error that names a source which could not be opened, and says what to check."""
+    hint = _HELP.get(uri.partition("://")[0], "") if "://" in uri else ""
+    text = " ".join(str(error).split())
+    if len(text) > _LONGEST_ERROR:  # libhdfs lists every place where it looked for Java
+        text = text[:_LONGEST_ERROR] + " ..."
+    return DataError(f"data.source={uri}: " + (f"{text.rstrip('.')}. {hint}" if hint else text))
+
+
+def is_local(filesystem: pafs.FileSystem) -> bool:
+    """Return whether a file system is this machine's own."""
+    if isinstance(filesystem, pafs.SubTreeFileSystem):
+        return is_local(filesystem.base_fs)
+    return isinstance(filesystem, pafs.LocalFileSystem)
+
+
+def num_readers(filesystem: pafs.FileSystem) -> int:
+    """Return how many threads are worth while to read with."""
+    return LOCAL_READERS if is_local(filesystem) else REMOTE_READERS
+
+
+def patiently(filesystem: pafs.FileSystem, read: Callable[[], T]) -> T:
+    """Return what ``read`` returns; of an object store, ask again after a passing error.
+
+    Raises:
+        OSError: What the last attempt raised, or the first of a local disk, or one that will not
+            pass: a missing object, no permission.
+    """
+    for pause in () if is_local(filesystem) else _PAUSES_S:
+        try:
+            return read()
+        except (FileNotFoundError, PermissionError, IsADirectoryError):
+            raise
+        except OSError as error:
+            if _FINAL.search(str(error)):
+                raise
+        time.sleep(pause)
+    return read()
+
+
+def read_file(filesystem: pafs.FileSystem, path: str | bytes) -> bytes:
+    """Return the bytes of a file.
+
+    Args:
+        filesystem: Where it lies.
+        path: Its path; as bytes, it may be a local name that is not UTF-8.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        try:
+            with open(path, "rb", buffering=0) as file:
+                return file.read()
+        except OSError as error:
+            raise DataError(f"{readable(path)}: cannot be read: {error.strerror}") from None
+    name = readable(path)
+
+    def read() -> bytes:
+        with filesystem.open_input_stream(name) as stream:
+            return bytes(stream.read())
+
+    try:
+        return patiently(filesystem, read)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{name}: cannot be read: {error}") from None
+
+
+def readable(path: str | bytes) -> str:
+    r"""Return a path as text that prints anywhere; bytes that are no UTF-8 look like \xff."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def list_files(
+    filesystem: pafs.FileSystem, root: str, suffixes: Sequence[str], *, hidden: str = "."
+) -> pa.Table:
+    """List the files below a folder, those in folders below it too, sorted by path.
+
+    Args:
+        filesystem: Where the folder lies.
+        root: The folder.
+        suffixes: Lower-case endings of the files to take; the files' own may be of any case.
+        hidden: Files and folders below ``root`` whose names begin with one of these are left out.
+
+    Returns:
+        ``path``: large_binary, relative to ``root`` (local names need not be UTF-8); ``bytes``:
+        int64, the files' sizes.
+
+    Raises:
+        DataError: If a folder cannot be listed.
+    """
+    # A million files must not become a million Python objects: one Arrow column a folder.
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        parts = _list_local(root, suffixes, hidden)
+    else:
+        parts = _list_remote(filesystem, root, suffixes, hidden)
+    schema = pa.schema([("path", pa.large_binary()), ("bytes", pa.int64())])
+    table = pa.concat_tables([schema.empty_table(), *parts]).combine_chunks()
+    return table.take(pc.sort_indices(table.column("path"))).combine_chunks()
+
+
+def list_glob(filesystem: pafs.FileSystem, pattern: str) -> list[str]:
+    """List the files that a path with ``*``, ``?`` or ``[...]`` matches, sorted.
+
+    The signs also stand for slashes; hidden names (``HIDDEN``) are left out.
+    """
+    signs = [pattern.index(sign) for sign in "*?[" if sign in pattern]
+    if not signs:
+        return []
+    root = pattern[: min(signs)].rsplit("/", 1)[0]
+    if filesystem.get_file_info(root).type != pafs.FileType.Directory:
+        return []
+    below = list_files(filesystem, root, ("",), hidden=HIDDEN).column("path")
+    paths = (f"{root}/{readable(name)}" for name in below.to_pylist())
+    return [path for path in paths if fnmatch.fnmatchcase(path, pattern)]
+
+
+def _table(paths: list[bytes], sizes: list[int]) -> pa.Table:
+    columns = [pa.array(paths, pa.large_binary()), pa.array(sizes, pa.int64())]
+    return pa.table(columns, names=["path", "bytes"])
+
+
+class _Folder(NamedTuple):
+    path: bytes
+    prefix: bytes  # of the files in it, relative to the root
+    entered: frozenset[bytes]  # real folders that links led to on the way: no endless circles
+
+
+def _list_local(root: str, suffixes: Sequence[str], hidden: str) -> Iterable[pa.Table]:
+    endings = tuple(suffix.encode() for suffix in suffixes)
+    top = os.fsencode(root)
+    level = [_Folder(top, b"", frozenset([os.path.realpath(top)]))]
+    with ThreadPoolExecutor(2 * LOCAL_READERS) as pool:
+        while level:
+            below: list[_Folder] = []
+            for table, folders in pool.map(lambda f: _scan(f, endings, hidden.encode()), level):
+                below += folders
+                yield table
+            level = below
+
+
+def _scan(
+    folder: _Folder, endings: tuple[bytes, ...], hidden: bytes
+) -> tuple[pa.Table, list[_Folder]]:
+    paths: list[bytes] = []
+    sizes: list[int] = []
+    folders: list[_Folder] = []
+    try:
+        with os.scandir(folder.path) as entries:
+            for entry in entries:
+                if entry.name[:1] in hidden:
+                    continue
+                if entry.is_dir():
+                    folders += _enter(folder, entry)
+                elif entry.name.lower().endswith(endings) and (size := _size(entry)) is not None:
+                    paths.append(folder.prefix + entry.name)
+                    sizes.append(size)
+    except OSError as error:
+        raise DataError(f"{readable(folder.path)}: cannot be listed: {error.strerror}") from None
+    return _table(paths, sizes), folders
+
+
+def _enter(folder: _Folder, entry: os.DirEntry[bytes]) -> list[_Folder]:
+    entered = folder.entered
+    if entry.is_symlink():
+        target = os.path.realpath(entry.path)
+        above = os.path.realpath(folder.path) + b"/"
+        if target in entered or above.startswith(target + b"/"):
+            return []
+        entered |= {target}
+    return [_Folder(entry.path, folder.prefix + entry.name + b"/", entered)]
+
+
+def _size(entry: os.DirEntry[bytes]) -> int | None:
+    """Return the size of a regular file, also behind a link; None if there is none (any more)."""
+    try:
+        status = entry.stat()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return None
+        raise
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def _list_remote(
+    filesystem: pafs.FileSystem, root: str, suffixes: Sequence[str], hidden: str
+) -> Iterable[pa.Table]:
+    skip = len(root.rstrip("/")) + 1
+    endings = tuple(suffixes)
+
+    def below(folder: str, *, recursive: bool) -> tuple[pa.Table, list[str]]:
+        selector = pafs.FileSelector(folder, recursive=recursive)
+        try:
+            found = patiently(filesystem, lambda: filesystem.get_file_info(selector))
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{folder}: cannot be listed: {error}") from None
+        paths, sizes, folders = [], [], []
+        for info in found:
+            name = info.path[skip:]
+            if any(part[:1] in hidden for part in name.split("/") if part):
+                continue
+            if info.type == pafs.FileType.Directory:
+                folders.append(info.path)
+            elif info.type == pafs.FileType.File and name.lower().endswith(endings):
+                paths.append(name.encode())
+                sizes.append(int(info.size or 0))
+        return _table(paths, sizes), folders
+
+    # A store lists a thousand names a request, one after another: ask for many folders at once.
+    table, folders = below(root, recursive=False)
+    yield table
+    with ThreadPoolExecutor(REMOTE_READERS) as pool:
+        yield from (t for t, _ in pool.map(lambda f: below(f, recursive=True), folders))
