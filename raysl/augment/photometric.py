@@ -8,11 +8,13 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 
 from raysl.augment.crop import Image
 
 # ITU-R 601-2 luma, as PIL's convert("L") and OpenCV's RGB2GRAY have it.
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+_IDENTITY = np.eye(3, 4, dtype=np.float32)
 _LEVELS = np.arange(256, dtype=np.float32)
 
 
@@ -70,20 +72,27 @@ def apply_jitter(image: Image, plan: JitterPlan) -> Image:
 
 def apply_brightness(image: Image, factor: float) -> Image:
     """Multiply by ``factor`` >= 0 and clamp to [0, 255]."""
-    return _lookup(image, _LEVELS * factor)
+    return _mix_channels(image, _IDENTITY * factor)
 
 
 def apply_contrast(image: Image, factor: float) -> Image:
     """Blend with the mean grey level of the image by ``factor`` >= 0."""
     mean = float(np.dot(cv2.mean(image)[:3], _LUMA))
-    return _lookup(image, _LEVELS * factor + round(mean) * (1 - factor))
+    blend = _IDENTITY * factor
+    blend[:, 3] = round(mean) * (1 - factor)
+    return _mix_channels(image, blend)
 
 
 def apply_saturation(image: Image, factor: float) -> Image:
     """Blend with the grey image by ``factor`` >= 0."""
-    grey = _LUMA * (1 - factor)
-    matrix = np.tile(grey, (3, 1)) + np.eye(3, dtype=np.float32) * factor
-    return cv2.transform(image, matrix.astype(np.float32))  # type: ignore[return-value]
+    blend = _IDENTITY * factor
+    blend[:, :3] += _LUMA * (1 - factor)
+    return _mix_channels(image, blend)
+
+
+def _mix_channels(image: Image, matrix: npt.NDArray[np.float32]) -> Image:
+    """Apply a (3, 4) matrix to (R, G, B, 1); rounds and clamps. A third of a table's time."""
+    return cv2.transform(image, matrix)  # type: ignore[return-value]
 
 
 def apply_hue(image: Image, shift: float) -> Image:
@@ -95,11 +104,6 @@ def apply_hue(image: Image, shift: float) -> Image:
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
     hsv[..., 0] = cv2.LUT(hsv[..., 0], turned)
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)  # type: ignore[return-value]
-
-
-def _lookup(image: Image, levels: np.ndarray) -> Image:
-    table = np.clip(np.rint(levels), 0, 255).astype(np.uint8)
-    return cv2.LUT(image, table)  # type: ignore[return-value]
 
 
 def apply_grey(image: Image) -> Image:
@@ -116,21 +120,20 @@ def plan_blur(
     return float(rng.uniform(*sigma_px))
 
 
-def apply_blur(image: Image, sigma_px: float, *, kernel_px: int | None = None) -> Image:
-    """Blur ``(H, W, 3)`` uint8 with a Gaussian.
+def blur_taps(sigma_px: float, *, longest: int | None = None) -> int:
+    """Return the number of taps of a Gaussian's kernel, odd.
 
-    Args:
-        image: The image.
-        sigma_px: Standard deviation in pixels, > 0.
-        kernel_px: Longest kernel, odd; SimCLR cuts it at a tenth of the image side. A kernel
-            beyond three standard deviations on each side changes nothing and costs time, so the
-            shorter of the two is used.
+    A kernel beyond three standard deviations on each side changes nothing and costs time, so it
+    ends there, or at ``longest``: SimCLR cuts it at a tenth of the image's side.
 
     Source: Chen et al. 2020, arXiv:2002.05709v3, appendix A.
     """
     taps = 2 * int(np.ceil(3 * sigma_px)) + 1
-    if kernel_px is not None:
-        taps = min(taps, kernel_px)
+    return taps if longest is None else min(taps, longest)
+
+
+def apply_blur(image: Image, sigma_px: float, *, taps: int) -> Image:
+    """Blur ``(H, W, 3)`` uint8 with a Gaussian of standard deviation ``sigma_px`` > 0."""
     # Two passes with one kernel: half the time of cv2.GaussianBlur, at most one level apart.
     kernel = cv2.getGaussianKernel(taps, sigma_px, ktype=cv2.CV_32F)
     return cv2.sepFilter2D(image, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)  # type: ignore[return-value]

@@ -1,263 +1,45 @@
 """A view as a YAML composes it: a crop, then operations in order; planned first, then applied."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from itertools import islice, takewhile
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from raysl.augment.crop import (
-    CropBox,
-    Image,
-    apply_crop,
-    apply_flip,
-    apply_quarter_turn,
-    apply_rotation,
-    plan_crop,
-    plan_flip,
-    plan_quarter_turn,
-    plan_rotation,
-)
-from raysl.augment.photometric import (
-    CutoutPlan,
-    JitterPlan,
-    NoisePlan,
-    apply_blur,
-    apply_cutout,
-    apply_grey,
-    apply_jitter,
-    apply_noise,
-    apply_sobel,
-    apply_solarise,
-    plan_blur,
-    plan_chance,
-    plan_cutout,
-    plan_jitter,
-    plan_noise,
-)
+from raysl.augment.crop import CropBox, Image, apply_crop, plan_crop, plan_square
+from raysl.augment.ops import Numbers, Op, check_range
 from raysl.augment.random import MAX_VIEWS, view_stream
-from raysl.config.base import Config, NonNegativeFloat, PositiveFloat, PositiveInt, Probability
+from raysl.config.base import Config, PositiveFloat, PositiveInt
 
-
-def _check_range(name: str, bounds: tuple[float, float]) -> None:
-    low, high = bounds
-    if low > high:
-        raise ValueError(f"{name} is [low, high] with low <= high; got [{low}, {high}]")
+_Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
 class Crop(Config):
-    """Random resized crop: a box of random area and aspect, resized to the view's side."""
+    """Random crop, resized to the view's side: of random area and aspect, or a square."""
 
-    scale: tuple[
-        Annotated[float, Field(gt=0.0, le=1.0)], Annotated[float, Field(gt=0.0, le=1.0)]
-    ] = (0.08, 1.0)
+    scale: tuple[_Fraction, _Fraction] = (0.08, 1.0)
     """Range of the box's area over the image's."""
     ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
     """Range of width over height."""
+    short_side: tuple[_Fraction, _Fraction] | None = None
+    """Cut a square instead: range of its side over the image's shorter one."""
+    antialias: bool = True
+    """Average over the pixels when the crop shrinks; false interpolates, twice as quickly."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "Crop":
-        _check_range("scale", self.scale)
-        _check_range("ratio", self.ratio)
+        check_range("scale", self.scale)
+        check_range("ratio", self.ratio)
+        if self.short_side is not None:
+            check_range("short_side", self.short_side)
         return self
 
-
-class Flip(Config):
-    """Mirror left to right."""
-
-    op: Literal["flip"] = "flip"
-    prob: Probability = 0.5
-
-    def plan(self, rng: np.random.Generator) -> bool:
-        """Draw whether to mirror."""
-        return plan_flip(rng, prob=self.prob)
-
-    def apply(self, image: Image, plan: bool) -> Image:
-        """Mirror if the plan says so."""
-        return apply_flip(image) if plan else image
-
-
-class Rotate(Config):
-    """Rotate about the centre by a small random angle."""
-
-    op: Literal["rotate"] = "rotate"
-    max_deg: Annotated[float, Field(ge=0.0, le=180.0)] = 15.0
-    prob: Probability = 1.0
-
-    def plan(self, rng: np.random.Generator) -> float | None:
-        """Draw an angle in degrees."""
-        return plan_rotation(rng, max_deg=self.max_deg, prob=self.prob)
-
-    def apply(self, image: Image, plan: float | None) -> Image:
-        """Rotate by the planned angle."""
-        return image if plan is None else apply_rotation(image, plan)
-
-
-class QuarterTurn(Config):
-    """Rotate by 90, 180 or 270 degrees."""
-
-    op: Literal["quarter_turn"] = "quarter_turn"
-    prob: Probability = 0.5
-
-    def plan(self, rng: np.random.Generator) -> int | None:
-        """Draw the number of quarter turns."""
-        return plan_quarter_turn(rng, prob=self.prob)
-
-    def apply(self, image: Image, plan: int | None) -> Image:
-        """Turn as planned."""
-        return image if plan is None else apply_quarter_turn(image, plan)
-
-
-class ColorJitter(Config):
-    """Brightness, contrast, saturation and hue in random order."""
-
-    op: Literal["color_jitter"] = "color_jitter"
-    brightness: NonNegativeFloat = 0.8
-    contrast: NonNegativeFloat = 0.8
-    saturation: NonNegativeFloat = 0.8
-    hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.2
-    prob: Probability = 0.8
-
-    def plan(self, rng: np.random.Generator) -> JitterPlan | None:
-        """Draw the four factors and their order."""
-        return plan_jitter(
-            rng,
-            brightness=self.brightness,
-            contrast=self.contrast,
-            saturation=self.saturation,
-            hue=self.hue,
-            prob=self.prob,
-        )
-
-    def apply(self, image: Image, plan: JitterPlan | None) -> Image:
-        """Apply the planned factors."""
-        return image if plan is None else apply_jitter(image, plan)
-
-
-class Grey(Config):
-    """Drop the colour."""
-
-    op: Literal["grey"] = "grey"
-    prob: Probability = 0.2
-
-    def plan(self, rng: np.random.Generator) -> bool:
-        """Draw whether to drop the colour."""
-        return plan_chance(rng, prob=self.prob)
-
-    def apply(self, image: Image, plan: bool) -> Image:
-        """Drop the colour if the plan says so."""
-        return apply_grey(image) if plan else image
-
-
-class Blur(Config):
-    """Gaussian blur."""
-
-    op: Literal["blur"] = "blur"
-    sigma_px: tuple[PositiveFloat, PositiveFloat] = (0.1, 2.0)
-    """Range of the standard deviation in pixels of the view."""
-    kernel_fraction: Annotated[float, Field(gt=0.0, le=1.0)] | None = 0.1
-    """Longest kernel over the view's side (SimCLR: a tenth); null: three standard deviations."""
-    prob: Probability = 0.5
-
-    def plan(self, rng: np.random.Generator) -> float | None:
-        """Draw the standard deviation."""
-        return plan_blur(rng, sigma_px=self.sigma_px, prob=self.prob)
-
-    def apply(self, image: Image, plan: float | None) -> Image:
-        """Blur with the planned standard deviation."""
-        if plan is None:
-            return image
-        kernel_px = None
-        if self.kernel_fraction is not None:
-            kernel_px = max(3, int(image.shape[0] * self.kernel_fraction) | 1)
-        return apply_blur(image, plan, kernel_px=kernel_px)
-
-
-class Solarise(Config):
-    """Invert the bright pixels."""
-
-    op: Literal["solarise"] = "solarise"
-    threshold: Annotated[int, Field(ge=0, le=256)] = 128
-    prob: Probability = 0.2
-
-    def plan(self, rng: np.random.Generator) -> bool:
-        """Draw whether to invert."""
-        return plan_chance(rng, prob=self.prob)
-
-    def apply(self, image: Image, plan: bool) -> Image:
-        """Invert if the plan says so."""
-        return apply_solarise(image, threshold=self.threshold) if plan else image
-
-
-class Noise(Config):
-    """Gaussian noise on each channel of each pixel."""
-
-    op: Literal["noise"] = "noise"
-    sigma: tuple[
-        Annotated[float, Field(ge=0.0, le=1.0)], Annotated[float, Field(ge=0.0, le=1.0)]
-    ] = (0.02, 0.1)
-    """Range of the standard deviation, of pixels in [0, 1]."""
-    prob: Probability = 0.5
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "Noise":
-        _check_range("sigma", self.sigma)
-        return self
-
-    def plan(self, rng: np.random.Generator) -> NoisePlan | None:
-        """Draw the strength, and the seed of the field."""
-        return plan_noise(rng, sigma=self.sigma, prob=self.prob)
-
-    def apply(self, image: Image, plan: NoisePlan | None) -> Image:
-        """Add the planned field."""
-        return image if plan is None else apply_noise(image, plan)
-
-
-class Sobel(Config):
-    """Edges instead of the image."""
-
-    op: Literal["sobel"] = "sobel"
-    prob: Probability = 0.5
-
-    def plan(self, rng: np.random.Generator) -> bool:
-        """Draw whether to filter."""
-        return plan_chance(rng, prob=self.prob)
-
-    def apply(self, image: Image, plan: bool) -> Image:
-        """Filter if the plan says so."""
-        return apply_sobel(image) if plan else image
-
-
-class Cutout(Config):
-    """Erase a square."""
-
-    op: Literal["cutout"] = "cutout"
-    side: tuple[
-        Annotated[float, Field(gt=0.0, le=1.0)], Annotated[float, Field(gt=0.0, le=1.0)]
-    ] = (0.25, 0.5)
-    """Range of the square's side over the view's."""
-    fill: Annotated[int, Field(ge=0, le=255)] = 124
-    """Level that it is filled with; 124 is near zero once ImageNet's mean is taken off."""
-    prob: Probability = 0.5
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "Cutout":
-        _check_range("side", self.side)
-        return self
-
-    def plan(self, rng: np.random.Generator) -> CutoutPlan | None:
-        """Draw the square."""
-        return plan_cutout(rng, side=self.side, prob=self.prob)
-
-    def apply(self, image: Image, plan: CutoutPlan | None) -> Image:
-        """Erase the planned square."""
-        return image if plan is None else apply_cutout(image, plan, fill=self.fill)
-
-
-Op = Annotated[
-    Flip | Rotate | QuarterTurn | ColorJitter | Grey | Blur | Solarise | Noise | Sobel | Cutout,
-    Field(discriminator="op"),
-]
+    def plan(self, rng: np.random.Generator, *, height: int, width: int) -> CropBox:
+        """Draw a box inside an image."""
+        if self.short_side is not None:
+            return plan_square(rng, height=height, width=width, short_side=self.short_side)
+        return plan_crop(rng, height=height, width=width, scale=self.scale, ratio=self.ratio)
 
 
 class View(Config):
@@ -279,42 +61,102 @@ class ViewPlan(NamedTuple):
 
 def plan_view(view: View, rng: np.random.Generator, *, height: int, width: int) -> ViewPlan:
     """Draw a view of an image of ``height`` x ``width`` pixels from its own stream."""
-    box = plan_crop(rng, height=height, width=width, scale=view.crop.scale, ratio=view.crop.ratio)
+    box = view.crop.plan(rng, height=height, width=width)
     return ViewPlan(box, tuple(op.plan(rng) for op in view.ops))
 
 
-def apply_view(view: View, image: Image, plan: ViewPlan) -> Image:
+def apply_view(view: View, image: Image, plan: ViewPlan, *, num_ops: int | None = None) -> Image:
     """Make the planned view.
 
     Args:
         view: The kind of view the plan was drawn for.
         image: ``(H, W, 3)`` uint8 RGB.
         plan: What :func:`plan_view` drew.
+        num_ops: Stop after so many operations; None for all.
 
     Returns:
         ``(size_px, size_px, 3)`` uint8; may share memory with ``image`` if nothing had to change.
     """
-    result = apply_crop(image, plan.box, size_px=view.size_px)
-    for op, step in zip(view.ops, plan.steps, strict=True):
+    result = apply_crop(image, plan.box, size_px=view.size_px, antialias=view.crop.antialias)
+    for op, step in islice(zip(view.ops, plan.steps, strict=True), num_ops):
         result = op.apply(result, step)
+    return result
+
+
+def plan_views(
+    views: Sequence[View], *, seed: int, epoch: int, index: int, height: int, width: int
+) -> list[list[ViewPlan]]:
+    """Draw all views of one image: a list a kind of view, with ``count`` entries each.
+
+    A view is a function of (seed, epoch, index, number of the view) and the image's size alone.
+    """
+    result: list[list[ViewPlan]] = []
+    number = 0
+    for view in views:
+        planned = []
+        for _ in range(view.count):
+            rng = view_stream(seed=seed, epoch=epoch, index=index, view=number)
+            planned.append(plan_view(view, rng, height=height, width=width))
+            number += 1
+        result.append(planned)
     return result
 
 
 def make_views(
     image: Image, views: Sequence[View], *, seed: int, epoch: int, index: int
 ) -> list[list[Image]]:
-    """Make all views of one image: a list a kind of view, with ``count`` entries each.
-
-    A view is a function of (seed, epoch, index, number of the view) alone.
-    """
+    """Make all views of one image: a list a kind of view, with ``count`` entries each."""
     height, width = image.shape[:2]
-    result: list[list[Image]] = []
-    number = 0
-    for view in views:
-        made = []
-        for _ in range(view.count):
-            rng = view_stream(seed=seed, epoch=epoch, index=index, view=number)
-            made.append(apply_view(view, image, plan_view(view, rng, height=height, width=width)))
-            number += 1
-        result.append(made)
-    return result
+    plans = plan_views(views, seed=seed, epoch=epoch, index=index, height=height, width=width)
+    return [
+        [apply_view(view, image, plan) for plan in planned]
+        for view, planned in zip(views, plans, strict=True)
+    ]
+
+
+def largest_shrink(
+    views: Sequence[View], plans: Sequence[Sequence[ViewPlan]], allowed: Sequence[int]
+) -> int:
+    """Return the largest of the allowed factors by which the image may be shrunk beforehand.
+
+    Every crop must keep at least as many pixels as its view has, in both directions.
+    """
+    room = min(
+        min(plan.box.height, plan.box.width) / view.size_px
+        for view, planned in zip(views, plans, strict=True)
+        for plan in planned
+    )
+    return max((factor for factor in allowed if factor <= room), default=1)
+
+
+def shrink_plan(plan: ViewPlan, factor: int, *, height: int, width: int) -> ViewPlan:
+    """Return a plan for the same image at 1/factor of its size, ``height`` x ``width`` pixels."""
+    box = plan.box
+    h, w = min(height, round(box.height / factor)), min(width, round(box.width / factor))
+    top = min(round(box.top / factor), height - h)
+    left = min(round(box.left / factor), width - w)
+    return ViewPlan(CropBox(top, left, h, w), plan.steps)
+
+
+def device_ops(view: View) -> tuple[Op, ...]:
+    """Return the last operations of a view, as many as the accelerator can do.
+
+    An operation can run there if it has ``numbers``.
+    """
+    return tuple(takewhile(lambda op: hasattr(op, "numbers"), reversed(view.ops)))[::-1]
+
+
+def device_numbers(ops: Sequence[Op], plan: ViewPlan, *, size_px: int) -> Numbers:
+    """Return the plans of a view's last ops as numbers, in the order of the ops.
+
+    Args:
+        ops: The last ops of the view, as :func:`device_ops` returns them.
+        plan: The plan of the whole view.
+        size_px: Side of the view.
+    """
+    steps = plan.steps[len(plan.steps) - len(ops) :]
+    return tuple(
+        value
+        for op, step in zip(ops, steps, strict=True)
+        for value in op.numbers(step, size_px=size_px)  # type: ignore[union-attr]
+    )

@@ -4,6 +4,7 @@ import numpy as np
 
 MAX_VIEWS = 256
 _MASK_64 = (1 << 64) - 1
+_REPLACEMENTS = 1 << 63  # beyond the second words of all views' keys
 
 
 def view_stream(*, seed: int, epoch: int, index: int, view: int) -> np.random.Generator:
@@ -26,3 +27,16 @@ def view_stream(*, seed: int, epoch: int, index: int, view: int) -> np.random.Ge
     # The lowest word counts the numbers drawn; the highest names the image, so no two overlap.
     counter = np.array([0, 0, 0, index], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def replacement_stream(*, seed: int, epoch: int, key: int) -> np.random.Generator:
+    """Return the random stream that draws what takes the place of a bad image.
+
+    Args:
+        seed: The run's seed, 0 <= seed < 2**64.
+        epoch: Pass over the images, >= 0.
+        key: What the views of the bad image would have been drawn by, >= 0.
+    """
+    words = np.array([seed & _MASK_64, _REPLACEMENTS + epoch], dtype=np.uint64)
+    counter = np.array([0, 0, 0, key], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=words, counter=counter))

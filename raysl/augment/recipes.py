@@ -4,14 +4,24 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from raysl.augment.pipeline import Blur, ColorJitter, Crop, Flip, Grey, Op, Solarise, View
+from raysl.augment.ops import Blur, ColorJitter, Flip, Grey, Op, Solarise
+from raysl.augment.pipeline import Crop, View
 from raysl.augment.random import MAX_VIEWS
 from raysl.config.base import Config, NonNegativeFloat, PositiveInt, Probability
 
 _Scale = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
-class SimCLRViews(Config):
+class _Recipe(Config):
+    """What all recipes have."""
+
+    size_px: PositiveInt = 224
+    """Side of the views in pixels; of the large ones, where there are several sizes."""
+    antialias: bool = True
+    """Average over the pixels when a crop shrinks, as torchvision does; false is quicker."""
+
+
+class SimCLRViews(_Recipe):
     """Two views of SimCLR: crop, flip, colour distortion, blur.
 
     Source: Chen et al. 2020, arXiv:2002.05709v3, appendix A (for CIFAR-10 B.9: strength 0.5, no
@@ -19,7 +29,6 @@ class SimCLRViews(Config):
     """
 
     recipe: Literal["simclr"] = "simclr"
-    size_px: PositiveInt = 224
     min_scale: _Scale = 0.08
     """Smallest area of a crop over the area of the image."""
     color_strength: NonNegativeFloat = 1.0
@@ -42,29 +51,28 @@ class SimCLRViews(Config):
         ops: list[Op] = [Flip(prob=self.flip_prob), jitter, Grey(prob=self.grey_prob)]
         if self.blur_prob > 0:
             ops.append(Blur(prob=self.blur_prob))
-        crop = Crop(scale=(self.min_scale, 1.0))
+        crop = Crop(scale=(self.min_scale, 1.0), antialias=self.antialias)
         return (View(count=2, size_px=self.size_px, crop=crop, ops=tuple(ops)),)
 
 
-class MoCoV1Views(Config):
+class MoCoV1Views(_Recipe):
     """Two views of MoCo v1: crop, grey, colour jitter always, flip.
 
     Source: He et al. 2019, arXiv:1911.05722v3, sec. 4.1, and the authors' main_moco.py.
     """
 
     recipe: Literal["moco_v1"] = "moco_v1"
-    size_px: PositiveInt = 224
     min_scale: _Scale = 0.2
 
     def views(self) -> tuple[View, ...]:
         """Return the two views' definition."""
         jitter = ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4, prob=1.0)
-        crop = Crop(scale=(self.min_scale, 1.0))
+        crop = Crop(scale=(self.min_scale, 1.0), antialias=self.antialias)
         ops: tuple[Op, ...] = (Grey(prob=0.2), jitter, Flip())
         return (View(count=2, size_px=self.size_px, crop=crop, ops=ops),)
 
 
-class MoCoV2Views(Config):
+class MoCoV2Views(_Recipe):
     """Two views of MoCo v2: crop, colour jitter, grey, blur, flip.
 
     Source: Chen et al. 2020, arXiv:2003.04297v1, sec. 3, and the authors' main_moco.py.
@@ -72,7 +80,6 @@ class MoCoV2Views(Config):
     """
 
     recipe: Literal["moco_v2"] = "moco_v2"
-    size_px: PositiveInt = 224
     min_scale: _Scale = 0.2
     blur_prob: Probability = 0.5
     flip_prob: Probability = 0.5
@@ -86,30 +93,29 @@ class MoCoV2Views(Config):
         if self.blur_prob > 0:
             ops.append(Blur(prob=self.blur_prob, kernel_fraction=None))
         ops.append(Flip(prob=self.flip_prob))
-        crop = Crop(scale=(self.min_scale, 1.0))
+        crop = Crop(scale=(self.min_scale, 1.0), antialias=self.antialias)
         return (View(count=2, size_px=self.size_px, crop=crop, ops=tuple(ops)),)
 
 
-class BYOLViews(Config):
+class BYOLViews(_Recipe):
     """Two views of BYOL that differ: one always blurred, one at times solarised.
 
     Source: Grill et al. 2020, arXiv:2006.07733v3, appendix B, table 6.
     """
 
     recipe: Literal["byol"] = "byol"
-    size_px: PositiveInt = 224
     min_scale: _Scale = 0.08
 
     def views(self) -> tuple[View, ...]:
         """Return the definitions of the two views."""
-        crop = Crop(scale=(self.min_scale, 1.0))
+        crop = Crop(scale=(self.min_scale, 1.0), antialias=self.antialias)
         return tuple(
             View(size_px=self.size_px, crop=crop, ops=_distort(blur, solarise, kernel_fraction=0.1))
             for blur, solarise in ((1.0, 0.0), (0.1, 0.2))
         )
 
 
-class DINOViews(Config):
+class DINOViews(_Recipe):
     """Two large crops and several small ones.
 
     Source: Caron et al. 2021, arXiv:2104.14294v2, and the authors' main_dino.py: its options
@@ -118,7 +124,6 @@ class DINOViews(Config):
     """
 
     recipe: Literal["dino"] = "dino"
-    size_px: PositiveInt = 224
     global_scale: tuple[_Scale, _Scale] = (0.4, 1.0)
     """Range of a large crop's area over the image's."""
     local_count: Annotated[int, Field(ge=0, le=MAX_VIEWS - 2)] = 8
@@ -128,7 +133,7 @@ class DINOViews(Config):
 
     def views(self) -> tuple[View, ...]:
         """Return the definitions: each large crop, then the small ones."""
-        large = Crop(scale=self.global_scale)
+        large = Crop(scale=self.global_scale, antialias=self.antialias)
         views = [
             View(
                 size_px=self.size_px, crop=large, ops=_distort(blur, solarise, kernel_fraction=None)
@@ -136,7 +141,7 @@ class DINOViews(Config):
             for blur, solarise in ((1.0, 0.0), (0.1, 0.2))
         ]
         if self.local_count > 0:
-            small = Crop(scale=self.local_scale)
+            small = Crop(scale=self.local_scale, antialias=self.antialias)
             views.append(
                 View(
                     count=self.local_count,
@@ -148,7 +153,7 @@ class DINOViews(Config):
         return tuple(views)
 
 
-class MAEViews(Config):
+class MAEViews(_Recipe):
     """One view: crop and flip.
 
     Source: He et al. 2021, arXiv:2111.06377v3, appendix A.1, table 8.
@@ -156,13 +161,47 @@ class MAEViews(Config):
     """
 
     recipe: Literal["mae"] = "mae"
-    size_px: PositiveInt = 224
     min_scale: _Scale = 0.2
 
     def views(self) -> tuple[View, ...]:
         """Return the view's definition."""
-        crop = Crop(scale=(self.min_scale, 1.0))
+        crop = Crop(scale=(self.min_scale, 1.0), antialias=self.antialias)
         return (View(size_px=self.size_px, crop=crop, ops=(Flip(),)),)
+
+
+class RotationViews(_Recipe):
+    """One upright view: a random square of nearly the whole image, and flip.
+
+    The method turns it by quarters itself, on the device: that loses nothing, and gives it labels.
+
+    Source: Gidaris et al. 2018, arXiv:1803.07728, sec. 3.2, and VISSL's rotnet_8gpu_resnet.yaml:
+    a square of 224 out of a short side of 256 pixels.
+    """
+
+    recipe: Literal["rotation"] = "rotation"
+
+    def views(self) -> tuple[View, ...]:
+        """Return the view's definition."""
+        crop = Crop(short_side=(0.875, 0.875), antialias=self.antialias)
+        return (View(size_px=self.size_px, crop=crop, ops=(Flip(),)),)
+
+
+class JigsawViews(_Recipe):
+    """One view that the method cuts into tiles: nearly the whole image, flip, mostly grey.
+
+    Source: Noroozi and Favaro 2016, arXiv:1603.09246, sec. 4, and VISSL's
+    jigsaw_8gpu_resnet.yaml: 255 out of a short side of 256 pixels, grey for two images of three.
+    """
+
+    recipe: Literal["jigsaw"] = "jigsaw"
+    size_px: PositiveInt = 255
+    grey_prob: Probability = 0.66
+
+    def views(self) -> tuple[View, ...]:
+        """Return the view's definition."""
+        crop = Crop(short_side=(255 / 256, 255 / 256), antialias=self.antialias)
+        ops: tuple[Op, ...] = (Flip(), Grey(prob=self.grey_prob))
+        return (View(size_px=self.size_px, crop=crop, ops=ops),)
 
 
 def _distort(
@@ -200,6 +239,14 @@ class CustomViews(Config):
 
 
 Views = Annotated[
-    SimCLRViews | MoCoV1Views | MoCoV2Views | BYOLViews | DINOViews | MAEViews | CustomViews,
+    SimCLRViews
+    | MoCoV1Views
+    | MoCoV2Views
+    | BYOLViews
+    | DINOViews
+    | MAEViews
+    | RotationViews
+    | JigsawViews
+    | CustomViews,
     Field(discriminator="recipe"),
 ]

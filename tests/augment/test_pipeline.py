@@ -7,11 +7,9 @@ import pytest
 from pydantic import ValidationError
 
 from raysl.augment.crop import CropBox, Image, apply_crop, apply_flip, apply_rotation
-from raysl.augment.photometric import apply_blur, apply_grey, apply_solarise
-from raysl.augment.pipeline import (
+from raysl.augment.ops import (
     Blur,
     ColorJitter,
-    Crop,
     Cutout,
     Flip,
     Grey,
@@ -20,12 +18,9 @@ from raysl.augment.pipeline import (
     Rotate,
     Sobel,
     Solarise,
-    View,
-    ViewPlan,
-    apply_view,
-    make_views,
-    plan_view,
 )
+from raysl.augment.photometric import apply_blur, apply_grey, apply_solarise
+from raysl.augment.pipeline import Crop, View, ViewPlan, apply_view, make_views, plan_view
 from raysl.augment.random import view_stream
 from raysl.config.load import parse_yaml, to_yaml, validate
 from raysl.errors import ConfigError
@@ -136,7 +131,7 @@ class TestApplyView:
         plan = ViewPlan(CropBox(2, 3, 20, 22), (30.0, True, True, True, 1.0))
         expected = apply_crop(_image(0), plan.box, size_px=16)
         expected = apply_grey(apply_solarise(apply_rotation(expected, 30.0)))
-        expected = apply_blur(apply_flip(expected), 1.0, kernel_px=3)
+        expected = apply_blur(apply_flip(expected), 1.0, taps=3)
         np.testing.assert_array_equal(apply_view(view, _image(0), plan), expected)
 
     def test_a_plan_in_which_nothing_happens_is_the_crop(self) -> None:

@@ -3,7 +3,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from raysl.augment.pipeline import Blur, ColorJitter, Crop, Flip, Grey, Solarise, View
+from raysl.augment.ops import Blur, ColorJitter, Flip, Grey, Solarise
+from raysl.augment.pipeline import Crop, View
 from raysl.augment.recipes import (
     BYOLViews,
     CustomViews,

@@ -1,0 +1,275 @@
+"""Operations on a view's pixels as a YAML names them: planned first, then applied.
+
+An operation that can also run on the accelerator gives its plan as numbers: see
+:mod:`raysl.train.device_ops`.
+"""
+
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from raysl.augment.crop import (
+    Image,
+    apply_flip,
+    apply_quarter_turn,
+    apply_rotation,
+    plan_flip,
+    plan_quarter_turn,
+    plan_rotation,
+)
+from raysl.augment.photometric import (
+    CutoutPlan,
+    JitterPlan,
+    NoisePlan,
+    apply_blur,
+    apply_cutout,
+    apply_grey,
+    apply_jitter,
+    apply_noise,
+    apply_sobel,
+    apply_solarise,
+    blur_taps,
+    plan_blur,
+    plan_chance,
+    plan_cutout,
+    plan_jitter,
+    plan_noise,
+)
+from raysl.config.base import Config, NonNegativeFloat, PositiveFloat, Probability
+
+Numbers = tuple[float, ...]
+
+
+def check_range(name: str, bounds: tuple[float, float]) -> None:
+    """Raise ValueError unless ``bounds`` is [low, high] with low <= high."""
+    low, high = bounds
+    if low > high:
+        raise ValueError(f"{name} is [low, high] with low <= high; got [{low}, {high}]")
+
+
+class Flip(Config):
+    """Mirror left to right."""
+
+    op: Literal["flip"] = "flip"
+    prob: Probability = 0.5
+
+    def plan(self, rng: np.random.Generator) -> bool:
+        """Draw whether to mirror."""
+        return plan_flip(rng, prob=self.prob)
+
+    def apply(self, image: Image, plan: bool) -> Image:
+        """Mirror if the plan says so."""
+        return apply_flip(image) if plan else image
+
+    def numbers(self, plan: bool, *, size_px: int) -> Numbers:
+        """Return 1 to mirror, else 0."""
+        return (float(plan),)
+
+
+class Rotate(Config):
+    """Rotate about the centre by a small random angle."""
+
+    op: Literal["rotate"] = "rotate"
+    max_deg: Annotated[float, Field(ge=0.0, le=180.0)] = 15.0
+    prob: Probability = 1.0
+
+    def plan(self, rng: np.random.Generator) -> float | None:
+        """Draw an angle in degrees."""
+        return plan_rotation(rng, max_deg=self.max_deg, prob=self.prob)
+
+    def apply(self, image: Image, plan: float | None) -> Image:
+        """Rotate by the planned angle."""
+        return image if plan is None else apply_rotation(image, plan)
+
+
+class QuarterTurn(Config):
+    """Rotate by 90, 180 or 270 degrees."""
+
+    op: Literal["quarter_turn"] = "quarter_turn"
+    prob: Probability = 0.5
+
+    def plan(self, rng: np.random.Generator) -> int | None:
+        """Draw the number of quarter turns."""
+        return plan_quarter_turn(rng, prob=self.prob)
+
+    def apply(self, image: Image, plan: int | None) -> Image:
+        """Turn as planned."""
+        return image if plan is None else apply_quarter_turn(image, plan)
+
+
+class ColorJitter(Config):
+    """Brightness, contrast, saturation and hue in random order."""
+
+    op: Literal["color_jitter"] = "color_jitter"
+    brightness: NonNegativeFloat = 0.8
+    contrast: NonNegativeFloat = 0.8
+    saturation: NonNegativeFloat = 0.8
+    hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.2
+    prob: Probability = 0.8
+
+    def plan(self, rng: np.random.Generator) -> JitterPlan | None:
+        """Draw the four factors and their order."""
+        return plan_jitter(
+            rng,
+            brightness=self.brightness,
+            contrast=self.contrast,
+            saturation=self.saturation,
+            hue=self.hue,
+            prob=self.prob,
+        )
+
+    def apply(self, image: Image, plan: JitterPlan | None) -> Image:
+        """Apply the planned factors."""
+        return image if plan is None else apply_jitter(image, plan)
+
+    def numbers(self, plan: JitterPlan | None, *, size_px: int) -> Numbers:
+        """Return 1 or 0, the four factors, and their order as four numbers."""
+        return (0.0,) * 9 if plan is None else (1.0, *plan[:4], *map(float, plan.order))
+
+
+class Grey(Config):
+    """Drop the colour."""
+
+    op: Literal["grey"] = "grey"
+    prob: Probability = 0.2
+
+    def plan(self, rng: np.random.Generator) -> bool:
+        """Draw whether to drop the colour."""
+        return plan_chance(rng, prob=self.prob)
+
+    def apply(self, image: Image, plan: bool) -> Image:
+        """Drop the colour if the plan says so."""
+        return apply_grey(image) if plan else image
+
+    def numbers(self, plan: bool, *, size_px: int) -> Numbers:
+        """Return 1 to drop the colour, else 0."""
+        return (float(plan),)
+
+
+class Blur(Config):
+    """Gaussian blur."""
+
+    op: Literal["blur"] = "blur"
+    sigma_px: tuple[PositiveFloat, PositiveFloat] = (0.1, 2.0)
+    """Range of the standard deviation in pixels of the view."""
+    kernel_fraction: Annotated[float, Field(gt=0.0, le=1.0)] | None = 0.1
+    """Longest kernel over the view's side (SimCLR: a tenth); null: three standard deviations."""
+    prob: Probability = 0.5
+
+    def plan(self, rng: np.random.Generator) -> float | None:
+        """Draw the standard deviation."""
+        return plan_blur(rng, sigma_px=self.sigma_px, prob=self.prob)
+
+    def apply(self, image: Image, plan: float | None) -> Image:
+        """Blur with the planned standard deviation."""
+        return image if plan is None else apply_blur(image, plan, taps=self._taps(plan, len(image)))
+
+    def numbers(self, plan: float | None, *, size_px: int) -> Numbers:
+        """Return the standard deviation in pixels and the kernel's taps; zeros for no blur."""
+        return (0.0, 0.0) if plan is None else (plan, float(self._taps(plan, size_px)))
+
+    def _taps(self, sigma_px: float, size_px: int) -> int:
+        longest = None
+        if self.kernel_fraction is not None:
+            longest = max(3, int(size_px * self.kernel_fraction) | 1)
+        return blur_taps(sigma_px, longest=longest)
+
+
+class Solarise(Config):
+    """Invert the bright pixels."""
+
+    op: Literal["solarise"] = "solarise"
+    threshold: Annotated[int, Field(ge=0, le=256)] = 128
+    prob: Probability = 0.2
+
+    def plan(self, rng: np.random.Generator) -> bool:
+        """Draw whether to invert."""
+        return plan_chance(rng, prob=self.prob)
+
+    def apply(self, image: Image, plan: bool) -> Image:
+        """Invert if the plan says so."""
+        return apply_solarise(image, threshold=self.threshold) if plan else image
+
+    def numbers(self, plan: bool, *, size_px: int) -> Numbers:
+        """Return 1 to invert, else 0."""
+        return (float(plan),)
+
+
+class Noise(Config):
+    """Gaussian noise on each channel of each pixel."""
+
+    op: Literal["noise"] = "noise"
+    sigma: tuple[
+        Annotated[float, Field(ge=0.0, le=1.0)], Annotated[float, Field(ge=0.0, le=1.0)]
+    ] = (0.02, 0.1)
+    """Range of the standard deviation, of pixels in [0, 1]."""
+    prob: Probability = 0.5
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Noise":
+        check_range("sigma", self.sigma)
+        return self
+
+    def plan(self, rng: np.random.Generator) -> NoisePlan | None:
+        """Draw the strength, and the seed of the field."""
+        return plan_noise(rng, sigma=self.sigma, prob=self.prob)
+
+    def apply(self, image: Image, plan: NoisePlan | None) -> Image:
+        """Add the planned field."""
+        return image if plan is None else apply_noise(image, plan)
+
+
+class Sobel(Config):
+    """Edges instead of the image."""
+
+    op: Literal["sobel"] = "sobel"
+    prob: Probability = 0.5
+
+    def plan(self, rng: np.random.Generator) -> bool:
+        """Draw whether to filter."""
+        return plan_chance(rng, prob=self.prob)
+
+    def apply(self, image: Image, plan: bool) -> Image:
+        """Filter if the plan says so."""
+        return apply_sobel(image) if plan else image
+
+    def numbers(self, plan: bool, *, size_px: int) -> Numbers:
+        """Return 1 to filter, else 0."""
+        return (float(plan),)
+
+
+class Cutout(Config):
+    """Erase a square."""
+
+    op: Literal["cutout"] = "cutout"
+    side: tuple[
+        Annotated[float, Field(gt=0.0, le=1.0)], Annotated[float, Field(gt=0.0, le=1.0)]
+    ] = (0.25, 0.5)
+    """Range of the square's side over the view's."""
+    fill: Annotated[int, Field(ge=0, le=255)] = 124
+    """Level that it is filled with; 124 is near zero once ImageNet's mean is taken off."""
+    prob: Probability = 0.5
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Cutout":
+        check_range("side", self.side)
+        return self
+
+    def plan(self, rng: np.random.Generator) -> CutoutPlan | None:
+        """Draw the square."""
+        return plan_cutout(rng, side=self.side, prob=self.prob)
+
+    def apply(self, image: Image, plan: CutoutPlan | None) -> Image:
+        """Erase the planned square."""
+        return image if plan is None else apply_cutout(image, plan, fill=self.fill)
+
+    def numbers(self, plan: CutoutPlan | None, *, size_px: int) -> Numbers:
+        """Return 1 or 0 and the square's centre and side, in fractions."""
+        return (0.0,) * 4 if plan is None else (1.0, *plan)
+
+
+Op = Annotated[
+    Flip | Rotate | QuarterTurn | ColorJitter | Grey | Blur | Solarise | Noise | Sobel | Cutout,
+    Field(discriminator="op"),
+]
