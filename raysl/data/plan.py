@@ -7,6 +7,7 @@ state: where a run stands is one integer, the number of global batches consumed.
 Images are shuffled in two stages, because a source may only be quick to read in groups (the row
 groups of a Parquet file): the groups are permuted, cut into windows that fit into memory, and the
 images of a window are permuted together. A source that fits into one window is shuffled fully.
+Memory grows with the number of groups, not with that of images.
 """
 
 import threading
@@ -16,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from raysl.data.fragments import Fragments, fragments_of, images_per_epoch
+from raysl.data.permute import Indices, Permutation
 from raysl.errors import ConfigError
-
-Indices = npt.NDArray[np.int64]
 
 # Second words of the Philox keys below: they keep the two stages and the views apart.
 _GROUPS, _WINDOWS = 1 << 62, (1 << 62) + (1 << 61)
@@ -34,6 +35,7 @@ class Item(NamedTuple):
     step: int  # global batch, counted from 0 over the whole run
     epoch: int
     indices: Indices  # rows of the source, ``(item_size,)``
+    keys: Indices  # what their views are drawn by: the rows, or beyond all rows for a repeated one
 
 
 class Plan:
@@ -47,6 +49,7 @@ class Plan:
         num_steps: Optimizer steps of the whole run.
         window_size: Most images that are shuffled together; a larger group is a window by itself.
             None for all.
+        weights: How often an image of each group is seen in an epoch; None for once.
 
     Raises:
         ConfigError: If the batch is larger than the source or the item does not divide it.
@@ -61,9 +64,12 @@ class Plan:
         item_size: int,
         num_steps: int,
         window_size: int | None = None,
+        weights: npt.NDArray[np.float64] | None = None,
     ) -> None:
         self.group_sizes = np.asarray(group_sizes, dtype=np.int64)
-        self.num_images = int(self.group_sizes.sum())
+        self.weights = weights
+        self.num_images = images_per_epoch(self.group_sizes, weights)
+        self._num_rows = int(self.group_sizes.sum())
         self.seed = seed
         self.global_batch_size = global_batch_size
         self.item_size = item_size
@@ -80,7 +86,7 @@ class Plan:
                 f"train.global_batch_size={global_batch_size}"
             )
         self._layouts: dict[int, _Layout] = {}
-        self._windows: dict[tuple[int, int], Indices] = {}
+        self._windows: dict[tuple[int, int], _Window] = {}
         self._lock = threading.Lock()  # items are asked for by several threads
 
     def __getstate__(self) -> dict[str, Any]:
@@ -109,61 +115,73 @@ class Plan:
         step, part = divmod(position, self.items_per_step)
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         start = step_in_epoch * self.global_batch_size + part * self.item_size
-        return Item(position, step, epoch, self.indices(epoch, start, start + self.item_size))
+        rows, repeats = self._rows(epoch, start, start + self.item_size)
+        return Item(position, step, epoch, rows, rows + repeats * self._num_rows)
 
     def indices(self, epoch: int, start: int, stop: int) -> Indices:
         """Return places [start, stop) of an epoch's order as rows of the source."""
-        with self._lock:
-            return self._indices(epoch, start, stop)
+        return self._rows(epoch, start, stop)[0]
 
-    def _indices(self, epoch: int, start: int, stop: int) -> Indices:
-        bounds = self._layout(epoch).bounds
-        window = int(np.searchsorted(bounds, start, side="right")) - 1
-        parts = []
-        while start < stop:
-            low, high = int(bounds[window]), int(bounds[window + 1])
-            end = min(stop, high)
-            parts.append(self._window(epoch, window)[start - low : end - low])
-            start, window = end, window + 1
-        return np.concatenate(parts)
+    def _rows(self, epoch: int, start: int, stop: int) -> tuple[Indices, Indices]:
+        with self._lock:
+            bounds = self._layout(epoch).bounds
+            number = int(np.searchsorted(bounds, start, side="right")) - 1
+            parts = []
+            while start < stop:
+                low, end = int(bounds[number]), min(stop, int(bounds[number + 1]))
+                parts.append(self._window(epoch, number).rows(start - low, end - low))
+                start, number = end, number + 1
+        rows, repeats = zip(*parts, strict=True)
+        return np.concatenate(rows), np.concatenate(repeats)
 
     def _layout(self, epoch: int) -> "_Layout":
         if epoch not in self._layouts:
+            found = fragments_of(self.group_sizes, self.weights, seed=self.seed, epoch=epoch)
             rng = _stream(self.seed, _GROUPS + epoch, 0)
-            order = rng.permutation(len(self.group_sizes))
-            sizes = self.group_sizes[order]
-            ends = np.cumsum(sizes)
+            fragments = found.take(rng.permutation(len(found.sizes)))
+            ends = np.cumsum(fragments.sizes)
             cuts, taken = [0], 0
-            while cuts[-1] < len(order):
+            while cuts[-1] < len(ends):
                 # The last group that still fits, but always at least one.
                 stop = int(np.searchsorted(ends, taken + self.window_size, side="right"))
                 cuts.append(max(stop, cuts[-1] + 1))
                 taken = int(ends[cuts[-1] - 1])
             bounds = np.array([0, *(int(ends[cut - 1]) for cut in cuts[1:])], dtype=np.int64)
-            _keep(self._layouts, epoch, _Layout(order, np.array(cuts), bounds))
+            _keep(self._layouts, epoch, _Layout(fragments, np.array(cuts), bounds))
         return self._layouts[epoch]
 
-    def _window(self, epoch: int, window: int) -> Indices:
-        key = (epoch, window)
+    def _window(self, epoch: int, number: int) -> "_Window":
+        key = (epoch, number)
         if key not in self._windows:
             layout = self._layout(epoch)
-            starts = np.cumsum(self.group_sizes) - self.group_sizes
-            groups = layout.order[layout.cuts[window] : layout.cuts[window + 1]]
-            rows = np.concatenate(
-                [np.arange(starts[g], starts[g] + self.group_sizes[g]) for g in groups]
-            )
-            _keep(
-                self._windows, key, _stream(self.seed, _WINDOWS + epoch, window).permutation(rows)
-            )
+            fragments = layout.fragments.take(np.arange(*layout.cuts[number : number + 2]))
+            rng = _stream(self.seed, _WINDOWS + epoch, number)
+            _keep(self._windows, key, _Window(fragments, rng))
         return self._windows[key]
 
 
 class _Layout(NamedTuple):
     """How an epoch's groups are ordered and cut into windows."""
 
-    order: Indices  # groups, permuted
-    cuts: Indices  # window w holds order[cuts[w] : cuts[w + 1]]
+    fragments: Fragments  # permuted
+    cuts: Indices  # window w holds fragments [cuts[w], cuts[w + 1])
     bounds: Indices  # and places [bounds[w], bounds[w + 1]) of the epoch
+
+
+class _Window:
+    """Images that are permuted together."""
+
+    def __init__(self, fragments: Fragments, rng: np.random.Generator) -> None:
+        self.fragments = fragments
+        self.ends = np.cumsum(fragments.sizes)
+        self.order = Permutation(rng, int(self.ends[-1]))
+
+    def rows(self, start: int, stop: int) -> tuple[Indices, Indices]:
+        """Return the rows, and their repeats, at places [start, stop) of the window."""
+        places = self.order[start:stop]
+        which = np.searchsorted(self.ends, places, side="right")
+        fragments = self.fragments.take(which)
+        return fragments.starts + places - self.ends[which] + fragments.sizes, fragments.repeats
 
 
 def _stream(seed: int, stage: int, counter: int) -> np.random.Generator:
