@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import Field, field_validator, model_validator
 
 from raysl.config.base import Config, PositiveFloat, PositiveInt
 from raysl.config.load import apply_overrides, read_mapping, validate
+from raysl.data.fragments import images_per_epoch
 from raysl.data.plan import Plan, item_size_for
-from raysl.data.source import DataConfig
+from raysl.data.source import DataConfig, Source
+from raysl.data.stream import Making
 from raysl.errors import ConfigError
 from raysl.evaluate.protocol import EvaluateConfig
 from raysl.methods import load_method
@@ -141,8 +141,17 @@ class Derived(NamedTuple):
     views_per_image: int
 
 
+def derive_for(config: RunConfig[Any], source: Source) -> Derived:
+    """Compute the derived values for a source; mixed ones count by their weights."""
+    return derive(config, num_images=images_per_epoch(source.group_sizes, source.weights))
+
+
 def derive(config: RunConfig[Any], *, num_images: int) -> Derived:
     """Compute the derived values.
+
+    Args:
+        config: The run.
+        num_images: Images of one epoch.
 
     Raises:
         ConfigError: If the batch is larger than the source or the run has no step.
@@ -178,19 +187,23 @@ def derive(config: RunConfig[Any], *, num_images: int) -> Derived:
     )
 
 
-def plan_of(
-    config: RunConfig[Any], group_sizes: npt.NDArray[np.int64], window_size: int | None
-) -> Plan:
-    """Return the order in which a run reads a source with these groups and this window."""
-    derived = derive(config, num_images=int(group_sizes.sum()))
+def plan_of(config: RunConfig[Any], source: Source) -> Plan:
+    """Return the order in which a run reads a source."""
+    derived = derive_for(config, source)
     return Plan(
-        group_sizes,
+        source.group_sizes,
         seed=config.seed,
         global_batch_size=config.train.global_batch_size,
         item_size=derived.item_size,
         num_steps=derived.total_steps,
-        window_size=window_size,
+        window_size=source.window_size,
+        weights=source.weights,
     )
+
+
+def making_of(data: DataConfig) -> Making:
+    """Return what a run makes of each image."""
+    return Making(data.views.views(), color_on=data.color_on, bad_images=data.bad_images)
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig[Any]:

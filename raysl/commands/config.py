@@ -7,7 +7,7 @@ from typing import Any
 from raysl.commands.terminal import console, mapping_table, print_json
 from raysl.config.load import to_yaml
 from raysl.data.open import open_source
-from raysl.recipe import derive, load_run
+from raysl.recipe import derive_for, load_run
 
 HELP = "print a resolved configuration and its derived values"
 
@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the resolved configuration; open the source to count its images."""
     config = load_run(arguments.config, arguments.overrides)
     source = open_source(config.data, data=config.data)
-    derived = derive(config, num_images=int(source.group_sizes.sum()))
+    derived = derive_for(config, source)
     values: dict[str, Any] = config.model_dump(mode="json")
     if arguments.json:
         print_json({"config": values, "derived": derived._asdict()})

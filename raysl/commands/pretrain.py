@@ -22,7 +22,7 @@ from raysl.data.stream import ItemMaker, iterate
 from raysl.encoder import load_encoder, read_description
 from raysl.errors import RunFolderError
 from raysl.jobs.pretrain import Place, pretrain
-from raysl.recipe import Derived, RunConfig, derive, differences, load_run, plan_of
+from raysl.recipe import Derived, RunConfig, derive_for, differences, load_run, making_of, plan_of
 from raysl.runtime.cluster import connect, describe_cluster, disconnect, plan_layout
 from raysl.runtime.ray_train import pretrain_on_ray
 from raysl.track.follow import Follower, MetricsReader
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     with folder.locked():
         _claim(folder, config)
         source = open_source(config.data, data=config.data)
-        derived = derive(config, num_images=int(source.group_sizes.sum()))
+        derived = derive_for(config, source)
         opened = Opened(config, folder, source, derived, home, arguments.config)
         results = folder.read_results()
         if results is None or "run_dir" not in results:
@@ -167,8 +167,7 @@ def _local_start(opened: Opened, start_step: int) -> Callable[[], dict[str, Any]
     )
     cores = os.cpu_count() or 1
     threads = config.cluster.threads_per_train_worker or cores
-    plan = plan_of(config, source.group_sizes, source.window_size)
-    make = ItemMaker(source, plan, config.data.views.views())
+    make = ItemMaker(source, plan_of(config, source), making_of(config.data))
     return lambda: pretrain(
         config,
         folder=opened.folder,
@@ -232,6 +231,7 @@ def _end_tracking(opened: Opened, tracker: Any) -> dict[str, Any]:
         return {"mlflow_run_id": None}
     folder = opened.folder
     artifacts = [folder.config, folder.metrics, folder.results, folder.report, folder.encoder]
+    artifacts.append(folder.bad_images)
     artifacts += sorted(folder.pictures.glob("*.png"))
     say(f"sending the rest to MLflow ({without_password(tracker.uri)})")
     tracker.finish(
@@ -303,6 +303,8 @@ def _say_results(opened: Opened, results: dict[str, Any]) -> None:
     out = console()
     if "knn_top1" in results:
         out.print(accuracy_table(results))
+    if results.get("num_bad_images"):
+        say(f"{results['num_bad_images']:,} bad images, listed in {folder.bad_images}")
     lines = [
         f"encoder   {folder.encoder}",
         f"report    {folder.report}",

@@ -7,25 +7,62 @@ give the same pixels.
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
-from raysl.augment.pipeline import View, make_views
-from raysl.data.decode import decode
+from raysl.augment.crop import Image
+from raysl.augment.ops import Op
+from raysl.augment.pipeline import (
+    View,
+    ViewPlan,
+    apply_view,
+    device_numbers,
+    device_ops,
+    largest_shrink,
+    plan_views,
+    shrink_plan,
+)
+from raysl.augment.random import replacement_stream
+from raysl.data.decode import JPEG_SHRINKS, Flaw, decode_or_flaw, flaw_error
 from raysl.data.plan import Plan
-from raysl.data.source import Source
+from raysl.data.source import BadImagesConfig, Source
+from raysl.errors import DataError
 
-Block = dict[str, npt.NDArray[np.uint8] | npt.NDArray[np.int64]]
+Block = dict[str, npt.NDArray[Any]]
 
-INDEX, STEP = "index", "step"
+INDEX, STEP, BAD, FLAW = "index", "step", "bad", "flaw"
+# After so many bad images in a row the source is at fault, not an image.
+_MOST_DRAWS = 100
 
 
 def view_column(kind: int) -> str:
     """Return the name of a block's column for a kind of view."""
     return f"views_{kind}"
+
+
+def numbers_column(kind: int) -> str:
+    """Return the name of a block's column for the plans that the device is to carry out."""
+    return f"numbers_{kind}"
+
+
+@dataclass(frozen=True)
+class Making:
+    """What to make of each image.
+
+    Args:
+        views: The kinds of view.
+        color_on: ``device`` leaves the last ops of each view to the accelerator.
+        bad_images: What to do with an image that does not decode.
+    """
+
+    views: tuple[View, ...]
+    color_on: Literal["cpu", "device"] = "cpu"
+    bad_images: BadImagesConfig = field(default_factory=BadImagesConfig)
 
 
 class ItemMaker:
@@ -34,13 +71,18 @@ class ItemMaker:
     Args:
         source: Where the images are.
         plan: Their order.
-        views: The kinds of view to make.
+        making: What to make of them.
     """
 
-    def __init__(self, source: Source, plan: Plan, views: Sequence[View]) -> None:
+    def __init__(self, source: Source, plan: Plan, making: Making) -> None:
         self.source = source
         self.plan = plan
-        self.views = tuple(views)
+        self.making = making
+        self.views = making.views
+        on_device = making.color_on == "device"
+        self._on_device = [device_ops(view) if on_device else () for view in making.views]
+        self._max_pixels = 1e6 * making.bad_images.max_megapixels
+        self._starts = np.cumsum([0, *source.group_sizes])
         # Parallel over items; OpenCV's own threads would fight over the same cores.
         cv2.setNumThreads(1)
 
@@ -49,31 +91,134 @@ class ItemMaker:
 
         Returns:
             ``views_0``, ``views_1``, ...: ``(item_size, V, S, S, 3)`` uint8 RGB, one column a kind
-            of view; ``index``: ``(item_size,)`` int64, rows of the source; ``step``:
-            ``(item_size,)`` int64, the optimizer step that this block belongs to. A position after
-            the end of the run gives empty pixels: it only fills the last read task.
+            of view; ``numbers_0``, ...: ``(item_size, V, P)`` float32, only with ``color_on:
+            device``, the plans of the ops that are left to it; ``index``: ``(item_size,)`` int64,
+            rows of the source; ``step``: ``(item_size,)`` int64, the optimizer step that this
+            block belongs to; ``bad``: ``(item_size,)`` int64, the row whose place the image took
+            because it is bad, else -1; ``flaw``: ``(item_size,)`` uint8, what is wrong with it. A
+            position after the end of the run gives empty pixels: it only fills the last read task.
 
         Raises:
-            DecodeError: If an image cannot be decoded.
+            DecodeError: If an image is bad and the policy is ``fail``.
+            DataError: If there is nothing good to take a bad image's place.
         """
-        size = self.plan.item_size
-        blocks = [
-            np.zeros((size, view.count, view.size_px, view.size_px, 3), dtype=np.uint8)
-            for view in self.views
-        ]
-        indices = np.full(size, -1, dtype=np.int64)
-        step = self.plan.num_steps
+        block = self._empty()
         if position < self.plan.num_items:
-            _, step, epoch, indices = self.plan.item(position)
+            _, step, epoch, indices, keys = self.plan.item(position)
+            block[INDEX][:] = indices
+            block[STEP][:] = step
             encoded = self.source.read(indices)
-            for row, (index, data) in enumerate(zip(indices.tolist(), encoded, strict=True)):
-                image = decode(data, where=self.source.where(index))
-                made = make_views(image, self.views, seed=self.plan.seed, epoch=epoch, index=index)
-                for block, views in zip(blocks, made, strict=True):
-                    for number, view in enumerate(views):
-                        block[row, number] = view
-        columns: Block = {view_column(kind): block for kind, block in enumerate(blocks)}
-        return {**columns, INDEX: indices, STEP: np.full(size, step, dtype=np.int64)}
+            for row, data in enumerate(encoded):
+                flaw = self._fill(block, row, data, epoch, int(keys[row]))
+                if flaw is not None:
+                    if self.making.bad_images.policy == "fail":
+                        raise flaw_error(flaw, data, where=self.source.where(int(indices[row])))
+                    block[BAD][row], block[FLAW][row] = indices[row], flaw
+            for row in np.flatnonzero(block[BAD] >= 0).tolist():
+                self._take_its_place(block, row, encoded, epoch, int(keys[row]))
+        return block
+
+    def _empty(self) -> Block:
+        size = self.plan.item_size
+        block: Block = {
+            view_column(kind): np.zeros(
+                (size, view.count, view.size_px, view.size_px, 3), dtype=np.uint8
+            )
+            for kind, view in enumerate(self.views)
+        }
+        if self.making.color_on == "device":
+            for kind, view in enumerate(self.views):
+                shape = (size, view.count, _numbers_width(view, self._on_device[kind]))
+                block[numbers_column(kind)] = np.zeros(shape, dtype=np.float32)
+        return block | {
+            INDEX: np.full(size, -1, dtype=np.int64),
+            STEP: np.full(size, self.plan.num_steps, dtype=np.int64),
+            BAD: np.full(size, -1, dtype=np.int64),
+            FLAW: np.zeros(size, dtype=np.uint8),
+        }
+
+    def _fill(
+        self, block: Block, row: int, encoded: bytes | Image, epoch: int, key: int
+    ) -> Flaw | None:
+        """Make the views of one image into a row of the block, or return what is wrong with it."""
+        made = _Planned(self.views, seed=self.plan.seed, epoch=epoch, key=key)
+        image = decode_or_flaw(encoded, max_pixels=self._max_pixels, shrink=made.shrink)
+        if isinstance(image, Flaw):
+            return image
+        for kind, planned in enumerate(made.for_image(image)):
+            view, ops = self.views[kind], self._on_device[kind]
+            num_ops = len(view.ops) - len(ops)
+            pixels = block[view_column(kind)]
+            for number, plan in enumerate(planned):
+                pixels[row, number] = apply_view(view, image, plan, num_ops=num_ops)
+                if ops:
+                    numbers = device_numbers(ops, plan, size_px=view.size_px)
+                    block[numbers_column(kind)][row, number] = numbers
+        return None
+
+    def _take_its_place(
+        self, block: Block, row: int, encoded: Sequence[bytes | Image], epoch: int, key: int
+    ) -> None:
+        """Fill the row of a bad image with another, a function of the seed and the key alone.
+
+        The views are drawn by the bad image's key, so they are not those that the other image has
+        in its own place.
+        """
+        rng = replacement_stream(seed=self.plan.seed, epoch=epoch, key=key)
+        bad = int(block[BAD][row])
+        good = np.flatnonzero(block[BAD] < 0)
+        if self.making.bad_images.policy == "skip" and good.size:
+            other = int(good[rng.integers(good.size)])
+            block[INDEX][row] = block[INDEX][other]
+            self._fill(block, row, encoded[other], epoch, key)
+            return
+        group = int(np.searchsorted(self._starts, bad, side="right")) - 1
+        low, high = int(self._starts[group]), int(self._starts[group + 1])
+        for draw in range(_MOST_DRAWS):
+            if draw >= _MOST_DRAWS // 2:  # perhaps the whole group is bad
+                low, high = 0, int(self._starts[-1])
+            other = int(rng.integers(low, high))
+            if self._fill(block, row, self.source.read([other])[0], epoch, key) is None:
+                block[INDEX][row] = other
+                return
+        raise DataError(
+            f"{self.source.where(bad)} is bad ({Flaw(int(block[FLAW][row])).reason}), and so were "
+            f"{_MOST_DRAWS} others drawn to take its place; look at the source with `raysl data`"
+        )
+
+
+class _Planned:
+    """The plans of one image's views, drawn once the image's size is known."""
+
+    def __init__(self, views: Sequence[View], *, seed: int, epoch: int, key: int) -> None:
+        self.views = views
+        self._stream = {"seed": seed, "epoch": epoch, "index": key}
+        self._plans: list[list[ViewPlan]] | None = None
+        self._factor = 1
+
+    def shrink(self, height: int, width: int) -> int:
+        """Return by which factor the decoder may shrink an image of this size."""
+        self._plans = plan_views(self.views, height=height, width=width, **self._stream)
+        self._factor = largest_shrink(self.views, self._plans, JPEG_SHRINKS)
+        return self._factor
+
+    def for_image(self, image: Image) -> list[list[ViewPlan]]:
+        """Return the plans for the image as it was decoded."""
+        height, width = image.shape[:2]
+        if self._plans is None:
+            return plan_views(self.views, height=height, width=width, **self._stream)
+        if self._factor == 1:
+            return self._plans
+        return [
+            [shrink_plan(plan, self._factor, height=height, width=width) for plan in planned]
+            for planned in self._plans
+        ]
+
+
+def _numbers_width(view: View, ops: Sequence[Op]) -> int:
+    """Return how many numbers the plan of a view is for the device."""
+    (planned,) = plan_views([view], seed=0, epoch=0, index=0, height=1, width=1)
+    return len(device_numbers(ops, planned[0], size_px=view.size_px))
 
 
 def iterate(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from raysl.augment.crop import Image, apply_crop, center_box
-from raysl.data.decode import decode
+from raysl.data.decode import Flaw, decode_or_flaw
 from raysl.data.source import Labels, Source
 from raysl.nn.collectives import gather_batch_no_grad, rank_and_size
 
@@ -19,6 +19,7 @@ Rows = npt.NDArray[np.int64]
 _CACHE_BYTES = 1 << 30
 _BATCH = 256
 _MAX_PIXEL_SIDE = 32
+_BLANK_SIDE = 32
 
 
 class EvalImages:
@@ -49,6 +50,7 @@ class EvalImages:
         self.size_px = size_px
         self.crop_fraction = crop_fraction
         self.num_threads = num_threads
+        self.bad: set[int] = set()  # places found to be bad; they are shown as black
         self._cache: dict[bytes, npt.NDArray[np.uint8]] = {}  # by the places of a batch
         self._caches = len(rows) * size_px * size_px * 3 <= _CACHE_BYTES
 
@@ -56,9 +58,15 @@ class EvalImages:
         return len(self.rows)
 
     def image(self, place: int) -> Image:
-        """Return the original image at ``place`` in [0, M)."""
-        row = int(self.rows[place])
-        return decode(self.source.read([row])[0], where=self.source.where(row))
+        """Return the original image at ``place`` in [0, M).
+
+        A bad one is black and noted in ``bad``: it still counts, since every image does.
+        """
+        image = decode_or_flaw(self.source.read([int(self.rows[place])])[0])
+        if isinstance(image, Flaw):
+            self.bad.add(place)
+            return np.zeros((_BLANK_SIDE, _BLANK_SIDE, 3), dtype=np.uint8)
+        return image
 
     def batches(self, places: Rows) -> Iterator[npt.NDArray[np.uint8]]:
         """Yield ``(B, S, S, 3)`` uint8 for these places in order."""

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from raysl.augment.pipeline import device_ops
+from raysl.data.decode import Flaw
 from raysl.data.source import Source
 from raysl.encoder import save_encoder
 from raysl.errors import RunFolderError
@@ -18,9 +20,16 @@ from raysl.methods import load_method
 from raysl.methods.base import Method
 from raysl.nn.backbones import Backbone, build_backbone
 from raysl.nn.batchnorm import set_batch_norm_scope
-from raysl.nn.collectives import barrier, broadcast_object, mean_over_ranks, rank_and_size
+from raysl.nn.collectives import (
+    barrier,
+    broadcast_object,
+    gather_objects,
+    mean_over_ranks,
+    rank_and_size,
+)
 from raysl.optim.build import build_optimizer, lr_at
-from raysl.recipe import Derived, RunConfig, derive
+from raysl.recipe import Derived, RunConfig, derive_for
+from raysl.track.bad_images import BadImages
 from raysl.track.run_folder import MetricsFile, RunFolder, write_json
 from raysl.train.checkpoint import load_checkpoint, save_checkpoint
 from raysl.train.health import HealthCheck
@@ -67,7 +76,7 @@ def pretrain(
         RunFolderError: If a checkpoint cannot be written or read.
     """
     torch.set_num_threads(place.threads)
-    derived = derive(config, num_images=int(source.group_sizes.sum()))
+    derived = derive_for(config, source)
     # First of all: the stream comes up while the model is built.
     batches = open_batches(derived) if start_step < derived.total_steps else None
     worker = _Worker(config, folder=folder, source=source, place=place)
@@ -79,14 +88,16 @@ def pretrain(
         if metrics is not None:
             metrics.log(values, step=step)
 
-    hooks = Hooks(log=log, checkpoint=worker.checkpoint, evaluate=worker.evaluate)
     if batches is not None:
         trainer = worker.trainer(_schedule(config, derived))
-        trainer.run(batches, start_step=start_step, rank=worker.rank, hooks=hooks)
+        trainer.run(batches, start_step=start_step, rank=worker.rank, hooks=worker.hooks(log))
     average_buffers(worker.method)
     if metrics is not None:  # before anything else can go wrong
         save_encoder(folder.encoder, worker.method.encoder, description=describe(config))
-    results = worker.results() | {"steps": derived.total_steps}
+    results = worker.results() | {
+        "steps": derived.total_steps,
+        "num_bad_images": len(worker.bad_images),
+    }
     if metrics is not None:
         accuracies = {f"final/{k}": v for k, v in results.items() if "top1" in k}
         metrics.log(accuracies, step=derived.total_steps)
@@ -114,6 +125,15 @@ class _Worker:
             mean=config.data.mean,
             std=config.data.std,
             channels_last=config.train.channels_last,
+            device_ops=[device_ops(view) for view in config.data.views.views()],
+        )
+        self.bad_images = BadImages(
+            folder.bad_images,
+            num_images=int(source.group_sizes.sum()),
+            max_share=config.data.bad_images.max_share,
+            name=source.where,
+            reason=lambda flaw: Flaw(flaw).reason,
+            writes=self.rank == 0,
         )
         self.sets = open_labelled(
             config.evaluate,
@@ -134,6 +154,15 @@ class _Worker:
             precision=precision_on(self.config, self.place.device),
             max_grad_norm=self.config.optim.max_grad_norm,
             health=HealthCheck(self.config.health),
+        )
+
+    def hooks(self, log: Callable[[Mapping[str, float], int], None]) -> Hooks:
+        """Return what the loop calls on this rank."""
+        return Hooks(
+            log=log,
+            checkpoint=self.checkpoint,
+            evaluate=self.evaluate,
+            bad_images=self.report_bad_images,
         )
 
     def restore(self, step: int) -> None:
@@ -160,6 +189,11 @@ class _Worker:
         problem = broadcast_object(problem)
         if problem is not None:
             raise RunFolderError(problem)
+
+    def report_bad_images(self, found: Mapping[int, int], step: int) -> float:
+        """Put what the ranks found together; return the number of bad images known so far."""
+        together = {row: flaw for part in gather_objects(found) for row, flaw in part.items()}
+        return float(self.bad_images.add(together, step=step))
 
     def evaluate(self, step: int) -> Mapping[str, float]:
         """Return the nearest-neighbour accuracy of the encoder as it is."""
@@ -194,6 +228,7 @@ class _Worker:
         return measured | {
             "num_train_labels": len(self.sets.train),
             "num_test_labels": len(self.sets.test),
+            "num_bad_test_images": len(self.sets.test.bad),
             "num_classes": len(self.sets.class_names),
             "knn_k": evaluate.knn_k,
             "knn_temperature": evaluate.knn_temperature,

@@ -6,11 +6,13 @@ differentiated is the sum of these losses over ranks. Data-parallel training the
 number of ranks, so the mean of the per-rank losses is what is minimised.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -108,6 +110,16 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """Return the values of all ranks, small picklable objects, on every rank."""
+    _, size = rank_and_size()
+    if size == 1:
+        return [value]
+    boxes: list[Any] = [None] * size
+    dist.all_gather_object(boxes, value)
+    return boxes
 
 
 def barrier() -> None:

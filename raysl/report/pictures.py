@@ -13,9 +13,9 @@ from matplotlib.patches import Patch
 
 from raysl.augment.crop import Image
 from raysl.augment.pipeline import View, make_views
-from raysl.data.decode import decode
+from raysl.data.decode import Flaw, decode_or_flaw
 from raysl.data.source import Source
-from raysl.errors import DataError
+from raysl.errors import DataError, DecodeError
 from raysl.report.curves import draw_curves
 from raysl.report.feature_map import draw_map
 from raysl.report.figure import (
@@ -64,15 +64,19 @@ def draw_views(
         num_images: Rows of the picture.
 
     Raises:
-        DecodeError: If an image cannot be decoded.
+        DecodeError: If none of the images tried can be decoded; single bad ones are left out.
     """
     total = int(source.group_sizes.sum())
     rows = np.unique(np.linspace(0, total - 1, min(num_images, total)).astype(np.int64))
     grid: list[list[Image]] = []
     for row, encoded in zip(rows.tolist(), source.read(rows), strict=True):
-        image = decode(encoded, where=source.where(row))
+        image = decode_or_flaw(encoded)
+        if isinstance(image, Flaw):
+            continue
         made = make_views(image, views, seed=seed, epoch=0, index=row)
         grid.append([image, *(view for kind in made for view in kind)][: _MAX_VIEWS + 1])
+    if not grid:
+        raise DecodeError(f"{source.name}: none of the {len(rows)} images tried can be decoded")
     sizes = [view.size_px for view in views for _ in range(view.count)]
     heads = ["original\n" + _size_of([line[0] for line in grid])]
     heads += [f"view {number}\n{size} px" for number, size in enumerate(sizes[:_MAX_VIEWS], 1)]

@@ -6,7 +6,7 @@ imports is paid four times. So it knows neither torch nor the configuration.
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,45 +15,43 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset, ExecutionOptions
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-from raysl.augment.pipeline import View
 from raysl.data.plan import Plan
-from raysl.data.stream import Block, ItemMaker
+from raysl.data.stream import Block, ItemMaker, Making, concatenate
 from raysl.runtime.background import in_background
 from raysl.runtime.cluster import READ_CPUS, Layout
 from raysl.track.run_folder import latest_step
 
-_POSITION = "position"
-_ITEMS_PER_READ_TASK = 100
+_NUMBER = "number"
+_BLOCKS_PER_READ_TASK = 100
+_BLOCK_IMAGES = 1024
+_BLOCK_BYTES = 16 << 20
 
 
 class PlanSource(Datasource):
-    """Yields the numbers of the items still to do, in order, one a block.
+    """Yields the numbers of the blocks still to make, in order, one a block.
 
     A read task is one `ray.put` on the driver, so 10,000 of them would take 12 seconds before the
-    first batch; here each yields many items. All have the same number, else Ray would split them
-    unevenly and an item would no longer be a block: the last positions may lie past the end of
-    the plan, where making an item costs nothing and nobody asks for it.
+    first batch; here each yields many numbers. All have as many, else Ray would split them
+    unevenly and a number would no longer be a block: the last ones may lie past the end of the
+    plan, where making a block costs nothing and nobody asks for it.
 
     Args:
-        start: First position.
-        stop: Position after the last.
+        count: Blocks to make.
     """
 
-    def __init__(self, start: int, stop: int) -> None:
+    def __init__(self, count: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.start = start
-        count = max(1, stop - start)
-        self.per_task = min(_ITEMS_PER_READ_TASK, count)
-        self.num_tasks = -(-count // self.per_task)
+        self.per_task = min(_BLOCKS_PER_READ_TASK, max(1, count))
+        self.num_tasks = -(-max(1, count) // self.per_task)
 
     @property
-    def num_items(self) -> int:
-        """Blocks of one item that all tasks yield."""
+    def num_blocks(self) -> int:
+        """Blocks that all tasks yield."""
         return self.per_task * self.num_tasks
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Return the size of the numbers in bytes."""
-        return 8 * self.num_items
+        return 8 * self.num_blocks
 
     def get_read_tasks(
         self,
@@ -64,33 +62,75 @@ class PlanSource(Datasource):
         """Return the tasks; Ray splits the block of each into its rows."""
         return [
             ReadTask(
-                _reader(self.start + task * self.per_task, self.per_task),
+                _reader(task * self.per_task, self.per_task),
                 BlockMetadata(
                     num_rows=self.per_task,
                     size_bytes=8 * self.per_task,
                     input_files=None,
                     exec_stats=None,
                 ),
-                schema=pa.schema([(_POSITION, pa.int64())]),
+                schema=pa.schema([(_NUMBER, pa.int64())]),
             )
             for task in range(self.num_tasks)
         ]
 
 
 def _reader(start: int, count: int) -> Callable[[], Iterable[pa.Table]]:
-    return lambda: [pa.table({_POSITION: np.arange(start, start + count, dtype=np.int64)})]
+    return lambda: [pa.table({_NUMBER: np.arange(start, start + count, dtype=np.int64)})]
+
+
+class Packing(NamedTuple):
+    """How the items of the plan are packed into blocks.
+
+    A block costs some 15 ms of Ray Data's time whatever it holds. Where an item is the whole batch
+    of a worker and small, a block therefore holds the batches of several steps of that worker.
+    """
+
+    start_step: int
+    num_workers: int
+    steps_per_block: int
+
+    def num_blocks(self, plan: Plan) -> int:
+        """Return the blocks that the rest of the plan takes."""
+        items = (plan.num_steps - self.start_step) * plan.items_per_step
+        if self.steps_per_block == 1:
+            return items
+        return -(-items // (self.num_workers * self.steps_per_block)) * self.num_workers
+
+    def positions(self, block: int, plan: Plan) -> list[int]:
+        """Return the items of a block; those beyond the end of the plan are empty."""
+        first = self.start_step * plan.items_per_step
+        if self.steps_per_block == 1:
+            return [first + block]
+        turn, rank = divmod(block, self.num_workers)
+        return [
+            first + (turn * self.steps_per_block + step) * plan.items_per_step + rank
+            for step in range(self.steps_per_block)
+        ]
+
+
+def packing_for(plan: Plan, making: Making, *, start_step: int, num_workers: int) -> Packing:
+    """Return how to pack the rest of a plan for so many train workers."""
+    bytes_per_image = sum(3 * view.count * view.size_px**2 for view in making.views)
+    steps = 1
+    if plan.items_per_step == num_workers:
+        images = min(_BLOCK_IMAGES, _BLOCK_BYTES // bytes_per_image)
+        steps = max(1, min(images // plan.item_size, plan.num_steps - start_step))
+    return Packing(start_step, num_workers, steps)
 
 
 class MakeItems:
     """A data worker: an actor that reads, decodes and augments items."""
 
-    def __init__(self, source: Any, plan: Plan, views: tuple[View, ...]) -> None:
+    def __init__(self, source: Any, plan: Plan, making: Making, packing: Packing) -> None:
         # The source is one object in the store of each node, shared by its data workers.
-        self._make = ItemMaker(ray.get(source), plan, views)
+        self._make = ItemMaker(ray.get(source), plan, making)
+        self._packing = packing
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Block:
-        """Make the one item of this block."""
-        return self._make(int(batch[_POSITION][0]))
+        """Make the items of this block."""
+        positions = self._packing.positions(int(batch[_NUMBER][0]), self._make.plan)
+        return concatenate([self._make(position) for position in positions])
 
 
 def execution_options() -> ExecutionOptions:
@@ -99,26 +139,28 @@ def execution_options() -> ExecutionOptions:
 
 
 def open_dataset(
-    source: Any, plan: Plan, views: tuple[View, ...], *, start_step: int, layout: Layout
+    source: Any, plan: Plan, making: Making, *, start_step: int, layout: Layout
 ) -> Dataset:
     """Describe the rest of a run, from ``start_step`` on, as one dataset.
 
     Args:
         source: Reference of the source in the object store.
         plan: The order of the images.
-        views: What to make of them.
+        making: What to make of them.
         start_step: Global batches already consumed.
-        layout: How many data workers there are.
+        layout: How many data workers and train workers there are.
 
     Returns:
-        Blocks of exactly ``plan.item_size`` rows with the columns of :class:`ItemMaker`.
+        Blocks of one constant number of rows with the columns of :class:`ItemMaker`: an item, or
+        the items of several steps of one train worker.
     """
-    numbers = PlanSource(start_step * plan.items_per_step, plan.num_items)
+    packing = packing_for(plan, making, start_step=start_step, num_workers=layout.num_train_workers)
+    numbers = PlanSource(packing.num_blocks(plan))
     dataset: Dataset = ray.data.read_datasource(
-        numbers, override_num_blocks=numbers.num_items, num_cpus=READ_CPUS, concurrency=1
+        numbers, override_num_blocks=numbers.num_blocks, num_cpus=READ_CPUS, concurrency=1
     ).map_batches(
         MakeItems,
-        fn_constructor_args=(source, plan, views),
+        fn_constructor_args=(source, plan, making, packing),
         batch_size=1,
         compute=ActorPoolStrategy(size=layout.num_data_workers),
         num_cpus=layout.cpus_per_data_worker,
@@ -132,7 +174,7 @@ class OpenRest:
     Args:
         source: Reference of the source in the object store.
         plan: The order of the images.
-        views: What to make of them.
+        making: What to make of them.
         checkpoints: Folder whose newest complete checkpoint says where to begin.
         layout: How many data workers there are.
     """
@@ -141,14 +183,14 @@ class OpenRest:
         self,
         source: Any,
         plan: Plan,
-        views: tuple[View, ...],
+        making: Making,
         *,
         checkpoints: Path,
         layout: Layout,
     ) -> None:
         self.source = source
         self.plan = plan
-        self.views = views
+        self.making = making
         self.checkpoints = checkpoints
         self.layout = layout
 
@@ -157,7 +199,7 @@ class OpenRest:
         return open_dataset(
             self.source,
             self.plan,
-            self.views,
+            self.making,
             start_step=latest_step(self.checkpoints),
             layout=self.layout,
         )

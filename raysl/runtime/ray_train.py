@@ -18,7 +18,7 @@ from raysl.data.source import Source
 from raysl.errors import ClusterError, RayslError
 from raysl.jobs.pretrain import Place, pretrain
 from raysl.nn.collectives import broadcast_object, rank_and_size
-from raysl.recipe import RunConfig, plan_of, run_from_values
+from raysl.recipe import RunConfig, making_of, plan_of, run_from_values
 from raysl.runtime.background import in_background
 from raysl.runtime.cluster import Layout, worker_runtime_env
 from raysl.runtime.ray_data import OpenRest, execution_options, iterate_shard
@@ -77,8 +77,8 @@ def _trainer(
         datasets={
             "train": OpenRest(
                 reference,
-                plan_of(config, source.group_sizes, source.window_size),
-                config.data.views.views(),
+                plan_of(config, source),
+                making_of(config.data),
                 checkpoints=folder.checkpoints,
                 layout=layout,
             )

@@ -33,6 +33,7 @@ class RunFolder:
         self.report = self.path / "report.html"
         self.pictures = self.path / "pictures"
         self.mlflow = self.path / "mlflow.json"
+        self.bad_images = self.path / "bad_images.jsonl"
 
     @contextmanager
     def locked(self) -> Iterator[None]:

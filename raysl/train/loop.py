@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -14,13 +14,17 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from raysl.augment.ops import Op
 from raysl.config.base import Config, Duration, PositiveInt
 from raysl.errors import RayslError
 from raysl.methods.base import LossOutput, Method, Progress
 from raysl.nn.collectives import mean_over_ranks, rank_and_size
+from raysl.train.device_ops import apply_ops
 from raysl.train.health import HealthCheck, effective_rank, feature_std
 
 NumpyBatch = Mapping[str, npt.NDArray[Any]]
+
+_NEW_BAD = "data/new_bad_images"
 
 
 class TrainConfig(Config):
@@ -52,6 +56,7 @@ class Hooks:
     log: Callable[[Mapping[str, float], int], None]  # metrics, step
     checkpoint: Callable[[int], None]  # steps done
     evaluate: Callable[[int], Mapping[str, float]]  # steps done -> metrics
+    bad_images: Callable[[Mapping[int, int], int], float]  # {row: flaw} since the last call, step
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,7 @@ class Trainer:
         self.max_grad_norm = max_grad_norm
         self.health = health
         self.device = next(method.parameters()).device
+        self._bad: dict[int, int] = {}  # {row: flaw} of this rank since the last report
 
     def run(
         self, batches: Iterator[NumpyBatch], *, start_step: int, rank: int, hooks: Hooks
@@ -119,6 +125,7 @@ class Trainer:
         for step in range(start_step, schedule.total_steps):
             batch = meter.wait_for(batches)
             _check_place(batch, step)
+            self._bad.update(_bad_images(batch))
             progress = Progress(step, schedule.total_steps, schedule.steps_per_epoch, schedule.seed)
             _seed_step(schedule.seed, step, rank)
             metrics, features = self._step(self.to_views(batch), progress)
@@ -134,6 +141,9 @@ class Trainer:
             # Also before each checkpoint: what is not finite must not replace what is.
             if saves or self._due(done, schedule.log_every):
                 logged = self._read(metrics, features, meter)
+                if logged.pop(_NEW_BAD) > 0:  # on some rank: all of them report
+                    logged["data/bad_images"] = hooks.bad_images(self._bad, done)
+                    self._bad = {}
                 logged["train/lr"] = schedule.lr(step)
                 logged["train/epoch"] = done / schedule.steps_per_epoch
             if self._due(done, schedule.evaluate_every):
@@ -174,6 +184,7 @@ class Trainer:
         metrics["train/images_per_s"] = torch.tensor(images * world_size / elapsed_s)
         metrics["data/wait_share"] = torch.tensor(min(1.0, waited_s / elapsed_s))
         metrics["time/train_s"] = torch.tensor(elapsed_s)
+        metrics[_NEW_BAD] = torch.tensor(float(len(self._bad)))
         values = torch.stack([value.float().to(self.device) for value in metrics.values()])
         return dict(zip(metrics, mean_over_ranks(values).tolist(), strict=True))
 
@@ -237,6 +248,14 @@ def _check_place(batch: NumpyBatch, step: int) -> None:
         )
 
 
+def _bad_images(batch: NumpyBatch) -> dict[int, int]:
+    """Return the rows that others stand in for, because they are bad, and each one's flaw."""
+    if "bad" not in batch:
+        return {}
+    places = np.flatnonzero(batch["bad"] >= 0)
+    return dict(zip(batch["bad"][places].tolist(), batch["flaw"][places].tolist(), strict=True))
+
+
 def _seed_step(seed: int, step: int, rank: int) -> None:
     """Make whatever is random inside a network (dropout) a function of seed, step and rank.
 
@@ -253,11 +272,20 @@ def view_converter(
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
     channels_last: bool,
+    device_ops: Sequence[Sequence[Op]] = (),
 ) -> Callable[[NumpyBatch], list[Tensor]]:
     """Return the function that turns a batch's uint8 views into normalised float tensors.
 
     Each view of ``(N, V, S, S, 3)`` uint8 becomes ``(N, 3, S, S)`` float32 on the device. Pixels
     travel as uint8 and are normalised once, there.
+
+    Args:
+        device: Where the views go.
+        mean: Of red, green and blue in [0, 1].
+        std: Likewise.
+        channels_last: Memory layout of the views.
+        device_ops: For each kind of view the operations that the data workers left to the device;
+            they act where the batch has the plans for them.
     """
     center = torch.tensor(mean, device=device).mul_(255).view(1, 3, 1, 1)
     scale = torch.tensor(std, device=device).mul_(255).reciprocal_().view(1, 3, 1, 1)
@@ -267,8 +295,12 @@ def view_converter(
         views: list[Tensor] = []
         for name in sorted((name for name in batch if name.startswith("views_")), key=_view_number):
             pixels = as_tensor(batch[name]).to(device, non_blocking=True)
-            for view in pixels.unbind(1):
+            plans = batch.get(f"numbers_{_view_number(name)}")
+            for number, view in enumerate(pixels.unbind(1)):
                 image = view.permute(0, 3, 1, 2).to(torch.float32, memory_format=layout)
+                if plans is not None:
+                    image = apply_ops(image, device_ops[_view_number(name)], plans[:, number])
+                    image = image.contiguous(memory_format=layout)
                 views.append((image - center).mul_(scale))
         return views
 

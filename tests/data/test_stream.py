@@ -8,11 +8,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from raysl.augment.pipeline import ColorJitter, Crop, Flip, View, make_views
+from raysl.augment.ops import ColorJitter, Flip
+from raysl.augment.pipeline import Crop, View, make_views
+from raysl.data.decode import Flaw, decode_or_flaw
 from raysl.data.plan import Plan
-from raysl.data.source import ArraySource
-from raysl.data.stream import Block, ItemMaker, concatenate, iterate, view_column
-from raysl.errors import DecodeError
+from raysl.data.source import ArraySource, BadImagesConfig
+from raysl.data.stream import Block, ItemMaker, Making, concatenate, iterate, view_column
+from raysl.errors import DataError, DecodeError
 
 NUM_IMAGES = 50
 NUM_STEPS = 9  # four a pass: the run ends in its third
@@ -35,12 +37,25 @@ class _Encoded(ArraySource):
         ]
 
 
+class _Grouped:
+    """The same images in two groups that are quick to read."""
+
+    def __init__(self, source: ArraySource) -> None:
+        self.source = source
+        self.group_sizes = np.array([20, 30])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+
 def _source() -> ArraySource:
     images = np.random.default_rng(0).integers(0, 256, (NUM_IMAGES, 16, 20, 3), dtype=np.uint8)
     return ArraySource("toy", images)
 
 
-def _maker(item_size: int = 2, source: ArraySource | None = None) -> ItemMaker:
+def _maker(
+    item_size: int = 2, source: ArraySource | None = None, *, policy: str = "fail"
+) -> ItemMaker:
     plan = Plan(
         [20, 30],
         seed=5,
@@ -49,7 +64,8 @@ def _maker(item_size: int = 2, source: ArraySource | None = None) -> ItemMaker:
         num_steps=NUM_STEPS,
         window_size=30,
     )
-    return ItemMaker(source or _source(), plan, VIEWS)
+    bad_images = BadImagesConfig.model_validate({"policy": policy})
+    return ItemMaker(source or _source(), plan, Making(VIEWS, bad_images=bad_images))
 
 
 def _iterate(make: ItemMaker, **changes: Any) -> list[Block]:
@@ -84,6 +100,8 @@ class TestItemMaker:
             "views_1": ((4, 3, 8, 8, 3), "uint8"),
             "index": ((4,), "int64"),
             "step": ((4,), "int64"),
+            "bad": ((4,), "int64"),
+            "flaw": ((4,), "uint8"),
         }
 
     @pytest.mark.parametrize("position", [0, 7, 31, 53])
@@ -135,6 +153,7 @@ class TestItemMaker:
         }
         assert block["index"].tolist() == [-1, -1]
         assert block["step"].tolist() == [NUM_STEPS] * 2
+        assert block["bad"].tolist() == [-1, -1]
         assert not block["views_0"].any()
         assert not block["views_1"].any()
 
@@ -143,8 +162,117 @@ class TestItemMaker:
         make = _maker(source=source)
         bad = int(make.plan.item(4).indices[1])
         source.broken = (bad,)
-        with pytest.raises(DecodeError, match=rf"^toy image {bad} \(7 bytes\)"):
+        with pytest.raises(DecodeError, match=rf"^toy image {bad} \(7 bytes, "):
             make(4)
+
+
+class TestBadImages:
+    @pytest.mark.parametrize("policy", ["skip", "replace"])
+    def test_leave_the_block_full_and_are_named_in_it(self, policy: str) -> None:
+        source = _Encoded("toy", _source().images[..., ::-1])
+        make = _maker(6, source, policy=policy)
+        wanted = make.plan.item(4).indices
+        bad = sorted(wanted[[1, 4]].tolist())
+        source.broken = tuple(bad)
+        block, whole = make(4), _maker(6)(4)
+        spoilt = np.isin(wanted, bad)
+        assert block["bad"].tolist() == np.where(spoilt, wanted, -1).tolist()
+        assert block["flaw"].tolist() == np.where(spoilt, int(Flaw.NOT_AN_IMAGE), 0).tolist()
+        assert block["index"][~spoilt].tolist() == wanted[~spoilt].tolist()
+        assert not set(block["index"].tolist()) & set(bad)
+        for column in ("views_0", "views_1"):
+            np.testing.assert_array_equal(block[column][~spoilt], whole[column][~spoilt])
+            assert block[column][spoilt].any(axis=(1, 2, 3, 4)).all()
+
+    def test_skip_takes_another_of_the_item_with_views_of_its_own(self) -> None:
+        source = _Encoded("toy", _source().images)
+        make = _maker(6, source, policy="skip")
+        wanted = make.plan.item(4).indices
+        source.broken = (int(wanted[2]),)
+        block = make(4)
+        other = wanted.tolist().index(int(block["index"][2]))
+        assert other != 2
+        assert not np.array_equal(block["views_0"][2], block["views_0"][other])
+
+    def test_replace_draws_from_the_same_group(self) -> None:
+        source = _Encoded("toy", _source().images)
+        make = ItemMaker(_Grouped(source), _maker().plan, _maker(policy="replace").making)
+        source.broken = tuple(range(20, 50, 3))
+        drawn = [
+            (int(bad), int(index))
+            for position in range(54)
+            for bad, index in zip(*(make(position)[c] for c in ("bad", "index")), strict=True)
+            if bad >= 0
+        ]
+        assert len(drawn) > 20
+        assert all(index >= 20 and index not in source.broken for _, index in drawn)
+        assert len({index for _, index in drawn}) > 8
+
+    @pytest.mark.parametrize("policy", ["skip", "replace"])
+    def test_give_the_same_bits_whatever_the_order_and_the_item_size(self, policy: str) -> None:
+        source = _Encoded("toy", _source().images)
+        source.broken = (3, 17, 40)
+        make = _maker(2, source, policy=policy)
+        blocks = {position: make(position) for position in range(54)}
+        again = _maker(2, source, policy=policy)
+        for position in reversed(range(54)):
+            assert _same(again(position), blocks[position])
+
+    @pytest.mark.parametrize("policy", ["skip", "replace"])
+    def test_a_source_of_nothing_else_ends_with_an_error(self, policy: str) -> None:
+        source = _Encoded("toy", _source().images)
+        source.broken = tuple(range(NUM_IMAGES))
+        with pytest.raises(DataError, match=r"^toy image \d+ is bad .*100 others"):
+            _maker(2, source, policy=policy)(0)
+
+    def test_a_group_of_nothing_else_is_replaced_from_the_others(self) -> None:
+        source = _Encoded("toy", _source().images)
+        source.broken = tuple(range(20))
+        make = ItemMaker(_Grouped(source), _maker().plan, _maker(policy="replace").making)
+        indices = np.concatenate([make(position)["index"] for position in range(24)])
+        assert indices.min() >= 20
+
+
+class TestLargeJpegs:
+    def test_are_decoded_smaller_and_give_nearly_the_same_views(self) -> None:
+        noise = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+        photo = cv2.resize(noise // 2 + 60, (900, 600), interpolation=cv2.INTER_LINEAR)
+        encoded = cv2.imencode(".jpg", photo[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
+        views = (View(count=2, size_px=64, crop=Crop(scale=(0.3, 1.0)), ops=(Flip(),)),)
+
+        class Photos(ArraySource):
+            def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Any]:
+                return [encoded.tobytes() for _ in indices]
+
+        source = Photos("photos", np.zeros((8, 1, 1), dtype=np.uint8))
+        plan = Plan([8], seed=0, global_batch_size=8, item_size=8, num_steps=1)
+        block = ItemMaker(source, plan, Making(views))(0)
+        sizes = []
+        for row, index in enumerate(block["index"].tolist()):
+            decode_or_flaw(encoded.tobytes(), shrink=lambda h, w: sizes.append((h, w)) or 1)
+            expected = make_views(photo, views, seed=0, epoch=0, index=index)[0]
+            apart = np.abs(block["views_0"][row].astype(int) - np.stack(expected))
+            assert apart.mean() < 4
+        assert sizes == [(600, 900)] * 8
+
+
+class TestColorOnTheDevice:
+    def test_leaves_pixels_as_the_crop_made_them_and_hands_on_the_plans(self) -> None:
+        ops = (ColorJitter(prob=1.0), Flip(prob=0.5))
+        whole = (View(count=2, size_px=12, ops=ops), View(size_px=8))
+        crops = (View(count=2, size_px=12), View(size_px=8))
+        plan = _maker(4).plan
+        device = ItemMaker(_source(), plan, Making(whole, color_on="device"))(5)
+        bare = ItemMaker(_source(), plan, Making(crops))(5)
+        np.testing.assert_array_equal(device["views_0"], bare["views_0"])
+        np.testing.assert_array_equal(device["views_1"], bare["views_1"])
+        assert device["numbers_0"].shape == (4, 2, 10)
+        assert device["numbers_1"].shape == (4, 1, 0)
+        assert device["numbers_0"].dtype == np.float32
+        assert (device["numbers_0"][..., 0] == 1).all()
+        assert set(np.unique(device["numbers_0"][..., 9])) <= {0.0, 1.0}
+        order = np.sort(device["numbers_0"][..., 5:9], axis=-1)
+        assert (order == [0, 1, 2, 3]).all()
 
 
 class TestIterate:
@@ -233,7 +361,7 @@ class TestIterate:
                 return super().__call__(position)
 
         base = _maker()
-        make = Slow(base.source, base.plan, base.views)
+        make = Slow(base.source, base.plan, base.making)
         batches = iterate(
             make, start_step=0, rank=0, world_size=1, num_threads=1, prefetch_steps=100
         )
@@ -255,7 +383,7 @@ class TestIterate:
                 return super().__call__(position)
 
         base = _maker()
-        make = Counting(base.source, base.plan, base.views)
+        make = Counting(base.source, base.plan, base.making)
         batches = iterate(
             make, start_step=0, rank=0, world_size=1, num_threads=2, prefetch_steps=prefetch_steps
         )

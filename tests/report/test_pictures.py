@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from raysl.augment.pipeline import Crop, Flip, View, make_views
+from raysl.augment.ops import Flip
+from raysl.augment.pipeline import Crop, View, make_views
 from raysl.data.decode import decode
 from raysl.data.source import ArraySource
 from raysl.errors import DataError

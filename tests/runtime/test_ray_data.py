@@ -6,12 +6,20 @@ import sys
 import numpy as np
 import pytest
 
-from raysl.augment.pipeline import Blur, ColorJitter, Crop, Flip, View
+from raysl.augment.ops import Blur, ColorJitter, Flip
+from raysl.augment.pipeline import Crop, View
 from raysl.data.plan import Plan
 from raysl.data.source import ArraySource
-from raysl.data.stream import Block, ItemMaker, iterate
+from raysl.data.stream import Block, ItemMaker, Making, iterate
 from raysl.runtime.cluster import Layout
-from raysl.runtime.ray_data import PlanSource, execution_options, iterate_shard, open_dataset
+from raysl.runtime.ray_data import (
+    Packing,
+    PlanSource,
+    execution_options,
+    iterate_shard,
+    open_dataset,
+    packing_for,
+)
 
 pytestmark = pytest.mark.ray
 
@@ -36,33 +44,67 @@ def same(found: Block, expected: Block) -> bool:
 
 
 class TestPlanSource:
-    @pytest.mark.parametrize(("start", "stop"), [(0, 1), (0, 100), (7, 258), (0, 1001), (5, 5)])
-    def test_every_read_task_yields_as_many_items(self, start: int, stop: int) -> None:
-        numbers = PlanSource(start, stop)
+    @pytest.mark.parametrize("count", [0, 1, 100, 251, 1001])
+    def test_every_read_task_yields_as_many_blocks(self, count: int) -> None:
+        numbers = PlanSource(count)
         blocks = [next(iter(task())) for task in numbers.get_read_tasks(1)]
         assert {block.num_rows for block in blocks} == {numbers.per_task}
-        found = [n for block in blocks for n in block["position"].to_pylist()]
-        assert found == list(range(start, start + numbers.num_items))
-        assert start + numbers.num_items >= stop
+        found = [n for block in blocks for n in block["number"].to_pylist()]
+        assert found == list(range(numbers.num_blocks))
+        assert numbers.num_blocks >= count
+
+
+class TestPacking:
+    def test_a_small_batch_of_one_item_shares_a_block_with_those_of_later_steps(self) -> None:
+        packing = packing_for(plan(8), Making(VIEWS), start_step=4, num_workers=1)
+        assert packing == Packing(4, 1, 11)  # all the steps that are left
+        assert packing.num_blocks(plan(8)) == 1
+        assert packing.positions(0, plan(8)) == list(range(4, 15))
+
+    @pytest.mark.parametrize("start_step", [0, 4])
+    @pytest.mark.parametrize("steps_per_block", [1, 2, 4, 100])
+    @pytest.mark.parametrize("num_workers", [1, 2])
+    def test_each_worker_gets_its_items_of_each_step_once_and_in_order(
+        self, start_step: int, steps_per_block: int, num_workers: int
+    ) -> None:
+        order = plan(8 // num_workers)
+        packing = Packing(start_step, num_workers, steps_per_block)
+        blocks = range(packing.num_blocks(order))
+        for rank in range(num_workers):
+            mine = [p for b in blocks[rank::num_workers] for p in packing.positions(b, order)]
+            real = [position for position in mine if position < order.num_items]
+            first = start_step * order.items_per_step
+            assert real == list(range(first + rank, order.num_items, num_workers))
+            assert mine[: len(real)] == real
+
+    def test_large_blocks_and_batches_of_several_items_are_not_packed(self) -> None:
+        large = Making((View(count=2, size_px=1000),))
+        assert packing_for(plan(8), large, start_step=0, num_workers=1).steps_per_block == 1
+        assert packing_for(plan(2), Making(VIEWS), start_step=0, num_workers=2).steps_per_block == 1
 
 
 class TestStream:
-    @pytest.mark.parametrize("num_data_workers", [1, 2])
-    @pytest.mark.parametrize("start_step", [0, 7])
+    @pytest.mark.parametrize(
+        ("num_data_workers", "start_step", "item_size"), [(1, 0, 4), (2, 7, 4), (2, 4, 8)]
+    )
     @pytest.mark.usefixtures("ray_cluster")
     def test_equals_the_same_plan_made_in_this_process(
-        self, num_data_workers: int, start_step: int
+        self, num_data_workers: int, start_step: int, item_size: int
     ) -> None:
         import ray
 
         data = ray.data.DataContext.get_current()
         data.execution_options = execution_options()
         dataset = open_dataset(
-            ray.put(source()), plan(), VIEWS, start_step=start_step, layout=layout(num_data_workers)
+            ray.put(source()),
+            plan(item_size),
+            Making(VIEWS),
+            start_step=start_step,
+            layout=layout(num_data_workers),
         )
         found = iterate_shard(dataset.iterator, batch_size=8, prefetch_batches=2)
         expected = iterate(
-            ItemMaker(source(), plan(), VIEWS),
+            ItemMaker(source(), plan(item_size), Making(VIEWS)),
             start_step=start_step,
             rank=0,
             world_size=1,

@@ -93,6 +93,7 @@ class Run:
         self.checkpoints: list[int] = []
         self.evaluations: list[int] = []
         self.calls: list[str] = []
+        self.bad: list[tuple[int, dict[int, int]]] = []
         schedule = {
             "total_steps": 10,
             "steps_per_epoch": 4,
@@ -124,11 +125,18 @@ class Run:
     ) -> "Run":
         total = self.trainer.schedule.total_steps
         hooks = Hooks(
-            log=self._log, checkpoint=checkpoint or self._checkpoint, evaluate=self._evaluate
+            log=self._log,
+            checkpoint=checkpoint or self._checkpoint,
+            evaluate=self._evaluate,
+            bad_images=self._bad_images,
         )
         stream = batches(start_step, total) if stream is None else stream
         self.trainer.run(stream, start_step=start_step, rank=rank, hooks=hooks)
         return self
+
+    def _bad_images(self, found: Mapping[int, int], step: int) -> float:
+        self.bad.append((step, dict(found)))
+        return float(sum(len(part) for _, part in self.bad))
 
     def _log(self, metrics: Mapping[str, float], step: int) -> None:
         self.logged.append((step, dict(metrics)))
@@ -353,3 +361,19 @@ class TestHealth:
         run = self.spoilt(0.0, at=2, health=HealthConfig(patience=3))
         with pytest.raises(CollapsedError, match="train/feature_std is 0 at step 5"):
             run.start()
+
+
+class TestBadImages:
+    def test_are_reported_where_metrics_are_logged_and_only_when_there_are_new_ones(self) -> None:
+        def stream() -> Iterator[NumpyBatch]:
+            for step in range(10):
+                bad = np.full(6, -1)
+                if step in (1, 2, 7):
+                    bad[step % 6] = 100 + step
+                yield {**batch_of(step), "bad": bad, "flaw": np.where(bad >= 0, 3, 0)}
+
+        run = Run(log_every=4).start(stream())
+        assert run.bad == [(4, {101: 3, 102: 3}), (8, {107: 3})]
+        counts = [(step, m["data/bad_images"]) for step, m in run.logged if "data/bad_images" in m]
+        assert counts == [(4, 2.0), (8, 3.0)]
+        assert not any("data/new_bad_images" in metrics for _, metrics in run.logged)

@@ -1,0 +1,85 @@
+"""The images of a run that turned out to be bad: counted, listed, and limited."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from raysl.errors import DataError
+
+
+class BadImages:
+    """What is known to be bad, in ``bad_images.jsonl``: one line an image with row, name, reason.
+
+    Every rank of a run holds the same list, because all are told the same; one of them writes.
+
+    Args:
+        path: The file; what it lists already counts too.
+        num_images: Images of the source.
+        max_share: Largest share of them that may be bad, in [0, 1].
+        name: Names a row.
+        reason: Says what a flaw's number means.
+        writes: Whether this process writes the file.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        num_images: int,
+        max_share: float,
+        name: Callable[[int], str],
+        reason: Callable[[int], str],
+        writes: bool,
+    ) -> None:
+        self.path = path
+        self.num_images = num_images
+        self.max_share = max_share
+        self._name = name
+        self._reason = reason
+        self._writes = writes
+        self._rows = {int(record["row"]) for record in _read(path)}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, found: Mapping[int, int], *, step: int) -> int:
+        """Take in rows and their flaws; return how many bad images are known.
+
+        Raises:
+            DataError: If there are more than the largest share.
+        """
+        new = {row: flaw for row, flaw in sorted(found.items()) if row not in self._rows}
+        if self._writes and new:
+            with open(self.path, "a", encoding="utf-8") as file:
+                for row, flaw in new.items():
+                    record = {
+                        "row": row,
+                        "name": self._name(row),
+                        "reason": self._reason(flaw),
+                        "step": step,
+                    }
+                    file.write(json.dumps(record) + "\n")
+        self._rows.update(new)
+        if len(self._rows) > self.max_share * self.num_images:
+            last = next(reversed(new.items()), None)
+            example = f", such as {self._name(last[0])}: {self._reason(last[1])}" if last else ""
+            raise DataError(
+                f"{len(self._rows):,} of {self.num_images:,} images are bad{example}; that is more "
+                f"than data.bad_images.max_share={self.max_share:g}. They are listed in "
+                f"{self.path}. Mend or remove them, or allow a larger share"
+            )
+        return len(self._rows)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of the file; a last one that a crash cut short is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
