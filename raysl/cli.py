@@ -5,12 +5,16 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from raysl.errors import RayslError
 
 VERBS = {
     "pretrain": "train an encoder on unlabelled images, measure it, write it",
+    "benchmark": "measure the input on this machine or cluster, to size it",
     "config": "print a resolved configuration and what follows from it",
+    "data": "look at a source of images: counts, sizes, formats, broken files, a contact sheet",
+    "pack": "turn any source of images into shuffled Parquet shards that stream fast",
 }
 
 _DESCRIPTION = """\
@@ -20,6 +24,9 @@ raysl pretrains image encoders without labels, on Ray.
   raysl pretrain CONFIG data.source=FOLDER         your own images: a folder, Parquet, s3://...
   raysl pretrain CONFIG optim.base_lr=0.1          any setting, by its dotted name
   raysl config CONFIG [overrides]                  what a run would do, before it does it
+  raysl benchmark input CONFIG [overrides]         images/s that the CPUs can feed, and why
+  raysl data SOURCE                                what is there, and what to do about it
+  raysl pack SOURCE OUT short_side_px=256          shuffled Parquet shards that stream fast
 
 On a cluster, the same as a job:
   ray job submit --working-dir . -- python pipelines/pretrain.py CONFIG [overrides]
@@ -29,6 +36,11 @@ The same command again goes on where a run stopped. Runs are compared in MLflow'
 """
 
 _INTERRUPTED = 130
+# What to say after Ctrl-C to who wants to go on.
+_GOES_ON = {
+    "pretrain": "; the same command goes on from the last checkpoint",
+    "pack": "; the same command goes on with the shards that are missing",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,20 +61,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="raysl", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    chosen: argparse.ArgumentParser | None = None
     for verb, text in VERBS.items():
         subparser = verbs.add_parser(verb, help=text, description=f"raysl {verb}: {text}")
         if arguments[:1] == [verb]:  # only the verb asked for is loaded: --help answers at once
             module = importlib.import_module(f"raysl.commands.{verb}")
             module.add_arguments(subparser)
-    parsed = parser.parse_args(arguments)
+            chosen = subparser
+    parsed = _parse(parser, chosen, arguments)
     try:
         status: int = importlib.import_module(f"raysl.commands.{parsed.verb}").run(parsed)
     except RayslError as error:
         sys.stderr.write(f"raysl {parsed.verb}: {type(error).__name__}: {error}\n")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write(
-            f"raysl {parsed.verb}: stopped; the same command goes on from the last checkpoint\n"
-        )
+        sys.stderr.write(f"raysl {parsed.verb}: stopped{_GOES_ON.get(parsed.verb, '')}\n")
         return _INTERRUPTED
     return status
+
+
+def _parse(
+    parser: argparse.ArgumentParser, chosen: argparse.ArgumentParser | None, arguments: list[str]
+) -> argparse.Namespace:
+    """Parse, with overrides before and after options alike where the verb has no verbs below it."""
+    if chosen is not None:
+        with suppress(TypeError):  # argparse cannot mix them where there are
+            parsed = chosen.parse_intermixed_args(arguments[1:])
+            parsed.verb = arguments[0]
+            return parsed
+    return parser.parse_args(arguments)

@@ -26,7 +26,10 @@ M = TypeVar("M", bound=MethodConfig)
 
 # What may change between a run's start and its resume: where it runs and what it says of itself.
 FREE_SECTIONS = ("cluster", "track", "output_dir", "evaluate", "health")
-FREE_KEYS = {"train": ("log_every", "checkpoint_every", "keep_checkpoints")}
+FREE_KEYS = {
+    "train": ("log_every", "checkpoint_every", "keep_checkpoints"),
+    "data": ("bad_images",),
+}
 
 
 class ClusterConfig(Config):

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -130,7 +131,7 @@ def accuracy_table(results: Mapping[str, Any]) -> Table:
 
 def mapping_table(title: str, values: Mapping[str, Any]) -> Table:
     """Return a table of names and values."""
-    table = Table(title=title, show_header=False, title_justify="left")
+    table = Table(title=escape(title), show_header=False, title_justify="left")
     for name, value in values.items():
-        table.add_row(name, f"{value:g}" if isinstance(value, float) else str(value))
+        table.add_row(name, escape(f"{value:g}" if isinstance(value, float) else str(value)))
     return table

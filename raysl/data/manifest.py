@@ -18,7 +18,17 @@ from raysl.data.storage import read_file
 from raysl.errors import DataError
 
 MANIFEST_NAME = "manifest.json"
+# What a pack has in its folder from its start on.
+CLAIM_NAME = "pack.json"
 VERSION = 1
+
+
+def is_half_packed(filesystem: pafs.FileSystem, folder: str) -> bool:
+    """Return whether a pack into this folder began and has not finished."""
+    claim, manifest = filesystem.get_file_info(
+        [f"{folder}/{CLAIM_NAME}", f"{folder}/{MANIFEST_NAME}"]
+    )
+    return bool(claim.type == pafs.FileType.File and manifest.type == pafs.FileType.NotFound)
 
 
 class ManifestFile(NamedTuple):

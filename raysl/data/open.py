@@ -9,7 +9,7 @@ import pyarrow.fs as pafs
 
 from raysl.data.folder import FolderSource
 from raysl.data.footers import check_manifest
-from raysl.data.manifest import read_manifest
+from raysl.data.manifest import is_half_packed, read_manifest
 from raysl.data.mixed import MixedSource
 from raysl.data.parquet import ParquetSource
 from raysl.data.source import (
@@ -144,6 +144,11 @@ def _open_folder(
     )
     images = _ending(found, IMAGE_SUFFIXES)
     parquet, tars = _not_hidden(parquet), _not_hidden(tars)
+    if is_half_packed(filesystem, root):
+        raise DataError(
+            f"data.source={config.source}: `raysl pack` has not finished there; the same pack "
+            f"again goes on where it stopped"
+        )
     if parquet.num_rows:
         manifest = read_manifest(filesystem, root)
         if manifest is not None and config.image_column in (None, manifest.image_column):

@@ -85,6 +85,8 @@ class ItemMaker:
         self._starts = np.cumsum([0, *source.group_sizes])
         # Parallel over items; OpenCV's own threads would fight over the same cores.
         cv2.setNumThreads(1)
+        # What is wrong with an image is counted and listed, not printed a million times.
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
     def __call__(self, position: int) -> Block:
         """Make the block of one position.

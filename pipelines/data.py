@@ -1,0 +1,15 @@
+"""Look at images: `ray job submit --working-dir . -- python pipelines/data.py SOURCE`.
+
+The same function as `raysl data`.
+"""
+
+import sys
+from pathlib import Path
+
+# A job's working directory is this repository; raysl need not be installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from raysl.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["data", *sys.argv[1:]]))

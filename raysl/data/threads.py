@@ -1,0 +1,44 @@
+"""Work in threads of this process, in order and with a bounded amount under way."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_AHEAD = 2  # calls under way for each thread: one runs, one waits
+
+
+def map_in_threads(
+    function: Callable[[T], R], arguments: Iterable[T], *, num_threads: int
+) -> Iterator[R]:
+    """Yield ``function(argument)`` for each argument, in their order.
+
+    Args:
+        function: Called in several threads; one that waits for OpenCV or a disk lets others work.
+        arguments: Taken only as results are taken, so that memory stays bounded.
+        num_threads: > 0; with 1 there is no thread, and nothing is ahead.
+
+    Raises:
+        Exception: What the function raised, at the place of its result.
+    """
+    if num_threads == 1:
+        yield from map(function, arguments)
+        return
+    upcoming = iter(arguments)
+    waiting: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="raysl") as pool:
+        try:
+            for argument in islice(upcoming, _AHEAD * num_threads):
+                waiting.append(pool.submit(function, argument))
+            while waiting:
+                result = waiting.popleft().result()
+                for argument in islice(upcoming, 1):
+                    waiting.append(pool.submit(function, argument))
+                yield result
+        finally:
+            for future in waiting:
+                future.cancel()

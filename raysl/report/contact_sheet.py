@@ -1,0 +1,123 @@
+"""A contact sheet: images of a source at a glance, with the names of their classes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+
+from raysl.augment.crop import Image
+from raysl.errors import DataError
+from raysl.report.figure import DPI, GREY, INK, drawable_name, new_figure, save_png, show_pixels
+
+WIDTH_IN = 9.0
+_ROW_IN = 1.0  # height of a row that is not yet stretched to the sheet's width
+_GAP_IN = 0.06
+_CAPTION_IN = 0.16
+_HEAD_IN = 0.62
+_MARGIN_IN = 0.18
+_MAX_ASPECT = 2.5  # a wider or taller image gets a cell of this shape, and stands in its middle
+_CAPTION_LETTERS_PER_IN = 16
+
+
+class _Row(NamedTuple):
+    images: list[int]
+    height_in: float
+
+
+def draw_contact_sheet(
+    path: Path,
+    images: Sequence[Image],
+    *,
+    captions: Sequence[str] | None,
+    title: str,
+    subtitle: str = "",
+) -> None:
+    """Draw images in rows of equal height, each whole and in its own shape.
+
+    Args:
+        path: PNG to write.
+        images: ``(H, W, 3)`` uint8 RGB, of any size.
+        captions: One an image, such as the name of its class; None for none.
+        title: Of the sheet.
+        subtitle: Second line.
+
+    Raises:
+        DataError: If there is no image, or the file cannot be written.
+    """
+    if not images:
+        raise DataError(f"{path}: there is no image to draw a contact sheet of")
+    caption_in = 0.0 if captions is None else _CAPTION_IN
+    aspects = [_cell_aspect(image) for image in images]
+    rows = _arrange(aspects)
+    height_in = _HEAD_IN + _MARGIN_IN
+    height_in += sum(row.height_in + caption_in + _GAP_IN for row in rows)
+    figure = new_figure(width_in=WIDTH_IN, height_in=height_in)
+    figure.set_layout_engine("none")
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    axes.set(xlim=(0, WIDTH_IN), ylim=(height_in, 0))
+    axes.set_axis_off()
+    texts: dict[str, Any] = {"ha": "left", "va": "baseline", "parse_math": False}
+    axes.text(_MARGIN_IN, 0.3, title, fontsize=12, color=INK, weight="bold", **texts)
+    axes.text(_MARGIN_IN, 0.49, subtitle, fontsize=8.5, color=GREY, **texts)
+    top = _HEAD_IN
+    for row in rows:
+        left = _MARGIN_IN
+        for number in row.images:
+            width = aspects[number] * row.height_in
+            _put(axes, images[number], left=left, top=top, width=width, height=row.height_in)
+            if captions is not None:
+                text = _caption(captions[number], width)
+                place = (left, top + row.height_in + 0.115)
+                axes.text(*place, text, fontsize=6.5, color=INK, **texts)
+            left += width + _GAP_IN
+        top += row.height_in + caption_in + _GAP_IN
+    # Setting an image moves the limits.
+    axes.set(xlim=(0, WIDTH_IN), ylim=(height_in, 0))
+    try:
+        save_png(figure, path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error}") from None
+
+
+def _cell_aspect(image: Image) -> float:
+    height, width = image.shape[:2]
+    aspect: float = width / height
+    return min(max(aspect, 1 / _MAX_ASPECT), _MAX_ASPECT)
+
+
+def _arrange(aspects: Sequence[float]) -> list[_Row]:
+    """Fill rows and stretch each to the sheet's width; the last one is as high as the others."""
+    room = WIDTH_IN - 2 * _MARGIN_IN
+    rows: list[_Row] = []
+    waiting: list[int] = []
+    for number in range(len(aspects)):
+        waiting.append(number)
+        height = _height(waiting, aspects, room)
+        if height <= _ROW_IN:
+            rows.append(_Row(waiting, height))
+            waiting = []
+    if waiting:
+        usual = sum(row.height_in for row in rows) / len(rows) if rows else _ROW_IN
+        rows.append(_Row(waiting, min(usual, _height(waiting, aspects, room))))
+    return rows
+
+
+def _height(numbers: Sequence[int], aspects: Sequence[float], room: float) -> float:
+    gaps = _GAP_IN * (len(numbers) - 1)
+    return (room - gaps) / sum(aspects[number] for number in numbers)
+
+
+def _put(axes: Axes, image: Image, *, left: float, top: float, width: float, height: float) -> None:
+    shape = image.shape[1] / image.shape[0]
+    wide, high = min(width, height * shape), min(height, width / shape)
+    x, y = left + (width - wide) / 2, top + (height - high) / 2
+    room_px = max(wide, high) * DPI
+    show_pixels(axes, image, extent=(x, x + wide, y + high, y), room_px=room_px)
+
+
+def _caption(name: str, width_in: float) -> str:
+    """Shorten a name to what fits below an image."""
+    most = max(4, int(width_in * _CAPTION_LETTERS_PER_IN))
+    short = drawable_name(name, otherwise="?")
+    return short if len(short) <= most else short[: most - 2].rstrip(" .") + ".."
