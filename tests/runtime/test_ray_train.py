@@ -62,11 +62,11 @@ class TestOneWorker:
             image = np.full((8, 8, 3), number, dtype=np.uint8)
             cv2.imwrite(str(folder / f"{number:02}.png"), image)
         (folder / "broken.png").write_bytes(b"<html>not found</html>")
-        overrides = [f"data.source={folder}", "data.limit=64", *ON_RAY]
-        assert pretrain(run_yaml("broken"), *overrides) == 1
+        overrides = [f"data.source={folder}", "data.limit=64", "data.bad_images={policy: fail}"]
+        assert pretrain(run_yaml("broken"), *overrides, *ON_RAY) == 1
         error = capsys.readouterr().err
         assert "DecodeError" in error
-        assert f"{folder}/broken.png (22 bytes): not an image" in error
+        assert f"{folder}/broken.png (22 bytes, begins with 3c68746d): not an image" in error
         assert "Traceback" not in error
 
 
