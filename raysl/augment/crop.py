@@ -7,6 +7,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from raysl.augment.random import uniform
+
 Image = npt.NDArray[np.uint8]
 
 # Beyond so many samples a pixel and direction, area averaging at once is the quicker way to shrink.
@@ -49,8 +51,8 @@ def plan_crop(
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(attempts):
-        area = height * width * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(low, high))
+        area = height * width * uniform(rng, *scale)
+        aspect = math.exp(uniform(rng, low, high))
         h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
         if 0 < h <= height and 0 < w <= width:
             top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
@@ -64,7 +66,7 @@ def plan_square(
     rng: np.random.Generator, *, height: int, width: int, short_side: tuple[float, float]
 ) -> CropBox:
     """Draw a square anywhere in the image, its side over the image's shorter one in a range."""
-    side = max(1, round(min(height, width) * rng.uniform(*short_side)))
+    side = max(1, round(min(height, width) * uniform(rng, *short_side)))
     top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
     return CropBox(int(top), int(left), side, side)
 
@@ -119,7 +121,7 @@ def plan_rotation(rng: np.random.Generator, *, max_deg: float, prob: float) -> f
     """Draw an angle in degrees, uniform in [-max_deg, max_deg], or None with 1 - prob."""
     if rng.random() >= prob:
         return None
-    return float(rng.uniform(-max_deg, max_deg))
+    return uniform(rng, -max_deg, max_deg)
 
 
 def apply_rotation(image: Image, angle_deg: float) -> Image:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raysl.augment.crop import Image
+from raysl.augment.random import uniform
 
 # ITU-R 601-2 luma, as PIL's convert("L") and OpenCV's RGB2GRAY have it.
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
@@ -51,10 +52,9 @@ def plan_jitter(
     """
     if rng.random() >= prob:
         return None
-    factors = [rng.uniform(max(0.0, 1 - s), 1 + s) for s in (brightness, contrast, saturation)]
-    shift = rng.uniform(-hue, hue)
-    order = tuple(int(i) for i in rng.permutation(4))
-    return JitterPlan(float(factors[0]), float(factors[1]), float(factors[2]), float(shift), order)
+    b, c, s = (uniform(rng, max(0.0, 1 - x), 1 + x) for x in (brightness, contrast, saturation))
+    shift = uniform(rng, -hue, hue)
+    return JitterPlan(b, c, s, shift, tuple(rng.permutation(4).tolist()))
 
 
 def apply_jitter(image: Image, plan: JitterPlan) -> Image:
@@ -117,7 +117,7 @@ def plan_blur(
     """Draw the standard deviation of a Gaussian in pixels, or None with probability 1 - prob."""
     if rng.random() >= prob:
         return None
-    return float(rng.uniform(*sigma_px))
+    return uniform(rng, *sigma_px)
 
 
 def blur_taps(sigma_px: float, *, longest: int | None = None) -> int:
@@ -166,7 +166,7 @@ def plan_noise(
     """Draw the strength and the seed of a noise field, or None with probability 1 - prob."""
     if rng.random() >= prob:
         return None
-    return NoisePlan(float(rng.uniform(*sigma)), int(rng.integers(1 << 62)))
+    return NoisePlan(uniform(rng, *sigma), int(rng.integers(1 << 62)))
 
 
 def apply_noise(image: Image, plan: NoisePlan) -> Image:
@@ -208,7 +208,7 @@ def plan_cutout(
     """Draw the square, its centre anywhere in the view, or None with probability 1 - prob."""
     if rng.random() >= prob:
         return None
-    return CutoutPlan(float(rng.random()), float(rng.random()), float(rng.uniform(*side)))
+    return CutoutPlan(float(rng.random()), float(rng.random()), uniform(rng, *side))
 
 
 def apply_cutout(image: Image, plan: CutoutPlan, *, fill: int) -> Image:

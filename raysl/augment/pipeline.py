@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from raysl.augment.crop import CropBox, Image, apply_crop, plan_crop, plan_square
 from raysl.augment.ops import Numbers, Op, check_range
-from raysl.augment.random import MAX_VIEWS, view_stream
+from raysl.augment.random import MAX_VIEWS, borrow_view_stream
 from raysl.config.base import Config, PositiveFloat, PositiveInt
 
 _Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -95,7 +95,7 @@ def plan_views(
     for view in views:
         planned = []
         for _ in range(view.count):
-            rng = view_stream(seed=seed, epoch=epoch, index=index, view=number)
+            rng = borrow_view_stream(seed=seed, epoch=epoch, index=index, view=number)
             planned.append(plan_view(view, rng, height=height, width=width))
             number += 1
         result.append(planned)
@@ -121,12 +121,13 @@ def largest_shrink(
 
     Every crop must keep at least as many pixels as its view has, in both directions.
     """
-    room = min(
-        min(plan.box.height, plan.box.width) / view.size_px
-        for view, planned in zip(views, plans, strict=True)
-        for plan in planned
-    )
-    return max((factor for factor in allowed if factor <= room), default=1)
+    factor = max(allowed)
+    for view, planned in zip(views, plans, strict=True):
+        for plan in planned:
+            room = min(plan.box.height, plan.box.width) // view.size_px
+            if room < factor:
+                factor = max((each for each in allowed if each <= room), default=1)
+    return factor
 
 
 def shrink_plan(plan: ViewPlan, factor: int, *, height: int, width: int) -> ViewPlan:

@@ -1,9 +1,15 @@
 """The random numbers of a view: a function of (seed, epoch, image, view) and of nothing else."""
 
+import threading
+
 import numpy as np
+import numpy.typing as npt
+
+_Words = npt.NDArray[np.uint64]
 
 MAX_VIEWS = 256
 _MASK_64 = (1 << 64) - 1
+_borrowed = threading.local()
 _REPLACEMENTS = 1 << 63  # beyond the second words of all views' keys
 
 
@@ -21,12 +27,32 @@ def view_stream(*, seed: int, epoch: int, index: int, view: int) -> np.random.Ge
 
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
+    key, counter = _view_words(seed, epoch, index, view)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def borrow_view_stream(*, seed: int, epoch: int, index: int, view: int) -> np.random.Generator:
+    """Return the same stream in a generator that is this thread's next borrower's too.
+
+    An eighth of the time: making a generator takes 16 microseconds, as long as drawing a view.
+    """
+    if not hasattr(_borrowed, "philox"):
+        _borrowed.philox = np.random.Philox(key=0)
+        _borrowed.generator = np.random.Generator(_borrowed.philox)
+        _borrowed.state = _borrowed.philox.state
+    key, counter = _view_words(seed, epoch, index, view)
+    _borrowed.state["state"] = {"key": key, "counter": counter}
+    _borrowed.philox.state = _borrowed.state
+    return _borrowed.generator  # type: ignore[no-any-return]
+
+
+def _view_words(seed: int, epoch: int, index: int, view: int) -> tuple[_Words, _Words]:
+    """Return the key and the counter of a view's stream."""
     if not 0 <= view < MAX_VIEWS:
         raise ValueError(f"view must be in [0, {MAX_VIEWS}); got {view}")
     key = np.array([seed & _MASK_64, (epoch * MAX_VIEWS + view) & _MASK_64], dtype=np.uint64)
     # The lowest word counts the numbers drawn; the highest names the image, so no two overlap.
-    counter = np.array([0, 0, 0, index], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+    return key, np.array([0, 0, 0, index], dtype=np.uint64)
 
 
 def replacement_stream(*, seed: int, epoch: int, key: int) -> np.random.Generator:
@@ -40,3 +66,8 @@ def replacement_stream(*, seed: int, epoch: int, key: int) -> np.random.Generato
     words = np.array([seed & _MASK_64, _REPLACEMENTS + epoch], dtype=np.uint64)
     counter = np.array([0, 0, 0, key], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=words, counter=counter))
+
+
+def uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    """Draw what ``rng.uniform(low, high)`` draws, to the bit, in a third of the time."""
+    return low + (high - low) * float(rng.random())

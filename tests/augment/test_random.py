@@ -1,7 +1,9 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
-from raysl.augment.random import MAX_VIEWS, view_stream
+from raysl.augment.random import MAX_VIEWS, borrow_view_stream, uniform, view_stream
 
 KEY = {"seed": 3, "epoch": 5, "index": 7, "view": 1}
 
@@ -64,3 +66,31 @@ class TestViewStream:
     def test_a_view_that_would_run_into_the_next_epoch_is_an_error(self, view: int) -> None:
         with pytest.raises(ValueError, match=rf"view must be in \[0, 256\); got {view}"):
             view_stream(seed=0, epoch=0, index=0, view=view)
+
+
+class TestBorrowed:
+    def test_is_the_same_stream_whatever_was_drawn_from_the_one_before(self) -> None:
+        for index in range(50):
+            key = {"seed": 7, "epoch": index % 3, "index": index, "view": index % 5}
+            borrowed, own = borrow_view_stream(**key), view_stream(**key)
+            for _ in range(index % 4):  # leaves half a word of the generator unused, or not
+                assert borrowed.integers(1000) == own.integers(1000)
+                assert borrowed.random() == own.random()
+            assert borrowed.permutation(4).tolist() == own.permutation(4).tolist()
+
+    def test_threads_have_their_own(self) -> None:
+        def draw(index: int) -> list[float]:
+            rng = borrow_view_stream(seed=1, epoch=0, index=index, view=0)
+            return [rng.random() for _ in range(200)]
+
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(draw, range(64)))
+        for index, values in enumerate(found):
+            own = view_stream(seed=1, epoch=0, index=index, view=0)
+            assert values == [own.random() for _ in range(200)]
+
+
+def test_uniform_is_that_of_numpy_to_the_bit() -> None:
+    mine, numpys = (view_stream(seed=0, epoch=0, index=0, view=0) for _ in range(2))
+    for low, high in [(0.08, 1.0), (-0.2, 0.2), (0.2, 1.8), (3.0, 3.0)] * 50:
+        assert uniform(mine, low, high) == numpys.uniform(low, high)

@@ -1,0 +1,76 @@
+"""Images a second of any iterator of batches, whoever makes them: Ray Data or a DataLoader."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
+
+from raysl.errors import DataError
+
+B = TypeVar("B")
+
+
+class Throughput(NamedTuple):
+    """What a consumer that does nothing saw."""
+
+    images_per_s: float  # after the first round
+    first_batch_s: float
+    wait_s: list[float]  # for each batch that was counted
+    seconds: float  # over which the images were counted
+    bytes_per_image: float
+
+
+def measure_batches(
+    open_batches: Callable[[], Iterator[B]],
+    *,
+    batch_size: int,
+    round_batches: int,
+    size_of: Callable[[B], int],
+    seconds: float | None = None,
+    count: int | None = None,
+) -> Throughput:
+    """Take batches and throw them away.
+
+    Workers begin together, so their first results come together; a clock that started at the first
+    batch would credit the measurement with what they made before. It starts when every worker has
+    delivered once (a round), and whole rounds are counted.
+
+    Args:
+        open_batches: Opens the stream; its first batch is timed from this call on.
+        batch_size: Images of a batch.
+        round_batches: Batches in which each worker delivers once, > 0.
+        size_of: Returns the bytes of a batch.
+        seconds: Stop after the first round that ends past this time, or
+        count: after so many batches, the first round not among them. The rest is then taken too,
+            so that the stream ends by itself and nobody is stopped at work.
+
+    Raises:
+        DataError: If the stream ends before anything could be counted.
+    """
+    began = time.perf_counter()
+    batches = open_batches()
+    batch = next(batches, None)
+    first_batch_s = time.perf_counter() - began
+    for _ in range(round_batches - 1):
+        batch = next(batches, None)
+    if batch is None:
+        raise DataError("the stream ended within its first round: nothing could be measured")
+    num_bytes = size_of(batch)
+    wait_s: list[float] = []
+    began = before = time.perf_counter()
+    for _ in batches:
+        now = time.perf_counter()
+        wait_s.append(now - before)
+        if count is not None and len(wait_s) >= count:
+            break
+        at_end_of_round = len(wait_s) % round_batches == 0
+        if seconds is not None and at_end_of_round and now - began >= seconds:
+            break
+        before = time.perf_counter()
+    elapsed = time.perf_counter() - began
+    if not wait_s:
+        raise DataError("the stream ended after its first round: nothing could be measured")
+    if count is not None:
+        deque(batches, maxlen=0)
+    images_per_s = len(wait_s) * batch_size / elapsed
+    return Throughput(images_per_s, first_batch_s, wait_s, elapsed, num_bytes / batch_size)
