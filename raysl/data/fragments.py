@@ -1,7 +1,7 @@
 """Which rows an epoch reads: ranges of rows, all once, or as often as weights say."""
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ class Fragments(NamedTuple):
     sizes: Indices
     repeats: Indices  # 0 where a row comes up first in an epoch, 1 where it does again, ...
 
-    def take(self, which: Indices) -> "Fragments":
+    def take(self, which: npt.NDArray[np.integer[Any]]) -> "Fragments":
         """Return some of them, in that order."""
         return Fragments(self.starts[which], self.sizes[which], self.repeats[which])
 
@@ -50,7 +50,8 @@ def fragments_of(
     """
     starts = np.cumsum(group_sizes) - group_sizes
     if weights is None:
-        return Fragments(starts, group_sizes, np.zeros_like(group_sizes))
+        none = np.broadcast_to(np.int64(0), group_sizes.shape)  # takes no memory
+        return Fragments(starts, group_sizes, none)
     found = []
     for number, part in enumerate(_parts(weights)):
         pieces = _pieces(starts[part], group_sizes[part])

@@ -24,8 +24,8 @@ from raysl.errors import ConfigError
 # Second words of the Philox keys below: they keep the two stages and the views apart.
 _GROUPS, _WINDOWS = 1 << 62, (1 << 62) + (1 << 61)
 _CACHED_WINDOWS = 4
-_MAX_ITEM_IMAGES = 128
-_MAX_ITEM_BYTES = 96 << 20
+_ITEM_IMAGES, _ITEM_BYTES = 128, 96 << 20
+_SMALL_ITEM_IMAGES, _SMALL_ITEM_BYTES = 1024, 8 << 20
 
 
 class Item(NamedTuple):
@@ -138,8 +138,8 @@ class Plan:
         if epoch not in self._layouts:
             found = fragments_of(self.group_sizes, self.weights, seed=self.seed, epoch=epoch)
             rng = _stream(self.seed, _GROUPS + epoch, 0)
-            fragments = found.take(rng.permutation(len(found.sizes)))
-            ends = np.cumsum(fragments.sizes)
+            order = rng.permutation(len(found.sizes)).astype(np.int32)
+            ends = np.cumsum(found.sizes[order])
             cuts, taken = [0], 0
             while cuts[-1] < len(ends):
                 # The last group that still fits, but always at least one.
@@ -147,14 +147,16 @@ class Plan:
                 cuts.append(max(stop, cuts[-1] + 1))
                 taken = int(ends[cuts[-1] - 1])
             bounds = np.array([0, *(int(ends[cut - 1]) for cut in cuts[1:])], dtype=np.int64)
-            _keep(self._layouts, epoch, _Layout(fragments, np.array(cuts), bounds))
+            _keep(self._layouts, epoch, _Layout(found, order, np.array(cuts), bounds))
         return self._layouts[epoch]
 
     def _window(self, epoch: int, number: int) -> "_Window":
         key = (epoch, number)
         if key not in self._windows:
             layout = self._layout(epoch)
-            fragments = layout.fragments.take(np.arange(*layout.cuts[number : number + 2]))
+            fragments = layout.fragments.take(
+                layout.order[slice(*layout.cuts[number : number + 2])]
+            )
             rng = _stream(self.seed, _WINDOWS + epoch, number)
             _keep(self._windows, key, _Window(fragments, rng))
         return self._windows[key]
@@ -163,8 +165,9 @@ class Plan:
 class _Layout(NamedTuple):
     """How an epoch's groups are ordered and cut into windows."""
 
-    fragments: Fragments  # permuted
-    cuts: Indices  # window w holds fragments [cuts[w], cuts[w + 1])
+    fragments: Fragments
+    order: npt.NDArray[np.int32]  # of the fragments, permuted
+    cuts: Indices  # window w holds order[cuts[w] : cuts[w + 1]]
     bounds: Indices  # and places [bounds[w], bounds[w + 1]) of the epoch
 
 
@@ -180,8 +183,8 @@ class _Window:
         """Return the rows, and their repeats, at places [start, stop) of the window."""
         places = self.order[start:stop]
         which = np.searchsorted(self.ends, places, side="right")
-        fragments = self.fragments.take(which)
-        return fragments.starts + places - self.ends[which] + fragments.sizes, fragments.repeats
+        starts, sizes, repeats = self.fragments.take(which)
+        return starts + places - self.ends[which] + sizes, repeats
 
 
 def _stream(seed: int, stage: int, counter: int) -> np.random.Generator:
@@ -201,12 +204,16 @@ def _keep(cache: dict[Any, Any], key: Any, value: Any) -> None:
 def item_size_for(batch_size_per_worker: int, *, bytes_per_image: int) -> int:
     """Return the largest divisor of a worker's batch that makes a good item.
 
-    An item costs a fixed 15 ms in Ray Data, so it should hold many images; a block of Ray Data
-    should stay below 128 MiB, and a short item keeps the first step early.
+    An item costs a fixed 15 ms in Ray Data, so it should hold many images, as many as 1,024 if they
+    are small; a block of Ray Data should stay below 128 MiB, and a short item keeps the first step
+    early, which is why it holds at most 128 large ones.
 
     Args:
         batch_size_per_worker: Images a train worker takes in one step.
         bytes_per_image: Bytes of all views of one image.
     """
-    most = max(1, min(_MAX_ITEM_IMAGES, _MAX_ITEM_BYTES // max(1, bytes_per_image)))
+    size = max(1, bytes_per_image)
+    large = min(_ITEM_IMAGES, _ITEM_BYTES // size)
+    small = min(_SMALL_ITEM_IMAGES, _SMALL_ITEM_BYTES // size)
+    most = max(1, large, small)
     return max(d for d in range(1, most + 1) if batch_size_per_worker % d == 0)

@@ -216,11 +216,13 @@ class TestItemSizeFor:
         ("batch", "image_bytes", "size"),
         [
             (128, 1000, 128),
-            (256, 1000, 128),
-            (100, 1000, 100),
-            (250, 1000, 125),
-            (131, 1000, 1),  # a prime above the limit
+            (2048, 1000, 1024),  # small ones: up to 1,024
+            (250, 1000, 250),
+            (1031, 1000, 1),  # a prime above the limit
+            (131, 10**5, 1),
             (1, 1000, 1),
+            (512, 2 * 3 * 96 * 96, 128),
+            (512, 2 * 3 * 64 * 64, 256),  # 8 MiB hold 341
             (512, 2 * 3 * 224 * 224, 128),
             (512, 10 * 3 * 224 * 224, 64),  # 96 MiB hold 66 images
             (512, 1 << 30, 1),
@@ -229,10 +231,10 @@ class TestItemSizeFor:
     def test_by_hand(self, batch: int, image_bytes: int, size: int) -> None:
         assert item_size_for(batch, bytes_per_image=image_bytes) == size
 
-    def test_divides_the_batch_and_stays_within_128_images_and_96_mib(self) -> None:
+    def test_divides_the_batch_and_stays_within_128_large_images_and_96_mib(self) -> None:
         for batch in range(1, 300):
             for image_bytes in (1, 10**5, 10**6, 10**7):
                 size = item_size_for(batch, bytes_per_image=image_bytes)
                 assert batch % size == 0
-                assert size <= 128
+                assert size <= 128 or size * image_bytes <= 8 << 20
                 assert size == 1 or size * image_bytes <= 96 << 20
