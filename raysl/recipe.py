@@ -11,7 +11,6 @@ from raysl.config.base import Config, PositiveFloat, PositiveInt
 from raysl.config.load import apply_overrides, read_mapping, validate
 from raysl.data.fragments import images_per_epoch
 from raysl.data.plan import Plan, item_size_for
-from raysl.data.source import DataConfig, Source
 from raysl.data.stream import Making
 from raysl.errors import ConfigError
 from raysl.evaluate.protocol import EvaluateConfig
@@ -19,6 +18,7 @@ from raysl.methods import load_method
 from raysl.methods.base import MethodConfig
 from raysl.nn.backbones import BackboneConfig
 from raysl.optim.build import OptimConfig, peak_lr
+from raysl.sources.source import DataConfig, Source
 from raysl.train.health import HealthConfig
 from raysl.train.loop import TrainConfig
 

@@ -12,9 +12,7 @@ from typing import Any, NamedTuple
 from raysl.commands.benchmark_tables import input_tables, plan_table, sizing
 from raysl.commands.terminal import console, print_json, say
 from raysl.data.fragments import images_per_epoch
-from raysl.data.open import open_source
 from raysl.data.plan import Plan
-from raysl.data.source import Source
 from raysl.data.stream import Making
 from raysl.errors import ConfigError
 from raysl.jobs.benchmark_function import (
@@ -44,6 +42,8 @@ from raysl.runtime.benchmark_input import (
     stream_task,
 )
 from raysl.runtime.cluster import Layout, connect, disconnect
+from raysl.sources.open import open_source
+from raysl.sources.source import Source
 
 NONE = "none"
 _LONG = 1_000_000  # steps: a plan that no measurement in one process comes to the end of

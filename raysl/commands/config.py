@@ -6,8 +6,8 @@ from typing import Any
 
 from raysl.commands.terminal import console, mapping_table, print_json
 from raysl.config.load import to_yaml
-from raysl.data.open import open_source
 from raysl.recipe import derive_for, load_run
+from raysl.sources.open import open_source
 
 HELP = "print a resolved configuration and its derived values"
 

@@ -15,7 +15,8 @@ from raysl.commands.counting import CountView
 from raysl.commands.terminal import console, mapping_table, print_json, say
 from raysl.config.load import apply_overrides, validate
 from raysl.data.decode import decode
-from raysl.data.inspect import (
+from raysl.errors import ConfigError, DataError
+from raysl.pack.inspect import (
     ImageFacts,
     advise,
     draw_sample,
@@ -23,9 +24,8 @@ from raysl.data.inspect import (
     pack_speedup,
     summarise,
 )
-from raysl.data.open import open_source
-from raysl.data.source import DataConfig, Source, SourceConfig
-from raysl.errors import ConfigError, DataError
+from raysl.sources.open import open_source
+from raysl.sources.source import DataConfig, Source, SourceConfig
 
 _SAMPLE = 10_000
 _SHEET_IMAGES = 63

@@ -11,14 +11,14 @@ from typing import Any
 from raysl.commands.counting import CountView
 from raysl.commands.terminal import console, mapping_table, print_json, say
 from raysl.config.load import apply_overrides, validate
-from raysl.data.open import open_source
-from raysl.data.pack import Calls, Facts, PackResult, Runner, Unit, in_threads, pack
-from raysl.data.pack_config import PackConfig
-from raysl.data.pack_shards import Job, Report
-from raysl.data.source import DataConfig, Source
 from raysl.errors import ConfigError
+from raysl.pack.config import PackConfig
+from raysl.pack.run import Calls, Facts, PackResult, Runner, Unit, in_threads, pack
+from raysl.pack.shards import Job, Report
 from raysl.runtime.cluster import connect, disconnect
 from raysl.runtime.ray_pack import on_ray
+from raysl.sources.open import open_source
+from raysl.sources.source import DataConfig, Source
 
 _MIB = 1 << 20
 # Row groups are read once and forgotten, so there is no window to hold.

@@ -16,8 +16,6 @@ import torch
 from raysl.commands.record import flat, packages, tags_of
 from raysl.commands.terminal import ProgressView, accuracy_table, console, print_json, say
 from raysl.config.load import read_mapping, to_yaml
-from raysl.data.open import open_source
-from raysl.data.source import BUILT_IN, Source
 from raysl.data.stream import ItemMaker, iterate
 from raysl.encoder import load_encoder, read_description
 from raysl.errors import RunFolderError
@@ -25,6 +23,8 @@ from raysl.jobs.pretrain import Place, pretrain
 from raysl.recipe import Derived, RunConfig, derive_for, differences, load_run, making_of, plan_of
 from raysl.runtime.cluster import connect, describe_cluster, disconnect, plan_layout
 from raysl.runtime.ray_train import pretrain_on_ray
+from raysl.sources.open import open_source
+from raysl.sources.source import BUILT_IN, Source
 from raysl.track.follow import Follower, MetricsReader
 from raysl.track.run_folder import (
     RunFolder,

@@ -9,8 +9,8 @@ from typing import Any
 
 import psutil
 
-from raysl.data.source import Source
 from raysl.recipe import RunConfig
+from raysl.sources.source import Source
 
 _PACKAGES = ("ray", "torch", "torchvision", "mlflow", "pyarrow", "numpy", "opencv-python-headless")
 

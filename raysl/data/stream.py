@@ -30,8 +30,8 @@ from raysl.augment.pipeline import (
 from raysl.augment.random import replacement_stream
 from raysl.data.decode import JPEG_SHRINKS, Flaw, decode_or_flaw, flaw_error
 from raysl.data.plan import Plan
-from raysl.data.source import BadImagesConfig, Source
 from raysl.errors import DataError
+from raysl.sources.source import BadImagesConfig, Source
 
 Block = dict[str, npt.NDArray[Any]]
 

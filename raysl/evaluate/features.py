@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from raysl.augment.crop import Image, apply_crop, center_box
 from raysl.data.decode import Flaw, decode_or_flaw
-from raysl.data.source import Labels, Source
 from raysl.nn.collectives import gather_batch_no_grad, rank_and_size
+from raysl.sources.source import Labels, Source
 
 Rows = npt.NDArray[np.int64]
 

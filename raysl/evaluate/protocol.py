@@ -8,12 +8,12 @@ from pydantic import Field
 from torch import Tensor
 
 from raysl.config.base import Duration, PositiveFloat, PositiveInt
-from raysl.data.open import open_source
-from raysl.data.source import BUILT_IN, DataConfig, Labels, Source, SourceConfig
 from raysl.errors import DataError
 from raysl.evaluate.features import EvalImages, Rows
 from raysl.evaluate.knn import knn_accuracy
 from raysl.evaluate.linear import few_shot_accuracy, linear_accuracy
+from raysl.sources.open import open_source
+from raysl.sources.source import BUILT_IN, DataConfig, Labels, Source, SourceConfig
 
 _SUBSET_SEED = 0
 _HELD_OUT_SHARE = 0.2

@@ -15,9 +15,9 @@ import numpy.typing as npt
 from raysl.augment.crop import Image
 from raysl.data.decode import decode
 from raysl.data.plan import Plan
-from raysl.data.source import Source
 from raysl.data.stream import ItemMaker, Making
 from raysl.errors import DecodeError
+from raysl.sources.source import Source
 
 _MOST_DECODED = 512  # different images that decoding alone goes round
 _MAX_BATCH = 256

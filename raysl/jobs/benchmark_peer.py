@@ -27,9 +27,9 @@ from torchvision import transforms
 from raysl.augment.pipeline import View
 from raysl.augment.recipes import SimCLRViews
 from raysl.data.plan import Plan
-from raysl.data.source import DataConfig, Source
 from raysl.errors import DataError, RayslError
 from raysl.jobs.throughput import measure_batches
+from raysl.sources.source import DataConfig, Source
 
 PEERS = {
     "torch": "torch DataLoader, torchvision on PIL, float, normalised",

@@ -11,7 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raysl.augment.pipeline import device_ops
 from raysl.data.decode import Flaw
-from raysl.data.source import Source
 from raysl.encoder import save_encoder
 from raysl.errors import RunFolderError
 from raysl.evaluate.features import EvalImages, embed
@@ -29,6 +28,7 @@ from raysl.nn.collectives import (
 )
 from raysl.optim.build import build_optimizer, lr_at
 from raysl.recipe import Derived, RunConfig, derive_for
+from raysl.sources.source import Source
 from raysl.track.bad_images import BadImages
 from raysl.track.run_folder import MetricsFile, RunFolder, write_json
 from raysl.train.checkpoint import load_checkpoint, save_checkpoint

@@ -13,7 +13,6 @@ from matplotlib.patches import Rectangle
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-from raysl.data.source import Labels
 from raysl.errors import DataError
 from raysl.report.figure import (
     DPI,
@@ -25,6 +24,7 @@ from raysl.report.figure import (
     save_png,
     show_pixels,
 )
+from raysl.sources.source import Labels
 
 _MAX_POINTS = 1500
 _MAX_NAMED_CLASSES = 20

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from raysl.config.load import to_yaml
-from raysl.data.source import Source
 from raysl.errors import DataError
 from raysl.recipe import Derived, RunConfig
 from raysl.report.pictures import (
@@ -26,6 +25,7 @@ from raysl.report.pictures import (
     probe_name,
 )
 from raysl.report.style import STYLE
+from raysl.sources.source import Source
 from raysl.track.run_folder import RunFolder, read_metrics, write_atomically
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

@@ -14,7 +14,6 @@ from matplotlib.patches import Patch
 from raysl.augment.crop import Image
 from raysl.augment.pipeline import View, make_views
 from raysl.data.decode import Flaw, decode_or_flaw
-from raysl.data.source import Source
 from raysl.errors import DataError, DecodeError
 from raysl.report.curves import draw_curves
 from raysl.report.feature_map import draw_map
@@ -29,6 +28,7 @@ from raysl.report.figure import (
     show_pixels,
     style_axes,
 )
+from raysl.sources.source import Source
 
 __all__ = ["draw_accuracy", "draw_curves", "draw_map", "draw_views"]
 

@@ -13,11 +13,11 @@ import cv2
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from raysl.data.pack import Calls, Facts, Runner, Unit
-from raysl.data.pack_folder import CLAIM, PackFolder
-from raysl.data.pack_shards import Job, Report
-from raysl.data.source import Source
 from raysl.errors import ClusterError
+from raysl.pack.folder import CLAIM, PackFolder
+from raysl.pack.run import Calls, Facts, Runner, Unit
+from raysl.pack.shards import Job, Report
+from raysl.sources.source import Source
 
 _MAX_RETRIES = 3
 _LOOK_EVERY_S = 0.5

@@ -14,7 +14,6 @@ from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.config import RunConfig as RayRunConfig
 
 import raysl.errors
-from raysl.data.source import Source
 from raysl.errors import ClusterError, RayslError
 from raysl.jobs.pretrain import Place, pretrain
 from raysl.nn.collectives import broadcast_object, rank_and_size
@@ -22,6 +21,7 @@ from raysl.recipe import RunConfig, making_of, plan_of, run_from_values
 from raysl.runtime.background import in_background
 from raysl.runtime.cluster import Layout, worker_runtime_env
 from raysl.runtime.ray_data import OpenRest, execution_options, iterate_shard
+from raysl.sources.source import Source
 from raysl.track.run_folder import RunFolder, latest_step, read_json, write_json
 
 _ERROR = "error"

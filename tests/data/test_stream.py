@@ -12,9 +12,9 @@ from raysl.augment.ops import ColorJitter, Flip
 from raysl.augment.pipeline import Crop, View, make_views
 from raysl.data.decode import Flaw, decode_or_flaw
 from raysl.data.plan import Plan
-from raysl.data.source import ArraySource, BadImagesConfig
 from raysl.data.stream import Block, ItemMaker, Making, concatenate, iterate, view_column
 from raysl.errors import DataError, DecodeError
+from raysl.sources.source import ArraySource, BadImagesConfig
 
 NUM_IMAGES = 50
 NUM_STEPS = 9  # four a pass: the run ends in its third

@@ -20,7 +20,6 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raysl.data.source import ArraySource
 from raysl.evaluate.features import EvalImages, embed
 from raysl.methods import load_method
 from raysl.methods.base import Method, Progress
@@ -36,6 +35,7 @@ from raysl.nn.collectives import (
     rank_and_size,
     sum_over_ranks,
 )
+from raysl.sources.source import ArraySource
 
 pytestmark = pytest.mark.distributed
 

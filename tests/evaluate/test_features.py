@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from raysl.augment.crop import CropBox, apply_crop, center_box
-from raysl.data.source import ArraySource
 from raysl.evaluate import features
 from raysl.evaluate.features import EvalImages, embed
+from raysl.sources.source import ArraySource
 
 
 def made_up(

@@ -7,8 +7,6 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from raysl.data.open import open_source
-from raysl.data.source import ArraySource, DataConfig
 from raysl.errors import DataError
 from raysl.evaluate.knn import knn_accuracy
 from raysl.evaluate.linear import few_shot_accuracy, linear_accuracy
@@ -19,6 +17,8 @@ from raysl.evaluate.protocol import (
     knn_top1,
     open_labelled,
 )
+from raysl.sources.open import open_source
+from raysl.sources.source import ArraySource, DataConfig
 
 
 def made_up(labels: list[int] | None, *, name: str = "made up", seed: int = 0) -> ArraySource:

@@ -8,7 +8,6 @@ import pytest
 from raysl.augment.crop import Image
 from raysl.augment.pipeline import View
 from raysl.data.plan import Plan
-from raysl.data.source import ArraySource
 from raysl.data.stream import Making
 from raysl.jobs import benchmark_function
 from raysl.jobs.benchmark_function import (
@@ -19,6 +18,7 @@ from raysl.jobs.benchmark_function import (
     time_function,
     time_whole_items,
 )
+from raysl.sources.source import ArraySource
 
 
 class Clock:

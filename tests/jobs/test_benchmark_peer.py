@@ -13,7 +13,6 @@ from raysl.augment.crop import Image
 from raysl.augment.pipeline import View
 from raysl.config.load import validate
 from raysl.data.plan import Plan
-from raysl.data.source import ArraySource, DataConfig
 from raysl.errors import DataError
 from raysl.jobs.benchmark_peer import (
     PeerImages,
@@ -23,6 +22,7 @@ from raysl.jobs.benchmark_peer import (
     torchvision_ops,
     transform_of,
 )
+from raysl.sources.source import ArraySource, DataConfig
 
 
 def data(views: dict[str, Any]) -> DataConfig:

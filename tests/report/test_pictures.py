@@ -11,10 +11,10 @@ import pytest
 from raysl.augment.ops import Flip
 from raysl.augment.pipeline import Crop, View, make_views
 from raysl.data.decode import decode
-from raysl.data.source import ArraySource
 from raysl.errors import DataError
 from raysl.report.figure import BLUE, DPI, GREY, ORANGE
 from raysl.report.pictures import draw_accuracy, draw_views
+from raysl.sources.source import ArraySource
 
 CELL_PX = 220
 WHOLE = Crop(scale=(1.0, 1.0), ratio=(1.0, 1.0))

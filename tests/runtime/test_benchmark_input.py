@@ -9,7 +9,6 @@ import pytest
 from raysl.augment.pipeline import View
 from raysl.config.load import read_mapping
 from raysl.data.plan import Plan
-from raysl.data.source import ArraySource, BadImagesConfig
 from raysl.data.stream import Making
 from raysl.errors import ClusterError, DecodeError
 from raysl.recipe import run_from_values
@@ -25,6 +24,7 @@ from raysl.runtime.benchmark_input import (
     stream_task,
 )
 from raysl.runtime.cluster import Layout
+from raysl.sources.source import ArraySource, BadImagesConfig
 
 pytestmark = pytest.mark.ray
 

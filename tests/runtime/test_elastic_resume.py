@@ -29,10 +29,10 @@ from ray.train.torch import TorchTrainer
 from raysl.augment.ops import Blur, ColorJitter, Flip
 from raysl.augment.pipeline import Crop, View
 from raysl.data.plan import Plan
-from raysl.data.source import ArraySource
 from raysl.data.stream import Block, ItemMaker, Making, iterate
 from raysl.runtime.cluster import Layout
 from raysl.runtime.ray_data import OpenRest, execution_options, iterate_shard
+from raysl.sources.source import ArraySource
 from raysl.track.run_folder import checkpoint_path
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster", "known_to_workers")]

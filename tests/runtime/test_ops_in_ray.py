@@ -17,10 +17,10 @@ from raysl.augment.random import view_stream
 from raysl.augment.recipes import CustomViews
 from raysl.config.load import parse_yaml, validate
 from raysl.data.plan import Plan
-from raysl.data.source import ArraySource
 from raysl.data.stream import Block, ItemMaker, Making, iterate, view_column
 from raysl.runtime.cluster import Layout
 from raysl.runtime.ray_data import execution_options, iterate_shard, open_dataset
+from raysl.sources.source import ArraySource
 
 # One kind of view for each operation, all with settings of their own, and one for all in a row.
 OPS = [

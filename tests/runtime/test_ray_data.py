@@ -9,7 +9,6 @@ import pytest
 from raysl.augment.ops import Blur, ColorJitter, Flip
 from raysl.augment.pipeline import Crop, View
 from raysl.data.plan import Plan
-from raysl.data.source import ArraySource
 from raysl.data.stream import Block, ItemMaker, Making, iterate
 from raysl.runtime.cluster import Layout
 from raysl.runtime.ray_data import (
@@ -20,6 +19,7 @@ from raysl.runtime.ray_data import (
     open_dataset,
     packing_for,
 )
+from raysl.sources.source import ArraySource
 
 pytestmark = pytest.mark.ray
 

@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raysl.data.open import open_source
-from raysl.data.pack import Runner, in_threads, pack
-from raysl.data.pack_config import PackConfig
-from raysl.data.pack_shards import BucketFacts, Job
-from raysl.data.source import DataConfig, Source
 from raysl.errors import ClusterError, DataError
+from raysl.pack.config import PackConfig
+from raysl.pack.run import Runner, in_threads, pack
+from raysl.pack.shards import BucketFacts, Job
 from raysl.runtime.ray_pack import on_ray
+from raysl.sources.open import open_source
+from raysl.sources.source import DataConfig, Source
 
 pytestmark = pytest.mark.ray
 
@@ -109,6 +109,6 @@ class TestOnRay:
         self, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # The claim is what tells a node that it sees the folder.
-        monkeypatch.setattr("raysl.data.pack.PackFolder.write_claim", lambda *_: None)
+        monkeypatch.setattr("raysl.pack.run.PackFolder.write_claim", lambda *_: None)
         with pytest.raises(ClusterError, match=r"node .* does not see .*/out: on several nodes"):
             pack_it(tmp_path / "out", on_ray(None), source=sources["folder"])

@@ -12,8 +12,8 @@ from raysl.augment.ops import Blur, ColorJitter, Cutout, Flip, Grey, Noise, Op, 
 from raysl.augment.pipeline import View, device_ops
 from raysl.augment.recipes import SimCLRViews
 from raysl.data.plan import Plan
-from raysl.data.source import ArraySource
 from raysl.data.stream import ItemMaker, Making
+from raysl.sources.source import ArraySource
 from raysl.train.device_ops import apply_ops
 from raysl.train.loop import view_converter
 

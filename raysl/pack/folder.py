@@ -1,0 +1,176 @@
+"""The folder that `raysl pack` writes: what is complete in it, and for whom it is claimed.
+
+Every file is written under a hidden name and renamed when it is whole, so that a file with a
+lasting name is a complete one, whenever and however the process ends.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from raysl.errors import DataError
+from raysl.sources.manifest import CLAIM_NAME
+from raysl.sources.storage import resolve
+
+CLAIM, BAD_IMAGES, BUCKETS = CLAIM_NAME, "bad_images.jsonl", "_buckets"
+
+
+class PackFolder:
+    """Where the shards go.
+
+    Args:
+        uri: A local path or a URI such as s3://bucket/folder.
+
+    Raises:
+        DataError: If the URI's scheme is not known.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.filesystem, path = resolve(uri)
+        self.root = path.rstrip("/")
+        self.is_local = isinstance(self.filesystem, pafs.LocalFileSystem)
+        # Absolute: workers have other working directories.
+        self.uri = self.root if self.is_local else uri
+
+    def create(self, below: str = "") -> None:
+        """Make the folder, or one below it.
+
+        Raises:
+            DataError: If it cannot be made.
+        """
+        try:
+            self.filesystem.create_dir(f"{self.root}/{below}".rstrip("/"), recursive=True)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{self.uri}: cannot be written: {error}") from None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold a local folder for one process; the lock goes with the process.
+
+        Raises:
+            DataError: If another process holds it.
+        """
+        if not self.is_local:  # object stores have no locks
+            yield
+            return
+        try:
+            file = open(f"{self.root}/.lock", "a+", encoding="utf-8")  # noqa: SIM115 - closed below
+        except OSError as error:
+            raise DataError(f"{self.root}: cannot be written: {error.strerror}") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise DataError(
+                    f"{self.root}: process {file.read().strip() or 'unknown'} packs into this "
+                    f"folder; wait for it, or give another folder"
+                ) from None
+            file.seek(0)
+            file.truncate()
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+    def listed(self, below: str = "") -> dict[str, int]:
+        """Return the sizes of the files directly in the folder, or in one below it, by name."""
+        place = f"{self.root}/{below}".rstrip("/")
+        found = self.filesystem.get_file_info(pafs.FileSelector(place, allow_not_found=True))
+        return {info.base_name: info.size for info in found if info.type == pafs.FileType.File}
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[pa.NativeFile]:
+        """Open a file to write; it gets its name when the block ends without an error.
+
+        Raises:
+            DataError: If it cannot be written, as on a full disk; nothing of it is left.
+        """
+        head, _, tail = name.rpartition("/")
+        temporary = f"{self.root}/{head}/.{tail}.{uuid.uuid4().hex}".replace("//.", "/.")
+        stream = None
+        try:
+            stream = self.filesystem.open_output_stream(temporary)
+            yield stream
+            stream.close()
+            self.filesystem.move(temporary, f"{self.root}/{name}")
+        except BaseException as error:
+            if stream is not None:
+                with suppress(OSError, pa.ArrowException):
+                    stream.close()
+            with suppress(OSError, pa.ArrowException):
+                self.filesystem.delete_file(temporary)
+            if isinstance(error, (OSError, pa.ArrowException)):
+                raise self._cannot_write(name, error) from None
+            raise
+
+    def _cannot_write(self, name: str, error: Exception) -> DataError:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return DataError(
+                f"{self.root}: the disk is full. What is complete stays: make room, and the same "
+                f"command goes on"
+            )
+        return DataError(f"{self.root}/{name}: cannot be written: {error}")
+
+    def read(self, name: str) -> bytes | None:
+        """Return a small file's bytes; None if it is not there."""
+        path = f"{self.root}/{name}"
+        if self.filesystem.get_file_info(path).type != pafs.FileType.File:
+            return None
+        with self.filesystem.open_input_stream(path) as stream:
+            return bytes(stream.read())
+
+    def claim(self) -> dict[str, Any] | None:
+        """Return what the folder is being packed from and with; None in a new folder.
+
+        Raises:
+            DataError: If it is damaged, or the folder holds something else.
+        """
+        text = self.read(CLAIM)
+        if text is None:
+            found = self.filesystem.get_file_info(pafs.FileSelector(self.root))
+            others = [i.base_name for i in found if not i.base_name.startswith(".")]
+            if others:
+                raise DataError(
+                    f"{self.root}: holds files that raysl pack did not write, such as "
+                    f"{min(others)}; give a new or empty folder"
+                )
+            return None
+        try:
+            values: dict[str, Any] = json.loads(text)
+        except ValueError as error:
+            raise DataError(f"{self.root}/{CLAIM}: damaged: {error}; give a new folder") from None
+        return values
+
+    def write_claim(self, values: Mapping[str, Any]) -> None:
+        """Claim the folder."""
+        with self.writing(CLAIM) as stream:
+            stream.write(json.dumps(values, indent=1).encode())
+
+    def write_bad(self, bad: Sequence[tuple[str, str]]) -> None:
+        """List the images that are left out, one JSON object a line."""
+        with self.writing(BAD_IMAGES) as stream:
+            for name, reason in sorted(bad):
+                stream.write(json.dumps({"name": name, "reason": reason}).encode() + b"\n")
+
+    def sweep(self, *, buckets: bool = False) -> None:
+        """Delete what an earlier process left half-written, and with ``buckets`` the buckets."""
+        for below in ("", f"{BUCKETS}/"):
+            for name in self.listed(below):
+                if name.startswith(".") and name != ".lock":
+                    self.delete(below + name)
+        if buckets:
+            with suppress(OSError):
+                self.filesystem.delete_dir(f"{self.root}/{BUCKETS}")
+
+    def delete(self, name: str) -> None:
+        """Delete a file if it is there."""
+        with suppress(FileNotFoundError):
+            self.filesystem.delete_file(f"{self.root}/{name}")

@@ -1,0 +1,102 @@
+"""One image made ready for a shard: checked, shrunk and encoded anew where that is needed."""
+
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from raysl.augment.crop import Image
+from raysl.data.decode import Flaw, decode_or_flaw
+from raysl.pack.config import PackConfig
+from raysl.pack.header import Header, read_header
+
+_KEPT = ("jpeg", "png", "webp")  # what every decoder of images reads
+_TURNED = 5  # EXIF orientations from here on swap width and height
+_MAX_JPEG_SIDE_PX = 65_535
+
+
+class Packed(NamedTuple):
+    """An image as a shard holds it, or why it is left out."""
+
+    image: bytes
+    width: int
+    height: int
+    bytes_in: int
+    """Before."""
+    flaw: str = ""
+    """Why it is bad; empty for a good one."""
+
+
+def pack_image(encoded: bytes | memoryview | Image, config: PackConfig) -> Packed:
+    """Make one image ready.
+
+    Args:
+        encoded: A file's bytes, or pixels ``(H, W)`` or ``(H, W, 3)`` uint8.
+        config: What is asked for.
+
+    Returns:
+        The original bytes where they may stay. What is encoded anew is upright: its EXIF turn is
+        in its pixels.
+    """
+    if isinstance(encoded, np.ndarray):
+        return _encode(encoded, config, bytes_in=encoded.nbytes, lossless=True)
+    size = len(encoded)
+    header = read_header(encoded)
+    keep = config.re_encode == "needed" and header.format in _KEPT and header.bits == 8
+    keep = keep and not _is_large(header.width, header.height, config)
+    if keep and not config.verify and header.width and header.height:
+        if header.width * header.height > config.max_megapixels * 1e6:
+            return _bad(Flaw.TOO_LARGE, size)
+        return Packed(bytes(encoded), *_upright(header), size)
+    image = decode_or_flaw(encoded, max_pixels=config.max_megapixels * 1e6)
+    if isinstance(image, Flaw):
+        return _bad(image, size)
+    height, width = image.shape[:2]
+    if keep and not _is_large(width, height, config):
+        return Packed(bytes(encoded), width, height, size)
+    if header.color.startswith("grey"):
+        image = np.ascontiguousarray(image[..., 0])
+    return _encode(image, config, bytes_in=size, lossless=False)
+
+
+def _bad(flaw: Flaw, size: int) -> Packed:
+    reason = "more pixels than max_megapixels" if flaw == Flaw.TOO_LARGE else flaw.reason
+    return Packed(b"", 0, 0, size, reason)
+
+
+def _is_large(width: int, height: int, config: PackConfig) -> bool:
+    return config.short_side_px is not None and min(width, height) > config.short_side_px
+
+
+def _upright(header: Header) -> tuple[int, int]:
+    if header.orientation >= _TURNED:
+        return header.height, header.width
+    return header.width, header.height
+
+
+def _encode(image: Image, config: PackConfig, *, bytes_in: int, lossless: bool) -> Packed:
+    height, width = image.shape[:2]
+    if _is_large(width, height, config):
+        assert config.short_side_px is not None
+        shrink = config.short_side_px / min(height, width)
+        width, height = (max(1, round(side * shrink)) for side in (width, height))
+        # Averages over the area of each new pixel: no aliasing.
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)  # type: ignore[assignment]
+    as_png = config.re_encode == "png" or (config.re_encode == "needed" and lossless)
+    as_png = as_png or max(width, height) > _MAX_JPEG_SIDE_PX
+    # Chroma at half the resolution, as cameras and the web store it: for 256 px images at quality
+    # 90 a fifth smaller and a quarter quicker to decode than in full, 2 dB of PSNR worse.
+    options = (
+        [cv2.IMWRITE_PNG_COMPRESSION, 6]
+        if as_png
+        else [
+            cv2.IMWRITE_JPEG_QUALITY,
+            config.quality,
+            cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
+            cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420,
+        ]
+    )
+    bgr = image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    done, encoded = cv2.imencode(".png" if as_png else ".jpg", bgr, options)
+    assert done, "OpenCV encodes any 8-bit image"
+    return Packed(encoded.tobytes(), width, height, bytes_in)

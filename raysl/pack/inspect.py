@@ -1,0 +1,310 @@
+"""What a source holds: sizes, formats, broken images, duplicates, and what an epoch costs."""
+
+import hashlib
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from raysl.augment.crop import Image
+from raysl.data.decode import Flaw, decode_or_flaw
+from raysl.errors import DataError
+from raysl.pack.config import PackConfig
+from raysl.pack.header import Header, read_header
+from raysl.pack.image import pack_image
+from raysl.pack.threads import map_in_threads
+from raysl.sources.source import Labels, Source
+
+Indices = npt.NDArray[np.int64]
+
+ADVISED_SHORT_SIDE_PX = 256  # for crops of 224 px, the usual size of a view
+
+_CHUNK = 32
+_MAX_GROUPS = 64  # row groups, or runs of a tar, that a sample is drawn from
+_TIMED_IMAGES, _TIMED_ROUNDS = 24, 3
+_FEW_IMAGES = 1_000
+_MANY_FILES = 100_000
+_SMALL_PX = 64
+_WORTH_IT = 1.5
+
+
+class ImageFacts(NamedTuple):
+    """What is known of one image."""
+
+    row: int
+    size_bytes: int
+    header: Header
+    width: int
+    """Upright, pixels; 0 for a bad image, and so the height."""
+    height: int
+    flaw: str
+    """Why it is bad; empty for a good one."""
+    digest: bytes
+    """Of its bytes or pixels."""
+    decode_s: float
+
+
+class Sample(NamedTuple):
+    """Rows to look at."""
+
+    chunks: list[Indices]
+    """Each quick to read as a whole."""
+    text: str
+    """How they were drawn; empty if they are all."""
+
+
+def draw_sample(source: Source, *, count: int | None, seed: int) -> Sample:
+    """Draw rows of a source evenly, without replacement.
+
+    A source that is read in groups gives them from at most 64 groups, so that a look at a large one
+    does not read all of it.
+
+    Args:
+        source: The images.
+        count: Images to draw; None takes all.
+        seed: Of the draw.
+    """
+    sizes = source.group_sizes
+    total = int(sizes.sum())
+    starts = np.cumsum(sizes) - sizes
+    if count is None or count >= total:
+        groups = [np.arange(a, a + n) for a, n in zip(starts, sizes, strict=True)]
+        return Sample(_cut(groups), "")
+    rng = np.random.Generator(np.random.Philox(key=np.array([seed, 0], dtype=np.uint64)))
+    if source.window_size is None:
+        rows = np.sort(rng.choice(total, count, replace=False))
+        return Sample(_cut([rows]), f"{count:,} of {total:,} images drawn evenly at random")
+    drawn = np.sort(rng.permutation(len(sizes))[:_MAX_GROUPS])
+    share = min(1.0, count / int(sizes[drawn].sum()))
+    groups = [
+        starts[g] + np.sort(rng.choice(sizes[g], max(1, round(share * sizes[g])), replace=False))
+        for g in drawn
+    ]
+    text = (
+        f"{sum(map(len, groups)):,} of {total:,} images drawn evenly at random from "
+        f"{len(drawn):,} of {len(sizes):,} groups"
+    )
+    return Sample(_cut(groups), text)
+
+
+def _cut(groups: Sequence[Indices]) -> list[Indices]:
+    return [g[at : at + _CHUNK] for g in groups for at in range(0, len(g), _CHUNK)]
+
+
+def inspect(
+    source: Source,
+    sample: Sample,
+    *,
+    max_megapixels: float,
+    num_threads: int,
+    advance: Callable[[int], None],
+) -> list[ImageFacts]:
+    """Read and decode the rows of a sample.
+
+    Args:
+        source: The images.
+        sample: Which of them.
+        max_megapixels: An image of more is bad.
+        num_threads: Threads that decode.
+        advance: Called with a number of images that are done.
+    """
+
+    def look(rows: Indices) -> list[ImageFacts]:
+        return [
+            _look_at(row, data, max_megapixels * 1e6)
+            for row, data in zip(rows.tolist(), _read(source, rows), strict=True)
+        ]
+
+    facts: list[ImageFacts] = []
+    for part in map_in_threads(look, sample.chunks, num_threads=num_threads):
+        facts += part
+        advance(len(part))
+    return facts
+
+
+def _read(source: Source, rows: Indices) -> Sequence[bytes | Image | DataError]:
+    """Read rows; where that fails, one by one, so that one unreadable file is one broken image."""
+    try:
+        return source.read(rows)
+    except DataError as error:
+        return [error] if len(rows) == 1 else [_read(source, row[None])[0] for row in rows]
+
+
+def _look_at(row: int, encoded: bytes | Image | DataError, max_pixels: float) -> ImageFacts:
+    if isinstance(encoded, DataError):
+        return ImageFacts(row, 0, Header("unknown"), 0, 0, str(encoded), b"", 0.0)
+    if isinstance(encoded, np.ndarray):
+        height, width = encoded.shape[:2]
+        header = Header("pixels", width, height, "grey" if encoded.ndim == 2 else "rgb")
+        size = encoded.nbytes
+    else:
+        header, size = read_header(encoded), len(encoded)
+    digest = hashlib.blake2b(np.ascontiguousarray(encoded).data if size else b"", digest_size=8)
+    began = time.perf_counter()
+    image = decode_or_flaw(encoded, max_pixels=max_pixels)
+    seconds = time.perf_counter() - began
+    if isinstance(image, Flaw):
+        reason = "more pixels than max_megapixels" if image == Flaw.TOO_LARGE else image.reason
+        return ImageFacts(row, size, header, 0, 0, reason, digest.digest(), seconds)
+    height, width = image.shape[:2]
+    return ImageFacts(row, size, header, width, height, "", digest.digest(), seconds)
+
+
+def summarise(source: Source, facts: Sequence[ImageFacts], *, cores: int) -> dict[str, Any]:
+    """Return what the facts of a sample say of a source, as plain values.
+
+    Args:
+        source: The images.
+        facts: Of some or all of them.
+        cores: That decoded at the same time.
+    """
+    good = [fact for fact in facts if not fact.flaw]
+    total = int(source.group_sizes.sum())
+    seconds = sum(fact.decode_s for fact in good)
+    speed = cores * len(good) / seconds if seconds and good[0].header.format != "pixels" else None
+    short = [min(f.width, f.height) for f in good]
+    copies = _copies(facts)
+    return {
+        "images": total,
+        "inspected": len(facts),
+        "groups": len(source.group_sizes) if source.window_size is not None else None,
+        "classes": _classes(source.labels(), source.class_names),
+        "encoded_bytes": _spread([fact.size_bytes for fact in facts]),
+        "total_bytes": round(total * float(np.mean([fact.size_bytes for fact in facts]))),
+        "formats": dict(Counter(fact.header.format for fact in facts).most_common()),
+        "traits": _traits(facts),
+        "width": _spread([f.width for f in good]),
+        "height": _spread([f.height for f in good]),
+        "short_side": _spread(short),
+        "aspect": _spread([f.width / f.height for f in good]),
+        "broken": [{"name": source.where(f.row), "reason": f.flaw} for f in facts if f.flaw],
+        "duplicates": sum(len(rows) - 1 for rows in copies),
+        "duplicate_names": [[source.where(row) for row in rows] for rows in copies],
+        "decoded_images_per_s": speed,
+        "epoch_s": total / speed if speed else None,
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    return {
+        "min": min(values),
+        "median": float(np.median(values)),
+        "max": max(values),
+    }
+
+
+def _classes(labels: Labels | None, names: Sequence[str]) -> dict[str, Any] | None:
+    """Return the sizes of all classes, largest first, and how many images have none."""
+    if labels is None:
+        return None
+    counts = np.bincount(labels[labels >= 0], minlength=len(names))
+    order = np.argsort(-counts, kind="stable").tolist()
+    sizes = {str(names[n]) if n < len(names) else str(n): int(counts[n]) for n in order}
+    return {"count": len(sizes), "unlabelled": int((labels < 0).sum()), "sizes": sizes}
+
+
+def _traits(facts: Sequence[ImageFacts]) -> dict[str, int]:
+    """Count what a pipeline may stumble over."""
+    headers = [fact.header for fact in facts]
+    traits = {
+        "grey": sum(h.color.startswith("grey") for h in headers),
+        "palette": sum(h.color.startswith("palette") for h in headers),
+        "CMYK": sum(h.color == "cmyk" for h in headers),
+        "alpha": sum(h.color.endswith("alpha") for h in headers),
+        "16-bit": sum(h.bits > 8 for h in headers),
+        "turned by EXIF": sum(h.orientation > 1 for h in headers),
+        "progressive": sum(h.progressive for h in headers),
+    }
+    return {name: count for name, count in traits.items() if count}
+
+
+def _copies(facts: Sequence[ImageFacts]) -> list[list[int]]:
+    """Return the rows of images whose content stands there more than once; the most copied first.
+
+    Empty files are broken, not copies of each other.
+    """
+    rows: dict[bytes, list[int]] = defaultdict(list)
+    for fact in facts:
+        if fact.size_bytes:
+            rows[fact.digest].append(fact.row)
+    return sorted((r for r in rows.values() if len(r) > 1), key=lambda r: (-len(r), r))
+
+
+def pack_speedup(source: Source, facts: Sequence[ImageFacts]) -> float | None:
+    """Measure how much faster images decode once `raysl pack` has shrunk them to 256 px.
+
+    Returns:
+        The ratio over a few images spread over the sample, or None if they are small already.
+    """
+    good = [f for f in facts if not f.flaw and f.header.format != "pixels"]
+    if not good or np.median([min(f.width, f.height) for f in good]) <= ADVISED_SHORT_SIDE_PX:
+        return None
+    config = PackConfig(source=source.name, short_side_px=ADVISED_SHORT_SIDE_PX)
+    places = np.unique(np.linspace(0, len(good) - 1, _TIMED_IMAGES).astype(int))
+    before = source.read([good[place].row for place in places])
+    after = [pack_image(encoded, config).image for encoded in before]
+    seconds = [_decode_seconds(images) for images in (before, after)]
+    return seconds[0] / seconds[1]
+
+
+def _decode_seconds(images: Sequence[bytes | Image]) -> float:
+    """Return the shortest time of a few: others use the machine too."""
+    seconds = []
+    for _ in range(_TIMED_ROUNDS):
+        began = time.perf_counter()
+        for image in images:
+            decode_or_flaw(image)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def advise(
+    source: Source, summary: dict[str, Any], *, speedup: float | None, uri: str
+) -> list[str]:
+    """Return what to do about what was found, in whole sentences."""
+    advice = []
+    total, inspected = summary["images"], summary["inspected"]
+    broken = len(summary["broken"])
+    if broken:
+        advice.append(
+            f"{broken / inspected:.1%} of the images are broken: `raysl pack` leaves them out, and "
+            f"training deals with them as data.bad_images.policy says."
+        )
+    if speedup is not None and speedup >= _WORTH_IT:
+        side = summary["short_side"]["median"]
+        advice.append(
+            f"The median short side is {side:,.0f} px: `raysl pack {uri} OUT "
+            f"short_side_px={ADVISED_SHORT_SIDE_PX}` makes decoding {speedup:.1f} times faster, "
+            f"enough for views of 224 px."
+        )
+    elif source.window_size is None and total > _MANY_FILES and "pixels" not in summary["formats"]:
+        advice.append(
+            f"{total:,} single files are slow to list and to read from a network: `raysl pack "
+            f"{uri} OUT` makes a few large ones of them."
+        )
+    if total < _FEW_IMAGES:
+        advice.append(
+            f"{total:,} images are few: pretraining learns little from them alone; start from an "
+            f"encoder trained on more, or add unlabelled images with data.mix."
+        )
+    if summary["short_side"] and summary["short_side"]["median"] <= _SMALL_PX:
+        advice.append(
+            f"The images are small ({summary['short_side']['median']:,.0f} px): use views of their "
+            f"size and a backbone made for it, as configs/simclr_resnet18_cifar10.yaml does."
+        )
+    if summary["duplicates"] > inspected / 100:
+        advice.append(
+            f"{summary['duplicates']:,} images are copies of others: remove them, or each counts "
+            f"as often as it stands there, and the test images may be among the training images."
+        )
+    if summary["classes"] is None:
+        advice.append(
+            "There are no labels: pretraining needs none, but accuracy cannot be measured on these "
+            "images."
+        )
+    return advice

@@ -1,0 +1,355 @@
+"""Any source into shuffled Parquet shards that stream fast, again and again from where it stopped.
+
+Plain functions; whoever calls :func:`pack` says where the units of work run. The result depends on
+the source, the settings and the seed, and not on who worked on it or how often it was stopped.
+Memory: a worker holds about two shards and one group of the source; the caller next to nothing.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from raysl.errors import DataError
+from raysl.pack.config import PackConfig
+from raysl.pack.folder import BUCKETS, PackFolder
+from raysl.pack.image import pack_image
+from raysl.pack.shards import (
+    BucketFacts,
+    Job,
+    Report,
+    ShardFacts,
+    bucket_is_whole,
+    bucket_name,
+    merge_shard,
+    read_facts,
+    write_bucket,
+    write_shard,
+)
+from raysl.pack.threads import map_in_threads
+from raysl.sources.manifest import Manifest, ManifestFile, read_manifest, write_manifest
+from raysl.sources.source import BUILT_IN, Source, digest
+from raysl.sources.storage import resolve
+
+_MIB = 1 << 20
+_ESTIMATE_IMAGES = 256
+_ESTIMATE_GROUPS = 8
+_SHOWN = 3
+# The estimate is of a sample: refuse what is clearly too little, warn of what may be.
+_TOO_LITTLE, _TIGHT = 0.9, 1.1
+
+Facts = BucketFacts | ShardFacts
+Unit = Callable[..., Facts]
+Calls = Sequence[tuple[Any, ...]]
+"""Of each call of a unit what it alone is given."""
+
+
+class Runner(Protocol):
+    """Where units run."""
+
+    def __call__(
+        self,
+        function: Unit,
+        source: Source,
+        job: Job,
+        calls: Calls,
+        *,
+        report: Report,
+    ) -> Iterator[Facts]:
+        """Yield ``function(source, job, *call, num_threads=..., report=...)`` as they end."""
+        ...
+
+
+class View(Protocol):
+    """Who is told how far it is."""
+
+    def begin(self, what: str, *, total: int, done: int) -> None:
+        """Begin to count images."""
+        ...
+
+    def advance(self, count: int) -> None:
+        """Count more of them."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Say something that is not progress."""
+        ...
+
+
+class PackResult(NamedTuple):
+    """What a folder holds now."""
+
+    images: int
+    bad_images: int
+    bytes_in: int
+    bytes_out: int
+    """Size of all shards."""
+    shards: int
+    fingerprint: str
+    output: str
+    complete_before: bool
+    """Nothing was left to do."""
+
+
+def in_threads(num_threads: int) -> Runner:
+    """Return a runner that works in threads of this process: one unit after the other."""
+
+    def run(
+        function: Unit,
+        source: Source,
+        job: Job,
+        calls: Calls,
+        *,
+        report: Report,
+    ) -> Iterator[Facts]:
+        for call in calls:
+            yield function(source, job, *call, num_threads=num_threads, report=report)
+
+    return run
+
+
+def pack(source: Source, config: PackConfig, output: str, *, run: Runner, view: View) -> PackResult:
+    """Pack a source into a folder, or go on with it.
+
+    Args:
+        source: The images.
+        config: How.
+        output: A local path or a URI such as s3://bucket/folder.
+        run: Where the units of work run.
+        view: Who is told how far it is.
+
+    Raises:
+        DataError: If the folder belongs to another source or other settings, cannot be written,
+            or too many images are bad.
+    """
+    folder = PackFolder(output)
+    _refuse_inside(folder, config)
+    folder.create()
+    with folder.locked():
+        wanted = {"fingerprint": source.fingerprint, **config.lasting()}
+        claim = folder.claim()
+        if claim is not None:
+            _refuse_others(folder, claim["wanted"], wanted)
+            manifest = _manifest(folder)
+            if manifest is not None:
+                folder.sweep(buckets=True)
+                return _result(folder, manifest, complete_before=True)
+        else:
+            view.note("looking at a sample to size the shards")
+            claim = {"source": config.source, "wanted": wanted, **_size_up(source, config)}
+            folder.write_claim(claim)
+        folder.sweep()
+        has_labels = source.labels() is not None
+        num_images = int(source.group_sizes.sum())
+        job = Job(config, folder.uri, num_images, claim["shards"], has_labels)
+        shards = _Shards(folder, source, job, run, view)
+        facts = shards.make(estimate=claim["estimated_bytes"])
+        folder.write_bad([bad for shard in facts for bad in shard.bad])
+        manifest = _describe(source, job, facts, claim)
+        write_manifest(folder.filesystem, folder.root, manifest)
+        folder.sweep(buckets=True)
+    return _result(folder, manifest, complete_before=False)
+
+
+def _refuse_inside(folder: PackFolder, config: PackConfig) -> None:
+    if config.source in BUILT_IN:
+        return
+    filesystem, path = resolve(config.source)
+    if filesystem == folder.filesystem and f"{folder.root}/".startswith(path.rstrip("/") + "/"):
+        raise DataError(
+            f"{folder.uri} lies in the source, {config.source}, which would then hold its images "
+            f"twice; give a folder outside"
+        )
+
+
+def _manifest(folder: PackFolder) -> Manifest | None:
+    try:
+        return read_manifest(folder.filesystem, folder.root)
+    except DataError:  # damaged: it is made again from the shards' footers
+        return None
+
+
+def _refuse_others(folder: PackFolder, old: dict[str, Any], new: dict[str, Any]) -> None:
+    named = {"fingerprint": "the source's fingerprint"}
+    changed = [
+        f"{named.get(key, key)}: {old.get(key)!r} there, {new.get(key)!r} here"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key)
+    ]
+    if changed:
+        raise DataError(
+            f"{folder.uri} was packed from another source or with other settings:\n  "
+            + "\n  ".join(changed)
+            + "\nGive the same ones to go on, or another folder"
+        )
+
+
+def _size_up(source: Source, config: PackConfig) -> dict[str, int]:
+    """Return the number of shards, and the bytes of all, from what a sample of images becomes."""
+    rng = np.random.Generator(np.random.Philox(key=np.array([config.seed, 1], np.uint64)))
+    sizes = source.group_sizes
+    starts = np.cumsum(sizes) - sizes
+    groups = np.sort(rng.permutation(len(sizes))[:_ESTIMATE_GROUPS])
+    made, read = 0, 0
+    for group in groups.tolist():
+        most = min(int(sizes[group]), math.ceil(_ESTIMATE_IMAGES / len(groups)))
+        rows = starts[group] + np.sort(rng.choice(int(sizes[group]), most, replace=False))
+        encoded = source.read(rows)
+        threads = os.cpu_count() or 1
+        for packed in map_in_threads(
+            partial(pack_image, config=config), encoded, num_threads=threads
+        ):
+            made += len(packed.image)
+        read += most
+    estimate = math.ceil(made / max(1, read) * int(sizes.sum()))
+    shards = max(1, math.ceil(estimate / (config.shard_mib * _MIB)))
+    return {"shards": min(shards, int(sizes.sum())), "estimated_bytes": estimate}
+
+
+class _Shards:
+    """Makes the shards that are missing."""
+
+    def __init__(
+        self, folder: PackFolder, source: Source, job: Job, run: Runner, view: View
+    ) -> None:
+        self.folder, self.source, self.job = folder, source, job
+        self.run, self.view = run, view
+
+    def make(self, *, estimate: int) -> list[ShardFacts]:
+        """Return the facts of all shards, in order; those that are there are not made again."""
+        there = self.folder.listed()
+        numbers = [n for n in range(self.job.num_shards) if self.job.shard_name(n) in there]
+        found = {n: read_facts(self.folder, self.job, n) for n in numbers}
+        facts = {n: fact for n, fact in found.items() if fact is not None}
+        missing = [n for n in range(self.job.num_shards) if n not in facts]
+        in_groups = self.source.window_size is not None
+        self._check_room(estimate * len(missing) // self.job.num_shards, in_groups=in_groups)
+        if missing:
+            calls = self._through_buckets(missing) if in_groups else [(n,) for n in missing]
+            bounds = self.job.bounds()
+            done = sum(int(bounds[n + 1] - bounds[n]) for n in facts)
+            what = "writing shards" if in_groups else "packing"
+            self.view.begin(what, total=self.job.num_images, done=done)
+            function = merge_shard if in_groups else write_shard
+            bad = [entry for fact in facts.values() for entry in fact.bad]
+            for made in self._run(function, calls, bad):
+                assert isinstance(made, ShardFacts)
+                facts[made.shard] = made
+        self._refuse_bad([entry for fact in facts.values() for entry in fact.bad])
+        return [facts[n] for n in range(self.job.num_shards)]
+
+    def _through_buckets(self, missing: Sequence[int]) -> list[tuple[Any, ...]]:
+        """Write the buckets that are missing; return the calls that merge them."""
+        units = self._units()
+        there = self.folder.listed(BUCKETS)
+        calls, done = [], 0
+        for unit, (start, stop) in enumerate(units):
+            name = bucket_name(unit).rpartition("/")[2]
+            if name in there and bucket_is_whole(self.folder, unit, self.job.num_shards):
+                done += stop - start
+            else:
+                calls.append((unit, start, stop))
+        if calls:
+            self.folder.create(BUCKETS)
+            self.view.begin("reading", total=self.job.num_images, done=done)
+            for _ in self._run(write_bucket, calls, []):
+                pass
+        return [(n, len(units)) for n in missing]
+
+    def _units(self) -> list[tuple[int, int]]:
+        """Cut the source into runs of whole groups of about a shard's size."""
+        most = self.job.num_images // self.job.num_shards
+        units, start, stop = [], 0, 0
+        for size in self.source.group_sizes.tolist():
+            if stop > start and stop + size - start > most:
+                units.append((start, stop))
+                start = stop
+            stop += size
+        return [*units, (start, stop)]
+
+    def _run(
+        self, function: Unit, calls: Iterable[tuple[Any, ...]], bad: list[tuple[str, str]]
+    ) -> Iterator[Facts]:
+        """Run units; end once too many images are bad."""
+        for made in self.run(
+            function, self.source, self.job, list(calls), report=self.view.advance
+        ):
+            bad += made.bad
+            self._refuse_bad(bad)
+            yield made
+
+    def _refuse_bad(self, bad: list[tuple[str, str]]) -> None:
+        most = self.job.config.max_bad_share
+        if len(bad) <= most * self.job.num_images:
+            return
+        self.folder.write_bad(bad)
+        shown = "\n  ".join(f"{name}: {reason}" for name, reason in sorted(bad)[:_SHOWN])
+        raise DataError(
+            f"{len(bad):,} of {self.job.num_images:,} images are bad so far, more than "
+            f"max_bad_share={most:g}; such as\n  {shown}\nAll are in {self.folder.uri}/"
+            f"bad_images.jsonl. Set max_bad_share higher to leave them out: the same command then "
+            f"goes on"
+        )
+
+    def _check_room(self, needed: int, *, in_groups: bool) -> None:
+        """Refuse what cannot fit on a local disk, before hours of work."""
+        if not self.folder.is_local:
+            return
+        there = sum(self.folder.listed(BUCKETS).values())
+        needed = max(0, 2 * needed - there) if in_groups else needed
+        free = shutil.disk_usage(self.folder.root).free
+        what = f"some {needed / _MIB:,.0f} MiB are needed, {free / _MIB:,.0f} MiB are free"
+        if in_groups:
+            what += " (the images twice while they are shuffled)"
+        if _TOO_LITTLE * needed > free:
+            raise DataError(
+                f"{self.folder.root}: {what}; make room, give another folder, or set "
+                f"short_side_px or quality lower"
+            )
+        if _TIGHT * needed > free:
+            self.view.note(f"{self.folder.root}: {what}; it may not do")
+
+
+def _describe(
+    source: Source, job: Job, facts: Sequence[ShardFacts], claim: dict[str, Any]
+) -> Manifest:
+    files = tuple(
+        ManifestFile(
+            job.shard_name(fact.shard), fact.size_bytes, tuple(fact.rows), tuple(fact.bytes)
+        )
+        for fact in facts
+    )
+    class_names = tuple(source.class_names) if job.has_labels else ()
+    bad = sum(len(fact.bad) for fact in facts)
+    packed = {
+        **claim,
+        "bad_images": bad,
+        "bytes_in": sum(fact.bytes_in for fact in facts),
+    }
+    return Manifest(
+        images=job.num_images - bad,
+        bytes=sum(sum(fact.bytes) for fact in facts),
+        fingerprint=digest(*(fact.digest for fact in facts), *class_names),
+        image_column="image",
+        label_column="label" if job.has_labels else None,
+        class_names=class_names,
+        files=files,
+        packed=packed,
+    )
+
+
+def _result(folder: PackFolder, manifest: Manifest, *, complete_before: bool) -> PackResult:
+    return PackResult(
+        images=manifest.images,
+        bad_images=manifest.packed["bad_images"],
+        bytes_in=manifest.packed["bytes_in"],
+        bytes_out=sum(file.size_bytes for file in manifest.files),
+        shards=len(manifest.files),
+        fingerprint=manifest.fingerprint,
+        output=folder.uri,
+        complete_before=complete_before,
+    )

@@ -1,0 +1,323 @@
+"""The units of work of a pack: plain functions that a thread or a Ray task calls.
+
+A source of which any row is quick to read is read in the shuffled order, a shard at a time
+(:func:`write_shard`). One that must be read in groups is shuffled in two passes: each run of groups
+is read once and its rows go, sorted by shard, to a bucket (:func:`write_bucket`); then a shard
+gathers its rows from all buckets (:func:`merge_shard`). A worker holds at most two shards.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raysl.data.permute import Permutation
+from raysl.errors import DataError
+from raysl.pack.config import PackConfig
+from raysl.pack.folder import BUCKETS, PackFolder
+from raysl.pack.image import Packed, pack_image
+from raysl.pack.threads import map_in_threads
+from raysl.sources.source import Source
+
+Indices = npt.NDArray[np.int64]
+Report = Callable[[int], None]
+"""Called with a number of images that are done."""
+
+_MIB = 1 << 20
+_CHUNK = 32  # images of one call in a thread
+_FACTS = b"raysl"
+_BUCKET_SCHEMA = pa.schema(
+    [
+        ("place", pa.int64()),
+        ("image", pa.large_binary()),
+        ("label", pa.int64()),
+        ("path", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("bytes_in", pa.int64()),
+        ("flaw", pa.string()),
+    ]
+)
+
+
+class Job(NamedTuple):
+    """What every unit of a pack knows."""
+
+    config: PackConfig
+    output: str
+    num_images: int
+    num_shards: int
+    has_labels: bool
+
+    def bounds(self) -> Indices:
+        """Return where shards begin and end in the shuffled order, ``(num_shards + 1,)``."""
+        numbers = np.arange(self.num_shards + 1, dtype=np.int64)
+        return numbers * self.num_images // self.num_shards
+
+    def shuffled(self, start: int, stop: int) -> Indices:
+        """Return a slice of the shuffle: the rows at places, or as well the places of rows."""
+        key = np.array([self.config.seed, 0], dtype=np.uint64)
+        rng = np.random.Generator(np.random.Philox(key=key))
+        return Permutation(rng, self.num_images)[start:stop]
+
+    def shard_name(self, shard: int) -> str:
+        """Name a shard so that names sort as numbers do."""
+        return f"part-{shard:0{max(5, len(str(self.num_shards - 1)))}d}.parquet"
+
+
+class Row(NamedTuple):
+    """An image on its way to a shard."""
+
+    place: int
+    """In the shuffled order."""
+    packed: Packed
+    label: int
+    path: str
+
+
+class ShardFacts(NamedTuple):
+    """What is known of a complete shard."""
+
+    shard: int
+    size_bytes: int
+    rows: list[int]
+    bytes: list[int]
+    """Encoded images of each row group."""
+    bytes_in: int
+    bad: list[tuple[str, str]]
+    """Name and reason of each image that was left out."""
+    digest: str
+
+
+class BucketFacts(NamedTuple):
+    """What is known of a bucket that was written just now."""
+
+    bad: list[tuple[str, str]]
+
+
+def bucket_name(unit: int) -> str:
+    """Name a bucket."""
+    return f"{BUCKETS}/{unit:05d}.arrow"
+
+
+def write_shard(
+    source: Source, job: Job, shard: int, *, num_threads: int, report: Report
+) -> ShardFacts:
+    """Read a shard's rows one by one, in its order, and write it."""
+    start, stop = job.bounds()[shard : shard + 2].tolist()
+    rows, places = job.shuffled(start, stop), np.arange(start, stop)
+    return _write(job, shard, _rows(source, job, rows, places, num_threads, report))
+
+
+def write_bucket(
+    source: Source,
+    job: Job,
+    unit: int,
+    start: int,
+    stop: int,
+    *,
+    num_threads: int,
+    report: Report,
+) -> BucketFacts:
+    """Read the rows [start, stop) once and write them sorted by shard, one record batch each.
+
+    Args:
+        source: Where the images are.
+        job: The pack.
+        unit: Number of the bucket.
+        start: First row of the source.
+        stop: Row after the last.
+        num_threads: Threads that decode.
+        report: Called with images done.
+    """
+    rows, places = np.arange(start, stop), job.shuffled(start, stop)
+    shards = np.searchsorted(job.bounds(), places, side="right") - 1
+    sorted_rows: list[list[Row]] = [[] for _ in range(job.num_shards)]
+    bad = []
+    for row, shard in zip(
+        _rows(source, job, rows, places, num_threads, report), shards.tolist(), strict=True
+    ):
+        sorted_rows[shard].append(row)
+        if row.packed.flaw:
+            bad.append((row.path, row.packed.flaw))
+    with PackFolder(job.output).writing(bucket_name(unit)) as stream:
+        writer = pa.ipc.new_file(stream, _BUCKET_SCHEMA)
+        for of_shard in sorted_rows:
+            writer.write_batch(_to_batch(of_shard))
+        writer.close()
+    return BucketFacts(bad)
+
+
+def merge_shard(
+    source: Source, job: Job, shard: int, num_units: int, *, num_threads: int, report: Report
+) -> ShardFacts:
+    """Gather a shard's rows from all buckets and write it; the source is not read."""
+    folder = PackFolder(job.output)
+    rows: list[Row] = []
+    for unit in range(num_units):
+        rows += _from_batch(_read_batch(folder, unit, shard))
+    rows.sort()
+    facts = _write(job, shard, iter(rows))
+    report(len(rows))
+    return facts
+
+
+def bucket_is_whole(folder: PackFolder, unit: int, num_shards: int) -> bool:
+    """Return whether a bucket can be read, as one written just before a power cut may not."""
+    try:
+        with folder.filesystem.open_input_file(f"{folder.root}/{bucket_name(unit)}") as stream:
+            return bool(pa.ipc.open_file(stream).num_record_batches == num_shards)
+    except (OSError, pa.ArrowException):
+        return False
+
+
+def read_facts(folder: PackFolder, job: Job, shard: int) -> ShardFacts | None:
+    """Return what the footer of a complete shard says; None if it cannot be read."""
+    path = f"{folder.root}/{job.shard_name(shard)}"
+    try:
+        with folder.filesystem.open_input_file(path) as stream:
+            size = stream.size()
+            found = pq.read_metadata(stream)
+            values = json.loads(found.metadata[_FACTS])
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
+        return None
+    rows = [found.row_group(group).num_rows for group in range(found.num_row_groups)]
+    bad = [(name, reason) for name, reason in values["bad"]]
+    return ShardFacts(shard, size, rows, values["bytes"], values["bytes_in"], bad, values["digest"])
+
+
+def _rows(
+    source: Source, job: Job, rows: Indices, places: Indices, num_threads: int, report: Report
+) -> Iterator[Row]:
+    labels = source.labels() if job.has_labels else None
+
+    def chunk(start: int) -> list[Row]:
+        part = rows[start : start + _CHUNK]
+        encoded = source.read(part)
+        return [
+            Row(
+                place,
+                pack_image(data, job.config),
+                -1 if labels is None else int(labels[row]),
+                source.where(row),
+            )
+            for row, place, data in zip(
+                part.tolist(), places[start : start + _CHUNK].tolist(), encoded, strict=True
+            )
+        ]
+
+    starts = range(0, len(rows), _CHUNK)
+    for made in map_in_threads(chunk, starts, num_threads=num_threads):
+        yield from made
+        report(len(made))
+
+
+def _to_batch(rows: Sequence[Row]) -> pa.RecordBatch:
+    columns: list[list[Any]] = [
+        [row.place for row in rows],
+        [row.packed.image for row in rows],
+        [row.label for row in rows],
+        [row.path for row in rows],
+        [row.packed.width for row in rows],
+        [row.packed.height for row in rows],
+        [row.packed.bytes_in for row in rows],
+        [row.packed.flaw for row in rows],
+    ]
+    arrays = [pa.array(c, field.type) for c, field in zip(columns, _BUCKET_SCHEMA, strict=True)]
+    return pa.RecordBatch.from_arrays(arrays, schema=_BUCKET_SCHEMA)
+
+
+def _from_batch(batch: pa.RecordBatch) -> Iterator[Row]:
+    for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+        place, image, label, path, width, height, bytes_in, flaw = values
+        yield Row(place, Packed(image, width, height, bytes_in, flaw), label, path)
+
+
+def _read_batch(folder: PackFolder, unit: int, shard: int) -> pa.RecordBatch:
+    path = f"{folder.root}/{bucket_name(unit)}"
+    try:
+        with folder.filesystem.open_input_file(path) as stream:
+            return pa.ipc.open_file(stream).get_batch(shard)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(
+            f"{path}: cannot be read: {error}; remove it, and the same command makes it again"
+        ) from None
+
+
+def _write(job: Job, shard: int, rows: Iterator[Row]) -> ShardFacts:
+    folder = PackFolder(job.output)
+    with folder.writing(job.shard_name(shard)) as stream:
+        writer = _ShardWriter(stream, job)
+        try:
+            for row in rows:
+                writer.add(row)
+            facts = writer.close(shard)
+        except BaseException:
+            writer.abandon()
+            raise
+        return facts._replace(size_bytes=stream.tell())
+
+
+class _ShardWriter:
+    """Writes the rows of a shard in row groups, and what is known of it into its footer."""
+
+    def __init__(self, stream: pa.NativeFile, job: Job) -> None:
+        label = [("label", pa.int64())] if job.has_labels else []
+        sizes = [("width", pa.int32()), ("height", pa.int32())]
+        self._schema = pa.schema([("image", pa.binary()), *label, ("path", pa.string()), *sizes])
+        plain = {name: "NONE" if name == "image" else "ZSTD" for name in self._schema.names}
+        # Encoded images do not compress, and statistics and dictionaries of them are only in the
+        # way of the reader.
+        others = [name for name in self._schema.names if name != "image"]
+        self._writer = pq.ParquetWriter(
+            stream, self._schema, compression=plain, use_dictionary=False, write_statistics=others
+        )
+        self._most = job.config.row_group_mib * _MIB
+        self._waiting: list[Row] = []
+        self._waiting_bytes = 0
+        self._digest = hashlib.blake2b(digest_size=8)
+        self._facts = ShardFacts(0, 0, [], [], 0, [], "")
+        self._bytes_in = 0
+
+    def add(self, row: Row) -> None:
+        """Add the next row; bad ones are only noted."""
+        self._bytes_in += row.packed.bytes_in
+        if row.packed.flaw:
+            self._facts.bad.append((row.path, row.packed.flaw))
+            return
+        self._digest.update(f"{len(row.packed.image)} {row.label} ".encode())
+        self._digest.update(row.packed.image)
+        self._waiting.append(row)
+        self._waiting_bytes += len(row.packed.image)
+        if self._waiting_bytes >= self._most:
+            self._flush()
+
+    def close(self, shard: int) -> ShardFacts:
+        """Write what is left and the footer."""
+        if self._waiting:
+            self._flush()
+        digest = self._digest.hexdigest()
+        facts = self._facts._replace(shard=shard, bytes_in=self._bytes_in, digest=digest)
+        told = {name: getattr(facts, name) for name in ("bytes", "bytes_in", "bad", "digest")}
+        self._writer.add_key_value_metadata({_FACTS: json.dumps(told).encode()})
+        self._writer.close()
+        return facts
+
+    def abandon(self) -> None:
+        """Close before the stream is: else the writer would try to when it is collected."""
+        with suppress(OSError, pa.ArrowException):
+            self._writer.close()
+
+    def _flush(self) -> None:
+        table = pa.Table.from_batches([_to_batch(self._waiting)])
+        table = table.select(self._schema.names).cast(self._schema)
+        self._writer.write_table(table, row_group_size=table.num_rows)
+        self._facts.rows.append(table.num_rows)
+        self._facts.bytes.append(self._waiting_bytes)
+        self._waiting, self._waiting_bytes = [], 0

@@ -1,0 +1,82 @@
+"""Several sources as one."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from raysl.augment.crop import Image
+from raysl.sources.source import Labels, Source, digest
+
+
+class MixedSource:
+    """The rows of several sources, one source after another.
+
+    Classes of the same name are one class. Where some sources have labels and others none, the
+    images of the others are without.
+
+    Args:
+        parts: The sources.
+        weights: How often an image of each is seen in a pass.
+    """
+
+    def __init__(self, parts: Sequence[Source], weights: Sequence[float]) -> None:
+        self.parts = list(parts)
+        self.name = " + ".join(part.name for part in parts)
+        sizes = [part.group_sizes for part in parts]
+        self._group_sizes = np.concatenate(sizes)
+        counts = [len(groups) for groups in sizes]
+        self.weights: npt.NDArray[np.float64] | None = np.repeat(
+            np.asarray(weights, dtype=np.float64), counts
+        )
+        self._starts = np.concatenate([[0], np.cumsum([int(groups.sum()) for groups in sizes])])
+        self.fingerprint = digest(
+            *(
+                f"{part.fingerprint}:{weight!r}\n"
+                for part, weight in zip(parts, weights, strict=True)
+            )
+        )
+        windows = [part.window_size for part in parts if part.window_size is not None]
+        self.window_size: int | None = min(windows, default=None)
+
+    @property
+    def group_sizes(self) -> npt.NDArray[np.int64]:
+        """Images in each group of each part."""
+        return self._group_sizes
+
+    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[bytes | Image]:
+        """Return the images of these rows, each part asked once."""
+        rows = np.asarray(indices, dtype=np.int64)
+        of = np.searchsorted(self._starts, rows, side="right") - 1
+        found: list[bytes | Image] = [b""] * len(rows)
+        for number in np.unique(of).tolist():
+            places = np.flatnonzero(of == number)
+            images = self.parts[number].read(rows[places] - self._starts[number])
+            for place, image in zip(places.tolist(), images, strict=True):
+                found[place] = image
+        return found
+
+    def where(self, index: int) -> str:
+        """Name a row as its part does; that names a file, or the part itself."""
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self.parts[number].where(index - int(self._starts[number]))
+
+    def labels(self) -> Labels | None:
+        """Return class numbers over all parts, -1 for images without; None if no part has any."""
+        numbers = {name: number for number, name in enumerate(self.class_names)}
+        found, labelled = [], False
+        for part, size in zip(self.parts, np.diff(self._starts), strict=True):
+            labels = part.labels()
+            if labels is None:
+                found.append(np.full(size, -1, dtype=np.int64))
+                continue
+            labelled = True
+            # One place more: -1, an image without a label, stays what it is.
+            number_of = np.array([*(numbers[name] for name in part.class_names), -1], np.int64)
+            found.append(number_of[np.maximum(labels, -1)])
+        return np.concatenate(found) if labelled else None
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes by number, in the order in which the parts name them."""
+        return list(dict.fromkeys(name for part in self.parts for name in part.class_names))

@@ -1,0 +1,183 @@
+"""Where images come from: one small protocol, and the function that opens a source by its name."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Annotated, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, model_validator
+
+from raysl.augment.crop import Image
+from raysl.augment.pipeline import device_ops
+from raysl.augment.recipes import SimCLRViews, Views
+from raysl.config.base import Config, PositiveFloat, PositiveInt
+from raysl.sources.filter import Condition
+
+Labels = npt.NDArray[np.int64]
+Split = Literal["train", "test"]
+_Channel = Annotated[float, Field(ge=0.0, le=1.0)]
+
+BUILT_IN = ("digits", "cifar10", "cifar100", "stl10")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+
+
+class SourceConfig(Config):
+    """A set of images, labelled or not."""
+
+    source: str
+    """digits, cifar10, cifar100, stl10; a folder of images (in class folders or not); Parquet files
+    or WebDataset's .tar shards: a file, a folder of them, a glob, or a range such as
+    DIR/{000..099}.tar. A path, or a URI such as s3://bucket/folder."""
+    image_column: str | None = None
+    """Parquet: column of encoded images; null takes 'image', or the only binary column. Tar shards:
+    suffix of the image in samples that hold several."""
+    label_column: str | None = None
+    """Parquet: column of labels (integers or names); null takes 'label' if there is one. Tar
+    shards: key in a sample's .json; null takes its .cls, or the key 'label'."""
+    filter: tuple[Condition, ...] = ()
+    """Keep only the images for which all conditions hold, each [column, comparison, value]: columns
+    of a Parquet file, or of files and tar members their path and bytes."""
+    limit: PositiveInt | None = None
+    """Use only the first so many images (of those that the filter keeps)."""
+
+
+class WeightedSource(SourceConfig):
+    """Images to mix in."""
+
+    weight: PositiveFloat = 1.0
+    """How often an image of this source is seen for once of data.source's: 0.5 every other pass."""
+
+
+class BadImagesConfig(Config):
+    """What happens to images that are broken, empty, too large, or no images."""
+
+    policy: Literal["skip", "replace", "fail"] = "replace"
+    """skip gives an image's place in the batch to another one of its work item, with other views;
+    replace to one drawn from the same file or row group; fail ends the run. Batches stay full."""
+    max_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
+    """End the run once more than this share of the source is found to be bad."""
+    max_megapixels: Annotated[float, Field(gt=0.0, le=178.0)] = 100.0
+    """An image of more pixels is bad: small files can unfold into gigabytes."""
+
+
+class DataConfig(SourceConfig):
+    """The training images and what is made of them."""
+
+    mix: tuple[WeightedSource, ...] = ()
+    """More sources, mixed with data.source by their weights."""
+    bad_images: BadImagesConfig = BadImagesConfig()
+    """What to do with images that cannot be used."""
+    torchvision_root: str = "~/.cache/raysl"
+    """Folder of torchvision's data sets; they are downloaded there if they are missing."""
+    views: Views = SimCLRViews()
+    """The views of an image that a method sees: a recipe by name, or composed."""
+    color_on: Literal["cpu", "device"] = "cpu"
+    """Where the last operations of the views run: by the data workers, or batched on the
+    accelerator of the train workers, which leaves the CPUs decoding and cropping."""
+    mean: tuple[_Channel, _Channel, _Channel] = (0.485, 0.456, 0.406)
+    """Mean of the red, green and blue pixels in [0, 1], taken off once on the device."""
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
+    """Their standard deviation."""
+    shuffle_window_mib: PositiveInt = 512
+    """Encoded images a data worker holds to shuffle across the row groups of Parquet files; a
+    smaller source is shuffled fully."""
+
+    @model_validator(mode="after")
+    def _device_has_something_to_do(self) -> "DataConfig":
+        for view in self.views.views() if self.color_on == "device" else ():
+            if view.ops and not device_ops(view):
+                raise ValueError(
+                    f"color_on: device runs the last operations of a view on the accelerator, but "
+                    f"{view.ops[-1].op!r} only runs on the CPU; set color_on: cpu or put it before "
+                    f"the others"
+                )
+        return self
+
+
+class Source(Protocol):
+    """Images in a fixed order. Small enough to send to every data worker."""
+
+    name: str
+    weights: npt.NDArray[np.float64] | None
+    """How often an image of each group is seen in a pass; None: each once."""
+    fingerprint: str
+    """Changes when the images do: 16 hex digits."""
+
+    @property
+    def group_sizes(self) -> npt.NDArray[np.int64]:
+        """Images in each group that is quick to read as a whole."""
+        ...
+
+    @property
+    def window_size(self) -> int | None:
+        """Most images that a data worker can hold at once; None for no limit."""
+        ...
+
+    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[bytes | Image]:
+        """Return the encoded bytes, or the pixels, of these rows, in their order."""
+        ...
+
+    def where(self, index: int) -> str:
+        """Name a row for an error message."""
+        ...
+
+    def labels(self) -> Labels | None:
+        """Return a class number for each row, ``(num_images,)``, or None."""
+        ...
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, by number; empty without labels."""
+        ...
+
+
+class ArraySource:
+    """Images that lie in memory as pixels.
+
+    Args:
+        name: For messages.
+        images: ``(M, H, W)`` or ``(M, H, W, 3)`` uint8.
+        labels: ``(M,)`` class numbers or None; negative for an image without one.
+        class_names: By number.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        images: npt.NDArray[np.uint8],
+        labels: Labels | None = None,
+        class_names: Sequence[str] = (),
+    ) -> None:
+        self.name = name
+        self.images = images
+        self.window_size = None
+        self.weights: npt.NDArray[np.float64] | None = None
+        self.class_names = list(class_names)
+        self._labels = labels
+        self.fingerprint = digest(np.ascontiguousarray(images).data)
+
+    @property
+    def group_sizes(self) -> npt.NDArray[np.int64]:
+        """All images are quick to read."""
+        return np.array([len(self.images)], dtype=np.int64)
+
+    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[bytes | Image]:
+        """Return the pixels of these rows."""
+        return [self.images[index] for index in indices]
+
+    def where(self, index: int) -> str:
+        """Name a row."""
+        return f"{self.name} image {index}"
+
+    def labels(self) -> Labels | None:
+        """Return the class numbers."""
+        return self._labels
+
+
+def digest(*parts: bytes | memoryview | str) -> str:
+    """Return 16 hex digits that change when any part does."""
+    total = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        total.update(part.encode() if isinstance(part, str) else part)
+    return total.hexdigest()

@@ -1,0 +1,139 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import pytest
+
+from raysl.config.load import validate
+from raysl.errors import ConfigError, DataError
+from raysl.sources.filter import columns_of, keep
+from raysl.sources.parquet import ParquetSource
+from raysl.sources.source import SourceConfig
+
+TABLE = pa.table({"n": [1, 2, None, 4], "name": ["cat", "dog", "cow", None]})
+
+
+class TestKeep:
+    @pytest.mark.parametrize(
+        ("condition", "rows"),
+        [
+            (("n", "==", 2), [1]),
+            (("n", "!=", 2), [0, 3]),
+            (("n", "<", 2), [0]),
+            (("n", "<=", 2), [0, 1]),
+            (("n", ">", 1.5), [1, 3]),
+            (("n", ">=", 4), [3]),
+            (("n", "in", (1, 4, 9)), [0, 3]),
+            (("n", "not in", (1, 4)), [1]),
+            (("name", "==", "dog"), [1]),
+            (("name", "matches", "c*"), [0, 2]),
+            (("name", "matches", "?o?"), [1, 2]),
+            (("name", "in", ("cat", "cow")), [0, 2]),
+        ],
+    )
+    def test_a_row_without_a_value_never_matches(self, condition: Any, rows: list[int]) -> None:
+        assert np.flatnonzero(keep(TABLE, [condition], where="x")).tolist() == rows
+
+    def test_all_conditions_must_hold_and_none_keeps_all(self) -> None:
+        both = [("n", "<", 3), ("name", "matches", "*o*")]
+        assert keep(TABLE, both, where="x").tolist() == [False, True, False, False]  # type: ignore[arg-type]
+        assert keep(TABLE, [], where="x").all()
+
+    @pytest.mark.parametrize(
+        ("condition", "message"),
+        [
+            (("size", ">", 3), r"^x: data\.filter .*: no column 'size'; there are n, name$"),
+            (("name", ">", 3), r"^x: data\.filter .*: the column holds string, which does not"),
+            (("n", "in", 3), r"'in' takes a list of values"),
+            (("n", "==", (3, 4)), r"takes one value; a list goes with 'in'"),
+        ],
+    )
+    def test_what_does_not_fit_is_named(self, condition: Any, message: str) -> None:
+        with pytest.raises(DataError, match=message):
+            keep(TABLE, [condition], where="x")
+
+    def test_columns_are_named_once(self) -> None:
+        assert columns_of([("a", ">", 1), ("b", "<", 2), ("a", "<", 3)]) == ["a", "b"]
+
+    def test_a_comparison_that_is_not_known_is_a_config_error(self) -> None:
+        with pytest.raises(ConfigError, match="filter"):
+            validate(SourceConfig, {"source": "a", "filter": [["n", "=", 3]]}, where="x")
+
+
+class TestParquet:
+    """Eleven images, 0 to 10, in row groups of three, in two files; n is the number."""
+
+    @pytest.fixture
+    def files(self, tmp_path: Path) -> list[str]:
+        paths = []
+        for number, rows in enumerate([range(7), range(7, 11)]):
+            columns = {
+                "image": [b"image %d" % row for row in rows],
+                "label": [row % 2 for row in rows],
+                "n": list(rows),
+            }
+            paths.append(str(tmp_path / f"{number}.parquet"))
+            pq.write_table(pa.table(columns), paths[-1], row_group_size=3)
+        return paths
+
+    def _open(self, files: list[str], *conditions: Any, **settings: Any) -> ParquetSource:
+        config = SourceConfig(source="toy", filter=conditions, **settings)
+        return ParquetSource(config, pafs.LocalFileSystem(), files, window_mib=1)
+
+    def _numbers(self, source: ParquetSource) -> list[int]:
+        rows = np.arange(source.group_sizes.sum())
+        return [int(data.split()[1]) for data in source.read(rows)]  # type: ignore[union-attr]
+
+    def test_rows_labels_and_names_stay_together(self, files: list[str]) -> None:
+        source = self._open(files, ("n", "in", (0, 2, 6, 8, 9)))
+        assert source.group_sizes.tolist() == [2, 1, 2]  # the second group of each is empty
+        assert self._numbers(source) == [0, 2, 6, 8, 9]
+        assert source.read([4, 0]) == [b"image 9", b"image 0"]
+        labels = source.labels()
+        assert labels is not None
+        assert labels.tolist() == [0, 0, 0, 0, 1]
+        assert source.where(1) == f"{files[0]} row group 0 row 2"
+        assert source.where(4) == f"{files[1]} row group 0 row 2"
+
+    def test_a_limit_counts_kept_rows(self, files: list[str]) -> None:
+        source = self._open(files, ("n", ">=", 2), limit=6)
+        assert self._numbers(source) == [2, 3, 4, 5, 6, 7]
+        assert source.group_sizes.tolist() == [1, 3, 1, 1]
+        labels = source.labels()
+        assert labels is not None
+        assert labels.tolist() == [0, 1, 0, 1, 0, 1]
+
+    def test_fingerprint_changes_with_filter_limit_and_what_is_kept(self, files: list[str]) -> None:
+        seen = [
+            self._open(files).fingerprint,
+            self._open(files, ("n", ">", 2)).fingerprint,
+            self._open(files, ("n", ">", 3)).fingerprint,
+            self._open(files, ("n", ">", 3), limit=2).fingerprint,
+        ]
+        assert len(set(seen)) == 4
+        assert self._open(files, ("n", ">", 2)).fingerprint == seen[1]
+
+    def test_images_are_not_read_to_filter(
+        self, files: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        read = pq.ParquetFile.read
+        asked = []
+
+        def spy(self: Any, **settings: Any) -> Any:
+            asked.append(settings["columns"])
+            return read(self, **settings)
+
+        monkeypatch.setattr(pq.ParquetFile, "read", spy)
+        self._open(files, ("n", ">", 2), ("label", "==", 1))
+        assert asked == [["n", "label"]] * 2
+
+    def test_that_leaves_nothing_or_asks_for_another_column_is_an_error(
+        self, files: list[str]
+    ) -> None:
+        with pytest.raises(DataError, match="the filter leaves no rows"):
+            self._open(files, ("n", ">", 99))
+        with pytest.raises(DataError, match=r"no column 'm'; there are image, label, n"):
+            self._open(files, ("m", ">", 99))
