@@ -89,7 +89,8 @@ class ProgressView:
             self._bar.update(self._task, completed=self._step, metrics=self._text())
             return
         finished = self._step >= self.total_steps and not self._finished
-        if time.monotonic() - self._last_line >= _LINE_EVERY_S or finished:
+        due = time.monotonic() - self._last_line >= _LINE_EVERY_S and not self._finished
+        if due or finished:
             self._last_line = time.monotonic()
             self._finished = self._finished or finished
             text = self._text() or "first step done"

@@ -23,8 +23,11 @@ from raysl.track.run_folder import latest_step
 
 _NUMBER = "number"
 _BLOCKS_PER_READ_TASK = 100
-_BLOCK_IMAGES = 1024
-_BLOCK_BYTES = 16 << 20
+# A block of several steps holds at most so much, and a run has at least so many of them, so that
+# many data workers share a short one.
+_BLOCK_IMAGES = 4096
+_BLOCK_BYTES = 32 << 20
+_FEWEST_BLOCKS = 32
 
 
 class PlanSource(Datasource):
@@ -115,7 +118,8 @@ def packing_for(plan: Plan, making: Making, *, start_step: int, num_workers: int
     steps = 1
     if plan.items_per_step == num_workers:
         images = min(_BLOCK_IMAGES, _BLOCK_BYTES // bytes_per_image)
-        steps = max(1, min(images // plan.item_size, plan.num_steps - start_step))
+        steps_left = plan.num_steps - start_step
+        steps = max(1, min(images // plan.item_size, steps_left // _FEWEST_BLOCKS))
     return Packing(start_step, num_workers, steps)
 
 

@@ -266,6 +266,7 @@ class TestAnUninterruptedRun:
         overtaken: bool,
     ) -> None:
         monkeypatch.setattr("raysl.runtime.ray_data._BLOCK_IMAGES", 24)
+        monkeypatch.setattr("raysl.runtime.ray_data._FEWEST_BLOCKS", 1)
         images = source()
         if overtaken:  # the very first batch is ready after one that is steps away
             rows = dict.fromkeys(row for batch in expected().values() for row in batch)

@@ -56,10 +56,13 @@ class TestPlanSource:
 
 class TestPacking:
     def test_a_small_batch_of_one_item_shares_a_block_with_those_of_later_steps(self) -> None:
-        packing = packing_for(plan(8), Making(VIEWS), start_step=4, num_workers=1)
-        assert packing == Packing(4, 1, 11)  # all the steps that are left
-        assert packing.num_blocks(plan(8)) == 1
-        assert packing.positions(0, plan(8)) == list(range(4, 15))
+        long = Plan([50], seed=3, global_batch_size=8, item_size=8, num_steps=100_000)
+        assert packing_for(long, Making(VIEWS), start_step=0, num_workers=1).steps_per_block == 512
+        packing = packing_for(long, Making(VIEWS), start_step=99_900, num_workers=1)
+        assert packing == Packing(99_900, 1, 3)  # so that there are at least 32 blocks
+        assert packing.num_blocks(long) == 34
+        assert packing.positions(1, long) == [99_903, 99_904, 99_905]
+        assert packing_for(plan(8), Making(VIEWS), start_step=4, num_workers=1).steps_per_block == 1
 
     @pytest.mark.parametrize("start_step", [0, 4])
     @pytest.mark.parametrize("steps_per_block", [1, 2, 4, 100])
