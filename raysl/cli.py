@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -36,6 +37,7 @@ The same command again goes on where a run stopped. Runs are compared in MLflow'
 """
 
 _INTERRUPTED = 130
+_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 # What to say after Ctrl-C to who wants to go on.
 _GOES_ON = {
     "pretrain": "; the same command goes on from the last checkpoint",
@@ -83,10 +85,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(
     parser: argparse.ArgumentParser, chosen: argparse.ArgumentParser | None, arguments: list[str]
 ) -> argparse.Namespace:
-    """Parse, with overrides before and after options alike where the verb has no verbs below it."""
+    """Parse, with overrides before and after options alike."""
     if chosen is not None:
-        with suppress(TypeError):  # argparse cannot mix them where there are
+        with suppress(TypeError):  # argparse itself cannot mix them where a verb has verbs below it
             parsed = chosen.parse_intermixed_args(arguments[1:])
             parsed.verb = arguments[0]
             return parsed
+        first = next((n for n, word in enumerate(arguments) if word.startswith("-")), None)
+        if first is not None:
+            late = [word for word in arguments[first:] if _OVERRIDE.match(word)]
+            rest = [word for word in arguments[first:] if not _OVERRIDE.match(word)]
+            arguments = [*arguments[:first], *late, *rest]
     return parser.parse_args(arguments)

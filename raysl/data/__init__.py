@@ -1,1 +1,1 @@
-"""From a source of images to blocks of uint8 views: order, decoding, making; no Ray and no torch."""
+"""From encoded images to blocks of uint8 views: order, decoding, making; no Ray and no torch."""

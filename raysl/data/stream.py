@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
 from raysl.augment.crop import Image
 from raysl.augment.ops import Op
@@ -33,7 +32,8 @@ from raysl.data.plan import Plan
 from raysl.errors import DataError
 from raysl.sources.source import BadImagesConfig, Source
 
-Block = dict[str, npt.NDArray[Any]]
+Block = dict[str, Any]
+"""Columns by name: arrays of one length."""
 
 INDEX, STEP, BAD, FLAW = "index", "step", "bad", "flaw"
 # After so many bad images in a row the source is at fault, not an image.
@@ -43,6 +43,11 @@ _MOST_DRAWS = 100
 def view_column(kind: int) -> str:
     """Return the name of a block's column for a kind of view."""
     return f"views_{kind}"
+
+
+def is_view_column(name: str) -> bool:
+    """Return whether a column holds views."""
+    return name.startswith("views_")
 
 
 def numbers_column(kind: int) -> str:
@@ -267,3 +272,8 @@ def concatenate(blocks: Sequence[Block]) -> Block:
     if len(blocks) == 1:
         return blocks[0]
     return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def joined(batch: Block) -> Block:
+    """Return a batch whose columns are all arrays, also those that came in parts."""
+    return {n: np.concatenate(c) if isinstance(c, tuple) else c for n, c in batch.items()}

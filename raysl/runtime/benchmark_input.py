@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import raysl.errors
 from raysl.data.plan import Plan
-from raysl.data.stream import ItemMaker, Making
+from raysl.data.stream import Block, ItemMaker, Making
 from raysl.errors import ClusterError, RayslError
 from raysl.jobs.benchmark_function import time_whole_items
 from raysl.jobs.throughput import Throughput, measure_batches
@@ -206,7 +206,10 @@ def stream(source: Any, plan: Plan, making: Making, *, layout: Layout, task: Str
         shards = dataset.streaming_split(task.num_consumers, equal=True)
         opened_s = time.perf_counter() - began
         seen: list[Throughput] = ray.get(
-            [c.consume.remote(s, task) for c, s in zip(consumers, shards, strict=True)]
+            [
+                consumer.consume.remote(shard, task, task.batch_size // plan.item_size)
+                for consumer, shard in zip(consumers, shards, strict=True)
+            ]
         )
     for consumer in consumers:
         ray.kill(consumer)
@@ -228,19 +231,25 @@ class _Consumer:
     def ready(self) -> None:
         """Return once the process is up."""
 
-    def consume(self, shard: Any, task: StreamTask) -> Throughput:
+    def consume(self, shard: Any, task: StreamTask, blocks_per_batch: int) -> Throughput:
         """Take the batches of a shard."""
         return measure_batches(
             lambda: iterate_shard(
                 lambda: shard,
                 batch_size=task.batch_size,
                 prefetch_batches=task.prefetch_batches,
+                blocks_per_batch=blocks_per_batch,
             ),
             batch_size=task.batch_size,
             round_batches=task.round_batches,
-            size_of=lambda batch: sum(column.nbytes for column in batch.values()),
+            size_of=_bytes_of,
             count=task.num_batches,
         )
+
+
+def _bytes_of(batch: Block) -> int:
+    columns = (c if isinstance(c, tuple) else (c,) for c in batch.values())
+    return sum(array.nbytes for column in columns for array in column)
 
 
 class _Watch:

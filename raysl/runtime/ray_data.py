@@ -16,7 +16,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from raysl.data.plan import Plan
-from raysl.data.stream import Block, ItemMaker, Making, concatenate
+from raysl.data.stream import INDEX, Block, ItemMaker, Making, concatenate, is_view_column
 from raysl.runtime.background import in_background
 from raysl.runtime.cluster import READ_CPUS, Layout
 from raysl.track.run_folder import latest_step
@@ -210,9 +210,13 @@ class OpenRest:
 
 
 def iterate_shard(
-    open_shard: Callable[[], Any], *, batch_size: int, prefetch_batches: int
+    open_shard: Callable[[], Any],
+    *,
+    batch_size: int,
+    prefetch_batches: int,
+    blocks_per_batch: int = 1,
 ) -> Iterator[Block]:
-    """Yield this worker's batches; a batch that is one block is a view of the object store.
+    """Yield this worker's batches, whose pixels stay where they are in the object store.
 
     The stream starts at this call, in a thread of its own, and not when the first batch is asked
     for: its actors take seconds to come up, which is time to build the model.
@@ -221,17 +225,20 @@ def iterate_shard(
         open_shard: Returns the worker's part of the dataset.
         batch_size: Images of a batch.
         prefetch_batches: Batches to hold ready.
+        blocks_per_batch: Blocks that make a batch; 1 also where a block holds several batches.
+
+    Yields:
+        The columns of :class:`ItemMaker`; those of the views as arrays, or, where several blocks
+        make a batch, as tuples of arrays: joining them would copy every pixel once more.
     """
 
     def begin() -> tuple[Block | None, Iterator[Block]]:
-        batches = iter(
-            open_shard().iter_batches(
-                batch_size=batch_size,
-                batch_format="numpy",
-                prefetch_batches=prefetch_batches,
-                drop_last=True,
-            )
+        blocks = open_shard().iter_batches(
+            batch_size=None,
+            batch_format="numpy",
+            prefetch_batches=prefetch_batches * blocks_per_batch,
         )
+        batches = regroup(blocks, batch_size=batch_size)
         return next(batches, None), batches
 
     begun = in_background(begin, name="raysl-first-batch")
@@ -243,3 +250,26 @@ def iterate_shard(
             yield from rest
 
     return batches()
+
+
+def regroup(blocks: Iterable[Block], *, batch_size: int) -> Iterator[Block]:
+    """Cut blocks of several batches, or put several blocks of one batch together."""
+    parts: list[Block] = []
+    for block in blocks:
+        rows = len(block[INDEX])
+        for start in range(0, rows, batch_size):
+            parts.append(
+                {name: column[start : start + batch_size] for name, column in block.items()}
+            )
+            if sum(len(part[INDEX]) for part in parts) == batch_size:
+                yield parts[0] if len(parts) == 1 else _together(parts)
+                parts = []
+
+
+def _together(parts: list[Block]) -> Block:
+    return {
+        name: tuple(part[name] for part in parts)
+        if is_view_column(name)
+        else np.concatenate([part[name] for part in parts])
+        for name in parts[0]
+    }

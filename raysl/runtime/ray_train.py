@@ -123,6 +123,7 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
                 lambda: ray.train.get_dataset_shard("train"),
                 batch_size=derived.batch_size_per_worker,
                 prefetch_batches=config.cluster.prefetch_batches,
+                blocks_per_batch=derived.batch_size_per_worker // derived.item_size,
             ),
         )
     except (RayslError, ray.exceptions.RayTaskError) as error:

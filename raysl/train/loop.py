@@ -22,7 +22,8 @@ from raysl.nn.collectives import mean_over_ranks, rank_and_size
 from raysl.train.device_ops import apply_ops
 from raysl.train.health import HealthCheck, effective_rank, feature_std
 
-NumpyBatch = Mapping[str, npt.NDArray[Any]]
+NumpyBatch = Mapping[str, Any]
+"""Arrays of one length by name; columns of views may be tuples of arrays, one after the other."""
 
 _NEW_BAD = "data/new_bad_images"
 
@@ -294,10 +295,11 @@ def view_converter(
     def to_views(batch: NumpyBatch) -> list[Tensor]:
         views: list[Tensor] = []
         for name in sorted((name for name in batch if name.startswith("views_")), key=_view_number):
-            pixels = as_tensor(batch[name]).to(device, non_blocking=True)
+            arrays = batch[name] if isinstance(batch[name], tuple) else (batch[name],)
+            parts = [as_tensor(array).to(device, non_blocking=True) for array in arrays]
             plans = batch.get(f"numbers_{_view_number(name)}")
-            for number, view in enumerate(pixels.unbind(1)):
-                image = view.permute(0, 3, 1, 2).to(torch.float32, memory_format=layout)
+            for number in range(parts[0].shape[1]):
+                image = _join([part[:, number] for part in parts], layout)
                 if plans is not None:
                     image = apply_ops(image, device_ops[_view_number(name)], plans[:, number])
                     image = image.contiguous(memory_format=layout)
@@ -305,6 +307,20 @@ def view_converter(
         return views
 
     return to_views
+
+
+def _join(parts: list[Tensor], layout: torch.memory_format) -> Tensor:
+    """Turn ``(N, S, S, 3)`` uint8 into ``(sum of N, 3, S, S)`` float32, each pixel copied once."""
+    floats = torch.empty(
+        (sum(len(part) for part in parts), parts[0].shape[3], *parts[0].shape[1:3]),
+        device=parts[0].device,
+        memory_format=layout,
+    )
+    start = 0
+    for part in parts:
+        floats[start : start + len(part)] = part.permute(0, 3, 1, 2)
+        start += len(part)
+    return floats
 
 
 def _view_number(column: str) -> int:

@@ -29,7 +29,7 @@ from ray.train.torch import TorchTrainer
 from raysl.augment.ops import Blur, ColorJitter, Flip
 from raysl.augment.pipeline import Crop, View
 from raysl.data.plan import Plan
-from raysl.data.stream import Block, ItemMaker, Making, iterate
+from raysl.data.stream import Block, ItemMaker, Making, iterate, joined
 from raysl.runtime.cluster import Layout
 from raysl.runtime.ray_data import OpenRest, execution_options, iterate_shard
 from raysl.sources.source import ArraySource
@@ -143,7 +143,7 @@ def look_only(settings: dict[str, Any]) -> None:
     )
     with open(log_of(folder, settings["stop"], rank), "w") as file:
         for batch in batches:
-            found = hashes(batch)
+            found = hashes(joined(batch))
             file.write(json.dumps(found) + "\n")
             file.flush()
             # What the gradients do to a training: nobody begins the next step before all are here.
@@ -212,7 +212,9 @@ def read_here(opened: OpenRest, num_steps: int) -> list[list[Block]]:
         batches = iterate_shard(
             lambda: shards[rank]["train"], batch_size=BATCH // num_workers, prefetch_batches=2
         )
-        return list(batches)[:num_steps]  # all are read, so that Ray's execution ends
+        return [joined(batch) for batch in batches][
+            :num_steps
+        ]  # all are read, so that Ray's execution ends
 
     with ThreadPoolExecutor(num_workers) as pool:
         return list(pool.map(read, range(num_workers)))

@@ -9,7 +9,7 @@ import pytest
 from raysl.augment.ops import Blur, ColorJitter, Flip
 from raysl.augment.pipeline import Crop, View
 from raysl.data.plan import Plan
-from raysl.data.stream import Block, ItemMaker, Making, iterate
+from raysl.data.stream import Block, ItemMaker, Making, iterate, joined
 from raysl.runtime.cluster import Layout
 from raysl.runtime.ray_data import (
     Packing,
@@ -18,6 +18,7 @@ from raysl.runtime.ray_data import (
     iterate_shard,
     open_dataset,
     packing_for,
+    regroup,
 )
 from raysl.sources.source import ArraySource
 
@@ -40,6 +41,7 @@ def layout(num_data_workers: int) -> Layout:
 
 
 def same(found: Block, expected: Block) -> bool:
+    found = joined(found)
     return all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
@@ -118,6 +120,35 @@ class TestStream:
             assert same(bare, mine)
             steps += 1
         assert steps == 15 - start_step
+
+
+class TestRegroup:
+    def block(self, start: int, rows: int) -> Block:
+        index = np.arange(start, start + rows)
+        return {"index": index, "views_0": index.astype(np.uint8)}
+
+    def test_blocks_of_a_batch_keep_their_pixels_where_they_are(self) -> None:
+        blocks = [self.block(start, 3) for start in range(0, 12, 3)]
+        batches = list(regroup(blocks, batch_size=6))
+        assert [batch["index"].tolist() for batch in batches] == [[*range(6)], [*range(6, 12)]]
+        parts = [part for batch in batches for part in batch["views_0"]]
+        assert len(parts) == len(blocks)
+        for part, whole in zip(parts, blocks, strict=True):
+            assert np.shares_memory(part, whole["views_0"])
+            assert part.tolist() == whole["views_0"].tolist()
+
+    def test_a_block_of_several_batches_is_cut_without_a_copy(self) -> None:
+        block = self.block(0, 12)
+        batches = list(regroup([block], batch_size=4))
+        assert [batch["index"].tolist() for batch in batches] == [
+            [0, 1, 2, 3],
+            [4, 5, 6, 7],
+            [8, 9, 10, 11],
+        ]
+        assert all(np.shares_memory(batch["views_0"], block["views_0"]) for batch in batches)
+
+    def test_what_does_not_fill_a_batch_is_left(self) -> None:
+        assert list(regroup([self.block(0, 3)], batch_size=6)) == []
 
 
 def test_the_processes_of_the_stream_load_no_torch() -> None:

@@ -20,7 +20,7 @@ def pixels(views: int = 2, side: int = 5, *, seed: int = 0) -> npt.NDArray[np.ui
     return rng.integers(0, 256, (3, views, side, side, 3), dtype=np.uint8)
 
 
-def convert(batch: dict[str, npt.NDArray[Any]], *, channels_last: bool = False) -> list[Tensor]:
+def convert(batch: dict[str, Any], *, channels_last: bool = False) -> list[Tensor]:
     device = torch.device("cpu")
     return view_converter(device=device, mean=MEAN, std=STD, channels_last=channels_last)(batch)
 
@@ -66,3 +66,15 @@ def test_arrays_that_cannot_be_written_to_are_taken_quietly_and_left_as_they_are
 def test_wrapping_an_array_does_not_copy_it() -> None:
     array = pixels()
     assert as_tensor(array).data_ptr() == array.ctypes.data
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_column_in_parts_gives_what_it_gives_whole(channels_last: bool) -> None:
+    array = pixels()
+    parts = (array[:1], array[1:])
+    whole = convert({"views_0": array}, channels_last=channels_last)
+    for one, other in zip(
+        convert({"views_0": parts}, channels_last=channels_last), whole, strict=True
+    ):
+        assert torch.equal(one, other)
+        assert one.stride() == other.stride()
