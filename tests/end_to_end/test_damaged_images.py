@@ -108,7 +108,7 @@ def test_one_epoch_finds_them_all_and_ends_well(
     records = read_metrics(RunFolder(Path("runs/bad")).metrics)
     assert [r["train/loss"] for r in records if "train/loss" in r][-1] > 0
     assert max(r.get("data/bad_images", 0) for r in records) == NUM_BAD
-    client = mlflow.MlflowClient("sqlite:///mlflow.db")
+    client = mlflow.MlflowClient(f"sqlite:///{Path('mlflow.db').absolute()}")
     run = client.get_run(result["mlflow_run_id"])
     assert run.data.metrics["data/bad_images"] == NUM_BAD
     assert "bad_images.jsonl" in {file.path for file in client.list_artifacts(run.info.run_id)}
