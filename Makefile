@@ -1,7 +1,7 @@
 .PHONY: setup format check test test-all
 
 setup:
-	uv sync
+	uv sync --all-groups
 
 format:
 	uv run ruff format .

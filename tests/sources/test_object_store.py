@@ -22,7 +22,7 @@ from raysl.sources.open import open_source
 from raysl.sources.source import DataConfig, Source
 from raysl.sources.storage import resolve
 
-moto_server = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+moto_server = pytest.importorskip("moto.server", reason="no moto; `uv sync --all-groups` installs it")
 
 BUCKET = "images"
 
