@@ -38,7 +38,8 @@ if TYPE_CHECKING:  # the recipe loads torch; the actors below import this file a
 _MARGIN = 0.02
 # Listing a node's processes takes 20 ms: ten times a second it took an eighth off the throughput.
 _STORE_EVERY_S = 0.5
-_PROCESSES_EVERY_S = 2.0
+_PROCESSES_EVERY_S = 0.2
+_LIST_EVERY_S = 5.0
 _FREE_WITHIN_S = 60.0
 _MIB = 1 << 20
 _OWN_ERROR = re.compile(r"^raysl\.errors\.(\w+): (.+?)(?=\n\s*\n|\Z)", re.MULTILINE | re.DOTALL)
@@ -280,7 +281,9 @@ class _Watch:
 
     def _sample(self) -> None:
         process = psutil.Process()
-        while not self._ended.wait(_STORE_EVERY_S):
+        ended = False
+        while not ended:  # once more at the end, and so at least twice
+            ended = self._ended.wait(_STORE_EVERY_S)
             # Ray counts what objects occupy as a resource that is taken.
             free = ray.available_resources().get("object_store_memory", self._total)
             self._store = max(self._store, int(self._total - free))
@@ -308,14 +311,18 @@ class _NodeWatch:
 
     def _sample(self) -> None:
         daemon = psutil.Process().parent()
+        workers: list[psutil.Process] = []
+        listed = 0.0
         while daemon is not None and not self._ended.wait(_PROCESSES_EVERY_S):
+            # Until they are there, and at times in case there are more.
+            if not workers or time.monotonic() - listed > _LIST_EVERY_S:
+                workers, listed = _data_workers(daemon), time.monotonic()
             resident = private = 0
-            for process in daemon.children():
+            for process in workers:
                 with suppress(psutil.Error):
-                    if MakeItems.__name__ in " ".join(process.cmdline()):
-                        memory = process.memory_info()
-                        resident += memory.rss
-                        private += memory.rss - getattr(memory, "shared", 0)
+                    memory = process.memory_info()
+                    resident += memory.rss
+                    private += memory.rss - getattr(memory, "shared", 0)
             self._peaks = max(self._peaks[0], resident), max(self._peaks[1], private)
 
     def peaks(self) -> tuple[int, int]:
@@ -323,6 +330,15 @@ class _NodeWatch:
         self._ended.set()
         self._thread.join()
         return self._peaks
+
+
+def _data_workers(daemon: psutil.Process) -> list[psutil.Process]:
+    found = []
+    for process in daemon.children():
+        with suppress(psutil.Error):
+            if MakeItems.__name__ in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def wait_for_cpus(layout: Layout) -> None:

@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +35,7 @@ _LONGEST_PARAM = 6000
 _EVERY_S = 2.0
 _RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 _LAST_CHANCE_S = 15.0
+_URI_VARIABLE = "MLFLOW_TRACKING_URI"
 
 
 class MlflowTracker:
@@ -231,13 +233,12 @@ def log_encoder(
         embed_dim: Width of the features.
         packages: Requirements of whoever loads it, such as ``torch==2.15.0``.
     """
-    mlflow.set_tracking_uri(tracker.uri)
     shape = (-1, 3, size_px, size_px)
     signature = ModelSignature(
         inputs=Schema([TensorSpec(np.dtype(np.float32), shape)]),
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, embed_dim))]),
     )
-    with mlflow.start_run(run_id=tracker.run_id):
+    with _addressed(tracker.uri), mlflow.start_run(run_id=tracker.run_id):
         mlflow.pytorch.log_model(
             encoder,
             name="encoder",
@@ -245,6 +246,23 @@ def log_encoder(
             input_example=np.zeros((2, *shape[1:]), dtype=np.float32),
             pip_requirements=packages,
         )
+
+
+@contextmanager
+def _addressed(uri: str) -> Iterator[None]:
+    """Make MLflow's own functions talk to ``uri``, and forget it again.
+
+    MLflow also writes it into the environment, where the next run of this process would find it.
+    """
+    before = os.environ.get(_URI_VARIABLE)
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before or "")
+        os.environ.pop(_URI_VARIABLE, None)
+        if before is not None:
+            os.environ[_URI_VARIABLE] = before
 
 
 def _experiment_id(client: MlflowClient, name: str) -> str:

@@ -22,7 +22,9 @@ from raysl.sources.open import open_source
 from raysl.sources.source import DataConfig, Source
 from raysl.sources.storage import resolve
 
-moto_server = pytest.importorskip("moto.server", reason="no moto; `uv sync --all-groups` installs it")
+moto_server = pytest.importorskip(
+    "moto.server", reason="no moto; `uv sync --all-groups` installs it"
+)
 
 BUCKET = "images"
 

@@ -1,3 +1,4 @@
+import os
 import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +9,7 @@ import pytest
 from mlflow.entities import Metric, Run
 from mlflow.tracking import MlflowClient
 
-from raysl.track.mlflow_tracker import MlflowTracker
+from raysl.track.mlflow_tracker import MlflowTracker, _addressed
 from raysl.track.run_folder import MetricsFile, RunFolder, read_json, read_metrics
 
 PARAMS: dict[str, Any] = {"optim.base_lr": 0.1, "method.name": "simclr", "data.limit": None}
@@ -327,3 +328,16 @@ def test_neither_the_problem_nor_the_kept_file_shows_a_password(
     tracker._keep()
     assert "ann:***@127.0.0.1" in folder.mlflow.read_text()
     assert "secret" not in folder.mlflow.read_text()
+
+
+def test_storing_an_encoder_leaves_no_address_behind_for_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with _addressed(f"sqlite:///{tmp_path}/one.db"):
+        assert os.environ["MLFLOW_TRACKING_URI"].endswith("one.db")
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere")
+    with _addressed(f"sqlite:///{tmp_path}/two.db"):
+        pass
+    assert os.environ["MLFLOW_TRACKING_URI"] == "http://elsewhere"
