@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # the recipe loads torch; the actors below import this file a
     from raysl.recipe import RunConfig
 
 _MARGIN = 0.02
-# Listing a node's processes takes 20 ms: ten times a second it took an eighth off the throughput.
+# Listing a node's processes takes some 20 ms, which the cores that are measured would miss.
 _STORE_EVERY_S = 0.5
 _PROCESSES_EVERY_S = 0.2
 _LIST_EVERY_S = 5.0
