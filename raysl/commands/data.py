@@ -11,11 +11,11 @@ import numpy as np
 from pydantic import Field
 
 from raysl.augment.crop import Image
+from raysl.commands.asked_source import open_asked
 from raysl.commands.counting import CountView
 from raysl.commands.terminal import console, mapping_table, print_json, say
-from raysl.config.load import apply_overrides, validate
 from raysl.data.decode import decode
-from raysl.errors import ConfigError, DataError
+from raysl.errors import DataError
 from raysl.pack.inspect import (
     ImageFacts,
     advise,
@@ -24,15 +24,13 @@ from raysl.pack.inspect import (
     pack_speedup,
     summarise,
 )
-from raysl.sources.open import open_source
-from raysl.sources.source import DataConfig, Source, SourceConfig
+from raysl.sources.source import LocatedSource, Source
 
 _SAMPLE = 10_000
 _SHEET_IMAGES = 63
 _SHEET_SIDE_PX = 480
 _SHOWN = 5
 _SHOWN_NAMES = 10
-_WINDOW_MIB = 1  # a look reads each row group once
 _MIB = 1 << 20
 
 _KINDS = {
@@ -55,15 +53,13 @@ configuration; max_megapixels=100 (an image of more counts as broken); seed=0 (o
 """
 
 
-class LookConfig(SourceConfig):
+class LookConfig(LocatedSource):
     """A source, and how to look at it."""
 
     max_megapixels: Annotated[float, Field(gt=0.0, le=178.0)] = 100.0
     """An image of more pixels counts as broken."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of the sample."""
-    torchvision_root: str = "~/.cache/raysl"
-    """Folder of torchvision's data sets."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,18 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Look at a source and say what is there."""
-    values = apply_overrides({"source": arguments.source}, arguments.overrides)
-    if values["source"] != arguments.source:
-        raise ConfigError(f"give the source once: {arguments.source} or {values['source']}")
-    config = validate(LookConfig, values, where="raysl data")
-    source = open_source(
-        config,
-        data=DataConfig(
-            source=config.source,
-            torchvision_root=config.torchvision_root,
-            shuffle_window_mib=_WINDOW_MIB,
-        ),
-    )
+    config, source = open_asked(arguments, LookConfig, where="raysl data")
     sample = draw_sample(source, count=arguments.sample or None, seed=config.seed)
     cores = os.cpu_count() or 1
     cv2.setNumThreads(1)  # parallel over images

@@ -8,21 +8,17 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
+from raysl.commands.asked_source import open_asked
 from raysl.commands.counting import CountView
 from raysl.commands.terminal import console, mapping_table, print_json, say
-from raysl.config.load import apply_overrides, validate
-from raysl.errors import ConfigError
 from raysl.pack.config import PackConfig
 from raysl.pack.run import Calls, Facts, PackResult, Runner, Unit, in_threads, pack
 from raysl.pack.shards import Job, Report
 from raysl.runtime.cluster import connect, disconnect
 from raysl.runtime.ray_pack import on_ray
-from raysl.sources.open import open_source
-from raysl.sources.source import DataConfig, Source
+from raysl.sources.source import Source
 
 _MIB = 1 << 20
-# Row groups are read once and forgotten, so there is no window to hold.
-_WINDOW_MIB = 1
 
 _EPILOG = """\
 The settings and their defaults:
@@ -56,18 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Pack, or go on with it."""
     began = time.monotonic()
-    values = apply_overrides({"source": arguments.source}, arguments.overrides)
-    if values["source"] != arguments.source:
-        raise ConfigError(f"give the source once: {arguments.source} or {values['source']}")
-    config = validate(PackConfig, values, where="raysl pack")
-    source = open_source(
-        config,
-        data=DataConfig(
-            source=config.source,
-            torchvision_root=config.torchvision_root,
-            shuffle_window_mib=_WINDOW_MIB,
-        ),
-    )
+    config, source = open_asked(arguments, PackConfig, where="raysl pack")
     count = int(source.group_sizes.sum())
     say(f"packing {count:,} images from {source.name} into {arguments.output}")
     view = CountView()

@@ -87,7 +87,6 @@ class ItemMaker:
         on_device = making.color_on == "device"
         self._on_device = [device_ops(view) if on_device else () for view in making.views]
         self._max_pixels = 1e6 * making.bad_images.max_megapixels
-        self._starts = np.cumsum([0, *source.group_sizes])
         # Parallel over items; OpenCV's own threads would fight over the same cores.
         cv2.setNumThreads(1)
         # What is wrong with an image is counted and listed, not printed a million times.
@@ -179,11 +178,13 @@ class ItemMaker:
             block[INDEX][row] = block[INDEX][other]
             self._fill(block, row, encoded[other], epoch, key)
             return
-        group = int(np.searchsorted(self._starts, bad, side="right")) - 1
-        low, high = int(self._starts[group]), int(self._starts[group + 1])
+        sizes = self.source.group_sizes
+        ends = np.cumsum(sizes)  # rare enough not to be kept
+        group = int(np.searchsorted(ends, bad, side="right"))
+        low, high = int(ends[group] - sizes[group]), int(ends[group])
         for draw in range(_MOST_DRAWS):
             if draw >= _MOST_DRAWS // 2:  # perhaps the whole group is bad
-                low, high = 0, int(self._starts[-1])
+                low, high = 0, int(ends[-1])
             other = int(rng.integers(low, high))
             if self._fill(block, row, self.source.read([other])[0], epoch, key) is None:
                 block[INDEX][row] = other

@@ -5,13 +5,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from raysl.config.base import PositiveFloat, PositiveInt, Probability
-from raysl.sources.source import SourceConfig
+from raysl.sources.source import LocatedSource
 
 # What may differ between the start of a pack and its going on: none of it changes a byte.
 _FREE = {"source", "max_bad_share", "num_workers", "torchvision_root"}
 
 
-class PackConfig(SourceConfig):
+class PackConfig(LocatedSource):
     """A source, and what its shards shall be."""
 
     short_side_px: PositiveInt | None = None
@@ -38,8 +38,6 @@ class PackConfig(SourceConfig):
     num_workers: Annotated[int, Field(ge=0)] | None = None
     """Ray tasks at a time; null takes one a CPU of the cluster, 0 works in threads of this process
     without Ray."""
-    torchvision_root: str = "~/.cache/raysl"
-    """Folder of torchvision's data sets."""
 
     def lasting(self) -> dict[str, Any]:
         """Return the settings that the shards depend on: going on must not change them."""

@@ -5,12 +5,11 @@ lasting name is a complete one, whenever and however the process ends.
 """
 
 import errno
-import fcntl
 import json
-import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -19,6 +18,7 @@ import pyarrow.fs as pafs
 from raysl.errors import DataError
 from raysl.sources.manifest import CLAIM_NAME
 from raysl.sources.storage import resolve
+from raysl.track.folder_lock import folder_lock
 
 CLAIM, BAD_IMAGES, BUCKETS = CLAIM_NAME, "bad_images.jsonl", "_buckets"
 
@@ -61,23 +61,18 @@ class PackFolder:
         if not self.is_local:  # object stores have no locks
             yield
             return
-        try:
-            file = open(f"{self.root}/.lock", "a+", encoding="utf-8")  # noqa: SIM115 - closed below
-        except OSError as error:
-            raise DataError(f"{self.root}: cannot be written: {error.strerror}") from None
-        with file:
+
+        def busy(process: str) -> DataError:
+            return DataError(
+                f"{self.root}: process {process} packs into this folder; wait for it, or give "
+                f"another folder"
+            )
+
+        with ExitStack() as stack:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise DataError(
-                    f"{self.root}: process {file.read().strip() or 'unknown'} packs into this "
-                    f"folder; wait for it, or give another folder"
-                ) from None
-            file.seek(0)
-            file.truncate()
-            file.write(str(os.getpid()))
-            file.flush()
+                stack.enter_context(folder_lock(Path(self.root), busy=busy))
+            except OSError as error:
+                raise DataError(f"{self.root}: cannot be written: {error.strerror}") from None
             yield
 
     def listed(self, below: str = "") -> dict[str, int]:

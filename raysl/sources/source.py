@@ -61,15 +61,20 @@ class BadImagesConfig(Config):
     """An image of more pixels is bad: small files can unfold into gigabytes."""
 
 
-class DataConfig(SourceConfig):
+class LocatedSource(SourceConfig):
+    """A source that may be one of torchvision's."""
+
+    torchvision_root: str = "~/.cache/raysl"
+    """Folder of torchvision's data sets; they are downloaded there if they are missing."""
+
+
+class DataConfig(LocatedSource):
     """The training images and what is made of them."""
 
     mix: tuple[WeightedSource, ...] = ()
     """More sources, mixed with data.source by their weights."""
     bad_images: BadImagesConfig = BadImagesConfig()
     """What to do with images that cannot be used."""
-    torchvision_root: str = "~/.cache/raysl"
-    """Folder of torchvision's data sets; they are downloaded there if they are missing."""
     views: Views = SimCLRViews()
     """The views of an image that a method sees: a recipe by name, or composed."""
     color_on: Literal["cpu", "device"] = "cpu"

@@ -1,16 +1,16 @@
 """The folder of a run: where everything lies, who may write to it, and its metrics file."""
 
-import fcntl
 import json
 import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from raysl.errors import RunFolderError
+from raysl.track.folder_lock import folder_lock
 
 _CHECKPOINT_NAME = re.compile(r"^step-(\d{9})$")
 
@@ -42,27 +42,22 @@ class RunFolder:
         Raises:
             RunFolderError: If another process holds it, or it cannot be made.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = open(self.path / ".lock", "a+")  # noqa: SIM115 - closed below
-        except OSError as error:
-            raise RunFolderError(
-                f"{self.path}: cannot be written: {error.strerror}; set output_dir to a folder "
-                f"that can"
-            ) from None
-        with file:
+
+        def busy(process: str) -> RunFolderError:
+            return RunFolderError(
+                f"{self.path}: process {process} is training in this folder; wait for it, or give "
+                f"this run another name=..."
+            )
+
+        with ExitStack() as stack:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
+                self.path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(folder_lock(self.path, busy=busy))
+            except OSError as error:
                 raise RunFolderError(
-                    f"{self.path}: process {file.read().strip() or 'unknown'} is training in this "
-                    f"folder; wait for it, or give this run another name=..."
+                    f"{self.path}: cannot be written: {error.strerror}; set output_dir to a folder "
+                    f"that can"
                 ) from None
-            file.seek(0)
-            file.truncate()
-            file.write(str(os.getpid()))
-            file.flush()
             yield
 
     def read_results(self) -> dict[str, Any] | None:

@@ -1,0 +1,33 @@
+"""The source that `raysl data` and `raysl pack` are given, with the settings beside it."""
+
+import argparse
+from typing import TypeVar
+
+from raysl.config.load import apply_overrides, validate
+from raysl.errors import ConfigError
+from raysl.sources.open import open_source
+from raysl.sources.source import DataConfig, LocatedSource, Source
+
+C = TypeVar("C", bound=LocatedSource)
+
+# Row groups are read once and forgotten, so there is no window to hold.
+_WINDOW_MIB = 1
+
+
+def open_asked(arguments: argparse.Namespace, model: type[C], *, where: str) -> tuple[C, Source]:
+    """Validate ``arguments.source`` and its overrides against a model, and open the source.
+
+    Raises:
+        ConfigError: Lists every bad key at once; also if the source is given twice.
+        DataError: If there is nothing usable under that name.
+    """
+    values = apply_overrides({"source": arguments.source}, arguments.overrides)
+    if values["source"] != arguments.source:
+        raise ConfigError(f"give the source once: {arguments.source} or {values['source']}")
+    config = validate(model, values, where=where)
+    data = DataConfig(
+        source=config.source,
+        torchvision_root=config.torchvision_root,
+        shuffle_window_mib=_WINDOW_MIB,
+    )
+    return config, open_source(config, data=data)
