@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,3 +79,9 @@ def no_ray_cluster() -> None:
     import ray
 
     ray.shutdown()
+
+
+@pytest.fixture
+def timm() -> Any:
+    """The library timm, which only some tests need: `uv sync --group models`."""
+    return pytest.importorskip("timm")

@@ -1,47 +1,154 @@
-"""Encoders: torchvision's residual networks, with ImageNet's stem or one for small images."""
+"""Encoders by name: ResNets, vision transformers, ConvNeXt, all of torchvision and timm."""
 
+import difflib
 import importlib
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, NamedTuple
 
+import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from raysl.config.base import Config
+from raysl.config.base import Config, PositiveInt
+from raysl.errors import ConfigError
 from raysl.nn.batchnorm import BatchNormScope
+from raysl.nn.resnet import LAYOUTS, NormName, ResNet, Stem
+from raysl.nn.vit import VisionTransformer
 
-ResNetName = Literal[
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext50_32x4d",
-    "wide_resnet50_2",
-    "wide_resnet101_2",
-]
+Family = Literal["resnet", "vit", "convnext", "torchvision", "timm"]
+
+# What only some families have; everything else holds for all.
+_FIELDS: dict[Family, tuple[str, ...]] = {
+    "resnet": ("stem", "width", "selective_kernels", "norm", "zero_init_residual"),
+    "vit": ("patch_size_px", "depth", "drop_path", "pool", "positions"),
+    "convnext": ("drop_path",),
+    "torchvision": (),
+    "timm": (),
+}
+
+
+class _ViTSize(NamedTuple):
+    embed_dim: int
+    num_heads: int
+
+
+# Touvron et al. 2021, arXiv:2012.12877v2, table 1; ViT-Base is Dosovitskiy et al. 2021, table 1.
+_VITS = {
+    "vit_tiny": _ViTSize(192, 3),
+    "vit_small": _ViTSize(384, 6),
+    "vit_base": _ViTSize(768, 12),
+}
+_VIT_DEPTH = 12
+_CONVNEXTS = ("convnext_tiny", "convnext_small", "convnext_base")
+
+NAMES = (*LAYOUTS, *_VITS, *_CONVNEXTS)
+"""Every name but those of ``torchvision:`` and ``timm:``."""
 
 
 class BackboneConfig(Config):
     """The encoder that is pretrained."""
 
-    name: ResNetName = "resnet50"
-    stem: Literal["imagenet", "cifar"] = "imagenet"
-    """imagenet: 7 x 7 convolution of stride 2, then max-pool, as in torchvision. cifar: 3 x 3 of
-    stride 1, no max-pool (SimCLR, appendix B.9), for images of 32 px or so; 10 to 16 times the
-    work on the same image."""
+    name: str = "resnet50"
+    """resnet18 to resnet152, resnext50_32x4d, wide_resnet50_2, wide_resnet101_2; vit_tiny,
+    vit_small, vit_base; convnext_tiny, convnext_small, convnext_base; any other classifier of
+    torchvision as torchvision:NAME, or of timm as timm:NAME (pip install raysl[timm])."""
+    stem: Stem = "imagenet"
+    """ResNets. imagenet: 7 x 7 convolution of stride 2, then max-pool, as in torchvision. cifar:
+    3 x 3 of stride 1, no max-pool (SimCLR, appendix B.9), for images of 32 px or so; 10 to 16 times
+    the work on the same image. small: 3 x 3 of stride 2, no max-pool: a quarter of cifar's work."""
+    width: Annotated[float, Field(gt=0, le=16)] = 1.0
+    """ResNets: factor on all channels. SimCLR v2 has 1, 2 and 3 (arXiv:2006.10029v2, table 1)."""
+    selective_kernels: bool = False
+    """ResNets: selective kernels, ResNet-D's shortcuts and stem, as in SimCLR v2 (table 1, SK)."""
+    norm: NormName = "batch"
+    """ResNets. group: group norm of 32 groups. none: a learnt scale and shift for each channel,
+    for energy-based models, which train without batch norm (JEM, arXiv:1912.03263v3); best with
+    zero_init_residual, as nothing else holds the size of the features."""
     zero_init_residual: bool = False
-    """Start each residual branch at zero (Goyal et al. 2017, arXiv:1706.02677v2, sec. 5.1)."""
+    """ResNets: start each residual branch at zero (Goyal et al. 2017, arXiv:1706.02677v2, sec.
+    5.1)."""
+    patch_size_px: PositiveInt = 16
+    """ViT: side of a patch; divides the side of every view."""
+    depth: Annotated[int, Field(gt=0, le=200)] | None = None
+    """ViT: blocks; null is 12."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """ViT and ConvNeXt: stochastic depth of the last block, rising linearly from 0 at the first."""
+    pool: Literal["cls", "mean"] = "cls"
+    """ViT: an image's features are its class token, or the mean of its patches' tokens."""
+    positions: Literal["learned", "sincos"] = "learned"
+    """ViT: learnt positions, or fixed sines and cosines (MAE, MoCo v3)."""
     batch_norm: BatchNormScope = "worker"
     """Images that batch norm takes its statistics from while training: those of this worker, of
     all workers (sync), or of each of batch_norm_splits parts of this worker's batch (split)."""
     batch_norm_splits: int = 8
     """Parts for batch_norm: split."""
+    weights: str | None = None
+    """Start from these weights instead of random ones: a run folder, its encoder.safetensors, or a
+    .safetensors, .pth or .pt file of the same layout, the classifier left out."""
+
+    @property
+    def family(self) -> Family:
+        """What kind of backbone the name is."""
+        library, colon, _ = self.name.partition(":")
+        if colon:
+            return "timm" if library == "timm" else "torchvision"
+        if self.is_vit:
+            return "vit"
+        return "resnet" if self.name in LAYOUTS else "convnext"
+
+    @property
+    def is_vit(self) -> bool:
+        """Whether it is one of raysl's vision transformers."""
+        return self.name.startswith("vit_")
+
+    @model_validator(mode="after")
+    def _name_is_known(self) -> "BackboneConfig":
+        library, colon, _ = self.name.partition(":")
+        if self.name not in NAMES and not (colon and library in ("torchvision", "timm")):
+            raise ValueError(
+                f"name {self.name!r} is not known; allowed: {', '.join(NAMES)}, torchvision:NAME, "
+                f"timm:NAME{_near(self.name, NAMES)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fields_are_of_this_family(self) -> "BackboneConfig":
+        foreign = {name for names in _FIELDS.values() for name in names} - {*_FIELDS[self.family]}
+        for name in sorted(foreign):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                of = [family for family, names in _FIELDS.items() if name in names]
+                raise ValueError(f"{name} is for {' and '.join(of)}; {self.name} has none")
+        return self
+
+    @model_validator(mode="after")
+    def _layout_can_be_changed(self) -> "BackboneConfig":
+        if self.family == "resnet" and (self.width != 1 or self.selective_kernels):
+            plain = [name for name, layout in LAYOUTS.items() if layout[2:] == (1, 64)]
+            if self.name not in plain:
+                raise ValueError(
+                    f"width and selective_kernels are for {', '.join(plain)}; not for {self.name}"
+                )
+        return self
+
+    def check_view_sizes(self, sizes_px: Iterable[int]) -> None:
+        """Refuse views that do not divide into patches.
+
+        Raises:
+            ConfigError: If a vision transformer is to see such a view.
+        """
+        for size in sizes_px:
+            if self.is_vit and size % self.patch_size_px:
+                raise ConfigError(
+                    f"backbone.patch_size_px={self.patch_size_px} does not divide views of {size} "
+                    "px; change the patches or the views"
+                )
 
 
 class Backbone(nn.Module):
     """An encoder without its classifier: images to features.
 
-    ``net`` is the torchvision module with ``fc`` replaced by the identity, so its state dict loads
-    into torchvision's own class.
+    ``net`` is a ResNet or VisionTransformer of raysl, whose state dicts load into torchvision's and
+    timm's own classes, or a module of those with the identity in the classifier's place.
     """
 
     def __init__(self, net: nn.Module, *, embed_dim: int) -> None:
@@ -54,18 +161,174 @@ class Backbone(nn.Module):
         return self.net(images)  # type: ignore[no-any-return]
 
 
-def build_backbone(
-    name: str, *, stem: str = "imagenet", zero_init_residual: bool = False
-) -> Backbone:
-    """Build an encoder with random weights from the global generator."""
-    options: dict[str, Any] = {"zero_init_residual": zero_init_residual}
+def build_backbone(config: BackboneConfig, *, image_size_px: int = 224) -> Backbone:
+    """Build an encoder with random weights from the global generator.
+
+    Args:
+        config: The encoder; its ``weights`` and ``batch_norm`` are for the caller to apply.
+        image_size_px: Side of the images that it is to see; a vision transformer's positions are
+            laid out for it.
+
+    Raises:
+        ConfigError: If a model of torchvision or timm is not known, timm is missing, or the model
+            cannot take such images.
+    """
+    if config.family == "resnet":
+        resnet = ResNet(
+            LAYOUTS[config.name],
+            stem=config.stem,
+            width=config.width,
+            selective_kernels=config.selective_kernels,
+            norm=config.norm,
+            zero_init_residual=config.zero_init_residual,
+        )
+        return Backbone(resnet, embed_dim=resnet.embed_dim)
+    if config.family == "vit":
+        config.check_view_sizes([image_size_px])
+        size = _VITS[config.name]
+        vit = VisionTransformer(
+            image_size_px=image_size_px,
+            patch_size_px=config.patch_size_px,
+            embed_dim=size.embed_dim,
+            depth=config.depth or _VIT_DEPTH,
+            num_heads=size.num_heads,
+            drop_path=config.drop_path,
+            pool=config.pool,
+            positions=config.positions,
+        )
+        return Backbone(vit, embed_dim=size.embed_dim)
+    check_model_name(config)
+    if config.family == "timm":
+        net = _timm_model(config, image_size_px)
+    else:
+        net = _torchvision_model(config, image_size_px)
+    if config.batch_norm != "worker":
+        _refuse_special_batch_norms(net, config)
+    return Backbone(net, embed_dim=_features_of(net, config, image_size_px))
+
+
+def check_model_name(config: BackboneConfig) -> None:
+    """Refuse names that torchvision or timm do not know; cheap, but loads that library.
+
+    Raises:
+        ConfigError: If the name is unknown, or timm is not installed.
+    """
+    if config.family not in ("torchvision", "timm"):
+        return
+    name = _model_name(config)
+    if config.family == "timm":
+        # A tag behind a dot names pretrained weights; ours are random.
+        known, name = _timm().list_models(), name.partition(".")[0]
+    else:
+        models = _torchvision_models()
+        known = models.list_models(module=models)
+    if name not in known:
+        raise ConfigError(
+            f"backbone.name={config.name}: {config.family} has no classifier of this name"
+            f"{_near(name, known)}"
+        )
+
+
+def _model_name(config: BackboneConfig) -> str:
+    return config.name.partition(":")[2]
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), 3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _torchvision_models() -> Any:
     # Late: torchvision loads torch's compiler, and a driver, which builds nothing, can do without.
-    models = importlib.import_module("torchvision.models")
-    net: Any = getattr(models, name)(weights=None, **options)
-    embed_dim = int(net.fc.in_features)
-    net.fc = nn.Identity()
-    if stem == "cifar":
-        net.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
-        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
-        net.maxpool = nn.Identity()
-    return Backbone(net, embed_dim=embed_dim)
+    return importlib.import_module("torchvision.models")
+
+
+def _timm() -> Any:
+    try:
+        return importlib.import_module("timm")  # an extra
+    except ModuleNotFoundError as error:
+        if error.name != "timm":
+            raise
+        raise ConfigError("timm is not installed; pip install raysl[timm]") from None
+
+
+def _torchvision_model(config: BackboneConfig, image_size_px: int) -> nn.Module:
+    """A model of torchvision with the identity where its last layer was."""
+    name = _model_name(config) or config.name
+    options: dict[str, Any] = {}
+    if config.family == "convnext":
+        options = {"stochastic_depth_prob": config.drop_path}
+    elif name in ("googlenet", "inception_v3"):
+        options = {"aux_logits": False, "init_weights": True}
+    elif name.startswith("vit_"):
+        options = {"image_size": image_size_px}
+    elif name.startswith("maxvit"):
+        options = {"input_size": (image_size_px, image_size_px)}
+    try:
+        net: nn.Module = _torchvision_models().get_model(name, weights=None, **options)
+    except (AssertionError, ValueError, RuntimeError) as error:  # laid out for one size
+        raise _wrong_size(config, image_size_px, error) from None
+    *_, classifier = (  # the last one: whatever it is called, and a convolution in SqueezeNet
+        path for path, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
+    )
+    net.set_submodule(classifier, nn.Identity())
+    return net
+
+
+def _timm_model(config: BackboneConfig, image_size_px: int) -> nn.Module:
+    """A model of timm without its classifier, laid out for the size if it depends on one."""
+    create, name = _timm().create_model, _model_name(config)
+    # Transformers take both, some networks only the first, convolutional ones none.
+    sized: list[dict[str, Any]] = [
+        {"img_size": image_size_px, "dynamic_img_size": True},
+        {"img_size": image_size_px},
+        {},
+    ]
+    for options in sized:
+        try:
+            net: nn.Module = create(name, pretrained=False, num_classes=0, **options)
+        except TypeError as error:
+            if not options or "unexpected keyword argument" not in str(error):
+                raise
+        except (AssertionError, ValueError, RuntimeError) as error:
+            raise _wrong_size(config, image_size_px, error) from None
+        else:
+            break
+    return net
+
+
+def _refuse_special_batch_norms(net: nn.Module, config: BackboneConfig) -> None:
+    """Refuse batch norms that do more than normalise: replacing them would lose the rest."""
+    plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in plain:
+            raise ConfigError(
+                f"backbone.batch_norm={config.batch_norm} cannot replace the "
+                f"{type(module).__name__} of {config.name}; use batch_norm=worker"
+            )
+
+
+@torch.no_grad()
+def _features_of(net: nn.Module, config: BackboneConfig, image_size_px: int) -> int:
+    """How many features a model has, told by one black image."""
+    training = net.training
+    device = next(net.parameters()).device
+    image = torch.zeros(1, 3, image_size_px, image_size_px, device=device)
+    try:
+        features = net.eval()(image)
+    except (AssertionError, ValueError, RuntimeError) as error:
+        raise _wrong_size(config, image_size_px, error) from None
+    net.train(training)
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ConfigError(
+            f"backbone.name={config.name} gives {shape} for an image, not (1, features)"
+        )
+    return features.shape[1]
+
+
+def _wrong_size(config: BackboneConfig, image_size_px: int, error: Exception) -> ConfigError:
+    reason = str(error).strip().partition("\n")[0]
+    return ConfigError(
+        f"backbone.name={config.name} cannot take images of {image_size_px} px: {reason}"
+    )

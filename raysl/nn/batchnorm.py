@@ -1,5 +1,7 @@
 """Batch normalisation over all workers, over this worker, or over parts of its batch."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import torch
@@ -7,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysl.errors import ConfigError, ShapeError
-from raysl.nn.collectives import rank_and_size, sum_over_ranks
+from raysl.nn.collectives import mean_over_ranks, rank_and_size, sum_over_ranks
 
 BatchNormScope = Literal["worker", "sync", "split"]
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -32,14 +34,15 @@ class SyncBatchNorm(_BatchNorm):
         self._check_input_dim(input)
         _, size = rank_and_size()
         if not self.training or size == 1:
+            tracks = self.track_running_stats or not self.training
             return F.batch_norm(
                 input,
-                self.running_mean,
-                self.running_var,
+                self.running_mean if tracks else None,
+                self.running_var if tracks else None,
                 self.weight,
                 self.bias,
                 self.training,
-                self._momentum_now(),
+                self._momentum_now() if tracks else 0.0,
                 self.eps,
             )
         dims = [0, *range(2, input.ndim)]
@@ -109,10 +112,11 @@ class SplitBatchNorm(_BatchNorm):
             momentum,
             self.eps,
         )
-        with torch.no_grad():
-            cast(Tensor, self.running_mean).copy_(mean.view(parts, channels).mean(0))
-            cast(Tensor, self.running_var).copy_(variance.view(parts, channels).mean(0))
-            cast(Tensor, self.num_batches_tracked).add_(1)
+        if self.track_running_stats:
+            with torch.no_grad():
+                cast(Tensor, self.running_mean).copy_(mean.view(parts, channels).mean(0))
+                cast(Tensor, self.running_var).copy_(variance.view(parts, channels).mean(0))
+                cast(Tensor, self.num_batches_tracked).add_(1)
         unfolded = normed.view(n // parts, parts, channels, *rest).transpose(0, 1)
         return unfolded.reshape(input.shape)
 
@@ -163,3 +167,30 @@ def _converted(old: Any, kind: type[Any], num_splits: int) -> nn.Module:
         new.num_splits = num_splits
     new.train(old.training)
     return cast(nn.Module, new)
+
+
+@contextmanager
+def untracked_statistics(module: nn.Module) -> Iterator[None]:
+    """Leave the running statistics alone within the block; training still takes the batch's."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+@torch.no_grad()
+def average_statistics(module: nn.Module) -> None:
+    """Give every rank the mean of the ranks' batch-norm statistics.
+
+    Each rank's running statistics come from its own images. They never enter the training loss, so
+    this changes only what is evaluated and saved.
+    """
+    for norm in module.modules():
+        if isinstance(norm, _BatchNorm) and norm.track_running_stats:
+            for buffer in (norm.running_mean, norm.running_var):
+                assert buffer is not None
+                buffer.copy_(mean_over_ranks(buffer))

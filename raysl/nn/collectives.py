@@ -6,11 +6,12 @@ differentiated is the sum of these losses over ranks. Data-parallel training the
 number of ranks, so the mean of the per-rank losses is what is minimised.
 """
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -101,6 +102,25 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     total = values.clone()
     dist.all_reduce(total)
     return total / size
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace each parameter's gradient by its mean over ranks, as data-parallel training does.
+
+    All gradients of a dtype travel together; a parameter without one has none on any rank.
+    """
+    _, size = rank_and_size()
+    if size == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    for dtype in sorted({gradient.dtype for gradient in gradients}, key=str):
+        same = [gradient for gradient in gradients if gradient.dtype == dtype]
+        flat = torch.cat([gradient.reshape(-1) for gradient in same])
+        dist.all_reduce(flat)
+        flat /= size
+        for gradient, mean in zip(same, flat.split([g.numel() for g in same]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
 
 def broadcast_object(value: Any) -> Any:

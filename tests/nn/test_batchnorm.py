@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from raysl.errors import ConfigError, ShapeError
-from raysl.nn.backbones import build_backbone
+from raysl.nn.backbones import BackboneConfig, build_backbone
 from raysl.nn.batchnorm import SplitBatchNorm, SyncBatchNorm, set_batch_norm_scope
 
 
@@ -95,7 +95,7 @@ class TestSetBatchNormScope:
     def test_replaces_every_batch_norm_and_keeps_parameters_and_names(
         self, scope: str, kind: type[nn.Module]
     ) -> None:
-        backbone = build_backbone("resnet18", stem="cifar")
+        backbone = build_backbone(BackboneConfig(name="resnet18", stem="cifar"))
         parameters = list(backbone.parameters())
         state = backbone.state_dict()
         result = set_batch_norm_scope(backbone, scope, num_splits=2)  # type: ignore[arg-type]

@@ -52,3 +52,40 @@ def test_one_layer_is_a_linear_map_that_ignores_the_hidden_width(batch_norm: boo
     head = projection_mlp(8, 999, 4, num_layers=1, batch_norm=batch_norm)
     assert kinds(head) == (["Linear", "BatchNorm1d"] if batch_norm else ["Linear"])
     assert tuple(head[0].weight.shape) == (4, 8)
+
+
+def test_a_plain_last_batch_norm_standardises_and_learns_nothing() -> None:
+    torch.manual_seed(0)
+    head = projection_mlp(8, 6, 4, num_layers=3, last_norm="plain")
+    assert kinds(head) == kinds(projection_mlp(8, 6, 4, num_layers=3))
+    assert list(head[-1].parameters()) == []
+    assert all(p.requires_grad for p in head.parameters())
+    output = head(torch.randn(64, 8) * 3 + 1)
+    assert torch.allclose(output.mean(0), torch.zeros(4), atol=1e-5)
+    assert torch.allclose(output.var(0, unbiased=False), torch.ones(4), atol=1e-3)
+
+
+@pytest.mark.parametrize("last_bias", [True, False])
+def test_without_a_last_batch_norm_the_last_layer_may_have_a_bias(last_bias: bool) -> None:
+    head = projection_mlp(8, 6, 4, last_norm="none", last_bias=last_bias)
+    assert kinds(head) == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
+    assert head[0].bias is None
+    assert (head[-1].bias is not None) == last_bias
+
+
+@pytest.mark.parametrize("last_norm", ["scaled", "plain", "none"])
+def test_without_batch_norm_there_is_none_at_the_end_either(last_norm: str) -> None:
+    head = projection_mlp(8, 6, 4, batch_norm=False, last_norm=last_norm, last_bias=False)
+    assert kinds(head) == ["Linear", "ReLU", "Linear"]
+    assert [tuple(p.shape) for p in head.parameters()] == [(6, 8), (6,), (4, 6)]
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_random_numbers_are_drawn_in_the_order_of_the_layers(batch_norm: bool) -> None:
+    torch.manual_seed(0)
+    head = projection_mlp(8, 6, 4, num_layers=3, batch_norm=batch_norm)
+    torch.manual_seed(0)
+    for layer in head:
+        if isinstance(layer, nn.Linear):
+            drawn = nn.Linear(layer.in_features, layer.out_features, bias=not batch_norm)
+            assert torch.equal(layer.weight, drawn.weight)

@@ -1,0 +1,101 @@
+"""How embeddings lie on the sphere: numbers that tell learning from collapse, without labels."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_MOST_ROWS = 512
+
+
+@torch.no_grad()
+def alignment(z0: Tensor, z1: Tensor) -> Tensor:
+    """Return the mean squared distance of the two views of an image on the unit sphere.
+
+    Args:
+        z0: ``(N, D)``, any float dtype, not normalised.
+        z1: Likewise; row i comes from the same image as ``z0[i]``.
+
+    Returns:
+        Scalar float32 in [0, 4]: 0 if the views of every image have one direction.
+
+    Source: Wang and Isola 2020, arXiv:2005.10242v10, sec. 4.2, with alpha = 2.
+    """
+    return (F.normalize(z0.float(), dim=1) - F.normalize(z1.float(), dim=1)).square().sum(1).mean()
+
+
+@torch.no_grad()
+def uniformity(z: Tensor) -> Tensor:
+    """Return the log of the mean Gaussian potential of all pairs of images.
+
+    Args:
+        z: ``(N, D)``, any float dtype, not normalised. The first 512 rows are compared, as pairs
+            grow with the square of N; a single row gives 0.
+
+    Returns:
+        Scalar float32 in [-8, 0]: 0 if all images have one direction, lower the more evenly they
+        are spread.
+
+    Source: Wang and Isola 2020, arXiv:2005.10242v10, eq. (2), with t = 2.
+    """
+    if len(z) < 2:
+        return z.new_zeros((), dtype=torch.float32)
+    squared = torch.pdist(F.normalize(z[:_MOST_ROWS].float(), dim=1)).square()
+    return squared.mul(-2).exp().mean().log()
+
+
+@torch.no_grad()
+def entropy(probabilities: Tensor) -> Tensor:
+    """Return the mean entropy in nats of the rows of ``(N, K)`` probabilities."""
+    p = probabilities.float()
+    return -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(dim=1).mean()
+
+
+@torch.no_grad()
+def feature_std(features: Tensor) -> Tensor:
+    """Return the mean standard deviation of the normalised features, times sqrt(D).
+
+    Args:
+        features: ``(N, D)``, any float dtype.
+
+    Returns:
+        Scalar float32 in [0, 1]: 0 if all images have the same direction, about 1 if directions are
+        spread evenly over the sphere.
+
+    Source: Chen and He 2020, arXiv:2011.10566v1, sec. 4.1.
+    """
+    directions = F.normalize(features.float(), dim=1)
+    return directions.std(dim=0, unbiased=False).mean() * math.sqrt(features.shape[1])
+
+
+@torch.no_grad()
+def effective_rank(features: Tensor) -> Tensor:
+    """Return the exponential of the entropy of the normalised singular values.
+
+    Args:
+        features: ``(N, D)``, any float dtype.
+
+    Returns:
+        Scalar float32 in [1, min(N, D)]; 0 if all features are zero, nan if one is not finite.
+
+    Source: RankMe, eq. (1), Garrido et al. 2022, arXiv:2210.02885v3; Roy and Vetterli 2007.
+    Departs: From the Gram matrix of the shorter side, whose eigenvalues are the squared singular
+        values: several times faster than a decomposition of the features.
+    """
+    x = features.double()
+    if not x.isfinite().all():  # eigvalsh would raise before the loss is looked at
+        return x.new_tensor(math.nan).float()
+    gram = x.T @ x if x.shape[0] > x.shape[1] else x @ x.T
+    values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    total = values.sum()
+    shares = values / total.clamp_min(torch.finfo(values.dtype).tiny)
+    entropy = -(shares * shares.clamp_min(torch.finfo(values.dtype).tiny).log()).sum()
+    return torch.where(total > 0, entropy.exp(), 0.0).float()
+
+
+def off_diagonal(square: Tensor) -> Tensor:
+    """Return a view of a ``(D, D)`` matrix without its diagonal, ``(D - 1, D)``."""
+    d = len(square)
+    # Read row by row from entry 1 on, every (D + 1)th entry is one of the diagonal.
+    return square.flatten()[1:].view(d - 1, d + 1)[:, :-1]

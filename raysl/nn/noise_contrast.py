@@ -1,0 +1,68 @@
+"""Noise-contrastive estimation: an unnormalised density learnt by telling data from noise.
+
+M. Gutmann, A. Hyvarinen: "Noise-contrastive estimation: A new estimation principle for
+unnormalized statistical models", AISTATS 2010; the same, with any number of noise samples:
+"Noise-Contrastive Estimation of Unnormalized Statistical Models, with Applications to Natural Image
+Statistics", JMLR 13:307-361, 2012.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from raysl.errors import ShapeError
+
+
+def noise_contrastive_loss(
+    data_logits: Tensor,
+    noise_logits: Tensor,
+    *,
+    data_log_noise: Tensor,
+    noise_log_noise: Tensor,
+    num_noise: float,
+) -> Tensor:
+    r"""Logistic regression between data and noise, with log density ratios as the logits.
+
+    .. math::
+        L = \frac{1}{N} \sum_n \Big[ \mathrm{softplus}(-u(x_n))
+            + \sum_{k=1}^{K} \mathrm{softplus}(u(y_{nk})) \Big], \qquad
+        u(x) = \log p_m(x) - \log p_n(x) - \log \nu
+
+    At its minimum p_m is the density of the data, with its normaliser, wherever p_n > 0.
+
+    Args:
+        data_logits: log p_m of the data, the learnt normaliser included, ``(N,)``.
+        noise_logits: log p_m of each datum's K noise samples, ``(N, K)``.
+        data_log_noise: log p_n of the data, ``(N,)``.
+        noise_log_noise: log p_n of the noise samples, ``(N, K)``.
+        num_noise: nu, noise samples a datum in the model of the classes, > 0; K where all of them
+            are given.
+
+    Returns:
+        Scalar >= 0, float32, or float64 if given that. Where both densities are equal it is
+        log(1 + nu) + K log(1 + 1 / nu).
+
+    Raises:
+        ShapeError: If the shapes do not fit.
+
+    Source: The objective J_T of the JMLR paper, sec. 2, with the sign of a loss; for nu = 1 that of
+    the AISTATS paper up to a factor of 1/2. Computed in float32 also under autocast.
+    """
+    n, k = len(data_logits), noise_logits.shape[-1]
+    shapes = [tuple(x.shape) for x in (data_logits, data_log_noise)]
+    noise_shapes = [tuple(x.shape) for x in (noise_logits, noise_log_noise)]
+    if shapes != [(n,)] * 2 or noise_shapes != [(n, k)] * 2:
+        raise ShapeError(
+            "data_logits and data_log_noise must be (N,), noise_logits and noise_log_noise (N, K); "
+            f"got {shapes[0]}, {shapes[1]}, {noise_shapes[0]}, {noise_shapes[1]}"
+        )
+    with torch.autocast(data_logits.device.type, enabled=False):
+        of_data, of_noise, log_of_data, log_of_noise = (
+            x if x.dtype == torch.float64 else x.float()
+            for x in (data_logits, noise_logits, data_log_noise, noise_log_noise)
+        )
+        u_data = of_data - log_of_data - math.log(num_noise)
+        u_noise = of_noise - log_of_noise - math.log(num_noise)
+        return (F.softplus(-u_data) + F.softplus(u_noise).sum(dim=1)).mean()
