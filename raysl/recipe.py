@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
+import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from raysl.config.base import Config, PositiveFloat, PositiveInt
@@ -15,10 +16,11 @@ from raysl.data.stream import Making
 from raysl.errors import ConfigError
 from raysl.evaluate.protocol import EvaluateConfig
 from raysl.methods import load_method
-from raysl.methods.base import MethodConfig
+from raysl.methods.base import MethodConfig, RunShape, SizeDefault, TrainingSet
 from raysl.nn.backbones import BackboneConfig
 from raysl.optim.build import OptimConfig, peak_lr
 from raysl.sources.source import DataConfig, Source
+from raysl.train.gradient import can_split
 from raysl.train.health import HealthConfig
 from raysl.train.loop import TrainConfig
 
@@ -76,6 +78,8 @@ class RunConfig(Config, Generic[M]):
     backbone: BackboneConfig = BackboneConfig()
     method: M
     optim: OptimConfig = OptimConfig()
+    adversary_optim: OptimConfig | None = None
+    """The optimizer of a method's adversary (context encoder); null takes the settings of optim."""
     train: TrainConfig
     health: HealthConfig = HealthConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -111,22 +115,51 @@ class RunConfig(Config, Generic[M]):
                 f"a worker's batch of {per_worker} does not divide into "
                 f"backbone.batch_norm_splits={splits}"
             )
-        views = sum(view.count for view in self.data.views.views())
-        if views != self.method.num_views:
-            raise ValueError(
-                f"method {self.method.name} takes {self.method.num_views} views of an image; "
-                f"data.views makes {views}"
-            )
         try:
-            self.method.check(global_batch_size=batch, num_workers=workers)
+            self.backbone.check_view_sizes(self.view_sizes_px)
+            self.method.check_shape(self._shape())
+            self._check_micro_batch(per_worker)
         except ConfigError as error:
             raise ValueError(str(error)) from None
         return self
 
+    def _shape(self) -> RunShape:
+        return RunShape(
+            global_batch_size=self.train.global_batch_size,
+            num_workers=max(1, self.cluster.num_train_workers),
+            view_sizes_px=self.view_sizes_px,
+            backbone=self.backbone,
+        )
+
+    def _check_micro_batch(self, per_worker: int) -> None:
+        size = self.train.micro_batch_size
+        if size is None:
+            return
+        if not can_split(load_method(self.method.name)):
+            raise ConfigError(
+                f"train.micro_batch_size={size}: the loss of method {self.method.name} can neither "
+                f"be cached nor accumulated; set it to null and lower train.global_batch_size"
+            )
+        if per_worker % size:
+            raise ConfigError(
+                f"train.micro_batch_size={size} does not divide a worker's batch of {per_worker}"
+            )
+        splits = self.backbone.batch_norm_splits
+        if self.backbone.batch_norm == "split" and size % splits:
+            raise ConfigError(
+                f"train.micro_batch_size={size} does not divide into "
+                f"backbone.batch_norm_splits={splits}"
+            )
+
+    @property
+    def view_sizes_px(self) -> tuple[int, ...]:
+        """Side of each view of an image, in the order in which a method gets them."""
+        return tuple(v.size_px for v in self.data.views.views() for _ in range(v.count))
+
     @property
     def image_size_px(self) -> int:
         """Side of the largest view, which is also that of images when the encoder is evaluated."""
-        return max(view.size_px for view in self.data.views.views())
+        return max(self.view_sizes_px)
 
 
 class Derived(NamedTuple):
@@ -188,6 +221,26 @@ def derive(config: RunConfig[Any], *, num_images: int) -> Derived:
         evaluate_every_steps=None if every is None else max(1, every.in_steps(**sizes)),
         views_per_image=sum(view.count for view in views),
     )
+
+
+def training_set(config: RunConfig[Any], source: Source) -> TrainingSet:
+    """Return what the method may know of the images beforehand."""
+    labels = source.labels() if config.method.uses_labels else None
+    known = None if labels is None else labels[labels >= 0]
+    return TrainingSet(
+        num_images=int(source.group_sizes.sum()),
+        global_batch_size=config.train.global_batch_size,
+        view_sizes_px=config.view_sizes_px,
+        class_counts=None
+        if known is None or not len(known)
+        else tuple(np.bincount(known, minlength=len(source.class_names)).tolist()),
+    )
+
+
+def size_defaults(config: RunConfig[Any], source: Source) -> dict[str, SizeDefault]:
+    """Return the method's settings that were left to the size of the data set, by name."""
+    found = config.method.size_defaults(training_set(config, source))
+    return {f"method.{name}": default for name, default in found.items()}
 
 
 def plan_of(config: RunConfig[Any], source: Source) -> Plan:

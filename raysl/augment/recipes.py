@@ -40,19 +40,15 @@ class SimCLRViews(_Recipe):
 
     def views(self) -> tuple[View, ...]:
         """Return the two views' definition."""
-        s = self.color_strength
-        jitter = ColorJitter(
-            brightness=0.8 * s,
-            contrast=0.8 * s,
-            saturation=0.8 * s,
-            hue=min(0.2 * s, 0.5),
-            prob=self.color_prob,
+        ops = _simclr_ops(
+            self.color_strength,
+            color_prob=self.color_prob,
+            grey_prob=self.grey_prob,
+            blur=Blur(prob=self.blur_prob),
+            flip_prob=self.flip_prob,
         )
-        ops: list[Op] = [Flip(prob=self.flip_prob), jitter, Grey(prob=self.grey_prob)]
-        if self.blur_prob > 0:
-            ops.append(Blur(prob=self.blur_prob))
         crop = Crop(scale=(self.min_scale, 1.0), antialias=self.antialias)
-        return (View(count=2, size_px=self.size_px, crop=crop, ops=tuple(ops)),)
+        return (View(count=2, size_px=self.size_px, crop=crop, ops=ops),)
 
 
 class MoCoV1Views(_Recipe):
@@ -105,14 +101,66 @@ class BYOLViews(_Recipe):
 
     recipe: Literal["byol"] = "byol"
     min_scale: _Scale = 0.08
+    blur_probs: tuple[Probability, Probability] = (1.0, 0.1)
+    """Of the first and the second view; zeros for images as small as CIFAR-10's."""
 
     def views(self) -> tuple[View, ...]:
         """Return the definitions of the two views."""
         crop = Crop(scale=(self.min_scale, 1.0), antialias=self.antialias)
         return tuple(
             View(size_px=self.size_px, crop=crop, ops=_distort(blur, solarise, kernel_fraction=0.1))
-            for blur, solarise in ((1.0, 0.0), (0.1, 0.2))
+            for blur, solarise in zip(self.blur_probs, (0.0, 0.2), strict=True)
         )
+
+
+class VICRegViews(_Recipe):
+    """Two views of VICReg: BYOL's, with the same probabilities in both.
+
+    Source: Bardes et al. 2021, arXiv:2105.04906v3, appendix C.1: blur half the time with a kernel
+    of 23 pixels, which cuts nothing off, and solarise one time in ten.
+    Departs: The authors' code takes BYOL's two different views; for that use the recipe byol.
+    """
+
+    recipe: Literal["vicreg"] = "vicreg"
+    min_scale: _Scale = 0.08
+    blur_prob: Probability = 0.5
+    solarise_prob: Probability = 0.1
+
+    def views(self) -> tuple[View, ...]:
+        """Return the two views' definition."""
+        crop = Crop(scale=(self.min_scale, 1.0), antialias=self.antialias)
+        ops = _distort(self.blur_prob, self.solarise_prob, kernel_fraction=None)
+        return (View(count=2, size_px=self.size_px, crop=crop, ops=ops),)
+
+
+class SwAVViews(_Recipe):
+    """Two large crops and several small ones, all distorted alike.
+
+    Source: Caron et al. 2020, arXiv:2006.09882v5, and the authors' multicropdataset.py with the
+    options of scripts/swav_800ep_pretrain.sh: 2 crops of 14 to 100 % of the area, 6 of 5 to 14 %.
+    """
+
+    recipe: Literal["swav"] = "swav"
+    global_scale: tuple[_Scale, _Scale] = (0.14, 1.0)
+    """Range of a large crop's area over the image's."""
+    local_count: Annotated[int, Field(ge=0, le=MAX_VIEWS - 2)] = 6
+    local_size_px: PositiveInt = 96
+    local_scale: tuple[_Scale, _Scale] = (0.05, 0.14)
+    """Range of a small crop's area."""
+    color_strength: NonNegativeFloat = 1.0
+    """As in SimCLR's recipe."""
+    blur_prob: Probability = 0.5
+
+    def views(self) -> tuple[View, ...]:
+        """Return the definitions: the large crops, then the small ones."""
+        ops = _simclr_ops(self.color_strength, blur=Blur(prob=self.blur_prob, kernel_fraction=None))
+        large = Crop(scale=self.global_scale, antialias=self.antialias)
+        views = [View(count=2, size_px=self.size_px, crop=large, ops=ops)]
+        if self.local_count > 0:
+            small = Crop(scale=self.local_scale, antialias=self.antialias)
+            count, size_px = self.local_count, self.local_size_px
+            views.append(View(count=count, size_px=size_px, crop=small, ops=ops))
+        return tuple(views)
 
 
 class DINOViews(_Recipe):
@@ -130,6 +178,8 @@ class DINOViews(_Recipe):
     local_size_px: PositiveInt = 96
     local_scale: tuple[_Scale, _Scale] = (0.05, 0.4)
     """Range of a small crop's area."""
+    blur_probs: tuple[Probability, Probability, Probability] = (1.0, 0.1, 0.5)
+    """Of the first large crop, the second, and the small ones."""
 
     def views(self) -> tuple[View, ...]:
         """Return the definitions: each large crop, then the small ones."""
@@ -138,7 +188,7 @@ class DINOViews(_Recipe):
             View(
                 size_px=self.size_px, crop=large, ops=_distort(blur, solarise, kernel_fraction=None)
             )
-            for blur, solarise in ((1.0, 0.0), (0.1, 0.2))
+            for blur, solarise in zip(self.blur_probs[:2], (0.0, 0.2), strict=True)
         ]
         if self.local_count > 0:
             small = Crop(scale=self.local_scale, antialias=self.antialias)
@@ -147,7 +197,7 @@ class DINOViews(_Recipe):
                     count=self.local_count,
                     size_px=self.local_size_px,
                     crop=small,
-                    ops=_distort(0.5, 0.0, kernel_fraction=None),
+                    ops=_distort(self.blur_probs[2], 0.0, kernel_fraction=None),
                 )
             )
         return tuple(views)
@@ -204,16 +254,58 @@ class JigsawViews(_Recipe):
         return (View(size_px=self.size_px, crop=crop, ops=ops),)
 
 
+class ContextEncoderViews(_Recipe):
+    """One view out of which the method cuts a part: a small square of the image, and flip.
+
+    Source: Pathak et al. 2016, arXiv:1604.07379, and the authors' train.lua: a square of 128 out
+    of a short side of 350 pixels.
+    """
+
+    recipe: Literal["context_encoder"] = "context_encoder"
+    size_px: PositiveInt = 128
+    short_side: tuple[_Scale, _Scale] = (128 / 350, 128 / 350)
+    """Range of the square's side over the image's shorter one; (1, 1) for images as small as
+    CIFAR-10's."""
+
+    def views(self) -> tuple[View, ...]:
+        """Return the view's definition."""
+        crop = Crop(short_side=self.short_side, antialias=self.antialias)
+        return (View(size_px=self.size_px, crop=crop, ops=(Flip(),)),)
+
+
+def _simclr_ops(
+    strength: float,
+    *,
+    color_prob: float = 0.8,
+    grey_prob: float = 0.2,
+    blur: Blur,
+    flip_prob: float = 0.5,
+) -> tuple[Op, ...]:
+    """Return the operations that SimCLR and SwAV share; a blur that never happens is left out."""
+    jitter = ColorJitter(
+        brightness=0.8 * strength,
+        contrast=0.8 * strength,
+        saturation=0.8 * strength,
+        hue=min(0.2 * strength, 0.5),
+        prob=color_prob,
+    )
+    ops: list[Op] = [Flip(prob=flip_prob), jitter, Grey(prob=grey_prob)]
+    if blur.prob > 0:
+        ops.append(blur)
+    return tuple(ops)
+
+
 def _distort(
     blur_prob: float, solarise_prob: float, *, kernel_fraction: float | None
 ) -> tuple[Op, ...]:
-    """Return the operations that BYOL and DINO share; what never happens is left out."""
+    """Return the operations that BYOL, VICReg and DINO share; what never happens is left out."""
     ops: list[Op] = [
         Flip(),
         ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, prob=0.8),
         Grey(prob=0.2),
-        Blur(prob=blur_prob, kernel_fraction=kernel_fraction),
     ]
+    if blur_prob > 0:
+        ops.append(Blur(prob=blur_prob, kernel_fraction=kernel_fraction))
     if solarise_prob > 0:
         ops.append(Solarise(prob=solarise_prob))
     return tuple(ops)
@@ -243,10 +335,13 @@ Views = Annotated[
     | MoCoV1Views
     | MoCoV2Views
     | BYOLViews
+    | VICRegViews
+    | SwAVViews
     | DINOViews
     | MAEViews
     | RotationViews
     | JigsawViews
+    | ContextEncoderViews
     | CustomViews,
     Field(discriminator="recipe"),
 ]

@@ -20,7 +20,17 @@ from raysl.data.stream import ItemMaker, iterate
 from raysl.encoder import load_encoder, read_description
 from raysl.errors import RunFolderError
 from raysl.jobs.pretrain import Place, pretrain
-from raysl.recipe import Derived, RunConfig, derive_for, differences, load_run, making_of, plan_of
+from raysl.nn.backbones import check_model_name
+from raysl.recipe import (
+    Derived,
+    RunConfig,
+    derive_for,
+    differences,
+    load_run,
+    making_of,
+    plan_of,
+    size_defaults,
+)
 from raysl.runtime.cluster import connect, describe_cluster, disconnect, plan_layout
 from raysl.runtime.ray_train import pretrain_on_ray
 from raysl.sources.open import open_source
@@ -70,6 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
         _set_aside(folder)
     with folder.locked():
         _claim(folder, config)
+        check_model_name(config.backbone)
         source = open_source(config.data, data=config.data)
         derived = derive_for(config, source)
         opened = Opened(config, folder, source, derived, home, arguments.config)
@@ -185,6 +196,11 @@ def _local_start(opened: Opened, start_step: int) -> Callable[[], dict[str, Any]
     )
 
 
+def _by_size(opened: Opened) -> dict[str, float]:
+    found = size_defaults(opened.config, opened.source)
+    return {name: default.value for name, default in found.items()}
+
+
 def _load_mlflow() -> Any:
     """Return raysl's MLflow module; loading it takes seconds that a start need not wait for."""
     return importlib.import_module("raysl.track.mlflow_tracker")
@@ -200,7 +216,7 @@ def _start_tracker(opened: Opened, facts: dict[str, str]) -> Any:
         experiment=track.experiment,
         run_name=opened.config.name,
         params=flat(opened.config.model_dump(mode="json"))
-        | flat({"derived": opened.derived._asdict()}),
+        | flat({"derived": opened.derived._asdict() | _by_size(opened)}),
         tags=tags_of(opened.config, opened.source, facts),
     )
     tracker.start()
@@ -296,6 +312,8 @@ def _say_start(opened: Opened, done: int) -> None:
         f"{derived.num_images:,} images from {opened.source.name}, {derived.total_steps} steps of "
         f"{config.train.global_batch_size} images\n  {opened.folder.path}"
     )
+    for name, default in size_defaults(config, opened.source).items():
+        say(f"  {name}: {default.formula}")
 
 
 def _say_results(opened: Opened, results: dict[str, Any]) -> None:

@@ -15,25 +15,20 @@ from raysl.encoder import save_encoder
 from raysl.errors import RunFolderError
 from raysl.evaluate.features import EvalImages, embed
 from raysl.evaluate.protocol import LabelledSets, all_protocols, knn_top1, open_labelled
-from raysl.methods import load_method
-from raysl.methods.base import Method
-from raysl.nn.backbones import Backbone, build_backbone
-from raysl.nn.batchnorm import set_batch_norm_scope
-from raysl.nn.collectives import (
-    barrier,
-    broadcast_object,
-    gather_objects,
-    mean_over_ranks,
-    rank_and_size,
-)
-from raysl.optim.build import build_optimizer, lr_at
-from raysl.recipe import Derived, RunConfig, derive_for
+from raysl.jobs.build import build_method, build_optimizers, describe, precision_on
+from raysl.jobs.method_pictures import write_method_pictures
+from raysl.methods.base import Progress
+from raysl.nn.backbones import Backbone
+from raysl.nn.batchnorm import average_statistics
+from raysl.nn.collectives import barrier, broadcast_object, gather_objects, rank_and_size
+from raysl.recipe import Derived, RunConfig, derive_for, training_set
 from raysl.sources.source import Source
 from raysl.track.bad_images import BadImages
 from raysl.track.run_folder import MetricsFile, RunFolder, write_json
+from raysl.train.batches import NumpyBatch, batch_converter, view_converter
 from raysl.train.checkpoint import load_checkpoint, save_checkpoint
 from raysl.train.health import HealthCheck
-from raysl.train.loop import Hooks, NumpyBatch, Schedule, Trainer, view_converter
+from raysl.train.loop import Hooks, Schedule, Trainer
 
 # Images of the source whose features make the map.
 _MAP_IMAGES = 1500
@@ -91,9 +86,10 @@ def pretrain(
     if batches is not None:
         trainer = worker.trainer(_schedule(config, derived))
         trainer.run(batches, start_step=start_step, rank=worker.rank, hooks=worker.hooks(log))
-    average_buffers(worker.method)
+    average_statistics(worker.method)
     if metrics is not None:  # before anything else can go wrong
         save_encoder(folder.encoder, worker.method.encoder, description=describe(config))
+        worker.draw(derived)
     results = worker.results() | {
         "steps": derived.total_steps,
         "num_bad_images": len(worker.bad_images),
@@ -118,8 +114,9 @@ class _Worker:
         self.source = source
         self.place = place
         self.rank, _ = rank_and_size()
-        self.method = build_method(config, device=place.device)
-        self.optimizer = build_optimizer(self.method, config.optim)
+        self.data = training_set(config, source)
+        self.method = build_method(config, self.data, device=place.device)
+        self.optimizers = build_optimizers(self.method, config, derive_for(config, source))
         self.to_views = view_converter(
             device=place.device,
             mean=config.data.mean,
@@ -147,14 +144,28 @@ class _Worker:
         """Return the loop around this rank's method."""
         return Trainer(
             self.method,
-            self.optimizer,
-            model=_parallel(self.method, self.place.device),
+            self.optimizers,
+            model=self._model(),
             schedule=schedule,
-            to_views=self.to_views,
+            to_batch=batch_converter(
+                self.to_views,
+                device=self.place.device,
+                labels=self.source.labels() if self.config.method.uses_labels else None,
+            ),
+            micro_batch_size=self.config.train.micro_batch_size,
             precision=precision_on(self.config, self.place.device),
             max_grad_norm=self.config.optim.max_grad_norm,
             health=HealthCheck(self.config.health),
         )
+
+    def _model(self) -> nn.Module:
+        """Return what the loop calls; micro-batches average their gradients themselves."""
+        if rank_and_size()[1] == 1 or self.config.train.micro_batch_size is not None:
+            return self.method
+        # Buffers are the method's own affair: queues are equal on all ranks, statistics averaged.
+        device = self.place.device
+        ids = [device.index] if device.type == "cuda" else None
+        return DistributedDataParallel(self.method, device_ids=ids, broadcast_buffers=False)
 
     def hooks(self, log: Callable[[Mapping[str, float], int], None]) -> Hooks:
         """Return what the loop calls on this rank."""
@@ -169,16 +180,17 @@ class _Worker:
         """Load the checkpoint of a step."""
         state = load_checkpoint(self.folder.checkpoints, step=step, device=self.place.device)
         self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.optimizer.load_state_dict(kept)
 
     def checkpoint(self, step: int) -> None:
         """Write a checkpoint on rank 0; an error there is an error on every rank."""
-        average_buffers(self.method)
+        average_statistics(self.method)
         problem: str | None = None
         if self.rank == 0:
             state = {
                 "method": self.method.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizers": [each.optimizer.state_dict() for each in self.optimizers],
                 "step": step,
             }
             keep = self.config.train.keep_checkpoints
@@ -199,7 +211,7 @@ class _Worker:
         """Return the nearest-neighbour accuracy of the encoder as it is."""
         if self.sets is None:
             return {}
-        average_buffers(self.method)
+        average_statistics(self.method)
         train, test = self._embed(self.method.encoder, self.sets)
         return {"eval/knn_top1": knn_top1(self.config.evaluate, self.sets, train, test)}
 
@@ -208,11 +220,11 @@ class _Worker:
 
         Rank 0 measures; every rank takes part in embedding.
         """
-        average_buffers(self.method)
+        average_statistics(self.method)
         if self.sets is None:
             self._write_unlabelled_features()
             return {}
-        untrained = build_method(self.config, device=self.place.device).encoder
+        untrained = build_method(self.config, self.data, device=self.place.device).encoder
         trained = self._embed(self.method.encoder, self.sets)
         before = self._embed(untrained, self.sets)
         if self.rank != 0:
@@ -236,6 +248,20 @@ class _Worker:
             "few_shot_draws": evaluate.few_shot_draws,
         }
 
+    def draw(self, derived: Derived) -> None:
+        """Keep the pictures that the method makes of a few training images, if it makes any."""
+        total = derived.total_steps
+        write_method_pictures(
+            self.folder.method_pictures,
+            self.method,
+            source=self.source,
+            views=self.config.data.views.views(),
+            to_batch=batch_converter(self.to_views, device=self.place.device),
+            progress=Progress(total, total, derived.steps_per_epoch, self.config.seed),
+            mean=self.config.data.mean,
+            std=self.config.data.std,
+        )
+
     def _embed(self, encoder: Backbone, sets: LabelledSets) -> tuple[Tensor, Tensor]:
         train = embed(encoder, sets.train, to_input=self._to_input)
         return train, embed(encoder, sets.test, to_input=self._to_input)
@@ -258,84 +284,13 @@ class _Worker:
             _write_features(self.folder, features, images, [])
 
 
-def build_method(config: RunConfig[Any], *, device: torch.device) -> Method:
-    """Build the method with weights that are a function of the run's seed."""
-    torch.manual_seed(config.seed)
-    backbone = build_backbone(
-        config.backbone.name,
-        stem=config.backbone.stem,
-        zero_init_residual=config.backbone.zero_init_residual,
-    )
-    method = load_method(config.method.name)(config.method, backbone)
-    set_batch_norm_scope(
-        method,
-        config.backbone.batch_norm,
-        num_splits=config.backbone.batch_norm_splits,
-        on_cuda=device.type == "cuda",
-    )
-    layout = torch.channels_last if config.train.channels_last else torch.preserve_format
-    placed: Method = method.to(device=device, memory_format=layout)  # type: ignore[call-overload]
-    return placed
-
-
-def precision_on(config: RunConfig[Any], device: torch.device) -> Any:
-    """Return the precision of a run on a device: ``fp32`` or ``bf16``."""
-    if config.train.precision == "by_device":
-        return "bf16" if device.type == "cuda" else "fp32"
-    return config.train.precision
-
-
-def describe(config: RunConfig[Any]) -> dict[str, Any]:
-    """Return what a user of the encoder has to know besides its weights."""
-    return {
-        "name": config.backbone.name,
-        "stem": config.backbone.stem,
-        "mean": list(config.data.mean),
-        "std": list(config.data.std),
-        "image_size_px": config.image_size_px,
-        "method": config.method.name,
-        "run": config.name,
-    }
-
-
-def average_buffers(method: nn.Module) -> None:
-    """Give every rank the mean of the ranks' batch-norm statistics.
-
-    Each rank's running statistics come from its own images. They never enter the training loss, so
-    this changes only what is evaluated and saved.
-    """
-    for module in method.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
-            for buffer in (module.running_mean, module.running_var):
-                assert buffer is not None
-                buffer.copy_(mean_over_ranks(buffer))
-
-
-def _parallel(method: Method, device: torch.device) -> nn.Module:
-    if rank_and_size()[1] == 1:
-        return method
-    # Buffers are the method's own affair: queues are equal on all ranks, statistics are averaged.
-    ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(method, device_ids=ids, broadcast_buffers=False)
-
-
 def _schedule(config: RunConfig[Any], derived: Derived) -> Schedule:
-    def lr(step: int) -> float:
-        return lr_at(
-            config.optim,
-            step,
-            peak=derived.peak_lr,
-            steps_per_epoch=derived.steps_per_epoch,
-            total_steps=derived.total_steps,
-        )
-
     return Schedule(
         total_steps=derived.total_steps,
         steps_per_epoch=derived.steps_per_epoch,
         log_every=config.train.log_every,
         checkpoint_every=derived.checkpoint_every_steps,
         evaluate_every=derived.evaluate_every_steps,
-        lr=lr,
         seed=config.seed,
     )
 

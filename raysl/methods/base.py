@@ -1,14 +1,29 @@
 """What a method is: views in, a loss and metrics out; no Ray, no tracker, no optimizer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
 from raysl.config.base import Config
-from raysl.nn.backbones import Backbone
+from raysl.errors import ConfigError
+from raysl.nn.backbones import Backbone, BackboneConfig
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's images of one optimizer step, on the device."""
+
+    views: Sequence[Tensor]
+    """One ``(N, 3, S, S)`` float tensor a view, normalised; row i of each comes from one image."""
+    index: Tensor
+    """``(N,)`` int64: the rows of the training source that the images come from."""
+    labels: Tensor | None = None
+    """``(N,)`` int64 class numbers, -1 where unknown; None if the source has none or the method
+    does not ask for them (:attr:`MethodConfig.uses_labels`)."""
 
 
 class Progress(NamedTuple):
@@ -19,11 +34,44 @@ class Progress(NamedTuple):
     steps_per_epoch: int
     seed: int
 
+    @property
+    def epoch(self) -> float:
+        """Passes over the training images done."""
+        return self.step / self.steps_per_epoch
+
     def shared_generator(self) -> torch.Generator:
         """Return a CPU generator that gives every rank the same numbers at this step."""
         generator = torch.Generator()
         generator.manual_seed((self.seed * 1_000_003 + self.step) % (1 << 63))
         return generator
+
+
+class RunShape(NamedTuple):
+    """What a configuration alone says of a run; methods refuse what they cannot do with it."""
+
+    global_batch_size: int
+    num_workers: int
+    view_sizes_px: tuple[int, ...]
+    """Side of each view, in the order of ``Batch.views``."""
+    backbone: BackboneConfig
+
+
+class TrainingSet(NamedTuple):
+    """What a method may know beforehand of the images it will be trained on."""
+
+    num_images: int
+    """Rows of the source; ``Batch.index`` is smaller."""
+    global_batch_size: int
+    view_sizes_px: tuple[int, ...]
+    class_counts: tuple[int, ...] | None = None
+    """Images of each class, where there are labels and the method asks for them."""
+
+
+class SizeDefault(NamedTuple):
+    """A setting that was left to the size of the data set, and how it follows from it."""
+
+    value: float
+    formula: str  # such as "min(65,536, images) = 10,000"
 
 
 class LossOutput(NamedTuple):
@@ -32,20 +80,64 @@ class LossOutput(NamedTuple):
     loss: Tensor  # scalar to minimise
     features: Tensor  # (N, embed_dim) of one view, detached: health metrics are taken from it
     metrics: dict[str, Tensor]  # detached scalars by name
+    adversary_loss: Tensor | None = None
+    """Scalar that the adversary minimises, where there is one (:attr:`Method.adversary`)."""
+
+
+class ImageGrid(NamedTuple):
+    """A picture that a method makes of a batch; the report draws it."""
+
+    images: Tensor
+    """``(rows, columns, 3, S, S)`` float, normalised like the views, or in [0, 1]."""
+    columns: tuple[str, ...]
+    """A title a column; empty for none."""
+    caption: str
+    normalised: bool = True
+    """False if the values are colours in [0, 1] already, such as those of a heat map."""
 
 
 class MethodConfig(Config):
     """The settings of a method; its ``name`` is the name of its file."""
 
     name: str
+    takes_more_views: ClassVar[bool] = False
+    """Whether views beyond :attr:`num_views` are welcome (the small ones of multi-crop)."""
+    uses_labels: ClassVar[bool] = False
+    """Whether the method wants to be given labels where the source has them."""
+    needs_vit: ClassVar[bool] = False
+    """Whether only a vision transformer will do as the backbone."""
 
     @property
     def num_views(self) -> int:
         """Views of an image that the method takes."""
         return 2
 
-    def check(self, *, global_batch_size: int, num_workers: int) -> None:
-        """Raise ConfigError if the method cannot run with this batch on so many workers."""
+    def check(self, shape: RunShape) -> None:
+        """Raise ConfigError if the method cannot run in this shape."""
+
+    def size_defaults(self, data: TrainingSet) -> Mapping[str, SizeDefault]:
+        """Return the settings that were left null and follow from the data set, by field."""
+        return {}
+
+    @final
+    def check_shape(self, shape: RunShape) -> None:
+        """Check what all methods have in common, then :meth:`check`.
+
+        Raises:
+            ConfigError: If the method cannot run in this shape.
+        """
+        views, least = len(shape.view_sizes_px), self.num_views
+        if views < least or (views > least and not self.takes_more_views):
+            raise ConfigError(
+                f"method {self.name} takes {least}{' or more' if self.takes_more_views else ''} "
+                f"views of an image; data.views makes {views}"
+            )
+        if self.needs_vit and not shape.backbone.is_vit:
+            raise ConfigError(
+                f"method {self.name} needs a vision transformer; backbone.name="
+                f"{shape.backbone.name}. Use vit_tiny, vit_small or vit_base"
+            )
+        self.check(shape)
 
 
 class Method(nn.Module, ABC):
@@ -53,12 +145,20 @@ class Method(nn.Module, ABC):
 
     Data-parallel training synchronises gradients in ``forward``, so the loop calls the module, and
     the module only calls :meth:`loss`.
+
+    Args:
+        config: The method's settings.
+        backbone: The encoder to train.
+        data: What is known of the training images.
     """
 
     Config: ClassVar[type[MethodConfig]]
+    loss_is_mean_over_images: ClassVar[bool] = False
+    """Whether the loss of a batch is the mean of its parts' losses (batch norm aside), so that
+    gradients may be accumulated over micro-batches."""
 
     @abstractmethod
-    def __init__(self, config: MethodConfig, backbone: Backbone) -> None:
+    def __init__(self, config: MethodConfig, backbone: Backbone, data: TrainingSet) -> None:
         super().__init__()
 
     @property
@@ -66,20 +166,78 @@ class Method(nn.Module, ABC):
     def encoder(self) -> Backbone:
         """The backbone that is evaluated and exported."""
 
+    @property
+    def adversary(self) -> nn.Module | None:
+        """The submodule that an optimizer of its own trains, on ``LossOutput.adversary_loss``.
+
+        The method sees to it that neither loss has a gradient in the other's parameters: both are
+        differentiated in one backward pass.
+        """
+        return None
+
+    @property
+    def constant_lr_modules(self) -> Sequence[nn.Module]:
+        """Submodules whose learning rate stays at its peak (the predictor of SimSiam)."""
+        return ()
+
     @abstractmethod
-    def loss(self, views: Sequence[Tensor], progress: Progress) -> LossOutput:
+    def loss(self, batch: Batch, progress: Progress) -> LossOutput:
         """Compute the loss of this rank's images.
 
         Args:
-            views: One ``(N, 3, S, S)`` float tensor a view, normalised; row i of each comes from
-                the same image.
+            batch: The images.
             progress: Where training stands.
         """
+
+    def before_optimizer_step(self, progress: Progress) -> None:
+        """Change gradients after the backward pass (a last layer that is frozen at first)."""
 
     def after_optimizer_step(self, progress: Progress) -> None:
         """Update what gradients do not: moving averages, queues."""
 
+    def pictures(self, batch: Batch, progress: Progress) -> Mapping[str, ImageGrid]:
+        """Return pictures that show what the method does, by name; called in evaluation mode.
+
+        Args:
+            batch: A few training images.
+            progress: The end of the run.
+        """
+        return {}
+
     @final  # type: ignore[misc] # torch declares forward as an attribute
-    def forward(self, views: Sequence[Tensor], progress: Progress) -> LossOutput:
+    def forward(self, batch: Batch, progress: Progress) -> LossOutput:
         """Call :meth:`loss`."""
-        return self.loss(views, progress)
+        return self.loss(batch, progress)
+
+
+class EmbeddingMethod(Method):
+    """A method whose loss compares images through one embedding each.
+
+    Its gradient can be cached: the loop embeds a large batch in parts, differentiates the loss of
+    all embeddings once, and embeds each part again to carry the gradient on.
+    """
+
+    @abstractmethod
+    def embeddings(self, batch: Batch, progress: Progress) -> tuple[Tensor, ...]:
+        """Return the features of one view, detached, then what the loss compares.
+
+        Each is ``(N, ...)`` with one row an image. Whatever is random or changes state here must
+        come out the same when the same part of the batch is embedded twice in one step (torch's
+        global generator is set back for it).
+        """
+
+    @abstractmethod
+    def loss_of(
+        self, embeddings: tuple[Tensor, ...], batch: Batch, progress: Progress
+    ) -> LossOutput:
+        """Compute the loss from the embeddings of all of this rank's images."""
+
+    def loss(self, batch: Batch, progress: Progress) -> LossOutput:
+        """Embed, then compare."""
+        return self.loss_of(self.embeddings(batch, progress), batch, progress)
+
+
+def at_most_dataset(value: int, data: TrainingSet) -> SizeDefault:
+    """Return the smaller of a length and the number of training images."""
+    least = min(value, data.num_images)
+    return SizeDefault(least, f"min({value:,}, {data.num_images:,} images) = {least:,}")

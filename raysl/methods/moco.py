@@ -7,19 +7,30 @@ Learning", 2020, arXiv:2003.04297v1.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysl.config.base import PositiveFloat, PositiveInt, Probability
-from raysl.errors import ConfigError, ShapeError
-from raysl.methods.base import LossOutput, Method, MethodConfig, Progress
+from raysl.errors import ShapeError
+from raysl.methods.base import (
+    Batch,
+    LossOutput,
+    Method,
+    MethodConfig,
+    Progress,
+    RunShape,
+    SizeDefault,
+    TrainingSet,
+    at_most_dataset,
+)
 from raysl.nn.backbones import Backbone
 from raysl.nn.collectives import gather_batch_no_grad, rank_and_size
+from raysl.nn.contrast import Contrast, KeyQueue, check_queue_length, contrast, unit_rows
 from raysl.nn.ema import ema_update_
+from raysl.nn.geometry import alignment, uniformity
 from raysl.nn.heads import projection_mlp
 
 
@@ -37,29 +48,31 @@ def info_nce_loss(query: Tensor, key: Tensor, queue: Tensor, *, temperature: flo
         temperature: Tau, > 0.
 
     Returns:
-        Scalar float32 >= 0, the mean over the N queries. Uniform embeddings give log(K + 1).
+        Scalar float32 (float64 for such embeddings) >= 0, the mean over the N queries. Uniform
+        embeddings give log(K + 1).
 
     Raises:
         ShapeError: If the shapes do not fit.
 
     Source: Eq. (1) of arXiv:1911.05722v3. Similarities are float32, also under autocast.
     """
-    logits = _logits(query, key, queue, temperature=temperature)
-    return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
+    return _info_nce(query, key, unit_rows(queue), temperature=temperature).loss
 
 
-def _logits(query: Tensor, key: Tensor, queue: Tensor, *, temperature: float) -> Tensor:
-    """Return ``(N, 1 + K)`` logits; column 0 is the positive."""
-    fits = query.ndim == 2 and query.shape == key.shape and queue.ndim == 2
-    if not fits or queue.shape[1] != query.shape[1]:
+def _info_nce(query: Tensor, key: Tensor, negatives: Tensor, *, temperature: float) -> Contrast:
+    """Contrast queries and their keys, not normalised, with negatives of length 1."""
+    fits = query.ndim == 2 and query.shape == key.shape and negatives.ndim == 2
+    if not fits or negatives.shape[1] != query.shape[1]:
         raise ShapeError(
             f"query and key must be (N, D) and queue (K, D); got {tuple(query.shape)}, "
-            f"{tuple(key.shape)}, {tuple(queue.shape)}"
+            f"{tuple(key.shape)}, {tuple(negatives.shape)}"
         )
-    with torch.autocast(query.device.type, enabled=False):
-        q, k, negatives = (F.normalize(x.float(), dim=1) for x in (query, key, queue))
-        positive = (q * k).sum(dim=1, keepdim=True)  # (N, 1)
-        return torch.cat([positive, q @ negatives.T], dim=1) / temperature
+    rows = unit_rows(query)
+    return contrast(rows, unit_rows(key), negatives.to(rows.dtype), temperature=temperature)
+
+
+_PAPER_QUEUE = 65536
+_SPREAD_ROWS = 512  # that uniformity is taken over: it compares all pairs
 
 
 class MoCoConfig(MethodConfig):
@@ -72,9 +85,10 @@ class MoCoConfig(MethodConfig):
     """linear in version 1, a hidden layer with ReLU in version 2; neither has batch norm."""
     projection_dim: PositiveInt = 128
     """Width of queries and keys."""
-    queue_length: PositiveInt = 65536
-    """K, the negatives; at most the images of the data set, else old keys of the query's own image
-    are among them. It need not be a multiple of the batch."""
+    queue_length: PositiveInt | None = None
+    """K, the negatives, in keys; null takes the paper's 65,536, or as many as there are images if
+    they are fewer. More than the images is refused, as old keys of the query's own image would be
+    among its negatives. It need not be a multiple of the batch."""
     ema_momentum: Probability = 0.999
     """m of Eq. (2): how much of the key encoder stays at each step."""
     shuffle_batch_norm: bool = True
@@ -85,25 +99,49 @@ class MoCoConfig(MethodConfig):
     """Also use view 1 as the query and view 0 as the key, and take the mean: twice the work a step
     (the authors' CIFAR-10 demonstration)."""
 
-    def check(self, *, global_batch_size: int, num_workers: int) -> None:
-        """Refuse a queue shorter than the batch: it could not hold one step's keys."""
-        keys = global_batch_size * (2 if self.symmetric else 1)
-        if self.queue_length < keys:
-            raise ConfigError(
-                f"method.queue_length={self.queue_length} is shorter than the {keys} keys of one "
-                f"step; use at least {keys}, or a smaller train.global_batch_size"
+    @property
+    def keys_per_image(self) -> int:
+        """Keys that an image gives at a step."""
+        return 2 if self.symmetric else 1
+
+    def check(self, shape: RunShape) -> None:
+        """Refuse a queue shorter than the keys of one step."""
+        if self.queue_length is not None:
+            check_queue_length(
+                "method.queue_length",
+                self.queue_length,
+                keys_per_step=self.keys_per_image * shape.global_batch_size,
             )
+
+    def size_defaults(self, data: TrainingSet) -> Mapping[str, SizeDefault]:
+        """Let the queue be as long as the paper's, and at most the data set."""
+        if self.queue_length is not None:
+            return {}
+        return {"queue_length": at_most_dataset(_PAPER_QUEUE, data)}
+
+    def length_for(self, data: TrainingSet) -> int:
+        """Return the queue's length for a data set.
+
+        Raises:
+            ConfigError: If it is longer than the data set, or shorter than the keys of a step.
+        """
+        length = self.queue_length or int(self.size_defaults(data)["queue_length"].value)
+        check_queue_length(
+            "method.queue_length",
+            length,
+            keys_per_step=self.keys_per_image * data.global_batch_size,
+            num_images=data.num_images,
+        )
+        return length
 
 
 class MoCo(Method):
     """A query encoder learns to find its key, made by its moving average, in a queue of keys."""
 
     Config = MoCoConfig
-    queue: Tensor
-    queue_place: Tensor
 
-    def __init__(self, config: MoCoConfig, backbone: Backbone) -> None:
-        super().__init__(config, backbone)
+    def __init__(self, config: MoCoConfig, backbone: Backbone, data: TrainingSet) -> None:
+        super().__init__(config, backbone, data)
         self.config = config
         layers = 1 if config.head == "linear" else 2
         width = backbone.embed_dim
@@ -112,9 +150,7 @@ class MoCo(Method):
         )
         self.query_encoder = nn.Sequential(backbone, head)
         self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
-        queue = torch.randn(config.queue_length, config.projection_dim)
-        self.register_buffer("queue", F.normalize(queue, dim=1))
-        self.register_buffer("queue_place", torch.zeros((), dtype=torch.long))
+        self.queue = KeyQueue(config.length_for(data), config.projection_dim)
         self._new_keys: Tensor | None = None
 
     @property
@@ -124,26 +160,36 @@ class MoCo(Method):
         assert isinstance(backbone, Backbone)
         return backbone
 
-    def loss(self, views: Sequence[Tensor], progress: Progress) -> LossOutput:
+    def loss(self, batch: Batch, progress: Progress) -> LossOutput:
         """Return InfoNCE of queries from view 0 against keys from view 1 and the queue."""
+        views = batch.views
         pairs = [(views[0], views[1])]
         if self.config.symmetric:
             pairs.append((views[1], views[0]))
-        losses, found, keys = [], [], []
-        features: Tensor | None = None
+        results, keys = [], []
+        features, first_query = None, None
         for number, (query_view, key_view) in enumerate(pairs):
             pair_features = self.query_encoder[0](query_view)
             query = self.query_encoder[1](pair_features)
             key = self._keys(key_view, progress, number)
-            logits = _logits(query, key, self.queue, temperature=self.config.temperature)
-            losses.append(F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long)))
-            found.append((logits.detach().argmax(dim=1) == 0).float().mean())
+            results.append(
+                _info_nce(query, key, self.queue.keys, temperature=self.config.temperature)
+            )
             keys.append(key)
-            features = pair_features.detach() if features is None else features
+            if features is None:
+                features, first_query = pair_features.detach(), query.detach()
         assert features is not None
-        self._new_keys = F.normalize(torch.cat(keys).float(), dim=1)
-        metrics = {"moco/partner_top1": torch.stack(found).mean()}
-        return LossOutput(torch.stack(losses).mean(), features, metrics)
+        assert first_query is not None
+        self._new_keys = unit_rows(torch.cat(keys))
+        metrics = {
+            "moco/partner_top1": torch.stack([result.partner_top1 for result in results]).mean(),
+            "moco/queue_age_steps": self.queue.age_steps(progress.step),
+            "moco/alignment": alignment(first_query, keys[0]),
+        }
+        if len(features) > 1:
+            metrics["moco/uniformity"] = uniformity(first_query[:_SPREAD_ROWS])
+        loss = torch.stack([result.loss for result in results]).mean()
+        return LossOutput(loss, features, metrics)
 
     @torch.no_grad()
     def _keys(self, images: Tensor, progress: Progress, number: int) -> Tensor:
@@ -168,11 +214,7 @@ class MoCo(Method):
         """Move the key encoder (Eq. (2)) and put all ranks' keys into the queue."""
         ema_update_(self.key_encoder, self.query_encoder, momentum=self.config.ema_momentum)
         assert self._new_keys is not None
-        keys = gather_batch_no_grad(self._new_keys)  # (RN, D), the same on every rank
-        length = self.config.queue_length
-        places = (self.queue_place + torch.arange(len(keys), device=keys.device)) % length
-        self.queue[places] = keys
-        self.queue_place.copy_((self.queue_place + len(keys)) % length)
+        self.queue.put(gather_batch_no_grad(self._new_keys), step=progress.step)
         self._new_keys = None
 
 

@@ -1,24 +1,41 @@
-"""SimCLR.
+"""SimCLR, versions 1 and 2.
 
 T. Chen, S. Kornblith, M. Norouzi, G. Hinton: "A Simple Framework for Contrastive Learning of
-Visual Representations", 2020, arXiv:2002.05709v3. Version 2 (a deeper head): T. Chen et al., "Big
-Self-Supervised Models are Strong Semi-Supervised Learners", 2020, arXiv:2006.10029v2.
+Visual Representations", 2020, arXiv:2002.05709v3. Version 2 (a deeper head, wider and deeper
+selective-kernel ResNets, a memory of negatives): T. Chen, S. Kornblith, K. Swersky, M. Norouzi,
+G. Hinton: "Big Self-Supervised Models are Strong Semi-Supervised Learners", 2020,
+arXiv:2006.10029v2.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
-from raysl.config.base import PositiveFloat, PositiveInt
+from raysl.config.base import PositiveFloat, PositiveInt, Probability
 from raysl.errors import ShapeError
-from raysl.methods.base import LossOutput, Method, MethodConfig, Progress
+from raysl.methods.base import (
+    Batch,
+    EmbeddingMethod,
+    LossOutput,
+    MethodConfig,
+    Progress,
+    SizeDefault,
+    TrainingSet,
+    at_most_dataset,
+)
 from raysl.nn.backbones import Backbone
-from raysl.nn.collectives import gather_batch, rank_and_size
+from raysl.nn.collectives import gather_batch, gather_batch_no_grad, rank_and_size
+from raysl.nn.contrast import Contrast, KeyQueue, check_queue_length, contrast, unit_rows
+from raysl.nn.ema import ema_update_
+from raysl.nn.geometry import alignment, uniformity
 from raysl.nn.heads import projection_mlp
+
+_PAPER_MEMORY = 65536
+_SPREAD_ROWS = 512  # that uniformity is taken over: it compares all pairs
 
 
 def nt_xent_loss(z0: Tensor, z1: Tensor, *, temperature: float) -> Tensor:
@@ -36,32 +53,33 @@ def nt_xent_loss(z0: Tensor, z1: Tensor, *, temperature: float) -> Tensor:
         temperature: Tau, > 0.
 
     Returns:
-        Scalar float32 >= 0. Uniform embeddings give log(2RN - 1).
+        Scalar float32 (float64 for such embeddings), >= 0. Uniform embeddings give log(2RN - 1).
 
     Raises:
         ShapeError: If the two shapes differ or are not ``(N, D)``.
 
-    Source: Eq. (1) and Algorithm 1. Similarities are float32, also under autocast.
+    Source: Eq. (1) and Algorithm 1. Similarities are float32, also under autocast, and made in
+    tiles: memory grows with RN, not with its square.
     """
-    logits, partner = _logits(z0, z1, temperature=temperature)
-    return F.cross_entropy(logits, partner)
+    return _nt_xent(z0, z1, temperature=temperature).loss
 
 
-def _logits(z0: Tensor, z1: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the logits ``(2N, 2RN)`` of this rank's rows and the column of each one's partner."""
+def _nt_xent(
+    z0: Tensor, z1: Tensor, *, temperature: float, memory: Tensor | None = None
+) -> Contrast:
     if z0.ndim != 2 or z0.shape != z1.shape:
         raise ShapeError(f"z0 and z1 must both be (N, D); got {tuple(z0.shape)}, {tuple(z1.shape)}")
     n = z0.shape[0]
-    with torch.autocast(z0.device.type, enabled=False):
-        rows = F.normalize(torch.cat([z0.float(), z1.float()]), dim=1)  # (2N, D)
-        keys = gather_batch(rows)  # (2RN, D): rank 0's views 0 and 1, rank 1's, ...
-        logits = rows @ keys.T / temperature  # (2N, 2RN)
-    rank, _ = rank_and_size()
+    rows = unit_rows(torch.cat([z0, z1]))  # (2N, D)
+    keys = gather_batch(rows)  # (2RN, D): rank 0's views 0 and 1, rank 1's, ...
     place = torch.arange(2 * n, device=z0.device)
-    own = place + rank * 2 * n
-    partner = (place + n) % (2 * n) + rank * 2 * n
-    # The sum in Eq. (1) skips k = i.
-    return logits.scatter(1, own[:, None], float("-inf")), partner
+    own = place + rank_and_size()[0] * 2 * n
+    partner = own.roll(n)
+    # The sum in Eq. (1) skips k = i; the partner is there as the positive.
+    excluded = torch.stack([own, partner], dim=1)
+    return contrast(
+        rows, rows.roll(n, 0), keys, temperature=temperature, excluded=excluded, memory=memory
+    )
 
 
 class SimCLRConfig(MethodConfig):
@@ -76,16 +94,52 @@ class SimCLRConfig(MethodConfig):
     """Width of the head's hidden layers; null takes the encoder's width, as in the paper."""
     projection_dim: PositiveInt = 128
     """Width of the head's output."""
+    memory: bool = False
+    """Add earlier outputs of a memory network, the moving average of encoder and head, to the
+    negatives (version 2, sec. 2.1: about one point of linear accuracy there)."""
+    memory_length: PositiveInt | None = None
+    """Embeddings in the memory; null takes the authors' 64K (version 2, sec. 3.1), or as many as
+    there are images if they are fewer. More than the images is refused."""
+    ema_momentum: Probability = 0.999
+    """How much of the memory network stays at each step (version 2, as in MoCo)."""
+
+    def size_defaults(self, data: TrainingSet) -> Mapping[str, SizeDefault]:
+        """Let the memory be as long as the paper's, and at most the data set."""
+        if not self.memory or self.memory_length is not None:
+            return {}
+        return {"memory_length": at_most_dataset(_PAPER_MEMORY, data)}
+
+    def length_for(self, data: TrainingSet) -> int:
+        """Return the memory's length for a data set.
+
+        Raises:
+            ConfigError: If it is longer than the data set, or shorter than a batch.
+        """
+        length = self.memory_length or int(self.size_defaults(data)["memory_length"].value)
+        check_queue_length(
+            "method.memory_length",
+            length,
+            num_images=data.num_images,
+            keys_per_step=data.global_batch_size,
+        )
+        return length
 
 
-class SimCLR(Method):
-    """Two views of an image attract each other, all other images of the batch repel."""
+class SimCLR(EmbeddingMethod):
+    """Two views of an image attract each other, all other images of the batch repel.
+
+    Departs: Version 2 describes its memory in two sentences, and the authors' code has none. Here
+    the outputs that the memory network gives for view 1 are "buffered as negative examples" of
+    both views from the next step on; positives and the batch's own negatives are those of version
+    1. As no memory output is a positive, batch norm is not shuffled.
+    """
 
     Config = SimCLRConfig
 
-    def __init__(self, config: SimCLRConfig, backbone: Backbone) -> None:
-        super().__init__(config, backbone)
+    def __init__(self, config: SimCLRConfig, backbone: Backbone, data: TrainingSet) -> None:
+        super().__init__(config, backbone, data)
         self.temperature = config.temperature
+        self.ema_momentum = config.ema_momentum
         self.backbone = backbone
         self.projector = projection_mlp(
             backbone.embed_dim,
@@ -93,22 +147,61 @@ class SimCLR(Method):
             config.projection_dim,
             num_layers=config.projection_layers,
         )
+        self.memory_network: nn.Module | None = None
+        self.memory: KeyQueue | None = None
+        self._new_keys: Tensor | None = None
+        if config.memory:
+            online = nn.Sequential(self.backbone, self.projector)
+            self.memory_network = copy.deepcopy(online).requires_grad_(False)
+            self.memory = KeyQueue(config.length_for(data), config.projection_dim)
 
     @property
     def encoder(self) -> Backbone:
         """The backbone without the projection head."""
         return self.backbone
 
-    def loss(self, views: Sequence[Tensor], progress: Progress) -> LossOutput:
-        """Return NT-Xent of two views; batch norm sees both views together, as in Algorithm 1."""
-        n = views[0].shape[0]
-        features = self.backbone(torch.cat(list(views)))  # (2N, embed_dim)
+    def embeddings(self, batch: Batch, progress: Progress) -> tuple[Tensor, ...]:
+        """Return features, the projections of both views, and what the memory is to hold.
+
+        Batch norm sees both views together, as in Algorithm 1.
+        """
+        n = len(batch.views[0])
+        features = self.backbone(torch.cat(list(batch.views)))  # (2N, embed_dim)
         z0, z1 = self.projector(features).split(n)
-        logits, partner = _logits(z0, z1, temperature=self.temperature)
+        found = features[:n].detach(), z0, z1
+        if self.memory_network is None:
+            return found
         with torch.no_grad():
-            found = (logits.argmax(dim=1) == partner).float().mean()
-        loss = F.cross_entropy(logits, partner)
-        return LossOutput(loss, features[:n].detach(), {"simclr/partner_top1": found})
+            return *found, unit_rows(self.memory_network(batch.views[1]))
+
+    def loss_of(
+        self, embeddings: tuple[Tensor, ...], batch: Batch, progress: Progress
+    ) -> LossOutput:
+        """Return NT-Xent of the two views."""
+        features, z0, z1 = embeddings[:3]
+        memory = None if self.memory is None else self.memory.keys
+        loss, found = _nt_xent(z0, z1, temperature=self.temperature, memory=memory)
+        metrics = {
+            "simclr/partner_top1": found,
+            "simclr/alignment": alignment(z0, z1),
+        }
+        if len(z0) > 1:
+            metrics["simclr/uniformity"] = uniformity(z0[:_SPREAD_ROWS])
+        if self.memory is not None:
+            self._new_keys = embeddings[3].detach()
+            metrics["simclr/memory_age_steps"] = self.memory.age_steps(progress.step)
+        return LossOutput(loss, features, metrics)
+
+    @torch.no_grad()
+    def after_optimizer_step(self, progress: Progress) -> None:
+        """Move the memory network and put all ranks' outputs of it into the memory."""
+        if self.memory is None or self.memory_network is None:
+            return
+        online = nn.Sequential(self.backbone, self.projector)
+        ema_update_(self.memory_network, online, momentum=self.ema_momentum)
+        assert self._new_keys is not None
+        self.memory.put(gather_batch_no_grad(self._new_keys), step=progress.step)
+        self._new_keys = None
 
 
 METHOD = SimCLR

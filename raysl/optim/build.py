@@ -1,7 +1,9 @@
-"""The optimizer of a run, and its learning rate as a function of the step."""
+"""The optimizers of a run, and their learning rate and weight decay as functions of the step."""
 
 import math
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Iterable
+from collections.abc import Set as AbstractSet
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -15,7 +17,7 @@ from raysl.config.base import (
     PositiveFloat,
     Probability,
 )
-from raysl.nn.schedules import warmup_cosine
+from raysl.nn.schedules import cosine, warmup_cosine
 from raysl.optim.lars import LARS
 
 LR_REFERENCE_BATCH = 256
@@ -36,6 +38,9 @@ class OptimConfig(Config):
     final_lr_ratio: Probability = 0.0
     """Learning rate at the end over the peak, for the cosine."""
     weight_decay: NonNegativeFloat = 1e-4
+    final_weight_decay: NonNegativeFloat | None = None
+    """Weight decay that the end of the run approaches along half a cosine; null keeps it as it is
+    (DINO goes from 0.04 to 0.4)."""
     decay_bias_and_norm: bool = False
     """Also decay biases and batch norm (MoCo's and many SGD recipes do; LARS recipes do not)."""
     sgd_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
@@ -72,24 +77,52 @@ def lr_at(
     return warmup_cosine(step, peak=peak, final=final, warmup_steps=warmup, total_steps=total_steps)
 
 
-def param_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Split trainable parameters into weights, and biases and norms (all that are vectors)."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    weights = [p for p in trainable if p.ndim > 1]
-    vectors = [p for p in trainable if p.ndim <= 1]
-    decay = config.weight_decay
-    groups: list[dict[str, Any]] = [
-        {"params": weights, "weight_decay": decay},
-        {"params": vectors, "weight_decay": decay if config.decay_bias_and_norm else 0.0},
-    ]
-    if config.name == "lars":
-        groups[1]["adapt"] = config.decay_bias_and_norm
+def weight_decay_at(config: OptimConfig, step: int, *, total_steps: int) -> float:
+    """Return the weight decay of the optimizer step about to be taken, counted from 0."""
+    if config.final_weight_decay is None:
+        return config.weight_decay
+    return cosine(step, total_steps, start=config.weight_decay, end=config.final_weight_decay)
+
+
+def param_groups(
+    parameters: Iterable[nn.Parameter],
+    config: OptimConfig,
+    *,
+    constant_lr: AbstractSet[nn.Parameter] = frozenset(),
+) -> list[dict[str, Any]]:
+    """Split trainable parameters into weights, and biases and norms (all that are vectors).
+
+    Args:
+        parameters: Those that this optimizer updates; ones without gradient are left out.
+        config: Which of them decay.
+        constant_lr: Those whose learning rate stays at the peak; they get groups of their own.
+    """
+    trainable = [p for p in parameters if p.requires_grad]
+    groups = []
+    for constant in (False, True):
+        chosen = [p for p in trainable if (p in constant_lr) == constant]
+        for vectors in (False, True):
+            decays = not vectors or config.decay_bias_and_norm
+            group: dict[str, Any] = {
+                "params": [p for p in chosen if (p.ndim <= 1) == vectors],
+                "weight_decay": config.weight_decay if decays else 0.0,
+                "decays": decays,
+                "constant_lr": constant,
+            }
+            if config.name == "lars" and vectors:
+                group["adapt"] = config.decay_bias_and_norm
+            groups.append(group)
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(module: nn.Module, config: OptimConfig) -> Optimizer:
-    """Build the optimizer; the loop sets the learning rate of every step."""
-    groups = param_groups(module, config)
+def build_optimizer(
+    parameters: Iterable[nn.Parameter],
+    config: OptimConfig,
+    *,
+    constant_lr: AbstractSet[nn.Parameter] = frozenset(),
+) -> Optimizer:
+    """Build a torch optimizer; :class:`ScheduledOptimizer` sets the rates of every step."""
+    groups = param_groups(parameters, config, constant_lr=constant_lr)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.base_lr, betas=config.adam_betas)
     if config.name == "lars":
@@ -103,3 +136,62 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> Optimizer:
     return torch.optim.SGD(
         groups, lr=config.base_lr, momentum=config.sgd_momentum, nesterov=config.nesterov
     )
+
+
+class Rates(NamedTuple):
+    """What an optimizer is told before each step."""
+
+    lr: float
+    peak_lr: float  # of parameter groups whose learning rate is constant
+    weight_decay: float
+
+
+class ScheduledOptimizer:
+    """An optimizer together with its rates as a function of the step.
+
+    Args:
+        optimizer: Its groups may say ``constant_lr`` and ``decays``, as :func:`param_groups` does.
+        rates: Step, counted from 0, to rates.
+    """
+
+    def __init__(self, optimizer: Optimizer, rates: Callable[[int], Rates]) -> None:
+        self.optimizer = optimizer
+        self.rates = rates
+
+    def prepare(self, step: int) -> None:
+        """Set the rates of a step and forget the gradients of the one before."""
+        rates = self.rates(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rates.peak_lr if group.get("constant_lr") else rates.lr
+            if group.get("decays"):
+                group["weight_decay"] = rates.weight_decay
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that it updates."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+def scheduled_optimizer(
+    parameters: Iterable[nn.Parameter],
+    config: OptimConfig,
+    *,
+    global_batch_size: int,
+    steps_per_epoch: int,
+    total_steps: int,
+    constant_lr: AbstractSet[nn.Parameter] = frozenset(),
+) -> ScheduledOptimizer:
+    """Build an optimizer with the schedules of its configuration."""
+    peak = peak_lr(config, global_batch_size=global_batch_size)
+
+    def rates(step: int) -> Rates:
+        return Rates(
+            lr_at(
+                config, step, peak=peak, steps_per_epoch=steps_per_epoch, total_steps=total_steps
+            ),
+            peak,
+            weight_decay_at(config, step, total_steps=total_steps),
+        )
+
+    return ScheduledOptimizer(build_optimizer(parameters, config, constant_lr=constant_lr), rates)

@@ -5,6 +5,7 @@ import html
 import math
 import struct
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,19 @@ import numpy as np
 from raysl.config.load import to_yaml
 from raysl.errors import DataError
 from raysl.recipe import Derived, RunConfig
+from raysl.report.encoder_lines import encoder_lines
 from raysl.report.pictures import (
     ENCODERS,
     PROBES,
     accuracy,
     draw_accuracy,
     draw_curves,
+    draw_grid,
     draw_map,
     draw_views,
     has_accuracy,
     probe_name,
+    read_method_pictures,
 )
 from raysl.report.style import STYLE
 from raysl.sources.source import Source
@@ -34,6 +38,7 @@ _FILES = (
     ("metrics.jsonl", "one line of numbers a logging step"),
     ("results.json", "the accuracies above"),
     ("encoder.safetensors", "the encoder's weights under torchvision's names"),
+    ("method_pictures.npz", "what the method makes of a few images"),
     ("features.npz", "features, labels and small images behind the map"),
     ("checkpoints", "the whole state of training, to go on from"),
     ("pictures", "the pictures of this page"),
@@ -70,6 +75,11 @@ def draw_all(
     if has_accuracy(results):
         drawings["accuracy"] = lambda path: draw_accuracy(path, results)
     failures = []
+    try:
+        for name, grid in read_method_pictures(folder.method_pictures).items():
+            drawings[f"method_{name}"] = partial(draw_grid, grid=grid)
+    except DataError as error:
+        failures.append(("method_pictures", str(error)))
     for name, draw in drawings.items():
         path = folder.pictures / f"{name}.png"
         try:
@@ -117,6 +127,7 @@ def write_report(folder: RunFolder, *, config: RunConfig[Any], derived: Derived)
             "Training", _picture(folder, "curves", "Metrics over the optimizer step"), _CURVES
         ),
         _section("What the method saw", _picture(folder, "views", "Images and views"), _VIEWS),
+        _method_section(folder),
         _section("Map of the features", _picture(folder, "map", "Map of the features"), _MAP),
         _encoder_section(config),
         _settings_section(config, derived),
@@ -176,6 +187,22 @@ def _accuracy_section(folder: RunFolder, config: RunConfig[Any], results: Mappin
     return _section("Accuracy of the frozen features", table + picture, _protocol(config, results))
 
 
+def _method_section(folder: RunFolder) -> str:
+    """Show what the method makes of a few images, where it has something to show."""
+    try:
+        pictures = read_method_pictures(folder.method_pictures)
+    except DataError:  # told when it could not be drawn
+        return ""
+    return "\n".join(
+        _section(
+            _escape(name.replace("_", " ").capitalize()),
+            _picture(folder, f"method_{name}", _escape(name)),
+            _escape(grid.caption),
+        )
+        for name, grid in pictures.items()
+    )
+
+
 def _accuracy_cell(results: Mapping[str, Any], key: str) -> str:
     found = accuracy(results, key)
     if found is None:
@@ -215,22 +242,8 @@ def _protocol(config: RunConfig[Any], results: Mapping[str, Any]) -> str:
 
 
 def _encoder_section(config: RunConfig[Any]) -> str:
-    backbone, data = config.backbone, config.data
-    lines = [
-        "import safetensors.torch, torch, torchvision",
-        "",
-        f"model = torchvision.models.{backbone.name}()",
-        "model.fc = torch.nn.Identity()",
-    ]
-    if backbone.stem == "cifar":
-        lines += [
-            "model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)",
-            "model.maxpool = torch.nn.Identity()",
-        ]
-    lines += [
-        'model.load_state_dict(safetensors.torch.load_file("encoder.safetensors"))',
-        "model.eval()",
-    ]
+    data = config.data
+    lines = encoder_lines(config.backbone, image_size_px=config.image_size_px)
     text = (
         f"It takes RGB images in [0, 1], minus the mean ({_numbers(data.mean)}), over the "
         f"deviation ({_numbers(data.std)}); it was evaluated at {config.image_size_px} px."

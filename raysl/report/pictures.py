@@ -3,9 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -30,7 +32,7 @@ from raysl.report.figure import (
 )
 from raysl.sources.source import Source
 
-__all__ = ["draw_accuracy", "draw_curves", "draw_map", "draw_views"]
+__all__ = ["draw_accuracy", "draw_curves", "draw_grid", "draw_map", "draw_views"]
 
 Record = Mapping[str, Any]
 
@@ -89,6 +91,41 @@ def _size_of(images: Sequence[Image]) -> str:
         return "various sizes"
     height, width = shapes.pop()
     return f"{width} x {height} px" if width != height else f"{width} px"
+
+
+class Grid(NamedTuple):
+    """Pixels in rows and columns, as ``method_pictures.npz`` keeps them."""
+
+    pixels: npt.NDArray[np.uint8]  # (rows, columns, S, S, 3)
+    columns: list[str]
+    caption: str
+
+
+def read_method_pictures(path: Path) -> dict[str, Grid]:
+    """Return the pictures that a method left, by name; none if there is no such file.
+
+    Raises:
+        DataError: If the file is damaged.
+    """
+    if not path.exists():
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            return {
+                name: Grid(
+                    kept[name], kept[f"{name}.columns"].tolist(), str(kept[f"{name}.caption"])
+                )
+                for name in kept.files
+                if "." not in name
+            }
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
+        raise DataError(f"{path}: damaged: {error}") from None
+
+
+def draw_grid(path: Path, grid: Grid) -> None:
+    """Draw a method's picture, a title over each column."""
+    heads = grid.columns or [""] * grid.pixels.shape[1]
+    save_png(_image_grid([list(row) for row in grid.pixels], heads), path)
 
 
 def _image_grid(grid: Sequence[Sequence[Image]], heads: Sequence[str]) -> Figure:

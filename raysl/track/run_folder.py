@@ -30,6 +30,7 @@ class RunFolder:
         self.encoder = self.path / "encoder.safetensors"
         self.results = self.path / "results.json"
         self.features = self.path / "features.npz"
+        self.method_pictures = self.path / "method_pictures.npz"
         self.report = self.path / "report.html"
         self.pictures = self.path / "pictures"
         self.mlflow = self.path / "mlflow.json"

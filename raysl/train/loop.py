@@ -1,29 +1,25 @@
 """The training loop: batches in, one optimizer step each, metrics and checkpoints out."""
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from raysl.augment.ops import Op
 from raysl.config.base import Config, Duration, PositiveInt
 from raysl.errors import RayslError
-from raysl.methods.base import LossOutput, Method, Progress
+from raysl.methods.base import Batch, Method, Progress
 from raysl.nn.collectives import mean_over_ranks, rank_and_size
-from raysl.train.device_ops import apply_ops
-from raysl.train.health import HealthCheck, effective_rank, feature_std
-
-NumpyBatch = Mapping[str, Any]
-"""Arrays of one length by name; columns of views may be tuples of arrays, one after the other."""
+from raysl.nn.geometry import effective_rank, feature_std
+from raysl.optim.build import ScheduledOptimizer
+from raysl.train.batches import NumpyBatch
+from raysl.train.gradient import backward
+from raysl.train.health import HealthCheck
 
 _NEW_BAD = "data/new_bad_images"
 
@@ -37,6 +33,11 @@ class TrainConfig(Config):
     """Optimizer steps; give this or epochs."""
     global_batch_size: PositiveInt = 256
     """Images of one optimizer step, over all workers."""
+    micro_batch_size: PositiveInt | None = None
+    """Images of one forward pass of a worker; null takes them all. Contrastive methods cache their
+    gradient (GradCache), so that every image of the global batch is still compared with every
+    other; methods whose loss is a mean over images accumulate. The gradient is that of the whole
+    batch, but batch norm takes its statistics from each micro-batch."""
     precision: Literal["by_device", "fp32", "bf16"] = "by_device"
     """bf16 autocasts to bfloat16; by_device takes bf16 on GPUs and fp32 on CPUs, where bf16 is
     often slower."""
@@ -69,7 +70,6 @@ class Schedule:
     log_every: int
     checkpoint_every: int
     evaluate_every: int | None
-    lr: Callable[[int], float]
     seed: int
 
 
@@ -78,35 +78,38 @@ class Trainer:
 
     Args:
         method: The method, on its device.
-        optimizer: Built from the method's parameters.
+        optimizers: That of the method's parameters, then that of its adversary, if it has one.
         model: What is called: the method, or its data-parallel wrapper.
         schedule: When what happens.
-        to_views: Turns a uint8 batch into the method's views.
+        to_batch: Turns a batch of the stream into the method's.
         precision: ``fp32`` or ``bf16``.
-        max_grad_norm: Clip to this norm, or None.
+        max_grad_norm: Clip the gradient of the first optimizer's parameters to this norm, or None.
+        micro_batch_size: Images of one forward pass, or None for all.
         health: Raises when the run cannot come to anything.
     """
 
     def __init__(
         self,
         method: Method,
-        optimizer: Optimizer,
+        optimizers: Sequence[ScheduledOptimizer],
         *,
         model: nn.Module,
         schedule: Schedule,
-        to_views: Callable[[NumpyBatch], list[Tensor]],
+        to_batch: Callable[[NumpyBatch], Batch],
         precision: Literal["fp32", "bf16"],
         max_grad_norm: float | None,
         health: HealthCheck,
+        micro_batch_size: int | None = None,
     ) -> None:
         self.method = method
-        self.optimizer = optimizer
+        self.optimizers = optimizers
         self.model = model
         self.schedule = schedule
-        self.to_views = to_views
+        self.to_batch = to_batch
         self.precision = precision
         self.max_grad_norm = max_grad_norm
         self.health = health
+        self.micro_batch_size = micro_batch_size
         self.device = next(method.parameters()).device
         self._bad: dict[int, int] = {}  # {row: flaw} of this rank since the last report
 
@@ -129,7 +132,7 @@ class Trainer:
             self._bad.update(_bad_images(batch))
             progress = Progress(step, schedule.total_steps, schedule.steps_per_epoch, schedule.seed)
             _seed_step(schedule.seed, step, rank)
-            metrics, features = self._step(self.to_views(batch), progress)
+            metrics, features = self._step(self.to_batch(batch), progress)
             done = step + 1
             last = done == schedule.total_steps
             meter.count(len(batch["index"]))
@@ -145,7 +148,7 @@ class Trainer:
                 if logged.pop(_NEW_BAD) > 0:  # on some rank: all of them report
                     logged["data/bad_images"] = hooks.bad_images(self._bad, done)
                     self._bad = {}
-                logged["train/lr"] = schedule.lr(step)
+                logged["train/lr"] = self.optimizers[0].rates(step).lr
                 logged["train/epoch"] = done / schedule.steps_per_epoch
             if self._due(done, schedule.evaluate_every):
                 logged |= meter.pause(lambda done=done: hooks.evaluate(done))  # type: ignore[misc]
@@ -157,18 +160,26 @@ class Trainer:
             if saves:
                 meter.pause(lambda done=done: hooks.checkpoint(done))  # type: ignore[misc]
 
-    def _step(self, views: list[Tensor], progress: Progress) -> tuple[dict[str, Tensor], Tensor]:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.lr(progress.step)
-        with self._autocast():
-            output: LossOutput = self.model(views, progress)
-        self.optimizer.zero_grad(set_to_none=True)
-        output.loss.backward()  # type: ignore[no-untyped-call]
+    def _step(self, batch: Batch, progress: Progress) -> tuple[dict[str, Tensor], Tensor]:
+        for optimizer in self.optimizers:
+            optimizer.prepare(progress.step)
+        output = backward(
+            self.method,
+            batch,
+            progress,
+            model=self.model,
+            autocast=self._autocast,
+            micro_batch_size=self.micro_batch_size,
+        )
+        self.method.before_optimizer_step(progress)
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-        grad_norm = nn.utils.clip_grad_norm_(self.method.parameters(), limit, foreach=True)
-        self.optimizer.step()
+        grad_norm = nn.utils.clip_grad_norm_(self.optimizers[0].parameters, limit, foreach=True)
+        for optimizer in self.optimizers:
+            optimizer.optimizer.step()
         self.method.after_optimizer_step(progress)
-        metrics = {"train/loss": output.loss.detach(), "train/grad_norm": grad_norm.detach()}
+        metrics = {"train/loss": output.loss, "train/grad_norm": grad_norm.detach()}
+        if output.adversary_loss is not None:
+            metrics["train/adversary_loss"] = output.adversary_loss
         return metrics | output.metrics, output.features
 
     def _read(
@@ -265,70 +276,3 @@ def _seed_step(seed: int, step: int, rank: int) -> None:
     """
     sequence = np.random.SeedSequence([seed, step, rank])
     torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
-
-
-def view_converter(
-    *,
-    device: torch.device,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    channels_last: bool,
-    device_ops: Sequence[Sequence[Op]] = (),
-) -> Callable[[NumpyBatch], list[Tensor]]:
-    """Return the function that turns a batch's uint8 views into normalised float tensors.
-
-    Each view of ``(N, V, S, S, 3)`` uint8 becomes ``(N, 3, S, S)`` float32 on the device. Pixels
-    travel as uint8 and are normalised once, there.
-
-    Args:
-        device: Where the views go.
-        mean: Of red, green and blue in [0, 1].
-        std: Likewise.
-        channels_last: Memory layout of the views.
-        device_ops: For each kind of view the operations that the data workers left to the device;
-            they act where the batch has the plans for them.
-    """
-    center = torch.tensor(mean, device=device).mul_(255).view(1, 3, 1, 1)
-    scale = torch.tensor(std, device=device).mul_(255).reciprocal_().view(1, 3, 1, 1)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-
-    def to_views(batch: NumpyBatch) -> list[Tensor]:
-        views: list[Tensor] = []
-        for name in sorted((name for name in batch if name.startswith("views_")), key=_view_number):
-            arrays = batch[name] if isinstance(batch[name], tuple) else (batch[name],)
-            parts = [as_tensor(array).to(device, non_blocking=True) for array in arrays]
-            plans = batch.get(f"numbers_{_view_number(name)}")
-            for number in range(parts[0].shape[1]):
-                image = _join([part[:, number] for part in parts], layout)
-                if plans is not None:
-                    image = apply_ops(image, device_ops[_view_number(name)], plans[:, number])
-                    image = image.contiguous(memory_format=layout)
-                views.append((image - center).mul_(scale))
-        return views
-
-    return to_views
-
-
-def _join(parts: list[Tensor], layout: torch.memory_format) -> Tensor:
-    """Turn ``(N, S, S, 3)`` uint8 into ``(sum of N, 3, S, S)`` float32, each pixel copied once."""
-    floats = torch.empty(
-        (sum(len(part) for part in parts), parts[0].shape[3], *parts[0].shape[1:3]),
-        device=parts[0].device,
-        memory_format=layout,
-    )
-    start = 0
-    for part in parts:
-        floats[start : start + len(part)] = part.permute(0, 3, 1, 2)
-        start += len(part)
-    return floats
-
-
-def _view_number(column: str) -> int:
-    return int(column.removeprefix("views_"))
-
-
-def as_tensor(array: npt.NDArray[Any]) -> Tensor:
-    """Wrap an array without a copy, a read-only one too: nothing here writes to it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)

@@ -7,12 +7,15 @@ from raysl.augment.ops import Blur, ColorJitter, Flip, Grey, Solarise
 from raysl.augment.pipeline import Crop, View
 from raysl.augment.recipes import (
     BYOLViews,
+    ContextEncoderViews,
     CustomViews,
     DINOViews,
     MAEViews,
     MoCoV1Views,
     MoCoV2Views,
     SimCLRViews,
+    SwAVViews,
+    VICRegViews,
     Views,
 )
 from raysl.config.base import Config
@@ -122,6 +125,66 @@ class TestBYOLViews:
             ops=(*shared, Blur(prob=0.1), Solarise(threshold=128, prob=0.2)),
         )
 
+    def test_of_cifar_are_not_blurred(self) -> None:
+        first, second = BYOLViews(size_px=32, min_scale=0.2, blur_probs=(0.0, 0.0)).views()
+        assert (first.size_px, first.crop.scale) == (32, (0.2, 1.0))
+        assert [op.op for op in first.ops] == ["flip", "color_jitter", "grey"]
+        assert [op.op for op in second.ops] == ["flip", "color_jitter", "grey", "solarise"]
+
+
+class TestVICRegViews:
+    def test_are_byols_with_the_same_probabilities_in_both(self) -> None:
+        # arXiv:2105.04906v3, appendix C.1.
+        (view,) = VICRegViews().views()
+        assert view == View(
+            count=2,
+            size_px=224,
+            crop=Crop(scale=(0.08, 1.0)),
+            ops=(
+                Flip(prob=0.5),
+                ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, prob=0.8),
+                Grey(prob=0.2),
+                Blur(kernel_fraction=None, prob=0.5),
+                Solarise(threshold=128, prob=0.1),
+            ),
+        )
+
+    def test_every_knob_reaches_its_operation(self) -> None:
+        (view,) = VICRegViews(min_scale=0.2, blur_prob=0.3, solarise_prob=0.4).views()
+        assert view.crop.scale == (0.2, 1.0)
+        assert [op.prob for op in view.ops[-2:]] == [0.3, 0.4]
+        (plain,) = VICRegViews(blur_prob=0.0, solarise_prob=0.0).views()
+        assert [op.op for op in plain.ops] == ["flip", "color_jitter", "grey"]
+
+
+class TestSwAVViews:
+    def test_are_two_large_crops_and_six_small_ones_distorted_like_simclrs(self) -> None:
+        # arXiv:2006.09882v5 and multicropdataset.py: areas [0.14, 1] and [0.05, 0.14], a blur
+        # whose kernel of 23 pixels cuts nothing off.
+        large, small = SwAVViews().views()
+        assert (large.count, large.size_px, large.crop.scale) == (2, 224, (0.14, 1.0))
+        assert (small.count, small.size_px, small.crop.scale) == (6, 96, (0.05, 0.14))
+        (simclr,) = SimCLRViews().views()
+        assert large.ops == small.ops == (*simclr.ops[:3], Blur(kernel_fraction=None, prob=0.5))
+
+    def test_every_knob_reaches_its_view_and_small_crops_can_be_left_out(self) -> None:
+        large, small = SwAVViews(
+            size_px=64,
+            global_scale=(0.3, 0.9),
+            local_count=3,
+            local_size_px=24,
+            local_scale=(0.1, 0.2),
+            color_strength=0.5,
+            blur_prob=0.0,
+        ).views()
+        assert (large.count, large.size_px, large.crop.scale) == (2, 64, (0.3, 0.9))
+        assert (small.count, small.size_px, small.crop.scale) == (3, 24, (0.1, 0.2))
+        assert [op.op for op in small.ops] == ["flip", "color_jitter", "grey"]
+        assert small.ops[1] == ColorJitter(
+            brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, prob=0.8
+        )
+        assert len(SwAVViews(local_count=0).views()) == 1
+
 
 class TestDINOViews:
     def test_are_two_large_crops_and_eight_small_ones(self) -> None:
@@ -143,10 +206,28 @@ class TestDINOViews:
         assert views.views()[2].crop.scale == (0.1, 0.2)
         assert len(DINOViews(local_count=0).views()) == 2
 
+    def test_blur_of_each_kind_can_be_changed_or_left_out(self) -> None:
+        views = DINOViews(blur_probs=(0.4, 0.0, 0.3)).views()
+        found = [[op.prob for op in view.ops if isinstance(op, Blur)] for view in views]
+        assert found == [[0.4], [], [0.3]]
+
 
 class TestMAEViews:
     def test_is_one_crop_with_a_flip(self) -> None:
         assert MAEViews().views() == (View(crop=Crop(scale=(0.2, 1.0)), ops=(Flip(),)),)
+
+
+class TestContextEncoderViews:
+    def test_is_one_small_square_with_a_flip(self) -> None:
+        # The authors' train.lua: 128 pixels out of a short side of 350.
+        assert ContextEncoderViews().views() == (
+            View(size_px=128, crop=Crop(short_side=(128 / 350, 128 / 350)), ops=(Flip(prob=0.5),)),
+        )
+
+    def test_every_knob_reaches_its_view(self) -> None:
+        (view,) = ContextEncoderViews(size_px=32, short_side=(0.8, 1.0), antialias=False).views()
+        assert view.size_px == 32
+        assert (view.crop.short_side, view.crop.antialias) == ((0.8, 1.0), False)
 
 
 class TestCustomViews:
@@ -207,8 +288,11 @@ class TestViews:
             MoCoV1Views(size_px=96),
             MoCoV2Views(min_scale=0.1),
             BYOLViews(size_px=32),
+            VICRegViews(blur_prob=0.1),
+            SwAVViews(local_count=2),
             DINOViews(local_count=2),
             MAEViews(min_scale=0.5),
+            ContextEncoderViews(short_side=(0.5, 1.0)),
             CustomViews(kinds=MoCoV2Views().views()),
         ],
         ids=lambda views: views.recipe,

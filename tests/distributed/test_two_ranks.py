@@ -20,11 +20,13 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import raysl.nn.contrast
 from raysl.evaluate.features import EvalImages, embed
 from raysl.methods import load_method
-from raysl.methods.base import Method, Progress
+from raysl.methods.base import Batch, Method, Progress, TrainingSet
+from raysl.methods.sigmoid import sigmoid_loss
 from raysl.methods.simclr import nt_xent_loss
-from raysl.nn.backbones import build_backbone
+from raysl.nn.backbones import BackboneConfig, build_backbone
 from raysl.nn.batchnorm import set_batch_norm_scope
 from raysl.nn.collectives import (
     barrier,
@@ -42,14 +44,22 @@ pytestmark = pytest.mark.distributed
 RANKS = 2
 PER_RANK = 4
 TIMEOUT_S = 180
+TRAINING_SET = TrainingSet(
+    num_images=64, global_batch_size=RANKS * PER_RANK, view_sizes_px=(32, 32)
+)
 METHODS: dict[str, dict[str, Any]] = {
     "simclr": {"temperature": 0.5, "projection_dim": 16},
     "moco": {"queue_length": 20, "projection_dim": 16, "ema_momentum": 0.9},
     "moco_symmetric": {
         "queue_length": 24, "projection_dim": 16, "ema_momentum": 0.9, "symmetric": True
     },
+    "simclr_memory": {
+        "memory": True, "memory_length": 20, "projection_dim": 16, "ema_momentum": 0.9
+    },
+    "sigmoid": {"projection_dim": 16, "initial_bias": -2.0},
 }  # fmt: skip
-NUM_STEPS = {"simclr": 1, "moco": 2, "moco_symmetric": 1}
+NUM_STEPS = {"simclr": 1, "moco": 2, "moco_symmetric": 1, "simclr_memory": 2, "sigmoid": 1}
+TILES = (3, 1024)  # rows and keys of a tile: several, and one for all
 EVAL_SIZES = (1, 6, 7)
 NORMS: dict[str, tuple[type[nn.Module], tuple[int, ...], torch.dtype]] = {
     "images": (nn.BatchNorm2d, (8, 3, 5, 5), torch.float32),
@@ -80,11 +90,34 @@ def average_over_ranks(gradients: list[Tensor]) -> list[Tensor]:
 # What both ranks, and this process on its own, compute.
 
 
+def contrastive() -> Results:
+    """Each loss in one tile and in several."""
+    found: Results = {}
+    default = raysl.nn.contrast.CPU_TILE
+    try:
+        for tile in TILES:
+            raysl.nn.contrast.CPU_TILE = tile
+            found[f"nt_xent_{tile}"] = nt_xent()
+            found[f"sigmoid_{tile}"] = sigmoid()
+    finally:
+        raysl.nn.contrast.CPU_TILE = default
+    return found
+
+
 def nt_xent() -> Results:
     z0, z1 = (mine(numbers(8, 5, seed=seed)).requires_grad_() for seed in (0, 1))
     loss = nt_xent_loss(z0, z1, temperature=0.2)
     loss.backward()
     return {"loss": loss.detach(), "gradients": [z0.grad, z1.grad]}
+
+
+def sigmoid() -> Results:
+    z0, z1 = (mine(numbers(8, 5, seed=seed)).requires_grad_() for seed in (0, 1))
+    temperature, bias = (torch.tensor(x, requires_grad=True) for x in (0.3, -2.0))
+    loss = sigmoid_loss(z0, z1, temperature=temperature, bias=bias)
+    loss.backward()
+    shared = average_over_ranks([temperature.grad, bias.grad])
+    return {"loss": loss.detach(), "gradients": [z0.grad, z1.grad], "shared": shared}
 
 
 def batch_norm() -> Results:
@@ -112,8 +145,9 @@ def batch_norm() -> Results:
 
 def build(name: str) -> Method:
     torch.manual_seed(0)
-    kind = load_method(name.removesuffix("_symmetric"))
-    method = kind(kind.Config(**METHODS[name]), build_backbone("resnet18"))
+    kind = load_method(name.split("_", maxsplit=1)[0])
+    backbone = build_backbone(BackboneConfig(name="resnet18"), image_size_px=32)
+    method = kind(kind.Config(**METHODS[name]), backbone, TRAINING_SET)
     set_batch_norm_scope(method, "sync")
     for network in method.children():
         network.double()  # in float32, rounding turns a few ReLUs, and with them the gradient
@@ -135,7 +169,7 @@ def train_steps(name: str) -> Results:
             for view in range(2)
         ]
         progress = Progress(step, 10, 5, seed=1)
-        output = model(views, progress)
+        output = model(Batch(views, mine(torch.arange(RANKS * PER_RANK))), progress)
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
@@ -194,7 +228,7 @@ def collectives(rank: int) -> Results:
 
 def everything() -> Results:
     """Compute what must not depend on how many processes share the work."""
-    found: Results = {"nt_xent": nt_xent(), "batch_norm": batch_norm(), "embedded": embedded()}
+    found: Results = {"losses": contrastive(), "batch_norm": batch_norm(), "embedded": embedded()}
     return found | {name: train_steps(name) for name in METHODS}
 
 
@@ -313,17 +347,31 @@ class TestBatchNorm:
         assert (halves - nn.BatchNorm2d(3)(x)).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("name", ["nt_xent", "sigmoid"])
 class TestLoss:
-    def test_nt_xent_of_two_ranks_equals_one_big_batch(
-        self, ranks: list[Results], alone: Results
+    def test_of_two_ranks_equals_that_of_one_big_batch(
+        self, ranks: list[Results], alone: Results, name: str, tile: int
     ) -> None:
-        losses = [found["nt_xent"]["loss"] for found in ranks]
+        key = f"{name}_{tile}"
+        losses = [found["losses"][key]["loss"] for found in ranks]
         assert losses[0] != losses[1]  # each is the mean over the rank's own images
-        torch.testing.assert_close(torch.stack(losses).mean(), alone["nt_xent"]["loss"])
+        torch.testing.assert_close(torch.stack(losses).mean(), alone["losses"][key]["loss"])
         for view in range(2):
-            gradient = joined(ranks, lambda f, view=view: f["nt_xent"]["gradients"][view])
-            expected = alone["nt_xent"]["gradients"][view]
+            gradient = joined(ranks, lambda f, view=view: f["losses"][key]["gradients"][view])
+            expected = alone["losses"][key]["gradients"][view]
             assert_equal_to_scale(gradient / RANKS, expected)  # the mean of the ranks' losses
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_gradients_of_a_learned_temperature_and_bias_are_those_of_one_big_batch(
+    ranks: list[Results], alone: Results, tile: int
+) -> None:
+    expected = alone["losses"][f"sigmoid_{tile}"]["shared"]
+    for found in ranks:
+        shared = found["losses"][f"sigmoid_{tile}"]["shared"]
+        for gradient, whole in zip(shared, expected, strict=True):
+            assert_equal_to_scale(gradient, whole)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -353,18 +401,32 @@ class TestMethod:
 
 
 class TestQueue:
+    def test_of_simclr_holds_the_same_keys_at_the_same_places(
+        self, ranks: list[Results], alone: Results
+    ) -> None:
+        expected = alone["simclr_memory"]["buffers"]
+        for found in ranks:
+            buffers = found["simclr_memory"]["buffers"]
+            assert torch.equal(buffers["memory.put_at_step"], expected["memory.put_at_step"])
+            assert int(buffers["memory.put_at_step"].max()) == 1
+            torch.testing.assert_close(
+                buffers["memory.keys"], expected["memory.keys"], rtol=1e-4, atol=1e-4
+            )
+
     def test_of_two_ranks_equals_that_of_one(self, ranks: list[Results], alone: Results) -> None:
         expected = alone["moco"]["buffers"]
         for found in ranks:
             buffers = found["moco"]["buffers"]
-            assert int(buffers["queue_place"]) == int(expected["queue_place"]) == 16
-            torch.testing.assert_close(buffers["queue"], expected["queue"], rtol=1e-4, atol=1e-4)
+            assert int(buffers["queue.place"]) == int(expected["queue.place"]) == 16
+            torch.testing.assert_close(
+                buffers["queue.keys"], expected["queue.keys"], rtol=1e-4, atol=1e-4
+            )
 
     def test_of_a_symmetric_loss_holds_the_same_keys_in_the_order_of_ranks(
         self, ranks: list[Results], alone: Results
     ) -> None:
-        found = ranks[0]["moco_symmetric"]["buffers"]["queue"][:16]
-        expected = alone["moco_symmetric"]["buffers"]["queue"][:16]
+        found = ranks[0]["moco_symmetric"]["buffers"]["queue.keys"][:16]
+        expected = alone["moco_symmetric"]["buffers"]["queue.keys"][:16]
         places = (found @ expected.T).argmax(dim=1)  # rank 0: views 1 and 0, then rank 1
         assert places.tolist() == [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15]
         torch.testing.assert_close(found, expected[places], rtol=1e-4, atol=1e-4)

@@ -1,11 +1,13 @@
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from raysl.methods.base import Progress
+from raysl.methods.base import Progress, TrainingSet
 from raysl.nn.backbones import Backbone
+from raysl.nn.vit import VisionTransformer
 
 EMBED_DIM = 6
 
@@ -26,14 +28,34 @@ def tiny_backbone() -> Callable[..., Backbone]:
 
 
 @pytest.fixture
+def tiny_vit() -> Callable[..., Backbone]:
+    """A vision transformer of two blocks for images of 32 px, with 16 patches."""
+
+    def build(*, seed: int = 0, pool: Literal["cls", "mean"] = "cls") -> Backbone:
+        torch.manual_seed(seed)
+        net = VisionTransformer(
+            image_size_px=32, patch_size_px=8, embed_dim=12, depth=2, num_heads=2, pool=pool
+        )
+        return Backbone(net, embed_dim=12)
+
+    return build
+
+
+@pytest.fixture
+def training_set() -> TrainingSet:
+    return TrainingSet(num_images=64, global_batch_size=8, view_sizes_px=(32, 32))
+
+
+@pytest.fixture
 def make_views() -> Callable[..., list[Tensor]]:
     """Views whose rows have different brightness and contrast, so that images differ."""
 
-    def make(n: int = 8, *, num_views: int = 2, seed: int = 0) -> list[Tensor]:
+    def make(n: int = 8, *, num_views: int = 2, seed: int = 0, size: int = 8) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed)
         spread = torch.linspace(0.5, 2.0, n).view(n, 1, 1, 1)
         return [
-            torch.randn(n, 3, 8, 8, generator=generator) * spread + spread for _ in range(num_views)
+            torch.randn(n, 3, size, size, generator=generator) * spread + spread
+            for _ in range(num_views)
         ]
 
     return make

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,20 +13,60 @@ from torch import Tensor
 
 from raysl.errors import ConfigError
 from raysl.methods import load_method, method_names
-from raysl.methods.base import Method, Progress
+from raysl.methods.base import Batch, LossOutput, Method, MethodConfig, Progress, TrainingSet
 from raysl.nn.backbones import Backbone
-
-Backbones = Callable[..., Backbone]
-Views = Callable[..., list[Tensor]]
+from raysl.train.gradient import backward, can_split
 
 pytestmark = pytest.mark.filterwarnings("error")
 every_method = pytest.mark.parametrize("name", method_names())
 
+DATA = TrainingSet(num_images=64, global_batch_size=8, view_sizes_px=(32, 32))
+SMALL = 16
 
-def build(name: str, backbone: Backbone, *, seed: int = 0) -> Method:
-    kind = load_method(name)
-    torch.manual_seed(seed)
-    return kind(kind.Config(), backbone)
+
+def small(name: str) -> MethodConfig:
+    """The defaults of a method, but no wide heads."""
+    kind = load_method(name).Config
+    wide = {
+        field: SMALL
+        for field, info in kind.model_fields.items()
+        if field.endswith(("_dim", "_prototypes")) and (info.default or SMALL + 1) > SMALL
+    }
+    return kind(**wide)
+
+
+class Subject:
+    """A method under test and what it is fed."""
+
+    def __init__(self, name: str, backbones: dict[bool, Callable[..., Backbone]]) -> None:
+        self.kind = load_method(name)
+        self.config = small(name)
+        self._backbone = backbones[self.config.needs_vit]
+
+    def method(self, *, seed: int = 0) -> Method:
+        backbone = self._backbone(seed=seed)
+        torch.manual_seed(seed)
+        return self.kind(self.config, backbone, DATA)
+
+    def batch(self, *, seed: int = 0) -> Batch:
+        generator = torch.Generator().manual_seed(seed)
+        spread = torch.linspace(0.5, 2.0, 8).view(8, 1, 1, 1)
+        views = [
+            torch.randn(8, 3, 32, 32, generator=generator) * spread + spread
+            for _ in range(self.config.num_views)
+        ]
+        return Batch(views, torch.arange(8) + 8 * seed, torch.arange(8) % 3)
+
+
+@pytest.fixture
+def subject(
+    name: str, tiny_backbone: Callable[..., Backbone], tiny_vit: Callable[..., Backbone]
+) -> Subject:
+    return Subject(name, {False: tiny_backbone, True: tiny_vit})
+
+
+def total(output: LossOutput) -> Tensor:
+    return output.loss + (0.0 if output.adversary_loss is None else output.adversary_loss)
 
 
 @every_method
@@ -35,24 +76,27 @@ class TestMethod:
         assert issubclass(kind, Method)
         assert kind.Config().name == name
 
+    def test_says_of_every_setting_what_it_means(self, name: str) -> None:
+        fields = load_method(name).Config.model_fields
+        assert [f for f, info in fields.items() if f != "name" and not info.description] == []
+
     def test_loss_is_a_finite_float32_scalar_also_under_autocast(
-        self, name: str, tiny_backbone: Backbones, make_views: Views, progress: Progress
+        self, subject: Subject, progress: Progress
     ) -> None:
-        method = build(name, tiny_backbone())
-        views = make_views(num_views=method.Config().num_views)
-        losses = [method(views, progress).loss]
+        method = subject.method()
+        outputs = [method(subject.batch(), progress)]
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            losses.append(method(views, progress).loss)
-        for loss in losses:
-            assert loss.shape == ()
-            assert loss.dtype == torch.float32
-            assert torch.isfinite(loss)
+            outputs.append(method(subject.batch(), progress))
+        for output in outputs:
+            assert output.loss.shape == ()
+            assert output.loss.dtype == torch.float32
+            assert torch.isfinite(total(output))
 
     def test_every_trainable_parameter_gets_a_gradient_and_no_other(
-        self, name: str, tiny_backbone: Backbones, make_views: Views, progress: Progress
+        self, subject: Subject, progress: Progress
     ) -> None:
-        method = build(name, tiny_backbone())
-        method(make_views(num_views=method.Config().num_views), progress).loss.backward()
+        method = subject.method()
+        total(method(subject.batch(), progress)).backward()
         for key, parameter in method.named_parameters():
             if parameter.requires_grad:
                 assert parameter.grad is not None, key
@@ -60,55 +104,103 @@ class TestMethod:
                 assert parameter.grad.abs().sum() > 0, key
             else:
                 assert parameter.grad is None, key
-        assert all(parameter.requires_grad for parameter in method.encoder.parameters())
+
+    def test_an_adversary_and_the_rest_learn_from_their_own_loss_only(
+        self, subject: Subject, progress: Progress
+    ) -> None:
+        method = subject.method()
+        output = method(subject.batch(), progress)
+        theirs = set() if method.adversary is None else set(method.adversary.parameters())
+        assert (output.adversary_loss is None) == (method.adversary is None)
+        output.loss.backward(retain_graph=True)
+        assert all(parameter.grad is None for parameter in theirs)
+        if output.adversary_loss is not None:
+            method.zero_grad()
+            output.adversary_loss.backward()
+            assert all(p.grad is None for p in method.parameters() if p not in theirs)
 
     def test_metrics_are_detached_scalars_named_section_slash_name(
-        self, name: str, tiny_backbone: Backbones, make_views: Views, progress: Progress
+        self, subject: Subject, progress: Progress
     ) -> None:
-        method = build(name, tiny_backbone())
-        metrics = method(make_views(num_views=method.Config().num_views), progress).metrics
+        metrics = subject.method()(subject.batch(), progress).metrics
         assert metrics
         for key, value in metrics.items():
             assert re.fullmatch(r"[a-z0-9_]+/[a-z0-9_]+", key)
             assert value.shape == ()
             assert not value.requires_grad
-            assert torch.isfinite(value)
+            assert torch.isfinite(value), key
 
     def test_features_are_those_of_one_view_and_detached(
-        self, name: str, tiny_backbone: Backbones, make_views: Views, progress: Progress
+        self, subject: Subject, progress: Progress
     ) -> None:
-        method = build(name, tiny_backbone())
-        features = method(make_views(num_views=method.Config().num_views), progress).features
+        method = subject.method()
+        features = method(subject.batch(), progress).features
         assert features.shape == (8, method.encoder.embed_dim)
         assert not features.requires_grad
 
     def test_state_dict_round_trip_gives_the_same_loss(
-        self, name: str, tiny_backbone: Backbones, make_views: Views, progress: Progress
+        self, subject: Subject, progress: Progress
     ) -> None:
-        method = build(name, tiny_backbone())
-        views = make_views(num_views=method.Config().num_views)
-        optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)
+        method = subject.method()
+        optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.01)
         for seed in range(2):  # so that queues and averages have moved
-            other = make_views(num_views=method.Config().num_views, seed=seed + 1)
-            method(other, progress).loss.backward()
+            total(method(subject.batch(seed=seed + 1), progress)).backward()
+            method.before_optimizer_step(progress)
             optimizer.step()
             method.after_optimizer_step(progress)
 
-        copy = build(name, tiny_backbone(seed=1), seed=1)
+        copy = subject.method(seed=1)
         with torch.no_grad():
-            assert copy(views, progress).loss != method(views, progress).loss
+            parameters = zip(copy.parameters(), method.parameters(), strict=True)
+            assert any(not torch.equal(a, b) for a, b in parameters)
         copy.load_state_dict(method.state_dict(), strict=True)
         torch.manual_seed(3)
-        expected = method(views, progress).loss
+        expected = method(subject.batch(), progress).loss
         torch.manual_seed(3)
-        assert torch.equal(copy(views, progress).loss, expected)
+        assert torch.equal(copy(subject.batch(), progress).loss, expected)
 
-    def test_encoder_is_a_backbone_within_the_method(
-        self, name: str, tiny_backbone: Backbones
-    ) -> None:
-        method = build(name, tiny_backbone())
+    def test_encoder_is_a_backbone_within_the_method(self, subject: Subject) -> None:
+        method = subject.method()
         assert isinstance(method.encoder, Backbone)
         assert any(module is method.encoder for module in method.modules())
+
+    def test_a_batch_in_parts_has_the_gradient_of_the_whole(
+        self, subject: Subject, progress: Progress
+    ) -> None:
+        """In evaluation mode, where batch norm takes nothing from the batch."""
+        if not can_split(subject.kind):
+            pytest.skip("its loss can neither be cached nor accumulated")
+        found: list[tuple[Tensor, list[Tensor]]] = []
+        for size in (None, 8):  # of one part, so that what is random is the same
+            method = subject.method().eval()
+            torch.manual_seed(5)
+            output = backward(
+                method,
+                subject.batch(),
+                progress,
+                model=method,
+                autocast=nullcontext,
+                micro_batch_size=size,
+            )
+            gradients = [p.grad for p in method.parameters() if p.grad is not None]
+            found.append((output.loss, gradients))
+        torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-5)
+        for part, whole in zip(found[1][1], found[0][1], strict=True):
+            torch.testing.assert_close(part, whole, rtol=1e-3, atol=1e-5)
+
+    def test_pictures_are_finite_and_have_a_title_a_column(
+        self, subject: Subject, progress: Progress
+    ) -> None:
+        method = subject.method().eval()
+        for picture in method.pictures(subject.batch(), progress).values():
+            rows, columns, channels, height, width = picture.images.shape
+            assert channels == 3
+            assert height == width
+            assert picture.columns == () or len(picture.columns) == columns
+            assert rows > 0
+            assert picture.caption
+            assert not picture.images.requires_grad
+            assert picture.images.isfinite().all()
 
 
 def test_progress_gives_every_rank_the_same_numbers_and_every_step_others() -> None:

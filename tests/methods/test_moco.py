@@ -8,19 +8,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raysl.errors import ConfigError
-from raysl.methods.base import Progress
+from raysl.methods.base import Batch, Progress, RunShape, TrainingSet
 from raysl.methods.moco import MoCo, MoCoConfig, info_nce_loss
-from raysl.nn.backbones import Backbone
+from raysl.nn.backbones import Backbone, BackboneConfig
 from raysl.nn.batchnorm import set_batch_norm_scope
 
 Backbones = Callable[..., Backbone]
 Views = Callable[..., list[Tensor]]
 
+TRAINING_SET = TrainingSet(num_images=64, global_batch_size=8, view_sizes_px=(8, 8))
+
+
+def as_batch(views: list[Tensor]) -> Batch:
+    return Batch(views, torch.arange(len(views[0])))
+
 
 def moco(backbone: Backbone, **settings: Any) -> MoCo:
     settings = {"queue_length": 16, "projection_dim": 4, "ema_momentum": 0.9} | settings
     torch.manual_seed(5)
-    return MoCo(MoCoConfig(**settings), backbone)
+    return MoCo(MoCoConfig(**settings), backbone, TRAINING_SET)
 
 
 def at(step: int, seed: int = 7) -> Progress:
@@ -29,7 +35,7 @@ def at(step: int, seed: int = 7) -> Progress:
 
 def train_step(method: MoCo, views: list[Tensor], progress: Progress) -> None:
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.5)
-    method(views, progress).loss.backward()
+    method(as_batch(views), progress).loss.backward()
     optimizer.step()
     method.after_optimizer_step(progress)
 
@@ -48,8 +54,10 @@ class TestLoss:
         train_step(method, make_views(seed=1), at(0))  # the two encoders are no longer equal
         views = make_views()
         query, key = method.query_encoder(views[0]), keys_of(method, views[1])
-        expected = info_nce_loss(query, key, method.queue, temperature=0.3)
-        assert method(views, at(1)).loss.item() == pytest.approx(expected.item(), rel=1e-6)
+        expected = info_nce_loss(query, key, method.queue.keys, temperature=0.3)
+        assert method(as_batch(views), at(1)).loss.item() == pytest.approx(
+            expected.item(), rel=1e-6
+        )
 
     def test_symmetric_is_the_mean_of_both_directions(
         self, tiny_backbone: Backbones, make_views: Views
@@ -58,11 +66,11 @@ class TestLoss:
         views = make_views()
         one_way = [
             info_nce_loss(
-                method.query_encoder(a), keys_of(method, b), method.queue, temperature=0.2
+                method.query_encoder(a), keys_of(method, b), method.queue.keys, temperature=0.2
             ).item()
             for a, b in (views, views[::-1])
         ]
-        output = method(views, at(0))
+        output = method(as_batch(views), at(0))
         assert abs(one_way[0] - one_way[1]) > 1e-4
         assert output.loss.item() == pytest.approx(sum(one_way) / 2, rel=1e-6)
 
@@ -71,7 +79,7 @@ class TestLoss:
     ) -> None:
         method = moco(tiny_backbone(), shuffle_batch_norm=False)
         view = make_views()[0]
-        found = method([view, view], at(0)).metrics["moco/partner_top1"]
+        found = method(as_batch([view, view]), at(0)).metrics["moco/partner_top1"]
         assert found.item() == 1.0
 
     @pytest.mark.parametrize(("head", "layers"), [("linear", 1), ("mlp", 2)])
@@ -88,7 +96,9 @@ class TestLoss:
         method = moco(backbone)
         views = make_views()
         assert method.encoder is backbone
-        torch.testing.assert_close(method(views, at(0)).features, backbone(views[0]).detach())
+        torch.testing.assert_close(
+            method(as_batch(views), at(0)).features, backbone(views[0]).detach()
+        )
 
 
 class TestQueue:
@@ -96,7 +106,7 @@ class TestQueue:
         self, tiny_backbone: Backbones, make_views: Views
     ) -> None:
         method = moco(tiny_backbone(), queue_length=11, shuffle_batch_norm=False)
-        ring = list(method.queue.clone())
+        ring = list(method.queue.keys.clone())
         place = 0
         for step in range(5):  # 5 * 4 = 20 keys: it wraps within a batch
             views = make_views(4, seed=step)
@@ -104,16 +114,16 @@ class TestQueue:
                 ring[place % 11] = key
                 place += 1
             train_step(method, views, at(step))
-            torch.testing.assert_close(method.queue, torch.stack(ring))
-            assert int(method.queue_place) == place % 11
+            torch.testing.assert_close(method.queue.keys, torch.stack(ring))
+            assert int(method.queue.place) == place % 11
 
     def test_new_keys_are_not_negatives_of_their_own_step(
         self, tiny_backbone: Backbones, make_views: Views
     ) -> None:
         method = moco(tiny_backbone())
-        before = method.queue.clone()
-        method(make_views(), at(0)).loss.backward()
-        assert torch.equal(method.queue, before)
+        before = method.queue.keys.clone()
+        method(as_batch(make_views()), at(0)).loss.backward()
+        assert torch.equal(method.queue.keys, before)
 
     def test_symmetric_puts_the_keys_of_both_views_in(
         self, tiny_backbone: Backbones, make_views: Views
@@ -122,27 +132,55 @@ class TestQueue:
         views = make_views(4)
         expected = torch.cat([keys_of(method, views[1]), keys_of(method, views[0])])
         train_step(method, views, at(0))
-        torch.testing.assert_close(method.queue[:8], expected)
-        assert int(method.queue_place) == 8
+        torch.testing.assert_close(method.queue.keys[:8], expected)
+        assert int(method.queue.place) == 8
 
     def test_starts_with_random_directions_and_stays_on_the_sphere(
         self, tiny_backbone: Backbones, make_views: Views
     ) -> None:
         method = moco(tiny_backbone())
-        torch.testing.assert_close(method.queue.norm(dim=1), torch.ones(16))
+        torch.testing.assert_close(method.queue.keys.norm(dim=1), torch.ones(16))
         train_step(method, make_views(), at(0))
-        torch.testing.assert_close(method.queue.norm(dim=1), torch.ones(16))
+        torch.testing.assert_close(method.queue.keys.norm(dim=1), torch.ones(16))
 
     @pytest.mark.parametrize("symmetric", [False, True])
     def test_shorter_than_the_keys_of_a_step_is_refused(self, symmetric: bool) -> None:
         keys = 128 if symmetric else 64
         config = MoCoConfig(queue_length=keys, symmetric=symmetric)
-        config.check(global_batch_size=64, num_workers=2)
+        config.check(RunShape(64, 2, (8, 8), BackboneConfig()))
         with pytest.raises(ConfigError) as caught:
-            config.check(global_batch_size=65, num_workers=1)
+            config.check(RunShape(65, 1, (8, 8), BackboneConfig()))
         assert f"method.queue_length={keys} is shorter than the {keys // 64 * 65} keys" in str(
             caught.value
         )
+
+    def test_is_as_long_as_the_papers_or_the_data_set_by_default(
+        self, tiny_backbone: Backbones
+    ) -> None:
+        assert len(moco(tiny_backbone(), queue_length=None).queue.keys) == 64
+        config = MoCoConfig()
+        assert config.size_defaults(TRAINING_SET) == {
+            "queue_length": (64, "min(65,536, 64 images) = 64")
+        }
+        many = TRAINING_SET._replace(num_images=100_000)
+        assert config.size_defaults(many)["queue_length"].value == 65_536
+        assert MoCoConfig(queue_length=9).size_defaults(many) == {}
+
+    def test_longer_than_the_data_set_is_refused(self, tiny_backbone: Backbones) -> None:
+        moco(tiny_backbone(), queue_length=64)
+        with pytest.raises(ConfigError, match=r"queue_length=65 is more than the 64 training imag"):
+            moco(tiny_backbone(), queue_length=65)
+
+    def test_age_is_that_of_its_oldest_key(
+        self, tiny_backbone: Backbones, make_views: Views
+    ) -> None:
+        method = moco(tiny_backbone(), queue_length=20)
+        ages = []
+        for step in range(5):  # 8 keys a step: it is full after 3, and its oldest is then 3 old
+            metrics = method(as_batch(make_views(seed=step)), at(step)).metrics
+            ages.append(metrics["moco/queue_age_steps"].item())
+            method.after_optimizer_step(at(step))
+        assert ages == [0, 1, 2, 3, 3]
 
 
 class TestKeyEncoder:
@@ -169,7 +207,7 @@ class TestKeyEncoder:
         assert all(
             map(torch.equal, method.key_encoder.parameters(), method.query_encoder.parameters())
         )
-        method(make_views(), at(0)).loss.backward()
+        method(as_batch(make_views()), at(0)).loss.backward()
         assert all(p.grad is None for p in method.key_encoder.parameters())
         assert all(not p.requires_grad for p in method.key_encoder.parameters())
         assert all(p.grad is not None for p in method.query_encoder.parameters())
@@ -178,9 +216,9 @@ class TestKeyEncoder:
 class TestShuffle:
     def keys(self, method: MoCo, views: list[Tensor], progress: Progress) -> Tensor:
         n = len(views[1])
-        method(views, progress)
+        method(as_batch(views), progress)
         method.after_optimizer_step(progress)
-        return method.queue[:n].clone()
+        return method.queue.keys[:n].clone()
 
     @pytest.mark.parametrize("symmetric", [False, True])
     def test_is_undone(self, tiny_backbone: Backbones, make_views: Views, symmetric: bool) -> None:
@@ -190,9 +228,9 @@ class TestShuffle:
             method = moco(
                 tiny_backbone(batch_norm=False), shuffle_batch_norm=shuffle, symmetric=symmetric
             )
-            loss = method(make_views(), at(2)).loss.item()
+            loss = method(as_batch(make_views()), at(2)).loss.item()
             method.after_optimizer_step(at(2))
-            results.append((loss, method.queue))
+            results.append((loss, method.queue.keys))
         assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
         torch.testing.assert_close(results[0][1], results[1][1])
 
@@ -229,5 +267,5 @@ class TestShuffle:
         method = moco(tiny_backbone())
         views = make_views()
         before = torch.get_rng_state()
-        method(views, at(0))
+        method(as_batch(views), at(0))
         assert torch.equal(torch.get_rng_state(), before)

@@ -1,15 +1,22 @@
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raysl.errors import ShapeError
-from raysl.methods.base import Progress
+from raysl.errors import ConfigError, ShapeError
+from raysl.methods.base import Batch, Progress, TrainingSet
 from raysl.methods.simclr import SimCLR, SimCLRConfig, nt_xent_loss
 from raysl.nn.backbones import Backbone
+
+TRAINING_SET = TrainingSet(num_images=64, global_batch_size=8, view_sizes_px=(8, 8))
+
+
+def as_batch(views: list[Tensor]) -> Batch:
+    return Batch(views, torch.arange(len(views[0])))
 
 
 def nt_xent_by_hand(z0: Tensor, z1: Tensor, temperature: float) -> Tensor:
@@ -112,9 +119,11 @@ class TestSimCLR:
         make_views: Callable[..., list[Tensor]],
         progress: Progress,
     ) -> None:
-        method = SimCLR(SimCLRConfig(temperature=0.3, projection_dim=4), tiny_backbone())
+        method = SimCLR(
+            SimCLRConfig(temperature=0.3, projection_dim=4), tiny_backbone(), TRAINING_SET
+        )
         views = make_views()
-        output = method(views, progress)
+        output = method(as_batch(views), progress)
         together = method.projector(method.backbone(torch.cat(views)))
         assert output.loss.item() == pytest.approx(
             nt_xent_by_hand(*together.detach().split(8), 0.3).item(), rel=1e-5
@@ -128,9 +137,9 @@ class TestSimCLR:
         make_views: Callable[..., list[Tensor]],
         progress: Progress,
     ) -> None:
-        method = SimCLR(SimCLRConfig(), tiny_backbone(batch_norm=False))
+        method = SimCLR(SimCLRConfig(), tiny_backbone(batch_norm=False), TRAINING_SET)
         views = make_views()
-        features = method(views, progress).features
+        features = method(as_batch(views), progress).features
         torch.testing.assert_close(features, method.encoder(views[0]).detach())
 
     def test_partner_top1_counts_the_rows_whose_nearest_is_their_partner(
@@ -139,9 +148,9 @@ class TestSimCLR:
         make_views: Callable[..., list[Tensor]],
         progress: Progress,
     ) -> None:
-        method = SimCLR(SimCLRConfig(projection_dim=4), tiny_backbone())
+        method = SimCLR(SimCLRConfig(projection_dim=4), tiny_backbone(), TRAINING_SET)
         view = make_views()[0]
-        found = method([view, view], progress).metrics["simclr/partner_top1"]
+        found = method(as_batch([view, view]), progress).metrics["simclr/partner_top1"]
         assert found.item() == 1.0
 
         views = make_views()
@@ -150,12 +159,12 @@ class TestSimCLR:
         for i in range(16):
             others = [(float(z[i] @ z[k]), k) for k in range(16) if k != i]
             hits += max(others)[1] == (i + 8) % 16
-        output = method(views, progress)
+        output = method(as_batch(views), progress)
         assert output.metrics["simclr/partner_top1"].item() == pytest.approx(hits / 16)
 
     def test_head_follows_the_configuration(self, tiny_backbone: Callable[..., Backbone]) -> None:
         def widths(**settings: int) -> list[tuple[int, int]]:
-            head = SimCLR(SimCLRConfig(**settings), tiny_backbone()).projector
+            head = SimCLR(SimCLRConfig(**settings), tiny_backbone(), TRAINING_SET).projector
             linear = [m for m in head if isinstance(m, nn.Linear)]
             return [(m.in_features, m.out_features) for m in linear]
 
@@ -170,4 +179,74 @@ class TestSimCLR:
         self, tiny_backbone: Callable[..., Backbone]
     ) -> None:
         backbone = tiny_backbone()
-        assert SimCLR(SimCLRConfig(), backbone).encoder is backbone
+        assert SimCLR(SimCLRConfig(), backbone, TRAINING_SET).encoder is backbone
+
+
+class TestMemory:
+    """Version 2's negatives from a moving average of the network."""
+
+    def build(self, backbone: Backbone, **settings: Any) -> SimCLR:
+        settings = {"memory": True, "memory_length": 16, "ema_momentum": 0.9} | settings
+        torch.manual_seed(5)
+        return SimCLR(SimCLRConfig(projection_dim=4, **settings), backbone, TRAINING_SET)
+
+    def train_step(self, method: SimCLR, views: list[Tensor], step: int) -> Tensor:
+        progress = Progress(step, 20, 5, seed=7)
+        optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.5)
+        output = method(as_batch(views), progress)
+        output.loss.backward()
+        optimizer.step()
+        method.after_optimizer_step(progress)
+        return output.loss.detach()
+
+    def test_is_off_unless_asked_for(self, tiny_backbone: Callable[..., Backbone]) -> None:
+        assert SimCLRConfig().size_defaults(TRAINING_SET) == {}
+        assert SimCLR(SimCLRConfig(), tiny_backbone(), TRAINING_SET).memory is None
+
+    def test_adds_negatives_to_every_row_and_nothing_else(
+        self, tiny_backbone: Callable[..., Backbone], make_views: Callable[..., list[Tensor]]
+    ) -> None:
+        method = self.build(tiny_backbone())
+        for step in range(2):
+            self.train_step(method, make_views(seed=step), step)
+        views = make_views(seed=5)
+        z = F.normalize(method.projector(method.backbone(torch.cat(views))).detach(), dim=1)
+        assert method.memory is not None
+        total = 0.0
+        for i in range(16):
+            others = [z[k] for k in range(16) if k != i] + list(method.memory.keys)
+            denominator = sum(math.exp(float(z[i] @ other) / 0.1) for other in others)
+            total -= math.log(math.exp(float(z[i] @ z[(i + 8) % 16]) / 0.1) / denominator)
+        output = method(as_batch(views), Progress(2, 20, 5, seed=7))
+        assert output.loss.item() == pytest.approx(total / 16, rel=1e-5)
+        assert output.metrics["simclr/memory_age_steps"].item() == 2.0
+
+    def test_holds_what_the_memory_network_made_of_view_1_from_the_next_step_on(
+        self, tiny_backbone: Callable[..., Backbone], make_views: Callable[..., list[Tensor]]
+    ) -> None:
+        method = self.build(tiny_backbone(batch_norm=False))
+        network, memory = method.memory_network, method.memory
+        assert network is not None
+        assert memory is not None
+        for step in range(3):
+            views = make_views(seed=step)
+            before = [p.clone() for p in network.parameters()]
+            with torch.no_grad():
+                expected = F.normalize(network(views[1]), dim=1)
+            self.train_step(method, views, step)
+            torch.testing.assert_close(memory.keys[8 * (step % 2) :][:8], expected)
+            online = [*method.backbone.parameters(), *method.projector.parameters()]
+            for new, old, target in zip(network.parameters(), before, online, strict=True):
+                torch.testing.assert_close(new, 0.9 * old + 0.1 * target.detach())
+
+    def test_is_as_long_as_the_data_set_by_default_and_never_longer(
+        self, tiny_backbone: Callable[..., Backbone]
+    ) -> None:
+        config = SimCLRConfig(memory=True)
+        default = config.size_defaults(TRAINING_SET)["memory_length"]
+        assert default == (64, "min(65,536, 64 images) = 64")
+        method = self.build(tiny_backbone(), memory_length=None)
+        assert method.memory is not None
+        assert len(method.memory.keys) == 64
+        with pytest.raises(ConfigError, match=r"memory_length=65 is more than the 64 training im"):
+            self.build(tiny_backbone(), memory_length=65)

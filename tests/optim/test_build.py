@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from raysl.config.base import Duration
+from raysl.methods.base import TrainingSet
 from raysl.methods.simclr import SimCLR, SimCLRConfig
-from raysl.nn.backbones import Backbone, build_backbone
+from raysl.nn.backbones import Backbone, BackboneConfig, build_backbone
 from raysl.optim.build import OptimConfig, build_optimizer, lr_at, param_groups, peak_lr
 from raysl.optim.lars import LARS
 
@@ -60,18 +61,21 @@ def net() -> nn.Module:
 
 class TestParamGroups:
     def test_matrices_and_kernels_decay_and_vectors_do_not(self) -> None:
-        weights, vectors = param_groups(net(), OptimConfig(weight_decay=0.01))
+        weights, vectors = param_groups(net().parameters(), OptimConfig(weight_decay=0.01))
         assert [tuple(p.shape) for p in weights["params"]] == [(4, 3, 3, 3), (2, 4)]
         assert [tuple(p.shape) for p in vectors["params"]] == [(4,), (4,), (4,), (2,)]
         assert (weights["weight_decay"], vectors["weight_decay"]) == (0.01, 0.0)
 
     def test_vectors_decay_too_if_asked(self) -> None:
-        groups = param_groups(net(), OptimConfig(weight_decay=0.01, decay_bias_and_norm=True))
+        groups = param_groups(
+            net().parameters(), OptimConfig(weight_decay=0.01, decay_bias_and_norm=True)
+        )
         assert [group["weight_decay"] for group in groups] == [0.01, 0.01]
 
     def test_each_trainable_parameter_is_in_one_group_and_a_fixed_one_in_none(self) -> None:
-        method = SimCLR(SimCLRConfig(), build_backbone("resnet18"))
-        groups = param_groups(method, OptimConfig())
+        data = TrainingSet(num_images=64, global_batch_size=8, view_sizes_px=(32, 32))
+        method = SimCLR(SimCLRConfig(), build_backbone(BackboneConfig(name="resnet18")), data)
+        groups = param_groups(method.parameters(), OptimConfig())
         found = [id(p) for group in groups for p in group["params"]]
         trainable = {id(p) for p in method.parameters() if p.requires_grad}
         assert len(found) == len(set(found))
@@ -79,19 +83,19 @@ class TestParamGroups:
         assert len(trainable) == len(list(method.parameters())) - 1  # the head's last bias
 
     def test_a_group_without_parameters_is_left_out(self) -> None:
-        groups = param_groups(nn.Linear(3, 2, bias=False), OptimConfig())
+        groups = param_groups(nn.Linear(3, 2, bias=False).parameters(), OptimConfig())
         assert [len(group["params"]) for group in groups] == [1]
 
     def test_lars_adapts_to_matrices_only(self) -> None:
-        _, vectors = param_groups(net(), OptimConfig(name="lars"))
+        _, vectors = param_groups(net().parameters(), OptimConfig(name="lars"))
         assert vectors["adapt"] is False
-        assert "adapt" not in param_groups(net(), OptimConfig(name="sgd"))[1]
+        assert "adapt" not in param_groups(net().parameters(), OptimConfig(name="sgd"))[1]
 
 
 class TestBuildOptimizer:
     def test_sgd_has_the_settings_of_the_configuration(self) -> None:
         config = OptimConfig(sgd_momentum=0.8, nesterov=True, weight_decay=0.01)
-        optimizer = build_optimizer(net(), config)
+        optimizer = build_optimizer(net().parameters(), config)
         assert type(optimizer) is torch.optim.SGD
         for group, decay in zip(optimizer.param_groups, (0.01, 0.0), strict=True):
             assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (
@@ -102,7 +106,7 @@ class TestBuildOptimizer:
 
     def test_adamw_has_the_settings_of_the_configuration(self) -> None:
         config = OptimConfig(name="adamw", adam_betas=(0.8, 0.95), weight_decay=0.05)
-        optimizer = build_optimizer(net(), config)
+        optimizer = build_optimizer(net().parameters(), config)
         assert type(optimizer) is torch.optim.AdamW
         for group, decay in zip(optimizer.param_groups, (0.05, 0.0), strict=True):
             assert (group["betas"], group["weight_decay"]) == ((0.8, 0.95), decay)
@@ -111,7 +115,7 @@ class TestBuildOptimizer:
         config = OptimConfig(
             name="lars", sgd_momentum=0.8, weight_decay=0.01, trust_coefficient=0.02
         )
-        optimizer = build_optimizer(net(), config)
+        optimizer = build_optimizer(net().parameters(), config)
         assert type(optimizer) is LARS
         weights, vectors = optimizer.param_groups
         assert (weights["adapt"], weights["weight_decay"]) == (True, 0.01)
@@ -125,7 +129,7 @@ class TestBuildOptimizer:
         module = Backbone(net(), embed_dim=2)
         images = torch.randn(8, 3, 3, 3)
         optimizer = build_optimizer(
-            module, OptimConfig(name=name, base_lr=0.01, trust_coefficient=0.1)
+            module.parameters(), OptimConfig(name=name, base_lr=0.01, trust_coefficient=0.1)
         )
         losses = []
         for _ in range(10):

@@ -229,19 +229,39 @@ class TestWriteReport:
         assert "global_batch_size: 4" in page.text
         assert "total_steps1,344" in page.text
 
-    @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
-    def test_its_lines_of_code_load_the_encoder(self, folder: RunFolder, stem: str) -> None:
+    @pytest.mark.parametrize(
+        "chosen",
+        [
+            {"name": "resnet18", "stem": "cifar"},
+            {"name": "resnet18"},
+            {"name": "resnet18", "stem": "small", "norm": "group"},
+            {"name": "resnet18", "width": 0.5},
+            {"name": "convnext_tiny"},
+            {"name": "vit_tiny", "patch_size_px": 4, "depth": 2, "pool": "mean"},
+        ],
+    )
+    def test_its_lines_of_code_load_the_encoder(
+        self, folder: RunFolder, chosen: dict[str, Any]
+    ) -> None:
         from raysl.encoder import save_encoder
         from raysl.nn.backbones import build_backbone
 
-        backbone = build_backbone("resnet18", stem=stem)
-        save_encoder(folder.encoder, backbone, description={"name": "resnet18", "stem": stem})
-        config = make_config(backbone={"name": "resnet18", "stem": stem})
+        if chosen["name"].startswith("vit"):
+            pytest.importorskip("timm")
+        views = {"recipe": "simclr", "size_px": 32}
+        config = make_config(backbone=chosen, data={"source": "digits", "views": views})
+        backbone = build_backbone(config.backbone, image_size_px=config.image_size_px)
+        section = config.backbone.model_dump(mode="json")
+        description = {"backbone": section, "image_size_px": config.image_size_px}
+        save_encoder(folder.encoder, backbone, description=description)
         code = Page(self.write(folder, config)).text
-        code = code[code.index("import safetensors") : code.index("model.eval()")]
+        code = code[code.index("Use the encoder") + len("Use the encoder") :]
+        code = code[: code.index("It takes RGB")]
         scope: dict[str, Any] = {}
         exec(code.replace('"encoder.safetensors"', repr(str(folder.encoder))), scope)
-        loaded, saved = scope["model"].state_dict(), backbone.net.state_dict()
+        model = scope["model"]
+        loaded = getattr(model, "net", model).state_dict()
+        saved = backbone.net.state_dict()
         assert loaded.keys() == saved.keys()
         assert all((loaded[key] == saved[key]).all() for key in saved)
 

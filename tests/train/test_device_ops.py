@@ -14,8 +14,8 @@ from raysl.augment.recipes import SimCLRViews
 from raysl.data.plan import Plan
 from raysl.data.stream import ItemMaker, Making
 from raysl.sources.source import ArraySource
+from raysl.train.batches import view_converter
 from raysl.train.device_ops import apply_ops
-from raysl.train.loop import view_converter
 
 SIDE = 64
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from raysl.errors import CollapsedError, DivergedError
-from raysl.train.health import HealthCheck, HealthConfig, effective_rank, feature_std
+from raysl.nn.geometry import effective_rank, feature_std
+from raysl.train.health import HealthCheck, HealthConfig
 
 
 def metrics(

@@ -1,6 +1,6 @@
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from raysl.errors import CollapsedError, DivergedError, RayslError
-from raysl.methods.base import LossOutput, Method, MethodConfig, Progress
+from raysl.methods.base import Batch, LossOutput, Method, MethodConfig, Progress, TrainingSet
 from raysl.nn.backbones import Backbone
+from raysl.optim.build import Rates, ScheduledOptimizer
+from raysl.train.batches import NumpyBatch
 from raysl.train.checkpoint import load_checkpoint, save_checkpoint
 from raysl.train.health import HealthCheck, HealthConfig
-from raysl.train.loop import Hooks, NumpyBatch, Schedule, Trainer
+from raysl.train.loop import Hooks, Schedule, Trainer
 
 EMBED_DIM = 4
 
@@ -29,8 +31,8 @@ class Tiny(Method):
 
     Config = TinyConfig
 
-    def __init__(self, config: TinyConfig, backbone: Backbone) -> None:
-        super().__init__(config, backbone)
+    def __init__(self, config: TinyConfig, backbone: Backbone, data: TrainingSet) -> None:
+        super().__init__(config, backbone, data)
         self.backbone = backbone
         self.seen: list[Progress] = []
         self.modes: list[bool] = []
@@ -42,12 +44,12 @@ class Tiny(Method):
     def encoder(self) -> Backbone:
         return self.backbone
 
-    def loss(self, views: Sequence[Tensor], progress: Progress) -> LossOutput:
+    def loss(self, batch: Batch, progress: Progress) -> LossOutput:
         self.seen.append(progress)
         self.modes.append(self.training)
         on = torch.is_autocast_enabled("cpu")
         self.autocast = torch.get_autocast_dtype("cpu") if on else None
-        first, second = (self.spoil(progress.step, self.backbone(view)) for view in views)
+        first, second = (self.spoil(progress.step, self.backbone(view)) for view in batch.views)
         loss = (first - second).float().square().mean() + (first.float().std(0) - 1).square().mean()
         return LossOutput(loss, first.detach(), {"tiny/size": first.detach().abs().mean()})
 
@@ -58,7 +60,8 @@ class Tiny(Method):
 def tiny(*, seed: int = 0) -> Tiny:
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 8), nn.Dropout(0.5), nn.Linear(8, 4))
-    return Tiny(TinyConfig(), Backbone(net, embed_dim=EMBED_DIM))
+    data = TrainingSet(num_images=24, global_batch_size=6, view_sizes_px=(4, 4))
+    return Tiny(TinyConfig(), Backbone(net, embed_dim=EMBED_DIM), data)
 
 
 def batch_of(step: int, *, n: int = 6) -> dict[str, npt.NDArray[Any]]:
@@ -74,9 +77,10 @@ def batches(start: int, end: int) -> Iterator[NumpyBatch]:
     return (batch_of(step) for step in range(start, end))
 
 
-def to_views(batch: NumpyBatch) -> list[Tensor]:
+def to_batch(batch: NumpyBatch) -> Batch:
     views = torch.from_numpy(batch["views_0"]).float() / 255
-    return [view.permute(0, 3, 1, 2) for view in views.unbind(1)]
+    images = [view.permute(0, 3, 1, 2) for view in views.unbind(1)]
+    return Batch(images, torch.from_numpy(batch["index"]))
 
 
 def constant(_: int) -> float:
@@ -100,18 +104,18 @@ class Run:
             "log_every": 1,
             "checkpoint_every": 100,
             "evaluate_every": None,
-            "lr": constant,
             "seed": 0,
         }
+        lr = settings.pop("lr", constant)
         options = {"precision": "fp32", "max_grad_norm": None, "health": HealthConfig()}
         options |= {key: settings.pop(key) for key in list(settings) if key in options}
         options["health"] = HealthCheck(options["health"])
         self.trainer = Trainer(
             self.method,
-            self.optimizer,
+            [ScheduledOptimizer(self.optimizer, lambda step: Rates(lr(step), 0.0, 0.0))],
             model=self.method,
             schedule=Schedule(**(schedule | settings)),
-            to_views=to_views,
+            to_batch=to_batch,
             **options,
         )
 

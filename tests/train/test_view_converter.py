@@ -1,4 +1,4 @@
-"""The end of raysl/train/loop.py that turns pixels into views; test_loop.py has the loop."""
+"""The end of raysl/train/batches.py that turns pixels into views; test_loop.py has the loop."""
 
 import warnings
 from typing import Any
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from raysl.train.loop import as_tensor, view_converter
+from raysl.train.batches import as_tensor, view_converter
 
 MEAN = (0.4, 0.5, 0.6)
 STD = (0.2, 0.25, 0.3)

@@ -1,0 +1,73 @@
+"""A run's method, optimizers and precision, built from its configuration."""
+
+from typing import Any
+
+import torch
+
+from raysl.encoder import load_weights
+from raysl.methods import load_method
+from raysl.methods.base import Method, TrainingSet
+from raysl.nn.backbones import build_backbone
+from raysl.nn.batchnorm import set_batch_norm_scope
+from raysl.optim.build import ScheduledOptimizer, scheduled_optimizer
+from raysl.recipe import Derived, RunConfig
+
+
+def build_method(config: RunConfig[Any], data: TrainingSet, *, device: torch.device) -> Method:
+    """Build the method with weights that are a function of the run's seed, or given ones.
+
+    Raises:
+        DataError: If the given weights do not fit the backbone.
+    """
+    torch.manual_seed(config.seed)
+    backbone = build_backbone(config.backbone, image_size_px=config.image_size_px)
+    if config.backbone.weights is not None:  # first: many methods begin with a copy of it
+        load_weights(backbone, config.backbone.weights)
+    method = load_method(config.method.name)(config.method, backbone, data)
+    set_batch_norm_scope(
+        method,
+        config.backbone.batch_norm,
+        num_splits=config.backbone.batch_norm_splits,
+        on_cuda=device.type == "cuda",
+    )
+    layout = torch.channels_last if config.train.channels_last else torch.preserve_format
+    placed: Method = method.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    return placed
+
+
+def build_optimizers(
+    method: Method, config: RunConfig[Any], derived: Derived
+) -> list[ScheduledOptimizer]:
+    """Build the optimizer of a method's parameters and, if it has an adversary, that one's own."""
+    adversary = set() if method.adversary is None else set(method.adversary.parameters())
+    sizes: dict[str, Any] = {
+        "global_batch_size": config.train.global_batch_size,
+        "steps_per_epoch": derived.steps_per_epoch,
+        "total_steps": derived.total_steps,
+    }
+    constant = {p for module in method.constant_lr_modules for p in module.parameters()}
+    mine = [p for p in method.parameters() if p not in adversary]
+    optimizers = [scheduled_optimizer(mine, config.optim, constant_lr=constant, **sizes)]
+    if method.adversary is not None:
+        theirs = config.adversary_optim or config.optim
+        optimizers.append(scheduled_optimizer(method.adversary.parameters(), theirs, **sizes))
+    return optimizers
+
+
+def precision_on(config: RunConfig[Any], device: torch.device) -> Any:
+    """Return the precision of a run on a device: ``fp32`` or ``bf16``."""
+    if config.train.precision == "by_device":
+        return "bf16" if device.type == "cuda" else "fp32"
+    return config.train.precision
+
+
+def describe(config: RunConfig[Any]) -> dict[str, Any]:
+    """Return what a user of the encoder has to know besides its weights."""
+    return {
+        "backbone": config.backbone.model_dump(mode="json"),
+        "mean": list(config.data.mean),
+        "std": list(config.data.std),
+        "image_size_px": config.image_size_px,
+        "method": config.method.name,
+        "run": config.name,
+    }

@@ -1,0 +1,154 @@
+"""Barlow Twins.
+
+J. Zbontar, L. Jing, I. Misra, Y. LeCun, S. Deny: "Barlow Twins: Self-Supervised Learning via
+Redundancy Reduction", 2021, arXiv:2103.03230v3.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from raysl.config.base import NonNegativeFloat, PositiveFloat, PositiveInt
+from raysl.errors import ConfigError, ShapeError
+from raysl.methods.base import (
+    Batch,
+    EmbeddingMethod,
+    LossOutput,
+    MethodConfig,
+    Progress,
+    RunShape,
+    TrainingSet,
+)
+from raysl.nn.backbones import Backbone
+from raysl.nn.collectives import rank_and_size, sum_over_ranks
+from raysl.nn.geometry import off_diagonal
+from raysl.nn.heads import projection_mlp
+
+_EPSILON = 1e-5  # of the variance, as in torch's batch norm, which the authors normalise with
+
+
+def barlow_loss(z0: Tensor, z1: Tensor, *, redundancy: float) -> Tensor:
+    r"""How far the correlation of two views' embeddings is from the identity.
+
+    .. math::
+        L = \sum_i (1 - C_{ii})^2 + \lambda \sum_i \sum_{j \ne i} C_{ij}^2
+
+    C_ij is the correlation, over the RN images of all ranks, of entry i in view 0 with entry j in
+    view 1. Every rank returns the same loss.
+
+    Args:
+        z0: Embeddings of view 0, ``(N, D)``, any float dtype, not normalised.
+        z1: Embeddings of view 1, same shape; row i comes from the same image as ``z0[i]``.
+        redundancy: Lambda, >= 0.
+
+    Returns:
+        Scalar float32 (float64 if the embeddings are) >= 0. Views that do not depend on each other
+        give about D + lambda D (D - 1) / RN, collapsed ones D.
+
+    Raises:
+        ShapeError: If the two shapes differ or are not ``(N, D)``, or there is only one image.
+
+    Source: Eq. (1) and (2), and the authors' main.py: the embeddings are normalised as batch norm
+    does (the variance is biased, 1e-5 is added to it), in float32, also under autocast.
+    Departs: Mean and variance are those of all ranks' images; the authors synchronise theirs too.
+    """
+    return _distance_to_identity(_cross_correlation(z0, z1), redundancy=redundancy)
+
+
+def _cross_correlation(z0: Tensor, z1: Tensor) -> Tensor:
+    """Return C, ``(D, D)``: the only thing of its size that ranks exchange."""
+    if z0.ndim != 2 or z0.shape != z1.shape:
+        raise ShapeError(f"z0 and z1 must both be (N, D); got {tuple(z0.shape)}, {tuple(z1.shape)}")
+    n, d = z0.shape
+    total = n * rank_and_size()[1]
+    if total < 2:
+        raise ShapeError(f"a correlation needs 2 images or more; z0 and z1 are {tuple(z0.shape)}")
+    with torch.autocast(z0.device.type, enabled=False):
+        z = torch.cat([z0, z1], dim=1)  # (N, 2D), so that ranks exchange both views' sums at once
+        z = z if z.dtype == torch.float64 else z.float()
+        z = z - sum_over_ranks(z.sum(dim=0)) / total
+        variance = sum_over_ranks(z.square().sum(dim=0)) / total
+        z = z * (variance + _EPSILON).rsqrt()
+        return sum_over_ranks(z[:, :d].T @ (z[:, d:] / total))
+
+
+def _distance_to_identity(correlation: Tensor, *, redundancy: float) -> Tensor:
+    on_diagonal = (correlation.diagonal() - 1).square().sum()
+    return on_diagonal + redundancy * off_diagonal(correlation).square().sum()
+
+
+class BarlowConfig(MethodConfig):
+    """Settings of Barlow Twins."""
+
+    name: Literal["barlow"] = "barlow"
+    redundancy: NonNegativeFloat = 0.0051
+    """Lambda of Eq. (1): 0.005 in the paper (sec. 2.2), 0.0051 in the authors' main.py."""
+    loss_scale: PositiveFloat = 0.024
+    """Factor of the loss. LARS and Adam take no notice, except for what they do not adapt: biases
+    and norms under LARS. The authors give those a learning rate of 0.0048 beside 0.2 for weights,
+    and with this factor, their ratio, one learning rate does the same. 1 is the paper's loss."""
+    projection_layers: Annotated[int, Field(ge=1, le=8)] = 3
+    """Linear layers of the projector; batch norm and ReLU follow all but the last."""
+    hidden_dim: PositiveInt = 8192
+    """Width of the projector's hidden layers."""
+    projection_dim: PositiveInt = 8192
+    """D, the width of the embeddings (fig. 4: the more the better). About four D x D matrices of
+    float32 are held at once: 1 GiB at 8192, 64 MiB at 2048."""
+
+    def check(self, shape: RunShape) -> None:
+        """Refuse batches of one image, over which nothing can be correlated."""
+        if shape.global_batch_size < 2:
+            raise ConfigError(
+                "method barlow correlates entries over the images of a batch; "
+                f"train.global_batch_size={shape.global_batch_size}, use 2 or more (the paper 2048)"
+            )
+
+
+class Barlow(EmbeddingMethod):
+    """Each entry of an embedding is to be the same in both views, and unlike all other entries."""
+
+    Config = BarlowConfig
+
+    def __init__(self, config: BarlowConfig, backbone: Backbone, data: TrainingSet) -> None:
+        super().__init__(config, backbone, data)
+        self.config = config
+        self.backbone = backbone
+        self.projector = projection_mlp(
+            backbone.embed_dim,
+            config.hidden_dim,
+            config.projection_dim,
+            num_layers=config.projection_layers,
+            last_norm="none",
+            last_bias=False,  # the correlation does not see it
+        )
+
+    @property
+    def encoder(self) -> Backbone:
+        """The backbone without the projector."""
+        return self.backbone
+
+    def embeddings(self, batch: Batch, progress: Progress) -> tuple[Tensor, ...]:
+        """Return features of view 0 and both embeddings; batch norm sees one view at a time."""
+        features = [self.backbone(view) for view in batch.views]
+        z0, z1 = (self.projector(each) for each in features)
+        return features[0].detach(), z0, z1
+
+    def loss_of(
+        self, embeddings: tuple[Tensor, ...], batch: Batch, progress: Progress
+    ) -> LossOutput:
+        """Return the scaled loss, and how far both parts of it have come."""
+        features, z0, z1 = embeddings
+        correlation = _cross_correlation(z0, z1)
+        loss = _distance_to_identity(correlation, redundancy=self.config.redundancy)
+        found = correlation.detach()
+        d = len(found)
+        metrics = {
+            "barlow/diagonal": found.diagonal().mean(),
+            "barlow/off_diagonal": off_diagonal(found).abs().sum() / max(1, d * (d - 1)),
+        }
+        return LossOutput(self.config.loss_scale * loss, features, metrics)
+
+
+METHOD = Barlow

@@ -1,0 +1,399 @@
+"""Energy-based model: a Boltzmann density over images, its energy a head on the encoder.
+
+Three ways to train p(x) = exp(-E(x)) / Z, whose Z nobody can compute:
+
+- ``mcmc``, maximum likelihood with samples from Langevin chains. Y. Du, I. Mordatch: "Implicit
+  Generation and Modeling with Energy-Based Models", 2019, arXiv:1903.08689v6 (IGEBM);
+  W. Grathwohl et al.: "Your Classifier is Secretly an Energy Based Model and You Should Treat it
+  Like One", 2019, arXiv:1912.03263v3 (JEM).
+- ``score_matching``, by denoising, at many noise levels: see :mod:`raysl.nn.score_matching`. As in
+  Y. Song, S. Ermon: "Improved Techniques for Training Score-Based Generative Models", 2020,
+  arXiv:2006.09011v2, technique 3, the level only scales the model: E(x) / sigma.
+- ``nce``, against a density that is known. M. Gutmann, A. Hyvarinen, 2010 and 2012: see
+  :mod:`raysl.nn.noise_contrast`.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import model_validator
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from raysl.config.base import NonNegativeFloat, PositiveFloat, PositiveInt, Probability
+from raysl.errors import ConfigError, ShapeError
+from raysl.methods.base import (
+    Batch,
+    ImageGrid,
+    LossOutput,
+    Method,
+    MethodConfig,
+    Progress,
+    RunShape,
+    TrainingSet,
+)
+from raysl.nn.backbones import Backbone
+from raysl.nn.langevin import ChainStarts, ReplayBuffer, energy_gradient, langevin, standing_still
+from raysl.nn.noise_contrast import noise_contrastive_loss
+from raysl.nn.score_matching import denoising_score_loss
+from raysl.nn.spectral_noise import SpectralGaussian
+
+
+def contrastive_divergence_loss(
+    data_energies: Tensor, sample_energies: Tensor, *, regularisation: float = 0.0
+) -> Tensor:
+    r"""Lower the energy of data and raise that of the model's samples.
+
+    .. math::
+        L = \frac1N \sum_n \big( E(x_n^+) - E(x_n^-) \big)
+            + \alpha \frac1N \sum_n \big( E(x_n^+)^2 + E(x_n^-)^2 \big)
+
+    Without the second term, and with exact samples, its gradient is that of the negative
+    log-likelihood; its value says nothing.
+
+    Args:
+        data_energies: ``(N,)``.
+        sample_energies: Of samples that carry no gradient themselves, ``(M,)``.
+        regularisation: Alpha, >= 0.
+
+    Returns:
+        Scalar float32, or float64 if given that.
+
+    Raises:
+        ShapeError: If either is not a vector.
+
+    Source: arXiv:1903.08689v6, eq. (2) and Algorithm 1.
+    """
+    if data_energies.ndim != 1 or sample_energies.ndim != 1:
+        raise ShapeError(
+            f"energies must be (N,) and (M,); got {tuple(data_energies.shape)}, "
+            f"{tuple(sample_energies.shape)}"
+        )
+    data, samples = _exact(data_energies), _exact(sample_energies)
+    size = data.square().mean() + samples.square().mean()
+    return data.mean() - samples.mean() + regularisation * size
+
+
+def _exact(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+class EBMConfig(MethodConfig):
+    """Settings of the energy-based model.
+
+    Steps and deviations are for pixels from -1 to 1, as published; ``value_range`` converts them.
+    """
+
+    name: Literal["ebm"] = "ebm"
+    training: Literal["mcmc", "score_matching", "nce"] = "mcmc"
+    """How the density is fitted: with samples from Langevin chains, by denoising, or by telling
+    data from Gaussian noise of their spectrum."""
+    hidden_dim: PositiveInt = 256
+    """Width of the energy's head on the features."""
+    value_range: tuple[float, float] = (-2.7, 2.7)
+    """Lowest and highest normalised value of a pixel; chains start and stay within. The default is
+    what black and white are with ImageNet's mean and deviation, at most."""
+    langevin_steps: PositiveInt = 20
+    """mcmc: steps of each chain in a training step (JEM 20, IGEBM 60)."""
+    langevin_step_size: PositiveFloat = 1.0
+    """mcmc: factor of the energy's gradient in a step (JEM 1, IGEBM 10 with clipped gradients)."""
+    langevin_noise_std: NonNegativeFloat = 0.01
+    """mcmc: deviation of the noise in a step (JEM 0.01)."""
+    input_noise_std: NonNegativeFloat = 0.03
+    """mcmc: deviation of the noise on the data (JEM 0.03)."""
+    buffer_length: PositiveInt = 10000
+    """mcmc: chains in the replay buffer (JEM and IGEBM 10,000). It takes 6 bytes a pixel in memory
+    and in every checkpoint: 61 MB for 10,000 images of 32 px."""
+    restart_prob: Probability = 0.05
+    """mcmc: probability of a chain to start again from noise (JEM and IGEBM 0.05)."""
+    restart_from: Literal["noise", "data"] = "noise"
+    """mcmc: where such a chain starts; data with a restart_prob of 1 is contrastive divergence."""
+    energy_regularisation: NonNegativeFloat = 0.0
+    """mcmc: alpha, weight of squared energies (IGEBM 1, JEM none)."""
+    noise_std_range: tuple[PositiveFloat, PositiveFloat] = (0.02, 2.0)
+    """score_matching: smallest and largest deviation of the noise (Song and Ermon: 0.01 and 1 for
+    pixels from 0 to 1); drawn for each image, uniformly in its logarithm."""
+    num_noise: PositiveInt = 1
+    """nce: nu, noise images for one of the data."""
+
+    @model_validator(mode="after")
+    def _ranges_rise(self) -> "EBMConfig":
+        (low, high), (least, most) = self.value_range, self.noise_std_range
+        if low >= high or least > most:
+            raise ValueError(
+                f"value_range and noise_std_range go from low to high; got {self.value_range} and "
+                f"{self.noise_std_range}"
+            )
+        return self
+
+    @property
+    def num_views(self) -> int:
+        """One view: the image."""
+        return 1
+
+    def check(self, shape: RunShape) -> None:
+        """Refuse a buffer that cannot give each image of a step a chain of its own."""
+        if self.training == "mcmc" and self.buffer_length < shape.global_batch_size:
+            raise ConfigError(
+                f"method.buffer_length={self.buffer_length} is shorter than "
+                f"train.global_batch_size={shape.global_batch_size}; use at least that"
+            )
+
+
+class EBM(Method):
+    """An encoder whose features say how probable an image is.
+
+    The energy is a perceptron on the features with one smooth hidden layer: where the encoder is
+    piecewise linear, its biases reach the gradient of the energy, and with it the score, through
+    the curvature of the head alone. It ends without a bias, which no score depends on and which
+    NCE learns as the normaliser.
+
+    An energy is a function of one image. Batch norm, if there is any, therefore stands still in it
+    and takes its averages from one more pass over the data, never from samples.
+
+    Departs:
+        mcmc: JEM's settings, but for a scalar head instead of class scores; samples are kept within
+        the range of pixels, as in IGEBM.
+        nce: the model is p_n(x) exp(-E(x) - c), relative to the noise's density, so its energy over
+        images is E - log p_n. Else the network would first have to learn log p_n to within a nat:
+        3,610 +- 870 for CIFAR-10 images, 3,150 +- 40 for the noise.
+    """
+
+    Config = EBMConfig
+
+    def __init__(self, config: EBMConfig, backbone: Backbone, data: TrainingSet) -> None:
+        super().__init__(config, backbone, data)
+        self.config = config
+        self.backbone = backbone
+        self.head = nn.Sequential(
+            nn.Linear(backbone.embed_dim, config.hidden_dim),
+            nn.SiLU(),
+            nn.Linear(config.hidden_dim, 1, bias=False),
+        )
+        self._has_batch_norm = any(
+            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.modules()
+        )
+        size_px = data.view_sizes_px[0]
+        # A score is as long as the noise, sqrt(D): the head need not grow by that first.
+        self._gain = math.sqrt(3) * size_px if config.training == "score_matching" else 1.0
+        self.buffer: ReplayBuffer | None = None
+        self.noise: SpectralGaussian | None = None
+        if config.training == "mcmc":
+            self.buffer = ReplayBuffer(config.buffer_length, size_px, config.value_range)
+        elif config.training == "nce":
+            self.noise = SpectralGaussian(size_px)
+            self.log_normaliser = nn.Parameter(torch.zeros(()))
+        self._ended: tuple[ChainStarts, Tensor] | None = None
+        self._seen: Tensor | None = None
+
+    @property
+    def encoder(self) -> Backbone:
+        """The backbone without the energy's head."""
+        return self.backbone
+
+    def energy(self, images: Tensor) -> Tensor:
+        """Return E of each image, ``(N,)`` float32, of ``(N, 3, S, S)``."""
+        return self._energy_and_features(images)[0]
+
+    def _energy_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.backbone(images)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.head(_exact(features)).squeeze(1) * self._gain, features
+
+    def loss(self, batch: Batch, progress: Progress) -> LossOutput:
+        """Return the loss of the chosen training; features are those of the data it saw."""
+        images = batch.views[0]
+        if self._has_batch_norm and self.training:
+            self.backbone(images)  # for its averages; with gradients, as autocast keeps its casts
+        with standing_still(self.backbone):
+            if self.buffer is not None:
+                return self._mcmc(images, self.buffer, progress)
+            if self.noise is not None:
+                return self._nce(images, self.noise)
+            return self._score_matching(images)
+
+    @property
+    def _scale(self) -> float:
+        """Normalised values for 1 of the settings, which are for values in [-1, 1]."""
+        low, high = self.config.value_range
+        return (high - low) / 2
+
+    @property
+    def _log_noise_range(self) -> tuple[float, float]:
+        low, high = self.config.noise_std_range
+        return math.log(low * self._scale), math.log(high * self._scale)
+
+    def _mcmc(self, images: Tensor, buffer: ReplayBuffer, progress: Progress) -> LossOutput:
+        config, scale = self.config, self._scale
+        generator = progress.shared_generator()
+        starts = buffer.starts(len(images), restart_prob=config.restart_prob, generator=generator)
+        data = images + config.input_noise_std * scale * torch.randn_like(images)
+        begin = starts.images.to(images)
+        if config.restart_from == "data":
+            begin = torch.where(_by_row(starts.fresh), data, begin)
+        samples, gradients = langevin(
+            self.energy,
+            begin,
+            num_steps=config.langevin_steps,
+            step_size=config.langevin_step_size * scale**2,
+            noise_std=config.langevin_noise_std * scale,
+            value_range=config.value_range,
+        )
+        self._ended = (starts, samples)
+        energies, features = self._energy_and_features(torch.cat([data, samples]))
+        of_data, of_samples = energies.split(len(images))
+        loss = contrastive_divergence_loss(
+            of_data, of_samples, regularisation=config.energy_regularisation
+        )
+        metrics = {
+            "ebm/energy_data": of_data.mean(),
+            "ebm/energy_samples": of_samples.mean(),
+            "ebm/energy_gap": of_samples.mean() - of_data.mean(),
+            "ebm/sample_gradient_norm": gradients.mean() * scale,
+            "ebm/sample_moved_rms": (samples - begin).square().mean().sqrt() / scale,
+            "ebm/chain_length_steps": starts.num_steps.float().mean() + config.langevin_steps,
+        }
+        return _output(loss, features[: len(images)], metrics)
+
+    def _score_matching(self, images: Tensor) -> LossOutput:
+        low, high = self._log_noise_range
+        sigma = torch.empty_like(images[:, 0, 0, 0]).uniform_(low, high).exp()
+        noise = torch.randn_like(images)
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def energy(noisy: Tensor) -> Tensor:
+            seen.append(self._energy_and_features(noisy))
+            return seen[0][0] / sigma
+
+        noisy = images + _by_row(sigma) * noise
+        with sdpa_kernel(SDPBackend.MATH):  # the others cannot be differentiated twice
+            scores = -energy_gradient(energy, noisy, create_graph=torch.is_grad_enabled())
+        energies, features = seen[0]
+        loss = denoising_score_loss(scores, noise, sigma)
+        with torch.no_grad():
+            left = (_by_row(sigma) * scores + noise).square().flatten(1).mean(dim=1)
+            fine = sigma < math.exp((low + high) / 2)
+            metrics = {
+                "ebm/energy_data": energies.mean(),
+                "ebm/energy_std": energies.std(correction=0),
+                "ebm/score_length": (_by_row(sigma) * scores).square().mean().sqrt(),
+                "ebm/noise_left_fine": _mean_where(fine, left),
+                "ebm/noise_left_coarse": _mean_where(~fine, left),
+            }
+        return _output(loss, features, metrics)
+
+    def _nce(self, images: Tensor, model: SpectralGaussian) -> LossOutput:
+        n, count = len(images), self.config.num_noise
+        with torch.autocast(images.device.type, enabled=False):
+            noise = model.sample(n * count).to(images)
+            log_noise = model.log_prob(images)
+        energies, features = self._energy_and_features(torch.cat([images, noise]))
+        # p(x) = p_n(x) exp(-E(x) - c): the noise's density, some thousand nats, cancels exactly.
+        of_data, of_noise = (-energies - self.log_normaliser).split([n, n * count])
+        loss = noise_contrastive_loss(
+            of_data,
+            of_noise.view(n, count),
+            data_log_noise=torch.zeros_like(of_data),
+            noise_log_noise=torch.zeros_like(of_noise).view(n, count),
+            num_noise=count,
+        )
+        self._seen = images
+        prior = math.log(count)
+        metrics = {
+            "ebm/energy_data": energies[:n].mean(),
+            "ebm/energy_noise": energies[n:].mean(),
+            "ebm/energy_gap": energies[n:].mean() - energies[:n].mean(),
+            "ebm/right_data": (of_data > prior).float().mean(),
+            "ebm/right_noise": (of_noise < prior).float().mean(),
+            "ebm/log_normaliser": self.log_normaliser,
+            "ebm/nats_per_value": -(log_noise + of_data).mean() / images[0].numel(),
+        }
+        return _output(loss, features[:n], metrics)
+
+    @torch.no_grad()
+    def after_optimizer_step(self, progress: Progress) -> None:
+        """Put the samples of all ranks into the buffer, or their images into the noise's fit."""
+        if self.buffer is not None and self._ended is not None:
+            starts, samples = self._ended
+            self.buffer.put(starts, samples, num_steps=self.config.langevin_steps)
+        if self.noise is not None and self._seen is not None:
+            self.noise.fit_(self._seen)
+        self._ended = self._seen = None
+
+    def pictures(self, batch: Batch, progress: Progress) -> Mapping[str, ImageGrid]:
+        """Show samples of the chains, images with noise and without it, or data and noise."""
+        with torch.inference_mode(False), standing_still(self.backbone):
+            images = batch.views[0].clone()
+            if self.buffer is not None:
+                return {"samples": self._picture_of_samples(self.buffer)}
+            if self.noise is not None:
+                return {"data_and_noise": self._picture_of_noise(images, self.noise)}
+            return {"denoised": self._picture_of_denoising(images)}
+
+    def _picture_of_samples(self, buffer: ReplayBuffer) -> ImageGrid:
+        places = buffer.num_steps.argsort(descending=True)[:_SHOWN]
+        side = max(1, math.isqrt(len(places)))
+        samples = buffer.samples[places[: side * side]].float()
+        with torch.no_grad():
+            energies = self.energy(samples)
+        steps = buffer.num_steps[places[: side * side]]
+        caption = (
+            f"Samples of the oldest Langevin chains, {int(steps.min()):,} to "
+            f"{int(steps.max()):,} steps long; their energies are {_range_of(energies)}."
+        )
+        return ImageGrid(samples.unflatten(0, (side, side)), (), caption)
+
+    def _picture_of_denoising(self, images: Tensor) -> ImageGrid:
+        images = images[:_SHOWN_ROWS]
+        low, high = self._log_noise_range
+        sigma = torch.linspace(low, high, len(images)).exp().to(images)
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(images.shape, generator=generator).to(images)
+        noisy = images + _by_row(sigma) * noise
+        # The energy at noise level sigma is E / sigma, so sigma^2 times its score is:
+        denoised = noisy - _by_row(sigma) * energy_gradient(self.energy, noisy)
+        errors = [float((x - images).square().mean().sqrt()) for x in (noisy, denoised)]
+        caption = (
+            f"One step along the score, x + sigma^2 s(x), from noise of {float(sigma[0]):.2g} to "
+            f"{float(sigma[-1]):.2g}. Root mean square error {errors[0]:.2f} before, "
+            f"{errors[1]:.2f} after."
+        )
+        grid = torch.stack([noisy, denoised, images], dim=1)
+        return ImageGrid(grid, ("with noise", "denoised", "original"), caption)
+
+    @torch.no_grad()
+    def _picture_of_noise(self, images: Tensor, model: SpectralGaussian) -> ImageGrid:
+        images = images[:_SHOWN_ROWS]
+        noise = model.sample(len(images)).to(images)
+        caption = (
+            f"Data, of energies {_range_of(self.energy(images))}, and Gaussian noise with their "
+            f"spectrum and colours, of energies {_range_of(self.energy(noise))}."
+        )
+        return ImageGrid(torch.stack([images, noise], dim=1), ("data", "noise"), caption)
+
+
+_SHOWN = 64  # samples of chains in the picture, 8 x 8
+_SHOWN_ROWS = 8
+
+
+def _output(loss: Tensor, features: Tensor, metrics: dict[str, Tensor]) -> LossOutput:
+    return LossOutput(loss, features.detach(), {key: v.detach() for key, v in metrics.items()})
+
+
+def _by_row(values: Tensor) -> Tensor:
+    """Turn ``(N,)`` into ``(N, 1, 1, 1)``."""
+    return values.view(-1, 1, 1, 1)
+
+
+def _mean_where(chosen: Tensor, values: Tensor) -> Tensor:
+    """Return the mean of the chosen values; 0 of none."""
+    return (values * chosen).sum() / chosen.sum().clamp(min=1)
+
+
+def _range_of(energies: Tensor) -> str:
+    return f"{float(energies.min()):.2f} to {float(energies.max()):.2f}"
+
+
+METHOD = EBM

@@ -1,0 +1,293 @@
+"""Jigsaw puzzles.
+
+M. Noroozi, P. Favaro: "Unsupervised Learning of Visual Representations by Solving Jigsaw Puzzles",
+2016, arXiv:1603.09246v3. The head for residual networks is that of P. Goyal, D. Mahajan, A. Gupta,
+I. Misra: "Scaling and Benchmarking Self-Supervised Visual Representation Learning", 2019,
+arXiv:1905.01235v2, as VISSL has it (jigsaw_8gpu_resnet.yaml).
+"""
+
+import itertools
+import math
+from collections.abc import Mapping
+from functools import cache
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor, nn
+
+from raysl.config.base import PositiveInt
+from raysl.errors import ConfigError, ShapeError
+from raysl.methods.base import (
+    Batch,
+    ImageGrid,
+    LossOutput,
+    Method,
+    MethodConfig,
+    Progress,
+    RunShape,
+    TrainingSet,
+)
+from raysl.nn.backbones import Backbone
+from raysl.nn.geometry import entropy
+
+MIN_TILE_PX = 8
+TILE_SHARE = 64 / 85  # sec. 4: tiles of 64 px out of cells of 75; VISSL out of cells of 85
+
+
+@cache
+def distant_permutations(num_tiles: int, num_permutations: int) -> NDArray[np.int64]:
+    """Choose permutations that are far from each other, one after the other.
+
+    The first is drawn; each next one has the largest mean Hamming distance to those before it.
+
+    Args:
+        num_tiles: T, at most 9 (all T! candidates are looked at).
+        num_permutations: P, at most T!.
+
+    Returns:
+        ``(P, T)`` with a permutation of 0 .. T - 1 a row, all different; always the same. The
+        first T rows, the next T, ... have each tile once in each place, unless a permutation that
+        it takes was chosen before.
+
+    Source: Algorithm 1.
+    Departs: Of candidates with the same mean distance, the one whose nearest chosen permutation is
+    farthest comes first; the paper does not say.
+    """
+    count = math.factorial(num_tiles)
+    flat = itertools.chain.from_iterable(itertools.permutations(range(num_tiles)))
+    candidates = np.fromiter(flat, np.uint8, count * num_tiles).reshape(count, num_tiles)
+    candidates = candidates[np.random.default_rng(0).permutation(count)]
+    places = np.ascontiguousarray(candidates.T)  # (T, T!)
+    same_as_all = np.zeros(count, np.int32)  # places in common, summed over the chosen
+    same_as_one = np.zeros(count, np.int32)  # with the chosen one that has most in common
+    chosen = [0]
+    while len(chosen) < num_permutations:
+        same = np.zeros(count, np.uint8)
+        for place, tile in zip(places, candidates[chosen[-1]], strict=True):
+            same += place == tile
+        same_as_all += same
+        np.maximum(same_as_one, same, out=same_as_one)
+        same_as_all[chosen[-1]] = np.iinfo(np.int32).max >> 4  # never again
+        chosen.append(int(np.argmin(same_as_all * (num_tiles + 1) + same_as_one)))
+    return candidates[chosen].astype(np.int64)
+
+
+def tile_size_px(view_px: int, grid: int) -> int:
+    """Return the side of a tile: a share of its cell, so that neighbours have a gap."""
+    return max(1, round(view_px // grid * TILE_SHARE))
+
+
+def cut_tiles(images: Tensor, cells: Tensor, offsets: Tensor, *, grid: int) -> Tensor:
+    """Cut square tiles out of the cells of a grid.
+
+    Args:
+        images: ``(N, C, S, S)``.
+        cells: Which cell each tile is cut from, ``(N, T)`` int64; cells are counted by rows.
+        offsets: Where in its cell each tile lies, down and right, ``(N, T, 2)`` in [0, 1]: 0 is
+            the cell's upper or left end, 1 the lower or right.
+        grid: Cells along a side.
+
+    Returns:
+        ``(N, T, C, t, t)``, t as :func:`tile_size_px` has it.
+
+    Raises:
+        ShapeError: If the images are not square or too small for the grid.
+
+    Source: Sec. 4, "Implementation details": random gaps keep edges from telling neighbours.
+    """
+    if images.ndim != 4 or images.shape[2] != images.shape[3] or images.shape[2] < grid:
+        raise ShapeError(
+            f"images must be (N, C, S, S) with S >= {grid} to be cut; got {tuple(images.shape)}"
+        )
+    cell, tile = images.shape[2] // grid, tile_size_px(images.shape[2], grid)
+    starts = torch.stack([cells // grid, cells % grid], dim=2) * cell  # (N, T, 2)
+    # Each of the cell - tile + 1 places has the same share of [0, 1].
+    starts += (offsets * (cell - tile + 1)).long().clamp_max(cell - tile)
+    along = torch.arange(tile, device=images.device)
+    down = starts[:, :, :1, None] + along[:, None]  # (N, T, t, 1)
+    right = starts[:, :, 1:, None] + along  # (N, T, 1, t)
+    image = torch.arange(len(images), device=images.device).view(-1, 1, 1, 1)
+    return images[image, :, down, right].permute(0, 1, 4, 2, 3)
+
+
+def normalise_tiles(tiles: Tensor) -> Tensor:
+    """Give each channel of each tile mean 0 and standard deviation 1, against colour shortcuts.
+
+    Args:
+        tiles: ``(..., t, t)``, float32 or float64. A tile of one colour becomes 0.
+
+    Source: Sec. 4, "Low level statistics": adjacent tiles have similar means and deviations.
+    """
+    centred = tiles - tiles.mean(dim=(-2, -1), keepdim=True)
+    deviation = centred.square().mean(dim=(-2, -1), keepdim=True).sqrt()
+    return centred / deviation.clamp_min(1e-3)
+
+
+def jigsaw_loss(logits: Tensor, answer: Tensor) -> Tensor:
+    """Cross entropy of the permutation by which the tiles were shuffled.
+
+    Args:
+        logits: ``(N, P)``, any float dtype.
+        answer: ``(N,)`` int64 in 0 .. P - 1.
+
+    Returns:
+        Scalar >= 0, float32 (float64 for float64 logits). Equal logits give log P.
+
+    Raises:
+        ShapeError: If the shapes do not fit.
+
+    Source: Sec. 3.3.
+    """
+    if logits.ndim != 2 or answer.shape != logits.shape[:1]:
+        raise ShapeError(
+            f"logits must be (N, P) and answer (N,); got {tuple(logits.shape)}, "
+            f"{tuple(answer.shape)}"
+        )
+    with torch.autocast(logits.device.type, enabled=False):
+        return F.cross_entropy(_at_least_float32(logits), answer)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class JigsawConfig(MethodConfig):
+    """Settings of jigsaw puzzles."""
+
+    name: Literal["jigsaw"] = "jigsaw"
+    grid: Annotated[int, Field(ge=2, le=3)] = 3
+    """Tiles along a side: 3 in the paper; 2 is for small images."""
+    num_permutations: PositiveInt | None = None
+    """P, the classes. Null takes 1,000 (sec. 4) or all of them if there are fewer (24 for grid 2).
+    VISSL has 100, 2,000 and 10,000."""
+    normalise_tiles: bool = True
+    """Give each tile mean 0 and deviation 1 (sec. 4)."""
+    tile_dim: PositiveInt = 1000
+    """Width of a tile's features before they are put side by side (VISSL)."""
+
+    @property
+    def num_views(self) -> int:
+        """One; the method cuts it."""
+        return 1
+
+    @property
+    def num_classes(self) -> int:
+        """Permutations to tell apart."""
+        return self.num_permutations or min(1000, math.factorial(self.grid**2))
+
+    def check(self, shape: RunShape) -> None:
+        """Refuse tiles that are too small to show anything, and more permutations than exist."""
+        most = math.factorial(self.grid**2)
+        if self.num_classes > most:
+            raise ConfigError(
+                f"method.num_permutations={self.num_permutations}: {self.grid**2} tiles have "
+                f"{most:,} orders; use fewer, or null"
+            )
+        view = shape.view_sizes_px[0]
+        tile = tile_size_px(view, self.grid)
+        if tile < MIN_TILE_PX:
+            enough = next(s for s in range(view, 10**4) if tile_size_px(s, self.grid) >= 8)
+            raise ConfigError(
+                f"data.views.size_px={view}: method.grid={self.grid} cuts it into tiles of {tile} "
+                f"px; they need {MIN_TILE_PX}. Use views of {enough} px or more, or a smaller grid"
+            )
+
+
+class Jigsaw(Method):
+    """Tiles of an image, each seen alone: in which of P orders were they shuffled?"""
+
+    Config = JigsawConfig
+    loss_is_mean_over_images = True
+    permutations: Tensor
+
+    def __init__(self, config: JigsawConfig, backbone: Backbone, data: TrainingSet) -> None:
+        super().__init__(config, backbone, data)
+        self.config = config
+        self.backbone = backbone
+        tiles, classes = config.grid**2, config.num_classes
+        self.register_buffer("permutations", torch.tensor(distant_permutations(tiles, classes)))
+        self.tile_head = nn.Sequential(
+            nn.Linear(backbone.embed_dim, config.tile_dim, bias=False),
+            nn.BatchNorm1d(config.tile_dim),
+            nn.ReLU(inplace=True),
+        )
+        self.classifier = nn.Linear(tiles * config.tile_dim, classes)
+
+    @property
+    def encoder(self) -> Backbone:
+        """The backbone that sees single tiles in training and whole images afterwards."""
+        return self.backbone
+
+    def loss(self, batch: Batch, progress: Progress) -> LossOutput:
+        """Shuffle the tiles of each image by one of P permutations and classify which it was.
+
+        The features are the mean over an image's tiles: no whole image passes through the
+        backbone here.
+        """
+        images = batch.views[0]
+        n, tiles = len(images), self.permutations.shape[1]
+        answer = torch.randint(len(self.permutations), (n,), device=images.device)
+        offsets = torch.rand(n, tiles, 2, device=images.device)
+        features, logits = self._solve(self._cut(images, answer, offsets))
+        with torch.no_grad():
+            guess = logits.argmax(dim=1)
+            placed = self.permutations[guess] == self.permutations[answer]
+            metrics = {
+                "jigsaw/accuracy": (guess == answer).float().mean(),
+                "jigsaw/tiles_in_place": placed.float().mean(),
+                # log P while it has no idea.
+                "jigsaw/entropy": entropy(logits.softmax(dim=1)),
+            }
+        return LossOutput(jigsaw_loss(logits, answer), features.mean(1).detach(), metrics)
+
+    def _cut(self, images: Tensor, answer: Tensor, offsets: Tensor) -> Tensor:
+        """Return ``(N, T, 3, t, t)``: slot i holds the tile of cell ``permutation[i]``."""
+        cells = self.permutations[answer]
+        tiles = cut_tiles(_at_least_float32(images), cells, offsets, grid=self.config.grid)
+        return normalise_tiles(tiles) if self.config.normalise_tiles else tiles
+
+    def _solve(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tiles' features ``(N, T, embed_dim)`` and logits ``(N, P)``, not bfloat16."""
+        features = self.backbone(tiles.flatten(0, 1))  # (NT, embed_dim)
+        beside = self.tile_head(features).view(len(tiles), -1)
+        return features.view(*tiles.shape[:2], -1), _at_least_float32(self.classifier(beside))
+
+    @torch.no_grad()
+    def pictures(self, batch: Batch, progress: Progress) -> Mapping[str, ImageGrid]:
+        """Show views, their tiles as the network gets them, and as it would put them back."""
+        images = batch.views[0]
+        n, device = len(images), images.device
+        # No random numbers: permutations from the first Latin squares, tiles amid their cells.
+        answer = torch.arange(n, device=device) * 7 % len(self.permutations)
+        offsets = torch.full((n, self.permutations.shape[1], 2), 0.5, device=device)
+        tiles = self._cut(images, answer, offsets)
+        _, logits = self._solve(tiles)
+        slots = torch.arange(self.permutations.shape[1], device=device).expand(n, -1)
+        shuffled = self._lay_out(tiles, slots, images.shape[2])
+        solved = self._lay_out(tiles, self.permutations[logits.argmax(dim=1)], images.shape[2])
+        grid = torch.stack([_at_least_float32(images), shuffled, solved], dim=1)
+        caption = (
+            "A view; its tiles, shuffled and each normalised, as the network gets them; the same "
+            f"tiles in the order that it finds most likely of {len(self.permutations):,}."
+        )
+        return {"jigsaw": ImageGrid(grid, ("view", "puzzle", "solution"), caption)}
+
+    def _lay_out(self, tiles: Tensor, cells: Tensor, size_px: int) -> Tensor:
+        """Return images ``(N, 3, S, S)`` with tile i in the middle of the cell ``cells[:, i]``."""
+        grid, tile = self.config.grid, tiles.shape[-1]
+        cell = size_px // grid
+        margin = (cell - tile) // 2
+        framed = F.pad(tiles, (margin, cell - tile - margin) * 2)  # (N, T, 3, cell, cell)
+        ordered = torch.zeros_like(framed).scatter_(
+            1, cells.view(*cells.shape, 1, 1, 1).expand_as(framed), framed
+        )
+        rows = ordered.unflatten(1, (grid, grid)).permute(0, 3, 1, 4, 2, 5)
+        whole = rows.reshape(len(tiles), tiles.shape[2], grid * cell, grid * cell)
+        return F.pad(whole, (0, size_px - grid * cell) * 2)
+
+
+METHOD = Jigsaw

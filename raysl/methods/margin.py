@@ -1,0 +1,226 @@
+"""Contrastive learning with a margin (DrLIM).
+
+R. Hadsell, S. Chopra, Y. LeCun: "Dimensionality Reduction by Learning an Invariant Mapping", CVPR
+2006 (not on arXiv).
+"""
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from raysl.config.base import PositiveFloat, PositiveInt
+from raysl.errors import ConfigError, ShapeError
+from raysl.methods.base import (
+    Batch,
+    EmbeddingMethod,
+    LossOutput,
+    MethodConfig,
+    Progress,
+    RunShape,
+    TrainingSet,
+)
+from raysl.nn.backbones import Backbone
+from raysl.nn.collectives import gather_batch, gather_batch_no_grad, rank_and_size
+from raysl.nn.heads import projection_mlp
+
+
+def margin_loss(z0: Tensor, z1: Tensor, dissimilar: Tensor, *, margin: float) -> Tensor:
+    r"""Draw similar pairs together, push dissimilar ones apart until a margin lies between them.
+
+    .. math::
+        L(Y, d) = (1 - Y) \tfrac{1}{2} d^2 + Y \tfrac{1}{2} \max(0, m - d)^2, \qquad
+        d = \lVert z_0 - z_1 \rVert_2
+
+    Args:
+        z0: One embedding of each pair, ``(N, D)``, any float dtype, used as it is.
+        z1: The other embedding, same shape.
+        dissimilar: Y, ``(N,)`` of 0 (similar) or 1 (dissimilar), any dtype.
+        margin: m, > 0, in the units of the embeddings: dissimilar pairs that are further apart
+            have no gradient.
+
+    Returns:
+        Scalar >= 0, the mean over pairs; float32, or float64 if given that. Pairs at distance 0
+        give m^2 / 2 if dissimilar. The gradient of such a pair, which has no direction, is 0.
+
+    Raises:
+        ShapeError: If the shapes do not fit.
+
+    Source: Eq. (4), and Eq. (3) with P pairs. Computed in float32 also under autocast.
+    Departs: The mean over pairs, where Eq. (3) has their sum.
+    """
+    if z0.ndim != 2 or z0.shape != z1.shape or dissimilar.shape != z0.shape[:1]:
+        raise ShapeError(
+            "z0 and z1 must both be (N, D) and dissimilar (N,); got "
+            f"{tuple(z0.shape)}, {tuple(z1.shape)}, {tuple(dissimilar.shape)}"
+        )
+    with torch.autocast(z0.device.type, enabled=False):
+        return _losses(_distance(z0, z1), dissimilar, margin=margin).mean()
+
+
+def _distance(z0: Tensor, z1: Tensor) -> Tensor:
+    """Return Euclidean distances of the rows; torch gives this norm the gradient 0 at 0."""
+    distance: Tensor = torch.linalg.vector_norm(_exact(z0) - _exact(z1), dim=-1)
+    return distance
+
+
+def _losses(distance: Tensor, dissimilar: Tensor, *, margin: float) -> Tensor:
+    """Return Eq. (4) of each pair."""
+    y = dissimilar.to(distance.dtype)
+    return ((1 - y) * distance.square() + y * (margin - distance).clamp_min(0).square()) / 2
+
+
+def _exact(z: Tensor) -> Tensor:
+    """Return embeddings as float32, or as the float64 that they are."""
+    return z if z.dtype == torch.float64 else z.float()
+
+
+class MarginConfig(MethodConfig):
+    """Settings of the margin loss."""
+
+    name: Literal["margin"] = "margin"
+    uses_labels: ClassVar[bool] = True
+    """They are looked at with ``pairs: labels`` only."""
+    margin: PositiveFloat = 1.0
+    """m of Eq. (4), a distance: dissimilar pairs further apart than this are left alone. On the
+    unit sphere at most 2; directions at random lie sqrt(2) apart."""
+    normalize: bool = False
+    """Put embeddings on the unit sphere. The paper does not: its distances are free, and the margin
+    alone sets their scale."""
+    pairs: Literal["views", "labels"] = "views"
+    """Which of the drawn pairs are similar. views: none, only two views of one image are. labels:
+    also two images of one class (the paper's neighbours, sec. 2); an image of unknown class is
+    similar to itself alone. Needs a source with labels."""
+    num_others: PositiveInt = 8
+    """Other images of the batch, of all workers', that each image is paired with; besides, its two
+    views are a pair. The loss is the mean over all pairs, so this also is how much dissimilar
+    pairs weigh. The paper's digits have 5 similar partners and all others as dissimilar ones."""
+    projection_layers: Annotated[int, Field(ge=1, le=8)] = 2
+    """Linear layers of the head that makes embeddings; 1 is the paper's, a last linear layer."""
+    hidden_dim: PositiveInt | None = None
+    """Width of the head's hidden layers; null takes the encoder's width."""
+    projection_dim: PositiveInt = 128
+    """Width of embeddings; 2 or 3 in the paper, which draws them."""
+
+    def check(self, shape: RunShape) -> None:
+        """Refuse more partners than a batch has, and a margin that no pair can keep."""
+        if self.num_others >= shape.global_batch_size:
+            raise ConfigError(
+                f"method.num_others={self.num_others}: an image has "
+                f"{shape.global_batch_size - 1} others in train.global_batch_size="
+                f"{shape.global_batch_size}; use at most as many"
+            )
+        if self.normalize and self.margin > 2:
+            raise ConfigError(
+                f"method.margin={self.margin}: embeddings on the unit sphere are at most 2 apart; "
+                "use at most 2, or normalize: false"
+            )
+
+
+class Margin(EmbeddingMethod):
+    """Two views of an image attract each other, other images repel as far as the margin."""
+
+    Config = MarginConfig
+
+    def __init__(self, config: MarginConfig, backbone: Backbone, data: TrainingSet) -> None:
+        super().__init__(config, backbone, data)
+        if config.pairs == "labels" and data.class_counts is None:
+            raise ConfigError(
+                "method.pairs=labels: data.source has no labels; use one that has, or pairs: views"
+            )
+        self.config = config
+        self.backbone = backbone
+        self.projector = projection_mlp(
+            backbone.embed_dim,
+            config.hidden_dim or backbone.embed_dim,
+            config.projection_dim,
+            num_layers=config.projection_layers,
+            batch_norm=False,  # it would set the scale of distances, which is the margin's part
+        )
+        last = self.projector[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.bias)  # distances do not see where the origin is
+        last.bias.requires_grad_(False)
+
+    @property
+    def encoder(self) -> Backbone:
+        """The backbone without the head."""
+        return self.backbone
+
+    def embeddings(self, batch: Batch, progress: Progress) -> tuple[Tensor, ...]:
+        """Return features of view 0 and both embeddings; batch norm sees both views together."""
+        n = len(batch.index)
+        features = self.backbone(torch.cat(list(batch.views)))  # (2N, embed_dim)
+        z0, z1 = self.projector(features).split(n)
+        return features[:n].detach(), z0, z1
+
+    def loss_of(
+        self, embeddings: tuple[Tensor, ...], batch: Batch, progress: Progress
+    ) -> LossOutput:
+        """Return the margin loss of each image with its other view and with other images."""
+        features, *views = embeddings
+        with torch.autocast(features.device.type, enabled=False):
+            z0, z1 = (_exact(z) for z in views)
+            if self.config.normalize:
+                z0, z1 = F.normalize(z0, dim=1), F.normalize(z1, dim=1)
+            everyone = gather_batch(z1)  # (RN, D)
+            partner = _partners(
+                len(z0), self.config.num_others, generator=progress.shared_generator()
+            ).to(z0.device)  # (N, K)
+            of_others = _distance(z0[:, None], everyone[partner])  # (N, K)
+            distance = torch.cat([_distance(z0, z1)[:, None], of_others], dim=1)  # (N, 1 + K)
+            own = torch.zeros_like(distance[:, :1], dtype=torch.bool)
+            dissimilar = torch.cat([own, self._differ(batch, partner)], dim=1)
+            loss = _losses(distance, dissimilar, margin=self.config.margin).mean()
+        return LossOutput(loss, features, _health(distance.detach(), dissimilar, self.config))
+
+    def _differ(self, batch: Batch, partner: Tensor) -> Tensor:
+        """Return whether each image and its partners are a dissimilar pair, ``(N, K)``."""
+        if self.config.pairs == "views" or batch.labels is None:
+            return torch.ones_like(partner, dtype=torch.bool)
+        label = batch.labels[:, None]
+        return (label != gather_batch_no_grad(batch.labels)[partner]) | (label < 0)
+
+
+def _partners(n: int, num_others: int, *, generator: torch.Generator) -> Tensor:
+    """Draw different other images for each image of this rank, equal parts of all ranks' batch.
+
+    All images are put into a random circle, where each one's partners come next: a partner is never
+    the image itself, none comes twice, and who is drawn does not depend on the number of ranks.
+
+    Args:
+        n: N, images of this rank.
+        num_others: Partners of an image; fewer if there are not so many.
+        generator: Random numbers that all ranks share.
+
+    Returns:
+        ``(N, K)`` rows of the batch of all ranks.
+    """
+    rank, size = rank_and_size()
+    total = size * n
+    circle = torch.randperm(total, generator=generator)
+    place = torch.empty_like(circle)
+    place[circle] = torch.arange(total)
+    mine = place[rank * n : (rank + 1) * n]
+    steps = torch.arange(1, min(num_others, total - 1) + 1)
+    return circle[(mine[:, None] + steps) % total]
+
+
+def _health(distance: Tensor, dissimilar: Tensor, config: MarginConfig) -> dict[str, Tensor]:
+    """Return mean distances of both kinds of pairs, and how many of the pushed ones are too near.
+
+    Both means near 0, and a share of 1, are a collapse.
+    """
+    apart = dissimilar.to(distance.dtype)
+    together = 1 - apart
+    num_apart = apart.sum().clamp_min(1)
+    return {
+        "margin/similar_distance": (distance * together).sum() / together.sum(),
+        "margin/dissimilar_distance": (distance * apart).sum() / num_apart,
+        "margin/inside_share": ((distance < config.margin) * apart).sum() / num_apart,
+    }
+
+
+METHOD = Margin

@@ -1,0 +1,153 @@
+"""Rotation prediction.
+
+S. Gidaris, P. Singh, N. Komodakis: "Unsupervised Representation Learning by Predicting Image
+Rotations", 2018, arXiv:1803.07728v1.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raysl.errors import ShapeError
+from raysl.methods.base import (
+    Batch,
+    ImageGrid,
+    LossOutput,
+    Method,
+    MethodConfig,
+    Progress,
+    TrainingSet,
+)
+from raysl.nn.backbones import Backbone
+from raysl.nn.geometry import entropy
+
+NUM_ROTATIONS = 4
+
+
+def rotate(images: Tensor, turns: Tensor) -> Tensor:
+    """Turn each image by its own number of quarters; every pixel is kept, none interpolated.
+
+    Args:
+        images: ``(N, C, S, S)``, any dtype.
+        turns: Quarters counter-clockwise, ``(N,)`` integers; 4 is a full turn.
+
+    Returns:
+        ``(N, C, S, S)``.
+
+    Raises:
+        ShapeError: If the images are not square or there is not one number an image.
+
+    Source: Sec. 3.1: g(X|y) turns by y times 90 degrees.
+    """
+    if images.ndim != 4 or images.shape[2] != images.shape[3]:
+        raise ShapeError(f"images must be (N, C, S, S) to be turned; got {tuple(images.shape)}")
+    if turns.shape != images.shape[:1]:
+        raise ShapeError(f"turns must be ({len(images)},), one an image; got {tuple(turns.shape)}")
+    quarters = (turns % NUM_ROTATIONS).view(-1, 1, 1, 1)
+    turned = images
+    for k in range(1, NUM_ROTATIONS):
+        turned = torch.where(quarters == k, torch.rot90(images, k, (2, 3)), turned)
+    return turned
+
+
+def rotation_loss(logits: Tensor, turns: Tensor) -> Tensor:
+    r"""Cross entropy of the rotation that was applied.
+
+    .. math::
+        L = -\frac{1}{N} \sum_i \log F^{y_i}(g(X_i | y_i))
+
+    Args:
+        logits: ``(N, 4)``, any float dtype: column y is for a turn by y quarters.
+        turns: y, ``(N,)`` int64 in 0 .. 3.
+
+    Returns:
+        Scalar >= 0, float32 (float64 for float64 logits). Equal logits give log 4.
+
+    Raises:
+        ShapeError: If the shapes do not fit.
+
+    Source: Eqs. (2) and (3); with all four turns of an image among the rows, their mean is eq. (3).
+    """
+    if logits.shape != (len(turns), NUM_ROTATIONS) or turns.ndim != 1:
+        raise ShapeError(
+            f"logits must be (N, 4) and turns (N,); got {tuple(logits.shape)}, {tuple(turns.shape)}"
+        )
+    with torch.autocast(logits.device.type, enabled=False):
+        return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), turns)
+
+
+class RotationConfig(MethodConfig):
+    """Settings of rotation prediction."""
+
+    name: Literal["rotation"] = "rotation"
+    rotations: Literal["all", "one"] = "all"
+    """all: the four turns of every image in the same batch, as in the paper, which found it better
+    (sec. 3.2): four times the work on an image. one: a random turn of each (VISSL)."""
+
+    @property
+    def num_views(self) -> int:
+        """One, upright; the method turns it."""
+        return 1
+
+
+class Rotation(Method):
+    """Which way up is the image? Telling needs to know what is in it."""
+
+    Config = RotationConfig
+    loss_is_mean_over_images = True
+
+    def __init__(self, config: RotationConfig, backbone: Backbone, data: TrainingSet) -> None:
+        super().__init__(config, backbone, data)
+        self.rotations = config.rotations
+        self.backbone = backbone
+        self.classifier = nn.Linear(backbone.embed_dim, NUM_ROTATIONS)
+
+    @property
+    def encoder(self) -> Backbone:
+        """The backbone without the classifier of turns."""
+        return self.backbone
+
+    def loss(self, batch: Batch, progress: Progress) -> LossOutput:
+        """Turn the images, classify the turns.
+
+        The features are those of the upright images with ``rotations="all"``, else of the images
+        as they were turned.
+        """
+        images = batch.views[0]
+        n, device = len(images), images.device
+        if self.rotations == "all":
+            images = images.repeat(NUM_ROTATIONS, 1, 1, 1)  # (4N, 3, S, S), upright rows first
+            turns = torch.arange(NUM_ROTATIONS, device=device).repeat_interleave(n)
+        else:
+            turns = torch.randint(NUM_ROTATIONS, (n,), device=device)
+        features = self.backbone(rotate(images, turns))
+        logits = self.classifier(features)
+        with torch.no_grad():
+            metrics = {
+                "rotation/accuracy": (logits.argmax(dim=1) == turns).float().mean(),
+                # log 4 = 1.386 while it has no idea.
+                "rotation/entropy": entropy(logits.float().softmax(dim=1)),
+            }
+        return LossOutput(rotation_loss(logits, turns), features[:n].detach(), metrics)
+
+    @torch.no_grad()
+    def pictures(self, batch: Batch, progress: Progress) -> Mapping[str, ImageGrid]:
+        """Show each image in its four turns, and how surely each turn is told."""
+        images = batch.views[0]
+        columns, titles = [], []
+        for k in range(NUM_ROTATIONS):
+            turned = rotate(images, torch.full((len(images),), k, device=images.device))
+            right = self.classifier(self.backbone(turned)).float().softmax(dim=1)[:, k].mean()
+            columns.append(turned)
+            titles.append(f"{90 * k} deg, p = {float(right):.2f}")
+        caption = (
+            "Each image in its four turns; p is the mean probability, over these images, that the "
+            "network gives to the right turn (0.25 without learning)."
+        )
+        return {"rotations": ImageGrid(torch.stack(columns, dim=1), tuple(titles), caption)}
+
+
+METHOD = Rotation

@@ -1,0 +1,153 @@
+"""SigLIP's sigmoid loss, on two views of an image.
+
+X. Zhai, B. Mustafa, A. Kolesnikov, L. Beyer: "Sigmoid Loss for Language Image Pre-Training", 2023,
+arXiv:2303.15343v4.
+"""
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from raysl.config.base import PositiveFloat, PositiveInt
+from raysl.errors import ShapeError
+from raysl.methods.base import (
+    Batch,
+    EmbeddingMethod,
+    LossOutput,
+    MethodConfig,
+    Progress,
+    TrainingSet,
+)
+from raysl.nn.backbones import Backbone
+from raysl.nn.collectives import gather_batch, rank_and_size
+from raysl.nn.contrast import Contrast, pairwise_sigmoid, unit_rows
+from raysl.nn.geometry import alignment, uniformity
+from raysl.nn.heads import projection_mlp
+
+_SPREAD_ROWS = 512  # that uniformity is taken over: it compares all pairs
+
+
+def sigmoid_loss(
+    z0: Tensor, z1: Tensor, *, temperature: Tensor | float, bias: Tensor | float
+) -> Tensor:
+    r"""Binary cross entropy of every pair of a view 0 and a view 1, over all ranks.
+
+    .. math::
+        L = -\frac{1}{N} \sum_i \sum_j \log \frac{1}{1 + \exp(z_{ij}(-t\, x_i \cdot y_j - b))}
+
+    Here x and y are the embeddings of views 0 and 1 on the unit sphere, z is 1 if i = j and -1
+    otherwise, j runs over the RN images of the R ranks, and t = 1 / temperature.
+
+    Args:
+        z0: Projections of view 0, ``(N, D)``, any float dtype, not normalised.
+        z1: Projections of view 1, same shape; row i comes from the same image as ``z0[i]``.
+        temperature: > 0, what similarities are divided by, as elsewhere; SigLIP's t multiplies. A
+            scalar tensor gets its gradient.
+        bias: b, added to all logits. A scalar tensor gets its gradient.
+
+    Returns:
+        Scalar float32 (float64 for such embeddings) >= 0. With bias 0, uniform embeddings at
+        temperature T give log(1 + exp(-1/T)) + (RN - 1) log(1 + exp(1/T)).
+
+    Raises:
+        ShapeError: If the two shapes differ or are not ``(N, D)``.
+
+    Source: Sec. 3.2 and Algorithm 1. Similarities are float32, also under autocast.
+    Departs: The paper passes embeddings from device to device (sec. 3.3); here they are gathered,
+    and the pairs are made in tiles: memory grows with RN, and no rank holds the N x RN logits.
+    """
+    return _sigmoid(z0, z1, temperature=temperature, bias=bias).loss
+
+
+def _sigmoid(
+    z0: Tensor, z1: Tensor, *, temperature: Tensor | float, bias: Tensor | float
+) -> Contrast:
+    if z0.ndim != 2 or z0.shape != z1.shape:
+        raise ShapeError(f"z0 and z1 must both be (N, D); got {tuple(z0.shape)}, {tuple(z1.shape)}")
+    rows, partners = unit_rows(z0), unit_rows(z1)
+    n = len(rows)
+    own = torch.arange(n, device=rows.device) + rank_and_size()[0] * n
+    return pairwise_sigmoid(
+        rows,
+        partners,
+        gather_batch(partners),  # (RN, D)
+        scale=1 / torch.as_tensor(temperature, dtype=rows.dtype, device=rows.device),
+        bias=torch.as_tensor(bias, dtype=rows.dtype, device=rows.device),
+        excluded=own[:, None],
+    )
+
+
+class SigmoidConfig(MethodConfig):
+    """Settings of the sigmoid loss."""
+
+    name: Literal["sigmoid"] = "sigmoid"
+    initial_temperature: PositiveFloat = 0.1
+    """What similarities are divided by at the start; it is learned from there. The paper's t = 10
+    (sec. 3.2) is its inverse."""
+    initial_bias: float = -10.0
+    """b at the start; it is learned too. As nearly all pairs are no partners, a bias of 0 would
+    begin with a large correction to all of them (sec. 3.2)."""
+    projection_layers: Annotated[int, Field(ge=1, le=8)] = 2
+    """Linear layers of the head; the paper's encoders have none, SimCLR's two."""
+    hidden_dim: PositiveInt | None = None
+    """Width of the head's hidden layers; null takes the encoder's width."""
+    projection_dim: PositiveInt = 128
+    """Width of the head's output."""
+
+
+class Sigmoid(EmbeddingMethod):
+    """Each pair of views is judged on its own: of one image, or not.
+
+    Departs: The paper's two towers see an image and its text; here one encoder and SimCLR's head
+    see two views, and view 0 stands for the images and view 1 for the texts.
+    """
+
+    Config = SigmoidConfig
+
+    def __init__(self, config: SigmoidConfig, backbone: Backbone, data: TrainingSet) -> None:
+        super().__init__(config, backbone, data)
+        self.backbone = backbone
+        self.projector = projection_mlp(
+            backbone.embed_dim,
+            config.hidden_dim or backbone.embed_dim,
+            config.projection_dim,
+            num_layers=config.projection_layers,
+        )
+        # t' of Algorithm 1: t = exp(t') stays above 0.
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(config.initial_temperature)))
+        self.bias = nn.Parameter(torch.tensor(config.initial_bias))
+
+    @property
+    def encoder(self) -> Backbone:
+        """The backbone without the projection head."""
+        return self.backbone
+
+    def embeddings(self, batch: Batch, progress: Progress) -> tuple[Tensor, ...]:
+        """Return features of view 0 and both projections; batch norm sees both views together."""
+        n = len(batch.views[0])
+        features = self.backbone(torch.cat(list(batch.views)))  # (2N, embed_dim)
+        z0, z1 = self.projector(features).split(n)
+        return features[:n].detach(), z0, z1
+
+    def loss_of(
+        self, embeddings: tuple[Tensor, ...], batch: Batch, progress: Progress
+    ) -> LossOutput:
+        """Return the sigmoid loss at the learned temperature and bias."""
+        features, z0, z1 = embeddings
+        temperature = torch.exp(-self.log_scale)
+        loss, found = _sigmoid(z0, z1, temperature=temperature, bias=self.bias)
+        metrics = {
+            "sigmoid/partner_top1": found,
+            "sigmoid/temperature": temperature.detach(),
+            "sigmoid/bias": self.bias.detach().clone(),
+            "sigmoid/alignment": alignment(z0, z1),
+        }
+        if len(z0) > 1:
+            metrics["sigmoid/uniformity"] = uniformity(z0[:_SPREAD_ROWS])
+        return LossOutput(loss, features, metrics)
+
+
+METHOD = Sigmoid

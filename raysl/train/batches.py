@@ -1,0 +1,106 @@
+"""What the stream gives, turned into what a method takes: floats on the device."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from raysl.augment.ops import Op
+from raysl.methods.base import Batch
+from raysl.train.device_ops import apply_ops
+
+NumpyBatch = Mapping[str, Any]
+"""Arrays of one length by name; columns of views may be tuples of arrays, one after the other."""
+
+
+def batch_converter(
+    to_views: Callable[[NumpyBatch], list[Tensor]],
+    *,
+    device: torch.device,
+    labels: npt.NDArray[np.int64] | None = None,
+) -> Callable[[NumpyBatch], Batch]:
+    """Return the function that turns a batch of the stream into what methods take.
+
+    Args:
+        to_views: What :func:`view_converter` returns.
+        device: Where rows and labels go.
+        labels: Of every row of the source, -1 where unknown; None if the method wants none.
+    """
+
+    def to_batch(batch: NumpyBatch) -> Batch:
+        rows = np.asarray(batch["index"], dtype=np.int64)
+        known = None if labels is None else torch.from_numpy(labels[rows]).to(device)
+        return Batch(to_views(batch), as_tensor(rows).to(device), known)
+
+    return to_batch
+
+
+def view_converter(
+    *,
+    device: torch.device,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    channels_last: bool,
+    device_ops: Sequence[Sequence[Op]] = (),
+) -> Callable[[NumpyBatch], list[Tensor]]:
+    """Return the function that turns a batch's uint8 views into normalised float tensors.
+
+    Each view of ``(N, V, S, S, 3)`` uint8 becomes ``(N, 3, S, S)`` float32 on the device. Pixels
+    travel as uint8 and are normalised once, there.
+
+    Args:
+        device: Where the views go.
+        mean: Of red, green and blue in [0, 1].
+        std: Likewise.
+        channels_last: Memory layout of the views.
+        device_ops: For each kind of view the operations that the data workers left to the device;
+            they act where the batch has the plans for them.
+    """
+    center = torch.tensor(mean, device=device).mul_(255).view(1, 3, 1, 1)
+    scale = torch.tensor(std, device=device).mul_(255).reciprocal_().view(1, 3, 1, 1)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def to_views(batch: NumpyBatch) -> list[Tensor]:
+        views: list[Tensor] = []
+        for name in sorted((name for name in batch if name.startswith("views_")), key=_view_number):
+            arrays = batch[name] if isinstance(batch[name], tuple) else (batch[name],)
+            parts = [as_tensor(array).to(device, non_blocking=True) for array in arrays]
+            plans = batch.get(f"numbers_{_view_number(name)}")
+            for number in range(parts[0].shape[1]):
+                image = _join([part[:, number] for part in parts], layout)
+                if plans is not None:
+                    image = apply_ops(image, device_ops[_view_number(name)], plans[:, number])
+                    image = image.contiguous(memory_format=layout)
+                views.append((image - center).mul_(scale))
+        return views
+
+    return to_views
+
+
+def _join(parts: list[Tensor], layout: torch.memory_format) -> Tensor:
+    """Turn ``(N, S, S, 3)`` uint8 into ``(sum of N, 3, S, S)`` float32, each pixel copied once."""
+    floats = torch.empty(
+        (sum(len(part) for part in parts), parts[0].shape[3], *parts[0].shape[1:3]),
+        device=parts[0].device,
+        memory_format=layout,
+    )
+    start = 0
+    for part in parts:
+        floats[start : start + len(part)] = part.permute(0, 3, 1, 2)
+        start += len(part)
+    return floats
+
+
+def _view_number(column: str) -> int:
+    return int(column.removeprefix("views_"))
+
+
+def as_tensor(array: npt.NDArray[Any]) -> Tensor:
+    """Wrap an array without a copy, a read-only one too: nothing here writes to it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)

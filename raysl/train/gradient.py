@@ -1,0 +1,174 @@
+"""The gradient of a batch: at once, accumulated over its parts, or cached for contrastive losses.
+
+L. Gao, Y. Zhang, J. Han, J. Callan: "Scaling Deep Contrastive Learning Batch Size under Memory
+Limited Setup", 2021, arXiv:2101.06983v2 (gradient caching).
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raysl.errors import ConfigError
+from raysl.methods.base import Batch, EmbeddingMethod, LossOutput, Method, Progress
+from raysl.nn.batchnorm import untracked_statistics
+from raysl.nn.collectives import average_gradients
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+def can_split(method: type[Method]) -> bool:
+    """Return whether a method's batch may be cut into micro-batches."""
+    return issubclass(method, EmbeddingMethod) or method.loss_is_mean_over_images
+
+
+def backward(
+    method: Method,
+    batch: Batch,
+    progress: Progress,
+    *,
+    model: nn.Module,
+    autocast: Autocast,
+    micro_batch_size: int | None = None,
+) -> LossOutput:
+    """Put the gradient of a batch's loss into the parameters, averaged over ranks.
+
+    Args:
+        method: The method.
+        batch: All of this rank's images of the step.
+        progress: Where training stands.
+        model: The method, or its data-parallel wrapper: what is called for a whole batch.
+        autocast: Opens the context of forward passes.
+        micro_batch_size: Images of one forward pass; None or no fewer than the batch takes all.
+
+    Returns:
+        The output of the whole batch, detached.
+
+    Raises:
+        ConfigError: If the method's batch cannot be cut.
+    """
+    if micro_batch_size is None:
+        with autocast():
+            output: LossOutput = model(batch, progress)
+        _total(output).backward()  # type: ignore[no-untyped-call]
+        return _detached(output)
+    parts = _split(batch, micro_batch_size)
+    # The data-parallel wrapper averages at the end of each backward pass; here it is done once.
+    if isinstance(method, EmbeddingMethod):
+        output = _cached(method, batch, parts, progress, autocast)
+    elif method.loss_is_mean_over_images:
+        output = _accumulated(method, parts, progress, autocast)
+    else:
+        raise ConfigError(
+            f"train.micro_batch_size={micro_batch_size}: the loss of {type(method).__name__} can "
+            f"neither be cached nor accumulated; set it to null"
+        )
+    average_gradients(method.parameters())
+    return output
+
+
+def _cached(
+    method: EmbeddingMethod,
+    batch: Batch,
+    parts: Sequence[Batch],
+    progress: Progress,
+    autocast: Autocast,
+) -> LossOutput:
+    """Embed all parts, differentiate the loss by the embeddings, embed again to go on from there.
+
+    The second pass must see what the first one saw: its random numbers are set back, and running
+    statistics move in the second pass only.
+    """
+    device = parts[0].index.device
+    states: list[_RandomState] = []
+    found: list[tuple[Tensor, ...]] = []
+    with torch.no_grad(), untracked_statistics(method):
+        for part in parts:
+            states.append(_RandomState(device))
+            with autocast():
+                found.append(method.embeddings(part, progress))
+    whole = tuple(torch.cat(same).requires_grad_() for same in zip(*found, strict=True))
+    with autocast():
+        output = method.loss_of((whole[0].detach(), *whole[1:]), batch, progress)
+    _total(output).backward()  # type: ignore[no-untyped-call]
+    sizes = [len(part.index) for part in parts]
+    gradients = [None if w.grad is None else w.grad.split(sizes) for w in whole]
+    after_loss = _RandomState(device)
+    for number, part in enumerate(parts):
+        states[number].restore()
+        with autocast():
+            again = method.embeddings(part, progress)
+        outputs, along = [], []
+        for tensor, gradient in zip(again, gradients, strict=True):
+            if tensor.requires_grad and gradient is not None:
+                outputs.append(tensor)
+                along.append(gradient[number])
+        torch.autograd.backward(outputs, along)
+    after_loss.restore()
+    return _detached(output)
+
+
+def _accumulated(
+    method: Method, parts: Sequence[Batch], progress: Progress, autocast: Autocast
+) -> LossOutput:
+    """Add up the gradients of the parts, each by its share of the images."""
+    total = sum(len(part.index) for part in parts)
+    shares, outputs = [], []
+    for part in parts:
+        share = len(part.index) / total
+        with autocast():
+            output = method(part, progress)
+        (_total(output) * share).backward()
+        shares.append(share)
+        outputs.append(_detached(output))
+
+    def mean(values: Sequence[Tensor]) -> Tensor:
+        return torch.stack([v * s for v, s in zip(values, shares, strict=True)]).sum(0)
+
+    adversary = [o.adversary_loss for o in outputs if o.adversary_loss is not None]
+    return LossOutput(
+        mean([o.loss for o in outputs]),
+        torch.cat([o.features for o in outputs]),
+        {name: mean([o.metrics[name] for o in outputs]) for name in outputs[0].metrics},
+        mean(adversary) if adversary else None,
+    )
+
+
+class _RandomState:
+    """The state of torch's global generators, of the CPU and of the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._cpu = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda, self._device)
+
+
+def _split(batch: Batch, size: int) -> list[Batch]:
+    views = [view.split(size) for view in batch.views]
+    index = batch.index.split(size)
+    labels = [None] * len(index) if batch.labels is None else batch.labels.split(size)
+    return [
+        Batch([view[i] for view in views], rows, known)
+        for i, (rows, known) in enumerate(zip(index, labels, strict=True))
+    ]
+
+
+def _total(output: LossOutput) -> Tensor:
+    """Return both losses together: neither has a gradient in the other's parameters."""
+    if output.adversary_loss is None:
+        return output.loss
+    return output.loss + output.adversary_loss
+
+
+def _detached(output: LossOutput) -> LossOutput:
+    adversary = output.adversary_loss
+    return output._replace(
+        loss=output.loss.detach(), adversary_loss=None if adversary is None else adversary.detach()
+    )
