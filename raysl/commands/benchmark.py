@@ -1,4 +1,4 @@
-"""`raysl benchmark`: what the input costs on this machine or cluster, to size it."""
+"""`raysl benchmark`: what input and loss cost on this machine, and what each method gives."""
 
 import argparse
 import math
@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from raysl.commands import benchmark_loss, benchmark_methods
 from raysl.commands.benchmark_tables import input_tables, plan_table, sizing
 from raysl.commands.terminal import console, print_json, say
 from raysl.data.fragments import images_per_epoch
@@ -83,6 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     plan.add_argument("--figure", type=Path, help="PNG to draw")
     plan.add_argument("--json", action="store_true", help="end with one JSON object of results")
+    benchmark_loss.add_arguments(kinds, whole=_whole)
+    benchmark_methods.add_arguments(kinds)
 
 
 def _whole(text: str) -> int:
@@ -105,7 +108,13 @@ def _numbers(text: str) -> list[int]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure what was asked for."""
-    results = _plan(arguments) if arguments.what == "plan" else _input(arguments)
+    measure = {
+        "input": _input,
+        "plan": _plan,
+        "loss": benchmark_loss.run,
+        "methods": benchmark_methods.run,
+    }
+    results = measure[arguments.what](arguments)
     if arguments.json:
         print_json(results)
     return 0

@@ -5,16 +5,19 @@ from pathlib import Path
 import pytest
 
 from raysl.config.load import to_yaml
+from raysl.methods import method_names
 from raysl.recipe import load_run
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "configs"
+CONFIGS = sorted([*FOLDER.glob("*.yaml"), *(FOLDER / "ten_minutes").glob("*.yaml")])
 
 
-def test_there_are_configurations() -> None:
-    assert len(CONFIGS) >= 6
+def test_there_is_one_for_every_method() -> None:
+    methods = {load_run(path).method.name for path in CONFIGS}
+    assert methods == set(method_names())
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_loads_and_comes_back_the_same_from_its_own_dump(path: Path, tmp_path: Path) -> None:
     config = load_run(path)
     dumped = tmp_path / "dumped.yaml"
@@ -23,7 +26,7 @@ def test_loads_and_comes_back_the_same_from_its_own_dump(path: Path, tmp_path: P
     assert config.name == path.stem
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_opens_with_its_source_its_command_and_what_was_measured(path: Path) -> None:
     head = path.read_text().split("\n\n")[0]
     assert head.startswith("# ")

@@ -1,0 +1,93 @@
+"""`raysl benchmark methods`: configurations trained one after the other, and compared."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from raysl.commands.terminal import console, mapping_table, say
+from raysl.errors import ConfigError, RayslError
+from raysl.jobs.benchmark_methods import (
+    MethodRun,
+    markdown_table,
+    read_run,
+    replace_section,
+    train_in_own_process,
+)
+from raysl.recipe import load_run
+from raysl.report.methods import draw_gains, draw_loss_curves
+from raysl.track.run_folder import write_atomically
+
+SECTION = "methods"
+
+
+def add_arguments(kinds: Any) -> None:
+    """Declare the benchmark's arguments."""
+    text = "methods: train configurations one after the other, compare accuracy and loss"
+    parser = kinds.add_parser("methods", help=text, description=f"raysl benchmark {text}")
+    parser.add_argument(
+        "configs", nargs="+", help="YAML files, then section.key=value for all of them"
+    )
+    parser.add_argument(
+        "--into", type=Path, help="Markdown file whose section 'methods' gets table and pictures"
+    )
+    parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train what is not finished yet, then compare.
+
+    Raises:
+        ConfigError: If a configuration is wrong; all are read before the first one starts.
+        RayslError: If no run could be compared.
+    """
+    paths = [Path(word) for word in arguments.configs if "=" not in word]
+    overrides = [word for word in arguments.configs if "=" in word]
+    if not paths:
+        raise ConfigError("give at least one YAML file, such as configs/ten_minutes/simclr.yaml")
+    names = [load_run(path, overrides).name for path in paths]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"several configurations have the run name {', '.join(twice)}")
+    runs: list[MethodRun] = []
+    failed: dict[str, str] = {}
+    for number, (path, name) in enumerate(zip(paths, names, strict=True), 1):
+        say(f"[{number}/{len(paths)}] {name}")
+        try:
+            folder = train_in_own_process(path, overrides, on_line=lambda line: say(f"  {line}"))
+            runs.append(read_run(folder))
+        except RayslError as error:
+            failed[name] = str(error)
+            say(f"  failed: {error}")
+    if not runs:
+        raise RayslError("no run could be compared: " + "; ".join(failed.values()))
+    console().print(_table(runs))
+    if arguments.into is not None:
+        _write(arguments.into, runs, " ".join(["raysl benchmark methods", *arguments.configs]))
+    return {"runs": [r._asdict() for r in runs], "failed": failed}
+
+
+def _table(runs: list[MethodRun]) -> Any:
+    ordered = sorted(runs, key=lambda run: -run.knn_gain)
+    return mapping_table(
+        "kNN accuracy: untrained -> trained; minutes",
+        {
+            run.name: f"{run.untrained_knn_top1:.3f} -> {run.knn_top1:.3f}   "
+            f"{run.seconds / 60:.1f} min"
+            for run in ordered
+        },
+    )
+
+
+def _write(path: Path, runs: list[MethodRun], command: str) -> None:
+    """Put table and pictures into a Markdown file; the pictures lie beside it."""
+    curves, gains = (path.with_name(f"methods_{what}.png") for what in ("losses", "gains"))
+    draw_loss_curves(curves, runs)
+    draw_gains(gains, runs)
+    content = (
+        f"{markdown_table(runs)}\n\n"
+        f"![Accuracy before and after]({gains.name})\n\n![Loss curves]({curves.name})\n\n"
+        f"`{command}`"
+    )
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    write_atomically(path, replace_section(old, name=SECTION, content=content))
+    say(f"written: {path}, {curves.name}, {gains.name}")
