@@ -45,6 +45,9 @@ _GOES_ON = {
 }
 
 
+_VERB_AND_ITS_OWN = 2  # words, such as "benchmark input"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
 
@@ -94,7 +97,7 @@ def _parse(
             parsed.verb = arguments[0]
             return parsed
         first = next((n for n, word in enumerate(arguments) if word.startswith("-")), None)
-        if first is not None:
+        if first is not None and first > _VERB_AND_ITS_OWN:  # else all of them follow the options
             late = [word for word in arguments[first:] if _OVERRIDE.match(word)]
             rest = [word for word in arguments[first:] if not _OVERRIDE.match(word)]
             arguments = [*arguments[:first], *late, *rest]

@@ -1,6 +1,7 @@
 """`raysl benchmark methods`: configurations trained one after the other, and compared."""
 
 import argparse
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ def add_arguments(kinds: Any) -> None:
     parser.add_argument(
         "--into", type=Path, help="Markdown file whose section 'methods' gets table and pictures"
     )
+    parser.add_argument(
+        "--at-once", type=int, default=1, metavar="N", help="runs at a time (1); they share cores"
+    )
     parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
 
 
@@ -50,14 +54,22 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"several configurations have the run name {', '.join(twice)}")
     runs: list[MethodRun] = []
     failed: dict[str, str] = {}
-    for number, (path, name) in enumerate(zip(paths, names, strict=True), 1):
-        say(f"[{number}/{len(paths)}] {name}")
+
+    def train(place: int) -> None:
+        path, name = paths[place], names[place]
+        say(f"[{place + 1}/{len(paths)}] {name}")
         try:
-            folder = train_in_own_process(path, overrides, on_line=lambda line: say(f"  {line}"))
+            folder = train_in_own_process(
+                path, overrides, on_line=lambda line: say(f"  {name}: {line}")
+            )
             runs.append(read_run(folder))
         except RayslError as error:
             failed[name] = str(error)
-            say(f"  failed: {error}")
+            say(f"  {name} failed: {error}")
+
+    with ThreadPoolExecutor(arguments.at_once) as pool:
+        list(pool.map(train, range(len(paths))))
+    runs.sort(key=lambda run: names.index(run.name))
     if not runs:
         raise RayslError("no run could be compared: " + "; ".join(failed.values()))
     console().print(_table(runs))

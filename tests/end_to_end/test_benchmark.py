@@ -86,3 +86,41 @@ class TestPlan:
         ]
         assert all(p["peak_bytes"] > 0 and p["first_item_s"] > 0 for p in plans)
         assert picture.exists()
+
+
+class TestMethods:
+    def test_trains_compares_and_writes_a_section_with_pictures(
+        self,
+        run_yaml: Callable[[str], Path],
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        page = tmp_path / "docs" / "results.md"
+        page.parent.mkdir()
+        page.write_text("# Results\n")
+        words = [str(run_yaml("one")), "cluster.num_train_workers=0", "train.log_every=1"]
+        assert main(["benchmark", "methods", "--into", str(page), "--json", *words]) == 0
+        out, err = capsys.readouterr()
+        found = json.loads(out.splitlines()[-1])
+        assert found["failed"] == {}
+        (run,) = found["runs"]
+        assert run["name"] == "one"
+        assert len(run["losses"]) == len(run["steps"]) > 1
+        assert 0 < run["knn_top1"] <= 1
+        assert "one: one starts: simclr" in err
+        text = page.read_text()
+        assert text.startswith("# Results\n\n<!-- methods: begin -->\n| configuration | method |")
+        assert "| one | simclr | resnet18 |" in text
+        assert {path.name for path in page.parent.glob("*.png")} == {
+            "methods_losses.png",
+            "methods_gains.png",
+        }
+
+    def test_a_wrong_setting_is_told_before_anything_is_trained(
+        self, run_yaml: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = str(run_yaml("one"))
+        assert main(["benchmark", "methods", path, "method.temperatur=1"]) == 1
+        assert "method.temperatur" in capsys.readouterr().err
+        assert main(["benchmark", "methods", path, path]) == 1
+        assert "several configurations have the run name one" in capsys.readouterr().err
