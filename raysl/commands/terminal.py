@@ -119,6 +119,8 @@ def accuracy_table(results: Mapping[str, Any]) -> Table:
     table.add_column(f"{few} (mean of {results['few_shot_draws']})", justify="right")
     rows = (("pretrained", ""), ("same encoder, untrained", "untrained_"), ("pixels", "pixels_"))
     for label, prefix in rows:
+        if f"{prefix}knn_top1" not in results:
+            continue
         spread = results[f"{prefix}few_shot_top1_std"]
         table.add_row(
             label,

@@ -39,6 +39,8 @@ class EvaluateConfig(SourceConfig):
     """Random draws of these labels; the mean is reported."""
     inverse_penalty: PositiveFloat = 1.0
     """C of the logistic regressions."""
+    pixel_baseline: bool = True
+    """Measure the bare pixels too: what an encoder has to beat. It takes as long as an encoder."""
     max_train_images: PositiveInt = 10_000
     """Most labelled training images used, a random subset that is always the same."""
     max_test_images: PositiveInt = 10_000

@@ -230,11 +230,16 @@ class _Worker:
         if self.rank != 0:
             return {}
         _write_features(self.folder, trained[1], self.sets.test, self.sets.class_names)
-        pixels = tuple(torch.from_numpy(s.pixels()) for s in (self.sets.train, self.sets.test))
         evaluate = self.config.evaluate
         measured: dict[str, Any] = {}
-        features = (("", trained), ("untrained_", before), ("pixels_", pixels))
-        for prefix, (train, test) in features:
+        features = {"": trained, "untrained_": before}
+        if evaluate.pixel_baseline:
+            sets = self.sets.train, self.sets.test
+            features["pixels_"] = (
+                torch.from_numpy(sets[0].pixels()),
+                torch.from_numpy(sets[1].pixels()),
+            )
+        for prefix, (train, test) in features.items():
             scores = all_protocols(evaluate, self.sets, train, test)
             measured |= {prefix + name: value for name, value in scores.items()}
         return measured | {

@@ -120,7 +120,7 @@ class TestMethods:
         self, run_yaml: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
     ) -> None:
         path = str(run_yaml("one"))
-        assert main(["benchmark", "methods", path, "method.temperatur=1"]) == 1
-        assert "method.temperatur" in capsys.readouterr().err
+        assert main(["benchmark", "methods", path, "method.warmth=1"]) == 1
+        assert "method.warmth" in capsys.readouterr().err
         assert main(["benchmark", "methods", path, path]) == 1
         assert "several configurations have the run name one" in capsys.readouterr().err

@@ -199,7 +199,7 @@ class TestMistakes:
         [
             (["optim.base_lrr=1"], "optim: unknown key 'base_lrr'; did you mean 'base_lr'?"),
             (["train.global_batch_size=0"], "train.global_batch_size: Input should be greater"),
-            (["method.name=simclrr"], "allowed: moco, simclr"),
+            (["method.name=simclrr"], "allowed: barlow, byol, "),
             (["data.source=/nowhere"], "data.source=/nowhere: no such file or folder"),
             (["train.global_batch_size=161"], "which has 160 images; use at most 160"),
             (["data.views={recipe: simclr, size_px: 0}"], "data.views.size_px"),
