@@ -142,7 +142,7 @@ class Rotation(Method):
             turned = rotate(images, torch.full((len(images),), k, device=images.device))
             right = self.classifier(self.backbone(turned)).float().softmax(dim=1)[:, k].mean()
             columns.append(turned)
-            titles.append(f"{90 * k} deg, p = {float(right):.2f}")
+            titles.append(f"{90 * k} deg\np = {float(right):.2f}")
         caption = (
             "Each image in its four turns; p is the mean probability, over these images, that the "
             "network gives to the right turn (0.25 without learning)."

@@ -8,6 +8,7 @@ gradients do not.
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from raysl.nn.collectives import (
     sum_over_ranks,
 )
 from raysl.sources.source import ArraySource
+from raysl.train.gradient import backward
 
 pytestmark = pytest.mark.distributed
 
@@ -181,6 +183,22 @@ def train_steps(name: str) -> Results:
     return found
 
 
+def cached() -> Results:
+    """The gradient of a batch in parts of two images, where each rank holds four."""
+    method = build("simclr").eval()  # else batch norm would take its statistics from the parts
+    views = [mine(numbers(RANKS * PER_RANK, 3, 32, 32, seed=view).double()) for view in range(2)]
+    output = backward(
+        method,
+        Batch(views, mine(torch.arange(RANKS * PER_RANK))),
+        Progress(0, 10, 5, seed=1),
+        model=method,
+        autocast=nullcontext,
+        micro_batch_size=2,
+    )
+    gradients = [p.grad.clone() for p in method.parameters() if p.grad is not None]
+    return {"loss": mean_over_ranks(output.loss), "gradients": gradients}
+
+
 def embedded() -> Results:
     found = {}
     torch.manual_seed(0)
@@ -229,6 +247,7 @@ def collectives(rank: int) -> Results:
 def everything() -> Results:
     """Compute what must not depend on how many processes share the work."""
     found: Results = {"losses": contrastive(), "batch_norm": batch_norm(), "embedded": embedded()}
+    found["cached"] = cached()
     return found | {name: train_steps(name) for name in METHODS}
 
 
@@ -441,3 +460,15 @@ class TestEmbed:
         for found in ranks:
             assert found["embedded"][count].shape == (count, 4)
             torch.testing.assert_close(found["embedded"][count], alone["embedded"][count])
+
+
+class TestCachedGradient:
+    def test_of_two_ranks_in_parts_is_that_of_one_in_parts(
+        self, ranks: list[Results], alone: Results
+    ) -> None:
+        """And that of one in parts is the plain one: tests/train/test_gradient.py."""
+        expected = alone["cached"]
+        for found in (rank["cached"] for rank in ranks):
+            torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-5, atol=0)
+            for gradient, exact in zip(found["gradients"], expected["gradients"], strict=True):
+                torch.testing.assert_close(gradient, exact, rtol=1e-4, atol=1e-7)
