@@ -162,7 +162,7 @@ class TestRotation:
         grid = method.pictures(batch_of(image), progress)["rotations"]
         assert grid.images.shape == (3, 4, 3, 8, 8)
         assert torch.equal(grid.images[:, 2], image.flip(2, 3))
-        assert [title.split(",")[0] for title in grid.columns] == [
+        assert [title.split("\n")[0] for title in grid.columns] == [
             "0 deg",
             "90 deg",
             "180 deg",
