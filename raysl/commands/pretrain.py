@@ -18,7 +18,7 @@ from raysl.commands.terminal import ProgressView, accuracy_table, console, print
 from raysl.config.load import read_mapping, to_yaml
 from raysl.data.stream import ItemMaker, iterate
 from raysl.encoder import load_encoder, read_description
-from raysl.errors import RunFolderError
+from raysl.errors import DataError, RunFolderError
 from raysl.jobs.pretrain import Place, pretrain
 from raysl.nn.backbones import check_model_name
 from raysl.recipe import (
@@ -75,6 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Train, or go on with, the run that the configuration names."""
     config = load_run(arguments.config, arguments.overrides)
     home = working_folder()
+    config = with_absolute_weights(config, home)
     folder = RunFolder(home / Path(config.output_dir).expanduser() / config.name)
     if arguments.fresh and folder.path.exists():
         _set_aside(folder)
@@ -106,6 +107,29 @@ def working_folder() -> Path:
         return Path(os.environ["RAYSL_HOME"]).expanduser().absolute()
     current = Path.cwd()
     return Path.home() / "raysl" if _JOB_FOLDER in f"{current}/" else current
+
+
+def with_absolute_weights(config: RunConfig[Any], home: Path) -> RunConfig[Any]:
+    """Return the run with ``backbone.weights`` as an absolute path: workers have other folders.
+
+    A relative one is looked for in the current folder, then where runs are.
+
+    Raises:
+        DataError: If there is no such file or folder.
+    """
+    given = config.backbone.weights
+    if given is None:
+        return config
+    places = [folder / Path(given).expanduser() for folder in (Path.cwd(), home)]
+    found = next((place for place in places if place.exists()), None)
+    if found is None:
+        raise DataError(
+            f"backbone.weights={given}: no such file or folder (looked for "
+            f"{' and '.join(dict.fromkeys(map(str, places)))}); give a run folder or a file of "
+            f"weights"
+        )
+    backbone = config.backbone.model_copy(update={"weights": str(found)})
+    return config.model_copy(update={"backbone": backbone})
 
 
 def _set_aside(folder: RunFolder) -> None:
