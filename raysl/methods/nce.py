@@ -29,6 +29,7 @@ from raysl.methods.base import (
 )
 from raysl.nn.backbones import Backbone
 from raysl.nn.collectives import gather_batch_no_grad
+from raysl.nn.contrast import log_sum_exp
 from raysl.nn.heads import projection_mlp
 from raysl.nn.noise_contrast import noise_contrastive_loss
 
@@ -320,7 +321,7 @@ class NCE(EmbeddingMethod):
         """Return log Z: a scalar, or one an image if it is summed exactly."""
         config = self.config
         if config.normalizer == "exact" and config.noise != "gaussian":
-            return (v @ self.bank.to(v.dtype).T / config.temperature).logsumexp(dim=1)
+            return log_sum_exp(v, self.bank.to(v.dtype), temperature=config.temperature)
         if config.normalizer == "first_batch":
             with torch.no_grad():
                 ratio = noise.logits - noise.log_noise  # Z is the mean of its exponential

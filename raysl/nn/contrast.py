@@ -83,6 +83,23 @@ def contrast(
     return Contrast(loss, (positive.detach() > nearest).float().mean())
 
 
+def log_sum_exp(
+    rows: Tensor, keys: Tensor, *, temperature: float, tile: int | None = None
+) -> Tensor:
+    """Return each row's log of the sum of exp(row . key / temperature) over the keys, ``(M,)``.
+
+    Args:
+        rows: ``(M, D)``; they and the keys get exact gradients if they want them.
+        keys: ``(K, D)``.
+        temperature: > 0.
+        tile: Side of a tile; None takes :data:`CPU_TILE` or :data:`DEVICE_TILE`.
+    """
+    scaled = rows / temperature
+    total: Tensor
+    total, _ = _LogSumExp.apply(scaled, keys, None, tile or _tile_for(rows))  # type: ignore[no-untyped-call]
+    return total
+
+
 def pairwise_sigmoid(
     rows: Tensor,
     positives: Tensor,

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raysl.nn.convolution import Conv2d
+
 Stem = Literal["imagenet", "cifar", "small"]
 NormName = Literal["batch", "group", "none"]
 Norm = Callable[[int], nn.Module]
@@ -245,9 +247,9 @@ class ResNet(nn.Module):
 
 def _conv(
     in_channels: int, channels: int, size: int, *, stride: int = 1, groups: int = 1
-) -> nn.Conv2d:
+) -> Conv2d:
     """A convolution that keeps the resolution but for its stride; what follows has a bias."""
-    return nn.Conv2d(
+    return Conv2d(
         in_channels, channels, size, stride=stride, padding=size // 2, groups=groups, bias=False
     )
 
