@@ -23,9 +23,11 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, maps: Tensor) -> Tensor:
         """Map ``(N, C, H, W)`` to ``(N, C', H', W')``."""
+        if maps.device.type != "cpu":
+            return super().forward(maps)
         weight = self.weight
-        if torch.is_autocast_enabled(maps.device.type):
-            dtype = torch.get_autocast_dtype(maps.device.type)
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
             maps, weight = maps.to(dtype), weight.to(dtype)
         if not self._is_small(maps):
             return super().forward(maps)
@@ -33,10 +35,10 @@ class Conv2d(nn.Conv2d):
         return result
 
     def _is_small(self, maps: Tensor) -> bool:
-        """Whether this is a plain square convolution on CPU whose output map is small."""
+        """Whether this is a plain square convolution whose output map is small."""
         limit = BACKWARD_SIDE_PX.get(maps.dtype, 0)
         side, size = max(maps.shape[-2:]), self.kernel_size[0]
-        if maps.device.type != "cpu" or side > limit * self.stride[0] or size == 1:
+        if side > limit * self.stride[0] or size == 1:
             return False
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return False  # what leaves as a graph is one convolution
