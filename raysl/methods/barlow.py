@@ -4,21 +4,20 @@ J. Zbontar, L. Jing, I. Misra, Y. LeCun, S. Deny: "Barlow Twins: Self-Supervised
 Redundancy Reduction", 2021, arXiv:2103.03230v3.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from raysl.config.base import NonNegativeFloat, PositiveFloat, PositiveInt
-from raysl.errors import ConfigError, ShapeError
+from raysl.errors import ShapeError
 from raysl.methods.base import (
     Batch,
-    EmbeddingMethod,
     LossOutput,
     MethodConfig,
     Progress,
-    RunShape,
+    SiameseMethod,
     TrainingSet,
 )
 from raysl.nn.backbones import Backbone
@@ -82,6 +81,7 @@ def _distance_to_identity(correlation: Tensor, *, redundancy: float) -> Tensor:
 class BarlowConfig(MethodConfig):
     """Settings of Barlow Twins."""
 
+    compares_images: ClassVar[bool] = True
     name: Literal["barlow"] = "barlow"
     redundancy: NonNegativeFloat = 0.0051
     """Lambda of Eq. (1): 0.005 in the paper (sec. 2.2), 0.0051 in the authors' main.py."""
@@ -97,25 +97,15 @@ class BarlowConfig(MethodConfig):
     """D, the width of the embeddings (fig. 4: the more the better). About four D x D matrices of
     float32 are held at once: 1 GiB at 8192, 64 MiB at 2048."""
 
-    def check(self, shape: RunShape) -> None:
-        """Refuse batches of one image, over which nothing can be correlated."""
-        if shape.global_batch_size < 2:
-            raise ConfigError(
-                "method barlow correlates entries over the images of a batch; "
-                f"train.global_batch_size={shape.global_batch_size}, use 2 or more (the paper 2048)"
-            )
 
-
-class Barlow(EmbeddingMethod):
+class Barlow(SiameseMethod):
     """Each entry of an embedding is to be the same in both views, and unlike all other entries."""
 
     Config = BarlowConfig
+    norms_views_together: ClassVar[bool] = False
 
     def __init__(self, config: BarlowConfig, backbone: Backbone, data: TrainingSet) -> None:
-        super().__init__(config, backbone, data)
-        self.config = config
-        self.backbone = backbone
-        self.projector = projection_mlp(
+        projector = projection_mlp(
             backbone.embed_dim,
             config.hidden_dim,
             config.projection_dim,
@@ -123,17 +113,8 @@ class Barlow(EmbeddingMethod):
             last_norm="none",
             last_bias=False,  # the correlation does not see it
         )
-
-    @property
-    def encoder(self) -> Backbone:
-        """The backbone without the projector."""
-        return self.backbone
-
-    def embeddings(self, batch: Batch, progress: Progress) -> tuple[Tensor, ...]:
-        """Return features of view 0 and both embeddings; batch norm sees one view at a time."""
-        features = [self.backbone(view) for view in batch.views]
-        z0, z1 = (self.projector(each) for each in features)
-        return features[0].detach(), z0, z1
+        super().__init__(config, backbone, data, projector=projector)
+        self.config = config
 
     def loss_of(
         self, embeddings: tuple[Tensor, ...], batch: Batch, progress: Progress

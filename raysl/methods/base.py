@@ -106,6 +106,8 @@ class MethodConfig(Config):
     """Whether the method wants to be given labels where the source has them."""
     needs_vit: ClassVar[bool] = False
     """Whether only a vision transformer will do as the backbone."""
+    compares_images: ClassVar[bool] = False
+    """Whether the loss compares the images of a batch, so that a batch of one will not do."""
 
     @property
     def num_views(self) -> int:
@@ -136,6 +138,11 @@ class MethodConfig(Config):
             raise ConfigError(
                 f"method {self.name} needs a vision transformer; backbone.name="
                 f"{shape.backbone.name}. Use vit_tiny, vit_small or vit_base"
+            )
+        if self.compares_images and shape.global_batch_size < 2:
+            raise ConfigError(
+                f"method {self.name} compares the images of a batch with each other; "
+                f"train.global_batch_size={shape.global_batch_size}, use 2 or more"
             )
         self.check(shape)
 
@@ -235,6 +242,46 @@ class EmbeddingMethod(Method):
     def loss(self, batch: Batch, progress: Progress) -> LossOutput:
         """Embed, then compare."""
         return self.loss_of(self.embeddings(batch, progress), batch, progress)
+
+
+class SiameseMethod(EmbeddingMethod):
+    """A method that compares what one backbone and one projector make of two views.
+
+    Args:
+        config: The method's settings.
+        backbone: The encoder to train.
+        data: What is known of the training images.
+        projector: The head on the backbone, ``(N, embed_dim)`` -> ``(N, D)``.
+    """
+
+    norms_views_together: ClassVar[bool]
+    """Whether batch norm takes its statistics from both views at once, or from one at a time."""
+
+    def __init__(
+        self,
+        config: MethodConfig,
+        backbone: Backbone,
+        data: TrainingSet,
+        *,
+        projector: nn.Sequential,
+    ) -> None:
+        super().__init__(config, backbone, data)
+        self.backbone = backbone
+        self.projector = projector
+
+    @property
+    def encoder(self) -> Backbone:
+        """The backbone without the projector."""
+        return self.backbone
+
+    def embeddings(self, batch: Batch, progress: Progress) -> tuple[Tensor, ...]:
+        """Return features of view 0 and the projections of both views."""
+        if self.norms_views_together:
+            n = len(batch.views[0])
+            features = self.backbone(torch.cat(list(batch.views)))  # (2N, embed_dim)
+            return features[:n].detach(), *self.projector(features).split(n)
+        of_views = [self.backbone(view) for view in batch.views]
+        return of_views[0].detach(), *(self.projector(features) for features in of_views)
 
 
 def at_most_dataset(value: int, data: TrainingSet) -> SizeDefault:

@@ -15,11 +15,11 @@ from raysl.config.base import PositiveFloat, PositiveInt
 from raysl.errors import ConfigError, ShapeError
 from raysl.methods.base import (
     Batch,
-    EmbeddingMethod,
     LossOutput,
     MethodConfig,
     Progress,
     RunShape,
+    SiameseMethod,
     TrainingSet,
 )
 from raysl.nn.backbones import Backbone
@@ -119,42 +119,30 @@ class MarginConfig(MethodConfig):
             )
 
 
-class Margin(EmbeddingMethod):
+class Margin(SiameseMethod):
     """Two views of an image attract each other, other images repel as far as the margin."""
 
     Config = MarginConfig
+    norms_views_together: ClassVar[bool] = True
 
     def __init__(self, config: MarginConfig, backbone: Backbone, data: TrainingSet) -> None:
-        super().__init__(config, backbone, data)
         if config.pairs == "labels" and data.class_counts is None:
             raise ConfigError(
                 "method.pairs=labels: data.source has no labels; use one that has, or pairs: views"
             )
-        self.config = config
-        self.backbone = backbone
-        self.projector = projection_mlp(
+        projector = projection_mlp(
             backbone.embed_dim,
             config.hidden_dim or backbone.embed_dim,
             config.projection_dim,
             num_layers=config.projection_layers,
             batch_norm=False,  # it would set the scale of distances, which is the margin's part
         )
-        last = self.projector[-1]
+        last = projector[-1]
         assert isinstance(last, nn.Linear)
         nn.init.zeros_(last.bias)  # distances do not see where the origin is
         last.bias.requires_grad_(False)
-
-    @property
-    def encoder(self) -> Backbone:
-        """The backbone without the head."""
-        return self.backbone
-
-    def embeddings(self, batch: Batch, progress: Progress) -> tuple[Tensor, ...]:
-        """Return features of view 0 and both embeddings; batch norm sees both views together."""
-        n = len(batch.index)
-        features = self.backbone(torch.cat(list(batch.views)))  # (2N, embed_dim)
-        z0, z1 = self.projector(features).split(n)
-        return features[:n].detach(), z0, z1
+        super().__init__(config, backbone, data, projector=projector)
+        self.config = config
 
     def loss_of(
         self, embeddings: tuple[Tensor, ...], batch: Batch, progress: Progress

@@ -5,21 +5,20 @@ arXiv:2104.02057v4. The authors' code: facebookresearch/moco-v3.
 """
 
 import copy
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from raysl.config.base import PositiveFloat, PositiveInt, Probability
-from raysl.errors import ConfigError, ShapeError
+from raysl.errors import ShapeError
 from raysl.methods.base import (
     Batch,
     EmbeddingMethod,
     LossOutput,
     MethodConfig,
     Progress,
-    RunShape,
     TrainingSet,
 )
 from raysl.nn.backbones import Backbone
@@ -73,6 +72,7 @@ def _compare(query: Tensor, key: Tensor, *, temperature: float) -> Contrast:
 class MoCoV3Config(MethodConfig):
     """Settings of MoCo v3."""
 
+    compares_images: ClassVar[bool] = True
     name: Literal["moco_v3"] = "moco_v3"
     temperature: PositiveFloat = 0.2
     """Tau: 0.2 for vision transformers, 1.0 for ResNet-50 (the authors' CONFIG.md)."""
@@ -91,14 +91,6 @@ class MoCoV3Config(MethodConfig):
     freeze_patch_projection: bool = True
     """Leave a vision transformer's patch projection as it was drawn, which keeps training stable
     (sec. 4.2). Nothing is frozen in other backbones."""
-
-    def check(self, shape: RunShape) -> None:
-        """Refuse a batch of one image: there would be no negatives."""
-        if shape.global_batch_size < 2:
-            raise ConfigError(
-                f"train.global_batch_size={shape.global_batch_size} leaves no negatives: method "
-                f"moco_v3 takes the other images of the batch; use at least 2"
-            )
 
 
 class MoCoV3(EmbeddingMethod):

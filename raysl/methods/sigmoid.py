@@ -5,7 +5,7 @@ arXiv:2303.15343v4.
 """
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -15,10 +15,10 @@ from raysl.config.base import PositiveFloat, PositiveInt
 from raysl.errors import ShapeError
 from raysl.methods.base import (
     Batch,
-    EmbeddingMethod,
     LossOutput,
     MethodConfig,
     Progress,
+    SiameseMethod,
     TrainingSet,
 )
 from raysl.nn.backbones import Backbone
@@ -98,7 +98,7 @@ class SigmoidConfig(MethodConfig):
     """Width of the head's output."""
 
 
-class Sigmoid(EmbeddingMethod):
+class Sigmoid(SiameseMethod):
     """Each pair of views is judged on its own: of one image, or not.
 
     Departs: The paper's two towers see an image and its text; here one encoder and SimCLR's head
@@ -106,31 +106,19 @@ class Sigmoid(EmbeddingMethod):
     """
 
     Config = SigmoidConfig
+    norms_views_together: ClassVar[bool] = True
 
     def __init__(self, config: SigmoidConfig, backbone: Backbone, data: TrainingSet) -> None:
-        super().__init__(config, backbone, data)
-        self.backbone = backbone
-        self.projector = projection_mlp(
+        projector = projection_mlp(
             backbone.embed_dim,
             config.hidden_dim or backbone.embed_dim,
             config.projection_dim,
             num_layers=config.projection_layers,
         )
+        super().__init__(config, backbone, data, projector=projector)
         # t' of Algorithm 1: t = exp(t') stays above 0.
         self.log_scale = nn.Parameter(torch.tensor(-math.log(config.initial_temperature)))
         self.bias = nn.Parameter(torch.tensor(config.initial_bias))
-
-    @property
-    def encoder(self) -> Backbone:
-        """The backbone without the projection head."""
-        return self.backbone
-
-    def embeddings(self, batch: Batch, progress: Progress) -> tuple[Tensor, ...]:
-        """Return features of view 0 and both projections; batch norm sees both views together."""
-        n = len(batch.views[0])
-        features = self.backbone(torch.cat(list(batch.views)))  # (2N, embed_dim)
-        z0, z1 = self.projector(features).split(n)
-        return features[:n].detach(), z0, z1
 
     def loss_of(
         self, embeddings: tuple[Tensor, ...], batch: Batch, progress: Progress

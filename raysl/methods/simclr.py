@@ -9,7 +9,7 @@ arXiv:2006.10029v2.
 
 import copy
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -19,10 +19,10 @@ from raysl.config.base import PositiveFloat, PositiveInt, Probability
 from raysl.errors import ShapeError
 from raysl.methods.base import (
     Batch,
-    EmbeddingMethod,
     LossOutput,
     MethodConfig,
     Progress,
+    SiameseMethod,
     SizeDefault,
     TrainingSet,
     at_most_dataset,
@@ -125,7 +125,7 @@ class SimCLRConfig(MethodConfig):
         return length
 
 
-class SimCLR(EmbeddingMethod):
+class SimCLR(SiameseMethod):
     """Two views of an image attract each other, all other images of the batch repel.
 
     Departs: Version 2 describes its memory in two sentences, and the authors' code has none. Here
@@ -135,18 +135,18 @@ class SimCLR(EmbeddingMethod):
     """
 
     Config = SimCLRConfig
+    norms_views_together: ClassVar[bool] = True  # Algorithm 1
 
     def __init__(self, config: SimCLRConfig, backbone: Backbone, data: TrainingSet) -> None:
-        super().__init__(config, backbone, data)
-        self.temperature = config.temperature
-        self.ema_momentum = config.ema_momentum
-        self.backbone = backbone
-        self.projector = projection_mlp(
+        projector = projection_mlp(
             backbone.embed_dim,
             config.hidden_dim or backbone.embed_dim,
             config.projection_dim,
             num_layers=config.projection_layers,
         )
+        super().__init__(config, backbone, data, projector=projector)
+        self.temperature = config.temperature
+        self.ema_momentum = config.ema_momentum
         self.memory_network: nn.Module | None = None
         self.memory: KeyQueue | None = None
         self._new_keys: Tensor | None = None
@@ -155,20 +155,9 @@ class SimCLR(EmbeddingMethod):
             self.memory_network = copy.deepcopy(online).requires_grad_(False)
             self.memory = KeyQueue(config.length_for(data), config.projection_dim)
 
-    @property
-    def encoder(self) -> Backbone:
-        """The backbone without the projection head."""
-        return self.backbone
-
     def embeddings(self, batch: Batch, progress: Progress) -> tuple[Tensor, ...]:
-        """Return features, the projections of both views, and what the memory is to hold.
-
-        Batch norm sees both views together, as in Algorithm 1.
-        """
-        n = len(batch.views[0])
-        features = self.backbone(torch.cat(list(batch.views)))  # (2N, embed_dim)
-        z0, z1 = self.projector(features).split(n)
-        found = features[:n].detach(), z0, z1
+        """Return features, the projections of both views, and what the memory is to hold."""
+        found = super().embeddings(batch, progress)
         if self.memory_network is None:
             return found
         with torch.no_grad():
