@@ -224,8 +224,10 @@ def _protocol(config: RunConfig[Any], results: Mapping[str, Any]) -> str:
         "few_shot_draws": evaluate.few_shot_draws,
     }
     known = {key: _number(results.get(key, value)) for key, value in settings.items()}
+    weights = config.backbone.weights
+    start = "random weights" if weights is None else f"the weights of {_escape(weights)}"
     text = (
-        f"Untrained is the same network before training. Networks are frozen and see centred "
+        f"Before training, the same network has {start}. Networks are frozen and see centred "
         f"images of {config.image_size_px} px. {known['num_train_labels']} labelled images train "
         f"the probes, {known['num_test_labels']} others of {known['num_classes']} classes test "
         f"them. Nearest neighbours: k = {known['knn_k']}, temperature {known['knn_temperature']}, "

@@ -172,7 +172,7 @@ class TestWriteReport:
         text = Page(self.write(folder)).text
         rows = [
             "Pretrained91.294.670.0 \u00b1 3.2",
-            "Untrained81.182.253.3 \u00b1 4.0",
+            "Before training81.182.253.3 \u00b1 4.0",
             "Bare pixels74.475.546.7 \u00b1 5.0",
         ]
         assert all(row in text for row in rows)
@@ -184,6 +184,14 @@ class TestWriteReport:
         assert "3 a class" in text
         assert "of 6 draws" in text
         assert "standard error of 94.6 is 1.1" in text  # sqrt(0.9456 * 0.0544 / 450)
+
+    def test_says_which_weights_the_network_had_before_training(self, folder: RunFolder) -> None:
+        backbone = {"name": "resnet18", "stem": "cifar"}
+        given = make_config(backbone=backbone | {"weights": "<b>.pth"})
+        for config, weights in ((make_config(), "random weights"), (given, "the weights of <b>")):
+            text = Page(self.write(folder, config)).text
+            assert f"Before training, the same network has {weights}" in text
+            assert "untrained" not in text.lower()
 
     def test_opens_with_what_was_done_in_a_sentence(self, folder: RunFolder) -> None:
         text = Page(self.write(folder)).text
