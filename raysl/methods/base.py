@@ -102,8 +102,6 @@ class MethodConfig(Config):
     name: str
     takes_more_views: ClassVar[bool] = False
     """Whether views beyond :attr:`num_views` are welcome (the small ones of multi-crop)."""
-    uses_labels: ClassVar[bool] = False
-    """Whether the method wants to be given labels where the source has them."""
     needs_vit: ClassVar[bool] = False
     """Whether only a vision transformer will do as the backbone."""
     compares_images: ClassVar[bool] = False
@@ -113,6 +111,11 @@ class MethodConfig(Config):
     def num_views(self) -> int:
         """Views of an image that the method takes."""
         return 2
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether the method wants to be given labels where the source has them."""
+        return False
 
     def check(self, shape: RunShape) -> None:
         """Raise ConfigError if the method cannot run in this shape."""

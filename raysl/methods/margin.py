@@ -81,8 +81,6 @@ class MarginConfig(MethodConfig):
     """Settings of the margin loss."""
 
     name: Literal["margin"] = "margin"
-    uses_labels: ClassVar[bool] = True
-    """They are looked at with ``pairs: labels`` only."""
     margin: PositiveFloat = 1.0
     """m of Eq. (4), a distance: dissimilar pairs further apart than this are left alone. On the
     unit sphere at most 2; directions at random lie sqrt(2) apart."""
@@ -103,6 +101,11 @@ class MarginConfig(MethodConfig):
     """Width of the head's hidden layers; null takes the encoder's width."""
     projection_dim: PositiveInt = 128
     """Width of embeddings; 2 or 3 in the paper, which draws them."""
+
+    @property
+    def uses_labels(self) -> bool:
+        """Only for pairs by labels."""
+        return self.pairs == "labels"
 
     def check(self, shape: RunShape) -> None:
         """Refuse more partners than a batch has, and a margin that no pair can keep."""

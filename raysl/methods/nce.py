@@ -8,7 +8,7 @@ arXiv:1805.01978v1; "the authors' code" is that of the latter.
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -108,8 +108,6 @@ class NCEConfig(MethodConfig):
     """Settings of instance discrimination by noise-contrastive estimation."""
 
     name: Literal["nce"] = "nce"
-    uses_labels: ClassVar[bool] = True
-    """They are looked at with ``noise: labels`` only."""
     temperature: PositiveFloat = 0.07
     """Tau of Eq. (2): 0.07 for ImageNet (sec. 4.2), 0.1 for CIFAR-10 in the authors' code."""
     num_noise: PositiveInt | None = None
@@ -147,6 +145,11 @@ class NCEConfig(MethodConfig):
     def num_views(self) -> int:
         """One: the other view of an image is its row in the bank."""
         return 1
+
+    @property
+    def uses_labels(self) -> bool:
+        """Only for noise by labels."""
+        return self.noise == "labels"
 
     def check(self, shape: RunShape) -> None:
         """Refuse a sphere of one dimension, which has no directions."""
