@@ -24,6 +24,7 @@ from raysl.nn.backbones import Backbone
 from raysl.nn.collectives import rank_and_size, sum_over_ranks
 from raysl.nn.geometry import off_diagonal
 from raysl.nn.heads import projection_mlp
+from raysl.nn.precision import at_least_float32
 
 _EPSILON = 1e-5  # of the variance, as in torch's batch norm, which the authors normalise with
 
@@ -66,7 +67,7 @@ def _cross_correlation(z0: Tensor, z1: Tensor) -> Tensor:
         raise ShapeError(f"a correlation needs 2 images or more; z0 and z1 are {tuple(z0.shape)}")
     with torch.autocast(z0.device.type, enabled=False):
         z = torch.cat([z0, z1], dim=1)  # (N, 2D), so that ranks exchange both views' sums at once
-        z = z if z.dtype == torch.float64 else z.float()
+        z = at_least_float32(z)
         z = z - sum_over_ranks(z.sum(dim=0)) / total
         variance = sum_over_ranks(z.square().sum(dim=0)) / total
         z = z * (variance + _EPSILON).rsqrt()

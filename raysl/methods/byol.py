@@ -20,6 +20,7 @@ from raysl.nn.backbones import Backbone
 from raysl.nn.ema import ema_update_
 from raysl.nn.geometry import alignment, uniformity
 from raysl.nn.heads import projection_mlp
+from raysl.nn.precision import at_least_float32
 from raysl.nn.schedules import cosine
 
 
@@ -51,7 +52,7 @@ def byol_loss(prediction: Tensor, target: Tensor) -> Tensor:
             f"{tuple(target.shape)}"
         )
     with torch.autocast(prediction.device.type, enabled=False):
-        x = prediction if prediction.dtype == torch.float64 else prediction.float()
+        x = at_least_float32(prediction)
         distance = F.normalize(x, dim=1) - F.normalize(target.detach().to(x.dtype), dim=1)
         return distance.square().sum(dim=1).mean()
 

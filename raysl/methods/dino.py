@@ -31,6 +31,7 @@ from raysl.methods.base import (
 from raysl.nn.backbones import Backbone
 from raysl.nn.collectives import mean_over_ranks
 from raysl.nn.ema import ema_update_
+from raysl.nn.precision import at_least_float32
 from raysl.nn.schedules import cosine
 from raysl.nn.vit import DropPath, VisionTransformer
 
@@ -89,16 +90,12 @@ def _check_outputs(student: Sequence[Tensor], teacher: Sequence[Tensor], center:
         raise ShapeError(f"center must be {allowed} for outputs of {shapes[0]}; got {found}")
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 @torch.no_grad()
 def _teacher_probs(
     teacher: Sequence[Tensor], center: Tensor, *, temperature: float
 ) -> list[Tensor]:
     """Center, then sharpen: what the student is to find, ``(N, K)`` a view."""
-    centred = (_at_least_float32(output) - center for output in teacher)
+    centred = (at_least_float32(output) - center for output in teacher)
     return [(output / temperature).softmax(dim=1) for output in centred]
 
 
@@ -115,7 +112,7 @@ def _cross_entropy(
             continue
         target = everything if len(others) == len(targets) else torch.stack(others).sum(dim=0)
         with torch.autocast(output.device.type, enabled=False):
-            log_probs = F.log_softmax(_at_least_float32(output) / temperature, dim=1)
+            log_probs = F.log_softmax(at_least_float32(output) / temperature, dim=1)
             terms.append(-(target * log_probs).sum(dim=1).mean())
     return torch.stack(terms).sum() / pairs
 
@@ -223,7 +220,7 @@ class Prototypes(nn.Module):
             directions = F.normalize(self.weight, dim=1)
             if self.length is not None:
                 directions = directions * self.length
-            return F.linear(_at_least_float32(x), directions)
+            return F.linear(at_least_float32(x), directions)
 
 
 class Head(nn.Module):
@@ -249,7 +246,7 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map ``(N, embed_dim)`` to ``(N, K)``."""
-        return self.last_layer(F.normalize(_at_least_float32(self.mlp(features)), dim=1))  # type: ignore[no-any-return]
+        return self.last_layer(F.normalize(at_least_float32(self.mlp(features)), dim=1))  # type: ignore[no-any-return]
 
 
 class Network(nn.Module):

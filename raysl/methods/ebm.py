@@ -37,6 +37,7 @@ from raysl.methods.base import (
 from raysl.nn.backbones import Backbone
 from raysl.nn.langevin import ChainStarts, ReplayBuffer, energy_gradient, langevin, standing_still
 from raysl.nn.noise_contrast import noise_contrastive_loss
+from raysl.nn.precision import at_least_float32
 from raysl.nn.score_matching import denoising_score_loss
 from raysl.nn.spectral_noise import SpectralGaussian
 
@@ -71,13 +72,9 @@ def contrastive_divergence_loss(
             f"energies must be (N,) and (M,); got {tuple(data_energies.shape)}, "
             f"{tuple(sample_energies.shape)}"
         )
-    data, samples = _exact(data_energies), _exact(sample_energies)
+    data, samples = at_least_float32(data_energies), at_least_float32(sample_energies)
     size = data.square().mean() + samples.square().mean()
     return data.mean() - samples.mean() + regularisation * size
-
-
-def _exact(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()
 
 
 class EBMConfig(MethodConfig):
@@ -200,7 +197,7 @@ class EBM(Method):
     def _energy_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.backbone(images)
         with torch.autocast(images.device.type, enabled=False):
-            return self.head(_exact(features)).squeeze(1) * self._gain, features
+            return self.head(at_least_float32(features)).squeeze(1) * self._gain, features
 
     def loss(self, batch: Batch, progress: Progress) -> LossOutput:
         """Return the loss of the chosen training; features are those of the data it saw."""

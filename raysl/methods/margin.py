@@ -25,6 +25,7 @@ from raysl.methods.base import (
 from raysl.nn.backbones import Backbone
 from raysl.nn.collectives import gather_batch, gather_batch_no_grad, rank_and_size
 from raysl.nn.heads import projection_mlp
+from raysl.nn.precision import at_least_float32
 
 
 def margin_loss(z0: Tensor, z1: Tensor, dissimilar: Tensor, *, margin: float) -> Tensor:
@@ -62,7 +63,7 @@ def margin_loss(z0: Tensor, z1: Tensor, dissimilar: Tensor, *, margin: float) ->
 
 def _distance(z0: Tensor, z1: Tensor) -> Tensor:
     """Return Euclidean distances of the rows; torch gives this norm the gradient 0 at 0."""
-    distance: Tensor = torch.linalg.vector_norm(_exact(z0) - _exact(z1), dim=-1)
+    distance: Tensor = torch.linalg.vector_norm(at_least_float32(z0) - at_least_float32(z1), dim=-1)
     return distance
 
 
@@ -70,11 +71,6 @@ def _losses(distance: Tensor, dissimilar: Tensor, *, margin: float) -> Tensor:
     """Return Eq. (4) of each pair."""
     y = dissimilar.to(distance.dtype)
     return ((1 - y) * distance.square() + y * (margin - distance).clamp_min(0).square()) / 2
-
-
-def _exact(z: Tensor) -> Tensor:
-    """Return embeddings as float32, or as the float64 that they are."""
-    return z if z.dtype == torch.float64 else z.float()
 
 
 class MarginConfig(MethodConfig):
@@ -153,7 +149,7 @@ class Margin(SiameseMethod):
         """Return the margin loss of each image with its other view and with other images."""
         features, *views = embeddings
         with torch.autocast(features.device.type, enabled=False):
-            z0, z1 = (_exact(z) for z in views)
+            z0, z1 = (at_least_float32(z) for z in views)
             if self.config.normalize:
                 z0, z1 = F.normalize(z0, dim=1), F.normalize(z1, dim=1)
             everyone = gather_batch(z1)  # (RN, D)

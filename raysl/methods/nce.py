@@ -32,6 +32,7 @@ from raysl.nn.collectives import gather_batch_no_grad
 from raysl.nn.contrast import log_sum_exp
 from raysl.nn.heads import projection_mlp
 from raysl.nn.noise_contrast import noise_contrastive_loss
+from raysl.nn.precision import at_least_float32
 
 NUM_NOISE = 4096  # Wu et al., secs. 4.1 and 4.2
 FULL_PRODUCT = 16
@@ -242,7 +243,7 @@ class NCE(EmbeddingMethod):
         features, z = embeddings
         config = self.config
         with torch.autocast(z.device.type, enabled=False):
-            v = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)  # (N, D)
+            v = F.normalize(at_least_float32(z), dim=1)  # (N, D)
             own = self.bank[batch.index].to(v.dtype)
             cosine = (v * own).sum(dim=1)
             noise = self._gaussian(v, own) if config.noise == "gaussian" else self._rows(v, batch)

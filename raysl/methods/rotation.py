@@ -23,6 +23,7 @@ from raysl.methods.base import (
 )
 from raysl.nn.backbones import Backbone
 from raysl.nn.geometry import entropy
+from raysl.nn.precision import at_least_float32
 
 NUM_ROTATIONS = 4
 
@@ -76,7 +77,7 @@ def rotation_loss(logits: Tensor, turns: Tensor) -> Tensor:
             f"logits must be (N, 4) and turns (N,); got {tuple(logits.shape)}, {tuple(turns.shape)}"
         )
     with torch.autocast(logits.device.type, enabled=False):
-        return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), turns)
+        return F.cross_entropy(at_least_float32(logits), turns)
 
 
 class RotationConfig(MethodConfig):

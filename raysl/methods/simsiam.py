@@ -18,6 +18,7 @@ from raysl.methods.base import Batch, LossOutput, Method, MethodConfig, Progress
 from raysl.nn.backbones import Backbone
 from raysl.nn.geometry import alignment, feature_std
 from raysl.nn.heads import projection_mlp
+from raysl.nn.precision import at_least_float32
 
 
 def simsiam_loss(prediction: Tensor, projection: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ def simsiam_loss(prediction: Tensor, projection: Tensor) -> Tensor:
             f"{tuple(projection.shape)}"
         )
     with torch.autocast(prediction.device.type, enabled=False):
-        p = prediction if prediction.dtype == torch.float64 else prediction.float()
+        p = at_least_float32(prediction)
         p, z = F.normalize(p, dim=1), F.normalize(projection.detach().to(p.dtype), dim=1)
         return -(p * z).sum(dim=1).mean()
 

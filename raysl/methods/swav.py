@@ -27,6 +27,7 @@ from raysl.methods.base import (
 from raysl.nn.backbones import Backbone
 from raysl.nn.collectives import gather_batch_no_grad, mean_over_ranks, rank_and_size
 from raysl.nn.heads import projection_mlp
+from raysl.nn.precision import at_least_float32
 
 _NUM_LARGE = 2  # views whose codes the others predict
 
@@ -63,11 +64,11 @@ def swav_loss(scores: Sequence[Tensor], codes: Sequence[Tensor], *, temperature:
     if len(shapes) > 1 or scores[0].ndim != 2:
         raise ShapeError(f"scores and codes must all be (N, K); got {sorted(shapes)}")
     with torch.autocast(scores[0].device.type, enabled=False):
-        total = _exact(scores[0]).new_zeros(())
+        total = at_least_float32(scores[0]).new_zeros(())
         for v, score in enumerate(scores):
             others = [code for i, code in enumerate(codes) if i != v]
             if others:
-                log_prediction = F.log_softmax(_exact(score) / temperature, dim=1)
+                log_prediction = F.log_softmax(at_least_float32(score) / temperature, dim=1)
                 total = total - (torch.stack(others).sum(dim=0) * log_prediction).sum(dim=1).mean()
         return total / (len(codes) * (len(scores) - 1))
 
@@ -99,8 +100,8 @@ def sinkhorn_codes(
     out over ranks, so that it does not depend on how many they are.
     """
     with torch.autocast(scores.device.type, enabled=False):
-        log_codes = _exact(scores) / epsilon
-        log_queue = None if queue_scores is None else _exact(queue_scores) / epsilon
+        log_codes = at_least_float32(scores) / epsilon
+        log_queue = None if queue_scores is None else at_least_float32(queue_scores) / epsilon
         for _ in range(iterations):
             mine = log_codes.logsumexp(dim=0, keepdim=True)  # (1, K)
             of_prototype = gather_batch_no_grad(mine).logsumexp(dim=0)  # (K)
@@ -109,10 +110,6 @@ def sinkhorn_codes(
                 log_queue = F.log_softmax(log_queue - of_prototype, dim=1)
             log_codes = F.log_softmax(log_codes - of_prototype, dim=1)
         return log_codes.softmax(dim=1)
-
-
-def _exact(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()
 
 
 class SwAVConfig(MethodConfig):
@@ -191,7 +188,7 @@ class SwAV(Method):
         """Return the loss of all views; batch norm sees views of one size together."""
         n = len(batch.views[0])
         features = torch.cat([self.backbone(torch.cat(list(g))) for g in _by_size(batch.views)])
-        projected = _exact(self.projector(features))  # (VN, D)
+        projected = at_least_float32(self.projector(features))  # (VN, D)
         with torch.autocast(features.device.type, enabled=False):
             z = F.normalize(projected, dim=1)
             scores = self.prototypes(z).split(n)  # V of (N, K)

@@ -25,6 +25,7 @@ from raysl.nn.backbones import Backbone
 from raysl.nn.collectives import rank_and_size, sum_over_ranks
 from raysl.nn.geometry import off_diagonal
 from raysl.nn.heads import projection_mlp
+from raysl.nn.precision import at_least_float32
 
 _EPSILON = 1e-4  # under the root of the variance: sec. 4.2
 
@@ -83,7 +84,7 @@ def _terms(z0: Tensor, z1: Tensor) -> _Terms:
     if z0.shape[0] * rank_and_size()[1] < 2:
         raise ShapeError(f"a covariance needs 2 images or more; z0 and z1 are {tuple(z0.shape)}")
     with torch.autocast(z0.device.type, enabled=False):
-        z0, z1 = (z if z.dtype == torch.float64 else z.float() for z in (z0, z1))
+        z0, z1 = (at_least_float32(z) for z in (z0, z1))
         matrices = [_covariance(z) for z in (z0, z1)]
         std0, std1 = ((matrix.diagonal() + _EPSILON).sqrt() for matrix in matrices)
         off0, off1 = (off_diagonal(matrix).square().sum() / len(matrix) for matrix in matrices)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from raysl.errors import ConfigError, ShapeError
 from raysl.nn.collectives import mean_over_ranks, rank_and_size, sum_over_ranks
+from raysl.nn.precision import at_least_float32
 
 BatchNormScope = Literal["worker", "sync", "split"]
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -47,7 +48,7 @@ class SyncBatchNorm(_BatchNorm):
             )
         dims = [0, *range(2, input.ndim)]
         shape = [1, -1] + [1] * (input.ndim - 2)
-        x = input if input.dtype == torch.float64 else input.float()
+        x = at_least_float32(input)
         count = x.numel() / x.shape[1] * size
         mean = sum_over_ranks(x.sum(dims)) / count
         centred = x - mean.view(shape)
