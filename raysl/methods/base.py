@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from raysl.config.base import Config
+from raysl.config.base import Config, Duration
 from raysl.errors import ConfigError
 from raysl.nn.backbones import Backbone, BackboneConfig
 
@@ -38,6 +38,10 @@ class Progress(NamedTuple):
     def epoch(self) -> float:
         """Passes over the training images done."""
         return self.step / self.steps_per_epoch
+
+    def in_steps(self, duration: Duration) -> int:
+        """Return a part of this run in optimizer steps."""
+        return duration.in_steps(steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
 
     def shared_generator(self) -> torch.Generator:
         """Return a CPU generator that gives every rank the same numbers at this step."""

@@ -302,7 +302,7 @@ class DINO(Method):
 
         Departs: It moves at each step, in the authors' code at each epoch.
         """
-        steps = _in_steps(self.config.teacher_temperature_warmup, progress)
+        steps = progress.in_steps(self.config.teacher_temperature_warmup)
         share = min(progress.step / steps, 1.0) if steps else 1.0
         return (
             self.config.warmup_teacher_temperature * (1 - share) + self.teacher_temperature * share
@@ -345,7 +345,7 @@ class DINO(Method):
 
     def before_optimizer_step(self, progress: Progress) -> None:
         """Leave the prototypes as they are at first (the authors' --freeze_last_layer)."""
-        if progress.step < _in_steps(self.config.freeze_last_layer, progress):
+        if progress.step < progress.in_steps(self.config.freeze_last_layer):
             for parameter in self.student.head.last_layer.parameters():
                 parameter.grad = None
 
@@ -377,12 +377,6 @@ class DINO(Method):
             f"block, each map from its least (dark) to its most (bright)."
         )
         return {"attention": ImageGrid(torch.cat([images[:, None], grey], 1), columns, caption)}
-
-
-def _in_steps(duration: Duration, progress: Progress) -> int:
-    return duration.in_steps(
-        steps_per_epoch=progress.steps_per_epoch, total_steps=progress.total_steps
-    )
 
 
 def _stretch(maps: Tensor, images: Tensor) -> Tensor:

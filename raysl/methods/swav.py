@@ -199,14 +199,14 @@ class SwAV(Method):
 
     def before_optimizer_step(self, progress: Progress) -> None:
         """Drop the prototypes' gradient at first, so that no optimizer moves them."""
-        if progress.step < _steps(self.config.frozen, progress):
+        if progress.step < progress.in_steps(self.config.frozen):
             self.prototypes.weight.grad = None
 
     @torch.no_grad()
     def after_optimizer_step(self, progress: Progress) -> None:
         """Give prototypes length 1 again, and put all ranks' features into the queue."""
         self._normalize_prototypes()
-        steps = progress.step - _steps(self.config.queue_start, progress)
+        steps = progress.step - progress.in_steps(self.config.queue_start)
         if self.config.queue_length is not None and steps >= 0:
             assert self._new_features is not None
             rows = gather_batch_no_grad(self._new_features)  # (RN, 2, D), the same on every rank
@@ -222,7 +222,7 @@ class SwAV(Method):
         """Return the codes of a large view, ``(N, K)``, with the queue's help if it is full."""
         queue_scores = None
         length = self.config.queue_length
-        steps = progress.step - _steps(self.config.queue_start, progress)
+        steps = progress.step - progress.in_steps(self.config.queue_start)
         if length is not None and steps * len(scores) * rank_and_size()[1] >= length:
             weight = self.prototypes.weight.detach()
             queue_scores = F.linear(self.queue[:, view].to(weight.dtype), weight)  # (L, K)
@@ -237,12 +237,6 @@ class SwAV(Method):
 def _by_size(views: Sequence[Tensor]) -> Iterator[Iterator[Tensor]]:
     """Group neighbouring views of one size."""
     return (group for _, group in groupby(views, key=lambda view: view.shape[-2:]))
-
-
-def _steps(duration: Duration, progress: Progress) -> int:
-    return duration.in_steps(
-        steps_per_epoch=progress.steps_per_epoch, total_steps=progress.total_steps
-    )
 
 
 @torch.no_grad()
