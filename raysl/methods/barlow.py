@@ -123,14 +123,17 @@ class Barlow(SiameseMethod):
         """Return the scaled loss, and how far both parts of it have come."""
         features, z0, z1 = embeddings
         correlation = _cross_correlation(z0, z1)
-        loss = _distance_to_identity(correlation, redundancy=self.config.redundancy)
+        distance = _distance_to_identity(correlation, redundancy=self.config.redundancy)
+        loss = self.config.loss_scale * distance
+        if not progress.is_logged:
+            return LossOutput(loss, features, {})
         found = correlation.detach()
         d = len(found)
         metrics = {
             "barlow/diagonal": found.diagonal().mean(),
             "barlow/off_diagonal": off_diagonal(found).abs().sum() / max(1, d * (d - 1)),
         }
-        return LossOutput(self.config.loss_scale * loss, features, metrics)
+        return LossOutput(loss, features, metrics)
 
 
 METHOD = Barlow

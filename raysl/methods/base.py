@@ -33,6 +33,7 @@ class Progress(NamedTuple):
     total_steps: int
     steps_per_epoch: int
     seed: int
+    is_logged: bool = True  # whether the metrics of this step are read
 
     @property
     def epoch(self) -> float:
@@ -83,7 +84,7 @@ class LossOutput(NamedTuple):
 
     loss: Tensor  # scalar to minimise
     features: Tensor  # (N, embed_dim) of one view, detached: health metrics are taken from it
-    metrics: dict[str, Tensor]  # detached scalars by name
+    metrics: dict[str, Tensor]  # detached scalars by name; none where the step is not logged
     adversary_loss: Tensor | None = None
     """Scalar that the adversary minimises, where there is one (:attr:`Method.adversary`)."""
 

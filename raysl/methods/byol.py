@@ -113,6 +113,8 @@ class BYOL(Method):
         with torch.no_grad():
             target0, target1 = (self.target(view) for view in batch.views)
         loss = byol_loss(self.predictor(z0), target1) + byol_loss(self.predictor(z1), target0)
+        if not progress.is_logged:
+            return LossOutput(loss, features[0].detach(), {})
         metrics = {
             "byol/alignment": alignment(z0, z1),
             "byol/uniformity": uniformity(z0),

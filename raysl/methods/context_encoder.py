@@ -259,8 +259,9 @@ class ContextEncoder(Method):
         target = _window(images, hole)
         rebuilt = reconstruction_loss(painted, target, hole.weight)
         asked = (hole.weight > 0).to(target.dtype)
-        with torch.no_grad():
-            error = ((painted.to(target.dtype) - target) * asked).square().sum()
+        metrics: dict[str, Tensor] = {}
+        if progress.is_logged:
+            error = ((painted.detach().to(target.dtype) - target) * asked).square().sum()
             metrics = {
                 "context_encoder/reconstruction_loss": rebuilt.detach(),
                 # 1: no better than the mean colour, which is 0 in normalised views.
@@ -276,7 +277,7 @@ class ContextEncoder(Method):
         adversarial = adversarial_loss(_judge_frozen(self.discriminator, fake))
         real_logits = self.discriminator(target * asked)
         made_logits = self.discriminator(fake.detach())
-        with torch.no_grad():
+        if progress.is_logged:
             metrics |= {
                 "context_encoder/adversarial_loss": adversarial.detach(),
                 "context_encoder/real_judged_real": (real_logits > 0).float().mean(),

@@ -325,10 +325,12 @@ class DINO(Method):
         if self.training and torch.is_grad_enabled():
             total, rows = self._teacher_outputs  # of the parts of the batch so far
             self._teacher_outputs = teacher.sum(dim=0) + total.to(teacher), rows + len(teacher)
-        metrics = self._health(loss.detach(), torch.cat(targets)) | {
-            "dino/teacher_temperature": loss.new_tensor(cold),
-            "dino/ema_momentum": loss.new_tensor(self.momentum_at(progress)),
-        }
+        metrics: dict[str, Tensor] = {}
+        if progress.is_logged:
+            metrics = self._health(loss.detach(), torch.cat(targets)) | {
+                "dino/teacher_temperature": loss.new_tensor(cold),
+                "dino/ema_momentum": loss.new_tensor(self.momentum_at(progress)),
+            }
         return LossOutput(loss, features[:n].detach(), metrics)
 
     @torch.no_grad()

@@ -229,7 +229,10 @@ class Jigsaw(Method):
         n, tiles = len(images), self.permutations.shape[1]
         answer = torch.randint(len(self.permutations), (n,), device=images.device)
         offsets = torch.rand(n, tiles, 2, device=images.device)
-        features, logits = self._solve(self._cut(images, answer, offsets))
+        of_tiles, logits = self._solve(self._cut(images, answer, offsets))
+        loss, features = jigsaw_loss(logits, answer), of_tiles.mean(1).detach()
+        if not progress.is_logged:
+            return LossOutput(loss, features, {})
         with torch.no_grad():
             guess = logits.argmax(dim=1)
             placed = self.permutations[guess] == self.permutations[answer]
@@ -239,7 +242,7 @@ class Jigsaw(Method):
                 # log P while it has no idea.
                 "jigsaw/entropy": entropy(logits.softmax(dim=1)),
             }
-        return LossOutput(jigsaw_loss(logits, answer), features.mean(1).detach(), metrics)
+        return LossOutput(loss, features, metrics)
 
     def _cut(self, images: Tensor, answer: Tensor, offsets: Tensor) -> Tensor:
         """Return ``(N, T, 3, t, t)``: slot i holds the tile of cell ``permutation[i]``."""

@@ -286,7 +286,9 @@ class MAE(Method):
         loss = masked_mse(prediction, target, masking.mask, normalize=normalize)
         patches = tokens[:, 1:].mean(dim=1)
         features = tokens[:, 0] if self.transformer.pool == "cls" else patches
-        metrics = self._health(loss.detach(), prediction, target, masking.mask)
+        metrics: dict[str, Tensor] = {}
+        if progress.is_logged:
+            metrics = self._health(loss.detach(), prediction, target, masking.mask)
         return LossOutput(loss, features.detach(), metrics)
 
     def rebuild(self, images: Tensor, masking: Masking) -> tuple[Tensor, Tensor]:

@@ -161,7 +161,8 @@ class Margin(SiameseMethod):
             own = torch.zeros_like(distance[:, :1], dtype=torch.bool)
             dissimilar = torch.cat([own, self._differ(batch, partner)], dim=1)
             loss = _losses(distance, dissimilar, margin=self.config.margin).mean()
-        return LossOutput(loss, features, _health(distance.detach(), dissimilar, self.config))
+        health = _health(distance.detach(), dissimilar, self.config) if progress.is_logged else {}
+        return LossOutput(loss, features, health)
 
     def _differ(self, batch: Batch, partner: Tensor) -> Tensor:
         """Return whether each image and its partners are a dissimilar pair, ``(N, K)``."""

@@ -72,7 +72,6 @@ def _info_nce(query: Tensor, key: Tensor, negatives: Tensor, *, temperature: flo
 
 
 _PAPER_QUEUE = 65536
-_SPREAD_ROWS = 512  # that uniformity is taken over: it compares all pairs
 
 
 class MoCoConfig(MethodConfig):
@@ -181,14 +180,15 @@ class MoCo(Method):
         assert features is not None
         assert first_query is not None
         self._new_keys = unit_rows(torch.cat(keys))
+        loss = torch.stack([result.loss for result in results]).mean()
+        if not progress.is_logged:
+            return LossOutput(loss, features, {})
         metrics = {
             "moco/partner_top1": torch.stack([result.partner_top1 for result in results]).mean(),
             "moco/queue_age_steps": self.queue.age_steps(progress.step),
             "moco/alignment": alignment(first_query, keys[0]),
+            "moco/uniformity": uniformity(first_query),
         }
-        if len(features) > 1:
-            metrics["moco/uniformity"] = uniformity(first_query[:_SPREAD_ROWS])
-        loss = torch.stack([result.loss for result in results]).mean()
         return LossOutput(loss, features, metrics)
 
     @torch.no_grad()

@@ -198,8 +198,7 @@ class NCE(EmbeddingMethod):
         super().__init__(config, backbone, data)
         self.config = config
         self.num_images = data.num_images
-        defaults = config.size_defaults(data)
-        self.num_noise = config.num_noise or int(defaults["num_noise"].value)
+        self.num_noise = config.num_noise or int(config.size_defaults(data)["num_noise"].value)
         self.backbone = backbone
         width, dim = backbone.embed_dim, config.projection_dim
         layers = 1 if config.head == "linear" else 2
@@ -262,15 +261,16 @@ class NCE(EmbeddingMethod):
                 drift = (v - own).square().sum(dim=1)
                 loss = loss + config.proximal_weight * (drift * seen).mean()
         self._new = (batch.index, v.detach(), batch.labels)
+        if not progress.is_logged:
+            return LossOutput(loss, features, {})
         log_m = math.log(self.num_noise)
-        with torch.no_grad():
-            metrics = {
-                "nce/data_right": (data_logits - noise.data_log_noise > log_m).float().mean(),
-                "nce/noise_right": (noise_logits - noise.log_noise < log_m).float().mean(),
-                "nce/log_normalizer": log_z.float().mean(),
-                "nce/own_row_cosine": cosine.float().mean(),
-                "nce/bank_age_epochs": self._age_epochs(progress),
-            }
+        metrics = {
+            "nce/data_right": (data_logits - noise.data_log_noise > log_m).float().mean(),
+            "nce/noise_right": (noise_logits - noise.log_noise < log_m).float().mean(),
+            "nce/log_normalizer": log_z.detach().float().mean(),
+            "nce/own_row_cosine": cosine.detach().float().mean(),
+            "nce/bank_age_epochs": self._age_epochs(progress),
+        }
         return LossOutput(loss, features, metrics)
 
     def _rows(self, v: Tensor, batch: Batch) -> _Noise:

@@ -126,13 +126,16 @@ class Rotation(Method):
             turns = torch.randint(NUM_ROTATIONS, (n,), device=device)
         features = self.backbone(rotate(images, turns))
         logits = self.classifier(features)
+        loss, features = rotation_loss(logits, turns), features[:n].detach()
+        if not progress.is_logged:
+            return LossOutput(loss, features, {})
         with torch.no_grad():
             metrics = {
                 "rotation/accuracy": (logits.argmax(dim=1) == turns).float().mean(),
                 # log 4 = 1.386 while it has no idea.
                 "rotation/entropy": entropy(logits.float().softmax(dim=1)),
             }
-        return LossOutput(rotation_loss(logits, turns), features[:n].detach(), metrics)
+        return LossOutput(loss, features, metrics)
 
     @torch.no_grad()
     def pictures(self, batch: Batch, progress: Progress) -> Mapping[str, ImageGrid]:

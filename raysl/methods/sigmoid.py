@@ -27,8 +27,6 @@ from raysl.nn.contrast import Contrast, pairwise_sigmoid, unit_rows
 from raysl.nn.geometry import alignment, uniformity
 from raysl.nn.heads import projection_mlp
 
-_SPREAD_ROWS = 512  # that uniformity is taken over: it compares all pairs
-
 
 def sigmoid_loss(
     z0: Tensor, z1: Tensor, *, temperature: Tensor | float, bias: Tensor | float
@@ -127,14 +125,15 @@ class Sigmoid(SiameseMethod):
         features, z0, z1 = embeddings
         temperature = torch.exp(-self.log_scale)
         loss, found = _sigmoid(z0, z1, temperature=temperature, bias=self.bias)
+        if not progress.is_logged:
+            return LossOutput(loss, features, {})
         metrics = {
             "sigmoid/partner_top1": found,
             "sigmoid/temperature": temperature.detach(),
             "sigmoid/bias": self.bias.detach().clone(),
             "sigmoid/alignment": alignment(z0, z1),
+            "sigmoid/uniformity": uniformity(z0),
         }
-        if len(z0) > 1:
-            metrics["sigmoid/uniformity"] = uniformity(z0[:_SPREAD_ROWS])
         return LossOutput(loss, features, metrics)
 
 

@@ -35,7 +35,6 @@ from raysl.nn.geometry import alignment, uniformity
 from raysl.nn.heads import projection_mlp
 
 _PAPER_MEMORY = 65536
-_SPREAD_ROWS = 512  # that uniformity is taken over: it compares all pairs
 
 
 def nt_xent_loss(z0: Tensor, z1: Tensor, *, temperature: float) -> Tensor:
@@ -170,14 +169,16 @@ class SimCLR(SiameseMethod):
         features, z0, z1 = embeddings[:3]
         memory = None if self.memory is None else self.memory.keys
         loss, found = _nt_xent(z0, z1, temperature=self.temperature, memory=memory)
+        if self.memory is not None:
+            self._new_keys = embeddings[3].detach()
+        if not progress.is_logged:
+            return LossOutput(loss, features, {})
         metrics = {
             "simclr/partner_top1": found,
             "simclr/alignment": alignment(z0, z1),
+            "simclr/uniformity": uniformity(z0),
         }
-        if len(z0) > 1:
-            metrics["simclr/uniformity"] = uniformity(z0[:_SPREAD_ROWS])
         if self.memory is not None:
-            self._new_keys = embeddings[3].detach()
             metrics["simclr/memory_age_steps"] = self.memory.age_steps(progress.step)
         return LossOutput(loss, features, metrics)
 

@@ -109,6 +109,8 @@ class SimSiam(Method):
         z0, z1 = (self.projector(feature) for feature in features)
         p0, p1 = self.predictor(z0), self.predictor(z1)
         loss = (simsiam_loss(p0, z1) + simsiam_loss(p1, z0)) / 2
+        if not progress.is_logged:
+            return LossOutput(loss, features[0].detach(), {})
         metrics = {
             "simsiam/projection_std": feature_std(z0),
             "simsiam/alignment": alignment(z0, z1),

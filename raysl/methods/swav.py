@@ -195,7 +195,8 @@ class SwAV(Method):
         codes = [self._codes(scores[i].detach(), i, progress) for i in range(_NUM_LARGE)]
         self._new_features = torch.stack(z.detach().split(n)[:_NUM_LARGE], dim=1)
         loss = swav_loss(scores, codes, temperature=self.config.temperature)
-        return LossOutput(loss, features[:n].detach(), _metrics(scores[0].detach(), codes))
+        metrics = _metrics(scores[0].detach(), codes) if progress.is_logged else {}
+        return LossOutput(loss, features[:n].detach(), metrics)
 
     def before_optimizer_step(self, progress: Progress) -> None:
         """Drop the prototypes' gradient at first, so that no optimizer moves them."""

@@ -155,6 +155,8 @@ class VICReg(SiameseMethod):
             + config.variance * terms.variance
             + config.covariance * terms.covariance
         )
+        if not progress.is_logged:
+            return LossOutput(loss, features, {})
         metrics = {
             "vicreg/invariance": terms.invariance.detach(),
             "vicreg/std": terms.std,
