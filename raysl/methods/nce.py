@@ -30,6 +30,7 @@ from raysl.methods.base import (
 from raysl.nn.backbones import Backbone
 from raysl.nn.collectives import gather_batch_no_grad
 from raysl.nn.contrast import log_sum_exp
+from raysl.nn.geometry import log_mean_exp_on_sphere
 from raysl.nn.heads import projection_mlp
 from raysl.nn.noise_contrast import noise_contrastive_loss
 from raysl.nn.precision import at_least_float32
@@ -84,25 +85,6 @@ def nce_loss(
         noise_log_noise=noise_log_noise,
         num_noise=num_noise,
     )
-
-
-def log_mean_exp_on_sphere(dim: int, concentration: float) -> float:
-    r"""Return the log of the mean of exp(concentration * cosine) over the unit sphere.
-
-    It is the normaliser of the von Mises-Fisher density relative to the uniform one:
-    :math:`{}_0F_1(; D/2; \kappa^2/4)`, summed as its power series.
-
-    Args:
-        dim: D, the space that the sphere lies in, > 1.
-        concentration: kappa, > 0.
-    """
-    half, x = dim / 2, 2 * math.log(concentration / 2)
-    terms = int(2 * concentration) + 100  # they fall like those of exp(kappa / 2) beyond kappa
-    logs = [
-        k * x + math.lgamma(half) - math.lgamma(k + half) - math.lgamma(k + 1) for k in range(terms)
-    ]
-    largest = max(logs)
-    return largest + math.log(math.fsum(math.exp(value - largest) for value in logs))
 
 
 class NCEConfig(MethodConfig):
