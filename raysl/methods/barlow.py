@@ -98,6 +98,10 @@ class BarlowConfig(MethodConfig):
     """D, the width of the embeddings (fig. 4: the more the better). About four D x D matrices of
     float32 are held at once: 1 GiB at 8192, 64 MiB at 2048."""
 
+    def projection_head_layers(self, *, is_vit: bool) -> int:
+        """Return those of the projector."""
+        return self.projection_layers
+
 
 class Barlow(SiameseMethod):
     """Each entry of an embedding is to be the same in both views, and unlike all other entries."""

@@ -122,6 +122,14 @@ class MethodConfig(Config):
         """Whether the method wants to be given labels where the source has them."""
         return False
 
+    def projection_head_layers(self, *, is_vit: bool) -> int:
+        """Return how many linear layers :attr:`Method.projection_head` has.
+
+        Args:
+            is_vit: Whether the backbone is one of raysl's vision transformers.
+        """
+        return 0
+
     def check(self, shape: RunShape) -> None:
         """Raise ConfigError if the method cannot run in this shape."""
 
@@ -180,6 +188,11 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def encoder(self) -> Backbone:
         """The backbone that is evaluated and exported."""
+
+    @property
+    def projection_head(self) -> nn.Sequential | None:
+        """The head on :attr:`encoder`, whose first layers fine-tuning may keep; None for none."""
+        return None
 
     @property
     def adversary(self) -> nn.Module | None:
@@ -281,6 +294,11 @@ class SiameseMethod(EmbeddingMethod):
     def encoder(self) -> Backbone:
         """The backbone without the projector."""
         return self.backbone
+
+    @property
+    def projection_head(self) -> nn.Sequential:
+        """The projector."""
+        return self.projector
 
     def embeddings(self, batch: Batch, progress: Progress) -> tuple[Tensor, ...]:
         """Return features of view 0 and the projections of both views."""

@@ -72,6 +72,10 @@ class BYOLConfig(MethodConfig):
     final_ema_momentum: Probability = 1.0
     """tau at the end of the run, reached along half a cosine (sec. 3.2)."""
 
+    def projection_head_layers(self, *, is_vit: bool) -> int:
+        """Return those of the projector."""
+        return 2
+
 
 class BYOL(Method):
     """An online network learns to predict what its own moving average says of the other view.
@@ -105,6 +109,13 @@ class BYOL(Method):
         backbone = self.online[0]
         assert isinstance(backbone, Backbone)
         return backbone
+
+    @property
+    def projection_head(self) -> nn.Sequential:
+        """The projector of the online network."""
+        projector = self.online[1]
+        assert isinstance(projector, nn.Sequential)
+        return projector
 
     def loss(self, batch: Batch, progress: Progress) -> LossOutput:
         """Return the loss of both orders of the views, added; each view is normed on its own."""

@@ -160,12 +160,12 @@ class DINOConfig(MethodConfig):
     evaluate_network: Literal["teacher", "student"] = "teacher"
     """Whose backbone is evaluated and exported; the teacher's is the better one (sec. 5.2)."""
 
-    def check(self, shape: RunShape) -> None:
-        """Refuse views in the wrong order: the teacher is to see the large ones.
+    def projection_head_layers(self, *, is_vit: bool) -> int:
+        """Return those before the prototypes."""
+        return self.head_layers
 
-        Raises:
-            ConfigError: If a later view is larger than the first two.
-        """
+    def check(self, shape: RunShape) -> None:
+        """Refuse views in the wrong order: the teacher is to see the large ones."""
         sizes = shape.view_sizes_px
         if max(sizes) > min(sizes[:NUM_LARGE]):
             raise ConfigError(
@@ -296,6 +296,12 @@ class DINO(Method):
         """The backbone of the teacher, or of the student if the configuration says so."""
         teacher = self.config.evaluate_network == "teacher"
         return self.teacher.backbone if teacher else self.student.backbone
+
+    @property
+    def projection_head(self) -> nn.Sequential:
+        """The layers before the prototypes, of the network that is evaluated."""
+        teacher = self.config.evaluate_network == "teacher"
+        return (self.teacher if teacher else self.student).head.mlp
 
     def temperature_at(self, progress: Progress) -> float:
         """Return the teacher's temperature at a step.

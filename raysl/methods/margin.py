@@ -103,6 +103,10 @@ class MarginConfig(MethodConfig):
         """Only for pairs by labels."""
         return self.pairs == "labels"
 
+    def projection_head_layers(self, *, is_vit: bool) -> int:
+        """Return those of the projector."""
+        return self.projection_layers
+
     def check(self, shape: RunShape) -> None:
         """Refuse more partners than a batch has, and a margin that no pair can keep."""
         if self.num_others >= shape.global_batch_size:

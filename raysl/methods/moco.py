@@ -103,6 +103,10 @@ class MoCoConfig(MethodConfig):
         """Keys that an image gives at a step."""
         return 2 if self.symmetric else 1
 
+    def projection_head_layers(self, *, is_vit: bool) -> int:
+        """Return 1 or 2, as the paper's version has it."""
+        return 1 if self.head == "linear" else 2
+
     def check(self, shape: RunShape) -> None:
         """Refuse a queue shorter than the keys of one step."""
         if self.queue_length is not None:
@@ -142,7 +146,7 @@ class MoCo(Method):
     def __init__(self, config: MoCoConfig, backbone: Backbone, data: TrainingSet) -> None:
         super().__init__(config, backbone, data)
         self.config = config
-        layers = 1 if config.head == "linear" else 2
+        layers = config.projection_head_layers(is_vit=False)
         width = backbone.embed_dim
         head = projection_mlp(
             width, width, config.projection_dim, num_layers=layers, batch_norm=False
@@ -158,6 +162,13 @@ class MoCo(Method):
         backbone = self.query_encoder[0]
         assert isinstance(backbone, Backbone)
         return backbone
+
+    @property
+    def projection_head(self) -> nn.Sequential:
+        """The head of the query encoder."""
+        head = self.query_encoder[1]
+        assert isinstance(head, nn.Sequential)
+        return head
 
     def loss(self, batch: Batch, progress: Progress) -> LossOutput:
         """Return InfoNCE of queries from view 0 against keys from view 1 and the queue."""

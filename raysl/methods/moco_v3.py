@@ -92,6 +92,10 @@ class MoCoV3Config(MethodConfig):
     """Leave a vision transformer's patch projection as it was drawn, which keeps training stable
     (sec. 4.2). Nothing is frozen in other backbones."""
 
+    def projection_head_layers(self, *, is_vit: bool) -> int:
+        """Return those of the projector."""
+        return self.projection_layers or (3 if is_vit else 2)
+
 
 class MoCoV3(EmbeddingMethod):
     """A query encoder learns to find its key among the keys of all images of the batch.
@@ -119,7 +123,7 @@ class MoCoV3(EmbeddingMethod):
             backbone.embed_dim,
             hidden,
             out,
-            num_layers=config.projection_layers or (3 if is_vit else 2),
+            num_layers=config.projection_head_layers(is_vit=is_vit),
             last_norm="plain",
         )
         self.query_encoder = nn.Sequential(backbone, projector)
@@ -134,6 +138,13 @@ class MoCoV3(EmbeddingMethod):
         backbone = self.query_encoder[0]
         assert isinstance(backbone, Backbone)
         return backbone
+
+    @property
+    def projection_head(self) -> nn.Sequential:
+        """The projector of the query encoder."""
+        projector = self.query_encoder[1]
+        assert isinstance(projector, nn.Sequential)
+        return projector
 
     def embeddings(self, batch: Batch, progress: Progress) -> tuple[Tensor, ...]:
         """Return features of view 0, queries of both views, and keys of both."""

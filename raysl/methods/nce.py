@@ -134,6 +134,10 @@ class NCEConfig(MethodConfig):
         """Only for noise by labels."""
         return self.noise == "labels"
 
+    def projection_head_layers(self, *, is_vit: bool) -> int:
+        """Return those of the projector."""
+        return 1 if self.head == "linear" else 2
+
     def check(self, shape: RunShape) -> None:
         """Refuse a sphere of one dimension, which has no directions."""
         if self.projection_dim == 1:
@@ -183,7 +187,7 @@ class NCE(EmbeddingMethod):
         self.num_noise = config.num_noise or int(config.size_defaults(data)["num_noise"].value)
         self.backbone = backbone
         width, dim = backbone.embed_dim, config.projection_dim
-        layers = 1 if config.head == "linear" else 2
+        layers = config.projection_head_layers(is_vit=False)
         self.projector = projection_mlp(
             width, width, dim, num_layers=layers, batch_norm=config.head_batch_norm
         )
@@ -211,6 +215,11 @@ class NCE(EmbeddingMethod):
     def encoder(self) -> Backbone:
         """The backbone without the head."""
         return self.backbone
+
+    @property
+    def projection_head(self) -> nn.Sequential:
+        """The projector."""
+        return self.projector
 
     def embeddings(self, batch: Batch, progress: Progress) -> tuple[Tensor, ...]:
         """Return features and embeddings of the view, not normalised."""

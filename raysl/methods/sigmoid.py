@@ -95,6 +95,10 @@ class SigmoidConfig(MethodConfig):
     projection_dim: PositiveInt = 128
     """Width of the head's output."""
 
+    def projection_head_layers(self, *, is_vit: bool) -> int:
+        """Return those of the projector."""
+        return self.projection_layers
+
 
 class Sigmoid(SiameseMethod):
     """Each pair of views is judged on its own: of one image, or not.

@@ -102,6 +102,10 @@ class SimCLRConfig(MethodConfig):
     ema_momentum: Probability = 0.999
     """How much of the memory network stays at each step (version 2, as in MoCo)."""
 
+    def projection_head_layers(self, *, is_vit: bool) -> int:
+        """Return those of the projector."""
+        return self.projection_layers
+
     def size_defaults(self, data: TrainingSet) -> Mapping[str, SizeDefault]:
         """Let the memory be as long as the paper's, and at most the data set."""
         if not self.memory or self.memory_length is not None:

@@ -67,6 +67,10 @@ class SimSiamConfig(MethodConfig):
     """Keep the predictor's learning rate at its peak while the others' decays (table 1 (c); the
     authors' option --fix-pred-lr, with which their models were trained)."""
 
+    def projection_head_layers(self, *, is_vit: bool) -> int:
+        """Return those of the projector."""
+        return self.projection_layers
+
 
 class SimSiam(Method):
     """A network learns to predict its own projection of the other view, with stopped gradients.
@@ -97,6 +101,11 @@ class SimSiam(Method):
     def encoder(self) -> Backbone:
         """The backbone without projector and predictor."""
         return self.backbone
+
+    @property
+    def projection_head(self) -> nn.Sequential:
+        """The projector."""
+        return self.projector
 
     @property
     def constant_lr_modules(self) -> Sequence[nn.Module]:

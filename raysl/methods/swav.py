@@ -139,6 +139,10 @@ class SwAVConfig(MethodConfig):
     queue_start: Duration = Duration(epochs=15.0)
     """When the queue begins to fill; it is used once it is full."""
 
+    def projection_head_layers(self, *, is_vit: bool) -> int:
+        """Return those of the projector."""
+        return 2
+
     def check(self, shape: RunShape) -> None:
         """Refuse large views that are not the first two, and a queue shorter than the batch."""
         sizes = shape.view_sizes_px
@@ -183,6 +187,11 @@ class SwAV(Method):
     def encoder(self) -> Backbone:
         """The backbone without the projector."""
         return self.backbone
+
+    @property
+    def projection_head(self) -> nn.Sequential:
+        """The projector."""
+        return self.projector
 
     def loss(self, batch: Batch, progress: Progress) -> LossOutput:
         """Return the loss of all views; batch norm sees views of one size together."""

@@ -122,6 +122,10 @@ class VICRegConfig(MethodConfig):
     """D, the width of the embeddings. About five D x D matrices of float32 are held at once, as
     each view has a covariance: 1.25 GiB at 8192, 80 MiB at 2048."""
 
+    def projection_head_layers(self, *, is_vit: bool) -> int:
+        """Return those of the projector."""
+        return self.projection_layers
+
 
 class VICReg(SiameseMethod):
     """Two views of an image get the same embedding, whose entries vary and are not redundant.

@@ -129,21 +129,22 @@ def set_batch_norm_scope(
 
     Args:
         module: Any module; changed in place where it has children.
-        scope: ``worker`` leaves it as it is, ``sync`` uses the batch of all workers, ``split`` uses
-            ``num_splits`` parts of the worker's batch.
+        scope: ``worker`` undoes the others and leaves ordinary batch norm as it is, ``sync`` uses
+            the batch of all workers, ``split`` uses ``num_splits`` parts of the worker's batch.
         num_splits: Parts for ``split``, > 0.
         on_cuda: Whether the module will run on CUDA, where torch's own SyncBatchNorm is faster.
 
     Raises:
         ConfigError: If the scope is not known.
     """
-    if scope == "worker":
-        return module
+    if scope not in ("worker", "sync", "split"):
+        raise ConfigError(f"batch norm scope {scope!r}; allowed: worker, sync, split")
     if scope == "sync" and on_cuda:
         return cast(nn.Module, nn.SyncBatchNorm.convert_sync_batchnorm(module))
-    if scope not in ("sync", "split"):
-        raise ConfigError(f"batch norm scope {scope!r}; allowed: worker, sync, split")
     if isinstance(module, _BatchNorm):
+        if scope == "worker":  # one part of the batch is all of it
+            ours = isinstance(module, SyncBatchNorm | nn.SyncBatchNorm | SplitBatchNorm)
+            return _converted(module, SplitBatchNorm, 1) if ours else module
         return _converted(module, SyncBatchNorm if scope == "sync" else SplitBatchNorm, num_splits)
     for name, child in module.named_children():
         replaced = set_batch_norm_scope(child, scope, num_splits=num_splits)

@@ -17,6 +17,7 @@ from raysl.errors import ConfigError
 from raysl.methods import load_method, method_names
 from raysl.methods.base import Batch, LossOutput, Method, MethodConfig, Progress, TrainingSet
 from raysl.nn.backbones import Backbone
+from raysl.nn.heads import count_layers
 from raysl.train.gradient import backward, can_split
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -198,6 +199,18 @@ class TestMethod:
         method = subject.method()
         assert isinstance(method.encoder, Backbone)
         assert any(module is method.encoder for module in method.modules())
+
+    def test_its_head_takes_the_features_and_has_as_many_layers_as_its_settings_say(
+        self, subject: Subject
+    ) -> None:
+        method = subject.method()
+        num_layers = subject.config.projection_head_layers(is_vit=subject.config.needs_vit)
+        head = method.projection_head
+        assert (head is None) == (num_layers == 0)
+        if head is not None:
+            assert count_layers(head) == num_layers
+            assert head[0].in_features == method.encoder.embed_dim
+            assert any(module is head for module in method.modules())
 
     def test_a_batch_in_parts_has_the_gradient_of_the_whole(
         self, subject: Subject, progress: Progress
