@@ -129,6 +129,9 @@ def accuracy_table(results: Mapping[str, Any]) -> Table:
             f"{results[prefix + 'few_shot_top1']:.1%} +- {100 * spread:.1f}",
             style="bold" if not prefix else None,
         )
+    if "finetune_top1" in results:
+        labels, top1 = results["finetune_labels"], results["finetune_top1"]
+        table.caption = f"fine-tuned on {labels:,} labels: {top1:.1%}"
     return table
 
 

@@ -14,6 +14,7 @@ from raysl.data.decode import Flaw
 from raysl.encoder import save_encoder
 from raysl.errors import RunFolderError
 from raysl.evaluate.features import EvalImages, embed
+from raysl.evaluate.finetune import finetune
 from raysl.evaluate.protocol import LabelledSets, all_protocols, knn_top1, open_labelled
 from raysl.jobs.build import build_method, build_optimizers, describe, precision_on
 from raysl.jobs.method_pictures import write_method_pictures
@@ -90,7 +91,8 @@ def pretrain(
     if metrics is not None:  # before anything else can go wrong
         save_encoder(folder.encoder, worker.method.encoder, description=describe(config))
         worker.draw(derived)
-    results = worker.results() | {
+    results = worker.results() | worker.finetuned()
+    results |= {
         "steps": derived.total_steps,
         "num_bad_images": len(worker.bad_images),
     }
@@ -252,6 +254,27 @@ class _Worker:
             "few_shot_labels": evaluate.few_shot_labels,
             "few_shot_draws": evaluate.few_shot_draws,
         }
+
+    def finetuned(self) -> dict[str, Any]:
+        """Fine-tune a copy of encoder and head, if asked, and keep which labels it saw.
+
+        Rank 0 does; the others have nothing to add.
+        """
+        config, sets = self.config.evaluate.finetune, self.sets
+        if config is None or sets is None or self.rank != 0:
+            return {}
+        found = finetune(
+            self.method.encoder,
+            self.method.projection_head,
+            config,
+            train=sets.train,
+            test=sets.test,
+            num_classes=len(sets.class_names),
+            to_input=self._to_input,
+        )
+        used = {"source": sets.train.source.name, "seed": config.seed, "rows": found.rows}
+        write_json(self.folder.finetune_labels, used)
+        return {"finetune_top1": found.top1, "finetune_labels": len(found.rows)}
 
     def draw(self, derived: Derived) -> None:
         """Keep the pictures that the method makes of a few training images, if it makes any."""

@@ -17,11 +17,12 @@ from two_ranks import RANKS, Results, mine
 
 import raysl.nn.contrast
 from raysl.evaluate.features import EvalImages, embed
+from raysl.evaluate.finetune import FinetuneConfig, finetune
 from raysl.methods import load_method
 from raysl.methods.base import Batch, Method, Progress, TrainingSet
 from raysl.methods.sigmoid import sigmoid_loss
 from raysl.methods.simclr import nt_xent_loss
-from raysl.nn.backbones import BackboneConfig, build_backbone
+from raysl.nn.backbones import Backbone, BackboneConfig, build_backbone
 from raysl.nn.batchnorm import set_batch_norm_scope
 from raysl.nn.collectives import (
     barrier,
@@ -203,6 +204,32 @@ def embedded() -> Results:
     return found
 
 
+def finetuned() -> Results:
+    """What rank 0 makes of an encoder that was trained with batch norm over all ranks."""
+    found: Results = {}
+    if rank_and_size()[0] == 0:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4), nn.BatchNorm1d(4), nn.ReLU())
+        set_batch_norm_scope(net, "sync")
+        pixels = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
+        labels = np.arange(12) % 2
+        source = ArraySource("made up", pixels)
+        images = EvalImages(
+            source, np.arange(12), labels, size_px=8, crop_fraction=1.0, num_threads=1
+        )
+        found["finetuned"] = finetune(
+            Backbone(net, embed_dim=4),
+            None,
+            FinetuneConfig(label_fraction=0.5, epochs=3),
+            train=images,
+            test=images,
+            num_classes=2,
+            to_input=lambda x: torch.from_numpy(x).permute(0, 3, 1, 2) / 255,
+        )._asdict()
+    barrier()
+    return found
+
+
 def collectives() -> Results:
     """Rank r holds rows [r, r], [r, r + 1]; its loss weighs all rows by r + 1."""
     rank, _ = rank_and_size()
@@ -232,7 +259,7 @@ def collectives() -> Results:
 def everything() -> Results:
     """Compute what must not depend on how many processes share the work, and what does."""
     found: Results = {"losses": contrastive(), "batch_norm": batch_norm(), "embedded": embedded()}
-    found["cached"] = cached()
+    found |= {"cached": cached()} | finetuned()
     if rank_and_size()[1] == RANKS:
         found["collectives"] = collectives()
     return found | {name: train_steps(name) for name in METHODS}
@@ -406,6 +433,12 @@ class TestEmbed:
         for found in ranks:
             assert found["embedded"][count].shape == (count, 4)
             torch.testing.assert_close(found["embedded"][count], alone["embedded"][count])
+
+
+def test_rank_0_fine_tunes_alone(ranks: list[Results], alone: Results) -> None:
+    """With a collective in it, it would wait for the other rank, which waits for it."""
+    assert "finetuned" not in ranks[1]
+    assert ranks[0]["finetuned"] == alone["finetuned"]
 
 
 class TestCachedGradient:
