@@ -91,8 +91,7 @@ def pretrain(
     if metrics is not None:  # before anything else can go wrong
         save_encoder(folder.encoder, worker.method.encoder, description=describe(config))
         worker.draw(derived)
-    results = worker.results() | worker.finetuned()
-    results |= {
+    results = worker.results() | {
         "steps": derived.total_steps,
         "num_bad_images": len(worker.bad_images),
     }
@@ -218,6 +217,10 @@ class _Worker:
         return {"eval/knn_top1": knn_top1(self.config.evaluate, self.sets, train, test)}
 
     def results(self) -> dict[str, Any]:
+        """Return all that is measured at the end; on rank 0, the others have nothing to add."""
+        return self._probed() | self._finetuned()
+
+    def _probed(self) -> dict[str, Any]:
         """Measure the encoder, the same encoder before training, and the bare pixels.
 
         Rank 0 measures; every rank takes part in embedding.
@@ -255,11 +258,22 @@ class _Worker:
             "few_shot_draws": evaluate.few_shot_draws,
         }
 
-    def finetuned(self) -> dict[str, Any]:
-        """Fine-tune a copy of encoder and head, if asked, and keep which labels it saw.
+    def draw(self, derived: Derived) -> None:
+        """Keep the pictures that the method makes of a few training images, if it makes any."""
+        total = derived.total_steps
+        write_method_pictures(
+            self.folder.method_pictures,
+            self.method,
+            source=self.source,
+            views=self.config.data.views.views(),
+            to_batch=batch_converter(self.to_views, device=self.place.device),
+            progress=Progress(total, total, derived.steps_per_epoch, self.config.seed),
+            mean=self.config.data.mean,
+            std=self.config.data.std,
+        )
 
-        Rank 0 does; the others have nothing to add.
-        """
+    def _finetuned(self) -> dict[str, Any]:
+        """Fine-tune a copy of encoder and head on rank 0, if asked; keep which labels it saw."""
         config, sets = self.config.evaluate.finetune, self.sets
         if config is None or sets is None or self.rank != 0:
             return {}
@@ -275,20 +289,6 @@ class _Worker:
         used = {"source": sets.train.source.name, "seed": config.seed, "rows": found.rows}
         write_json(self.folder.finetune_labels, used)
         return {"finetune_top1": found.top1, "finetune_labels": len(found.rows)}
-
-    def draw(self, derived: Derived) -> None:
-        """Keep the pictures that the method makes of a few training images, if it makes any."""
-        total = derived.total_steps
-        write_method_pictures(
-            self.folder.method_pictures,
-            self.method,
-            source=self.source,
-            views=self.config.data.views.views(),
-            to_batch=batch_converter(self.to_views, device=self.place.device),
-            progress=Progress(total, total, derived.steps_per_epoch, self.config.seed),
-            mean=self.config.data.mean,
-            std=self.config.data.std,
-        )
 
     def _embed(self, encoder: Backbone, sets: LabelledSets) -> tuple[Tensor, Tensor]:
         train = embed(encoder, sets.train, to_input=self._to_input)
