@@ -119,6 +119,7 @@ class RunConfig(Config, Generic[M]):
             self.backbone.check_view_sizes(self.view_sizes_px)
             self.method.check_shape(self._shape())
             self._check_micro_batch(per_worker)
+            self._check_finetune()
         except ConfigError as error:
             raise ValueError(str(error)) from None
         return self
@@ -149,6 +150,17 @@ class RunConfig(Config, Generic[M]):
             raise ConfigError(
                 f"train.micro_batch_size={size} does not divide into "
                 f"backbone.batch_norm_splits={splits}"
+            )
+
+    def _check_finetune(self) -> None:
+        finetune = self.evaluate.finetune
+        if finetune is None:
+            return
+        most = self.method.projection_head_layers(is_vit=self.backbone.is_vit)
+        if finetune.head_layers > most:
+            raise ConfigError(
+                f"evaluate.finetune.head_layers={finetune.head_layers}: the projection head of "
+                f"method {self.method.name} ends at layer {most}; use at most {most}"
             )
 
     @property

@@ -149,7 +149,6 @@ def test_a_function_is_not_too_long(path: Path) -> None:
 
 def test_tests_share_fixtures_and_no_module_of_helpers() -> None:
     names = {path.name for path in sources(TESTS)}
-    assert {name for name in names if not name.startswith("test_")} <= {
-        "conftest.py",
-        "__init__.py",
-    }
+    # The latter is what other processes run: they could not find a fixture.
+    allowed = {"conftest.py", "__init__.py", "two_ranks.py"}
+    assert {name for name in names if not name.startswith("test_")} <= allowed

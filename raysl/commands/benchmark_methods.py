@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def _table(runs: list[MethodRun]) -> Any:
     ordered = sorted(runs, key=lambda run: -run.knn_gain)
     return mapping_table(
-        "kNN accuracy: untrained -> trained; minutes",
+        "kNN accuracy before training -> after; minutes",
         {
             run.name: f"{run.untrained_knn_top1:.3f} -> {run.knn_top1:.3f}   "
             f"{run.seconds / 60:.1f} min"

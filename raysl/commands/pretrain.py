@@ -271,7 +271,7 @@ def _end_tracking(opened: Opened, tracker: Any) -> dict[str, Any]:
         return {"mlflow_run_id": None}
     folder = opened.folder
     artifacts = [folder.config, folder.metrics, folder.results, folder.report, folder.encoder]
-    artifacts.append(folder.bad_images)
+    artifacts += [folder.bad_images, folder.finetune_labels]
     artifacts += sorted(folder.pictures.glob("*.png"))
     say(f"sending the rest to MLflow ({without_password(tracker.uri)})")
     tracker.finish(

@@ -110,14 +110,14 @@ class ProgressView:
 
 
 def accuracy_table(results: Mapping[str, Any]) -> Table:
-    """Return the table of what pretraining gave, against the untrained encoder and bare pixels."""
+    """Return the table of what pretraining gave, against its start and bare pixels."""
     few = f"{results['few_shot_labels']} labels a class"
     table = Table(title="Accuracy of frozen features on the test images")
     table.add_column("features")
     table.add_column(f"kNN (k {results['knn_k']})", justify="right")
     table.add_column("linear probe", justify="right")
     table.add_column(f"{few} (mean of {results['few_shot_draws']})", justify="right")
-    rows = (("pretrained", ""), ("same encoder, untrained", "untrained_"), ("pixels", "pixels_"))
+    rows = (("pretrained", ""), ("before training", "untrained_"), ("pixels", "pixels_"))
     for label, prefix in rows:
         if f"{prefix}knn_top1" not in results:
             continue
@@ -129,6 +129,9 @@ def accuracy_table(results: Mapping[str, Any]) -> Table:
             f"{results[prefix + 'few_shot_top1']:.1%} +- {100 * spread:.1f}",
             style="bold" if not prefix else None,
         )
+    if "finetune_top1" in results:
+        labels, top1 = results["finetune_labels"], results["finetune_top1"]
+        table.caption = f"fine-tuned on {labels:,} labels: {top1:.1%}"
     return table
 
 

@@ -111,14 +111,41 @@ class EvalImages:
 
 
 @torch.no_grad()
+def outputs(
+    network: nn.Module,
+    images: EvalImages,
+    places: Rows,
+    *,
+    to_input: Callable[[npt.NDArray[np.uint8]], Tensor],
+) -> Tensor:
+    """Return what a network makes of some images, in this process alone.
+
+    Args:
+        network: Maps ``(B, 3, S, S)`` to ``(B, D)``. It runs in evaluation mode, with the running
+            statistics of batch norm, and is left in the mode it was in.
+        images: Where they are.
+        places: Which, ``(N,)``.
+        to_input: Turns ``(B, S, S, 3)`` uint8 into the network's input on its device.
+
+    Returns:
+        ``(N, D)`` float32 on that device.
+    """
+    was_training = network.training
+    network.eval()
+    try:
+        return torch.cat([network(to_input(each)).float() for each in images.batches(places)])
+    finally:
+        network.train(was_training)
+
+
+@torch.no_grad()
 def embed(
     encoder: nn.Module, images: EvalImages, *, to_input: Callable[[npt.NDArray[np.uint8]], Tensor]
 ) -> Tensor:
     """Return the features of all images; the ranks share the work.
 
     Args:
-        encoder: Maps ``(B, 3, S, S)`` to ``(B, D)``. It runs in evaluation mode, with the running
-            statistics of batch norm, and is left in the mode it was in.
+        encoder: Maps ``(B, 3, S, S)`` to ``(B, D)``, as in :func:`outputs`.
         images: What to embed.
         to_input: Turns ``(B, S, S, 3)`` uint8 into the encoder's input on its device.
 
@@ -128,10 +155,5 @@ def embed(
     rank, size = rank_and_size()
     share = -(-len(images) // size)  # every rank embeds as many; the last ones repeat an image
     places = np.minimum(np.arange(rank * share, (rank + 1) * share), len(images) - 1)
-    was_training = encoder.training
-    encoder.eval()
-    try:
-        parts = [encoder(to_input(pixels)).float() for pixels in images.batches(places)]
-    finally:
-        encoder.train(was_training)
-    return gather_batch_no_grad(torch.cat(parts))[: len(images)].cpu()
+    mine = outputs(encoder, images, places, to_input=to_input)
+    return gather_batch_no_grad(mine)[: len(images)].cpu()

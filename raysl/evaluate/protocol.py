@@ -10,6 +10,7 @@ from torch import Tensor
 from raysl.config.base import Duration, PositiveFloat, PositiveInt
 from raysl.errors import DataError
 from raysl.evaluate.features import EvalImages, Rows
+from raysl.evaluate.finetune import FinetuneConfig
 from raysl.evaluate.knn import knn_accuracy
 from raysl.evaluate.linear import few_shot_accuracy, linear_accuracy
 from raysl.sources.open import open_source
@@ -47,6 +48,9 @@ class EvaluateConfig(SourceConfig):
     """Most test images used."""
     crop_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Side of the centred square over the image's shorter side (0.875 is usual for ImageNet)."""
+    finetune: FinetuneConfig | None = None
+    """At the end of the run, also fine-tune encoder and head on a part of the labels; null does
+    not. It takes as long as so much training."""
 
 
 class LabelledSets:
@@ -71,7 +75,8 @@ def open_labelled(
         num_threads: Threads that decode.
 
     Raises:
-        DataError: If a test source is given but has no labels, or other classes.
+        DataError: If a test source is given but has no labels, or other classes, or if there are
+            too few labels for what is to be done with them.
     """
     labels = source.labels()
     if labels is None or len(np.unique(labels[labels >= 0])) < _FEWEST_CLASSES:
@@ -79,6 +84,11 @@ def open_labelled(
             raise DataError(
                 f"evaluate.source={config.source}: the training images ({source.name}) have no "
                 f"labels to train a probe with; drop evaluate.source or set data.label_column"
+            )
+        if config.finetune is not None:
+            raise DataError(
+                f"evaluate.finetune: the training images ({source.name}) have no labels; set it to "
+                f"null, or set data.label_column"
             )
         return None
     rows = np.flatnonzero(labels >= 0)

@@ -37,7 +37,7 @@ class MethodRun(NamedTuple):
 
     @property
     def knn_gain(self) -> float:
-        """Accuracy of nearest neighbours over that of the untrained encoder."""
+        """Accuracy of nearest neighbours over that of the encoder before training."""
         return self.knn_top1 - self.untrained_knn_top1
 
 
@@ -116,7 +116,7 @@ def markdown_table(runs: Sequence[MethodRun]) -> str:
     """Return the runs as a Markdown table, the largest gain of nearest neighbours first."""
     lines = [
         "| configuration | method | backbone | images seen | minutes | loss, first to last "
-        "| kNN: untrained | trained | linear: untrained | trained |",
+        "| kNN: before | after | linear: before | after |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for run in sorted(runs, key=lambda run: -run.knn_gain):

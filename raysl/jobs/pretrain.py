@@ -14,6 +14,7 @@ from raysl.data.decode import Flaw
 from raysl.encoder import save_encoder
 from raysl.errors import RunFolderError
 from raysl.evaluate.features import EvalImages, embed
+from raysl.evaluate.finetune import finetune
 from raysl.evaluate.protocol import LabelledSets, all_protocols, knn_top1, open_labelled
 from raysl.jobs.build import build_method, build_optimizers, describe, precision_on
 from raysl.jobs.method_pictures import write_method_pictures
@@ -216,6 +217,10 @@ class _Worker:
         return {"eval/knn_top1": knn_top1(self.config.evaluate, self.sets, train, test)}
 
     def results(self) -> dict[str, Any]:
+        """Return all that is measured at the end; on rank 0, the others have nothing to add."""
+        return self._probed() | self._finetuned()
+
+    def _probed(self) -> dict[str, Any]:
         """Measure the encoder, the same encoder before training, and the bare pixels.
 
         Rank 0 measures; every rank takes part in embedding.
@@ -266,6 +271,24 @@ class _Worker:
             mean=self.config.data.mean,
             std=self.config.data.std,
         )
+
+    def _finetuned(self) -> dict[str, Any]:
+        """Fine-tune a copy of encoder and head on rank 0, if asked; keep which labels it saw."""
+        config, sets = self.config.evaluate.finetune, self.sets
+        if config is None or sets is None or self.rank != 0:
+            return {}
+        found = finetune(
+            self.method.encoder,
+            self.method.projection_head,
+            config,
+            train=sets.train,
+            test=sets.test,
+            num_classes=len(sets.class_names),
+            to_input=self._to_input,
+        )
+        used = {"source": sets.train.source.name, "seed": config.seed, "rows": found.rows}
+        write_json(self.folder.finetune_labels, used)
+        return {"finetune_top1": found.top1, "finetune_labels": len(found.rows)}
 
     def _embed(self, encoder: Backbone, sets: LabelledSets) -> tuple[Tensor, Tensor]:
         train = embed(encoder, sets.train, to_input=self._to_input)

@@ -4,27 +4,27 @@ J. Zbontar, L. Jing, I. Misra, Y. LeCun, S. Deny: "Barlow Twins: Self-Supervised
 Redundancy Reduction", 2021, arXiv:2103.03230v3.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from raysl.config.base import NonNegativeFloat, PositiveFloat, PositiveInt
-from raysl.errors import ConfigError, ShapeError
+from raysl.errors import ShapeError
 from raysl.methods.base import (
     Batch,
-    EmbeddingMethod,
     LossOutput,
     MethodConfig,
     Progress,
-    RunShape,
+    SiameseMethod,
     TrainingSet,
 )
 from raysl.nn.backbones import Backbone
 from raysl.nn.collectives import rank_and_size, sum_over_ranks
 from raysl.nn.geometry import off_diagonal
 from raysl.nn.heads import projection_mlp
+from raysl.nn.precision import at_least_float32
 
 _EPSILON = 1e-5  # of the variance, as in torch's batch norm, which the authors normalise with
 
@@ -67,7 +67,7 @@ def _cross_correlation(z0: Tensor, z1: Tensor) -> Tensor:
         raise ShapeError(f"a correlation needs 2 images or more; z0 and z1 are {tuple(z0.shape)}")
     with torch.autocast(z0.device.type, enabled=False):
         z = torch.cat([z0, z1], dim=1)  # (N, 2D), so that ranks exchange both views' sums at once
-        z = z if z.dtype == torch.float64 else z.float()
+        z = at_least_float32(z)
         z = z - sum_over_ranks(z.sum(dim=0)) / total
         variance = sum_over_ranks(z.square().sum(dim=0)) / total
         z = z * (variance + _EPSILON).rsqrt()
@@ -82,6 +82,7 @@ def _distance_to_identity(correlation: Tensor, *, redundancy: float) -> Tensor:
 class BarlowConfig(MethodConfig):
     """Settings of Barlow Twins."""
 
+    compares_images: ClassVar[bool] = True
     name: Literal["barlow"] = "barlow"
     redundancy: NonNegativeFloat = 0.0051
     """Lambda of Eq. (1): 0.005 in the paper (sec. 2.2), 0.0051 in the authors' main.py."""
@@ -97,25 +98,19 @@ class BarlowConfig(MethodConfig):
     """D, the width of the embeddings (fig. 4: the more the better). About four D x D matrices of
     float32 are held at once: 1 GiB at 8192, 64 MiB at 2048."""
 
-    def check(self, shape: RunShape) -> None:
-        """Refuse batches of one image, over which nothing can be correlated."""
-        if shape.global_batch_size < 2:
-            raise ConfigError(
-                "method barlow correlates entries over the images of a batch; "
-                f"train.global_batch_size={shape.global_batch_size}, use 2 or more (the paper 2048)"
-            )
+    def projection_head_layers(self, *, is_vit: bool) -> int:
+        """Return those of the projector."""
+        return self.projection_layers
 
 
-class Barlow(EmbeddingMethod):
+class Barlow(SiameseMethod):
     """Each entry of an embedding is to be the same in both views, and unlike all other entries."""
 
     Config = BarlowConfig
+    norms_views_together: ClassVar[bool] = False
 
     def __init__(self, config: BarlowConfig, backbone: Backbone, data: TrainingSet) -> None:
-        super().__init__(config, backbone, data)
-        self.config = config
-        self.backbone = backbone
-        self.projector = projection_mlp(
+        projector = projection_mlp(
             backbone.embed_dim,
             config.hidden_dim,
             config.projection_dim,
@@ -123,17 +118,8 @@ class Barlow(EmbeddingMethod):
             last_norm="none",
             last_bias=False,  # the correlation does not see it
         )
-
-    @property
-    def encoder(self) -> Backbone:
-        """The backbone without the projector."""
-        return self.backbone
-
-    def embeddings(self, batch: Batch, progress: Progress) -> tuple[Tensor, ...]:
-        """Return features of view 0 and both embeddings; batch norm sees one view at a time."""
-        features = [self.backbone(view) for view in batch.views]
-        z0, z1 = (self.projector(each) for each in features)
-        return features[0].detach(), z0, z1
+        super().__init__(config, backbone, data, projector=projector)
+        self.config = config
 
     def loss_of(
         self, embeddings: tuple[Tensor, ...], batch: Batch, progress: Progress
@@ -141,14 +127,17 @@ class Barlow(EmbeddingMethod):
         """Return the scaled loss, and how far both parts of it have come."""
         features, z0, z1 = embeddings
         correlation = _cross_correlation(z0, z1)
-        loss = _distance_to_identity(correlation, redundancy=self.config.redundancy)
+        distance = _distance_to_identity(correlation, redundancy=self.config.redundancy)
+        loss = self.config.loss_scale * distance
+        if not progress.is_logged:
+            return LossOutput(loss, features, {})
         found = correlation.detach()
         d = len(found)
         metrics = {
             "barlow/diagonal": found.diagonal().mean(),
             "barlow/off_diagonal": off_diagonal(found).abs().sum() / max(1, d * (d - 1)),
         }
-        return LossOutput(self.config.loss_scale * loss, features, metrics)
+        return LossOutput(loss, features, metrics)
 
 
 METHOD = Barlow

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from raysl.config.base import Config
+from raysl.config.base import Config, Duration
 from raysl.errors import ConfigError
 from raysl.nn.backbones import Backbone, BackboneConfig
 
@@ -33,11 +33,16 @@ class Progress(NamedTuple):
     total_steps: int
     steps_per_epoch: int
     seed: int
+    is_logged: bool = True  # whether the metrics of this step are read
 
     @property
     def epoch(self) -> float:
         """Passes over the training images done."""
         return self.step / self.steps_per_epoch
+
+    def in_steps(self, duration: Duration) -> int:
+        """Return a part of this run in optimizer steps."""
+        return duration.in_steps(steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
 
     def shared_generator(self) -> torch.Generator:
         """Return a CPU generator that gives every rank the same numbers at this step."""
@@ -79,7 +84,7 @@ class LossOutput(NamedTuple):
 
     loss: Tensor  # scalar to minimise
     features: Tensor  # (N, embed_dim) of one view, detached: health metrics are taken from it
-    metrics: dict[str, Tensor]  # detached scalars by name
+    metrics: dict[str, Tensor]  # detached scalars by name; none where the step is not logged
     adversary_loss: Tensor | None = None
     """Scalar that the adversary minimises, where there is one (:attr:`Method.adversary`)."""
 
@@ -102,15 +107,28 @@ class MethodConfig(Config):
     name: str
     takes_more_views: ClassVar[bool] = False
     """Whether views beyond :attr:`num_views` are welcome (the small ones of multi-crop)."""
-    uses_labels: ClassVar[bool] = False
-    """Whether the method wants to be given labels where the source has them."""
     needs_vit: ClassVar[bool] = False
     """Whether only a vision transformer will do as the backbone."""
+    compares_images: ClassVar[bool] = False
+    """Whether the loss compares the images of a batch, so that a batch of one will not do."""
 
     @property
     def num_views(self) -> int:
         """Views of an image that the method takes."""
         return 2
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether the method wants to be given labels where the source has them."""
+        return False
+
+    def projection_head_layers(self, *, is_vit: bool) -> int:
+        """Return how many linear layers :attr:`Method.projection_head` has.
+
+        Args:
+            is_vit: Whether the backbone is one of raysl's vision transformers.
+        """
+        return 0
 
     def check(self, shape: RunShape) -> None:
         """Raise ConfigError if the method cannot run in this shape."""
@@ -136,6 +154,11 @@ class MethodConfig(Config):
             raise ConfigError(
                 f"method {self.name} needs a vision transformer; backbone.name="
                 f"{shape.backbone.name}. Use vit_tiny, vit_small or vit_base"
+            )
+        if self.compares_images and shape.global_batch_size < 2:
+            raise ConfigError(
+                f"method {self.name} compares the images of a batch with each other; "
+                f"train.global_batch_size={shape.global_batch_size}, use 2 or more"
             )
         self.check(shape)
 
@@ -165,6 +188,11 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def encoder(self) -> Backbone:
         """The backbone that is evaluated and exported."""
+
+    @property
+    def projection_head(self) -> nn.Sequential | None:
+        """The head on :attr:`encoder`, whose first layers fine-tuning may keep; None for none."""
+        return None
 
     @property
     def adversary(self) -> nn.Module | None:
@@ -235,6 +263,51 @@ class EmbeddingMethod(Method):
     def loss(self, batch: Batch, progress: Progress) -> LossOutput:
         """Embed, then compare."""
         return self.loss_of(self.embeddings(batch, progress), batch, progress)
+
+
+class SiameseMethod(EmbeddingMethod):
+    """A method that compares what one backbone and one projector make of two views.
+
+    Args:
+        config: The method's settings.
+        backbone: The encoder to train.
+        data: What is known of the training images.
+        projector: The head on the backbone, ``(N, embed_dim)`` -> ``(N, D)``.
+    """
+
+    norms_views_together: ClassVar[bool]
+    """Whether batch norm takes its statistics from both views at once, or from one at a time."""
+
+    def __init__(
+        self,
+        config: MethodConfig,
+        backbone: Backbone,
+        data: TrainingSet,
+        *,
+        projector: nn.Sequential,
+    ) -> None:
+        super().__init__(config, backbone, data)
+        self.backbone = backbone
+        self.projector = projector
+
+    @property
+    def encoder(self) -> Backbone:
+        """The backbone without the projector."""
+        return self.backbone
+
+    @property
+    def projection_head(self) -> nn.Sequential:
+        """The projector."""
+        return self.projector
+
+    def embeddings(self, batch: Batch, progress: Progress) -> tuple[Tensor, ...]:
+        """Return features of view 0 and the projections of both views."""
+        if self.norms_views_together:
+            n = len(batch.views[0])
+            features = self.backbone(torch.cat(list(batch.views)))  # (2N, embed_dim)
+            return features[:n].detach(), *self.projector(features).split(n)
+        of_views = [self.backbone(view) for view in batch.views]
+        return of_views[0].detach(), *(self.projector(features) for features in of_views)
 
 
 def at_most_dataset(value: int, data: TrainingSet) -> SizeDefault:

@@ -20,6 +20,7 @@ from raysl.nn.backbones import Backbone
 from raysl.nn.ema import ema_update_
 from raysl.nn.geometry import alignment, uniformity
 from raysl.nn.heads import projection_mlp
+from raysl.nn.precision import at_least_float32
 from raysl.nn.schedules import cosine
 
 
@@ -51,7 +52,7 @@ def byol_loss(prediction: Tensor, target: Tensor) -> Tensor:
             f"{tuple(target.shape)}"
         )
     with torch.autocast(prediction.device.type, enabled=False):
-        x = prediction if prediction.dtype == torch.float64 else prediction.float()
+        x = at_least_float32(prediction)
         distance = F.normalize(x, dim=1) - F.normalize(target.detach().to(x.dtype), dim=1)
         return distance.square().sum(dim=1).mean()
 
@@ -70,6 +71,10 @@ class BYOLConfig(MethodConfig):
     100 and 300, 0.996 for 1,000 (310,000 steps)."""
     final_ema_momentum: Probability = 1.0
     """tau at the end of the run, reached along half a cosine (sec. 3.2)."""
+
+    def projection_head_layers(self, *, is_vit: bool) -> int:
+        """Return those of the projector."""
+        return 2
 
 
 class BYOL(Method):
@@ -105,6 +110,13 @@ class BYOL(Method):
         assert isinstance(backbone, Backbone)
         return backbone
 
+    @property
+    def projection_head(self) -> nn.Sequential:
+        """The projector of the online network."""
+        projector = self.online[1]
+        assert isinstance(projector, nn.Sequential)
+        return projector
+
     def loss(self, batch: Batch, progress: Progress) -> LossOutput:
         """Return the loss of both orders of the views, added; each view is normed on its own."""
         features = [self.online[0](view) for view in batch.views]
@@ -112,6 +124,8 @@ class BYOL(Method):
         with torch.no_grad():
             target0, target1 = (self.target(view) for view in batch.views)
         loss = byol_loss(self.predictor(z0), target1) + byol_loss(self.predictor(z1), target0)
+        if not progress.is_logged:
+            return LossOutput(loss, features[0].detach(), {})
         metrics = {
             "byol/alignment": alignment(z0, z1),
             "byol/uniformity": uniformity(z0),

@@ -29,6 +29,7 @@ from raysl.methods.base import (
 )
 from raysl.nn.backbones import Backbone
 from raysl.nn.decoders import LEAK, Discriminator, UpConvDecoder
+from raysl.nn.precision import at_least_float32
 
 MIN_VIEW_PX = 16
 REGION_CELLS = 8  # train_random.lua: 0.06 cells a pixel at 128 px
@@ -113,7 +114,7 @@ def reconstruction_loss(prediction: Tensor, target: Tensor, weight: Tensor) -> T
             f"{tuple(prediction.shape)}, {tuple(target.shape)}, {tuple(weight.shape)}"
         )
     with torch.autocast(target.device.type, enabled=False):
-        error = _at_least_float32(prediction) - _at_least_float32(target)
+        error = at_least_float32(prediction) - at_least_float32(target)
         weighted = (error.square() * weight).flatten(1).sum(dim=1)
         asked = (weight > 0).flatten(1).sum(dim=1) * target.shape[1]
         return (weighted / asked.clamp_min(1)).mean()
@@ -128,7 +129,7 @@ def discriminator_loss(real: Tensor, made: Tensor) -> Tensor:
     """
     with torch.autocast(real.device.type, enabled=False):
         return (
-            F.softplus(-_at_least_float32(real)).mean() + F.softplus(_at_least_float32(made)).mean()
+            F.softplus(-at_least_float32(real)).mean() + F.softplus(at_least_float32(made)).mean()
         )
 
 
@@ -139,11 +140,7 @@ def adversarial_loss(made: Tensor) -> Tensor:
     authors' train.lua has this form, as GANs do in practice.
     """
     with torch.autocast(made.device.type, enabled=False):
-        return F.softplus(-_at_least_float32(made)).mean()
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+        return F.softplus(-at_least_float32(made)).mean()
 
 
 class ContextEncoderConfig(MethodConfig):
@@ -262,8 +259,9 @@ class ContextEncoder(Method):
         target = _window(images, hole)
         rebuilt = reconstruction_loss(painted, target, hole.weight)
         asked = (hole.weight > 0).to(target.dtype)
-        with torch.no_grad():
-            error = ((painted.to(target.dtype) - target) * asked).square().sum()
+        metrics: dict[str, Tensor] = {}
+        if progress.is_logged:
+            error = ((painted.detach().to(target.dtype) - target) * asked).square().sum()
             metrics = {
                 "context_encoder/reconstruction_loss": rebuilt.detach(),
                 # 1: no better than the mean colour, which is 0 in normalised views.
@@ -279,7 +277,7 @@ class ContextEncoder(Method):
         adversarial = adversarial_loss(_judge_frozen(self.discriminator, fake))
         real_logits = self.discriminator(target * asked)
         made_logits = self.discriminator(fake.detach())
-        with torch.no_grad():
+        if progress.is_logged:
             metrics |= {
                 "context_encoder/adversarial_loss": adversarial.detach(),
                 "context_encoder/real_judged_real": (real_logits > 0).float().mean(),

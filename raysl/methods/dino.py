@@ -31,6 +31,7 @@ from raysl.methods.base import (
 from raysl.nn.backbones import Backbone
 from raysl.nn.collectives import mean_over_ranks
 from raysl.nn.ema import ema_update_
+from raysl.nn.precision import at_least_float32
 from raysl.nn.schedules import cosine
 from raysl.nn.vit import DropPath, VisionTransformer
 
@@ -89,16 +90,12 @@ def _check_outputs(student: Sequence[Tensor], teacher: Sequence[Tensor], center:
         raise ShapeError(f"center must be {allowed} for outputs of {shapes[0]}; got {found}")
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 @torch.no_grad()
 def _teacher_probs(
     teacher: Sequence[Tensor], center: Tensor, *, temperature: float
 ) -> list[Tensor]:
     """Center, then sharpen: what the student is to find, ``(N, K)`` a view."""
-    centred = (_at_least_float32(output) - center for output in teacher)
+    centred = (at_least_float32(output) - center for output in teacher)
     return [(output / temperature).softmax(dim=1) for output in centred]
 
 
@@ -115,7 +112,7 @@ def _cross_entropy(
             continue
         target = everything if len(others) == len(targets) else torch.stack(others).sum(dim=0)
         with torch.autocast(output.device.type, enabled=False):
-            log_probs = F.log_softmax(_at_least_float32(output) / temperature, dim=1)
+            log_probs = F.log_softmax(at_least_float32(output) / temperature, dim=1)
             terms.append(-(target * log_probs).sum(dim=1).mean())
     return torch.stack(terms).sum() / pairs
 
@@ -163,12 +160,12 @@ class DINOConfig(MethodConfig):
     evaluate_network: Literal["teacher", "student"] = "teacher"
     """Whose backbone is evaluated and exported; the teacher's is the better one (sec. 5.2)."""
 
-    def check(self, shape: RunShape) -> None:
-        """Refuse views in the wrong order: the teacher is to see the large ones.
+    def projection_head_layers(self, *, is_vit: bool) -> int:
+        """Return those before the prototypes."""
+        return self.head_layers
 
-        Raises:
-            ConfigError: If a later view is larger than the first two.
-        """
+    def check(self, shape: RunShape) -> None:
+        """Refuse views in the wrong order: the teacher is to see the large ones."""
         sizes = shape.view_sizes_px
         if max(sizes) > min(sizes[:NUM_LARGE]):
             raise ConfigError(
@@ -223,7 +220,7 @@ class Prototypes(nn.Module):
             directions = F.normalize(self.weight, dim=1)
             if self.length is not None:
                 directions = directions * self.length
-            return F.linear(_at_least_float32(x), directions)
+            return F.linear(at_least_float32(x), directions)
 
 
 class Head(nn.Module):
@@ -249,7 +246,7 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map ``(N, embed_dim)`` to ``(N, K)``."""
-        return self.last_layer(F.normalize(_at_least_float32(self.mlp(features)), dim=1))  # type: ignore[no-any-return]
+        return self.last_layer(F.normalize(at_least_float32(self.mlp(features)), dim=1))  # type: ignore[no-any-return]
 
 
 class Network(nn.Module):
@@ -300,12 +297,18 @@ class DINO(Method):
         teacher = self.config.evaluate_network == "teacher"
         return self.teacher.backbone if teacher else self.student.backbone
 
+    @property
+    def projection_head(self) -> nn.Sequential:
+        """The layers before the prototypes, of the network that is evaluated."""
+        teacher = self.config.evaluate_network == "teacher"
+        return (self.teacher if teacher else self.student).head.mlp
+
     def temperature_at(self, progress: Progress) -> float:
         """Return the teacher's temperature at a step.
 
         Departs: It moves at each step, in the authors' code at each epoch.
         """
-        steps = _in_steps(self.config.teacher_temperature_warmup, progress)
+        steps = progress.in_steps(self.config.teacher_temperature_warmup)
         share = min(progress.step / steps, 1.0) if steps else 1.0
         return (
             self.config.warmup_teacher_temperature * (1 - share) + self.teacher_temperature * share
@@ -328,10 +331,12 @@ class DINO(Method):
         if self.training and torch.is_grad_enabled():
             total, rows = self._teacher_outputs  # of the parts of the batch so far
             self._teacher_outputs = teacher.sum(dim=0) + total.to(teacher), rows + len(teacher)
-        metrics = self._health(loss.detach(), torch.cat(targets)) | {
-            "dino/teacher_temperature": loss.new_tensor(cold),
-            "dino/ema_momentum": loss.new_tensor(self.momentum_at(progress)),
-        }
+        metrics: dict[str, Tensor] = {}
+        if progress.is_logged:
+            metrics = self._health(loss.detach(), torch.cat(targets)) | {
+                "dino/teacher_temperature": loss.new_tensor(cold),
+                "dino/ema_momentum": loss.new_tensor(self.momentum_at(progress)),
+            }
         return LossOutput(loss, features[:n].detach(), metrics)
 
     @torch.no_grad()
@@ -348,7 +353,7 @@ class DINO(Method):
 
     def before_optimizer_step(self, progress: Progress) -> None:
         """Leave the prototypes as they are at first (the authors' --freeze_last_layer)."""
-        if progress.step < _in_steps(self.config.freeze_last_layer, progress):
+        if progress.step < progress.in_steps(self.config.freeze_last_layer):
             for parameter in self.student.head.last_layer.parameters():
                 parameter.grad = None
 
@@ -380,12 +385,6 @@ class DINO(Method):
             f"block, each map from its least (dark) to its most (bright)."
         )
         return {"attention": ImageGrid(torch.cat([images[:, None], grey], 1), columns, caption)}
-
-
-def _in_steps(duration: Duration, progress: Progress) -> int:
-    return duration.in_steps(
-        steps_per_epoch=progress.steps_per_epoch, total_steps=progress.total_steps
-    )
 
 
 def _stretch(maps: Tensor, images: Tensor) -> Tensor:

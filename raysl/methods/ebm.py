@@ -37,6 +37,7 @@ from raysl.methods.base import (
 from raysl.nn.backbones import Backbone
 from raysl.nn.langevin import ChainStarts, ReplayBuffer, energy_gradient, langevin, standing_still
 from raysl.nn.noise_contrast import noise_contrastive_loss
+from raysl.nn.precision import at_least_float32
 from raysl.nn.score_matching import denoising_score_loss
 from raysl.nn.spectral_noise import SpectralGaussian
 
@@ -71,13 +72,9 @@ def contrastive_divergence_loss(
             f"energies must be (N,) and (M,); got {tuple(data_energies.shape)}, "
             f"{tuple(sample_energies.shape)}"
         )
-    data, samples = _exact(data_energies), _exact(sample_energies)
+    data, samples = at_least_float32(data_energies), at_least_float32(sample_energies)
     size = data.square().mean() + samples.square().mean()
     return data.mean() - samples.mean() + regularisation * size
-
-
-def _exact(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()
 
 
 class EBMConfig(MethodConfig):
@@ -200,7 +197,7 @@ class EBM(Method):
     def _energy_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.backbone(images)
         with torch.autocast(images.device.type, enabled=False):
-            return self.head(_exact(features)).squeeze(1) * self._gain, features
+            return self.head(at_least_float32(features)).squeeze(1) * self._gain, features
 
     def loss(self, batch: Batch, progress: Progress) -> LossOutput:
         """Return the loss of the chosen training; features are those of the data it saw."""
@@ -211,8 +208,8 @@ class EBM(Method):
             if self.buffer is not None:
                 return self._mcmc(images, self.buffer, progress)
             if self.noise is not None:
-                return self._nce(images, self.noise)
-            return self._score_matching(images)
+                return self._nce(images, self.noise, progress)
+            return self._score_matching(images, progress)
 
     @property
     def _scale(self) -> float:
@@ -247,17 +244,21 @@ class EBM(Method):
         loss = contrastive_divergence_loss(
             of_data, of_samples, regularisation=config.energy_regularisation
         )
-        metrics = {
-            "ebm/energy_data": of_data.mean(),
-            "ebm/energy_samples": of_samples.mean(),
-            "ebm/energy_gap": of_samples.mean() - of_data.mean(),
-            "ebm/sample_gradient_norm": gradients.mean() * scale,
-            "ebm/sample_moved_rms": (samples - begin).square().mean().sqrt() / scale,
-            "ebm/chain_length_steps": starts.num_steps.float().mean() + config.langevin_steps,
-        }
-        return _output(loss, features[: len(images)], metrics)
+        features = features[: len(images)].detach()
+        if not progress.is_logged:
+            return LossOutput(loss, features, {})
+        with torch.no_grad():
+            metrics = {
+                "ebm/energy_data": of_data.mean(),
+                "ebm/energy_samples": of_samples.mean(),
+                "ebm/energy_gap": of_samples.mean() - of_data.mean(),
+                "ebm/sample_gradient_norm": gradients.mean() * scale,
+                "ebm/sample_moved_rms": (samples - begin).square().mean().sqrt() / scale,
+                "ebm/chain_length_steps": starts.num_steps.float().mean() + config.langevin_steps,
+            }
+        return LossOutput(loss, features, metrics)
 
-    def _score_matching(self, images: Tensor) -> LossOutput:
+    def _score_matching(self, images: Tensor, progress: Progress) -> LossOutput:
         low, high = self._log_noise_range
         sigma = torch.empty_like(images[:, 0, 0, 0]).uniform_(low, high).exp()
         noise = torch.randn_like(images)
@@ -272,6 +273,8 @@ class EBM(Method):
             scores = -energy_gradient(energy, noisy, create_graph=torch.is_grad_enabled())
         energies, features = seen[0]
         loss = denoising_score_loss(scores, noise, sigma)
+        if not progress.is_logged:
+            return LossOutput(loss, features.detach(), {})
         with torch.no_grad():
             left = (_by_row(sigma) * scores + noise).square().flatten(1).mean(dim=1)
             fine = sigma < math.exp((low + high) / 2)
@@ -282,9 +285,9 @@ class EBM(Method):
                 "ebm/noise_left_fine": _mean_where(fine, left),
                 "ebm/noise_left_coarse": _mean_where(~fine, left),
             }
-        return _output(loss, features, metrics)
+        return LossOutput(loss, features.detach(), metrics)
 
-    def _nce(self, images: Tensor, model: SpectralGaussian) -> LossOutput:
+    def _nce(self, images: Tensor, model: SpectralGaussian, progress: Progress) -> LossOutput:
         n, count = len(images), self.config.num_noise
         with torch.autocast(images.device.type, enabled=False):
             noise = model.sample(n * count).to(images)
@@ -300,17 +303,19 @@ class EBM(Method):
             num_noise=count,
         )
         self._seen = images
-        prior = math.log(count)
-        metrics = {
-            "ebm/energy_data": energies[:n].mean(),
-            "ebm/energy_noise": energies[n:].mean(),
-            "ebm/energy_gap": energies[n:].mean() - energies[:n].mean(),
-            "ebm/right_data": (of_data > prior).float().mean(),
-            "ebm/right_noise": (of_noise < prior).float().mean(),
-            "ebm/log_normaliser": self.log_normaliser,
-            "ebm/nats_per_value": -(log_noise + of_data).mean() / images[0].numel(),
-        }
-        return _output(loss, features[:n], metrics)
+        if not progress.is_logged:
+            return LossOutput(loss, features[:n].detach(), {})
+        with torch.no_grad():
+            metrics = {
+                "ebm/energy_data": energies[:n].mean(),
+                "ebm/energy_noise": energies[n:].mean(),
+                "ebm/energy_gap": energies[n:].mean() - energies[:n].mean(),
+                "ebm/right_data": (of_data > math.log(count)).float().mean(),
+                "ebm/right_noise": (of_noise < math.log(count)).float().mean(),
+                "ebm/log_normaliser": self.log_normaliser.clone(),
+                "ebm/nats_per_value": -(log_noise + of_data).mean() / images[0].numel(),
+            }
+        return LossOutput(loss, features[:n].detach(), metrics)
 
     @torch.no_grad()
     def after_optimizer_step(self, progress: Progress) -> None:
@@ -376,10 +381,6 @@ class EBM(Method):
 
 _SHOWN = 64  # samples of chains in the picture, 8 x 8
 _SHOWN_ROWS = 8
-
-
-def _output(loss: Tensor, features: Tensor, metrics: dict[str, Tensor]) -> LossOutput:
-    return LossOutput(loss, features.detach(), {key: v.detach() for key, v in metrics.items()})
 
 
 def _by_row(values: Tensor) -> Tensor:

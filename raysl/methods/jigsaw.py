@@ -33,6 +33,7 @@ from raysl.methods.base import (
 )
 from raysl.nn.backbones import Backbone
 from raysl.nn.geometry import entropy
+from raysl.nn.precision import at_least_float32
 
 MIN_TILE_PX = 8
 TILE_SHARE = 64 / 85  # sec. 4: tiles of 64 px out of cells of 75; VISSL out of cells of 85
@@ -148,11 +149,7 @@ def jigsaw_loss(logits: Tensor, answer: Tensor) -> Tensor:
             f"{tuple(answer.shape)}"
         )
     with torch.autocast(logits.device.type, enabled=False):
-        return F.cross_entropy(_at_least_float32(logits), answer)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+        return F.cross_entropy(at_least_float32(logits), answer)
 
 
 class JigsawConfig(MethodConfig):
@@ -232,7 +229,10 @@ class Jigsaw(Method):
         n, tiles = len(images), self.permutations.shape[1]
         answer = torch.randint(len(self.permutations), (n,), device=images.device)
         offsets = torch.rand(n, tiles, 2, device=images.device)
-        features, logits = self._solve(self._cut(images, answer, offsets))
+        of_tiles, logits = self._solve(self._cut(images, answer, offsets))
+        loss, features = jigsaw_loss(logits, answer), of_tiles.mean(1).detach()
+        if not progress.is_logged:
+            return LossOutput(loss, features, {})
         with torch.no_grad():
             guess = logits.argmax(dim=1)
             placed = self.permutations[guess] == self.permutations[answer]
@@ -242,19 +242,19 @@ class Jigsaw(Method):
                 # log P while it has no idea.
                 "jigsaw/entropy": entropy(logits.softmax(dim=1)),
             }
-        return LossOutput(jigsaw_loss(logits, answer), features.mean(1).detach(), metrics)
+        return LossOutput(loss, features, metrics)
 
     def _cut(self, images: Tensor, answer: Tensor, offsets: Tensor) -> Tensor:
         """Return ``(N, T, 3, t, t)``: slot i holds the tile of cell ``permutation[i]``."""
         cells = self.permutations[answer]
-        tiles = cut_tiles(_at_least_float32(images), cells, offsets, grid=self.config.grid)
+        tiles = cut_tiles(at_least_float32(images), cells, offsets, grid=self.config.grid)
         return normalise_tiles(tiles) if self.config.normalise_tiles else tiles
 
     def _solve(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
         """Return the tiles' features ``(N, T, embed_dim)`` and logits ``(N, P)``, not bfloat16."""
         features = self.backbone(tiles.flatten(0, 1))  # (NT, embed_dim)
         beside = self.tile_head(features).view(len(tiles), -1)
-        return features.view(*tiles.shape[:2], -1), _at_least_float32(self.classifier(beside))
+        return features.view(*tiles.shape[:2], -1), at_least_float32(self.classifier(beside))
 
     @torch.no_grad()
     def pictures(self, batch: Batch, progress: Progress) -> Mapping[str, ImageGrid]:
@@ -269,7 +269,7 @@ class Jigsaw(Method):
         slots = torch.arange(self.permutations.shape[1], device=device).expand(n, -1)
         shuffled = self._lay_out(tiles, slots, images.shape[2])
         solved = self._lay_out(tiles, self.permutations[logits.argmax(dim=1)], images.shape[2])
-        grid = torch.stack([_at_least_float32(images), shuffled, solved], dim=1)
+        grid = torch.stack([at_least_float32(images), shuffled, solved], dim=1)
         caption = (
             "A view; its tiles, shuffled and each normalised, as the network gets them; the same "
             f"tiles in the order that it finds most likely of {len(self.permutations):,}."

@@ -23,6 +23,7 @@ from raysl.methods.base import (
     TrainingSet,
 )
 from raysl.nn.backbones import Backbone
+from raysl.nn.precision import at_least_float32
 from raysl.nn.vit import TransformerBlock, VisionTransformer, sincos_positions
 
 TARGET_EPS = 1e-6  # added to a patch's variance in the authors' code
@@ -99,16 +100,12 @@ def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor, *, normalize: b
             f"{tuple(prediction.shape)}, {tuple(target.shape)}, {tuple(mask.shape)}"
         )
     with torch.autocast(prediction.device.type, enabled=False):
-        found, wanted = _at_least_float32(prediction), _at_least_float32(target)
+        found, wanted = at_least_float32(prediction), at_least_float32(target)
         if normalize:
             wanted = _normalised(wanted)
         error = (found - wanted).square().mean(dim=2)  # (N, L)
         weights = mask.to(error.dtype)
         return (error * weights).sum() / weights.sum()
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _moments(patches: Tensor) -> tuple[Tensor, Tensor]:
@@ -289,7 +286,9 @@ class MAE(Method):
         loss = masked_mse(prediction, target, masking.mask, normalize=normalize)
         patches = tokens[:, 1:].mean(dim=1)
         features = tokens[:, 0] if self.transformer.pool == "cls" else patches
-        metrics = self._health(loss.detach(), prediction, target, masking.mask)
+        metrics: dict[str, Tensor] = {}
+        if progress.is_logged:
+            metrics = self._health(loss.detach(), prediction, target, masking.mask)
         return LossOutput(loss, features.detach(), metrics)
 
     def rebuild(self, images: Tensor, masking: Masking) -> tuple[Tensor, Tensor]:
@@ -313,7 +312,7 @@ class MAE(Method):
         self, loss: Tensor, prediction: Tensor, target: Tensor, mask: Tensor
     ) -> dict[str, Tensor]:
         """Say how much better than a flat grey it is, and whether it differs by place and image."""
-        wanted = _at_least_float32(target)
+        wanted = at_least_float32(target)
         if self.config.normalize_targets:
             wanted = _normalised(wanted)
         weights = mask[:, :, None] / mask.sum()
@@ -323,7 +322,7 @@ class MAE(Method):
             return ((x - centre).square() * weights).sum(dim=(0, 1)).mean()
 
         total = variance(wanted).clamp_min(TARGET_EPS)
-        found = _at_least_float32(prediction)
+        found = at_least_float32(prediction)
         mean = (found * weights).sum(dim=(0, 1))  # the same for all patches
         spread = ((found - mean).square() * weights).sum(dim=(0, 1)).mean()
         return {

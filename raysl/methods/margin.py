@@ -15,16 +15,17 @@ from raysl.config.base import PositiveFloat, PositiveInt
 from raysl.errors import ConfigError, ShapeError
 from raysl.methods.base import (
     Batch,
-    EmbeddingMethod,
     LossOutput,
     MethodConfig,
     Progress,
     RunShape,
+    SiameseMethod,
     TrainingSet,
 )
 from raysl.nn.backbones import Backbone
 from raysl.nn.collectives import gather_batch, gather_batch_no_grad, rank_and_size
 from raysl.nn.heads import projection_mlp
+from raysl.nn.precision import at_least_float32
 
 
 def margin_loss(z0: Tensor, z1: Tensor, dissimilar: Tensor, *, margin: float) -> Tensor:
@@ -62,7 +63,7 @@ def margin_loss(z0: Tensor, z1: Tensor, dissimilar: Tensor, *, margin: float) ->
 
 def _distance(z0: Tensor, z1: Tensor) -> Tensor:
     """Return Euclidean distances of the rows; torch gives this norm the gradient 0 at 0."""
-    distance: Tensor = torch.linalg.vector_norm(_exact(z0) - _exact(z1), dim=-1)
+    distance: Tensor = torch.linalg.vector_norm(at_least_float32(z0) - at_least_float32(z1), dim=-1)
     return distance
 
 
@@ -72,17 +73,10 @@ def _losses(distance: Tensor, dissimilar: Tensor, *, margin: float) -> Tensor:
     return ((1 - y) * distance.square() + y * (margin - distance).clamp_min(0).square()) / 2
 
 
-def _exact(z: Tensor) -> Tensor:
-    """Return embeddings as float32, or as the float64 that they are."""
-    return z if z.dtype == torch.float64 else z.float()
-
-
 class MarginConfig(MethodConfig):
     """Settings of the margin loss."""
 
     name: Literal["margin"] = "margin"
-    uses_labels: ClassVar[bool] = True
-    """They are looked at with ``pairs: labels`` only."""
     margin: PositiveFloat = 1.0
     """m of Eq. (4), a distance: dissimilar pairs further apart than this are left alone. On the
     unit sphere at most 2; directions at random lie sqrt(2) apart."""
@@ -104,6 +98,15 @@ class MarginConfig(MethodConfig):
     projection_dim: PositiveInt = 128
     """Width of embeddings; 2 or 3 in the paper, which draws them."""
 
+    @property
+    def uses_labels(self) -> bool:
+        """Only for pairs by labels."""
+        return self.pairs == "labels"
+
+    def projection_head_layers(self, *, is_vit: bool) -> int:
+        """Return those of the projector."""
+        return self.projection_layers
+
     def check(self, shape: RunShape) -> None:
         """Refuse more partners than a batch has, and a margin that no pair can keep."""
         if self.num_others >= shape.global_batch_size:
@@ -119,42 +122,30 @@ class MarginConfig(MethodConfig):
             )
 
 
-class Margin(EmbeddingMethod):
+class Margin(SiameseMethod):
     """Two views of an image attract each other, other images repel as far as the margin."""
 
     Config = MarginConfig
+    norms_views_together: ClassVar[bool] = True
 
     def __init__(self, config: MarginConfig, backbone: Backbone, data: TrainingSet) -> None:
-        super().__init__(config, backbone, data)
         if config.pairs == "labels" and data.class_counts is None:
             raise ConfigError(
                 "method.pairs=labels: data.source has no labels; use one that has, or pairs: views"
             )
-        self.config = config
-        self.backbone = backbone
-        self.projector = projection_mlp(
+        projector = projection_mlp(
             backbone.embed_dim,
             config.hidden_dim or backbone.embed_dim,
             config.projection_dim,
             num_layers=config.projection_layers,
             batch_norm=False,  # it would set the scale of distances, which is the margin's part
         )
-        last = self.projector[-1]
+        last = projector[-1]
         assert isinstance(last, nn.Linear)
         nn.init.zeros_(last.bias)  # distances do not see where the origin is
         last.bias.requires_grad_(False)
-
-    @property
-    def encoder(self) -> Backbone:
-        """The backbone without the head."""
-        return self.backbone
-
-    def embeddings(self, batch: Batch, progress: Progress) -> tuple[Tensor, ...]:
-        """Return features of view 0 and both embeddings; batch norm sees both views together."""
-        n = len(batch.index)
-        features = self.backbone(torch.cat(list(batch.views)))  # (2N, embed_dim)
-        z0, z1 = self.projector(features).split(n)
-        return features[:n].detach(), z0, z1
+        super().__init__(config, backbone, data, projector=projector)
+        self.config = config
 
     def loss_of(
         self, embeddings: tuple[Tensor, ...], batch: Batch, progress: Progress
@@ -162,7 +153,7 @@ class Margin(EmbeddingMethod):
         """Return the margin loss of each image with its other view and with other images."""
         features, *views = embeddings
         with torch.autocast(features.device.type, enabled=False):
-            z0, z1 = (_exact(z) for z in views)
+            z0, z1 = (at_least_float32(z) for z in views)
             if self.config.normalize:
                 z0, z1 = F.normalize(z0, dim=1), F.normalize(z1, dim=1)
             everyone = gather_batch(z1)  # (RN, D)
@@ -174,7 +165,8 @@ class Margin(EmbeddingMethod):
             own = torch.zeros_like(distance[:, :1], dtype=torch.bool)
             dissimilar = torch.cat([own, self._differ(batch, partner)], dim=1)
             loss = _losses(distance, dissimilar, margin=self.config.margin).mean()
-        return LossOutput(loss, features, _health(distance.detach(), dissimilar, self.config))
+        health = _health(distance.detach(), dissimilar, self.config) if progress.is_logged else {}
+        return LossOutput(loss, features, health)
 
     def _differ(self, batch: Batch, partner: Tensor) -> Tensor:
         """Return whether each image and its partners are a dissimilar pair, ``(N, K)``."""

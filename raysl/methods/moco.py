@@ -72,7 +72,6 @@ def _info_nce(query: Tensor, key: Tensor, negatives: Tensor, *, temperature: flo
 
 
 _PAPER_QUEUE = 65536
-_SPREAD_ROWS = 512  # that uniformity is taken over: it compares all pairs
 
 
 class MoCoConfig(MethodConfig):
@@ -103,6 +102,10 @@ class MoCoConfig(MethodConfig):
     def keys_per_image(self) -> int:
         """Keys that an image gives at a step."""
         return 2 if self.symmetric else 1
+
+    def projection_head_layers(self, *, is_vit: bool) -> int:
+        """Return 1 or 2, as the paper's version has it."""
+        return 1 if self.head == "linear" else 2
 
     def check(self, shape: RunShape) -> None:
         """Refuse a queue shorter than the keys of one step."""
@@ -143,7 +146,7 @@ class MoCo(Method):
     def __init__(self, config: MoCoConfig, backbone: Backbone, data: TrainingSet) -> None:
         super().__init__(config, backbone, data)
         self.config = config
-        layers = 1 if config.head == "linear" else 2
+        layers = config.projection_head_layers(is_vit=False)
         width = backbone.embed_dim
         head = projection_mlp(
             width, width, config.projection_dim, num_layers=layers, batch_norm=False
@@ -159,6 +162,13 @@ class MoCo(Method):
         backbone = self.query_encoder[0]
         assert isinstance(backbone, Backbone)
         return backbone
+
+    @property
+    def projection_head(self) -> nn.Sequential:
+        """The head of the query encoder."""
+        head = self.query_encoder[1]
+        assert isinstance(head, nn.Sequential)
+        return head
 
     def loss(self, batch: Batch, progress: Progress) -> LossOutput:
         """Return InfoNCE of queries from view 0 against keys from view 1 and the queue."""
@@ -181,14 +191,15 @@ class MoCo(Method):
         assert features is not None
         assert first_query is not None
         self._new_keys = unit_rows(torch.cat(keys))
+        loss = torch.stack([result.loss for result in results]).mean()
+        if not progress.is_logged:
+            return LossOutput(loss, features, {})
         metrics = {
             "moco/partner_top1": torch.stack([result.partner_top1 for result in results]).mean(),
             "moco/queue_age_steps": self.queue.age_steps(progress.step),
             "moco/alignment": alignment(first_query, keys[0]),
+            "moco/uniformity": uniformity(first_query),
         }
-        if len(features) > 1:
-            metrics["moco/uniformity"] = uniformity(first_query[:_SPREAD_ROWS])
-        loss = torch.stack([result.loss for result in results]).mean()
         return LossOutput(loss, features, metrics)
 
     @torch.no_grad()

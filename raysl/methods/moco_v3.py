@@ -5,21 +5,20 @@ arXiv:2104.02057v4. The authors' code: facebookresearch/moco-v3.
 """
 
 import copy
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from raysl.config.base import PositiveFloat, PositiveInt, Probability
-from raysl.errors import ConfigError, ShapeError
+from raysl.errors import ShapeError
 from raysl.methods.base import (
     Batch,
     EmbeddingMethod,
     LossOutput,
     MethodConfig,
     Progress,
-    RunShape,
     TrainingSet,
 )
 from raysl.nn.backbones import Backbone
@@ -73,6 +72,7 @@ def _compare(query: Tensor, key: Tensor, *, temperature: float) -> Contrast:
 class MoCoV3Config(MethodConfig):
     """Settings of MoCo v3."""
 
+    compares_images: ClassVar[bool] = True
     name: Literal["moco_v3"] = "moco_v3"
     temperature: PositiveFloat = 0.2
     """Tau: 0.2 for vision transformers, 1.0 for ResNet-50 (the authors' CONFIG.md)."""
@@ -92,13 +92,9 @@ class MoCoV3Config(MethodConfig):
     """Leave a vision transformer's patch projection as it was drawn, which keeps training stable
     (sec. 4.2). Nothing is frozen in other backbones."""
 
-    def check(self, shape: RunShape) -> None:
-        """Refuse a batch of one image: there would be no negatives."""
-        if shape.global_batch_size < 2:
-            raise ConfigError(
-                f"train.global_batch_size={shape.global_batch_size} leaves no negatives: method "
-                f"moco_v3 takes the other images of the batch; use at least 2"
-            )
+    def projection_head_layers(self, *, is_vit: bool) -> int:
+        """Return those of the projector."""
+        return self.projection_layers or (3 if is_vit else 2)
 
 
 class MoCoV3(EmbeddingMethod):
@@ -127,7 +123,7 @@ class MoCoV3(EmbeddingMethod):
             backbone.embed_dim,
             hidden,
             out,
-            num_layers=config.projection_layers or (3 if is_vit else 2),
+            num_layers=config.projection_head_layers(is_vit=is_vit),
             last_norm="plain",
         )
         self.query_encoder = nn.Sequential(backbone, projector)
@@ -142,6 +138,13 @@ class MoCoV3(EmbeddingMethod):
         backbone = self.query_encoder[0]
         assert isinstance(backbone, Backbone)
         return backbone
+
+    @property
+    def projection_head(self) -> nn.Sequential:
+        """The projector of the query encoder."""
+        projector = self.query_encoder[1]
+        assert isinstance(projector, nn.Sequential)
+        return projector
 
     def embeddings(self, batch: Batch, progress: Progress) -> tuple[Tensor, ...]:
         """Return features of view 0, queries of both views, and keys of both."""
@@ -158,12 +161,14 @@ class MoCoV3(EmbeddingMethod):
         features, q0, q1, k0, k1 = embeddings
         temperature = self.config.temperature
         found = [_compare(q, k, temperature=temperature) for q, k in ((q0, k1), (q1, k0))]
+        loss = (found[0].loss + found[1].loss) * (2 * temperature)
+        if not progress.is_logged:
+            return LossOutput(loss, features, {})
         metrics = {
             "moco_v3/partner_top1": torch.stack([each.partner_top1 for each in found]).mean(),
             "moco_v3/alignment": alignment(q0, k1),
             "moco_v3/ema_momentum": torch.full((), self._momentum(progress), device=q0.device),
         }
-        loss = (found[0].loss + found[1].loss) * (2 * temperature)
         return LossOutput(loss, features, metrics)
 
     def after_optimizer_step(self, progress: Progress) -> None:

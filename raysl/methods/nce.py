@@ -8,7 +8,7 @@ arXiv:1805.01978v1; "the authors' code" is that of the latter.
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,10 @@ from raysl.methods.base import (
 from raysl.nn.backbones import Backbone
 from raysl.nn.collectives import gather_batch_no_grad
 from raysl.nn.contrast import log_sum_exp
+from raysl.nn.geometry import log_mean_exp_on_sphere
 from raysl.nn.heads import projection_mlp
 from raysl.nn.noise_contrast import noise_contrastive_loss
+from raysl.nn.precision import at_least_float32
 
 NUM_NOISE = 4096  # Wu et al., secs. 4.1 and 4.2
 FULL_PRODUCT = 16
@@ -85,31 +87,10 @@ def nce_loss(
     )
 
 
-def log_mean_exp_on_sphere(dim: int, concentration: float) -> float:
-    r"""Return the log of the mean of exp(concentration * cosine) over the unit sphere.
-
-    It is the normaliser of the von Mises-Fisher density relative to the uniform one:
-    :math:`{}_0F_1(; D/2; \kappa^2/4)`, summed as its power series.
-
-    Args:
-        dim: D, the space that the sphere lies in, > 1.
-        concentration: kappa, > 0.
-    """
-    half, x = dim / 2, 2 * math.log(concentration / 2)
-    terms = int(2 * concentration) + 100  # they fall like those of exp(kappa / 2) beyond kappa
-    logs = [
-        k * x + math.lgamma(half) - math.lgamma(k + half) - math.lgamma(k + 1) for k in range(terms)
-    ]
-    largest = max(logs)
-    return largest + math.log(math.fsum(math.exp(value - largest) for value in logs))
-
-
 class NCEConfig(MethodConfig):
     """Settings of instance discrimination by noise-contrastive estimation."""
 
     name: Literal["nce"] = "nce"
-    uses_labels: ClassVar[bool] = True
-    """They are looked at with ``noise: labels`` only."""
     temperature: PositiveFloat = 0.07
     """Tau of Eq. (2): 0.07 for ImageNet (sec. 4.2), 0.1 for CIFAR-10 in the authors' code."""
     num_noise: PositiveInt | None = None
@@ -147,6 +128,15 @@ class NCEConfig(MethodConfig):
     def num_views(self) -> int:
         """One: the other view of an image is its row in the bank."""
         return 1
+
+    @property
+    def uses_labels(self) -> bool:
+        """Only for noise by labels."""
+        return self.noise == "labels"
+
+    def projection_head_layers(self, *, is_vit: bool) -> int:
+        """Return those of the projector."""
+        return 1 if self.head == "linear" else 2
 
     def check(self, shape: RunShape) -> None:
         """Refuse a sphere of one dimension, which has no directions."""
@@ -194,11 +184,10 @@ class NCE(EmbeddingMethod):
         super().__init__(config, backbone, data)
         self.config = config
         self.num_images = data.num_images
-        defaults = config.size_defaults(data)
-        self.num_noise = config.num_noise or int(defaults["num_noise"].value)
+        self.num_noise = config.num_noise or int(config.size_defaults(data)["num_noise"].value)
         self.backbone = backbone
         width, dim = backbone.embed_dim, config.projection_dim
-        layers = 1 if config.head == "linear" else 2
+        layers = config.projection_head_layers(is_vit=False)
         self.projector = projection_mlp(
             width, width, dim, num_layers=layers, batch_norm=config.head_batch_norm
         )
@@ -227,6 +216,11 @@ class NCE(EmbeddingMethod):
         """The backbone without the head."""
         return self.backbone
 
+    @property
+    def projection_head(self) -> nn.Sequential:
+        """The projector."""
+        return self.projector
+
     def embeddings(self, batch: Batch, progress: Progress) -> tuple[Tensor, ...]:
         """Return features and embeddings of the view, not normalised."""
         features = self.backbone(batch.views[0])
@@ -239,7 +233,7 @@ class NCE(EmbeddingMethod):
         features, z = embeddings
         config = self.config
         with torch.autocast(z.device.type, enabled=False):
-            v = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)  # (N, D)
+            v = F.normalize(at_least_float32(z), dim=1)  # (N, D)
             own = self.bank[batch.index].to(v.dtype)
             cosine = (v * own).sum(dim=1)
             noise = self._gaussian(v, own) if config.noise == "gaussian" else self._rows(v, batch)
@@ -258,15 +252,16 @@ class NCE(EmbeddingMethod):
                 drift = (v - own).square().sum(dim=1)
                 loss = loss + config.proximal_weight * (drift * seen).mean()
         self._new = (batch.index, v.detach(), batch.labels)
+        if not progress.is_logged:
+            return LossOutput(loss, features, {})
         log_m = math.log(self.num_noise)
-        with torch.no_grad():
-            metrics = {
-                "nce/data_right": (data_logits - noise.data_log_noise > log_m).float().mean(),
-                "nce/noise_right": (noise_logits - noise.log_noise < log_m).float().mean(),
-                "nce/log_normalizer": log_z.float().mean(),
-                "nce/own_row_cosine": cosine.float().mean(),
-                "nce/bank_age_epochs": self._age_epochs(progress),
-            }
+        metrics = {
+            "nce/data_right": (data_logits - noise.data_log_noise > log_m).float().mean(),
+            "nce/noise_right": (noise_logits - noise.log_noise < log_m).float().mean(),
+            "nce/log_normalizer": log_z.detach().float().mean(),
+            "nce/own_row_cosine": cosine.detach().float().mean(),
+            "nce/bank_age_epochs": self._age_epochs(progress),
+        }
         return LossOutput(loss, features, metrics)
 
     def _rows(self, v: Tensor, batch: Batch) -> _Noise:

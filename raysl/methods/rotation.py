@@ -23,6 +23,7 @@ from raysl.methods.base import (
 )
 from raysl.nn.backbones import Backbone
 from raysl.nn.geometry import entropy
+from raysl.nn.precision import at_least_float32
 
 NUM_ROTATIONS = 4
 
@@ -76,7 +77,7 @@ def rotation_loss(logits: Tensor, turns: Tensor) -> Tensor:
             f"logits must be (N, 4) and turns (N,); got {tuple(logits.shape)}, {tuple(turns.shape)}"
         )
     with torch.autocast(logits.device.type, enabled=False):
-        return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), turns)
+        return F.cross_entropy(at_least_float32(logits), turns)
 
 
 class RotationConfig(MethodConfig):
@@ -125,13 +126,16 @@ class Rotation(Method):
             turns = torch.randint(NUM_ROTATIONS, (n,), device=device)
         features = self.backbone(rotate(images, turns))
         logits = self.classifier(features)
+        loss, features = rotation_loss(logits, turns), features[:n].detach()
+        if not progress.is_logged:
+            return LossOutput(loss, features, {})
         with torch.no_grad():
             metrics = {
                 "rotation/accuracy": (logits.argmax(dim=1) == turns).float().mean(),
                 # log 4 = 1.386 while it has no idea.
                 "rotation/entropy": entropy(logits.float().softmax(dim=1)),
             }
-        return LossOutput(rotation_loss(logits, turns), features[:n].detach(), metrics)
+        return LossOutput(loss, features, metrics)
 
     @torch.no_grad()
     def pictures(self, batch: Batch, progress: Progress) -> Mapping[str, ImageGrid]:

@@ -5,7 +5,7 @@ arXiv:2303.15343v4.
 """
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -15,10 +15,10 @@ from raysl.config.base import PositiveFloat, PositiveInt
 from raysl.errors import ShapeError
 from raysl.methods.base import (
     Batch,
-    EmbeddingMethod,
     LossOutput,
     MethodConfig,
     Progress,
+    SiameseMethod,
     TrainingSet,
 )
 from raysl.nn.backbones import Backbone
@@ -26,8 +26,6 @@ from raysl.nn.collectives import gather_batch, rank_and_size
 from raysl.nn.contrast import Contrast, pairwise_sigmoid, unit_rows
 from raysl.nn.geometry import alignment, uniformity
 from raysl.nn.heads import projection_mlp
-
-_SPREAD_ROWS = 512  # that uniformity is taken over: it compares all pairs
 
 
 def sigmoid_loss(
@@ -97,8 +95,12 @@ class SigmoidConfig(MethodConfig):
     projection_dim: PositiveInt = 128
     """Width of the head's output."""
 
+    def projection_head_layers(self, *, is_vit: bool) -> int:
+        """Return those of the projector."""
+        return self.projection_layers
 
-class Sigmoid(EmbeddingMethod):
+
+class Sigmoid(SiameseMethod):
     """Each pair of views is judged on its own: of one image, or not.
 
     Departs: The paper's two towers see an image and its text; here one encoder and SimCLR's head
@@ -106,31 +108,19 @@ class Sigmoid(EmbeddingMethod):
     """
 
     Config = SigmoidConfig
+    norms_views_together: ClassVar[bool] = True
 
     def __init__(self, config: SigmoidConfig, backbone: Backbone, data: TrainingSet) -> None:
-        super().__init__(config, backbone, data)
-        self.backbone = backbone
-        self.projector = projection_mlp(
+        projector = projection_mlp(
             backbone.embed_dim,
             config.hidden_dim or backbone.embed_dim,
             config.projection_dim,
             num_layers=config.projection_layers,
         )
+        super().__init__(config, backbone, data, projector=projector)
         # t' of Algorithm 1: t = exp(t') stays above 0.
         self.log_scale = nn.Parameter(torch.tensor(-math.log(config.initial_temperature)))
         self.bias = nn.Parameter(torch.tensor(config.initial_bias))
-
-    @property
-    def encoder(self) -> Backbone:
-        """The backbone without the projection head."""
-        return self.backbone
-
-    def embeddings(self, batch: Batch, progress: Progress) -> tuple[Tensor, ...]:
-        """Return features of view 0 and both projections; batch norm sees both views together."""
-        n = len(batch.views[0])
-        features = self.backbone(torch.cat(list(batch.views)))  # (2N, embed_dim)
-        z0, z1 = self.projector(features).split(n)
-        return features[:n].detach(), z0, z1
 
     def loss_of(
         self, embeddings: tuple[Tensor, ...], batch: Batch, progress: Progress
@@ -139,14 +129,15 @@ class Sigmoid(EmbeddingMethod):
         features, z0, z1 = embeddings
         temperature = torch.exp(-self.log_scale)
         loss, found = _sigmoid(z0, z1, temperature=temperature, bias=self.bias)
+        if not progress.is_logged:
+            return LossOutput(loss, features, {})
         metrics = {
             "sigmoid/partner_top1": found,
             "sigmoid/temperature": temperature.detach(),
             "sigmoid/bias": self.bias.detach().clone(),
             "sigmoid/alignment": alignment(z0, z1),
+            "sigmoid/uniformity": uniformity(z0),
         }
-        if len(z0) > 1:
-            metrics["sigmoid/uniformity"] = uniformity(z0[:_SPREAD_ROWS])
         return LossOutput(loss, features, metrics)
 
 

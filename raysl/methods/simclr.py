@@ -9,7 +9,7 @@ arXiv:2006.10029v2.
 
 import copy
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -19,10 +19,10 @@ from raysl.config.base import PositiveFloat, PositiveInt, Probability
 from raysl.errors import ShapeError
 from raysl.methods.base import (
     Batch,
-    EmbeddingMethod,
     LossOutput,
     MethodConfig,
     Progress,
+    SiameseMethod,
     SizeDefault,
     TrainingSet,
     at_most_dataset,
@@ -35,7 +35,6 @@ from raysl.nn.geometry import alignment, uniformity
 from raysl.nn.heads import projection_mlp
 
 _PAPER_MEMORY = 65536
-_SPREAD_ROWS = 512  # that uniformity is taken over: it compares all pairs
 
 
 def nt_xent_loss(z0: Tensor, z1: Tensor, *, temperature: float) -> Tensor:
@@ -103,6 +102,10 @@ class SimCLRConfig(MethodConfig):
     ema_momentum: Probability = 0.999
     """How much of the memory network stays at each step (version 2, as in MoCo)."""
 
+    def projection_head_layers(self, *, is_vit: bool) -> int:
+        """Return those of the projector."""
+        return self.projection_layers
+
     def size_defaults(self, data: TrainingSet) -> Mapping[str, SizeDefault]:
         """Let the memory be as long as the paper's, and at most the data set."""
         if not self.memory or self.memory_length is not None:
@@ -125,7 +128,7 @@ class SimCLRConfig(MethodConfig):
         return length
 
 
-class SimCLR(EmbeddingMethod):
+class SimCLR(SiameseMethod):
     """Two views of an image attract each other, all other images of the batch repel.
 
     Departs: Version 2 describes its memory in two sentences, and the authors' code has none. Here
@@ -135,18 +138,18 @@ class SimCLR(EmbeddingMethod):
     """
 
     Config = SimCLRConfig
+    norms_views_together: ClassVar[bool] = True  # Algorithm 1
 
     def __init__(self, config: SimCLRConfig, backbone: Backbone, data: TrainingSet) -> None:
-        super().__init__(config, backbone, data)
-        self.temperature = config.temperature
-        self.ema_momentum = config.ema_momentum
-        self.backbone = backbone
-        self.projector = projection_mlp(
+        projector = projection_mlp(
             backbone.embed_dim,
             config.hidden_dim or backbone.embed_dim,
             config.projection_dim,
             num_layers=config.projection_layers,
         )
+        super().__init__(config, backbone, data, projector=projector)
+        self.temperature = config.temperature
+        self.ema_momentum = config.ema_momentum
         self.memory_network: nn.Module | None = None
         self.memory: KeyQueue | None = None
         self._new_keys: Tensor | None = None
@@ -155,20 +158,9 @@ class SimCLR(EmbeddingMethod):
             self.memory_network = copy.deepcopy(online).requires_grad_(False)
             self.memory = KeyQueue(config.length_for(data), config.projection_dim)
 
-    @property
-    def encoder(self) -> Backbone:
-        """The backbone without the projection head."""
-        return self.backbone
-
     def embeddings(self, batch: Batch, progress: Progress) -> tuple[Tensor, ...]:
-        """Return features, the projections of both views, and what the memory is to hold.
-
-        Batch norm sees both views together, as in Algorithm 1.
-        """
-        n = len(batch.views[0])
-        features = self.backbone(torch.cat(list(batch.views)))  # (2N, embed_dim)
-        z0, z1 = self.projector(features).split(n)
-        found = features[:n].detach(), z0, z1
+        """Return features, the projections of both views, and what the memory is to hold."""
+        found = super().embeddings(batch, progress)
         if self.memory_network is None:
             return found
         with torch.no_grad():
@@ -181,14 +173,16 @@ class SimCLR(EmbeddingMethod):
         features, z0, z1 = embeddings[:3]
         memory = None if self.memory is None else self.memory.keys
         loss, found = _nt_xent(z0, z1, temperature=self.temperature, memory=memory)
+        if self.memory is not None:
+            self._new_keys = embeddings[3].detach()
+        if not progress.is_logged:
+            return LossOutput(loss, features, {})
         metrics = {
             "simclr/partner_top1": found,
             "simclr/alignment": alignment(z0, z1),
+            "simclr/uniformity": uniformity(z0),
         }
-        if len(z0) > 1:
-            metrics["simclr/uniformity"] = uniformity(z0[:_SPREAD_ROWS])
         if self.memory is not None:
-            self._new_keys = embeddings[3].detach()
             metrics["simclr/memory_age_steps"] = self.memory.age_steps(progress.step)
         return LossOutput(loss, features, metrics)
 

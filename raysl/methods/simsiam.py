@@ -18,6 +18,7 @@ from raysl.methods.base import Batch, LossOutput, Method, MethodConfig, Progress
 from raysl.nn.backbones import Backbone
 from raysl.nn.geometry import alignment, feature_std
 from raysl.nn.heads import projection_mlp
+from raysl.nn.precision import at_least_float32
 
 
 def simsiam_loss(prediction: Tensor, projection: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ def simsiam_loss(prediction: Tensor, projection: Tensor) -> Tensor:
             f"{tuple(projection.shape)}"
         )
     with torch.autocast(prediction.device.type, enabled=False):
-        p = prediction if prediction.dtype == torch.float64 else prediction.float()
+        p = at_least_float32(prediction)
         p, z = F.normalize(p, dim=1), F.normalize(projection.detach().to(p.dtype), dim=1)
         return -(p * z).sum(dim=1).mean()
 
@@ -65,6 +66,10 @@ class SimSiamConfig(MethodConfig):
     constant_predictor_lr: bool = True
     """Keep the predictor's learning rate at its peak while the others' decays (table 1 (c); the
     authors' option --fix-pred-lr, with which their models were trained)."""
+
+    def projection_head_layers(self, *, is_vit: bool) -> int:
+        """Return those of the projector."""
+        return self.projection_layers
 
 
 class SimSiam(Method):
@@ -98,6 +103,11 @@ class SimSiam(Method):
         return self.backbone
 
     @property
+    def projection_head(self) -> nn.Sequential:
+        """The projector."""
+        return self.projector
+
+    @property
     def constant_lr_modules(self) -> Sequence[nn.Module]:
         """The predictor, if so configured."""
         return (self.predictor,) if self.config.constant_predictor_lr else ()
@@ -108,6 +118,8 @@ class SimSiam(Method):
         z0, z1 = (self.projector(feature) for feature in features)
         p0, p1 = self.predictor(z0), self.predictor(z1)
         loss = (simsiam_loss(p0, z1) + simsiam_loss(p1, z0)) / 2
+        if not progress.is_logged:
+            return LossOutput(loss, features[0].detach(), {})
         metrics = {
             "simsiam/projection_std": feature_std(z0),
             "simsiam/alignment": alignment(z0, z1),

@@ -27,6 +27,7 @@ from raysl.methods.base import (
 from raysl.nn.backbones import Backbone
 from raysl.nn.collectives import gather_batch_no_grad, mean_over_ranks, rank_and_size
 from raysl.nn.heads import projection_mlp
+from raysl.nn.precision import at_least_float32
 
 _NUM_LARGE = 2  # views whose codes the others predict
 
@@ -63,11 +64,11 @@ def swav_loss(scores: Sequence[Tensor], codes: Sequence[Tensor], *, temperature:
     if len(shapes) > 1 or scores[0].ndim != 2:
         raise ShapeError(f"scores and codes must all be (N, K); got {sorted(shapes)}")
     with torch.autocast(scores[0].device.type, enabled=False):
-        total = _exact(scores[0]).new_zeros(())
+        total = at_least_float32(scores[0]).new_zeros(())
         for v, score in enumerate(scores):
             others = [code for i, code in enumerate(codes) if i != v]
             if others:
-                log_prediction = F.log_softmax(_exact(score) / temperature, dim=1)
+                log_prediction = F.log_softmax(at_least_float32(score) / temperature, dim=1)
                 total = total - (torch.stack(others).sum(dim=0) * log_prediction).sum(dim=1).mean()
         return total / (len(codes) * (len(scores) - 1))
 
@@ -99,8 +100,8 @@ def sinkhorn_codes(
     out over ranks, so that it does not depend on how many they are.
     """
     with torch.autocast(scores.device.type, enabled=False):
-        log_codes = _exact(scores) / epsilon
-        log_queue = None if queue_scores is None else _exact(queue_scores) / epsilon
+        log_codes = at_least_float32(scores) / epsilon
+        log_queue = None if queue_scores is None else at_least_float32(queue_scores) / epsilon
         for _ in range(iterations):
             mine = log_codes.logsumexp(dim=0, keepdim=True)  # (1, K)
             of_prototype = gather_batch_no_grad(mine).logsumexp(dim=0)  # (K)
@@ -109,10 +110,6 @@ def sinkhorn_codes(
                 log_queue = F.log_softmax(log_queue - of_prototype, dim=1)
             log_codes = F.log_softmax(log_codes - of_prototype, dim=1)
         return log_codes.softmax(dim=1)
-
-
-def _exact(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()
 
 
 class SwAVConfig(MethodConfig):
@@ -141,6 +138,10 @@ class SwAVConfig(MethodConfig):
     a step its scores, about 50 MB a copy."""
     queue_start: Duration = Duration(epochs=15.0)
     """When the queue begins to fill; it is used once it is full."""
+
+    def projection_head_layers(self, *, is_vit: bool) -> int:
+        """Return those of the projector."""
+        return 2
 
     def check(self, shape: RunShape) -> None:
         """Refuse large views that are not the first two, and a queue shorter than the batch."""
@@ -187,29 +188,35 @@ class SwAV(Method):
         """The backbone without the projector."""
         return self.backbone
 
+    @property
+    def projection_head(self) -> nn.Sequential:
+        """The projector."""
+        return self.projector
+
     def loss(self, batch: Batch, progress: Progress) -> LossOutput:
         """Return the loss of all views; batch norm sees views of one size together."""
         n = len(batch.views[0])
         features = torch.cat([self.backbone(torch.cat(list(g))) for g in _by_size(batch.views)])
-        projected = _exact(self.projector(features))  # (VN, D)
+        projected = at_least_float32(self.projector(features))  # (VN, D)
         with torch.autocast(features.device.type, enabled=False):
             z = F.normalize(projected, dim=1)
             scores = self.prototypes(z).split(n)  # V of (N, K)
         codes = [self._codes(scores[i].detach(), i, progress) for i in range(_NUM_LARGE)]
         self._new_features = torch.stack(z.detach().split(n)[:_NUM_LARGE], dim=1)
         loss = swav_loss(scores, codes, temperature=self.config.temperature)
-        return LossOutput(loss, features[:n].detach(), _metrics(scores[0].detach(), codes))
+        metrics = _metrics(scores[0].detach(), codes) if progress.is_logged else {}
+        return LossOutput(loss, features[:n].detach(), metrics)
 
     def before_optimizer_step(self, progress: Progress) -> None:
         """Drop the prototypes' gradient at first, so that no optimizer moves them."""
-        if progress.step < _steps(self.config.frozen, progress):
+        if progress.step < progress.in_steps(self.config.frozen):
             self.prototypes.weight.grad = None
 
     @torch.no_grad()
     def after_optimizer_step(self, progress: Progress) -> None:
         """Give prototypes length 1 again, and put all ranks' features into the queue."""
         self._normalize_prototypes()
-        steps = progress.step - _steps(self.config.queue_start, progress)
+        steps = progress.step - progress.in_steps(self.config.queue_start)
         if self.config.queue_length is not None and steps >= 0:
             assert self._new_features is not None
             rows = gather_batch_no_grad(self._new_features)  # (RN, 2, D), the same on every rank
@@ -225,7 +232,7 @@ class SwAV(Method):
         """Return the codes of a large view, ``(N, K)``, with the queue's help if it is full."""
         queue_scores = None
         length = self.config.queue_length
-        steps = progress.step - _steps(self.config.queue_start, progress)
+        steps = progress.step - progress.in_steps(self.config.queue_start)
         if length is not None and steps * len(scores) * rank_and_size()[1] >= length:
             weight = self.prototypes.weight.detach()
             queue_scores = F.linear(self.queue[:, view].to(weight.dtype), weight)  # (L, K)
@@ -240,12 +247,6 @@ class SwAV(Method):
 def _by_size(views: Sequence[Tensor]) -> Iterator[Iterator[Tensor]]:
     """Group neighbouring views of one size."""
     return (group for _, group in groupby(views, key=lambda view: view.shape[-2:]))
-
-
-def _steps(duration: Duration, progress: Progress) -> int:
-    return duration.in_steps(
-        steps_per_epoch=progress.steps_per_epoch, total_steps=progress.total_steps
-    )
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ A. Bardes, J. Ponce, Y. LeCun: "VICReg: Variance-Invariance-Covariance Regulariz
 Self-Supervised Learning", 2021, arXiv:2105.04906v3.
 """
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,20 +12,20 @@ from pydantic import Field
 from torch import Tensor
 
 from raysl.config.base import NonNegativeFloat, PositiveInt
-from raysl.errors import ConfigError, ShapeError
+from raysl.errors import ShapeError
 from raysl.methods.base import (
     Batch,
-    EmbeddingMethod,
     LossOutput,
     MethodConfig,
     Progress,
-    RunShape,
+    SiameseMethod,
     TrainingSet,
 )
 from raysl.nn.backbones import Backbone
 from raysl.nn.collectives import rank_and_size, sum_over_ranks
 from raysl.nn.geometry import off_diagonal
 from raysl.nn.heads import projection_mlp
+from raysl.nn.precision import at_least_float32
 
 _EPSILON = 1e-4  # under the root of the variance: sec. 4.2
 
@@ -84,7 +84,7 @@ def _terms(z0: Tensor, z1: Tensor) -> _Terms:
     if z0.shape[0] * rank_and_size()[1] < 2:
         raise ShapeError(f"a covariance needs 2 images or more; z0 and z1 are {tuple(z0.shape)}")
     with torch.autocast(z0.device.type, enabled=False):
-        z0, z1 = (z if z.dtype == torch.float64 else z.float() for z in (z0, z1))
+        z0, z1 = (at_least_float32(z) for z in (z0, z1))
         matrices = [_covariance(z) for z in (z0, z1)]
         std0, std1 = ((matrix.diagonal() + _EPSILON).sqrt() for matrix in matrices)
         off0, off1 = (off_diagonal(matrix).square().sum() / len(matrix) for matrix in matrices)
@@ -106,6 +106,7 @@ def _covariance(z: Tensor) -> Tensor:
 class VICRegConfig(MethodConfig):
     """Settings of VICReg."""
 
+    compares_images: ClassVar[bool] = True
     name: Literal["vicreg"] = "vicreg"
     similarity: NonNegativeFloat = 25.0
     """Lambda of Eq. (6), of the views' squared distance (sec. 4.2)."""
@@ -121,25 +122,22 @@ class VICRegConfig(MethodConfig):
     """D, the width of the embeddings. About five D x D matrices of float32 are held at once, as
     each view has a covariance: 1.25 GiB at 8192, 80 MiB at 2048."""
 
-    def check(self, shape: RunShape) -> None:
-        """Refuse batches of one image, which have no variance."""
-        if shape.global_batch_size < 2:
-            raise ConfigError(
-                "method vicreg takes variances over the images of a batch; "
-                f"train.global_batch_size={shape.global_batch_size}, use 2 or more (the paper 2048)"
-            )
+    def projection_head_layers(self, *, is_vit: bool) -> int:
+        """Return those of the projector."""
+        return self.projection_layers
 
 
-class VICReg(EmbeddingMethod):
-    """Two views of an image get the same embedding, whose entries vary and are not redundant."""
+class VICReg(SiameseMethod):
+    """Two views of an image get the same embedding, whose entries vary and are not redundant.
+
+    The projector is the paper's expander.
+    """
 
     Config = VICRegConfig
+    norms_views_together: ClassVar[bool] = False
 
     def __init__(self, config: VICRegConfig, backbone: Backbone, data: TrainingSet) -> None:
-        super().__init__(config, backbone, data)
-        self.config = config
-        self.backbone = backbone
-        self.expander = projection_mlp(
+        projector = projection_mlp(
             backbone.embed_dim,
             config.hidden_dim,
             config.projection_dim,
@@ -147,17 +145,8 @@ class VICReg(EmbeddingMethod):
             last_norm="none",
             last_bias=False,  # no term sees it
         )
-
-    @property
-    def encoder(self) -> Backbone:
-        """The backbone without the expander."""
-        return self.backbone
-
-    def embeddings(self, batch: Batch, progress: Progress) -> tuple[Tensor, ...]:
-        """Return features of view 0 and both embeddings; batch norm sees one view at a time."""
-        features = [self.backbone(view) for view in batch.views]
-        z0, z1 = (self.expander(each) for each in features)
-        return features[0].detach(), z0, z1
+        super().__init__(config, backbone, data, projector=projector)
+        self.config = config
 
     def loss_of(
         self, embeddings: tuple[Tensor, ...], batch: Batch, progress: Progress
@@ -170,6 +159,8 @@ class VICReg(EmbeddingMethod):
             + config.variance * terms.variance
             + config.covariance * terms.covariance
         )
+        if not progress.is_logged:
+            return LossOutput(loss, features, {})
         metrics = {
             "vicreg/invariance": terms.invariance.detach(),
             "vicreg/std": terms.std,

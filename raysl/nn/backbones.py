@@ -84,8 +84,8 @@ class BackboneConfig(Config):
     """Parts for batch_norm: split."""
     weights: str | None = None
     """Start from these weights instead of random ones: a run folder, its encoder.safetensors, or a
-    .safetensors, .pth or .pt file of the same layout, the classifier left out. What results call
-    the untrained encoder is then the one with these weights."""
+    .safetensors, .pth or .pt file of the same layout, the classifier left out. Before
+    training (``untrained_...`` in results) is then the encoder with these weights."""
 
     @property
     def family(self) -> Family:

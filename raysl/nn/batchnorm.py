@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from raysl.errors import ConfigError, ShapeError
 from raysl.nn.collectives import mean_over_ranks, rank_and_size, sum_over_ranks
+from raysl.nn.precision import at_least_float32
 
 BatchNormScope = Literal["worker", "sync", "split"]
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -47,7 +48,7 @@ class SyncBatchNorm(_BatchNorm):
             )
         dims = [0, *range(2, input.ndim)]
         shape = [1, -1] + [1] * (input.ndim - 2)
-        x = input if input.dtype == torch.float64 else input.float()
+        x = at_least_float32(input)
         count = x.numel() / x.shape[1] * size
         mean = sum_over_ranks(x.sum(dims)) / count
         centred = x - mean.view(shape)
@@ -128,21 +129,22 @@ def set_batch_norm_scope(
 
     Args:
         module: Any module; changed in place where it has children.
-        scope: ``worker`` leaves it as it is, ``sync`` uses the batch of all workers, ``split`` uses
-            ``num_splits`` parts of the worker's batch.
+        scope: ``worker`` undoes the others and leaves ordinary batch norm as it is, ``sync`` uses
+            the batch of all workers, ``split`` uses ``num_splits`` parts of the worker's batch.
         num_splits: Parts for ``split``, > 0.
         on_cuda: Whether the module will run on CUDA, where torch's own SyncBatchNorm is faster.
 
     Raises:
         ConfigError: If the scope is not known.
     """
-    if scope == "worker":
-        return module
+    if scope not in ("worker", "sync", "split"):
+        raise ConfigError(f"batch norm scope {scope!r}; allowed: worker, sync, split")
     if scope == "sync" and on_cuda:
         return cast(nn.Module, nn.SyncBatchNorm.convert_sync_batchnorm(module))
-    if scope not in ("sync", "split"):
-        raise ConfigError(f"batch norm scope {scope!r}; allowed: worker, sync, split")
     if isinstance(module, _BatchNorm):
+        if scope == "worker":  # one part of the batch is all of it
+            ours = isinstance(module, SyncBatchNorm | nn.SyncBatchNorm | SplitBatchNorm)
+            return _converted(module, SplitBatchNorm, 1) if ours else module
         return _converted(module, SyncBatchNorm if scope == "sync" else SplitBatchNorm, num_splits)
     for name, child in module.named_children():
         replaced = set_batch_norm_scope(child, scope, num_splits=num_splits)

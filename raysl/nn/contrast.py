@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysl.errors import ConfigError, ShapeError
+from raysl.nn.precision import at_least_float32
 
 CPU_TILE, DEVICE_TILE = 1024, 4096
 """Side of a tile: 4 MiB of float32 that stay in a CPU's cache; on a GPU 64 MiB, as each tile costs
@@ -31,7 +32,7 @@ class Contrast(NamedTuple):
 def unit_rows(z: Tensor) -> Tensor:
     """Return rows of length 1 in float32, or in float64 if they come so, also under autocast."""
     with torch.autocast(z.device.type, enabled=False):
-        return F.normalize(z if z.dtype == torch.float64 else z.float(), dim=-1)
+        return F.normalize(at_least_float32(z), dim=-1)
 
 
 def contrast(

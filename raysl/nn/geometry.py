@@ -99,3 +99,22 @@ def off_diagonal(square: Tensor) -> Tensor:
     d = len(square)
     # Read row by row from entry 1 on, every (D + 1)th entry is one of the diagonal.
     return square.flatten()[1:].view(d - 1, d + 1)[:, :-1]
+
+
+def log_mean_exp_on_sphere(dim: int, concentration: float) -> float:
+    r"""Return the log of the mean of exp(concentration * cosine) over the unit sphere.
+
+    It is the normaliser of the von Mises-Fisher density relative to the uniform one:
+    :math:`{}_0F_1(; D/2; \kappa^2/4)`, summed as its power series.
+
+    Args:
+        dim: D, the space that the sphere lies in, > 1.
+        concentration: kappa, > 0.
+    """
+    half, x = dim / 2, 2 * math.log(concentration / 2)
+    terms = int(2 * concentration) + 100  # they fall like those of exp(kappa / 2) beyond kappa
+    logs = [
+        k * x + math.lgamma(half) - math.lgamma(k + half) - math.lgamma(k + 1) for k in range(terms)
+    ]
+    largest = max(logs)
+    return largest + math.log(math.fsum(math.exp(value - largest) for value in logs))

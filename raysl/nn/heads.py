@@ -4,6 +4,8 @@ from typing import Literal
 
 from torch import nn
 
+from raysl.errors import ConfigError
+
 
 def projection_mlp(
     in_dim: int,
@@ -45,3 +47,27 @@ def projection_mlp(
         nn.init.zeros_(norm.bias)
         norm.bias.requires_grad_(False)
     return nn.Sequential(*layers, nn.Linear(in_dim, out_dim, bias=False), norm)
+
+
+def count_layers(head: nn.Sequential) -> int:
+    """Return the number of linear layers of a head."""
+    return sum(isinstance(layer, nn.Linear) for layer in head)
+
+
+def first_layers(head: nn.Sequential, num_layers: int) -> nn.Sequential:
+    """Return the first linear layers of a head, each with its batch norm and nonlinearity.
+
+    Args:
+        head: What begins with a linear layer, such as :func:`projection_mlp`.
+        num_layers: Linear layers to keep; 0 keeps nothing, all of them the whole head.
+
+    Returns:
+        The same modules, not copies of them.
+
+    Raises:
+        ConfigError: If the head has fewer.
+    """
+    starts = [place for place, layer in enumerate(head) if isinstance(layer, nn.Linear)]
+    if not 0 <= num_layers <= len(starts):
+        raise ConfigError(f"{num_layers} layers of a head that has {len(starts)}")
+    return head[: [*starts, len(head)][num_layers]]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raysl.errors import ShapeError
+from raysl.nn.precision import at_least_float32
 
 
 def noise_contrastive_loss(
@@ -60,7 +61,7 @@ def noise_contrastive_loss(
         )
     with torch.autocast(data_logits.device.type, enabled=False):
         of_data, of_noise, log_of_data, log_of_noise = (
-            x if x.dtype == torch.float64 else x.float()
+            at_least_float32(x)
             for x in (data_logits, noise_logits, data_log_noise, noise_log_noise)
         )
         u_data = of_data - log_of_data - math.log(num_noise)

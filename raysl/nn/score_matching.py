@@ -5,10 +5,10 @@ P. Vincent: "A Connection Between Score Matching and Denoising Autoencoders", Ne
 Gradients of the Data Distribution", 2019, arXiv:1907.05600v3.
 """
 
-import torch
 from torch import Tensor
 
 from raysl.errors import ShapeError
+from raysl.nn.precision import at_least_float32
 
 
 def denoising_score_loss(scores: Tensor, noise: Tensor, noise_std: Tensor) -> Tensor:
@@ -39,9 +39,5 @@ def denoising_score_loss(scores: Tensor, noise: Tensor, noise_std: Tensor) -> Te
             f"scores and noise must be (N, ...) and noise_std (N,); got {tuple(scores.shape)}, "
             f"{tuple(noise.shape)}, {tuple(noise_std.shape)}"
         )
-    sigma = _exact(noise_std).view(-1, *[1] * (scores.ndim - 1))
-    return 0.5 * (sigma * _exact(scores) + _exact(noise)).square().mean()
-
-
-def _exact(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()
+    sigma = at_least_float32(noise_std).view(-1, *[1] * (scores.ndim - 1))
+    return 0.5 * (sigma * at_least_float32(scores) + at_least_float32(noise)).square().mean()

@@ -143,8 +143,8 @@ def _draw_panel(axes: Axes, panel: _Panel, records: Sequence[Record]) -> None:
 
 
 def _draw_references(axes: Axes, records: Sequence[Record]) -> None:
-    """Draw what the untrained network and the bare pixels reach, if the run has measured it."""
-    for key, text in (("untrained", "untrained"), ("pixels", "bare pixels")):
+    """Draw what the network before training and the bare pixels reach, if it was measured."""
+    for key, text in (("untrained", "before training"), ("pixels", "bare pixels")):
         values = [r[f"final/{key}_knn_top1"] for r in records if f"final/{key}_knn_top1" in r]
         if values:
             axes.axhline(100 * values[-1], color=GREY, linewidth=1, linestyle="--")

@@ -1,4 +1,4 @@
-"""Methods side by side: their loss curves, and what each gained over its untrained encoder."""
+"""Methods side by side: their loss curves, and what training gave each encoder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,7 +72,7 @@ def draw_gains(path: Path, runs: Sequence[Shown]) -> None:
     ordered = sorted(runs, key=lambda run: run.knn_top1)
     figure = new_figure(height_in=0.8 + _BAR_IN * len(runs))
     axes: Axes = figure.subplots()
-    style_axes(axes, title="Nearest-neighbour accuracy, %: untrained (o) and trained", grid="x")
+    style_axes(axes, title="Nearest-neighbour accuracy, %: before training (o) and after", grid="x")
     for place, run in enumerate(ordered):
         before, after = 100 * run.untrained_knn_top1, 100 * run.knn_top1
         axes.plot([before, after], [place, place], color=BLUE, linewidth=1.6, zorder=2)

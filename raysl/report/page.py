@@ -39,6 +39,7 @@ _FILES = (
     ("results.json", "the accuracies above"),
     ("encoder.safetensors", "the encoder's weights under torchvision's names"),
     ("method_pictures.npz", "what the method makes of a few images"),
+    ("finetune_labels.json", "rows of the training images whose labels fine-tuning saw"),
     ("features.npz", "features, labels and small images behind the map"),
     ("checkpoints", "the whole state of training, to go on from"),
     ("pictures", "the pictures of this page"),
@@ -224,8 +225,10 @@ def _protocol(config: RunConfig[Any], results: Mapping[str, Any]) -> str:
         "few_shot_draws": evaluate.few_shot_draws,
     }
     known = {key: _number(results.get(key, value)) for key, value in settings.items()}
+    weights = config.backbone.weights
+    start = "random weights" if weights is None else f"the weights of {_escape(weights)}"
     text = (
-        f"Untrained is the same network before training. Networks are frozen and see centred "
+        f"Before training, the same network has {start}. Networks are frozen and see centred "
         f"images of {config.image_size_px} px. {known['num_train_labels']} labelled images train "
         f"the probes, {known['num_test_labels']} others of {known['num_classes']} classes test "
         f"them. Nearest neighbours: k = {known['knn_k']}, temperature {known['knn_temperature']}, "
@@ -233,6 +236,13 @@ def _protocol(config: RunConfig[Any], results: Mapping[str, Any]) -> str:
         f"labels: {known['few_shot_labels']} a class, mean &plusmn; standard deviation of "
         f"{known['few_shot_draws']} draws."
     )
+    tuned = accuracy(results, "finetune_top1")
+    if tuned is not None and evaluate.finetune is not None:
+        text += (
+            f" Fine-tuned on {_number(results.get('finetune_labels'))} of the labels, from layer "
+            f"{evaluate.finetune.head_layers} of the projection head (0: the encoder alone), it is "
+            f"right in {tuned[0]:.1f} %."
+        )
     linear, num_test = accuracy(results, "linear_top1"), results.get("num_test_labels")
     if linear is None or not num_test:
         return text

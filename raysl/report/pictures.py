@@ -38,7 +38,7 @@ Record = Mapping[str, Any]
 
 ENCODERS = (
     ("", "Pretrained"),
-    ("untrained_", "Untrained"),
+    ("untrained_", "Before training"),
     ("pixels_", "Bare pixels"),
 )
 """Prefix of the keys of ``results.json``, and what is measured under it."""
@@ -155,7 +155,7 @@ def _put_image(axes: Axes, image: Image, *, left: float, top: float) -> None:
 
 
 def draw_accuracy(path: Path, results: Record) -> None:
-    """Draw the accuracy of the pretrained and untrained network and of bare pixels as bars.
+    """Draw the accuracy of the network after and before training and of bare pixels as bars.
 
     Args:
         path: PNG to write.

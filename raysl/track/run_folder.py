@@ -29,6 +29,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.encoder = self.path / "encoder.safetensors"
         self.results = self.path / "results.json"
+        self.finetune_labels = self.path / "finetune_labels.json"
         self.features = self.path / "features.npz"
         self.method_pictures = self.path / "method_pictures.npz"
         self.report = self.path / "report.html"

@@ -72,6 +72,10 @@ class Schedule:
     evaluate_every: int | None
     seed: int
 
+    def progress(self, step: int, *, is_logged: bool) -> Progress:
+        """Return where training stands before a step."""
+        return Progress(step, self.total_steps, self.steps_per_epoch, self.seed, is_logged)
+
 
 class Trainer:
     """Trains a method on batches that someone else makes.
@@ -130,20 +134,21 @@ class Trainer:
             batch = meter.wait_for(batches)
             _check_place(batch, step)
             self._bad.update(_bad_images(batch))
-            progress = Progress(step, schedule.total_steps, schedule.steps_per_epoch, schedule.seed)
-            _seed_step(schedule.seed, step, rank)
-            metrics, features = self._step(self.to_batch(batch), progress)
             done = step + 1
-            last = done == schedule.total_steps
+            saves = self._due(done, schedule.checkpoint_every) or done == schedule.total_steps
+            # Also before each checkpoint: what is not finite must not replace what is.
+            reads = saves or self._due(done, schedule.log_every)
+            _seed_step(schedule.seed, step, rank)
+            metrics, features = self._step(
+                self.to_batch(batch), schedule.progress(step, is_logged=reads)
+            )
             meter.count(len(batch["index"]))
             if done == start_step + 1:
                 self._synchronize()
                 hooks.log({"time/first_step_at": time.time()}, done)
                 meter = _Meter()  # speed is measured from the first step on, not from the start
-            saves = self._due(done, schedule.checkpoint_every) or last
             logged: dict[str, float] = {}
-            # Also before each checkpoint: what is not finite must not replace what is.
-            if saves or self._due(done, schedule.log_every):
+            if reads:
                 logged = self._read(metrics, features, meter)
                 if logged.pop(_NEW_BAD) > 0:  # on some rank: all of them report
                     logged["data/bad_images"] = hooks.bad_images(self._bad, done)

@@ -1,33 +1,28 @@
 """Two gloo processes that hold half of the images each equal one process with all of them.
 
-One start of two processes runs every check, as start-up is most of the time; the tests compare
-what each rank wrote with what this process computes on its own. Without the sum over ranks in the
-backward pass of ``gather_batch`` or of ``SyncBatchNorm`` the losses here still agree and the
-gradients do not.
+Without the sum over ranks in the backward pass of ``gather_batch`` or of ``SyncBatchNorm`` the
+losses here still agree and the gradients do not.
 """
 
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from two_ranks import RANKS, Results, mine
 
 import raysl.nn.contrast
 from raysl.evaluate.features import EvalImages, embed
+from raysl.evaluate.finetune import FinetuneConfig, finetune
 from raysl.methods import load_method
 from raysl.methods.base import Batch, Method, Progress, TrainingSet
 from raysl.methods.sigmoid import sigmoid_loss
 from raysl.methods.simclr import nt_xent_loss
-from raysl.nn.backbones import BackboneConfig, build_backbone
+from raysl.nn.backbones import Backbone, BackboneConfig, build_backbone
 from raysl.nn.batchnorm import set_batch_norm_scope
 from raysl.nn.collectives import (
     barrier,
@@ -43,9 +38,7 @@ from raysl.train.gradient import backward
 
 pytestmark = pytest.mark.distributed
 
-RANKS = 2
 PER_RANK = 4
-TIMEOUT_S = 180
 TRAINING_SET = TrainingSet(
     num_images=64, global_batch_size=RANKS * PER_RANK, view_sizes_px=(32, 32)
 )
@@ -69,19 +62,11 @@ NORMS: dict[str, tuple[type[nn.Module], tuple[int, ...], torch.dtype]] = {
     "float64": (nn.BatchNorm2d, (8, 3, 5, 5), torch.float64),
 }
 
-Results = dict[str, Any]
-
 
 def numbers(*shape: int, seed: int) -> Tensor:
     """Rows that differ in mean and spread, so that each half has statistics of its own."""
     rows = torch.linspace(0.3, 2.5, shape[0]).view(-1, *[1] * (len(shape) - 1))
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * rows + rows
-
-
-def mine(rows: Tensor) -> Tensor:
-    """This rank's part of a batch; all of it in a process on its own."""
-    rank, size = rank_and_size()
-    return rows.chunk(size)[rank].clone()
 
 
 def average_over_ranks(gradients: list[Tensor]) -> list[Tensor]:
@@ -219,8 +204,35 @@ def embedded() -> Results:
     return found
 
 
-def collectives(rank: int) -> Results:
+def finetuned() -> Results:
+    """What rank 0 makes of an encoder that was trained with batch norm over all ranks."""
+    found: Results = {}
+    if rank_and_size()[0] == 0:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4), nn.BatchNorm1d(4), nn.ReLU())
+        set_batch_norm_scope(net, "sync")
+        pixels = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
+        labels = np.arange(12) % 2
+        source = ArraySource("made up", pixels)
+        images = EvalImages(
+            source, np.arange(12), labels, size_px=8, crop_fraction=1.0, num_threads=1
+        )
+        found["finetuned"] = finetune(
+            Backbone(net, embed_dim=4),
+            None,
+            FinetuneConfig(label_fraction=0.5, epochs=3),
+            train=images,
+            test=images,
+            num_classes=2,
+            to_input=lambda x: torch.from_numpy(x).permute(0, 3, 1, 2) / 255,
+        )._asdict()
+    barrier()
+    return found
+
+
+def collectives() -> Results:
     """Rank r holds rows [r, r], [r, r + 1]; its loss weighs all rows by r + 1."""
+    rank, _ = rank_and_size()
     rows = torch.tensor([[rank, rank], [rank, rank + 1]], dtype=torch.float32, requires_grad=True)
     gathered = gather_batch(rows)
     (gathered * torch.arange(8.0).view(4, 2) * (rank + 1)).sum().backward()
@@ -245,51 +257,12 @@ def collectives(rank: int) -> Results:
 
 
 def everything() -> Results:
-    """Compute what must not depend on how many processes share the work."""
+    """Compute what must not depend on how many processes share the work, and what does."""
     found: Results = {"losses": contrastive(), "batch_norm": batch_norm(), "embedded": embedded()}
-    found["cached"] = cached()
+    found |= {"cached": cached()} | finetuned()
+    if rank_and_size()[1] == RANKS:
+        found["collectives"] = collectives()
     return found | {name: train_steps(name) for name in METHODS}
-
-
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=RANKS,
-        timeout=timedelta(seconds=TIMEOUT_S / 2),
-    )
-    found = everything() | {"collectives": collectives(rank)}
-    torch.save(found, f"{folder}/rank-{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    context = mp.start_processes(
-        run_rank, args=(str(folder),), nprocs=RANKS, join=False, start_method="spawn"
-    )
-    deadline = time.monotonic() + TIMEOUT_S
-    try:
-        while not context.join(timeout=1.0):  # raises what a rank raised
-            assert time.monotonic() < deadline, f"two ranks took more than {TIMEOUT_S} s"
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
-    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(RANKS)]
-
-
-@pytest.fixture(scope="module")
-def alone() -> Results:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return everything()
-    finally:
-        torch.set_num_threads(threads)
 
 
 def joined(ranks: list[Results], pick: Callable[[Results], Tensor]) -> Tensor:
@@ -460,6 +433,12 @@ class TestEmbed:
         for found in ranks:
             assert found["embedded"][count].shape == (count, 4)
             torch.testing.assert_close(found["embedded"][count], alone["embedded"][count])
+
+
+def test_rank_0_fine_tunes_alone(ranks: list[Results], alone: Results) -> None:
+    """With a collective in it, it would wait for the other rank, which waits for it."""
+    assert "finetuned" not in ranks[1]
+    assert ranks[0]["finetuned"] == alone["finetuned"]
 
 
 class TestCachedGradient:

@@ -4,17 +4,11 @@ Its center is the mean of all ranks' outputs: a center of one rank's own images 
 loss of the first step only.
 """
 
-import time
-from datetime import timedelta
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from two_ranks import RANKS, Results, mine
 
 from raysl.methods.base import Batch, Progress, TrainingSet
 from raysl.methods.dino import DINO, DINOConfig
@@ -24,12 +18,8 @@ from raysl.nn.collectives import mean_over_ranks, rank_and_size
 
 pytestmark = pytest.mark.distributed
 
-RANKS = 2
 PER_RANK = 4
 STEPS = 3
-TIMEOUT_S = 120
-
-Results = dict[str, Any]
 
 
 def build() -> DINO:
@@ -54,20 +44,19 @@ def build() -> DINO:
     return method.double()
 
 
-def mine(step: int) -> Batch:
+def batch_of(step: int) -> Batch:
     """This rank's half of the step's images; all of them in a process on its own."""
     generator = torch.Generator().manual_seed(step)
     rows = torch.linspace(0.3, 2.5, RANKS * PER_RANK).view(-1, 1, 1, 1)
-    rank, size = rank_and_size()
 
     def view(side: int) -> Tensor:
         pixels = torch.randn(RANKS * PER_RANK, 3, side, side, generator=generator)
-        return (pixels * rows + rows).double().chunk(size)[rank].clone()
+        return mine((pixels * rows + rows).double())
 
-    return Batch([view(12), view(12), view(8)], torch.arange(len(rows)).chunk(size)[rank])
+    return Batch([view(12), view(12), view(8)], mine(torch.arange(len(rows))))
 
 
-def train() -> Results:
+def everything() -> Results:
     method = build()
     model: nn.Module = method
     if rank_and_size()[1] > 1:
@@ -77,7 +66,7 @@ def train() -> Results:
     found: Results = {"losses": [], "gradients": [], "centers": []}
     for step in range(STEPS):
         progress = Progress(step, 10, 1, seed=1)  # the prototypes move from step 1 on
-        output = model(mine(step), progress)
+        output = model(batch_of(step), progress)
         optimizer.zero_grad()
         output.loss.backward()
         found["gradients"] += [p.grad.clone() for p in trainable if p.grad is not None]
@@ -90,42 +79,11 @@ def train() -> Results:
     return found
 
 
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=RANKS,
-        timeout=timedelta(seconds=TIMEOUT_S / 2),
-    )
-    torch.save(train(), f"{folder}/rank-{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    context = mp.start_processes(
-        run_rank, args=(str(folder),), nprocs=RANKS, join=False, start_method="spawn"
-    )
-    deadline = time.monotonic() + TIMEOUT_S
-    try:
-        while not context.join(timeout=1.0):  # raises what a rank raised
-            assert time.monotonic() < deadline, f"two ranks took more than {TIMEOUT_S} s"
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
-    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(RANKS)]
-
-
 @pytest.mark.parametrize("what", ["losses", "gradients", "centers", "teacher"])
-def test_two_ranks_equal_one_big_batch(ranks: list[Results], what: str) -> None:
-    alone = train()[what]
-    scale = max(float(value.abs().max()) for value in alone)
+def test_two_ranks_equal_one_big_batch(ranks: list[Results], alone: Results, what: str) -> None:
+    scale = max(float(value.abs().max()) for value in alone[what])
     for found in ranks:
-        for value, expected in zip(found[what], alone, strict=True):
+        for value, expected in zip(found[what], alone[what], strict=True):
             torch.testing.assert_close(value, expected, rtol=0.0, atol=1e-6 * scale)
 
 

@@ -4,17 +4,13 @@ What is random on each rank is given its part of the same numbers here; which ch
 buffer go on, and from which noise others start, is the same by itself.
 """
 
-import time
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from two_ranks import Results, mine
 
 from raysl.methods.base import Batch, Progress, TrainingSet
 from raysl.methods.ebm import EBM, EBMConfig
@@ -23,11 +19,9 @@ from raysl.nn.collectives import mean_over_ranks, rank_and_size
 
 pytestmark = pytest.mark.distributed
 
-RANKS = 2
 IMAGES = 8
 SIZE_PX = 12
 STEPS = 3
-TIMEOUT_S = 180
 TRAININGS: dict[str, dict[str, Any]] = {
     "mcmc": {
         "buffer_length": 12, "restart_prob": 0.5, "langevin_steps": 3, "langevin_noise_std": 0.0,
@@ -37,19 +31,11 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "nce": {"num_noise": 2},
 }  # fmt: skip
 
-Results = dict[str, Any]
-
 
 def numbers(*shape: int, seed: int) -> Tensor:
     """Rows that differ in mean and spread, so that each half has statistics of its own."""
     rows = torch.linspace(0.3, 1.5, shape[0]).view(-1, *[1] * (len(shape) - 1))
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * rows).double()
-
-
-def mine(rows: Tensor) -> Tensor:
-    """This rank's part of a batch; all of it in a process on its own."""
-    rank, size = rank_and_size()
-    return rows.chunk(size)[rank].clone()
 
 
 def train(training: str) -> Results:
@@ -95,46 +81,6 @@ def train(training: str) -> Results:
 
 def everything() -> Results:
     return {training: train(training) for training in TRAININGS}
-
-
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=RANKS,
-        timeout=timedelta(seconds=TIMEOUT_S / 2),
-    )
-    torch.save(everything(), f"{folder}/rank-{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    context = mp.start_processes(
-        run_rank, args=(str(folder),), nprocs=RANKS, join=False, start_method="spawn"
-    )
-    deadline = time.monotonic() + TIMEOUT_S
-    try:
-        while not context.join(timeout=1.0):  # raises what a rank raised
-            assert time.monotonic() < deadline, f"two ranks took more than {TIMEOUT_S} s"
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
-    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(RANKS)]
-
-
-@pytest.fixture(scope="module")
-def alone() -> Results:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return everything()
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("training", TRAININGS)

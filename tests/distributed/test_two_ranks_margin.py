@@ -5,16 +5,12 @@ the sum over ranks in the backward pass of ``gather_batch`` the losses agree and
 The same two processes also show that the memory bank of NCE is the same on both.
 """
 
-import time
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch import Tensor, nn
+from torch import nn
+from two_ranks import RANKS, Results, mine
 
 from raysl.methods.base import Batch, Progress, TrainingSet
 from raysl.methods.margin import Margin, MarginConfig, _partners
@@ -24,9 +20,7 @@ from raysl.nn.collectives import average_gradients, mean_over_ranks, rank_and_si
 
 pytestmark = pytest.mark.distributed
 
-RANKS = 2
 TOTAL = 8
-TIMEOUT_S = 120
 PROGRESS = Progress(step=3, total_steps=20, steps_per_epoch=5, seed=7)
 TRAINING_SET = TrainingSet(64, TOTAL, (4, 4), class_counts=(30, 20, 10))
 INDEX = torch.tensor([9, 3, 60, 2, 7, 3, 11, 0])
@@ -37,14 +31,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "labels": {"num_others": 7, "margin": 3.0, "pairs": "labels"},
 }
 NOISE = ("uniform", "labels", "gaussian")
-
-Results = dict[str, Any]
-
-
-def mine(rows: Tensor) -> Tensor:
-    """This rank's part of a batch; all of it in a process on its own."""
-    rank, size = rank_and_size()
-    return rows.chunk(size)[rank].clone()
 
 
 def backbone() -> Backbone:
@@ -95,41 +81,6 @@ def bank(noise: str) -> Results:
 def everything() -> Results:
     found = {name: step(name) for name in SETTINGS}
     return found | {f"bank_{noise}": bank(noise) for noise in NOISE}
-
-
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=RANKS,
-        timeout=timedelta(seconds=TIMEOUT_S / 2),
-    )
-    torch.save(everything(), f"{folder}/rank-{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    context = mp.start_processes(
-        run_rank, args=(str(folder),), nprocs=RANKS, join=False, start_method="spawn"
-    )
-    deadline = time.monotonic() + TIMEOUT_S
-    try:
-        while not context.join(timeout=1.0):  # raises what a rank raised
-            assert time.monotonic() < deadline, f"two ranks took more than {TIMEOUT_S} s"
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
-    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(RANKS)]
-
-
-@pytest.fixture(scope="module")
-def alone() -> Results:
-    return everything()
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -1,21 +1,17 @@
 """Barlow Twins, VICReg and SwAV on two gloo processes equal one process with all images.
 
-As in test_two_ranks.py, one start of two processes runs every check. Both ranks hold the same loss
+Both ranks hold the same loss
 of all images, or the mean over their own; either way the mean over ranks of loss and gradient must
 be that of one big batch.
 """
 
-import time
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from two_ranks import RANKS, Results, mine
 
 from raysl.config.base import Duration
 from raysl.methods import load_method
@@ -29,10 +25,8 @@ from raysl.nn.collectives import mean_over_ranks, rank_and_size
 
 pytestmark = pytest.mark.distributed
 
-RANKS = 2
 IMAGES = 12
 STEPS = 4
-TIMEOUT_S = 180
 DATA = TrainingSet(num_images=64, global_batch_size=IMAGES, view_sizes_px=(8, 8))
 SIZES_PX = {"barlow": (8, 8), "vicreg": (8, 8), "swav": (8, 8, 5, 5, 5), "swav_queue": (8, 8)}
 HEAD = {"hidden_dim": 8, "projection_dim": 5}
@@ -49,20 +43,12 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }
 
-Results = dict[str, Any]
-
 
 def numbers(*shape: int, seed: int) -> Tensor:
     """Rows that differ in mean and spread, so that each half has statistics of its own."""
     rows = torch.linspace(0.3, 2.5, shape[0]).view(-1, *[1] * (len(shape) - 1)).double()
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64) * rows + rows
-
-
-def mine(rows: Tensor) -> Tensor:
-    """This rank's part of a batch; all of it in a process on its own."""
-    rank, size = rank_and_size()
-    return rows.chunk(size)[rank].clone()
 
 
 def losses() -> Results:
@@ -122,46 +108,6 @@ def train_steps(name: str) -> Results:
 def everything() -> Results:
     """Compute what must not depend on how many processes share the work."""
     return {"losses": losses()} | {name: train_steps(name) for name in METHODS}
-
-
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=RANKS,
-        timeout=timedelta(seconds=TIMEOUT_S / 2),
-    )
-    torch.save(everything(), f"{folder}/rank-{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    context = mp.start_processes(
-        run_rank, args=(str(folder),), nprocs=RANKS, join=False, start_method="spawn"
-    )
-    deadline = time.monotonic() + TIMEOUT_S
-    try:
-        while not context.join(timeout=1.0):  # raises what a rank raised
-            assert time.monotonic() < deadline, f"two ranks took more than {TIMEOUT_S} s"
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
-    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(RANKS)]
-
-
-@pytest.fixture(scope="module")
-def alone() -> Results:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return everything()
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", ["barlow", "vicreg"])

@@ -1,20 +1,15 @@
 """BYOL, SimSiam and MoCo v3 on two gloo processes with half of the images each, and on one.
 
-One start of two processes runs every check; the tests compare what each rank wrote with what this
-process computes on its own, in float64 with batch norm over all ranks.
+In float64, with batch norm over all ranks.
 """
 
-import time
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from two_ranks import RANKS, Results, mine
 
 from raysl.methods import load_method
 from raysl.methods.base import Batch, Method, Progress, TrainingSet
@@ -28,10 +23,8 @@ from raysl.nn.vit import VisionTransformer
 
 pytestmark = pytest.mark.distributed
 
-RANKS = 2
 IMAGES = 8
 STEPS = 3
-TIMEOUT_S = 120
 TRAINING_SET = TrainingSet(num_images=64, global_batch_size=IMAGES, view_sizes_px=(16, 16))
 HEADS = {"hidden_dim": 12, "projection_dim": 6}
 METHODS: dict[str, dict[str, Any]] = {
@@ -46,20 +39,12 @@ LOSSES = {
     "moco_v3": lambda query, key: moco_v3_loss(query, key, temperature=0.2),
 }
 
-Results = dict[str, Any]
-
 
 def numbers(*shape: int, seed: int) -> Tensor:
     """Rows that differ in mean and spread, so that each half has statistics of its own."""
     rows = torch.linspace(0.3, 2.5, shape[0]).view(-1, *[1] * (len(shape) - 1)).double()
     noise = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
     return noise * rows + rows
-
-
-def mine(rows: Tensor) -> Tensor:
-    """This rank's part of a batch; all of it in a process on its own."""
-    rank, size = rank_and_size()
-    return rows.chunk(size)[rank].clone()
 
 
 def compare(name: str) -> Results:
@@ -114,46 +99,6 @@ def everything() -> Results:
         "compared": {name: compare(name) for name in LOSSES},
         "trained": {name: train_steps(name) for name in METHODS},
     }
-
-
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=RANKS,
-        timeout=timedelta(seconds=TIMEOUT_S / 2),
-    )
-    torch.save(everything(), f"{folder}/rank-{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    context = mp.start_processes(
-        run_rank, args=(str(folder),), nprocs=RANKS, join=False, start_method="spawn"
-    )
-    deadline = time.monotonic() + TIMEOUT_S
-    try:
-        while not context.join(timeout=1.0):  # raises what a rank raised
-            assert time.monotonic() < deadline, f"two ranks took more than {TIMEOUT_S} s"
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
-    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(RANKS)]
-
-
-@pytest.fixture(scope="module")
-def alone() -> Results:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return everything()
-    finally:
-        torch.set_num_threads(threads)
 
 
 def assert_equal_to_scale(found: Tensor, expected: Tensor, *, scale: float) -> None:

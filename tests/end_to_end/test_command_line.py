@@ -43,6 +43,34 @@ class TestPretrain:
         assert result["mlflow_problem"] is None
         assert load_encoder(folder).training is False
 
+    def test_fine_tuning_at_the_end_is_in_the_results_and_leaves_the_encoder_alone(
+        self, run_yaml: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        short = ["train.steps=2", "evaluate.every=null"]
+        tune = "evaluate.finetune={label_fraction: 0.2, head_layers: 1, epochs: 2, flip_prob: 0}"
+        assert main(["pretrain", str(run_yaml("plain")), *short]) == 0
+        assert main(["pretrain", str(run_yaml("tuned")), *short, tune, "--json"]) == 0
+        captured = capsys.readouterr()
+        result = json.loads(captured.out.splitlines()[-1])
+        plain, tuned = (RunFolder(Path("runs") / name) for name in ("plain", "tuned"))
+        kept = json.loads(tuned.finetune_labels.read_text())
+        # 160 training images, no fewer for the test, which has a split of its own.
+        assert len(kept["rows"]) == len(set(kept["rows"])) == result["finetune_labels"] == 32
+        assert (kept["source"], kept["seed"]) == ("digits/train", 0)
+        assert 0 < result["finetune_top1"] <= 1
+        assert read_metrics(tuned.metrics)[-1]["final/finetune_top1"] == result["finetune_top1"]
+        states = [load_encoder(folder.encoder).state_dict() for folder in (plain, tuned)]
+        assert all((states[0][key] == states[1][key]).all() for key in states[0])
+        assert "finetune_top1" not in (plain.read_results() or {})
+        assert not plain.finetune_labels.exists()
+
+    def test_fine_tuning_from_a_layer_that_is_not_there_is_refused_before_anything(
+        self, run_yaml: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["pretrain", str(run_yaml("no")), "evaluate.finetune={head_layers: 3}"]) == 1
+        assert "evaluate.finetune.head_layers=3" in capsys.readouterr().err
+        assert not Path("runs/no").exists()
+
     def test_stopped_after_five_steps_and_started_again_equals_ten_steps_to_the_bit(
         self, run_yaml: Callable[[str], Path]
     ) -> None:

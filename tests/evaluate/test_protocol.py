@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from raysl.errors import DataError
+from raysl.evaluate.finetune import FinetuneConfig
 from raysl.evaluate.knn import knn_accuracy
 from raysl.evaluate.linear import few_shot_accuracy, linear_accuracy
 from raysl.evaluate.protocol import (
@@ -145,6 +146,12 @@ class TestGivenTestSource:
         assert "the training images (made up) have no labels to train a probe with" in str(
             caught.value
         )
+
+
+@pytest.mark.parametrize("labels", [None, [-1] * 20])
+def test_without_labels_there_is_nothing_to_fine_tune_with(labels: list[int] | None) -> None:
+    with pytest.raises(DataError, match=r"evaluate\.finetune: the training images \(made up\)"):
+        opened(made_up(labels), finetune=FinetuneConfig())
 
 
 @pytest.mark.parametrize("labels", [None, [-1] * 20])

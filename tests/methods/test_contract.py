@@ -3,18 +3,21 @@
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from raysl.errors import ConfigError
 from raysl.methods import load_method, method_names
 from raysl.methods.base import Batch, LossOutput, Method, MethodConfig, Progress, TrainingSet
 from raysl.nn.backbones import Backbone
+from raysl.nn.heads import count_layers
 from raysl.train.gradient import backward, can_split
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -56,6 +59,24 @@ class Subject:
             for _ in range(self.config.num_views)
         ]
         return Batch(views, torch.arange(8) + 8 * seed, torch.arange(8) % 3)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that torch does within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -130,6 +151,21 @@ class TestMethod:
             assert not value.requires_grad
             assert torch.isfinite(value), key
 
+    def test_a_step_that_is_not_logged_has_the_same_loss_no_metrics_and_less_to_do(
+        self, subject: Subject, progress: Progress
+    ) -> None:
+        outputs, counts = [], []
+        for is_logged in (True, False):
+            method = subject.method()
+            torch.manual_seed(5)
+            with Operations() as done:
+                outputs.append(method(subject.batch(), progress._replace(is_logged=is_logged)))
+            counts.append(done.count)
+        assert outputs[1].metrics == {}
+        assert torch.equal(outputs[0].loss, outputs[1].loss)
+        assert torch.equal(outputs[0].features, outputs[1].features)
+        assert counts[1] < counts[0]
+
     def test_features_are_those_of_one_view_and_detached(
         self, subject: Subject, progress: Progress
     ) -> None:
@@ -163,6 +199,18 @@ class TestMethod:
         method = subject.method()
         assert isinstance(method.encoder, Backbone)
         assert any(module is method.encoder for module in method.modules())
+
+    def test_its_head_takes_the_features_and_has_as_many_layers_as_its_settings_say(
+        self, subject: Subject
+    ) -> None:
+        method = subject.method()
+        num_layers = subject.config.projection_head_layers(is_vit=subject.config.needs_vit)
+        head = method.projection_head
+        assert (head is None) == (num_layers == 0)
+        if head is not None:
+            assert count_layers(head) == num_layers
+            assert head[0].in_features == method.encoder.embed_dim
+            assert any(module is head for module in method.modules())
 
     def test_a_batch_in_parts_has_the_gradient_of_the_whole(
         self, subject: Subject, progress: Progress

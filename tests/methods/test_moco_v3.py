@@ -126,7 +126,7 @@ class TestMoCoV3Config:
             return RunShape(batch, 1, (32, 32), BackboneConfig())
 
         MoCoV3Config().check_shape(shape(2))
-        with pytest.raises(ConfigError, match=r"global_batch_size=1 leaves no negatives.*least 2"):
+        with pytest.raises(ConfigError, match=r"train\.global_batch_size=1, use 2 or more"):
             MoCoV3Config().check_shape(shape(1))
 
 

@@ -13,10 +13,10 @@ from raysl.methods.nce import (
     NCE,
     NCEConfig,
     _first_of_each,
-    log_mean_exp_on_sphere,
     nce_loss,
 )
 from raysl.nn.backbones import Backbone, BackboneConfig
+from raysl.nn.geometry import log_mean_exp_on_sphere
 
 Backbones = Callable[..., Backbone]
 Views = Callable[..., list[Tensor]]
@@ -145,21 +145,6 @@ class TestNceLoss:
         assert precision.item() == pytest.approx(1 / 0.7**2, rel=0.06)
         expected = -math.log(0.7 * math.sqrt(2 * math.pi))
         assert log_c.item() == pytest.approx(expected, abs=0.04)
-
-
-class TestNormaliserOnTheSphere:
-    def test_in_3_dimensions_is_sinh_over_kappa(self) -> None:
-        for kappa in (0.1, 1.0, 14.3, 50.0):
-            expected = math.log(math.sinh(kappa) / kappa)
-            assert log_mean_exp_on_sphere(3, kappa) == pytest.approx(expected, rel=1e-9)
-
-    def test_on_the_circle_is_a_bessel_function(self) -> None:
-        for kappa in (0.5, 14.3):
-            expected = torch.special.i0(torch.tensor(kappa, dtype=torch.float64)).log().item()
-            assert log_mean_exp_on_sphere(2, kappa) == pytest.approx(expected, rel=1e-9)
-
-    def test_in_many_dimensions_is_that_of_a_gaussian_cosine(self) -> None:
-        assert log_mean_exp_on_sphere(4096, 10.0) == pytest.approx(100 / (2 * 4096), rel=1e-3)
 
 
 @pytest.fixture

@@ -145,7 +145,7 @@ class TestVICReg:
         method = VICReg(config, tiny_backbone(), training_set)
         views = make_views()
         output = method(batch_of(views), progress)
-        z0, z1 = (method.expander(method.backbone(view)).detach() for view in views)
+        z0, z1 = (method.projector(method.backbone(view)).detach() for view in views)
         expected = vicreg_by_hand(z0, z1, 2.0, 3.0, 4.0).item()
         assert output.loss.item() == pytest.approx(expected, rel=1e-4)
         torch.testing.assert_close(output.features, method.encoder(views[0]).detach())
@@ -160,21 +160,21 @@ class TestVICReg:
         method = VICReg(SMALL, tiny_backbone(), training_set)
         views = make_views()
         metrics = method(batch_of(views), progress).metrics
-        z0, z1 = (method.expander(method.backbone(view)).detach() for view in views)
+        z0, z1 = (method.projector(method.backbone(view)).detach() for view in views)
         spread = torch.cat([torch.sqrt(z.var(dim=0) + 1e-4) for z in (z0, z1)]).mean()
         assert metrics["vicreg/std"].item() == pytest.approx(spread.item(), rel=1e-4)
         for name, weights in (("invariance", (1.0, 0.0, 0.0)), ("covariance", (0.0, 0.0, 1.0))):
             expected = vicreg_by_hand(z0, z1, *weights).item()
             assert metrics[f"vicreg/{name}"].item() == pytest.approx(expected, rel=1e-3)
 
-    def test_expander_is_the_papers(
+    def test_projector_is_the_papers_expander(
         self, tiny_backbone: Callable[..., Backbone], training_set: TrainingSet
     ) -> None:
         # Three linear layers, batch norm and ReLU after the first two (sec. 4.2).
         kinds = [nn.Linear, nn.BatchNorm1d, nn.ReLU]
-        expander = VICReg(SMALL, tiny_backbone(), training_set).expander
-        assert [type(layer) for layer in expander] == [*kinds, *kinds, nn.Linear]
-        linear = [layer for layer in expander if isinstance(layer, nn.Linear)]
+        projector = VICReg(SMALL, tiny_backbone(), training_set).projector
+        assert [type(layer) for layer in projector] == [*kinds, *kinds, nn.Linear]
+        linear = [layer for layer in projector if isinstance(layer, nn.Linear)]
         assert [(m.in_features, m.out_features) for m in linear] == [(6, 8), (8, 8), (8, 5)]
         assert (VICRegConfig().hidden_dim, VICRegConfig().projection_dim) == (8192, 8192)
 

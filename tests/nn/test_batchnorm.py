@@ -123,6 +123,20 @@ class TestSetBatchNormScope:
         assert set_batch_norm_scope(net, "worker") is net
         assert net[0] is norm
 
+    @pytest.mark.parametrize("on_cuda", [False, True])
+    @pytest.mark.parametrize("scope", ["sync", "split"])
+    def test_worker_undoes_the_others(self, scope: str, on_cuda: bool) -> None:
+        plain = nn.Sequential(plain_norm())
+        net = copy.deepcopy(plain)
+        set_batch_norm_scope(net, scope, num_splits=4, on_cuda=on_cuda)  # type: ignore[arg-type]
+        weight = net[0].weight
+        set_batch_norm_scope(net, "worker")
+        assert net[0].weight is weight
+        x = images(7)  # divides into no parts
+        torch.testing.assert_close(net(x), plain(x))
+        for name, value in plain.state_dict().items():
+            torch.testing.assert_close(net.state_dict()[name], value)
+
     def test_on_cuda_takes_torchs_own_kernels_with_the_same_parameters(self) -> None:
         net = nn.Sequential(plain_norm())
         weight = net[0].weight

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from raysl.nn.geometry import alignment, entropy, uniformity
+from raysl.nn.geometry import alignment, entropy, log_mean_exp_on_sphere, uniformity
 
 
 class TestAlignment:
@@ -42,3 +42,18 @@ class TestUniformity:
 def test_entropy_is_zero_for_certain_rows_and_the_log_of_the_classes_for_even_ones() -> None:
     assert entropy(torch.eye(4)).item() == 0.0
     assert entropy(torch.full((3, 8), 1 / 8)).item() == pytest.approx(math.log(8))
+
+
+class TestNormaliserOnTheSphere:
+    def test_in_3_dimensions_is_sinh_over_kappa(self) -> None:
+        for kappa in (0.1, 1.0, 14.3, 50.0):
+            expected = math.log(math.sinh(kappa) / kappa)
+            assert log_mean_exp_on_sphere(3, kappa) == pytest.approx(expected, rel=1e-9)
+
+    def test_on_the_circle_is_a_bessel_function(self) -> None:
+        for kappa in (0.5, 14.3):
+            expected = torch.special.i0(torch.tensor(kappa, dtype=torch.float64)).log().item()
+            assert log_mean_exp_on_sphere(2, kappa) == pytest.approx(expected, rel=1e-9)
+
+    def test_in_many_dimensions_is_that_of_a_gaussian_cosine(self) -> None:
+        assert log_mean_exp_on_sphere(4096, 10.0) == pytest.approx(100 / (2 * 4096), rel=1e-3)

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from raysl.nn.heads import projection_mlp
+from raysl.errors import ConfigError
+from raysl.nn.heads import count_layers, first_layers, projection_mlp
 
 
 def kinds(head: nn.Module) -> list[str]:
@@ -89,3 +90,32 @@ def test_random_numbers_are_drawn_in_the_order_of_the_layers(batch_norm: bool) -
         if isinstance(layer, nn.Linear):
             drawn = nn.Linear(layer.in_features, layer.out_features, bias=not batch_norm)
             assert torch.equal(layer.weight, drawn.weight)
+
+
+class TestFirstLayers:
+    def test_keep_batch_norm_and_relu_of_their_layer(self) -> None:
+        """Fine-tuning from layer 1 begins with W1 and its nonlinearity, as in SimCLR v2."""
+        head = projection_mlp(8, 6, 4, num_layers=3)
+        block = ["Linear", "BatchNorm1d", "ReLU"]
+        assert kinds(first_layers(head, 0)) == []
+        assert kinds(first_layers(head, 1)) == block
+        assert kinds(first_layers(head, 2)) == [*block, *block]
+        assert kinds(first_layers(head, 3)) == kinds(head)
+
+    def test_without_batch_norm_keep_relu(self) -> None:
+        head = projection_mlp(8, 6, 4, num_layers=2, batch_norm=False)
+        assert kinds(first_layers(head, 1)) == ["Linear", "ReLU"]
+
+    def test_are_the_same_modules_and_nothing_is_the_identity(self) -> None:
+        head = projection_mlp(8, 6, 4)
+        assert first_layers(head, 1)[0] is head[0]
+        x = torch.randn(3, 8)
+        assert torch.equal(first_layers(head, 0)(x), x)
+        assert torch.equal(first_layers(nn.Sequential(), 0)(x), x)
+
+    @pytest.mark.parametrize("num_layers", [-1, 4])
+    def test_more_than_there_are_is_an_error(self, num_layers: int) -> None:
+        head = projection_mlp(8, 6, 4, num_layers=3)
+        assert count_layers(head) == 3
+        with pytest.raises(ConfigError, match=f"{num_layers} layers of a head that has 3"):
+            first_layers(head, num_layers)

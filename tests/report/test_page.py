@@ -172,7 +172,7 @@ class TestWriteReport:
         text = Page(self.write(folder)).text
         rows = [
             "Pretrained91.294.670.0 \u00b1 3.2",
-            "Untrained81.182.253.3 \u00b1 4.0",
+            "Before training81.182.253.3 \u00b1 4.0",
             "Bare pixels74.475.546.7 \u00b1 5.0",
         ]
         assert all(row in text for row in rows)
@@ -184,6 +184,22 @@ class TestWriteReport:
         assert "3 a class" in text
         assert "of 6 draws" in text
         assert "standard error of 94.6 is 1.1" in text  # sqrt(0.9456 * 0.0544 / 450)
+
+    def test_says_what_fine_tuning_gave_where_it_was_asked_for(self, folder: RunFolder) -> None:
+        assert "Fine-tuned" not in Page(self.write(folder)).text
+        write_json(folder.results, RESULTS | {"finetune_top1": 0.876, "finetune_labels": 1234})
+        config = make_config(evaluate={"finetune": {"head_layers": 2}})
+        text = Page(self.write(folder, config)).text
+        assert "Fine-tuned on 1,234 of the labels, from layer 2 of the projection head" in text
+        assert "it is right in 87.6 %" in text
+
+    def test_says_which_weights_the_network_had_before_training(self, folder: RunFolder) -> None:
+        backbone = {"name": "resnet18", "stem": "cifar"}
+        given = make_config(backbone=backbone | {"weights": "<b>.pth"})
+        for config, weights in ((make_config(), "random weights"), (given, "the weights of <b>")):
+            text = Page(self.write(folder, config)).text
+            assert f"Before training, the same network has {weights}" in text
+            assert "untrained" not in text.lower()
 
     def test_opens_with_what_was_done_in_a_sentence(self, folder: RunFolder) -> None:
         text = Page(self.write(folder)).text

@@ -51,7 +51,8 @@ class Tiny(Method):
         self.autocast = torch.get_autocast_dtype("cpu") if on else None
         first, second = (self.spoil(progress.step, self.backbone(view)) for view in batch.views)
         loss = (first - second).float().square().mean() + (first.float().std(0) - 1).square().mean()
-        return LossOutput(loss, first.detach(), {"tiny/size": first.detach().abs().mean()})
+        metrics = {"tiny/size": first.detach().abs().mean()} if progress.is_logged else {}
+        return LossOutput(loss, first.detach(), metrics)
 
     def after_optimizer_step(self, progress: Progress) -> None:
         self.after.append(progress.step)
@@ -326,6 +327,12 @@ class TestCadence:
         assert Run(total_steps=7, checkpoint_every=3).start().checkpoints == [3, 6, 7]
         assert Run(total_steps=6, checkpoint_every=3).start().checkpoints == [3, 6]
         assert Run(total_steps=6, checkpoint_every=3).start(start_step=4).checkpoints == [6]
+
+    def test_the_method_is_told_which_steps_are_logged_and_its_metrics_are_of_these(self) -> None:
+        run = Run(log_every=4, checkpoint_every=3, evaluate_every=5).start()
+        expected = [3, 4, 6, 8, 9, 10]  # also before each checkpoint, but not for an evaluation
+        assert [p.step + 1 for p in run.method.seen if p.is_logged] == expected
+        assert list(run.values("tiny/size")) == expected
 
     def test_metrics_are_written_before_the_checkpoint_of_their_step(self) -> None:
         """Else a run killed in between would go on from a step whose line is missing."""
