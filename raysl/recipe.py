@@ -66,6 +66,16 @@ class TrackConfig(Config):
     """Store the encoder as an MLflow model with its signature."""
 
 
+def check_run_name(name: str) -> str:
+    """Return the name of a run or a sweep; raise ValueError if it cannot be a folder's."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=-]*", name):
+        raise ValueError(
+            f"a name starts with a letter or digit and holds letters, digits, '.', '_', '=' "
+            f"and '-'; got {name!r}"
+        )
+    return name
+
+
 class RunConfig(Config, Generic[M]):
     """One pretraining run."""
 
@@ -89,12 +99,7 @@ class RunConfig(Config, Generic[M]):
     @field_validator("name")
     @classmethod
     def _is_a_folder_name(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=-]*", name):
-            raise ValueError(
-                f"a name starts with a letter or digit and holds letters, digits, '.', '_', '=' "
-                f"and '-'; got {name!r}"
-            )
-        return name
+        return check_run_name(name)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "RunConfig[M]":
