@@ -1,10 +1,11 @@
 """A sweep as a YAML names it: base runs, a space over their settings, a metric and a budget."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from raysl.config.base import Config, PositiveFloat, PositiveInt, Probability
 from raysl.recipe import TrackConfig, check_run_name
@@ -17,45 +18,84 @@ CONFIG = "config"
 SEED = "seed"
 """The parameter that tells repeats of one candidate apart."""
 
-_KINDS: tuple[Kind, ...] = ("grid", "choice", "uniform", "log_uniform", "int", "log_int")
-# Under these names, for the fields `int` and `log_int` hide the type in the class that has them.
-_IntRange = tuple[int, int]
-_FloatRange = tuple[float, float]
-_Values = tuple[Any, ...] | dict[str, Any]
+_KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+def _check_values(given: Any) -> Any:
+    """Refuse what is no list of different scalars and no section of labels."""
+    if isinstance(given, dict) and given:
+        return given
+    if not isinstance(given, list | tuple):
+        raise ValueError(f"takes a list of values, or a section of label: value; got {given!r}")
+    problems = [] if given else ["no values; give at least one"]
+    for place, value in enumerate(given):
+        if isinstance(value, list | dict):
+            problems.append(f"the value {value} needs a name; give a section of label: value")
+        elif value in given[:place]:
+            problems.append(f"the value {value} stands twice")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return tuple(given)
+
+
+def _check_range(given: Any, *, whole: bool, log: bool) -> Any:
+    """Refuse what is not [low, high] with low < high, positive for a logarithm."""
+    kind = "whole numbers" if whole else "numbers"
+    allowed = (int,) if whole else (int, float)
+    is_pair = isinstance(given, list | tuple) and len(given) == 2
+    if not is_pair or not all(type(bound) in allowed for bound in given):
+        raise ValueError(f"takes [low, high], two {kind}; got {given!r}")
+    low, high = given
+    if low >= high:
+        raise ValueError(f"takes [low, high] with low < high; got [{low}, {high}]")
+    if log and low <= 0:
+        raise ValueError(f"a logarithm takes [low, high] with low > 0; got [{low}, {high}]")
+    return tuple(given)
+
+
+def _range_check(*, whole: bool = False, log: bool = False) -> BeforeValidator:
+    return BeforeValidator(partial(_check_range, whole=whole, log=log))
+
+
+_Values = Annotated[tuple[Any, ...] | dict[str, Any], BeforeValidator(_check_values)]
+_Uniform = Annotated[tuple[float, float], _range_check()]
+_LogUniform = Annotated[tuple[float, float], _range_check(log=True)]
+# By name: in a class with a field `int`, `int` is the field.
+_Int = Annotated[tuple[int, int], _range_check(whole=True)]
+_LogInt = Annotated[tuple[int, int], _range_check(whole=True, log=True)]
 
 
 class Dimension(Config):
-    """One setting that a sweep varies: exactly one kind, and perhaps a condition.
-
-    Whether it makes sense is not checked here but with the whole sweep, so that one answer lists
-    everything that is wrong: :func:`raysl.sweep.space.check`.
-    """
+    """One setting that a sweep varies: exactly one kind, and perhaps a condition."""
 
     grid: _Values | None = None
     """Values, or a label to each. A random search goes through the combinations of all grids
     evenly."""
     choice: _Values | None = None
     """Values, or a label to each. A random search draws one."""
-    uniform: _FloatRange | None = None
+    uniform: _Uniform | None = None
     """[low, high] of a real number."""
-    log_uniform: _FloatRange | None = None
+    log_uniform: _LogUniform | None = None
     """[low, high] of a positive real number, even in its logarithm."""
-    int: _IntRange | None = None
+    int: _Int | None = None
     """[low, high] of a whole number, both ends included."""
-    log_int: _IntRange | None = None
+    log_int: _LogInt | None = None
     """[low, high] of a positive whole number, both ends included, even in its logarithm."""
     when: dict[str, Any] = Field(default_factory=dict)
-    """Other settings and the value, or list of values, with which this dimension exists."""
+    """Other settings and the value, or list of values, with which this dimension exists. Another
+    dimension is asked for its value or its label, anything else for what the run would have."""
 
-    @property
-    def kinds(self) -> tuple[Kind, ...]:
-        """The kinds that were given; a sound dimension has one."""
-        return tuple(kind for kind in _KINDS if getattr(self, kind) is not None)
+    @model_validator(mode="after")
+    def _exactly_one_kind(self) -> "Dimension":
+        given = [kind for kind in _KINDS if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of {', '.join(_KINDS)}; got {given or 'none'}")
+        return self
 
     @property
     def kind(self) -> Kind:
-        """The kind of a sound dimension."""
-        return self.kinds[0]
+        """The one kind that was given."""
+        return next(kind for kind in _KINDS if getattr(self, kind) is not None)
 
     @property
     def is_listed(self) -> bool:
@@ -63,7 +103,17 @@ class Dimension(Config):
         return self.kind in ("grid", "choice")
 
     @property
-    def bounds(self) -> _FloatRange:
+    def is_whole(self) -> bool:
+        """Whether it is a range of whole numbers."""
+        return self.kind in ("int", "log_int")
+
+    @property
+    def is_log(self) -> bool:
+        """Whether it is a range that is even in the logarithm."""
+        return self.kind in ("log_uniform", "log_int")
+
+    @property
+    def bounds(self) -> tuple[float, float]:
         """Low and high of a range."""
         low, high = getattr(self, self.kind)
         return low, high
@@ -81,8 +131,8 @@ class Dimension(Config):
         """Return the value to a label; a number of a range stands for itself."""
         return self.values()[self.labels().index(label)] if self.is_listed else label
 
-    def _listed(self) -> _Values:
-        found: _Values = getattr(self, self.kind)
+    def _listed(self) -> tuple[Any, ...] | dict[str, Any]:
+        found: tuple[Any, ...] | dict[str, Any] = getattr(self, self.kind)
         return found
 
 
@@ -193,13 +243,24 @@ class ResourcesConfig(Config):
     """Of a trial of one train worker; 0.25 lets four share a GPU."""
 
 
+def _all_of(given: Any) -> Any:
+    """Return one word as all there are, and a list as what strict validation takes."""
+    return (
+        tuple(given) if isinstance(given, list) else (given,) if isinstance(given, str) else given
+    )
+
+
 class SweepConfig(Config):
     """One sweep."""
 
     name: str
     """The sweep's folder is output_dir/name; the same name goes on with the same sweep."""
     output_dir: str = "runs"
-    base: str | tuple[str, ...]
+    base: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_all_of),
+        Field(min_length=1),
+    ]
     """Run configurations, relative to the sweep's file; ``*`` stands for any name. Several make a
     first dimension ``config`` of file stems, every one tried with every combination."""
     set: dict[str, Any] = Field(default_factory=dict)
@@ -229,5 +290,4 @@ class SweepConfig(Config):
     @property
     def bases(self) -> Mapping[str, Path]:
         """The base files by their stems."""
-        given = (self.base,) if isinstance(self.base, str) else self.base
-        return {Path(path).stem: Path(path) for path in given}
+        return {Path(path).stem: Path(path) for path in self.base}

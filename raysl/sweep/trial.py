@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from raysl.errors import RunFolderError
 from raysl.sweep.config import MetricConfig
-from raysl.sweep.space import Candidate, trial_name
+from raysl.sweep.space import TRIALS, Candidate, trial_name
 from raysl.track.run_folder import RunFolder, read_json, read_metrics, write_json
 
 Status = Literal["waiting", "running", "finished", "stopped", "failed"]
@@ -49,7 +49,7 @@ class SweepFolder:
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
         self.config = self.path / "sweep.yaml"
-        self.trials = self.path / "trials"
+        self.trials = self.path / TRIALS
         self.mlflow = self.path / "mlflow.json"
         self.summary = self.path / "summary.json"
         self.best = self.path / "best.yaml"
