@@ -2,8 +2,8 @@
 
 The last stages of a ResNet on 32 px images work on maps of 4 x 4 and 2 x 2 pixels with hundreds of
 channels. oneDNN, which torch calls, loops over their pixels and leaves most of a core unused: for
-the weights' gradient of 512 channels on 2 x 2 pixels it takes 111 ms where nine matrix products take
-3 (256 images, bfloat16 with AMX; docs/results.md).
+the weights' gradient of 512 channels on 2 x 2 pixels it takes 111 ms where nine matrix products
+take 3 (256 images, bfloat16 with AMX; docs/results.md).
 """
 
 from typing import Any
