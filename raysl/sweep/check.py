@@ -116,11 +116,11 @@ def _probes(sweep: SweepConfig, candidates: Sequence[Candidate]) -> Iterator[Can
     for name, dimension in choices.dimensions.items():
         ends = dimension.labels() if dimension.is_listed else list(dimension.bounds)
         tried = [candidate.params.get(name, MISSING) for candidate in candidates]
-        demanded = choices.demands(name)
+        demanded = choices.demands(name) or {}
         for label in ends:
             if label in tried:
                 continue
-            wanted = {**demanded, name: label}
+            wanted = demanded | {name: label}
 
             def pick(key: str, of: Dimension, wanted: Mapping[str, Scalar] = wanted) -> Scalar:
                 return wanted[key] if key in wanted else options(of)[0]

@@ -94,26 +94,27 @@ class Choices:
         found = self._seen_as(key, params)
         return any(value in found for value in (wanted if isinstance(wanted, list) else [wanted]))
 
-    def demands(self, name: str) -> Params:
-        """Return choices for other dimensions with which a dimension exists, as far as there are.
+    def demands(self, name: str) -> Params | None:
+        """Return choices for others with which a dimension exists; None if it never does."""
+        for start in self.combinations([CONFIG]):
+            demanded = self._demands(name, start)
+            if self.exists(name, demanded):
+                return demanded
+        return None
 
-        A dimension that no choices bring about is one whose condition is never met.
-        """
-        demanded: Params = {}
+    def _demands(self, name: str, start: Params) -> Params:
+        """Choose for the dimensions that a condition asks about, and for those they ask about."""
+        demanded = dict(start)
         conditions = list(self.dimensions[name].when.items())
         for key, wanted in conditions:
-            for other in [CONFIG, *self.targets(name)]:
-                if other not in self.dimensions or other in demanded or other == name:
+            for other in self.dimensions:
+                if other in demanded or not _covers(other, key):
                     continue
-                fitting = (
-                    label
-                    for label in options(self.dimensions[other])
-                    if self.holds(key, wanted, demanded | {other: label})
-                )
-                label = next(fitting, None)
-                if label is not None:
-                    demanded[other] = label
-                    conditions += self.dimensions[other].when.items()
+                for label in options(self.dimensions[other]):
+                    if self.holds(key, wanted, demanded | {other: label}):
+                        demanded[other] = label
+                        conditions += self.dimensions[other].when.items()
+                        break
         return demanded
 
     def settings(self, params: Mapping[str, Any]) -> dict[str, Any]:

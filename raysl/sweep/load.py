@@ -84,7 +84,7 @@ def _override(values: dict[str, Any], text: str) -> Iterator[str]:
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
             yield f"override {text!r}: {first!r} is neither of a sweep nor of a run; {hint}"
     except ConfigError as error:
-        given = str(error)
+        given = " ".join(str(error).split())  # YAML's own errors have several lines
         yield given if given.startswith("override") else f"override {text!r}: {given}"
 
 

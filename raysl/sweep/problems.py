@@ -12,9 +12,9 @@ from raysl.sweep.config import CONFIG, SweepConfig
 
 # Settings of a run that are the sweep's own, and what to use instead.
 _OF_THE_SWEEP = {
-    "name": "each trial has its own",
+    "name": "a trial is named after its number; set name",
     "output_dir": "set output_dir",
-    "seed": "set repeats, which trains each candidate with several seeds",
+    "seed": "set repeats, which trains each candidate with several seeds,",
     "track": "set track",
     "evaluate.final": "set final",
 }
@@ -133,7 +133,7 @@ def _condition_problems(choices: Choices, sweep: SweepConfig, known: set[str]) -
         ]
         yield from (f"space.{name}.when: {problem}" for problem in found)
         asks_known = any(key in known for key in sweep.space[name].when)
-        if not found and not asks_known and not choices.exists(name, choices.demands(name)):
+        if not found and not asks_known and choices.demands(name) is None:
             yield f"space.{name}.when: is never met; the dimension would never be tried"
 
 
@@ -169,7 +169,7 @@ def _search_problems(choices: Choices, sweep: SweepConfig) -> Iterator[str]:
                 f"({choices.dimensions[name].kind}). List some, or set search.name=random"
             )
     elif trials is None and (ranges or search == "optuna"):
-        yield f"budget.trials: missing; a {search} search needs it to know when to end"
+        yield f"budget.trials: missing; search {search} needs it to know when to end"
     if search == "grid" and not ranges and not choices.in_circles:
         count = len(list(islice(choices.combinations(), MOST_CANDIDATES + 1)))
         if trials is not None and trials < count:
@@ -193,8 +193,8 @@ def _scheduler_problems(sweep: SweepConfig) -> Iterator[str]:
     fixed = [key for key in sweep.space if key not in _MUTABLE]
     if fixed:
         yield (
-            f"space: {', '.join(fixed)} cannot change while a trial is under way, as pbt does; what "
-            f"can: {', '.join(_MUTABLE)}"
+            f"space: {', '.join(fixed)} cannot change while a trial is under way, as pbt "
+            f"does; what can: {', '.join(_MUTABLE)}"
         )
     for key, dimension in sweep.space.items():
         if dimension.when:
