@@ -89,7 +89,7 @@ class TestDimension:
                 {"when": {"a": 1}},
                 ": give exactly one of grid, choice, uniform, log_uniform, int, log_int; got none",
             ),
-            ({"gird": [1]}, ": unknown key 'gird'; did you mean 'grid'?"),
+            ({"grd": [1]}, ": unknown key 'grd'; did you mean 'grid'?"),
         ],
     )
     def test_a_mistake_is_named(self, dimension: Any, complaint: str) -> None:

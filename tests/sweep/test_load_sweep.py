@@ -104,11 +104,11 @@ class TestOverrides:
 
     def test_all_bad_ones_are_listed(self, base: Path) -> None:
         found = _lines(
-            _write(base.parent), ("trian.epochs=3", "budget", "a=[1", "budget.epochs=-1")
+            _write(base.parent), ("trainn.epochs=3", "budget", "a=[1", "budget.epochs=-1")
         )
         assert len(found) == 4
         assert found[0] == (
-            "override 'trian.epochs=3': 'trian' is neither of a sweep nor of a run; did you mean "
+            "override 'trainn.epochs=3': 'trainn' is neither of a sweep nor of a run; did you mean "
             "'train'?"
         )
         assert found[1] == "override 'budget' is not of the form section.key=value"
@@ -130,12 +130,12 @@ class TestEverythingAtOnce:
                 "optim.base_lr": {"log_uniform": [0.0, 0.1]},  # 4: logarithm of 0
                 "optim.weight_decay": {"uniform": [0.1, 0.01]},  # 5: low above high
                 "method.ema_momentum": {"choice": []},  # 6: nothing
-                "optim.final_lr_ratio": {"grid": [0], "when": {"method.symetric": True}},  # 7
+                "optim.final_lr_ratio": {"grid": [0], "when": {"method.symmetrc": True}},  # 7
             },
             metric={"name": "eval/knn"},  # 8: no such metric
             budget={"trials": 6, "epochs": 2},
             scheduler={"name": "asha", "grace_epochs": 3},  # 9: beyond the end
-            search={"name": "gird"},  # 10: no such search
+            search={"name": "grd"},  # 10: no such search
         )
         found = _lines(path)
         assert len(found) == 10
@@ -146,10 +146,10 @@ class TestEverythingAtOnce:
             "space.optim.base_lr.log_uniform: a logarithm takes [low, high] with low > 0",
             "space.optim.weight_decay.uniform: takes [low, high] with low < high",
             "space.method.ema_momentum.choice: no values; give at least one",
-            "space.optim.final_lr_ratio.when: no setting 'method.symetric'; did you mean",
+            "space.optim.final_lr_ratio.when: no setting 'method.symmetrc'; did you mean",
             "metric.name: no metric 'eval/knn'; did you mean 'eval/knn_top1'?",
             "scheduler.grace_epochs=3: trials of 2 epochs end before it",
-            "search: got 'gird', allowed: random, grid, optuna; did you mean 'grid'?",
+            "search: got 'grd', allowed: random, grid, optuna; did you mean 'grid'?",
         ):
             assert sum(mistake in line for line in found) == 1, mistake
 
@@ -189,11 +189,11 @@ class TestEverythingAtOnce:
         path = _write(
             base.parent,
             space={
-                "method.symmetric": {"gird": [True, False]},
+                "method.symmetric": {"grd": [True, False]},
                 "method.queue_length": {"grid": [256], "when": {"method.symmetric": "maybe"}},
             },
         )
-        assert _lines(path) == ["space.method.symmetric: unknown key 'gird'; did you mean 'grid'?"]
+        assert _lines(path) == ["space.method.symmetric: unknown key 'grd'; did you mean 'grid'?"]
 
     def test_sections_that_are_none_at_all(self, base: Path) -> None:
         found = _lines(_write(base.parent, set=3, space=[1], metric=None), ("data.limit=3",))
