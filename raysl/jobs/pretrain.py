@@ -1,6 +1,7 @@
 """Pretraining as one worker sees it: build, resume, train, evaluate, write the encoder."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,6 +50,7 @@ def pretrain(
     place: Place,
     start_step: int,
     open_batches: Callable[[Derived], Iterator[NumpyBatch]],
+    evaluated: Callable[[Mapping[str, float], int], None] | None = None,
 ) -> dict[str, Any]:
     """Run one worker of a pretraining, from ``start_step`` to the written encoder.
 
@@ -61,6 +63,8 @@ def pretrain(
         place: This worker's device and threads.
         start_step: The checkpoint to go on from; 0 starts anew.
         open_batches: Opens this rank's stream of batches, beginning at ``start_step``.
+        evaluated: Gets the metrics of each evaluated step and the step, after its checkpoint; what
+            it raises ends the run.
 
     Returns:
         The results of the run, on rank 0 also written to ``results.json``.
@@ -85,7 +89,10 @@ def pretrain(
 
     if batches is not None:
         trainer = worker.trainer(_schedule(config, derived))
-        trainer.run(batches, start_step=start_step, rank=worker.rank, hooks=worker.hooks(log))
+        hooks = worker.hooks(log)
+        if evaluated is not None:
+            hooks = replace(hooks, evaluated=evaluated)
+        trainer.run(batches, start_step=start_step, rank=worker.rank, hooks=hooks)
     average_statistics(worker.method)
     if metrics is not None:  # before anything else can go wrong
         save_encoder(folder.encoder, worker.method.encoder, description=describe(config))
@@ -124,6 +131,7 @@ class _Worker:
             channels_last=config.train.channels_last,
             device_ops=[device_ops(view) for view in config.data.views.views()],
         )
+        self.newest_knn = (-1, float("nan"))  # step, accuracy
         self.bad_images = BadImages(
             folder.bad_images,
             num_images=int(source.group_sizes.sum()),
@@ -213,7 +221,9 @@ class _Worker:
             return {}
         average_statistics(self.method)
         train, test = self._embed(self.method.encoder, self.sets)
-        return {"eval/knn_top1": knn_top1(self.config.evaluate, self.sets, train, test)}
+        accuracy = knn_top1(self.config.evaluate, self.sets, train, test)
+        self.newest_knn = step, accuracy
+        return {"eval/knn_top1": accuracy}
 
     def results(self) -> dict[str, Any]:
         """Measure the encoder, the same encoder before training, and the bare pixels.
@@ -224,6 +234,8 @@ class _Worker:
         if self.sets is None:
             self._write_unlabelled_features()
             return {}
+        if self.config.evaluate.final == "knn":
+            return self._knn_only()
         untrained = build_method(self.config, self.data, device=self.place.device).encoder
         trained = self._embed(self.method.encoder, self.sets)
         before = self._embed(untrained, self.sets)
@@ -252,6 +264,13 @@ class _Worker:
             "few_shot_labels": evaluate.few_shot_labels,
             "few_shot_draws": evaluate.few_shot_draws,
         }
+
+    def _knn_only(self) -> dict[str, Any]:
+        total = derive_for(self.config, self.source).total_steps
+        step, accuracy = self.newest_knn
+        if step != total:
+            accuracy = self.evaluate(total)["eval/knn_top1"]
+        return {"knn_top1": accuracy}
 
     def draw(self, derived: Derived) -> None:
         """Keep the pictures that the method makes of a few training images, if it makes any."""

@@ -59,6 +59,9 @@ class Hooks:
     checkpoint: Callable[[int], None]  # steps done
     evaluate: Callable[[int], Mapping[str, float]]  # steps done -> metrics
     bad_images: Callable[[Mapping[int, int], int], float]  # {row: flaw} since the last call, step
+    # What a step's evaluation found, once the step's checkpoint is written; may end the run by
+    # raising.
+    evaluated: Callable[[Mapping[str, float], int], None] = lambda metrics, step: None
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,8 @@ class Trainer:
                     self._bad = {}
                 logged["train/lr"] = self.optimizers[0].rates(step).lr
                 logged["train/epoch"] = done / schedule.steps_per_epoch
-            if self._due(done, schedule.evaluate_every):
+            evaluates = self._evaluates(done)
+            if evaluates:
                 logged |= meter.pause(lambda done=done: hooks.evaluate(done))  # type: ignore[misc]
                 self.method.train()
             if logged:
@@ -159,6 +163,8 @@ class Trainer:
                 self.health(logged, step=done)
             if saves:
                 meter.pause(lambda done=done: hooks.checkpoint(done))  # type: ignore[misc]
+            if evaluates:
+                meter.pause(lambda done=done, seen=logged: hooks.evaluated(seen, done))  # type: ignore[misc]
 
     def _step(self, batch: Batch, progress: Progress) -> tuple[dict[str, Tensor], Tensor]:
         for optimizer in self.optimizers:
@@ -204,6 +210,11 @@ class Trainer:
         if self.precision == "bf16":
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
+
+    def _evaluates(self, done: int) -> bool:
+        """Whether a step is evaluated: every so often, and the last one always."""
+        every = self.schedule.evaluate_every
+        return self._due(done, every) or (every is not None and done == self.schedule.total_steps)
 
     def _due(self, done: int, every: int | None) -> bool:
         return every is not None and every > 0 and done % every == 0
