@@ -126,7 +126,7 @@ def _probes(sweep: SweepConfig, candidates: Sequence[Candidate]) -> Iterator[Can
                 return wanted[key] if key in wanted else options(of)[0]
 
             candidate = candidate_of(sweep, len(candidates), pick)
-            if name in candidate.params:
+            if name in candidate.params and not choices.is_excluded(candidate.params):
                 yield candidate
 
 

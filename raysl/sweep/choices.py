@@ -64,13 +64,16 @@ class Choices:
         """Yield every combination of finite dimensions, the last one changing fastest.
 
         Args:
-            names: Leave out all other dimensions; None for all.
+            names: Leave out all other dimensions, and what the sweep excludes with regard to them;
+                None for all.
         """
-        kept = [name for name in self.order if names is None or name in set(names)]
+        wanted = set(self.order if names is None else names)
+        kept = [name for name in self.order if name in wanted]
 
         def extend(params: Params, rest: Sequence[str]) -> Iterator[Params]:
             if not rest:
-                yield self._in_given_order(params)
+                if not self.is_excluded(params, names=kept):
+                    yield self._in_given_order(params)
             elif not self.exists(rest[0], params):
                 yield from extend(params, rest[1:])
             else:
@@ -93,6 +96,21 @@ class Choices:
         """Whether a setting is what a condition wants: a value, or one of a list."""
         found = self._seen_as(key, params)
         return any(value in found for value in (wanted if isinstance(wanted, list) else [wanted]))
+
+    def is_excluded(self, params: Mapping[str, Any], *, names: Iterable[str] | None = None) -> bool:
+        """Whether the sweep leaves a combination out.
+
+        Args:
+            params: The combination.
+            names: The dimensions that were chosen; None for all.
+        """
+        open_ones = set(self.dimensions) - set(self.dimensions if names is None else names)
+        return any(
+            all(self.holds(key, wanted, params) for key, wanted in conditions.items())
+            for conditions in self._sweep.exclude
+            if conditions
+            and not any(_covers(name, key) for name in open_ones for key in conditions)
+        )
 
     def demands(self, name: str) -> Params | None:
         """Return choices for others with which a dimension exists; None if it never does."""
@@ -219,7 +237,7 @@ def _new_one(
             return sample(dimension, float(_stream(seed, place, name, attempt).random()))
 
         params = choices.choose(pick)
-        if json.dumps(params) not in drawn:
+        if json.dumps(params) not in drawn and not choices.is_excluded(params):
             return {json.dumps(params): params}
     return {}
 

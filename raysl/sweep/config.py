@@ -267,6 +267,9 @@ class SweepConfig(Config):
     """Dotted setting to value, for all trials."""
     space: dict[str, Dimension] = Field(default_factory=dict)
     """Dotted setting to dimension."""
+    exclude: tuple[dict[str, Any], ...] = ()
+    """Combinations to leave out: those in which each setting named has its value, or one of its
+    list. Settings are named as in a dimension's ``when``."""
     metric: MetricConfig = MetricConfig()
     budget: BudgetConfig = BudgetConfig()
     scheduler: SchedulerConfig = NoScheduler()

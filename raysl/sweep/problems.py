@@ -63,6 +63,7 @@ def space_problems(sweep: SweepConfig, *, known: Iterable[str] = ()) -> list[str
         lambda: _key_problems(sweep),
         lambda: _twice_problems(sweep),
         lambda: _condition_problems(choices, sweep, set(known)),
+        lambda: _exclude_problems(choices, sweep, set(known)),
         lambda: _search_problems(choices, sweep),
         lambda: _scheduler_problems(sweep),
         lambda: _metric_problems(sweep),
@@ -137,6 +138,19 @@ def _condition_problems(choices: Choices, sweep: SweepConfig, known: set[str]) -
             yield f"space.{name}.when: is never met; the dimension would never be tried"
 
 
+def _exclude_problems(choices: Choices, sweep: SweepConfig, known: set[str]) -> Iterator[str]:
+    for place, conditions in enumerate(sweep.exclude):
+        if not conditions:
+            yield f"exclude.{place}: names no setting, and would leave out everything"
+        for key, wanted in conditions.items():
+            found = _one_condition(choices, sweep, key, wanted, known=known)
+            yield from (f"exclude.{place}: {problem}" for problem in found)
+    if sweep.exclude and sweep.search.name == "optuna":
+        yield "exclude: search optuna would suggest what is left out; use when, or another search"
+    elif sweep.exclude and choices.is_finite and next(choices.combinations(), None) is None:
+        yield "exclude: leaves nothing to try"
+
+
 def _one_condition(
     choices: Choices, sweep: SweepConfig, key: str, wanted: Any, *, known: set[str]
 ) -> Iterator[str]:
@@ -199,6 +213,8 @@ def _scheduler_problems(sweep: SweepConfig) -> Iterator[str]:
     for key, dimension in sweep.space.items():
         if dimension.when:
             yield f"space.{key}.when: pbt changes every setting of every trial; drop the condition"
+    if sweep.exclude:
+        yield "exclude: pbt changes settings on the way; drop it"
     if sweep.search.name == "optuna":
         yield "search.name=optuna: pbt draws settings itself; set search.name=random"
     if sweep.repeats > 1:

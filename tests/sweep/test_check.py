@@ -201,6 +201,16 @@ class TestSpaceProblems:
                 "List some, or set search.name=random",
             ),
             (
+                {
+                    "search": {"name": "optuna"},
+                    "budget": {"trials": 3},
+                    "space": TEMPERATURES,
+                    "exclude": [{"method.temperature": 0.1}],
+                },
+                "exclude: search optuna would suggest what is left out; use when, or another "
+                "search",
+            ),
+            (
                 {"search": GRID, "space": TEMPERATURES, "budget": {"trials": 1}},
                 "budget.trials=1 is less than the 2 combinations of the grid; leave it out, or set "
                 "search.name=random, which spreads over them evenly",
@@ -276,6 +286,24 @@ class TestSpaceProblems:
         assert space_problems(sweep_of(space=space)) == [
             "space: the conditions of a.x, a.y ask about each other"
         ]
+
+    @pytest.mark.parametrize(
+        ("exclude", "problem"),
+        [
+            ({}, "exclude.0: names no setting, and would leave out everything"),
+            ({"method.tempratur": 1}, "exclude.0: no setting 'method.tempratur'; did you mean"),
+            (
+                {"method.temperature": 3},
+                "exclude.0: method.temperature is never 3; its values: 0.1",
+            ),
+            ({"method.temperature": [0.1, 0.2]}, "exclude: leaves nothing to try"),
+        ],
+    )
+    def test_what_is_left_out_has_to_be_there_and_not_everything(
+        self, exclude: dict[str, Any], problem: str, sweep_of: Make
+    ) -> None:
+        (found,) = space_problems(sweep_of(space=TEMPERATURES, exclude=[exclude]))
+        assert found.startswith(problem)
 
     def test_population_based_training_changes_only_what_can_change(self, sweep_of: Make) -> None:
         space = {

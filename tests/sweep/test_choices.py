@@ -143,6 +143,40 @@ class TestConditions:
         assert choices(space).in_circles == ["a.x", "a.y"]
 
 
+class TestExclude:
+    def test_leaves_out_combinations_with_all_its_values(self, choices: Any) -> None:
+        space = {"a.x": {"grid": [1, 2, 3]}, "a.y": {"grid": [1, 2, 3]}}
+        exclude = [{"a.x": 1, "a.y": [2, 3]}, {"a.x": 2, "a.y": 3}]
+        found = choices(space, exclude=exclude).combinations()
+        assert [(each["a.x"], each["a.y"]) for each in found] == [
+            (1, 1),
+            (2, 1),
+            (2, 2),
+            (3, 1),
+            (3, 2),
+            (3, 3),
+        ]
+
+    def test_may_ask_for_labels_the_base_and_what_the_run_would_have(self, choices: Any) -> None:
+        space = {"method": {"grid": {"a": {"name": "simclr"}, "b": {"name": "moco"}}}}
+        for exclude in ({"method": "b"}, {"method.name": "moco"}, {"method": {"name": "moco"}}):
+            assert list(choices(space, exclude=[exclude]).combinations()) == [{"method": "a"}]
+        both = choices({}, bases=("one", "other"), exclude=[{"config": "one", "seed": 3}])
+        assert list(both.combinations()) == [{"config": "other"}]
+
+    def test_holds_for_draws_too(self, choices: Any) -> None:
+        space = {
+            "a.grid": {"grid": [1, 2]},
+            "a.word": {"choice": ["p", "q", "r"]},
+            "a.lr": {"uniform": [0, 1]},
+        }
+        exclude = [{"a.grid": 1, "a.word": ["p", "q"]}]
+        drawn = draw_random(choices(space, exclude=exclude), seed=0, count=30)
+        assert len(drawn) == 30
+        assert {each["a.word"] for each in drawn if each["a.grid"] == 1} == {"r"}
+        assert {each["a.word"] for each in drawn if each["a.grid"] == 2} == {"p", "q", "r"}
+
+
 class TestSample:
     @pytest.mark.parametrize(
         ("kind", "share", "value"),
