@@ -16,7 +16,7 @@ from raysl.commands.record import flat, git_state
 from raysl.commands.sweep_results import next_line, results_of, say_results, write_best
 from raysl.commands.sweep_watch import ENDED, SweepTracking, SweepWatch, shown
 from raysl.commands.terminal import console, print_json, say
-from raysl.config.load import read_mapping, to_yaml
+from raysl.config.load import read_mapping, to_yaml, validate
 from raysl.errors import ConfigError, RayslError, RunFolderError
 from raysl.jobs.trial import read_changed
 from raysl.recipe import RunConfig, derive_for, run_from_values, training_set
@@ -347,8 +347,9 @@ def _claim(folder: SweepFolder, sweep: SweepConfig) -> None:
     """Write the configuration into a new folder; in an old one, refuse another sweep."""
     values = sweep.model_dump(mode="json")
     if folder.config.exists():
-        old = flat(read_mapping(folder.config))
-        new = flat(values)
+        # A setting that is newer than the folder has its default there.
+        kept = validate(SweepConfig, read_mapping(folder.config), where=str(folder.config))
+        old, new = flat(kept.model_dump(mode="json")), flat(values)
         changed = [
             f"{key}: {old.get(key)} -> {new.get(key)}"
             for key in sorted({*old, *new})

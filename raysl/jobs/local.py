@@ -1,7 +1,6 @@
 """A run in this process, without Ray: the same plan, the same pixels, the same loss."""
 
 import os
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from raysl.jobs.pretrain import Place, pretrain
 from raysl.recipe import RunConfig, making_of, plan_of
 from raysl.sources.source import Source
 from raysl.track.run_folder import RunFolder, latest_step
+from raysl.train.loop import Log
 
 
 def pretrain_here(
@@ -19,7 +19,7 @@ def pretrain_here(
     folder: RunFolder,
     source: Source,
     num_cpus: int | None = None,
-    evaluated: Callable[[Mapping[str, float], int], None] | None = None,
+    evaluated: Log | None = None,
 ) -> dict[str, Any]:
     """Train, or go on from the newest checkpoint, with threads of this process making the views.
 

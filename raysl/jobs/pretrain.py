@@ -1,7 +1,6 @@
 """Pretraining as one worker sees it: build, resume, train, evaluate, write the encoder."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +28,7 @@ from raysl.track.run_folder import MetricsFile, RunFolder, write_json
 from raysl.train.batches import NumpyBatch, batch_converter, view_converter
 from raysl.train.checkpoint import load_checkpoint, save_checkpoint
 from raysl.train.health import HealthCheck
-from raysl.train.loop import Hooks, Schedule, Trainer
+from raysl.train.loop import Hooks, Log, Schedule, Trainer
 
 # Images of the source whose features make the map.
 _MAP_IMAGES = 1500
@@ -50,7 +49,7 @@ def pretrain(
     place: Place,
     start_step: int,
     open_batches: Callable[[Derived], Iterator[NumpyBatch]],
-    evaluated: Callable[[Mapping[str, float], int], None] | None = None,
+    evaluated: Log | None = None,
 ) -> dict[str, Any]:
     """Run one worker of a pretraining, from ``start_step`` to the written encoder.
 
@@ -89,9 +88,7 @@ def pretrain(
 
     if batches is not None:
         trainer = worker.trainer(_schedule(config, derived))
-        hooks = worker.hooks(log)
-        if evaluated is not None:
-            hooks = replace(hooks, evaluated=evaluated)
+        hooks = worker.hooks(log, evaluated)
         trainer.run(batches, start_step=start_step, rank=worker.rank, hooks=hooks)
     average_statistics(worker.method)
     if metrics is not None:  # before anything else can go wrong
@@ -175,13 +172,14 @@ class _Worker:
         ids = [device.index] if device.type == "cuda" else None
         return DistributedDataParallel(self.method, device_ids=ids, broadcast_buffers=False)
 
-    def hooks(self, log: Callable[[Mapping[str, float], int], None]) -> Hooks:
+    def hooks(self, log: Log, evaluated: Log | None) -> Hooks:
         """Return what the loop calls on this rank."""
         return Hooks(
             log=log,
             checkpoint=self.checkpoint,
             evaluate=self.evaluate,
             bad_images=self.report_bad_images,
+            evaluated=evaluated,
         )
 
     def restore(self, step: int) -> None:

@@ -15,11 +15,10 @@ from raysl.track.run_folder import (
     read_metrics,
     write_json,
 )
+from raysl.train.loop import Log
 
 Report = Callable[[Mapping[str, float]], None]
 """Gets ``step``, ``epoch`` and the metrics of an evaluation; may raise to end the trial."""
-Evaluated = Callable[[Mapping[str, float], int], None]
-"""Gets the metrics of an evaluation and its step."""
 
 
 def run_trial(
@@ -28,7 +27,7 @@ def run_trial(
     metrics: tuple[str, ...],
     total_steps: int,
     report: Report,
-    train: Callable[[Evaluated], dict[str, Any]],
+    train: Callable[[Log], dict[str, Any]],
 ) -> None:
     """Run a trial from wherever it stands to its end.
 

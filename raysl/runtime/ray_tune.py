@@ -30,7 +30,7 @@ from ray.tune.search import Searcher
 from raysl.config.load import read_mapping, set_key
 from raysl.errors import ClusterError
 from raysl.jobs.local import pretrain_here
-from raysl.jobs.trial import Evaluated, run_trial, take_over, write_changed
+from raysl.jobs.trial import run_trial, take_over, write_changed
 from raysl.recipe import RunConfig, derive_for, run_from_values
 from raysl.runtime.background import in_background
 from raysl.runtime.cluster import plan_layout
@@ -42,6 +42,7 @@ from raysl.sweep.config import Dimension, SweepConfig
 from raysl.sweep.trial import Trial
 from raysl.track.follow import MetricsReader
 from raysl.track.run_folder import RunFolder, latest_step, read_json, write_json
+from raysl.train.loop import Log
 
 _POLL_S = 0.5
 _NUMBER, _FOLDER = "number", "folder"  # of a trial, among the settings that Tune knows
@@ -117,24 +118,11 @@ def sweep_on_ray(
         metrics=(sweep.metric.name, *sweep.metric.also),
         exchanges=sweep.scheduler.name in ("pbt", "hyperband"),
     )
-    resources = {"CPU": 0.01} if shares.nested else {"CPU": shares.cpus, "GPU": shares.gpus}
-    hours = sweep.budget.hours
     shutil.rmtree(scratch, ignore_errors=True)
+    search = _Search(suggestions, callback, most=shares.at_a_time if shares.nested else None)
     tuner = tune.Tuner(
-        tune.with_resources(trainable, resources),
-        tune_config=tune.TuneConfig(
-            metric=sweep.metric.name,
-            mode=sweep.metric.mode,
-            search_alg=_Search(
-                suggestions, callback, most=shares.at_a_time if shares.nested else None
-            ),
-            scheduler=scheduler,
-            num_samples=most_trials,
-            time_budget_s=None if hours is None else hours * 3600,
-            # A process that has loaded torch and the images takes the next trial at once; one with
-            # train workers below it has to go, or they would stay.
-            reuse_actors=not shares.nested,
-        ),
+        tune.with_resources(trainable, _resources(shares)),
+        tune_config=_tune_config(sweep, search, scheduler, shares, most_trials=most_trials),
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(scratch),
@@ -150,11 +138,38 @@ def sweep_on_ray(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _resources(shares: Shares) -> dict[str, float]:
+    """What Tune sets aside for a trial; the workers below one set theirs aside themselves."""
+    return {"CPU": 0.01} if shares.nested else {"CPU": shares.cpus, "GPU": shares.gpus}
+
+
+def _tune_config(
+    sweep: SweepConfig,
+    search: "_Search",
+    scheduler: TrialScheduler,
+    shares: Shares,
+    *,
+    most_trials: int,
+) -> tune.TuneConfig:
+    hours = sweep.budget.hours
+    return tune.TuneConfig(
+        search_alg=search,
+        scheduler=scheduler,
+        num_samples=most_trials,
+        time_budget_s=None if hours is None else hours * 3600,
+        # A process that has loaded torch and the images takes the next trial at once; one with
+        # train workers below it has to go, or they would stay.
+        reuse_actors=not shares.nested,
+    )
+
+
 def _scheduler(sweep: SweepConfig) -> TrialScheduler:
     """Return Tune's scheduler; time is counted in epochs, the same for every batch size."""
     chosen = sweep.scheduler
+    decides: dict[str, Any] = {"metric": sweep.metric.name, "mode": sweep.metric.mode}
     if chosen.name == "asha":
         return AsyncHyperBandScheduler(
+            **decides,
             time_attr="epoch",
             grace_period=chosen.grace_epochs,  # type: ignore[arg-type] # a float will do
             reduction_factor=chosen.reduction_factor,
@@ -163,6 +178,7 @@ def _scheduler(sweep: SweepConfig) -> TrialScheduler:
         )
     if chosen.name == "hyperband":
         return HyperBandScheduler(
+            **decides,
             time_attr="training_iteration",
             max_t=chosen.max_evaluations,
             reduction_factor=chosen.reduction_factor,
@@ -170,6 +186,7 @@ def _scheduler(sweep: SweepConfig) -> TrialScheduler:
         )
     if chosen.name == "pbt":
         return PopulationBasedTraining(
+            **decides,
             time_attr="epoch",
             perturbation_interval=chosen.perturb_every_epochs,
             quantile_fraction=chosen.quantile,
@@ -349,7 +366,7 @@ def _run(
             )
             tune.report(dict(told), checkpoint=tune.Checkpoint.from_directory(pointer))
 
-    def train(evaluated: Evaluated) -> dict[str, Any]:
+    def train(evaluated: Log) -> dict[str, Any]:
         if config.cluster.num_train_workers > 1:
             return _train_below(config, folder, source, evaluated, metrics)
         return pretrain_here(
@@ -390,7 +407,7 @@ def _train_below(
     config: RunConfig[Any],
     folder: RunFolder,
     source: Source,
-    evaluated: Evaluated,
+    evaluated: Log,
     metrics: tuple[str, ...],
 ) -> dict[str, Any]:
     """Run Ray Train inside the trial, and pass on what its first worker writes down."""

@@ -51,17 +51,21 @@ class TrainConfig(Config):
     """Newest checkpoints to keep."""
 
 
+Log = Callable[[Mapping[str, float], int], None]
+"""Gets metrics and their step."""
+
+
 @dataclass(frozen=True)
 class Hooks:
     """What the loop calls outside of itself, all collectively: every rank at the same step."""
 
-    log: Callable[[Mapping[str, float], int], None]  # metrics, step
+    log: Log
     checkpoint: Callable[[int], None]  # steps done
     evaluate: Callable[[int], Mapping[str, float]]  # steps done -> metrics
     bad_images: Callable[[Mapping[int, int], int], float]  # {row: flaw} since the last call, step
     # What a step's evaluation found, once the step's checkpoint is written; may end the run by
     # raising.
-    evaluated: Callable[[Mapping[str, float], int], None] = lambda metrics, step: None
+    evaluated: Log | None = None
 
 
 @dataclass(frozen=True)
@@ -144,16 +148,16 @@ class Trainer:
                 hooks.log({"time/first_step_at": time.time()}, done)
                 meter = _Meter()  # speed is measured from the first step on, not from the start
             saves = self._due(done, schedule.checkpoint_every) or last
+            evaluates = self._evaluates(done)
             logged: dict[str, float] = {}
             # Also before each checkpoint: what is not finite must not replace what is.
-            if saves or self._due(done, schedule.log_every):
+            if saves or evaluates or self._due(done, schedule.log_every):
                 logged = self._read(metrics, features, meter)
                 if logged.pop(_NEW_BAD) > 0:  # on some rank: all of them report
                     logged["data/bad_images"] = hooks.bad_images(self._bad, done)
                     self._bad = {}
                 logged["train/lr"] = self.optimizers[0].rates(step).lr
                 logged["train/epoch"] = done / schedule.steps_per_epoch
-            evaluates = self._evaluates(done)
             if evaluates:
                 logged |= meter.pause(lambda done=done: hooks.evaluate(done))  # type: ignore[misc]
                 self.method.train()
@@ -163,8 +167,8 @@ class Trainer:
                 self.health(logged, step=done)
             if saves:
                 meter.pause(lambda done=done: hooks.checkpoint(done))  # type: ignore[misc]
-            if evaluates:
-                meter.pause(lambda done=done, seen=logged: hooks.evaluated(seen, done))  # type: ignore[misc]
+            if evaluates and (tell := hooks.evaluated) is not None:
+                meter.pause(lambda done=done, seen=logged: tell(seen, done))  # type: ignore[misc]
 
     def _step(self, batch: Batch, progress: Progress) -> tuple[dict[str, Tensor], Tensor]:
         for optimizer in self.optimizers:

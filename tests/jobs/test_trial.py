@@ -8,7 +8,6 @@ import pytest
 
 from raysl.errors import DivergedError
 from raysl.jobs.trial import (
-    Evaluated,
     read_changed,
     read_error,
     run_trial,
@@ -22,6 +21,7 @@ from raysl.track.run_folder import (
     list_checkpoints,
     write_json,
 )
+from raysl.train.loop import Log
 
 METRICS = ("eval/knn_top1", "train/loss")
 
@@ -57,7 +57,7 @@ def folder(tmp_path: Path) -> RunFolder:
 def training(folder: RunFolder, *, start: int, total: int = 6) -> Any:
     """Evaluates every second step, then writes results."""
 
-    def train(evaluated: Evaluated) -> dict[str, Any]:
+    def train(evaluated: Log) -> dict[str, Any]:
         for step in range(start + 2, total + 1, 2):
             evaluated({"eval/knn_top1": step / 10, "train/epoch": step / 2, "other": 1.0}, step)
         write_json(folder.results, {"knn_top1": total / 10})
@@ -133,7 +133,7 @@ def test_tells_what_was_measured_before_the_checkpoint_again_and_no_more(
 def test_an_error_of_raysl_ends_the_trial_and_is_kept_until_it_runs_again(
     folder: RunFolder,
 ) -> None:
-    def diverge(evaluated: Evaluated) -> dict[str, Any]:
+    def diverge(evaluated: Log) -> dict[str, Any]:
         raise DivergedError("train/loss is nan at step 3")
 
     run_trial(folder, metrics=METRICS, total_steps=6, report=Scheduler(), train=diverge)
@@ -149,7 +149,7 @@ def test_an_error_of_raysl_ends_the_trial_and_is_kept_until_it_runs_again(
 
 
 def test_an_error_that_is_not_raysls_is_for_the_scheduler_to_retry(folder: RunFolder) -> None:
-    def die(evaluated: Evaluated) -> dict[str, Any]:
+    def die(evaluated: Log) -> dict[str, Any]:
         raise OSError("the node is going down")
 
     with pytest.raises(OSError, match="going down"):
