@@ -46,7 +46,8 @@ _ALWAYS = (
 )
 MEASURED_SECTIONS = ("eval", "train", "data", "time", "final")
 """First parts of metrics that every method has; other ones are named after the method."""
-_METRICS = (*_ALWAYS, "train/adversary_loss", *_FINAL)
+METRICS = (*_ALWAYS, "train/adversary_loss", *_FINAL)
+"""What a run writes whatever its method; there is more where there are labels."""
 
 
 def space_problems(sweep: SweepConfig, *, known: Iterable[str] = ()) -> list[str]:
@@ -231,10 +232,10 @@ def _metric_problems(sweep: SweepConfig) -> Iterator[str]:
         *(("metric.also", name) for name in sweep.metric.also),
     ):
         section = name.partition("/")[0]
-        if name not in _METRICS and section in MEASURED_SECTIONS:
-            yield f"{place}: no metric {name!r}{_near(name, _METRICS)}"
-        elif name not in _METRICS and "/" not in name:
-            yield f"{place}: got {name!r}; a metric is section/name, such as {_METRICS[0]}"
+        if name not in METRICS and section in MEASURED_SECTIONS:
+            yield f"{place}: no metric {name!r}{_near(name, METRICS)}"
+        elif name not in METRICS and "/" not in name:
+            yield f"{place}: got {name!r}; a metric is section/name, such as {METRICS[0]}"
     name = sweep.metric.name
     if name.startswith("final/") and sweep.scheduler.name != "none":
         yield (
