@@ -5,7 +5,6 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -197,17 +196,13 @@ def draw_random(choices: Choices, *, seed: int, count: int) -> list[Params]:
 
     Each combination of the grids comes equally often; the rest is drawn. A number depends on the
     seed, on how many were drawn before, and on its dimension's name alone: with another dimension
-    beside it the others stay as they were.
+    beside it the others stay as they were, and more draws begin with the same ones.
 
     Args:
         choices: What there is.
         seed: 0 <= seed < 2**63.
         count: How many; where there are fewer combinations, each comes once.
     """
-    if choices.is_finite:
-        everything = list(islice(choices.combinations(), count + 1))
-        if len(everything) <= count:
-            return everything
     cycle = list(choices.combinations(_cycled(choices)))
     drawn: dict[str, Params] = {}
     place = stale = 0

@@ -52,8 +52,8 @@ def trial_name(number: int) -> str:
 def draw(sweep: SweepConfig) -> list[Candidate]:
     """Return all candidates of a grid or random search; none of one that suggests as it goes.
 
-    It is a function of the sweep alone. Repeats of all candidates follow after all of them, so
-    that a sweep whose time is up has tried every candidate before it tries one again.
+    It is a function of the sweep alone. Repeats of a candidate follow each other, and a larger
+    ``budget.trials`` adds candidates after those that there were.
 
     Raises:
         ConfigError: Lists what is wrong with the space.
@@ -64,11 +64,10 @@ def draw(sweep: SweepConfig) -> list[Candidate]:
     if sweep.search.name == "optuna":
         return []
     choices = Choices(sweep)
-    drawn = _drawn(sweep, choices)
     return [
-        _candidate(sweep, choices, repeat * len(drawn) + place, params, repeat=repeat)
+        _candidate(sweep, choices, place * sweep.repeats + repeat, params, repeat=repeat)
+        for place, params in enumerate(_drawn(sweep, choices))
         for repeat in range(sweep.repeats)
-        for place, params in enumerate(drawn)
     ]
 
 

@@ -31,8 +31,8 @@ class TestRuns:
         runs = check(sweep, draw(sweep), folder=Path("runs"))
         assert [(run.method.temperature, run.seed) for run in runs] == [
             (0.1, 5),
-            (0.2, 5),
             (0.1, 6),
+            (0.2, 5),
             (0.2, 6),
         ]
 

@@ -45,15 +45,25 @@ class TestDraw:
         assert [candidate.params["optim.warmup"] for candidate in found] == ["none", "long"]
         assert found[1].values == {"optim.warmup": {"epochs": 2}}
 
-    def test_repeats_come_after_all_candidates_with_the_seeds_after_the_base_s(
+    def test_repeats_follow_each_other_with_the_seeds_after_the_base_s(
         self, sweep_of: Make
     ) -> None:
         found = draw(sweep_of(space=TEMPERATURES, search={"name": "grid"}, repeats=2))
-        shown = [
+        seen = [
             (each.number, each.params["method.temperature"], each.params["seed"]) for each in found
         ]
-        assert shown == [(0, 0.1, 5), (1, 0.2, 5), (2, 0.1, 6), (3, 0.2, 6)]
+        assert seen == [(0, 0.1, 5), (1, 0.1, 6), (2, 0.2, 5), (3, 0.2, 6)]
         assert all(each.values["seed"] == each.params["seed"] for each in found)
+
+    def test_a_larger_budget_leaves_the_candidates_that_there_were(self, sweep_of: Make) -> None:
+        space = {"optim.final_lr_ratio": {"choice": [0, 0.1, 0.2]}, **TEMPERATURES}
+        few, many, all_of_them = (
+            draw(sweep_of(space=space, budget={"trials": trials}, repeats=2))
+            for trials in (2, 5, 50)
+        )
+        assert (len(few), len(many), len(all_of_them)) == (4, 10, 12)
+        assert many[:4] == few
+        assert all_of_them[:10] == many
 
     def test_one_repeat_shows_no_seed(self, sweep_of: Make) -> None:
         assert "seed" not in draw(sweep_of(space=TEMPERATURES, search={"name": "grid"}))[0].params
@@ -63,8 +73,8 @@ class TestDraw:
     ) -> None:
         other = tmp_path / "other.yaml"
         other.write_text(base.read_text())
-        found = draw(sweep_of(base=[str(base), str(other)], repeats=2))
-        assert [(each.params["config"], each.base) for each in found[:2]] == [
+        found = draw(sweep_of(base=[str(base), str(other)], search={"name": "grid"}, repeats=2))
+        assert [(each.params["config"], each.base) for each in found[::2]] == [
             ("base", str(base)),
             ("other", str(other)),
         ]
