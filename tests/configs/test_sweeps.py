@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from raysl.config.load import to_yaml
+from raysl.config.load import read_mapping, to_yaml, validate
+from raysl.evaluate.protocol import EvaluateConfig
 from raysl.methods import method_names
 from raysl.sweep.check import check
 from raysl.sweep.config import SweepConfig
@@ -12,7 +13,9 @@ from raysl.sweep.load import load_sweep
 from raysl.sweep.space import draw
 
 FOLDER = Path(__file__).parents[2] / "configs" / "sweeps"
-SWEEPS = sorted(FOLDER.glob("*.yaml"))
+# Its runs are sound once a run can be fine-tuned.
+WAITING = () if "finetune" in EvaluateConfig.model_fields else ("head_depth_label_fraction",)
+SWEEPS = sorted(path for path in FOLDER.glob("*.yaml") if path.stem not in WAITING)
 every_sweep = pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 
 
@@ -73,6 +76,19 @@ def test_the_one_without_labels_is_decided_by_none() -> None:
     sweep = _load("label_free")
     assert sweep.metric.name == "train/effective_rank"
     assert "train.global_batch_size" not in sweep.space  # the rank of a batch grows with it
+
+
+def test_the_layer_that_is_fine_tuned_from_never_lies_beyond_the_head() -> None:
+    path = FOLDER / "head_depth_label_fraction.yaml"
+    values = read_mapping(path)
+    base = str(FOLDER / values["base"])
+    sweep = validate(SweepConfig, values | {"name": path.stem, "base": base}, where=str(path))
+    found = [tuple(candidate.params.values()) for candidate in draw(sweep)]
+    assert len(found) == len(set(found)) == 27
+    assert {(depth, layer) for depth, layer, _ in found} == {
+        (depth, layer) for depth in (1, 2, 3) for layer in range(depth + 1)
+    }
+    assert {fraction for *_, fraction in found} == {0.01, 0.1, 1.0}
 
 
 def _load(name: str) -> SweepConfig:
