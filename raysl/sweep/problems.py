@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from raysl.config.load import MISSING, get_key, read_mapping
@@ -80,18 +81,14 @@ def problems_error(problems: Sequence[str], *, where: str) -> ConfigError:
 
 def _base_problems(sweep: SweepConfig) -> Iterator[str]:
     for path in sweep.base:
-        same = [other for other in sweep.base if _stem(other) == _stem(path)]
+        same = [other for other in sweep.base if Path(other).stem == Path(path).stem]
         if len(same) > 1 and same[0] == path:
-            yield f"base: {' and '.join(same)} have the same name {_stem(path)!r}; rename one"
+            yield f"base: {' and '.join(same)} have the same name {Path(path).stem!r}; rename one"
     for base in sweep.bases.values():
         try:
             read_mapping(base)
         except ConfigError as error:
             yield f"base: {error}"
-
-
-def _stem(path: str) -> str:
-    return path.rsplit("/", 1)[-1].removesuffix(".yaml")
 
 
 def _key_problems(sweep: SweepConfig) -> Iterator[str]:
