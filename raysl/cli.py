@@ -12,6 +12,7 @@ from raysl.errors import RayslError
 
 VERBS = {
     "pretrain": "train an encoder on unlabelled images, measure it, write it",
+    "sweep": "try many settings of a run on Ray Tune, compare them, write the best one",
     "benchmark": "measure the input on this machine or cluster, to size it",
     "config": "print a resolved configuration and what follows from it",
     "data": "look at a source of images: counts, sizes, formats, broken files, a contact sheet",
@@ -24,6 +25,7 @@ raysl pretrains image encoders without labels, on Ray.
   raysl pretrain configs/quickstart.yaml           an encoder in minutes, on any laptop
   raysl pretrain CONFIG data.source=FOLDER         your own images: a folder, Parquet, s3://...
   raysl pretrain CONFIG optim.base_lr=0.1          any setting, by its dotted name
+  raysl sweep configs/sweeps/NAME.yaml             many settings side by side, the best one kept
   raysl config CONFIG [overrides]                  what a run would do, before it does it
   raysl benchmark input CONFIG [overrides]         images/s that the CPUs can feed, and why
   raysl data SOURCE                                what is there, and what to do about it
@@ -41,6 +43,7 @@ _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 # What to say after Ctrl-C to who wants to go on.
 _GOES_ON = {
     "pretrain": "; the same command goes on from the last checkpoint",
+    "sweep": "; the same command goes on, with what has ended left as it is",
     "pack": "; the same command goes on with the shards that are missing",
 }
 

@@ -1,7 +1,7 @@
 """A whole run: the sections that the rooms define, put together, and what follows from them."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from raysl.config.base import Config, PositiveFloat, PositiveInt
-from raysl.config.load import apply_overrides, read_mapping, validate
+from raysl.config.load import Problem, apply_overrides, bad_keys, read_mapping, validated
 from raysl.data.fragments import images_per_epoch
 from raysl.data.plan import Plan, item_size_for
 from raysl.data.stream import Making
@@ -66,6 +66,16 @@ class TrackConfig(Config):
     """Store the encoder as an MLflow model with its signature."""
 
 
+def check_run_name(name: str) -> str:
+    """Return the name of a run or a sweep; raise ValueError if it cannot be a folder's."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=-]*", name):
+        raise ValueError(
+            f"a name starts with a letter or digit and holds letters, digits, '.', '_', '=' "
+            f"and '-'; got {name!r}"
+        )
+    return name
+
+
 class RunConfig(Config, Generic[M]):
     """One pretraining run."""
 
@@ -89,40 +99,48 @@ class RunConfig(Config, Generic[M]):
     @field_validator("name")
     @classmethod
     def _is_a_folder_name(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=-]*", name):
-            raise ValueError(
-                f"a name starts with a letter or digit and holds letters, digits, '.', '_', '=' "
-                f"and '-'; got {name!r}"
-            )
-        return name
+        return check_run_name(name)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "RunConfig[M]":
+        misfits = list(self._misfits())
+        if misfits:
+            raise ValueError("\n".join(misfits))
+        return self
+
+    def _misfits(self) -> Iterator[str]:
+        """Yield each combination of settings that cannot be."""
         if (self.train.epochs is None) == (self.train.steps is None):
-            raise ValueError("give exactly one of train.epochs and train.steps")
+            yield "give exactly one of train.epochs and train.steps"
+        checks: list[Callable[[], None]] = [
+            self._check_workers,
+            lambda: self.backbone.check_view_sizes(self.view_sizes_px),
+            lambda: self.method.check_shape(self._shape()),
+            self._check_finetune,
+        ]
+        for check in checks:
+            try:
+                check()
+            except ConfigError as error:
+                yield str(error)
+
+    def _check_workers(self) -> None:
         workers, batch = max(1, self.cluster.num_train_workers), self.train.global_batch_size
         if batch % workers:
             near = sorted(
                 {max(workers, batch // workers * workers), -(-batch // workers) * workers}
             )
-            raise ValueError(
+            raise ConfigError(
                 f"train.global_batch_size={batch} does not divide over "
                 f"cluster.num_train_workers={workers}; use {' or '.join(map(str, near))}"
             )
         per_worker, splits = batch // workers, self.backbone.batch_norm_splits
         if self.backbone.batch_norm == "split" and per_worker % splits:
-            raise ValueError(
+            raise ConfigError(
                 f"a worker's batch of {per_worker} does not divide into "
                 f"backbone.batch_norm_splits={splits}"
             )
-        try:
-            self.backbone.check_view_sizes(self.view_sizes_px)
-            self.method.check_shape(self._shape())
-            self._check_micro_batch(per_worker)
-            self._check_finetune()
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
-        return self
+        self._check_micro_batch(per_worker)
 
     def _shape(self) -> RunShape:
         return RunShape(
@@ -134,7 +152,7 @@ class RunConfig(Config, Generic[M]):
 
     def _check_micro_batch(self, per_worker: int) -> None:
         size = self.train.micro_batch_size
-        if size is None:
+        if size is None or isinstance(self.method, _UnknownMethod):
             return
         if not can_split(load_method(self.method.name)):
             raise ConfigError(
@@ -154,7 +172,7 @@ class RunConfig(Config, Generic[M]):
 
     def _check_finetune(self) -> None:
         finetune = self.evaluate.finetune
-        if finetune is None:
+        if finetune is None or isinstance(self.method, _UnknownMethod):
             return
         most = self.method.projection_head_layers(is_vit=self.backbone.is_vit)
         if finetune.head_layers > most:
@@ -292,17 +310,40 @@ def run_from_values(values: Mapping[str, Any], *, where: str) -> RunConfig[Any]:
     Raises:
         ConfigError: Lists every bad key at once.
     """
-    method = values.get("method")
-    name = method.get("name") if isinstance(method, dict) else None
+    found = run_or_problems(values)
+    if isinstance(found, list):
+        raise bad_keys(found, where=where)
+    return found
+
+
+def run_or_problems(values: Mapping[str, Any]) -> RunConfig[Any] | list[Problem]:
+    """Return the run that plain values make, or all that is wrong with them."""
+    section = values.get("method")
+    name = section.get("name") if isinstance(section, dict) else None
     if name is None:
-        raise ConfigError(
-            f"{where}: method.name is missing; give method: {{name: simclr}} or another"
-        )
+        text = "method.name: missing; give method: {name: simclr} or another"
+        return [Problem(("method", "name"), text), *_problems_without_method(values)]
     try:
         config_type = load_method(str(name)).Config
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-    return validate(RunConfig[config_type], values, where=where)  # type: ignore[valid-type]
+        return [Problem(("method", "name"), str(error)), *_problems_without_method(values)]
+    return validated(RunConfig[config_type], values)  # type: ignore[valid-type]
+
+
+def _problems_without_method(values: Mapping[str, Any]) -> list[Problem]:
+    stand_in = dict(values) | {"method": {"name": ""}}
+    found = validated(RunConfig[_UnknownMethod], stand_in)
+    return found if isinstance(found, list) else []
+
+
+class _UnknownMethod(MethodConfig):
+    """Stands in for a method that is not known, so that the rest of the run is checked too."""
+
+    takes_more_views = True
+
+    @property
+    def num_views(self) -> int:
+        return 0
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
 """Fixtures that several rooms' tests need."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +85,25 @@ def no_ray_cluster() -> None:
 def timm() -> Any:
     """The library timm, which only some tests need: `uv sync --group models`."""
     return pytest.importorskip("timm")
+
+
+@pytest.fixture
+def make_trial() -> Callable[..., Any]:
+    """Make a trial of a sweep that was measured once an epoch."""
+    from raysl.sweep.trial import Trial
+
+    def make(number: int, params: dict[str, Any], values: Sequence[float], **more: Any) -> Trial:
+        given = {
+            "status": "finished",
+            "curve": tuple((float(epoch), value) for epoch, value in enumerate(values, 1)),
+            "metric": values[-1] if values else None,
+            "also": {},
+            "epoch": float(len(values)),
+            "seconds": 60.0 * len(values),
+            "error": None,
+            "path": Path("trials") / f"{number:04d}",
+            "mlflow_run_id": None,
+        }
+        return Trial(number=number, params=params, **(given | more))
+
+    return make

@@ -20,6 +20,7 @@ FLOORS = [
     ["data"],
     ["train", "evaluate", "encoder", "pack"],
     ["recipe"],
+    ["sweep"],
     ["report"],
     ["jobs"],
     ["runtime"],

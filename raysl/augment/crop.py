@@ -62,6 +62,33 @@ def plan_crop(
     return CropBox((height - h) // 2, (width - w) // 2, h, w)
 
 
+# A part of a view is planned before its size is known: on a view of so many pixels a side.
+PLANNED_SIDE_PX = 1 << 16
+
+
+def plan_part(
+    rng: np.random.Generator,
+    *,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    prob: float,
+) -> CropBox | None:
+    """Draw a part of a square view, or None with probability 1 - prob.
+
+    Returns:
+        A box, as :func:`plan_crop` draws it, of a view of ``PLANNED_SIDE_PX``.
+    """
+    if rng.random() >= prob:
+        return None
+    side = PLANNED_SIDE_PX
+    return plan_crop(rng, height=side, width=side, scale=scale, ratio=ratio)
+
+
+def part_box(part: CropBox, *, size_px: int) -> CropBox:
+    """Return what :func:`plan_part` drew as a box of a view of ``size_px``."""
+    return shrink_box(part, PLANNED_SIDE_PX / size_px, height=size_px, width=size_px)
+
+
 def plan_square(
     rng: np.random.Generator, *, height: int, width: int, short_side: tuple[float, float]
 ) -> CropBox:
@@ -105,6 +132,22 @@ def apply_crop(image: Image, box: CropBox, *, size_px: int, antialias: bool = Tr
     fine = (factor * size_px, factor * size_px)
     samples = cv2.resize(patch, fine, interpolation=cv2.INTER_LINEAR)
     return cv2.resize(samples, size, interpolation=cv2.INTER_AREA)  # type: ignore[return-value]
+
+
+def shrink_box(box: CropBox, factor: float, *, height: int, width: int) -> CropBox:
+    """Return a box of an image in the same image at 1/factor of its size.
+
+    Args:
+        box: The box.
+        factor: > 0.
+        height: Of the smaller image in pixels; the box is kept inside.
+        width: Likewise.
+    """
+    h = min(height, max(1, round(box.height / factor)))
+    w = min(width, max(1, round(box.width / factor)))
+    top = min(round(box.top / factor), height - h)
+    left = min(round(box.left / factor), width - w)
+    return CropBox(top, left, h, w)
 
 
 def plan_flip(rng: np.random.Generator, *, prob: float) -> bool:

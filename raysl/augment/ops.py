@@ -10,11 +10,15 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from raysl.augment.crop import (
+    CropBox,
     Image,
+    apply_crop,
     apply_flip,
     apply_quarter_turn,
     apply_rotation,
+    part_box,
     plan_flip,
+    plan_part,
     plan_quarter_turn,
     plan_rotation,
 )
@@ -38,6 +42,7 @@ from raysl.augment.photometric import (
 )
 from raysl.config.base import Config, NonNegativeFloat, PositiveFloat, Probability
 
+Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Numbers = tuple[float, ...]
 
 
@@ -46,6 +51,41 @@ def check_range(name: str, bounds: tuple[float, float]) -> None:
     low, high = bounds
     if low > high:
         raise ValueError(f"{name} is [low, high] with low <= high; got [{low}, {high}]")
+
+
+class CropPart(Config):
+    """Cut out a random part of the view and enlarge it to the view's side.
+
+    Every view begins with a crop of the image; this one is of the view, wherever it stands among
+    the operations.
+    """
+
+    op: Literal["crop"] = "crop"
+    scale: tuple[Fraction, Fraction] = (0.08, 1.0)
+    """Range of the part's area over the view's."""
+    ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
+    """Range of width over height."""
+    prob: Probability = 1.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "CropPart":
+        check_range("scale", self.scale)
+        check_range("ratio", self.ratio)
+        return self
+
+    def plan(self, rng: np.random.Generator) -> CropBox | None:
+        """Draw the part."""
+        return plan_part(rng, scale=self.scale, ratio=self.ratio, prob=self.prob)
+
+    def apply(self, image: Image, plan: CropBox | None) -> Image:
+        """Cut out the planned part."""
+        if plan is None:
+            return image
+        return apply_crop(image, part_box(plan, size_px=len(image)), size_px=len(image))
+
+    def numbers(self, plan: CropBox | None, *, size_px: int) -> Numbers:
+        """Return 1 or 0 and the part's top, left, height and width in pixels."""
+        return (0.0,) * 5 if plan is None else (1.0, *part_box(plan, size_px=size_px))
 
 
 class Flip(Config):
@@ -153,7 +193,7 @@ class Blur(Config):
     op: Literal["blur"] = "blur"
     sigma_px: tuple[PositiveFloat, PositiveFloat] = (0.1, 2.0)
     """Range of the standard deviation in pixels of the view."""
-    kernel_fraction: Annotated[float, Field(gt=0.0, le=1.0)] | None = 0.1
+    kernel_fraction: Fraction | None = 0.1
     """Longest kernel over the view's side (SimCLR: a tenth); null: three standard deviations."""
     prob: Probability = 0.5
 
@@ -243,9 +283,7 @@ class Cutout(Config):
     """Erase a square."""
 
     op: Literal["cutout"] = "cutout"
-    side: tuple[
-        Annotated[float, Field(gt=0.0, le=1.0)], Annotated[float, Field(gt=0.0, le=1.0)]
-    ] = (0.25, 0.5)
+    side: tuple[Fraction, Fraction] = (0.25, 0.5)
     """Range of the square's side over the view's."""
     fill: Annotated[int, Field(ge=0, le=255)] = 124
     """Level that it is filled with; 124 is near zero once ImageNet's mean is taken off."""
@@ -270,6 +308,16 @@ class Cutout(Config):
 
 
 Op = Annotated[
-    Flip | Rotate | QuarterTurn | ColorJitter | Grey | Blur | Solarise | Noise | Sobel | Cutout,
+    CropPart
+    | Flip
+    | Rotate
+    | QuarterTurn
+    | ColorJitter
+    | Grey
+    | Blur
+    | Solarise
+    | Noise
+    | Sobel
+    | Cutout,
     Field(discriminator="op"),
 ]

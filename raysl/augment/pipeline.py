@@ -7,22 +7,20 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from pydantic import Field, model_validator
 
-from raysl.augment.crop import CropBox, Image, apply_crop, plan_crop, plan_square
-from raysl.augment.ops import Numbers, Op, check_range
+from raysl.augment.crop import CropBox, Image, apply_crop, plan_crop, plan_square, shrink_box
+from raysl.augment.ops import Fraction, Numbers, Op, check_range
 from raysl.augment.random import MAX_VIEWS, borrow_view_stream
 from raysl.config.base import Config, PositiveFloat, PositiveInt
-
-_Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
 class Crop(Config):
     """Random crop, resized to the view's side: of random area and aspect, or a square."""
 
-    scale: tuple[_Fraction, _Fraction] = (0.08, 1.0)
+    scale: tuple[Fraction, Fraction] = (0.08, 1.0)
     """Range of the box's area over the image's."""
     ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
     """Range of width over height."""
-    short_side: tuple[_Fraction, _Fraction] | None = None
+    short_side: tuple[Fraction, Fraction] | None = None
     """Cut a square instead: range of its side over the image's shorter one."""
     antialias: bool = True
     """Average over the pixels when the crop shrinks; false interpolates, twice as quickly."""
@@ -132,11 +130,7 @@ def largest_shrink(
 
 def shrink_plan(plan: ViewPlan, factor: int, *, height: int, width: int) -> ViewPlan:
     """Return a plan for the same image at 1/factor of its size, ``height`` x ``width`` pixels."""
-    box = plan.box
-    h, w = min(height, round(box.height / factor)), min(width, round(box.width / factor))
-    top = min(round(box.top / factor), height - h)
-    left = min(round(box.left / factor), width - w)
-    return ViewPlan(CropBox(top, left, h, w), plan.steps)
+    return ViewPlan(shrink_box(plan.box, factor, height=height, width=width), plan.steps)
 
 
 def device_ops(view: View) -> tuple[Op, ...]:

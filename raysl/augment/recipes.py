@@ -4,12 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from raysl.augment.ops import Blur, ColorJitter, Flip, Grey, Op, Solarise
+from raysl.augment.ops import Blur, ColorJitter, Flip, Fraction, Grey, Op, Solarise
+from raysl.augment.pairs import PairViews
 from raysl.augment.pipeline import Crop, View
 from raysl.augment.random import MAX_VIEWS
 from raysl.config.base import Config, NonNegativeFloat, PositiveInt, Probability
-
-_Scale = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
 class _Recipe(Config):
@@ -29,7 +28,7 @@ class SimCLRViews(_Recipe):
     """
 
     recipe: Literal["simclr"] = "simclr"
-    min_scale: _Scale = 0.08
+    min_scale: Fraction = 0.08
     """Smallest area of a crop over the area of the image."""
     color_strength: NonNegativeFloat = 1.0
     """s: jitter of 0.8 s in brightness, contrast and saturation, 0.2 s in hue."""
@@ -58,7 +57,7 @@ class MoCoV1Views(_Recipe):
     """
 
     recipe: Literal["moco_v1"] = "moco_v1"
-    min_scale: _Scale = 0.2
+    min_scale: Fraction = 0.2
 
     def views(self) -> tuple[View, ...]:
         """Return the two views' definition."""
@@ -76,7 +75,7 @@ class MoCoV2Views(_Recipe):
     """
 
     recipe: Literal["moco_v2"] = "moco_v2"
-    min_scale: _Scale = 0.2
+    min_scale: Fraction = 0.2
     blur_prob: Probability = 0.5
     flip_prob: Probability = 0.5
 
@@ -100,7 +99,7 @@ class BYOLViews(_Recipe):
     """
 
     recipe: Literal["byol"] = "byol"
-    min_scale: _Scale = 0.08
+    min_scale: Fraction = 0.08
     blur_probs: tuple[Probability, Probability] = (1.0, 0.1)
     """Of the first and the second view; zeros for images as small as CIFAR-10's."""
 
@@ -122,7 +121,7 @@ class VICRegViews(_Recipe):
     """
 
     recipe: Literal["vicreg"] = "vicreg"
-    min_scale: _Scale = 0.08
+    min_scale: Fraction = 0.08
     blur_prob: Probability = 0.5
     solarise_prob: Probability = 0.1
 
@@ -141,11 +140,11 @@ class SwAVViews(_Recipe):
     """
 
     recipe: Literal["swav"] = "swav"
-    global_scale: tuple[_Scale, _Scale] = (0.14, 1.0)
+    global_scale: tuple[Fraction, Fraction] = (0.14, 1.0)
     """Range of a large crop's area over the image's."""
     local_count: Annotated[int, Field(ge=0, le=MAX_VIEWS - 2)] = 6
     local_size_px: PositiveInt = 96
-    local_scale: tuple[_Scale, _Scale] = (0.05, 0.14)
+    local_scale: tuple[Fraction, Fraction] = (0.05, 0.14)
     """Range of a small crop's area."""
     color_strength: NonNegativeFloat = 1.0
     """As in SimCLR's recipe."""
@@ -172,11 +171,11 @@ class DINOViews(_Recipe):
     """
 
     recipe: Literal["dino"] = "dino"
-    global_scale: tuple[_Scale, _Scale] = (0.4, 1.0)
+    global_scale: tuple[Fraction, Fraction] = (0.4, 1.0)
     """Range of a large crop's area over the image's."""
     local_count: Annotated[int, Field(ge=0, le=MAX_VIEWS - 2)] = 8
     local_size_px: PositiveInt = 96
-    local_scale: tuple[_Scale, _Scale] = (0.05, 0.4)
+    local_scale: tuple[Fraction, Fraction] = (0.05, 0.4)
     """Range of a small crop's area."""
     blur_probs: tuple[Probability, Probability, Probability] = (1.0, 0.1, 0.5)
     """Of the first large crop, the second, and the small ones."""
@@ -211,7 +210,7 @@ class MAEViews(_Recipe):
     """
 
     recipe: Literal["mae"] = "mae"
-    min_scale: _Scale = 0.2
+    min_scale: Fraction = 0.2
 
     def views(self) -> tuple[View, ...]:
         """Return the view's definition."""
@@ -263,7 +262,7 @@ class ContextEncoderViews(_Recipe):
 
     recipe: Literal["context_encoder"] = "context_encoder"
     size_px: PositiveInt = 128
-    short_side: tuple[_Scale, _Scale] = (128 / 350, 128 / 350)
+    short_side: tuple[Fraction, Fraction] = (128 / 350, 128 / 350)
     """Range of the square's side over the image's shorter one; (1, 1) for images as small as
     CIFAR-10's."""
 
@@ -342,6 +341,7 @@ Views = Annotated[
     | RotationViews
     | JigsawViews
     | ContextEncoderViews
+    | PairViews
     | CustomViews,
     Field(discriminator="recipe"),
 ]

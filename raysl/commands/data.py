@@ -24,6 +24,7 @@ from raysl.pack.inspect import (
     pack_speedup,
     summarise,
 )
+from raysl.report.measure import duration_text
 from raysl.sources.source import LocatedSource, Source
 
 _SAMPLE = 10_000
@@ -166,7 +167,7 @@ def _rows(summary: dict[str, Any], *, cores: int) -> dict[str, str]:
     if summary["decoded_images_per_s"]:
         rows["decoding"] = (
             f"{summary['decoded_images_per_s']:,.0f} images/s on this machine's {cores} core(s): "
-            f"{_duration(summary['epoch_s'])} an epoch, without making views"
+            f"{duration_text(summary['epoch_s'])} an epoch, without making views"
         )
     return rows
 
@@ -193,12 +194,6 @@ def _shares(counts: dict[str, int], total: int) -> str:
 def _range(spread: dict[str, float], form: str) -> str:
     low, middle, high = (form.format(spread[name]) for name in ("min", "median", "max"))
     return low if low == high else f"{low} to {high}, median {middle}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:,.1f} s"
-    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
 def _draw(

@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
-import torch
 
 from raysl.commands.record import flat, packages, tags_of
 from raysl.commands.terminal import ProgressView, accuracy_table, console, print_json, say
 from raysl.config.load import read_mapping, to_yaml
-from raysl.data.stream import ItemMaker, iterate
 from raysl.encoder import load_encoder, read_description
 from raysl.errors import DataError, RunFolderError
-from raysl.jobs.pretrain import Place, pretrain
+from raysl.jobs.local import pretrain_here
 from raysl.nn.backbones import check_model_name
 from raysl.recipe import (
     Derived,
@@ -27,8 +25,6 @@ from raysl.recipe import (
     derive_for,
     differences,
     load_run,
-    making_of,
-    plan_of,
     size_defaults,
 )
 from raysl.runtime.cluster import connect, describe_cluster, disconnect, plan_layout
@@ -161,7 +157,9 @@ def _train(opened: Opened) -> dict[str, Any]:
     if config.track.mlflow:  # while Ray starts
         threading.Thread(target=_load_mlflow, name="raysl-load-mlflow", daemon=True).start()
     with ExitStack() as stack:
-        start = _local_start(opened, done)
+        start: Callable[[], dict[str, Any]] = lambda: pretrain_here(  # noqa: E731
+            config, folder=folder, source=opened.source
+        )
         facts: dict[str, str] = {}
         if config.cluster.num_train_workers > 0:
             if connect():
@@ -192,32 +190,6 @@ def _train(opened: Opened) -> dict[str, Any]:
             raise
         progress.close()
     return _finish(opened, results, tracker, began_at)
-
-
-def _local_start(opened: Opened, start_step: int) -> Callable[[], dict[str, Any]]:
-    """Return the run in this process, without Ray: the same plan, the same pixels."""
-    config, source = opened.config, opened.source
-    device = torch.device(
-        "cuda" if config.cluster.device != "cpu" and torch.cuda.is_available() else "cpu"
-    )
-    cores = os.cpu_count() or 1
-    threads = config.cluster.threads_per_train_worker or cores
-    make = ItemMaker(source, plan_of(config, source), making_of(config.data))
-    return lambda: pretrain(
-        config,
-        folder=opened.folder,
-        source=source,
-        place=Place(device, threads),
-        start_step=start_step,
-        open_batches=lambda _: iterate(
-            make,
-            start_step=start_step,
-            rank=0,
-            world_size=1,
-            num_threads=config.cluster.num_data_workers or cores,
-            prefetch_steps=config.cluster.prefetch_batches,
-        ),
-    )
 
 
 def _by_size(opened: Opened) -> dict[str, float]:

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -126,34 +126,116 @@ def _same_kind(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Return ``values`` with dotted overrides such as ``optim.base_lr=3e-1`` applied in order.
 
-    The value is typed as YAML: ``a.b=0.1``, ``a.b={epochs: 5}``, ``a.b=[1, 2]``, ``a.b=null``.
+    The value is typed as YAML: ``a.b=0.1``, ``a.b={epochs: 5}``, ``a.b=[1, 2]``, ``a.b=null``. A
+    number in the key is a place in a list: ``data.views.kinds.0.size_px=32``.
 
     Raises:
         ConfigError: If an override is not ``key=value`` or runs through a value.
     """
-    result: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    result = plain_copy(values)
     for override in overrides:
-        key, equals, text = override.partition("=")
-        names = key.split(".")
-        if not equals or not all(names):
-            raise ConfigError(f"override {override!r} is not of the form section.key=value")
-        target = result
-        for depth, name in enumerate(names[:-1]):
-            inner = target.get(name)
-            if inner is None:
-                inner = target[name] = {}
-            if not isinstance(inner, dict):
-                path = ".".join(names[: depth + 1])
-                raise ConfigError(
-                    f"override {override!r}: {path} is the value {inner!r}, no section"
-                )
-            target = inner
-        value = parse_yaml(text, where=f"override {override!r}")
-        old = target.get(names[-1])
-        if isinstance(old, dict) and isinstance(value, str) and len(names) == 1:
+        key, value = parse_override(override)
+        old = result.get(key)
+        if isinstance(old, dict) and isinstance(value, str):
             raise ConfigError(f"override {override!r}: {key} is a section; set {key}.KEY=VALUE")
-        target[names[-1]] = value
+        try:
+            set_key(result, key, value)
+        except ConfigError as error:
+            raise ConfigError(f"override {override!r}: {error}") from None
     return result
+
+
+def plain_copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy that shares nothing; what YAML has beyond JSON, such as dates, as text."""
+    copy: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return copy
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    """Return the key and the value of ``section.key=value``.
+
+    Raises:
+        ConfigError: If it is of another form, or the value is not YAML.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    return key, parse_yaml(text, where=f"override {override!r}")
+
+
+def set_key(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in plain values; sections that are not there are made.
+
+    Args:
+        values: Changed in place.
+        key: ``section.key``; a number is a place in a list, one beyond its end adds to it.
+        value: What to set.
+
+    Raises:
+        ConfigError: If the key runs through a value, or to no place of a list.
+    """
+    names = key.split(".")
+    target: Any = values
+    for depth, name in enumerate(names):
+        last = depth == len(names) - 1
+        if isinstance(target, list):
+            place = _place_in(target, name, ".".join(names[:depth]), may_add=last)
+            if place == len(target):
+                target.append(None)
+            at: Any = place
+        elif isinstance(target, dict):
+            at = name
+        else:
+            path = ".".join(names[:depth])
+            raise ConfigError(f"{path} is the value {target!r}, no section")
+        if last:
+            target[at] = value
+        elif isinstance(target, dict) and target.get(at) is None:
+            target[at] = {}
+        target = target[at]
+
+
+def _place_in(items: Sequence[Any], name: str, path: str, *, may_add: bool) -> int:
+    """Return the place in a list that a part of a dotted key names."""
+    most = len(items) if may_add else len(items) - 1
+    if not name.isdecimal() or int(name) > most:
+        raise ConfigError(f"{path} is a list of {len(items)}; got the place {name!r} in it")
+    return int(name)
+
+
+MISSING = object()
+"""What :func:`get_key` returns where there is nothing; null is something."""
+
+
+def get_key(values: Any, key: str) -> Any:
+    """Return what a dotted key names in plain values, or :data:`MISSING`."""
+    for name in key.split("."):
+        if isinstance(values, dict) and name in values:
+            values = values[name]
+        elif isinstance(values, list) and name.isdecimal() and int(name) < len(values):
+            values = values[int(name)]
+        else:
+            return MISSING
+    return values
+
+
+def drop_key(values: Any, key: str) -> None:
+    """Remove what a dotted key names from plain values, if it is there."""
+    owner, _, name = key.rpartition(".")
+    inside = get_key(values, owner) if owner else values
+    if isinstance(inside, dict):
+        inside.pop(name, None)
+    elif isinstance(inside, list) and name.isdecimal() and int(name) < len(inside):
+        del inside[int(name)]
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong with plain values."""
+
+    place: tuple[str, ...]
+    """The keys that lead to it, as a person typed them; empty for what whole values have."""
+    text: str
+    """The key, what is allowed, what was given."""
 
 
 def validate(model: type[M], values: Mapping[str, Any], *, where: str) -> M:
@@ -163,14 +245,36 @@ def validate(model: type[M], values: Mapping[str, Any], *, where: str) -> M:
         ConfigError: Lists every bad key at once: the key, what is allowed, what was given, and for
             an unknown key the nearest known one.
     """
+    found = validated(model, values)
+    if isinstance(found, list):
+        raise bad_keys(found, where=where)
+    return found
+
+
+def bad_keys(problems: Sequence[Problem], *, where: str) -> ConfigError:
+    """Return the error that lists all problems."""
+    heading = f"{where}: {len(problems)} bad key{'s' if len(problems) > 1 else ''}"
+    return ConfigError("\n".join([heading, *(f"  {problem.text}" for problem in problems)]))
+
+
+def validated(model: type[M], values: Mapping[str, Any]) -> M | list[Problem]:
+    """Return the model that plain values make, or all that is wrong with them."""
     try:
         # As JSON, because strict mode then still reads a list as a tuple and an int as a float.
         return model.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
-        problems = error.errors(include_url=False)
-        lines = [f"{where}: {len(problems)} bad key{'s' if len(problems) > 1 else ''}"]
-        lines += [f"  {_describe(model, problem)}" for problem in problems]
-        raise ConfigError("\n".join(lines)) from None
+        return [
+            Problem(_place(model, raw), _describe(model, raw | {"msg": line}))
+            for raw in error.errors(include_url=False)
+            for line in raw["msg"].split("\n")  # a rule between keys may find several things
+        ]
+
+
+def _place(model: type[BaseModel], problem: Mapping[str, Any]) -> tuple[str, ...]:
+    location = problem["loc"]
+    if problem["type"] == "extra_forbidden":
+        return *_follow(model, location[:-1])[1], str(location[-1])
+    return tuple(_follow(model, location)[1])
 
 
 def _describe(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
@@ -212,11 +316,16 @@ def _follow(
     """Walk a pydantic location; return the model that owns its end and the keys a person typed."""
     current: list[type[BaseModel]] = [model]
     shown: list[str] = []
+    keyed = False  # whether the next part is a key of a mapping
     for part in location:
         field = next((m.model_fields[part] for m in current if part in m.model_fields), None)
-        if field is not None:
+        if keyed:
+            shown.append(str(part))
+            keyed = False
+        elif field is not None:
             shown.append(str(part))
             current = _models_in(field.annotation)
+            keyed = get_origin(field.annotation) is dict
         elif isinstance(part, int):
             shown.append(str(part))
         else:  # the tag of a union: not a key of the file, but it says which member is meant

@@ -1,6 +1,6 @@
 """The protocols of a run: which images, which measures, with which settings."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -32,6 +32,10 @@ class EvaluateConfig(SourceConfig):
     source: str | None = None  # type: ignore[assignment]
     every: Duration | None = Duration(epochs=5.0)
     """From one nearest-neighbour measurement during training to the next; null: none."""
+    final: Literal["full", "knn"] = "full"
+    """What is measured at the end. full: all probes, on the trained and on the untrained encoder.
+    knn: the nearest neighbours of the trained one alone, seconds instead of most of a minute, as
+    the trials of a sweep want it."""
     knn_k: PositiveInt = 20
     knn_temperature: PositiveFloat = 0.07
     few_shot_labels: PositiveInt = 5

@@ -20,7 +20,9 @@ from raysl.report.figure import (
     new_figure,
     save_png,
     style_axes,
+    tick_text,
 )
+from raysl.report.measure import measure
 
 Record = Mapping[str, Any]
 
@@ -32,34 +34,24 @@ class _Panel(NamedTuple):
     """A curve to draw."""
 
     key: str
-    title: str
     color: str = BLUE
-    scale: float = 1.0
     from_zero: bool = False
     is_noisy: bool = False
 
 
 _LEARNING = (
-    _Panel("train/loss", "Loss", is_noisy=True),
-    _Panel("eval/knn_top1", "Nearest-neighbour accuracy, %", ORANGE, 100),
+    _Panel("train/loss", is_noisy=True),
+    _Panel("eval/knn_top1", ORANGE),
 )
 _HEALTH = (
-    _Panel("train/feature_std", "Spread of features (0: collapsed, 1: even)", from_zero=True),
-    _Panel("train/effective_rank", "Effective rank of features, dimensions", from_zero=True),
-    _Panel("train/lr", "Learning rate", from_zero=True),
-    _Panel("train/grad_norm", "Gradient norm", from_zero=True, is_noisy=True),
-    _Panel("train/images_per_s", "Throughput, images/s", GREEN, from_zero=True, is_noisy=True),
-    _Panel(
-        "data/wait_share",
-        "Time spent waiting for data, %",
-        GREEN,
-        100,
-        from_zero=True,
-        is_noisy=True,
-    ),
+    _Panel("train/feature_std", from_zero=True),
+    _Panel("train/effective_rank", from_zero=True),
+    _Panel("train/lr", from_zero=True),
+    _Panel("train/grad_norm", from_zero=True, is_noisy=True),
+    _Panel("train/images_per_s", GREEN, from_zero=True, is_noisy=True),
+    _Panel("data/wait_share", GREEN, from_zero=True, is_noisy=True),
 )
 _NOT_CURVES = ("final", "time")
-_PERCENT = ("_top1", "_share")
 
 
 def draw_curves(path: Path, records: list[dict[str, Any]]) -> None:
@@ -93,18 +85,9 @@ def _panels(records: Sequence[Record]) -> list[_Panel]:
     """List the known panels, with those of the method after the ones about learning."""
     known = {panel.key for panel in (*_LEARNING, *_HEALTH)} | {"step", "time", "train/epoch"}
     others = dict.fromkeys(key for record in records for key in record if key not in known)
-    of_method = []
-    for key in others:
-        section, _, name = key.partition("/")
-        if section in _NOT_CURVES:
-            continue
-        percent = name.endswith(_PERCENT)
-        words = name.removesuffix("_top1").replace("_", " ") or key
-        title = {"partner_top1": f"Partner view ranked first ({section})"}.get(
-            name, f"{section}: {words}"
-        )
-        unit = ", %" if percent else ""
-        of_method.append(_Panel(key, title + unit, scale=100 if percent else 1, is_noisy=True))
+    of_method = [
+        _Panel(key, is_noisy=True) for key in others if key.partition("/")[0] not in _NOT_CURVES
+    ]
     return [*_LEARNING, *of_method, *_HEALTH]
 
 
@@ -113,14 +96,14 @@ def _curve(records: Sequence[Record], panel: _Panel) -> tuple[npt.NDArray[Any], 
     pairs = [(record["step"], record[panel.key]) for record in records if panel.key in record]
     pairs = [(step, value) for step, value in pairs if isinstance(value, (int, float))]
     both = np.array(sorted(pairs), dtype=np.float64).reshape(-1, 2)
-    return both[:, 0], both[:, 1] * panel.scale
+    return both[:, 0], both[:, 1] * measure(panel.key).scale
 
 
 def _draw_panel(axes: Axes, panel: _Panel, records: Sequence[Record]) -> None:
     steps, values = _curve(records, panel)
     finite = np.isfinite(values)
     x, y = steps[finite], values[finite]
-    style_axes(axes, title=panel.title)
+    style_axes(axes, title=measure(panel.key).title)
     if panel.is_noisy and len(y) >= _SMOOTH_FROM:
         axes.plot(x, y, color=panel.color, linewidth=0.8, alpha=0.35)
         axes.plot(x, _running_mean(y, len(y) // _SMOOTH_SHARE), color=panel.color, linewidth=1.6)
@@ -137,8 +120,8 @@ def _draw_panel(axes: Axes, panel: _Panel, records: Sequence[Record]) -> None:
         foot = axes.get_xaxis_transform()
         axes.plot(lost, np.zeros(len(lost)), "x", color=RED, transform=foot, clip_on=False)
         axes.set_title("x: not finite", loc="right", fontsize=8, color=RED)
-    axes.yaxis.set_major_formatter(_tick)
-    axes.xaxis.set_major_formatter(_tick)
+    axes.yaxis.set_major_formatter(tick_text)
+    axes.xaxis.set_major_formatter(tick_text)
     axes.locator_params(axis="both", nbins=5)
 
 
@@ -159,10 +142,6 @@ def _running_mean(values: npt.NDArray[Any], window: int) -> npt.NDArray[Any]:
     sums = np.convolve(values, kernel, mode="same")
     result: npt.NDArray[Any] = sums / np.convolve(np.ones_like(values), kernel, mode="same")
     return result
-
-
-def _tick(value: float, _: float = 0) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _step_label(records: Sequence[Record]) -> str:

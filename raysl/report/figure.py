@@ -5,15 +5,20 @@ Figures are made without pyplot, which keeps global state and belongs to the mai
 
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from raysl.report.measure import number_text
 
 DPI = 200  # the page shows two pixels of a picture as one, so 1 inch is 100 px of the page
 WIDTH_IN = 6.6
@@ -24,6 +29,19 @@ BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 GREY, LIGHT_GREY, INK = "#7A7A7A", "#D9D9D9", "#222222"
 
 _MAX_NAME = 20
+_LEGEND: dict[str, Any] = {
+    "loc": "outside upper left",
+    "ncols": 5,
+    "frameon": False,
+    "fontsize": 8,
+    "title_fontsize": 9.5,
+    "alignment": "left",
+    "borderpad": 0.1,
+    "borderaxespad": 0.5,
+    "columnspacing": 1.4,
+    "handletextpad": 0.5,
+}
+_LETTER_IN = 0.062  # width of a letter of a tick's label
 
 
 def new_figure(*, width_in: float = WIDTH_IN, height_in: float) -> Figure:
@@ -54,6 +72,27 @@ def style_axes(axes: Axes, *, title: str, grid: str = "both") -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(GREY)
+
+
+def tick_text(value: float, _: float = 0) -> str:
+    """Return the number at a tick, as matplotlib asks for it."""
+    return number_text(value)
+
+
+def legend_above(figure: Figure, handles: Sequence[Artist], *, title: str) -> None:
+    """Put a title, and below it a legend in one line, on top of a figure."""
+    figure.legend(handles=handles, title=title, **_LEGEND)
+
+
+def turned_in(texts: Sequence[str], room_in: float) -> float:
+    """Return the height in inches of tick labels that must stand upright, 0 if they need not.
+
+    Args:
+        texts: Of the labels, evenly along an axis.
+        room_in: Length of the axis in inches.
+    """
+    longest_in = _LETTER_IN * max(map(len, texts))
+    return longest_in if longest_in > 0.9 * room_in / len(texts) else 0.0
 
 
 def drawable_name(name: str, *, otherwise: str) -> str:

@@ -1,9 +1,6 @@
 """The report of a run: one HTML file that holds everything and asks the network for nothing."""
 
-import base64
-import html
 import math
-import struct
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,6 +11,15 @@ import numpy as np
 from raysl.config.load import to_yaml
 from raysl.errors import DataError
 from raysl.recipe import Derived, RunConfig
+from raysl.report.document import (
+    draw_each,
+    escape,
+    files_section,
+    folded,
+    section,
+    shown_picture,
+    write_page,
+)
 from raysl.report.encoder_lines import encoder_lines
 from raysl.report.pictures import (
     ENCODERS,
@@ -28,11 +34,9 @@ from raysl.report.pictures import (
     probe_name,
     read_method_pictures,
 )
-from raysl.report.style import STYLE
 from raysl.sources.source import Source
-from raysl.track.run_folder import RunFolder, read_metrics, write_atomically
+from raysl.track.run_folder import RunFolder, read_metrics
 
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _FILES = (
     ("config.yaml", "the run, every setting resolved"),
     ("metrics.jsonl", "one line of numbers a logging step"),
@@ -81,13 +85,7 @@ def draw_all(
             drawings[f"method_{name}"] = partial(draw_grid, grid=grid)
     except DataError as error:
         failures.append(("method_pictures", str(error)))
-    for name, draw in drawings.items():
-        path = folder.pictures / f"{name}.png"
-        try:
-            draw(path)
-        except Exception as error:  # a run is not lost for the sake of a picture
-            path.unlink(missing_ok=True)
-            failures.append((name, f"{type(error).__name__}: {error}"))
+    failures += draw_each(folder.pictures, drawings)
     try:
         write_report(folder, config=config, derived=derived)
     except Exception as error:
@@ -120,29 +118,20 @@ def write_report(folder: RunFolder, *, config: RunConfig[Any], derived: Derived)
         The file, which is either old or new, never half.
     """
     results = folder.read_results() or {}
-    name = html.escape(config.name)
+    pictures = folder.pictures
+    curves = shown_picture(pictures, "curves", "Metrics over the optimizer step")
     sections = [
-        f"<h1>{name}</h1>\n<p class=lead>{_summary(config, derived, results)}</p>",
         _accuracy_section(folder, config, results),
-        _section(
-            "Training", _picture(folder, "curves", "Metrics over the optimizer step"), _CURVES
-        ),
-        _section("What the method saw", _picture(folder, "views", "Images and views"), _VIEWS),
+        section("Training", curves, _CURVES),
+        section("What the method saw", shown_picture(pictures, "views", "Images, views"), _VIEWS),
         _method_section(folder),
-        _section("Map of the features", _picture(folder, "map", "Map of the features"), _MAP),
+        section("Map of the features", shown_picture(pictures, "map", "Map"), _MAP),
         _encoder_section(config),
         _settings_section(config, derived),
-        _files_section(folder),
+        files_section(folder.path, _FILES),
     ]
-    page = (
-        "<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n"
-        '<meta name=viewport content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv=Content-Security-Policy content="{_POLICY}">\n'
-        f"<title>{name} - raysl</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(sections)
-        + "\n</main>\n</body>\n</html>\n"
-    )
-    write_atomically(folder.report, page)
+    lead = _summary(config, derived, results)
+    write_page(folder.report, name=config.name, lead=lead, sections=sections)
     return folder.report
 
 
@@ -160,9 +149,9 @@ _MAP = (
 def _summary(config: RunConfig[Any], derived: Derived, results: Mapping[str, Any]) -> str:
     epochs = derived.total_steps / derived.steps_per_epoch
     sentence = (
-        f"{_escape(config.method.name)} pretrained a {_escape(config.backbone.name)} for "
+        f"{escape(config.method.name)} pretrained a {escape(config.backbone.name)} for "
         f"{epochs:,.4g} epoch{'' if epochs == 1 else 's'} on {derived.num_images:,} images of "
-        f"{_escape(config.data.source)}, without labels"
+        f"{escape(config.data.source)}, without labels"
     )
     linear = accuracy(results, "linear_top1")
     if linear is None:
@@ -178,14 +167,14 @@ def _summary(config: RunConfig[Any], derived: Derived, results: Mapping[str, Any
 def _accuracy_section(folder: RunFolder, config: RunConfig[Any], results: Mapping[str, Any]) -> str:
     if not has_accuracy(results):
         return ""
-    heads = "".join(f"<th scope=col>{_escape(probe_name(probe, results))}" for probe in PROBES)
+    heads = "".join(f"<th scope=col>{escape(probe_name(probe, results))}" for probe in PROBES)
     rows = [f"<tr><th scope=col>Top-1, %{heads}"]
     for prefix, name in ENCODERS:
         cells = "".join(f"<td>{_accuracy_cell(results, prefix + probe)}" for probe in PROBES)
-        rows.append(f"<tr><th scope=row>{_escape(name)}{cells}")
+        rows.append(f"<tr><th scope=row>{escape(name)}{cells}")
     table = "<div class=scroll><table class=numbers>\n" + "\n".join(rows) + "\n</table></div>"
-    picture = _picture(folder, "accuracy", "Accuracies as bars")
-    return _section("Accuracy of the frozen features", table + picture, _protocol(config, results))
+    bars = shown_picture(folder.pictures, "accuracy", "Accuracies as bars")
+    return section("Accuracy of the frozen features", table + bars, _protocol(config, results))
 
 
 def _method_section(folder: RunFolder) -> str:
@@ -195,10 +184,10 @@ def _method_section(folder: RunFolder) -> str:
     except DataError:  # told when it could not be drawn
         return ""
     return "\n".join(
-        _section(
-            _escape(name.replace("_", " ").capitalize()),
-            _picture(folder, f"method_{name}", _escape(name)),
-            _escape(grid.caption),
+        section(
+            escape(name.replace("_", " ").capitalize()),
+            shown_picture(folder.pictures, f"method_{name}", escape(name)),
+            escape(grid.caption),
         )
         for name, grid in pictures.items()
     )
@@ -226,7 +215,7 @@ def _protocol(config: RunConfig[Any], results: Mapping[str, Any]) -> str:
     }
     known = {key: _number(results.get(key, value)) for key, value in settings.items()}
     weights = config.backbone.weights
-    start = "random weights" if weights is None else f"the weights of {_escape(weights)}"
+    start = "random weights" if weights is None else f"the weights of {escape(weights)}"
     text = (
         f"Before training, the same network has {start}. Networks are frozen and see centred "
         f"images of {config.image_size_px} px. {known['num_train_labels']} labelled images train "
@@ -258,60 +247,24 @@ def _encoder_section(config: RunConfig[Any]) -> str:
         f"It takes RGB images in [0, 1], minus the mean ({_numbers(data.mean)}), over the "
         f"deviation ({_numbers(data.std)}); it was evaluated at {config.image_size_px} px."
     )
-    return _section("Use the encoder", f"<pre>{_escape(chr(10).join(lines))}</pre>", text)
+    return section("Use the encoder", f"<pre>{escape(chr(10).join(lines))}</pre>", text)
 
 
 def _settings_section(config: RunConfig[Any], derived: Derived) -> str:
     text = to_yaml(config.model_dump(mode="json"))
     rows = "\n".join(
-        f"<tr><th scope=row>{_escape(key)}<td>{_number(value)}"
+        f"<tr><th scope=row>{escape(key)}<td>{_number(value)}"
         for key, value in derived._asdict().items()
     )
-    return _section(
-        "Settings",
-        f"<details><summary>Configuration, every value resolved</summary><pre>{_escape(text)}</pre>"
-        f"</details>\n<details><summary>What follows from it</summary><div class=scroll>"
-        f"<table>\n{rows}\n</table></div></details>",
-    )
-
-
-def _files_section(folder: RunFolder) -> str:
-    rows = "\n".join(
-        f"<tr><th scope=row><code>{name}</code><td>{what}"
-        for name, what in _FILES
-        if (folder.path / name).exists()
-    )
-    where = f"<p class=path><code>{_escape(folder.path)}</code></p>"
-    return _section("Files", f"{where}<div class=scroll><table>\n{rows}\n</table></div>")
-
-
-def _section(title: str, content: str, note: str = "") -> str:
-    after = f"\n<p class=note>{note}</p>" if note else ""
-    return f"<section>\n<h2>{title}</h2>\n{content}{after}\n</section>"
-
-
-def _picture(folder: RunFolder, name: str, alt: str) -> str:
-    """Return the picture inside the page, two of its pixels as one of the page."""
-    try:
-        data = (folder.pictures / f"{name}.png").read_bytes()
-        width, height = struct.unpack(">II", data[16:24])  # of the PNG's first chunk
-    except (OSError, struct.error):
-        return f"<p class=note>This picture was not drawn (pictures/{name}.png).</p>"
-    encoded = base64.b64encode(data).decode("ascii")
-    return (
-        f'<img alt="{alt}" width={width // 2} height={height // 2} '
-        f'src="data:image/png;base64,{encoded}">'
-    )
-
-
-def _escape(value: object) -> str:
-    return html.escape(str(value))
+    follows = f"<div class=scroll><table>\n{rows}\n</table></div>"
+    resolved = folded("Configuration, every value resolved", f"<pre>{escape(text)}</pre>")
+    return section("Settings", resolved + "\n" + folded("What follows from it", follows))
 
 
 def _number(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
-    return f"{value:,}" if isinstance(value, int) else "none" if value is None else _escape(value)
+    return f"{value:,}" if isinstance(value, int) else "none" if value is None else escape(value)
 
 
 def _numbers(values: tuple[float, ...]) -> str:

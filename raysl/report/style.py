@@ -26,12 +26,20 @@ th { font-weight: 600; }
 .numbers td, .numbers th + th { text-align: right; padding-right: 4px; padding-left: 12px; }
 .numbers td { white-space: nowrap; }
 .numbers tr:nth-child(2) { background: var(--shade); }
+.trials { border-collapse: separate; border-spacing: 0; font-size: .9rem; white-space: nowrap; }
+.trials th, .trials td { padding: 4px 8px; }
+.trials th[scope=col] { vertical-align: bottom; white-space: normal; }
+.trials th:first-child { position: sticky; left: 0; background: var(--paper); padding-left: 0; }
+.trials .n { text-align: right; }
+.trials tr.best > * { background: var(--shade); font-weight: 600; }
 @media (max-width: 560px) {
-  .numbers { font-size: .85rem; }
+  .numbers, .trials { font-size: .85rem; }
   .numbers td, .numbers th + th { padding-left: 8px; }
+  .wide img { max-width: none; }
 }
 pre { overflow-x: auto; padding: 12px; background: var(--shade); border-radius: 6px;
   font-size: .85rem; line-height: 1.45; }
+.command { white-space: pre-wrap; overflow-wrap: anywhere; }
 code, pre { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 summary { cursor: pointer; padding: 6px 0; }
 """

@@ -80,6 +80,7 @@ class MlflowTracker:
         self._waiting: list[Record] = []
         self._client: MlflowClient | None = None
         self._stop = threading.Event()
+        self._made = threading.Event()
         self._thread = threading.Thread(target=self._run, name="raysl-mlflow", daemon=True)
 
     def start(self) -> None:
@@ -92,12 +93,18 @@ class MlflowTracker:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         self._thread.start()
 
+    def wait_for_run(self, timeout_s: float = _LAST_CHANCE_S) -> str | None:
+        """Wait until the run is made, and return its id; None if nobody answers in time."""
+        self._made.wait(timeout_s)
+        return self.run_id
+
     def finish(
         self,
         *,
         status: str,
         artifacts: list[Path],
         log_model: Callable[["MlflowTracker"], None] | None,
+        tags: Mapping[str, str] | None = None,
     ) -> None:
         """Send the rest and end the MLflow run; give up, with ``problem`` set, if nobody answers.
 
@@ -105,6 +112,7 @@ class MlflowTracker:
             status: ``FINISHED``, ``FAILED`` or ``KILLED``.
             artifacts: Files to store with the run.
             log_model: Called last to store the encoder.
+            tags: What is known of the run only now.
         """
         self._stop.set()
         self._thread.join(timeout=_LAST_CHANCE_S)
@@ -114,12 +122,13 @@ class MlflowTracker:
         self._send_pending()
         if self.problem is not None:
             return
-        self._try(lambda: self._store(artifacts, log_model))
+        self._try(lambda: self._store(artifacts, log_model, tags or {}))
         # Also when an artifact could not be stored: what ended is not running.
         self._try(lambda: self._ended(status))
 
     def _run(self) -> None:
         failures = 0
+        self._send_pending()  # the run is there at once, for those that refer to it
         while True:
             stopping = self._stop.wait(_RETRY_S[min(failures, 5) - 1] if failures else _EVERY_S)
             if stopping:
@@ -191,12 +200,18 @@ class MlflowTracker:
             client.log_batch(self.run_id, params=some)
         client.log_batch(self.run_id, tags=[RunTag(k, str(v)) for k, v in self.tags.items()])
         self._client = client
+        self._made.set()
         return client
 
     def _store(
-        self, artifacts: list[Path], log_model: Callable[["MlflowTracker"], None] | None
+        self,
+        artifacts: list[Path],
+        log_model: Callable[["MlflowTracker"], None] | None,
+        tags: Mapping[str, str],
     ) -> None:
         client = self._ready()
+        assert self.run_id is not None
+        client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
         for path in artifacts:
             if path.exists():
                 where = path.parent.relative_to(self.folder.path).as_posix()

@@ -1,9 +1,9 @@
 """The last operations of a view on the accelerator, a batch at a time, as data workers planned it.
 
-Data workers then only decode and crop. What is done to which image is the plan that they drew, so
-the views are those of ``data.color_on: cpu`` up to rounding: each operation here rounds to whole
-levels as its uint8 counterpart does and differs from it by 0.03 levels on average, the hue, which
-OpenCV quantises to 256 steps, by 0.2.
+Data workers then only decode and crop the image. What is done to which image is the plan that they
+drew, so the views are those of ``data.color_on: cpu`` up to rounding: each operation here rounds to
+whole levels as its uint8 counterpart does and differs from it by 0.03 levels on average, the hue,
+which OpenCV quantises to 256 steps, by 0.2.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,9 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raysl.augment.ops import Blur, ColorJitter, Cutout, Flip, Grey, Op, Sobel, Solarise
+from raysl.augment.ops import (
+    Blur,
+    ColorJitter,
+    CropPart,
+    Cutout,
+    Flip,
+    Grey,
+    Op,
+    Sobel,
+    Solarise,
+)
 
 Plans = npt.NDArray[np.float32]
+Column = npt.NDArray[np.float32]
 
 _LUMA = (0.299, 0.587, 0.114)
 
@@ -43,6 +54,31 @@ def apply_ops(images: Tensor, ops: Sequence[Op], numbers: Plans) -> Tensor:
             rows = _index(acts, images)
             images = images.index_copy(0, rows, apply(op, images[rows], plan[acts]))
     return images
+
+
+def _crop(op: CropPart, images: Tensor, plan: Plans) -> Tensor:
+    """Enlarge a part of each image linearly, one direction after the other."""
+    rows = _enlarge(images, 2, first=plan[:, 1], length=plan[:, 3])
+    return _levels(_enlarge(rows, 3, first=plan[:, 2], length=plan[:, 4]))
+
+
+def _enlarge(images: Tensor, dim: int, *, first: Column, length: Column) -> Tensor:
+    """Stretch ``length`` rows or columns from ``first`` on to the whole side, each image's own."""
+    size = images.shape[dim]
+    place = (np.arange(size) + 0.5) * (length / size)[:, None] - 0.5  # (N, S), 0: the first one
+    place = np.clip(place, 0, length[:, None] - 1)
+    below = np.floor(place)
+    above = np.minimum(below + 1, length[:, None] - 1)
+    shape = [len(images), 1, 1, 1]
+    shape[dim] = size
+    wide = list(images.shape)
+
+    def at(places: npt.NDArray[np.float64]) -> Tensor:
+        index = _index((first[:, None] + places).astype(np.int64), images)
+        return images.gather(dim, index.view(shape).expand(wide))
+
+    share = torch.from_numpy((place - below).astype(np.float32)).to(images.device).view(shape)
+    return torch.lerp(at(below), at(above), share)
 
 
 def _flip(op: Flip, images: Tensor, plan: Plans) -> Tensor:
@@ -146,6 +182,7 @@ def _cutout(op: Cutout, images: Tensor, plan: Plans) -> Tensor:
 
 # For each op: how many numbers its plan is, and what applies it to the images that it acts on.
 _OPS: dict[type, tuple[int, Callable[[Any, Tensor, Plans], Tensor]]] = {
+    CropPart: (5, _crop),
     Flip: (1, _flip),
     ColorJitter: (9, _jitter),
     Grey: (1, _grey),

@@ -51,14 +51,21 @@ class TrainConfig(Config):
     """Newest checkpoints to keep."""
 
 
+Log = Callable[[Mapping[str, float], int], None]
+"""Gets metrics and their step."""
+
+
 @dataclass(frozen=True)
 class Hooks:
     """What the loop calls outside of itself, all collectively: every rank at the same step."""
 
-    log: Callable[[Mapping[str, float], int], None]  # metrics, step
+    log: Log
     checkpoint: Callable[[int], None]  # steps done
     evaluate: Callable[[int], Mapping[str, float]]  # steps done -> metrics
     bad_images: Callable[[Mapping[int, int], int], float]  # {row: flaw} since the last call, step
+    # What a step's evaluation found, once the step's checkpoint is written; may end the run by
+    # raising.
+    evaluated: Log | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +144,8 @@ class Trainer:
             done = step + 1
             saves = self._due(done, schedule.checkpoint_every) or done == schedule.total_steps
             # Also before each checkpoint: what is not finite must not replace what is.
-            reads = saves or self._due(done, schedule.log_every)
+            evaluates = self._evaluates(done)
+            reads = saves or evaluates or self._due(done, schedule.log_every)
             _seed_step(schedule.seed, step, rank)
             metrics, features = self._step(
                 self.to_batch(batch), schedule.progress(step, is_logged=reads)
@@ -155,7 +163,7 @@ class Trainer:
                     self._bad = {}
                 logged["train/lr"] = self.optimizers[0].rates(step).lr
                 logged["train/epoch"] = done / schedule.steps_per_epoch
-            if self._due(done, schedule.evaluate_every):
+            if evaluates:
                 logged |= meter.pause(lambda done=done: hooks.evaluate(done))  # type: ignore[misc]
                 self.method.train()
             if logged:
@@ -164,6 +172,8 @@ class Trainer:
                 self.health(logged, step=done)
             if saves:
                 meter.pause(lambda done=done: hooks.checkpoint(done))  # type: ignore[misc]
+            if evaluates and (tell := hooks.evaluated) is not None:
+                meter.pause(lambda done=done, seen=logged: tell(seen, done))  # type: ignore[misc]
 
     def _step(self, batch: Batch, progress: Progress) -> tuple[dict[str, Tensor], Tensor]:
         for optimizer in self.optimizers:
@@ -209,6 +219,11 @@ class Trainer:
         if self.precision == "bf16":
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
+
+    def _evaluates(self, done: int) -> bool:
+        """Whether a step is evaluated: every so often, and the last one always."""
+        every = self.schedule.evaluate_every
+        return self._due(done, every) or (every is not None and done == self.schedule.total_steps)
 
     def _due(self, done: int, every: int | None) -> bool:
         return every is not None and every > 0 and done % every == 0

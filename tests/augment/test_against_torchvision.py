@@ -18,10 +18,11 @@ from sklearn.datasets import load_sample_image
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as tv
 
-from raysl.augment.crop import CropBox, Image, apply_crop, plan_crop
+from raysl.augment.crop import PLANNED_SIDE_PX, CropBox, Image, apply_crop, part_box, plan_crop
 from raysl.augment.ops import (
     Blur,
     ColorJitter,
+    CropPart,
     Cutout,
     Flip,
     Grey,
@@ -103,11 +104,15 @@ def torchvisions(op: Any, plan: Any, pixels: torch.Tensor) -> torch.Tensor:
         return tv.gaussian_blur(pixels, kernel, [plan, plan])
     if isinstance(op, Rotate):
         return tv.rotate(pixels, plan, InterpolationMode.BILINEAR)
-    if isinstance(op, QuarterTurn):
-        return tv.rotate(pixels, 90 * plan)
+    if isinstance(op, CropPart):
+        return tv.resized_crop(pixels, *part_box(plan, size_px=side), [side, side], antialias=True)
     if isinstance(op, Solarise):
         return tv.solarize(pixels, op.threshold)
-    simple = {Flip: tv.horizontal_flip, Grey: lambda x: tv.rgb_to_grayscale(x, 3)}
+    simple: dict[type, Callable[[torch.Tensor], torch.Tensor]] = {
+        Flip: tv.horizontal_flip,
+        Grey: lambda x: tv.rgb_to_grayscale(x, 3),
+        QuarterTurn: lambda x: tv.rotate(x, 90 * plan),
+    }
     return simple[type(op)](pixels)
 
 
@@ -128,12 +133,17 @@ def jitter(**factor: float) -> JitterPlan:
     return JitterPlan(**{**neutral, **factor}, order=IN_ORDER)
 
 
+def part(top: int, left: int, height: int, width: int) -> CropBox:
+    return CropBox(*(PLANNED_SIDE_PX // 4 * quarters for quarters in (top, left, height, width)))
+
+
 CASES = [
     Case(Flip(), True, 0, 0),
     Case(Solarise(threshold=100), True, 0, 0),
     Case(Solarise(threshold=0), True, 0, 0),
     Case(Solarise(threshold=255), True, 0, 0),
     *(Case(QuarterTurn(), turns, 0, 0) for turns in (1, 2, 3)),
+    *(Case(CropPart(), part(*box), 1, 0.3) for box in ((1, 2, 3, 1), (0, 3, 1, 1))),
     Case(Grey(), True, 1, 0.55),
     *(Case(ColorJitter(), jitter(**{f: 1.0}), 0, 0) for f in FACTORS),
     *(Case(ColorJitter(), jitter(brightness=b), 1, 0.45) for b in (0.0, 0.2, 0.6, 1.4, 1.8)),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from raysl.augment.crop import (
+    PLANNED_SIDE_PX,
     CropBox,
     Image,
     apply_crop,
@@ -11,10 +12,13 @@ from raysl.augment.crop import (
     apply_quarter_turn,
     apply_rotation,
     center_box,
+    part_box,
     plan_crop,
     plan_flip,
+    plan_part,
     plan_quarter_turn,
     plan_rotation,
+    shrink_box,
 )
 
 DRAWS = 5000
@@ -145,6 +149,44 @@ class TestApplyCrop:
         for size_px in (5, 40, 80):
             result = apply_crop(image, CropBox(1, 2, 30, 45), size_px=size_px)
             np.testing.assert_array_equal(result, np.broadcast_to(image[0, 0], result.shape))
+
+
+class TestPart:
+    def test_a_box_of_a_smaller_image_covers_the_same_part(self) -> None:
+        box = CropBox(top=8, left=16, height=32, width=24)
+        assert shrink_box(box, 4, height=20, width=20) == CropBox(2, 4, 8, 6)
+
+    def test_a_box_stays_inside_and_has_a_pixel(self) -> None:
+        # An image of 7 pixels is one of 3 at half its size.
+        assert shrink_box(CropBox(5, 0, 2, 7), 2, height=3, width=3) == CropBox(2, 0, 1, 3)
+        assert shrink_box(CropBox(6, 6, 1, 1), 7, height=1, width=1) == CropBox(0, 0, 1, 1)
+
+    def test_is_the_same_part_of_a_view_of_any_size(self) -> None:
+        quarter = PLANNED_SIDE_PX // 4
+        part = CropBox(quarter, 2 * quarter, 3 * quarter, quarter)
+        assert part_box(part, size_px=32) == CropBox(8, 16, 24, 8)
+        assert part_box(part, size_px=224) == CropBox(56, 112, 168, 56)
+
+    @pytest.mark.parametrize("size_px", [1, 2, 7, 32])
+    def test_lies_inside_the_view(self, size_px: int) -> None:
+        rng = np.random.default_rng(0)
+        for _ in range(500):
+            part = plan_part(rng, scale=(0.001, 1.0), ratio=(0.2, 5.0), prob=1.0)
+            assert part is not None
+            box = part_box(part, size_px=size_px)
+            assert min(box.top, box.left) >= 0
+            assert min(box.height, box.width) >= 1
+            assert max(box.top + box.height, box.left + box.width) <= size_px
+
+    def test_has_an_area_even_in_its_range_and_happens_with_its_probability(self) -> None:
+        rng = np.random.default_rng(0)
+        drawn = [plan_part(rng, scale=(0.2, 0.6), ratio=(1, 1), prob=0.5) for _ in range(DRAWS)]
+        parts = [part for part in drawn if part is not None]
+        assert len(parts) / DRAWS == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(DRAWS))
+        areas = np.array([part.height * part.width for part in parts]) / PLANNED_SIDE_PX**2
+        assert areas.min() >= 0.2 - 1e-4
+        assert areas.max() <= 0.6 + 1e-4
+        assert areas.mean() == pytest.approx(0.4, abs=0.01)
 
 
 class TestFlip:

@@ -10,6 +10,7 @@ from raysl.augment.crop import CropBox, Image, apply_crop, apply_flip, apply_rot
 from raysl.augment.ops import (
     Blur,
     ColorJitter,
+    CropPart,
     Cutout,
     Flip,
     Grey,
@@ -36,6 +37,7 @@ EVERY_OP = (
     Noise(),
     Sobel(),
     Cutout(),
+    CropPart(prob=0.5),
 )
 GLOBAL = View(count=2, size_px=24, ops=EVERY_OP)
 LOCAL = View(count=3, size_px=16, crop=Crop(scale=(0.05, 0.3)), ops=EVERY_OP)
@@ -136,7 +138,7 @@ class TestApplyView:
 
     def test_a_plan_in_which_nothing_happens_is_the_crop(self) -> None:
         view = View(size_px=16, ops=EVERY_OP)
-        nothing = (False, None, None, False, None, False, None, None, False, None)
+        nothing = (False, None, None, False, None, False, None, None, False, None, None)
         plan = ViewPlan(CropBox(2, 3, 16, 16), nothing)
         np.testing.assert_array_equal(apply_view(view, _image(0), plan), _image(0)[2:18, 3:19])
 
@@ -206,7 +208,7 @@ class TestConfigs:
         [
             (
                 "{op: flop}",
-                r"ops\.0: got 'flop', allowed: flip, .*cutout; did you mean 'flip'\?",
+                r"ops\.0: got 'flop', allowed: crop, flip, .*cutout; did you mean 'flip'\?",
             ),
             ("{op: solarize}", r"ops\.0: got 'solarize'.*did you mean 'solarise'\?"),
             ("{op: flip, prob: 1.5}", r"ops\.0\.prob: .*less than or equal to 1, got 1\.5"),

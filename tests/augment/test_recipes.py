@@ -4,6 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from raysl.augment.ops import Blur, ColorJitter, Flip, Grey, Solarise
+from raysl.augment.pairs import PairViews
 from raysl.augment.pipeline import Crop, View
 from raysl.augment.recipes import (
     BYOLViews,
@@ -293,6 +294,7 @@ class TestViews:
             DINOViews(local_count=2),
             MAEViews(min_scale=0.5),
             ContextEncoderViews(short_side=(0.5, 1.0)),
+            PairViews(first="sobel"),
             CustomViews(kinds=MoCoV2Views().views()),
         ],
         ids=lambda views: views.recipe,

@@ -5,7 +5,17 @@ import pytest
 from pydantic import Field, model_validator
 
 from raysl.config.base import Config, Duration, PositiveFloat, PositiveInt, Probability
-from raysl.config.load import apply_overrides, parse_yaml, read_mapping, to_yaml, validate
+from raysl.config.load import (
+    MISSING,
+    apply_overrides,
+    drop_key,
+    get_key,
+    parse_yaml,
+    read_mapping,
+    to_yaml,
+    validate,
+    validated,
+)
 from raysl.errors import ConfigError
 
 
@@ -269,6 +279,75 @@ class TestApplyOverrides:
     def test_a_key_twice_in_a_value_is_an_error(self) -> None:
         with pytest.raises(ConfigError, match="key 'x' stands twice"):
             apply_overrides({}, ["a={x: 1, x: 2}"])
+
+
+class TestDottedKeys:
+    @pytest.fixture
+    def values(self) -> dict[str, Any]:
+        return {"views": {"kinds": [{"size_px": 8, "ops": ["flip", "blur"]}, {"size_px": 4}]}}
+
+    def test_an_override_reaches_into_a_list(self, values: dict[str, Any]) -> None:
+        result = apply_overrides(values, ["views.kinds.1.size_px=2", "views.kinds.0.ops.1=grey"])
+        assert result["views"]["kinds"] == [{"size_px": 8, "ops": ["flip", "grey"]}, {"size_px": 2}]
+
+    def test_one_beyond_the_end_of_a_list_adds_to_it(self, values: dict[str, Any]) -> None:
+        result = apply_overrides(values, ["views.kinds.0.ops.2=sobel"])
+        assert result["views"]["kinds"][0]["ops"] == ["flip", "blur", "sobel"]
+
+    @pytest.mark.parametrize(
+        ("key", "given"),
+        [
+            ("views.kinds.0.ops.3", "'3'"),
+            ("views.kinds.2.size_px", "'2'"),
+            ("views.kinds.x", "'x'"),
+        ],
+    )
+    def test_a_place_that_a_list_does_not_have_is_an_error(
+        self, key: str, given: str, values: dict[str, Any]
+    ) -> None:
+        with pytest.raises(ConfigError, match=f"is a list of 2; got the place {given} in it"):
+            apply_overrides(values, [f"{key}=1"])
+
+    def test_what_a_key_names_can_be_read_and_dropped(self, values: dict[str, Any]) -> None:
+        assert get_key(values, "views.kinds.0.ops.1") == "blur"
+        assert get_key({"a": None}, "a") is None
+        for nothing in ("views.x", "views.kinds.2", "views.kinds.0.size_px.x"):
+            assert get_key(values, nothing) is MISSING
+            drop_key(values, nothing)
+        drop_key(values, "views.kinds.0.ops.0")
+        drop_key(values, "views.kinds.1")
+        assert values == {"views": {"kinds": [{"size_px": 8, "ops": ["blur"]}]}}
+
+
+class _Several(Config):
+    named: dict[str, _Flip] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _two_rules(self) -> "_Several":
+        if "bad" in self.named:
+            raise ValueError("one rule\nanother rule")
+        return self
+
+
+class TestProblems:
+    def test_have_the_keys_that_a_person_typed(self) -> None:
+        ops = [{"op": "flip", "prob": 2}]
+        values = {"title": "a", "sed": 1, "views": {"recipe": "composed", "ops": ops}}
+        found = validated(_Run, values)
+        assert isinstance(found, list)
+        assert {problem.place for problem in found} == {("views", "ops", "0", "prob"), ("sed",)}
+
+    def test_in_a_mapping_name_its_key_though_it_has_dots(self) -> None:
+        found = validated(_Several, {"named": {"a.b": {"op": "flip", "pro": 1}}})
+        assert isinstance(found, list)
+        assert [(each.place, each.text) for each in found] == [
+            (("named", "a.b", "pro"), "named.a.b: unknown key 'pro'; did you mean 'prob'?")
+        ]
+
+    def test_several_of_one_rule_are_a_line_each(self) -> None:
+        found = validated(_Several, {"named": {"bad": {}}})
+        assert isinstance(found, list)
+        assert [each.text for each in found] == ["top level: one rule", "top level: another rule"]
 
 
 class TestValidate:

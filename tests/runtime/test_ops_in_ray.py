@@ -24,6 +24,7 @@ from raysl.sources.source import ArraySource
 
 # One kind of view for each operation, all with settings of their own, and one for all in a row.
 OPS = [
+    "{op: crop, prob: 1.0, scale: [0.3, 0.5], ratio: [0.9, 1.2]}",
     "{op: flip, prob: 1.0}",
     "{op: rotate, prob: 1.0, max_deg: 70.0}",
     "{op: quarter_turn, prob: 1.0}",

@@ -8,7 +8,18 @@ import pytest
 import torch
 from sklearn.datasets import load_sample_images
 
-from raysl.augment.ops import Blur, ColorJitter, Cutout, Flip, Grey, Noise, Op, Sobel, Solarise
+from raysl.augment.ops import (
+    Blur,
+    ColorJitter,
+    CropPart,
+    Cutout,
+    Flip,
+    Grey,
+    Noise,
+    Op,
+    Sobel,
+    Solarise,
+)
 from raysl.augment.pipeline import View, device_ops
 from raysl.augment.recipes import SimCLRViews
 from raysl.data.plan import Plan
@@ -20,6 +31,8 @@ from raysl.train.device_ops import apply_ops
 SIDE = 64
 
 OPS = [
+    (CropPart(prob=0.8), 0.15, 1),
+    (CropPart(scale=(0.01, 0.1), ratio=(0.2, 5.0)), 0.15, 1),
     (Flip(prob=0.5), 0.0, 0),
     (ColorJitter(brightness=0.8, contrast=0, saturation=0, hue=0, prob=1), 0.001, 1),
     (ColorJitter(brightness=0, contrast=0.8, saturation=0, hue=0, prob=1), 0.001, 1),

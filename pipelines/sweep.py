@@ -1,0 +1,15 @@
+"""Sweep settings of a run: `ray job submit ... -- python pipelines/sweep.py CONFIG`.
+
+The same function as `raysl sweep`.
+"""
+
+import sys
+from pathlib import Path
+
+# A job's working directory is this repository; raysl need not be installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from raysl.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["sweep", *sys.argv[1:]]))

@@ -1,0 +1,62 @@
+"""Views that show what one augmentation, or two in order, do by themselves."""
+
+from typing import Literal
+
+from raysl.augment.ops import (
+    Blur,
+    ColorJitter,
+    CropPart,
+    Cutout,
+    Flip,
+    Grey,
+    Noise,
+    Op,
+    QuarterTurn,
+    Sobel,
+)
+from raysl.augment.pipeline import Crop, View
+from raysl.config.base import Config, PositiveInt
+
+Augmentation = Literal["crop", "cutout", "color", "sobel", "noise", "blur", "rotate"]
+
+_OPS: dict[Augmentation, tuple[Op, ...]] = {
+    "crop": (CropPart(), Flip()),
+    "cutout": (Cutout(prob=1.0),),
+    "color": (ColorJitter(), Grey()),
+    "sobel": (Sobel(prob=1.0),),
+    "noise": (Noise(prob=1.0),),
+    "blur": (Blur(prob=1.0),),
+    "rotate": (QuarterTurn(prob=1.0),),
+}
+
+
+class PairViews(Config):
+    """One view after one augmentation or two, and one plain view: SimCLR's study of pairs.
+
+    Source: Chen et al. 2020, arXiv:2002.05709v3, sec. 3.1 with figures 4 and 5: both branches get
+    the same image, and only one is transformed. Cropping includes a flip, colour distortion is
+    jitter and grey, rotation is by 90, 180 or 270 degrees.
+    Departs: The plain view is the image's largest square; the authors crop each image once at
+    random for both branches, as ImageNet's images have many shapes. Strengths of noise and cutout
+    are not published.
+    """
+
+    recipe: Literal["simclr_pair"] = "simclr_pair"
+    size_px: PositiveInt = 224
+    """Side of both views in pixels."""
+    antialias: bool = True
+    """Average over the pixels when an image shrinks; false is quicker."""
+    first: Augmentation = "crop"
+    second: Augmentation = "color"
+    """Comes after the first; the same one as the first: that one alone."""
+
+    def views(self) -> tuple[View, ...]:
+        """Return the transformed view and the plain one."""
+        whole = Crop(short_side=(1.0, 1.0), antialias=self.antialias)
+        ops = _OPS[self.first]
+        if self.second != self.first:
+            ops += _OPS[self.second]
+        return (
+            View(size_px=self.size_px, crop=whole, ops=ops),
+            View(size_px=self.size_px, crop=whole),
+        )

@@ -1,0 +1,380 @@
+"""`raysl sweep`: draw the trials, check them all, run them on Ray Tune, compare them."""
+
+import argparse
+import importlib
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from raysl.commands.pretrain import with_absolute_weights, working_folder
+from raysl.commands.record import flat, git_state
+from raysl.commands.sweep_results import next_line, results_of, say_results, write_best
+from raysl.commands.sweep_watch import ENDED, SweepTracking, SweepWatch, shown
+from raysl.commands.terminal import console, print_json, say
+from raysl.config.load import read_mapping, to_yaml, validate
+from raysl.errors import ConfigError, RayslError, RunFolderError
+from raysl.jobs.trial import read_changed
+from raysl.recipe import RunConfig, derive_for, run_from_values, training_set
+from raysl.runtime.cluster import connect, disconnect
+from raysl.runtime.ray_tune import source_key, sweep_on_ray
+from raysl.runtime.trial_shares import Shares, plan_shares
+from raysl.sources.open import open_source
+from raysl.sources.source import Source
+from raysl.sweep.check import check
+from raysl.sweep.config import SweepConfig
+from raysl.sweep.load import load_sweep
+from raysl.sweep.space import Candidate, draw, run_config, samples
+from raysl.sweep.summary import summarise
+from raysl.sweep.trial import (
+    SweepFolder,
+    Trial,
+    read_candidate,
+    read_trial,
+    read_trials,
+    write_trial,
+)
+from raysl.track.run_folder import RunFolder, write_atomically, write_json
+from raysl.track.uri import tracking_uri, without_password
+
+# What may change from one start of a sweep to the next.
+_FREE = ("budget", "resources", "retries", "track", "output_dir", "metric")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("config", type=Path, help="a YAML file, such as configs/sweeps/NAME.yaml")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        help="key=value of the sweep (budget.trials=20), or of all its runs (data.source=FOLDER)",
+    )
+    parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check and list the trials, and start nothing"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run, or go on with, the sweep that the configuration names."""
+    sweep = load_sweep(arguments.config, arguments.overrides)
+    home = working_folder()
+    folder = SweepFolder(home / Path(sweep.output_dir).expanduser() / sweep.name)
+    candidates = draw(sweep)
+    sources = _Sources()
+    configs = check(sweep, candidates, folder=folder.path, look=sources.look)
+    if arguments.dry_run:
+        _say_candidates(sweep, candidates)
+        return 0
+    runs = [with_absolute_weights(config, home) for config in configs]
+    with folder.locked():
+        _claim(folder, sweep)
+        going = _Sweep(sweep, folder, home=home, sources=sources)
+        results = going.go_on(list(zip(candidates, runs, strict=True)))
+    if arguments.json:
+        print_json(results)
+    return 0
+
+
+class _Sources:
+    """Training images by what their configuration says of them; each is opened once."""
+
+    def __init__(self) -> None:
+        self.opened: dict[str, Source] = {}
+
+    def of(self, config: RunConfig[Any]) -> Source:
+        key = source_key(config)
+        if key not in self.opened:
+            self.opened[key] = open_source(config.data, data=config.data)
+        return self.opened[key]
+
+    def look(self, config: RunConfig[Any]) -> None:
+        """Raise if a run could not start on its images, before any run does."""
+        source = self.of(config)
+        derive_for(config, source)
+        config.method.size_defaults(training_set(config, source))
+
+
+class _Drawn:
+    """Suggests the trials that are written down and have not ended."""
+
+    def __init__(self, folder: SweepFolder, numbers: Sequence[int], *, in_flight: bool) -> None:
+        self._folder = folder
+        self._left = deque(numbers)
+        self._in_flight = in_flight
+
+    def next(self) -> tuple[int, RunFolder, Mapping[str, Any]] | None:
+        """Return the next one; with population based training, its settings as they are now."""
+        if not self._left:
+            return None
+        number = self._left.popleft()
+        folder = self._folder.trial(number)
+        candidate = read_candidate(folder)
+        assert candidate is not None
+        changing = candidate.values | read_changed(folder) if self._in_flight else {}
+        return number, folder, changing
+
+    def ended(self, number: int) -> None:
+        """Nothing follows from it: all trials were drawn beforehand."""
+
+
+class _Asked:
+    """Suggests interrupted trials first, then whatever Optuna thinks of."""
+
+    def __init__(self, going: "_Sweep", numbers: Sequence[int]) -> None:
+        self._going = going
+        self._drawn = _Drawn(going.folder, numbers, in_flight=False)
+        self._search = going.parzen()
+
+    def next(self) -> tuple[int, RunFolder, Mapping[str, Any]] | None:
+        """Ask until a candidate makes a run; those that make none count as failed."""
+        going = self._going
+        found = self._drawn.next()
+        while found is None and self._search.num_asked < (going.sweep.budget.trials or 0):
+            candidate = self._search.ask()
+            try:
+                going.write(candidate, going.look_at(candidate))
+            except RayslError as error:
+                going.write_failed(candidate, error)
+                self._search.tell(candidate.number, (), status="failed")
+                continue
+            found = candidate.number, going.folder.trial(candidate.number), {}
+        return found
+
+    def ended(self, number: int) -> None:
+        """Tell Optuna."""
+        trial = read_trial(self._going.folder.trial(number), self._going.sweep.metric)
+        if trial is not None and trial.status in ENDED:
+            self._search.tell(number, trial.curve, status=trial.status)
+
+
+class _Sweep:
+    """One start of a sweep.
+
+    Args:
+        sweep: The sweep.
+        folder: Its folder, locked.
+        home: What relative paths are relative to.
+        sources: The images of its runs.
+    """
+
+    def __init__(
+        self, sweep: SweepConfig, folder: SweepFolder, *, home: Path, sources: _Sources
+    ) -> None:
+        self.sweep = sweep
+        self.folder = folder
+        self._home = home
+        self._sources = sources
+        self._uri = tracking_uri(sweep.track.tracking_uri, folder=home)
+        self._tracking: SweepTracking | None = None
+
+    def go_on(self, candidates: Sequence[tuple[Candidate, RunConfig[Any]]]) -> dict[str, Any]:
+        """Run what has not ended; return the results."""
+        for candidate, config in candidates:
+            self.write(candidate, config)
+        trials = self._trials()
+        left = [trial.number for trial in trials if trial.status not in ENDED]
+        if left or self._may_ask():
+            self._run(trials, left)
+        else:
+            say(f"{self.folder.path}: this sweep is finished; name=... starts another")
+        return self._conclude()
+
+    def parzen(self) -> Any:
+        """Return Optuna's search, told of every trial that has ended.
+
+        Raises:
+            ConfigError: If Optuna is not installed.
+        """
+        try:
+            module = importlib.import_module("raysl.sweep.tpe")  # few sweeps need it
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"search.name=optuna needs a package that is not installed ({error.name}): "
+                f"pip install raysl[optuna], or use search.name=random"
+            ) from None
+        search = module.ParzenSearch(self.sweep, self.folder.optuna)
+        for trial in self._trials():
+            if trial.status in ENDED:
+                search.tell(trial.number, trial.curve, status=trial.status)
+        return search
+
+    def look_at(self, candidate: Candidate) -> RunConfig[Any]:
+        """Return a candidate's run, sure to start.
+
+        Raises:
+            RayslError: If it could not start.
+        """
+        config = run_config(self.sweep, candidate, folder=self.folder.path)
+        self._sources.look(config)
+        return with_absolute_weights(config, self._home)
+
+    def write(self, candidate: Candidate, config: RunConfig[Any]) -> None:
+        """Make a trial's folder, if it is not there yet."""
+        trial = self.folder.trial(candidate.number)
+        if read_candidate(trial) is None:
+            trial.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(trial.config, to_yaml(config.model_dump(mode="json")))
+            write_trial(trial, candidate)
+
+    def write_failed(self, candidate: Candidate, error: RayslError) -> None:
+        """Keep that a candidate made no run."""
+        trial = self.folder.trial(candidate.number)
+        trial.path.mkdir(parents=True, exist_ok=True)
+        write_trial(trial, candidate, status="failed", error=f"{type(error).__name__}: {error}")
+
+    def _trials(self) -> list[Trial]:
+        return read_trials(self.folder, self.sweep.metric)
+
+    def _may_ask(self) -> bool:
+        """Whether Optuna has candidates left to suggest."""
+        if self.sweep.search.name != "optuna":
+            return False
+        return len(self._trials()) < (self.sweep.budget.trials or 0)
+
+    def _run(self, trials: list[Trial], left: list[int]) -> None:
+        with ExitStack() as stack:
+            if connect():
+                stack.callback(disconnect)
+            asks = self.sweep.search.name == "optuna"
+            in_flight = self.sweep.scheduler.name == "pbt"
+            suggestions = (
+                _Asked(self, left) if asks else _Drawn(self.folder, left, in_flight=in_flight)
+            )
+            most = max(len(left), (self.sweep.budget.trials or 0) - len(trials) + len(left))
+            shares = plan_shares(self.sweep, self._kinds(left), most_trials=most)
+            self._say_start(trials, left, shares)
+            self._tracking = self._start_tracking()
+            watch = stack.enter_context(
+                SweepWatch(self.sweep, self.folder, tracking=self._tracking, trials=trials)
+            )
+            try:
+                sweep_on_ray(
+                    self.sweep,
+                    suggestions,
+                    watch,
+                    shares=shares,
+                    most_trials=most,
+                    known=[trial for trial in trials if trial.status in ENDED],
+                    sources=self._sources.opened,
+                    scratch=self.folder.path / ".tune",
+                )
+            except BaseException:
+                if self._tracking is not None:
+                    self._tracking.finish(status="KILLED", artifacts=[], tags={})
+                raise
+
+    def _kinds(self, left: Sequence[int]) -> list[RunConfig[Any]]:
+        """The runs that are left; before Optuna's first, one of their kind."""
+        folders = [self.folder.trial(number) for number in left]
+        known = [run_from_values(read_mapping(f.config), where=str(f.config)) for f in folders]
+        like = samples(self.sweep)[:1] if not known else []
+        return known or [run_config(self.sweep, each, folder=self.folder.path) for each in like]
+
+    def _start_tracking(self) -> SweepTracking | None:
+        track = self.sweep.track
+        if not track.mlflow:
+            return None
+        return SweepTracking(
+            self.sweep,
+            self.folder,
+            uri=self._uri,
+            module=importlib.import_module("raysl.track.mlflow_tracker"),
+            tags=git_state(),
+        )
+
+    def _say_start(self, trials: Sequence[Trial], left: Sequence[int], shares: Shares) -> None:
+        sweep = self.sweep
+        ended = len(trials) - len(left)
+        most = sweep.budget.trials if sweep.search.name == "optuna" else len(trials)
+        again = f"goes on: {ended} of {most} trials have ended" if ended else f"{most} trials"
+        say(
+            f"{sweep.name}: {again}, {sweep.search.name} search, scheduler {sweep.scheduler.name}\n"
+            f"  {shares.why}\n  {self.folder.path}"
+        )
+
+    def _conclude(self) -> dict[str, Any]:
+        """Compare the trials; write summary, pictures, page and the best one's configuration."""
+        sweep, folder = self.sweep, self.folder
+        trials = self._trials()
+        summary = summarise(trials, sweep.metric)
+        write_best(sweep, folder, summary)
+        results = results_of(sweep, folder, trials, summary)
+        write_json(folder.summary, results)
+        say("drawing the report")
+        page = importlib.import_module("raysl.report.sweep_page")  # late: matplotlib takes a second
+        for picture, problem in page.draw_sweep(
+            folder, sweep, trials, summary, next_line=next_line(sweep, folder, summary)
+        ):
+            say(f"  {picture} could not be drawn: {problem}")
+        results |= self._end_tracking(results)
+        write_json(folder.summary, results)
+        say_results(sweep, folder, trials, summary, tracking_uri=self._uri)
+        return results
+
+    def _end_tracking(self, results: Mapping[str, Any]) -> dict[str, Any]:
+        folder = self.folder
+        if not self.sweep.track.mlflow:
+            return {"parent_run_id": None}
+        tracking = self._tracking or self._start_tracking()
+        assert tracking is not None
+        say(f"sending the rest to MLflow ({without_password(tracking.uri)})")
+        tracking.catch_up(self._trials())
+        tags = {
+            "trials": str(results["trials"]),
+            "finished": str(results["finished"]),
+            "failed": str(results["failed"]),
+            "stopped_early": str(results["stopped_early"]),
+            "best_trial": str(results["best_trial"]),
+            **{f"best.{key}": shown(v) for key, v in (results["best_params"] or {}).items()},
+        }
+        artifacts = [folder.config, folder.summary, folder.best, folder.report]
+        artifacts += sorted(folder.pictures.glob("*.png"))
+        tracking.finish(status="FINISHED", artifacts=artifacts, tags=tags)
+        if tracking.problem is not None:
+            say(
+                f"  MLflow did not take everything: {tracking.problem}. Nothing is lost: the same "
+                f"command sends the rest"
+            )
+        return {"parent_run_id": tracking.parent_run_id, "mlflow_problem": tracking.problem}
+
+
+def _claim(folder: SweepFolder, sweep: SweepConfig) -> None:
+    """Write the configuration into a new folder; in an old one, refuse another sweep."""
+    values = sweep.model_dump(mode="json")
+    if folder.config.exists():
+        # A setting that is newer than the folder has its default there.
+        kept = validate(SweepConfig, read_mapping(folder.config), where=str(folder.config))
+        old, new = (_without_folders(each) for each in (kept.model_dump(mode="json"), values))
+        changed = [
+            f"{key}: {old.get(key)} -> {new.get(key)}"
+            for key in sorted({*old, *new})
+            if key.split(".")[0] not in _FREE and old.get(key) != new.get(key)
+        ]
+        if changed:
+            raise RunFolderError(
+                f"{folder.path} holds another sweep:\n  "
+                + "\n  ".join(changed)
+                + "\nGive this one another name=..."
+            )
+    write_atomically(folder.config, to_yaml(values))
+
+
+def _without_folders(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings flat, bases by their names: a job's working folder is another each time."""
+    return flat({**values, "base": [Path(base).name for base in values["base"]]})
+
+
+def _say_candidates(sweep: SweepConfig, candidates: Sequence[Candidate]) -> None:
+    table = Table(title=f"{sweep.name}: {len(candidates)} trials", title_justify="left")
+    keys = list(dict.fromkeys(key for candidate in candidates for key in candidate.params))
+    for title in ("trial", *keys):
+        table.add_column(title)
+    for candidate in candidates:
+        cells = (escape(shown(candidate.params.get(key, ""))) for key in keys)
+        table.add_row(f"{candidate.number:04d}", *cells)
+    console().print(table)

@@ -1,0 +1,105 @@
+"""What a sweep leaves behind: the best run's configuration, the results, what is said of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from raysl.commands.sweep_watch import named, trials_table
+from raysl.commands.terminal import console
+from raysl.config.load import read_mapping, set_key, to_yaml
+from raysl.jobs.trial import read_changed
+from raysl.recipe import RunConfig, run_from_values
+from raysl.sweep.config import SweepConfig
+from raysl.sweep.summary import Summary
+from raysl.sweep.trial import SweepFolder, Trial
+from raysl.track.run_folder import RunFolder, write_atomically
+from raysl.track.uri import without_password
+
+_BEST_SHOWN = 10
+_LONGER = 10
+
+
+def write_best(sweep: SweepConfig, folder: SweepFolder, summary: Summary) -> None:
+    """Write the best trial as a run that `raysl pretrain` takes as it is."""
+    if summary.best is None:
+        return
+    config = best_run(sweep, RunFolder(summary.best.path))
+    lines = [
+        f"# The best trial of the sweep {sweep.name}: {sweep.metric.name} "
+        f"{summary.best.metric:.4g} at epoch {summary.best.epoch:g}.",
+        f"# Train it for long: {next_line(sweep, folder, summary)}",
+    ]
+    text = "\n".join(lines) + "\n" + to_yaml(config.model_dump(mode="json"))
+    write_atomically(folder.best, text)
+
+
+def next_line(sweep: SweepConfig, folder: SweepFolder, summary: Summary) -> str | None:
+    """Return the command that trains the best trial ten times as long."""
+    if summary.best is None:
+        return None
+    train = best_run(sweep, RunFolder(summary.best.path)).train
+    if train.epochs is not None:
+        longer = f"train.epochs={_LONGER * train.epochs:g}"
+    else:
+        longer = f"train.steps={_LONGER * (train.steps or 1)}"
+    best, here = folder.best, Path.cwd()
+    path = best.relative_to(here) if best.is_relative_to(here) else best
+    return f"raysl pretrain {path} {longer}"
+
+
+def results_of(
+    sweep: SweepConfig, folder: SweepFolder, trials: Sequence[Trial], summary: Summary
+) -> dict[str, Any]:
+    """Return what `--json` prints and ``summary.json`` keeps."""
+    best = summary.best
+    return {
+        "sweep_dir": str(folder.path),
+        "parent_run_id": None,
+        "trials": len(trials),
+        "finished": summary.counts.get("finished", 0),
+        "failed": summary.counts.get("failed", 0),
+        "stopped_early": summary.counts.get("stopped", 0),
+        "metric": sweep.metric.name,
+        "best_trial": None if best is None else best.number,
+        "best_params": None if best is None else best.params,
+        "best_metric": None if best is None else best.metric,
+        "best_config": None if best is None else str(folder.best),
+        "importance": summary.importance,
+    }
+
+
+def say_results(
+    sweep: SweepConfig,
+    folder: SweepFolder,
+    trials: Sequence[Trial],
+    summary: Summary,
+    *,
+    tracking_uri: str,
+) -> None:
+    """Show the best trials, why others failed, and what to do next."""
+    out = console()
+    out.print(trials_table(sweep, list(trials), rows=_BEST_SHOWN))
+    for trial in trials:
+        if trial.status == "failed":
+            out.print(f"trial {trial.number:04d} failed: {trial.error}", markup=False)
+    lines = [f"report    {folder.report}"]
+    if sweep.track.mlflow:
+        lines.append(f"compare   mlflow ui --backend-store-uri {without_password(tracking_uri)}")
+    if summary.best is not None:
+        lines.append(f"best      {named(summary.best.params)}")
+        lines.append(f"next      {next_line(sweep, folder, summary)}")
+    out.print("\n".join(lines), markup=False)
+
+
+def best_run(sweep: SweepConfig, trial: RunFolder) -> RunConfig[Any]:
+    """Return a trial as a run of its own: tracked, measured in full, beside the sweep's folder."""
+    values = read_mapping(trial.config)
+    for key, value in read_changed(trial).items():
+        set_key(values, key, value)
+    values |= {
+        "name": f"{sweep.name}-best",
+        "output_dir": sweep.output_dir,
+        "track": sweep.track.model_dump(mode="json"),
+    }
+    set_key(values, "evaluate.final", "full")
+    return run_from_values(values, where=str(trial.config))

@@ -1,0 +1,323 @@
+"""What the driver of a sweep does while trials run: it keeps their state, MLflow, and the table."""
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from raysl.commands.record import flat
+from raysl.commands.terminal import console
+from raysl.config.load import read_mapping
+from raysl.jobs.trial import read_error
+from raysl.sweep.config import SweepConfig
+from raysl.sweep.trial import SweepFolder, Trial, read_candidate, read_trial, write_trial
+from raysl.track.run_folder import MetricsFile, RunFolder, write_json
+
+_LINE_EVERY_S = 10.0
+_ROWS = 20
+# In a trial's folder once MLflow has all of it.
+_TOLD = "told.json"
+_STATUS_IN_MLFLOW = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}
+ENDED = tuple(_STATUS_IN_MLFLOW)
+"""States in which nothing more happens to a trial."""
+
+
+class SweepTracking:
+    """MLflow's side of a sweep: one run for the sweep, and below it one for each trial.
+
+    The trials' processes know nothing of MLflow: their metrics files are read from here.
+
+    Args:
+        sweep: The sweep.
+        folder: Its folder.
+        uri: MLflow's tracking URI.
+        module: :mod:`raysl.track.mlflow_tracker`, which takes seconds to load.
+        tags: What is known of code and machine.
+    """
+
+    def __init__(
+        self,
+        sweep: SweepConfig,
+        folder: SweepFolder,
+        *,
+        uri: str,
+        module: Any,
+        tags: Mapping[str, str],
+    ) -> None:
+        self.uri = uri
+        self._sweep = sweep
+        self._folder = folder
+        self._module = module
+        self._tags = dict(tags)
+        self._children: dict[int, Any] = {}
+        # Trials must not wait for what a server takes to store the last one's files.
+        self._ending = ThreadPoolExecutor(1, thread_name_prefix="raysl-sweep-mlflow")
+        self._parent = module.MlflowTracker(
+            RunFolder(folder.path),
+            uri=uri,
+            experiment=sweep.track.experiment,
+            run_name=sweep.name,
+            params=flat(sweep.model_dump(mode="json", exclude={"space", "set"}))
+            | {f"space.{key}": str(value) for key, value in _plain_space(sweep).items()}
+            | {f"set.{key}": value for key, value in sweep.set.items()},
+            tags={"raysl.kind": "sweep", **self._tags},
+        )
+        self._parent.start()
+        self._parent.wait_for_run()
+
+    @property
+    def parent_run_id(self) -> str | None:
+        """The sweep's run in MLflow; None if the server has not answered yet."""
+        run_id: str | None = self._parent.run_id
+        return run_id
+
+    @property
+    def problem(self) -> str | None:
+        """Why MLflow did not take everything, or None."""
+        found: str | None = self._parent.problem
+        return found
+
+    def start(self, trial: Trial) -> None:
+        """Begin to send a trial's metrics."""
+        if trial.number in self._children:
+            return
+        folder = RunFolder(trial.path)
+        parent = self.parent_run_id
+        tracker = self._module.MlflowTracker(
+            folder,
+            uri=self.uri,
+            experiment=self._sweep.track.experiment,
+            run_name=f"{self._sweep.name}-{trial.number:04d}",
+            params=flat(read_mapping(folder.config)) | _labels(trial),
+            tags={
+                "raysl.kind": "trial",
+                "sweep": self._sweep.name,
+                "trial": str(trial.number),
+                **({"mlflow.parentRunId": parent} if parent else {}),
+                **self._tags,
+            },
+        )
+        tracker.start()
+        self._children[trial.number] = tracker
+
+    def end(self, trial: Trial) -> None:
+        """Send the rest of a trial, how it ended, and its files."""
+        self.start(trial)  # one that ended while no driver was there
+        tracker = self._children.pop(trial.number)
+        folder = RunFolder(trial.path)
+        tags: dict[str, str] = {"status": trial.status}
+        if trial.status == "stopped":
+            tags["stopped_at_epoch"] = f"{trial.epoch:g}"
+        if trial.error:
+            tags["error"] = trial.error
+
+        def send() -> None:
+            tracker.finish(
+                status=_STATUS_IN_MLFLOW[trial.status],
+                artifacts=[folder.config, folder.metrics, folder.results],
+                log_model=None,
+                tags=tags,
+            )
+            if tracker.problem is None:
+                write_json(trial.path / _TOLD, {"run_id": tracker.run_id})
+
+        self._ending.submit(send)
+
+    def catch_up(self, trials: list[Trial]) -> None:
+        """Send what an earlier start could not: trials that ended and were not told whole."""
+        for trial in trials:
+            if trial.status in ENDED and not self._is_told(trial):
+                self.end(trial)
+
+    def _is_told(self, trial: Trial) -> bool:
+        return (trial.path / _TOLD).exists()
+
+    def finish(self, *, status: str, artifacts: list[Path], tags: Mapping[str, str]) -> None:
+        """End the sweep's run; trials that still run are left to the next start."""
+        self._ending.shutdown()
+        for tracker in self._children.values():
+            tracker.finish(status="KILLED", artifacts=[], log_model=None)
+        self._children = {}
+        self._parent.finish(status=status, artifacts=artifacts, log_model=None, tags=tags)
+
+
+def _plain_space(sweep: SweepConfig) -> dict[str, Any]:
+    return {
+        key: dimension.model_dump(mode="json", exclude_none=True)
+        for key, dimension in sweep.space.items()
+    }
+
+
+def _labels(trial: Trial) -> dict[str, Any]:
+    """What the sweep varied, where it is not a setting by its own name."""
+    return {f"sweep.{key}": value for key, value in trial.params.items()}
+
+
+class SweepWatch:
+    """Keeps the state of every trial on the disk, in MLflow and on the screen.
+
+    Args:
+        sweep: The sweep.
+        folder: Its folder.
+        tracking: MLflow, or None.
+        trials: All trials known so far.
+    """
+
+    def __init__(
+        self,
+        sweep: SweepConfig,
+        folder: SweepFolder,
+        *,
+        tracking: SweepTracking | None,
+        trials: list[Trial],
+    ) -> None:
+        self._sweep = sweep
+        self._folder = folder
+        self._tracking = tracking
+        self._trials = {trial.number: trial for trial in trials}
+        self._running: set[int] = set()
+        self._view = _View(sweep)
+        ended = sum(trial.status in _STATUS_IN_MLFLOW for trial in trials)
+        self._progress = MetricsFile(RunFolder(folder.path).metrics, start_step=ended)
+
+    def __enter__(self) -> "SweepWatch":
+        self._view.open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._view.close(list(self._trials.values()))
+        self._progress.close()
+
+    def started(self, number: int) -> None:
+        """A trial begins, or goes on."""
+        self._running.add(number)
+        trial = self._read(number)
+        if self._tracking is not None:
+            self._tracking.start(trial)
+        self._show()
+
+    def reported(self, number: int, metrics: Mapping[str, float]) -> None:
+        """A trial was evaluated."""
+        self._read(number)
+        self._show()
+
+    def ended(self, number: int, *, error: str | None) -> None:
+        """A trial ended by itself, was stopped, or failed: its folder and Tune's word say which."""
+        self._running.discard(number)
+        folder = self._folder.trial(number)
+        if folder.read_results() is None:  # else it finished, whatever came after
+            candidate = read_candidate(folder)
+            assert candidate is not None
+            error = error or read_error(folder)
+            status: Literal["failed", "stopped"] = "failed" if error else "stopped"
+            write_trial(folder, candidate, status=status, error=error)
+        trial = self._read(number)
+        if self._tracking is not None:
+            self._tracking.end(trial)
+        self._log_progress()
+        self._show()
+
+    def _read(self, number: int) -> Trial:
+        trial = read_trial(self._folder.trial(number), self._sweep.metric)
+        assert trial is not None
+        if number in self._running:
+            trial = trial._replace(status="running")
+        self._trials[number] = trial
+        return trial
+
+    def _log_progress(self) -> None:
+        """One line of the sweep's own metrics for each trial that ended."""
+        ended = [trial for trial in self._trials.values() if trial.status in _STATUS_IN_MLFLOW]
+        values = [trial.metric for trial in ended if trial.metric is not None]
+        best = (max if self._sweep.metric.mode == "max" else min)(values, default=None)
+        counts = {
+            f"sweep/{status}": float(sum(trial.status == status for trial in ended))
+            for status in _STATUS_IN_MLFLOW
+        }
+        known = {} if best is None else {"sweep/best_metric": best}
+        self._progress.log(counts | known, step=len(ended))
+
+    def _show(self) -> None:
+        self._view.show(list(self._trials.values()))
+
+
+class _View:
+    """The table of trials: live at a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, sweep: SweepConfig) -> None:
+        self._sweep = sweep
+        self._console: Console = console(error=True)
+        self._live: Live | None = None
+        self._last_line = 0.0
+
+    def open(self) -> None:
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, refresh_per_second=2)
+            self._live.start()
+
+    def show(self, trials: list[Trial]) -> None:
+        if self._live is not None:
+            self._live.update(trials_table(self._sweep, trials, rows=_ROWS))
+        elif time.monotonic() - self._last_line >= _LINE_EVERY_S:
+            self._line(trials)
+
+    def close(self, trials: list[Trial]) -> None:
+        if self._live is not None:
+            self._live.update(trials_table(self._sweep, trials, rows=_ROWS))
+            self._live.stop()
+        else:
+            self._line(trials)
+
+    def _line(self, trials: list[Trial]) -> None:
+        self._last_line = time.monotonic()
+        counts = {s: sum(t.status == s for t in trials) for s in ("running", *_STATUS_IN_MLFLOW)}
+        told = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
+        best = best_first(self._sweep, trials)
+        if best and best[0].metric is not None:
+            told += f"; best {best[0].metric:.4g} ({named(best[0].params)})"
+        self._console.print(f"trials: {told}", markup=False)
+
+
+def best_first(sweep: SweepConfig, trials: list[Trial]) -> list[Trial]:
+    """Return the trials that were evaluated, the best value first."""
+    seen = [trial for trial in trials if trial.metric is not None]
+    sign = -1 if sweep.metric.mode == "max" else 1
+    return sorted(seen, key=lambda trial: sign * (trial.metric or 0.0))
+
+
+def named(params: Mapping[str, Any]) -> str:
+    """Return parameters as people say them: the last part of each key, and its value."""
+    return ", ".join(f"{key.rsplit('.', 1)[-1]} {shown(value)}" for key, value in params.items())
+
+
+def shown(value: Any) -> str:
+    """Return a value in few characters."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def trials_table(sweep: SweepConfig, trials: list[Trial], *, rows: int) -> Table:
+    """Return trials as a table: those that run, then the best ones."""
+    running = [trial for trial in trials if trial.status == "running"]
+    others = [trial for trial in best_first(sweep, trials) if trial.status != "running"]
+    failed = [t for t in trials if t.status == "failed" and t.metric is None]
+    keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
+    table = Table(title=f"{sweep.name}: {len(trials)} trials", title_justify="left")
+    for title in ("trial", *(key.rsplit(".", 1)[-1] for key in keys), "epoch", "status"):
+        table.add_column(title)
+    table.add_column(sweep.metric.name, justify="right")
+    for trial in (running + others + failed)[:rows]:
+        table.add_row(
+            f"{trial.number:04d}",
+            *(escape(shown(trial.params.get(key, ""))) for key in keys),
+            f"{trial.epoch:.3g}",
+            trial.status if trial.error is None else escape(f"failed: {trial.error[:60]}"),
+            "" if trial.metric is None else f"{trial.metric:.4g}",
+            style="bold" if others and trial is others[0] else None,
+        )
+    return table

@@ -1,0 +1,118 @@
+"""One trial of a sweep: a run in a folder of its own that tells a scheduler how it does."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from raysl.errors import RayslError
+from raysl.track.run_folder import (
+    RunFolder,
+    checkpoint_path,
+    latest_step,
+    list_checkpoints,
+    read_json,
+    read_metrics,
+    write_json,
+)
+from raysl.train.loop import Log
+
+Report = Callable[[Mapping[str, float]], None]
+"""Gets ``step``, ``epoch`` and the metrics of an evaluation; may raise to end the trial."""
+
+
+def run_trial(
+    folder: RunFolder,
+    *,
+    metrics: tuple[str, ...],
+    total_steps: int,
+    report: Report,
+    train: Callable[[Log], dict[str, Any]],
+) -> None:
+    """Run a trial from wherever it stands to its end.
+
+    Evaluations up to the newest checkpoint are reported again first: a scheduler that was started
+    anew has not heard of them. That of the last step is reported once the results are written, so
+    that a trial that is stopped there is finished all the same. An error of raysl's own ends the
+    trial and stays in ``error.json``: it would come again.
+
+    Args:
+        folder: The trial's run folder.
+        metrics: Keys of the metrics file to report, the deciding one first.
+        total_steps: Optimizer steps of the whole trial.
+        report: Tells the scheduler.
+        train: Does the work, and calls what it is given after each evaluation.
+    """
+    last: list[Mapping[str, float]] = []
+
+    def evaluated(logged: Mapping[str, float], step: int) -> None:
+        told = _told(logged, step, metrics)
+        if step < total_steps:
+            report(told)
+        else:
+            last.append(told)
+
+    error_file(folder).unlink(missing_ok=True)
+    done = latest_step(folder.checkpoints)
+    for record in read_metrics(folder.metrics):
+        if record["step"] <= done and metrics[0] in record:
+            evaluated(record, int(record["step"]))
+    try:
+        train(evaluated)
+    except RayslError as error:
+        write_json(error_file(folder), {"error": type(error).__name__, "message": str(error)})
+        return
+    for told in last[-1:]:
+        report(told)
+
+
+def _told(logged: Mapping[str, float], step: int, metrics: tuple[str, ...]) -> dict[str, float]:
+    known = {name: float(logged[name]) for name in metrics if name in logged}
+    return {"step": float(step), "epoch": float(logged.get("train/epoch", 0.0)), **known}
+
+
+def error_file(folder: RunFolder) -> Path:
+    """Return where a trial that failed says why."""
+    return folder.path / "error.json"
+
+
+def read_error(folder: RunFolder) -> str | None:
+    """Return why a trial failed, or None."""
+    found = read_json(error_file(folder))
+    return None if found is None else f"{found['error']}: {found['message']}"
+
+
+def take_over(folder: RunFolder, donor: RunFolder, *, step: int) -> int:
+    """Make a trial go on from another one's checkpoint (population based training).
+
+    Args:
+        folder: The trial that goes on.
+        donor: Whose state it takes.
+        step: The checkpoint meant; if it is gone by now, the newest one before it or else any.
+
+    Returns:
+        The step it goes on from; 0 if the donor has no checkpoint any more.
+    """
+    known = list_checkpoints(donor.checkpoints)
+    chosen = max((s for s in known if s <= step), default=min(known, default=0))
+    if not chosen:
+        return 0
+    arriving = folder.path / "arriving"
+    shutil.rmtree(arriving, ignore_errors=True)
+    shutil.copytree(checkpoint_path(donor.checkpoints, chosen), arriving)
+    for own in list_checkpoints(folder.checkpoints):
+        shutil.rmtree(checkpoint_path(folder.checkpoints, own))
+    folder.checkpoints.mkdir(exist_ok=True)
+    arriving.rename(checkpoint_path(folder.checkpoints, chosen))
+    return chosen
+
+
+def write_changed(folder: RunFolder, changed: Mapping[str, Any]) -> None:
+    """Keep the settings that population based training changed in flight, if any."""
+    if changed:
+        write_json(folder.path / "changed.json", dict(changed))
+
+
+def read_changed(folder: RunFolder) -> dict[str, Any]:
+    """Return the settings that were changed in flight, by their dotted names."""
+    return read_json(folder.path / "changed.json") or {}

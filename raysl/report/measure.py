@@ -1,0 +1,86 @@
+"""Metrics, parameters and times as a reader meets them: titles with units, short numbers."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+_PERCENT = ("_top1", "_share")
+
+
+class Measure(NamedTuple):
+    """How a metric is shown."""
+
+    words: str
+    unit: str = ""
+    scale: float = 1.0
+    """What its value is multiplied by for that unit."""
+
+    @property
+    def title(self) -> str:
+        """The words with the unit."""
+        return f"{self.words}, {self.unit}" if self.unit else self.words
+
+    def text(self, value: float) -> str:
+        """Return a value in the unit, without it."""
+        return f"{self.scale * value:.1f}" if self.scale == 100 else number_text(value)
+
+
+def _percent(words: str) -> Measure:
+    return Measure(words, "%", 100)
+
+
+_KNOWN = {
+    "train/loss": Measure("Loss"),
+    "eval/knn_top1": _percent("Nearest-neighbour accuracy"),
+    "train/feature_std": Measure("Spread of features (0: collapsed, 1: even)"),
+    "train/effective_rank": Measure("Effective rank of features", "dimensions"),
+    "train/lr": Measure("Learning rate"),
+    "train/grad_norm": Measure("Gradient norm"),
+    "train/images_per_s": Measure("Throughput", "images/s"),
+    "data/wait_share": _percent("Time spent waiting for data"),
+}
+
+
+def measure(key: str) -> Measure:
+    """Return how to show a metric of the metrics file, also one of a method's own."""
+    if key in _KNOWN:
+        return _KNOWN[key]
+    section, _, name = key.partition("/")
+    words = f"{section}: {name.removesuffix('_top1').replace('_', ' ') or key}"
+    if name == "partner_top1":
+        words = f"Partner view ranked first ({section})"
+    return _percent(words) if name.endswith(_PERCENT) else Measure(words)
+
+
+def short_names(keys: Iterable[str]) -> dict[str, str]:
+    """Return a name in words for each dotted key: its last part, or more where two share that.
+
+    What is chosen by name, as ``backbone.name``, is called by its section.
+    """
+    given = {key: key.removesuffix(".name").split(".") for key in keys}
+    names = {}
+    for key, parts in given.items():
+        tails = (parts[-length:] for length in range(1, len(parts) + 1))
+        alone = (t for t in tails if sum(p[-len(t) :] == t for p in given.values()) == 1)
+        names[key] = " ".join(next(alone, parts)).replace("_", " ")
+    return names
+
+
+def value_text(value: object) -> str:
+    """Return a parameter's value; None is ``none``, as where a setting is off."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return number_text(value)
+    return "none" if value is None else str(value)
+
+
+def number_text(value: float) -> str:
+    """Return a number with what a reader can tell apart: whole from 1,000 on, else four digits."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def duration_text(seconds: float) -> str:
+    """Return a time in seconds, minutes or hours."""
+    if seconds < 120:
+        return f"{seconds:,.1f} s"
+    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"

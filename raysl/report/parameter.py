@@ -1,0 +1,119 @@
+"""A sweep's parameters as axes: listed values side by side, ranges on their own scale."""
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from raysl.report.figure import drawable_name
+from raysl.report.measure import number_text, short_names, value_text
+from raysl.sweep.config import SEED, Dimension
+from raysl.sweep.summary import is_number, varied
+from raysl.sweep.trial import Trial
+
+_MOST_LISTED = 8  # numbers of a range that are shown one by one
+_MOST_BINS = 6
+_FEWEST_BINS = 3
+_TRIALS_PER_BIN = 3  # where two parameters have as many bins each
+_LOG_FROM = 10.0  # largest over smallest number
+
+
+class Parameter(NamedTuple):
+    """One parameter as an axis of places: its values, or bins of its range."""
+
+    key: str
+    name: str
+    """In words, short."""
+    values: tuple[Any, ...] = ()
+    """One a place, in order; empty if it is binned."""
+    edges: tuple[float, ...] = ()
+    """Of the bins, one more than there are places."""
+    is_log: bool = False
+    """Whether the bins are even in the logarithm."""
+
+    @property
+    def is_binned(self) -> bool:
+        """Whether its places are bins."""
+        return bool(self.edges)
+
+    @property
+    def is_label(self) -> bool:
+        """Whether its values have no size."""
+        return any(value is not None and not is_number(value) for value in self.values)
+
+    @property
+    def num_places(self) -> int:
+        """How many places the axis has."""
+        return len(self.edges) - 1 if self.edges else len(self.values)
+
+    def place(self, value: Any) -> int:
+        """Return the place of a value, from 0."""
+        if not self.edges:
+            return self.values.index(value)
+        return min(bisect_right(self.edges, value, 1) - 1, self.num_places - 1)
+
+    def texts(self) -> list[str]:
+        """Return what stands at each place."""
+        if not self.edges:
+            return [value_text(value) for value in self.values]
+        texts = self._edge_texts()
+        return [f"{low} to {high}" for low, high in pairwise(texts)]
+
+    def drawable_texts(self) -> list[str]:
+        """Return the same for a picture: short, and in letters that its font has."""
+        return [
+            drawable_name(text, otherwise=f"value {n}") for n, text in enumerate(self.texts(), 1)
+        ]
+
+    def tick_texts(self) -> list[str]:
+        """Return what stands at the ticks of a picture: at each place, of bins at each edge."""
+        return self._edge_texts() if self.is_binned else self.drawable_texts()
+
+    def _edge_texts(self) -> list[str]:
+        return [number_text(float(f"{edge:.2g}")) for edge in self.edges]
+
+
+def parameters(trials: Sequence[Trial], space: Mapping[str, Dimension]) -> list[Parameter]:
+    """Return the parameters that differ between trials, in the space's order, without the seed.
+
+    Args:
+        trials: Whose values make the axes.
+        space: Of the sweep: listed values keep its order, ranges its scale. Numbers of a range are
+            binned, whole ones if there are more than a few.
+    """
+    chosen = [key for key in varied(trials) if key != SEED]
+    names = short_names(chosen)
+    found = [_parameter(key, names[key], trials, space.get(key)) for key in chosen]
+    return [parameter for parameter in found if parameter.num_places > 1]
+
+
+def _parameter(
+    key: str, name: str, trials: Sequence[Trial], dimension: Dimension | None
+) -> Parameter:
+    seen = list(dict.fromkeys(trial.params[key] for trial in trials if key in trial.params))
+    listed = dimension.labels() if dimension is not None and dimension.is_listed else []
+    numbers = sorted(value for value in seen if is_number(value))
+    is_real = dimension is not None and dimension.kind in ("uniform", "log_uniform")
+    is_short = len(seen) <= (1 if is_real else _MOST_LISTED)
+    if len(numbers) < len(seen) or set(seen) <= set(listed) or is_short:
+        return Parameter(key, name, values=tuple(_ordered(seen, listed)))
+    low, high = float(numbers[0]), float(numbers[-1])
+    is_log = dimension is not None and dimension.kind in ("log_uniform", "log_int")
+    if listed:  # population based training leaves the list
+        is_log = low > 0 and high / low >= _LOG_FROM
+    num_bins = round(math.sqrt(len(trials) / _TRIALS_PER_BIN))
+    num_bins = min(max(num_bins, _FEWEST_BINS), _MOST_BINS)
+    spaced = np.geomspace if is_log else np.linspace
+    return Parameter(
+        key, name, edges=tuple(spaced(low, high, num_bins + 1).tolist()), is_log=is_log
+    )
+
+
+def _ordered(seen: Sequence[Any], listed: Sequence[Any]) -> list[Any]:
+    """Sort numbers by size, and labels as the space lists them; None comes first."""
+    if all(value is None or is_number(value) for value in seen):
+        return sorted(seen, key=lambda value: -math.inf if value is None else value)
+    return [v for v in listed if v in seen] + [v for v in seen if v not in listed]

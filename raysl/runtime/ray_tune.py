@@ -1,0 +1,426 @@
+"""Sweeps on Ray Tune: what a trial is to Ray, who decides, and who is told.
+
+A trial of one train worker runs raysl's loop in Tune's own process, which the next trial takes over
+with all that is loaded; only larger ones start Ray Train inside. Tune decides who goes on; what a
+trial is and how far it came lies in its folder, so Tune keeps nothing that a restart would need.
+"""
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import ray
+from ray import tune
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    HyperBandScheduler,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
+from ray.tune.search import Searcher
+
+from raysl.config.load import read_mapping, set_key
+from raysl.errors import ClusterError
+from raysl.jobs.local import pretrain_here
+from raysl.jobs.trial import run_trial, take_over, write_changed
+from raysl.recipe import RunConfig, derive_for, run_from_values
+from raysl.runtime.background import in_background
+from raysl.runtime.cluster import plan_layout
+from raysl.runtime.ray_train import pretrain_on_ray
+from raysl.runtime.trial_shares import Shares
+from raysl.sources.open import open_source
+from raysl.sources.source import Source
+from raysl.sweep.config import Dimension, SweepConfig
+from raysl.sweep.trial import Trial
+from raysl.track.follow import MetricsReader
+from raysl.track.run_folder import RunFolder, latest_step, read_json, write_json
+from raysl.train.loop import Log
+
+_POLL_S = 0.5
+_NUMBER, _FOLDER = "number", "folder"  # of a trial, among the settings that Tune knows
+_FOR_EVER = 10**9  # epochs
+_TUNE_ENVIRONMENT = {
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial may fail before its first evaluation
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the trials' folders hold it all
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # nobody reads Tune's own state
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "20",  # a stopped trial closes its stream first
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+_POINTER = "checkpoint.json"
+
+
+class Watcher(Protocol):
+    """Is told what happens to trials, in the driver; must not raise."""
+
+    def started(self, number: int) -> None:
+        """A trial begins, or goes on."""
+
+    def reported(self, number: int, metrics: Mapping[str, float]) -> None:
+        """A trial was evaluated."""
+
+    def ended(self, number: int, *, error: str | None) -> None:
+        """A trial ended, or was stopped; with an error if its process died for good."""
+
+
+class Suggestions(Protocol):
+    """Hands out trials, one after the other."""
+
+    def next(self) -> tuple[int, RunFolder, Mapping[str, Any]] | None:
+        """Return a trial's number, folder and settings that may change in flight; None at the end.
+
+        The folder holds its configuration by now.
+        """
+
+    def ended(self, number: int) -> None:
+        """Hear that a trial ended."""
+
+
+def sweep_on_ray(
+    sweep: SweepConfig,
+    suggestions: Suggestions,
+    watcher: Watcher,
+    *,
+    shares: Shares,
+    most_trials: int,
+    known: Sequence[Trial],
+    sources: Mapping[str, Source],
+    scratch: Path,
+) -> None:
+    """Run trials on the connected cluster until there are no more.
+
+    Args:
+        sweep: The sweep.
+        suggestions: Which trials.
+        watcher: Is told what happens.
+        shares: What they take.
+        most_trials: Trials that suggestions may give.
+        known: Trials that ended in earlier starts: the scheduler compares with them too.
+        sources: Training images by :func:`source_key`; others are opened where they are needed.
+        scratch: A folder for Tune's own files, on a disk that all nodes share; deleted at the end.
+    """
+    for name in ("ray.tune", "ray.train", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.update(_TUNE_ENVIRONMENT)
+    scheduler = _scheduler(sweep)
+    _tell_known(scheduler, known, metric=sweep.metric.name)
+    callback = _Callback(watcher, suggestions)
+    trainable = tune.with_parameters(
+        _run,
+        shelf=dict(sources),
+        metrics=(sweep.metric.name, *sweep.metric.also),
+        exchanges=sweep.scheduler.name in ("pbt", "hyperband"),
+    )
+    shutil.rmtree(scratch, ignore_errors=True)
+    search = _Search(suggestions, callback, most=shares.at_a_time if shares.nested else None)
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, _resources(shares)),
+        tune_config=_tune_config(sweep, search, scheduler, shares, most_trials=most_trials),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(scratch),
+            callbacks=[callback],
+            failure_config=tune.FailureConfig(max_failures=sweep.retries),
+            verbose=0,
+        ),
+    )
+    try:
+        # In the main thread Ray would take Ctrl-C for itself.
+        in_background(tuner.fit, name="raysl-tune").result()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _resources(shares: Shares) -> dict[str, float]:
+    """What Tune sets aside for a trial; the workers below one set theirs aside themselves."""
+    return {"CPU": 0.01} if shares.nested else {"CPU": shares.cpus, "GPU": shares.gpus}
+
+
+def _tune_config(
+    sweep: SweepConfig,
+    search: "_Search",
+    scheduler: TrialScheduler,
+    shares: Shares,
+    *,
+    most_trials: int,
+) -> tune.TuneConfig:
+    hours = sweep.budget.hours
+    return tune.TuneConfig(
+        search_alg=search,
+        scheduler=scheduler,
+        num_samples=most_trials,
+        time_budget_s=None if hours is None else hours * 3600,
+        # A process that has loaded torch and the images takes the next trial at once; one with
+        # train workers below it has to go, or they would stay.
+        reuse_actors=not shares.nested,
+    )
+
+
+def _scheduler(sweep: SweepConfig) -> TrialScheduler:
+    """Return Tune's scheduler; time is counted in epochs, the same for every batch size."""
+    chosen = sweep.scheduler
+    decides: dict[str, Any] = {"metric": sweep.metric.name, "mode": sweep.metric.mode}
+    if chosen.name == "asha":
+        return AsyncHyperBandScheduler(
+            **decides,
+            time_attr="epoch",
+            grace_period=chosen.grace_epochs,  # type: ignore[arg-type] # a float will do
+            reduction_factor=chosen.reduction_factor,
+            max_t=_FOR_EVER,  # a trial ends by itself
+            stop_last_trials=False,
+        )
+    if chosen.name == "hyperband":
+        return HyperBandScheduler(
+            **decides,
+            time_attr="training_iteration",
+            max_t=chosen.max_evaluations,
+            reduction_factor=chosen.reduction_factor,
+            stop_last_trials=False,
+        )
+    if chosen.name == "pbt":
+        return PopulationBasedTraining(
+            **decides,
+            time_attr="epoch",
+            perturbation_interval=chosen.perturb_every_epochs,
+            quantile_fraction=chosen.quantile,
+            resample_probability=chosen.resample_prob,
+            hyperparam_mutations={
+                key: _domain(dimension) for key, dimension in sweep.space.items()
+            },
+            log_config=False,
+        )
+    return FIFOScheduler()
+
+
+def _domain(dimension: Dimension) -> Any:
+    """Return a dimension as Tune's, for what population based training draws anew."""
+    if dimension.is_listed:
+        return dimension.values()
+    low, high = dimension.bounds
+    if dimension.kind in ("int", "log_int"):
+        whole = tune.randint if dimension.kind == "int" else tune.lograndint
+        return whole(int(low), int(high) + 1)  # Tune's upper end is not included
+    return (tune.uniform if dimension.kind == "uniform" else tune.loguniform)(low, high)
+
+
+def _tell_known(scheduler: TrialScheduler, known: Sequence[Trial], *, metric: str) -> None:
+    """Let successive halving compare new trials with those that ended in earlier starts."""
+    if not isinstance(scheduler, AsyncHyperBandScheduler):
+        return
+    for trial in known:
+        same = SimpleNamespace(trial_id=f"known-{trial.number}")
+        scheduler.on_trial_add(None, same)  # type: ignore[arg-type] # all that it looks at
+        for epoch, value in trial.curve:
+            scheduler.on_trial_result(None, same, {"epoch": epoch, metric: value})  # type: ignore[arg-type]
+
+
+class _Search(Searcher):
+    """Hands Tune the trials that someone else thinks of.
+
+    Args:
+        suggestions: Who thinks of them.
+        callback: Knows how many run.
+        most: Trials at a time; None leaves that to what they reserve, so that the next one waits
+            for the process of the one that ends and takes it over.
+    """
+
+    def __init__(
+        self, suggestions: Suggestions, callback: "_Callback", *, most: int | None
+    ) -> None:
+        super().__init__()
+        self._suggestions = suggestions
+        self._callback = callback
+        self._most = most
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune writes its own state down; nobody reads it
+
+    def set_search_properties(
+        self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any
+    ) -> bool:
+        return True
+
+    def suggest(self, trial_id: str) -> Any:
+        if self._most is not None and self._callback.num_running >= self._most:
+            return None
+        found = self._suggestions.next()
+        if found is None:
+            return Searcher.FINISHED
+        number, folder, mutable = found
+        return {_NUMBER: number, _FOLDER: str(folder.path), **mutable}
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Suggestions are told by the callback, which knows more."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nobody reads it."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nobody writes it."""
+
+
+class _Callback(tune.Callback):
+    """Passes on what Tune says of trials, in the driver's process."""
+
+    def __init__(self, watcher: Watcher, suggestions: Suggestions) -> None:
+        self._watcher = watcher
+        self._suggestions = suggestions
+        self._running: set[int] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # as of _Search
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        number = trial.config[_NUMBER]
+        self._running.add(number)
+        self._watcher.started(number)
+
+    def on_trial_result(
+        self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any
+    ) -> None:
+        number = trial.config[_NUMBER]
+        self._watcher.reported(number, result)
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._end(trial, error=None)
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._end(trial, error=_reason(trial.get_error()))
+
+    def _end(self, trial: Any, *, error: str | None) -> None:
+        number = trial.config[_NUMBER]
+        self._running.discard(number)
+        self._watcher.ended(number, error=error)
+        self._suggestions.ended(number)
+
+
+def _reason(error: BaseException | None) -> str:
+    """Return the last line that says something; Tune puts the whole traceback into one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def source_key(config: RunConfig[Any]) -> str:
+    """Return what tells the training images of one configuration from those of another."""
+    data = config.data
+    kept = {k: v for k, v in data.model_dump(mode="json").items() if k != "views"}
+    return json.dumps(kept, sort_keys=True)
+
+
+# What a process keeps for the trials after this one, by what it was made from.
+_SOURCES: dict[str, Source] = {}
+
+
+def _run(
+    given: dict[str, Any],
+    *,
+    shelf: Mapping[str, Source],
+    metrics: tuple[str, ...],
+    exchanges: bool,
+) -> None:
+    """Run one trial in Tune's process.
+
+    Args:
+        given: The trial's number, its folder, and settings that may have changed in flight.
+        shelf: Training images.
+        metrics: What to report, the deciding one first.
+        exchanges: Whether trials are paused or take over others' checkpoints.
+    """
+    folder = RunFolder(Path(given[_FOLDER]))
+    if not folder.config.exists():
+        raise ClusterError(
+            f"node {ray.util.get_node_ip_address()} does not see {folder.path}: on several nodes "
+            f"output_dir must be on a disk that all share"
+        )
+    if exchanges:
+        _arrive(folder)
+    values = read_mapping(folder.config)
+    changed = {key: value for key, value in given.items() if key not in (_NUMBER, _FOLDER)}
+    write_changed(folder, changed)
+    for key, value in changed.items():
+        set_key(values, key, value)
+    config = run_from_values(values, where=str(folder.config))
+    source = _source_of(config, shelf)
+    cpus = tune.get_context().get_trial_resources().head_cpus or 1.0
+
+    def report(told: Mapping[str, float]) -> None:
+        if not exchanges:
+            tune.report(dict(told))
+            return
+        with tempfile.TemporaryDirectory() as pointer:
+            write_json(
+                Path(pointer) / _POINTER, {"folder": str(folder.path), "step": int(told["step"])}
+            )
+            tune.report(dict(told), checkpoint=tune.Checkpoint.from_directory(pointer))
+
+    def train(evaluated: Log) -> dict[str, Any]:
+        if config.cluster.num_train_workers > 1:
+            return _train_below(config, folder, source, evaluated, metrics)
+        return pretrain_here(
+            config, folder=folder, source=source, num_cpus=max(1, int(cpus)), evaluated=evaluated
+        )
+
+    run_trial(
+        folder,
+        metrics=metrics,
+        total_steps=derive_for(config, source).total_steps,
+        report=report,
+        train=train,
+    )
+
+
+def _source_of(config: RunConfig[Any], shelf: Mapping[str, Source]) -> Source:
+    """Return the training images: those that this process holds, the driver's, or opened here."""
+    key = source_key(config)
+    if key not in _SOURCES:
+        found = shelf.get(key)
+        _SOURCES[key] = open_source(config.data, data=config.data) if found is None else found
+    return _SOURCES[key]
+
+
+def _arrive(folder: RunFolder) -> None:
+    """Take over the checkpoint that Tune sends this trial on from, if it is another trial's."""
+    sent = tune.get_checkpoint()
+    if sent is None:
+        return
+    with sent.as_directory() as pointer:
+        found = read_json(Path(pointer) / _POINTER) or {}
+    donor = RunFolder(Path(found["folder"]))
+    if donor.path != folder.path:
+        take_over(folder, donor, step=int(found["step"]))
+
+
+def _train_below(
+    config: RunConfig[Any],
+    folder: RunFolder,
+    source: Source,
+    evaluated: Log,
+    metrics: tuple[str, ...],
+) -> dict[str, Any]:
+    """Run Ray Train inside the trial, and pass on what its first worker writes down."""
+    work = in_background(
+        lambda: pretrain_on_ray(config, folder=folder, source=source, layout=plan_layout(config)),
+        name="raysl-nested",
+    )
+    reader = MetricsReader(folder.metrics, dict.fromkeys(metrics, latest_step(folder.checkpoints)))
+    while True:
+        ended = work.done()
+        for record in reader.read():
+            if metrics[0] in record:
+                evaluated(record, int(record["step"]))
+        if ended:
+            return work.result()
+        time.sleep(_POLL_S)

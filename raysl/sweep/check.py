@@ -1,0 +1,215 @@
+"""Everything that is wrong with a sweep and its runs, in one answer, before anything starts."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from raysl.config.load import MISSING, Problem, drop_key, get_key, plain_copy, read_mapping
+from raysl.errors import ConfigError, RayslError
+from raysl.recipe import RunConfig, run_or_problems
+from raysl.sweep.choices import Choices, options
+from raysl.sweep.config import Dimension, Scalar, SweepConfig
+from raysl.sweep.problems import MEASURED_SECTIONS, problems_error, space_problems
+from raysl.sweep.space import (
+    EVERY,
+    Candidate,
+    candidate_of,
+    decision_period,
+    gives_every,
+    length_epochs,
+    meets,
+    run_values,
+    samples,
+)
+
+Look = Callable[[RunConfig[Any]], None]
+"""Raises RayslError if a run cannot start on its images."""
+
+# Times that a run is mended to see what else is wrong with it.
+_MENDINGS = 3
+
+
+def check(
+    sweep: SweepConfig, candidates: Sequence[Candidate], *, folder: Path, look: Look | None = None
+) -> list[RunConfig[Any]]:
+    """Check a sweep and all its runs.
+
+    Besides the candidates, each value of each dimension and both ends of each range are tried once;
+    where there are no candidates beforehand, so are some random ones.
+
+    Args:
+        sweep: The sweep.
+        candidates: What :func:`raysl.sweep.space.draw` returned.
+        folder: The sweep's folder.
+        look: Looks at the images of each run; None does not.
+
+    Returns:
+        The runs of the candidates.
+
+    Raises:
+        ConfigError: Lists every problem of the sweep and of its runs, each once, with how many of
+            the candidates meet it and the parameters of one.
+    """
+    problems = space_problems(sweep)
+    found, runs = _run_problems(sweep, candidates or samples(sweep), folder=folder, look=look)
+    if problems or found:
+        raise problems_error([*problems, *found], where=f"sweep {sweep.name}")
+    return runs if candidates else []
+
+
+def all_problems(sweep: SweepConfig, *, known: Iterable[str] = ()) -> list[str]:
+    """List what is wrong with a sweep and with the runs that can be drawn from it.
+
+    Args:
+        sweep: The sweep, perhaps without the parts of its file that are wrong in themselves.
+        known: The dimensions that were left out of it.
+    """
+    found, _ = _run_problems(sweep, samples(sweep), folder=Path(), look=None)
+    return [*space_problems(sweep, known=known), *found]
+
+
+class _Seen:
+    """A problem, and the candidates that have it."""
+
+    def __init__(self, text: str, example: Mapping[str, Any]) -> None:
+        self.text = text
+        self.example = example
+        self.count = 0
+
+    def line(self, total: int) -> str:
+        """Say it in one line."""
+        example = " ".join(f"{key}={value}" for key, value in self.example.items())
+        if not example or (total == 1 and self.count == 1):
+            return self.text
+        if self.count == total:
+            return f"{self.text} (all {total} candidates)"
+        many = f"{self.count} of {total} candidates, " if self.count else ""
+        return f"{self.text} ({many}such as {example})"
+
+
+def _run_problems(
+    sweep: SweepConfig, candidates: Sequence[Candidate], *, folder: Path, look: Look | None
+) -> tuple[list[str], list[RunConfig[Any]]]:
+    """Return what is wrong with the runs, a line each, and the runs that are sound."""
+    unreadable = {str(base) for base in sweep.bases.values() if not _can_be_read(base)}
+    runs: list[RunConfig[Any]] = []
+    seen: dict[tuple[Any, ...], _Seen] = {}
+    for place, candidate in enumerate([*candidates, *_probes(sweep, candidates)]):
+        if candidate.base in unreadable:
+            continue
+        problems, run = _problems_of(sweep, candidate, folder=folder, look=look)
+        is_candidate = place < len(candidates)
+        if run is not None and is_candidate:
+            runs.append(run)
+        for problem in problems:
+            # The same problem with another number is the same problem.
+            key = (problem.place, re.sub(r"\d[\d.,e+-]*", "#", problem.text))
+            entry = seen.setdefault(key, _Seen(problem.text, candidate.params))
+            entry.count += is_candidate
+    return [entry.line(len(candidates)) for entry in seen.values()], runs
+
+
+def _probes(sweep: SweepConfig, candidates: Sequence[Candidate]) -> Iterator[Candidate]:
+    """Yield candidates that between them have what the others lack: values, ends of ranges."""
+    choices = Choices(sweep)
+    for name, dimension in choices.dimensions.items():
+        ends = dimension.labels() if dimension.is_listed else list(dimension.bounds)
+        tried = [candidate.params.get(name, MISSING) for candidate in candidates]
+        demanded = choices.demands(name) or {}
+        for label in ends:
+            if label in tried:
+                continue
+            wanted = demanded | {name: label}
+
+            def pick(key: str, of: Dimension, wanted: Mapping[str, Scalar] = wanted) -> Scalar:
+                return wanted[key] if key in wanted else options(of)[0]
+
+            candidate = candidate_of(sweep, len(candidates), pick)
+            if name in candidate.params and not choices.is_excluded(candidate.params):
+                yield candidate
+
+
+def _can_be_read(base: Path) -> bool:
+    try:
+        read_mapping(base)
+    except ConfigError:
+        return False
+    return True
+
+
+def _problems_of(
+    sweep: SweepConfig, candidate: Candidate, *, folder: Path, look: Look | None
+) -> tuple[list[Problem], RunConfig[Any] | None]:
+    """Return what is wrong with a run, and the run if it can be made."""
+    values, own = run_values(sweep, candidate, folder=folder)
+    own += [Problem((), text) for text in _trial_problems(sweep, candidate, values)]
+    found = run_or_problems(values)
+    if isinstance(found, list):
+        return [*found, *_behind(found, values), *own], None
+    if look is not None:
+        try:
+            look(found)
+        except RayslError as error:
+            own.append(Problem((), str(error)))
+    return own, found
+
+
+def _behind(problems: Sequence[Problem], values: dict[str, Any]) -> list[Problem]:
+    """Return what is also wrong once bad keys are left out: combinations of the others."""
+    values, bad = plain_copy(values), list(problems)
+    for _ in range(_MENDINGS):
+        places = [problem.place for problem in bad if problem.place]
+        if not places:
+            return []
+        for place in places:
+            drop_key(values, ".".join(place))
+        found = run_or_problems(values)
+        if isinstance(found, RunConfig):
+            return []
+        together = [problem for problem in found if not problem.place]
+        if together:
+            left_out = [".".join(problem.place) for problem in problems if problem.place]
+            return [p for p in together if not any(key in p.text for key in left_out)]
+        bad = found
+    return []
+
+
+def _trial_problems(
+    sweep: SweepConfig, candidate: Candidate, values: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yield what does not fit between a run and the sweep's scheduler and metric."""
+    period, epochs = decision_period(sweep), length_epochs(sweep, values)
+    name = "grace_epochs" if sweep.scheduler.name == "asha" else "perturb_every_epochs"
+    if period is not None and epochs is None:
+        yield f"scheduler {sweep.scheduler.name} counts in epochs; set budget.epochs, not steps"
+    elif period is not None and epochs is not None and period >= epochs:
+        yield (
+            f"scheduler.{name}={period:g}: trials of {epochs:g} epochs end before it; lower it, or "
+            f"raise budget.epochs"
+        )
+    if gives_every(sweep, candidate):
+        yield from _pace_problems(sweep, values)
+    section = sweep.metric.name.partition("/")[0]
+    method = get_key(values, "method.name")
+    if section not in MEASURED_SECTIONS and section != method:
+        yield f"metric.name={sweep.metric.name}: method {method} does not measure it"
+    finetunes = get_key(values, "evaluate.finetune")
+    if "final/finetune_top1" in (sweep.metric.name, *sweep.metric.also) and not isinstance(
+        finetunes, dict
+    ):
+        yield "final/finetune_top1 is measured where evaluate.finetune says how; set it"
+
+
+def _pace_problems(sweep: SweepConfig, values: Mapping[str, Any]) -> Iterator[str]:
+    """Refuse evaluations that the sweep itself asks for at other times than it needs them."""
+    every, period = get_key(values, EVERY), decision_period(sweep)
+    if sweep.scheduler.name == "hyperband":
+        yield f"{EVERY}: hyperband spaces evaluations by scheduler.max_evaluations; leave it out"
+    elif period is not None and not meets(every, period, whole=length_epochs(sweep, values)):
+        yield (
+            f"{EVERY}={every}: scheduler {sweep.scheduler.name} decides every {period:g} epochs, "
+            f"and has to be told then; leave it out"
+        )
+    elif every is None:
+        yield f"{EVERY}=null: the metric of a sweep is read where a trial is evaluated"

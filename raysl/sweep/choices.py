@@ -1,0 +1,283 @@
+"""A sweep's dimensions and their conditions: which combinations there are, and draws from them."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+from raysl.config.load import MISSING, get_key, plain_copy, read_mapping, set_key
+from raysl.errors import ConfigError
+from raysl.recipe import RunConfig, run_or_problems
+from raysl.sweep.config import CONFIG, Dimension, Scalar, SweepConfig
+
+Params = dict[str, Any]
+"""Dimension to what people see of its value: a scalar, or a label."""
+Pick = Callable[[str, Dimension], Scalar]
+"""Chooses what people see of a value of a dimension."""
+
+# A draw that would be the second of its kind is repeated; where so many in a row are, there is
+# nothing new left, or so little that it is quicker to look for it in order.
+_ATTEMPTS = 32
+_DIGITS = 4
+_ORDER = "\0order"  # names the stream of no dimension
+
+
+class Choices:
+    """The dimensions of a sweep, in an order in which each condition can be answered.
+
+    Args:
+        sweep: Its base files need not be there; conditions on them then do not hold.
+    """
+
+    def __init__(self, sweep: SweepConfig) -> None:
+        self._sweep = sweep
+        self.dimensions: dict[str, Dimension] = dict(sweep.space)
+        if len(sweep.bases) > 1:
+            self.dimensions = {CONFIG: Dimension(grid=tuple(sweep.bases)), **self.dimensions}
+        self.order, self.in_circles = self._sorted()
+        self._settings: dict[str, dict[str, Any]] = {}
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all combinations could be listed."""
+        return all(each.is_listed or each.is_whole for each in self.dimensions.values())
+
+    def targets(self, name: str) -> list[str]:
+        """Return the dimensions that a dimension's condition asks about."""
+        keys = self.dimensions[name].when
+        return [other for other in self.dimensions if any(_covers(other, key) for key in keys)]
+
+    def choose(self, pick: Pick) -> Params:
+        """Return what ``pick`` chooses for each dimension that exists, given the choices before."""
+        params: Params = {}
+        for name in self.order:
+            if self.exists(name, params):
+                params[name] = pick(name, self.dimensions[name])
+        return self._in_given_order(params)
+
+    def combinations(self, names: Iterable[str] | None = None) -> Iterator[Params]:
+        """Yield every combination of finite dimensions, the last one changing fastest.
+
+        Args:
+            names: Leave out all other dimensions, and what the sweep excludes with regard to them;
+                None for all.
+        """
+        wanted = set(self.order if names is None else names)
+        kept = [name for name in self.order if name in wanted]
+
+        def extend(params: Params, rest: Sequence[str]) -> Iterator[Params]:
+            if not rest:
+                if not self.is_excluded(params, names=kept):
+                    yield self._in_given_order(params)
+            elif not self.exists(rest[0], params):
+                yield from extend(params, rest[1:])
+            else:
+                for label in options(self.dimensions[rest[0]]):
+                    yield from extend(params | {rest[0]: label}, rest[1:])
+
+        return extend({}, kept)
+
+    def values(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the real values to what people see."""
+        return {name: self.dimensions[name].value_of(label) for name, label in params.items()}
+
+    def exists(self, name: str, params: Mapping[str, Any]) -> bool:
+        """Whether a dimension's condition holds, given choices for those that it asks about."""
+        return all(
+            self.holds(key, wanted, params) for key, wanted in self.dimensions[name].when.items()
+        )
+
+    def holds(self, key: str, wanted: Any, params: Mapping[str, Any]) -> bool:
+        """Whether a setting is what a condition wants: a value, or one of a list."""
+        found = self._seen_as(key, params)
+        return any(value in found for value in (wanted if isinstance(wanted, list) else [wanted]))
+
+    def is_excluded(self, params: Mapping[str, Any], *, names: Iterable[str] | None = None) -> bool:
+        """Whether the sweep leaves a combination out.
+
+        Args:
+            params: The combination.
+            names: The dimensions that were chosen; None for all.
+        """
+        open_ones = set(self.dimensions) - set(self.dimensions if names is None else names)
+        return any(
+            all(self.holds(key, wanted, params) for key, wanted in conditions.items())
+            for conditions in self._sweep.exclude
+            if conditions
+            and not any(_covers(name, key) for name in open_ones for key in conditions)
+        )
+
+    def demands(self, name: str) -> Params | None:
+        """Return choices for others with which a dimension exists; None if it never does."""
+        for start in self.combinations([CONFIG]):
+            demanded = self._demands(name, start)
+            if self.exists(name, demanded):
+                return demanded
+        return None
+
+    def _demands(self, name: str, start: Params) -> Params:
+        """Choose for the dimensions that a condition asks about, and for those they ask about."""
+        demanded = dict(start)
+        conditions = list(self.dimensions[name].when.items())
+        for key, wanted in conditions:
+            for other in self.dimensions:
+                if other in demanded or not _covers(other, key):
+                    continue
+                for label in options(self.dimensions[other]):
+                    if self.holds(key, wanted, demanded | {other: label}):
+                        demanded[other] = label
+                        conditions += self.dimensions[other].when.items()
+                        break
+        return demanded
+
+    def settings(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a run has where the space says nothing: of its base, ``set``, defaults."""
+        label = str(params.get(CONFIG, next(iter(self._sweep.bases))))
+        if label not in self._settings:
+            self._settings[label] = self._read_settings(label)
+        return self._settings[label]
+
+    def _read_settings(self, label: str) -> dict[str, Any]:
+        """Read a base; of one that is not sound, or that ``set`` spoils, as much as there is."""
+        try:
+            values = plain_copy(read_mapping(self._sweep.bases[label]))
+        except ConfigError:
+            return {}
+        for given in (with_set(self._sweep, values), values):
+            found = run_or_problems({"name": label, **given})
+            if isinstance(found, RunConfig):
+                return with_set(self._sweep, found.model_dump(mode="json"))
+        return with_set(self._sweep, values)
+
+    def _seen_as(self, key: str, params: Mapping[str, Any]) -> list[Any]:
+        """Return what a setting may be called in a condition."""
+        if key in params:
+            return [params[key], self.dimensions[key].value_of(params[key])]
+        for name, label in params.items():
+            if _covers(name, key):
+                found = get_key(self.dimensions[name].value_of(label), key[len(name) + 1 :])
+                return [] if found is MISSING else [found]
+        if key == CONFIG:
+            return [next(iter(self._sweep.bases))]
+        found = get_key(self.settings(params), key)
+        return [] if found is MISSING else [found]
+
+    def _sorted(self) -> tuple[list[str], list[str]]:
+        """Return the dimensions, those first that others ask about, and those in a circle."""
+        order: list[str] = []
+        rest = list(self.dimensions)
+        while rest:
+            ready = [name for name in rest if not set(self.targets(name)) - set(order)]
+            if not ready:
+                return [*order, *rest], rest
+            order.append(ready[0])
+            rest.remove(ready[0])
+        return order, []
+
+    def _in_given_order(self, params: Params) -> Params:
+        return {name: params[name] for name in self.dimensions if name in params}
+
+
+def with_set(sweep: SweepConfig, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's plain values with those of ``set``, as far as they can be set."""
+    result = plain_copy(values)
+    for key, value in sweep.set.items():
+        with suppress(ConfigError):  # said where the runs are checked
+            set_key(result, key, value)
+    return plain_copy(result)
+
+
+def draw_random(choices: Choices, *, seed: int, count: int) -> list[Params]:
+    """Draw different combinations.
+
+    Each combination of the grids comes equally often; the rest is drawn. A number depends on the
+    seed, on how many were drawn before, and on its dimension's name alone: with another dimension
+    beside it the others stay as they were, and more draws begin with the same ones.
+
+    Args:
+        choices: What there is.
+        seed: 0 <= seed < 2**63.
+        count: How many; where there are fewer combinations, each comes once.
+    """
+    cycle = list(choices.combinations(_cycled(choices)))
+    drawn: dict[str, Params] = {}
+    place = stale = 0
+    while len(drawn) < count and stale < len(cycle):
+        turn, spot = divmod(place, len(cycle))
+        fixed = cycle[int(_stream(seed, turn, _ORDER).permutation(len(cycle))[spot])]
+        found = _new_one(choices, drawn, fixed, seed=seed, place=place)
+        stale = 0 if found else stale + 1
+        drawn |= found
+        place += 1
+    for params in choices.combinations() if len(drawn) < count else ():
+        drawn.setdefault(json.dumps(params), params)
+        if len(drawn) == count:
+            break
+    return list(drawn.values())
+
+
+def _new_one(
+    choices: Choices, drawn: Mapping[str, Params], fixed: Params, *, seed: int, place: int
+) -> dict[str, Params]:
+    """Draw one that is not among those drawn, by its text; empty if that does not succeed."""
+    for attempt in range(_ATTEMPTS):
+
+        def pick(name: str, dimension: Dimension, attempt: int = attempt) -> Scalar:
+            if name in fixed:
+                return fixed[name]  # type: ignore[no-any-return]
+            return sample(dimension, float(_stream(seed, place, name, attempt).random()))
+
+        params = choices.choose(pick)
+        if json.dumps(params) not in drawn and not choices.is_excluded(params):
+            return {json.dumps(params): params}
+    return {}
+
+
+def sample(dimension: Dimension, share: float) -> Scalar:
+    """Return what people see of the value that lies at a share in [0, 1) of a dimension."""
+    if dimension.is_listed:
+        labels = dimension.labels()
+        return labels[int(share * len(labels))]
+    low, high = dimension.bounds
+    end = high + 1 if dimension.is_whole else high
+    if dimension.is_log:
+        value = math.exp(math.log(low) + share * (math.log(end) - math.log(low)))
+    else:
+        value = low + share * (end - low)
+    if dimension.is_whole:
+        return min(max(math.floor(value), int(low)), int(high))
+    return min(max(float(f"{value:.{_DIGITS}g}"), low), high)  # short enough to be typed
+
+
+def _cycled(choices: Choices) -> list[str]:
+    """Return the grids that depend on no draw."""
+    names: list[str] = []
+    for name in choices.order:
+        if choices.dimensions[name].kind == "grid" and set(choices.targets(name)) <= set(names):
+            names.append(name)
+    return names
+
+
+def options(dimension: Dimension) -> Sequence[Scalar]:
+    """Return what people see of each value; of a range of real numbers, of its ends."""
+    if dimension.is_listed:
+        return dimension.labels()
+    low, high = dimension.bounds
+    return range(int(low), int(high) + 1) if dimension.is_whole else [low, high]
+
+
+def _covers(name: str, key: str) -> bool:
+    """Whether a dimension sets a setting: it is that setting, or a section that holds it."""
+    return key == name or key.startswith(name + ".")
+
+
+def _stream(seed: int, place: int, name: str, attempt: int = 0) -> np.random.Generator:
+    """Return the random stream of one dimension of one draw."""
+    word = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+    key = np.array([seed, place], dtype=np.uint64)
+    counter = np.array([0, 0, attempt, word], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))

@@ -1,0 +1,296 @@
+"""A sweep as a YAML names it: base runs, a space over their settings, a metric and a budget."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from raysl.config.base import Config, PositiveFloat, PositiveInt, Probability
+from raysl.recipe import TrackConfig, check_run_name
+
+Scalar = str | int | float | bool | None
+Kind = Literal["grid", "choice", "uniform", "log_uniform", "int", "log_int"]
+
+CONFIG = "config"
+"""The parameter that tells the runs of several base files apart."""
+SEED = "seed"
+"""The parameter that tells repeats of one candidate apart."""
+
+_KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+def _check_values(given: Any) -> Any:
+    """Refuse what is no list of different scalars and no section of labels."""
+    if isinstance(given, dict) and given:
+        return given
+    if not isinstance(given, list | tuple):
+        raise ValueError(f"takes a list of values, or a section of label: value; got {given!r}")
+    problems = [] if given else ["no values; give at least one"]
+    for place, value in enumerate(given):
+        if isinstance(value, list | dict):
+            problems.append(f"the value {value} needs a name; give a section of label: value")
+        elif value in given[:place]:
+            problems.append(f"the value {value} stands twice")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return tuple(given)
+
+
+def _check_range(given: Any, *, whole: bool, log: bool) -> Any:
+    """Refuse what is not [low, high] with low < high, positive for a logarithm."""
+    kind = "whole numbers" if whole else "numbers"
+    allowed = (int,) if whole else (int, float)
+    is_pair = isinstance(given, list | tuple) and len(given) == 2
+    if not is_pair or not all(type(bound) in allowed for bound in given):
+        raise ValueError(f"takes [low, high], two {kind}; got {given!r}")
+    low, high = given
+    if low >= high:
+        raise ValueError(f"takes [low, high] with low < high; got [{low}, {high}]")
+    if log and low <= 0:
+        raise ValueError(f"a logarithm takes [low, high] with low > 0; got [{low}, {high}]")
+    return tuple(given)
+
+
+def _range_check(*, whole: bool = False, log: bool = False) -> BeforeValidator:
+    return BeforeValidator(partial(_check_range, whole=whole, log=log))
+
+
+_Values = Annotated[tuple[Any, ...] | dict[str, Any], BeforeValidator(_check_values)]
+_Uniform = Annotated[tuple[float, float], _range_check()]
+_LogUniform = Annotated[tuple[float, float], _range_check(log=True)]
+# By name: in a class with a field `int`, `int` is the field.
+_Int = Annotated[tuple[int, int], _range_check(whole=True)]
+_LogInt = Annotated[tuple[int, int], _range_check(whole=True, log=True)]
+
+
+class Dimension(Config):
+    """One setting that a sweep varies: exactly one kind, and perhaps a condition."""
+
+    grid: _Values | None = None
+    """Values, or a label to each. A random search goes through the combinations of all grids
+    evenly."""
+    choice: _Values | None = None
+    """Values, or a label to each. A random search draws one."""
+    uniform: _Uniform | None = None
+    """[low, high] of a real number."""
+    log_uniform: _LogUniform | None = None
+    """[low, high] of a positive real number, even in its logarithm."""
+    int: _Int | None = None
+    """[low, high] of a whole number, both ends included."""
+    log_int: _LogInt | None = None
+    """[low, high] of a positive whole number, both ends included, even in its logarithm."""
+    when: dict[str, Any] = Field(default_factory=dict)
+    """Other settings and the value, or list of values, with which this dimension exists. Another
+    dimension is asked for its value or its label, anything else for what the run would have."""
+
+    @model_validator(mode="after")
+    def _exactly_one_kind(self) -> "Dimension":
+        given = [kind for kind in _KINDS if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of {', '.join(_KINDS)}; got {given or 'none'}")
+        return self
+
+    @property
+    def kind(self) -> Kind:
+        """The one kind that was given."""
+        return next(kind for kind in _KINDS if getattr(self, kind) is not None)
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether it is a list of values, no range."""
+        return self.kind in ("grid", "choice")
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is a range of whole numbers."""
+        return self.kind in ("int", "log_int")
+
+    @property
+    def is_log(self) -> bool:
+        """Whether it is a range that is even in the logarithm."""
+        return self.kind in ("log_uniform", "log_int")
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Low and high of a range."""
+        low, high = getattr(self, self.kind)
+        return low, high
+
+    def labels(self) -> list[Scalar]:
+        """Return what people see of each value of a listed dimension."""
+        return list(self._listed())
+
+    def values(self) -> list[Any]:
+        """Return the values of a listed dimension, in the order of their labels."""
+        listed = self._listed()
+        return list(listed.values()) if isinstance(listed, dict) else list(listed)
+
+    def value_of(self, label: Scalar) -> Any:
+        """Return the value to a label; a number of a range stands for itself."""
+        return self.values()[self.labels().index(label)] if self.is_listed else label
+
+    def _listed(self) -> tuple[Any, ...] | dict[str, Any]:
+        found: tuple[Any, ...] | dict[str, Any] = getattr(self, self.kind)
+        return found
+
+
+class MetricConfig(Config):
+    """What decides between trials."""
+
+    name: str = "eval/knn_top1"
+    """Key of ``metrics.jsonl``."""
+    mode: Literal["max", "min"] = "max"
+    also: tuple[str, ...] = ()
+    """Further keys to show beside it."""
+
+
+class BudgetConfig(Config):
+    """How much a sweep may take."""
+
+    trials: PositiveInt | None = None
+    """Points of the space that are tried, each ``repeats`` times; null takes all of a grid."""
+    hours: PositiveFloat | None = None
+    """Wall time, in hours, after which no trial goes on."""
+    epochs: PositiveFloat | None = None
+    """Length of a trial, instead of the base's train.epochs and train.steps."""
+    steps: PositiveInt | None = None
+    """Length of a trial in optimizer steps, instead of the base's."""
+
+
+class NoScheduler(Config):
+    """Every trial runs to its end."""
+
+    name: Literal["none"] = "none"
+
+
+class AshaScheduler(Config):
+    """Successive halving: at each rung only the best of the trials so far go on.
+
+    Source: Li et al. 2018, arXiv:1810.05934v5.
+    """
+
+    name: Literal["asha"] = "asha"
+    grace_epochs: PositiveFloat = 1.0
+    """The first rung; the next ones are at this times reduction_factor, its square, and so on."""
+    reduction_factor: Annotated[float, Field(gt=1.0)] = 3.0
+    """Of so many trials at a rung one goes on."""
+
+
+class HyperBandScheduler(Config):
+    """Successive halving with several first rungs at once.
+
+    Source: Li et al. 2016, arXiv:1603.06560v4.
+    """
+
+    name: Literal["hyperband"] = "hyperband"
+    max_evaluations: Annotated[int, Field(gt=1)] = 9
+    """Evaluations of a trial that is never stopped (R): evenly over its length."""
+    reduction_factor: Annotated[float, Field(gt=1.0)] = 3.0
+
+
+class PbtScheduler(Config):
+    """Population based training: the worst go on from the best, with settings changed a little.
+
+    Source: Jaderberg et al. 2017, arXiv:1711.09846v2.
+    """
+
+    name: Literal["pbt"] = "pbt"
+    perturb_every_epochs: PositiveFloat = 1.0
+    quantile: Annotated[float, Field(gt=0.0, le=0.5)] = 0.25
+    """Share of the trials that are worst, and of those that are best."""
+    resample_prob: Probability = 0.25
+    """Probability that a setting is drawn anew instead of changed a little."""
+
+
+SchedulerConfig = Annotated[
+    NoScheduler | AshaScheduler | HyperBandScheduler | PbtScheduler, Field(discriminator="name")
+]
+
+
+class RandomSearch(Config):
+    """All candidates are drawn beforehand, from the sweep's seed."""
+
+    name: Literal["random"] = "random"
+
+
+class GridSearch(Config):
+    """Every combination of the space's values."""
+
+    name: Literal["grid"] = "grid"
+
+
+class OptunaSearch(Config):
+    """Optuna's tree-structured Parzen estimator suggests one candidate after the other."""
+
+    name: Literal["optuna"] = "optuna"
+    startup_trials: PositiveInt = 10
+    """Candidates drawn at random before the first one is suggested."""
+
+
+SearchConfig = Annotated[RandomSearch | GridSearch | OptunaSearch, Field(discriminator="name")]
+
+
+class ResourcesConfig(Config):
+    """What the trials take of the cluster."""
+
+    trials_at_a_time: PositiveInt | None = None
+    """null: as many as fit."""
+    cpus_per_trial: PositiveFloat | None = None
+    """Of a trial of one train worker; null follows from the cluster."""
+    gpus_per_trial: PositiveFloat | None = None
+    """Of a trial of one train worker; 0.25 lets four share a GPU."""
+
+
+def _all_of(given: Any) -> Any:
+    """Return one word as all there are, and a list as what strict validation takes."""
+    return (
+        tuple(given) if isinstance(given, list) else (given,) if isinstance(given, str) else given
+    )
+
+
+class SweepConfig(Config):
+    """One sweep."""
+
+    name: str
+    """The sweep's folder is output_dir/name; the same name goes on with the same sweep."""
+    output_dir: str = "runs"
+    base: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_all_of),
+        Field(min_length=1),
+    ]
+    """Run configurations, relative to the sweep's file; ``*`` stands for any name. Several make a
+    first dimension ``config`` of file stems, every one tried with every combination."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Dotted setting to value, for all trials."""
+    space: dict[str, Dimension] = Field(default_factory=dict)
+    """Dotted setting to dimension."""
+    exclude: tuple[dict[str, Any], ...] = ()
+    """Combinations to leave out: those in which each setting named has its value, or one of its
+    list. Settings are named as in a dimension's ``when``."""
+    metric: MetricConfig = MetricConfig()
+    budget: BudgetConfig = BudgetConfig()
+    scheduler: SchedulerConfig = NoScheduler()
+    search: SearchConfig = RandomSearch()
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of the draws; the runs' is that of their base."""
+    repeats: PositiveInt = 1
+    """Seeds that each candidate is trained with: that of its base, and the ones after it."""
+    retries: Annotated[int, Field(ge=0)] = 2
+    """Of a trial whose process or node died. An error of raysl's own would come again."""
+    resources: ResourcesConfig = ResourcesConfig()
+    track: TrackConfig = TrackConfig()
+    final: Literal["knn", "full"] = "knn"
+    """What is measured at a trial's end: its nearest neighbours, or all protocols."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_folder_name(cls, name: str) -> str:
+        return check_run_name(name)
+
+    @property
+    def bases(self) -> Mapping[str, Path]:
+        """The base files by their stems."""
+        return {Path(path).stem: Path(path) for path in self.base}

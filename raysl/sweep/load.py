@@ -1,0 +1,132 @@
+"""From a YAML file and dotted overrides to a sweep; one answer to everything that is wrong."""
+
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from raysl.config.load import (
+    Problem,
+    drop_key,
+    parse_override,
+    plain_copy,
+    read_mapping,
+    set_key,
+    validated,
+)
+from raysl.errors import ConfigError
+from raysl.recipe import RunConfig
+from raysl.sweep.check import all_problems
+from raysl.sweep.config import SweepConfig
+from raysl.sweep.problems import problems_error
+
+# Sections whose keys are dotted themselves.
+_DOTTED = ("set", "space")
+# Sections that another name replaces whole, as in a file that extends another.
+_NAMED = ("scheduler", "search")
+_MENDINGS = 5
+
+
+def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
+    """Read a sweep; its name defaults to the file's, and its base files are found.
+
+    An override whose first part is a field of the sweep changes the sweep, such as
+    ``budget.trials=20`` or ``space.optim.base_lr={log_uniform: [1e-4, 1e-1]}``; one of a run, such
+    as ``data.source=FOLDER``, goes into ``set``.
+
+    Args:
+        path: The YAML file.
+        overrides: Dotted settings.
+
+    Raises:
+        ConfigError: Lists everything that is wrong: with the overrides, with the file, and with the
+            runs that it leads to, as far as it can be made out from the sound parts.
+    """
+    where = " ".join([str(path), *overrides])
+    values = read_mapping(path)
+    values.setdefault("name", path.stem)
+    problems = [problem for text in overrides for problem in _override(values, text)]
+    if "base" in values:
+        values["base"] = list(_found(values["base"], path.parent))
+    found = validated(SweepConfig, values)
+    if isinstance(found, SweepConfig):
+        problems += all_problems(found)
+        if not problems:
+            return found
+    else:
+        problems += [problem.text for problem in found]
+        problems += _behind(values, found)
+    raise problems_error(problems, where=where)
+
+
+def _override(values: dict[str, Any], text: str) -> Iterator[str]:
+    """Apply an override in place; yield what is wrong with it."""
+    try:
+        key, value = parse_override(text)
+        first, _, rest = key.partition(".")
+        if first in SweepConfig.model_fields and first in _DOTTED and rest:
+            section = _section(values, first)
+            if value is None and first == "space":
+                section.pop(rest, None)
+            else:
+                section[rest] = value
+        elif first in SweepConfig.model_fields:
+            old = values.get(first)
+            if rest == "name" and first in _NAMED and isinstance(old, dict):
+                values[first] = {} if old.get("name") != value else old
+            set_key(values, key, value)
+        elif first in RunConfig.model_fields:
+            _section(values, "set")[key] = value
+        else:
+            known = sorted({*SweepConfig.model_fields, *RunConfig.model_fields})
+            near = difflib.get_close_matches(first, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            yield f"override {text!r}: {first!r} is neither of a sweep nor of a run; {hint}"
+    except ConfigError as error:
+        given = " ".join(str(error).split())  # YAML's own errors have several lines
+        yield given if given.startswith("override") else f"override {text!r}: {given}"
+
+
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a section to change; of one that is none, which is an error by itself, a spare."""
+    section = values.setdefault(name, {})
+    return section if isinstance(section, dict) else {}
+
+
+def _found(given: Any, folder: Path) -> Iterator[Any]:
+    """Yield the base files, found from the sweep's own folder; ``*`` for every name that is there.
+
+    A name with ``*`` that matches nothing stays as it is, and is then no file.
+    """
+    for each in [given] if isinstance(given, str) else given:
+        if not isinstance(each, str):
+            yield each
+        elif "*" in each:
+            matches = sorted((folder / each).parent.glob(Path(each).name))
+            yield from (os.path.abspath(match) for match in matches or [folder / each])
+        else:
+            yield os.path.abspath(folder / each)
+
+
+def _behind(values: dict[str, Any], problems: Sequence[Problem]) -> list[str]:
+    """Return what is also wrong with a sweep once the parts with problems are left out."""
+    values = plain_copy(values)
+    left_out: list[str] = []
+    for _ in range(_MENDINGS):
+        for problem in problems:
+            left_out += _leave_out(values, problem.place)
+        found = validated(SweepConfig, values)
+        if isinstance(found, SweepConfig):
+            return all_problems(found, known=left_out)
+        problems = found
+    return []
+
+
+def _leave_out(values: dict[str, Any], place: tuple[str, ...]) -> list[str]:
+    """Remove what a problem is about; return the dimension that goes with it."""
+    if place[0] == "space" and len(place) > 1:
+        values["space"].pop(place[1], None)
+        return [place[1]]
+    drop_key(values, ".".join(place))
+    return []

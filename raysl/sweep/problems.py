@@ -1,0 +1,258 @@
+"""What is wrong with a sweep itself, before any candidate is drawn."""
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from raysl.config.load import MISSING, get_key, read_mapping
+from raysl.errors import ConfigError
+from raysl.sweep.choices import Choices
+from raysl.sweep.config import CONFIG, SweepConfig
+
+# Settings of a run that are the sweep's own, and what to use instead.
+_OF_THE_SWEEP = {
+    "name": "a trial is named after its number; set name",
+    "output_dir": "set output_dir",
+    "seed": "set repeats, which trains each candidate with several seeds,",
+    "track": "set track",
+    "evaluate.final": "set final",
+}
+_LENGTHS = ("train.epochs", "train.steps")
+# Folders of trials are named 0000 to 9999.
+MOST_CANDIDATES = 10_000
+
+# What may change while a trial is under way: read anew from the configuration at each step, in no
+# checkpoint, and of no influence on a shape.
+_MUTABLE = (
+    *(f"optim.{key}" for key in ("base_lr", "final_lr_ratio", "max_grad_norm")),
+    *(f"optim.{key}" for key in ("weight_decay", "final_weight_decay")),
+    *(f"adversary_optim.{key}" for key in ("base_lr", "weight_decay")),
+    *(f"method.{key}" for key in ("temperature", "student_temperature", "teacher_temperature")),
+    *(f"method.{key}" for key in ("ema_momentum", "bank_momentum", "center_momentum")),
+    *(f"method.{key}" for key in ("redundancy", "similarity", "variance", "covariance")),
+    *(f"method.{key}" for key in ("margin", "epsilon", "mask_ratio", "proximal_weight")),
+)
+
+_PROBES = ("knn_top1", "linear_top1", "few_shot_top1", "few_shot_top1_std", "finetune_top1")
+_FINAL = (
+    *(f"final/{name}" for name in _PROBES),
+    *(f"final/untrained_{name}" for name in _PROBES[:-1]),
+)
+_ALWAYS = (
+    "eval/knn_top1",
+    *(f"train/{key}" for key in ("loss", "grad_norm", "feature_std", "effective_rank")),
+    *("train/images_per_s", "data/wait_share", "time/train_s"),
+)
+MEASURED_SECTIONS = ("eval", "train", "data", "time", "final")
+"""First parts of metrics that every method has; other ones are named after the method."""
+METRICS = (*_ALWAYS, "train/adversary_loss", *_FINAL)
+"""What a run writes whatever its method; there is more where there are labels."""
+
+
+def space_problems(sweep: SweepConfig, *, known: Iterable[str] = ()) -> list[str]:
+    """List what is wrong with a sweep itself: its base files, space, conditions, budget, search.
+
+    Args:
+        sweep: The sweep.
+        known: Names that conditions may ask about although the space lacks them: dimensions that
+            are known to be wrong already.
+    """
+    choices = Choices(sweep)
+    checks: list[Callable[[], Iterator[str]]] = [
+        lambda: _base_problems(sweep),
+        lambda: _key_problems(sweep),
+        lambda: _twice_problems(sweep),
+        lambda: _condition_problems(choices, sweep, set(known)),
+        lambda: _exclude_problems(choices, sweep, set(known)),
+        lambda: _search_problems(choices, sweep),
+        lambda: _scheduler_problems(sweep),
+        lambda: _metric_problems(sweep),
+    ]
+    return [problem for check in checks for problem in check()]
+
+
+def problems_error(problems: Sequence[str], *, where: str) -> ConfigError:
+    """Return the error that lists problems, a line each."""
+    heading = f"{where}: {len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    return ConfigError("\n".join([heading, *(f"  {problem}" for problem in problems)]))
+
+
+def _base_problems(sweep: SweepConfig) -> Iterator[str]:
+    for path in sweep.base:
+        same = [other for other in sweep.base if Path(other).stem == Path(path).stem]
+        if len(same) > 1 and same[0] == path:
+            yield f"base: {' and '.join(same)} have the same name {Path(path).stem!r}; rename one"
+    for base in sweep.bases.values():
+        try:
+            read_mapping(base)
+        except ConfigError as error:
+            yield f"base: {error}"
+
+
+def _key_problems(sweep: SweepConfig) -> Iterator[str]:
+    """Refuse settings that are the sweep's own, and what is no setting."""
+    for section, keys in (("set", sweep.set), ("space", sweep.space)):
+        for key in keys:
+            own = next((k for k in _OF_THE_SWEEP if key == k or key.startswith(k + ".")), None)
+            if own is not None:
+                yield f"{section}.{key}: is the sweep's own setting; {_OF_THE_SWEEP[own]} instead"
+            elif not all(key.split(".")):
+                yield f"{section}.{key}: is not of the form section.key"
+            elif key == CONFIG:
+                yield f"{section}.{key}: is what tells several base files apart; list them in base"
+
+
+def _twice_problems(sweep: SweepConfig) -> Iterator[str]:
+    """Refuse settings that are given in two places."""
+    for key in sweep.space:
+        if key in sweep.set:
+            yield f"set.{key}: the space varies it; drop one of the two"
+    budget = sweep.budget
+    if budget.epochs is not None and budget.steps is not None:
+        yield f"budget: give epochs={budget.epochs:g} or steps={budget.steps}, not both"
+    for key in _LENGTHS:
+        if (budget.epochs is not None or budget.steps is not None) and (
+            key in sweep.set or key in sweep.space
+        ):
+            given = "epochs" if budget.epochs is not None else "steps"
+            yield f"{key}: budget.{given} already says how long a trial is; drop one of the two"
+
+
+def _condition_problems(choices: Choices, sweep: SweepConfig, known: set[str]) -> Iterator[str]:
+    if choices.in_circles:
+        yield f"space: the conditions of {', '.join(choices.in_circles)} ask about each other"
+        return
+    for name in sweep.space:
+        found = [
+            problem
+            for key, wanted in sweep.space[name].when.items()
+            for problem in _one_condition(choices, sweep, key, wanted, known=known)
+        ]
+        yield from (f"space.{name}.when: {problem}" for problem in found)
+        asks_known = any(key in known for key in sweep.space[name].when)
+        if not found and not asks_known and choices.demands(name) is None:
+            yield f"space.{name}.when: is never met; the dimension would never be tried"
+
+
+def _exclude_problems(choices: Choices, sweep: SweepConfig, known: set[str]) -> Iterator[str]:
+    for place, conditions in enumerate(sweep.exclude):
+        if not conditions:
+            yield f"exclude.{place}: names no setting, and would leave out everything"
+        for key, wanted in conditions.items():
+            found = _one_condition(choices, sweep, key, wanted, known=known)
+            yield from (f"exclude.{place}: {problem}" for problem in found)
+    if sweep.exclude and sweep.search.name == "optuna":
+        yield "exclude: search optuna would suggest what is left out; use when, or another search"
+    elif sweep.exclude and choices.is_finite and next(choices.combinations(), None) is None:
+        yield "exclude: leaves nothing to try"
+
+
+def _one_condition(
+    choices: Choices, sweep: SweepConfig, key: str, wanted: Any, *, known: set[str]
+) -> Iterator[str]:
+    """Refuse a condition on what is not there, or on a value that it cannot have."""
+    if key in known or key == CONFIG:
+        return
+    dimension = choices.dimensions.get(key)
+    if dimension is not None and not dimension.is_listed:
+        yield f"{key} is drawn from a range; a condition can ask about listed values only"
+    elif dimension is not None:
+        possible = [*dimension.labels(), *dimension.values()]
+        for value in wanted if isinstance(wanted, list) else [wanted]:
+            if value not in possible:
+                labels = [str(label) for label in dimension.labels()]
+                yield f"{key} is never {value!r}; its values: {', '.join(labels)}"
+    elif not any(key.startswith(name + ".") for name in choices.dimensions):
+        settings = [choices.settings({CONFIG: label}) for label in sweep.bases]
+        if all(get_key(values, key) is MISSING for values in settings):
+            there = {*choices.dimensions, *(k for values in settings for k in _dotted(values))}
+            yield f"no setting {key!r}{_near(key, there)}"
+
+
+def _search_problems(choices: Choices, sweep: SweepConfig) -> Iterator[str]:
+    trials, search = sweep.budget.trials, sweep.search.name
+    ranges = [name for name, each in choices.dimensions.items() if not each.is_listed]
+    if search == "grid":
+        for name in ranges:
+            yield (
+                f"space.{name}: a grid search takes listed values; got a range "
+                f"({choices.dimensions[name].kind}). List some, or set search.name=random"
+            )
+    elif trials is None and (ranges or search == "optuna"):
+        yield f"budget.trials: missing; search {search} needs it to know when to end"
+    if search == "grid" and not ranges and not choices.in_circles:
+        count = len(list(islice(choices.combinations(), MOST_CANDIDATES + 1)))
+        if trials is not None and trials < count:
+            yield (
+                f"budget.trials={trials} is less than the {count} combinations of the grid; leave "
+                f"it out, or set search.name=random, which spreads over them evenly"
+            )
+    else:
+        count = trials or 0
+    if count * sweep.repeats > MOST_CANDIDATES:
+        yield (
+            f"{'more than ' if count > MOST_CANDIDATES else ''}{count * sweep.repeats:,} trials; a "
+            f"sweep has at most {MOST_CANDIDATES:,}"
+        )
+
+
+def _scheduler_problems(sweep: SweepConfig) -> Iterator[str]:
+    scheduler = sweep.scheduler
+    if scheduler.name != "pbt":
+        return
+    fixed = [key for key in sweep.space if key not in _MUTABLE]
+    if fixed:
+        yield (
+            f"space: {', '.join(fixed)} cannot change while a trial is under way, as pbt "
+            f"does; what can: {', '.join(_MUTABLE)}"
+        )
+    for key, dimension in sweep.space.items():
+        if dimension.when:
+            yield f"space.{key}.when: pbt changes every setting of every trial; drop the condition"
+    if sweep.exclude:
+        yield "exclude: pbt changes settings on the way; drop it"
+    if sweep.search.name == "optuna":
+        yield "search.name=optuna: pbt draws settings itself; set search.name=random"
+    if sweep.repeats > 1:
+        yield f"repeats={sweep.repeats}: trials of pbt go on from each other; set it to 1"
+    if len(sweep.bases) > 1:
+        yield "base: trials of pbt go on from each other; give one base"
+    if sweep.budget.trials == 1:
+        yield "budget.trials=1: trials of pbt go on from each other; use 2 or more"
+
+
+def _metric_problems(sweep: SweepConfig) -> Iterator[str]:
+    for place, name in (
+        ("metric.name", sweep.metric.name),
+        *(("metric.also", name) for name in sweep.metric.also),
+    ):
+        section = name.partition("/")[0]
+        if name not in METRICS and section in MEASURED_SECTIONS:
+            yield f"{place}: no metric {name!r}{_near(name, METRICS)}"
+        elif name not in METRICS and "/" not in name:
+            yield f"{place}: got {name!r}; a metric is section/name, such as {METRICS[0]}"
+    name = sweep.metric.name
+    if name.startswith("final/") and sweep.scheduler.name != "none":
+        yield (
+            f"metric.name={name} is measured at the end only; scheduler {sweep.scheduler.name} "
+            f"needs one that is measured on the way, such as eval/knn_top1"
+        )
+    for given in (name, *sweep.metric.also):
+        needs_all = given in _FINAL and given not in ("final/knn_top1", "final/finetune_top1")
+        if needs_all and sweep.final == "knn":
+            yield f"{given}: final=knn leaves it unmeasured; set final=full"
+
+
+def _near(key: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of plain values."""
+    for key, value in values.items():
+        yield prefix + key
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{prefix}{key}.")

@@ -1,0 +1,231 @@
+"""From a sweep to its candidates, and from a candidate to its run."""
+
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from raysl.config.load import (
+    MISSING,
+    Problem,
+    bad_keys,
+    get_key,
+    plain_copy,
+    read_mapping,
+    set_key,
+)
+from raysl.errors import ConfigError
+from raysl.recipe import RunConfig, run_from_values
+from raysl.sweep.choices import Choices, Params, Pick, draw_random
+from raysl.sweep.config import CONFIG, SEED, SweepConfig
+from raysl.sweep.problems import MOST_CANDIDATES, problems_error, space_problems
+
+TRIALS = "trials"
+"""The folder of the trials, in the sweep's."""
+EVERY = "evaluate.every"
+
+# Candidates of a search that has none beforehand, drawn to be checked.
+_SAMPLES = 50
+
+
+class Candidate(NamedTuple):
+    """One point of a sweep's space."""
+
+    number: int
+    """0, 1, ...; the trial's folder is named after it."""
+    params: dict[str, Any]
+    """What people see and compare: dotted setting (or ``config``, ``seed``) to a scalar, the label
+    of a value that is none."""
+    values: dict[str, Any]
+    """Dotted setting to its real value, for the run; without ``config``."""
+    base: str
+    """Its base file."""
+
+
+def trial_name(number: int) -> str:
+    """Return the name of a trial's folder."""
+    return f"{number:04d}"
+
+
+def draw(sweep: SweepConfig) -> list[Candidate]:
+    """Return all candidates of a grid or random search; none of one that suggests as it goes.
+
+    It is a function of the sweep alone. Repeats of a candidate follow each other, and a larger
+    ``budget.trials`` adds candidates after those that there were.
+
+    Raises:
+        ConfigError: Lists what is wrong with the space.
+    """
+    problems = space_problems(sweep)
+    if problems:
+        raise problems_error(problems, where=f"sweep {sweep.name}")
+    if sweep.search.name == "optuna":
+        return []
+    choices = Choices(sweep)
+    return [
+        _candidate(sweep, choices, place * sweep.repeats + repeat, params, repeat=repeat)
+        for place, params in enumerate(_drawn(sweep, choices))
+        for repeat in range(sweep.repeats)
+    ]
+
+
+def candidate_of(sweep: SweepConfig, number: int, pick: Pick, *, repeat: int = 0) -> Candidate:
+    """Return the candidate that someone picks.
+
+    Args:
+        sweep: The sweep.
+        number: Of the candidate.
+        pick: Gets each dimension that exists, given those picked before, with its name; returns the
+            label of one of its values, or a number of its range.
+        repeat: Which of its repeats, from 0.
+    """
+    choices = Choices(sweep)
+    return _candidate(sweep, choices, number, choices.choose(pick), repeat=repeat)
+
+
+def samples(sweep: SweepConfig) -> list[Candidate]:
+    """Return candidates as :func:`draw` does, some random ones of a search that has none yet.
+
+    Also of a sweep that is not sound, as far as it goes: they are there to be checked.
+    """
+    choices = Choices(sweep)
+    return [
+        _candidate(sweep, choices, place, params, repeat=0)
+        for place, params in enumerate(_drawn(sweep, choices))
+    ]
+
+
+def _drawn(sweep: SweepConfig, choices: Choices) -> list[Params]:
+    trials = sweep.budget.trials
+    if sweep.search.name == "grid":
+        return list(islice(choices.combinations(), MOST_CANDIDATES))
+    if sweep.search.name == "optuna":
+        trials = min(trials or _SAMPLES, _SAMPLES)
+    elif trials is None:
+        trials = MOST_CANDIDATES if choices.is_finite else _SAMPLES
+    return draw_random(choices, seed=sweep.seed, count=min(trials, MOST_CANDIDATES))
+
+
+def _candidate(
+    sweep: SweepConfig, choices: Choices, number: int, params: Params, *, repeat: int
+) -> Candidate:
+    base = sweep.bases[params[CONFIG]] if CONFIG in params else next(iter(sweep.bases.values()))
+    values = {key: value for key, value in choices.values(params).items() if key != CONFIG}
+    if sweep.repeats > 1:
+        seed = choices.settings(params).get(SEED, 0) + repeat
+        params, values = params | {SEED: seed}, values | {SEED: seed}
+    return Candidate(number, params, values, str(base))
+
+
+def run_config(sweep: SweepConfig, candidate: Candidate, *, folder: Path) -> RunConfig[Any]:
+    """Return the run of a candidate; its run folder is ``folder/trials/NUMBER``.
+
+    Args:
+        sweep: The sweep.
+        candidate: One of its candidates.
+        folder: The sweep's folder.
+
+    Raises:
+        ConfigError: Lists every bad key at once.
+    """
+    where = f"{candidate.base}, trial {trial_name(candidate.number)}"
+    values, problems = run_values(sweep, candidate, folder=folder)
+    if problems:
+        raise bad_keys(problems, where=where)
+    return run_from_values(values, where=where)
+
+
+def run_values(
+    sweep: SweepConfig, candidate: Candidate, *, folder: Path
+) -> tuple[dict[str, Any], list[Problem]]:
+    """Return the plain values of a candidate's run, not validated yet, and what cannot be set.
+
+    Raises:
+        ConfigError: If the base file cannot be read.
+    """
+    values = plain_copy(read_mapping(Path(candidate.base)))
+    problems: list[Problem] = []
+    for given in (sweep.set, candidate.values):
+        for key in sorted(given, key=lambda key: key.count(".")):  # a section before what is in it
+            try:
+                set_key(values, key, given[key])
+            except ConfigError as error:
+                problems.append(Problem(tuple(key.split(".")), f"{key}: {error}"))
+    values = plain_copy(values)
+    for key, value in (_fixed(sweep) | _pace(sweep, candidate, values)).items():
+        with suppress(ConfigError):  # a section that is none is an error by itself
+            set_key(values, key, value)
+    own = {
+        "name": trial_name(candidate.number),
+        "output_dir": str(folder / TRIALS),
+        # The sweep's own process tells MLflow of all trials.
+        "track": sweep.track.model_dump(mode="json") | {"mlflow": False},
+    }
+    return values | own, problems
+
+
+def _fixed(sweep: SweepConfig) -> dict[str, Any]:
+    """Return what the sweep says of the length of trials and of what is measured at their end."""
+    budget = sweep.budget
+    length = {"train.epochs": budget.epochs, "train.steps": budget.steps}
+    has_length = budget.epochs is not None or budget.steps is not None
+    fixed: dict[str, Any] = (length if has_length else {}) | {"evaluate.final": sweep.final}
+    if "evaluate.pixel_baseline" not in sweep.set:  # the same for all trials: nothing to compare
+        fixed["evaluate.pixel_baseline"] = False
+    return fixed
+
+
+def _pace(sweep: SweepConfig, candidate: Candidate, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how often a trial is evaluated, and saved where trials go on from each other."""
+    scheduler, period = sweep.scheduler, decision_period(sweep)
+    every = get_key(values, EVERY)
+    if not gives_every(sweep, candidate):
+        if scheduler.name == "hyperband":
+            every = {"fraction": 1 / scheduler.max_evaluations}
+        elif period is not None and not meets(every, period, whole=length_epochs(sweep, values)):
+            every = {"epochs": period}
+        elif every is None:
+            every = {"fraction": 1.0}
+    pace = {} if every is MISSING else {EVERY: every}
+    if scheduler.name in ("hyperband", "pbt"):
+        pace |= {"train.checkpoint_every": every, "train.keep_checkpoints": 2}
+    return pace
+
+
+def decision_period(sweep: SweepConfig) -> float | None:
+    """Return the epochs at whose multiples the scheduler decides; None if it counts otherwise."""
+    scheduler = sweep.scheduler
+    if scheduler.name == "asha":
+        return scheduler.grace_epochs
+    return scheduler.perturb_every_epochs if scheduler.name == "pbt" else None
+
+
+def gives_every(sweep: SweepConfig, candidate: Candidate) -> bool:
+    """Whether the sweep itself, not a base file, says how often a trial is evaluated."""
+    keys = (*sweep.set, *candidate.values)
+    return any(key == EVERY or key.startswith(EVERY + ".") for key in keys)
+
+
+def length_epochs(sweep: SweepConfig, values: Mapping[str, Any]) -> float | None:
+    """Return the epochs of a run of the sweep; None if its length is given in steps, or wrongly."""
+    whole = sweep.budget.epochs or get_key(values, "train.epochs")
+    return None if sweep.budget.steps or not isinstance(whole, int | float) else whole
+
+
+def meets(every: Any, period: float, *, whole: float | None) -> bool:
+    """Whether evaluations come at the multiples of a period.
+
+    Args:
+        every: From one evaluation to the next, as a plain value.
+        period: In epochs.
+        whole: Epochs of the run, if that is known.
+    """
+    each = every.get("epochs") if isinstance(every, dict) else None
+    if isinstance(every, dict) and "fraction" in every and whole is not None:
+        each = every["fraction"] * whole
+    if not isinstance(each, int | float) or each <= 0:
+        return False
+    times = period / each
+    return round(times) >= 1 and math.isclose(times, round(times))

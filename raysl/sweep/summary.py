@@ -1,0 +1,241 @@
+"""What a sweep found: the best trial, the order of all, and how much each parameter matters."""
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.ensemble import RandomForestRegressor
+
+from raysl.sweep.config import SEED, MetricConfig
+from raysl.sweep.trial import Status, Trial
+
+_FEWEST_TRIALS = 4
+_NUM_TREES = 200
+_NUM_SHUFFLES = 3
+_SAME_EPOCH = 1.05  # batch sizes do not divide an epoch alike, so evaluations lie a step apart
+_FAR_OUT = 3.0
+_PLACES = ("finished", "running", "stopped", "waiting", "failed")
+
+
+class SeedMean(NamedTuple):
+    """A candidate over its seeds."""
+
+    params: dict[str, Any]
+    """Without the seed."""
+    mean: float
+    deviation: float | None
+    """Of a sample (over n - 1); None for one seed."""
+    trials: tuple[Trial, ...]
+    """Those that finished, best first."""
+
+
+class Summary(NamedTuple):
+    """What is known of a sweep, whether it has ended or not."""
+
+    best: Trial | None
+    """Of the candidate with the best mean over its seeds, the best one. Of trials that have not
+    finished, the one that came furthest, if none has; None if nothing was measured."""
+    ranking: list[Trial]
+    """Finished ones by their metric, then running and stopped ones by how far they came and by
+    their metric, then waiting ones, then failed ones."""
+    importance: dict[str, float]
+    """Parameter to its share of what the parameters explain, in [0, 1], largest first; sums to 1.
+    Empty if fewer than four trials can be compared or the parameters explain nothing."""
+    compared_at_epoch: float | None
+    """Where trials are compared for their importance if some were stopped; None for the end."""
+    counts: dict[Status, int]
+
+
+def summarise(trials: Sequence[Trial], metric: MetricConfig) -> Summary:
+    """Return what a sweep's trials say.
+
+    A trial that failed is never the best, whatever it reached before.
+
+    Args:
+        trials: In any order.
+        metric: What decides.
+    """
+    ranking = ranked(trials, metric)
+    importance, epoch = _importance(ranking, metric)
+    return Summary(
+        best=_best(ranking, metric),
+        ranking=ranking,
+        importance=importance,
+        compared_at_epoch=epoch,
+        counts=dict(Counter(trial.status for trial in trials)),
+    )
+
+
+def ranked(trials: Sequence[Trial], metric: MetricConfig) -> list[Trial]:
+    """Return the trials in the order of :attr:`Summary.ranking`."""
+    return sorted(trials, key=lambda trial: _rank(trial, metric))
+
+
+def means_over_seeds(trials: Sequence[Trial], metric: MetricConfig) -> list[SeedMean]:
+    """Return the mean of each candidate over the seeds that finished, best mean first.
+
+    Trials without a parameter ``seed`` are candidates of one seed each.
+    """
+    groups: dict[tuple[Any, ...], list[Trial]] = {}
+    for trial in ranked(trials, metric):
+        if trial.status == "finished" and trial.metric is not None:
+            groups.setdefault(_without_seed(trial), []).append(trial)
+    means = [_mean_of(group) for group in groups.values()]
+    return sorted(means, key=lambda group: _signed(group.mean, metric))
+
+
+def _without_seed(trial: Trial) -> tuple[Any, ...]:
+    return tuple((key, value) for key, value in sorted(trial.params.items()) if key != SEED)
+
+
+def _mean_of(group: Sequence[Trial]) -> SeedMean:
+    values = np.array([trial.metric for trial in group], dtype=np.float64)
+    params = {key: value for key, value in group[0].params.items() if key != SEED}
+    deviation = float(values.std(ddof=1)) if len(values) > 1 else None
+    return SeedMean(params, float(values.mean()), deviation, tuple(group))
+
+
+def visible_range(values: Sequence[float], metric: MetricConfig) -> tuple[float, float]:
+    """Return the range to show of values: bad ones far from the rest may lie outside.
+
+    Source: Tukey 1977, "Exploratory data analysis", sec. 2D: "far out" is what lies three times the
+    distance of the quartiles beyond them.
+    """
+    lower, upper = np.percentile(values, [25, 75])
+    low, high = min(values), max(values)
+    reach = _FAR_OUT * (upper - lower)
+    if metric.mode == "max":
+        low = min(value for value in values if value >= lower - reach)
+    else:
+        high = max(value for value in values if value <= upper + reach)
+    return float(low), float(high)
+
+
+def _signed(value: float | None, metric: MetricConfig) -> float:
+    """Return a number that is the smaller the better; unknown ones come last."""
+    if value is None:
+        return math.inf
+    return -value if metric.mode == "max" else value
+
+
+def _rank(trial: Trial, metric: MetricConfig) -> tuple[float, ...]:
+    place = 1 if trial.status == "stopped" else _PLACES.index(trial.status)
+    far = 0.0 if trial.status == "finished" else -trial.epoch
+    return place, far, _signed(trial.metric, metric), trial.number
+
+
+def _best(ranking: Sequence[Trial], metric: MetricConfig) -> Trial | None:
+    """Return the best trial; only candidates with the most finished seeds can have it.
+
+    A mean over one seed that happened to go well would else beat means over three.
+    """
+    means = means_over_seeds(ranking, metric)
+    most = max((len(group.trials) for group in means), default=0)
+    for group in means:
+        if len(group.trials) == most:
+            return group.trials[0]
+    measured = (t for t in ranking if t.metric is not None and t.status in ("running", "stopped"))
+    return next(measured, None)
+
+
+def _importance(
+    trials: Sequence[Trial], metric: MetricConfig
+) -> tuple[dict[str, float], float | None]:
+    """Return the share of each parameter, and the epoch at which trials were compared.
+
+    Where trials were stopped, those that finished were chosen by their metric: alone they would
+    hide what matters most. All are then compared at the last epoch that each of them reached. One
+    collapsed trial does not outweigh the rest: values far worse count as the worst of the others.
+    """
+    compared = [t for t in trials if t.status in ("finished", "stopped") and t.curve]
+    epoch = None
+    if any(trial.status == "stopped" for trial in compared):
+        epoch = min(trial.curve[-1][0] for trial in compared)
+    values = [_value_at(trial, epoch) for trial in compared]
+    if len(compared) < _FEWEST_TRIALS:
+        return {}, epoch
+    low, high = visible_range(values, metric)
+    return _shares(compared, np.clip(values, low, high)), epoch
+
+
+def _value_at(trial: Trial, epoch: float | None) -> float:
+    """Return a trial's last value up to an epoch; its first one if they all came later."""
+    reached = [value for at, value in trial.curve if epoch is None or at <= epoch * _SAME_EPOCH]
+    return reached[-1] if reached else trial.curve[0][1]
+
+
+def _shares(trials: Sequence[Trial], values: npt.NDArray[np.float64]) -> dict[str, float]:
+    """Return each parameter's share of the variance that a random forest explains.
+
+    A parameter matters as much as the forest's error on trials that a tree has not seen grows when
+    the parameter's values are shuffled among them.
+
+    Source: Breiman 2001, "Random forests", sec. 10.
+    """
+    columns = {key: _column(trials, key) for key in varied(trials)}
+    if not columns or np.ptp(values) == 0:
+        return {}
+    inputs = np.concatenate(list(columns.values()), axis=1)
+    forest = RandomForestRegressor(_NUM_TREES, max_features=1.0, random_state=0, n_jobs=1)
+    forest.fit(inputs, values)
+    ends = np.cumsum([column.shape[1] for column in columns.values()])
+    places = np.split(np.arange(inputs.shape[1]), ends[:-1])
+    grown = np.array([_grown_error(forest, inputs, values, place) for place in places])
+    grown = np.maximum(grown, 0.0)
+    if not grown.sum():
+        return {}
+    shares = dict(zip(columns, (grown / grown.sum()).tolist(), strict=True))
+    return dict(sorted(shares.items(), key=lambda item: -item[1]))
+
+
+def _column(trials: Sequence[Trial], key: str) -> npt.NDArray[np.float64]:
+    """Return a parameter as ``(trials, columns)``: one of numbers, or one for each label.
+
+    Trials that lack it get a usual value, so that the lack itself tells nothing: what it depends on
+    does.
+    """
+    known = [trial.params[key] for trial in trials if key in trial.params]
+    if all(map(is_number, known)):
+        usual = statistics.median_low(known)
+        return np.array([[float(trial.params.get(key, usual))] for trial in trials])
+    usual = statistics.mode(known)
+    labels = list(dict.fromkeys(known))
+    return np.array(
+        [[float(t.params.get(key, usual) == label) for label in labels] for t in trials]
+    )
+
+
+def varied(trials: Sequence[Trial]) -> list[str]:
+    """Return the parameters that differ between trials, in the order of the space."""
+    keys = dict.fromkeys(key for trial in trials for key in trial.params)
+    return [key for key in keys if len({trial.params.get(key) for trial in trials}) > 1]
+
+
+def is_number(value: object) -> bool:
+    """Return whether a parameter's value has a size; true and false have none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _grown_error(
+    forest: RandomForestRegressor,
+    inputs: npt.NDArray[np.float64],
+    values: npt.NDArray[np.float64],
+    columns: npt.NDArray[np.int64],
+) -> float:
+    """Return by how much shuffling some columns raises the squared error on unseen rows."""
+    rng = np.random.default_rng(0)
+    grown = []
+    for tree, drawn in zip(forest.estimators_, forest.estimators_samples_, strict=True):
+        unseen = np.setdiff1d(np.arange(len(values)), drawn)
+        if len(unseen) < 2:
+            continue
+        before = np.square(tree.predict(inputs[unseen]) - values[unseen]).mean()
+        for _ in range(_NUM_SHUFFLES):
+            shuffled = inputs[unseen]
+            shuffled[:, columns] = shuffled[rng.permutation(len(unseen))][:, columns]
+            grown.append(np.square(tree.predict(shuffled) - values[unseen]).mean() - before)
+    return float(np.mean(grown)) if grown else 0.0

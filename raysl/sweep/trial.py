@@ -1,0 +1,172 @@
+"""The trials of a sweep as their folders tell them: the folders are the truth, nothing else is."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from raysl.errors import RunFolderError
+from raysl.sweep.config import MetricConfig
+from raysl.sweep.space import TRIALS, Candidate, trial_name
+from raysl.track.run_folder import RunFolder, read_json, read_metrics, write_json
+
+Status = Literal["waiting", "running", "finished", "stopped", "failed"]
+
+
+class Trial(NamedTuple):
+    """One trial as its folder tells it."""
+
+    number: int
+    params: dict[str, Any]
+    """What people see and compare: setting (or ``config``, ``seed``) to a scalar."""
+    status: Status
+    """running: begun and not ended, whether a process is at it right now or not."""
+    curve: tuple[tuple[float, float], ...]
+    """(epoch, metric) wherever the metric was measured and finite."""
+    metric: float | None
+    """The last of the curve."""
+    also: dict[str, float]
+    """The last finite values of the metric's ``also`` keys."""
+    epoch: float
+    """How far it came."""
+    seconds: float
+    """Of training, without start, evaluation and pauses."""
+    error: str | None
+    """Why it failed."""
+    path: Path
+    """Its run folder."""
+    mlflow_run_id: str | None
+
+
+class SweepFolder:
+    """``OUTPUT_DIR/NAME``: the paths in it.
+
+    Args:
+        path: The folder; absolute, since trials have other working directories.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.config = self.path / "sweep.yaml"
+        self.trials = self.path / TRIALS
+        self.mlflow = self.path / "mlflow.json"
+        self.summary = self.path / "summary.json"
+        self.best = self.path / "best.yaml"
+        self.report = self.path / "report.html"
+        self.pictures = self.path / "pictures"
+        self.optuna = self.path / "optuna.log"
+
+    def trial(self, number: int) -> RunFolder:
+        """Return the run folder of a trial."""
+        return RunFolder(self.trials / trial_name(number))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for one process; the lock goes with the process, however it ends.
+
+        Raises:
+            RunFolderError: If another process holds it, or it cannot be made.
+        """
+        with RunFolder(self.path).locked():
+            yield
+
+
+def trial_file(folder: RunFolder) -> Path:
+    """Return where the driver keeps what a trial is, and how it ended if it did not finish."""
+    return folder.path / "trial.json"
+
+
+def write_trial(
+    folder: RunFolder,
+    candidate: Candidate,
+    *,
+    status: Literal["stopped", "failed"] | None = None,
+    error: str | None = None,
+) -> None:
+    """Write what a trial is; only the driver does, so that there are never two writers.
+
+    Args:
+        folder: The trial's run folder; made if it is not there.
+        candidate: What is tried.
+        status: How it ended without finishing; None while it may still go on. That a trial waits,
+            runs or has finished follows from the other files of its folder.
+        error: Why it failed.
+    """
+    ended = {key: value for key, value in (("status", status), ("error", error)) if value}
+    write_json(trial_file(folder), candidate._asdict() | ended)
+
+
+def read_candidate(folder: RunFolder) -> Candidate | None:
+    """Return what is tried in a trial's folder, or None if it is not a trial's.
+
+    Raises:
+        RunFolderError: If the file is of another version of raysl.
+    """
+    kept = read_json(trial_file(folder))
+    if kept is None:
+        return None
+    missing = sorted(set(Candidate._fields) - set(kept))
+    if missing:
+        raise RunFolderError(
+            f"{trial_file(folder)}: no {', '.join(missing)}; another version of raysl wrote it. "
+            f"Give the sweep another name=..."
+        )
+    return Candidate(**{field: kept[field] for field in Candidate._fields})
+
+
+def read_trial(folder: RunFolder, metric: MetricConfig) -> Trial | None:
+    """Read a trial from its folder, or return None if it is not a trial's.
+
+    Raises:
+        RunFolderError: If ``trial.json`` is of another version of raysl.
+    """
+    candidate = read_candidate(folder)
+    if candidate is None:
+        return None
+    kept = read_json(trial_file(folder)) or {}
+    records = read_metrics(folder.metrics)
+    measured = _curve(records, metric.name)
+    also = {name: [value for _, value in _curve(records, name)] for name in metric.also}
+    epochs = [epoch for epoch, _ in _curve(records, "train/epoch")]
+    status: Status = kept.get("status") or ("running" if records else "waiting")
+    if folder.results.exists():
+        status = "finished"
+    return Trial(
+        number=candidate.number,
+        params=candidate.params,
+        status=status,
+        curve=measured,
+        metric=measured[-1][1] if measured else None,
+        also={name: values[-1] for name, values in also.items() if values},
+        epoch=max(epochs, default=0.0),
+        seconds=sum(value for _, value in _curve(records, "time/train_s")),
+        error=kept.get("error") if status == "failed" else None,
+        path=folder.path,
+        mlflow_run_id=(read_json(folder.mlflow) or {}).get("run_id"),
+    )
+
+
+def read_trials(folder: SweepFolder, metric: MetricConfig) -> list[Trial]:
+    """Read all trials of a sweep, in the order of their numbers."""
+    if not folder.trials.is_dir():
+        return []
+    found = (read_trial(RunFolder(path), metric) for path in folder.trials.iterdir())
+    return sorted((trial for trial in found if trial is not None), key=lambda trial: trial.number)
+
+
+def _curve(records: Sequence[Mapping[str, Any]], name: str) -> tuple[tuple[float, float], ...]:
+    """Return the (epoch, value) of a metric where it is finite.
+
+    A line that evaluation alone wrote has no epoch; it follows from the step and any line that has
+    both.
+    """
+    known = [r for r in records if r.get("train/epoch", 0.0) > 0]
+    if not known:
+        return ()
+    epochs_per_step = known[-1]["train/epoch"] / known[-1]["step"]
+    return tuple(
+        (record.get("train/epoch", record["step"] * epochs_per_step), float(record[name]))
+        for record in records
+        if math.isfinite(record.get(name, math.nan))
+    )

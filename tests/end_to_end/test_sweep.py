@@ -1,0 +1,200 @@
+"""A sweep as a person runs it: checked, run, killed, gone on with, found in MLflow."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+
+from raysl.config.load import read_mapping
+from raysl.recipe import load_run
+from raysl.track.run_folder import read_metrics
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("no_ray_cluster")]
+
+BASE = """\
+data:
+  source: digits
+  limit: 320
+  views:
+    recipe: custom
+    kinds: [{count: 2, size_px: 32, crop: {scale: [0.5, 1.0]}, ops: [{op: rotate}]}]
+backbone: {name: resnet18, stem: small, width: 0.125}
+method: {name: moco, queue_length: 64, ema_momentum: 0.9}
+optim: {name: adamw, base_lr: 1.0e-3}
+train: {epochs: 4, global_batch_size: 32, checkpoint_every: {epochs: 1}}
+evaluate: {max_train_images: 300, max_test_images: 200}
+"""
+SWEEP = """\
+base: base.yaml
+space:
+  method.temperature: {grid: [0.1, 0.5]}
+  method.queue_length: {grid: [64, 128]}
+  optim.base_lr: {grid: [1.0e-3, 1.0e+30]}
+search: {name: grid}
+metric: {also: [train/effective_rank]}
+scheduler: {name: asha, grace_epochs: 2, reduction_factor: 2}
+"""
+
+
+def command(*overrides: str) -> list[str]:
+    return [sys.executable, "-m", "raysl", "sweep", "sweep.yaml", *overrides, "--json"]
+
+
+def finish(*overrides: str, cwd: Path) -> dict[str, Any]:
+    done = subprocess.run(
+        command(*overrides), cwd=cwd, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    results: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return results
+
+
+def kill_in_the_middle(is_time: Callable[[], bool], cwd: Path) -> None:
+    """Start the sweep; once it is time, end it and all that it started, without a warning."""
+    with subprocess.Popen(
+        command(),
+        cwd=cwd,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as process:
+        patience = time.monotonic() + 600
+        while not is_time():
+            assert process.poll() is None, "the sweep ended before it was killed"
+            assert time.monotonic() < patience, "the sweep did not come far enough"
+            time.sleep(0.1)
+        below = psutil.Process(process.pid).children(recursive=True)
+        os.kill(process.pid, signal.SIGKILL)
+        for child in below:
+            if child.is_running():
+                child.kill()
+        psutil.wait_procs(below, timeout=30)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.yaml").write_text(BASE)
+    (tmp_path / "sweep.yaml").write_text(SWEEP)
+    return tmp_path
+
+
+def test_a_sweep_that_is_killed_goes_on_and_loses_and_repeats_nothing(folder: Path) -> None:
+    trials = folder / "runs" / "sweep" / "trials"
+
+    def one_finished_and_another_saved() -> bool:
+        finished = [path.parent for path in trials.glob("*/results.json")]
+        saved = {path.parents[1] for path in trials.glob("*/checkpoints/step-*")}
+        return bool(finished) and bool(saved - set(finished))
+
+    kill_in_the_middle(one_finished_and_another_saved, folder)
+    finished = {path: path.stat().st_mtime_ns for path in trials.glob("*/results.json")}
+    measured = {
+        path: [r["step"] for r in read_metrics(path) if "eval/knn_top1" in r]
+        for path in trials.glob("*/metrics.jsonl")
+    }
+
+    results = finish(cwd=folder)
+
+    assert results["trials"] == 8
+    assert results["failed"] == 4  # a learning rate at which everything diverges
+    assert results["finished"] + results["stopped_early"] == 4
+    assert results["best_params"]["optim.base_lr"] == 1e-3
+    for path, written in finished.items():
+        assert path.stat().st_mtime_ns == written
+    for path, steps in measured.items():  # nothing measured before is lost, nothing comes twice
+        now = [r["step"] for r in read_metrics(path) if "eval/knn_top1" in r]
+        assert now == sorted(set(now))
+        assert set(steps) <= set(now) or path.parent / "results.json" not in finished
+
+    runs = runs_in_mlflow(folder)
+    (parent,) = [run for run in runs if run.info.run_id == results["parent_run_id"]]
+    children = [
+        run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id
+    ]
+    assert len(runs) == 9
+    assert sorted(run.data.tags["trial"] for run in children) == [str(n) for n in range(8)]
+    assert [run.data.tags["status"] for run in children].count("failed") == 4
+    assert {run.info.status for run in children} == {"FINISHED", "FAILED"}
+    assert parent.info.status == "FINISHED"
+    for run in children:
+        assert run.data.params["method.temperature"] in ("0.1", "0.5")
+        assert run.data.params["method.queue_length"] in ("64", "128")
+        if run.data.tags["status"] == "failed":
+            assert "DivergedError" in run.data.tags["error"]
+    files = {f.path for f in MlflowClient(store(folder)).list_artifacts(parent.info.run_id)}
+    assert {"report.html", "best.yaml", "summary.json", "pictures"} <= files
+
+    best = load_run(Path(results["best_config"]))
+    assert best.method.temperature == results["best_params"]["method.temperature"]
+    assert best.evaluate.final == "full"
+
+    again = finish(cwd=folder)  # all of it is done: nothing starts
+    assert again["parent_run_id"] == results["parent_run_id"]
+    assert len(runs_in_mlflow(folder)) == 9
+
+
+def store(folder: Path) -> str:
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def runs_in_mlflow(folder: Path) -> list[Run]:
+    client = MlflowClient(store(folder))
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return list(client.search_runs(experiments))
+
+
+def test_trials_of_two_workers_run_below_ray_train(folder: Path) -> None:
+    results = finish(
+        "name=nested",
+        "space={method.temperature: {grid: [0.1, 0.5]}}",
+        "scheduler={name: none}",
+        "budget.epochs=1",
+        "cluster.num_train_workers=2",
+        "cluster.cpus_per_train_worker=0.5",
+        "cluster.num_data_workers=1",
+        "track.mlflow=false",
+        cwd=folder,
+    )
+    assert (results["trials"], results["finished"]) == (2, 2)
+    assert results["parent_run_id"] is None
+    config = read_mapping(folder / "runs" / "nested" / "trials" / "0000" / "config.yaml")
+    assert config["cluster"]["num_train_workers"] == 2
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "search"),
+    [
+        ("{name: hyperband, max_evaluations: 4, reduction_factor: 2}", "{name: random}"),
+        ("{name: pbt, perturb_every_epochs: 1, quantile: 0.5}", "{name: random}"),
+        ("{name: none}", "{name: optuna, startup_trials: 2}"),
+    ],
+    ids=["hyperband", "pbt", "optuna"],
+)
+def test_every_scheduler_and_search_brings_all_trials_to_an_end(
+    folder: Path, scheduler: str, search: str
+) -> None:
+    if "optuna" in search:
+        pytest.importorskip("optuna")
+    results = finish(
+        "space={optim.base_lr: {log_uniform: [1.0e-4, 1.0e-2]}}",
+        f"scheduler={scheduler}",
+        f"search={search}",
+        "budget.trials=4",
+        "track.mlflow=false",
+        cwd=folder,
+    )
+    assert results["trials"] == 4
+    assert results["finished"] + results["stopped_early"] == 4
+    assert results["finished"] >= 1
+    assert 1e-4 <= results["best_params"]["optim.base_lr"] <= 1e-2
