@@ -18,7 +18,7 @@ from raysl.commands.sweep_watch import ENDED, SweepTracking, SweepWatch, shown
 from raysl.commands.terminal import console, print_json, say
 from raysl.config.load import read_mapping, to_yaml, validate
 from raysl.errors import ConfigError, RayslError, RunFolderError
-from raysl.jobs.trial import read_changed
+from raysl.jobs.sweep_trial import read_changed
 from raysl.recipe import RunConfig, derive_for, run_from_values, training_set
 from raysl.runtime.cluster import connect, disconnect
 from raysl.runtime.ray_tune import source_key, sweep_on_ray

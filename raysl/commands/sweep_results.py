@@ -7,7 +7,7 @@ from typing import Any
 from raysl.commands.sweep_watch import named, trials_table
 from raysl.commands.terminal import console
 from raysl.config.load import read_mapping, set_key, to_yaml
-from raysl.jobs.trial import read_changed
+from raysl.jobs.sweep_trial import read_changed
 from raysl.recipe import RunConfig, run_from_values
 from raysl.sweep.config import SweepConfig
 from raysl.sweep.summary import Summary

@@ -14,7 +14,7 @@ from rich.table import Table
 from raysl.commands.record import flat
 from raysl.commands.terminal import console
 from raysl.config.load import read_mapping
-from raysl.jobs.trial import read_error
+from raysl.jobs.sweep_trial import read_error
 from raysl.sweep.config import SweepConfig
 from raysl.sweep.trial import SweepFolder, Trial, read_candidate, read_trial, write_trial
 from raysl.track.run_folder import MetricsFile, RunFolder, write_json

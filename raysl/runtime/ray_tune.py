@@ -30,7 +30,7 @@ from ray.tune.search import Searcher
 from raysl.config.load import read_mapping, set_key
 from raysl.errors import ClusterError
 from raysl.jobs.local import pretrain_here
-from raysl.jobs.trial import run_trial, take_over, write_changed
+from raysl.jobs.sweep_trial import run_trial, take_over, write_changed
 from raysl.recipe import RunConfig, derive_for, run_from_values
 from raysl.runtime.background import in_background
 from raysl.runtime.cluster import plan_layout

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from raysl.errors import DivergedError
-from raysl.jobs.trial import (
+from raysl.jobs.sweep_trial import (
     read_changed,
     read_error,
     run_trial,
