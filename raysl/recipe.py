@@ -64,6 +64,9 @@ class TrackConfig(Config):
     experiment: str = "raysl"
     log_model: bool = True
     """Store the encoder as an MLflow model with its signature."""
+    registered_model: str | None = None
+    """Name in MLflow's model registry under which that model becomes the newest version; null
+    registers none."""
 
 
 def check_run_name(name: str) -> str:

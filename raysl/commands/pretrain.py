@@ -22,6 +22,7 @@ from raysl.nn.backbones import check_model_name
 from raysl.recipe import (
     Derived,
     RunConfig,
+    TrackConfig,
     derive_for,
     differences,
     load_run,
@@ -249,7 +250,7 @@ def _end_tracking(opened: Opened, tracker: Any) -> dict[str, Any]:
     tracker.finish(
         status="FINISHED",
         artifacts=artifacts,
-        log_model=_model_logger(folder) if opened.config.track.log_model else None,
+        log_model=_model_logger(folder, opened.config.track),
     )
     if tracker.problem is not None:
         say(
@@ -259,7 +260,10 @@ def _end_tracking(opened: Opened, tracker: Any) -> dict[str, Any]:
     return {"mlflow_run_id": tracker.run_id, "mlflow_problem": tracker.problem}
 
 
-def _model_logger(folder: RunFolder) -> Callable[[Any], None]:
+def _model_logger(folder: RunFolder, track: TrackConfig) -> Callable[[Any], None] | None:
+    if not track.log_model:
+        return None
+
     def log(tracker: Any) -> None:
         description = read_description(folder.encoder)
         _load_mlflow().log_encoder(
@@ -268,6 +272,7 @@ def _model_logger(folder: RunFolder) -> Callable[[Any], None]:
             size_px=description["image_size_px"],
             embed_dim=description["embed_dim"],
             packages=packages("torch", "torchvision"),
+            registered_as=track.registered_model,
         )
 
     return log

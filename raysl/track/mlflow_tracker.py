@@ -237,7 +237,13 @@ class MlflowTracker:
 
 
 def log_encoder(
-    tracker: MlflowTracker, encoder: Any, *, size_px: int, embed_dim: int, packages: list[str]
+    tracker: MlflowTracker,
+    encoder: Any,
+    *,
+    size_px: int,
+    embed_dim: int,
+    packages: list[str],
+    registered_as: str | None = None,
 ) -> None:
     """Store an encoder as a model of the tracker's run, with its signature.
 
@@ -247,6 +253,7 @@ def log_encoder(
         size_px: S.
         embed_dim: Width of the features.
         packages: Requirements of whoever loads it, such as ``torch==2.15.0``.
+        registered_as: Name in the model registry, of which it becomes the newest version.
     """
     shape = (-1, 3, size_px, size_px)
     signature = ModelSignature(
@@ -260,6 +267,7 @@ def log_encoder(
             signature=signature,
             input_example=np.zeros((2, *shape[1:]), dtype=np.float32),
             pip_requirements=packages,
+            registered_model_name=registered_as,
         )
 
 
