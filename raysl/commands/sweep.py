@@ -21,8 +21,9 @@ from raysl.errors import ConfigError, RayslError, RunFolderError
 from raysl.jobs.sweep_trial import read_changed
 from raysl.recipe import RunConfig, derive_for, run_from_values, training_set
 from raysl.runtime.cluster import connect, disconnect
-from raysl.runtime.ray_tune import source_key, sweep_on_ray
+from raysl.runtime.ray_tune import sweep_on_ray
 from raysl.runtime.trial_shares import Shares, plan_shares
+from raysl.runtime.tune_trial import source_key
 from raysl.sources.open import open_source
 from raysl.sources.source import Source
 from raysl.sweep.check import check

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from raysl.data.stream import ItemMaker, iterate
+from raysl.evaluate.protocol import LabelledSets
 from raysl.jobs.pretrain import Place, pretrain
 from raysl.recipe import RunConfig, making_of, plan_of
 from raysl.sources.source import Source
@@ -20,6 +21,7 @@ def pretrain_here(
     source: Source,
     num_cpus: int | None = None,
     evaluated: Log | None = None,
+    sets: LabelledSets | None = None,
 ) -> dict[str, Any]:
     """Train, or go on from the newest checkpoint, with threads of this process making the views.
 
@@ -29,7 +31,8 @@ def pretrain_here(
         source: The training images.
         num_cpus: Threads of torch, and as many that make views, where the configuration leaves
             them open; None takes all of the machine.
-        evaluated: As in :func:`raysl.jobs.pretrain.pretrain`.
+        evaluated: As of :func:`raysl.jobs.pretrain.pretrain`.
+        sets: As of the same.
 
     Returns:
         The results of the run.
@@ -59,4 +62,5 @@ def pretrain_here(
             prefetch_steps=cluster.prefetch_batches,
         ),
         evaluated=evaluated,
+        sets=sets,
     )

@@ -51,6 +51,7 @@ def pretrain(
     start_step: int,
     open_batches: Callable[[Derived], Iterator[NumpyBatch]],
     evaluated: Log | None = None,
+    sets: LabelledSets | None = None,
 ) -> dict[str, Any]:
     """Run one worker of a pretraining, from ``start_step`` to the written encoder.
 
@@ -65,6 +66,8 @@ def pretrain(
         open_batches: Opens this rank's stream of batches, beginning at ``start_step``.
         evaluated: Gets the metrics of each evaluated step and the step, after its checkpoint; what
             it raises ends the run.
+        sets: What :func:`open_sets` returned for this run or one that measures on the same images;
+            None opens them.
 
     Returns:
         The results of the run, on rank 0 also written to ``results.json``.
@@ -78,7 +81,7 @@ def pretrain(
     derived = derive_for(config, source)
     # First of all: the stream comes up while the model is built.
     batches = open_batches(derived) if start_step < derived.total_steps else None
-    worker = _Worker(config, folder=folder, source=source, place=place)
+    worker = _Worker(config, folder=folder, source=source, place=place, sets=sets)
     if start_step:
         worker.restore(start_step)
     metrics = MetricsFile(folder.metrics, start_step=start_step) if worker.rank == 0 else None
@@ -108,11 +111,28 @@ def pretrain(
     return results
 
 
+def open_sets(config: RunConfig[Any], source: Source, *, num_threads: int) -> LabelledSets | None:
+    """Open the labelled images that a run is measured on; None if there are no labels."""
+    return open_labelled(
+        config.evaluate,
+        config.data,
+        source,
+        size_px=config.image_size_px,
+        num_threads=num_threads,
+    )
+
+
 class _Worker:
     """One rank's method and optimizer, and what happens to them around the loop."""
 
     def __init__(
-        self, config: RunConfig[Any], *, folder: RunFolder, source: Source, place: Place
+        self,
+        config: RunConfig[Any],
+        *,
+        folder: RunFolder,
+        source: Source,
+        place: Place,
+        sets: LabelledSets | None,
     ) -> None:
         self.config = config
         self.folder = folder
@@ -138,13 +158,7 @@ class _Worker:
             reason=lambda flaw: Flaw(flaw).reason,
             writes=self.rank == 0,
         )
-        self.sets = open_labelled(
-            config.evaluate,
-            config.data,
-            source,
-            size_px=config.image_size_px,
-            num_threads=place.threads,
-        )
+        self.sets = sets or open_sets(config, source, num_threads=place.threads)
 
     def trainer(self, schedule: Schedule) -> Trainer:
         """Return the loop around this rank's method."""

@@ -5,18 +5,14 @@ with all that is loaded; only larger ones start Ray Train inside. Tune decides w
 trial is and how far it came lies in its folder, so Tune keeps nothing that a restart would need.
 """
 
-import json
 import logging
 import os
 import shutil
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
-import ray
 from ray import tune
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
@@ -27,25 +23,14 @@ from ray.tune.schedulers import (
 )
 from ray.tune.search import Searcher
 
-from raysl.config.load import read_mapping, set_key
-from raysl.errors import ClusterError
-from raysl.jobs.local import pretrain_here
-from raysl.jobs.sweep_trial import run_trial, take_over, write_changed
-from raysl.recipe import RunConfig, derive_for, run_from_values
 from raysl.runtime.background import in_background
-from raysl.runtime.cluster import plan_layout
-from raysl.runtime.ray_train import pretrain_on_ray
 from raysl.runtime.trial_shares import Shares
-from raysl.sources.open import open_source
+from raysl.runtime.tune_trial import FOLDER, NUMBER, trial_in_process
 from raysl.sources.source import Source
 from raysl.sweep.config import Dimension, SweepConfig
 from raysl.sweep.trial import Trial
-from raysl.track.follow import MetricsReader
-from raysl.track.run_folder import RunFolder, latest_step, read_json, write_json
-from raysl.train.loop import Log
+from raysl.track.run_folder import RunFolder
 
-_POLL_S = 0.5
-_NUMBER, _FOLDER = "number", "folder"  # of a trial, among the settings that Tune knows
 _FOR_EVER = 10**9  # epochs
 _TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial may fail before its first evaluation
@@ -54,7 +39,6 @@ _TUNE_ENVIRONMENT = {
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "20",  # a stopped trial closes its stream first
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
-_POINTER = "checkpoint.json"
 
 
 class Watcher(Protocol):
@@ -113,7 +97,7 @@ def sweep_on_ray(
     _tell_known(scheduler, known, metric=sweep.metric.name)
     callback = _Callback(watcher, suggestions)
     trainable = tune.with_parameters(
-        _run,
+        trial_in_process,
         shelf=dict(sources),
         metrics=(sweep.metric.name, *sweep.metric.also),
         exchanges=sweep.scheduler.name in ("pbt", "hyperband"),
@@ -254,7 +238,7 @@ class _Search(Searcher):
         if found is None:
             return Searcher.FINISHED
         number, folder, mutable = found
-        return {_NUMBER: number, _FOLDER: str(folder.path), **mutable}
+        return {NUMBER: number, FOLDER: str(folder.path), **mutable}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -284,14 +268,14 @@ class _Callback(tune.Callback):
         return len(self._running)
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        number = trial.config[_NUMBER]
+        number = trial.config[NUMBER]
         self._running.add(number)
         self._watcher.started(number)
 
     def on_trial_result(
         self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any
     ) -> None:
-        number = trial.config[_NUMBER]
+        number = trial.config[NUMBER]
         self._watcher.reported(number, result)
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
@@ -301,7 +285,7 @@ class _Callback(tune.Callback):
         self._end(trial, error=_reason(trial.get_error()))
 
     def _end(self, trial: Any, *, error: str | None) -> None:
-        number = trial.config[_NUMBER]
+        number = trial.config[NUMBER]
         self._running.discard(number)
         self._watcher.ended(number, error=error)
         self._suggestions.ended(number)
@@ -311,116 +295,3 @@ def _reason(error: BaseException | None) -> str:
     """Return the last line that says something; Tune puts the whole traceback into one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
-
-
-def source_key(config: RunConfig[Any]) -> str:
-    """Return what tells the training images of one configuration from those of another."""
-    data = config.data
-    kept = {k: v for k, v in data.model_dump(mode="json").items() if k != "views"}
-    return json.dumps(kept, sort_keys=True)
-
-
-# What a process keeps for the trials after this one, by what it was made from.
-_SOURCES: dict[str, Source] = {}
-
-
-def _run(
-    given: dict[str, Any],
-    *,
-    shelf: Mapping[str, Source],
-    metrics: tuple[str, ...],
-    exchanges: bool,
-) -> None:
-    """Run one trial in Tune's process.
-
-    Args:
-        given: The trial's number, its folder, and settings that may have changed in flight.
-        shelf: Training images.
-        metrics: What to report, the deciding one first.
-        exchanges: Whether trials are paused or take over others' checkpoints.
-    """
-    folder = RunFolder(Path(given[_FOLDER]))
-    if not folder.config.exists():
-        raise ClusterError(
-            f"node {ray.util.get_node_ip_address()} does not see {folder.path}: on several nodes "
-            f"output_dir must be on a disk that all share"
-        )
-    if exchanges:
-        _arrive(folder)
-    values = read_mapping(folder.config)
-    changed = {key: value for key, value in given.items() if key not in (_NUMBER, _FOLDER)}
-    write_changed(folder, changed)
-    for key, value in changed.items():
-        set_key(values, key, value)
-    config = run_from_values(values, where=str(folder.config))
-    source = _source_of(config, shelf)
-    cpus = tune.get_context().get_trial_resources().head_cpus or 1.0
-
-    def report(told: Mapping[str, float]) -> None:
-        if not exchanges:
-            tune.report(dict(told))
-            return
-        with tempfile.TemporaryDirectory() as pointer:
-            write_json(
-                Path(pointer) / _POINTER, {"folder": str(folder.path), "step": int(told["step"])}
-            )
-            tune.report(dict(told), checkpoint=tune.Checkpoint.from_directory(pointer))
-
-    def train(evaluated: Log) -> dict[str, Any]:
-        if config.cluster.num_train_workers > 1:
-            return _train_below(config, folder, source, evaluated, metrics)
-        return pretrain_here(
-            config, folder=folder, source=source, num_cpus=max(1, int(cpus)), evaluated=evaluated
-        )
-
-    run_trial(
-        folder,
-        metrics=metrics,
-        total_steps=derive_for(config, source).total_steps,
-        report=report,
-        train=train,
-    )
-
-
-def _source_of(config: RunConfig[Any], shelf: Mapping[str, Source]) -> Source:
-    """Return the training images: those that this process holds, the driver's, or opened here."""
-    key = source_key(config)
-    if key not in _SOURCES:
-        found = shelf.get(key)
-        _SOURCES[key] = open_source(config.data, data=config.data) if found is None else found
-    return _SOURCES[key]
-
-
-def _arrive(folder: RunFolder) -> None:
-    """Take over the checkpoint that Tune sends this trial on from, if it is another trial's."""
-    sent = tune.get_checkpoint()
-    if sent is None:
-        return
-    with sent.as_directory() as pointer:
-        found = read_json(Path(pointer) / _POINTER) or {}
-    donor = RunFolder(Path(found["folder"]))
-    if donor.path != folder.path:
-        take_over(folder, donor, step=int(found["step"]))
-
-
-def _train_below(
-    config: RunConfig[Any],
-    folder: RunFolder,
-    source: Source,
-    evaluated: Log,
-    metrics: tuple[str, ...],
-) -> dict[str, Any]:
-    """Run Ray Train inside the trial, and pass on what its first worker writes down."""
-    work = in_background(
-        lambda: pretrain_on_ray(config, folder=folder, source=source, layout=plan_layout(config)),
-        name="raysl-nested",
-    )
-    reader = MetricsReader(folder.metrics, dict.fromkeys(metrics, latest_step(folder.checkpoints)))
-    while True:
-        ended = work.done()
-        for record in reader.read():
-            if metrics[0] in record:
-                evaluated(record, int(record["step"]))
-        if ended:
-            return work.result()
-        time.sleep(_POLL_S)

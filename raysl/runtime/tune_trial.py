@@ -1,0 +1,162 @@
+"""A trial in Tune's process: what it trains on, what it tells, and train workers below it."""
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+
+from raysl.config.load import read_mapping, set_key
+from raysl.errors import ClusterError
+from raysl.evaluate.protocol import LabelledSets
+from raysl.jobs.local import pretrain_here
+from raysl.jobs.pretrain import open_sets
+from raysl.jobs.sweep_trial import run_trial, take_over, write_changed
+from raysl.recipe import RunConfig, derive_for, run_from_values
+from raysl.runtime.background import in_background
+from raysl.runtime.cluster import plan_layout
+from raysl.runtime.ray_train import pretrain_on_ray
+from raysl.sources.open import open_source
+from raysl.sources.source import Source
+from raysl.track.follow import MetricsReader
+from raysl.track.run_folder import RunFolder, latest_step, read_json, write_json
+from raysl.train.loop import Log
+
+# Of a trial, among the settings that Tune knows.
+NUMBER, FOLDER = "number", "folder"
+
+_POLL_S = 0.5
+_POINTER = "checkpoint.json"
+
+
+def source_key(config: RunConfig[Any]) -> str:
+    """Return what tells the training images of one configuration from those of another."""
+    data = config.data
+    kept = {k: v for k, v in data.model_dump(mode="json").items() if k != "views"}
+    return json.dumps(kept, sort_keys=True)
+
+
+# What a process keeps for the trials after this one, by what it was made from.
+_SOURCES: dict[str, Source] = {}
+_SETS: dict[str, LabelledSets | None] = {}
+
+
+def trial_in_process(
+    given: dict[str, Any],
+    *,
+    shelf: Mapping[str, Source],
+    metrics: tuple[str, ...],
+    exchanges: bool,
+) -> None:
+    """Run one trial in Tune's process.
+
+    Args:
+        given: The trial's number, its folder, and settings that may have changed in flight.
+        shelf: Training images.
+        metrics: What to report, the deciding one first.
+        exchanges: Whether trials are paused or take over others' checkpoints.
+    """
+    folder = RunFolder(Path(given[FOLDER]))
+    if not folder.config.exists():
+        raise ClusterError(
+            f"node {ray.util.get_node_ip_address()} does not see {folder.path}: on several nodes "
+            f"output_dir must be on a disk that all share"
+        )
+    if exchanges:
+        _arrive(folder)
+    values = read_mapping(folder.config)
+    changed = {key: value for key, value in given.items() if key not in (NUMBER, FOLDER)}
+    write_changed(folder, changed)
+    for key, value in changed.items():
+        set_key(values, key, value)
+    config = run_from_values(values, where=str(folder.config))
+    source = _source_of(config, shelf)
+    cpus = tune.get_context().get_trial_resources().head_cpus or 1.0
+
+    def report(told: Mapping[str, float]) -> None:
+        if not exchanges:
+            tune.report(dict(told))
+            return
+        with tempfile.TemporaryDirectory() as pointer:
+            write_json(
+                Path(pointer) / _POINTER, {"folder": str(folder.path), "step": int(told["step"])}
+            )
+            tune.report(dict(told), checkpoint=tune.Checkpoint.from_directory(pointer))
+
+    def train(evaluated: Log) -> dict[str, Any]:
+        if config.cluster.num_train_workers > 1:
+            return _train_below(config, folder, source, evaluated, metrics)
+        threads = max(1, int(cpus))
+        return pretrain_here(
+            config,
+            folder=folder,
+            source=source,
+            num_cpus=threads,
+            evaluated=evaluated,
+            sets=_sets_of(config, source, num_threads=threads),
+        )
+
+    run_trial(
+        folder,
+        metrics=metrics,
+        total_steps=derive_for(config, source).total_steps,
+        report=report,
+        train=train,
+    )
+
+
+def _source_of(config: RunConfig[Any], shelf: Mapping[str, Source]) -> Source:
+    """Return the training images: those that this process holds, the driver's, or opened here."""
+    key = source_key(config)
+    if key not in _SOURCES:
+        found = shelf.get(key)
+        _SOURCES[key] = open_source(config.data, data=config.data) if found is None else found
+    return _SOURCES[key]
+
+
+def _sets_of(config: RunConfig[Any], source: Source, *, num_threads: int) -> LabelledSets | None:
+    """Return the images to measure on, decoded by an earlier trial if one measured on the same."""
+    what = config.evaluate.model_dump(mode="json"), config.image_size_px
+    key = source_key(config) + json.dumps(what, sort_keys=True)
+    if key not in _SETS:
+        _SETS[key] = open_sets(config, source, num_threads=num_threads)
+    return _SETS[key]
+
+
+def _arrive(folder: RunFolder) -> None:
+    """Take over the checkpoint that Tune sends this trial on from, if it is another trial's."""
+    sent = tune.get_checkpoint()
+    if sent is None:
+        return
+    with sent.as_directory() as pointer:
+        found = read_json(Path(pointer) / _POINTER) or {}
+    donor = RunFolder(Path(found["folder"]))
+    if donor.path != folder.path:
+        take_over(folder, donor, step=int(found["step"]))
+
+
+def _train_below(
+    config: RunConfig[Any],
+    folder: RunFolder,
+    source: Source,
+    evaluated: Log,
+    metrics: tuple[str, ...],
+) -> dict[str, Any]:
+    """Run Ray Train inside the trial, and pass on what its first worker writes down."""
+    work = in_background(
+        lambda: pretrain_on_ray(config, folder=folder, source=source, layout=plan_layout(config)),
+        name="raysl-nested",
+    )
+    reader = MetricsReader(folder.metrics, dict.fromkeys(metrics, latest_step(folder.checkpoints)))
+    while True:
+        ended = work.done()
+        for record in reader.read():
+            if metrics[0] in record:
+                evaluated(record, int(record["step"]))
+        if ended:
+            return work.result()
+        time.sleep(_POLL_S)
