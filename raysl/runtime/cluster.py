@@ -29,6 +29,8 @@ WORKER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
+    # Workers stay in the driver's folder, or relative paths (evaluate.source) would not be found.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 
 

@@ -37,7 +37,6 @@ _TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the trials' folders hold it all
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # nobody reads Tune's own state
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "20",  # a stopped trial closes its stream first
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 
 
