@@ -75,8 +75,8 @@ def value_text(value: object) -> str:
 
 
 def number_text(value: float) -> str:
-    """Return a number with what a reader can tell apart: whole from 1,000 on, else four digits."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    """Return a number as a reader can take it in: whole from 1,000 to 10 million, else 4 digits."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
 
 
 def duration_text(seconds: float) -> str:
