@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from raysl.commands.sweep_watch import named, trials_table
+from raysl.commands.sweep_watch import named, placed_seconds, trials_table
 from raysl.commands.terminal import console
 from raysl.config.load import read_mapping, set_key, to_yaml
 from raysl.jobs.sweep_trial import read_changed
@@ -52,6 +52,7 @@ def results_of(
 ) -> dict[str, Any]:
     """Return what `--json` prints and ``summary.json`` keeps."""
     best = summary.best
+    placed = sum(placed_seconds(trial) for trial in trials)
     return {
         "sweep_dir": str(folder.path),
         "parent_run_id": None,
@@ -65,6 +66,9 @@ def results_of(
         "best_metric": None if best is None else best.metric,
         "best_config": None if best is None else str(folder.best),
         "importance": summary.importance,
+        # Of the time that trials held a place on the cluster: steps, without start and evaluation.
+        "placed_s": placed,
+        "training_share": sum(trial.seconds for trial in trials) / placed if placed else None,
     }
 
 

@@ -1,5 +1,6 @@
 """What the driver of a sweep does while trials run: it keeps their state, MLflow, and the table."""
 
+import json
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -182,6 +183,7 @@ class SweepWatch:
         self._tracking = tracking
         self._trials = {trial.number: trial for trial in trials}
         self._running: set[int] = set()
+        self._started_at: dict[int, float] = {}
         self._view = _View(sweep)
         ended = sum(trial.status in _STATUS_IN_MLFLOW for trial in trials)
         self._progress = MetricsFile(RunFolder(folder.path).metrics, start_step=ended)
@@ -197,6 +199,7 @@ class SweepWatch:
     def started(self, number: int) -> None:
         """A trial begins, or goes on."""
         self._running.add(number)
+        self._started_at[number] = time.time()
         trial = self._read(number)
         if self._tracking is not None:
             self._tracking.start(trial)
@@ -211,6 +214,7 @@ class SweepWatch:
         """A trial ended by itself, was stopped, or failed: its folder and Tune's word say which."""
         self._running.discard(number)
         folder = self._folder.trial(number)
+        self._keep_times(number, folder)
         if folder.read_results() is None:  # else it finished, whatever came after
             candidate = read_candidate(folder)
             assert candidate is not None
@@ -222,6 +226,12 @@ class SweepWatch:
             self._tracking.end(trial)
         self._log_progress()
         self._show()
+
+    def _keep_times(self, number: int, folder: RunFolder) -> None:
+        """One line for each time that the trial had a place on the cluster."""
+        times = {"started": self._started_at.pop(number, time.time()), "ended": time.time()}
+        with open(times_file(folder), "a", encoding="utf-8") as file:
+            file.write(json.dumps(times) + "\n")
 
     def _read(self, number: int) -> Trial:
         trial = read_trial(self._folder.trial(number), self._sweep.metric)
@@ -245,6 +255,20 @@ class SweepWatch:
 
     def _show(self) -> None:
         self._view.show(list(self._trials.values()))
+
+
+def times_file(folder: RunFolder) -> Path:
+    """Return where it stands when a trial had a place on the cluster."""
+    return folder.path / "times.jsonl"
+
+
+def placed_seconds(trial: Trial) -> float:
+    """Return how long a trial had a place on the cluster, in all starts that ended it or broke."""
+    path = times_file(RunFolder(trial.path))
+    if not path.exists():
+        return 0.0
+    spans = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return float(sum(span["ended"] - span["started"] for span in spans))
 
 
 class _View:
