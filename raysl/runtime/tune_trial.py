@@ -1,5 +1,6 @@
 """A trial in Tune's process: what it trains on, what it tells, and train workers below it."""
 
+import gc
 import json
 import tempfile
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray import tune
 
 from raysl.config.load import read_mapping, set_key
@@ -100,13 +102,18 @@ def trial_in_process(
             sets=_sets_of(config, source, num_threads=threads),
         )
 
-    run_trial(
-        folder,
-        metrics=metrics,
-        total_steps=derive_for(config, source).total_steps,
-        report=report,
-        train=train,
-    )
+    try:
+        run_trial(
+            folder,
+            metrics=metrics,
+            total_steps=derive_for(config, source).total_steps,
+            report=report,
+            train=train,
+        )
+    finally:  # the process stays for the next trial, also when this one was stopped
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _source_of(config: RunConfig[Any], shelf: Mapping[str, Source]) -> Source:
