@@ -75,15 +75,14 @@ class EBMConfig(MethodConfig):
     and in every checkpoint: 61 MB for 10,000 images of 32 px."""
     restart_prob: Probability = 0.05
     """mcmc: probability of a chain to start again from noise (JEM and IGEBM 0.05)."""
-    restart_from: Literal["noise", "data", "perturbed"] = "noise"
+    restart_from: Literal["noise", "data", "perturbed_data"] = "noise"
     """mcmc: where such a chain starts; data with a restart_prob of 1 is contrastive divergence.
-    perturbed: at data that ``perturbations`` were applied to."""
+    perturbed_data: at data that ``perturbations`` were applied to."""
     energy_regularisation: NonNegativeFloat = 0.0
     """mcmc: alpha, weight of squared energies (IGEBM 1, JEM none)."""
     noise_std_range: tuple[PositiveFloat, PositiveFloat] = (0.02, 2.0)
-    """score_matching and gaussian perturbations: smallest and largest deviation of the noise (Song
-    and Ermon: 0.01 and 1 for pixels from 0 to 1); drawn for each image, uniformly in its
-    logarithm."""
+    """score_matching, gaussian perturbations: least and largest deviation of the noise (Song and
+    Ermon: 0.01 and 1 for pixels from 0 to 1); an image's is drawn uniformly in its logarithm."""
     perturbations: Annotated[tuple[Perturbation, ...], Field(min_length=1)] = ("gaussian",)
     """conditional_nce and chains that start from perturbed data: what is done to an image, one of
     these, each as often. gaussian: noise is added (Ceylan and Gutmann). turn: it is turned by one,
@@ -331,7 +330,8 @@ class EBM(Method):
         steps = buffer.num_steps[places[: side * side]]
         caption = (
             f"Samples of the oldest Langevin chains, {int(steps.min()):,} to "
-            f"{int(steps.max()):,} steps long; their energies are {_range_of(energies)}."
+            f"{int(steps.max()):,} steps after their start at {self.config.restart_from}; "
+            f"their energies are {_range_of(energies)}."
         )
         return ImageGrid(samples.unflatten(0, (side, side)), (), caption)
 

@@ -87,7 +87,7 @@ def conditional_noise_contrastive_loss(data_logits: Tensor, noise_logits: Tensor
     Raises:
         ShapeError: If the shapes do not fit.
 
-    Source: The objective J_N of arXiv:1806.03664v1, sec. 2.2, for the symmetric noise of sec. 2.3.
+    Source: The objective of arXiv:1806.03664v1 with symmetric conditional noise.
     Computed in float32 also under autocast.
     """
     if data_logits.ndim != 1 or noise_logits.shape[:-1] != data_logits.shape:

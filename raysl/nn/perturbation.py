@@ -31,7 +31,7 @@ def perturb(
         The noise ``(N, C, S, S)`` and the place of its perturbation in the list, ``(N,)``, which is
         the first of equal names. All draws are from torch's global generator.
 
-    Source: The symmetry is arXiv:1806.03664v1, sec. 2.3, whose noise is Gaussian.
+    Source: arXiv:1806.03664v1 for Gaussian noise and for what symmetry is good for.
     """
     n, device = len(images), images.device
     low, high = (math.log(std) for std in noise_std_range)

@@ -221,7 +221,7 @@ class TestMCMC:
     ) -> None:
         method = build(
             tiny_backbone(),
-            restart_from="perturbed",
+            restart_from="perturbed_data",
             perturbations=("turn",),
             restart_prob=1.0,
             input_noise_std=0.0,
