@@ -85,30 +85,35 @@ def pretrain(
     if start_step:
         worker.restore(start_step)
     metrics = MetricsFile(folder.metrics, start_step=start_step) if worker.rank == 0 else None
-
-    def log(values: Mapping[str, float], step: int) -> None:
-        if metrics is not None:
-            metrics.log(values, step=step)
-
     if batches is not None:
         trainer = worker.trainer(_schedule(config, derived))
-        hooks = worker.hooks(log, evaluated)
+        hooks = worker.hooks(_log_into(metrics), evaluated)
         trainer.run(batches, start_step=start_step, rank=worker.rank, hooks=hooks)
     average_statistics(worker.method)
     if metrics is not None:  # before anything else can go wrong
         save_encoder(folder.encoder, worker.method.encoder, description=describe(config))
         worker.draw(derived)
-    results = worker.results() | {
-        "steps": derived.total_steps,
-        "num_bad_images": len(worker.bad_images),
-    }
+    counts = {"steps": derived.total_steps, "num_bad_images": len(worker.bad_images)}
+    results = worker.results() | counts
     if metrics is not None:
-        accuracies = {f"final/{k}": v for k, v in results.items() if "top1" in k}
-        metrics.log(accuracies, step=derived.total_steps)
-        metrics.close()
-        write_json(folder.results, results)
+        _write_results(folder, metrics, results)
     barrier()
     return results
+
+
+def _log_into(metrics: MetricsFile | None) -> Log:
+    def log(values: Mapping[str, float], step: int) -> None:
+        if metrics is not None:  # on rank 0
+            metrics.log(values, step=step)
+
+    return log
+
+
+def _write_results(folder: RunFolder, metrics: MetricsFile, results: Mapping[str, Any]) -> None:
+    accuracies = {f"final/{k}": v for k, v in results.items() if "top1" in k}
+    metrics.log(accuracies, step=results["steps"])
+    metrics.close()
+    write_json(folder.results, results)
 
 
 def open_sets(config: RunConfig[Any], source: Source, *, num_threads: int) -> LabelledSets | None:

@@ -1,6 +1,6 @@
 """Energy-based model: a Boltzmann density over images, its energy a head on the encoder.
 
-Three ways to train p(x) = exp(-E(x)) / Z, whose Z nobody can compute:
+Four ways to train p(x) = exp(-E(x)) / Z, whose Z nobody can compute:
 
 - ``mcmc``, maximum likelihood with samples from Langevin chains. Y. Du, I. Mordatch: "Implicit
   Generation and Modeling with Energy-Based Models", 2019, arXiv:1903.08689v6 (IGEBM);
@@ -11,19 +11,22 @@ Three ways to train p(x) = exp(-E(x)) / Z, whose Z nobody can compute:
   arXiv:2006.09011v2, technique 3, the level only scales the model: E(x) / sigma.
 - ``nce``, against a density that is known. M. Gutmann, A. Hyvarinen, 2010 and 2012: see
   :mod:`raysl.nn.noise_contrast`.
+- ``conditional_nce``, against noise that is made of the data and so is near it. C. Ceylan,
+  M. Gutmann: "Conditional Noise-Contrastive Estimation of Unnormalised Models", 2018,
+  arXiv:1806.03664v1: see the same.
 """
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from raysl.config.base import NonNegativeFloat, PositiveFloat, PositiveInt, Probability
-from raysl.errors import ConfigError, ShapeError
+from raysl.errors import ConfigError
 from raysl.methods.base import (
     Batch,
     ImageGrid,
@@ -35,46 +38,13 @@ from raysl.methods.base import (
     TrainingSet,
 )
 from raysl.nn.backbones import Backbone
+from raysl.nn.contrastive_divergence import contrastive_divergence_loss
 from raysl.nn.langevin import ChainStarts, ReplayBuffer, energy_gradient, langevin, standing_still
-from raysl.nn.noise_contrast import noise_contrastive_loss
+from raysl.nn.noise_contrast import conditional_noise_contrastive_loss, noise_contrastive_loss
+from raysl.nn.perturbation import Perturbation, perturb
 from raysl.nn.precision import at_least_float32
 from raysl.nn.score_matching import denoising_score_loss
 from raysl.nn.spectral_noise import SpectralGaussian
-
-
-def contrastive_divergence_loss(
-    data_energies: Tensor, sample_energies: Tensor, *, regularisation: float = 0.0
-) -> Tensor:
-    r"""Lower the energy of data and raise that of the model's samples.
-
-    .. math::
-        L = \frac1N \sum_n \big( E(x_n^+) - E(x_n^-) \big)
-            + \alpha \frac1N \sum_n \big( E(x_n^+)^2 + E(x_n^-)^2 \big)
-
-    Without the second term, and with exact samples, its gradient is that of the negative
-    log-likelihood; its value says nothing.
-
-    Args:
-        data_energies: ``(N,)``.
-        sample_energies: Of samples that carry no gradient themselves, ``(M,)``.
-        regularisation: Alpha, >= 0.
-
-    Returns:
-        Scalar float32, or float64 if given that.
-
-    Raises:
-        ShapeError: If either is not a vector.
-
-    Source: arXiv:1903.08689v6, eq. (2) and Algorithm 1.
-    """
-    if data_energies.ndim != 1 or sample_energies.ndim != 1:
-        raise ShapeError(
-            f"energies must be (N,) and (M,); got {tuple(data_energies.shape)}, "
-            f"{tuple(sample_energies.shape)}"
-        )
-    data, samples = at_least_float32(data_energies), at_least_float32(sample_energies)
-    size = data.square().mean() + samples.square().mean()
-    return data.mean() - samples.mean() + regularisation * size
 
 
 class EBMConfig(MethodConfig):
@@ -84,9 +54,10 @@ class EBMConfig(MethodConfig):
     """
 
     name: Literal["ebm"] = "ebm"
-    training: Literal["mcmc", "score_matching", "nce"] = "mcmc"
-    """How the density is fitted: with samples from Langevin chains, by denoising, or by telling
-    data from Gaussian noise of their spectrum."""
+    training: Literal["mcmc", "score_matching", "nce", "conditional_nce"] = "mcmc"
+    """How the density is fitted: with samples from Langevin chains, by denoising, by telling data
+    from Gaussian noise of their spectrum, or by telling each image from what ``perturbations``
+    make of it."""
     hidden_dim: PositiveInt = 256
     """Width of the energy's head on the features."""
     value_range: tuple[float, float] = (-2.7, 2.7)
@@ -105,15 +76,20 @@ class EBMConfig(MethodConfig):
     and in every checkpoint: 61 MB for 10,000 images of 32 px."""
     restart_prob: Probability = 0.05
     """mcmc: probability of a chain to start again from noise (JEM and IGEBM 0.05)."""
-    restart_from: Literal["noise", "data"] = "noise"
-    """mcmc: where such a chain starts; data with a restart_prob of 1 is contrastive divergence."""
+    restart_from: Literal["noise", "data", "perturbed_data"] = "noise"
+    """mcmc: where such a chain starts; data with a restart_prob of 1 is contrastive divergence.
+    perturbed_data: at data that ``perturbations`` were applied to."""
     energy_regularisation: NonNegativeFloat = 0.0
     """mcmc: alpha, weight of squared energies (IGEBM 1, JEM none)."""
     noise_std_range: tuple[PositiveFloat, PositiveFloat] = (0.02, 2.0)
-    """score_matching: smallest and largest deviation of the noise (Song and Ermon: 0.01 and 1 for
-    pixels from 0 to 1); drawn for each image, uniformly in its logarithm."""
+    """score_matching, gaussian perturbations: least and largest deviation of the noise (Song and
+    Ermon: 0.01 and 1 for pixels from 0 to 1); an image's is drawn uniformly in its logarithm."""
+    perturbations: Annotated[tuple[Perturbation, ...], Field(min_length=1)] = ("gaussian",)
+    """conditional_nce and chains that start from perturbed data: what is done to an image, one of
+    these, each as often. gaussian: noise is added (Ceylan and Gutmann). turn: it is turned by one,
+    two or three quarters. Name one twice to have it more often."""
     num_noise: PositiveInt = 1
-    """nce: nu, noise images for one of the data."""
+    """nce and conditional_nce: nu or kappa, noise images for one of the data."""
 
     @model_validator(mode="after")
     def _ranges_rise(self) -> "EBMConfig":
@@ -156,6 +132,9 @@ class EBM(Method):
         nce: the model is p_n(x) exp(-E(x) - c), relative to the noise's density, so its energy over
         images is E - log p_n. Else the network would first have to learn log p_n to within a nat:
         3,610 +- 870 for CIFAR-10 images, 3,150 +- 40 for the noise.
+        conditional_nce: Gaussian noise of many deviations, as in score matching, and turns: the
+        conditional density of either is symmetric, which is all that the loss asks for. Turns alone
+        fit the ratios of p(x) among the four turns of an image and nothing else.
     """
 
     Config = EBMConfig
@@ -209,6 +188,8 @@ class EBM(Method):
                 return self._mcmc(images, self.buffer, progress)
             if self.noise is not None:
                 return self._nce(images, self.noise, progress)
+            if self.config.training == "conditional_nce":
+                return self._conditional_nce(images, progress)
             return self._score_matching(images, progress)
 
     @property
@@ -228,8 +209,9 @@ class EBM(Method):
         starts = buffer.starts(len(images), restart_prob=config.restart_prob, generator=generator)
         data = images + config.input_noise_std * scale * torch.randn_like(images)
         begin = starts.images.to(images)
-        if config.restart_from == "data":
-            begin = torch.where(_by_row(starts.fresh), data, begin)
+        if config.restart_from != "noise":
+            fresh = data if config.restart_from == "data" else self._perturb(data)[0]
+            begin = torch.where(_by_row(starts.fresh), fresh, begin)
         samples, gradients = langevin(
             self.energy,
             begin,
@@ -247,16 +229,12 @@ class EBM(Method):
         features = features[: len(images)].detach()
         if not progress.is_logged:
             return LossOutput(loss, features, {})
-        with torch.no_grad():
-            metrics = {
-                "ebm/energy_data": of_data.mean(),
-                "ebm/energy_samples": of_samples.mean(),
-                "ebm/energy_gap": of_samples.mean() - of_data.mean(),
-                "ebm/sample_gradient_norm": gradients.mean() * scale,
-                "ebm/sample_moved_rms": (samples - begin).square().mean().sqrt() / scale,
-                "ebm/chain_length_steps": starts.num_steps.float().mean() + config.langevin_steps,
-            }
-        return LossOutput(loss, features, metrics)
+        metrics = _contrast(of_data, of_samples, "samples") | {
+            "ebm/sample_gradient_norm": gradients.mean() * scale,
+            "ebm/sample_moved_rms": (samples - begin).square().mean().sqrt() / scale,
+            "ebm/chain_length_steps": starts.num_steps.float().mean() + config.langevin_steps,
+        }
+        return LossOutput(loss, features, {key: v.detach() for key, v in metrics.items()})
 
     def _score_matching(self, images: Tensor, progress: Progress) -> LossOutput:
         low, high = self._log_noise_range
@@ -305,17 +283,33 @@ class EBM(Method):
         self._seen = images
         if not progress.is_logged:
             return LossOutput(loss, features[:n].detach(), {})
-        with torch.no_grad():
-            metrics = {
-                "ebm/energy_data": energies[:n].mean(),
-                "ebm/energy_noise": energies[n:].mean(),
-                "ebm/energy_gap": energies[n:].mean() - energies[:n].mean(),
-                "ebm/right_data": (of_data > math.log(count)).float().mean(),
-                "ebm/right_noise": (of_noise < math.log(count)).float().mean(),
-                "ebm/log_normaliser": self.log_normaliser.clone(),
-                "ebm/nats_per_value": -(log_noise + of_data).mean() / images[0].numel(),
-            }
-        return LossOutput(loss, features[:n].detach(), metrics)
+        metrics = _contrast(energies[:n], energies[n:], "noise") | {
+            "ebm/right_data": (of_data > math.log(count)).float().mean(),
+            "ebm/right_noise": (of_noise < math.log(count)).float().mean(),
+            "ebm/log_normaliser": self.log_normaliser.clone(),
+            "ebm/nats_per_value": -(log_noise + of_data).mean() / images[0].numel(),
+        }
+        features = features[:n].detach()
+        return LossOutput(loss, features, {key: v.detach() for key, v in metrics.items()})
+
+    def _perturb(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        least, most = self.config.noise_std_range
+        return perturb(images, self.config.perturbations, (least * self._scale, most * self._scale))
+
+    def _conditional_nce(self, images: Tensor, progress: Progress) -> LossOutput:
+        n, count, names = len(images), self.config.num_noise, self.config.perturbations
+        noise, kinds = self._perturb(images.repeat_interleave(count, dim=0))
+        energies, features = self._energy_and_features(torch.cat([images, noise]))
+        of_data, of_noise = energies[:n], energies[n:].view(n, count)
+        loss = conditional_noise_contrastive_loss(-of_data, -of_noise)
+        if not progress.is_logged:
+            return LossOutput(loss, features[:n].detach(), {})
+        right = (of_noise > of_data[:, None]).flatten().float()
+        metrics = _contrast(of_data, of_noise, "noise")
+        for name in names:
+            metrics[f"ebm/right_{name}"] = _mean_where(kinds == names.index(name), right)
+        features = features[:n].detach()
+        return LossOutput(loss, features, {key: v.detach() for key, v in metrics.items()})
 
     @torch.no_grad()
     def after_optimizer_step(self, progress: Progress) -> None:
@@ -333,20 +327,20 @@ class EBM(Method):
             images = batch.views[0].clone()
             if self.buffer is not None:
                 return {"samples": self._picture_of_samples(self.buffer)}
-            if self.noise is not None:
-                return {"data_and_noise": self._picture_of_noise(images, self.noise)}
+            if self.config.training in ("nce", "conditional_nce"):
+                return {"data_and_noise": self._picture_of_noise(images)}
             return {"denoised": self._picture_of_denoising(images)}
 
     def _picture_of_samples(self, buffer: ReplayBuffer) -> ImageGrid:
-        places = buffer.num_steps.argsort(descending=True)[:_SHOWN]
-        side = max(1, math.isqrt(len(places)))
-        samples = buffer.samples[places[: side * side]].float()
+        side = max(1, min(_SHOWN_ROWS, math.isqrt(len(buffer.num_steps))))
+        places = buffer.num_steps.argsort(descending=True)[: side * side]
+        samples, steps = buffer.samples[places].float(), buffer.num_steps[places]
         with torch.no_grad():
             energies = self.energy(samples)
-        steps = buffer.num_steps[places[: side * side]]
         caption = (
             f"Samples of the oldest Langevin chains, {int(steps.min()):,} to "
-            f"{int(steps.max()):,} steps long; their energies are {_range_of(energies)}."
+            f"{int(steps.max()):,} steps after their start at {self.config.restart_from}; "
+            f"their energies are {_range_of(energies)}."
         )
         return ImageGrid(samples.unflatten(0, (side, side)), (), caption)
 
@@ -369,28 +363,34 @@ class EBM(Method):
         return ImageGrid(grid, ("with noise", "denoised", "original"), caption)
 
     @torch.no_grad()
-    def _picture_of_noise(self, images: Tensor, model: SpectralGaussian) -> ImageGrid:
+    def _picture_of_noise(self, images: Tensor) -> ImageGrid:
         images = images[:_SHOWN_ROWS]
-        noise = model.sample(len(images)).to(images)
+        noise = self._perturb(images)[0]
+        which = f"noise made of them ({', '.join(self.config.perturbations)})"
+        if self.noise is not None:
+            noise = self.noise.sample(len(images)).to(images)
+            which = "Gaussian noise with their spectrum and colours"
         caption = (
-            f"Data, of energies {_range_of(self.energy(images))}, and Gaussian noise with their "
-            f"spectrum and colours, of energies {_range_of(self.energy(noise))}."
+            f"Data, of energies {_range_of(self.energy(images))}, and {which}, "
+            f"of energies {_range_of(self.energy(noise))}."
         )
         return ImageGrid(torch.stack([images, noise], dim=1), ("data", "noise"), caption)
 
 
-_SHOWN = 64  # samples of chains in the picture, 8 x 8
-_SHOWN_ROWS = 8
+_SHOWN_ROWS = 8  # of a picture, at most
+
+
+def _contrast(of_data: Tensor, of_others: Tensor, others: str) -> dict[str, Tensor]:
+    data, rest = of_data.mean(), of_others.mean()
+    return {"ebm/energy_data": data, f"ebm/energy_{others}": rest, "ebm/energy_gap": rest - data}
 
 
 def _by_row(values: Tensor) -> Tensor:
-    """Turn ``(N,)`` into ``(N, 1, 1, 1)``."""
-    return values.view(-1, 1, 1, 1)
+    return values.view(-1, 1, 1, 1)  # (N, 1, 1, 1)
 
 
 def _mean_where(chosen: Tensor, values: Tensor) -> Tensor:
-    """Return the mean of the chosen values; 0 of none."""
-    return (values * chosen).sum() / chosen.sum().clamp(min=1)
+    return (values * chosen).sum() / chosen.sum().clamp(min=1)  # 0 where none is
 
 
 def _range_of(energies: Tensor) -> str:

@@ -3,7 +3,9 @@
 M. Noroozi, P. Favaro: "Unsupervised Learning of Visual Representations by Solving Jigsaw Puzzles",
 2016, arXiv:1603.09246v3. The head for residual networks is that of P. Goyal, D. Mahajan, A. Gupta,
 I. Misra: "Scaling and Benchmarking Self-Supervised Visual Representation Learning", 2019,
-arXiv:1905.01235v2, as VISSL has it (jigsaw_8gpu_resnet.yaml).
+arXiv:1905.01235v2, as VISSL has it (jigsaw_8gpu_resnet.yaml). Or one image made of the shuffled
+tiles: F. M. Carlucci, A. D'Innocente, S. Bucci, B. Caputo, T. Tommasi: "Domain Generalization by
+Solving Jigsaw Puzzles", 2019, arXiv:1903.06864 (JiGen).
 """
 
 import itertools
@@ -128,6 +130,21 @@ def normalise_tiles(tiles: Tensor) -> Tensor:
     return centred / deviation.clamp_min(1e-3)
 
 
+def mosaic(tiles: Tensor) -> Tensor:
+    """Lay tiles side by side, row by row.
+
+    Args:
+        tiles: ``(N, T, C, t, t)``, T a square number.
+
+    Returns:
+        ``(N, C, S, S)`` with S = sqrt(T) t.
+    """
+    side = math.isqrt(tiles.shape[1])
+    rows = tiles.unflatten(1, (side, side)).permute(0, 3, 1, 4, 2, 5)  # (N, C, side, t, side, t)
+    whole: Tensor = rows.flatten(4, 5).flatten(2, 3)
+    return whole
+
+
 def jigsaw_loss(logits: Tensor, answer: Tensor) -> Tensor:
     """Cross entropy of the permutation by which the tiles were shuffled.
 
@@ -161,10 +178,14 @@ class JigsawConfig(MethodConfig):
     num_permutations: PositiveInt | None = None
     """P, the classes. Null takes 1,000 (sec. 4) or all of them if there are fewer (24 for grid 2).
     VISSL has 100, 2,000 and 10,000."""
+    arrangement: Literal["apart", "mosaic"] = "apart"
+    """apart: the encoder sees one tile at a time, and a head all their features (the paper).
+    mosaic: it sees the shuffled tiles side by side, as one image, and so what it will see later,
+    whole images; its features are classified without a head (JiGen)."""
     normalise_tiles: bool = True
-    """Give each tile mean 0 and deviation 1 (sec. 4)."""
+    """Give each tile mean 0 and deviation 1 (sec. 4; JiGen does not)."""
     tile_dim: PositiveInt = 1000
-    """Width of a tile's features before they are put side by side (VISSL)."""
+    """apart: width of a tile's features before they are put side by side (VISSL)."""
 
     @property
     def num_views(self) -> int:
@@ -195,7 +216,12 @@ class JigsawConfig(MethodConfig):
 
 
 class Jigsaw(Method):
-    """Tiles of an image, each seen alone: in which of P orders were they shuffled?"""
+    """Tiles of an image: in which of P orders were they shuffled?
+
+    Departs:
+        mosaic: the tiles keep the gaps of the paper, and every order is drawn as often as any
+        other; JiGen leaves no gaps and keeps most images in order.
+    """
 
     Config = JigsawConfig
     loss_is_mean_over_images = True
@@ -207,23 +233,27 @@ class Jigsaw(Method):
         self.backbone = backbone
         tiles, classes = config.grid**2, config.num_classes
         self.register_buffer("permutations", torch.tensor(distant_permutations(tiles, classes)))
-        self.tile_head = nn.Sequential(
-            nn.Linear(backbone.embed_dim, config.tile_dim, bias=False),
-            nn.BatchNorm1d(config.tile_dim),
-            nn.ReLU(inplace=True),
-        )
-        self.classifier = nn.Linear(tiles * config.tile_dim, classes)
+        self.tile_head = nn.Sequential()
+        width = backbone.embed_dim
+        if config.arrangement == "apart":
+            self.tile_head = nn.Sequential(
+                nn.Linear(backbone.embed_dim, config.tile_dim, bias=False),
+                nn.BatchNorm1d(config.tile_dim),
+                nn.ReLU(inplace=True),
+            )
+            width = tiles * config.tile_dim
+        self.classifier = nn.Linear(width, classes)
 
     @property
     def encoder(self) -> Backbone:
-        """The backbone that sees single tiles in training and whole images afterwards."""
+        """The backbone that sees tiles or mosaics in training and whole images afterwards."""
         return self.backbone
 
     def loss(self, batch: Batch, progress: Progress) -> LossOutput:
         """Shuffle the tiles of each image by one of P permutations and classify which it was.
 
-        The features are the mean over an image's tiles: no whole image passes through the
-        backbone here.
+        The features are the mosaic's, or the mean over an image's tiles: no whole image passes
+        through the backbone here.
         """
         images = batch.views[0]
         n, tiles = len(images), self.permutations.shape[1]
@@ -251,7 +281,13 @@ class Jigsaw(Method):
         return normalise_tiles(tiles) if self.config.normalise_tiles else tiles
 
     def _solve(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the tiles' features ``(N, T, embed_dim)`` and logits ``(N, P)``, not bfloat16."""
+        """Return features ``(N, T, embed_dim)`` and logits ``(N, P)``, not bfloat16.
+
+        Of a mosaic there is one row of features, ``(N, 1, embed_dim)``.
+        """
+        if self.config.arrangement == "mosaic":
+            features = self.backbone(mosaic(tiles))
+            return features[:, None], at_least_float32(self.classifier(features))
         features = self.backbone(tiles.flatten(0, 1))  # (NT, embed_dim)
         beside = self.tile_head(features).view(len(tiles), -1)
         return features.view(*tiles.shape[:2], -1), at_least_float32(self.classifier(beside))
@@ -270,9 +306,12 @@ class Jigsaw(Method):
         shuffled = self._lay_out(tiles, slots, images.shape[2])
         solved = self._lay_out(tiles, self.permutations[logits.argmax(dim=1)], images.shape[2])
         grid = torch.stack([at_least_float32(images), shuffled, solved], dim=1)
+        config = self.config
+        changed = "shuffled and each normalised" if config.normalise_tiles else "shuffled"
+        seen = "one by one" if config.arrangement == "apart" else "side by side, without the gaps"
         caption = (
-            "A view; its tiles, shuffled and each normalised, as the network gets them; the same "
-            f"tiles in the order that it finds most likely of {len(self.permutations):,}."
+            f"A view; its tiles, {changed}, as the network gets them, {seen}; the same tiles in "
+            f"the order that it finds most likely of {len(self.permutations):,}."
         )
         return {"jigsaw": ImageGrid(grid, ("view", "puzzle", "solution"), caption)}
 
@@ -285,9 +324,7 @@ class Jigsaw(Method):
         ordered = torch.zeros_like(framed).scatter_(
             1, cells.view(*cells.shape, 1, 1, 1).expand_as(framed), framed
         )
-        rows = ordered.unflatten(1, (grid, grid)).permute(0, 3, 1, 4, 2, 5)
-        whole = rows.reshape(len(tiles), tiles.shape[2], grid * cell, grid * cell)
-        return F.pad(whole, (0, size_px - grid * cell) * 2)
+        return F.pad(mosaic(ordered), (0, size_px - grid * cell) * 2)
 
 
 METHOD = Jigsaw

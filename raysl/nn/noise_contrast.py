@@ -3,7 +3,8 @@
 M. Gutmann, A. Hyvarinen: "Noise-contrastive estimation: A new estimation principle for
 unnormalized statistical models", AISTATS 2010; the same, with any number of noise samples:
 "Noise-Contrastive Estimation of Unnormalized Statistical Models, with Applications to Natural Image
-Statistics", JMLR 13:307-361, 2012.
+Statistics", JMLR 13:307-361, 2012. With noise made of the data: C. Ceylan, M. Gutmann: "Conditional
+Noise-Contrastive Estimation of Unnormalised Models", 2018, arXiv:1806.03664v1.
 """
 
 import math
@@ -60,10 +61,45 @@ def noise_contrastive_loss(
             f"got {shapes[0]}, {shapes[1]}, {noise_shapes[0]}, {noise_shapes[1]}"
         )
     with torch.autocast(data_logits.device.type, enabled=False):
-        of_data, of_noise, log_of_data, log_of_noise = (
-            at_least_float32(x)
-            for x in (data_logits, noise_logits, data_log_noise, noise_log_noise)
-        )
-        u_data = of_data - log_of_data - math.log(num_noise)
-        u_noise = of_noise - log_of_noise - math.log(num_noise)
+        of_data, of_noise = at_least_float32(data_logits), at_least_float32(noise_logits)
+        u_data = of_data - at_least_float32(data_log_noise) - math.log(num_noise)
+        u_noise = of_noise - at_least_float32(noise_log_noise) - math.log(num_noise)
         return (F.softplus(-u_data) + F.softplus(u_noise).sum(dim=1)).mean()
+
+
+def conditional_noise_contrastive_loss(data_logits: Tensor, noise_logits: Tensor) -> Tensor:
+    r"""Tell each datum from noise that was made of it, by a symmetric conditional density.
+
+    .. math::
+        L = \frac{2}{N K} \sum_n \sum_{k=1}^{K} \mathrm{softplus}(-G(x_n, y_{nk})), \qquad
+        G(x, y) = \log p_m(x) + \log p_c(y | x) - \log p_m(y) - \log p_c(x | y)
+
+    With p_c(y | x) = p_c(x | y) only the model is left of G, and no normaliser. At its minimum
+    p_m is that of the data up to a factor, among images that the noise takes into each other.
+
+    Args:
+        data_logits: log p_m of the data up to a constant, ``(N,)``.
+        noise_logits: The same of the noise made of each datum, ``(N, K)``.
+
+    Returns:
+        Scalar >= 0, float32, or float64 if given that. Where data and noise are equally probable it
+        is 2 log 2.
+
+    Raises:
+        ShapeError: If the shapes do not fit.
+
+    Source: The objective of arXiv:1806.03664v1 with symmetric conditional noise.
+    Computed in float32 also under autocast.
+    """
+    if data_logits.ndim != 1 or noise_logits.shape[:-1] != data_logits.shape:
+        raise ShapeError(
+            "data_logits must be (N,) and noise_logits (N, K); "
+            f"got {tuple(data_logits.shape)}, {tuple(noise_logits.shape)}"
+        )
+    with torch.autocast(data_logits.device.type, enabled=False):
+        return (
+            2
+            * F.softplus(
+                at_least_float32(noise_logits) - at_least_float32(data_logits)[:, None]
+            ).mean()
+        )

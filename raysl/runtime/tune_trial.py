@@ -63,19 +63,9 @@ def trial_in_process(
         exchanges: Whether trials are paused or take over others' checkpoints.
     """
     folder = RunFolder(Path(given[FOLDER]))
-    if not folder.config.exists():
-        raise ClusterError(
-            f"node {ray.util.get_node_ip_address()} does not see {folder.path}: on several nodes "
-            f"output_dir must be on a disk that all share"
-        )
     if exchanges:
         _arrive(folder)
-    values = read_mapping(folder.config)
-    changed = {key: value for key, value in given.items() if key not in (NUMBER, FOLDER)}
-    write_changed(folder, changed)
-    for key, value in changed.items():
-        set_key(values, key, value)
-    config = run_from_values(values, where=str(folder.config))
+    config = _config_of(folder, given)
     source = _source_of(config, shelf)
     cpus = tune.get_context().get_trial_resources().head_cpus or 1.0
 
@@ -114,6 +104,21 @@ def trial_in_process(
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _config_of(folder: RunFolder, given: Mapping[str, Any]) -> RunConfig[Any]:
+    """Return a trial's run as it is now, and keep what changed in flight."""
+    if not folder.config.exists():
+        raise ClusterError(
+            f"node {ray.util.get_node_ip_address()} does not see {folder.path}: on several nodes "
+            f"output_dir must be on a disk that all share"
+        )
+    values = read_mapping(folder.config)
+    changed = {key: value for key, value in given.items() if key not in (NUMBER, FOLDER)}
+    write_changed(folder, changed)
+    for key, value in changed.items():
+        set_key(values, key, value)
+    return run_from_values(values, where=str(folder.config))
 
 
 def _source_of(config: RunConfig[Any], shelf: Mapping[str, Source]) -> Source:

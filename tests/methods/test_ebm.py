@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from raysl.errors import ConfigError, ShapeError
+from raysl.errors import ConfigError
 from raysl.methods.base import Batch, Progress, RunShape, TrainingSet
-from raysl.methods.ebm import EBM, EBMConfig, contrastive_divergence_loss
+from raysl.methods.ebm import EBM, EBMConfig
 from raysl.nn.backbones import Backbone, BackboneConfig
+from raysl.nn.contrastive_divergence import contrastive_divergence_loss
+from raysl.nn.perturbation import perturb
 
-TRAININGS = ("mcmc", "score_matching", "nce")
+TRAININGS = ("mcmc", "score_matching", "nce", "conditional_nce")
 every_training = pytest.mark.parametrize("training", TRAININGS)
-EXACT = torch.float64
 
 Backbones = Callable[..., Backbone]
 Views = Callable[..., list[Tensor]]
@@ -28,53 +29,6 @@ def build(backbone: Backbone, **settings: Any) -> EBM:
 
 def batch_of(views: list[Tensor]) -> Batch:
     return Batch(views, torch.arange(len(views[0])))
-
-
-class TestContrastiveDivergenceLoss:
-    def test_equals_the_equation_written_as_loops(self) -> None:
-        torch.manual_seed(0)
-        data, samples = torch.randn(5, dtype=EXACT), torch.randn(7, dtype=EXACT)
-        expected = sum(data) / 5 - sum(samples) / 7
-        expected += 0.3 * (sum(e**2 for e in data) / 5 + sum(e**2 for e in samples) / 7)
-        loss = contrastive_divergence_loss(data, samples, regularisation=0.3)
-        torch.testing.assert_close(loss, expected, rtol=1e-13, atol=1e-13)
-
-    def test_gradient_of_a_linear_energy_is_the_difference_of_mean_statistics(self) -> None:
-        """E = w . t(x): the derivative is E_data[t] - E_model[t], a closed form."""
-        torch.manual_seed(0)
-        data, samples = torch.randn(6, 4, dtype=EXACT), torch.randn(9, 4, dtype=EXACT)
-        weight = torch.randn(4, dtype=EXACT, requires_grad=True)
-        contrastive_divergence_loss(data @ weight, samples @ weight).backward()
-        torch.testing.assert_close(weight.grad, data.mean(dim=0) - samples.mean(dim=0))
-
-    def test_with_exact_samples_its_gradient_is_that_of_the_likelihood(self) -> None:
-        """A Gaussian exp(-w x^2 / 2): -log likelihood is w x^2 / 2 - log(w) / 2."""
-        torch.manual_seed(0)
-        data = 2 * torch.randn(1000, dtype=EXACT)
-        weight = torch.tensor(0.8, dtype=EXACT, requires_grad=True)
-        likelihood = (0.5 * weight * data.square() - 0.5 * weight.log()).mean()
-        (expected,) = torch.autograd.grad(likelihood, weight)
-        samples = torch.randn(400_000, dtype=EXACT) / weight.detach().sqrt()
-        loss = contrastive_divergence_loss(
-            0.5 * weight * data.square(), 0.5 * weight * samples.square()
-        )
-        (found,) = torch.autograd.grad(loss, weight)
-        assert found.item() == pytest.approx(expected.item(), abs=0.005)
-
-    def test_equal_energies_give_twice_alpha_times_their_square(self) -> None:
-        same = torch.full((4,), 3.0)
-        assert contrastive_divergence_loss(same, same, regularisation=0.5).item() == 9.0
-        assert contrastive_divergence_loss(same, same).item() == 0.0
-
-    def test_passes_gradcheck(self) -> None:
-        data, samples = (torch.randn(n, dtype=EXACT, requires_grad=True) for n in (3, 5))
-        assert torch.autograd.gradcheck(
-            lambda a, b: contrastive_divergence_loss(a, b, regularisation=0.2), (data, samples)
-        )
-
-    def test_says_which_shapes_it_got(self) -> None:
-        with pytest.raises(ShapeError, match=r"must be \(N,\) and \(M,\); got \(4, 1\), \(4,\)"):
-            contrastive_divergence_loss(torch.zeros(4, 1), torch.zeros(4))
 
 
 @every_training
@@ -185,7 +139,8 @@ class TestEveryTraining:
             pictures = method.pictures(batch, progress)
         (name, picture), *more = pictures.items()
         assert more == []
-        assert name == {"mcmc": "samples", "nce": "data_and_noise"}.get(training, "denoised")
+        names = {"mcmc": "samples", "score_matching": "denoised"}
+        assert name == names.get(training, "data_and_noise")
         assert len(picture.columns) in (0, picture.images.shape[1])
         assert picture.images.isfinite().all()
         assert "energies" in picture.caption or "error" in picture.caption
@@ -261,6 +216,28 @@ class TestMCMC:
         for image in method.buffer.samples[slots].float():
             assert (views[0] - image).abs().flatten(1).amax(dim=1).min() < 0.01
 
+    def test_chains_can_start_at_turned_data(
+        self, tiny_backbone: Backbones, make_views: Views, progress: Progress
+    ) -> None:
+        method = build(
+            tiny_backbone(),
+            restart_from="perturbed_data",
+            perturbations=("turn",),
+            restart_prob=1.0,
+            input_noise_std=0.0,
+            langevin_noise_std=0.0,
+            langevin_step_size=1e-9,
+            value_range=(-20.0, 20.0),
+        )
+        views = make_views(num_views=1)
+        method(batch_of(views), progress)
+        method.after_optimizer_step(progress)
+        assert method.buffer is not None
+        slots = method.buffer.num_steps.nonzero()[:, 0]
+        turned = torch.cat([views[0].rot90(k, (2, 3)) for k in (1, 2, 3)])
+        for image in method.buffer.samples[slots].float():
+            assert (turned - image).abs().flatten(1).amax(dim=1).min() < 0.01
+
     def test_a_buffer_shorter_than_the_batch_is_refused(self) -> None:
         shape = RunShape(512, 1, (32,), BackboneConfig())
         with pytest.raises(ConfigError, match=r"buffer_length=100 .*global_batch_size=512"):
@@ -324,6 +301,54 @@ class TestNCE:
             seen.append(views[0])
         assert method.noise.count.item() == 25
         torch.testing.assert_close(method.noise.mean, torch.cat(seen).sum(dim=0) / 25)
+
+
+class TestConditionalNCE:
+    def test_loss_is_the_contrast_with_what_was_made_of_each_image(
+        self, tiny_backbone: Backbones, make_views: Views, progress: Progress
+    ) -> None:
+        method = build(
+            tiny_backbone(),
+            training="conditional_nce",
+            num_noise=2,
+            perturbations=("turn", "gaussian"),
+            noise_std_range=(0.1, 0.2),
+            value_range=(-2.0, 2.0),
+        )
+        views = make_views(num_views=1)
+        torch.manual_seed(1)
+        output = method(batch_of(views), progress)
+        method.eval()
+        torch.manual_seed(1)
+        twice = views[0].repeat_interleave(2, dim=0)
+        noise, kinds = perturb(twice, ("turn", "gaussian"), (0.2, 0.4))
+        with torch.no_grad():
+            data, other = method.energy(views[0]), method.energy(noise)
+        by_hand = [
+            math.log(1 + math.exp(data[n] - other[2 * n + k])) for n in range(8) for k in range(2)
+        ]
+        assert output.loss.item() == pytest.approx(2 * sum(by_hand) / 16, rel=1e-5)
+        right = [float(other[i] > data[i // 2]) for i in range(16) if kinds[i] == 0]
+        share = output.metrics["ebm/right_turn"].item()
+        assert share == pytest.approx(sum(right) / len(right))
+
+    def test_learns_which_way_up_images_are(
+        self, tiny_backbone: Backbones, progress: Progress
+    ) -> None:
+        method = build(tiny_backbone(), training="conditional_nce", perturbations=("turn",))
+        optimizer = torch.optim.Adam(method.parameters(), lr=0.02)
+        bright_above = torch.linspace(1, -1, 8).view(1, 1, 8, 1).expand(16, 3, 8, 8)
+        losses = []
+        for step in range(40):
+            torch.manual_seed(step)
+            images = bright_above + 0.3 * torch.randn(16, 3, 8, 8)
+            loss = method(batch_of([images]), progress).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[0] == pytest.approx(2 * math.log(2), abs=0.3)
+        assert sum(losses[-5:]) / 5 < 0.3
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from raysl.methods.jigsaw import (
     cut_tiles,
     distant_permutations,
     jigsaw_loss,
+    mosaic,
     normalise_tiles,
     tile_size_px,
 )
@@ -130,6 +131,17 @@ class TestNormaliseTiles:
         assert normalise_tiles(torch.full((1, 1, 3, 6, 6), 0.7)).abs().max() < 1e-3
 
 
+class TestMosaic:
+    @pytest.mark.parametrize("grid", [2, 3])
+    def test_lays_each_tile_in_its_place_row_by_row(self, grid: int) -> None:
+        tiles = torch.arange(2 * grid**2 * 3 * 5 * 5).view(2, grid**2, 3, 5, 5)
+        whole = mosaic(tiles)
+        assert whole.shape == (2, 3, grid * 5, grid * 5)
+        for i in range(grid**2):
+            top, left = 5 * (i // grid), 5 * (i % grid)
+            assert torch.equal(whole[:, :, top : top + 5, left : left + 5], tiles[:, i])
+
+
 class TestJigsawLoss:
     def test_equals_the_equation_written_as_loops(self) -> None:
         logits = torch.randn(5, 24, dtype=torch.float64, requires_grad=True)
@@ -180,6 +192,51 @@ class TestJigsaw:
         logits = method.classifier(method.tile_head(features).view(8, -1))
         torch.testing.assert_close(output.loss, jigsaw_loss(logits, answer))
         torch.testing.assert_close(output.features, features.view(8, 4, -1).mean(1).detach())
+
+    def test_of_a_mosaic_the_features_are_classified_as_they_are(
+        self,
+        tiny_backbone: Backbones,
+        training_set: TrainingSet,
+        make_views: Views,
+        progress: Progress,
+    ) -> None:
+        config = JigsawConfig(grid=2, arrangement="mosaic", normalise_tiles=False)
+        method = Jigsaw(config, tiny_backbone(batch_norm=False), training_set)
+        image = make_views(num_views=1, size=32)[0]
+        torch.manual_seed(5)
+        output = method(batch_of(image), progress)
+        torch.manual_seed(5)
+        answer, offsets = torch.randint(24, (8,)), torch.rand(8, 4, 2)
+        whole = torch.empty(8, 3, 24, 24)
+        for n, i in itertools.product(range(8), range(4)):
+            row, column = divmod(int(method.permutations[answer[n], i]), 2)
+            top, left = (int(x * 5) for x in offsets[n, i])  # tiles of 12 px in cells of 16
+            cell = image[n, :, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
+            down, right = 12 * (i // 2), 12 * (i % 2)
+            whole[n, :, down : down + 12, right : right + 12] = cell[
+                :, top : top + 12, left : left + 12
+            ]
+        features = method.backbone(whole)
+        torch.testing.assert_close(
+            output.loss, jigsaw_loss(method.classifier(features), answer), rtol=1e-5, atol=1e-5
+        )
+        torch.testing.assert_close(output.features, features.detach())
+
+    @pytest.mark.parametrize("arrangement", ["apart", "mosaic"])
+    def test_every_parameter_gets_a_gradient(
+        self,
+        tiny_backbone: Backbones,
+        training_set: TrainingSet,
+        make_views: Views,
+        progress: Progress,
+        arrangement: str,
+    ) -> None:
+        config = JigsawConfig(grid=2, tile_dim=5, arrangement=arrangement)
+        method = Jigsaw(config, tiny_backbone(), training_set)
+        method(batch_of(make_views(num_views=1, size=32)[0]), progress).loss.backward()
+        for name, parameter in method.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
 
     def test_metrics_count_right_answers_and_tiles_in_place(
         self, method: Jigsaw, make_views: Views, progress: Progress

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from raysl.errors import ShapeError
-from raysl.nn.noise_contrast import noise_contrastive_loss
+from raysl.nn.noise_contrast import conditional_noise_contrastive_loss, noise_contrastive_loss
 
 
 def by_hand(data: Tensor, noise: Tensor, p_data: Tensor, p_noise: Tensor, nu: float) -> Tensor:
@@ -106,3 +106,77 @@ class TestNoiseContrastiveLoss:
         a, b, c, d = (torch.zeros(shape) for shape in shapes)
         with pytest.raises(ShapeError, match=message):
             loss_of(a, b, c, d, 2)
+
+
+class TestConditionalNoiseContrastiveLoss:
+    def test_equals_the_equation_written_as_loops_in_value_and_gradient(self) -> None:
+        data, noise, _, _ = logits()
+        expected = torch.zeros((), dtype=torch.float64)
+        for n in range(4):
+            for k in range(3):
+                ratio = data[n].exp() / noise[n, k].exp()
+                expected = expected + 2 / 12 * torch.log(1 + 1 / ratio)
+        loss = conditional_noise_contrastive_loss(data, noise)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+        for found, exact in zip(
+            torch.autograd.grad(loss, (data, noise)),
+            torch.autograd.grad(expected, (data, noise)),
+            strict=True,
+        ):
+            torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)
+
+    def test_equal_probabilities_cost_two_log_2_and_no_constant_matters(self) -> None:
+        data = torch.randn(5)
+        same = conditional_noise_contrastive_loss(data, data[:, None].expand(5, 3))
+        assert same.item() == pytest.approx(2 * math.log(2))
+        noise = torch.randn(5, 3)
+        loss = conditional_noise_contrastive_loss(data, noise)
+        moved = conditional_noise_contrastive_loss(data + 7, noise + 7)
+        assert moved.item() == pytest.approx(loss.item(), rel=1e-5)
+
+    def test_is_finite_where_the_ratio_of_densities_is_not(self) -> None:
+        far = torch.tensor([3000.0, -3000.0])
+        loss = conditional_noise_contrastive_loss(far, -far[:, None])
+        assert loss.item() == pytest.approx(6000)
+
+    def test_passes_gradcheck(self) -> None:
+        assert torch.autograd.gradcheck(conditional_noise_contrastive_loss, logits()[:2])
+
+    def test_is_float32_under_autocast_and_for_half_precision(self) -> None:
+        given = [x.detach().bfloat16() for x in logits()[:2]]
+        loss = conditional_noise_contrastive_loss(*given)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(conditional_noise_contrastive_loss(*given), loss)
+        assert loss.dtype == torch.float32
+
+    def test_finds_the_precision_of_a_gaussian_without_its_normaliser(self) -> None:
+        """The model exp(-w x^2 / 2) of data with deviation 2, noise of deviation 1 on each."""
+        torch.manual_seed(0)
+        data = 2 * torch.randn(40_000, dtype=torch.float64)
+        noise = data[:, None] + torch.randn(40_000, 5, dtype=torch.float64)
+        precision = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS([precision], max_iter=50, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            model = [-0.5 * precision * x.square() for x in (data, noise)]
+            loss = conditional_noise_contrastive_loss(*model)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        assert precision.item() == pytest.approx(1 / 4, abs=0.02)
+
+    @pytest.mark.parametrize(
+        ("data", "noise", "message"),
+        [
+            ((4,), (5, 2), r"got \(4,\), \(5, 2\)"),
+            ((4,), (4,), r"noise_logits \(N, K\)"),
+            ((4, 1), (4, 1, 2), r"must be \(N,\)"),
+        ],
+    )
+    def test_says_which_shapes_it_got(
+        self, data: tuple[int, ...], noise: tuple[int, ...], message: str
+    ) -> None:
+        with pytest.raises(ShapeError, match=message):
+            conditional_noise_contrastive_loss(torch.zeros(data), torch.zeros(noise))

@@ -1,0 +1,38 @@
+"""Turns of images by quarters.
+
+S. Gidaris, P. Singh, N. Komodakis: "Unsupervised Representation Learning by Predicting Image
+Rotations", 2018, arXiv:1803.07728v1.
+"""
+
+import torch
+from torch import Tensor
+
+from raysl.errors import ShapeError
+
+NUM_ROTATIONS = 4
+
+
+def rotate(images: Tensor, turns: Tensor) -> Tensor:
+    """Turn each image by its own number of quarters; every pixel is kept, none interpolated.
+
+    Args:
+        images: ``(N, C, S, S)``, any dtype.
+        turns: Quarters counter-clockwise, ``(N,)`` integers; 4 is a full turn.
+
+    Returns:
+        ``(N, C, S, S)``.
+
+    Raises:
+        ShapeError: If the images are not square or there is not one number an image.
+
+    Source: Sec. 3.1: g(X|y) turns by y times 90 degrees.
+    """
+    if images.ndim != 4 or images.shape[2] != images.shape[3]:
+        raise ShapeError(f"images must be (N, C, S, S) to be turned; got {tuple(images.shape)}")
+    if turns.shape != images.shape[:1]:
+        raise ShapeError(f"turns must be ({len(images)},), one an image; got {tuple(turns.shape)}")
+    quarters = (turns % NUM_ROTATIONS).view(-1, 1, 1, 1)
+    turned = images
+    for k in range(1, NUM_ROTATIONS):
+        turned = torch.where(quarters == k, torch.rot90(images, k, (2, 3)), turned)
+    return turned
