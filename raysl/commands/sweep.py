@@ -39,7 +39,7 @@ from raysl.sweep.trial import (
     read_trials,
     write_trial,
 )
-from raysl.track.run_folder import RunFolder, write_atomically, write_json
+from raysl.track.run_folder import write_atomically, write_json
 from raysl.track.uri import tracking_uri, without_password
 
 # What may change from one start of a sweep to the next.
@@ -108,7 +108,7 @@ class _Drawn:
         self._left = deque(numbers)
         self._in_flight = in_flight
 
-    def next(self) -> tuple[int, RunFolder, Mapping[str, Any]] | None:
+    def next(self) -> tuple[int, Mapping[str, Any]] | None:
         """Return the next one; with population based training, its settings as they are now."""
         if not self._left:
             return None
@@ -117,7 +117,7 @@ class _Drawn:
         candidate = read_candidate(folder)
         assert candidate is not None
         changing = candidate.values | read_changed(folder) if self._in_flight else {}
-        return number, folder, changing
+        return number, changing
 
     def ended(self, number: int) -> None:
         """Nothing follows from it: all trials were drawn beforehand."""
@@ -131,7 +131,7 @@ class _Asked:
         self._drawn = _Drawn(going.folder, numbers, in_flight=False)
         self._search = going.parzen()
 
-    def next(self) -> tuple[int, RunFolder, Mapping[str, Any]] | None:
+    def next(self) -> tuple[int, Mapping[str, Any]] | None:
         """Ask until a candidate makes a run; those that make none count as failed."""
         going = self._going
         found = self._drawn.next()
@@ -143,7 +143,7 @@ class _Asked:
                 going.write_failed(candidate, error)
                 self._search.tell(candidate.number, (), status="failed")
                 continue
-            found = candidate.number, going.folder.trial(candidate.number), {}
+            found = candidate.number, {}
         return found
 
     def ended(self, number: int) -> None:
@@ -262,7 +262,7 @@ class _Sweep:
                     most_trials=most,
                     known=[trial for trial in trials if trial.status in ENDED],
                     sources=self._sources.opened,
-                    scratch=self.folder.path / ".tune",
+                    folder=self.folder,
                 )
             except BaseException:
                 if self._tracking is not None:

@@ -9,7 +9,6 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -21,15 +20,15 @@ from ray.tune.schedulers import (
     PopulationBasedTraining,
     TrialScheduler,
 )
-from ray.tune.search import Searcher
+from ray.tune.search import BasicVariantGenerator, Searcher
 
 from raysl.runtime.background import in_background
 from raysl.runtime.trial_shares import Shares
-from raysl.runtime.tune_trial import FOLDER, NUMBER, trial_in_process
+from raysl.runtime.tune_trial import NUMBER, trial_in_process
 from raysl.sources.source import Source
 from raysl.sweep.config import Dimension, SweepConfig
-from raysl.sweep.trial import Trial
-from raysl.track.run_folder import RunFolder
+from raysl.sweep.space import trial_name
+from raysl.sweep.trial import SweepFolder, Trial
 
 _FOR_EVER = 10**9  # epochs
 _TUNE_ENVIRONMENT = {
@@ -56,10 +55,10 @@ class Watcher(Protocol):
 class Suggestions(Protocol):
     """Hands out trials, one after the other."""
 
-    def next(self) -> tuple[int, RunFolder, Mapping[str, Any]] | None:
-        """Return a trial's number, folder and settings that may change in flight; None at the end.
+    def next(self) -> tuple[int, Mapping[str, Any]] | None:
+        """Return a trial's number and settings that may change in flight; None at the end.
 
-        The folder holds its configuration by now.
+        Its folder holds its configuration by now.
         """
 
     def ended(self, number: int) -> None:
@@ -75,7 +74,7 @@ def sweep_on_ray(
     most_trials: int,
     known: Sequence[Trial],
     sources: Mapping[str, Source],
-    scratch: Path,
+    folder: SweepFolder,
 ) -> None:
     """Run trials on the connected cluster until there are no more.
 
@@ -87,7 +86,7 @@ def sweep_on_ray(
         most_trials: Trials that suggestions may give.
         known: Trials that ended in earlier starts: the scheduler compares with them too.
         sources: Training images by :func:`source_key`; others are opened where they are needed.
-        scratch: A folder for Tune's own files, on a disk that all nodes share; deleted at the end.
+        folder: The sweep's, on a disk that all nodes share; Tune's own files lie there meanwhile.
     """
     for name in ("ray.tune", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -97,14 +96,21 @@ def sweep_on_ray(
     callback = _Callback(watcher, suggestions)
     trainable = tune.with_parameters(
         trial_in_process,
+        trials=folder.trials,
         shelf=dict(sources),
         metrics=(sweep.metric.name, *sweep.metric.also),
         exchanges=sweep.scheduler.name in ("pbt", "hyperband"),
     )
+    scratch = folder.path / ".tune"
     shutil.rmtree(scratch, ignore_errors=True)
-    search = _Search(suggestions, callback, most=shares.at_a_time if shares.nested else None)
+    if sweep.scheduler.name == "pbt":  # which refuses anyone who suggests
+        search, space = _all_at_once(suggestions)
+    else:
+        most = shares.at_a_time if shares.nested else None
+        search, space = _Search(suggestions, callback, most=most), {}
     tuner = tune.Tuner(
         tune.with_resources(trainable, _resources(shares)),
+        param_space=space,
         tune_config=_tune_config(sweep, search, scheduler, shares, most_trials=most_trials),
         run_config=tune.RunConfig(
             name="tune",
@@ -128,7 +134,7 @@ def _resources(shares: Shares) -> dict[str, float]:
 
 def _tune_config(
     sweep: SweepConfig,
-    search: "_Search",
+    search: Any,
     scheduler: TrialScheduler,
     shares: Shares,
     *,
@@ -139,6 +145,9 @@ def _tune_config(
         search_alg=search,
         scheduler=scheduler,
         num_samples=most_trials,
+        # A trial is known by its name: population based training hands on settings whole, with the
+        # number in them.
+        trial_name_creator=lambda trial: trial_name(trial.config[NUMBER]),
         time_budget_s=None if hours is None else hours * 3600,
         # A process that has loaded torch and the images takes the next trial at once; one with
         # train workers below it has to go, or they would stay.
@@ -204,6 +213,16 @@ def _tell_known(scheduler: TrialScheduler, known: Sequence[Trial], *, metric: st
             scheduler.on_trial_result(None, same, {"epoch": epoch, metric: value})  # type: ignore[arg-type]
 
 
+def _all_at_once(suggestions: Suggestions) -> tuple[Any, dict[str, Any]]:
+    """Return all trials as points that Tune's own generator goes through, and the space around."""
+    points = []
+    while (found := suggestions.next()) is not None:
+        number, mutable = found
+        points.append({NUMBER: number, **mutable})
+    space = {key: tune.choice([point[key] for point in points]) for key in points[0]}
+    return BasicVariantGenerator(points_to_evaluate=points), space
+
+
 class _Search(Searcher):
     """Hands Tune the trials that someone else thinks of.
 
@@ -236,8 +255,8 @@ class _Search(Searcher):
         found = self._suggestions.next()
         if found is None:
             return Searcher.FINISHED
-        number, folder, mutable = found
-        return {NUMBER: number, FOLDER: str(folder.path), **mutable}
+        number, mutable = found
+        return {NUMBER: number, **mutable}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -267,14 +286,14 @@ class _Callback(tune.Callback):
         return len(self._running)
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        number = trial.config[NUMBER]
+        number = int(str(trial))
         self._running.add(number)
         self._watcher.started(number)
 
     def on_trial_result(
         self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any
     ) -> None:
-        number = trial.config[NUMBER]
+        number = int(str(trial))
         self._watcher.reported(number, result)
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
@@ -284,7 +303,7 @@ class _Callback(tune.Callback):
         self._end(trial, error=_reason(trial.get_error()))
 
     def _end(self, trial: Any, *, error: str | None) -> None:
-        number = trial.config[NUMBER]
+        number = int(str(trial))
         self._running.discard(number)
         self._watcher.ended(number, error=error)
         self._suggestions.ended(number)

@@ -28,8 +28,8 @@ from raysl.track.follow import MetricsReader
 from raysl.track.run_folder import RunFolder, latest_step, read_json, write_json
 from raysl.train.loop import Log
 
-# Of a trial, among the settings that Tune knows.
-NUMBER, FOLDER = "number", "folder"
+NUMBER = "number"
+"""Of a trial, among the settings that Tune knows."""
 
 _POLL_S = 0.5
 _POINTER = "checkpoint.json"
@@ -50,6 +50,7 @@ _SETS: dict[str, LabelledSets | None] = {}
 def trial_in_process(
     given: dict[str, Any],
     *,
+    trials: Path,
     shelf: Mapping[str, Source],
     metrics: tuple[str, ...],
     exchanges: bool,
@@ -57,12 +58,13 @@ def trial_in_process(
     """Run one trial in Tune's process.
 
     Args:
-        given: The trial's number, its folder, and settings that may have changed in flight.
+        given: A number, and settings that may have changed in flight.
+        trials: The folder of the trials' folders, which have their names.
         shelf: Training images.
         metrics: What to report, the deciding one first.
         exchanges: Whether trials are paused or take over others' checkpoints.
     """
-    folder = RunFolder(Path(given[FOLDER]))
+    folder = RunFolder(trials / str(tune.get_context().get_trial_name()))
     if exchanges:
         _arrive(folder)
     config = _config_of(folder, given)
@@ -114,7 +116,7 @@ def _config_of(folder: RunFolder, given: Mapping[str, Any]) -> RunConfig[Any]:
             f"output_dir must be on a disk that all share"
         )
     values = read_mapping(folder.config)
-    changed = {key: value for key, value in given.items() if key not in (NUMBER, FOLDER)}
+    changed = {key: value for key, value in given.items() if key != NUMBER}
     write_changed(folder, changed)
     for key, value in changed.items():
         set_key(values, key, value)
