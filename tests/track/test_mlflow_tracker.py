@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mlflow.entities import Metric, Run
 from mlflow.tracking import MlflowClient
 
-from raysl.track.mlflow_tracker import MlflowTracker, _addressed
+from raysl.track.mlflow_tracker import MlflowTracker, _addressed, log_encoder
 from raysl.track.run_folder import MetricsFile, RunFolder, read_json, read_metrics
 
 PARAMS: dict[str, Any] = {"optim.base_lr": 0.1, "method.name": "simclr", "data.limit": None}
@@ -341,3 +342,33 @@ def test_storing_an_encoder_leaves_no_address_behind_for_the_next_run(
     with _addressed(f"sqlite:///{tmp_path}/two.db"):
         pass
     assert os.environ["MLFLOW_TRACKING_URI"] == "http://elsewhere"
+
+
+def test_a_registered_encoder_is_the_newest_version_of_its_name(
+    folder: RunFolder, store: str
+) -> None:
+    train(folder, first=1, last=1)
+    tracker = tracker_of(folder, store)
+    tracker.start()
+    encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 5)).eval()
+    tracker.finish(
+        status="FINISHED",
+        artifacts=[],
+        log_model=lambda of: log_encoder(
+            of, encoder, size_px=4, embed_dim=5, packages=["torch"], registered_as="photos"
+        ),
+    )
+    assert tracker.problem is None
+    (version,) = MlflowClient(store).search_model_versions("name='photos'")
+    assert version.run_id == tracker.run_id
+
+
+def test_tags_that_are_known_at_the_end_are_sent_then(folder: RunFolder, store: str) -> None:
+    train(folder, first=1, last=1)
+    tracker = tracker_of(folder, store)
+    tracker.start()
+    assert tracker.wait_for_run() is not None
+    tracker.finish(status="FINISHED", artifacts=[], log_model=None, tags={"status": "stopped"})
+    run = MlflowClient(store).get_run(str(tracker.run_id))
+    assert run.data.tags["status"] == "stopped"
+    assert run.data.tags["host"] == "here"
