@@ -134,6 +134,7 @@ class Run:
             checkpoint=checkpoint or self._checkpoint,
             evaluate=self._evaluate,
             bad_images=self._bad_images,
+            evaluated=self._evaluated,
         )
         stream = batches(start_step, total) if stream is None else stream
         self.trainer.run(stream, start_step=start_step, rank=rank, hooks=hooks)
@@ -150,6 +151,11 @@ class Run:
     def _checkpoint(self, step: int) -> None:
         self.checkpoints.append(step)
         self.calls.append(f"checkpoint {step}")
+
+    def _evaluated(self, metrics: Mapping[str, float], step: int) -> None:
+        assert metrics["eval/knn_top1"] == step / 100
+        assert {"train/loss", "train/epoch"} <= set(metrics)
+        self.calls.append(f"tell {step}")
 
     def _evaluate(self, step: int) -> dict[str, float]:
         self.method.eval()
@@ -309,9 +315,10 @@ class TestCadence:
             hook = getattr(run, name)
             setattr(run, name, lambda step, hook=hook: takes(evaluation_s, hook(step)))
         run.start(takes(1.0, batch) for batch in batches(0, 6))
-        assert run.values("time/train_s") == pytest.approx({3: 2 * 4, 6: 3 * 4})  # not the first
-        assert run.values("train/images_per_s") == pytest.approx({3: 6 / 4, 6: 6 / 4})
-        assert run.values("data/wait_share") == pytest.approx({3: 1 / 4, 6: 1 / 4})
+        seconds = {2: 4, 3: 4, 4: 4, 6: 2 * 4}  # since the line before; not of the first step
+        assert run.values("time/train_s") == pytest.approx(seconds)
+        assert run.values("train/images_per_s") == pytest.approx(dict.fromkeys(seconds, 6 / 4))
+        assert run.values("data/wait_share") == pytest.approx(dict.fromkeys(seconds, 1 / 4))
 
     def test_the_time_of_the_first_step_is_logged_once(self) -> None:
         run = Run(log_every=5).start(start_step=3)
@@ -319,8 +326,8 @@ class TestCadence:
 
     def test_evaluations_come_on_their_steps_and_training_goes_on_in_training_mode(self) -> None:
         run = Run(total_steps=7, evaluate_every=3, log_every=100).start()
-        assert run.evaluations == [3, 6]
-        assert run.values("eval/knn_top1") == {3: 0.03, 6: 0.06}
+        assert run.evaluations == [3, 6, 7]  # and the last one, whatever it is
+        assert run.values("eval/knn_top1") == {3: 0.03, 6: 0.06, 7: 0.07}
         assert run.method.modes == [True] * 7
 
     def test_checkpoints_come_on_their_steps_and_once_at_the_end(self) -> None:
@@ -330,17 +337,22 @@ class TestCadence:
 
     def test_the_method_is_told_which_steps_are_logged_and_its_metrics_are_of_these(self) -> None:
         run = Run(log_every=4, checkpoint_every=3, evaluate_every=5).start()
-        expected = [3, 4, 6, 8, 9, 10]  # also before each checkpoint, but not for an evaluation
+        expected = [3, 4, 5, 6, 8, 9, 10]  # also before each checkpoint and with each evaluation
         assert [p.step + 1 for p in run.method.seen if p.is_logged] == expected
         assert list(run.values("tiny/size")) == expected
 
-    def test_metrics_are_written_before_the_checkpoint_of_their_step(self) -> None:
-        """Else a run killed in between would go on from a step whose line is missing."""
+    def test_metrics_are_written_before_the_checkpoint_of_their_step_and_told_after_it(
+        self,
+    ) -> None:
+        """Else a run killed in between would go on from a step whose line is missing.
+
+        And one that is ended by whom it tells would have no checkpoint to go on from.
+        """
         run = Run(total_steps=4, evaluate_every=2, checkpoint_every=2, log_every=2).start()
         assert run.calls == [
             "log 1",  # the time of the first step
-            *("evaluate 2", "log 2", "checkpoint 2"),
-            *("evaluate 4", "log 4", "checkpoint 4"),
+            *("evaluate 2", "log 2", "checkpoint 2", "tell 2"),
+            *("evaluate 4", "log 4", "checkpoint 4", "tell 4"),
         ]
 
 
