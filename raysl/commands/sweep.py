@@ -302,6 +302,9 @@ class _Sweep:
         """Compare the trials; write summary, pictures, page and the best one's configuration."""
         sweep, folder = self.sweep, self.folder
         trials = self._trials()
+        left = sum(trial.status not in ENDED for trial in trials)
+        if left:
+            say(f"budget.hours is up; {left} trials have not ended: the same command goes on")
         summary = summarise(trials, sweep.metric)
         write_best(sweep, folder, summary)
         results = results_of(sweep, folder, trials, summary)
