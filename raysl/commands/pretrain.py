@@ -66,6 +66,7 @@ class Opened(NamedTuple):
     home: Path  # what relative paths are relative to
     config_file: Path | None
     tags: Mapping[str, str]  # of its MLflow run, besides those that every run has
+    began_at: float  # in seconds since 1970
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train, or go on with, the run that the configuration names."""
     config = load_run(arguments.config, arguments.overrides)
-    results = train_run(config, config_file=arguments.config, fresh=arguments.fresh)
+    began_at = psutil.Process().create_time()
+    results = train_run(
+        config, began_at=began_at, config_file=arguments.config, fresh=arguments.fresh
+    )
     if arguments.json:
         print_json(results)
     return 0
@@ -90,6 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
 def train_run(
     config: RunConfig[Any],
     *,
+    began_at: float,
     config_file: Path | None = None,
     fresh: bool = False,
     tags: Mapping[str, str] | None = None,
@@ -98,6 +103,7 @@ def train_run(
 
     Args:
         config: The run.
+        began_at: What its seconds are counted from, in seconds since 1970.
         config_file: Where it was read from, if from a file.
         fresh: Start anew; an earlier run's folder is renamed.
         tags: For its MLflow run, besides those that every run has.
@@ -115,7 +121,7 @@ def train_run(
         check_model_name(config.backbone)
         source = open_training_source(config.data, config.evaluate, config.method)
         derived = derive_for(config, source)
-        opened = Opened(config, folder, source, derived, home, config_file, tags or {})
+        opened = Opened(config, folder, source, derived, home, config_file, tags or {}, began_at)
         results = folder.read_results()
         if results is None or "run_dir" not in results:
             results = _train(opened)
@@ -169,7 +175,6 @@ def _train(opened: Opened) -> dict[str, Any]:
     config, folder, derived = opened.config, opened.folder, opened.derived
     done = latest_step(folder.checkpoints)
     _say_start(opened, done)
-    began_at = time.time()
     if config.track.mlflow:  # while Ray starts
         threading.Thread(target=_load_mlflow, name="raysl-load-mlflow", daemon=True).start()
     with ExitStack() as stack:
@@ -205,7 +210,7 @@ def _train(opened: Opened) -> dict[str, Any]:
                 )
             raise
         progress.close()
-    return _finish(opened, results, tracker, began_at)
+    return _finish(opened, results, tracker)
 
 
 def _by_size(opened: Opened) -> dict[str, float]:
@@ -235,13 +240,11 @@ def _start_tracker(opened: Opened, facts: dict[str, str]) -> Any:
     return tracker
 
 
-def _finish(
-    opened: Opened, results: dict[str, Any], tracker: Any, began_at: float
-) -> dict[str, Any]:
+def _finish(opened: Opened, results: dict[str, Any], tracker: Any) -> dict[str, Any]:
     """Draw the report, end the MLflow run, and write the results with all that is known now."""
     folder = opened.folder
     records = read_metrics(folder.metrics)
-    results = {"run_dir": str(folder.path), **results, **_speed(records, began_at)}
+    results = {"run_dir": str(folder.path), **results, **_speed(records, opened.began_at)}
     write_json(folder.results, {k: v for k, v in results.items() if k != "run_dir"})
     say("drawing the report")
     report = importlib.import_module("raysl.report.page")  # late: matplotlib takes a second
@@ -311,13 +314,12 @@ def _speed(records: list[dict[str, Any]], began_at: float) -> dict[str, float]:
     images = sum(r["train/images_per_s"] * r["time/train_s"] for r in timed)
     waited = sum(r["data/wait_share"] * r["time/train_s"] for r in timed)
     firsts = [r["time/first_step_at"] for r in records if "time/first_step_at" in r]
-    started = psutil.Process().create_time()
-    recent = [first - started for first in firsts if first >= began_at]
+    recent = [first - began_at for first in firsts if first >= began_at]
     return {
         "images_per_s": images / seconds if seconds else 0.0,
         "data_wait": waited / seconds if seconds else 0.0,
         **({"seconds_to_first_step": recent[0]} if recent else {}),
-        "seconds": time.time() - started,
+        "seconds": time.time() - began_at,
     }
 
 

@@ -206,9 +206,7 @@ class Distill(EmbeddingMethod):
                 "distill/agreement": (ours.argmax(1) == theirs.argmax(1)).float().mean(),
                 "distill/teacher_confidence": sure.mean(),
                 # What the loss cannot fall below with soft targets.
-                "distill/teacher_entropy": entropy(
-                    (theirs / config.temperature).float().softmax(1)
-                ),
+                "distill/teacher_entropy": entropy(softened),
             }
         return LossOutput(loss, features, metrics)
 
