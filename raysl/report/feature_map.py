@@ -41,7 +41,7 @@ _CLASS_COLORS = (
 )  # fmt: skip
 
 
-class _Mark(NamedTuple):
+class Mark(NamedTuple):
     """How the points of a class look."""
 
     color: str
@@ -78,7 +78,7 @@ def draw_map(
     rows = np.random.default_rng(0).permutation(rows)[:_MAX_POINTS]
     points, how = _flatten(features[rows])
     classes = np.unique(labels[rows][labels[rows] >= 0]).tolist()
-    marks = [_mark_of(label, classes) for label in labels[rows].tolist()]
+    marks = [mark_of(label, classes) for label in labels[rows].tolist()]
     names = _names(labels[rows], classes, class_names)
     columns = 5 if max(map(len, names.values()), default=0) <= 12 else 4
     figure = new_figure(height_in=WIDTH_IN + 0.35 + 0.21 * -(-len(names) // columns))
@@ -114,33 +114,36 @@ def _flatten(features: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], str]:
     return (flat - flat.min(axis=0)) / np.maximum(np.ptp(flat, axis=0), _ALIKE), "t-SNE"
 
 
-def _mark_of(label: int, classes: Sequence[int]) -> _Mark:
-    """Return how to draw a class: ten colours, then the same with another shape."""
+def mark_of(label: int, classes: Sequence[int]) -> Mark:
+    """Return how to draw one of these classes: ten colours, then the same with another shape.
+
+    Below 0 is no class, and grey.
+    """
     if label < 0:
-        return _Mark(GREY, "o")
+        return Mark(GREY, "o")
     turn, place = divmod(classes.index(label), len(_CLASS_COLORS))
-    return _Mark(_CLASS_COLORS[place], "o^"[turn % 2])
+    return Mark(_CLASS_COLORS[place], "o^"[turn % 2])
 
 
-def _names(labels: Labels, classes: Sequence[int], class_names: Sequence[str]) -> dict[_Mark, str]:
+def _names(labels: Labels, classes: Sequence[int], class_names: Sequence[str]) -> dict[Mark, str]:
     """Return what the legend says of each mark; nothing if there are no classes or too many."""
     if not 0 < len(classes) <= _MAX_NAMED_CLASSES:
         return {}
     names = {}
     for number in classes:
         name = str(class_names[number]) if number < len(class_names) else ""
-        names[_mark_of(number, classes)] = drawable_name(name, otherwise=f"class {number}")
-    return names | ({_mark_of(-1, classes): "no label"} if (labels < 0).any() else {})
+        names[mark_of(number, classes)] = drawable_name(name, otherwise=f"class {number}")
+    return names | ({mark_of(-1, classes): "no label"} if (labels < 0).any() else {})
 
 
-def _draw_points(axes: Axes, points: npt.NDArray[Any], marks: Sequence[_Mark]) -> None:
+def _draw_points(axes: Axes, points: npt.NDArray[Any], marks: Sequence[Mark]) -> None:
     size = 3.5 if len(points) > 300 else 5
     for mark in dict.fromkeys(marks):
         x, y = points[[other == mark for other in marks]].T
         axes.plot(x, y, mark.shape, color=mark.color, markersize=size, markeredgewidth=0, alpha=0.8)
 
 
-def _draw_legend(figure: Figure, names: dict[_Mark, str], columns: int) -> None:
+def _draw_legend(figure: Figure, names: dict[Mark, str], columns: int) -> None:
     handles = [
         Line2D([], [], linestyle="", marker=mark.shape, color=mark.color, markersize=6)
         for mark in names
@@ -157,7 +160,7 @@ def _draw_legend(figure: Figure, names: dict[_Mark, str], columns: int) -> None:
 def _draw_thumbnails(
     axes: Axes,
     points: npt.NDArray[Any],
-    marks: Sequence[_Mark],
+    marks: Sequence[Mark],
     thumbnails: npt.NDArray[np.uint8],
     *,
     most: int,
