@@ -1,0 +1,53 @@
+"""How the variance of features is spread over directions, and the power law that describes it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from raysl.errors import DataError
+from raysl.nn.geometry import covariance_spectrum, effective_rank, fit_power_law
+from raysl.report.figure import BLUE, INK, LIGHT_GREY, ORANGE, new_figure, save_png, style_axes
+
+
+def draw_spectrum(path: Path, features: npt.NDArray[np.float32]) -> None:
+    """Draw the eigenvalues of the features' covariance over their rank, both as logarithms.
+
+    Args:
+        path: PNG to write.
+        features: ``(M, D)``; rows that are not finite are left out.
+
+    Raises:
+        DataError: If there is no variance.
+    """
+    finite = torch.from_numpy(features[np.isfinite(features).all(axis=1)])
+    values = covariance_spectrum(finite) if len(finite) > 1 else torch.zeros(0)
+    if not len(values) or values[0] <= 0:
+        raise DataError("all features are the same: there is no spectrum to draw")
+    law = fit_power_law(values)
+    shares = (values / values.sum()).numpy()
+    ranks = np.arange(1, len(shares) + 1)
+    figure = new_figure(height_in=3.6)
+    axes = figure.subplots()
+    rank = float(effective_rank(finite))
+    title = f"RankMe {rank:.1f} of {finite.shape[1]} dimensions"
+    if law is not None:
+        title += f"; alpha {law.exponent:.2f}"
+    style_axes(axes, title=title)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    if law is not None:
+        axes.axvspan(law.first, law.last, color=LIGHT_GREY, alpha=0.35, linewidth=0)
+        line = law.scale * ranks.astype(np.float64) ** -law.exponent / float(values.sum())
+        text = f"power law, fitted to ranks {law.first} to {law.last}"
+        axes.plot(ranks, line, color=ORANGE, linewidth=1.6, linestyle="--", label=text)
+    style: dict[str, Any] = {"markersize": 2.6, "linewidth": 1.0, "color": BLUE}
+    axes.plot(ranks, shares, "o-", label="eigenvalues of the covariance", **style)
+    lowest = max(float(shares[shares > 0].min()), float(shares[0]) * 1e-9)
+    axes.set_ylim(lowest / 2, 2)
+    axes.set_xlabel("rank of the eigenvalue", fontsize=9, color=INK)
+    axes.set_ylabel("share of the variance", fontsize=9, color=INK)
+    axes.legend(loc="lower left", frameon=False, fontsize=8.5)
+    save_png(figure, path)
