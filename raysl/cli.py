@@ -16,6 +16,7 @@ VERBS = {
     "distill": "train a student, as large or smaller, on the predictions of a fine-tuned teacher",
     "pipeline": "pretrain, fine-tune and distil as one configuration says, and compare",
     "sweep": "try many settings of a run on Ray Tune, compare them, write the best one",
+    "evaluate": "measure an encoder: nearest neighbours, linear, few labels, fine-tuning, transfer",
     "benchmark": "measure the input on this machine or cluster, to size it",
     "config": "print a resolved configuration and what follows from it",
     "data": "look at a source of images: counts, sizes, formats, broken files, a contact sheet",
@@ -32,6 +33,7 @@ raysl pretrains image encoders without labels, on Ray.
   raysl distill FINETUNED_RUN backbone.width=0.5   what it has learnt, in a smaller network
   raysl pipeline configs/pipelines/NAME.yaml       all three steps in one
   raysl sweep configs/sweeps/NAME.yaml             many settings side by side, the best one kept
+  raysl evaluate RUN [data.source=...]             how good its encoder is, by fixed protocols
   raysl config CONFIG [overrides]                  what a run would do, before it does it
   raysl benchmark input CONFIG [overrides]         images/s that the CPUs can feed, and why
   raysl data SOURCE                                what is there, and what to do about it
@@ -53,6 +55,7 @@ _GOES_ON = {
     "distill": "; the same command goes on from the last checkpoint",
     "pipeline": "; the same command goes on, with steps that are finished left as they are",
     "sweep": "; the same command goes on, with what has ended left as it is",
+    "evaluate": "; the same command goes on, with what is measured left as it is",
     "pack": "; the same command goes on with the shards that are missing",
 }
 
