@@ -224,7 +224,9 @@ def _draw(asked: Asked) -> None:
     say("drawing the report")
     page = importlib.import_module("raysl.report.evaluation_page")  # late: matplotlib is slow
     for picture, problem in page.draw_evaluation(
-        asked.folder.path, encoder=asked.origin.encoder, train=asked.sets.train,
+        asked.folder.path,
+        encoder=asked.origin.encoder,
+        train=asked.sets.train,
         test=asked.sets.test,
     ):
         say(f"  {picture} could not be drawn: {problem}")

@@ -17,13 +17,12 @@ from raysl.evaluate.probes import (
     LbfgsConfig,
     LinearConfig,
     Measured,
-    ProbeSets,
     measure_few_shot,
     measure_knn,
     measure_lbfgs,
     measure_linear,
 )
-from raysl.evaluate.training_protocols import FinetuneProtocol, SemiTenth, SemiHundredth
+from raysl.evaluate.training_protocols import FinetuneProtocol, SemiHundredth, SemiTenth
 from raysl.sources.source import digest
 
 

@@ -47,9 +47,7 @@ class LinearClassifiers(NamedTuple):
     def predict(self, features: Tensor) -> Tensor:
         """Return class numbers ``(N, L)`` of features ``(N, D)``; -1 where one has diverged."""
         parts = [self._logits(some) for some in features.split(_rows_at_once(self.biases))]
-        return torch.cat(
-            [torch.where(x.isfinite().all(dim=2), x.argmax(dim=2), -1) for x in parts]
-        )
+        return torch.cat([torch.where(x.isfinite().all(dim=2), x.argmax(dim=2), -1) for x in parts])
 
     def _logits(self, features: Tensor) -> Tensor:
         width = self.weights.shape[0]
@@ -109,9 +107,7 @@ def train_classifiers(
     return classifiers
 
 
-def _batches(
-    count: int, batch: int, *, epochs: int, seed: int
-) -> Iterator[npt.NDArray[np.int64]]:
+def _batches(count: int, batch: int, *, epochs: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
     """Yield the rows of each step: a new order an epoch, and the last step takes what is left."""
     rng = np.random.default_rng([seed, _ORDER])
     for _ in range(epochs):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from raysl.config.load import to_yaml, validate
+from raysl.encoder import read_description
 from raysl.evaluate.probes import Measured
 from raysl.evaluate.registry import PROTOCOLS
 from raysl.evaluate.training_source import open_training_source
@@ -12,7 +13,6 @@ from raysl.jobs.downstream import finetune_values
 from raysl.jobs.evaluation import Asked, Unit, key_of
 from raysl.jobs.evaluation_sets import evaluate_config
 from raysl.nn.backbones import BackboneConfig
-from raysl.encoder import read_description
 from raysl.recipe import RunConfig, run_from_values
 from raysl.sources.source import Source
 from raysl.track.run_folder import RunFolder, write_atomically
@@ -45,9 +45,7 @@ def run_of(asked: Asked, unit: Unit) -> RunConfig[Any]:
         ConfigError: If the settings do not fit the encoder, such as more layers than its head has.
     """
     config, data, origin = asked.config, asked.config.data, asked.origin
-    settings: Any = validate(
-        PROTOCOLS[unit.protocol].settings, unit.settings, where=unit.protocol
-    )
+    settings: Any = validate(PROTOCOLS[unit.protocol].settings, unit.settings, where=unit.protocol)
     backbone = BackboneConfig.model_validate(read_description(origin.encoder)["backbone"])
     tested = evaluate_config(data, crop_fraction=config.features.crop_fraction)
     evaluate = tested.model_dump(mode="json") | {"every": None, "pixel_baseline": False}

@@ -8,7 +8,7 @@ import numpy as np
 
 from raysl.errors import DataError
 from raysl.evaluate.features import EvalImages
-from raysl.evaluate.protocol import EvaluateConfig, LabelledSets, open_labelled
+from raysl.evaluate.protocol import EvaluateConfig, open_labelled
 from raysl.evaluate.registry import PROTOCOLS
 from raysl.jobs.evaluation_config import EvaluationConfig, EvaluationData, data_config
 from raysl.sources.labels import hold_out

@@ -1,6 +1,6 @@
 """The protocols of an evaluation as Ray tasks: each seed of each on its own, side by side.
 
-Plain tasks, not Ray Train: the features of 1.28 million images and 2,048 numbers take 10 GB, so that
+Plain tasks, not Ray Train: the features of 1.28 million images and 2,048 numbers are 10 GB, so that
 a probe fits one GPU, where an epoch takes seconds; several would only wait for each other. The
 features lie in the object store once, and a task that its node takes down is done again.
 """
@@ -59,7 +59,9 @@ def unit_resources(count: int, *, device: str) -> dict[str, float]:
     total = ray.cluster_resources()
     gpus = total.get("GPU", 0.0)
     if device == "cuda" and gpus < 1:
-        raise ClusterError("cluster.device=cuda needs a GPU and the cluster has none; set it to cpu")
+        raise ClusterError(
+            "cluster.device=cuda needs a GPU and the cluster has none; set it to cpu"
+        )
     if device != "cpu" and gpus >= 1:
         return {"num_gpus": 1, "num_cpus": 1}
     nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
@@ -71,7 +73,9 @@ def unit_resources(count: int, *, device: str) -> dict[str, float]:
 def _measure(unit: Unit, sets: ProbeSets, threads: int) -> tuple[Measured, float]:
     on_gpu = bool(ray.get_gpu_ids()) and torch.cuda.is_available()
     if not on_gpu:
-        torch.set_num_threads(min(threads, os.cpu_count() or 1))  # Ray may count more than there are
+        torch.set_num_threads(
+            min(threads, os.cpu_count() or 1)
+        )  # Ray may count more than there are
     return measure_unit(unit, sets, device="cuda" if on_gpu else "cpu")
 
 
