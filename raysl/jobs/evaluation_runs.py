@@ -1,4 +1,4 @@
-"""The protocols that train the whole network, as runs of their own below the evaluation's folder."""
+"""The protocols that train the whole network: runs of their own below the evaluation's folder."""
 
 import json
 from collections.abc import Callable

@@ -63,7 +63,7 @@ def test_names_are_checked() -> None:
     assert check_protocols(["knn", "transfer", "knn"]) == ("knn", "transfer")
     assert check_protocols(DEFAULT) == DEFAULT
     assert set(TRANSFERRED) <= set(PROTOCOLS)
-    with pytest.raises(ConfigError, match="'linaer' is not known; allowed: knn, .*mean 'linear'"):
+    with pytest.raises(ConfigError, match=r"'linaer' is not known; allowed: knn, .*mean 'linear'"):
         check_protocols(["linaer"])
     with pytest.raises(ConfigError, match="give at least one of knn"):
         check_protocols([])
