@@ -35,8 +35,8 @@ PROTOCOLS = {
     "linear": "Linear",
     "few_shot": "Few labels, linear",
     "finetune": "Fine-tuned",
-    "semi_1": "Fine-tuned, 1 %",
-    "semi_10": "Fine-tuned, 10 %",
+    "semi_1": "Fine-tuned, 1\u00a0%",
+    "semi_10": "Fine-tuned, 10\u00a0%",
     "transfer": "Transfer, linear",
 }
 """Names of the protocols in words; others are called by their own."""

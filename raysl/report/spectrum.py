@@ -20,7 +20,6 @@ from raysl.report.figure import (
     style_axes,
 )
 
-
 _ROUNDING = 1e-12  # over the largest eigenvalue: directions without variance
 
 
