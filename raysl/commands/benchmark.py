@@ -35,7 +35,6 @@ from raysl.runtime.benchmark_input import (
     cores_of,
     function_on_all_cores,
     input_layout,
-    quiet,
     share_source,
     spilled_bytes,
     steps_needed,
@@ -43,6 +42,7 @@ from raysl.runtime.benchmark_input import (
     stream_task,
 )
 from raysl.runtime.cluster import Layout, connect, disconnect
+from raysl.runtime.ray_embed import quiet
 from raysl.sources.open import open_source
 from raysl.sources.source import Source
 

@@ -1,6 +1,5 @@
 """The stream of a run, measured: the data workers' function on all cores, and through Ray Data."""
 
-import logging
 import math
 import re
 import statistics
@@ -80,12 +79,6 @@ def input_layout(config: "RunConfig[Any]") -> Layout:
 def cores_of(layout: Layout) -> int:
     """Return the CPUs that make views."""
     return max(1, round(layout.num_data_workers * min(1.0, layout.cpus_per_data_worker + _MARGIN)))
-
-
-def quiet() -> None:
-    """Keep Ray Data's own progress and logs off the terminal."""
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    ray.data.DataContext.get_current().enable_progress_bars = False
 
 
 def share_source(source: Any) -> Any:

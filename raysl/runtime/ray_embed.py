@@ -6,6 +6,7 @@ so that a GPU does not wait for the one core beside it. An actor or node that is
 Ray and its chunks are done again; each chunk says which rows it holds, so order does not matter.
 """
 
+import logging
 import math
 import tempfile
 import time
@@ -148,6 +149,12 @@ def _dataset(
 def _without_order(dataset: Dataset) -> Dataset:
     dataset.context.execution_options = ExecutionOptions(preserve_order=False)
     return dataset
+
+
+def quiet() -> None:
+    """Keep Ray Data's own progress and logs off the terminal."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
 
 
 class DecodeChunk:
