@@ -21,6 +21,9 @@ VERBS = {
     "config": "print a resolved configuration and what follows from it",
     "data": "look at a source of images: counts, sizes, formats, broken files, a contact sheet",
     "pack": "turn any source of images into shuffled Parquet shards that stream fast",
+    "embed": "features of any source of images to Parquet, over a whole cluster",
+    "search": "images near given ones, or near each other, among embeddings; a grid of them",
+    "duplicates": "groups of near-duplicates among embeddings, a list of what to drop, a sheet",
 }
 
 _DESCRIPTION = """\
@@ -38,6 +41,9 @@ raysl pretrains image encoders without labels, on Ray.
   raysl benchmark input CONFIG [overrides]         images/s that the CPUs can feed, and why
   raysl data SOURCE                                what is there, and what to do about it
   raysl pack SOURCE OUT short_side_px=256          shuffled Parquet shards that stream fast
+  raysl embed SOURCE RUN OUT                       features to Parquet; then:
+  raysl search OUT --query FILE --grid grid.png    the images nearest to one
+  raysl duplicates OUT --contact-sheet dup.png     near-duplicates, and what to drop
 
 On a cluster, the same as a job:
   ray job submit --working-dir . -- python pipelines/pretrain.py CONFIG [overrides]
@@ -57,6 +63,7 @@ _GOES_ON = {
     "sweep": "; the same command goes on, with what has ended left as it is",
     "evaluate": "; the same command goes on, with what is measured left as it is",
     "pack": "; the same command goes on with the shards that are missing",
+    "embed": "; the same command goes on with the shards that are missing",
 }
 
 

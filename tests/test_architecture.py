@@ -19,7 +19,7 @@ FLOORS = [
     ["methods", "sources", "optim"],
     ["data"],
     ["train", "evaluate", "encoder", "pack"],
-    ["recipe"],
+    ["recipe", "retrieval"],
     ["sweep"],
     ["report"],
     ["jobs"],

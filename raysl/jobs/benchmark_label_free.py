@@ -197,7 +197,8 @@ def untrained_like(subject: Subject, *, seed: int) -> Subject:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = build_backbone(config, image_size_px=subject.size_px)
-    name = f"{UNTRAINED} {config.name} x{config.width:g}, seed {seed}"
+    shape = f", {config.stem} stem, width {config.width:g}" if config.family == "resnet" else ""
+    name = f"{UNTRAINED} {config.name}{shape}, norm {config.norm}, seed {seed}"
     return subject._replace(name=name, method=UNTRAINED, encoder=encoder.eval())
 
 

@@ -15,7 +15,7 @@ from raysl.nn.vit import VisionTransformer
 from raysl.report.figure import (
     DPI,
     INK,
-    WIDTH_IN,
+    NARROW_IN,
     new_figure,
     save_png,
     show_pixels,
@@ -73,7 +73,7 @@ def draw_attention(
     shown = np.concatenate([mean, maps[:, :MOST_HEADS]], axis=1)
     heads = [f"head {number + 1}" for number in range(min(num_heads, MOST_HEADS))]
     columns = ["image", f"mean of {num_heads}", *heads]
-    cell_in = min(WIDTH_IN / len(columns), 1.3)
+    cell_in = min(NARROW_IN / len(columns), 1.3)
     figure = new_figure(width_in=cell_in * len(columns), height_in=cell_in * len(pixels) + _HEAD_IN)
     figure.set_layout_engine("none")
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))

@@ -12,7 +12,7 @@ from raysl.errors import DataError
 from raysl.report.figure import (
     BLUE,
     INK,
-    WIDTH_IN,
+    NARROW_IN,
     drawable_name,
     new_figure,
     save_png,
@@ -76,9 +76,11 @@ def draw_confusion(
 def _draw_matrix(path: Path, counts: Labels, names: Sequence[str]) -> None:
     num = len(names)
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    labels_in = 0.25 + _LABEL_IN * max(map(len, names))
-    cell_in = min((WIDTH_IN - labels_in) / num, 0.62)
-    figure = new_figure(width_in=WIDTH_IN, height_in=cell_in * num + labels_in + 0.55)
+    longest_in = _LABEL_IN * max(map(len, names))
+    cell_in = min((NARROW_IN - longest_in - 0.5) / num, 0.62)
+    stands = longest_in > 0.9 * cell_in
+    below_in = longest_in if stands else 0.15
+    figure = new_figure(width_in=NARROW_IN, height_in=cell_in * num + below_in + 0.85)
     axes = figure.subplots()
     axes.imshow(shares, cmap=_SHADES, vmin=0, vmax=100, interpolation="nearest")
     size = 9.0 if num <= 12 else 7.0
@@ -95,7 +97,7 @@ def _draw_matrix(path: Path, counts: Labels, names: Sequence[str]) -> None:
                 fontweight="bold" if row == column else "normal",
             )
     place: dict[str, Any] = {"fontsize": 9.0, "parse_math": False}
-    axes.set_xticks(range(num), names, rotation=90, **place)
+    axes.set_xticks(range(num), names, rotation=90 if stands else 0, **place)
     axes.set_yticks(range(num), names, **place)
     axes.tick_params(length=0, colors=INK)
     for spine in axes.spines.values():
@@ -130,12 +132,12 @@ def _draw_pairs(path: Path, counts: Labels, names: Sequence[str]) -> None:
     if not len(pairs):
         raise DataError("no class is taken for another: there is nothing to draw")
     totals = np.maximum(counts.sum(axis=1), 1)
-    figure = new_figure(height_in=0.75 + _PAIR_IN * len(pairs))
+    figure = new_figure(width_in=NARROW_IN, height_in=0.95 + _PAIR_IN * len(pairs))
     axes = figure.subplots()
     right = 100 * counts.trace() / max(counts.sum(), 1)
     style_axes(
         axes,
-        title=f"The {len(pairs)} worst of {len(names):,} classes' confusions "
+        title=f"The {len(pairs)} worst confusions of {len(names):,} classes\n"
         f"({right:.1f} % of all images are told right)",
         grid="x",
     )
@@ -154,6 +156,6 @@ def _draw_pairs(path: Path, counts: Labels, names: Sequence[str]) -> None:
         )
     texts = [f"{names[true]} as {names[told]}" for true, told in pairs.tolist()]
     axes.set_yticks(range(len(pairs)), texts, fontsize=8.5, parse_math=False)
-    axes.set(ylim=(len(pairs) - 0.4, -0.6), xlim=(0, max(values) * 1.28))
+    axes.set(ylim=(len(pairs) - 0.4, -0.6), xlim=(0, max(values) * 1.5))
     axes.set_xlabel("of the class's images, %", fontsize=9, color=INK)
     save_png(figure, path)

@@ -34,12 +34,14 @@ PROTOCOLS = {
     "knn": "Nearest neighbours",
     "linear": "Linear",
     "few_shot": "Few labels, linear",
-    "finetune": "Fine-tuned, all labels",
-    "semi_1": "Fine-tuned, 1 % of the labels",
-    "semi_10": "Fine-tuned, 10 % of the labels",
+    "finetune": "Fine-tuned",
+    "semi_1": "Fine-tuned, 1\u00a0%",
+    "semi_10": "Fine-tuned, 10\u00a0%",
     "transfer": "Transfer, linear",
 }
 """Names of the protocols in words; others are called by their own."""
+
+_IN_LEAD = ("knn", "linear", "finetune")
 
 _MEASURES = {
     "rankme": ("RankMe", "dimensions in use, more is better"),
@@ -56,7 +58,7 @@ _MAP = (
 )
 _NEIGHBOURS = (
     "Test images (left, black frame), drawn at random, and their nearest training images with the "
-    "cosine similarity. Blue, whole frames: of the same class. Orange, dashed frames: of another."
+    "cosine similarity. Blue, whole frames: of the same class. Red, dashed frames: of another."
 )
 _ATTENTION = (
     "What the class token of the last block gives to each patch, from its least (dark) to its most "
@@ -136,14 +138,14 @@ def _sections(
 
 def _lead(evaluation: Evaluation) -> str:
     record = evaluation.record
+    names = [name for name in _IN_LEAD if name in evaluation.protocols] or evaluation.protocols
     best = [
-        f"{_name(name, lower=True)} {_percent(measured)} %"
-        for name, measured in evaluation.protocols.items()
-        if _number(measured.get("mean")) is not None
+        f"{_name(name, lower=True)} {_percent(evaluation.protocols[name])} %"
+        for name in names
+        if _number(evaluation.protocols[name].get("mean")) is not None
     ]
-    images = (
-        f"{len(evaluation.test.labels):,} test images of {escape(record.get('test_source', '?'))}"
-    )
+    where = Path(str(record.get("test_source", ""))).name
+    images = f"{len(evaluation.test.labels):,} test images{f' of {escape(where)}' if where else ''}"
     bad = record.get("bad_images")
     black = f" ({bad:,} of all could not be read and count as black)" if bad else ""
     if not best:
@@ -172,14 +174,12 @@ def _number(value: object) -> float | None:
 def _protocol_section(evaluation: Evaluation) -> str:
     if not evaluation.protocols:
         return ""
-    heads = ("Protocol", "Top-1, %", "Runs", "Time", "Images/s")
+    heads = ("Protocol", "Top-1, %", "Time", "Images/s")
     rows = ["<tr>" + "".join(f"<th scope=col>{head}" for head in heads)]
     for name, measured in evaluation.protocols.items():
         seconds, speed = _number(measured.get("seconds")), _number(measured.get("images_per_s"))
-        values = measured.get("values") or []
         cells = (
             _percent(measured),
-            f"{len(values)}" if values else "1",
             "&ndash;" if seconds is None else _seconds(seconds),
             "&ndash;" if speed is None else f"{speed:,.0f}",
         )
@@ -194,7 +194,8 @@ def _about_protocols(evaluation: Evaluation) -> str:
     classes = len(evaluation.class_names)
     text = (
         f"{num_train:,} labelled training images, {num_test:,} others to test, {classes:,} "
-        "classes. Mean &plusmn; standard deviation over seeds or draws; every test image counts."
+        "classes. Mean &plusmn; standard deviation over seeds or draws (see the settings); every "
+        "test image counts."
     )
     embedding = evaluation.record.get("features") or {}
     speed, seconds = (_number(embedding.get(key)) for key in ("images_per_s", "seconds"))
@@ -264,8 +265,9 @@ def _settings_section(evaluation: Evaluation) -> str:
     parts = []
     for name, measured in evaluation.protocols.items():
         settings = {"version": measured.get("version"), **(measured.get("settings") or {})}
-        if measured.get("seeds"):
-            settings["seeds"] = measured["seeds"]
+        for key in ("seeds", "values"):
+            if measured.get(key):
+                settings[key] = measured[key]
         rows = "\n".join(
             f"<tr><th scope=row>{escape(key)}<td>{escape(_value(value))}"
             for key, value in settings.items()

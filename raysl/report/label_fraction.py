@@ -7,10 +7,19 @@ from typing import Any, NamedTuple
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from raysl.errors import DataError
-from raysl.report.figure import BLUE, GREEN, INK, ORANGE, new_figure, save_png, style_axes
+from raysl.report.figure import (
+    BLUE,
+    GREEN,
+    INK,
+    NARROW_IN,
+    ORANGE,
+    new_figure,
+    save_png,
+    style_axes,
+)
 
 _LINES = {
-    "Linear, frozen features": (BLUE, "o-"),
+    "Linear, frozen": (BLUE, "o-"),
     "Fine-tuned": (ORANGE, "s-"),
     "Nearest neighbours": (GREEN, "^"),
 }
@@ -62,7 +71,7 @@ def _labelled(kind: str, labels: int, measured: Mapping[str, Any]) -> Labelled:
 
 def _kind(name: str) -> str | None:
     if name.startswith(("few_shot", "linear")):
-        return "Linear, frozen features"
+        return "Linear, frozen"
     if name.startswith(("finetune", "semi_")):
         return "Fine-tuned"
     return "Nearest neighbours" if name.startswith("knn") else None
@@ -91,9 +100,10 @@ def draw_by_labels(path: Path, points: Sequence[Labelled]) -> None:
     """
     if len({point.num_labels for point in points}) < 2:
         raise DataError("one number of labels alone: there is no curve to draw")
-    figure = new_figure(height_in=3.4)
+    figure = new_figure(width_in=NARROW_IN, height_in=3.6)
     axes = figure.subplots()
     style_axes(axes, title="Top-1 accuracy, %")
+    axes.tick_params(labelsize=9)
     for kind, (color, style) in _LINES.items():
         some = [point for point in points if point.kind == kind]
         if not some:
@@ -118,7 +128,7 @@ def draw_by_labels(path: Path, points: Sequence[Labelled]) -> None:
                 (point.num_labels, 100 * point.mean),
                 xytext=(7, -11 if point is not end or kind == "Nearest neighbours" else 6),
                 textcoords="offset points",
-                fontsize=8.5,
+                fontsize=9.5,
                 color=INK,
             )
     axes.set_xscale("log")
@@ -127,7 +137,7 @@ def draw_by_labels(path: Path, points: Sequence[Labelled]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.1, y=0.15)
-    axes.set_xlabel("labelled images used", fontsize=9, color=INK)
+    axes.set_xlabel("labelled images used", fontsize=9.5, color=INK)
     place: dict[str, Any] = {"loc": "outside upper left", "ncols": 3, "frameon": False}
-    figure.legend(fontsize=8.5, **place)
+    figure.legend(fontsize=9.5, columnspacing=1.2, handletextpad=0.4, **place)
     save_png(figure, path)

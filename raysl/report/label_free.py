@@ -12,7 +12,7 @@ from raysl.report.feature_map import mark_of
 from raysl.report.figure import INK, new_figure, save_png, style_axes
 
 _COLUMNS = 3
-_ROW_IN = 2.25
+_ROW_IN = 2.4
 _SHOWN = {
     "rankme": "RankMe",
     "alpha_req": "alpha-ReQ",
@@ -114,7 +114,7 @@ def draw_label_free(
 def _draw_panel(axes: Axes, relation: Relation, direction: str) -> None:
     low, high = relation.spearman_interval
     name = _SHOWN.get(relation.measure, relation.measure)
-    style_axes(axes, title=f"{name}: rho {relation.spearman:+.2f} [{low:+.2f}, {high:+.2f}]")
+    style_axes(axes, title=f"{name}\nrho {relation.spearman:+.2f}  [{low:+.2f}, {high:+.2f}]")
     axes.title.set_fontsize(8.5)
     axes.set_xlabel(direction, fontsize=7.5, color=INK, labelpad=1)
     axes.tick_params(labelsize=7)

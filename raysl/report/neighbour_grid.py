@@ -17,8 +17,8 @@ from raysl.report.figure import (
     DPI,
     GREY,
     INK,
+    NARROW_IN,
     RED,
-    WIDTH_IN,
     drawable_name,
     new_figure,
     save_png,
@@ -31,9 +31,9 @@ NUM_QUERIES = 6
 _ROWS_AT_ONCE = 512
 _MOST_QUERIES = 2000  # among which the mistakes are looked for
 _MOST_PX = 224
-_CELL_IN = WIDTH_IN / (NUM_NEIGHBOURS + 1)
+_CELL_IN = NARROW_IN / (NUM_NEIGHBOURS + 1)
 _TEXT_IN = 0.36  # two lines under an image
-_NAME_LETTERS = 13
+_NAME_LETTERS = 11
 
 
 class Nearest(NamedTuple):
@@ -202,10 +202,10 @@ def _short(name: str) -> str:
 def save_grid(path: Path, rows: Sequence[Sequence[Cell]]) -> None:
     """Draw framed images in rows, two lines of text under each."""
     row_in = _CELL_IN + _TEXT_IN
-    figure = new_figure(height_in=row_in * len(rows))
+    figure = new_figure(width_in=NARROW_IN, height_in=row_in * len(rows))
     figure.set_layout_engine("none")
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
-    axes.set(xlim=(0, WIDTH_IN), ylim=(row_in * len(rows), 0), aspect="equal")
+    axes.set(xlim=(0, NARROW_IN), ylim=(row_in * len(rows), 0), aspect="equal")
     axes.set_axis_off()
     for number, row in enumerate(rows):
         for column, cell in enumerate(row):
@@ -214,7 +214,7 @@ def save_grid(path: Path, rows: Sequence[Sequence[Cell]]) -> None:
 
 
 def _put(axes: Axes, cell: Cell, *, left: float, top: float) -> None:
-    gap = 0.06
+    gap = 0.05
     side = _CELL_IN - 2 * gap
     x, y = left + gap, top + gap
     show_pixels(axes, cell.image, extent=(x, x + side, y + side, y), room_px=side * DPI)

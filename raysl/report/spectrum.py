@@ -9,7 +9,18 @@ import torch
 
 from raysl.errors import DataError
 from raysl.nn.geometry import covariance_spectrum, effective_rank, fit_power_law
-from raysl.report.figure import BLUE, INK, LIGHT_GREY, ORANGE, new_figure, save_png, style_axes
+from raysl.report.figure import (
+    BLUE,
+    INK,
+    LIGHT_GREY,
+    NARROW_IN,
+    ORANGE,
+    new_figure,
+    save_png,
+    style_axes,
+)
+
+_ROUNDING = 1e-12  # over the largest eigenvalue: directions without variance
 
 
 def draw_spectrum(path: Path, features: npt.NDArray[np.float32]) -> None:
@@ -28,14 +39,17 @@ def draw_spectrum(path: Path, features: npt.NDArray[np.float32]) -> None:
         raise DataError("all features are the same: there is no spectrum to draw")
     law = fit_power_law(values)
     shares = (values / values.sum()).numpy()
+    shares = shares[shares > _ROUNDING * shares[0]]
     ranks = np.arange(1, len(shares) + 1)
-    figure = new_figure(height_in=3.6)
+    figure = new_figure(width_in=NARROW_IN, height_in=3.5)
     axes = figure.subplots()
     rank = float(effective_rank(finite))
     title = f"RankMe {rank:.1f} of {finite.shape[1]} dimensions"
     if law is not None:
         title += f"; alpha {law.exponent:.2f}"
     style_axes(axes, title=title)
+    axes.title.set_fontsize(10.5)
+    axes.tick_params(labelsize=9)
     axes.set_xscale("log")
     axes.set_yscale("log")
     if law is not None:
@@ -45,9 +59,8 @@ def draw_spectrum(path: Path, features: npt.NDArray[np.float32]) -> None:
         axes.plot(ranks, line, color=ORANGE, linewidth=1.6, linestyle="--", label=text)
     style: dict[str, Any] = {"markersize": 2.6, "linewidth": 1.0, "color": BLUE}
     axes.plot(ranks, shares, "o-", label="eigenvalues of the covariance", **style)
-    lowest = max(float(shares[shares > 0].min()), float(shares[0]) * 1e-9)
-    axes.set_ylim(lowest / 2, 2)
-    axes.set_xlabel("rank of the eigenvalue", fontsize=9, color=INK)
-    axes.set_ylabel("share of the variance", fontsize=9, color=INK)
-    axes.legend(loc="lower left", frameon=False, fontsize=8.5)
+    axes.set_ylim(float(shares[-1]) / 3, 2)
+    axes.set_xlabel("rank of the eigenvalue", fontsize=9.5, color=INK)
+    axes.set_ylabel("share of the variance", fontsize=9.5, color=INK)
+    axes.legend(loc="lower left", frameon=False, fontsize=9.5)
     save_png(figure, path)

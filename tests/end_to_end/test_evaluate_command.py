@@ -227,16 +227,34 @@ def test_a_run_gets_the_numbers_in_its_own_mlflow_run(
         assert len(json.loads((Path(facts["run"]) / "labels.json").read_text())["rows"]) == 16
 
 
+def test_transfer_is_measured_on_images_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], undrawn: None
+) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        place = tmp_path / "photos" / ("dark", "light")[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 100, (16, 16, 3), dtype=np.uint8) + 150 * (number % 2)
+        cv2.imwrite(str(place / f"{number}.png"), pixels)
+    words = [*FAST, NO_MLFLOW, "--protocols", "knn,transfer", "transfer.source=photos", "--json"]
+    status, text, _ = call(capsys, "resnet18", *words)
+    assert status == 0
+    found = last_json(text)
+    assert list(found) == ["knn", "transfer_knn", "transfer"]
+    assert found["transfer"]["source"] == "photos"
+    assert found["transfer"]["text"].startswith("linear@1")
+    assert found["transfer_knn"]["mean"] == 1.0
+    assert found["knn"]["mean"] < 1.0
+    assert last_json(call(capsys, "resnet18", *words)[1]) == found
+
+
 @pytest.mark.ray
 def test_on_ray_gives_the_same(
     ray_cluster: None, capsys: pytest.CaptureFixture[str], undrawn: None
 ) -> None:
     here = last_json(call(capsys, "resnet18", *FAST, NO_MLFLOW, "--json")[1])
-    on_ray = [word for word in FAST if word != HERE]
-    words = [*on_ray, NO_MLFLOW, "--json", "--name", "ray", "transfer.source=digits"]
-    words += ["transfer.test_limit=50", "--protocols", "knn,linear,few_shot,transfer"]
+    words = [*(word for word in FAST if word != HERE), NO_MLFLOW, "--json", "--name", "ray"]
     there = last_json(call(capsys, "resnet18", *words)[1])
     for name, values in here.items():
         assert there[name]["values"] == pytest.approx(values["values"], abs=0.02)
-    assert there["transfer"]["source"] == "digits"
-    assert there["transfer_knn"]["seeds"] == []
+        assert there[name]["seeds"] == values["seeds"]
