@@ -15,12 +15,12 @@ import torch
 
 from raysl.config.load import validate
 from raysl.errors import DataError
-from raysl.evaluate.label_free import label_free
 from raysl.evaluate.probes import Measured, ProbeSets
 from raysl.evaluate.registry import PROTOCOLS, Protocol, settings_digest
 from raysl.jobs.embedding import Embedding
 from raysl.jobs.evaluation_config import EvaluationConfig, Origin
 from raysl.jobs.evaluation_folder import EvaluationFolder
+from raysl.jobs.evaluation_label_free import measure_label_free
 from raysl.jobs.evaluation_sets import EvaluationSets
 from raysl.sources.source import digest
 from raysl.track.run_folder import read_json, write_json
@@ -189,7 +189,7 @@ def _features(asked: Asked, ways: Ways) -> tuple[dict[str, npt.NDArray[Any]], di
         "test": len(sets.test),
         "width": int(arrays["test_features"].shape[1]),
         "bad_images": bad,
-        "label_free": label_free(torch.from_numpy(arrays["test_features"])),
+        "label_free": measure_label_free(asked.origin, arrays["test_features"], sets.test),
     }
     folder.write_features(arrays, about)
     return arrays, about

@@ -220,7 +220,9 @@ def _untrained(config: EvaluationConfig, output: Path) -> Origin:
 def _says(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     """Whether a file's header says what it would say; it leaves out where weights came from."""
     section = {key: value for key, value in wanted["backbone"].items() if key != "weights"}
-    return all(found.get(key) == value for key, value in (dict(wanted) | {"backbone": section}).items())
+    return all(
+        found.get(key) == value for key, value in (dict(wanted) | {"backbone": section}).items()
+    )
 
 
 def _size_of(description: Mapping[str, Any]) -> int:

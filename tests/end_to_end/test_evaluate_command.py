@@ -84,6 +84,7 @@ def test_prints_writes_and_goes_on(
     assert record["protocols"] == found
     assert (record["features"]["train"], record["features"]["test"]) == (203, 101)
     assert record["label_free"]["rankme"] > 1
+    assert 0 < record["label_free"]["alignment"] < 4
     arrays = np.load(folder / "evaluation.npz")
     assert arrays["train_features"].shape == (203, 128)
     assert arrays["predictions_linear"].shape == arrays["test_labels"].shape == (101,)
