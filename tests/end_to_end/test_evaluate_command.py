@@ -255,7 +255,9 @@ def test_on_ray_gives_the_same(
 ) -> None:
     here = last_json(call(capsys, "resnet18", *FAST, NO_MLFLOW, "--json")[1])
     words = [*(word for word in FAST if word != HERE), NO_MLFLOW, "--json", "--name", "ray"]
-    there = last_json(call(capsys, "resnet18", *words)[1])
+    status, text, said = call(capsys, "resnet18", *words)
+    assert status == 0, said
+    there = last_json(text)
     for name, values in here.items():
         assert there[name]["values"] == pytest.approx(values["values"], abs=0.02)
         assert there[name]["seeds"] == values["seeds"]
