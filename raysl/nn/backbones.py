@@ -20,28 +20,32 @@ Family = Literal["resnet", "vit", "convnext", "torchvision", "timm"]
 # What only some families have; everything else holds for all.
 _FIELDS: dict[Family, tuple[str, ...]] = {
     "resnet": ("stem", "width", "selective_kernels", "norm", "zero_init_residual"),
-    "vit": ("patch_size_px", "depth", "drop_path", "pool", "positions"),
+    "vit": ("patch_size_px", "depth", "num_heads", "drop_path", "pool", "positions"),
     "convnext": ("drop_path",),
     "torchvision": (),
     "timm": (),
 }
 
 
-class _ViTSize(NamedTuple):
+class ViTSize(NamedTuple):
+    """What tells one vision transformer from another."""
+
     embed_dim: int
     num_heads: int
+    depth: int = 12
 
 
-# Touvron et al. 2021, arXiv:2012.12877v2, table 1; ViT-Base is Dosovitskiy et al. 2021, table 1.
-_VITS = {
-    "vit_tiny": _ViTSize(192, 3),
-    "vit_small": _ViTSize(384, 6),
-    "vit_base": _ViTSize(768, 12),
+# Touvron et al. 2021, arXiv:2012.12877v2, table 1; Dosovitskiy et al. 2021, table 1, from base on.
+VIT_SIZES = {
+    "vit_tiny": ViTSize(192, 3),
+    "vit_small": ViTSize(384, 6),
+    "vit_base": ViTSize(768, 12),
+    "vit_large": ViTSize(1024, 16, depth=24),
+    "vit_huge": ViTSize(1280, 16, depth=32),
 }
-_VIT_DEPTH = 12
 _CONVNEXTS = ("convnext_tiny", "convnext_small", "convnext_base")
 
-NAMES = (*LAYOUTS, *_VITS, *_CONVNEXTS)
+NAMES = (*LAYOUTS, *VIT_SIZES, *_CONVNEXTS)
 """Every name but those of ``torchvision:`` and ``timm:``."""
 
 
@@ -50,8 +54,9 @@ class BackboneConfig(Config):
 
     name: str = "resnet50"
     """resnet18 to resnet152, resnext50_32x4d, wide_resnet50_2, wide_resnet101_2; vit_tiny,
-    vit_small, vit_base; convnext_tiny, convnext_small, convnext_base; any other classifier of
-    torchvision as torchvision:NAME, or of timm as timm:NAME (pip install raysl[timm])."""
+    vit_small, vit_base, vit_large, vit_huge; convnext_tiny, convnext_small, convnext_base; any
+    other classifier of torchvision as torchvision:NAME, or of timm as timm:NAME (pip install
+    raysl[timm])."""
     stem: Stem = "imagenet"
     """ResNets. imagenet: 7 x 7 convolution of stride 2, then max-pool, as in torchvision. cifar:
     3 x 3 of stride 1, no max-pool (SimCLR, appendix B.9), for images of 32 px or so; 10 to 16 times
@@ -70,11 +75,15 @@ class BackboneConfig(Config):
     patch_size_px: PositiveInt = 16
     """ViT: side of a patch; divides the side of every view."""
     depth: Annotated[int, Field(gt=0, le=200)] | None = None
-    """ViT: blocks; null is 12."""
+    """ViT: blocks; null is 12, in vit_large 24, in vit_huge 32."""
+    num_heads: Annotated[int, Field(gt=0, le=64)] | None = None
+    """ViT: attention heads, which divide the features; null is one for 64 features, in vit_huge for
+    80. MoCo v3's small one has 12."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """ViT and ConvNeXt: stochastic depth of the last block, rising linearly from 0 at the first."""
-    pool: Literal["cls", "mean"] = "cls"
-    """ViT: an image's features are its class token, or the mean of its patches' tokens."""
+    pool: Literal["cls", "mean", "mean_norm"] = "cls"
+    """ViT: an image's features are its class token, or the mean of its patches' tokens; mean_norm
+    takes the mean before the last norm, as MAE does in fine-tuning."""
     positions: Literal["learned", "sincos"] = "learned"
     """ViT: learnt positions, or fixed sines and cosines (MAE, MoCo v3)."""
     batch_norm: BatchNormScope = "worker"
@@ -129,6 +138,15 @@ class BackboneConfig(Config):
                 raise ValueError(
                     f"width and selective_kernels are for {', '.join(plain)}; not for {self.name}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _heads_share_the_features(self) -> "BackboneConfig":
+        if self.is_vit and self.num_heads and VIT_SIZES[self.name].embed_dim % self.num_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} does not divide the {VIT_SIZES[self.name].embed_dim} "
+                f"features of {self.name}"
+            )
         return self
 
     def check_view_sizes(self, sizes_px: Iterable[int]) -> None:
@@ -186,13 +204,13 @@ def build_backbone(config: BackboneConfig, *, image_size_px: int = 224) -> Backb
         return Backbone(resnet, embed_dim=resnet.embed_dim)
     if config.family == "vit":
         config.check_view_sizes([image_size_px])
-        size = _VITS[config.name]
+        size = VIT_SIZES[config.name]
         vit = VisionTransformer(
             image_size_px=image_size_px,
             patch_size_px=config.patch_size_px,
             embed_dim=size.embed_dim,
-            depth=config.depth or _VIT_DEPTH,
-            num_heads=size.num_heads,
+            depth=config.depth or size.depth,
+            num_heads=config.num_heads or size.num_heads,
             drop_path=config.drop_path,
             pool=config.pool,
             positions=config.positions,
