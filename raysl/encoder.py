@@ -12,8 +12,9 @@ from torch import nn
 
 from raysl.errors import ConfigError, DataError
 from raysl.nn.backbones import Backbone, BackboneConfig, build_backbone
+from raysl.nn.vit import VisionTransformer
 from raysl.weights.fit import fill, fitted
-from raysl.weights.layouts import ANCHORS, Network, choose, find_networks
+from raysl.weights.layouts import ANCHORS, Found, Network, choose, find_networks
 from raysl.weights.read import read_content, read_header, read_safetensors
 from raysl.weights.stored import Content
 from raysl.weights.whole import appears_whole
@@ -120,8 +121,20 @@ def load_weights(backbone: Backbone, path: str | Path, *, layout: str = "auto") 
     if found is None:
         held = ", ".join(sorted({n.address or "the whole file" for n in networks}))
         raise DataError(f"{path}: holds nothing of the layout {layout}; there is: {held}")
-    fill(backbone.net, fitted(found.network.state, backbone.net, where=path))
+    tensors = fitted(found.network.state, backbone.net, where=path)
+    _check_heads(backbone.net, found, path)
+    fill(backbone.net, tensors)
     return found.taken
+
+
+def _check_heads(net: nn.Module, found: Found, path: Path) -> None:
+    """Refuse other attention heads than the file's, which its tensors do not tell."""
+    heads = found.layout.num_heads.get(getattr(net, "embed_dim", 0))
+    if isinstance(net, VisionTransformer) and heads not in (None, net.blocks[0].attn.num_heads):  # type: ignore[union-attr]
+        raise DataError(
+            f"{path}: {found.layout.whose} has {heads} attention heads; set backbone.num_heads="
+            f"{heads}"
+        )
 
 
 def _networks_for(backbone: Backbone, content: Content) -> list[Network]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from raysl.commands.asked_source import open_asked
 from raysl.commands.counting import CountView
+from raysl.commands.settings_text import settings_text
 from raysl.commands.terminal import console, mapping_table, print_json, say
 from raysl.pack.config import PackConfig
 from raysl.pack.run import Calls, Facts, PackResult, Runner, Unit, in_threads, pack
@@ -40,7 +41,7 @@ stopped it and however many worked on it. Two processes must not pack into one f
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _EPILOG.format(settings=_describe_settings())
+    parser.epilog = _EPILOG.format(settings=settings_text(PackConfig, without=["source"]))
     parser.add_argument(
         "source", help="a folder of images, Parquet, tar, s3://..., digits, cifar10, ..."
     )
@@ -80,18 +81,6 @@ def _runner(config: PackConfig, stack: ExitStack) -> Runner:
         yield from run_on_ray(function, source, job, calls, report=report)
 
     return run
-
-
-def _describe_settings() -> str:
-    lines = []
-    for name, field in PackConfig.model_fields.items():
-        if name == "source":
-            continue
-        default = "null" if field.default is None else field.default
-        default = str(default).lower() if isinstance(default, bool) else default
-        text = " ".join((field.description or "").split())
-        lines.append(f"  {name}={'[]' if default == () else default}\n      {text}")
-    return "\n".join(lines)
 
 
 def _say_result(result: PackResult, *, source_images: int, seconds: float) -> None:

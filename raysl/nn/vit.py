@@ -218,7 +218,8 @@ class VisionTransformer(nn.Module):
     def with_class_token(self, tokens: Tensor) -> Tensor:
         """Put the class token and its position in front: ``(N, T, D)`` to ``(N, 1 + T, D)``."""
         token = self.cls_token + self.pos_embed[:, :1]
-        return torch.cat([token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
+        batch = tokens.shape[0]  # traced as the size of any batch, which len() is not
+        return torch.cat([token.to(tokens.dtype).expand(batch, -1, -1), tokens], dim=1)
 
     def encode(self, tokens: Tensor) -> Tensor:
         """Run the blocks and the last norm: ``(N, T, D)`` to the same shape."""

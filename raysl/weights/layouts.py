@@ -36,6 +36,10 @@ ANCHORS = (*_OF_TORCHVISION, *_OF_VIT, OF_TIMM, _OF_GENERATED, _IN_SEQUENTIAL)
 """Names that tell where an encoder begins."""
 
 
+# torchvision's figures.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
 class Network(NamedTuple):
     """An encoder in a file, with what stands beside it behind the same prefix."""
 
@@ -60,6 +64,9 @@ class Layout(NamedTuple):
     num_heads: Mapping[int, int] = MappingProxyType({})
     """Attention heads by width, where they are not those of the DeiT paper."""
     positions: Literal["learned", "sincos"] = "learned"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Of its training images, which no file tells."""
+    std: tuple[float, float, float] = IMAGENET_STD
 
 
 def _has(*names: str) -> Callable[[Network], bool]:
@@ -72,13 +79,13 @@ def _is_lightly(network: Network) -> bool:
 
 
 _STATE = r"((state_dict|model|model_state|model_state_dict)/)?(module\.)?"
-_TRAIN = r"wrapped_model\._model\."
+_TRAIN = r"wrapped_model\.(_model|_features)\."
 
 LAYOUTS = (
     Layout(
         "vissl",
         "VISSL",
-        (r"(.*/)?trunk/(_feature_blocks\.)?", r"(.*[/.])?_feature_blocks\."),
+        (r"(.*/)?trunk/(base_model\.)?(_feature_blocks\.)?", r"(.*[/.])?_feature_blocks\."),
         ("the trunk", "the trunk"),
     ),
     Layout(
@@ -132,8 +139,16 @@ LAYOUTS = (
     Layout(
         "simclr",
         "PyTorch ports of SimCLR",
-        (rf"{_STATE}backbone\.", rf"{_STATE}encoder\.", rf"{_STATE}(convnet|net|f|resnet)\."),
-        ("the backbone", "the encoder", "the network"),
+        (
+            rf"{_STATE}backbone\.",
+            rf"{_STATE}encoder\.",
+            rf"{_STATE}(convnet|net|f|resnet)\.",
+            _STATE,  # of tonylins' converter, if asked for: its names are torchvision's
+        ),
+        ("the backbone", "the encoder", "the network", "the network"),
+        sign=lambda network: re.fullmatch(_STATE, network.address) is None,
+        mean=(0.0, 0.0, 0.0),  # the pixels as they are, in all three
+        std=(1.0, 1.0, 1.0),
     ),
     Layout(
         "torchvision",

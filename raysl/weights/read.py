@@ -31,11 +31,10 @@ def read_content(path: Path) -> Content:
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file; give a run folder or a file of weights")
-    with open(path, "rb") as file:
-        start = file.read(_SHOWN_BYTES + 1)
+    start = _start(path)
     if not start:
         raise DataError(f"{path}: the file is empty")
-    if path.suffix == ".safetensors" or start[_SHOWN_BYTES:] == b"{":
+    if is_safetensors(path):
         return read_safetensors(path)
     content = _read_pickled(path, start)
     if isinstance(content, Placeholder):
@@ -47,6 +46,16 @@ def read_content(path: Path) -> Content:
         kind = "Tensor" if isinstance(content, StoredTensor) else type(content).__name__
         raise DataError(f"{path}: holds a {kind}, not a state dict")
     return content
+
+
+def is_safetensors(path: Path) -> bool:
+    """Return whether a file is of safetensors, by its name or its first bytes."""
+    return path.suffix == ".safetensors" or _start(path)[_SHOWN_BYTES:] == b"{"
+
+
+def _start(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(_SHOWN_BYTES + 1)
 
 
 def read_safetensors(path: Path) -> State:
