@@ -266,9 +266,11 @@ def _model_logger(folder: RunFolder, track: TrackConfig) -> Callable[[Any], None
 
     def log(tracker: Any) -> None:
         description = read_description(folder.encoder)
-        _load_mlflow().log_encoder(
-            tracker,
+        model = importlib.import_module("raysl.track.mlflow_model")  # late, as the tracker is
+        model.log_encoder(
             load_encoder(folder.encoder),
+            uri=tracker.uri,
+            run_id=tracker.run_id,
             size_px=description["image_size_px"],
             embed_dim=description["embed_dim"],
             packages=packages("torch", "torchvision"),

@@ -234,7 +234,7 @@ def check_model_name(config: BackboneConfig) -> None:
     """
     if config.family not in ("torchvision", "timm"):
         return
-    name = _model_name(config)
+    name = library_name(config)
     if config.family == "timm":
         # A tag behind a dot names pretrained weights; ours are random.
         known, name = _timm().list_models(), name.partition(".")[0]
@@ -248,8 +248,9 @@ def check_model_name(config: BackboneConfig) -> None:
         )
 
 
-def _model_name(config: BackboneConfig) -> str:
-    return config.name.partition(":")[2]
+def library_name(config: BackboneConfig) -> str:
+    """Return the name that torchvision or timm knows a model by."""
+    return config.name.partition(":")[2] or config.name
 
 
 def _near(name: str, known: Iterable[str]) -> str:
@@ -271,32 +272,63 @@ def _timm() -> Any:
         raise ConfigError("timm is not installed; pip install raysl[timm]") from None
 
 
-def _torchvision_model(config: BackboneConfig, image_size_px: int) -> nn.Module:
-    """A model of torchvision with the identity where its last layer was."""
-    name = _model_name(config) or config.name
-    options: dict[str, Any] = {}
+def torchvision_options(config: BackboneConfig, image_size_px: int) -> dict[str, Any]:
+    """Return what torchvision's function of a model is called with, beside its name."""
+    name = library_name(config)
     if config.family == "convnext":
-        options = {"stochastic_depth_prob": config.drop_path}
-    elif name in ("googlenet", "inception_v3"):
-        options = {"aux_logits": False, "init_weights": True}
-    elif name.startswith("vit_"):
-        options = {"image_size": image_size_px}
-    elif name.startswith("maxvit"):
-        options = {"input_size": (image_size_px, image_size_px)}
-    try:
-        net: nn.Module = _torchvision_models().get_model(name, weights=None, **options)
-    except (AssertionError, ValueError, RuntimeError) as error:  # laid out for one size
-        raise _wrong_size(config, image_size_px, error) from None
-    *_, classifier = (  # the last one: whatever it is called, and a convolution in SqueezeNet
+        return {"stochastic_depth_prob": config.drop_path} if config.drop_path else {}
+    if name in ("googlenet", "inception_v3"):
+        return {"aux_logits": False, "init_weights": True}
+    if name.startswith("vit_"):
+        return {"image_size": image_size_px}
+    if name.startswith("maxvit"):
+        return {"input_size": (image_size_px, image_size_px)}
+    return {}
+
+
+def torchvision_classifier(net: nn.Module) -> str:
+    """Return the path of a model's last layer, in SqueezeNet a convolution."""
+    *_, classifier = (
         path for path, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
     )
-    net.set_submodule(classifier, nn.Identity())
+    return classifier
+
+
+def whole_torchvision_model(config: BackboneConfig, image_size_px: int) -> nn.Module:
+    """Build a model of torchvision with its classifier.
+
+    Raises:
+        ConfigError: If it cannot take such images.
+    """
+    options = torchvision_options(config, image_size_px)
+    try:
+        return _torchvision_models().get_model(library_name(config), weights=None, **options)  # type: ignore[no-any-return]
+    except (AssertionError, ValueError, RuntimeError) as error:  # laid out for one size
+        raise _wrong_size(config, image_size_px, error) from None
+
+
+def _torchvision_model(config: BackboneConfig, image_size_px: int) -> nn.Module:
+    """A model of torchvision with the identity where its last layer was."""
+    net = whole_torchvision_model(config, image_size_px)
+    net.set_submodule(torchvision_classifier(net), nn.Identity())
     return net
 
 
 def _timm_model(config: BackboneConfig, image_size_px: int) -> nn.Module:
     """A model of timm without its classifier, laid out for the size if it depends on one."""
-    create, name = _timm().create_model, _model_name(config)
+    return timm_model(config, image_size_px)[0]
+
+
+def timm_model(config: BackboneConfig, image_size_px: int) -> tuple[nn.Module, dict[str, Any]]:
+    """Build a model of timm without its classifier.
+
+    Returns:
+        The model, and what ``timm.create_model`` was given for the size.
+
+    Raises:
+        ConfigError: If timm is not installed, or the model cannot take such images.
+    """
+    create, name = _timm().create_model, library_name(config)
     # Transformers take both, some networks only the first, convolutional ones none.
     sized: list[dict[str, Any]] = [
         {"img_size": image_size_px, "dynamic_img_size": True},
@@ -313,7 +345,7 @@ def _timm_model(config: BackboneConfig, image_size_px: int) -> nn.Module:
             raise _wrong_size(config, image_size_px, error) from None
         else:
             break
-    return net
+    return net, options
 
 
 def _refuse_special_batch_norms(net: nn.Module, config: BackboneConfig) -> None:

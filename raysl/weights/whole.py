@@ -21,7 +21,7 @@ def appears_whole(path: Path) -> Iterator[Path]:
         Where to write; a folder has to be made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".tmp.{path.name}")
     _remove(temporary)
     try:
         yield temporary
@@ -29,7 +29,7 @@ def appears_whole(path: Path) -> Iterator[Path]:
             with open(file, "rb+") as opened:
                 os.fsync(opened.fileno())
         if temporary.is_dir() and path.exists():
-            older = path.with_name(f".{path.name}.old")
+            older = path.with_name(f".old.{path.name}")
             _remove(older)
             path.rename(older)
             temporary.rename(path)

@@ -177,7 +177,7 @@ class TestRefused:
         ("name", "text"),
         [
             ("resnet19", r"'resnet19' is not known; allowed: resnet18,.*did you mean resnet18 or"),
-            ("vit_huge", "'vit_huge' is not known"),
+            ("vit_giant", "'vit_giant' is not known"),
             ("", "'' is not known"),
             ("keras:resnet50", "'keras:resnet50' is not known"),
         ],

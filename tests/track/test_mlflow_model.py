@@ -1,0 +1,90 @@
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+
+from raysl.errors import ExportError
+from raysl.track.mlflow_model import Registered, addressed, register_encoder
+
+
+def test_storing_an_encoder_leaves_no_address_behind_for_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with addressed(f"sqlite:///{tmp_path}/one.db"):
+        assert os.environ["MLFLOW_TRACKING_URI"].endswith("one.db")
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere")
+    with addressed(f"sqlite:///{tmp_path}/two.db"):
+        pass
+    assert os.environ["MLFLOW_TRACKING_URI"] == "http://elsewhere"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # where MLflow puts artifacts
+        yield f"sqlite:///{folder}/mlflow.db"
+
+
+ENCODER = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 5)).eval()
+
+
+def register(store: str, *, run_id: str | None = None, check: Any = lambda _: 0.0) -> Registered:
+    return register_encoder(
+        ENCODER,
+        uri=store,
+        name="photos",
+        run_id=run_id,
+        experiment="raysl",
+        size_px=4,
+        embed_dim=5,
+        packages=["torch"],
+        check=check,
+    )
+
+
+def test_an_encoder_becomes_versions_of_a_name_with_a_signature(store: str) -> None:
+    images = torch.randn(3, 3, 4, 4)
+
+    def check(model: Any) -> float:
+        with torch.no_grad():
+            return float((model(images) - ENCODER(images)).abs().max())
+
+    first = register(store, check=check)
+    again = register(store, run_id=first.run_id)
+    assert (first.version, again.version, first.difference) == ("1", "2", 0.0)
+    assert again.run_id == first.run_id
+    versions = MlflowClient(store).search_model_versions("name='photos'")
+    assert {version.run_id for version in versions} == {first.run_id}
+    with addressed(store):
+        info = mlflow.models.get_model_info("models:/photos/1")
+    assert info.signature.inputs.to_dict()[0]["tensor-spec"]["shape"] == (-1, 3, 4, 4)
+
+    gone = register(store, run_id="0" * 32)  # somebody deleted it
+    assert gone.run_id not in (first.run_id, "0" * 32)
+
+
+def test_what_does_not_pass_the_check_gets_no_version(store: str) -> None:
+    def check(_: Any) -> float:
+        raise ExportError("differs by 1")
+
+    before = len(MlflowClient(store).search_model_versions("name='photos'"))
+    with pytest.raises(ExportError, match="differs by 1"):
+        register(store, check=check)
+    assert len(MlflowClient(store).search_model_versions("name='photos'")) == before
+
+
+def test_a_store_that_takes_nothing_is_told_without_its_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(ExportError, match="MLflow did not take the model") as caught:
+        register("http://ann:secret@127.0.0.1:9")
+    assert "secret" not in str(caught.value)
