@@ -43,8 +43,8 @@ _ATTACKS = {
     "os", "posix", "nt", "subprocess", "pty", "runpy", "importlib", "imp", "shutil", "socket",
     "ctypes", "webbrowser", "commands", "popen2", "pdb", "bdb", "timeit", "pip",
 }  # fmt: skip
-_BUILTIN_ATTACKS = {"eval", "exec", "execfile", "compile", "open", "__import__", "breakpoint"}
-_BUILTINS = ("builtins", "__builtin__")
+_BUILTIN_ATTACKS = {"eval", "exec", "execfile", "compile", "open", "open_code", "__import__"}
+_BUILTINS = ("builtins", "__builtin__", "io", "_io")
 
 
 class AttackError(Exception):
@@ -156,7 +156,7 @@ class _Unpickler(pickle.Unpickler):
         if not isinstance(saved, tuple) or not saved:
             raise pickle.UnpicklingError("a reference to nothing known")
         if saved[0] == "module":  # a class with its source code, of old files
-            return self._class("module", "source", Placeholder)
+            return saved[1]
         kind, key, count = saved[1], str(saved[2]), int(saved[4])
         if saved[0] != "storage" or not isinstance(kind, _StorageType):
             raise pickle.UnpicklingError(f"a reference to a {saved[0]!r}")

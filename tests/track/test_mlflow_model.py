@@ -1,5 +1,4 @@
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,6 @@ def test_storing_an_encoder_leaves_no_address_behind_for_the_next_run(
     with addressed(f"sqlite:///{tmp_path}/two.db"):
         pass
     assert os.environ["MLFLOW_TRACKING_URI"] == "http://elsewhere"
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("store")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)  # where MLflow puts artifacts
-        yield f"sqlite:///{folder}/mlflow.db"
 
 
 ENCODER = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 5)).eval()

@@ -1,6 +1,6 @@
 import socket
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,6 @@ from raysl.track.run_folder import MetricsFile, RunFolder, read_json, read_metri
 
 PARAMS: dict[str, Any] = {"optim.base_lr": 0.1, "method.name": "simclr", "data.limit": None}
 TAGS = {"host": "here"}
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """One SQLite store for all tests, since it takes seconds to make."""
-    folder = tmp_path_factory.mktemp("store")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)  # where MLflow puts artifacts
-        yield f"sqlite:///{folder}/mlflow.db"
 
 
 @pytest.fixture(autouse=True)
