@@ -85,9 +85,10 @@ def import_encoder(path: Path, config: ImportConfig, output: Path, *, layout: st
     beside = _beside(file)
     networks = find_networks(content)
     found = choose(networks, layout) if networks else None
-    if found is None and "name" not in config.backbone:
+    name = str({**beside.backbone, **config.backbone}.get("name", ""))
+    if found is None and not name:
         raise _not_there(file, layout, [n.address for n in networks])
-    if found is None or config.backbone.get("name", "").partition(":")[1]:
+    if found is None or ":" in name:  # of torchvision or timm, with whatever names those have
         recognised = Recognised({}, None, ())
     else:
         recognised = recognise(found.network.state)

@@ -46,8 +46,8 @@ def _resnet(state: State) -> Recognised:
     kernels = any(".conv1.conv." in name or ".conv2.conv." in name for name in state)
     bottleneck = "layer1.0.conv3.weight" in state
     blocks = tuple(_count(state, rf"layer{stage}\.(\d+)\.") for stage in _STAGES)
-    deep_stem = "conv1.4.weight" in state
-    stem = _shape(state, "conv1.4.weight" if deep_stem else "conv1.weight")
+    deep_stem = "conv1.6.weight" in state
+    stem = _shape(state, "conv1.6.weight" if deep_stem else "conv1.weight")
     channels = stem[0] if stem else 0
     # Selective kernels and basic blocks are of plain networks only, the first ones in the table.
     inner = _shape(state, "layer1.0.conv2.weight") if bottleneck else None
