@@ -153,7 +153,7 @@ def _by_names(file: Path, content: Any, backbone: Backbone, layout: str) -> Foun
     wanted = backbone.net.state_dict().keys()
     networks = find_networks(content, wanted)
     if not networks:
-        raise _not_there(file, layout, [])
+        raise DataError(f"{file}: holds no tensor that is named as one of the backbone's")
     most = max(len(network.state.keys() & wanted) for network in networks)
     best = [network for network in networks if len(network.state.keys() & wanted) == most]
     found = choose(best, layout)

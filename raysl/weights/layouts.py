@@ -187,7 +187,7 @@ def find_networks(content: Content, anchors: Collection[str] = ANCHORS) -> list[
     """
     wanted = {*anchors}
     found = []
-    for keys, state in _state_dicts(content, ()):
+    for keys, state in _state_dicts(content, (), set()):
         for prefix in sorted({p for name in state for p in _prefixes(name, wanted)}):
             inner = {
                 name.removeprefix(prefix): value
@@ -230,9 +230,12 @@ def _said(taken: str, network: Network, networks: list[Network]) -> str:
 
 
 def _state_dicts(
-    content: Content, keys: tuple[str, ...]
+    content: Content, keys: tuple[str, ...], seen: set[int]
 ) -> Iterator[tuple[tuple[str, ...], State]]:
     """Every mapping that holds tensors, with the keys that lead to it."""
+    if id(content) in seen or len(keys) > _DEEPEST:  # a pickle's mapping may hold itself
+        return
+    seen.add(id(content))
     tensors = {
         name: value
         for name, value in content.items()
@@ -240,10 +243,9 @@ def _state_dicts(
     }
     if tensors:
         yield keys, tensors
-    if len(keys) < _DEEPEST:
-        for name, value in content.items():
-            if isinstance(name, str) and isinstance(value, Mapping):
-                yield from _state_dicts(value, (*keys, name))
+    for name, value in content.items():
+        if isinstance(name, str) and isinstance(value, Mapping):
+            yield from _state_dicts(value, (*keys, name), seen)
 
 
 def _prefixes(name: str, wanted: Collection[str]) -> Iterator[str]:
