@@ -57,7 +57,7 @@ class _Storage(NamedTuple):
     key: str
     dtype: torch.dtype
     first: int
-    count: int
+    length: int
 
 
 class _StorageType(NamedTuple):
@@ -164,7 +164,7 @@ class _Unpickler(pickle.Unpickler):
         self._reader.storages[key] = storage
         view = saved[5] if len(saved) > 5 else None
         if view is not None:
-            storage = storage._replace(first=int(view[1]), count=int(view[2]))
+            storage = storage._replace(first=int(view[1]), length=int(view[2]))
         return storage
 
     def find_class(self, module: str, name: str, /) -> Any:
@@ -223,14 +223,14 @@ def _read_zip(path: Path) -> Any:
             content = reader.load(file)  # type: ignore[arg-type]
         for storage in reader.storages.values():
             info = infos.get(f"{root}data/{storage.key}")
-            if info is None or info.file_size < storage.count * storage.dtype.itemsize:
+            if info is None or info.file_size < storage.length * storage.dtype.itemsize:
                 raise ValueError(f"the numbers of storage {storage.key} are missing")
     return content
 
 
 def _part(data: bytes, storage: _Storage) -> bytes:
     size = storage.dtype.itemsize
-    return data[storage.first * size : (storage.first + storage.count) * size]
+    return data[storage.first * size : (storage.first + storage.length) * size]
 
 
 def _read_legacy(path: Path) -> Any:
@@ -240,7 +240,7 @@ def _read_legacy(path: Path) -> Any:
     def numbers(storage: _Storage) -> bytes:
         with open(path, "rb") as again:
             again.seek(places[storage.key] + storage.first * storage.dtype.itemsize)
-            return again.read(storage.count * storage.dtype.itemsize)
+            return again.read(storage.length * storage.dtype.itemsize)
 
     reader = _Reader(numbers)
     with open(path, "rb") as file:
@@ -254,8 +254,8 @@ def _read_legacy(path: Path) -> Any:
             storage = reader.storages[key]
             count = int.from_bytes(file.read(_LENGTH_BYTES), order)
             places[key] = file.tell()
-            if count != storage.count:
-                raise ValueError(f"storage {key} has {count} numbers, not {storage.count}")
+            if count != storage.length:
+                raise ValueError(f"storage {key} has {count} numbers, not {storage.length}")
             file.seek(count * storage.dtype.itemsize, 1)
         if path.stat().st_size < file.tell() or places.keys() != reader.storages.keys():
             raise ValueError("the file ends within its numbers")
