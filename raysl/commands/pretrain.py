@@ -115,7 +115,7 @@ def train_run(
     config = with_absolute_files(config, home)
     folder = RunFolder(home / Path(config.output_dir).expanduser() / config.name)
     if fresh and folder.path.exists():
-        _set_aside(folder)
+        set_aside(folder)
     with folder.locked():
         _claim(folder, config)
         check_model_name(config.backbone)
@@ -144,7 +144,8 @@ def working_folder() -> Path:
     return Path.home() / "raysl" if _JOB_FOLDER in f"{current}/" else current
 
 
-def _set_aside(folder: RunFolder) -> None:
+def set_aside(folder: RunFolder) -> None:
+    """Rename a folder that something else is to take the place of."""
     with folder.locked():
         aside = folder.path.with_name(f"{folder.path.name}.{time.strftime('%Y%m%d-%H%M%S')}")
         folder.path.rename(aside)
