@@ -12,6 +12,9 @@ from raysl.errors import RayslError
 
 VERBS = {
     "pretrain": "train an encoder on unlabelled images, measure it, write it",
+    "finetune": "train a pretrained encoder on labels, from any layer of its projection head",
+    "distill": "train a student, as large or smaller, on the predictions of a fine-tuned teacher",
+    "pipeline": "pretrain, fine-tune and distil as one configuration says, and compare",
     "sweep": "try many settings of a run on Ray Tune, compare them, write the best one",
     "benchmark": "measure the input on this machine or cluster, to size it",
     "config": "print a resolved configuration and what follows from it",
@@ -30,6 +33,9 @@ raysl pretrains image encoders without labels, on Ray.
   raysl pretrain configs/quickstart.yaml           an encoder in minutes, on any laptop
   raysl pretrain CONFIG data.source=FOLDER         your own images: a folder, Parquet, s3://...
   raysl pretrain CONFIG optim.base_lr=0.1          any setting, by its dotted name
+  raysl finetune RUN data.labels.fraction=0.1      the encoder of a run, on a tenth of the labels
+  raysl distill FINETUNED_RUN backbone.width=0.5   what it has learnt, in a smaller network
+  raysl pipeline configs/pipelines/NAME.yaml       all three steps in one
   raysl sweep configs/sweeps/NAME.yaml             many settings side by side, the best one kept
   raysl config CONFIG [overrides]                  what a run would do, before it does it
   raysl benchmark input CONFIG [overrides]         images/s that the CPUs can feed, and why
@@ -50,6 +56,9 @@ _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 # What to say after Ctrl-C to who wants to go on.
 _GOES_ON = {
     "pretrain": "; the same command goes on from the last checkpoint",
+    "finetune": "; the same command goes on from the last checkpoint",
+    "distill": "; the same command goes on from the last checkpoint",
+    "pipeline": "; the same command goes on, with steps that are finished left as they are",
     "sweep": "; the same command goes on, with what has ended left as it is",
     "pack": "; the same command goes on with the shards that are missing",
 }

@@ -18,6 +18,7 @@ from raysl.evaluate.protocol import EvaluateConfig
 from raysl.methods import load_method
 from raysl.methods.base import MethodConfig, RunShape, SizeDefault, TrainingSet
 from raysl.nn.backbones import BackboneConfig
+from raysl.nn.depth import check_layer_decay
 from raysl.optim.build import OptimConfig, peak_lr
 from raysl.sources.source import DataConfig, Source
 from raysl.train.gradient import can_split
@@ -120,6 +121,7 @@ class RunConfig(Config, Generic[M]):
             lambda: self.backbone.check_view_sizes(self.view_sizes_px),
             lambda: self.method.check_shape(self._shape()),
             self._check_finetune,
+            self._check_layer_decay,
         ]
         for check in checks:
             try:
@@ -183,6 +185,10 @@ class RunConfig(Config, Generic[M]):
                 f"evaluate.finetune.head_layers={finetune.head_layers}: the projection head of "
                 f"method {self.method.name} ends at layer {most}; use at most {most}"
             )
+
+    def _check_layer_decay(self) -> None:
+        if self.optim.layer_decay < 1:
+            check_layer_decay(self.backbone)
 
     @property
     def view_sizes_px(self) -> tuple[int, ...]:
@@ -267,6 +273,9 @@ def training_set(config: RunConfig[Any], source: Source) -> TrainingSet:
         class_counts=None
         if known is None or not len(known)
         else tuple(np.bincount(known, minlength=len(source.class_names)).tolist()),
+        class_names=() if known is None else tuple(source.class_names),
+        mean=config.data.mean,
+        std=config.data.std,
     )
 
 

@@ -218,6 +218,27 @@ class MAEViews(_Recipe):
         return (View(size_px=self.size_px, crop=crop, ops=(Flip(),)),)
 
 
+class FinetuneViews(_Recipe):
+    """One view, to learn from labels or a teacher: crop and flip.
+
+    Source: Chen et al. 2020, arXiv:2006.10029v2 (SimCLR v2), sec. 3.1, for fine-tuning and
+    distillation; the crops are those of pretraining, 8 to 100 % of the area (the authors'
+    data_util.py).
+    """
+
+    recipe: Literal["finetune"] = "finetune"
+    min_scale: Fraction = 0.08
+    """Smallest area of a crop over the area of the image."""
+    flip_prob: Probability = 0.5
+    """How often an image is mirrored: 0 where left and right matter, as in digits."""
+
+    def views(self) -> tuple[View, ...]:
+        """Return the view's definition."""
+        crop = Crop(scale=(self.min_scale, 1.0), antialias=self.antialias)
+        ops = (Flip(prob=self.flip_prob),) if self.flip_prob > 0 else ()
+        return (View(size_px=self.size_px, crop=crop, ops=ops),)
+
+
 class RotationViews(_Recipe):
     """One upright view: a random square of nearly the whole image, and flip.
 
@@ -338,6 +359,7 @@ Views = Annotated[
     | SwAVViews
     | DINOViews
     | MAEViews
+    | FinetuneViews
     | RotationViews
     | JigsawViews
     | ContextEncoderViews

@@ -16,6 +16,7 @@ from raysl.data.fragments import images_per_epoch
 from raysl.data.plan import Plan
 from raysl.data.stream import Making
 from raysl.errors import ConfigError
+from raysl.evaluate.training_source import open_training_source
 from raysl.jobs.benchmark_function import (
     AUGMENT,
     CONSUMER,
@@ -43,7 +44,6 @@ from raysl.runtime.benchmark_input import (
     stream_task,
 )
 from raysl.runtime.cluster import Layout, connect, disconnect
-from raysl.sources.open import open_source
 from raysl.sources.source import Source
 
 NONE = "none"
@@ -159,7 +159,7 @@ class _Bench(NamedTuple):
 def _input(arguments: argparse.Namespace) -> dict[str, Any]:
     peers = _peers(arguments.compare)
     config = load_run(arguments.config, arguments.overrides)
-    source = open_source(config.data, data=config.data)
+    source = open_training_source(config.data, config.evaluate, config.method)
     num_consumers = arguments.consumers or max(1, config.cluster.num_train_workers)
     bench = _Bench(
         config,

@@ -6,8 +6,8 @@ from typing import Any
 
 from raysl.commands.terminal import console, mapping_table, print_json
 from raysl.config.load import to_yaml
+from raysl.evaluate.training_source import open_training_source
 from raysl.recipe import derive_for, load_run
-from raysl.sources.open import open_source
 
 HELP = "print a resolved configuration and its derived values"
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the resolved configuration; open the source to count its images."""
     config = load_run(arguments.config, arguments.overrides)
-    source = open_source(config.data, data=config.data)
+    source = open_training_source(config.data, config.evaluate, config.method)
     derived = derive_for(config, source)
     values: dict[str, Any] = config.model_dump(mode="json")
     if arguments.json:

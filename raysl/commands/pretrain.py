@@ -5,18 +5,27 @@ import importlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 
+from raysl.commands.absolute_files import with_absolute_files
 from raysl.commands.record import flat, packages, tags_of
-from raysl.commands.terminal import ProgressView, accuracy_table, console, print_json, say
+from raysl.commands.terminal import (
+    ProgressView,
+    accuracy_table,
+    classifier_line,
+    console,
+    print_json,
+    say,
+)
 from raysl.config.load import read_mapping, to_yaml
 from raysl.encoder import load_encoder, read_description
-from raysl.errors import DataError, RunFolderError
+from raysl.errors import RunFolderError
+from raysl.evaluate.training_source import open_training_source
 from raysl.jobs.local import pretrain_here
 from raysl.nn.backbones import check_model_name
 from raysl.recipe import (
@@ -26,11 +35,11 @@ from raysl.recipe import (
     derive_for,
     differences,
     load_run,
+    run_or_problems,
     size_defaults,
 )
 from raysl.runtime.cluster import connect, describe_cluster, disconnect, plan_layout
 from raysl.runtime.ray_train import pretrain_on_ray
-from raysl.sources.open import open_source
 from raysl.sources.source import BUILT_IN, Source
 from raysl.track.follow import Follower, MetricsReader
 from raysl.track.run_folder import (
@@ -55,7 +64,9 @@ class Opened(NamedTuple):
     source: Source
     derived: Derived
     home: Path  # what relative paths are relative to
-    config_file: Path
+    config_file: Path | None
+    tags: Mapping[str, str]  # of its MLflow run, besides those that every run has
+    began_at: float  # in seconds since 1970
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,17 +82,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train, or go on with, the run that the configuration names."""
     config = load_run(arguments.config, arguments.overrides)
+    began_at = psutil.Process().create_time()
+    results = train_run(
+        config, began_at=began_at, config_file=arguments.config, fresh=arguments.fresh
+    )
+    if arguments.json:
+        print_json(results)
+    return 0
+
+
+def train_run(
+    config: RunConfig[Any],
+    *,
+    began_at: float,
+    config_file: Path | None = None,
+    fresh: bool = False,
+    tags: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Train a run in its folder, or go on with it; one that is finished only tells its results.
+
+    Args:
+        config: The run.
+        began_at: What its seconds are counted from, in seconds since 1970.
+        config_file: Where it was read from, if from a file.
+        fresh: Start anew; an earlier run's folder is renamed.
+        tags: For its MLflow run, besides those that every run has.
+
+    Returns:
+        The results, as ``--json`` prints them.
+    """
     home = working_folder()
-    config = with_absolute_weights(config, home)
+    config = with_absolute_files(config, home)
     folder = RunFolder(home / Path(config.output_dir).expanduser() / config.name)
-    if arguments.fresh and folder.path.exists():
-        _set_aside(folder)
+    if fresh and folder.path.exists():
+        set_aside(folder)
     with folder.locked():
         _claim(folder, config)
         check_model_name(config.backbone)
-        source = open_source(config.data, data=config.data)
+        source = open_training_source(config.data, config.evaluate, config.method)
         derived = derive_for(config, source)
-        opened = Opened(config, folder, source, derived, home, arguments.config)
+        opened = Opened(config, folder, source, derived, home, config_file, tags or {}, began_at)
         results = folder.read_results()
         if results is None or "run_dir" not in results:
             results = _train(opened)
@@ -89,9 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
             say(f"{folder.path}: this run is finished; --fresh starts it anew, name=... another")
             results = _send_again(opened, results)
     _say_results(opened, results)
-    if arguments.json:
-        print_json(results)
-    return 0
+    return results
 
 
 def working_folder() -> Path:
@@ -106,30 +144,8 @@ def working_folder() -> Path:
     return Path.home() / "raysl" if _JOB_FOLDER in f"{current}/" else current
 
 
-def with_absolute_weights(config: RunConfig[Any], home: Path) -> RunConfig[Any]:
-    """Return the run with ``backbone.weights`` as an absolute path: workers have other folders.
-
-    A relative one is looked for in the current folder, then where runs are.
-
-    Raises:
-        DataError: If there is no such file or folder.
-    """
-    given = config.backbone.weights
-    if given is None:
-        return config
-    places = [folder / Path(given).expanduser() for folder in (Path.cwd(), home)]
-    found = next((place for place in places if place.exists()), None)
-    if found is None:
-        raise DataError(
-            f"backbone.weights={given}: no such file or folder (looked for "
-            f"{' and '.join(dict.fromkeys(map(str, places)))}); give a run folder or a file of "
-            f"weights"
-        )
-    backbone = config.backbone.model_copy(update={"weights": str(found)})
-    return config.model_copy(update={"backbone": backbone})
-
-
-def _set_aside(folder: RunFolder) -> None:
+def set_aside(folder: RunFolder) -> None:
+    """Rename a folder that something else is to take the place of."""
     with folder.locked():
         aside = folder.path.with_name(f"{folder.path.name}.{time.strftime('%Y%m%d-%H%M%S')}")
         folder.path.rename(aside)
@@ -140,7 +156,7 @@ def _claim(folder: RunFolder, config: RunConfig[Any]) -> None:
     """Write the configuration into a new folder; in an old one, refuse another configuration."""
     values = config.model_dump(mode="json")
     if folder.config.exists():
-        changed = differences(read_mapping(folder.config), values)
+        changed = differences(_with_new_defaults(read_mapping(folder.config)), values)
         if changed:
             raise RunFolderError(
                 f"{folder.path} holds a run with other settings:\n  "
@@ -150,11 +166,16 @@ def _claim(folder: RunFolder, config: RunConfig[Any]) -> None:
     write_atomically(folder.config, to_yaml(values))
 
 
+def _with_new_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """Fill up the settings of an old folder: one that is newer than it has its default there."""
+    found = run_or_problems(values)
+    return values if isinstance(found, list) else found.model_dump(mode="json")
+
+
 def _train(opened: Opened) -> dict[str, Any]:
     config, folder, derived = opened.config, opened.folder, opened.derived
     done = latest_step(folder.checkpoints)
     _say_start(opened, done)
-    began_at = time.time()
     if config.track.mlflow:  # while Ray starts
         threading.Thread(target=_load_mlflow, name="raysl-load-mlflow", daemon=True).start()
     with ExitStack() as stack:
@@ -190,7 +211,7 @@ def _train(opened: Opened) -> dict[str, Any]:
                 )
             raise
         progress.close()
-    return _finish(opened, results, tracker, began_at)
+    return _finish(opened, results, tracker)
 
 
 def _by_size(opened: Opened) -> dict[str, float]:
@@ -214,19 +235,17 @@ def _start_tracker(opened: Opened, facts: dict[str, str]) -> Any:
         run_name=opened.config.name,
         params=flat(opened.config.model_dump(mode="json"))
         | flat({"derived": opened.derived._asdict() | _by_size(opened)}),
-        tags=tags_of(opened.config, opened.source, facts),
+        tags={**tags_of(opened.config, opened.source, facts), **opened.tags},
     )
     tracker.start()
     return tracker
 
 
-def _finish(
-    opened: Opened, results: dict[str, Any], tracker: Any, began_at: float
-) -> dict[str, Any]:
+def _finish(opened: Opened, results: dict[str, Any], tracker: Any) -> dict[str, Any]:
     """Draw the report, end the MLflow run, and write the results with all that is known now."""
     folder = opened.folder
     records = read_metrics(folder.metrics)
-    results = {"run_dir": str(folder.path), **results, **_speed(records, began_at)}
+    results = {"run_dir": str(folder.path), **results, **_speed(records, opened.began_at)}
     write_json(folder.results, {k: v for k, v in results.items() if k != "run_dir"})
     say("drawing the report")
     report = importlib.import_module("raysl.report.page")  # late: matplotlib takes a second
@@ -244,7 +263,8 @@ def _end_tracking(opened: Opened, tracker: Any) -> dict[str, Any]:
         return {"mlflow_run_id": None}
     folder = opened.folder
     artifacts = [folder.config, folder.metrics, folder.results, folder.report, folder.encoder]
-    artifacts += [folder.bad_images, folder.finetune_labels]
+    artifacts += [folder.bad_images, folder.labels, folder.finetune / "labels.json"]
+    artifacts += [folder.projection_head, folder.classifier]
     artifacts += sorted(folder.pictures.glob("*.png"))
     say(f"sending the rest to MLflow ({without_password(tracker.uri)})")
     tracker.finish(
@@ -297,13 +317,12 @@ def _speed(records: list[dict[str, Any]], began_at: float) -> dict[str, float]:
     images = sum(r["train/images_per_s"] * r["time/train_s"] for r in timed)
     waited = sum(r["data/wait_share"] * r["time/train_s"] for r in timed)
     firsts = [r["time/first_step_at"] for r in records if "time/first_step_at" in r]
-    started = psutil.Process().create_time()
-    recent = [first - started for first in firsts if first >= began_at]
+    recent = [first - began_at for first in firsts if first >= began_at]
     return {
         "images_per_s": images / seconds if seconds else 0.0,
         "data_wait": waited / seconds if seconds else 0.0,
         **({"seconds_to_first_step": recent[0]} if recent else {}),
-        "seconds": time.time() - started,
+        "seconds": time.time() - began_at,
     }
 
 
@@ -322,11 +341,16 @@ def _say_start(opened: Opened, done: int) -> None:
 def _say_results(opened: Opened, results: dict[str, Any]) -> None:
     folder, config = opened.folder, opened.config
     out = console()
-    if "knn_top1" in results:
+    if "linear_top1" in results:
         out.print(accuracy_table(results))
+    elif "knn_top1" in results:  # evaluate.final=knn
+        out.print(f"nearest neighbours: right in {results['knn_top1']:.1%} of the test images")
+    if "top1" in results:
+        out.print(classifier_line(results), markup=False)
     if results.get("num_bad_images"):
         say(f"{results['num_bad_images']:,} bad images, listed in {folder.bad_images}")
-    lines = [
+    lines = [f"model     {folder.classifier}"] if config.method.classifies else []
+    lines += [
         f"encoder   {folder.encoder}",
         f"report    {folder.report}",
         f"metrics   {folder.metrics}",
@@ -339,11 +363,16 @@ def _say_results(opened: Opened, results: dict[str, Any]) -> None:
 
 
 def _next_command(opened: Opened) -> str:
-    """Return the line that trains on images of one's own, or, if these are, on more of them."""
-    photos = opened.config_file.with_name("simclr_resnet18_photos.yaml")
-    if opened.config.data.source in BUILT_IN and photos.exists():
+    """Return the line that goes one step further with this run."""
+    config, file = opened.config, opened.config_file
+    if config.method.classifies:
+        return f"raysl distill {opened.folder.path}"
+    if file is None:
+        return f"raysl finetune {opened.folder.path} data.labels.fraction=0.1"
+    photos = file.with_name("simclr_resnet18_photos.yaml")
+    if config.data.source in BUILT_IN and photos.exists():
         return f"raysl pretrain {photos} data.source=FOLDER_OF_IMAGES name=mine"
-    train = opened.config.train
+    train = config.train
     twice = 2 * (train.steps or train.epochs or 1)
     longer = f"{'steps' if train.steps else 'epochs'}={twice:g}"
-    return f"raysl pretrain {opened.config_file} name=longer train.{longer}"
+    return f"raysl pretrain {file} name=longer train.{longer}"

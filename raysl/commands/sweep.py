@@ -11,20 +11,21 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from raysl.commands.pretrain import with_absolute_weights, working_folder
+from raysl.commands.absolute_files import with_absolute_files
+from raysl.commands.pretrain import working_folder
 from raysl.commands.record import flat, git_state
 from raysl.commands.sweep_results import next_line, results_of, say_results, write_best
 from raysl.commands.sweep_watch import ENDED, SweepTracking, SweepWatch, shown
 from raysl.commands.terminal import console, print_json, say
 from raysl.config.load import read_mapping, to_yaml, validate
 from raysl.errors import ConfigError, RayslError, RunFolderError
+from raysl.evaluate.training_source import open_training_source
 from raysl.jobs.sweep_trial import read_changed
 from raysl.recipe import RunConfig, derive_for, run_from_values, training_set
 from raysl.runtime.cluster import connect, disconnect
 from raysl.runtime.ray_tune import sweep_on_ray
 from raysl.runtime.trial_shares import Shares, plan_shares
 from raysl.runtime.tune_trial import source_key
-from raysl.sources.open import open_source
 from raysl.sources.source import Source
 from raysl.sweep.check import check
 from raysl.sweep.config import SweepConfig
@@ -71,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         _say_candidates(sweep, candidates)
         return 0
-    runs = [with_absolute_weights(config, home) for config in configs]
+    runs = [with_absolute_files(config, home) for config in configs]
     with folder.locked():
         _claim(folder, sweep)
         going = _Sweep(sweep, folder, home=home, sources=sources)
@@ -90,7 +91,7 @@ class _Sources:
     def of(self, config: RunConfig[Any]) -> Source:
         key = source_key(config)
         if key not in self.opened:
-            self.opened[key] = open_source(config.data, data=config.data)
+            self.opened[key] = open_training_source(config.data, config.evaluate, config.method)
         return self.opened[key]
 
     def look(self, config: RunConfig[Any]) -> None:
@@ -212,7 +213,7 @@ class _Sweep:
         """
         config = run_config(self.sweep, candidate, folder=self.folder.path)
         self._sources.look(config)
-        return with_absolute_weights(config, self._home)
+        return with_absolute_files(config, self._home)
 
     def write(self, candidate: Candidate, config: RunConfig[Any]) -> None:
         """Make a trial's folder, if it is not there yet."""

@@ -24,6 +24,7 @@ _SHOWN = (
     ("train/feature_std", "std", "{:.2f}"),
     ("train/effective_rank", "rank", "{:.0f}"),
     ("eval/knn_top1", "kNN", "{:.1%}"),
+    ("eval/top1", "top-1", "{:.1%}"),
 )
 
 
@@ -141,3 +142,11 @@ def mapping_table(title: str, values: Mapping[str, Any]) -> Table:
     for name, value in values.items():
         table.add_row(name, escape(f"{value:g}" if isinstance(value, float) else str(value)))
     return table
+
+
+def classifier_line(results: Mapping[str, Any]) -> str:
+    """Return what a run says that trained a classifier."""
+    return (
+        f"right in {results['top1']:.1%} of {results['num_test_labels']:,} test images of "
+        f"{results['num_classes']} classes, with {results['num_labels']:,} labels"
+    )

@@ -13,11 +13,11 @@ from raysl.evaluate.features import EvalImages, Rows
 from raysl.evaluate.finetune import FinetuneConfig
 from raysl.evaluate.knn import knn_accuracy
 from raysl.evaluate.linear import few_shot_accuracy, linear_accuracy
+from raysl.sources.labels import hold_out
 from raysl.sources.open import open_source
 from raysl.sources.source import BUILT_IN, DataConfig, Labels, Source, SourceConfig
 
 _SUBSET_SEED = 0
-_HELD_OUT_SHARE = 0.2
 _FEWEST_CLASSES = 2
 
 
@@ -55,6 +55,11 @@ class EvaluateConfig(SourceConfig):
     finetune: FinetuneConfig | None = None
     """At the end of the run, also fine-tune encoder and head on a part of the labels; null does
     not. It takes as long as so much training."""
+
+
+def has_test_set(config: EvaluateConfig, data: DataConfig) -> bool:
+    """Whether test images lie apart from the training images, so that none need be held out."""
+    return config.source is not None or data.source in BUILT_IN
 
 
 class LabelledSets:
@@ -96,16 +101,14 @@ def open_labelled(
             )
         return None
     rows = np.flatnonzero(labels >= 0)
-    if config.source is not None or data.source in BUILT_IN:
+    if has_test_set(config, data):
         whole = data.model_copy(update={"limit": None})
         test = open_source(config if config.source is not None else whole, split="test", data=data)
         test_labels = _labels_like(test, source)
         test_rows = np.flatnonzero(test_labels >= 0)
     else:
         test, test_labels = source, labels
-        order = np.random.default_rng(_SUBSET_SEED).permutation(rows)
-        held_out = max(1, round(len(order) * _HELD_OUT_SHARE))
-        rows, test_rows = np.sort(order[held_out:]), np.sort(order[:held_out])
+        rows, test_rows = hold_out(rows)
 
     def images(of: Source, numbers: Labels, which: Rows, most: int) -> EvalImages:
         if len(which) > most:

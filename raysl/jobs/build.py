@@ -3,13 +3,15 @@
 from typing import Any
 
 import torch
+from torch import nn
 
 from raysl.encoder import load_weights
 from raysl.methods import load_method
 from raysl.methods.base import Method, TrainingSet
 from raysl.nn.backbones import build_backbone
 from raysl.nn.batchnorm import set_batch_norm_scope
-from raysl.optim.build import ScheduledOptimizer, scheduled_optimizer
+from raysl.nn.depth import depth_scales
+from raysl.optim.build import ScheduledOptimizer, Special, scheduled_optimizer
 from raysl.recipe import Derived, RunConfig
 
 
@@ -45,13 +47,24 @@ def build_optimizers(
         "steps_per_epoch": derived.steps_per_epoch,
         "total_steps": derived.total_steps,
     }
-    constant = {p for module in method.constant_lr_modules for p in module.parameters()}
     mine = [p for p in method.parameters() if p not in adversary]
-    optimizers = [scheduled_optimizer(mine, config.optim, constant_lr=constant, **sizes)]
+    special = _special(method, config)
+    optimizers = [scheduled_optimizer(mine, config.optim, special=special, **sizes)]
     if method.adversary is not None:
         theirs = config.adversary_optim or config.optim
         optimizers.append(scheduled_optimizer(method.adversary.parameters(), theirs, **sizes))
     return optimizers
+
+
+def _special(method: Method, config: RunConfig[Any]) -> Special:
+    scales: dict[nn.Parameter, float] = {}
+    if config.optim.layer_decay < 1:
+        scales = depth_scales(method.encoder, config.backbone, decay=config.optim.layer_decay)
+    return Special(
+        constant_lr={p for module in method.constant_lr_modules for p in module.parameters()},
+        unadapted={p for module in method.unadapted_modules for p in module.parameters()},
+        lr_scales=scales,
+    )
 
 
 def precision_on(config: RunConfig[Any], device: torch.device) -> Any:

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from raysl.data.stream import ItemMaker, iterate
 from raysl.evaluate.protocol import LabelledSets
+from raysl.jobs.local_stream import open_local
 from raysl.jobs.pretrain import Place, pretrain
-from raysl.recipe import RunConfig, making_of, plan_of
+from raysl.recipe import RunConfig
 from raysl.sources.source import Source
 from raysl.track.run_folder import RunFolder, latest_step
 from raysl.train.loop import Log
@@ -44,7 +44,6 @@ def pretrain_here(
     cpus = num_cpus or os.cpu_count() or 1
     on_gpu = cluster.device != "cpu" and torch.cuda.is_available()
     start_step = latest_step(folder.checkpoints)
-    make = ItemMaker(source, plan_of(config, source), making_of(config.data))
     return pretrain(
         config,
         folder=folder,
@@ -53,13 +52,8 @@ def pretrain_here(
             torch.device("cuda" if on_gpu else "cpu"), cluster.threads_per_train_worker or cpus
         ),
         start_step=start_step,
-        open_batches=lambda _: iterate(
-            make,
-            start_step=start_step,
-            rank=0,
-            world_size=1,
-            num_threads=cluster.num_data_workers or cpus,
-            prefetch_steps=cluster.prefetch_batches,
+        open_batches=lambda _: open_local(
+            config, source, start_step=start_step, num_threads=cluster.num_data_workers or cpus
         ),
         evaluated=evaluated,
         sets=sets,

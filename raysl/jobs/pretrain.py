@@ -1,6 +1,7 @@
 """Pretraining as one worker sees it: build, resume, train, evaluate, write the encoder."""
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,19 +12,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raysl.augment.pipeline import device_ops
 from raysl.data.decode import Flaw
-from raysl.encoder import save_encoder
 from raysl.errors import RunFolderError
 from raysl.evaluate.features import EvalImages, embed
-from raysl.evaluate.finetune import finetune
 from raysl.evaluate.protocol import LabelledSets, all_protocols, knn_top1, open_labelled
-from raysl.jobs.build import build_method, build_optimizers, describe, precision_on
+from raysl.evaluate.training_source import labels_record
+from raysl.jobs.build import build_method, build_optimizers, precision_on
+from raysl.jobs.classify import Classified
+from raysl.jobs.finetune_copy import finetune_copy
 from raysl.jobs.method_pictures import write_method_pictures
+from raysl.jobs.networks import save_networks
 from raysl.methods.base import Progress
 from raysl.nn.backbones import Backbone
 from raysl.nn.batchnorm import average_statistics
 from raysl.nn.collectives import barrier, broadcast_object, gather_objects, rank_and_size
 from raysl.recipe import Derived, RunConfig, derive_for, training_set
 from raysl.sources.source import Source
+from raysl.sources.subset import whole_source
 from raysl.track.bad_images import BadImages
 from raysl.track.run_folder import MetricsFile, RunFolder, write_json
 from raysl.train.batches import NumpyBatch, batch_converter, view_converter
@@ -91,7 +95,7 @@ def pretrain(
         trainer.run(batches, start_step=start_step, rank=worker.rank, hooks=hooks)
     average_statistics(worker.method)
     if metrics is not None:  # before anything else can go wrong
-        save_encoder(folder.encoder, worker.method.encoder, description=describe(config))
+        save_networks(folder, worker.method, config)
         worker.draw(derived)
     counts = {"steps": derived.total_steps, "num_bad_images": len(worker.bad_images)}
     results = worker.results() | counts
@@ -121,7 +125,7 @@ def open_sets(config: RunConfig[Any], source: Source, *, num_threads: int) -> La
     return open_labelled(
         config.evaluate,
         config.data,
-        source,
+        whole_source(source),
         size_px=config.image_size_px,
         num_threads=num_threads,
     )
@@ -164,6 +168,13 @@ class _Worker:
             writes=self.rank == 0,
         )
         self.sets = sets or open_sets(config, source, num_threads=place.threads)
+        self.classified: Classified | None = None
+        if self.method.label_classifier is not None and self.sets is not None:
+            model = self.method.label_classifier
+            self.classified = Classified(model, self.sets, to_input=self._to_input)
+        seen = labels_record(source, config.data.labels)
+        if self.rank == 0 and seen is not None:
+            write_json(folder.labels, seen)
 
     def trainer(self, schedule: Schedule) -> Trainer:
         """Return the loop around this rank's method."""
@@ -234,7 +245,9 @@ class _Worker:
         return float(self.bad_images.add(together, step=step))
 
     def evaluate(self, step: int) -> Mapping[str, float]:
-        """Return the nearest-neighbour accuracy of the encoder as it is."""
+        """Return the accuracy of the encoder's nearest neighbours, or of the classifier."""
+        if self.classified is not None:
+            return self.classified.evaluate(step)
         if self.sets is None:
             return {}
         average_statistics(self.method)
@@ -245,7 +258,18 @@ class _Worker:
 
     def results(self) -> dict[str, Any]:
         """Return all that is measured at the end; on rank 0, the others have nothing to add."""
+        if self.classified is not None:
+            return self._classified(self.classified)
         return self._probed() | self._finetuned()
+
+    def _classified(self, classified: Classified) -> dict[str, Any]:
+        total = derive_for(self.config, self.source).total_steps
+        found = classified.results(total, self.source)
+        assert self.sets is not None
+        features = embed(self.method.encoder, self.sets.test, to_input=self._to_input)
+        if self.rank == 0:
+            _write_features(self.folder, features, self.sets.test, self.sets.class_names)
+        return found
 
     def _probed(self) -> dict[str, Any]:
         """Measure the encoder, the same encoder before training, and the bare pixels.
@@ -310,21 +334,17 @@ class _Worker:
 
     def _finetuned(self) -> dict[str, Any]:
         """Fine-tune a copy of encoder and head on rank 0, if asked; keep which labels it saw."""
-        config, sets = self.config.evaluate.finetune, self.sets
-        if config is None or sets is None or self.rank != 0:
+        finetune = self.config.evaluate.finetune
+        if finetune is None or self.sets is None or self.rank != 0:
             return {}
-        found = finetune(
-            self.method.encoder,
-            self.method.projection_head,
-            config,
-            train=sets.train,
-            test=sets.test,
-            num_classes=len(sets.class_names),
-            to_input=self._to_input,
+        return finetune_copy(
+            self.config,
+            finetune,
+            folder=self.folder,
+            source=self.source,
+            threads=self.place.threads,
+            train=partial(pretrain, place=self.place, sets=self.sets),
         )
-        used = {"source": sets.train.source.name, "seed": config.seed, "rows": found.rows}
-        write_json(self.folder.finetune_labels, used)
-        return {"finetune_top1": found.top1, "finetune_labels": len(found.rows)}
 
     def _embed(self, encoder: Backbone, sets: LabelledSets) -> tuple[Tensor, Tensor]:
         train = embed(encoder, sets.train, to_input=self._to_input)

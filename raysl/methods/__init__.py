@@ -36,3 +36,8 @@ def load_method(name: str) -> type[Method]:
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"method.name={name}: {error}") from None
     return method
+
+
+def pretraining_method_names() -> list[str]:
+    """Return the names of the methods that pretrain: all but those that learn a classifier."""
+    return [name for name in method_names() if not load_method(name).Config.classifies]

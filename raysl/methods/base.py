@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from raysl.config.base import Config, Duration
 from raysl.errors import ConfigError
 from raysl.nn.backbones import Backbone, BackboneConfig
+from raysl.nn.classifier import Classifier
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,12 @@ class TrainingSet(NamedTuple):
     view_sizes_px: tuple[int, ...]
     class_counts: tuple[int, ...] | None = None
     """Images of each class, where there are labels and the method asks for them."""
+    class_names: tuple[str, ...] = ()
+    """Their names, by number."""
+    mean: tuple[float, ...] | None = None
+    """What was taken off the channels of the views; None if it is not known."""
+    std: tuple[float, ...] | None = None
+    """What they were divided by then."""
 
 
 class SizeDefault(NamedTuple):
@@ -111,6 +118,13 @@ class MethodConfig(Config):
     """Whether only a vision transformer will do as the backbone."""
     compares_images: ClassVar[bool] = False
     """Whether the loss compares the images of a batch, so that a batch of one will not do."""
+    needs_labels: ClassVar[bool] = False
+    """Whether an image without a label is of no use to it; such images are left out."""
+    classifies: ClassVar[bool] = False
+    """Whether it trains a classifier (:attr:`Method.label_classifier`), whose accuracy is measured
+    in place of that of frozen features."""
+    files: ClassVar[tuple[str, ...]] = ()
+    """Settings that name a run folder or a file, which every worker has to find."""
 
     @property
     def num_views(self) -> int:
@@ -195,6 +209,11 @@ class Method(nn.Module, ABC):
         return None
 
     @property
+    def label_classifier(self) -> Classifier | None:
+        """What tells classes apart, around :attr:`encoder`; None for methods without one."""
+        return None
+
+    @property
     def adversary(self) -> nn.Module | None:
         """The submodule that an optimizer of its own trains, on ``LossOutput.adversary_loss``.
 
@@ -206,6 +225,11 @@ class Method(nn.Module, ABC):
     @property
     def constant_lr_modules(self) -> Sequence[nn.Module]:
         """Submodules whose learning rate stays at its peak (the predictor of SimSiam)."""
+        return ()
+
+    @property
+    def unadapted_modules(self) -> Sequence[nn.Module]:
+        """Submodules that LARS treats like biases: as they are, without decay (classifiers)."""
         return ()
 
     @abstractmethod

@@ -6,7 +6,8 @@ differentiated is the sum of these losses over ranks. Data-parallel training the
 number of ranks, so the mean of the per-rank losses is what is minimised.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -15,12 +16,27 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
+_ALONE: list[bool] = []  # an entry for each block of :func:`on_its_own` that this process is in
+
 
 def rank_and_size() -> tuple[int, int]:
     """Return this process's rank and the number of ranks; (0, 1) without a process group."""
-    if dist.is_available() and dist.is_initialized():
+    if not _ALONE and dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+@contextmanager
+def on_its_own() -> Iterator[None]:
+    """Let this process work as if it were the only one, while the others wait at a barrier.
+
+    Nothing in the block is exchanged, by this module's functions, with the ranks outside.
+    """
+    _ALONE.append(True)
+    try:
+        yield
+    finally:
+        _ALONE.pop()
 
 
 class _Gather(torch.autograd.Function):

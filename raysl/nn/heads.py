@@ -1,10 +1,13 @@
 """Heads that methods put on an encoder."""
 
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from torch import nn
 
-from raysl.errors import ConfigError
+from raysl.errors import ConfigError, DataError
+
+_MOST_FEATURES = 1 << 20  # of a layer in a file: more is damage, and would take all memory
 
 
 def projection_mlp(
@@ -71,3 +74,59 @@ def first_layers(head: nn.Sequential, num_layers: int) -> nn.Sequential:
     if not 0 <= num_layers <= len(starts):
         raise ConfigError(f"{num_layers} layers of a head that has {len(starts)}")
     return head[: [*starts, len(head)][num_layers]]
+
+
+def describe_layers(head: nn.Sequential) -> list[dict[str, Any]]:
+    """Return what a head is made of as plain data, from which :func:`build_layers` makes it again.
+
+    Raises:
+        ConfigError: If it has a layer of another kind than linear, batch norm, ReLU and GELU.
+    """
+    found: list[dict[str, Any]] = []
+    for layer in head:
+        if isinstance(layer, nn.Linear):
+            sizes = {"inputs": layer.in_features, "outputs": layer.out_features}
+            found.append({"layer": "linear", **sizes, "bias": layer.bias is not None})
+        elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            known = {"outputs": layer.num_features, "affine": layer.affine, "eps": layer.eps}
+            found.append({"layer": "batch_norm", **known})
+        elif isinstance(layer, nn.ReLU):
+            found.append({"layer": "relu"})
+        elif isinstance(layer, nn.GELU):
+            found.append({"layer": "gelu"})
+        else:
+            raise ConfigError(
+                f"a head with a {type(layer).__name__} cannot be written to a file; use linear "
+                f"layers, batch norm, ReLU and GELU"
+            )
+    return found
+
+
+def build_layers(layers: Sequence[Mapping[str, Any]]) -> nn.Sequential:
+    """Make a head of what :func:`describe_layers` returned, with random weights.
+
+    Raises:
+        DataError: If the data describe no head.
+    """
+    try:
+        return nn.Sequential(*(_build_layer(layer) for layer in layers))
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"its header describes no head that this version knows: {error}") from None
+
+
+def _build_layer(layer: Mapping[str, Any]) -> nn.Module:
+    kind = layer["layer"]
+    if kind == "linear":
+        return nn.Linear(_width(layer["inputs"]), _width(layer["outputs"]), bias=layer["bias"])
+    if kind == "batch_norm":
+        eps = float(layer["eps"])
+        return nn.BatchNorm1d(_width(layer["outputs"]), affine=layer["affine"], eps=eps)
+    if kind in ("relu", "gelu"):
+        return nn.ReLU(inplace=True) if kind == "relu" else nn.GELU()
+    raise ValueError(f"a layer {kind!r}")
+
+
+def _width(value: Any) -> int:
+    if not isinstance(value, int) or not 0 < value <= _MOST_FEATURES:
+        raise ValueError(f"{value!r} features")
+    return value

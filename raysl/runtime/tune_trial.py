@@ -15,6 +15,7 @@ from ray import tune
 from raysl.config.load import read_mapping, set_key
 from raysl.errors import ClusterError
 from raysl.evaluate.protocol import LabelledSets
+from raysl.evaluate.training_source import open_training_source
 from raysl.jobs.local import pretrain_here
 from raysl.jobs.pretrain import open_sets
 from raysl.jobs.sweep_trial import run_trial, take_over, write_changed
@@ -22,7 +23,6 @@ from raysl.recipe import RunConfig, derive_for, run_from_values
 from raysl.runtime.background import in_background
 from raysl.runtime.cluster import plan_layout
 from raysl.runtime.ray_train import pretrain_on_ray
-from raysl.sources.open import open_source
 from raysl.sources.source import Source
 from raysl.track.follow import MetricsReader
 from raysl.track.run_folder import RunFolder, latest_step, read_json, write_json
@@ -39,6 +39,9 @@ def source_key(config: RunConfig[Any]) -> str:
     """Return what tells the training images of one configuration from those of another."""
     data = config.data
     kept = {k: v for k, v in data.model_dump(mode="json").items() if k != "views"}
+    method = config.method
+    if data.labels is not None or method.uses_labels:  # then not all labels may be seen
+        kept["seen"] = [method.uses_labels, method.needs_labels, config.evaluate.source]
     return json.dumps(kept, sort_keys=True)
 
 
@@ -128,7 +131,11 @@ def _source_of(config: RunConfig[Any], shelf: Mapping[str, Source]) -> Source:
     key = source_key(config)
     if key not in _SOURCES:
         found = shelf.get(key)
-        _SOURCES[key] = open_source(config.data, data=config.data) if found is None else found
+        _SOURCES[key] = (
+            open_training_source(config.data, config.evaluate, config.method)
+            if found is None
+            else found
+        )
     return _SOURCES[key]
 
 

@@ -1,8 +1,9 @@
-"""From a column of labels to class numbers and names."""
+"""From a column of labels to class numbers and names, and to the part of them that is used."""
 
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -10,7 +11,11 @@ from raysl.errors import DataError
 from raysl.sources.source import Labels
 from raysl.sources.storage import readable
 
+Rows = npt.NDArray[np.int64]
+
 _MOST_CLASSES = 1 << 20
+_HELD_OUT_SEED = 0
+_HELD_OUT_SHARE = 0.2
 
 
 def number_classes(chunks: Sequence[pa.Array], *, where: str) -> tuple[Labels, list[str]]:
@@ -59,3 +64,37 @@ def _names(chunk: pa.Array) -> pa.Array:
         return chunk.cast(pa.large_binary())
     texts = [None if value is None else str(value).encode() for value in chunk.to_pylist()]
     return pa.array(texts, pa.large_binary())
+
+
+def balanced_subset(labels: Labels, *, fraction: float, seed: int) -> Rows:
+    """Return the places of a part of the labels, the same number of each class.
+
+    Where a class has too few, the others fill up; 1 takes all. With the same seed a smaller part
+    lies within a larger one.
+
+    Args:
+        labels: ``(M,)`` class numbers.
+        fraction: Share of the M labels, in (0, 1]; at least one of each class is taken.
+        seed: Of the draw.
+
+    Returns:
+        Places in [0, M), in order.
+    """
+    rng = np.random.default_rng(seed)
+    classes = np.unique(labels)
+    members = [rng.permutation(np.flatnonzero(labels == number)) for number in classes]
+    # In turns, one of each class; who comes first in a turn is random too.
+    turn = np.concatenate([np.arange(len(each)) for each in members])
+    within = np.repeat(rng.permutation(len(classes)), [len(each) for each in members])
+    order = np.concatenate(members)[np.lexsort((within, turn))]
+    return np.sort(order[: max(len(classes), round(fraction * len(labels)))])
+
+
+def hold_out(rows: Rows) -> tuple[Rows, Rows]:
+    """Split labelled rows for want of a test set: those to learn from, and a fifth to test on.
+
+    The same rows give the same fifth, in every run and for every measure.
+    """
+    order = np.random.default_rng(_HELD_OUT_SEED).permutation(rows)
+    held_out = max(1, round(len(order) * _HELD_OUT_SHARE))
+    return np.sort(order[held_out:]), np.sort(order[:held_out])

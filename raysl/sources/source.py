@@ -61,6 +61,19 @@ class BadImagesConfig(Config):
     """An image of more pixels is bad: small files can unfold into gigabytes."""
 
 
+class LabelsConfig(Config):
+    """Which labels training may see."""
+
+    fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of the labels, as many of each class as far as they reach, and at least one of each.
+    Test images that are held out of the source (evaluate.source) are never among them."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of the draw; with the same seed a smaller share lies within a larger one."""
+    only: bool = False
+    """Train on these images alone. Otherwise the others stay, without a label: for distillation.
+    Supervised training leaves them out in any case."""
+
+
 class LocatedSource(SourceConfig):
     """A source that may be one of torchvision's."""
 
@@ -75,6 +88,9 @@ class DataConfig(LocatedSource):
     """More sources, mixed with data.source by their weights."""
     bad_images: BadImagesConfig = BadImagesConfig()
     """What to do with images that cannot be used."""
+    labels: LabelsConfig | None = None
+    """Which labels methods that learn from labels may see; null: all of them. The rows of those
+    that they saw stand in the run folder's labels.json."""
     views: Views = SimCLRViews()
     """The views of an image that a method sees: a recipe by name, or composed."""
     color_on: Literal["cpu", "device"] = "cpu"

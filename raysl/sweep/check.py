@@ -7,10 +7,16 @@ from typing import Any
 
 from raysl.config.load import MISSING, Problem, drop_key, get_key, plain_copy, read_mapping
 from raysl.errors import ConfigError, RayslError
+from raysl.methods import load_method
 from raysl.recipe import RunConfig, run_or_problems
 from raysl.sweep.choices import Choices, options
 from raysl.sweep.config import Dimension, Scalar, SweepConfig
-from raysl.sweep.problems import MEASURED_SECTIONS, problems_error, space_problems
+from raysl.sweep.problems import (
+    MEASURED_SECTIONS,
+    OF_CLASSIFIERS,
+    problems_error,
+    space_problems,
+)
 from raysl.sweep.space import (
     EVERY,
     Candidate,
@@ -194,11 +200,22 @@ def _trial_problems(
     method = get_key(values, "method.name")
     if section not in MEASURED_SECTIONS and section != method:
         yield f"metric.name={sweep.metric.name}: method {method} does not measure it"
+    yield from _classifier_problems(sweep, str(method))
     finetunes = get_key(values, "evaluate.finetune")
     if "final/finetune_top1" in (sweep.metric.name, *sweep.metric.also) and not isinstance(
         finetunes, dict
     ):
         yield "final/finetune_top1 is measured where evaluate.finetune says how; set it"
+
+
+def _classifier_problems(sweep: SweepConfig, method: str) -> Iterator[str]:
+    """Refuse the accuracy of features where a classifier is trained, and the other way round."""
+    classifies = load_method(method).Config.classifies
+    for name in (sweep.metric.name, *sweep.metric.also):
+        if name in OF_CLASSIFIERS and not classifies:
+            yield f"{name}: method {method} trains no classifier; take eval/knn_top1"
+        elif "top1" in name and name not in OF_CLASSIFIERS and classifies:
+            yield f"{name}: method {method} trains a classifier; take eval/top1"
 
 
 def _pace_problems(sweep: SweepConfig, values: Mapping[str, Any]) -> Iterator[str]:

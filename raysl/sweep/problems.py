@@ -47,7 +47,9 @@ _ALWAYS = (
 )
 MEASURED_SECTIONS = ("eval", "train", "data", "time", "final")
 """First parts of metrics that every method has; other ones are named after the method."""
-METRICS = (*_ALWAYS, "train/adversary_loss", *_FINAL)
+OF_CLASSIFIERS = ("eval/top1", "final/top1")
+"""What methods that train a classifier measure, in place of nearest neighbours and probes."""
+METRICS = (*_ALWAYS, "train/adversary_loss", *_FINAL, *OF_CLASSIFIERS)
 """What a run writes whatever its method; there is more where there are labels."""
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from raysl.config.load import read_mapping, to_yaml, validate
-from raysl.methods import method_names
+from raysl.methods import pretraining_method_names
 from raysl.sweep.check import check
 from raysl.sweep.config import SweepConfig
 from raysl.sweep.load import load_sweep
@@ -56,7 +56,7 @@ def test_the_pairs_are_all_ordered_ones_of_seven_augmentations() -> None:
 def test_the_comparison_has_every_method_with_three_seeds() -> None:
     sweep = _load("method_comparison")
     runs = check(sweep, draw(sweep), folder=FOLDER)
-    assert {run.method.name for run in runs} == set(method_names())
+    assert {run.method.name for run in runs} == set(pretraining_method_names())
     assert {run.seed for run in runs} == {0, 1, 2}
     assert len({run.train.epochs for run in runs}) == 1
 

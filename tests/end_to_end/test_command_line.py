@@ -53,7 +53,7 @@ class TestPretrain:
         captured = capsys.readouterr()
         result = json.loads(captured.out.splitlines()[-1])
         plain, tuned = (RunFolder(Path("runs") / name) for name in ("plain", "tuned"))
-        kept = json.loads(tuned.finetune_labels.read_text())
+        kept = json.loads((tuned.finetune / "labels.json").read_text())
         # 160 training images, no fewer for the test, which has a split of its own.
         assert len(kept["rows"]) == len(set(kept["rows"])) == result["finetune_labels"] == 32
         assert (kept["source"], kept["seed"]) == ("digits/train", 0)
@@ -62,7 +62,7 @@ class TestPretrain:
         states = [load_encoder(folder.encoder).state_dict() for folder in (plain, tuned)]
         assert all((states[0][key] == states[1][key]).all() for key in states[0])
         assert "finetune_top1" not in (plain.read_results() or {})
-        assert not plain.finetune_labels.exists()
+        assert not plain.finetune.exists()
 
     def test_fine_tuning_from_a_layer_that_is_not_there_is_refused_before_anything(
         self, run_yaml: Callable[[str], Path], capsys: pytest.CaptureFixture[str]

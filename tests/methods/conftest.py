@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -6,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from raysl.methods.base import Progress, TrainingSet
-from raysl.nn.backbones import Backbone
+from raysl.nn.backbones import Backbone, BackboneConfig, build_backbone
+from raysl.nn.classifier import Classifier, save_classifier
 from raysl.nn.vit import VisionTransformer
 
 EMBED_DIM = 6
@@ -64,3 +66,16 @@ def make_views() -> Callable[..., list[Tensor]]:
 @pytest.fixture
 def progress() -> Progress:
     return Progress(step=3, total_steps=20, steps_per_epoch=5, seed=7)
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a small classifier of three classes, named by their numbers."""
+    config = BackboneConfig(name="resnet18", stem="small", width=0.125)
+    torch.manual_seed(1)
+    model = Classifier(build_backbone(config), nn.Sequential(), ["0", "1", "2"])
+    nn.init.normal_(model.linear.weight)  # surer of its opinion than a new one
+    path = tmp_path_factory.mktemp("teacher") / "classifier.safetensors"
+    about = {"backbone": config.model_dump(mode="json"), "image_size_px": 32}
+    save_classifier(path, model, description=about)
+    return path

@@ -23,27 +23,32 @@ from raysl.train.gradient import backward, can_split
 pytestmark = pytest.mark.filterwarnings("error")
 every_method = pytest.mark.parametrize("name", method_names())
 
-DATA = TrainingSet(num_images=64, global_batch_size=8, view_sizes_px=(32, 32))
+DATA = TrainingSet(
+    num_images=64, global_batch_size=8, view_sizes_px=(32, 32), class_counts=(22, 21, 21)
+)
 SMALL = 16
 
 
-def small(name: str) -> MethodConfig:
-    """The defaults of a method, but no wide heads."""
+def small(name: str, teacher: Path) -> MethodConfig:
+    """The defaults of a method, but no wide heads; where it needs a teacher, this one."""
     kind = load_method(name).Config
     wide = {
         field: SMALL
         for field, info in kind.model_fields.items()
         if field.endswith(("_dim", "_prototypes")) and (info.default or SMALL + 1) > SMALL
     }
-    return kind(**wide)
+    given: dict[str, Any] = {"teacher": str(teacher)} if "teacher" in kind.files else {}
+    return kind(**wide, **given)
 
 
 class Subject:
     """A method under test and what it is fed."""
 
-    def __init__(self, name: str, backbones: dict[bool, Callable[..., Backbone]]) -> None:
+    def __init__(
+        self, name: str, backbones: dict[bool, Callable[..., Backbone]], teacher: Path
+    ) -> None:
         self.kind = load_method(name)
-        self.config = small(name)
+        self.config = small(name, teacher)
         self._backbone = backbones[self.config.needs_vit]
 
     def method(self, *, seed: int = 0) -> Method:
@@ -81,9 +86,12 @@ class Operations(TorchDispatchMode):
 
 @pytest.fixture
 def subject(
-    name: str, tiny_backbone: Callable[..., Backbone], tiny_vit: Callable[..., Backbone]
+    name: str,
+    tiny_backbone: Callable[..., Backbone],
+    tiny_vit: Callable[..., Backbone],
+    teacher: Path,
 ) -> Subject:
-    return Subject(name, {False: tiny_backbone, True: tiny_vit})
+    return Subject(name, {False: tiny_backbone, True: tiny_vit}, teacher)
 
 
 def total(output: LossOutput) -> Tensor:

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from raysl.commands.pretrain import with_absolute_weights
+from raysl.commands.absolute_files import with_absolute_files
 from raysl.errors import DataError
 from raysl.recipe import RunConfig, run_from_values
 
@@ -27,17 +27,17 @@ def test_a_relative_path_is_looked_for_here_and_then_where_runs_are(
         folder.mkdir()
     monkeypatch.chdir(here)
     (home / "w.pth").touch()
-    assert with_absolute_weights(config("w.pth"), home).backbone.weights == str(home / "w.pth")
+    assert with_absolute_files(config("w.pth"), home).backbone.weights == str(home / "w.pth")
     (here / "w.pth").touch()
-    assert with_absolute_weights(config("w.pth"), home).backbone.weights == str(here / "w.pth")
+    assert with_absolute_files(config("w.pth"), home).backbone.weights == str(here / "w.pth")
 
 
 def test_an_absolute_path_and_none_stay_as_they_are(tmp_path: Path) -> None:
     path = str(tmp_path)
-    assert with_absolute_weights(config(path), Path("/")).backbone.weights == path
-    assert with_absolute_weights(config(None), Path("/")) == config(None)
+    assert with_absolute_files(config(path), Path("/")).backbone.weights == path
+    assert with_absolute_files(config(None), Path("/")) == config(None)
 
 
 def test_what_is_nowhere_is_told_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"backbone.weights=no.pth: no such file or folder"):
-        with_absolute_weights(config("no.pth"), tmp_path)
+        with_absolute_files(config("no.pth"), tmp_path)

@@ -1,0 +1,15 @@
+"""Distil: `ray job submit --working-dir . -- python pipelines/distill.py RUN [overrides]`.
+
+The same function as `raysl distill`.
+"""
+
+import sys
+from pathlib import Path
+
+# A job's working directory is this repository; raysl need not be installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from raysl.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["distill", *sys.argv[1:]]))

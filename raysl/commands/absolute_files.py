@@ -1,0 +1,44 @@
+"""The files that a run begins with, by names that every worker understands."""
+
+from pathlib import Path
+from typing import Any
+
+from raysl.errors import DataError
+from raysl.recipe import RunConfig
+
+
+def with_absolute_files(config: RunConfig[Any], home: Path) -> RunConfig[Any]:
+    """Return the run with the files that it begins with by absolute paths.
+
+    Workers have other folders. These are ``backbone.weights``, and the head or teacher of methods
+    that take one. A relative one is looked for in the current folder, then where runs are.
+
+    Raises:
+        DataError: If there is no such file or folder.
+    """
+    weights, method = config.backbone.weights, config.method
+    found = {
+        name: _absolute(f"method.{name}", getattr(method, name), home) for name in method.files
+    }
+    return config.model_copy(
+        update={
+            "backbone": config.backbone.model_copy(
+                update={"weights": _absolute("backbone.weights", weights, home)}
+            ),
+            "method": method.model_copy(update=found),
+        }
+    )
+
+
+def _absolute(key: str, given: str | None, home: Path) -> str | None:
+    if given is None:
+        return None
+    places = [folder / Path(given).expanduser() for folder in (Path.cwd(), home)]
+    found = next((place for place in places if place.exists()), None)
+    if found is None:
+        raise DataError(
+            f"{key}={given}: no such file or folder (looked for "
+            f"{' and '.join(dict.fromkeys(map(str, places)))}); give a run folder or a file of "
+            f"weights"
+        )
+    return str(found)

@@ -1,0 +1,82 @@
+"""The images that a run trains on: with the labels that its method may see, and no others."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from raysl.errors import DataError
+from raysl.evaluate.protocol import EvaluateConfig, has_test_set
+from raysl.methods.base import MethodConfig
+from raysl.sources.labels import Rows, balanced_subset, hold_out
+from raysl.sources.open import open_source
+from raysl.sources.source import DataConfig, LabelsConfig, Source
+from raysl.sources.subset import SubsetSource
+
+
+def open_training_source(
+    data: DataConfig, evaluate: EvaluateConfig, method: MethodConfig
+) -> Source:
+    """Open the training images of a run.
+
+    Where test images are held out of them, for want of a test set, no method sees their labels.
+
+    Args:
+        data: Which images, and which labels.
+        evaluate: Where the test images are.
+        method: Who learns.
+
+    Raises:
+        DataError: If there is nothing usable, or there are no labels although the method or
+            ``data.labels`` asks for them.
+    """
+    return seen_part(open_source(data, data=data), data, evaluate, method)
+
+
+def seen_part(
+    source: Source, data: DataConfig, evaluate: EvaluateConfig, method: MethodConfig
+) -> Source:
+    """Return of a source that is open already what :func:`open_training_source` returns."""
+    config = data.labels
+    if config is None and not method.uses_labels:
+        return source
+    labels = source.labels()
+    rows = np.flatnonzero(labels >= 0) if labels is not None else np.empty(0, np.int64)
+    if labels is None or not len(rows):
+        if config is None and not method.needs_labels:
+            return source
+        asks = f"method {method.name}" if config is None else "data.labels"
+        raise DataError(
+            f"{asks} needs labels; {source.name} has none. Use class folders, or set "
+            f"data.label_column"
+        )
+    seen = rows if has_test_set(evaluate, data) else hold_out(rows)[0]
+    only = method.needs_labels or (config is not None and config.only)
+    if config is None:
+        everything = len(seen) == (len(labels) if only else len(rows))
+        return source if everything else SubsetSource(source, seen, only=only)
+    return SubsetSource(source, _chosen(labels, seen, config), only=only)
+
+
+def _chosen(labels: Rows, seen: Rows, config: LabelsConfig) -> Rows:
+    if not len(seen):
+        return seen
+    return seen[balanced_subset(labels[seen], fraction=config.fraction, seed=config.seed)]
+
+
+def labels_record(source: Source, config: LabelsConfig | None) -> Mapping[str, Any] | None:
+    """Return which labels a run sees, for ``labels.json``; None if it sees all or none.
+
+    Args:
+        source: What :func:`open_training_source` returned.
+        config: The section ``data.labels``.
+    """
+    if config is None or not isinstance(source, SubsetSource):
+        return None
+    return {
+        "source": source.name,
+        "fingerprint": source.whole.fingerprint,
+        "fraction": config.fraction,
+        "seed": config.seed,
+        "rows": source.known.tolist(),
+    }

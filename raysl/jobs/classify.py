@@ -1,0 +1,79 @@
+"""How often a classifier is right, during its training and at the end of it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from raysl.errors import DataError
+from raysl.evaluate.features import embed
+from raysl.evaluate.protocol import LabelledSets
+from raysl.nn.batchnorm import average_statistics
+from raysl.nn.classifier import Classifier
+from raysl.sources.source import Source
+from raysl.sources.subset import SubsetSource
+
+
+class Classified:
+    """Measures a classifier on the test images: every row of them, in evaluation mode.
+
+    Args:
+        model: What is trained.
+        sets: The labelled images of the run; of those that train probes only the classes are used.
+        to_input: Turns ``(B, S, S, 3)`` uint8 into the network's input on its device.
+
+    Raises:
+        DataError: If the test images have other classes than the network.
+    """
+
+    def __init__(
+        self,
+        model: Classifier,
+        sets: LabelledSets,
+        *,
+        to_input: Callable[[npt.NDArray[np.uint8]], Tensor],
+    ) -> None:
+        if sets.class_names != model.class_names:
+            raise DataError(
+                f"the classes of the images ({_some(sets.class_names)}) are not those of the "
+                f"classifier ({_some(model.class_names)}); the teacher must know the same classes, "
+                f"in the same order"
+            )
+        self._model = model
+        self._sets = sets
+        self._to_input = to_input
+        self._newest: tuple[int, float] = (-1, float("nan"))  # step, accuracy
+
+    def evaluate(self, step: int) -> Mapping[str, float]:
+        """Return ``eval/top1`` after ``step`` steps; every rank takes part."""
+        if self._newest[0] != step:
+            average_statistics(self._model)
+            logits = embed(self._model, self._sets.test, to_input=self._to_input)
+            right = logits.argmax(dim=1) == torch.from_numpy(self._sets.test.labels)
+            self._newest = step, float(right.double().mean())
+        return {"eval/top1": self._newest[1]}
+
+    def results(self, step: int, source: Source) -> dict[str, Any]:
+        """Return the accuracy after the last step, and on how many images it stands."""
+        top1 = self.evaluate(step)["eval/top1"]
+        return {
+            "top1": top1,
+            "num_labels": _num_labels(source),
+            "num_test_labels": len(self._sets.test),
+            "num_bad_test_images": len(self._sets.test.bad),
+            "num_classes": len(self._model.class_names),
+        }
+
+
+def _num_labels(source: Source) -> int:
+    if isinstance(source, SubsetSource):
+        return len(source.known)
+    labels = source.labels()
+    return 0 if labels is None else int((labels >= 0).sum())
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -1,0 +1,237 @@
+"""Distillation: a student learns a fine-tuned teacher's predictions on unlabelled images.
+
+T. Chen, S. Kornblith, K. Swersky, M. Norouzi, G. Hinton: "Big Self-Supervised Models are Strong
+Semi-Supervised Learners", 2020, arXiv:2006.10029v2 (SimCLR v2), sec. 2, self-training.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raysl.config.base import PositiveFloat, Probability
+from raysl.errors import ConfigError, ShapeError
+from raysl.methods.base import (
+    Batch,
+    EmbeddingMethod,
+    LossOutput,
+    MethodConfig,
+    Progress,
+    RunShape,
+    TrainingSet,
+)
+from raysl.nn.backbones import Backbone
+from raysl.nn.classifier import Classifier, load_classifier
+from raysl.nn.collectives import mean_over_ranks
+from raysl.nn.geometry import entropy
+from raysl.nn.precision import at_least_float32
+
+_TOLERANCE = 1e-6  # of mean and deviation of the pixels
+
+
+def distillation_loss(
+    student: Tensor, teacher: Tensor, *, temperature: float, hard: bool = False
+) -> Tensor:
+    r"""Cross entropy of the student's predictions and the teacher's.
+
+    .. math::
+        L = -\frac{1}{N} \sum_i \sum_y P^T(y | x_i; \tau) \log P^S(y | x_i; \tau), \quad
+        P(y | x_i; \tau) = \frac{\exp(f(x_i)[y] / \tau)}{\sum_{y'} \exp(f(x_i)[y'] / \tau)}
+
+    Args:
+        student: Logits ``(N, C)``, any float dtype.
+        teacher: Likewise; no gradient goes there.
+        temperature: tau, > 0, of both.
+        hard: Learn the teacher's best class alone (pseudo-labels).
+
+    Returns:
+        Scalar, float32 (float64 for float64 logits); at least the entropy of the teacher.
+
+    Raises:
+        ShapeError: If the shapes differ.
+
+    Source: Eq. (2) and the definition below it. Departs: the mean over images, where the paper has
+    their sum.
+    """
+    if student.ndim != 2 or student.shape != teacher.shape:
+        raise ShapeError(
+            f"student and teacher must both be (N, C); got {tuple(student.shape)}, "
+            f"{tuple(teacher.shape)}"
+        )
+    with torch.autocast(student.device.type, enabled=False):
+        ours = at_least_float32(student) / temperature
+        theirs = at_least_float32(teacher.detach()) / temperature
+        targets = theirs.argmax(dim=1) if hard else theirs.softmax(dim=1)
+        return F.cross_entropy(ours, targets)
+
+
+def known_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross entropy of the labels that are known, over the batch of all ranks.
+
+    Args:
+        logits: ``(N, C)``, any float dtype.
+        labels: ``(N,)`` int64, -1 where unknown.
+
+    Returns:
+        Scalar whose mean over ranks, which data-parallel training minimises, is the mean over the
+        labelled images of all of them; 0 if there are none.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = at_least_float32(logits)
+        total = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+        known = mean_over_ranks((labels >= 0).sum().to(logits.dtype))
+        return total / torch.where(known > 0, known, 1.0)
+
+
+class DistillConfig(MethodConfig):
+    """Settings of distillation; ``backbone`` is the student."""
+
+    name: Literal["distill"] = "distill"
+    classifies: ClassVar[bool] = True
+    files: ClassVar[tuple[str, ...]] = ("teacher",)
+    teacher: str | None = None
+    """The folder of a run of method supervised or distill, or its classifier.safetensors. It stays
+    as it is, in evaluation mode."""
+    temperature: PositiveFloat = 1.0
+    """tau of teacher and student: 0.1 for a student of the same architecture, 1 for a smaller one;
+    the paper finds little difference (sec. 3.1)."""
+    targets: Literal["soft", "hard"] = "soft"
+    """soft: the teacher's probabilities. hard: its best class (pseudo-labels)."""
+    distillation_weight: Probability = 1.0
+    """alpha of Eq. (3): 1 uses no labels, the paper's default; below it, those that data.labels
+    lets training see count with 1 - alpha."""
+    temperature_squared: bool = False
+    """Multiply the distillation by tau squared, which keeps the size of its gradient where tau
+    changes (Hinton et al. 2015, arXiv:1503.02531v1, sec. 2; so does the authors' notebook, at tau =
+    1). The paper's Eq. (2) does not, and LARS and AdamW hardly notice."""
+
+    @property
+    def num_views(self) -> int:
+        """One, which teacher and student both see: a crop and a flip (sec. 3.1)."""
+        return 1
+
+    @property
+    def uses_labels(self) -> bool:
+        """If they count."""
+        return self.distillation_weight < 1
+
+    def check(self, shape: RunShape) -> None:
+        """Ask for a teacher."""
+        if self.teacher is None:
+            raise ConfigError(
+                "method.teacher: missing; give the folder of a fine-tuned run, such as "
+                "runs/NAME-finetuned"
+            )
+
+
+class Distill(EmbeddingMethod):
+    """A student, an encoder and a linear classifier, imitates a teacher.
+
+    The teacher is no part of the module: it is in no checkpoint and in no exported file.
+    """
+
+    Config = DistillConfig
+
+    def __init__(self, config: DistillConfig, backbone: Backbone, data: TrainingSet) -> None:
+        super().__init__(config, backbone, data)
+        self.config = config
+        if config.teacher is None:
+            raise ConfigError("method.teacher: missing; give the folder of a fine-tuned run")
+        teacher = load_classifier(config.teacher).requires_grad_(False)
+        _check_fit(teacher, config.teacher, data)
+        # In a tuple, so that torch does not take it for a part of this module.
+        self._teacher = (teacher,)
+        self.network = Classifier(backbone, nn.Sequential(), teacher.class_names)
+
+    @property
+    def teacher(self) -> Classifier:
+        """What the student imitates."""
+        return self._teacher[0]
+
+    @property
+    def encoder(self) -> Backbone:
+        """The student's, without its classifier."""
+        return self.network.encoder
+
+    @property
+    def label_classifier(self) -> Classifier:
+        """The student."""
+        return self.network
+
+    @property
+    def unadapted_modules(self) -> tuple[nn.Module, ...]:
+        """The student's linear classifier."""
+        return (self.network.linear,)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Take the teacher along to another device, dtype or memory layout."""
+        self.teacher._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def embeddings(self, batch: Batch, progress: Progress) -> tuple[Tensor, ...]:
+        """Return the student's features and logits, and the teacher's logits."""
+        images = batch.views[0]
+        features = self.encoder(images)
+        with torch.no_grad():
+            theirs = self.teacher(images)
+        return features.detach(), self.network.logits(features), theirs
+
+    def loss_of(
+        self, embeddings: tuple[Tensor, ...], batch: Batch, progress: Progress
+    ) -> LossOutput:
+        """Weigh the teacher's predictions and the labels.
+
+        Source: Eq. (3). Departs: means over images, where the paper has sums over the two data
+        sets; their ratio is then in the weight.
+        """
+        features, ours, theirs = embeddings
+        config = self.config
+        hard, alpha = config.targets == "hard", config.distillation_weight
+        loss = distillation_loss(ours, theirs, temperature=config.temperature, hard=hard)
+        metrics = {"distill/loss": loss.detach()}
+        if config.temperature_squared:
+            loss = config.temperature**2 * loss
+        if alpha < 1 and batch.labels is not None:
+            labelled = known_label_loss(ours, batch.labels)
+            metrics["distill/label_loss"] = labelled.detach()
+            loss = (1 - alpha) * labelled + alpha * loss
+        if not progress.is_logged:
+            return LossOutput(loss, features, {})
+        with torch.no_grad():
+            sure = theirs.float().softmax(dim=1).amax(dim=1)
+            softened = (theirs.float() / config.temperature).softmax(dim=1)
+            metrics |= {
+                "distill/agreement": (ours.argmax(1) == theirs.argmax(1)).float().mean(),
+                "distill/teacher_confidence": sure.mean(),
+                # What the loss cannot fall below with soft targets.
+                "distill/teacher_entropy": entropy(softened),
+            }
+        return LossOutput(loss, features, metrics)
+
+
+def _check_fit(teacher: Classifier, path: str, data: TrainingSet) -> None:
+    """Refuse a teacher of other classes, or one that was shown pixels in another way."""
+    if data.class_names and list(data.class_names) != teacher.class_names:
+        raise ConfigError(
+            f"method.teacher={path}: knows the classes {_some(teacher.class_names)}, the training "
+            f"images have {_some(data.class_names)}; give a teacher of the same classes"
+        )
+    for name, ours in (("mean", data.mean), ("std", data.std)):
+        theirs = teacher.description.get(name)
+        if ours is None or not isinstance(theirs, list):
+            continue
+        if any(abs(a - b) > _TOLERANCE for a, b in zip(ours, theirs, strict=True)):
+            raise ConfigError(
+                f"method.teacher={path}: was trained with data.{name}={theirs}, this run has "
+                f"{list(ours)}; set data.{name} to the teacher's"
+            )
+
+
+def _some(names: Any) -> str:
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+METHOD = Distill

@@ -1,0 +1,83 @@
+"""safetensors files of networks: tensors by name, and a header that says what they make up."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from raysl.errors import DataError
+
+
+class NetworkFile(NamedTuple):
+    """What a file holds."""
+
+    description: dict[str, Any]
+    state: dict[str, Tensor]
+
+
+def write_network(
+    path: Path, state: Mapping[str, Tensor], *, kind: str, description: Mapping[str, Any]
+) -> None:
+    """Write tensors with a description in the header; the file appears complete or not at all."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    header = {"format": kind, "raysl": json.dumps(description)}
+    temporary = path.with_name(f".{path.name}.tmp")
+    # Through a plain open: safetensors' own writer makes files that only their owner can read.
+    temporary.write_bytes(save(tensors, metadata=header))
+    temporary.replace(path)
+
+
+def read_network(path: Path, *, kind: str, what: str) -> NetworkFile:
+    """Read a file of :func:`write_network`; no code from the file is run.
+
+    Args:
+        path: The file.
+        kind: The format that its header must name.
+        what: What that is, for error messages.
+
+    Raises:
+        DataError: If it is not there, damaged, of another format, or not finite.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; it should be {what}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            names = list(file.keys())
+            state = {name: file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: not a safetensors file: {error}") from None
+    if header.get("format") != kind:
+        raise DataError(f"{path}: safetensors, but not {what}")
+    try:
+        description = json.loads(header["raysl"])
+    except (KeyError, ValueError):
+        description = None
+    if not isinstance(description, dict):
+        raise DataError(f"{path}: {what} with a damaged header")
+    for name, value in state.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise DataError(f"{path}: its weights are not all finite: {name}")
+    return NetworkFile(description, state)
+
+
+def fill(module: nn.Module, state: Mapping[str, Tensor], *, path: Path) -> None:
+    """Load a state dict strictly, as one of this version of the module: files keep no versions.
+
+    Raises:
+        DataError: If names or shapes do not fit.
+    """
+    own = module.state_dict()
+    versioned = type(own)(state)
+    if hasattr(own, "_metadata"):
+        versioned._metadata = own._metadata  # type: ignore[attr-defined]
+    try:
+        module.load_state_dict(versioned)
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        raise DataError(f"{path}: its weights do not fit: {text}") from None

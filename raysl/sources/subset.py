@@ -1,0 +1,80 @@
+"""A part of a source's images, or of its labels: what training may see."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from raysl.augment.crop import Image
+from raysl.sources.labels import Rows
+from raysl.sources.source import Labels, Source, digest
+
+
+class SubsetSource:
+    """A source of which training sees some labels, and all images or those with a label alone.
+
+    Memory grows with the labels that are seen, not with the images.
+
+    Args:
+        whole: The source.
+        known: Rows of the source whose labels are seen, in order.
+        only: Leave out the images without a label that is seen.
+    """
+
+    def __init__(self, whole: Source, known: Rows, *, only: bool) -> None:
+        self.whole = whole
+        self.known = known
+        self.only = only
+        self.name = whole.name
+        self.class_names = whole.class_names
+        self.fingerprint = digest(
+            whole.fingerprint, str(only), np.ascontiguousarray(known, dtype=np.int64).data
+        )
+        sizes = whole.group_sizes
+        self._group_sizes = sizes
+        self.weights: npt.NDArray[np.float64] | None = whole.weights
+        self.window_size: int | None = whole.window_size
+        if not only:
+            return
+        groups = np.searchsorted(np.cumsum(sizes), known, side="right")
+        counts = np.bincount(groups, minlength=len(sizes)).astype(np.int64)
+        kept = np.flatnonzero(counts)
+        self._group_sizes = counts[kept]
+        if whole.weights is not None:
+            self.weights = whole.weights[kept]
+        if whole.window_size is not None:
+            # A group is read whole for the few of its images that are kept.
+            share = len(known) / max(1, int(sizes.sum()))
+            self.window_size = max(1, round(whole.window_size * share))
+
+    @property
+    def group_sizes(self) -> npt.NDArray[np.int64]:
+        """Images that are kept of each group that has any."""
+        return self._group_sizes
+
+    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[bytes | Image]:
+        """Return the images of these rows."""
+        return self.whole.read(self._rows(indices))
+
+    def where(self, index: int) -> str:
+        """Name a row as the whole source does."""
+        return self.whole.where(int(self.known[index]) if self.only else index)
+
+    def labels(self) -> Labels | None:
+        """Return the class numbers that may be seen, -1 for the others."""
+        labels = self.whole.labels()
+        assert labels is not None  # of whom else would the known ones be
+        if self.only:
+            return labels[self.known]
+        seen = np.full(len(labels), -1, dtype=np.int64)
+        seen[self.known] = labels[self.known]
+        return seen
+
+    def _rows(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Rows:
+        rows = np.asarray(indices, dtype=np.int64)
+        return self.known[rows] if self.only else rows
+
+
+def whole_source(source: Source) -> Source:
+    """Return the source with all its images and labels, which evaluation may see."""
+    return source.whole if isinstance(source, SubsetSource) else source
