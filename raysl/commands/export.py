@@ -32,6 +32,9 @@ The formats:
   huggingface   a folder that timm and transformers open, with a model card
   mlflow        a new version of a registered model, below the run that trained it
 
+A classifier.safetensors of `raysl finetune` gives logits, and goes to all but the libraries' own:
+timm or torchvision load the file itself.
+
 All take normalised float32 images (N, 3, S, S). Each is written beside its place, loaded as its
 users do, and compared with the encoder on random images in several batch sizes; only then does it
 get its name. What was there before is exchanged as a whole.
@@ -50,7 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG.format(settings=settings_text(ExportConfig))
-    parser.add_argument("encoder", type=Path, help="a run folder, or an encoder file")
+    parser.add_argument(
+        "encoder",
+        type=Path,
+        help="a run folder, its encoder.safetensors, or its classifier.safetensors",
+    )
     parser.add_argument("overrides", nargs="*", help="key=value, typed as YAML")
     parser.add_argument(
         "--format",
@@ -116,6 +123,8 @@ def _formats(arguments: argparse.Namespace) -> list[str]:
 def _place(exportable: Exportable, output: Path | None, name: str, *, alone: bool) -> Path:
     """Return where a format's file goes."""
     usual = FORMATS[name].file
+    if exportable.output == "logits":
+        usual = usual.replace("encoder", "classifier")
     if output is None:
         return exportable.path.parent.absolute() / "exports" / usual
     wanted = Path(usual).suffix
@@ -138,7 +147,7 @@ def _register(
     size = exportable.size_px
 
     def check(model: Any) -> float:
-        difference = largest_difference(exportable, model.eval())
+        difference = largest_difference(exportable, model)
         if difference > config.tolerance:
             raise ExportError(f"--format mlflow: the stored model differs by {difference:.2g}")
         return difference

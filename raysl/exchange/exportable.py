@@ -9,10 +9,13 @@ from torch import Tensor, nn
 from raysl.encoder import described_backbone, encoder_file, load_encoder, read_description
 from raysl.errors import ConfigError, ExportError
 from raysl.nn.backbones import Backbone, BackboneConfig
+from raysl.nn.classifier import load_classifier
+from raysl.weights.read import read_header
 
 # Sizes of the batches that a copy is compared on: also other ones than it was made with.
 TRACED_BATCH = 2
 _BATCHES = (1, TRACED_BATCH, 5)
+_CLASSIFIER = "raysl-classifier"
 
 
 class Exportable(NamedTuple):
@@ -57,12 +60,15 @@ def open_exportable(path: Path) -> Exportable:
     """Load what is to be exported.
 
     Args:
-        path: A run folder, or an encoder file.
+        path: A run folder, whose encoder is taken, an encoder file, or a classifier file of a
+            fine-tuned run.
 
     Raises:
-        DataError: If it is not an encoder that raysl wrote.
+        DataError: If it is not an encoder or a classifier that raysl wrote.
     """
     file = encoder_file(path)
+    if read_header(file).get("format", "").startswith(_CLASSIFIER):
+        return _open_classifier(file)
     description = read_description(file)
     config = described_backbone(description, where=file)
     encoder = load_encoder(file)
@@ -76,6 +82,20 @@ def open_exportable(path: Path) -> Exportable:
         description.get("image_size_px", 224),
         encoder.embed_dim,
         "features",
+    )
+
+
+def _open_classifier(file: Path) -> Exportable:
+    model = load_classifier(file)
+    return Exportable(
+        model.requires_grad_(False),
+        model.encoder,
+        described_backbone(model.description, where=file),
+        file,
+        model.description,
+        model.description["image_size_px"],
+        len(model.class_names),
+        "logits",
     )
 
 

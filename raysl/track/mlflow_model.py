@@ -16,7 +16,7 @@ from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
 from mlflow.types import Schema, TensorSpec
 
-from raysl.errors import ExportError
+from raysl.errors import ExportError, RayslError
 from raysl.track.mlflow_tracker import experiment_id
 from raysl.track.uri import without_password
 
@@ -114,7 +114,9 @@ def register_encoder(
         with addressed(uri):
             difference = check(mlflow.pytorch.load_model(model_uri, map_location="cpu"))
             version = mlflow.register_model(model_uri, name)
-    except MlflowException as error:
+    except RayslError:
+        raise
+    except Exception as error:  # a store, or the exporter that MLflow calls, may raise anything
         text = str(error).replace(uri, without_password(uri)).strip().partition("\n")[0]
         raise ExportError(
             f"{without_password(uri)}: MLflow did not take the model: {text}"

@@ -18,6 +18,7 @@ from raysl.exchange.export import FORMATS, ExportConfig, Exported, export
 from raysl.exchange.exportable import open_exportable
 from raysl.exchange.import_encoder import ImportConfig, import_encoder
 from raysl.nn.backbones import BackboneConfig, build_backbone
+from raysl.nn.classifier import Classifier, save_classifier
 
 ROOT = Path(__file__).parents[2]
 RESNET = {"name": "resnet18"}
@@ -156,6 +157,27 @@ def test_convolutions_leave_as_convolutions(tmp_path: Path, format_name: str) ->
         nodes = torch.export.load(path).graph.nodes
         count = sum("conv2d" in str(node.target) for node in nodes)
     assert count == 20
+
+
+@torch.no_grad()
+def test_a_classifier_gives_its_logits(tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    config = BackboneConfig(name="resnet18", stem="cifar", width=0.125)
+    head = nn.Sequential(nn.Linear(64, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU())
+    model = Classifier(build_backbone(config), head, ["cat", "dog", "cow"]).eval()
+    description = {"backbone": config.model_dump(mode="json"), "image_size_px": 32}
+    save_classifier(tmp_path / "classifier.safetensors", model, description=description)
+    exportable = open_exportable(tmp_path / "classifier.safetensors")
+    done = export(exportable, "onnx", tmp_path / "c.onnx", ExportConfig())
+    session = runtime.InferenceSession(done.path, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(["logits"], {"images": images().numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), model(images()), rtol=1e-5, atol=1e-5)
+    known = session.get_modelmeta().custom_metadata_map
+    assert json.loads(known["class_names"]) == ["cat", "dog", "cow"]
+    with pytest.raises(ConfigError, match=r"--format timm holds an encoder, and .* a classifier"):
+        export(exportable, "timm", tmp_path / "c.safetensors", ExportConfig())
 
 
 class TestHuggingFace:

@@ -1,3 +1,4 @@
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,12 @@ import pytest
 import torch
 from mlflow.tracking import MlflowClient
 
+from raysl.cli import main
+from raysl.encoder import save_encoder
 from raysl.errors import ExportError
+from raysl.nn.backbones import BackboneConfig, build_backbone
 from raysl.track.mlflow_model import Registered, addressed, register_encoder
+from raysl.track.run_folder import write_json
 
 
 def test_storing_an_encoder_leaves_no_address_behind_for_the_next_run(
@@ -60,6 +65,29 @@ def test_an_encoder_becomes_versions_of_a_name_with_a_signature(store: str) -> N
 
     gone = register(store, run_id="0" * 32)  # somebody deleted it
     assert gone.run_id not in (first.run_id, "0" * 32)
+
+
+def test_the_command_registers_below_the_run_that_trained_the_encoder(
+    store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = {"name": "resnet18", "stem": "cifar", "width": 0.125}
+    encoder = build_backbone(BackboneConfig.model_validate(section))
+    description = {"backbone": section, "image_size_px": 16}
+    save_encoder(tmp_path / "encoder.safetensors", encoder, description=description)
+    client = MlflowClient(store)
+    run_id = client.create_run(client.create_experiment("trained")).info.run_id
+    write_json(tmp_path / "mlflow.json", {"run_id": run_id, "uri": store, "experiment": "trained"})
+    # The address is that of the run.
+    arguments = ["export", str(tmp_path), "--format", "mlflow", "--name", "command", "--json"]
+    assert main(arguments) == 0
+    done = json.loads(capsys.readouterr().out.splitlines()[-1])["exports"]["mlflow"]
+    assert (done["run_id"], done["version"]) == (run_id, "1")
+    names: dict[str, Any] = {}
+    with addressed(store):
+        exec("\n".join(done["usage"]), names)
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(names["model"](images), encoder.eval()(images))
 
 
 def test_what_does_not_pass_the_check_gets_no_version(store: str) -> None:
