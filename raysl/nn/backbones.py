@@ -276,7 +276,7 @@ def torchvision_options(config: BackboneConfig, image_size_px: int) -> dict[str,
     """Return what torchvision's function of a model is called with, beside its name."""
     name = library_name(config)
     if config.family == "convnext":
-        return {"stochastic_depth_prob": config.drop_path} if config.drop_path else {}
+        return {"stochastic_depth_prob": config.drop_path}
     if name in ("googlenet", "inception_v3"):
         return {"aux_logits": False, "init_weights": True}
     if name.startswith("vit_"):
