@@ -106,7 +106,8 @@ def import_encoder(path: Path, config: ImportConfig, output: Path, *, layout: st
     given = {f"backbone.{key}" for key in (*config.backbone, *beside.backbone)}
     guessed = [g for g in recognised.guessed if g.partition("=")[0] not in given]
     if None in (config.mean or beside.mean, config.std or beside.std):
-        guessed.append("mean and std (those of the authors' code)")
+        plain = found.layout.mean == (0, 0, 0)
+        guessed.append(f"mean and std ({'pixels as they are' if plain else 'of ImageNet'})")
     imported = Imported(
         backbone_config, found.layout.name, found.layout.whose, found.taken, size,
         tuple(map(float, mean)), tuple(map(float, std)), backbone.embed_dim, tuple(guessed),

@@ -64,7 +64,7 @@ def write_huggingface(exportable: Exportable, folder: Path) -> None:
     problem = plain_problem(config, "timm")
     if config.family == "torchvision":
         problem = f"timm has no {config.name} with these names; use --format torchvision"
-    elif config.family == "resnet" and config.stem != "imagenet":
+    elif problem is None and config.family == "resnet" and config.stem != "imagenet":
         problem = (
             f"neither timm nor transformers can be told of the stem {config.stem}; use --format "
             "torchvision or timm, whose lines replace it, or onnx"

@@ -289,7 +289,8 @@ def torchvision_options(config: BackboneConfig, image_size_px: int) -> dict[str,
 def torchvision_classifier(net: nn.Module) -> str:
     """Return the path of a model's last layer, in SqueezeNet a convolution."""
     layers = (nn.Linear, nn.Conv2d)
-    return [path for path, layer in net.named_modules() if isinstance(layer, layers)][-1]
+    paths: list[str] = [path for path, layer in net.named_modules() if isinstance(layer, layers)]
+    return paths[-1]
 
 
 def whole_torchvision_model(config: BackboneConfig, image_size_px: int) -> nn.Module:

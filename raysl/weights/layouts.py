@@ -166,7 +166,7 @@ LAYOUTS = (
 )
 """In the order in which ``auto`` tries them: the first one that has an address of the file."""
 
-_PLAIN = Layout("other", "somebody else", (r".*",), ("the network",))
+_PLAIN = Layout("other", "none of the known ones", (r".*",), ("the network",))
 
 
 class Found(NamedTuple):

@@ -10,6 +10,7 @@ Names that make sense only in an attack are an error, as nobody should use the r
 import pickle
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -23,6 +24,7 @@ from raysl.weights.stored import StoredTensor
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PARTS = 3  # that number, the version, what the machine was
 _LENGTH_BYTES = 8
+_LOCAL_HEADER_BYTES = 30  # of a file in a zip archive, up to its name
 
 _STORAGES = {
     "FloatStorage": torch.float32,
@@ -214,9 +216,7 @@ def _read_zip(path: Path) -> Any:
             order = archive.read(f"{root}byteorder").decode("ascii").strip()  # type: ignore[assignment]
 
         def numbers(storage: _Storage) -> bytes:
-            with zipfile.ZipFile(path) as again:
-                data = again.read(f"{root}data/{storage.key}")
-            return _part(data, storage)
+            return _part(_record(path, infos[f"{root}data/{storage.key}"]), storage)
 
         reader = _Reader(numbers, swapped=order != sys.byteorder)
         with archive.open(f"{root}data.pkl") as file:
@@ -226,6 +226,19 @@ def _read_zip(path: Path) -> Any:
             if info is None or info.file_size < storage.length * storage.dtype.itemsize:
                 raise ValueError(f"the numbers of storage {storage.key} are missing")
     return content
+
+
+def _record(path: Path, info: zipfile.ZipInfo) -> bytes:
+    """Read one file of an archive, which need not be searched for it again."""
+    with open(path, "rb") as file:
+        file.seek(info.header_offset)
+        header = file.read(_LOCAL_HEADER_BYTES)
+        name, extra = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+        file.seek(name + extra, 1)
+        data = file.read(info.file_size)
+    if zlib.crc32(data) != info.CRC:
+        raise ValueError("its checksum is not that of its numbers")
+    return data
 
 
 def _part(data: bytes, storage: _Storage) -> bytes:

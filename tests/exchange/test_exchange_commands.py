@@ -19,7 +19,7 @@ from raysl.errors import ConfigError, DataError
 from raysl.exchange.import_encoder import ImportConfig, import_encoder
 from raysl.nn.backbones import BackboneConfig, build_backbone
 
-SMALL = {"name": "resnet18", "stem": "cifar", "width": 0.125}
+SMALL: dict[str, Any] = {"name": "resnet18", "stem": "cifar", "width": 0.125}
 
 
 def small(seed: int = 0, **changes: Any) -> dict[str, Tensor]:
@@ -143,8 +143,12 @@ class TestRefused:
 class TestSettings:
     def test_say_what_the_tensors_cannot(self, tmp_path: Path) -> None:
         path = write(tmp_path / "w.pth", behind("encoder.", small()))
-        section = {"stem": "small"}
-        settings = {"image_size_px": 64, "mean": (0.5, 0.5, 0.5), "std": (1.0, 1.0, 1.0)}
+        section: dict[str, Any] = {"stem": "small"}
+        settings: dict[str, Any] = {
+            "image_size_px": 64,
+            "mean": (0.5, 0.5, 0.5),
+            "std": (1.0, 1.0, 1.0),
+        }
         imported = import_encoder(
             path, ImportConfig(backbone=section, **settings), tmp_path / "e.safetensors",
             layout="auto",
@@ -184,7 +188,7 @@ class TestCommands:
         def run(*arguments: str | Path, status: int = 0) -> dict[str, Any]:
             assert main([str(argument) for argument in arguments]) == status
             out = capsys.readouterr().out
-            return json.loads(out.strip().splitlines()[-1]) if out.strip() else {}  # type: ignore[no-any-return]
+            return json.loads(out.strip().splitlines()[-1]) if out.strip() else {}
 
         return run
 

@@ -66,47 +66,62 @@ class PaperViT(nn.Module):
         return self.norm(tokens)[:, 0]
 
 
-class GeneratedResNet(nn.Module):
-    """lightly's ResNetGenerator("resnet-18", width=0.5): a 3 x 3 stem, `shortcut` for the others'
-    `downsample`."""
+class Block(nn.Module):
+    """Two convolutions and a way around them, which torchvision calls downsample."""
 
-    class Block(nn.Module):
-        def __init__(self, inner: int, outer: int, stride: int) -> None:
-            super().__init__()
-            self.conv1 = nn.Conv2d(inner, outer, 3, stride, 1, bias=False)
-            self.bn1 = nn.BatchNorm2d(outer)
-            self.conv2 = nn.Conv2d(outer, outer, 3, 1, 1, bias=False)
-            self.bn2 = nn.BatchNorm2d(outer)
-            self.shortcut = nn.Sequential()
-            if stride != 1 or inner != outer:
-                conv = nn.Conv2d(inner, outer, 1, stride, bias=False)
-                self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(outer))
-
-        def forward(self, maps: Tensor) -> Tensor:
-            inner = self.bn1(self.conv1(maps)).relu()
-            return (self.bn2(self.conv2(inner)) + self.shortcut(maps)).relu()
-
-    def __init__(self) -> None:
+    def __init__(self, inner: int, outer: int, stride: int, around: str = "downsample") -> None:
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32)
-        block = self.Block
-        self.layer1 = nn.Sequential(block(32, 32, 1), block(32, 32, 1))
-        self.layer2 = nn.Sequential(block(32, 64, 2), block(64, 64, 1))
-        self.layer3 = nn.Sequential(block(64, 128, 2), block(128, 128, 1))
-        self.layer4 = nn.Sequential(block(128, 256, 2), block(256, 256, 1))
-        self.linear = nn.Linear(256, 10)
+        self.conv1 = nn.Conv2d(inner, outer, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outer)
+        self.conv2 = nn.Conv2d(outer, outer, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outer)
+        self.around = nn.Sequential()
+        if stride != 1:
+            conv = nn.Conv2d(inner, outer, 1, stride, bias=False)
+            self.around = nn.Sequential(conv, nn.BatchNorm2d(outer))
+        self._modules[around] = self._modules["around"]
+        del self._modules["around"]
+        self.name = around
 
-    def forward(self, images: Tensor) -> Tensor:
-        maps = self.bn1(self.conv1(images)).relu()
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            maps = layer(maps)
-        return maps.mean((2, 3))
+    def forward(self, maps: Tensor) -> Tensor:
+        inner = self.bn1(self.conv1(maps)).relu()
+        return (self.bn2(self.conv2(inner)) + self._modules[self.name](maps)).relu()
 
 
-def resnet(name: str = "resnet18", seed: int = 0, **options: Any) -> nn.Module:
-    """torchvision's, with statistics and norms unlike those at the start."""
+def thin_resnet(seed: int = 0) -> nn.Module:
+    """A ResNet-18 of 8 to 64 channels with the children of torchvision's."""
     torch.manual_seed(seed)
-    net: nn.Module = getattr(torchvision.models, name)(**options)
+    net = nn.Module()
+    net.conv1, net.bn1 = nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8)
+    net.relu, net.maxpool = nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+    for number, (inner, outer) in enumerate([(8, 8), (8, 16), (16, 32), (32, 64)], 1):
+        layer = nn.Sequential(Block(inner, outer, 1 + (number > 1)), Block(outer, outer, 1))
+        net.add_module(f"layer{number}", layer)
+    net.avgpool, net.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(64, 10)
+    return lively(net)
+
+
+def generated_resnet() -> nn.Module:
+    """lightly's ResNetGenerator("resnet-18", width=0.125): a 3 x 3 stem, no ReLU and no pooling
+    among the children, and `shortcut` for `downsample`."""
+    torch.manual_seed(0)
+    net = nn.Module()
+    net.conv1, net.bn1 = nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8)
+    for number, (inner, outer) in enumerate([(8, 8), (8, 16), (16, 32), (32, 64)], 1):
+        first = Block(inner, outer, 1 + (number > 1), around="shortcut")
+        net.add_module(f"layer{number}", nn.Sequential(first, Block(outer, outer, 1, "shortcut")))
+    net.linear = nn.Linear(64, 10)
+    return lively(net)
+
+
+def torchvision_resnet(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    net: nn.Module = getattr(torchvision.models, name)()
+    return lively(net)
+
+
+def lively(net: nn.Module) -> nn.Module:
+    """Give norms statistics and shifts unlike those at the start."""
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_mean, -0.1, 0.1)  # type: ignore[arg-type]
@@ -144,13 +159,19 @@ class Case(NamedTuple):
 
 
 def moco(version: int) -> Case:
-    net, other = (resnet(seed=seed, num_classes=128) for seed in (0, 1))
-    fc = nn.Linear(512, 128) if version == 1 else nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    net, other = (thin_resnet(seed) for seed in (0, 1))
+    fc = nn.Linear(64, 128) if version == 1 else nn.Sequential(nn.Linear(8, 8), nn.ReLU())
     net.fc = fc
     state = behind("module.encoder_k.", other) | behind("module.encoder_q.", net)
     state |= {"module.queue": torch.randn(128, 4), "module.queue_ptr": torch.zeros(1).long()}
     content = {"epoch": 200, "arch": "resnet18", "state_dict": state, "optimizer": {"state": {}}}
-    return Case("moco", "the query encoder", content, without_head(net), {"name": "resnet18"})
+    return Case(
+        "moco",
+        "the query encoder",
+        content,
+        without_head(net),
+        {"name": "resnet18", "width": 0.125},
+    )
 
 
 def moco_v3_vit() -> Case:
@@ -166,34 +187,38 @@ def moco_v3_vit() -> Case:
 
 
 def moco_v3_resnet() -> Case:
-    net = resnet()
+    net = thin_resnet()
     state = behind("module.base_encoder.", net)
     return Case(
         "moco_v3",
         "the base encoder",
         {"state_dict": state},
         without_head(net),
-        {"name": "resnet18"},
+        {"name": "resnet18", "width": 0.125},
     )
 
 
 def simclr_of_sthalles() -> Case:
-    net = resnet(num_classes=128)
-    net.fc = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 128))
+    net = thin_resnet()
+    net.fc = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 128))
     content = {"epoch": 100, "arch": "resnet18", "state_dict": behind("backbone.", net)}
-    return Case("simclr", "the backbone", content, without_head(net), {"name": "resnet18"})
+    return Case(
+        "simclr", "the backbone", content, without_head(net), {"name": "resnet18", "width": 0.125}
+    )
 
 
 def simclr_of_spijkervet() -> Case:
-    net = resnet()
+    net = thin_resnet()
     net.fc = nn.Identity()
-    projector = nn.Sequential(nn.Linear(512, 512, bias=False), nn.ReLU())
+    projector = nn.Sequential(nn.Linear(64, 64, bias=False), nn.ReLU())
     content = behind("encoder.", net) | behind("projector.", projector)
-    return Case("simclr", "the encoder", content, without_head(net), {"name": "resnet18"})
+    return Case(
+        "simclr", "the encoder", content, without_head(net), {"name": "resnet18", "width": 0.125}
+    )
 
 
 def simclr_converted() -> Case:
-    net = resnet()
+    net = torchvision_resnet("resnet18")
     return Case(
         "torchvision", "the network", {"state_dict": net.state_dict()}, without_head(net),
         {"name": "resnet18"},
@@ -223,10 +248,14 @@ def dino_backbone() -> Case:
 
 
 def dino_resnet() -> Case:
-    net = resnet()
+    net = thin_resnet()
     net.fc = nn.Identity()
     return Case(
-        "torchvision", "the network", net.state_dict(), without_head(net), {"name": "resnet18"}
+        "torchvision",
+        "the network",
+        net.state_dict(),
+        without_head(net),
+        {"name": "resnet18", "width": 0.125},
     )
 
 
@@ -254,7 +283,7 @@ def mae_finetuned() -> Case:
 
 
 def vissl() -> Case:
-    net = resnet("resnet50")
+    net = torchvision_resnet("resnet50")
     trunk = behind("_feature_blocks.", {k: v for k, v in net.state_dict().items() if k[:2] != "fc"})
     model = {"trunk": trunk, "heads": {"0.clf.0.weight": torch.ones(10, 2048)}}
     content = {
@@ -271,22 +300,24 @@ def vissl() -> Case:
 
 
 def lightly_sequential() -> Case:
-    net, other = resnet(), resnet(seed=1)
+    net, other = thin_resnet(), thin_resnet(1)
     body = nn.Sequential(*list(net.children())[:-1])
     state = behind("backbone_momentum.", nn.Sequential(*list(other.children())[:-1]))
     state |= behind("backbone.", body)
     state |= {"projection_head.layers.0.weight": torch.ones(3, 3)}
     content = {"epoch": 9, "pytorch-lightning_version": "2.2.0", "state_dict": state}
-    return Case("lightly", "the backbone", content, without_head(net), {"name": "resnet18"})
+    return Case(
+        "lightly", "the backbone", content, without_head(net), {"name": "resnet18", "width": 0.125}
+    )
 
 
 def lightly_generated() -> Case:
-    torch.manual_seed(0)
-    net = GeneratedResNet().eval()
+    net = generated_resnet()
     body = nn.Sequential(*list(net.children())[:-1], nn.AdaptiveAvgPool2d(1))
-    section = {"name": "resnet18", "stem": "cifar", "width": 0.5}
+    expected = nn.Sequential(net.conv1, net.bn1, nn.ReLU(), *body[2:], nn.Flatten())
+    section = {"name": "resnet18", "stem": "cifar", "width": 0.125}
     content = {"state_dict": behind("backbone.", body)}
-    return Case("lightly", "the backbone", content, net, section)
+    return Case("lightly", "the backbone", content, expected.eval(), section)
 
 
 def lightly_dino() -> Case:
@@ -297,7 +328,7 @@ def lightly_dino() -> Case:
 
 
 def lightly_train(*, distilled: bool) -> Case:
-    net, other = resnet(), resnet(seed=1)
+    net, other = thin_resnet(), thin_resnet(1)
     bodies = [{k: v for k, v in n.state_dict().items() if k[:2] != "fc"} for n in (net, other)]
     inner = "embedding_model.wrapped_model._features."
     if distilled:
@@ -307,7 +338,7 @@ def lightly_train(*, distilled: bool) -> Case:
         state = behind(f"student_{inner}", bodies[1]) | behind(f"teacher_{inner}", bodies[0])
         taken = "the teacher's model"
     content = {"state_dict": state, "lightly_train": {"models": {"model": net}, "version": "1"}}
-    return Case("lightly", taken, content, without_head(net), {"name": "resnet18"})
+    return Case("lightly", taken, content, without_head(net), {"name": "resnet18", "width": 0.125})
 
 
 CASES = {
@@ -366,4 +397,5 @@ def assert_said(imported: Imported, case: Case) -> None:
     assert imported.taken.startswith(f"{case.taken} (")
     unnormalised = case.layout == "simclr"
     assert imported.mean == ((0, 0, 0) if unnormalised else (0.485, 0.456, 0.406))
-    assert "mean and std (those of the authors' code)" in imported.guessed
+    told = "pixels as they are" if unnormalised else "of ImageNet"
+    assert f"mean and std ({told})" in imported.guessed

@@ -233,6 +233,15 @@ class TestHostile:
         with pytest.raises((DataError, RuntimeError)):
             read_content(path)["w"].read()
 
+    def test_numbers_that_changed_on_the_disk(self, tmp_path: Path) -> None:
+        path = tmp_path / "w.pth"
+        torch.save({"w": torch.full((4,), 7.0)}, path)
+        data = path.read_bytes()
+        seven = torch.tensor(7.0).numpy().tobytes()
+        path.write_bytes(data.replace(seven * 4, seven * 3 + bytes(4)))
+        with pytest.raises(ValueError, match="checksum is not that of its numbers"):
+            read_content(path)["w"].read()
+
     def test_a_compressed_archive(self, tmp_path: Path) -> None:
         data = self.pickled(count=4, size=(4,), stride=(1,))
         assert read_content(self.archive(tmp_path / "w.pth", data=data, storage=bytes(16)))
