@@ -325,16 +325,16 @@ class TestRefused:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         folder = write(tmp_path, FOREIGN)
-        kept = exported(folder, "torch_export").path
+        kept = exported(folder, "torchscript").path
         before = kept.read_bytes()
 
         def full(_: object, file: Path) -> None:
             Path(file).write_bytes(b"half")
             raise OSError("No space left on device")
 
-        monkeypatch.setattr(torch.export, "save", full)
+        monkeypatch.setattr(torch.jit, "save", full)
         with pytest.raises(OSError, match="No space left"):
-            exported(folder, "torch_export")
+            exported(folder, "torchscript")
         assert kept.read_bytes() == before
         assert [file.name for file in kept.parent.iterdir()] == [kept.name]
 

@@ -4,6 +4,7 @@ import argparse
 import collections
 import enum
 import functools
+import importlib
 import io
 import os
 import pickle
@@ -121,18 +122,14 @@ class TestWhatTorchSaves:
             read_content(path)
 
 
-def test_no_module_of_the_file_is_imported(tmp_path: Path) -> None:
+def test_no_module_of_the_file_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "theirs.py").write_text("class Thing:\n    pass\n")
-    writer = "import theirs, torch; torch.save({'t': theirs.Thing(), 'w': torch.ones(1)}, 'w.pth')"
-    subprocess.run([sys.executable, "-c", writer], cwd=tmp_path, check=True)
-    reader = (
-        "import sys; from pathlib import Path; from raysl.weights.read import read_content; "
-        "c = read_content(Path('w.pth')); assert float(c['w'].read()) == 1; "
-        "assert 'theirs' not in sys.modules"
-    )
-    root = str(Path(__file__).parents[2])
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([root, str(tmp_path)])}
-    subprocess.run([sys.executable, "-c", reader], cwd=tmp_path, env=env, check=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    thing = importlib.import_module("theirs").Thing()
+    torch.save({"thing": thing, "w": torch.ones(1)}, tmp_path / "w.pth")
+    del sys.modules["theirs"]
+    assert float(read_content(tmp_path / "w.pth")["w"].read()) == 1
+    assert "theirs" not in sys.modules
 
 
 class Attack:
