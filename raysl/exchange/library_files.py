@@ -1,6 +1,5 @@
 """Files that torchvision's, timm's and Hugging Face's own classes load."""
 
-import importlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 from raysl.errors import ConfigError
 from raysl.exchange.exportable import Exportable, refuse_logits
 from raysl.exchange.library_lines import Library, library_lines, plain_problem, timm_call
+from raysl.nn.backbones import timm_library
 from raysl.weights.convnext import timm_name
 
 Run = Callable[[Tensor], Tensor]
@@ -42,7 +42,7 @@ def open_plain(exportable: Exportable, path: Path, library: Library) -> Run:
         ConfigError: If timm is not installed.
     """
     if library == "timm":
-        _timm()
+        timm_library()
     lines = library_lines(
         exportable.config, library, image_size_px=exportable.size_px, file=str(path)
     )
@@ -59,7 +59,7 @@ def write_huggingface(exportable: Exportable, folder: Path) -> None:
         ConfigError: If timm has no such module that plain values describe, or is not installed.
     """
     refuse_logits(exportable, "huggingface")
-    _timm()
+    timm_library()
     config = exportable.config
     problem = plain_problem(config, "timm")
     if config.family == "torchvision":
@@ -80,7 +80,7 @@ def write_huggingface(exportable: Exportable, folder: Path) -> None:
 
 def open_huggingface(folder: Path) -> Run:
     """Load a folder as timm does."""
-    model: torch.nn.Module = _timm().create_model(f"local-dir:{folder}", pretrained=True)
+    model: torch.nn.Module = timm_library().create_model(f"local-dir:{folder}", pretrained=True)
     return model.eval()
 
 
@@ -173,12 +173,3 @@ def _model_card(exportable: Exportable) -> str:
 
 def _numbers(values: Sequence[float]) -> str:
     return "(" + ", ".join(f"{value:g}" for value in values) + ")"
-
-
-def _timm() -> Any:
-    try:
-        return importlib.import_module("timm")  # an extra
-    except ModuleNotFoundError as error:
-        if error.name != "timm":
-            raise
-        raise ConfigError("timm is not installed; pip install raysl[timm]") from None

@@ -237,7 +237,7 @@ def check_model_name(config: BackboneConfig) -> None:
     name = library_name(config)
     if config.family == "timm":
         # A tag behind a dot names pretrained weights; ours are random.
-        known, name = _timm().list_models(), name.partition(".")[0]
+        known, name = timm_library().list_models(), name.partition(".")[0]
     else:
         models = _torchvision_models()
         known = models.list_models(module=models)
@@ -263,7 +263,12 @@ def _torchvision_models() -> Any:
     return importlib.import_module("torchvision.models")
 
 
-def _timm() -> Any:
+def timm_library() -> Any:
+    """Load timm, which is an extra.
+
+    Raises:
+        ConfigError: If it is not installed.
+    """
     try:
         return importlib.import_module("timm")  # an extra
     except ModuleNotFoundError as error:
@@ -327,7 +332,7 @@ def timm_model(config: BackboneConfig, image_size_px: int) -> tuple[nn.Module, d
     Raises:
         ConfigError: If timm is not installed, or the model cannot take such images.
     """
-    create, name = _timm().create_model, library_name(config)
+    create, name = timm_library().create_model, library_name(config)
     # Transformers take both, some networks only the first, convolutional ones none.
     sized: list[dict[str, Any]] = [
         {"img_size": image_size_px, "dynamic_img_size": True},
