@@ -120,6 +120,7 @@ class RunConfig(Config, Generic[M]):
             lambda: self.backbone.check_view_sizes(self.view_sizes_px),
             lambda: self.method.check_shape(self._shape()),
             self._check_finetune,
+            self._check_online,
         ]
         for check in checks:
             try:
@@ -182,6 +183,13 @@ class RunConfig(Config, Generic[M]):
             raise ConfigError(
                 f"evaluate.finetune.head_layers={finetune.head_layers}: the projection head of "
                 f"method {self.method.name} ends at layer {most}; use at most {most}"
+            )
+
+    def _check_online(self) -> None:
+        if self.evaluate.online == "background" and self.cluster.num_train_workers == 0:
+            raise ConfigError(
+                "evaluate.online=background needs Ray, which cluster.num_train_workers=0 does "
+                "without; set evaluate.online=auto or cluster.num_train_workers=1"
             )
 
     @property

@@ -1,7 +1,7 @@
 """Pretraining as one worker sees it: build, resume, train, evaluate, write the encoder."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +15,11 @@ from raysl.encoder import save_encoder
 from raysl.errors import RunFolderError
 from raysl.evaluate.features import EvalImages, embed
 from raysl.evaluate.finetune import finetune
-from raysl.evaluate.protocol import LabelledSets, all_protocols, knn_top1, open_labelled
+from raysl.evaluate.protocol import LabelledSets, all_protocols, open_labelled
 from raysl.jobs.build import build_method, build_optimizers, describe, precision_on
+from raysl.jobs.measuring import Measuring, Place
 from raysl.jobs.method_pictures import write_method_pictures
+from raysl.jobs.online import Begin
 from raysl.methods.base import Progress
 from raysl.nn.backbones import Backbone
 from raysl.nn.batchnorm import average_statistics
@@ -35,13 +37,6 @@ from raysl.train.loop import Hooks, Log, Schedule, Trainer
 _MAP_IMAGES = 1500
 
 
-class Place(NamedTuple):
-    """Where a worker runs."""
-
-    device: torch.device
-    threads: int  # of torch, and of decoding during evaluation
-
-
 def pretrain(
     config: RunConfig[Any],
     *,
@@ -52,6 +47,7 @@ def pretrain(
     open_batches: Callable[[Derived], Iterator[NumpyBatch]],
     evaluated: Log | None = None,
     sets: LabelledSets | None = None,
+    begin: Begin | None = None,
 ) -> dict[str, Any]:
     """Run one worker of a pretraining, from ``start_step`` to the written encoder.
 
@@ -68,6 +64,8 @@ def pretrain(
             it raises ends the run.
         sets: What :func:`open_sets` returned for this run or one that measures on the same images;
             None opens them.
+        begin: Measures encoders on the way without this worker, asked by rank 0; None lets the
+            workers measure, and training waits.
 
     Returns:
         The results of the run, on rank 0 also written to ``results.json``.
@@ -85,26 +83,30 @@ def pretrain(
     if start_step:
         worker.restore(start_step)
     metrics = MetricsFile(folder.metrics, start_step=start_step) if worker.rank == 0 else None
+    worker.measuring.open(metrics, begin, start_step=start_step)
     if batches is not None:
         trainer = worker.trainer(_schedule(config, derived))
-        hooks = worker.hooks(_log_into(metrics), evaluated)
+        hooks = worker.hooks(_log_into(metrics, worker.measuring), evaluated)
         trainer.run(batches, start_step=start_step, rank=worker.rank, hooks=hooks)
     average_statistics(worker.method)
     if metrics is not None:  # before anything else can go wrong
         save_encoder(folder.encoder, worker.method.encoder, description=describe(config))
         worker.draw(derived)
+    worker.measuring.measure_last(derived)
     counts = {"steps": derived.total_steps, "num_bad_images": len(worker.bad_images)}
     results = worker.results() | counts
     if metrics is not None:
+        results["num_failed_evaluations"] = worker.measuring.finish()
         _write_results(folder, metrics, results)
     barrier()
     return results
 
 
-def _log_into(metrics: MetricsFile | None) -> Log:
+def _log_into(metrics: MetricsFile | None, measuring: Measuring) -> Log:
     def log(values: Mapping[str, float], step: int) -> None:
         if metrics is not None:  # on rank 0
             metrics.log(values, step=step)
+            measuring.collect()
 
     return log
 
@@ -154,7 +156,6 @@ class _Worker:
             channels_last=config.train.channels_last,
             device_ops=[device_ops(view) for view in config.data.views.views()],
         )
-        self.newest_knn = (-1, float("nan"))  # step, accuracy
         self.bad_images = BadImages(
             folder.bad_images,
             num_images=int(source.group_sizes.sum()),
@@ -164,6 +165,15 @@ class _Worker:
             writes=self.rank == 0,
         )
         self.sets = sets or open_sets(config, source, num_threads=place.threads)
+        self.measuring = Measuring(
+            config,
+            self.method,
+            folder=folder,
+            source=source,
+            labelled=self.sets,
+            to_input=self._to_input,
+            place=place,
+        )
 
     def trainer(self, schedule: Schedule) -> Trainer:
         """Return the loop around this rank's method."""
@@ -197,7 +207,7 @@ class _Worker:
         return Hooks(
             log=log,
             checkpoint=self.checkpoint,
-            evaluate=self.evaluate,
+            evaluate=self.measuring.evaluate,
             bad_images=self.report_bad_images,
             evaluated=evaluated,
         )
@@ -232,16 +242,6 @@ class _Worker:
         """Put what the ranks found together; return the number of bad images known so far."""
         together = {row: flaw for part in gather_objects(found) for row, flaw in part.items()}
         return float(self.bad_images.add(together, step=step))
-
-    def evaluate(self, step: int) -> Mapping[str, float]:
-        """Return the nearest-neighbour accuracy of the encoder as it is."""
-        if self.sets is None:
-            return {}
-        average_statistics(self.method)
-        train, test = self._embed(self.method.encoder, self.sets)
-        accuracy = knn_top1(self.config.evaluate, self.sets, train, test)
-        self.newest_knn = step, accuracy
-        return {"eval/knn_top1": accuracy}
 
     def results(self) -> dict[str, Any]:
         """Return all that is measured at the end; on rank 0, the others have nothing to add."""
@@ -289,10 +289,7 @@ class _Worker:
 
     def _knn_only(self) -> dict[str, Any]:
         total = derive_for(self.config, self.source).total_steps
-        step, accuracy = self.newest_knn
-        if step != total:
-            accuracy = self.evaluate(total)["eval/knn_top1"]
-        return {"knn_top1": accuracy}
+        return {"knn_top1": self.measuring.at(total)["eval/knn_top1"]}
 
     def draw(self, derived: Derived) -> None:
         """Keep the pictures that the method makes of a few training images, if it makes any."""
