@@ -328,8 +328,10 @@ def _say_start(opened: Opened, done: int) -> None:
 def _say_results(opened: Opened, results: dict[str, Any]) -> None:
     folder, config = opened.folder, opened.config
     out = console()
-    if "knn_top1" in results:
+    if "linear_top1" in results:
         out.print(accuracy_table(results))
+    elif "knn_top1" in results:  # evaluate.final=knn
+        out.print(f"accuracy  {results['knn_top1']:.1%} by nearest neighbours of frozen features")
     if results.get("num_bad_images"):
         say(f"{results['num_bad_images']:,} bad images, listed in {folder.bad_images}")
     failures = read_failures(folder)

@@ -20,7 +20,7 @@ from raysl.jobs.online import Begin, OnlineEvaluations, is_evaluated, read_failu
 from raysl.methods.base import Method
 from raysl.nn.batchnorm import average_statistics
 from raysl.nn.collectives import rank_and_size
-from raysl.recipe import Derived, RunConfig, derive_for
+from raysl.recipe import RunConfig, derive_for
 from raysl.sources.source import Source
 from raysl.track.run_folder import MetricsFile, RunFolder, list_waiting, read_metrics
 from raysl.train.batches import view_converter
@@ -118,9 +118,9 @@ class Measuring:
         if self._online is not None:
             self._online.collect()
 
-    def measure_last(self, derived: Derived) -> None:
+    def measure_last(self) -> None:
         """Measure the last step where that was put off; collective, and part of the run's end."""
-        if self._in_background and derived.evaluate_every_steps is not None:
+        if self._in_background and self._config.evaluate.every is not None:
             self.at(self._total_steps)
 
     def finish(self) -> int:

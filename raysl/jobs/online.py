@@ -135,11 +135,7 @@ def is_evaluated(record: Mapping[str, Any]) -> bool:
 
 def read_failures(folder: RunFolder) -> list[dict[str, Any]]:
     """Return the evaluations of a run that failed or were left out: ``step`` and ``problem``."""
-    try:
-        lines = folder.failed_evaluations.read_text(encoding="utf-8").splitlines(keepends=True)
-    except OSError:
-        return []
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
+    return read_metrics(folder.failed_evaluations)
 
 
 def _told(error: BaseException) -> str:

@@ -64,8 +64,7 @@ def pretrain(
             it raises ends the run.
         sets: What :func:`open_sets` returned for this run or one that measures on the same images;
             None opens them.
-        begin: Measures encoders on the way without this worker, asked by rank 0; None lets the
-            workers measure, and training waits.
+        begin: Measures the encoder on the way; None lets the workers do it, and training waits.
 
     Returns:
         The results of the run, on rank 0 also written to ``results.json``.
@@ -92,12 +91,10 @@ def pretrain(
     if metrics is not None:  # before anything else can go wrong
         save_encoder(folder.encoder, worker.method.encoder, description=describe(config))
         worker.draw(derived)
-    worker.measuring.measure_last(derived)
     counts = {"steps": derived.total_steps, "num_bad_images": len(worker.bad_images)}
     results = worker.results() | counts
     if metrics is not None:
-        results["num_failed_evaluations"] = worker.measuring.finish()
-        _write_results(folder, metrics, results)
+        _write_results(folder, metrics, results, worker.measuring)
     barrier()
     return results
 
@@ -111,7 +108,10 @@ def _log_into(metrics: MetricsFile | None, measuring: Measuring) -> Log:
     return log
 
 
-def _write_results(folder: RunFolder, metrics: MetricsFile, results: Mapping[str, Any]) -> None:
+def _write_results(
+    folder: RunFolder, metrics: MetricsFile, results: dict[str, Any], measuring: Measuring
+) -> None:
+    results["num_failed_evaluations"] = measuring.finish()
     accuracies = {f"final/{k}": v for k, v in results.items() if "top1" in k}
     metrics.log(accuracies, step=results["steps"])
     metrics.close()
@@ -245,6 +245,7 @@ class _Worker:
 
     def results(self) -> dict[str, Any]:
         """Return all that is measured at the end; on rank 0, the others have nothing to add."""
+        self.measuring.measure_last()
         return self._probed() | self._finetuned()
 
     def _probed(self) -> dict[str, Any]:
