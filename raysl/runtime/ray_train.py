@@ -15,7 +15,8 @@ from ray.train.v2.api.config import RunConfig as RayRunConfig
 
 import raysl.errors
 from raysl.errors import ClusterError, RayslError
-from raysl.jobs.pretrain import Place, pretrain
+from raysl.jobs.measuring import Place
+from raysl.jobs.pretrain import pretrain
 from raysl.nn.collectives import broadcast_object, rank_and_size
 from raysl.recipe import RunConfig, making_of, plan_of, run_from_values
 from raysl.runtime.background import in_background
