@@ -27,6 +27,7 @@ from raysl.encoder import load_encoder, read_description
 from raysl.errors import RunFolderError
 from raysl.evaluate.training_source import open_training_source
 from raysl.jobs.local import pretrain_here
+from raysl.jobs.online import read_failures
 from raysl.nn.backbones import check_model_name
 from raysl.recipe import (
     Derived,
@@ -41,10 +42,11 @@ from raysl.recipe import (
 from raysl.runtime.cluster import connect, describe_cluster, disconnect, plan_layout
 from raysl.runtime.ray_train import pretrain_on_ray
 from raysl.sources.source import BUILT_IN, Source
-from raysl.track.follow import Follower, MetricsReader
+from raysl.track.follow import Follower, MetricsReader, Record
 from raysl.track.run_folder import (
     RunFolder,
     latest_step,
+    list_waiting,
     read_metrics,
     write_atomically,
     write_json,
@@ -200,7 +202,7 @@ def _train(opened: Opened) -> dict[str, Any]:
         progress = ProgressView(total_steps=derived.total_steps, done=done)
         reader = MetricsReader(folder.metrics, dict.fromkeys((), done))
         try:
-            with Follower(reader, progress.update, every_s=_PROGRESS_EVERY_S):
+            with Follower(reader, _showing(progress, folder), every_s=_PROGRESS_EVERY_S):
                 results = start()
         except BaseException as error:
             progress.close()
@@ -212,6 +214,12 @@ def _train(opened: Opened) -> dict[str, Any]:
             raise
         progress.close()
     return _finish(opened, results, tracker)
+
+
+def _showing(progress: ProgressView, folder: RunFolder) -> Callable[[list[Record]], None]:
+    return lambda records: progress.update(
+        records, num_evaluations=len(list_waiting(folder.to_evaluate))
+    )
 
 
 def _by_size(opened: Opened) -> dict[str, float]:
@@ -349,6 +357,13 @@ def _say_results(opened: Opened, results: dict[str, Any]) -> None:
         out.print(classifier_line(results), markup=False)
     if results.get("num_bad_images"):
         say(f"{results['num_bad_images']:,} bad images, listed in {folder.bad_images}")
+    failures = read_failures(folder)
+    if failures:
+        say(
+            f"{len(failures)} evaluation(s) on the way failed or were left out, listed in "
+            f"{folder.failed_evaluations}; the last one: step {failures[-1]['step']}: "
+            f"{failures[-1]['problem']}"
+        )
     lines = [f"model     {folder.classifier}"] if config.method.classifies else []
     lines += [
         f"encoder   {folder.encoder}",

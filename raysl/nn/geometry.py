@@ -1,12 +1,16 @@
 """How embeddings lie on the sphere: numbers that tell learning from collapse, without labels."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _MOST_ROWS = 512
+_ROWS_AT_ONCE = 8192  # as float64, of features that may be many
+_NO_VARIANCE = 1e-12  # over the largest eigenvalue: what rounding leaves of a missing dimension
+_FIRST_FITTED, _LAST_FITTED = 4, 100
 
 
 @torch.no_grad()
@@ -26,12 +30,12 @@ def alignment(z0: Tensor, z1: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def uniformity(z: Tensor) -> Tensor:
+def uniformity(z: Tensor, *, most_rows: int = _MOST_ROWS) -> Tensor:
     """Return the log of the mean Gaussian potential of all pairs of images.
 
     Args:
-        z: ``(N, D)``, any float dtype, not normalised. The first 512 rows are compared, as pairs
-            grow with the square of N; a single row gives 0.
+        z: ``(N, D)``, any float dtype, not normalised; a single row gives 0.
+        most_rows: So many of the first rows are compared, as pairs grow with the square of N.
 
     Returns:
         Scalar float32 in [-8, 0]: 0 if all images have one direction, lower the more evenly they
@@ -41,7 +45,7 @@ def uniformity(z: Tensor) -> Tensor:
     """
     if len(z) < 2:
         return z.new_zeros((), dtype=torch.float32)
-    squared = torch.pdist(F.normalize(z[:_MOST_ROWS].float(), dim=1)).square()
+    squared = torch.pdist(F.normalize(z[:most_rows].float(), dim=1)).square()
     return squared.mul(-2).exp().mean().log()
 
 
@@ -74,7 +78,7 @@ def effective_rank(features: Tensor) -> Tensor:
     """Return the exponential of the entropy of the normalised singular values.
 
     Args:
-        features: ``(N, D)``, any float dtype.
+        features: ``(N, D)``, any float dtype; large N goes through in parts.
 
     Returns:
         Scalar float32 in [1, min(N, D)]; 0 if all features are zero, nan if one is not finite.
@@ -83,15 +87,87 @@ def effective_rank(features: Tensor) -> Tensor:
     Departs: From the Gram matrix of the shorter side, whose eigenvalues are the squared singular
         values: several times faster than a decomposition of the features.
     """
-    x = features.double()
-    if not x.isfinite().all():  # eigvalsh would raise before the loss is looked at
-        return x.new_tensor(math.nan).float()
-    gram = x.T @ x if x.shape[0] > x.shape[1] else x @ x.T
-    values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    if not features.isfinite().all():  # eigvalsh would raise before the loss is looked at
+        return features.new_tensor(math.nan, dtype=torch.float32)
+    values = torch.linalg.eigvalsh(_gram(features)).clamp_min(0).sqrt()
     total = values.sum()
     shares = values / total.clamp_min(torch.finfo(values.dtype).tiny)
     entropy = -(shares * shares.clamp_min(torch.finfo(values.dtype).tiny).log()).sum()
     return torch.where(total > 0, entropy.exp(), 0.0).float()
+
+
+@torch.no_grad()
+def covariance_spectrum(features: Tensor) -> Tensor:
+    """Return the eigenvalues of the features' covariance, the largest first.
+
+    Args:
+        features: ``(M, D)``, any float dtype, finite.
+
+    Returns:
+        ``(min(M - 1, D),)`` float64, >= 0; their sum is the variance of all dimensions together.
+    """
+    num_rows, width = features.shape
+    center = features.mean(dim=0, dtype=torch.float64)
+    values = torch.linalg.eigvalsh(_gram(features, center=center)) / max(num_rows - 1, 1)
+    return values.flip(0).clamp_min(0)[: min(num_rows - 1, width)]
+
+
+class PowerLaw(NamedTuple):
+    """An eigenvalue of rank n as ``scale * n ** -exponent``."""
+
+    exponent: float
+    scale: float
+    first: int
+    """Rank of the first eigenvalue it was fitted to, counted from 1."""
+    last: int
+    """Of the last one."""
+
+
+@torch.no_grad()
+def fit_power_law(
+    eigenvalues: Tensor, *, first: int = _FIRST_FITTED, last: int = _LAST_FITTED
+) -> PowerLaw | None:
+    """Fit a straight line to eigenvalues over their ranks, both as logarithms.
+
+    Args:
+        eigenvalues: ``(K,)`` float64 >= 0, the largest first.
+        first: Rank of the first one that counts, from 1.
+        last: Of the last one; those that rounding alone made are left out before.
+
+    Returns:
+        The line, or None if fewer than two eigenvalues are left.
+
+    Source: Agrawal et al. 2022, "alpha-ReQ", NeurIPS 35. The paper's text names neither range nor
+        weights: ranks 4 to 100, each weighted by 1 / rank so that decades count alike, are those of
+        the authors' code.
+    """
+    if not len(eigenvalues) or not eigenvalues.isfinite().all():
+        return None
+    last = min(last, int((eigenvalues > _NO_VARIANCE * eigenvalues[0]).sum()))
+    if last <= first:
+        return None
+    ranks = torch.arange(first, last + 1, dtype=torch.float64, device=eigenvalues.device)
+    weights, x, y = 1 / ranks, ranks.log(), eigenvalues[first - 1 : last].double().log()
+    x_mean, y_mean = ((weights * each).sum() / weights.sum() for each in (x, y))
+    slope = (weights * (x - x_mean) * (y - y_mean)).sum() / (weights * (x - x_mean).square()).sum()
+    return PowerLaw(-float(slope), float((y_mean - slope * x_mean).exp()), first, last)
+
+
+def _gram(features: Tensor, *, center: Tensor | None = None) -> Tensor:
+    """Products of ``(M, D)`` features in float64, of the shorter side: ``(min(M, D),) * 2``."""
+
+    def rows(part: Tensor) -> Tensor:
+        return part.double() if center is None else part.double() - center
+
+    if features.shape[0] <= features.shape[1]:
+        x = rows(features)
+        return x @ x.T
+    width = features.shape[1]
+    gram = torch.zeros(width, width, dtype=torch.float64, device=features.device)
+    for part in features.split(_ROWS_AT_ONCE):
+        x = rows(part)
+        gram.addmm_(x.T, x)
+    return gram
 
 
 def off_diagonal(square: Tensor) -> Tensor:
