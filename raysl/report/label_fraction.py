@@ -59,7 +59,7 @@ def by_labels(
             for labels, each in several.items():
                 found.append(_labelled(kind, int(labels), each))
             continue
-        settings = measured.get("settings") or {}
+        settings = {"num_labels": measured.get("num_labels"), **(measured.get("settings") or {})}
         labels = _num_labels(name, settings, num_train=num_train, num_classes=num_classes)
         found.append(_labelled(kind, labels, measured))
     return sorted((each for each in found if each.num_labels > 0), key=lambda each: each.num_labels)
