@@ -42,10 +42,10 @@ def by_labels(
     """Return the protocols whose number of labels is known, fewest labels first.
 
     Args:
-        protocols: Of ``evaluation.json``. A protocol's ``settings`` say how many labels it saw:
-            ``num_labels`` (also of its ``facts``), ``labels_per_class`` or ``label_fraction``; one of these may hold
-            several values, and then ``by_labels`` of the protocol is ``{labels: {mean,
-            deviation}}``. Those that say nothing saw all, and semi_1 and semi_10 that many percent.
+        protocols: Of ``evaluation.json``. A protocol says how many labels it saw: ``num_labels`` in
+            its ``settings`` or ``facts``, or ``labels_per_class`` or ``label_fraction`` in its
+            settings. One with ``by_labels``, ``{labels: {mean, deviation}}``, gives several points.
+            Those that say nothing saw all, and semi_1 and semi_10 that many percent.
         num_train: Labelled training images.
         num_classes: Of them.
     """
