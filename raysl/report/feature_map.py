@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
@@ -27,7 +28,8 @@ from raysl.report.figure import (
 from raysl.sources.source import Labels
 
 _MAX_POINTS = 1500
-_MAX_NAMED_CLASSES = 20
+MAX_NAMED_CLASSES = 20
+_CLUSTER_STARTS = 3
 _MIN_TSNE_POINTS = 20
 _PCA_DIMS = 50
 _TSNE_ITERATIONS = 500
@@ -41,7 +43,7 @@ _CLASS_COLORS = (
 )  # fmt: skip
 
 
-class _Mark(NamedTuple):
+class Mark(NamedTuple):
     """How the points of a class look."""
 
     color: str
@@ -55,6 +57,7 @@ def draw_map(
     labels: Labels,
     class_names: Sequence[str],
     thumbnails: npt.NDArray[np.uint8],
+    colors: str = "",
 ) -> None:
     """Draw a flat map of features, on which images that the encoder finds alike lie together.
 
@@ -68,6 +71,7 @@ def draw_map(
         labels: ``(M,)`` class numbers; -1 without.
         class_names: By number; up to 20 classes are named.
         thumbnails: ``(M, S, S, 3)`` uint8.
+        colors: What the colours are, if not the labels; ends the title.
 
     Raises:
         DataError: If no feature is finite.
@@ -78,7 +82,7 @@ def draw_map(
     rows = np.random.default_rng(0).permutation(rows)[:_MAX_POINTS]
     points, how = _flatten(features[rows])
     classes = np.unique(labels[rows][labels[rows] >= 0]).tolist()
-    marks = [_mark_of(label, classes) for label in labels[rows].tolist()]
+    marks = [mark_of(label, classes) for label in labels[rows].tolist()]
     names = _names(labels[rows], classes, class_names)
     columns = 5 if max(map(len, names.values()), default=0) <= 12 else 4
     figure = new_figure(height_in=WIDTH_IN + 0.35 + 0.21 * -(-len(names) // columns))
@@ -88,16 +92,45 @@ def draw_map(
     axes.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), xticks=[], yticks=[], aspect="equal")
     for spine in axes.spines.values():
         spine.set_color(LIGHT_GREY)
-    axes.set_title(f"{len(rows):,} images by their features: {how}", loc="left", fontsize=9.5)
+    title = f"{len(rows):,} images by their features: {how}{colors and ', '}{colors}"
+    axes.set_title(title, loc="left", fontsize=9.5)
     if names:
         _draw_legend(figure, names, columns)
     save_png(figure, path)
 
 
+def cluster_labels(features: npt.NDArray[Any], *, num_clusters: int) -> Labels:
+    """Return the cluster of each image, the largest cluster first: by k-means on the directions.
+
+    Args:
+        features: ``(M, D)`` float; images whose features are not finite get -1.
+        num_clusters: Most clusters; fewer if there are fewer different directions.
+
+    Returns:
+        ``(M,)`` int64, the same every time.
+    """
+    rows = np.flatnonzero(np.isfinite(features).all(axis=1))
+    labels = np.full(len(features), -1, dtype=np.int64)
+    if not len(rows):
+        return labels
+    directions = _directions(features[rows])
+    different = len(np.unique(directions.round(5), axis=0))
+    means = KMeans(min(num_clusters, different), n_init=_CLUSTER_STARTS, random_state=0)
+    found = means.fit_predict(directions)
+    largest = np.argsort(-np.bincount(found), kind="stable")
+    labels[rows] = np.argsort(largest)[found]
+    return labels
+
+
+def _directions(features: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    lengths = np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
+    directions: npt.NDArray[np.float64] = features / np.maximum(lengths, np.finfo(np.float64).tiny)
+    return directions
+
+
 def _flatten(features: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], str]:
     """Place ``(M, D)`` features in the unit square, ``(M, 2)``; also say how it was done."""
-    lengths = np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
-    directions = features / np.maximum(lengths, np.finfo(np.float64).tiny)
+    directions = _directions(features)
     if np.ptp(directions, axis=0).max() < _ALIKE:
         return np.full((len(features), 2), 0.5), "all the same"
     num_dims = min(_PCA_DIMS, *directions.shape)
@@ -114,33 +147,36 @@ def _flatten(features: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], str]:
     return (flat - flat.min(axis=0)) / np.maximum(np.ptp(flat, axis=0), _ALIKE), "t-SNE"
 
 
-def _mark_of(label: int, classes: Sequence[int]) -> _Mark:
-    """Return how to draw a class: ten colours, then the same with another shape."""
+def mark_of(label: int, classes: Sequence[int]) -> Mark:
+    """Return how to draw one of these classes: ten colours, then the same with another shape.
+
+    Below 0 is no class, and grey.
+    """
     if label < 0:
-        return _Mark(GREY, "o")
+        return Mark(GREY, "o")
     turn, place = divmod(classes.index(label), len(_CLASS_COLORS))
-    return _Mark(_CLASS_COLORS[place], "o^"[turn % 2])
+    return Mark(_CLASS_COLORS[place], "o^"[turn % 2])
 
 
-def _names(labels: Labels, classes: Sequence[int], class_names: Sequence[str]) -> dict[_Mark, str]:
+def _names(labels: Labels, classes: Sequence[int], class_names: Sequence[str]) -> dict[Mark, str]:
     """Return what the legend says of each mark; nothing if there are no classes or too many."""
-    if not 0 < len(classes) <= _MAX_NAMED_CLASSES:
+    if not 0 < len(classes) <= MAX_NAMED_CLASSES:
         return {}
     names = {}
     for number in classes:
         name = str(class_names[number]) if number < len(class_names) else ""
-        names[_mark_of(number, classes)] = drawable_name(name, otherwise=f"class {number}")
-    return names | ({_mark_of(-1, classes): "no label"} if (labels < 0).any() else {})
+        names[mark_of(number, classes)] = drawable_name(name, otherwise=f"class {number}")
+    return names | ({mark_of(-1, classes): "no label"} if (labels < 0).any() else {})
 
 
-def _draw_points(axes: Axes, points: npt.NDArray[Any], marks: Sequence[_Mark]) -> None:
+def _draw_points(axes: Axes, points: npt.NDArray[Any], marks: Sequence[Mark]) -> None:
     size = 3.5 if len(points) > 300 else 5
     for mark in dict.fromkeys(marks):
         x, y = points[[other == mark for other in marks]].T
         axes.plot(x, y, mark.shape, color=mark.color, markersize=size, markeredgewidth=0, alpha=0.8)
 
 
-def _draw_legend(figure: Figure, names: dict[_Mark, str], columns: int) -> None:
+def _draw_legend(figure: Figure, names: dict[Mark, str], columns: int) -> None:
     handles = [
         Line2D([], [], linestyle="", marker=mark.shape, color=mark.color, markersize=6)
         for mark in names
@@ -157,7 +193,7 @@ def _draw_legend(figure: Figure, names: dict[_Mark, str], columns: int) -> None:
 def _draw_thumbnails(
     axes: Axes,
     points: npt.NDArray[Any],
-    marks: Sequence[_Mark],
+    marks: Sequence[Mark],
     thumbnails: npt.NDArray[np.uint8],
     *,
     most: int,

@@ -22,6 +22,7 @@ from raysl.report.measure import number_text
 
 DPI = 200  # the page shows two pixels of a picture as one, so 1 inch is 100 px of the page
 WIDTH_IN = 6.6
+NARROW_IN = 5.2  # of pictures whose text is still to be read on a phone, 390 px wide
 _PAD_IN = 0.08  # around axes
 
 # Okabe and Ito 2008, "Color universal design": told apart with every kind of colour blindness.

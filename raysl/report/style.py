@@ -26,6 +26,7 @@ th { font-weight: 600; }
 .numbers td, .numbers th + th { text-align: right; padding-right: 4px; padding-left: 12px; }
 .numbers td { white-space: nowrap; }
 .numbers tr:nth-child(2) { background: var(--shade); }
+.even tr:nth-child(2) { background: none; }
 .trials { border-collapse: separate; border-spacing: 0; font-size: .9rem; white-space: nowrap; }
 .trials th, .trials td { padding: 4px 8px; }
 .trials th[scope=col] { vertical-align: bottom; white-space: normal; }

@@ -1,0 +1,144 @@
+"""Accuracy over how many labels were used: what a protocol gives with a few, and with all."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from raysl.errors import DataError
+from raysl.report.figure import (
+    BLUE,
+    GREEN,
+    INK,
+    NARROW_IN,
+    ORANGE,
+    new_figure,
+    save_png,
+    style_axes,
+)
+
+_LINES = {
+    "Linear, frozen": (BLUE, "o-"),
+    "Fine-tuned": (ORANGE, "s-"),
+    "Nearest neighbours": (GREEN, "^"),
+}
+
+
+class Labelled(NamedTuple):
+    """What a protocol reached with a number of labels."""
+
+    kind: str
+    """Line of the picture."""
+    num_labels: int
+    mean: float
+    """In [0, 1]."""
+    deviation: float
+
+
+def by_labels(
+    protocols: Mapping[str, Mapping[str, Any]], *, num_train: int, num_classes: int
+) -> list[Labelled]:
+    """Return the protocols whose number of labels is known, fewest labels first.
+
+    Args:
+        protocols: Of ``evaluation.json``. A protocol says how many labels it saw: ``num_labels`` in
+            its ``settings`` or ``facts``, or ``labels_per_class`` or ``label_fraction`` in its
+            settings. One with ``by_labels``, ``{labels: {mean, deviation}}``, gives several points.
+            Those that say nothing saw all, and semi_1 and semi_10 that many percent.
+        num_train: Labelled training images.
+        num_classes: Of them.
+    """
+    found = []
+    for name, measured in protocols.items():
+        kind = _kind(name)
+        if kind is None:
+            continue
+        several = measured.get("by_labels")
+        if isinstance(several, Mapping):
+            for labels, each in several.items():
+                found.append(_labelled(kind, int(labels), each))
+            continue
+        facts = next(iter(measured.get("facts") or []), None) or {}  # of the first seed
+        settings = {"num_labels": facts.get("num_labels"), **(measured.get("settings") or {})}
+        labels = _num_labels(name, settings, num_train=num_train, num_classes=num_classes)
+        found.append(_labelled(kind, labels, measured))
+    return sorted((each for each in found if each.num_labels > 0), key=lambda each: each.num_labels)
+
+
+def _labelled(kind: str, labels: int, measured: Mapping[str, Any]) -> Labelled:
+    return Labelled(kind, labels, float(measured["mean"]), float(measured.get("deviation") or 0.0))
+
+
+def _kind(name: str) -> str | None:
+    if name.startswith(("few_shot", "linear")):
+        return "Linear, frozen"
+    if name.startswith(("finetune", "semi_")):
+        return "Fine-tuned"
+    return "Nearest neighbours" if name.startswith("knn") else None
+
+
+def _num_labels(name: str, settings: Mapping[str, Any], *, num_train: int, num_classes: int) -> int:
+    if settings.get("num_labels"):
+        return int(settings["num_labels"])
+    if settings.get("labels_per_class"):
+        return int(settings["labels_per_class"]) * num_classes
+    fraction = settings.get("label_fraction")
+    if fraction is None and name.startswith("semi_"):
+        fraction = float(name.removeprefix("semi_")) / 100
+    return round(float(fraction) * num_train) if fraction else num_train
+
+
+def draw_by_labels(path: Path, points: Sequence[Labelled]) -> None:
+    """Draw accuracy over the number of labels, as a logarithm, a line a way to use them.
+
+    Args:
+        path: PNG to write.
+        points: What :func:`by_labels` returns.
+
+    Raises:
+        DataError: If all were measured with one number of labels.
+    """
+    if len({point.num_labels for point in points}) < 2:
+        raise DataError("one number of labels alone: there is no curve to draw")
+    figure = new_figure(width_in=NARROW_IN, height_in=3.6)
+    axes = figure.subplots()
+    style_axes(axes, title="Top-1 accuracy, %")
+    axes.tick_params(labelsize=9)
+    for kind, (color, style) in _LINES.items():
+        some = [point for point in points if point.kind == kind]
+        if not some:
+            continue
+        axes.errorbar(
+            [point.num_labels for point in some],
+            [100 * point.mean for point in some],
+            yerr=[100 * point.deviation for point in some],
+            fmt=style,
+            color=color,
+            ecolor=INK,
+            elinewidth=1,
+            capsize=3,
+            markersize=6,
+            linewidth=1.6,
+            label=kind,
+        )
+        end = some[-1]
+        for point in some:
+            axes.annotate(
+                f"{100 * point.mean:.1f}",
+                (point.num_labels, 100 * point.mean),
+                xytext=(7, -11 if point is not end or kind == "Nearest neighbours" else 6),
+                textcoords="offset points",
+                fontsize=9.5,
+                color=INK,
+            )
+    axes.set_xscale("log")
+    ticks = sorted({point.num_labels for point in points})
+    axes.set_xticks(ticks)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(x=0.1, y=0.15)
+    axes.set_xlabel("labelled images used", fontsize=9.5, color=INK)
+    place: dict[str, Any] = {"loc": "outside upper left", "ncols": 3, "frameon": False}
+    figure.legend(fontsize=9.5, columnspacing=1.2, handletextpad=0.4, **place)
+    save_png(figure, path)

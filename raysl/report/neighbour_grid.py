@@ -1,0 +1,227 @@
+"""Images beside their nearest neighbours, and the mistakes that neighbours agree on."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+
+from raysl.augment.crop import Image
+from raysl.errors import DataError
+from raysl.report.evaluation_files import Evaluation
+from raysl.report.figure import (
+    BLUE,
+    DPI,
+    GREY,
+    INK,
+    NARROW_IN,
+    RED,
+    drawable_name,
+    new_figure,
+    save_png,
+    show_pixels,
+)
+
+NUM_NEIGHBOURS = 5
+NUM_QUERIES = 6
+
+_ROWS_AT_ONCE = 512
+_MOST_QUERIES = 2000  # among which the mistakes are looked for
+_MOST_PX = 224
+_CELL_IN = NARROW_IN / (NUM_NEIGHBOURS + 1)
+_TEXT_IN = 0.36  # two lines under an image
+_NAME_LETTERS = 11
+
+
+class Nearest(NamedTuple):
+    """The nearest training images of some test images, the nearest first."""
+
+    places: npt.NDArray[np.int64]
+    """``(Q, k)``, among the training images."""
+    similarities: npt.NDArray[np.float32]
+    """``(Q, k)``, cosines."""
+
+
+class Cell(NamedTuple):
+    """An image of the grid."""
+
+    image: Image
+    lines: tuple[str, ...]
+    color: str
+    dashed: bool = False
+
+
+def nearest(train: npt.NDArray[np.float32], queries: npt.NDArray[np.float32], *, k: int) -> Nearest:
+    """Return the k nearest rows of ``train`` by cosine similarity; all of them if it has fewer.
+
+    Args:
+        train: ``(M, D)``, M > 0; rows that are not finite are never near.
+        queries: ``(Q, D)``.
+        k: > 0.
+    """
+    bank = _directions(train)
+    bank[~np.isfinite(bank).all(axis=1)] = 0.0
+    k = min(k, len(bank))
+    places = np.zeros((len(queries), k), dtype=np.int64)
+    found = np.zeros((len(queries), k), dtype=np.float32)
+    for start in range(0, len(queries), _ROWS_AT_ONCE):
+        similarity = _directions(queries[start : start + _ROWS_AT_ONCE]) @ bank.T
+        some = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+        values = np.take_along_axis(similarity, some, axis=1)
+        order = np.argsort(-values, axis=1, kind="stable")
+        places[start : start + len(some)] = np.take_along_axis(some, order, axis=1)
+        found[start : start + len(some)] = np.take_along_axis(values, order, axis=1)
+    return Nearest(places, found)
+
+
+def vote(
+    labels: npt.NDArray[np.int64], close: Nearest, *, temperature: float
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Return the class that weighted neighbours give each query, and its share of the votes.
+
+    Args:
+        labels: Of the training images, ``(M,)``, >= 0.
+        close: Their neighbours.
+        temperature: A neighbour of similarity s votes with exp(s / temperature).
+
+    Returns:
+        ``(Q,)`` class numbers and ``(Q,)`` shares in (0, 1].
+    """
+    relative = close.similarities - close.similarities[:, :1]
+    weights = np.exp(relative.astype(np.float64) / temperature)
+    votes = np.zeros((len(weights), int(labels.max()) + 1))
+    rows = np.repeat(np.arange(len(weights)), weights.shape[1])
+    np.add.at(votes, (rows, labels[close.places].ravel()), weights.ravel())
+    chosen = votes.argmax(axis=1)
+    return chosen, votes[np.arange(len(votes)), chosen] / weights.sum(axis=1)
+
+
+def _directions(features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    lengths = np.linalg.norm(features, axis=1, keepdims=True)
+    directions: npt.NDArray[np.float32] = features / np.maximum(lengths, np.finfo("f4").tiny)
+    return directions
+
+
+def draw_neighbours(path: Path, evaluation: Evaluation, *, seed: int = 0) -> None:
+    """Draw a few random test images, each with its nearest training images.
+
+    Args:
+        path: PNG to write.
+        evaluation: With or without labels.
+        seed: Of the choice.
+
+    Raises:
+        DataError: If no feature is finite.
+    """
+    queries = evaluation.test.subset(NUM_QUERIES, seed=seed)
+    if not len(queries) or not len(evaluation.train.features):
+        raise DataError("no image has finite features to look for neighbours of")
+    features = evaluation.test.features[queries]
+    close = nearest(evaluation.train.features, features, k=NUM_NEIGHBOURS)
+    _draw(path, evaluation, queries, close, lambda place, number: ("query",))
+
+
+def draw_mistakes(path: Path, evaluation: Evaluation, *, k: int, temperature: float) -> None:
+    """Draw the wrongly told test images whose neighbours agree most, with the nearest of them.
+
+    Args:
+        path: PNG to write.
+        evaluation: With labels. Of more than 2,000 test images a random part is looked through.
+        k: Neighbours that vote.
+        temperature: Of their votes.
+
+    Raises:
+        DataError: If there are no labels, or no mistakes.
+    """
+    train, test = evaluation.train, evaluation.test
+    known = np.flatnonzero(train.labels >= 0)
+    queries = test.subset(_MOST_QUERIES)
+    queries = queries[test.labels[queries] >= 0]
+    if not len(known) or not len(queries):
+        raise DataError("no labels: there are no mistakes to draw")
+    close = nearest(train.features[known], test.features[queries], k=k)
+    told, share = vote(train.labels[known], close, temperature=temperature)
+    wrong = np.flatnonzero(told != test.labels[queries])
+    if not len(wrong):
+        raise DataError("no mistakes among the test images that were looked at")
+    # Of equal shares, the nearer neighbours.
+    order = np.lexsort((-close.similarities[wrong, 0], -share[wrong]))
+    worst = wrong[order][:NUM_QUERIES]
+    shown = Nearest(
+        known[close.places[worst, :NUM_NEIGHBOURS]], close.similarities[worst, :NUM_NEIGHBOURS]
+    )
+
+    def said(place: int, number: int) -> tuple[str, ...]:
+        row = worst[number]
+        return (f"told {_short(evaluation.name_of(int(told[row])))}",)
+
+    _draw(path, evaluation, queries[worst], shown, said)
+
+
+def _draw(
+    path: Path,
+    evaluation: Evaluation,
+    queries: npt.NDArray[np.int64],
+    close: Nearest,
+    said: Callable[[int, int], tuple[str, ...]],
+) -> None:
+    train, test = evaluation.train, evaluation.test
+    query_images = test.thumbnails(queries, most_px=_MOST_PX)
+    near_images = train.thumbnails(close.places.ravel(), most_px=_MOST_PX)
+    rows = []
+    for number, place in enumerate(queries.tolist()):
+        label = int(test.labels[place])
+        name = (_short(evaluation.name_of(label)),) if label >= 0 else ()
+        row = [Cell(query_images[number], name + said(place, number), INK)]
+        for column, other in enumerate(close.places[number].tolist()):
+            similarity = f"{close.similarities[number, column]:.2f}"
+            image = near_images[number * close.places.shape[1] + column]
+            row.append(_neighbour(evaluation, image, int(train.labels[other]), label, similarity))
+        rows.append(row)
+    save_grid(path, rows)
+
+
+def _neighbour(
+    evaluation: Evaluation, image: Image, label: int, wanted: int, similarity: str
+) -> Cell:
+    if label < 0 or wanted < 0:
+        return Cell(image, (similarity,), GREY)
+    right = label == wanted
+    lines = (_short(evaluation.name_of(label)), similarity)
+    return Cell(image, lines, BLUE if right else RED, dashed=not right)
+
+
+def _short(name: str) -> str:
+    short = drawable_name(name, otherwise="(name)")
+    return short if len(short) <= _NAME_LETTERS else short[: _NAME_LETTERS - 2] + ".."
+
+
+def save_grid(path: Path, rows: Sequence[Sequence[Cell]]) -> None:
+    """Draw framed images in rows, two lines of text under each."""
+    row_in = _CELL_IN + _TEXT_IN
+    figure = new_figure(width_in=NARROW_IN, height_in=row_in * len(rows))
+    figure.set_layout_engine("none")
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    axes.set(xlim=(0, NARROW_IN), ylim=(row_in * len(rows), 0), aspect="equal")
+    axes.set_axis_off()
+    for number, row in enumerate(rows):
+        for column, cell in enumerate(row):
+            _put(axes, cell, left=column * _CELL_IN, top=number * row_in)
+    save_png(figure, path)
+
+
+def _put(axes: Axes, cell: Cell, *, left: float, top: float) -> None:
+    gap = 0.05
+    side = _CELL_IN - 2 * gap
+    x, y = left + gap, top + gap
+    show_pixels(axes, cell.image, extent=(x, x + side, y + side, y), room_px=side * DPI)
+    frame: dict[str, Any] = {"edgecolor": cell.color, "linewidth": 2.2, "zorder": 4}
+    style = (0, (3, 1.5)) if cell.dashed else "solid"
+    axes.add_patch(Rectangle((x, y), side, side, fill=False, linestyle=style, **frame))
+    text: dict[str, Any] = {"ha": "center", "va": "baseline", "fontsize": 9.5, "color": INK}
+    for line, words in enumerate(cell.lines):
+        place = (left + _CELL_IN / 2, top + _CELL_IN + 0.1 + 0.16 * line)
+        axes.text(*place, words, parse_math=False, **text)
