@@ -16,12 +16,16 @@ VERBS = {
     "distill": "train a student, as large or smaller, on the predictions of a fine-tuned teacher",
     "pipeline": "pretrain, fine-tune and distil as one configuration says, and compare",
     "sweep": "try many settings of a run on Ray Tune, compare them, write the best one",
+    "evaluate": "measure an encoder: nearest neighbours, linear, few labels, fine-tuning, transfer",
     "benchmark": "measure the input on this machine or cluster, to size it",
     "config": "print a resolved configuration and what follows from it",
     "data": "look at a source of images: counts, sizes, formats, broken files, a contact sheet",
     "export": "write an encoder for torchvision, timm, ONNX, TorchScript, Hugging Face, MLflow",
     "import": "make an encoder of a checkpoint of MoCo, SimCLR, DINO, MAE, VISSL or lightly",
     "pack": "turn any source of images into shuffled Parquet shards that stream fast",
+    "embed": "features of any source of images to Parquet, over a whole cluster",
+    "search": "images near given ones, or near each other, among embeddings; a grid of them",
+    "duplicates": "groups of near-duplicates among embeddings, a list of what to drop, a sheet",
 }
 
 # Where a verb is no name of a module.
@@ -37,10 +41,14 @@ raysl pretrains image encoders without labels, on Ray.
   raysl distill FINETUNED_RUN backbone.width=0.5   what it has learnt, in a smaller network
   raysl pipeline configs/pipelines/NAME.yaml       all three steps in one
   raysl sweep configs/sweeps/NAME.yaml             many settings side by side, the best one kept
+  raysl evaluate RUN [data.source=...]             how good its encoder is, by fixed protocols
   raysl config CONFIG [overrides]                  what a run would do, before it does it
   raysl benchmark input CONFIG [overrides]         images/s that the CPUs can feed, and why
   raysl data SOURCE                                what is there, and what to do about it
   raysl pack SOURCE OUT short_side_px=256          shuffled Parquet shards that stream fast
+  raysl embed SOURCE RUN OUT                       features to Parquet; then:
+  raysl search OUT --query FILE --grid grid.png    the images nearest to one
+  raysl duplicates OUT --contact-sheet dup.png     near-duplicates, and what to drop
   raysl export RUN --format onnx                   the encoder in a format of others, checked
   raysl import CHECKPOINT                          an encoder that other training code wrote
 
@@ -60,7 +68,9 @@ _GOES_ON = {
     "distill": "; the same command goes on from the last checkpoint",
     "pipeline": "; the same command goes on, with steps that are finished left as they are",
     "sweep": "; the same command goes on, with what has ended left as it is",
+    "evaluate": "; the same command goes on, with what is measured left as it is",
     "pack": "; the same command goes on with the shards that are missing",
+    "embed": "; the same command goes on with the shards that are missing",
 }
 
 

@@ -19,7 +19,7 @@ FLOORS = [
     ["methods", "sources", "optim", "weights"],
     ["data"],
     ["train", "evaluate", "encoder", "pack"],
-    ["recipe", "exchange"],
+    ["recipe", "exchange", "retrieval"],
     ["sweep"],
     ["report"],
     ["jobs"],

@@ -1,4 +1,4 @@
-"""The source that `raysl data` and `raysl pack` are given, with the settings beside it."""
+"""The source that a verb about images is given, with the settings beside it."""
 
 import argparse
 from typing import TypeVar
@@ -6,7 +6,7 @@ from typing import TypeVar
 from raysl.config.load import apply_overrides, validate
 from raysl.errors import ConfigError
 from raysl.sources.open import open_source
-from raysl.sources.source import DataConfig, LocatedSource, Source
+from raysl.sources.source import DataConfig, LocatedSource, Source, Split
 
 C = TypeVar("C", bound=LocatedSource)
 
@@ -30,4 +30,5 @@ def open_asked(arguments: argparse.Namespace, model: type[C], *, where: str) -> 
         torchvision_root=config.torchvision_root,
         shuffle_window_mib=_WINDOW_MIB,
     )
-    return config, open_source(config, data=data)
+    split: Split = getattr(config, "split", "train")
+    return config, open_source(config, split=split, data=data)

@@ -36,7 +36,6 @@ from raysl.runtime.benchmark_input import (
     cores_of,
     function_on_all_cores,
     input_layout,
-    quiet,
     share_source,
     spilled_bytes,
     steps_needed,
@@ -44,6 +43,7 @@ from raysl.runtime.benchmark_input import (
     stream_task,
 )
 from raysl.runtime.cluster import Layout, connect, disconnect
+from raysl.runtime.ray_embed import quiet
 from raysl.sources.source import Source
 
 NONE = "none"

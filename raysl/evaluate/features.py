@@ -22,6 +22,21 @@ _MAX_PIXEL_SIDE = 32
 _BLANK_SIDE = 32
 
 
+def square(image: Image, *, size_px: int, crop_fraction: float) -> Image:
+    """Cut an image to its centred square and resize it: what an encoder is evaluated on.
+
+    Args:
+        image: ``(H, W, 3)`` uint8.
+        size_px: Side of the result, S.
+        crop_fraction: Side of the centred square over the shorter side of the image, in (0, 1].
+
+    Returns:
+        ``(S, S, 3)`` uint8.
+    """
+    box = center_box(height=image.shape[0], width=image.shape[1], fraction=crop_fraction)
+    return apply_crop(image, box, size_px=size_px)
+
+
 class EvalImages:
     """Labelled images, decoded, cut to a centred square and resized; the same every time.
 
@@ -83,10 +98,7 @@ class EvalImages:
                 yield pixels
 
     def _square(self, place: int) -> Image:
-        image = self.image(place)
-        height, width = image.shape[:2]
-        box = center_box(height=height, width=width, fraction=self.crop_fraction)
-        return apply_crop(image, box, size_px=self.size_px)
+        return square(self.image(place), size_px=self.size_px, crop_fraction=self.crop_fraction)
 
     def pixels(self) -> npt.NDArray[np.float32]:
         """Return the bare pixels as features, ``(M, P * P)`` or ``(M, P * P * 3)`` in [0, 1].

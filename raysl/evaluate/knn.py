@@ -4,6 +4,8 @@ Z. Wu, Y. Xiong, S. Yu, D. Lin: "Unsupervised Feature Learning via Non-Parametri
 Discrimination", 2018, arXiv:1805.01978v1, sec. 3.4.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 from raysl.errors import ShapeError
 
 _ROWS_AT_ONCE = 1024
+_MOST_SIMILARITIES = 1 << 27  # held at once: 512 MiB
 
 
 @torch.no_grad()
@@ -41,6 +44,54 @@ def knn_accuracy(
     Raises:
         ShapeError: If the shapes do not fit or a set is empty.
     """
+    _check(train_features, train_labels, test_features, test_labels)
+    predictions = knn_predictions(
+        train_features, train_labels, test_features, ks=[k], temperature=temperature
+    )[k]
+    return int((predictions == test_labels).sum()) / len(test_labels)
+
+
+@torch.no_grad()
+def knn_predictions(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    *,
+    ks: Sequence[int],
+    temperature: float,
+) -> dict[int, Tensor]:
+    """Return what the neighbours of each test image vote for, for several k in one pass.
+
+    Args:
+        train_features: ``(M, D)`` float, not normalised.
+        train_labels: ``(M,)`` int64, class numbers >= 0.
+        test_features: ``(N, D)`` float, on the same device.
+        ks: Numbers of neighbours, each > 0; at most M are used.
+        temperature: > 0.
+
+    Returns:
+        For each k the class numbers ``(N,)`` int64.
+    """
+    bank = F.normalize(train_features.float(), dim=1)
+    num_classes = int(train_labels.max()) + 1
+    found: dict[int, list[Tensor]] = {k: [] for k in ks}
+    at_once = max(1, min(_ROWS_AT_ONCE, _MOST_SIMILARITIES // len(bank)))
+    for rows in test_features.split(at_once):
+        similarity = F.normalize(rows.float(), dim=1) @ bank.T  # (rows, M)
+        nearest, places = similarity.topk(min(max(ks), len(bank)), dim=1)  # nearest first
+        # Relative to the nearest: a low temperature cannot overflow, and the vote is the same.
+        weights = ((nearest - nearest[:, :1]) / temperature).exp()
+        voted = train_labels[places]
+        for k, parts in found.items():
+            votes = weights.new_zeros(len(rows), num_classes)
+            votes.scatter_add_(1, voted[:, :k], weights[:, :k])
+            parts.append(votes.argmax(dim=1))
+    return {k: torch.cat(parts) for k, parts in found.items()}
+
+
+def _check(
+    train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor
+) -> None:
     shapes = [tuple(x.shape) for x in (train_features, train_labels, test_features, test_labels)]
     fits = (
         train_features.ndim == test_features.ndim == 2
@@ -50,17 +101,3 @@ def knn_accuracy(
     )
     if not fits:
         raise ShapeError(f"expected (M, D), (M,), (N, D), (N,) with M, N > 0; got {shapes}")
-    bank = F.normalize(train_features.float(), dim=1)
-    num_classes = int(max(train_labels.max(), test_labels.max())) + 1
-    right = 0
-    for rows, labels in zip(
-        test_features.split(_ROWS_AT_ONCE), test_labels.split(_ROWS_AT_ONCE), strict=True
-    ):
-        similarity = F.normalize(rows.float(), dim=1) @ bank.T  # (rows, M)
-        nearest, places = similarity.topk(min(k, len(bank)), dim=1)
-        # Relative to the nearest: a low temperature cannot overflow, and the vote is the same.
-        weights = ((nearest - nearest[:, :1]) / temperature).exp()
-        votes = weights.new_zeros(len(rows), num_classes)
-        votes.scatter_add_(1, train_labels[places], weights)
-        right += int((votes.argmax(dim=1) == labels).sum())
-    return right / len(test_labels)

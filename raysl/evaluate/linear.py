@@ -1,19 +1,17 @@
 """Logistic regression on frozen features, on all labels and on a few a class."""
 
-import importlib
-import warnings
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from threadpoolctl import threadpool_limits
+import torch
+from torch import Tensor
 
 from raysl.errors import DataError
+from raysl.evaluate.logistic import fit_logistic
 
 Features = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
-
-_MAX_ITERATIONS = 200
 
 
 class Score(NamedTuple):
@@ -97,6 +95,14 @@ def scaled(train: Features, test: Features) -> tuple[Features, Features]:
     return (train - center) / deviation, (test - center) / deviation
 
 
+def scaled_on(
+    train: Features, test: Features, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Do the same as :func:`scaled` with the result on a device."""
+    first, second = scaled(train, test)
+    return torch.from_numpy(first).to(device), torch.from_numpy(second).to(device)
+
+
 def few_shot_rows(
     labels: Labels, *, labels_per_class: int, seed: int, draw: int
 ) -> npt.NDArray[np.int64]:
@@ -121,11 +127,8 @@ def few_shot_rows(
 def _fit_and_score(
     train: Features, train_labels: Labels, test: Features, test_labels: Labels, penalty: float
 ) -> float:
-    sklearn = importlib.import_module("sklearn.linear_model")  # late: it takes a second to load
-    classifier = sklearn.LogisticRegression(C=penalty, max_iter=_MAX_ITERATIONS)
-    # One thread: these are small problems, and the threads of BLAS spin while others work.
-    with threadpool_limits(1), warnings.catch_warnings():
-        # The limit of steps is part of the protocol.
-        warnings.filterwarnings("ignore", message="lbfgs failed to converge")
-        classifier.fit(train, train_labels)
-        return float((classifier.predict(test) == test_labels).mean())
+    classifier = fit_logistic(
+        torch.from_numpy(train), torch.from_numpy(train_labels), inverse_penalty=penalty
+    )
+    predictions = classifier.predict(torch.from_numpy(test)).numpy()
+    return float((predictions == test_labels).mean())

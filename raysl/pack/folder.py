@@ -1,4 +1,4 @@
-"""The folder that `raysl pack` writes: what is complete in it, and for whom it is claimed.
+"""The folder that `raysl pack` writes, or `raysl embed`: what is whole in it, and whose it is.
 
 Every file is written under a hidden name and renamed when it is whole, so that a file with a
 lasting name is a complete one, whenever and however the process ends.
@@ -28,12 +28,15 @@ class PackFolder:
 
     Args:
         uri: A local path or a URI such as s3://bucket/folder.
+        verb: Of raysl, that writes into it, for messages.
+        claim_name: Of the file that says what is written into it.
 
     Raises:
         DataError: If the URI's scheme is not known.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, *, verb: str = "pack", claim_name: str = CLAIM) -> None:
+        self.verb, self.claim_name = verb, claim_name
         self.filesystem, path = resolve(uri)
         self.root = path.rstrip("/")
         self.is_local = isinstance(self.filesystem, pafs.LocalFileSystem)
@@ -64,7 +67,7 @@ class PackFolder:
 
         def busy(process: str) -> DataError:
             return DataError(
-                f"{self.root}: process {process} packs into this folder; wait for it, or give "
+                f"{self.root}: process {process} writes into this folder; wait for it, or give "
                 f"another folder"
             )
 
@@ -128,25 +131,27 @@ class PackFolder:
         Raises:
             DataError: If it is damaged, or the folder holds something else.
         """
-        text = self.read(CLAIM)
+        text = self.read(self.claim_name)
         if text is None:
             found = self.filesystem.get_file_info(pafs.FileSelector(self.root))
             others = [i.base_name for i in found if not i.base_name.startswith(".")]
             if others:
                 raise DataError(
-                    f"{self.root}: holds files that raysl pack did not write, such as "
+                    f"{self.root}: holds files that raysl {self.verb} did not write, such as "
                     f"{min(others)}; give a new or empty folder"
                 )
             return None
         try:
             values: dict[str, Any] = json.loads(text)
         except ValueError as error:
-            raise DataError(f"{self.root}/{CLAIM}: damaged: {error}; give a new folder") from None
+            raise DataError(
+                f"{self.root}/{self.claim_name}: damaged: {error}; give a new folder"
+            ) from None
         return values
 
     def write_claim(self, values: Mapping[str, Any]) -> None:
         """Claim the folder."""
-        with self.writing(CLAIM) as stream:
+        with self.writing(self.claim_name) as stream:
             stream.write(json.dumps(values, indent=1).encode())
 
     def write_bad(self, bad: Sequence[tuple[str, str]]) -> None:

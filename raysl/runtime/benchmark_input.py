@@ -1,6 +1,5 @@
 """The stream of a run, measured: the data workers' function on all cores, and through Ray Data."""
 
-import logging
 import math
 import re
 import statistics
@@ -8,8 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,13 +15,13 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-import raysl.errors
 from raysl.data.plan import Plan
 from raysl.data.stream import Block, ItemMaker, Making
-from raysl.errors import ClusterError, RayslError
+from raysl.errors import ClusterError
 from raysl.jobs.benchmark_function import time_whole_items
 from raysl.jobs.throughput import Throughput, measure_batches
 from raysl.runtime.cluster import READ_CPUS, Layout
+from raysl.runtime.own_errors import own_errors
 from raysl.runtime.ray_data import (
     MakeItems,
     execution_options,
@@ -42,7 +40,6 @@ _PROCESSES_EVERY_S = 0.2
 _LIST_EVERY_S = 5.0
 _FREE_WITHIN_S = 60.0
 _MIB = 1 << 20
-_OWN_ERROR = re.compile(r"^raysl\.errors\.(\w+): (.+?)(?=\n\s*\n|\Z)", re.MULTILINE | re.DOTALL)
 
 
 class Stream(NamedTuple):
@@ -84,12 +81,6 @@ def cores_of(layout: Layout) -> int:
     return max(1, round(layout.num_data_workers * min(1.0, layout.cpus_per_data_worker + _MARGIN)))
 
 
-def quiet() -> None:
-    """Keep Ray Data's own progress and logs off the terminal."""
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-
-
 def share_source(source: Any) -> Any:
     """Put a source into the object store, where all workers of a node share it."""
     return ray.put(source)
@@ -120,7 +111,7 @@ def function_on_all_cores(
         _actor(_Function, num_cpus=layout.cpus_per_data_worker).remote(source, plan, making)
         for _ in range(layout.num_data_workers)
     ]
-    with _own_errors():
+    with own_errors("the stream"):
         ray.get([worker.ready.remote() for worker in many])  # begin together
         rates = ray.get(
             [worker.time.remote(seconds, start + 10 * n) for n, worker in enumerate(many)]
@@ -196,7 +187,7 @@ def stream(source: Any, plan: Plan, making: Making, *, layout: Layout, task: Str
     wait_for_cpus(layout)
     consumers = [_actor(_Consumer, num_cpus=0).remote() for _ in range(task.num_consumers)]
     ray.get([consumer.ready.remote() for consumer in consumers])
-    with _Watch() as watch, _own_errors():
+    with _Watch() as watch, own_errors("the stream"):
         began = time.perf_counter()
         dataset = open_dataset(
             source,
@@ -378,20 +369,3 @@ def spilled_bytes() -> int | None:
         return None
     found = re.search(r"Spilled (\d+) MiB", done.stdout)
     return int(found.group(1)) * _MIB if found else 0
-
-
-@contextmanager
-def _own_errors() -> Iterator[None]:
-    """Raise raysl's own error in place of those that Ray wrapped around it.
-
-    What caused an error is lost on its way between processes; its text, a traceback, is not.
-    """
-    try:
-        yield
-    except ray.exceptions.RayError as error:
-        found = _OWN_ERROR.findall(str(error))
-        if found:
-            name, message = found[-1]
-            raise getattr(raysl.errors, name, RayslError)(message) from None
-        last = str(error).strip().splitlines()[-1]
-        raise ClusterError(f"the stream failed: {type(error).__name__}: {last}") from None

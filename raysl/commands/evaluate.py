@@ -1,0 +1,244 @@
+"""`raysl evaluate`: measure an encoder by protocols that are frozen, versioned and comparable."""
+
+import argparse
+import importlib
+import os
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from raysl.commands.counting import CountView
+from raysl.commands.evaluation_record import evaluation_table, json_of, send
+from raysl.commands.pretrain import working_folder
+from raysl.commands.terminal import console, mapping_table, print_json, say
+from raysl.errors import ConfigError
+from raysl.evaluate.registry import (
+    DEFAULT,
+    PROTOCOLS,
+    TRANSFER,
+    TRANSFERRED,
+    check_protocols,
+)
+from raysl.jobs.embedding import features_here
+from raysl.jobs.evaluation import Asked, Ways, evaluate, run_here, units_of
+from raysl.jobs.evaluation_config import (
+    EvaluationConfig,
+    Origin,
+    evaluation_folder,
+    load_evaluation,
+)
+from raysl.jobs.evaluation_folder import EvaluationFolder
+from raysl.jobs.evaluation_runs import run_of, train_unit
+from raysl.jobs.evaluation_sets import EvaluationSets, check_labels, open_sets
+from raysl.jobs.local import pretrain_here
+from raysl.recipe import RunConfig
+from raysl.runtime.cluster import connect, disconnect, plan_layout
+from raysl.runtime.ray_embed import features_on_ray
+from raysl.runtime.ray_evaluate import run_on_ray
+from raysl.runtime.ray_train import pretrain_on_ray
+from raysl.sources.source import Source
+from raysl.track.run_folder import RunFolder, write_json
+
+_EPILOG = """\
+Protocols (default: {default}); the settings of each are PROTOCOL.KEY=VALUE:
+{protocols}
+  transfer       knn and linear on other labelled images: transfer.source=...
+
+  raysl evaluate runs/mine                               on the images that it was trained on
+  raysl evaluate runs/mine data.source=photos/ data.test_source=photos-test/
+  raysl evaluate encoder.safetensors data.source=cifar10 --protocols knn,linear,semi_1
+  raysl evaluate resnet18 data.source=cifar10 features.size_px=32     random weights, to compare
+
+Features are computed once, and each protocol once: the same command again goes on where it stopped,
+and with other protocols adds them. Without labels it gives the measures that need none. Without
+Ray, in this process: cluster.num_train_workers=0.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EPILOG.format(
+        default=",".join(DEFAULT),
+        protocols="\n".join(f"  {p.name:14} {p.text(p.settings())}" for p in PROTOCOLS.values()),
+    )
+    parser.add_argument("encoder", help="a run folder, an encoder file, or a backbone's name")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, typed as YAML")
+    parser.add_argument("--protocols", metavar="A,B", help="what to measure")
+    parser.add_argument("--name", help="folder of the evaluation, below evaluations/ of the run")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
+    parser.add_argument(
+        "--fresh", action="store_true", help="start anew; an earlier evaluation is renamed"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate, or go on with it."""
+    names = None
+    if arguments.protocols is not None:
+        given = arguments.protocols.split(",")
+        names = check_protocols([name.strip() for name in given if name.strip()])
+    home = working_folder()
+    overrides = list(arguments.overrides)
+    if arguments.name is not None:
+        overrides.append(f"name={arguments.name}")
+    config, origin = load_evaluation(arguments.encoder, overrides, home=home)
+    if TRANSFER in (names or ()) and config.transfer is None:
+        raise ConfigError("--protocols transfer: on which images? give transfer.source=...")
+    folder = EvaluationFolder(evaluation_folder(config, origin))
+    if arguments.fresh and folder.path.exists():
+        _set_aside(folder)
+    with folder.locked():
+        asked = _asked(config, origin, folder, names)
+        transfer = _transfer(asked) if TRANSFER in (names or ()) else None
+        record = _evaluate(asked, transfer)
+        _draw(asked)
+        send(asked, record, home=home)
+    _say_results(asked, record)
+    if arguments.json:
+        print_json(json_of(record))
+    return 0
+
+
+def _asked(
+    config: EvaluationConfig,
+    origin: Origin,
+    folder: EvaluationFolder,
+    names: tuple[str, ...] | None,
+) -> Asked:
+    """Open and check everything before any work is done."""
+    sets = _open(config, origin)
+    if names is None:
+        names = DEFAULT if sets.labelled else ()
+        if not sets.labelled:
+            say(
+                f"{sets.train.source.name} has no labels: only the measures that need none are "
+                f"taken; set data.label_column, or use class folders, to measure accuracy"
+            )
+    own = tuple(name for name in names if name != TRANSFER)
+    if own:
+        check_labels(config, sets, own)
+    asked = Asked(config, own, origin, sets, folder)
+    for name in own:
+        if PROTOCOLS[name].measure is None:
+            for unit in units_of(config, name):
+                run_of(asked, unit)
+    return asked
+
+
+def _transfer(asked: Asked) -> Asked:
+    assert asked.config.transfer is not None
+    config = asked.config.model_copy(update={"data": asked.config.transfer})
+    sets = _open(config, asked.origin)
+    check_labels(config, sets, TRANSFERRED)
+    place = asked.folder.path / TRANSFER
+    place.mkdir(parents=True, exist_ok=True)
+    return Asked(config, TRANSFERRED, asked.origin, sets, EvaluationFolder(place))
+
+
+def _open(config: EvaluationConfig, origin: Origin) -> EvaluationSets:
+    return open_sets(
+        config.data,
+        size_px=config.features.size_px or origin.size_px,
+        crop_fraction=config.features.crop_fraction,
+        num_threads=os.cpu_count() or 1,
+    )
+
+
+def _evaluate(asked: Asked, transfer: Asked | None) -> dict[str, Any]:
+    view = CountView()
+    with ExitStack() as stack:
+        stack.callback(view.close)
+        record = _one(asked, view, stack)
+        if transfer is not None:
+            found = _one(transfer, view, stack)
+            for name, values in found["protocols"].items():
+                key = TRANSFER if name == "linear" else f"{TRANSFER}_{name}"
+                record["protocols"][key] = values | {"source": found["source"]}
+            write_json(asked.folder.record, record)
+    return record
+
+
+def _one(asked: Asked, view: CountView, stack: ExitStack) -> dict[str, Any]:
+    sets = asked.sets
+    say(
+        f"evaluating {asked.origin.encoder} on {len(sets.train):,} training and "
+        f"{len(sets.test):,} test images of {sets.test.source.name}\n  {asked.folder.path}"
+    )
+    return evaluate(asked, _ways(asked, view, stack))
+
+
+def _ways(asked: Asked, view: CountView, stack: ExitStack) -> Ways:
+    """Return how the work is done; Ray is only started when there is work."""
+    cluster, total = asked.config.cluster, len(asked.sets.train) + len(asked.sets.test)
+    on_ray = cluster.num_train_workers > 0
+    threads = cluster.threads_per_train_worker or os.cpu_count() or 1
+    started = False
+
+    def start_ray() -> None:
+        if on_ray and connect():
+            stack.callback(disconnect)
+
+    def embed(source: Source, rows: Any, embedding: Any, *, advance: Any) -> Any:
+        nonlocal started
+        if not started:
+            view.begin("embedding", total=total, done=0)
+            started = True
+        if not on_ray:
+            return features_here(source, rows, embedding, num_threads=threads, advance=advance)
+        start_ray()
+        return features_on_ray(source, rows, embedding, advance=advance)
+
+    def run_units(units: Any, sets: Any) -> Any:
+        view.close()
+        if not on_ray:
+            torch.set_num_threads(threads)
+            yield from run_here(units, sets)
+            return
+        start_ray()
+        yield from run_on_ray(units, sets, device=cluster.device)
+
+    def train(config: RunConfig[Any], folder: RunFolder, source: Source) -> dict[str, Any]:
+        view.close()
+        say(f"training {folder.path.name}: {folder.path}")
+        if not on_ray:
+            return pretrain_here(config, folder=folder, source=source)
+        start_ray()
+        return pretrain_on_ray(config, folder=folder, source=source, layout=plan_layout(config))
+
+    return Ways(
+        embed, run_units, lambda unit: train_unit(asked, unit, train=train), view.advance, say
+    )
+
+
+def _set_aside(folder: EvaluationFolder) -> None:
+    with folder.locked():
+        aside = folder.path.with_name(f"{folder.path.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        folder.path.rename(aside)
+    say(f"the earlier evaluation is now in {aside}")
+
+
+def _draw(asked: Asked) -> None:
+    say("drawing the report")
+    page = importlib.import_module("raysl.report.evaluation_page")  # late: matplotlib is slow
+    for picture, problem in page.draw_evaluation(
+        asked.folder.path,
+        encoder=asked.origin.encoder,
+        train=asked.sets.train,
+        test=asked.sets.test,
+    ):
+        say(f"  {picture} could not be drawn: {problem}")
+
+
+def _say_results(asked: Asked, record: dict[str, Any]) -> None:
+    out = console()
+    if record["protocols"]:
+        out.print(evaluation_table(record))
+    if record["label_free"]:
+        out.print(mapping_table("Without labels", record["label_free"]))
+    if record["bad_images"]:
+        say(f"{record['bad_images']:,} bad images were shown to the encoder as black, and counted")
+    lines = [f"numbers   {asked.folder.record}", f"report    {asked.folder.report}"]
+    out.print("\n".join(lines), markup=False)

@@ -1,0 +1,121 @@
+"""An evaluation as a person and as MLflow get it."""
+
+import importlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from raysl.commands.record import git_state
+from raysl.commands.terminal import say
+from raysl.evaluate.registry import PROTOCOLS
+from raysl.jobs.evaluation import Asked
+from raysl.jobs.evaluation_folder import EvaluationFolder
+from raysl.sources.source import digest
+from raysl.track.run_folder import RunFolder, read_json, write_json
+from raysl.track.uri import tracking_uri, without_password
+
+_NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._ -]+")
+
+
+def evaluation_table(record: Mapping[str, Any]) -> Table:
+    """Return the table of protocols."""
+    features = record["features"]
+    table = Table(
+        title=escape(f"Accuracy on {features['test']:,} test images of {record['test_source']}")
+    )
+    table.add_column("protocol")
+    table.add_column("accuracy", justify="right")
+    table.add_column("runs", justify="right")
+    table.add_column("seconds", justify="right")
+    table.add_column("images/s", justify="right")
+    for name, values in record["protocols"].items():
+        known = PROTOCOLS.get(name)
+        title = f"{known.title}  " if known is not None else f"transfer to {values['source']}  "
+        spread = f" +- {100 * values['deviation']:.2f}" if len(values["values"]) > 1 else ""
+        table.add_row(
+            escape(title + values["text"]),
+            f"{values['mean']:.2%}{spread}",
+            str(len(values["values"])) if values["seeds"] else "1, nothing random",
+            f"{values['seconds']:,.1f}",
+            f"{values['images_per_s']:,.0f}",
+        )
+    table.caption = (
+        f"features of {features['train']:,} training and {features['test']:,} test images: "
+        f"{features['seconds']:,.1f} s, {features['images_per_s']:,.0f} images/s; accuracy: mean "
+        f"and deviation over seeds"
+    )
+    return table
+
+
+def json_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return protocol -> what it gave; without labels, what needs none."""
+    if record["protocols"]:
+        return dict(record["protocols"])
+    return {"label_free": record["label_free"]}
+
+
+def metrics_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics that MLflow gets: ``evaluate/SOURCE/PROTOCOL``."""
+    place = f"evaluate/{_mlflow_name(record['source'])}"
+    metrics = {}
+    for name, values in record["protocols"].items():
+        at = f"{place}/{name}"
+        if name not in PROTOCOLS:
+            at = f"evaluate/{_mlflow_name(values['source'])}/{name}"
+        metrics[at] = values["mean"]
+        metrics[f"{at}_deviation"] = values["deviation"]
+    return metrics | {f"{place}/{name}": value for name, value in record["label_free"].items()}
+
+
+def send(asked: Asked, record: Mapping[str, Any], *, home: Path) -> None:
+    """Send an evaluation to the MLflow run that trained the encoder; say it if that fails."""
+    track, folder = asked.config.track, asked.folder
+    if not track.mlflow:
+        return
+    trained_in = asked.origin.run and read_json(RunFolder(asked.origin.run).mlflow)
+    sent = read_json(folder.mlflow) or {}
+    uri = tracking_uri(track.tracking_uri, folder=home)
+    if trained_in and trained_in["uri"] != without_password(uri) and "***" not in trained_in["uri"]:
+        uri = trained_in["uri"]
+    run_id = (trained_in or sent).get("run_id")
+    metrics = metrics_of(record)
+    what = digest(repr(sorted(metrics.items())), without_password(uri))
+    if sent.get("what") == what:
+        return
+    mlflow = importlib.import_module("raysl.track.mlflow_evaluation")  # late: it takes seconds
+    texts = {f"evaluate.{name}": v["text"] for name, v in record["protocols"].items()}
+    try:
+        run_id = mlflow.send_evaluation(
+            mlflow.EvaluationRecord(
+                metrics=metrics,
+                tags=texts | {f"evaluate.{key}": value for key, value in git_state().items()},
+                artifacts=_artifacts(folder),
+                root=folder.path,
+                place=f"evaluations/{folder.path.name}",
+            ),
+            uri=uri,
+            run_id=run_id,
+            experiment=track.experiment,
+            run_name=f"{asked.origin.folder.name}-evaluation",
+        )
+    except Exception as error:  # a store may raise anything, and the numbers are on the disk
+        say(
+            f"  MLflow did not take it: {mlflow.problem_of(error, uri)}. Nothing is lost: the same "
+            f"command sends it"
+        )
+        return
+    write_json(folder.mlflow, {"run_id": run_id, "uri": without_password(uri), "what": what})
+
+
+def _artifacts(folder: EvaluationFolder) -> list[Path]:
+    """Return what is small: features stay in the folder."""
+    labels = sorted(folder.runs.glob("*/labels.json"))
+    return [folder.record, folder.report, *sorted(folder.pictures.glob("*.png")), *labels]
+
+
+def _mlflow_name(source: str) -> str:
+    return _NOT_IN_A_NAME.sub("-", source.rstrip("/").rpartition("/")[2]).strip("-") or "images"

@@ -1,0 +1,223 @@
+"""The probes of frozen features: their settings, and what each makes of features and a seed.
+
+The defaults belong to a version and never change with it: other defaults are another version. See
+:mod:`raysl.evaluate.registry`.
+"""
+
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from raysl.config.base import Config, PositiveFloat, PositiveInt
+from raysl.errors import DataError
+from raysl.evaluate.knn import knn_predictions
+from raysl.evaluate.linear import few_shot_rows, scaled_on
+from raysl.evaluate.logistic import LogisticRegression, fit_logistic
+from raysl.evaluate.sgd_probe import SgdSettings, train_classifiers
+from raysl.sources.source import Labels
+
+_HELD_OUT = 3  # what the held-out rows are drawn by, besides the seed
+_Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+_FEWEST_ROWS = 2
+
+Numbers = npt.NDArray[np.int64]
+
+
+class KnnConfig(Config):
+    """Weighted nearest neighbours (InstDisc, arXiv:1805.01978v1, sec. 3.4)."""
+
+    k: PositiveInt = 20
+    """Neighbours that vote (DINO's 20; InstDisc has 200)."""
+    also_k: tuple[PositiveInt, ...] = (10, 200)
+    """More numbers of neighbours, given beside the result; they cost nothing."""
+    temperature: PositiveFloat = 0.07
+    """A neighbour of cosine similarity s votes with exp(s / temperature)."""
+
+
+class LinearConfig(Config):
+    """A linear classifier by SGD, as SimCLR has it, its rate chosen on held-out training images."""
+
+    base_lrs: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (
+        0.003,
+        0.01,
+        0.03,
+        0.1,
+        0.3,
+        1.0,
+    )
+    """Learning rates for a batch of 256, in proportion to the batch; all are trained in one
+    pass."""
+    epochs: PositiveInt = 100
+    """Passes over the training features (MoCo: 100; SimCLR: 90)."""
+    batch_size: PositiveInt = 256
+    """Rows of a step; the last step of an epoch takes what is left."""
+    sgd_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Without Nesterov's look ahead, and no weight decay."""
+    held_out_share: _Share = 0.1
+    """Share of the training rows that the rate is chosen on; the test images never are."""
+
+
+class LbfgsConfig(Config):
+    """Logistic regression by L-BFGS, its penalty chosen on held-out training images."""
+
+    inverse_penalties: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (
+        0.001,
+        0.01,
+        0.1,
+        1.0,
+        10.0,
+    )
+    """C of scikit-learn's LogisticRegression, rising; one is taken as it is."""
+    max_iterations: PositiveInt = 200
+    """Most steps of L-BFGS for each."""
+    held_out_share: _Share = 0.1
+    """Share of the training rows that C is chosen on."""
+
+
+class FewShotConfig(Config):
+    """Logistic regression on a few labels a class."""
+
+    labels_per_class: PositiveInt = 5
+    draws: PositiveInt = 5
+    """Random draws of these labels; draw i is the same for every encoder."""
+    inverse_penalty: PositiveFloat = 1.0
+    """C of the logistic regressions."""
+
+
+class ProbeSets(NamedTuple):
+    """Frozen features with their labels."""
+
+    train: npt.NDArray[np.float32]
+    """``(M, D)``."""
+    train_labels: Labels
+    """``(M,)``."""
+    test: npt.NDArray[np.float32]
+    """``(N, D)``."""
+    test_labels: Labels
+    """``(N,)``."""
+
+
+class Measured(NamedTuple):
+    """What one seed of a protocol gave."""
+
+    top1: float
+    """Accuracy on the test images in [0, 1]; every row counts."""
+    predictions: Numbers | None
+    """``(N,)`` class numbers, where they are known."""
+    facts: dict[str, Any]
+    """What else is worth knowing, such as the chosen learning rate; as JSON."""
+
+
+def measure_knn(config: KnnConfig, sets: ProbeSets, *, seed: int, device: str) -> Measured:
+    """Let neighbours vote; nothing is random, whatever the seed."""
+    train, labels, test = (
+        torch.from_numpy(x).to(device) for x in (sets.train, sets.train_labels, sets.test)
+    )
+    ks = sorted({config.k, *config.also_k})
+    found = knn_predictions(train, labels, test, ks=ks, temperature=config.temperature)
+    accuracies = {k: _top1(predictions, sets.test_labels) for k, predictions in found.items()}
+    others = {f"top1_of_k_{k}": accuracies[k] for k in ks if k != config.k}
+    return Measured(accuracies[config.k], found[config.k].cpu().numpy(), others)
+
+
+def measure_linear(config: LinearConfig, sets: ProbeSets, *, seed: int, device: str) -> Measured:
+    """Train classifiers of all rates, choose one on the held-out rows, train it on all rows.
+
+    Raises:
+        DataError: If every rate diverges.
+    """
+    train, test = scaled_on(sets.train, sets.test, device)
+    labels = torch.from_numpy(sets.train_labels).to(device)
+    shared: dict[str, Any] = {
+        "num_classes": int(labels.max()) + 1,
+        "settings": SgdSettings(config.epochs, config.batch_size, config.sgd_momentum),
+        "seed": seed,
+    }
+    rates = config.base_lrs
+    held_out_top1: list[float] = []
+    best = 0
+    if len(rates) > 1:
+        held_out, rest = held_out_rows(len(train), share=config.held_out_share, seed=seed)
+        some = train_classifiers(train[rest], labels[rest], base_lrs=rates, **shared)
+        right = some.predict(train[held_out]) == labels[held_out, None]
+        held_out_top1 = right.double().mean(dim=0).tolist()
+        best = int(np.argmax(held_out_top1))
+    final = train_classifiers(train, labels, base_lrs=[rates[best]], **shared)
+    predictions = final.predict(test)[:, 0]
+    if (predictions < 0).any():
+        raise DataError(
+            f"linear: the classifier of base_lr={rates[best]:g} diverges; give lower "
+            f"linear.base_lrs"
+        )
+    facts = {"base_lr": rates[best], "held_out_top1": held_out_top1}
+    return Measured(_top1(predictions, sets.test_labels), predictions.cpu().numpy(), facts)
+
+
+def measure_lbfgs(config: LbfgsConfig, sets: ProbeSets, *, seed: int, device: str) -> Measured:
+    """Fit classifiers of all penalties, choose one on the held-out rows, fit it on all rows."""
+    train, test = scaled_on(sets.train, sets.test, device)
+    labels = torch.from_numpy(sets.train_labels).to(device)
+    penalties = config.inverse_penalties
+    held_out_top1: list[float] = []
+    best = 0
+    if len(penalties) > 1:
+        held_out, rest = held_out_rows(len(train), share=config.held_out_share, seed=seed)
+        classifier: LogisticRegression | None = None
+        for penalty in penalties:  # each begins where the one before it ended
+            classifier = fit_logistic(
+                train[rest],
+                labels[rest],
+                inverse_penalty=penalty,
+                max_iterations=config.max_iterations,
+                start=classifier,
+            )
+            right = classifier.predict(train[held_out]) == labels[held_out]
+            held_out_top1.append(float(right.double().mean()))
+        best = int(np.argmax(held_out_top1))
+    final = fit_logistic(
+        train, labels, inverse_penalty=penalties[best], max_iterations=config.max_iterations
+    )
+    predictions = final.predict(test)
+    facts = {"inverse_penalty": penalties[best], "held_out_top1": held_out_top1}
+    return Measured(_top1(predictions, sets.test_labels), predictions.cpu().numpy(), facts)
+
+
+def measure_few_shot(config: FewShotConfig, sets: ProbeSets, *, seed: int, device: str) -> Measured:
+    """Fit a classifier to draw number ``seed`` of a few labels a class.
+
+    Raises:
+        DataError: If a class has fewer.
+    """
+    train, test = scaled_on(sets.train, sets.test, device)
+    rows = few_shot_rows(
+        sets.train_labels, labels_per_class=config.labels_per_class, seed=0, draw=seed
+    )
+    labels = torch.from_numpy(sets.train_labels[rows]).to(device)
+    some = train[torch.from_numpy(rows).to(device)]
+    classifier = fit_logistic(some, labels, inverse_penalty=config.inverse_penalty)
+    predictions = classifier.predict(test)
+    return Measured(_top1(predictions, sets.test_labels), predictions.cpu().numpy(), {})
+
+
+def held_out_rows(count: int, *, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Split rows [0, count) at random into those that are held out and the rest, each in order.
+
+    Raises:
+        DataError: If there are fewer than two.
+    """
+    if count < _FEWEST_ROWS:
+        raise DataError(f"{count} training rows are too few to hold some out")
+    order = np.random.default_rng([seed, _HELD_OUT]).permutation(count)
+    held_out = min(count - 1, max(1, round(share * count)))
+    return (
+        torch.from_numpy(np.sort(order[:held_out])),
+        torch.from_numpy(np.sort(order[held_out:])),
+    )
+
+
+def _top1(predictions: Tensor, labels: Labels) -> float:
+    return int((predictions.cpu().numpy() == labels).sum()) / len(labels)

@@ -1,0 +1,310 @@
+"""An evaluation from its images to its record: features once, then each protocol and seed.
+
+Whatever is done is on the disk when it is done, so that the same command goes on after a crash.
+"""
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from raysl.config.load import validate
+from raysl.errors import DataError
+from raysl.evaluate.probes import Measured, ProbeSets
+from raysl.evaluate.registry import PROTOCOLS, Protocol, settings_digest
+from raysl.jobs.embedding import Embedding
+from raysl.jobs.evaluation_config import EvaluationConfig, Origin
+from raysl.jobs.evaluation_folder import EvaluationFolder
+from raysl.jobs.evaluation_label_free import measure_label_free
+from raysl.jobs.evaluation_sets import EvaluationSets
+from raysl.sources.source import digest
+from raysl.track.run_folder import read_json, write_json
+
+_HASHED_AT_ONCE = 1 << 24
+
+Embed = Callable[..., tuple[npt.NDArray[np.float32], dict[int, str]]]
+"""``(source, rows, embedding, *, advance)`` -> features ``(M, D)`` and the bad rows' reasons."""
+
+
+class Unit(NamedTuple):
+    """One seed of a protocol."""
+
+    protocol: str
+    settings: dict[str, Any]
+    seed: int | None
+    """None where nothing is random."""
+
+
+Finished = tuple[Unit, Measured, float]
+"""A unit, what it gave, and its wall seconds."""
+
+RunUnits = Callable[[Sequence[Unit], ProbeSets], Iterable[Finished]]
+"""Measures units on features, in any order."""
+
+TrainUnit = Callable[[Unit], Measured]
+"""Measures a unit that trains the whole network."""
+
+
+class Asked(NamedTuple):
+    """What is to be evaluated."""
+
+    config: EvaluationConfig
+    protocols: tuple[str, ...]
+    """Names in the registry; empty measures without labels alone."""
+    origin: Origin
+    sets: EvaluationSets
+    folder: EvaluationFolder
+
+
+class Ways(NamedTuple):
+    """How the work is done: in this process or on a cluster."""
+
+    embed: Embed
+    run_units: RunUnits
+    train_unit: TrainUnit
+    advance: Callable[[int], None]
+    """Gets the number of images embedded since the last call."""
+    say: Callable[[str], None]
+
+
+def evaluate(asked: Asked, ways: Ways) -> dict[str, Any]:
+    """Evaluate an encoder, or go on with it, and return the record: ``evaluation.json``.
+
+    Raises:
+        RunFolderError: If the folder holds an evaluation of something else.
+        RayslError: What the protocols raise.
+    """
+    arrays, about = _features(asked, ways)
+    _write_record(asked, about)
+    probes = ProbeSets(
+        arrays["train_features"],
+        arrays["train_labels"],
+        arrays["test_features"],
+        arrays["test_labels"],
+    )
+    units = [unit for name in asked.protocols for unit in units_of(asked.config, name)]
+    missing = [unit for unit in units if asked.folder.read_unit(key_of(unit)) is None]
+    if len(missing) < len(units):
+        ways.say(f"{len(units) - len(missing)} of {len(units)} measurements are there already")
+    on_features = [unit for unit in missing if PROTOCOLS[unit.protocol].measure is not None]
+    for unit, measured, seconds in ways.run_units(on_features, probes) if on_features else ():
+        _keep(asked, unit, measured, seconds, ways.say)
+        _write_record(asked, about)
+    for unit in missing:
+        if PROTOCOLS[unit.protocol].measure is None:
+            began = time.monotonic()
+            measured = ways.train_unit(unit)
+            _keep(asked, unit, measured, time.monotonic() - began, ways.say)
+            _write_record(asked, about)
+    record = _write_record(asked, about)
+    asked.folder.write_predictions(dict(_predictions(asked)))
+    return record
+
+
+def units_of(config: EvaluationConfig, name: str) -> list[Unit]:
+    """Return the units of a protocol."""
+    settings = getattr(config, name)
+    values = settings.model_dump(mode="json")
+    seeds = PROTOCOLS[name].seeds(settings, config.seeds)
+    return [Unit(name, values, seed) for seed in seeds or (None,)]
+
+
+def key_of(unit: Unit) -> str:
+    """Return a unit's name on the disk: it changes with the version and the settings."""
+    protocol = PROTOCOLS[unit.protocol]
+    settings = _settings_of(unit, protocol)
+    seed = "" if unit.seed is None else f"-seed{unit.seed}"
+    return f"{unit.protocol}@{protocol.version}-{settings_digest(settings)}{seed}"
+
+
+def measure_unit(unit: Unit, sets: ProbeSets, *, device: str) -> tuple[Measured, float]:
+    """Measure a unit on features; return what it gave and its wall seconds."""
+    protocol = PROTOCOLS[unit.protocol]
+    assert protocol.measure is not None
+    began = time.monotonic()
+    with warnings.catch_warnings():
+        # Features in Ray's store are read-only, and nothing here writes into them.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
+        measured = protocol.measure(
+            _settings_of(unit, protocol), sets, seed=unit.seed or 0, device=device
+        )
+    return measured, time.monotonic() - began
+
+
+def run_here(units: Sequence[Unit], sets: ProbeSets) -> Iterator[Finished]:
+    """Measure units one after the other in this process, on its GPU if there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for unit in units:
+        yield (unit, *measure_unit(unit, sets, device=device))
+
+
+def _settings_of(unit: Unit, protocol: Protocol) -> Any:
+    return validate(protocol.settings, unit.settings, where=unit.protocol)
+
+
+def _features(asked: Asked, ways: Ways) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+    """Return the arrays of ``evaluation.npz``, computed unless they are there, and what they are.
+
+    Raises:
+        DataError: If features are not finite.
+    """
+    folder, sets = asked.folder, asked.sets
+    identity = _identity(asked)
+    about = folder.claim(identity)
+    arrays = None if about is None else folder.read_arrays()
+    if about is not None and arrays is not None:
+        ways.say(f"the features of {len(sets.train) + len(sets.test):,} images are there already")
+        return arrays, about
+    features = asked.config.features
+    embedding = Embedding(
+        str(asked.origin.encoder), sets.train.size_px, features.crop_fraction, features.precision
+    )
+    arrays, bad = {}, 0
+    began = time.monotonic()
+    for name, images in (("train", sets.train), ("test", sets.test)):
+        found, broken = ways.embed(images.source, images.rows, embedding, advance=ways.advance)
+        bad += len(broken)
+        if not np.isfinite(found).all():
+            raise DataError(
+                f"{asked.origin.encoder}: gives features that are not finite; it has diverged, or "
+                f"features.precision={features.precision} is too narrow for it"
+            )
+        arrays |= {
+            f"{name}_features": found,
+            f"{name}_labels": images.labels,
+            f"{name}_rows": images.rows,
+        }
+    seconds = time.monotonic() - began
+    total = len(sets.train) + len(sets.test)
+    about = {
+        "identity": identity,
+        "seconds": seconds,
+        "images_per_s": total / seconds,
+        "train": len(sets.train),
+        "test": len(sets.test),
+        "width": int(arrays["test_features"].shape[1]),
+        "bad_images": bad,
+        "label_free": measure_label_free(asked.origin, arrays["test_features"], sets.test),
+    }
+    folder.write_features(arrays, about)
+    return arrays, about
+
+
+def _identity(asked: Asked) -> dict[str, Any]:
+    sets, features = asked.sets, asked.config.features
+    return {
+        "encoder": file_digest(asked.origin.encoder),
+        "train": _images_digest(sets.train),
+        "test": _images_digest(sets.test),
+        "size_px": sets.train.size_px,
+        "crop_fraction": features.crop_fraction,
+        "precision": features.precision,
+    }
+
+
+def _images_digest(images: Any) -> str:
+    parts = (np.ascontiguousarray(x, dtype=np.int64).data for x in (images.rows, images.labels))
+    return digest(images.source.fingerprint, *(bytes(part) for part in parts))
+
+
+def file_digest(path: Path) -> str:
+    """Return 16 hex digits that change with a file's bytes."""
+    parts: list[bytes | memoryview | str] = []
+    with open(path, "rb") as file:
+        while block := file.read(_HASHED_AT_ONCE):
+            parts.append(digest(block))
+    return digest(*parts)
+
+
+def _keep(
+    asked: Asked, unit: Unit, measured: Measured, seconds: float, say: Callable[[str], None]
+) -> None:
+    values = {"top1": measured.top1, "seconds": seconds, "facts": measured.facts}
+    asked.folder.write_unit(key_of(unit), values, measured.predictions)
+    seed = "" if unit.seed is None else f" seed {unit.seed}"
+    say(f"{unit.protocol}{seed}: {measured.top1:.2%} in {seconds:.1f} s")
+
+
+def _write_record(asked: Asked, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Write what is known by now, with what earlier commands measured on the same features."""
+    sets = asked.sets
+    before = _kept_protocols(asked)
+    record = {
+        "encoder": str(asked.origin.encoder),
+        "source": asked.config.data.source,
+        "test_source": sets.test.source.name,
+        "protocols": before | dict(_protocols(asked)),
+        "label_free": about["label_free"],
+        "features": {k: about[k] for k in ("seconds", "images_per_s", "train", "test", "width")},
+        "classes": sets.class_names,
+        "bad_images": about["bad_images"],
+    }
+    write_json(asked.folder.record, record)
+    return record
+
+
+def _kept_protocols(asked: Asked) -> dict[str, Any]:
+    from_before = _read_record(asked.folder).get("protocols") or {}
+    return {
+        name: values
+        for name, values in from_before.items()
+        if name not in PROTOCOLS or values.get("version") == PROTOCOLS[name].version
+    }
+
+
+def _read_record(folder: EvaluationFolder) -> dict[str, Any]:
+    return read_json(folder.record) or {}
+
+
+def _protocols(asked: Asked) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each protocol that all seeds of are done."""
+    images = len(asked.sets.train) + len(asked.sets.test)
+    for name in asked.protocols:
+        units = units_of(asked.config, name)
+        kept = [asked.folder.read_unit(key_of(unit)) for unit in units]
+        done = [each[0] for each in kept if each is not None]
+        if len(done) == len(units):
+            yield name, _summary(asked.config, units, done, images=images)
+
+
+def _summary(
+    config: EvaluationConfig,
+    units: Sequence[Unit],
+    done: Sequence[Mapping[str, Any]],
+    *,
+    images: int,
+) -> dict[str, Any]:
+    protocol = PROTOCOLS[units[0].protocol]
+    settings = getattr(config, protocol.name)
+    values = [each["top1"] for each in done]
+    seconds = sum(each["seconds"] for each in done)
+    return {
+        "version": protocol.version,
+        "text": protocol.text(settings),
+        "mean": float(np.mean(values)),
+        # Of the seeds themselves, as few_shot_top1_std of a run is.
+        "deviation": float(np.std(values)),
+        "values": values,
+        "seeds": [unit.seed for unit in units if unit.seed is not None],
+        "seconds": seconds,
+        "images_per_s": images * len(done) / seconds if seconds > 0 else 0.0,
+        "settings": settings.model_dump(mode="json"),
+        "facts": [each["facts"] for each in done],
+    }
+
+
+def _predictions(asked: Asked) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
+    """Yield the predictions of the first seed of every protocol in the record."""
+    measured = _read_record(asked.folder).get("protocols") or {}
+    for name, values in measured.items():
+        if name not in PROTOCOLS:
+            continue
+        seed = next(iter(values["seeds"]), None)
+        kept = asked.folder.read_unit(key_of(Unit(name, values["settings"], seed)))
+        if kept is not None and kept[1] is not None:
+            yield name, kept[1]

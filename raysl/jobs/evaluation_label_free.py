@@ -1,0 +1,35 @@
+"""What an evaluation measures without labels: the features themselves, and pairs of views."""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from raysl.encoder import load_encoder
+from raysl.evaluate.features import EvalImages
+from raysl.evaluate.label_free import label_free, positive_pairs
+from raysl.jobs.embedding import normalisation
+from raysl.jobs.evaluation_config import Origin
+from raysl.train.batches import view_converter
+
+
+def measure_label_free(
+    origin: Origin, features: npt.NDArray[np.float32], images: EvalImages
+) -> dict[str, float]:
+    """Return what :func:`raysl.evaluate.label_free.label_free` does, pairs of views included.
+
+    The pairs are two views of at most 1,024 images: this process makes and embeds them.
+
+    Args:
+        origin: The encoder.
+        features: Of the images, ``(N, D)``.
+        images: The test images.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    mean, std = normalisation(origin.encoder)
+    to_views = view_converter(device=device, mean=mean, std=std, channels_last=False)
+    pairs = positive_pairs(
+        load_encoder(origin.encoder).to(device),
+        images,
+        to_input=lambda pixels: to_views({"views_0": pixels[:, None]})[0],
+    )
+    return label_free(torch.from_numpy(features), pairs)

@@ -1,0 +1,70 @@
+"""The protocols that train the whole network: runs of their own below the evaluation's folder."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from raysl.config.load import to_yaml, validate
+from raysl.encoder import read_description
+from raysl.evaluate.probes import Measured
+from raysl.evaluate.registry import PROTOCOLS
+from raysl.evaluate.training_source import open_training_source
+from raysl.jobs.downstream import finetune_values
+from raysl.jobs.evaluation import Asked, Unit, key_of
+from raysl.jobs.evaluation_sets import evaluate_config
+from raysl.nn.backbones import BackboneConfig
+from raysl.recipe import RunConfig, run_from_values
+from raysl.sources.source import Source
+from raysl.track.run_folder import RunFolder, write_atomically
+
+Train = Callable[[RunConfig[Any], RunFolder, Source], dict[str, Any]]
+"""Trains a run, or goes on with it, and returns its results."""
+
+
+def train_unit(asked: Asked, unit: Unit, *, train: Train) -> Measured:
+    """Train the network of a unit, or go on with it, and return the accuracy of its last step.
+
+    The rows whose labels it saw are in ``labels.json`` of its folder.
+    """
+    config = run_of(asked, unit)
+    folder = RunFolder(asked.folder.runs / key_of(unit))
+    with folder.locked():
+        write_atomically(folder.config, to_yaml(config.model_dump(mode="json")))
+        results = folder.read_results()
+        if results is None:
+            source = open_training_source(config.data, config.evaluate, config.method)
+            results = train(config, folder, source)
+    facts = {"num_labels": results["num_labels"], "run": str(folder.path)}
+    return Measured(float(results["top1"]), None, facts)
+
+
+def run_of(asked: Asked, unit: Unit) -> RunConfig[Any]:
+    """Return the run that a unit is.
+
+    Raises:
+        ConfigError: If the settings do not fit the encoder, such as more layers than its head has.
+    """
+    config, data, origin = asked.config, asked.config.data, asked.origin
+    settings: Any = validate(PROTOCOLS[unit.protocol].settings, unit.settings, where=unit.protocol)
+    backbone = BackboneConfig.model_validate(read_description(origin.encoder)["backbone"])
+    tested = evaluate_config(data, crop_fraction=config.features.crop_fraction)
+    evaluate = tested.model_dump(mode="json") | {"every": None, "pixel_baseline": False}
+    values = {
+        "name": key_of(unit).replace("@", "."),
+        "output_dir": str(asked.folder.runs),
+        "evaluate": evaluate,
+        "cluster": config.cluster.model_dump(mode="json"),
+        "track": {"mlflow": False},
+    }
+    images = data.model_dump(mode="json", exclude={"test_source", "test_limit"})
+    values |= {f"data.{key}": value for key, value in images.items()}
+    overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    overrides += settings.overrides(
+        is_vit=backbone.is_vit,
+        size_px=asked.sets.train.size_px,
+        num_images=len(asked.sets.train),
+        seed=unit.seed,
+    )
+    return run_from_values(
+        finetune_values(origin.run or origin.encoder, overrides), where=unit.protocol
+    )

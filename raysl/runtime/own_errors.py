@@ -1,0 +1,32 @@
+"""raysl's own errors out of those that Ray wraps around them."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+import raysl.errors
+from raysl.errors import ClusterError, RayslError
+
+_OWN_ERROR = re.compile(r"^raysl\.errors\.(\w+): (.+?)(?=\n\s*\n|\Z)", re.MULTILINE | re.DOTALL)
+
+
+@contextmanager
+def own_errors(what: str) -> Iterator[None]:
+    """Raise raysl's own error in place of those that Ray wrapped around it.
+
+    What caused an error is lost on its way between processes; its text, a traceback, is not.
+
+    Args:
+        what: Failed, if it is an error of Ray's.
+    """
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        found = _OWN_ERROR.findall(str(error))
+        if found:
+            name, message = found[-1]
+            raise getattr(raysl.errors, name, RayslError)(message) from None
+        last = str(error).strip().splitlines()[-1]
+        raise ClusterError(f"{what} failed: {type(error).__name__}: {last}") from None

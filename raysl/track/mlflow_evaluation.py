@@ -1,0 +1,90 @@
+"""What an evaluation measured, sent to the MLflow run that trained the encoder."""
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from mlflow.entities import LifecycleStage, Metric, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from raysl.track.uri import without_password
+
+
+class EvaluationRecord(NamedTuple):
+    """What is sent."""
+
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+    artifacts: Sequence[Path]
+    """Files; those that are missing are left out."""
+    root: Path
+    """Artifacts keep their place below this folder."""
+    place: str
+    """Where they go among the run's artifacts."""
+
+
+def send_evaluation(
+    record: EvaluationRecord, *, uri: str, run_id: str | None, experiment: str, run_name: str
+) -> str:
+    """Send it to a run, which may have ended, or to a new one.
+
+    Args:
+        record: What to send.
+        uri: MLflow's tracking URI.
+        run_id: The run; None, or one that was deleted, makes a new one.
+        experiment: Of a new run.
+        run_name: Of a new run.
+
+    Returns:
+        The run's id.
+
+    Raises:
+        MlflowException: If the server does not answer or take it; a store may raise others too.
+    """
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    client = MlflowClient(uri)
+    if run_id is None or not _is_there(client, run_id):
+        run = client.create_run(_experiment(client, experiment), run_name=run_name)
+        run_id = str(run.info.run_id)
+        client.set_terminated(run_id, status="FINISHED")
+    now = int(time.time() * 1000)
+    client.log_batch(
+        run_id,
+        metrics=[Metric(name, value, now, 0) for name, value in record.metrics.items()],
+        tags=[RunTag(name, value) for name, value in record.tags.items()],
+    )
+    for path in record.artifacts:
+        if path.exists():
+            below = path.parent.relative_to(record.root).as_posix()
+            where = record.place if below == "." else f"{record.place}/{below}"
+            client.log_artifact(run_id, str(path), where)
+    return run_id
+
+
+def problem_of(error: Exception, uri: str) -> str:
+    """Return an error's first line, without the password of the URI."""
+    bare = uri.rstrip("/")
+    text = f"{type(error).__name__}: {error}".replace(bare, without_password(bare))
+    return text.splitlines()[0]
+
+
+def _is_there(client: MlflowClient, run_id: str) -> bool:
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+    return bool(run.info.lifecycle_stage != LifecycleStage.DELETED)
+
+
+def _experiment(client: MlflowClient, name: str) -> str:
+    found = client.get_experiment_by_name(name)
+    return str(found.experiment_id if found is not None else client.create_experiment(name))
