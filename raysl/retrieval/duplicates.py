@@ -96,9 +96,11 @@ class Forest:
     def groups(self) -> list[Ints]:
         """Return the sets of two or more, ascending, in order of their smallest."""
         roots = self._roots(np.arange(len(self._parent), dtype=np.int64))
-        order = np.argsort(roots, kind="stable")
+        sizes = np.bincount(roots, minlength=len(roots))
+        several = np.flatnonzero(sizes[roots] > 1)
+        order = several[np.argsort(roots[several], kind="stable")]
         cuts = np.flatnonzero(np.diff(roots[order])) + 1
-        return [part for part in np.split(order, cuts) if len(part) > 1]
+        return [part for part in np.split(order, cuts) if len(part)]
 
     def _roots(self, numbers: Ints) -> Ints:
         roots = self._parent[numbers]
