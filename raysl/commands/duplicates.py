@@ -17,22 +17,23 @@ from raysl.commands.counting import CountView
 from raysl.commands.terminal import console, print_json, say
 from raysl.errors import ConfigError
 from raysl.report.retrieval_pictures import Shown, draw_duplicate_sheet
-from raysl.retrieval.duplicates import Duplicates, find_duplicates, similarity_to_kept
+from raysl.retrieval.duplicates import Choice, Duplicates, choose, find_duplicates
 from raysl.retrieval.embeddings import Embeddings
 from raysl.retrieval.images import open_again, squares
 from raysl.retrieval.shards import result_file
 
 _THRESHOLD = 0.98
 _LEVELS = (0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999)
-_SHEET_GROUPS, _SHEET_IMAGES = 12, 7
+_SHEET_LINES, _SHEET_IMAGES = 12, 7
 _GROUPS, _DROP = "_duplicates.parquet", "_drop.txt"
 _SHOWN = 5
 
 _EPILOG = """\
-Images connected by similarities (cosines) of at least the threshold are one group, of which the
-first is kept. EMBEDDINGS/_duplicates.parquet (or --out, .parquet or .csv) holds group, row, id,
-similarity (to the kept one) and keep; EMBEDDINGS/_drop.txt (or --drop) the ids of the others, one a
-line. Of an image folder, that list is a filter:
+Images connected by similarities of at least the threshold (cosines of the features without their
+mean) are one group. Of a group, the first is kept, and then each that is not so similar to one that
+is kept. EMBEDDINGS/_duplicates.parquet (or --out, .parquet or .csv) holds group, row, id, keep,
+like_row (the kept one it is like) and similarity (to it); EMBEDDINGS/_drop.txt (or --drop) the ids
+of those that are not kept, one a line. Of an image folder, that list is a filter:
 
   raysl duplicates embeddings/ --threshold 0.99 --contact-sheet duplicates.png --drop drop.txt
   raysl pretrain CONFIG data.source=photos/ data.filter='[[path, not in file, drop.txt]]'
@@ -50,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threshold", type=float, default=_THRESHOLD, help=f"in (0, 1] ({_THRESHOLD})"
     )
+    parser.add_argument(
+        "--no-center",
+        action="store_true",
+        help="compare plain cosines, without taking the mean off",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="a .parquet or .csv file")
     parser.add_argument("--drop", type=Path, metavar="FILE", help="text file of ids to drop")
     parser.add_argument("--contact-sheet", type=Path, metavar="PNG", help="a picture of groups")
@@ -62,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--threshold {arguments.threshold}: give a number in (0, 1]")
     if arguments.out is not None and arguments.out.suffix not in (".parquet", ".csv"):
         raise ConfigError(f"--out {arguments.out}: give a .parquet or a .csv file")
-    embeddings = Embeddings(arguments.embeddings)
+    embeddings = Embeddings(arguments.embeddings, center=not arguments.no_center)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     view = CountView()
     with closing(view):
@@ -70,7 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
         found = find_duplicates(
             embeddings, threshold=arguments.threshold, device=device, advance=view.advance
         )
-    table, dropped = _groups_table(embeddings, found)
+    choices = _choices(embeddings, found, threshold=arguments.threshold)
+    table, dropped = _groups_table(embeddings, found, choices)
     out = arguments.out or f"{embeddings.folder.uri}/{_GROUPS}"
     drop = arguments.drop or f"{embeddings.folder.uri}/{_DROP}"
     with result_file(out) as stream:
@@ -81,31 +88,35 @@ def run(arguments: argparse.Namespace) -> int:
     results |= {"out": str(out), "drop": str(drop)}
     _say_results(results)
     if arguments.contact_sheet is not None:
-        _draw(arguments.contact_sheet, embeddings, found, threshold=arguments.threshold)
+        sheet, threshold = arguments.contact_sheet, arguments.threshold
+        _draw(sheet, embeddings, found, choices, threshold=threshold)
     if arguments.json:
         print_json(results)
     return 0
 
 
-def _groups_table(embeddings: Embeddings, found: Duplicates) -> tuple[pa.Table, list[str]]:
+def _choices(embeddings: Embeddings, found: Duplicates, *, threshold: float) -> list[Choice]:
+    return [choose(embeddings.directions(group), threshold=threshold) for group in found.groups]
+
+
+def _groups_table(
+    embeddings: Embeddings, found: Duplicates, choices: list[Choice]
+) -> tuple[pa.Table, list[str]]:
     """Return a row for each image of a group, and the names of those that are not kept."""
-    places = np.concatenate([*found.groups, np.empty(0, dtype=np.int64)])
+    places = np.concatenate([np.empty(0, dtype=np.int64), *found.groups])
+    by = [group[choice.by] for group, choice in zip(found.groups, choices, strict=True)]
     numbers = np.repeat(np.arange(len(found.groups)), [len(group) for group in found.groups])
-    similarity = np.concatenate(
-        [
-            *(similarity_to_kept(embeddings, group) for group in found.groups),
-            np.empty(0, dtype=np.float32),
-        ]
-    )
-    keep = np.ones(len(places), dtype=np.bool_)
-    keep[1:] = numbers[1:] != numbers[:-1]
+    keep = np.concatenate([np.empty(0, dtype=np.bool_), *(choice.kept for choice in choices)])
+    similarity = [np.empty(0, dtype=np.float32), *(choice.similarity for choice in choices)]
     names = embeddings.ids(places)
+    standing = np.concatenate([np.empty(0, dtype=np.int64), *by])
     columns: dict[str, Any] = {
         "group": pa.array(numbers, pa.int64()),
         "row": pa.array(embeddings.rows[places], pa.int64()),
         "id": pa.array(names, pa.string()),
-        "similarity": pa.array(similarity, pa.float32()),
         "keep": pa.array(keep),
+        "like_row": pa.array(embeddings.rows[standing], pa.int64()),
+        "similarity": pa.array(np.concatenate(similarity), pa.float32()),
     }
     if embeddings.labels is not None:
         labels = [embeddings.label_name(int(place)) for place in places]
@@ -164,29 +175,43 @@ def _say_results(results: dict[str, Any]) -> None:
         say("one group is large: chains of similar images; a higher threshold cuts them")
 
 
-def _draw(path: Path, embeddings: Embeddings, found: Duplicates, *, threshold: float) -> None:
-    """Draw groups from all over the range of similarities, the least alike last."""
-    if not found.groups:
+def _draw(
+    path: Path,
+    embeddings: Embeddings,
+    found: Duplicates,
+    choices: list[Choice],
+    *,
+    threshold: float,
+) -> None:
+    """Draw kept images and those they stand for, from the most alike to the least."""
+    lines = []
+    for group, choice in zip(found.groups, choices, strict=True):
+        for kept in np.flatnonzero(choice.kept):
+            others = np.flatnonzero((choice.by == kept) & ~choice.kept)
+            others = others[np.argsort(choice.similarity[others], kind="stable")]
+            if len(others):  # the least alike are what has to be looked at
+                lines.append((group, choice, [int(kept), *others[: _SHEET_IMAGES - 1].tolist()]))
+    if not lines:
         say(f"no groups at {threshold:g}: nothing drawn")
         return
     source = open_again(embeddings)
-    alike = [float(similarity_to_kept(embeddings, group).min()) for group in found.groups]
-    order = np.argsort(-np.array(alike), kind="stable")
-    count = min(_SHEET_GROUPS, len(order))
-    chosen = order[np.linspace(0, len(order) - 1, count).astype(np.int64)]
+    lines.sort(key=lambda line: -float(line[1].similarity[line[2][1]]))
+    count = min(_SHEET_LINES, len(lines))
     rows = []
-    for number in chosen.tolist():
-        group = found.groups[number][:_SHEET_IMAGES]
-        similarity = similarity_to_kept(embeddings, group)
-        images = squares(source, embeddings.rows[group].tolist())
-        names = embeddings.ids(group)
-        notes = [embeddings.label_name(int(p)) or n for p, n in zip(group, names, strict=True)]
+    for number in np.linspace(0, len(lines) - 1, count).astype(np.int64).tolist():
+        group, choice, members = lines[number]
+        places = group[members]
+        images = squares(source, embeddings.rows[places].tolist())
+        names = embeddings.ids(places)
+        notes = [embeddings.label_name(int(p)) or n for p, n in zip(places, names, strict=True)]
         rows.append(
             [
                 Shown(image, None, float(value), note)
-                for image, value, note in zip(images, similarity, notes, strict=True)
+                for image, value, note in zip(
+                    images, choice.similarity[members], notes, strict=True
+                )
             ]
         )
-    title = f"{len(found.groups):,} groups at {threshold:g}, {count} of them"
+    title = f"{len(lines):,} images with duplicates at {threshold:g}; {count} of them"
     draw_duplicate_sheet(path, rows, title=title)
     say(f"drawn: {path}")

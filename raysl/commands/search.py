@@ -17,7 +17,7 @@ from raysl.commands.terminal import console, print_json, say
 from raysl.errors import ConfigError, DataError
 from raysl.jobs.embed_source import digest_of, encoder_file
 from raysl.jobs.embedding import Embedding, features_here
-from raysl.retrieval.embeddings import Embeddings, to_directions
+from raysl.retrieval.embeddings import Embeddings
 from raysl.retrieval.images import open_again, open_queries
 from raysl.retrieval.search import search
 from raysl.retrieval.shards import result_file
@@ -25,6 +25,8 @@ from raysl.sources.source import Source
 
 _TABLE_QUERIES = 8
 _SHOWN = 5
+
+CENTER_HELP = "take the mean of all features off before comparing: cosines spread"
 
 _EPILOG = """\
 Without --query and --rows every image is looked for among the others, and the result goes to
@@ -49,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-k", type=int, default=10, help="neighbours of each (10)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="a .parquet file for the result")
     parser.add_argument("--grid", type=Path, metavar="PNG", help="a picture of the first few")
+    parser.add_argument("--center", action="store_true", help=CENTER_HELP)
     parser.add_argument("--encoder", help="where the encoder lies now, if it was moved")
     parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
 
@@ -57,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Search."""
     if arguments.k < 1:
         raise ConfigError(f"-k {arguments.k}: give at least 1")
-    embeddings = Embeddings(arguments.embeddings)
+    embeddings = Embeddings(arguments.embeddings, center=arguments.center)
     if not len(embeddings):
         raise DataError(f"{arguments.embeddings}: no image has features")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -92,7 +95,10 @@ def _some(
 def _of_files(arguments: argparse.Namespace, embeddings: Embeddings, device: torch.device) -> Found:
     source, names = open_queries(arguments.query)
     features = _embed_like(arguments, embeddings, source, len(names))
-    queries = to_directions(torch.from_numpy(features))
+    queries = torch.from_numpy(features)
+    if embeddings.about["settings"]["normalize"]:
+        queries = torch.nn.functional.normalize(queries)
+    queries = embeddings.to_directions(queries)
     neighbors = search(embeddings, queries, k=arguments.k, device=device)
     return Found(names, [None] * len(names), neighbors, source, list(range(len(names))))
 
