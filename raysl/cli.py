@@ -20,11 +20,16 @@ VERBS = {
     "benchmark": "measure the input on this machine or cluster, to size it",
     "config": "print a resolved configuration and what follows from it",
     "data": "look at a source of images: counts, sizes, formats, broken files, a contact sheet",
+    "export": "write an encoder for torchvision, timm, ONNX, TorchScript, Hugging Face, MLflow",
+    "import": "make an encoder of a checkpoint of MoCo, SimCLR, DINO, MAE, VISSL or lightly",
     "pack": "turn any source of images into shuffled Parquet shards that stream fast",
     "embed": "features of any source of images to Parquet, over a whole cluster",
     "search": "images near given ones, or near each other, among embeddings; a grid of them",
     "duplicates": "groups of near-duplicates among embeddings, a list of what to drop, a sheet",
 }
+
+# Where a verb is no name of a module.
+_MODULES = {"import": "import_encoder"}
 
 _DESCRIPTION = """\
 raysl pretrains image encoders without labels, on Ray.
@@ -44,6 +49,8 @@ raysl pretrains image encoders without labels, on Ray.
   raysl embed SOURCE RUN OUT                       features to Parquet; then:
   raysl search OUT --query FILE --grid grid.png    the images nearest to one
   raysl duplicates OUT --contact-sheet dup.png     near-duplicates, and what to drop
+  raysl export RUN --format onnx                   the encoder in a format of others, checked
+  raysl import CHECKPOINT                          an encoder that other training code wrote
 
 On a cluster, the same as a job:
   ray job submit --working-dir . -- python pipelines/pretrain.py CONFIG [overrides]
@@ -94,12 +101,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for verb, text in VERBS.items():
         subparser = verbs.add_parser(verb, help=text, description=f"raysl {verb}: {text}")
         if arguments[:1] == [verb]:  # only the verb asked for is loaded: --help answers at once
-            module = importlib.import_module(f"raysl.commands.{verb}")
+            module = importlib.import_module(_module_of(verb))
             module.add_arguments(subparser)
             chosen = subparser
     parsed = _parse(parser, chosen, arguments)
     try:
-        status: int = importlib.import_module(f"raysl.commands.{parsed.verb}").run(parsed)
+        status: int = importlib.import_module(_module_of(parsed.verb)).run(parsed)
     except RayslError as error:
         sys.stderr.write(f"raysl {parsed.verb}: {type(error).__name__}: {error}\n")
         return 1
@@ -107,6 +114,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"raysl {parsed.verb}: stopped{_GOES_ON.get(parsed.verb, '')}\n")
         return _INTERRUPTED
     return status
+
+
+def _module_of(verb: str) -> str:
+    return f"raysl.commands.{_MODULES.get(verb, verb)}"
 
 
 def _parse(

@@ -7,6 +7,7 @@
     +-- ShapeError          a tensor of the wrong shape (also a ValueError)
     +-- ClusterError        too few CPUs or GPUs, a folder that a node does not see
     +-- RunFolderError      a run folder in use, damaged, or of another configuration
+    +-- ExportError         what was written does not do what it should
     +-- DivergedError       a loss or gradient that is not finite
     +-- CollapsedError      features that are the same for every image
 
@@ -42,6 +43,10 @@ class ClusterError(RayslError):
 
 class RunFolderError(RayslError):
     """A run folder is in use, damaged, or belongs to another configuration."""
+
+
+class ExportError(RayslError):
+    """A copy in another format does not do what the original does; it is not kept."""
 
 
 class DivergedError(RayslError):

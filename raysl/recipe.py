@@ -122,6 +122,7 @@ class RunConfig(Config, Generic[M]):
             lambda: self.method.check_shape(self._shape()),
             self._check_finetune,
             self._check_layer_decay,
+            self._check_online,
         ]
         for check in checks:
             try:
@@ -189,6 +190,13 @@ class RunConfig(Config, Generic[M]):
     def _check_layer_decay(self) -> None:
         if self.optim.layer_decay < 1:
             check_layer_decay(self.backbone)
+
+    def _check_online(self) -> None:
+        if self.evaluate.online == "background" and self.cluster.num_train_workers == 0:
+            raise ConfigError(
+                "evaluate.online=background needs Ray, which cluster.num_train_workers=0 does "
+                "without; set evaluate.online=auto or cluster.num_train_workers=1"
+            )
 
     @property
     def view_sizes_px(self) -> tuple[int, ...]:

@@ -107,3 +107,41 @@ def make_trial() -> Callable[..., Any]:
         return Trial(number=number, params=params, **(given | more))
 
     return make
+
+
+@pytest.fixture
+def tiny_encoder(tmp_path: Path) -> Callable[..., Path]:
+    """Write an untrained residual network of few channels for images of 16 px."""
+    import torch
+
+    from raysl.encoder import save_encoder
+    from raysl.nn.backbones import BackboneConfig, build_backbone
+
+    def write(name: str = "encoder", *, seed: int = 0, **facts: Any) -> Path:
+        torch.manual_seed(seed)
+        config = BackboneConfig(name="resnet18", width=0.125)
+        path = tmp_path / name / "encoder.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        known = {"image_size_px": 16, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
+        known |= {"method": "simclr", "run": name, "backbone": config.model_dump(mode="json")}
+        backbone = build_backbone(config, image_size_px=16)
+        save_encoder(path, backbone, description=known | facts)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Write 100 PNGs of 20 x 24 pixels in two class folders, and one file that is no image."""
+    import cv2
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    for number in range(100):
+        path = tmp_path / "photos" / f"class{number % 2}" / f"{number:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        low = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)
+        cv2.imwrite(str(path), cv2.resize(low, (24, 20), interpolation=cv2.INTER_CUBIC))
+    (tmp_path / "photos" / "class0" / "broken.png").write_bytes(b"no image")
+    return tmp_path / "photos"

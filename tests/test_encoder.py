@@ -347,7 +347,9 @@ class TestWeightsRefused:
         else:
             save_file(weights(), path)
         path.write_bytes(path.read_bytes()[:kept])
-        self.refused(path, "not a (safetensors file|file of tensors alone)")
+        self.refused(
+            path, "(the file is empty|not a safetensors file|cannot be read as a file of wei)"
+        )
 
     @pytest.mark.parametrize(("content", "kind"), [([1], "list"), (torch.ones(2), "Tensor")])
     def test_what_is_no_state_dict(self, tmp_path: Path, content: Any, kind: str) -> None:

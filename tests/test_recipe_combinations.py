@@ -35,3 +35,10 @@ def test_a_method_that_is_not_known_does_not_hide_what_else_is_wrong(method: Any
     assert found[0].startswith("  method.name: ")
     assert "train.global_batch_size=63 does not divide over" in found[1]
     assert len(found) == 2
+
+
+def test_evaluation_beside_training_needs_ray() -> None:
+    given = {"train": {"steps": 2, "global_batch_size": 8}, "method": {"name": "simclr"}}
+    found = _lines(**given, evaluate={"online": "background"}, cluster={"num_train_workers": 0})
+    assert len(found) == 1
+    assert "evaluate.online=background needs Ray" in found[0]

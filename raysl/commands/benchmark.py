@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from raysl.commands import benchmark_label_free, benchmark_loss, benchmark_methods
+from raysl.commands import benchmark_embed, benchmark_label_free, benchmark_loss, benchmark_methods
 from raysl.commands.benchmark_tables import input_tables, plan_table, sizing
 from raysl.commands.terminal import console, print_json, say
 from raysl.data.fragments import images_per_epoch
@@ -85,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan.add_argument("--figure", type=Path, help="PNG to draw")
     plan.add_argument("--json", action="store_true", help="end with one JSON object of results")
     benchmark_loss.add_arguments(kinds, whole=_whole)
+    benchmark_embed.add_arguments(kinds, whole=_whole, positive=_positive)
     benchmark_methods.add_arguments(kinds)
     benchmark_label_free.add_arguments(kinds, whole=_whole)
 
@@ -112,6 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
     measure = {
         "input": _input,
         "plan": _plan,
+        "embed": benchmark_embed.run,
         "loss": benchmark_loss.run,
         "methods": benchmark_methods.run,
         "label_free": benchmark_label_free.run,

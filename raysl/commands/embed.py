@@ -11,7 +11,7 @@ import torch
 
 from raysl.commands.asked_source import open_asked
 from raysl.commands.counting import CountView
-from raysl.commands.settings_help import describe_settings
+from raysl.commands.settings_text import settings_text
 from raysl.commands.terminal import console, mapping_table, print_json, say
 from raysl.jobs.embed_source import EmbedResult, MakeChunks, embed_source, encoder_file
 from raysl.jobs.embedding import Chunk, Chunks, Embedding, stream_here
@@ -46,7 +46,7 @@ then
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _EPILOG.format(settings=describe_settings(EmbedConfig))
+    parser.epilog = _EPILOG.format(settings=settings_text(EmbedConfig, without=["source"]))
     parser.add_argument(
         "source", help="a folder of images, Parquet, tar, s3://..., digits, cifar10, ..."
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from raysl.commands.asked_source import open_asked
 from raysl.commands.counting import CountView
-from raysl.commands.settings_help import describe_settings
+from raysl.commands.settings_text import settings_text
 from raysl.commands.terminal import console, mapping_table, print_json, say
 from raysl.pack.config import PackConfig
 from raysl.pack.run import Calls, Facts, PackResult, Runner, Unit, in_threads, pack
@@ -41,7 +41,7 @@ stopped it and however many worked on it. Two processes must not pack into one f
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _EPILOG.format(settings=describe_settings(PackConfig))
+    parser.epilog = _EPILOG.format(settings=settings_text(PackConfig, without=["source"]))
     parser.add_argument(
         "source", help="a folder of images, Parquet, tar, s3://..., digits, cifar10, ..."
     )

@@ -27,6 +27,7 @@ from raysl.encoder import load_encoder, read_description
 from raysl.errors import RunFolderError
 from raysl.evaluate.training_source import open_training_source
 from raysl.jobs.local import pretrain_here
+from raysl.jobs.online import read_failures
 from raysl.nn.backbones import check_model_name
 from raysl.recipe import (
     Derived,
@@ -41,10 +42,11 @@ from raysl.recipe import (
 from raysl.runtime.cluster import connect, describe_cluster, disconnect, plan_layout
 from raysl.runtime.ray_train import pretrain_on_ray
 from raysl.sources.source import BUILT_IN, Source
-from raysl.track.follow import Follower, MetricsReader
+from raysl.track.follow import Follower, MetricsReader, Record
 from raysl.track.run_folder import (
     RunFolder,
     latest_step,
+    list_waiting,
     read_metrics,
     write_atomically,
     write_json,
@@ -115,7 +117,7 @@ def train_run(
     config = with_absolute_files(config, home)
     folder = RunFolder(home / Path(config.output_dir).expanduser() / config.name)
     if fresh and folder.path.exists():
-        _set_aside(folder)
+        set_aside(folder)
     with folder.locked():
         _claim(folder, config)
         check_model_name(config.backbone)
@@ -144,7 +146,8 @@ def working_folder() -> Path:
     return Path.home() / "raysl" if _JOB_FOLDER in f"{current}/" else current
 
 
-def _set_aside(folder: RunFolder) -> None:
+def set_aside(folder: RunFolder) -> None:
+    """Rename a folder that something else is to take the place of."""
     with folder.locked():
         aside = folder.path.with_name(f"{folder.path.name}.{time.strftime('%Y%m%d-%H%M%S')}")
         folder.path.rename(aside)
@@ -199,7 +202,7 @@ def _train(opened: Opened) -> dict[str, Any]:
         progress = ProgressView(total_steps=derived.total_steps, done=done)
         reader = MetricsReader(folder.metrics, dict.fromkeys((), done))
         try:
-            with Follower(reader, progress.update, every_s=_PROGRESS_EVERY_S):
+            with Follower(reader, _showing(progress, folder), every_s=_PROGRESS_EVERY_S):
                 results = start()
         except BaseException as error:
             progress.close()
@@ -211,6 +214,12 @@ def _train(opened: Opened) -> dict[str, Any]:
             raise
         progress.close()
     return _finish(opened, results, tracker)
+
+
+def _showing(progress: ProgressView, folder: RunFolder) -> Callable[[list[Record]], None]:
+    return lambda records: progress.update(
+        records, num_evaluations=len(list_waiting(folder.to_evaluate))
+    )
 
 
 def _by_size(opened: Opened) -> dict[str, float]:
@@ -285,9 +294,11 @@ def _model_logger(folder: RunFolder, track: TrackConfig) -> Callable[[Any], None
 
     def log(tracker: Any) -> None:
         description = read_description(folder.encoder)
-        _load_mlflow().log_encoder(
-            tracker,
+        model = importlib.import_module("raysl.track.mlflow_model")  # late, as the tracker is
+        model.log_encoder(
             load_encoder(folder.encoder),
+            uri=tracker.uri,
+            run_id=tracker.run_id,
             size_px=description["image_size_px"],
             embed_dim=description["embed_dim"],
             packages=packages("torch", "torchvision"),
@@ -346,6 +357,13 @@ def _say_results(opened: Opened, results: dict[str, Any]) -> None:
         out.print(classifier_line(results), markup=False)
     if results.get("num_bad_images"):
         say(f"{results['num_bad_images']:,} bad images, listed in {folder.bad_images}")
+    failures = read_failures(folder)
+    if failures:
+        say(
+            f"{len(failures)} evaluation(s) on the way failed or were left out, listed in "
+            f"{folder.failed_evaluations}; the last one: step {failures[-1]['step']}: "
+            f"{failures[-1]['problem']}"
+        )
     lines = [f"model     {folder.classifier}"] if config.method.classifies else []
     lines += [
         f"encoder   {folder.encoder}",

@@ -106,4 +106,5 @@ def best_run(sweep: SweepConfig, trial: RunFolder) -> RunConfig[Any]:
         "track": sweep.track.model_dump(mode="json"),
     }
     set_key(values, "evaluate.final", "full")
+    set_key(values, "evaluate.online", "auto")
     return run_from_values(values, where=str(trial.config))

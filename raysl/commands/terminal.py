@@ -65,6 +65,8 @@ class ProgressView:
         self._console = console(error=True)
         self._last_line = 0.0
         self._finished = False
+        self._num_evaluations = 0
+        self._waits = False
         self._bar: Progress | None = None
         if self._console.is_terminal:
             self._bar = Progress(
@@ -79,12 +81,14 @@ class ProgressView:
             )
             self._bar.start()
 
-    def update(self, records: Sequence[Record]) -> None:
-        """Take in new records of the metrics file."""
+    def update(self, records: Sequence[Record], *, num_evaluations: int = 0) -> None:
+        """Take in new records of the metrics file, and how many evaluations are under way."""
+        changed = num_evaluations != self._num_evaluations
+        self._num_evaluations = num_evaluations
         for record in records:
             self._step = max(self._step, int(record["step"]))
             self._latest.update({k: v for k, v in record.items() if k not in ("step", "time")})
-        if not records:
+        if not records and not changed:
             return
         if self._bar is not None:
             self._bar.update(self._task, completed=self._step, metrics=self._text())
@@ -96,6 +100,9 @@ class ProgressView:
             self._finished = self._finished or finished
             text = self._text() or "first step done"
             self._console.print(f"step {self._step}/{self.total_steps}  {text}", markup=False)
+        if self._finished and num_evaluations and not self._waits:
+            self._waits = True
+            self._console.print(f"waiting for {self._evaluations()}", markup=False)
 
     def close(self) -> None:
         """Leave the last state on the screen."""
@@ -103,11 +110,18 @@ class ProgressView:
             self._bar.stop()
 
     def _text(self) -> str:
-        return "  ".join(
+        parts = [
             f"{label} {form.format(self._latest[name])}"
             for name, label, form in _SHOWN
             if name in self._latest
-        )
+        ]
+        if self._num_evaluations:
+            parts.append(f"{self._evaluations()} under way")
+        return "  ".join(parts)
+
+    def _evaluations(self) -> str:
+        count = self._num_evaluations
+        return f"{count} evaluation{'s' if count > 1 else ''}"
 
 
 def accuracy_table(results: Mapping[str, Any]) -> Table:

@@ -164,8 +164,29 @@ def embed(
     Returns:
         ``(M, D)`` float32 on the CPU, the same on every rank.
     """
-    rank, size = rank_and_size()
-    share = -(-len(images) // size)  # every rank embeds as many; the last ones repeat an image
-    places = np.minimum(np.arange(rank * share, (rank + 1) * share), len(images) - 1)
-    mine = outputs(encoder, images, places, to_input=to_input)
+    mine = outputs(encoder, images, _share(len(images), *rank_and_size()), to_input=to_input)
     return gather_batch_no_grad(mine)[: len(images)].cpu()
+
+
+@torch.no_grad()
+def embed_alone(
+    encoder: nn.Module,
+    images: EvalImages,
+    *,
+    to_input: Callable[[npt.NDArray[np.uint8]], Tensor],
+    num_ranks: int,
+) -> Tensor:
+    """Return what :func:`embed` returns on so many ranks, computed by this process alone.
+
+    The images pass through in the same batches, since the last bits of a feature may depend on
+    what is beside it.
+    """
+    parts = (_share(len(images), rank, num_ranks) for rank in range(num_ranks))
+    features = [outputs(encoder, images, part, to_input=to_input) for part in parts]
+    return torch.cat(features)[: len(images)].cpu()
+
+
+def _share(num_images: int, rank: int, size: int) -> Rows:
+    """Return the places that a rank embeds: as many on each; the last ones repeat an image."""
+    share = -(-num_images // size)
+    return np.minimum(np.arange(rank * share, (rank + 1) * share), num_images - 1)

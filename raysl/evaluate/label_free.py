@@ -131,7 +131,8 @@ def positive_pairs(
 
     was_training = encoder.training
     encoder.eval()
-    firsts, seconds = [], []
+    firsts: list[Tensor] = []
+    seconds: list[Tensor] = []
     try:
         with ThreadPoolExecutor(images.num_threads, thread_name_prefix="raysl-pairs") as pool:
             for start in range(0, len(places), _BATCH):

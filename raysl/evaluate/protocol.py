@@ -31,7 +31,13 @@ class EvaluateConfig(SourceConfig):
 
     source: str | None = None  # type: ignore[assignment]
     every: Duration | None = Duration(epochs=5.0)
-    """From one nearest-neighbour measurement during training to the next; null: none."""
+    """From one measurement during training to the next; null: none. Nearest neighbours where there
+    are labels, and measures that need none (RankMe, alpha-ReQ, alignment, uniformity)."""
+    online: Literal["auto", "background", "blocking"] = "auto"
+    """Who measures during training. background: a process beside the train workers, which do not
+    wait; values arrive later, under the step they belong to. blocking: the train workers. auto
+    takes background on Ray where the workers train on CPUs or a GPU is left beside theirs, else
+    blocking."""
     final: Literal["full", "knn"] = "full"
     """What is measured at the end. full: all probes, on the trained and on the untrained encoder.
     knn: the nearest neighbours of the trained one alone, seconds instead of most of a minute, as

@@ -108,6 +108,11 @@ def finetune_from(
     few = fraction < _ALL_LABELS and origin.head_layers >= _DEEP_HEAD
     if method["name"] == "supervised" and method.get("head") is not None:
         method.setdefault("head_layers", int(few))
+    if method.get("head") == str(origin.folder) and method["head_layers"] > origin.head_layers:
+        raise ConfigError(
+            f"method.head_layers={method['head_layers']}: the projection head in {origin.folder} "
+            f"ends at layer {origin.head_layers}; use at most {origin.head_layers}"
+        )
     if str(backbone.get("name")).startswith("vit_"):
         epochs, optim = 100.0, _VIT_OPTIM
         values["method"] = {"label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0} | method

@@ -40,6 +40,8 @@ _SHOWN = 3
 _ID_BYTES = 40  # of a row beside its features, about
 _FILE = "encoder.safetensors"
 _DEFAULT_SIZE_PX = 224
+# Known only at the end, or of no use to who holds a single shard.
+_NOT_IN_SHARDS = {"settings", "images", "bad_images", "class_names"}
 _TINY = np.finfo(np.float32).tiny
 
 MakeChunks = Callable[[Source, Chunks, Embedding], Iterator[Chunk]]
@@ -314,7 +316,7 @@ class _Writer:
             None if self.labels is None else self.labels[kept].astype(np.int64),
             features,
         )
-        about = {k: v for k, v in self.about.items() if k not in ("settings", "images")}
+        about = {k: v for k, v in self.about.items() if k not in _NOT_IN_SHARDS}
         write_shard(
             self.folder,
             self.plan.name(shard),

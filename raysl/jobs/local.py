@@ -7,7 +7,8 @@ import torch
 
 from raysl.evaluate.protocol import LabelledSets
 from raysl.jobs.local_stream import open_local
-from raysl.jobs.pretrain import Place, pretrain
+from raysl.jobs.measuring import Place
+from raysl.jobs.pretrain import pretrain
 from raysl.recipe import RunConfig
 from raysl.sources.source import Source
 from raysl.track.run_folder import RunFolder, latest_step

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +14,15 @@ from raysl.augment.pipeline import device_ops
 from raysl.data.decode import Flaw
 from raysl.errors import RunFolderError
 from raysl.evaluate.features import EvalImages, embed
-from raysl.evaluate.protocol import LabelledSets, all_protocols, knn_top1, open_labelled
+from raysl.evaluate.protocol import LabelledSets, all_protocols, open_labelled
 from raysl.evaluate.training_source import labels_record
 from raysl.jobs.build import build_method, build_optimizers, precision_on
 from raysl.jobs.classify import Classified
 from raysl.jobs.finetune_copy import finetune_copy
+from raysl.jobs.measuring import Measuring, Place
 from raysl.jobs.method_pictures import write_method_pictures
 from raysl.jobs.networks import save_networks
+from raysl.jobs.online import Begin
 from raysl.methods.base import Progress
 from raysl.nn.backbones import Backbone
 from raysl.nn.batchnorm import average_statistics
@@ -39,13 +41,6 @@ from raysl.train.loop import Hooks, Log, Schedule, Trainer
 _MAP_IMAGES = 1500
 
 
-class Place(NamedTuple):
-    """Where a worker runs."""
-
-    device: torch.device
-    threads: int  # of torch, and of decoding during evaluation
-
-
 def pretrain(
     config: RunConfig[Any],
     *,
@@ -56,6 +51,7 @@ def pretrain(
     open_batches: Callable[[Derived], Iterator[NumpyBatch]],
     evaluated: Log | None = None,
     sets: LabelledSets | None = None,
+    begin: Begin | None = None,
 ) -> dict[str, Any]:
     """Run one worker of a pretraining, from ``start_step`` to the written encoder.
 
@@ -72,6 +68,7 @@ def pretrain(
             it raises ends the run.
         sets: What :func:`open_sets` returned for this run or one that measures on the same images;
             None opens them.
+        begin: Measures the encoder on the way; None lets the workers do it, and training waits.
 
     Returns:
         The results of the run, on rank 0 also written to ``results.json``.
@@ -89,9 +86,10 @@ def pretrain(
     if start_step:
         worker.restore(start_step)
     metrics = MetricsFile(folder.metrics, start_step=start_step) if worker.rank == 0 else None
+    worker.measuring.open(metrics, begin, start_step=start_step)
     if batches is not None:
         trainer = worker.trainer(_schedule(config, derived))
-        hooks = worker.hooks(_log_into(metrics), evaluated)
+        hooks = worker.hooks(_log_into(metrics, worker.measuring), evaluated)
         trainer.run(batches, start_step=start_step, rank=worker.rank, hooks=hooks)
     average_statistics(worker.method)
     if metrics is not None:  # before anything else can go wrong
@@ -100,20 +98,24 @@ def pretrain(
     counts = {"steps": derived.total_steps, "num_bad_images": len(worker.bad_images)}
     results = worker.results() | counts
     if metrics is not None:
-        _write_results(folder, metrics, results)
+        _write_results(folder, metrics, results, worker.measuring)
     barrier()
     return results
 
 
-def _log_into(metrics: MetricsFile | None) -> Log:
+def _log_into(metrics: MetricsFile | None, measuring: Measuring) -> Log:
     def log(values: Mapping[str, float], step: int) -> None:
         if metrics is not None:  # on rank 0
             metrics.log(values, step=step)
+            measuring.collect()
 
     return log
 
 
-def _write_results(folder: RunFolder, metrics: MetricsFile, results: Mapping[str, Any]) -> None:
+def _write_results(
+    folder: RunFolder, metrics: MetricsFile, results: dict[str, Any], measuring: Measuring
+) -> None:
+    results["num_failed_evaluations"] = measuring.finish()
     accuracies = {f"final/{k}": v for k, v in results.items() if "top1" in k}
     metrics.log(accuracies, step=results["steps"])
     metrics.close()
@@ -158,7 +160,6 @@ class _Worker:
             channels_last=config.train.channels_last,
             device_ops=[device_ops(view) for view in config.data.views.views()],
         )
-        self.newest_knn = (-1, float("nan"))  # step, accuracy
         self.bad_images = BadImages(
             folder.bad_images,
             num_images=int(source.group_sizes.sum()),
@@ -175,6 +176,15 @@ class _Worker:
         seen = labels_record(source, config.data.labels)
         if self.rank == 0 and seen is not None:
             write_json(folder.labels, seen)
+        self.measuring = Measuring(
+            config,
+            self.method,
+            folder=folder,
+            source=source,
+            labelled=self.sets,
+            to_input=self._to_input,
+            place=place,
+        )
 
     def trainer(self, schedule: Schedule) -> Trainer:
         """Return the loop around this rank's method."""
@@ -245,21 +255,16 @@ class _Worker:
         return float(self.bad_images.add(together, step=step))
 
     def evaluate(self, step: int) -> Mapping[str, float]:
-        """Return the accuracy of the encoder's nearest neighbours, or of the classifier."""
+        """Return what is known at once of the encoder, or the classifier's accuracy."""
         if self.classified is not None:
             return self.classified.evaluate(step)
-        if self.sets is None:
-            return {}
-        average_statistics(self.method)
-        train, test = self._embed(self.method.encoder, self.sets)
-        accuracy = knn_top1(self.config.evaluate, self.sets, train, test)
-        self.newest_knn = step, accuracy
-        return {"eval/knn_top1": accuracy}
+        return self.measuring.evaluate(step)
 
     def results(self) -> dict[str, Any]:
         """Return all that is measured at the end; on rank 0, the others have nothing to add."""
         if self.classified is not None:
             return self._classified(self.classified)
+        self.measuring.measure_last()
         return self._probed() | self._finetuned()
 
     def _classified(self, classified: Classified) -> dict[str, Any]:
@@ -313,10 +318,7 @@ class _Worker:
 
     def _knn_only(self) -> dict[str, Any]:
         total = derive_for(self.config, self.source).total_steps
-        step, accuracy = self.newest_knn
-        if step != total:
-            accuracy = self.evaluate(total)["eval/knn_top1"]
-        return {"knn_top1": accuracy}
+        return {"knn_top1": self.measuring.at(total)["eval/knn_top1"]}
 
     def draw(self, derived: Derived) -> None:
         """Keep the pictures that the method makes of a few training images, if it makes any."""

@@ -167,8 +167,8 @@ class Distill(EmbeddingMethod):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Take the teacher along to another device, dtype or memory layout."""
-        self.teacher._apply(fn, recurse)
-        return super()._apply(fn, recurse)
+        self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def embeddings(self, batch: Batch, progress: Progress) -> tuple[Tensor, ...]:
         """Return the student's features and logits, and the teacher's logits."""

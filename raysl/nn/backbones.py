@@ -20,28 +20,32 @@ Family = Literal["resnet", "vit", "convnext", "torchvision", "timm"]
 # What only some families have; everything else holds for all.
 _FIELDS: dict[Family, tuple[str, ...]] = {
     "resnet": ("stem", "width", "selective_kernels", "norm", "zero_init_residual"),
-    "vit": ("patch_size_px", "depth", "drop_path", "pool", "positions"),
+    "vit": ("patch_size_px", "depth", "num_heads", "drop_path", "pool", "positions"),
     "convnext": ("drop_path",),
     "torchvision": (),
     "timm": (),
 }
 
 
-class _ViTSize(NamedTuple):
+class ViTSize(NamedTuple):
+    """What tells one vision transformer from another."""
+
     embed_dim: int
     num_heads: int
+    depth: int = 12
 
 
-# Touvron et al. 2021, arXiv:2012.12877v2, table 1; ViT-Base is Dosovitskiy et al. 2021, table 1.
-_VITS = {
-    "vit_tiny": _ViTSize(192, 3),
-    "vit_small": _ViTSize(384, 6),
-    "vit_base": _ViTSize(768, 12),
+# Touvron et al. 2021, arXiv:2012.12877v2, table 1; Dosovitskiy et al. 2021, table 1, from base on.
+VIT_SIZES = {
+    "vit_tiny": ViTSize(192, 3),
+    "vit_small": ViTSize(384, 6),
+    "vit_base": ViTSize(768, 12),
+    "vit_large": ViTSize(1024, 16, depth=24),
+    "vit_huge": ViTSize(1280, 16, depth=32),
 }
-_VIT_DEPTH = 12
 _CONVNEXTS = ("convnext_tiny", "convnext_small", "convnext_base")
 
-NAMES = (*LAYOUTS, *_VITS, *_CONVNEXTS)
+NAMES = (*LAYOUTS, *VIT_SIZES, *_CONVNEXTS)
 """Every name but those of ``torchvision:`` and ``timm:``."""
 
 
@@ -50,8 +54,9 @@ class BackboneConfig(Config):
 
     name: str = "resnet50"
     """resnet18 to resnet152, resnext50_32x4d, wide_resnet50_2, wide_resnet101_2; vit_tiny,
-    vit_small, vit_base; convnext_tiny, convnext_small, convnext_base; any other classifier of
-    torchvision as torchvision:NAME, or of timm as timm:NAME (pip install raysl[timm])."""
+    vit_small, vit_base, vit_large, vit_huge; convnext_tiny, convnext_small, convnext_base; any
+    other classifier of torchvision as torchvision:NAME, or of timm as timm:NAME (pip install
+    raysl[timm])."""
     stem: Stem = "imagenet"
     """ResNets. imagenet: 7 x 7 convolution of stride 2, then max-pool, as in torchvision. cifar:
     3 x 3 of stride 1, no max-pool (SimCLR, appendix B.9), for images of 32 px or so; 10 to 16 times
@@ -70,11 +75,15 @@ class BackboneConfig(Config):
     patch_size_px: PositiveInt = 16
     """ViT: side of a patch; divides the side of every view."""
     depth: Annotated[int, Field(gt=0, le=200)] | None = None
-    """ViT: blocks; null is 12."""
+    """ViT: blocks; null is 12, in vit_large 24, in vit_huge 32."""
+    num_heads: Annotated[int, Field(gt=0, le=64)] | None = None
+    """ViT: attention heads, which divide the features; null is one for 64 features, in vit_huge for
+    80. MoCo v3's small one has 12."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """ViT and ConvNeXt: stochastic depth of the last block, rising linearly from 0 at the first."""
-    pool: Literal["cls", "mean"] = "cls"
-    """ViT: an image's features are its class token, or the mean of its patches' tokens."""
+    pool: Literal["cls", "mean", "mean_norm"] = "cls"
+    """ViT: an image's features are its class token, or the mean of its patches' tokens; mean_norm
+    takes the mean before the last norm, as MAE does in fine-tuning."""
     positions: Literal["learned", "sincos"] = "learned"
     """ViT: learnt positions, or fixed sines and cosines (MAE, MoCo v3)."""
     batch_norm: BatchNormScope = "worker"
@@ -129,6 +138,15 @@ class BackboneConfig(Config):
                 raise ValueError(
                     f"width and selective_kernels are for {', '.join(plain)}; not for {self.name}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _heads_share_the_features(self) -> "BackboneConfig":
+        if self.is_vit and self.num_heads and VIT_SIZES[self.name].embed_dim % self.num_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} does not divide the {VIT_SIZES[self.name].embed_dim} "
+                f"features of {self.name}"
+            )
         return self
 
     def check_view_sizes(self, sizes_px: Iterable[int]) -> None:
@@ -186,13 +204,13 @@ def build_backbone(config: BackboneConfig, *, image_size_px: int = 224) -> Backb
         return Backbone(resnet, embed_dim=resnet.embed_dim)
     if config.family == "vit":
         config.check_view_sizes([image_size_px])
-        size = _VITS[config.name]
+        size = VIT_SIZES[config.name]
         vit = VisionTransformer(
             image_size_px=image_size_px,
             patch_size_px=config.patch_size_px,
             embed_dim=size.embed_dim,
-            depth=config.depth or _VIT_DEPTH,
-            num_heads=size.num_heads,
+            depth=config.depth or size.depth,
+            num_heads=config.num_heads or size.num_heads,
             drop_path=config.drop_path,
             pool=config.pool,
             positions=config.positions,
@@ -216,10 +234,10 @@ def check_model_name(config: BackboneConfig) -> None:
     """
     if config.family not in ("torchvision", "timm"):
         return
-    name = _model_name(config)
+    name = library_name(config)
     if config.family == "timm":
         # A tag behind a dot names pretrained weights; ours are random.
-        known, name = _timm().list_models(), name.partition(".")[0]
+        known, name = timm_library().list_models(), name.partition(".")[0]
     else:
         models = _torchvision_models()
         known = models.list_models(module=models)
@@ -230,8 +248,9 @@ def check_model_name(config: BackboneConfig) -> None:
         )
 
 
-def _model_name(config: BackboneConfig) -> str:
-    return config.name.partition(":")[2]
+def library_name(config: BackboneConfig) -> str:
+    """Return the name that torchvision or timm knows a model by."""
+    return config.name.partition(":")[2] or config.name
 
 
 def _near(name: str, known: Iterable[str]) -> str:
@@ -244,7 +263,12 @@ def _torchvision_models() -> Any:
     return importlib.import_module("torchvision.models")
 
 
-def _timm() -> Any:
+def timm_library() -> Any:
+    """Load timm, which is an extra.
+
+    Raises:
+        ConfigError: If it is not installed.
+    """
     try:
         return importlib.import_module("timm")  # an extra
     except ModuleNotFoundError as error:
@@ -253,32 +277,62 @@ def _timm() -> Any:
         raise ConfigError("timm is not installed; pip install raysl[timm]") from None
 
 
-def _torchvision_model(config: BackboneConfig, image_size_px: int) -> nn.Module:
-    """A model of torchvision with the identity where its last layer was."""
-    name = _model_name(config) or config.name
-    options: dict[str, Any] = {}
+def torchvision_options(config: BackboneConfig, image_size_px: int) -> dict[str, Any]:
+    """Return what torchvision's function of a model is called with, beside its name."""
+    name = library_name(config)
     if config.family == "convnext":
-        options = {"stochastic_depth_prob": config.drop_path}
-    elif name in ("googlenet", "inception_v3"):
-        options = {"aux_logits": False, "init_weights": True}
-    elif name.startswith("vit_"):
-        options = {"image_size": image_size_px}
-    elif name.startswith("maxvit"):
-        options = {"input_size": (image_size_px, image_size_px)}
+        return {"stochastic_depth_prob": config.drop_path}
+    if name in ("googlenet", "inception_v3"):
+        return {"aux_logits": False, "init_weights": True}
+    if name.startswith("vit_"):
+        return {"image_size": image_size_px}
+    if name.startswith("maxvit"):
+        return {"input_size": (image_size_px, image_size_px)}
+    return {}
+
+
+def torchvision_classifier(net: nn.Module) -> str:
+    """Return the path of a model's last layer, in SqueezeNet a convolution."""
+    layers = (nn.Linear, nn.Conv2d)
+    paths: list[str] = [path for path, layer in net.named_modules() if isinstance(layer, layers)]
+    return paths[-1]
+
+
+def whole_torchvision_model(config: BackboneConfig, image_size_px: int) -> nn.Module:
+    """Build a model of torchvision with its classifier.
+
+    Raises:
+        ConfigError: If it cannot take such images.
+    """
+    options = torchvision_options(config, image_size_px)
     try:
-        net: nn.Module = _torchvision_models().get_model(name, weights=None, **options)
+        return _torchvision_models().get_model(library_name(config), weights=None, **options)  # type: ignore[no-any-return]
     except (AssertionError, ValueError, RuntimeError) as error:  # laid out for one size
         raise _wrong_size(config, image_size_px, error) from None
-    *_, classifier = (  # the last one: whatever it is called, and a convolution in SqueezeNet
-        path for path, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
-    )
-    net.set_submodule(classifier, nn.Identity())
+
+
+def _torchvision_model(config: BackboneConfig, image_size_px: int) -> nn.Module:
+    """A model of torchvision with the identity where its last layer was."""
+    net = whole_torchvision_model(config, image_size_px)
+    net.set_submodule(torchvision_classifier(net), nn.Identity())
     return net
 
 
 def _timm_model(config: BackboneConfig, image_size_px: int) -> nn.Module:
     """A model of timm without its classifier, laid out for the size if it depends on one."""
-    create, name = _timm().create_model, _model_name(config)
+    return timm_model(config, image_size_px)[0]
+
+
+def timm_model(config: BackboneConfig, image_size_px: int) -> tuple[nn.Module, dict[str, Any]]:
+    """Build a model of timm without its classifier.
+
+    Returns:
+        The model, and what ``timm.create_model`` was given for the size.
+
+    Raises:
+        ConfigError: If timm is not installed, or the model cannot take such images.
+    """
+    create, name = timm_library().create_model, library_name(config)
     # Transformers take both, some networks only the first, convolutional ones none.
     sized: list[dict[str, Any]] = [
         {"img_size": image_size_px, "dynamic_img_size": True},
@@ -295,7 +349,7 @@ def _timm_model(config: BackboneConfig, image_size_px: int) -> nn.Module:
             raise _wrong_size(config, image_size_px, error) from None
         else:
             break
-    return net
+    return net, options
 
 
 def _refuse_special_batch_norms(net: nn.Module, config: BackboneConfig) -> None:

@@ -108,7 +108,7 @@ def covariance_spectrum(features: Tensor) -> Tensor:
     """
     num_rows, width = features.shape
     center = features.mean(dim=0, dtype=torch.float64)
-    values = torch.linalg.eigvalsh(_gram(features, center=center)) / max(num_rows - 1, 1)
+    values: Tensor = torch.linalg.eigvalsh(_gram(features, center=center)) / max(num_rows - 1, 1)
     return values.flip(0).clamp_min(0)[: min(num_rows - 1, width)]
 
 

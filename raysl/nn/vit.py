@@ -129,7 +129,8 @@ class VisionTransformer(nn.Module):
         mlp_ratio: Hidden features of the perceptrons for each feature of a token.
         drop_path: Stochastic depth of the last block; rises linearly from 0 at the first.
         pool: Features of an image: its class token, or the mean of its patches' tokens. The class
-            token takes part in the attention either way.
+            token takes part in the attention either way. mean_norm normalises the mean instead of
+            the tokens (MAE's fine-tuned models), by ``fc_norm`` as in timm.
         positions: learned, or fixed sines and cosines (MAE, MoCo v3).
 
     Departs: no dropout; DINO, MAE and MoCo v3 use none.
@@ -147,7 +148,7 @@ class VisionTransformer(nn.Module):
         num_heads: int,
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
-        pool: Literal["cls", "mean"] = "cls",
+        pool: Literal["cls", "mean", "mean_norm"] = "cls",
         positions: Literal["learned", "sincos"] = "learned",
     ) -> None:
         super().__init__()
@@ -169,7 +170,9 @@ class VisionTransformer(nn.Module):
             TransformerBlock(embed_dim, num_heads, mlp_ratio=mlp_ratio, drop_path=drop)
             for drop in drops
         )
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        norm, after = nn.LayerNorm(embed_dim, eps=1e-6), pool == "mean_norm"
+        self.norm: nn.Module = nn.Identity() if after else norm
+        self.fc_norm: nn.Module = norm if after else nn.Identity()
         self._init_weights()
         if positions == "sincos":
             with torch.no_grad():
@@ -215,7 +218,8 @@ class VisionTransformer(nn.Module):
     def with_class_token(self, tokens: Tensor) -> Tensor:
         """Put the class token and its position in front: ``(N, T, D)`` to ``(N, 1 + T, D)``."""
         token = self.cls_token + self.pos_embed[:, :1]
-        return torch.cat([token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
+        batch = tokens.shape[0]  # traced as the size of any batch, which len() is not
+        return torch.cat([token.to(tokens.dtype).expand(batch, -1, -1), tokens], dim=1)
 
     def encode(self, tokens: Tensor) -> Tensor:
         """Run the blocks and the last norm: ``(N, T, D)`` to the same shape."""
@@ -226,7 +230,9 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Map ``(N, 3, H, W)`` float, normalised, to ``(N, D)``."""
         tokens = self.encode(self.with_class_token(self.embed_patches(images)))
-        return tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1)
+        if self.pool == "cls":
+            return tokens[:, 0]
+        return self.fc_norm(tokens[:, 1:].mean(dim=1))  # type: ignore[no-any-return]
 
     def last_attention(self, images: Tensor) -> Tensor:
         """Return what the class token looks at in the last block: ``(N, heads, L')``, >= 0.

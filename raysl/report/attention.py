@@ -99,4 +99,5 @@ def _overlaid(
     grown = cv2.resize(attention, (width, height), interpolation=cv2.INTER_NEAREST)
     grey = image.mean(axis=2, keepdims=True).repeat(3, axis=2)
     colors = 255 * _COLORS(grown)[..., :3]
-    return (_OVERLAY * colors + (1 - _OVERLAY) * grey).round().astype(np.uint8)
+    mixed: npt.NDArray[np.uint8] = (_OVERLAY * colors + (1 - _OVERLAY) * grey).astype(np.uint8)
+    return mixed

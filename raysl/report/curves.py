@@ -43,6 +43,12 @@ _LEARNING = (
     _Panel("train/loss", is_noisy=True),
     _Panel("eval/knn_top1", ORANGE),
 )
+_LABEL_FREE = (
+    _Panel("eval/rankme", ORANGE, from_zero=True),
+    _Panel("eval/alpha_req", ORANGE),
+    _Panel("eval/alignment", ORANGE),
+    _Panel("eval/uniformity", ORANGE),
+)
 _HEALTH = (
     _Panel("train/feature_std", from_zero=True),
     _Panel("train/effective_rank", from_zero=True),
@@ -83,12 +89,16 @@ def draw_curves(path: Path, records: list[dict[str, Any]]) -> None:
 
 def _panels(records: Sequence[Record]) -> list[_Panel]:
     """List the known panels, with those of the method after the ones about learning."""
-    known = {panel.key for panel in (*_LEARNING, *_HEALTH)} | {"step", "time", "train/epoch"}
+    known = {panel.key for panel in (*_LEARNING, *_LABEL_FREE, *_HEALTH)} | {
+        "step",
+        "time",
+        "train/epoch",
+    }
     others = dict.fromkeys(key for record in records for key in record if key not in known)
     of_method = [
         _Panel(key, is_noisy=True) for key in others if key.partition("/")[0] not in _NOT_CURVES
     ]
-    return [*_LEARNING, *of_method, *_HEALTH]
+    return [*_LEARNING, *_LABEL_FREE, *of_method, *_HEALTH]
 
 
 def _curve(records: Sequence[Record], panel: _Panel) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:

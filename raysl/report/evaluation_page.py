@@ -58,8 +58,9 @@ _MAP = (
 )
 _NEIGHBOURS = (
     "Test images (left, black frame), drawn at random, and their nearest training images with the "
-    "cosine similarity. Blue, whole frames: of the same class. Red, dashed frames: of another."
+    "cosine similarity."
 )
+_FRAMES = " Blue, whole frames: of the same class. Red, dashed frames: of another."
 _ATTENTION = (
     "What the class token of the last block gives to each patch, from its least (dark) to its most "
     "(bright), over the image in grey."
@@ -121,11 +122,12 @@ def _sections(
             return ""
         return section(title, shown_picture(folder / PICTURES, name, title), note)
 
+    labelled = evaluation.test.is_labelled and evaluation.train.is_labelled
     return [
         _protocol_section(evaluation),
         shown("label_fraction", "Accuracy by number of labels", _BY_LABELS),
         shown("map", "Map of the features", _MAP),
-        shown("neighbours", "Nearest neighbours", _NEIGHBOURS),
+        shown("neighbours", "Nearest neighbours", _NEIGHBOURS + (_FRAMES if labelled else "")),
         shown("mistakes", "Mistakes that the neighbours agree on", _about_mistakes(evaluation)),
         shown("confusion", "Confusions", _about_confusions(evaluation)),
         shown("attention", "Attention", _ATTENTION),

@@ -42,10 +42,10 @@ def by_labels(
     """Return the protocols whose number of labels is known, fewest labels first.
 
     Args:
-        protocols: Of ``evaluation.json``. A protocol's ``settings`` say how many labels it saw:
-            ``num_labels``, ``labels_per_class`` or ``label_fraction``; one of these may hold
-            several values, and then ``by_labels`` of the protocol is ``{labels: {mean,
-            deviation}}``. Those that say nothing saw all, and semi_1 and semi_10 that many percent.
+        protocols: Of ``evaluation.json``. A protocol says how many labels it saw: ``num_labels`` in
+            its ``settings`` or ``facts``, or ``labels_per_class`` or ``label_fraction`` in its
+            settings. One with ``by_labels``, ``{labels: {mean, deviation}}``, gives several points.
+            Those that say nothing saw all, and semi_1 and semi_10 that many percent.
         num_train: Labelled training images.
         num_classes: Of them.
     """
@@ -59,7 +59,8 @@ def by_labels(
             for labels, each in several.items():
                 found.append(_labelled(kind, int(labels), each))
             continue
-        settings = measured.get("settings") or {}
+        facts = next(iter(measured.get("facts") or []), None) or {}  # of the first seed
+        settings = {"num_labels": facts.get("num_labels"), **(measured.get("settings") or {})}
         labels = _num_labels(name, settings, num_train=num_train, num_classes=num_classes)
         found.append(_labelled(kind, labels, measured))
     return sorted((each for each in found if each.num_labels > 0), key=lambda each: each.num_labels)

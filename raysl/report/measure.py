@@ -31,6 +31,10 @@ def _percent(words: str) -> Measure:
 _KNOWN = {
     "train/loss": Measure("Loss"),
     "eval/knn_top1": _percent("Nearest-neighbour accuracy"),
+    "eval/rankme": Measure("RankMe when evaluated", "dimensions"),
+    "eval/alpha_req": Measure("Decay of the spectrum (alpha-ReQ)"),
+    "eval/alignment": Measure("Alignment when evaluated (0: equal)"),
+    "eval/uniformity": Measure("Uniformity when evaluated"),
     "train/feature_std": Measure("Spread of features (0: collapsed, 1: even)"),
     "train/effective_rank": Measure("Effective rank of features", "dimensions"),
     "train/lr": Measure("Learning rate"),

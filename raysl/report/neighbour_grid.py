@@ -34,6 +34,7 @@ _MOST_PX = 224
 _CELL_IN = NARROW_IN / (NUM_NEIGHBOURS + 1)
 _TEXT_IN = 0.36  # two lines under an image
 _NAME_LETTERS = 11
+_HEAD_IN = 0.34
 
 
 class Nearest(NamedTuple):
@@ -199,23 +200,38 @@ def _short(name: str) -> str:
     return short if len(short) <= _NAME_LETTERS else short[: _NAME_LETTERS - 2] + ".."
 
 
-def save_grid(path: Path, rows: Sequence[Sequence[Cell]]) -> None:
-    """Draw framed images in rows, two lines of text under each."""
-    row_in = _CELL_IN + _TEXT_IN
-    figure = new_figure(width_in=NARROW_IN, height_in=row_in * len(rows))
+def save_grid(
+    path: Path, rows: Sequence[Sequence[Cell]], *, cell_in: float = _CELL_IN, head: str = ""
+) -> None:
+    """Draw framed images in rows, two lines of text under each.
+
+    Args:
+        path: PNG to write.
+        rows: As long as one another, or shorter than the first.
+        cell_in: Width of a cell in inches.
+        head: A line above all.
+    """
+    row_in = cell_in + _TEXT_IN
+    top = _HEAD_IN if head else 0.0
+    width = cell_in * max(len(row) for row in rows)
+    height = row_in * len(rows) + top
+    figure = new_figure(width_in=width, height_in=height)
     figure.set_layout_engine("none")
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
-    axes.set(xlim=(0, NARROW_IN), ylim=(row_in * len(rows), 0), aspect="equal")
+    axes.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
     axes.set_axis_off()
+    axes.text(0.05, 0.7 * top, head, fontsize=10.5, color=INK, weight="bold", parse_math=False)
     for number, row in enumerate(rows):
         for column, cell in enumerate(row):
-            _put(axes, cell, left=column * _CELL_IN, top=number * row_in)
+            place = {"left": column * cell_in, "top": top + number * row_in}
+            _put(axes, cell, side=cell_in, **place)
+    axes.set(xlim=(0, width), ylim=(height, 0))  # setting an image moves the limits
     save_png(figure, path)
 
 
-def _put(axes: Axes, cell: Cell, *, left: float, top: float) -> None:
+def _put(axes: Axes, cell: Cell, *, left: float, top: float, side: float) -> None:
     gap = 0.05
-    side = _CELL_IN - 2 * gap
+    cell_in, side = side, side - 2 * gap
     x, y = left + gap, top + gap
     show_pixels(axes, cell.image, extent=(x, x + side, y + side, y), room_px=side * DPI)
     frame: dict[str, Any] = {"edgecolor": cell.color, "linewidth": 2.2, "zorder": 4}
@@ -223,5 +239,5 @@ def _put(axes: Axes, cell: Cell, *, left: float, top: float) -> None:
     axes.add_patch(Rectangle((x, y), side, side, fill=False, linestyle=style, **frame))
     text: dict[str, Any] = {"ha": "center", "va": "baseline", "fontsize": 9.5, "color": INK}
     for line, words in enumerate(cell.lines):
-        place = (left + _CELL_IN / 2, top + _CELL_IN + 0.1 + 0.16 * line)
+        place = (left + cell_in / 2, top + cell_in + 0.1 + 0.16 * line)
         axes.text(*place, words, parse_math=False, **text)

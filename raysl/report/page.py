@@ -10,6 +10,7 @@ import numpy as np
 
 from raysl.config.load import to_yaml
 from raysl.errors import DataError
+from raysl.exchange.library_lines import encoder_lines
 from raysl.recipe import Derived, RunConfig
 from raysl.report.document import (
     draw_each,
@@ -20,7 +21,6 @@ from raysl.report.document import (
     shown_picture,
     write_page,
 )
-from raysl.report.encoder_lines import encoder_lines
 from raysl.report.pictures import (
     ENCODERS,
     PROBES,

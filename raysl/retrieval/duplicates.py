@@ -96,9 +96,11 @@ class Forest:
     def groups(self) -> list[Ints]:
         """Return the sets of two or more, ascending, in order of their smallest."""
         roots = self._roots(np.arange(len(self._parent), dtype=np.int64))
-        order = np.argsort(roots, kind="stable")
+        sizes = np.bincount(roots, minlength=len(roots))
+        several = np.flatnonzero(sizes[roots] > 1)
+        order = several[np.argsort(roots[several], kind="stable")]
         cuts = np.flatnonzero(np.diff(roots[order])) + 1
-        return [part for part in np.split(order, cuts) if len(part) > 1]
+        return [part for part in np.split(order, cuts) if len(part)]
 
     def _roots(self, numbers: Ints) -> Ints:
         roots = self._parent[numbers]
@@ -110,8 +112,36 @@ class Forest:
             roots = above
 
 
-def similarity_to_kept(embeddings: Embeddings, group: Ints) -> npt.NDArray[np.float32]:
-    """Return the similarity of each of a group to its first, ``(n,)``."""
-    directions = embeddings.directions(group)
-    similarity: npt.NDArray[np.float32] = (directions @ directions[0]).numpy()
-    return similarity
+class Choice(NamedTuple):
+    """Which images of a group are kept."""
+
+    kept: npt.NDArray[np.bool_]
+    """``(n,)``."""
+    by: Ints
+    """``(n,)``: which of the group, a kept one, stands for each; itself if it is kept."""
+    similarity: npt.NDArray[np.float32]
+    """``(n,)``, to that one."""
+
+
+def choose(directions: Tensor, *, threshold: float) -> Choice:
+    """Keep as few images of a group as stand for all: each dropped one is near a kept one.
+
+    A group is connected by chains, and the ends of a chain may look nothing alike; so images are
+    gone through in order, and one is kept unless a kept one is near enough.
+
+    Args:
+        directions: ``(n, D)`` of unit length, in order of preference.
+        threshold: Similarity that is near enough.
+    """
+    count = len(directions)
+    kept = np.zeros(count, dtype=np.bool_)
+    by = np.arange(count, dtype=np.int64)
+    best = np.full(count, -np.inf, dtype=np.float32)
+    for place in range(count):
+        if best[place] >= threshold:
+            continue
+        similarity = (directions @ directions[place]).numpy()
+        nearer = (similarity > best) & ~kept
+        best[nearer], by[nearer] = similarity[nearer], place
+        kept[place], by[place], best[place] = True, place, 1.0
+    return Choice(kept, by, best)

@@ -35,13 +35,15 @@ class Embeddings:
 
     Args:
         uri: A local path or a URI such as s3://bucket/folder.
+        center: Whether the mean of all features is taken off before they are compared. Features of
+            many encoders share a large part, which makes all cosines large.
         kept_bytes: Features held in memory, at most, so that they are not read again.
 
     Raises:
         DataError: If it holds no embeddings, unfinished or damaged ones.
     """
 
-    def __init__(self, uri: str, *, kept_bytes: int = _KEPT_BYTES) -> None:
+    def __init__(self, uri: str, *, center: bool = False, kept_bytes: int = _KEPT_BYTES) -> None:
         self.folder: PackFolder = embeddings_folder(uri)
         self.about: dict[str, Any] = read_about(self.folder)
         self.dim = int(self.about["embed_dim"])
@@ -79,6 +81,8 @@ class Embeddings:
             1, 4 * self.dim * max((g.stop - g.start for g in self._groups), default=1)
         )
         self._most_kept = max(1, fits)
+        self.mean: Tensor | None = self._mean() if center and len(self.rows) else None
+        """``(D,)``, taken off all features; None: nothing is."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -143,17 +147,35 @@ class Embeddings:
         label = int(self.labels[place])
         return self.class_names[label] if label < len(self.class_names) else str(label)
 
+    def to_directions(self, features: Tensor) -> Tensor:
+        """Return features ``(n, D)`` as they are compared: at unit length; zero ones stay zero.
+
+        They have to be as those of the folder are: at unit length before, if those are.
+        """
+        if self.mean is not None:
+            features = features - self.mean
+        return features / features.norm(dim=1, keepdim=True).clamp_min(_TINY)
+
     def _directions(self, number: int) -> Tensor:
         if number in self._kept:
             self._kept.move_to_end(number)
             return self._kept[number]
-        column = self._read(number, FEATURES).combine_chunks()
-        values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-        result = to_directions(torch.from_numpy(values.reshape(-1, self.dim)))
+        result = self.to_directions(self._features(number))
         self._kept[number] = result
         if len(self._kept) > self._most_kept:
             self._kept.popitem(last=False)
         return result
+
+    def _features(self, number: int) -> Tensor:
+        column = self._read(number, FEATURES).combine_chunks()
+        values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+        return torch.from_numpy(values.reshape(-1, self.dim))
+
+    def _mean(self) -> Tensor:
+        total = torch.zeros(self.dim, dtype=torch.float64)
+        for number in range(len(self._groups)):
+            total += self._features(number).double().sum(dim=0)
+        return (total / len(self.rows)).float()
 
     def _read(self, number: int, column: str) -> pa.ChunkedArray:
         group = self._groups[number]
@@ -170,8 +192,3 @@ class Embeddings:
             raise DataError(
                 f"{path}: cannot be read: {error}; delete it, and embed again"
             ) from None
-
-
-def to_directions(features: Tensor) -> Tensor:
-    """Scale ``(n, D)`` rows to unit length; zero rows stay zero."""
-    return features / features.norm(dim=1, keepdim=True).clamp_min(_TINY)

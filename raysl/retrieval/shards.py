@@ -5,7 +5,9 @@ folder as one table.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -161,3 +163,18 @@ def read_about(folder: PackFolder) -> dict[str, Any]:
             f"it stopped"
         )
     return about
+
+
+@contextmanager
+def result_file(place: str | Path) -> Iterator[pa.NativeFile]:
+    """Open a file for a result, local or in an object store; it appears whole or not at all.
+
+    Raises:
+        DataError: If it cannot be written.
+    """
+    text = str(place)
+    head, _, name = text.rpartition("/")
+    folder = PackFolder(head or "/" if "/" in text else ".")
+    folder.create()
+    with folder.writing(name) as stream:
+        yield stream

@@ -44,6 +44,8 @@ class Layout(NamedTuple):
     use_gpu: bool
     threads_per_train_worker: int
     num_nodes: int
+    spare_cpus: int = 0
+    spare_gpus: int = 0
 
 
 def connect() -> bool:
@@ -122,7 +124,17 @@ def plan_layout(config: "RunConfig[Any]") -> Layout:
     cores = min(int(node["Resources"].get("CPU", 0)) for node in nodes) or 1
     on_one_node = math.ceil(workers / len(nodes))
     threads = cluster.threads_per_train_worker or max(1, cores // on_one_node)
-    return Layout(workers, per_worker, data_workers, each, use_gpu, threads, len(nodes))
+    return Layout(
+        workers,
+        per_worker,
+        data_workers,
+        each,
+        use_gpu,
+        threads,
+        len(nodes),
+        spare_cpus=max(0, math.floor(left - data_workers * each)),
+        spare_gpus=max(0, math.floor(gpus) - workers) if use_gpu else 0,
+    )
 
 
 def describe_cluster() -> dict[str, str]:

@@ -15,12 +15,14 @@ from ray.train.v2.api.config import RunConfig as RayRunConfig
 
 import raysl.errors
 from raysl.errors import ClusterError, RayslError
-from raysl.jobs.pretrain import Place, pretrain
+from raysl.jobs.measuring import Place
+from raysl.jobs.pretrain import pretrain
 from raysl.nn.collectives import broadcast_object, rank_and_size
 from raysl.recipe import RunConfig, making_of, plan_of, run_from_values
 from raysl.runtime.background import in_background
 from raysl.runtime.cluster import Layout, worker_runtime_env
 from raysl.runtime.ray_data import OpenRest, execution_options, iterate_shard
+from raysl.runtime.ray_validate import Evaluator, Share, share_beside
 from raysl.sources.source import Source
 from raysl.track.run_folder import RunFolder, latest_step, read_json, write_json
 
@@ -68,6 +70,7 @@ def _trainer(
             "folder": str(folder.path),
             "source": reference,
             "threads": layout.threads_per_train_worker,
+            "evaluation": share_beside(config, layout),
         },
         scaling_config=ScalingConfig(
             num_workers=layout.num_train_workers,
@@ -111,6 +114,9 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     config = run_from_values(settings["config"], where="the run")
     device = ray.train.torch.get_device()
     start_step = int(broadcast_object(latest_step(folder.checkpoints)))
+    share: Share | None = settings["evaluation"]
+    _, num_ranks = rank_and_size()
+    evaluator = None if share is None else Evaluator(config, share, num_ranks=num_ranks)
     try:
         return pretrain(
             config,
@@ -125,6 +131,7 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
                 prefetch_batches=config.cluster.prefetch_batches,
                 blocks_per_batch=derived.batch_size_per_worker // derived.item_size,
             ),
+            begin=evaluator,
         )
     except (RayslError, ray.exceptions.RayTaskError) as error:
         found = _raysl_error(error)
@@ -135,6 +142,9 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
             return told
         write_json(folder.path / "error.json", told)
         raise
+    finally:
+        if evaluator is not None:
+            evaluator.close()
 
 
 def _raysl_error(error: BaseException | None) -> RayslError | None:

@@ -10,12 +10,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raysl.errors import DataError
+from raysl.sources.storage import read_file, resolve
 
 Scalar = bool | int | float | str
-Comparison = Literal["==", "!=", "<", "<=", ">", ">=", "in", "not in", "matches"]
+Comparison = Literal[
+    "==", "!=", "<", "<=", ">", ">=", "in", "not in", "matches", "in file", "not in file"
+]
 Condition = tuple[str, Comparison, Scalar | tuple[Scalar, ...]]
-"""[column, comparison, value]; ``in`` and ``not in`` take a list, ``matches`` a pattern with * and
-? for strings. A row without a value in the column never matches."""
+"""[column, comparison, value]; ``in`` and ``not in`` take a list, ``in file`` and ``not in file``
+the name of a text file of one value a line, ``matches`` a pattern with * and ? for strings. A row
+without a value in the column never matches."""
 
 _COMPARE = {
     "==": pc.equal,
@@ -68,6 +72,8 @@ def _holds(column: pa.ChunkedArray, comparison: str, value: Any) -> npt.NDArray[
         return np.array(
             [t is not None and fnmatch.fnmatchcase(t, str(value)) for t in texts], dtype=np.bool_
         )
+    if comparison in ("in file", "not in file"):
+        return _listed(column, str(value), wanted=comparison == "in file")
     if comparison in ("in", "not in"):
         if not isinstance(value, tuple):
             raise TypeError(f"{comparison!r} takes a list of values")
@@ -79,3 +85,12 @@ def _holds(column: pa.ChunkedArray, comparison: str, value: Any) -> npt.NDArray[
             raise TypeError(f"{comparison!r} takes one value; a list goes with 'in'")
         result = _COMPARE[comparison](column, pa.scalar(value))
     return np.asarray(pc.fill_null(result, False).to_numpy(zero_copy_only=False), dtype=np.bool_)
+
+
+def _listed(column: pa.ChunkedArray, path: str, *, wanted: bool) -> npt.NDArray[np.bool_]:
+    """Return which rows have a value that stands, or does not stand, on a line of a text file."""
+    text = read_file(*resolve(path)).decode(errors="surrogateescape")
+    lines = pa.array(text.splitlines(), pa.string()).cast(column.type)
+    listed = pc.is_in(column, value_set=lines)
+    kept = pc.and_(listed if wanted else pc.invert(listed), pc.is_valid(column))
+    return np.asarray(kept.to_numpy(zero_copy_only=False), dtype=np.bool_)

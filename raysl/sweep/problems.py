@@ -8,6 +8,7 @@ from typing import Any
 
 from raysl.config.load import MISSING, get_key, read_mapping
 from raysl.errors import ConfigError
+from raysl.evaluate.online import LABEL_FREE
 from raysl.sweep.choices import Choices
 from raysl.sweep.config import CONFIG, SweepConfig
 
@@ -18,6 +19,7 @@ _OF_THE_SWEEP = {
     "seed": "set repeats, which trains each candidate with several seeds,",
     "track": "set track",
     "evaluate.final": "set final",
+    "evaluate.online": "trials wait for each value, by which schedulers decide; leave it out",
 }
 _LENGTHS = ("train.epochs", "train.steps")
 # Folders of trials are named 0000 to 9999.
@@ -42,8 +44,9 @@ _FINAL = (
 )
 _ALWAYS = (
     "eval/knn_top1",
+    *(f"eval/{name}" for name in LABEL_FREE),
     *(f"train/{key}" for key in ("loss", "grad_norm", "feature_std", "effective_rank")),
-    *("train/images_per_s", "data/wait_share", "time/train_s"),
+    *("train/images_per_s", "data/wait_share", "time/train_s", "time/evaluate_s"),
 )
 MEASURED_SECTIONS = ("eval", "train", "data", "time", "final")
 """First parts of metrics that every method has; other ones are named after the method."""

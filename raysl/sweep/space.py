@@ -171,7 +171,10 @@ def _fixed(sweep: SweepConfig) -> dict[str, Any]:
     budget = sweep.budget
     length = {"train.epochs": budget.epochs, "train.steps": budget.steps}
     has_length = budget.epochs is not None or budget.steps is not None
-    fixed: dict[str, Any] = (length if has_length else {}) | {"evaluate.final": sweep.final}
+    fixed: dict[str, Any] = (length if has_length else {}) | {
+        "evaluate.final": sweep.final,
+        "evaluate.online": "blocking",
+    }
     if "evaluate.pixel_baseline" not in sweep.set:  # the same for all trials: nothing to compare
         fixed["evaluate.pixel_baseline"] = False
     return fixed

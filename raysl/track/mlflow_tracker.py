@@ -10,18 +10,12 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import mlflow
-import mlflow.pytorch
-import numpy as np
 from mlflow.entities import LifecycleStage, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
-from mlflow.types import Schema, TensorSpec
 
 from raysl.track.follow import MetricsReader, Record
 from raysl.track.run_folder import RunFolder, read_json, write_json
@@ -35,7 +29,6 @@ _LONGEST_PARAM = 6000
 _EVERY_S = 2.0
 _RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 _LAST_CHANCE_S = 15.0
-_URI_VARIABLE = "MLFLOW_TRACKING_URI"
 
 
 class MlflowTracker:
@@ -190,7 +183,7 @@ class MlflowTracker:
                 self._waiting = self._reader.read()
         if self.run_id is None:
             self.run_id = client.create_run(
-                _experiment_id(client, self.experiment),
+                experiment_id(client, self.experiment),
                 start_time=int(time.time() * 1000),
                 run_name=self.run_name,
             ).info.run_id
@@ -236,59 +229,8 @@ class MlflowTracker:
         )
 
 
-def log_encoder(
-    tracker: MlflowTracker,
-    encoder: Any,
-    *,
-    size_px: int,
-    embed_dim: int,
-    packages: list[str],
-    registered_as: str | None = None,
-) -> None:
-    """Store an encoder as a model of the tracker's run, with its signature.
-
-    Args:
-        tracker: Its run gets the model.
-        encoder: A torch module, ``(N, 3, S, S)`` float32 -> ``(N, embed_dim)`` float32.
-        size_px: S.
-        embed_dim: Width of the features.
-        packages: Requirements of whoever loads it, such as ``torch==2.15.0``.
-        registered_as: Name in the model registry, of which it becomes the newest version.
-    """
-    shape = (-1, 3, size_px, size_px)
-    signature = ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype(np.float32), shape)]),
-        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, embed_dim))]),
-    )
-    with _addressed(tracker.uri), mlflow.start_run(run_id=tracker.run_id):
-        mlflow.pytorch.log_model(
-            encoder,
-            name="encoder",
-            signature=signature,
-            input_example=np.zeros((2, *shape[1:]), dtype=np.float32),
-            pip_requirements=packages,
-            registered_model_name=registered_as,
-        )
-
-
-@contextmanager
-def _addressed(uri: str) -> Iterator[None]:
-    """Make MLflow's own functions talk to ``uri``, and forget it again.
-
-    MLflow also writes it into the environment, where the next run of this process would find it.
-    """
-    before = os.environ.get(_URI_VARIABLE)
-    mlflow.set_tracking_uri(uri)
-    try:
-        yield
-    finally:
-        mlflow.set_tracking_uri(before or "")
-        os.environ.pop(_URI_VARIABLE, None)
-        if before is not None:
-            os.environ[_URI_VARIABLE] = before
-
-
-def _experiment_id(client: MlflowClient, name: str) -> str:
+def experiment_id(client: MlflowClient, name: str) -> str:
+    """Return the id of an experiment, which is made if it is not there."""
     found = client.get_experiment_by_name(name)
     if found is not None:
         return str(found.experiment_id)

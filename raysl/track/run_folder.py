@@ -13,6 +13,7 @@ from raysl.errors import RunFolderError
 from raysl.track.folder_lock import folder_lock
 
 _CHECKPOINT_NAME = re.compile(r"^step-(\d{9})$")
+_WAITING_NAME = re.compile(r"^step-(\d{9})\.safetensors$")
 
 
 class RunFolder:
@@ -39,6 +40,8 @@ class RunFolder:
         self.pictures = self.path / "pictures"
         self.mlflow = self.path / "mlflow.json"
         self.bad_images = self.path / "bad_images.jsonl"
+        self.to_evaluate = self.path / "to_evaluate"
+        self.failed_evaluations = self.path / "failed_evaluations.jsonl"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -86,6 +89,19 @@ def list_checkpoints(folder: Path) -> list[int]:
 def latest_step(folder: Path) -> int:
     """Return the step of the newest complete checkpoint, 0 if there is none."""
     return max(list_checkpoints(folder), default=0)
+
+
+def waiting_path(folder: Path, step: int) -> Path:
+    """Return where the encoder after ``step`` optimizer steps waits to be evaluated."""
+    return folder / f"step-{step:09d}.safetensors"
+
+
+def list_waiting(folder: Path) -> list[int]:
+    """Return the steps whose encoders wait to be evaluated in a folder, or just are, in order."""
+    if not folder.is_dir():
+        return []
+    matches = (_WAITING_NAME.match(entry.name) for entry in folder.iterdir())
+    return sorted(int(match.group(1)) for match in matches if match)
 
 
 class MetricsFile:

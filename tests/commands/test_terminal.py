@@ -1,9 +1,10 @@
 from typing import Any
 
+import pytest
 from rich.console import Console
 from rich.table import Table
 
-from raysl.commands.terminal import accuracy_table
+from raysl.commands.terminal import ProgressView, accuracy_table
 
 RESULTS: dict[str, Any] = {
     "knn_top1": 0.9,
@@ -39,3 +40,18 @@ class TestAccuracyTable:
         tuned = RESULTS | {"finetune_top1": 0.876, "finetune_labels": 1234}
         assert "fine-tuned on 1,234 labels: 87.6%" in text(accuracy_table(tuned))
         assert "fine-tuned" not in text(accuracy_table(RESULTS))
+
+
+class TestProgressView:
+    def test_says_what_the_end_waits_for_once(self, capsys: pytest.CaptureFixture[str]) -> None:
+        view = ProgressView(total_steps=4, done=0)
+        view.update([{"step": 2, "time": 0.0, "train/loss": 3.0}], num_evaluations=1)
+        assert "1 evaluation under way" in capsys.readouterr().err
+        view.update([{"step": 4, "time": 0.0, "train/loss": 2.0}], num_evaluations=2)
+        view.update([], num_evaluations=2)
+        view.update([{"step": 2, "time": 0.0, "eval/knn_top1": 0.5}], num_evaluations=1)
+        said = capsys.readouterr().err
+        assert "step 4/4" in said
+        assert said.count("waiting for 2 evaluations") == 1
+        assert "step 2/4" not in said  # a late value does not take the run back
+        view.close()

@@ -177,7 +177,7 @@ class TestRefused:
         ("name", "text"),
         [
             ("resnet19", r"'resnet19' is not known; allowed: resnet18,.*did you mean resnet18 or"),
-            ("vit_huge", "'vit_huge' is not known"),
+            ("vit_giant", "'vit_giant' is not known"),
             ("", "'' is not known"),
             ("keras:resnet50", "'keras:resnet50' is not known"),
         ],
@@ -229,7 +229,17 @@ class TestRefused:
         BackboneConfig().check_view_sizes([33])
 
 
+def test_attention_heads_are_those_of_the_name_or_as_given() -> None:
+    with torch.device("meta"):
+        vits: list[Any] = [build("vit_small", depth=1, num_heads=n).net for n in (None, 12)]
+        assert [vit.blocks[0].attn.num_heads for vit in vits] == [6, 12]
+        large: Any = build("vit_large").net
+        assert len(large.blocks) == 24
+    with pytest.raises(ValidationError, match="num_heads=5 does not divide the 192 features"):
+        BackboneConfig(name="vit_tiny", num_heads=5)
+
+
 def test_vision_transformers_are_known_as_such() -> None:
     names = [name for name in NAMES if BackboneConfig(name=name).is_vit]
-    assert names == ["vit_tiny", "vit_small", "vit_base"]
+    assert names == ["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
     assert not BackboneConfig(name="timm:vit_tiny_patch16_224").is_vit

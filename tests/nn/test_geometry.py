@@ -22,7 +22,8 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def rotation(dim: int) -> Tensor:
-    return torch.linalg.qr(normal(dim, dim, seed=1)).Q
+    turn: Tensor = torch.linalg.qr(normal(dim, dim, seed=1)).Q
+    return turn
 
 
 class TestAlignment:
@@ -145,7 +146,8 @@ class TestPowerLaw:
         values[20:] = 1e-17
         law = fit_power_law(values)
         assert law is not None
-        assert (law.last, law.exponent) == (20, pytest.approx(1.0))
+        assert law.last == 20
+        assert law.exponent == pytest.approx(1.0)
 
     @pytest.mark.parametrize("values", [[], [1.0], [1.0, 0.5, 0.2, 0.1], [0.0] * 9, [math.nan] * 9])
     def test_is_none_without_two_eigenvalues(self, values: list[float]) -> None:

@@ -27,9 +27,9 @@ def images(n: int = 2, height: int = 32, width: int = 32) -> Tensor:
 
 
 class TestAgainstTimm:
-    @pytest.mark.parametrize("pool", ["cls", "mean"])
+    @pytest.mark.parametrize("pool", ["cls", "mean", "mean_norm"])
     def test_weights_load_strictly_and_give_the_same_features(
-        self, pool: Literal["cls", "mean"], timm: Any
+        self, pool: Literal["cls", "mean", "mean_norm"], timm: Any
     ) -> None:
         vit = tiny(embed_dim=192, pool=pool).eval()
         theirs = timm.create_model(
@@ -39,7 +39,7 @@ class TestAgainstTimm:
             depth=2,
             num_classes=0,
             global_pool="token" if pool == "cls" else "avg",
-            fc_norm=False,
+            fc_norm=pool == "mean_norm",
         ).eval()
         theirs.load_state_dict(vit.state_dict(), strict=True)
         with torch.no_grad():
@@ -158,7 +158,7 @@ class TestDropPath:
         assert 30 < int(same.sum()) < 64
 
 
-@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize("pool", ["cls", "mean", "mean_norm"])
 @pytest.mark.parametrize("positions", ["learned", "sincos"])
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_every_trainable_parameter_gets_a_gradient(

@@ -52,6 +52,13 @@ class TestDrawCurves:
         draw_curves(path, [{"step": 1, "time/first_step_at": 9e9}, *records])
         assert num_pixels(path, ORANGE) > 20
 
+    def test_draws_the_measures_without_labels_whenever_they_came(self, tmp_path: Path) -> None:
+        late = [{"step": step, "eval/rankme": float(step)} for step in (1, 3)]
+        paths = tmp_path / "late.png", tmp_path / "in_time.png"
+        draw_curves(paths[0], [*losses([3.0] * 5), *late])
+        draw_curves(paths[1], sorted([*late, *losses([3.0] * 5)], key=lambda r: r["step"]))
+        assert num_pixels(paths[0], ORANGE) == num_pixels(paths[1], ORANGE) > 20
+
     def test_draws_what_untrained_and_pixels_reach_beside_the_curve(self, tmp_path: Path) -> None:
         without, with_lines = tmp_path / "a.png", tmp_path / "b.png"
         records = [{"step": s, "eval/knn_top1": 0.5 + s / 10} for s in (1, 2)]

@@ -128,14 +128,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Made:
     made.change(test_labels=labels)
     made.record(source="<script>y")
     grid = np.zeros((2, 3, 8, 8, 3), dtype=np.uint8)
-    np.savez(
-        made.encoder.parent / "method_pictures.npz",
-        **{
-            "reconstruction": grid,
-            "reconstruction.columns": np.array(["image", "masked", "made"]),
-            "reconstruction.caption": np.array("Patches & pixels."),
-        },
-    )
+    left: dict[str, Any] = {
+        "reconstruction": grid,
+        "reconstruction.columns": np.array(["image", "masked", "made"]),
+        "reconstruction.caption": np.array("Patches & pixels."),
+    }
+    np.savez(made.encoder.parent / "method_pictures.npz", **left)
     assert made.draw() == []
     return made
 

@@ -93,7 +93,7 @@ class TestByLabels:
                 "linear": entry(0.6),
                 "few_shot": entry(0.3, labels_per_class=5),
                 "semi_1": entry(0.2),
-                "semi_10": entry(0.4, num_labels=512),
+                "semi_10": entry(0.4, label_fraction=0.1) | {"facts": [{"num_labels": 512}, {}]},
                 "finetune": entry(0.8, label_fraction=0.5),
                 "transfer": entry(0.9),
                 "knn": entry(0.5),

@@ -23,6 +23,9 @@ class TestPlanLayout:
         total = found.cpus_per_train_worker + 3 * found.cpus_per_data_worker
         assert total < 4
         assert not found.use_gpu
+        assert found.spare_cpus == found.spare_gpus == 0
+        few = plan_layout(load_run(run_yaml("few"), [*overrides, "cluster.num_data_workers=1"]))
+        assert few.spare_cpus == 1  # of 4, less the two workers' and what the read stage needs
 
     def test_workers_that_leave_no_cpu_for_views_are_refused(
         self, run_yaml: Callable[[str], Path]

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from raysl.cli import main
-from raysl.track.run_folder import RunFolder, read_metrics
+from raysl.track.run_folder import RunFolder, list_waiting, read_metrics
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -43,6 +43,9 @@ class TestOneWorker:
         printed = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert losses("ray") == losses("bare")
         assert len(losses("ray")) == 6
+        for metric in ("eval/knn_top1", "eval/rankme", "eval/alignment"):  # measured elsewhere
+            assert values(metric, "ray") == values(metric, "bare")
+            assert set(values(metric, "ray")) == {3, 6}
         files = {p.name for p in Path("runs/ray").iterdir()}
         assert {p.name for p in Path("runs/bare").iterdir()} <= files
         assert printed["run_dir"] == str(Path("runs/ray").absolute())
@@ -92,33 +95,45 @@ class TestAKilledWorker:
     def test_the_run_goes_on_and_ends_as_if_nothing_had_happened(
         self, run_yaml: Callable[[str], Path]
     ) -> None:
-        longer = ["train.steps=20", "evaluate.every=null", "train.checkpoint_every={steps: 5}"]
+        longer = ["train.steps=20", "train.checkpoint_every={steps: 5}"]
+        longer += ["evaluate.every={steps: 4}", "evaluate.final=knn"]
         assert pretrain(run_yaml("calm"), *longer) == 0
-        killed: list[int] = []
+        killed: list[list[int]] = []
         killer = threading.Thread(target=kill_at, args=("shot", 8, killed), daemon=True)
         killer.start()
         assert pretrain(run_yaml("shot"), *longer, *ON_RAY) == 0
         killer.join(timeout=5)
         assert killed, "no worker was killed, so nothing was tested"
         assert losses("shot") == losses("calm")
+        # Of the evaluations that nobody had made, one was before the checkpoint and one after it.
+        assert killed == [[4, 8]]
+        assert values("eval/knn_top1", "shot") == values("eval/knn_top1", "calm")
+        records = read_metrics(RunFolder(Path("runs/shot")).metrics)
+        assert [r["step"] for r in records if "eval/rankme" in r] == [4, 8, 12, 16, 20]
+        assert not RunFolder(Path("runs/shot")).to_evaluate.exists()
+        assert not processes("_Measurer")
 
 
-def kill_at(name: str, step: int, killed: list[int]) -> None:
-    """SIGKILL this test's train worker once the run is past a step."""
-    metrics = RunFolder(Path("runs") / name).metrics
+def kill_at(name: str, step: int, killed: list[list[int]]) -> None:
+    """SIGKILL this test's train worker once the run is past a step; note what then waits."""
+    folder = RunFolder(Path("runs") / name)
     deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
-        if any(r["step"] >= step for r in read_metrics(metrics)):
-            for process in psutil.Process().children(recursive=True):
-                if is_train_worker(process):
-                    os.kill(process.pid, signal.SIGKILL)
-                    killed.append(process.pid)
+        if any(r["step"] >= step for r in read_metrics(folder.metrics)):
+            for process in processes("RayTrainWorker"):
+                os.kill(process.pid, signal.SIGKILL)
+                killed.append(list_waiting(folder.to_evaluate))
             return
         time.sleep(0.05)
 
 
-def is_train_worker(process: Any) -> bool:
-    try:
-        return "RayTrainWorker" in " ".join(process.cmdline())
-    except psutil.Error:
-        return False
+def processes(name: str) -> list[Any]:
+    """Return the processes below this one that Ray gave such a name."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if name in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found

@@ -37,6 +37,21 @@ class TestKeep:
     def test_a_row_without_a_value_never_matches(self, condition: Any, rows: list[int]) -> None:
         assert np.flatnonzero(keep(TABLE, [condition], where="x")).tolist() == rows
 
+    def test_a_list_may_stand_in_a_file(self, tmp_path: Path) -> None:
+        (tmp_path / "names.txt").write_text("cat\ncow\n")
+        (tmp_path / "numbers.txt").write_text("1\n4\n")
+
+        def kept(*condition: Any) -> list[int]:
+            return np.flatnonzero(keep(TABLE, [condition], where="x")).tolist()
+
+        assert kept("name", "in file", str(tmp_path / "names.txt")) == [0, 2]
+        assert kept("name", "not in file", str(tmp_path / "names.txt")) == [1]
+        assert kept("n", "in file", str(tmp_path / "numbers.txt")) == [0, 3]
+        with pytest.raises(DataError, match="does not compare"):
+            kept("n", "in file", str(tmp_path / "names.txt"))
+        with pytest.raises(DataError, match="cannot be read"):
+            kept("n", "in file", str(tmp_path / "none.txt"))
+
     def test_all_conditions_must_hold_and_none_keeps_all(self) -> None:
         both = [("n", "<", 3), ("name", "matches", "*o*")]
         assert keep(TABLE, both, where="x").tolist() == [False, True, False, False]  # type: ignore[arg-type]

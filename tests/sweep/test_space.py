@@ -166,6 +166,7 @@ class TestRunConfig:
         assert run.track.experiment == "mine"
         assert run.evaluate.final == "knn"
         assert not run.evaluate.pixel_baseline
+        assert run.evaluate.online == "blocking"  # schedulers decide by each value at its step
         assert run_of(space=TEMPERATURES, final="full").evaluate.final == "full"
 
     @pytest.mark.parametrize(

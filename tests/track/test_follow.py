@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from raysl.track.follow import Follower, MetricsReader, Record
-from raysl.track.run_folder import MetricsFile
+from raysl.track.run_folder import MetricsFile, read_metrics
 from raysl.track.uri import tracking_uri, without_password
 
 
@@ -87,6 +87,25 @@ class TestMetricsReader:
             {"step": 2, "time": 102.0, "probe": 0.6},
         ]
         assert reader.seen == {"loss": 2, "knn": 2, "probe": 2}
+
+    def test_hands_out_what_was_measured_late_under_the_step_it_belongs_to(
+        self, tmp_path: Path
+    ) -> None:
+        reader = MetricsReader(tmp_path / "metrics.jsonl")
+        file = MetricsFile(reader.path, start_step=0)
+        for step in (1, 2, 3, 4):
+            file.log({"loss": 1.0}, step=step)
+        assert steps(reader.read()) == [1, 2, 3, 4]
+        file.log({"eval/knn": 0.2}, step=2)
+        file.log({"loss": 1.0}, step=5)
+        file.log({"eval/knn": 0.3}, step=3)
+        late = [(record["step"], record.get("eval/knn")) for record in reader.read()]
+        assert late == [(2, 0.2), (5, None), (3, 0.3)]
+        file.close()
+        # A restart after step 2 keeps the value of that step, though it was written after step 4.
+        MetricsFile(reader.path, start_step=2).close()
+        kept = [(r["step"], r.get("eval/knn")) for r in read_metrics(reader.path)]
+        assert kept == [(1, None), (2, None), (2, 0.2)]
 
     def test_leaves_the_seen_steps_of_its_caller_alone(self, tmp_path: Path) -> None:
         seen = {"loss": 1}

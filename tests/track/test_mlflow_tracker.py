@@ -1,7 +1,6 @@
-import os
 import socket
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +9,12 @@ import torch
 from mlflow.entities import Metric, Run
 from mlflow.tracking import MlflowClient
 
-from raysl.track.mlflow_tracker import MlflowTracker, _addressed, log_encoder
+from raysl.track.mlflow_model import log_encoder
+from raysl.track.mlflow_tracker import MlflowTracker
 from raysl.track.run_folder import MetricsFile, RunFolder, read_json, read_metrics
 
 PARAMS: dict[str, Any] = {"optim.base_lr": 0.1, "method.name": "simclr", "data.limit": None}
 TAGS = {"host": "here"}
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """One SQLite store for all tests, since it takes seconds to make."""
-    folder = tmp_path_factory.mktemp("store")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)  # where MLflow puts artifacts
-        yield f"sqlite:///{folder}/mlflow.db"
 
 
 @pytest.fixture(autouse=True)
@@ -331,19 +322,6 @@ def test_neither_the_problem_nor_the_kept_file_shows_a_password(
     assert "secret" not in folder.mlflow.read_text()
 
 
-def test_storing_an_encoder_leaves_no_address_behind_for_the_next_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with _addressed(f"sqlite:///{tmp_path}/one.db"):
-        assert os.environ["MLFLOW_TRACKING_URI"].endswith("one.db")
-    assert "MLFLOW_TRACKING_URI" not in os.environ
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere")
-    with _addressed(f"sqlite:///{tmp_path}/two.db"):
-        pass
-    assert os.environ["MLFLOW_TRACKING_URI"] == "http://elsewhere"
-
-
 def test_a_registered_encoder_is_the_newest_version_of_its_name(
     folder: RunFolder, store: str
 ) -> None:
@@ -354,8 +332,17 @@ def test_a_registered_encoder_is_the_newest_version_of_its_name(
     tracker.finish(
         status="FINISHED",
         artifacts=[],
-        log_model=lambda of: log_encoder(
-            of, encoder, size_px=4, embed_dim=5, packages=["torch"], registered_as="photos"
+        log_model=lambda of: (
+            log_encoder(
+                encoder,
+                uri=of.uri,
+                run_id=of.run_id,
+                size_px=4,
+                embed_dim=5,
+                packages=["torch"],
+                registered_as="photos",
+            )
+            and None
         ),
     )
     assert tracker.problem is None

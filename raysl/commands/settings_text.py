@@ -1,0 +1,24 @@
+"""The settings of a verb as its --help shows them."""
+
+from collections.abc import Collection
+
+from raysl.config.base import Config
+
+
+def settings_text(model: type[Config], *, without: Collection[str] = ()) -> str:
+    """Return each key of a model with its default and its description.
+
+    Args:
+        model: What the verb's overrides are validated against.
+        without: Keys that are given otherwise.
+    """
+    lines = []
+    for name, field in model.model_fields.items():
+        if name in without:
+            continue
+        default = field.get_default(call_default_factory=True)
+        default = "null" if default is None else default
+        default = str(default).lower() if isinstance(default, bool) else default
+        text = " ".join((field.description or "").split())
+        lines.append(f"  {name}={'[]' if default == () else default}\n      {text}")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Encoders to and from the formats of others, each checked before its file appears."""

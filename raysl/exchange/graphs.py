@@ -1,0 +1,149 @@
+"""Programs that need neither raysl nor the network's code: ONNX, TorchScript, torch.export.
+
+All take a batch of any size. Their convolutions are torch's own: raysl's matrix products step aside
+for whatever traces them (:mod:`raysl.nn.convolution`).
+"""
+
+import importlib
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raysl.errors import ConfigError, ExportError
+from raysl.exchange.exportable import Exportable
+
+Run = Callable[[Tensor], Tensor]
+
+_INPUT = "images"
+_MOST_IMAGES = 1 << 16
+_MOST_ONNX_BYTES = 2_000_000_000  # of one protobuf message, less its graph
+
+
+def write_torchscript(exportable: Exportable, path: Path) -> None:
+    """Trace a network into a TorchScript archive."""
+    with _quiet():
+        traced = torch.jit.trace(exportable.model, exportable.example(), check_trace=False)
+        torch.jit.save(traced, path)
+
+
+def open_torchscript(path: Path) -> Run:
+    """Load a TorchScript archive."""
+    with _quiet():
+        return torch.jit.load(path, map_location="cpu")  # type: ignore[no-any-return]
+
+
+def write_torch_export(exportable: Exportable, path: Path) -> None:
+    """Write a network as a program of torch.export.
+
+    Raises:
+        ExportError: If torch cannot follow the network.
+    """
+    with _quiet():
+        torch.export.save(_program(exportable), path)
+
+
+def open_torch_export(path: Path) -> Run:
+    """Load a program of torch.export."""
+    with _quiet():
+        return torch.export.load(path).module()
+
+
+def write_onnx(exportable: Exportable, path: Path, *, opset: int) -> None:
+    """Write a network as an ONNX file with one input, ``images``, and what normalises it.
+
+    ``mean``, ``std``, ``image_size_px`` and the backbone's settings are in the file's metadata.
+
+    Raises:
+        ConfigError: If a package is missing, or the network is larger than such a file can be.
+        ExportError: If torch cannot follow the network.
+    """
+    onnx = _package("onnx")
+    _package("onnxscript")
+    _package("onnxruntime")
+    size = sum(p.numel() * p.element_size() for p in exportable.model.state_dict().values())
+    if size > _MOST_ONNX_BYTES:
+        raise ConfigError(
+            f"--format onnx: weights of {size:,} bytes, and an ONNX file ends at 2 GiB; use "
+            "--format torch_export"
+        )
+    with _quiet():
+        program: Any = torch.onnx.export(
+            _program(exportable),
+            (exportable.example(),),
+            input_names=[_INPUT],
+            output_names=[exportable.output],
+            opset_version=opset,
+            dynamo=True,
+            verbose=False,
+        )
+    model = program.model_proto
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    known = {
+        "mean": exportable.mean,
+        "std": exportable.std,
+        "image_size_px": exportable.size_px,
+        "backbone": exportable.description.get("backbone"),
+        "class_names": exportable.description.get("class_names"),
+    }
+    onnx.helper.set_model_props(
+        model, {key: json.dumps(value) for key, value in known.items() if value is not None}
+    )
+    onnx.checker.check_model(model)
+    path.write_bytes(model.SerializeToString())
+
+
+def open_onnx(path: Path) -> Run:
+    """Load an ONNX file in onnxruntime, on the CPU."""
+    runtime = _package("onnxruntime")
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> Tensor:
+        (result,) = session.run(None, {_INPUT: images.numpy()})
+        return torch.from_numpy(result)
+
+    return run
+
+
+def _program(exportable: Exportable) -> torch.export.ExportedProgram:
+    batch = torch.export.Dim("batch", min=1, max=_MOST_IMAGES)
+    try:
+        return torch.export.export(
+            exportable.model, (exportable.example(),), dynamic_shapes=({0: batch},)
+        )
+    except Exception as error:  # whatever a network of somebody's may do to torch's compiler
+        reason = str(error).strip().partition("\n")[0]
+        raise ExportError(
+            f"torch.export cannot follow {exportable.config.name}: {reason}; try --format "
+            "torchscript"
+        ) from None
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)  # an extra
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise ConfigError(f"{name} is not installed; pip install raysl[onnx]") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch's remarks on its own exporters from who exports."""
+    noisy = logging.getLogger("torch.onnx")
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        noisy.setLevel(level)

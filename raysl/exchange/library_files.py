@@ -1,0 +1,175 @@
+"""Files that torchvision's, timm's and Hugging Face's own classes load."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from raysl.errors import ConfigError
+from raysl.exchange.exportable import Exportable, refuse_logits
+from raysl.exchange.library_lines import Library, library_lines, plain_problem, timm_call
+from raysl.nn.backbones import timm_library
+from raysl.weights.convnext import timm_name
+
+Run = Callable[[Tensor], Tensor]
+
+_FIRST_CONV = {"resnet": "conv1", "vit": "patch_embed.proj", "convnext": "stem.0"}
+_CLASSIFIER = {"resnet": "fc", "vit": "head", "convnext": "head.fc"}
+WEIGHTS = "model.safetensors"
+
+
+def write_plain(exportable: Exportable, path: Path, library: Library) -> None:
+    """Write a state dict under a library's names.
+
+    Raises:
+        ConfigError: If the library has no such module.
+    """
+    refuse_logits(exportable, library)
+    problem = plain_problem(exportable.config, library)
+    if problem is not None:
+        raise ConfigError(f"--format {library}: {problem}")
+    path.write_bytes(_weights(exportable, library))
+
+
+def open_plain(exportable: Exportable, path: Path, library: Library) -> Run:
+    """Load a file by the very lines that a person is told to.
+
+    Raises:
+        ConfigError: If timm is not installed.
+    """
+    if library == "timm":
+        timm_library()
+    lines = library_lines(
+        exportable.config, library, image_size_px=exportable.size_px, file=str(path)
+    )
+    names: dict[str, Any] = {}
+    with torch.random.fork_rng(devices=[]):
+        exec("\n".join(lines), names)
+    return names["model"]  # type: ignore[no-any-return]
+
+
+def write_huggingface(exportable: Exportable, folder: Path) -> None:
+    """Write a folder that timm and transformers open, and a model card.
+
+    Raises:
+        ConfigError: If timm has no such module that plain values describe, or is not installed.
+    """
+    refuse_logits(exportable, "huggingface")
+    timm_library()
+    config = exportable.config
+    problem = plain_problem(config, "timm")
+    if config.family == "torchvision":
+        problem = f"timm has no {config.name} with these names; use --format torchvision"
+    elif problem is None and config.family == "resnet" and config.stem != "imagenet":
+        problem = (
+            f"neither timm nor transformers can be told of the stem {config.stem}; use --format "
+            "torchvision or timm, whose lines replace it, or onnx"
+        )
+    if problem is not None:
+        raise ConfigError(f"--format huggingface: {problem}")
+    folder.mkdir()
+    (folder / WEIGHTS).write_bytes(_weights(exportable, "timm"))
+    values = _timm_config(exportable)
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(_model_card(exportable), encoding="utf-8")
+
+
+def open_huggingface(folder: Path) -> Run:
+    """Load a folder as timm does."""
+    model: torch.nn.Module = timm_library().create_model(f"local-dir:{folder}", pretrained=True)
+    return model.eval()
+
+
+def _weights(exportable: Exportable, library: Library) -> bytes:
+    """A safetensors file as torch's users write it, with raysl's description beside."""
+    state = exportable.backbone.net.state_dict()
+    if library == "timm" and exportable.config.family == "convnext":
+        state = {
+            timm_name(name): value.flatten() if name.endswith("layer_scale") else value
+            for name, value in state.items()
+        }
+    tensors = {name: value.contiguous() for name, value in state.items()}
+    # Its readers want to be told that the tensors are torch's.
+    header = {"format": "pt", "raysl": json.dumps(exportable.description)}
+    return save(tensors, metadata=header)
+
+
+def _timm_config(exportable: Exportable) -> dict[str, Any]:
+    config, size = exportable.config, exportable.size_px
+    call = timm_call(config, size)
+    family: str = config.family
+    pretrained: dict[str, Any] = {}
+    if family == "timm":
+        known = getattr(exportable.backbone.net, "pretrained_cfg", {})
+        pretrained = {key: known.get(key) for key in ("first_conv", "classifier", "pool_size")}
+    pooled = {"cls": "token"}.get(config.pool, "avg") if family == "vit" else "avg"
+    pretrained |= {
+        "tag": "raysl",
+        "custom_load": False,
+        "input_size": [3, size, size],
+        # Only then timm lays out positions for the size; convolutional networks know no such thing.
+        "fixed_input_size": "img_size" in call.options,
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+        "mean": exportable.mean,
+        "std": exportable.std,
+        "num_classes": 0,
+    }
+    if family in _FIRST_CONV:
+        pretrained |= {"first_conv": _FIRST_CONV[family], "classifier": _CLASSIFIER[family]}
+        pretrained |= {"pool_size": None}
+    values = {
+        "architecture": call.architecture,
+        "num_classes": 0,
+        "num_features": exportable.width,
+        "model_args": call.options,
+        "pretrained_cfg": pretrained,
+    }
+    return values if family == "timm" else {**values, "global_pool": pooled}
+
+
+def _model_card(exportable: Exportable) -> str:
+    description = exportable.description
+    method = description.get("method")
+    how = f"pretrained without labels by {method}" if method else "pretrained without labels"
+    imported = description.get("imported")
+    if isinstance(imported, dict):
+        how = f"imported from `{imported.get('file')}` ({imported.get('layout')})"
+    run = f", run `{description['run']}`" if "run" in description else ""
+    lines = [
+        *("---", "library_name: timm", "tags:", "- image-feature-extraction", "- timm"),
+        *("- transformers", "- self-supervised", "---"),
+        f"# {exportable.config.name}, {exportable.width} features",
+        "",
+        f"An image encoder, {how} with raysl{run}. It takes RGB images of {exportable.size_px} px "
+        f"in [0, 1], minus the mean {_numbers(exportable.mean)}, over the deviation "
+        f"{_numbers(exportable.std)}.",
+        "",
+        "```python",
+        "import timm",
+        "",
+        'model = timm.create_model("local-dir:PATH", pretrained=True).eval()',
+        f"features = model(images)  # (N, {exportable.width})",
+        "```",
+        "",
+        "```python",
+        "from transformers import AutoImageProcessor, AutoModel",
+        "",
+        'processor, model = AutoImageProcessor.from_pretrained("PATH"), '
+        'AutoModel.from_pretrained("PATH")',
+        'features = model(**processor(image, return_tensors="pt")).pooler_output',
+        "```",
+        "",
+        "`raysl import PATH` makes an encoder file of raysl of it again.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return "(" + ", ".join(f"{value:g}" for value in values) + ")"

@@ -1,0 +1,152 @@
+"""The lines of Python that load an encoder file, without raysl where a library has its module."""
+
+import json
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from raysl.errors import ConfigError
+from raysl.nn.backbones import (
+    BackboneConfig,
+    library_name,
+    timm_model,
+    torchvision_classifier,
+    torchvision_options,
+    whole_torchvision_model,
+)
+
+Library = Literal["torchvision", "timm"]
+_FILE = "encoder.safetensors"
+
+
+class TimmCall(NamedTuple):
+    """What ``timm.create_model`` needs, beside ``num_classes=0``; plain values."""
+
+    architecture: str
+    options: dict[str, Any]
+
+
+def encoder_lines(config: BackboneConfig, *, image_size_px: int, file: str = _FILE) -> list[str]:
+    """Return Python that makes ``model`` out of an encoder file.
+
+    Args:
+        config: The backbone.
+        image_size_px: Side of the images that it was trained for.
+        file: Where the file lies.
+    """
+    library: Library = "timm" if config.family in ("vit", "timm") else "torchvision"
+    if plain_problem(config, library) is not None:
+        return ["import raysl", "", f"model = raysl.load_encoder({json.dumps(file)})"]
+    return library_lines(config, library, image_size_px=image_size_px, file=file)
+
+
+def library_lines(
+    config: BackboneConfig, library: Library, *, image_size_px: int, file: str
+) -> list[str]:
+    """Return Python that makes ``model`` of a library's own module, and loads the file strictly.
+
+    Raises:
+        ConfigError: If the library has no such module, or is not installed.
+    """
+    problem = plain_problem(config, library)
+    if problem is not None:
+        raise ConfigError(problem)
+    if library == "timm":
+        call = timm_call(config, image_size_px)
+        options = "".join(f", {key}={value!r}" for key, value in call.options.items())
+        lines = [f'model = timm.create_model("{call.architecture}", num_classes=0{options})']
+        lines += _stem_lines(config)
+    else:
+        lines = _torchvision_lines(config, image_size_px)
+    return [
+        f"import safetensors.torch, torch, {library}",
+        "",
+        *lines,
+        f"model.load_state_dict(safetensors.torch.load_file({json.dumps(file)}))",
+        "model.eval()",
+    ]
+
+
+def plain_problem(config: BackboneConfig, library: Library) -> str | None:
+    """Return why a library has no module with an encoder's weights, None if it has one."""
+    other = {"torchvision": "timm", "timm": "torchvision"}[library]
+    only = {"vit": "timm", "timm": "timm", "torchvision": "torchvision"}.get(config.family)
+    if only == other:
+        return f"{library} has no {config.name} with these names; use --format {other}"
+    foreign = _foreign(config)
+    if foreign:
+        return (
+            f"neither torchvision nor timm has a {config.name} with {foreign}; use --format onnx, "
+            "torch_export or torchscript, or raysl.load_encoder"
+        )
+    return None
+
+
+def timm_call(config: BackboneConfig, image_size_px: int) -> TimmCall:
+    """Return how timm builds an encoder, but for a ResNet's stem.
+
+    Raises:
+        ConfigError: If timm is not installed.
+    """
+    name = config.name
+    if config.family == "timm":
+        return TimmCall(library_name(config), timm_model(config, image_size_px)[1])
+    if config.family == "vit":
+        patch = 14 if name == "vit_huge" else 16
+        options = {
+            "img_size": image_size_px,
+            "patch_size": config.patch_size_px,
+            "depth": config.depth,
+            "num_heads": config.num_heads,
+            "global_pool": "token" if config.pool == "cls" else "avg",
+            "fc_norm": config.pool == "mean_norm",
+        }
+        known = {key: value for key, value in options.items() if value is not None}
+        return TimmCall(f"{name}_patch{patch}_224", known)
+    if config.norm == "group":
+        return TimmCall(name, {"norm_layer": "groupnorm"})
+    return TimmCall(name, {})
+
+
+def _foreign(config: BackboneConfig) -> str:
+    """What of a ResNet no library has; empty if nothing."""
+    has = {
+        f"width={config.width:g}": config.width != 1,
+        "selective kernels": config.selective_kernels,
+        "norm=none": config.norm == "none",
+    }
+    return " and ".join(what for what, is_so in has.items() if is_so)
+
+
+def _torchvision_lines(config: BackboneConfig, image_size_px: int) -> list[str]:
+    if config.family == "resnet":
+        norm = "norm_layer=lambda c: torch.nn.GroupNorm(32, c)" if config.norm == "group" else ""
+        return [
+            f"model = torchvision.models.{config.name}({norm})",
+            "model.fc = torch.nn.Identity()",
+            *_stem_lines(config),
+        ]
+    if config.family == "convnext":
+        return [
+            f"model = torchvision.models.{config.name}()",
+            "model.classifier[2] = torch.nn.Identity()",
+        ]
+    options = torchvision_options(config, image_size_px)
+    given = "".join(f", {key}={value!r}" for key, value in options.items())
+    with torch.random.fork_rng(devices=[]):
+        path = torchvision_classifier(whole_torchvision_model(config, image_size_px))
+    return [
+        f'model = torchvision.models.get_model("{library_name(config)}", weights=None{given})',
+        f'model.set_submodule("{path}", torch.nn.Identity())',
+    ]
+
+
+def _stem_lines(config: BackboneConfig) -> Sequence[str]:
+    if config.family != "resnet" or config.stem == "imagenet":
+        return []
+    stride = ", stride=2" if config.stem == "small" else ""
+    return [
+        f"model.conv1 = torch.nn.Conv2d(3, 64, 3{stride}, padding=1, bias=False)",
+        "model.maxpool = torch.nn.Identity()",
+    ]

@@ -1,0 +1,177 @@
+"""Embedding without Ray: the loops that people write, timed for comparison.
+
+Each runs in a process of its own (``python -m raysl.jobs.benchmark_embedding``, a pickled task in,
+a JSON object out): a DataLoader forks its workers, which a process connected to Ray must not do.
+"""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from raysl.encoder import load_encoder
+from raysl.errors import DataError, RayslError
+from raysl.jobs.benchmark_peer import PeerImages
+from raysl.jobs.embedding import (
+    Chunks,
+    Embedding,
+    Features,
+    Rows,
+    chunk_images,
+    normalisation,
+    read_pixels,
+    stream_here,
+)
+from raysl.jobs.throughput import measure_batches
+from raysl.sources.source import Source
+from raysl.train.batches import view_converter
+
+LOOPS = {
+    "torch": "torch DataLoader, torchvision on PIL, forward with all threads",
+    "own-decode": "torch DataLoader, raysl's decoding, forward with all threads",
+    "here": "raysl in one process, without Ray (num_workers=0)",
+}
+_ROUNDS = 1 << 20  # of the source: more than any measurement takes
+
+
+class LoopTask(NamedTuple):
+    """What to time."""
+
+    loop: str  # one of LOOPS
+    source: Source
+    embedding: Embedding
+    cores: int
+    seconds: float
+
+
+class LoopSpeed(NamedTuple):
+    """What a loop reached."""
+
+    images_per_s: float
+    first_batch_s: float
+
+
+def endless_rows(source: Source, *, count: int) -> Rows:
+    """Return so many rows of a source, from the start again where it ends."""
+    return np.arange(count, dtype=np.int64) % int(source.group_sizes.sum())
+
+
+def run_loop(task: LoopTask) -> LoopSpeed:
+    """Time a loop in a process of its own.
+
+    Raises:
+        DataError: If it fails.
+    """
+    package = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "raysl.jobs.benchmark_embedding"],
+        input=pickle.dumps(task),
+        capture_output=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    try:
+        answer = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        what = said[-1] if said else f"exit status {done.returncode}"
+        raise DataError(f"{LOOPS[task.loop]}: failed: {what}") from None
+    if "error" in answer:
+        raise DataError(f"{LOOPS[task.loop]}: {answer['error']}")
+    return LoopSpeed(**answer)
+
+
+def main() -> None:
+    """Answer the task on standard input by one line on standard output."""
+    # The parent's own words; by its module's name, since here this file is called __main__.
+    task = pickle.loads(sys.stdin.buffer.read())
+    try:
+        answer: dict[str, Any] = measure_loop(task)._asdict()
+    except RayslError as error:
+        answer = {"error": str(error)}
+    sys.stdout.write(json.dumps(answer) + "\n")
+
+
+def measure_loop(task: LoopTask) -> LoopSpeed:
+    """Time a loop in this process, which must not be connected to Ray."""
+    torch.set_num_threads(task.cores)
+    size = chunk_images(task.embedding.size_px)
+    seen = measure_batches(
+        lambda: _here(task) if task.loop == "here" else _loader(task, size),
+        batch_size=size,
+        round_batches=1 if task.loop == "here" else task.cores,
+        size_of=lambda features: features.nbytes,
+        seconds=task.seconds,
+    )
+    return LoopSpeed(seen.images_per_s, seen.first_batch_s)
+
+
+def _here(task: LoopTask) -> Iterator[Features]:
+    rows = endless_rows(task.source, count=_ROUNDS)
+    size = chunk_images(task.embedding.size_px)
+    chunks = Chunks(rows, np.arange(0, len(rows), size), size, len(rows))
+    for chunk in stream_here(task.source, chunks, task.embedding, num_threads=task.cores):
+        yield chunk.features
+
+
+@torch.inference_mode()
+def _loader(task: LoopTask, batch_size: int) -> Iterator[Features]:
+    """Yield features as a script does that gets everything right: no gradient, channels last."""
+    embedding = task.embedding
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    mean, std = normalisation(embedding.encoder)
+    network = load_encoder(embedding.encoder).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    convert = view_converter(device=device, mean=mean, std=std, channels_last=True)
+    dataset: Dataset[Any] = _Decoded(task.source, embedding)
+    if task.loop == "torch":
+        side = round(embedding.size_px / embedding.crop_fraction)
+        steps = [
+            transforms.Resize(side),
+            transforms.CenterCrop(embedding.size_px),
+            transforms.ToTensor(),
+            transforms.Normalize(mean, std),
+        ]
+        dataset = PeerImages(task.source, transforms.Compose(steps))
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=endless_rows(task.source, count=_ROUNDS),  # type: ignore[arg-type] # any iterable
+        num_workers=task.cores,
+        pin_memory=on_gpu,
+    )
+    for batch in loader:
+        images: Tensor
+        if task.loop == "torch":
+            images = batch.to(device, memory_format=torch.channels_last, non_blocking=True)
+        else:
+            images = convert({"views_0": batch[:, None].numpy()})[0]
+        with torch.autocast(device.type, torch.bfloat16, enabled=embedding.precision == "bf16"):
+            yield network(images).float().cpu().numpy()
+
+
+class _Decoded(Dataset[Any]):
+    """The images of rows as raysl decodes them, ``(S, S, 3)`` uint8."""
+
+    def __init__(self, source: Source, embedding: Embedding) -> None:
+        self.source = source
+        self.embedding = embedding
+
+    def __getitem__(self, row: int) -> Tensor:
+        pixels, _ = read_pixels(self.source, np.array([row]), self.embedding)
+        return torch.from_numpy(pixels[0])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The report of a pipeline: how right each of its networks is, as a picture and a table."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.lines import Line2D
+
+from raysl.report.document import (
+    draw_each,
+    escape,
+    files_section,
+    folded,
+    section,
+    shown_picture,
+    write_page,
+)
+from raysl.report.figure import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    legend_above,
+    new_figure,
+    save_png,
+    style_axes,
+)
+from raysl.report.measure import duration_text
+
+Row = Mapping[str, Any]
+
+_KINDS = {
+    "scratch": ("from random weights", GREY),
+    "linear": ("linear, encoder frozen", ORANGE),
+    "finetune": ("fine-tuned", BLUE),
+    "distill": ("distilled", GREEN),
+}
+_FILES = (
+    ("pipeline.yaml", "the pipeline, every setting resolved"),
+    ("pipeline.json", "the table above"),
+    ("pretrain", "the run folder of the pretraining; the other steps have theirs beside it"),
+    ("pictures", "the pictures of this page"),
+    ("mlflow.json", "which MLflow run this is"),
+)
+_ROW_IN = 0.27  # height of a row of the picture
+
+
+def draw_pipeline(
+    folder: Path, *, name: str, rows: Sequence[Row], settings: str
+) -> list[tuple[str, str]]:
+    """Draw the picture of a pipeline, then the page that holds it.
+
+    Args:
+        folder: Gets ``pictures/accuracy.png`` and ``report.html``.
+        name: Of the pipeline.
+        rows: One a finished step: ``step``, ``kind``, ``labels`` (share or None), ``num_labels``,
+            ``head_layers``, ``teacher``, ``backbone``, ``top1``, ``seconds``.
+        settings: The configuration as YAML.
+
+    Returns:
+        The name and the error of each picture that was not drawn, or of ``report``.
+    """
+    pictures = folder / "pictures"
+    failures = draw_each(pictures, {"accuracy": lambda path: draw_accuracies(path, rows)})
+    picture = shown_picture(pictures, "accuracy", "Accuracy of each network as a dot")
+    sections = [
+        section("Accuracy on the test images", picture + _table(rows), _NOTE),
+        section("Settings", folded("Configuration", f"<pre>{escape(settings)}</pre>")),
+        files_section(folder, _FILES),
+    ]
+    try:
+        write_page(folder / "report.html", name=name, lead=_lead(rows), sections=sections)
+    except Exception as error:  # the runs are not lost for the sake of a page
+        failures.append(("report", f"{type(error).__name__}: {error}"))
+    return failures
+
+
+_NOTE = (
+    "Each network in evaluation mode on every test image. Layer: how many layers of the projection "
+    "head stay on the encoder, 0 for none. The pretraining's is the accuracy of a linear "
+    "classifier, or nearest neighbours, on frozen features with all labels. Single runs: "
+    "differences of a point or so may be chance."
+)
+
+
+def draw_accuracies(path: Path, rows: Sequence[Row]) -> None:
+    """Draw a dot for each network, by share of the labels from the top."""
+    shown = [row for row in rows if row["kind"] in _KINDS and row["top1"] is not None]
+    shares = sorted({row["labels"] for row in shown})
+    figure = new_figure(height_in=0.9 + _ROW_IN * (len(shown) + 1.6 * len(shares)))
+    heights = [sum(row["labels"] == share for row in shown) for share in shares]
+    grid = figure.subplots(
+        max(1, len(shares)),
+        1,
+        sharex=True,
+        squeeze=False,
+        gridspec_kw={"height_ratios": heights or [1]},
+    )
+    for axes, share in zip(grid[:, 0], shares, strict=False):
+        group = [row for row in shown if row["labels"] == share]
+        style_axes(axes, title=_share_text(share, group[0].get("num_labels")), grid="x")
+        for place, row in enumerate(reversed(group)):
+            value = 100 * row["top1"]
+            axes.plot([0, value], [place, place], color="#D9D9D9", linewidth=1.2, zorder=1)
+            axes.plot([value], [place], "o", color=_KINDS[row["kind"]][1], markersize=6, zorder=2)
+            axes.annotate(
+                f"{value:.1f}",
+                (value, place),
+                xytext=(7, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+            )
+        axes.set_yticks(range(len(group)), [_row_text(row) for row in reversed(group)], fontsize=8)
+        axes.set_ylim(-0.6, len(group) - 0.4)
+        axes.set_xlim(0, 1.12 * max(100 * row["top1"] for row in shown))
+    grid[-1, 0].set_xlabel("top-1 accuracy, %", fontsize=8)
+    kinds = [kind for kind in _KINDS if any(row["kind"] == kind for row in shown)]
+    handles = [
+        Line2D([], [], marker="o", linestyle="", color=_KINDS[kind][1], label=_KINDS[kind][0])
+        for kind in kinds
+    ]
+    legend_above(figure, handles, title="How the network was trained")
+    save_png(figure, path)
+
+
+def _row_text(row: Row) -> str:
+    text = {"scratch": "random weights", "distill": f"student {row.get('student', '')}".strip()}
+    if row["kind"] in text:
+        return text[row["kind"]]
+    layer = row["head_layers"]
+    where = "encoder alone" if not layer else f"head layer {layer}"
+    return f"linear, {where}" if row["kind"] == "linear" else where
+
+
+def _share_text(share: float | None, num_labels: int | None) -> str:
+    if share is None:
+        return "no labels"
+    count = "" if num_labels is None else f" ({num_labels:,})"
+    return f"{100 * share:g} % of the labels{count}"
+
+
+def _lead(rows: Sequence[Row]) -> str:
+    known = [row for row in rows if row["kind"] in _KINDS and row["top1"] is not None]
+    if not known:
+        return "No step that learns from labels has finished yet."
+    best = max(known, key=lambda row: row["top1"])
+    return (
+        f"Best of {len(known)} networks: <code>{escape(best['step'])}</code>, right in "
+        f"{100 * best['top1']:.1f} % of the test images with {100 * best['labels']:g} % of the "
+        f"labels."
+    )
+
+
+def _table(rows: Sequence[Row]) -> str:
+    heads = ("Step", "Labels", "Layer", "Teacher", "Network", "Top-1, %", "Time")
+    lines = ["<tr>" + "".join(f"<th scope=col>{head}" for head in heads)]
+    for row in rows:
+        share, top1, layer = row["labels"], row["top1"], row["head_layers"]
+        cells = (
+            "&ndash;" if share is None else f"{100 * share:g} %",
+            "&ndash;" if layer is None else str(layer),
+            escape(row["teacher"] or "&ndash;") if row["teacher"] else "&ndash;",
+            escape(row["backbone"]),
+            "&ndash;" if top1 is None else f"{100 * top1:.1f}",
+            escape(duration_text(row["seconds"])),
+        )
+        lines.append(
+            f"<tr><th scope=row><code>{escape(row['step'])}</code>"
+            + "".join(f"<td>{cell}" for cell in cells)
+        )
+    return "<div class=scroll><table class=trials>\n" + "\n".join(lines) + "\n</table></div>"

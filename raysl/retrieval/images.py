@@ -1,0 +1,97 @@
+"""The images that embeddings were made of, opened again, to be shown or embedded likewise."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from raysl.augment.crop import Image
+from raysl.data.decode import Flaw, decode_or_flaw
+from raysl.errors import DataError
+from raysl.evaluate.features import square
+from raysl.retrieval.config import EmbedConfig
+from raysl.retrieval.embeddings import Embeddings
+from raysl.sources.open import open_source
+from raysl.sources.source import IMAGE_SUFFIXES, ArraySource, DataConfig, Source
+
+_SHOWN_PX = 160
+
+
+def open_again(embeddings: Embeddings) -> Source:
+    """Open the source of embeddings.
+
+    Raises:
+        DataError: If it is not there any more, or has changed.
+    """
+    about = embeddings.about
+    settings: dict[str, Any] = {
+        **about["settings"],
+        "source": about["source"],
+        "filter": tuple(
+            tuple(tuple(part) if isinstance(part, list) else part for part in condition)
+            for condition in about["settings"]["filter"]
+        ),
+    }
+    config = EmbedConfig.model_validate(settings)
+    data = DataConfig(source=config.source, torchvision_root=config.torchvision_root)
+    source = open_source(config, split=config.split, data=data)
+    if source.fingerprint != about["wanted"]["fingerprint"]:
+        raise DataError(
+            f"{about['source']}: has changed since {embeddings.folder.uri} was made of it; embed "
+            f"it again into another folder"
+        )
+    return source
+
+
+def open_queries(path: str) -> tuple[Source, list[str]]:
+    """Open one image, or a folder of them, and return what names them.
+
+    Raises:
+        DataError: If there is none, or one is no image.
+    """
+    given = Path(path).expanduser()
+    files = [given]
+    if given.is_dir():
+        found = (p for p in given.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        files = sorted(found)
+    if not files or not files[0].is_file():
+        raise DataError(f"--query {path}: no such image, or a folder without images")
+    names = [str(file.relative_to(given)) if given.is_dir() else file.name for file in files]
+    return FileImages(files), names
+
+
+class FileImages(ArraySource):
+    """Image files by their paths."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        super().__init__("queries", np.zeros((len(files), 1, 1), dtype=np.uint8))
+        self.files = list(files)
+
+    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[bytes | Image]:
+        """Return the bytes of these files.
+
+        Raises:
+            DataError: If one cannot be read.
+        """
+        try:
+            return [self.files[index].read_bytes() for index in indices]
+        except OSError as error:
+            raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
+
+    def where(self, index: int) -> str:
+        """Name a row."""
+        return str(self.files[index])
+
+
+def squares(source: Source, rows: Sequence[int]) -> list[Image]:
+    """Return the centred squares of some images, ``(S, S, 3)`` uint8, at a size for pictures.
+
+    A small image stays as it is; all of a picture come out at one size.
+    """
+    images = [decode_or_flaw(encoded) for encoded in source.read(np.asarray(rows, dtype=np.int64))]
+    blank = np.zeros((1, 1, 3), dtype=np.uint8)
+    whole = [blank if isinstance(image, Flaw) else image for image in images]
+    side = min(_SHOWN_PX, max((min(image.shape[:2]) for image in whole), default=1))
+    return [square(image, size_px=side, crop_fraction=1.0) for image in whole]

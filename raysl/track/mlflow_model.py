@@ -1,0 +1,161 @@
+"""Encoders as MLflow's models: stored with a run, loaded again, registered as versions."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import mlflow
+import mlflow.pytorch
+import numpy as np
+from mlflow.entities import LifecycleStage
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.tracking import MlflowClient
+from mlflow.types import Schema, TensorSpec
+
+from raysl.errors import ExportError, RayslError
+from raysl.track.mlflow_tracker import experiment_id
+from raysl.track.uri import without_password
+
+_URI_VARIABLE = "MLFLOW_TRACKING_URI"
+
+
+class Registered(NamedTuple):
+    """A version of a registered model."""
+
+    name: str
+    version: str
+    run_id: str
+    difference: float
+    """What checking it returned."""
+
+
+def log_encoder(
+    encoder: Any,
+    *,
+    uri: str,
+    run_id: str | None,
+    size_px: int,
+    embed_dim: int,
+    packages: list[str],
+    registered_as: str | None = None,
+) -> str:
+    """Store an encoder as a model of a run, with its signature.
+
+    Args:
+        encoder: A torch module, ``(N, 3, S, S)`` float32 -> ``(N, embed_dim)`` float32.
+        uri: MLflow's tracking URI.
+        run_id: The run that gets the model.
+        size_px: S.
+        embed_dim: Width of the features.
+        packages: Requirements of whoever loads it, such as ``torch==2.15.0``.
+        registered_as: Name in the model registry, of which it becomes the newest version.
+
+    Returns:
+        The model's own URI.
+    """
+    shape = (-1, 3, size_px, size_px)
+    signature = ModelSignature(
+        inputs=Schema([TensorSpec(np.dtype(np.float32), shape)]),
+        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, embed_dim))]),
+    )
+    with addressed(uri), mlflow.start_run(run_id=run_id):
+        info = mlflow.pytorch.log_model(
+            encoder,
+            name="encoder",
+            signature=signature,
+            input_example=np.zeros((2, *shape[1:]), dtype=np.float32),
+            pip_requirements=packages,
+            registered_model_name=registered_as,
+        )
+    return str(info.model_uri)
+
+
+def register_encoder(
+    encoder: Any,
+    *,
+    uri: str,
+    name: str,
+    run_id: str | None,
+    experiment: str,
+    size_px: int,
+    embed_dim: int,
+    packages: list[str],
+    check: Callable[[Any], float],
+) -> Registered:
+    """Make an encoder the newest version of a registered model, once it was loaded and checked.
+
+    Args:
+        encoder: As for :func:`log_encoder`.
+        uri: MLflow's tracking URI.
+        name: In the registry.
+        run_id: The run that trained it; another one is made if it is None or not there any more.
+        experiment: Where that one is made.
+        size_px: Side of the images.
+        embed_dim: Width of the features.
+        packages: Requirements of whoever loads it.
+        check: Is given the loaded model; raises if it is not the encoder.
+
+    Raises:
+        ExportError: If MLflow does not take it, or the check fails.
+    """
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    client = MlflowClient(uri)
+    try:
+        run = run_id if _is_there(client, run_id) else _new_run(client, experiment, name)
+        assert run is not None
+        model_uri = log_encoder(
+            encoder, uri=uri, run_id=run, size_px=size_px, embed_dim=embed_dim, packages=packages
+        )
+        with addressed(uri):
+            difference = check(mlflow.pytorch.load_model(model_uri, map_location="cpu"))
+            version = mlflow.register_model(model_uri, name)
+    except RayslError:
+        raise
+    except Exception as error:  # a store, or the exporter that MLflow calls, may raise anything
+        text = str(error).replace(uri, without_password(uri)).strip().partition("\n")[0]
+        raise ExportError(
+            f"{without_password(uri)}: MLflow did not take the model: {text}"
+        ) from None
+    return Registered(name, str(version.version), run, difference)
+
+
+def _is_there(client: MlflowClient, run_id: str | None) -> bool:
+    if run_id is None:
+        return False
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage != LifecycleStage.DELETED)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+
+
+def _new_run(client: MlflowClient, experiment: str, name: str) -> str:
+    run = client.create_run(
+        experiment_id(client, experiment),
+        start_time=int(time.time() * 1000),
+        run_name=f"export of {name}",
+    )
+    return str(run.info.run_id)
+
+
+@contextmanager
+def addressed(uri: str) -> Iterator[None]:
+    """Make MLflow's own functions talk to ``uri``, and forget it again.
+
+    MLflow also writes it into the environment, where the next run of this process would find it.
+    """
+    before = os.environ.get(_URI_VARIABLE)
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before or "")
+        os.environ.pop(_URI_VARIABLE, None)
+        if before is not None:
+            os.environ[_URI_VARIABLE] = before

@@ -1,0 +1,1 @@
+"""Files of weights, of raysl and of others: read without running code, told apart."""

@@ -1,0 +1,82 @@
+"""Whether the tensors of a file are those of a network, and getting them into it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from raysl.errors import DataError
+from raysl.weights.stored import State, StoredTensor
+
+# What stands beside an encoder behind the same prefix: classifiers, heads, decoders.
+_BESIDE = (
+    *("fc.", "head.", "heads.", "classifier.", "head_dist.", "linear.", "mask_token", "decoder_"),
+    *("projection_head.", "projector.", "predictor.", "prototypes."),
+)
+_NAMES_SHOWN = 5
+
+
+def fitted(state: State, net: nn.Module, *, where: str | Path) -> dict[str, Tensor]:
+    """Read the tensors that a network needs; heads beside them are left out.
+
+    Args:
+        state: Tensors of a file under the network's names.
+        net: What they are for; not changed.
+        where: The file, for messages.
+
+    Raises:
+        DataError: If tensors are missing, left over or of another shape, or hold numbers that are
+            not finite.
+    """
+    wanted = net.state_dict()
+    # Files from before torch 0.4 count no batches, and nothing that raysl does reads the count.
+    counts = {name: wanted[name] for name in wanted if name.endswith("num_batches_tracked")}
+    kept = {n: v for n, v in state.items() if n in wanted or not n.startswith(_BESIDE)}
+    problems = _misfits(kept, wanted, may_lack=counts)
+    if problems:
+        raise DataError(f"{where}: its weights do not fit the backbone: {'; '.join(problems)}")
+    tensors = counts | {name: _read(value, name, where) for name, value in kept.items()}
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise DataError(f"{where}: its weights are not all finite: {name}")
+    return tensors
+
+
+def fill(net: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a state dict strictly, as one of this version of the module: files keep no versions."""
+    own = net.state_dict()
+    versioned = type(own)(state)
+    if hasattr(own, "_metadata"):
+        versioned._metadata = own._metadata  # type: ignore[attr-defined]
+    net.load_state_dict(versioned)
+
+
+def _read(value: StoredTensor, name: str, where: str | Path) -> Tensor:
+    try:
+        return value.read()
+    except Exception as error:  # sizes and strides that do not go with the numbers
+        reason = str(error).strip().partition("\n")[0]
+        raise DataError(f"{where}: {name} cannot be read: {reason}") from None
+
+
+def _misfits(
+    state: State, wanted: Mapping[str, Tensor], *, may_lack: Mapping[str, Tensor]
+) -> list[str]:
+    """What keeps a state dict from being loaded, a phrase for each kind; empty if nothing."""
+    shapes = [
+        f"{name} {state[name].shape} for {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in state and state[name].shape != tuple(wanted[name].shape)
+    ]
+    kinds = {
+        "missing": [name for name in wanted if name not in state and name not in may_lack],
+        "unexpected": [name for name in state if name not in wanted],
+        "of another shape": shapes,
+    }
+    return [f"{what}: {_first(names)}" for what, names in kinds.items() if names]
+
+
+def _first(names: list[str]) -> str:
+    more = len(names) - _NAMES_SHOWN
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    return f"{shown} and {more} more" if more > 0 else shown

@@ -1,0 +1,111 @@
+"""Which backbone a state dict is of, told by its names and shapes."""
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from raysl.nn.backbones import VIT_SIZES
+from raysl.nn.resnet import LAYOUTS
+from raysl.weights.stored import State
+
+_STAGES = (1, 2, 3, 4)
+# Blocks of each stage, and channels of the first one.
+_CONVNEXTS = {
+    "convnext_tiny": ((3, 3, 9, 3), 96),
+    "convnext_small": ((3, 3, 27, 3), 96),
+    "convnext_base": ((3, 3, 27, 3), 128),
+}
+_IMAGENET_STEM_PX = 7
+_CHANNELS = 64  # of the first stage at width 1
+
+
+class Recognised(NamedTuple):
+    """What is known of a backbone."""
+
+    section: dict[str, Any]
+    """Keys of :class:`BackboneConfig`; no name if it is none that raysl knows by name."""
+    image_size_px: int | None
+    """Side of the images that its positions are for; None if it takes any."""
+    guessed: tuple[str, ...]
+    """What the tensors do not tell, and was assumed."""
+
+
+def recognise(state: State) -> Recognised:
+    """Return what the names and shapes of an encoder's tensors tell."""
+    if "layer1.0.conv1.weight" in state or "layer1.0.conv1.conv.weight" in state:
+        return _resnet(state)
+    if "patch_embed.proj.weight" in state:
+        return _vit(state)
+    if "features.1.0.block.0.weight" in state:
+        return _convnext(state)
+    return Recognised({}, None, ())
+
+
+def _resnet(state: State) -> Recognised:
+    kernels = any(".conv1.conv." in name or ".conv2.conv." in name for name in state)
+    bottleneck = "layer1.0.conv3.weight" in state
+    blocks = tuple(_count(state, rf"layer{stage}\.(\d+)\.") for stage in _STAGES)
+    deep_stem = "conv1.6.weight" in state
+    stem = _shape(state, "conv1.6.weight" if deep_stem else "conv1.weight")
+    channels = stem[0] if stem else 0
+    # Selective kernels and basic blocks are of plain networks only, the first ones in the table.
+    inner = _shape(state, "layer1.0.conv2.weight") if bottleneck else None
+    names = [
+        name
+        for name, layout in LAYOUTS.items()
+        if (layout.bottleneck, layout.blocks) == (bottleneck, blocks)
+        and (inner is None or _fits(layout.group_width, layout.groups, inner, channels))
+    ]
+    section: dict[str, Any] = {"name": names[0]} if names else {}
+    guessed = []
+    if channels != _CHANNELS:
+        section["width"] = channels / _CHANNELS
+    if kernels:
+        section["selective_kernels"] = True
+    if not deep_stem and stem is not None and stem[-1] != _IMAGENET_STEM_PX:
+        section["stem"] = "cifar"
+        guessed.append("backbone.stem=cifar (small has the same tensors)")
+    if not any(name.endswith("running_mean") for name in state):
+        section["norm"] = "group"
+        guessed.append("backbone.norm=group (none has the same tensors)")
+    return Recognised(section, None, tuple(guessed))
+
+
+def _fits(group_width: int, groups: int, inner: tuple[int, ...], channels: int) -> bool:
+    """Whether a bottleneck's 3 x 3 convolution is one of a layout."""
+    expected = channels * group_width // _CHANNELS * groups
+    return inner[0] == expected and inner[1] * groups == expected
+
+
+def _vit(state: State) -> Recognised:
+    dim, _, patch, _ = state["patch_embed.proj.weight"].shape
+    size = next((name for name, size in VIT_SIZES.items() if size.embed_dim == dim), None)
+    depth = _count(state, r"blocks\.(\d+)\.")
+    section: dict[str, Any] = {"patch_size_px": patch}
+    if size is not None:
+        section["name"] = size
+        if depth != VIT_SIZES[size].depth:
+            section["depth"] = depth
+    if "fc_norm.weight" in state:
+        section["pool"] = "mean_norm"
+    guessed = () if "pool" in section else ("backbone.pool=cls (mean has the same tensors)",)
+    positions = _shape(state, "pos_embed")
+    side = math.isqrt(max(positions[1] - 1, 0)) if positions else 0
+    return Recognised(section, side * patch or None, guessed)
+
+
+def _convnext(state: State) -> Recognised:
+    blocks = tuple(_count(state, rf"features\.{2 * stage - 1}\.(\d+)\.") for stage in _STAGES)
+    found = (blocks, state["features.1.0.block.0.weight"].shape[0])
+    names = [name for name, known in _CONVNEXTS.items() if known == found]
+    return Recognised({"name": names[0]} if names else {}, None, ())
+
+
+def _count(names: Iterable[str], pattern: str) -> int:
+    """How many different numbers a pattern finds at the beginning of names."""
+    return len({match[1] for name in names if (match := re.match(pattern, name))})
+
+
+def _shape(state: State, name: str) -> tuple[int, ...] | None:
+    return state[name].shape if name in state else None

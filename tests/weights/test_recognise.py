@@ -1,0 +1,61 @@
+from typing import Any
+
+import pytest
+import torch
+
+from raysl.nn.backbones import NAMES, BackboneConfig, build_backbone
+from raysl.weights.recognise import recognise
+from raysl.weights.stored import StoredTensor
+
+SECTIONS: list[dict[str, Any]] = [
+    *({"name": name} for name in NAMES),
+    {"name": "resnet18", "width": 0.5, "stem": "cifar"},
+    {"name": "resnet34", "width": 2.0},
+    {"name": "resnet50", "width": 4.0},
+    {"name": "resnet50", "width": 2.0, "selective_kernels": True},
+    {"name": "resnet101", "selective_kernels": True, "stem": "cifar"},
+    {"name": "resnet18", "selective_kernels": True},
+    {"name": "resnet18", "norm": "group"},
+    {"name": "vit_small", "patch_size_px": 8, "depth": 3, "pool": "mean_norm"},
+    {"name": "vit_huge", "patch_size_px": 14},
+]
+
+
+@pytest.mark.parametrize(
+    "section", SECTIONS, ids=lambda section: "-".join(map(str, section.values()))
+)
+def test_a_backbone_is_told_by_the_names_and_shapes_of_its_tensors(section: dict[str, Any]) -> None:
+    config = BackboneConfig(**section)
+    size = 8 * config.patch_size_px
+    with torch.device("meta"):
+        state = build_backbone(config, image_size_px=size).net.state_dict()
+
+    def never() -> torch.Tensor:
+        raise AssertionError("nothing is read")
+
+    stored = {name: StoredTensor(tuple(value.shape), never) for name, value in state.items()}
+    found = recognise(stored)
+    assert BackboneConfig(**found.section) == config
+    assert found.image_size_px == (size if config.is_vit else None)
+
+
+def test_what_the_tensors_do_not_tell_is_said() -> None:
+    def guesses(**section: Any) -> tuple[str, ...]:
+        with torch.device("meta"):
+            net = build_backbone(BackboneConfig(**section), image_size_px=32).net
+        state = {n: StoredTensor(tuple(v.shape), v.clone) for n, v in net.state_dict().items()}
+        return recognise(state).guessed
+
+    assert guesses(name="resnet18") == guesses(name="convnext_tiny") == ()
+    assert "backbone.stem=cifar" in guesses(name="resnet18", stem="small")[0]
+    assert "backbone.norm=group" in guesses(name="resnet18", norm="none")[0]
+    assert "backbone.pool=cls" in guesses(name="vit_tiny", patch_size_px=8)[0]
+
+
+@pytest.mark.parametrize("dim", [100, 512])
+def test_a_size_without_a_name_has_no_name(dim: int) -> None:
+    shapes = {"patch_embed.proj.weight": (dim, 3, 4, 4), "pos_embed": (1, 65, dim)}
+    state = {name: StoredTensor(shape, lambda: torch.empty(0)) for name, shape in shapes.items()}
+    found = recognise(state)
+    assert "name" not in found.section
+    assert found.image_size_px == 32
