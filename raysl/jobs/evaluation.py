@@ -14,18 +14,17 @@ import numpy.typing as npt
 import torch
 
 from raysl.config.load import validate
+from raysl.encoder import load_encoder
 from raysl.errors import DataError
 from raysl.evaluate.probes import Measured, ProbeSets
 from raysl.evaluate.registry import PROTOCOLS, Protocol, settings_digest
-from raysl.jobs.embedding import Embedding
+from raysl.jobs.embedding import Embedding, normalisation
 from raysl.jobs.evaluation_config import EvaluationConfig, Origin
 from raysl.jobs.evaluation_folder import EvaluationFolder
 from raysl.jobs.evaluation_label_free import measure_label_free
 from raysl.jobs.evaluation_sets import EvaluationSets
 from raysl.sources.source import digest
 from raysl.track.run_folder import read_json, write_json
-
-_HASHED_AT_ONCE = 1 << 24
 
 Embed = Callable[..., tuple[npt.NDArray[np.float32], dict[int, str]]]
 """``(source, rows, embedding, *, advance)`` -> features ``(M, D)`` and the bad rows' reasons."""
@@ -198,7 +197,7 @@ def _features(asked: Asked, ways: Ways) -> tuple[dict[str, npt.NDArray[Any]], di
 def _identity(asked: Asked) -> dict[str, Any]:
     sets, features = asked.sets, asked.config.features
     return {
-        "encoder": file_digest(asked.origin.encoder),
+        "encoder": encoder_digest(asked.origin.encoder),
         "train": _images_digest(sets.train),
         "test": _images_digest(sets.test),
         "size_px": sets.train.size_px,
@@ -212,12 +211,15 @@ def _images_digest(images: Any) -> str:
     return digest(images.source.fingerprint, *(bytes(part) for part in parts))
 
 
-def file_digest(path: Path) -> str:
-    """Return 16 hex digits that change with a file's bytes."""
-    parts: list[bytes | memoryview | str] = []
-    with open(path, "rb") as file:
-        while block := file.read(_HASHED_AT_ONCE):
-            parts.append(digest(block))
+def encoder_digest(path: Path) -> str:
+    """Return 16 hex digits that change with an encoder's weights or how it wants its images.
+
+    Not with the bytes of its file: the same encoder, written again, has another header.
+    """
+    parts: list[bytes | str] = [repr(normalisation(path))]
+    for name, value in sorted(load_encoder(path).state_dict().items()):
+        kind = f"{name} {value.dtype} {tuple(value.shape)}"
+        parts += [kind, value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()]
     return digest(*parts)
 
 
