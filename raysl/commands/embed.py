@@ -3,7 +3,7 @@
 import argparse
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack
 from typing import Any
 
@@ -82,7 +82,7 @@ def _maker(config: EmbedConfig, stack: ExitStack) -> MakeChunks:
             source, chunks, embedding, num_threads=torch.get_num_threads()
         )
 
-    def make(source: Source, chunks: Chunks, embedding: Embedding) -> Iterator[Chunk]:
+    def make(source: Source, chunks: Chunks, embedding: Embedding) -> Generator[Chunk, None, None]:
         # Only now: a folder that is complete, or belongs to others, needs no Ray.
         if connect():
             stack.callback(disconnect)

@@ -7,7 +7,7 @@ was stopped. Memory: the shards that are being filled, two or three of them.
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -44,8 +44,8 @@ _DEFAULT_SIZE_PX = 224
 _NOT_IN_SHARDS = {"settings", "images", "bad_images", "class_names"}
 _TINY = np.finfo(np.float32).tiny
 
-MakeChunks = Callable[[Source, Chunks, Embedding], Iterator[Chunk]]
-"""Computes chunks, in any order."""
+MakeChunks = Callable[[Source, Chunks, Embedding], Generator[Chunk, None, None]]
+"""Computes chunks, in any order; closing it ends the work."""
 
 
 class View(Protocol):
@@ -269,7 +269,7 @@ class _Writer:
         view.begin("embedding", total=self.plan.num_rows, done=self.plan.num_rows - todo)
         filling: dict[int, _Filling] = {}
         made = make(self.source, chunks, embedding)
-        with closing(made):  # type: ignore[type-var] # what makes chunks is a generator
+        with closing(made):
             for chunk in made:
                 for shard in np.unique(chunk.places // self.plan.shard_rows).tolist():
                     start, stop = self.plan.bounds(shard)

@@ -3,7 +3,7 @@
 Ray's actors call the parts; :func:`features_here` puts them together in one process.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -264,7 +264,7 @@ def features_here(
 
 def stream_here(
     source: Source, chunks: Chunks, embedding: Embedding, *, num_threads: int
-) -> Iterator[Chunk]:
+) -> Generator[Chunk, None, None]:
     """Yield the features of chunks in order, computed in this process."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")

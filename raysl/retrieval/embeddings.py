@@ -154,7 +154,8 @@ class Embeddings:
         """
         if self.mean is not None:
             features = features - self.mean
-        return features / features.norm(dim=1, keepdim=True).clamp_min(_TINY)
+        directions: Tensor = features / features.norm(dim=1, keepdim=True).clamp_min(_TINY)
+        return directions
 
     def _directions(self, number: int) -> Tensor:
         if number in self._kept:

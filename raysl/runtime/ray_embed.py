@@ -10,7 +10,7 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,7 +99,7 @@ def features_on_ray(
 
 def stream_on_ray(
     source: Source, chunks: Chunks, embedding: Embedding, *, num_workers: int | None = None
-) -> Iterator[Chunk]:
+) -> Generator[Chunk, None, None]:
     """Yield the features of chunks as they come, computed on the connected cluster.
 
     See :func:`features_on_ray`. Closing the iterator ends the work.
@@ -111,7 +111,8 @@ def stream_on_ray(
     weights = ray.put(Path(embedding.encoder).read_bytes())
     dataset = _dataset(shared, weights, embedding, num_chunks=len(chunks), pools=pools)
     with own_errors("embedding"):
-        for block in dataset.iter_batches(batch_size=None, batch_format="numpy"):
+        blocks: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="numpy")
+        for block in blocks:
             if len(block[_PLACE]):  # none of the chunks past the last
                 yield Chunk(block[_PLACE], block[_FEATURES], block[_FLAW])
 

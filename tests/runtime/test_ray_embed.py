@@ -82,7 +82,7 @@ class TestFeaturesOnRay:
         embedding = Embedding(str(tiny_encoder()), 16)
         stream = stream_on_ray(source, chunks, embedding, num_workers=1)
         next(iter(stream))
-        stream.close()  # type: ignore[attr-defined] # a generator
+        stream.close()
         assert plan_pools(None, most=100).num_cpu_actors == 4
 
     def test_errors_are_raysls_own(
