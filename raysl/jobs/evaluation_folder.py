@@ -2,8 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raysl.errors import RunFolderError
-from raysl.track.folder_lock import folder_lock
+from raysl.track.folder_lock import held
 from raysl.track.run_folder import read_json, write_json
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -38,30 +38,13 @@ class EvaluationFolder:
         self.pictures = self.path / "pictures"
         self.mlflow = self.path / "mlflow.json"
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder for one process.
+    def locked(self) -> AbstractContextManager[None]:
+        """Hold the folder for one process; the lock goes with the process, however it ends.
 
         Raises:
-            RunFolderError: If another process holds it, or it cannot be made.
+            RunFolderError: On entering, if another process holds it, or it cannot be made.
         """
-
-        def busy(process: str) -> RunFolderError:
-            return RunFolderError(
-                f"{self.path}: process {process} is evaluating in this folder; wait for it, or "
-                f"give this evaluation another name=..."
-            )
-
-        with ExitStack() as stack:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(folder_lock(self.path, busy=busy))
-            except OSError as error:
-                raise RunFolderError(
-                    f"{self.path}: cannot be written: {error.strerror}; set output_dir to a folder "
-                    f"that can"
-                ) from None
-            yield
+        return held(self.path, doing="evaluating", instead="give this evaluation another name=...")
 
     def claim(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return what is known of the features if they are there; refuse those of something else.

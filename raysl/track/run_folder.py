@@ -5,12 +5,11 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from raysl.errors import RunFolderError
-from raysl.track.folder_lock import folder_lock
+from raysl.track.folder_lock import held
 
 _CHECKPOINT_NAME = re.compile(r"^step-(\d{9})$")
 _WAITING_NAME = re.compile(r"^step-(\d{9})\.safetensors$")
@@ -43,30 +42,13 @@ class RunFolder:
         self.to_evaluate = self.path / "to_evaluate"
         self.failed_evaluations = self.path / "failed_evaluations.jsonl"
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Hold the folder for one process; the lock goes with the process, however it ends.
 
         Raises:
-            RunFolderError: If another process holds it, or it cannot be made.
+            RunFolderError: On entering, if another process holds it, or it cannot be made.
         """
-
-        def busy(process: str) -> RunFolderError:
-            return RunFolderError(
-                f"{self.path}: process {process} is training in this folder; wait for it, or give "
-                f"this run another name=..."
-            )
-
-        with ExitStack() as stack:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(folder_lock(self.path, busy=busy))
-            except OSError as error:
-                raise RunFolderError(
-                    f"{self.path}: cannot be written: {error.strerror}; set output_dir to a folder "
-                    f"that can"
-                ) from None
-            yield
+        return held(self.path, doing="training", instead="give this run another name=...")
 
     def read_results(self) -> dict[str, Any] | None:
         """Return the results of a finished run, or None."""
