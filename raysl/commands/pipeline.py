@@ -25,6 +25,9 @@ from raysl.sources.subset import whole_source
 from raysl.track.run_folder import RunFolder, write_atomically, write_json
 from raysl.track.uri import tracking_uri, without_password
 
+# For MLflow's run of the pipeline, which those of its steps refer to; a new database takes a while.
+_PATIENCE_S = 45.0
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
@@ -180,7 +183,7 @@ class _Pipeline:
             tags={"raysl.kind": "pipeline", **git_state()},
         )
         tracker.start()
-        tracker.wait_for_run()
+        tracker.wait_for_run(_PATIENCE_S)
         return tracker
 
     def _end_tracking(self, status: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raysl.augment.ops import Flip
-from raysl.config.load import apply_overrides, plain_copy, read_mapping, validate
+from raysl.config.load import apply_overrides, plain_copy, read_mapping, validate, validated
 from raysl.encoder import read_description
 from raysl.errors import ConfigError, DataError
 from raysl.evaluate.protocol import EvaluateConfig
@@ -248,14 +248,14 @@ def _trained(
     if train.get("steps") is None:
         train.setdefault("epochs", epochs)
     if "global_batch_size" not in train:
-        num_images = _num_images(values, whole)
+        num_images = _num_images(values, whole, otherwise=most)
         workers = max(1, (values.get("cluster") or {}).get("num_train_workers", 1))
         train["global_batch_size"] = max(1, min(most, num_images) // workers) * workers
     return train
 
 
-def _num_images(values: Mapping[str, Any], whole: Source | None) -> int:
-    """Count the images that a run would be trained on."""
+def _num_images(values: Mapping[str, Any], whole: Source | None, *, otherwise: int) -> int:
+    """Count the images that a run would be trained on, unless its settings make no run."""
     section = values["data"]
     if "source" not in section:
         raise ConfigError(
@@ -263,9 +263,11 @@ def _num_images(values: Mapping[str, Any], whole: Source | None) -> int:
             "it is to be trained; give data.source=... with labels"
         )
     kind = load_method(str(values["method"]["name"])).Config
-    data = validate(DataConfig, section, where="data")
-    evaluate = validate(EvaluateConfig, values.get("evaluate") or {}, where="evaluate")
-    method = validate(kind, values["method"], where="method")
+    data = validated(DataConfig, section)
+    evaluate = validated(EvaluateConfig, values.get("evaluate") or {})
+    method = validated(kind, values["method"])
+    if isinstance(data, list) or isinstance(evaluate, list) or isinstance(method, list):
+        return otherwise  # all that is wrong is told when the whole run is looked at
     if whole is None:
         source = open_training_source(data, evaluate, method)
     else:

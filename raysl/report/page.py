@@ -151,6 +151,8 @@ _MAP = (
 
 def _summary(config: RunConfig[Any], derived: Derived, results: Mapping[str, Any]) -> str:
     epochs = derived.total_steps / derived.steps_per_epoch
+    if config.method.classifies:
+        return _classifier_summary(config, derived, results)
     sentence = (
         f"{escape(config.method.name)} pretrained a {escape(config.backbone.name)} for "
         f"{epochs:,.4g} epoch{'' if epochs == 1 else 's'} on {derived.num_images:,} images of "
@@ -165,6 +167,24 @@ def _summary(config: RunConfig[Any], derived: Derived, results: Mapping[str, Any
     untrained = accuracy(results, "untrained_linear_top1")
     than = "" if untrained is None else f", against {untrained[0]:.1f} % before training"
     return f"{sentence}; a linear classifier on its features is right in {linear[0]:.1f} %{than}."
+
+
+def _classifier_summary(
+    config: RunConfig[Any], derived: Derived, results: Mapping[str, Any]
+) -> str:
+    epochs = derived.total_steps / derived.steps_per_epoch
+    sentence = (
+        f"A {escape(config.backbone.name)} learnt to tell classes apart (method "
+        f"{escape(config.method.name)}) in {epochs:,.4g} epoch{'' if epochs == 1 else 's'} of "
+        f"{derived.num_images:,} images of {escape(config.data.source)}"
+    )
+    found = accuracy(results, "top1")
+    if found is None:
+        return f"{sentence}; how often it is right is not known."
+    return (
+        f"{sentence}; it is right in {found[0]:.1f} % of {_number(results.get('num_test_labels'))} "
+        f"test images."
+    )
 
 
 def _accuracy_section(folder: RunFolder, config: RunConfig[Any], results: Mapping[str, Any]) -> str:

@@ -61,8 +61,11 @@ def draw_pipeline(
         The name and the error of each picture that was not drawn, or of ``report``.
     """
     pictures = folder / "pictures"
-    failures = draw_each(pictures, {"accuracy": lambda path: draw_accuracies(path, rows)})
-    picture = shown_picture(pictures, "accuracy", "Accuracy of each network as a dot")
+    failures: list[tuple[str, str]] = []
+    picture = ""
+    if _measured(rows):
+        failures = draw_each(pictures, {"accuracy": lambda path: draw_accuracies(path, rows)})
+        picture = shown_picture(pictures, "accuracy", "Accuracy of each network as a dot")
     sections = [
         section("Accuracy on the test images", picture + _table(rows), _NOTE),
         section("Settings", folded("Configuration", f"<pre>{escape(settings)}</pre>")),
@@ -84,19 +87,24 @@ _NOTE = (
 
 
 def draw_accuracies(path: Path, rows: Sequence[Row]) -> None:
-    """Draw a dot for each network, by share of the labels from the top."""
-    shown = [row for row in rows if row["kind"] in _KINDS and row["top1"] is not None]
+    """Draw a dot for each network, by share of the labels from the top.
+
+    Args:
+        path: The file.
+        rows: As of :func:`draw_pipeline`; at least one of a network that learnt from labels.
+    """
+    shown = _measured(rows)
     shares = sorted({row["labels"] for row in shown})
-    figure = new_figure(height_in=0.9 + _ROW_IN * (len(shown) + 1.6 * len(shares)))
+    figure = new_figure(height_in=1.4 + _ROW_IN * (len(shown) + 1.6 * len(shares)))
     heights = [sum(row["labels"] == share for row in shown) for share in shares]
     grid = figure.subplots(
-        max(1, len(shares)),
+        len(shares),
         1,
         sharex=True,
         squeeze=False,
-        gridspec_kw={"height_ratios": heights or [1]},
+        gridspec_kw={"height_ratios": heights},
     )
-    for axes, share in zip(grid[:, 0], shares, strict=False):
+    for axes, share in zip(grid[:, 0], shares, strict=True):
         group = [row for row in shown if row["labels"] == share]
         style_axes(axes, title=_share_text(share, group[0].get("num_labels")), grid="x")
         for place, row in enumerate(reversed(group)):
@@ -124,6 +132,10 @@ def draw_accuracies(path: Path, rows: Sequence[Row]) -> None:
     save_png(figure, path)
 
 
+def _measured(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["kind"] in _KINDS and row["top1"] is not None]
+
+
 def _row_text(row: Row) -> str:
     text = {"scratch": "random weights", "distill": f"student {row.get('student', '')}".strip()}
     if row["kind"] in text:
@@ -141,7 +153,7 @@ def _share_text(share: float | None, num_labels: int | None) -> str:
 
 
 def _lead(rows: Sequence[Row]) -> str:
-    known = [row for row in rows if row["kind"] in _KINDS and row["top1"] is not None]
+    known = _measured(rows)
     if not known:
         return "No step that learns from labels has finished yet."
     best = max(known, key=lambda row: row["top1"])
@@ -160,7 +172,7 @@ def _table(rows: Sequence[Row]) -> str:
         cells = (
             "&ndash;" if share is None else f"{100 * share:g} %",
             "&ndash;" if layer is None else str(layer),
-            escape(row["teacher"] or "&ndash;") if row["teacher"] else "&ndash;",
+            escape(row["teacher"]) if row["teacher"] else "&ndash;",
             escape(row["backbone"]),
             "&ndash;" if top1 is None else f"{100 * top1:.1f}",
             escape(duration_text(row["seconds"])),

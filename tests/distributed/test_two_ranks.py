@@ -17,12 +17,11 @@ from two_ranks import RANKS, Results, mine
 
 import raysl.nn.contrast
 from raysl.evaluate.features import EvalImages, embed
-from raysl.evaluate.finetune import FinetuneConfig, finetune
 from raysl.methods import load_method
 from raysl.methods.base import Batch, Method, Progress, TrainingSet
 from raysl.methods.sigmoid import sigmoid_loss
 from raysl.methods.simclr import nt_xent_loss
-from raysl.nn.backbones import Backbone, BackboneConfig, build_backbone
+from raysl.nn.backbones import BackboneConfig, build_backbone
 from raysl.nn.batchnorm import set_batch_norm_scope
 from raysl.nn.collectives import (
     barrier,
@@ -30,6 +29,7 @@ from raysl.nn.collectives import (
     gather_batch,
     gather_batch_no_grad,
     mean_over_ranks,
+    on_its_own,
     rank_and_size,
     sum_over_ranks,
 )
@@ -204,28 +204,18 @@ def embedded() -> Results:
     return found
 
 
-def finetuned() -> Results:
-    """What rank 0 makes of an encoder that was trained with batch norm over all ranks."""
+def alone_for_a_while() -> Results:
+    """What rank 0 does on its own while the other one waits; a collective in it would hang."""
     found: Results = {}
     if rank_and_size()[0] == 0:
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4), nn.BatchNorm1d(4), nn.ReLU())
-        set_batch_norm_scope(net, "sync")
-        pixels = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
-        labels = np.arange(12) % 2
-        source = ArraySource("made up", pixels)
-        images = EvalImages(
-            source, np.arange(12), labels, size_px=8, crop_fraction=1.0, num_threads=1
-        )
-        found["finetuned"] = finetune(
-            Backbone(net, embed_dim=4),
-            None,
-            FinetuneConfig(label_fraction=0.5, epochs=3),
-            train=images,
-            test=images,
-            num_classes=2,
-            to_input=lambda x: torch.from_numpy(x).permute(0, 3, 1, 2) / 255,
-        )._asdict()
+        with on_its_own():
+            with on_its_own():
+                inside = rank_and_size()
+            rows = torch.arange(4.0, requires_grad=True)
+            gathered = gather_batch(rows)
+            sum_over_ranks(gathered.square()).sum().backward()
+            barrier()
+            found["on its own"] = (inside, rank_and_size(), gathered.detach(), rows.grad)
     barrier()
     return found
 
@@ -259,7 +249,7 @@ def collectives() -> Results:
 def everything() -> Results:
     """Compute what must not depend on how many processes share the work, and what does."""
     found: Results = {"losses": contrastive(), "batch_norm": batch_norm(), "embedded": embedded()}
-    found |= {"cached": cached()} | finetuned()
+    found |= {"cached": cached()} | alone_for_a_while()
     if rank_and_size()[1] == RANKS:
         found["collectives"] = collectives()
     return found | {name: train_steps(name) for name in METHODS}
@@ -435,10 +425,12 @@ class TestEmbed:
             torch.testing.assert_close(found["embedded"][count], alone["embedded"][count])
 
 
-def test_rank_0_fine_tunes_alone(ranks: list[Results], alone: Results) -> None:
-    """With a collective in it, it would wait for the other rank, which waits for it."""
-    assert "finetuned" not in ranks[1]
-    assert ranks[0]["finetuned"] == alone["finetuned"]
+def test_rank_0_works_on_its_own_as_a_single_process_would(
+    ranks: list[Results], alone: Results
+) -> None:
+    assert "on its own" not in ranks[1]
+    assert ranks[0]["on its own"][:2] == ((0, 1), (0, 1))
+    torch.testing.assert_close(ranks[0]["on its own"][2:], alone["on its own"][2:])
 
 
 class TestCachedGradient:
