@@ -51,6 +51,11 @@ def seen_part(
             f"data.label_column"
         )
     seen = rows if has_test_set(evaluate, data) else hold_out(rows)[0]
+    if not len(seen) and (method.needs_labels or config is not None):
+        raise DataError(
+            f"{source.name} has 1 labelled image, which is held out to test on; set "
+            f"evaluate.source to other test images"
+        )
     only = method.needs_labels or (config is not None and config.only)
     if config is None:
         everything = len(seen) == (len(labels) if only else len(rows))
@@ -59,8 +64,6 @@ def seen_part(
 
 
 def _chosen(labels: Rows, seen: Rows, config: LabelsConfig) -> Rows:
-    if not len(seen):
-        return seen
     return seen[balanced_subset(labels[seen], fraction=config.fraction, seed=config.seed)]
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysl.config.base import PositiveFloat, Probability
-from raysl.errors import ConfigError, ShapeError
+from raysl.errors import ConfigError, DataError, ShapeError
 from raysl.methods.base import (
     Batch,
     EmbeddingMethod,
@@ -28,6 +28,7 @@ from raysl.nn.collectives import mean_over_ranks
 from raysl.nn.geometry import entropy
 from raysl.nn.precision import at_least_float32
 
+_CHANNELS = 3
 _TOLERANCE = 1e-6  # of mean and deviation of the pixels
 
 
@@ -218,15 +219,33 @@ def _check_fit(teacher: Classifier, path: str, data: TrainingSet) -> None:
             f"method.teacher={path}: knows the classes {_some(teacher.class_names)}, the training "
             f"images have {_some(data.class_names)}; give a teacher of the same classes"
         )
-    for name, ours in (("mean", data.mean), ("std", data.std)):
+    known, ours = len(teacher.class_names), len(data.class_counts or ())
+    if ours > known:
+        raise ConfigError(
+            f"method.teacher={path}: knows {known} classes, the training images have {ours}; give "
+            f"a teacher of the same classes"
+        )
+    for name, pixels in (("mean", data.mean), ("std", data.std)):
         theirs = teacher.description.get(name)
-        if ours is None or not isinstance(theirs, list):
+        if pixels is None or theirs is None:
             continue
-        if any(abs(a - b) > _TOLERANCE for a, b in zip(ours, theirs, strict=True)):
+        if not _are_channels(theirs):
+            raise DataError(
+                f"method.teacher={path}: its header has {name}={theirs!r}, not a number a channel"
+            )
+        if any(abs(a - b) > _TOLERANCE for a, b in zip(pixels, theirs, strict=True)):
             raise ConfigError(
                 f"method.teacher={path}: was trained with data.{name}={theirs}, this run has "
-                f"{list(ours)}; set data.{name} to the teacher's"
+                f"{list(pixels)}; set data.{name} to the teacher's"
             )
+
+
+def _are_channels(values: Any) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == _CHANNELS
+        and all(isinstance(value, int | float) for value in values)
+    )
 
 
 def _some(names: Any) -> str:

@@ -177,7 +177,13 @@ def _kept_head(config: SupervisedConfig, backbone: Backbone) -> nn.Sequential:
         head = first_layers(whole, config.head_layers)
     except ConfigError as error:
         raise ConfigError(f"method.head_layers: {config.head}: {error}") from None
-    inputs = head[0].in_features
+    first = head[0]
+    if not isinstance(first, nn.Linear):
+        raise ConfigError(
+            f"method.head={config.head}: begins with a {type(first).__name__}, not with a linear "
+            f"layer; set method.head_layers=0"
+        )
+    inputs = first.in_features
     if inputs != backbone.embed_dim:
         raise ConfigError(
             f"method.head={config.head}: takes {inputs} features, the backbone gives "

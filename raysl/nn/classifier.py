@@ -131,9 +131,12 @@ def _build(description: Mapping[str, Any], path: Path) -> Classifier:
         ) from None
     try:
         encoder = build_backbone(config, image_size_px=size)
-        return Classifier(encoder, build_layers(description.get("head") or []), names)
+        head = build_layers(description.get("head") or [], inputs=encoder.embed_dim)
+        return Classifier(encoder, head, names)
     except (ConfigError, DataError) as error:
         raise type(error)(f"{path}: {error}") from None
+    except RuntimeError as error:  # no memory holds the positions of such images
+        raise DataError(f"{path}: its header has image_size_px={size}: {error}") from None
 
 
 def save_head(path: Path, head: nn.Sequential, *, description: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ def check_layer_decay(config: BackboneConfig) -> None:
     if config.family not in ("vit", "resnet"):
         raise ConfigError(
             f"optim.layer_decay counts the blocks of a vision transformer or the stages of a "
-            f"ResNet; backbone.name={config.name} is neither: leave it null"
+            f"ResNet; backbone.name={config.name} is neither: set it to 1"
         )
 
 

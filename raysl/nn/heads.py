@@ -102,14 +102,22 @@ def describe_layers(head: nn.Sequential) -> list[dict[str, Any]]:
     return found
 
 
-def build_layers(layers: Sequence[Mapping[str, Any]]) -> nn.Sequential:
+def build_layers(
+    layers: Sequence[Mapping[str, Any]], *, inputs: int | None = None
+) -> nn.Sequential:
     """Make a head of what :func:`describe_layers` returned, with random weights.
 
+    Args:
+        layers: Its layers.
+        inputs: Features that it is to take; None leaves that to its first layer.
+
     Raises:
-        DataError: If the data describe no head.
+        DataError: If the data describe no head, or one that takes other features.
     """
     try:
-        return nn.Sequential(*(_build_layer(layer) for layer in layers))
+        head = nn.Sequential(*(_build_layer(layer) for layer in layers))
+        _check_widths(head, inputs)
+        return head
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"its header describes no head that this version knows: {error}") from None
 
@@ -124,6 +132,19 @@ def _build_layer(layer: Mapping[str, Any]) -> nn.Module:
     if kind in ("relu", "gelu"):
         return nn.ReLU(inplace=True) if kind == "relu" else nn.GELU()
     raise ValueError(f"a layer {kind!r}")
+
+
+def _check_widths(head: nn.Sequential, inputs: int | None) -> None:
+    """Refuse a layer that cannot take what comes before it."""
+    for layer in head:
+        takes = gives = inputs
+        if isinstance(layer, nn.Linear):
+            takes, gives = layer.in_features, layer.out_features
+        elif isinstance(layer, nn.BatchNorm1d):
+            takes = gives = layer.num_features
+        if inputs is not None and takes != inputs:
+            raise ValueError(f"a layer of {takes} features after {inputs}")
+        inputs = gives
 
 
 def _width(value: Any) -> int:

@@ -56,7 +56,7 @@ def read_network(path: Path, *, kind: str, what: str) -> NetworkFile:
         raise DataError(f"{path}: safetensors, but not {what}")
     try:
         description = json.loads(header["raysl"])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, RecursionError):  # the last: a thousand brackets
         description = None
     if not isinstance(description, dict):
         raise DataError(f"{path}: {what} with a damaged header")

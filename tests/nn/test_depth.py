@@ -3,68 +3,72 @@ import torch
 
 from raysl.errors import ConfigError
 from raysl.nn.backbones import BackboneConfig, build_backbone
-from raysl.nn.depth import depth_scales
-from raysl.optim.build import OptimConfig, Special, scheduled_optimizer
+from raysl.nn.depth import check_layer_decay, depth_scales
+
+DECAY = 0.5
 
 
-def by_name(config: BackboneConfig, *, decay: float) -> dict[str, float]:
+def scales_by_name(config: BackboneConfig, decay: float = DECAY) -> dict[str, float]:
+    torch.manual_seed(0)
     backbone = build_backbone(config, image_size_px=32)
     scales = depth_scales(backbone, config, decay=decay)
     return {name: scales[parameter] for name, parameter in backbone.net.named_parameters()}
 
 
-def test_a_vit_s_are_those_of_beit_and_mae() -> None:
-    """decay ** (L + 1 - layer): patches 0, block i is i + 1, all else L + 1."""
-    found = by_name(BackboneConfig(name="vit_tiny", depth=4), decay=0.5)
-    assert found["patch_embed.proj.weight"] == found["cls_token"] == found["pos_embed"] == 0.5**5
-    for block in range(4):
-        own = {v for name, v in found.items() if name.startswith(f"blocks.{block}.")}
-        assert own == {0.5 ** (5 - (block + 1))}
-    assert found["norm.weight"] == 1.0
+class TestVisionTransformer:
+    @pytest.mark.parametrize("depth", [1, 3])
+    def test_a_layer_has_the_decay_to_the_power_of_the_layers_above_it(self, depth: int) -> None:
+        config = BackboneConfig(name="vit_tiny", patch_size_px=16, depth=depth)
+        found = scales_by_name(config)
+        for name, scale in found.items():
+            if name.startswith("blocks."):
+                layer = int(name.split(".")[1]) + 1
+            else:
+                layer = depth + 1 if name.startswith("norm") else 0
+            assert scale == DECAY ** (depth + 1 - layer), name
+        assert {scale for scale in found.values()} == {DECAY**k for k in range(depth + 2)}
+
+    def test_patches_class_token_and_positions_are_the_lowest_layer(self) -> None:
+        found = scales_by_name(BackboneConfig(name="vit_tiny", depth=2))
+        lowest = {name for name, scale in found.items() if scale == DECAY**3}
+        assert lowest == {
+            "cls_token",
+            "pos_embed",
+            "patch_embed.proj.weight",
+            "patch_embed.proj.bias",
+        }
+
+    @pytest.mark.parametrize(("pool", "norm"), [("mean", "norm"), ("mean_norm", "fc_norm")])
+    def test_last_norm_is_like_what_stands_on_the_encoder(self, pool: str, norm: str) -> None:
+        values = {"name": "vit_tiny", "depth": 1, "pool": pool}
+        found = scales_by_name(BackboneConfig.model_validate(values))
+        top = {name for name, scale in found.items() if scale == 1}
+        assert top == {f"{norm}.weight", f"{norm}.bias"}
 
 
-def test_a_resnet_s_go_by_stage() -> None:
-    found = by_name(BackboneConfig(name="resnet18", stem="small", width=0.125), decay=0.5)
-    assert found["conv1.weight"] == found["bn1.bias"] == 0.5**5
-    for stage in range(1, 5):
-        own = {v for name, v in found.items() if name.startswith(f"layer{stage}.")}
-        assert own == {0.5 ** (5 - stage)}
+class TestResNet:
+    def test_has_a_stem_and_four_stages(self) -> None:
+        found = scales_by_name(BackboneConfig(name="resnet18", stem="small", width=0.125))
+        for name, scale in found.items():
+            layer = int(name[5]) if name.startswith("layer") else 0
+            assert scale == DECAY ** (5 - layer), name
+        assert len(set(found.values())) == 5
+
+    def test_selective_kernels_have_their_stages_too(self) -> None:
+        config = BackboneConfig(name="resnet18", width=0.25, selective_kernels=True)
+        found = scales_by_name(config)
+        assert {scale for name, scale in found.items() if name.startswith("layer4.")} == {DECAY}
+        assert len(set(found.values())) == 5
 
 
-def test_other_encoders_are_refused() -> None:
-    config = BackboneConfig(name="convnext_tiny")
-    with pytest.raises(ConfigError, match=r"optim\.layer_decay counts the blocks.*convnext_tiny"):
-        depth_scales(build_backbone(config), config, decay=0.5)
+@pytest.mark.parametrize("name", ["vit_tiny", "resnet18"])
+def test_of_1_is_1_for_all(name: str) -> None:
+    settings = {"depth": 1} if name == "vit_tiny" else {"width": 0.125}
+    config = BackboneConfig.model_validate({"name": name} | settings)
+    assert set(scales_by_name(config, decay=1.0).values()) == {1.0}
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
-def test_an_optimizer_multiplies_each_rate(name: str) -> None:
-    low, high = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
-    optimizer = scheduled_optimizer(
-        [low, high],
-        OptimConfig.model_validate({"name": name, "base_lr": 1.0, "schedule": "constant"}),
-        global_batch_size=256,
-        steps_per_epoch=1,
-        total_steps=4,
-        special=Special(lr_scales={low: 0.25}),
-    )
-    optimizer.prepare(2)
-    rates = {id(g["params"][0]): g["lr"] for g in optimizer.optimizer.param_groups}
-    assert rates == {id(low): 0.25, id(high): 1.0}
-
-
-def test_lars_leaves_a_classifier_unadapted_and_others_do_not_notice() -> None:
-    weight, classifier = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
-    special = Special(unadapted={classifier})
-    sizes = {"global_batch_size": 256, "steps_per_epoch": 1, "total_steps": 4}
-    lars = scheduled_optimizer(
-        [weight, classifier], OptimConfig(name="lars", base_lr=0.5), special=special, **sizes
-    )
-    lars.prepare(0)
-    weight.grad = torch.ones(2, 2)
-    classifier.grad = torch.ones(2, 2)
-    lars.optimizer.step()
-    torch.testing.assert_close(classifier.detach(), torch.full((2, 2), 0.5))
-    assert float(weight.detach().min()) > 0.99  # 0.001 of its norm
-    sgd = scheduled_optimizer([weight, classifier], OptimConfig(), special=special, **sizes)
-    assert len(sgd.optimizer.param_groups) == 1
+@pytest.mark.parametrize("name", ["convnext_tiny", "torchvision:mnasnet0_5", "timm:resnet18"])
+def test_layers_of_unknown_order_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"backbone\.name={name} is neither: .*set it to 1"):
+        check_layer_decay(BackboneConfig(name=name))
