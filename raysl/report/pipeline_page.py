@@ -61,8 +61,10 @@ def draw_pipeline(
         The name and the error of each picture that was not drawn, or of ``report``.
     """
     pictures = folder / "pictures"
-    failures = draw_each(pictures, {"accuracy": lambda path: draw_accuracies(path, rows)})
-    picture = shown_picture(pictures, "accuracy", "Accuracy of each network as a dot")
+    failures, picture = [], ""
+    if _shown(rows):  # not so after the pretraining, which has no labels
+        failures = draw_each(pictures, {"accuracy": lambda path: draw_accuracies(path, rows)})
+        picture = shown_picture(pictures, "accuracy", "Accuracy of each network as a dot")
     sections = [
         section("Accuracy on the test images", picture + _table(rows), _NOTE),
         section("Settings", folded("Configuration", f"<pre>{escape(settings)}</pre>")),
@@ -84,19 +86,19 @@ _NOTE = (
 
 
 def draw_accuracies(path: Path, rows: Sequence[Row]) -> None:
-    """Draw a dot for each network, by share of the labels from the top."""
-    shown = [row for row in rows if row["kind"] in _KINDS and row["top1"] is not None]
+    """Draw a dot for each network, of which there is one, by share of the labels from the top."""
+    shown = _shown(rows)
     shares = sorted({row["labels"] for row in shown})
     figure = new_figure(height_in=0.9 + _ROW_IN * (len(shown) + 1.6 * len(shares)))
     heights = [sum(row["labels"] == share for row in shown) for share in shares]
     grid = figure.subplots(
-        max(1, len(shares)),
+        len(shares),
         1,
         sharex=True,
         squeeze=False,
-        gridspec_kw={"height_ratios": heights or [1]},
+        gridspec_kw={"height_ratios": heights},
     )
-    for axes, share in zip(grid[:, 0], shares, strict=False):
+    for axes, share in zip(grid[:, 0], shares, strict=True):
         group = [row for row in shown if row["labels"] == share]
         style_axes(axes, title=_share_text(share, group[0].get("num_labels")), grid="x")
         for place, row in enumerate(reversed(group)):
@@ -113,7 +115,7 @@ def draw_accuracies(path: Path, rows: Sequence[Row]) -> None:
             )
         axes.set_yticks(range(len(group)), [_row_text(row) for row in reversed(group)], fontsize=8)
         axes.set_ylim(-0.6, len(group) - 0.4)
-        axes.set_xlim(0, 1.12 * max(100 * row["top1"] for row in shown))
+        axes.set_xlim(0, 1.12 * max(1.0, *(100 * row["top1"] for row in shown)))
     grid[-1, 0].set_xlabel("top-1 accuracy, %", fontsize=8)
     kinds = [kind for kind in _KINDS if any(row["kind"] == kind for row in shown)]
     handles = [
@@ -122,6 +124,11 @@ def draw_accuracies(path: Path, rows: Sequence[Row]) -> None:
     ]
     legend_above(figure, handles, title="How the network was trained")
     save_png(figure, path)
+
+
+def _shown(rows: Sequence[Row]) -> list[Row]:
+    """Return what learned from labels and was measured."""
+    return [row for row in rows if row["kind"] in _KINDS and row["top1"] is not None]
 
 
 def _row_text(row: Row) -> str:
@@ -141,7 +148,7 @@ def _share_text(share: float | None, num_labels: int | None) -> str:
 
 
 def _lead(rows: Sequence[Row]) -> str:
-    known = [row for row in rows if row["kind"] in _KINDS and row["top1"] is not None]
+    known = _shown(rows)
     if not known:
         return "No step that learns from labels has finished yet."
     best = max(known, key=lambda row: row["top1"])
