@@ -114,7 +114,7 @@ class TestPage:
         assert [name for name, _ in found] == [each["step"] for each in ROWS]
         cells = {name: rest.split("<td>")[1:] for name, rest in found}
         dash = "&ndash;"
-        assert cells["pretrain"][:6] == [dash, dash, dash, "resnet18 0.5x", "60.0", "60 s"]
+        assert cells["pretrain"][:6] == [dash, dash, dash, "resnet18 0.5x", "60.0", "60.0 s"]
         assert cells["finetune-1percent-layer1"][:3] == ["1 %", "1", dash]
         assert cells["linear-10percent-layer0"][1] == "0"  # not the same as no choice
         assert cells["distill-10percent-small"][2:5] == [
