@@ -85,7 +85,8 @@ def accuracy(model: Classifier) -> float:
     """Classify every test image of the digits as the file says that they are to be shown."""
     source = open_digits("test")
     size = model.description["image_size_px"]
-    images = [square(image, size_px=size, crop_fraction=1.0) for image in source.images]
+    colored = [np.stack([grey] * 3, axis=-1) for grey in source.images]
+    images = [square(image, size_px=size, crop_fraction=1.0) for image in colored]
     mean, std = (torch.tensor(model.description[name]) for name in ("mean", "std"))
     pixels = (torch.from_numpy(np.stack(images)) / 255 - mean) / std
     with torch.inference_mode():
