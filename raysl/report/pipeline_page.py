@@ -121,7 +121,7 @@ def draw_accuracies(path: Path, rows: Sequence[Row]) -> None:
             )
         axes.set_yticks(range(len(group)), [_row_text(row) for row in reversed(group)], fontsize=8)
         axes.set_ylim(-0.6, len(group) - 0.4)
-        axes.set_xlim(0, 1.12 * max(100 * row["top1"] for row in shown))
+        axes.set_xlim(0, 1.12 * max(1.0, *(100 * row["top1"] for row in shown)))
     grid[-1, 0].set_xlabel("top-1 accuracy, %", fontsize=8)
     kinds = [kind for kind in _KINDS if any(row["kind"] == kind for row in shown)]
     handles = [
