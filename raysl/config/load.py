@@ -263,11 +263,21 @@ def validated(model: type[M], values: Mapping[str, Any]) -> M | list[Problem]:
         # As JSON, because strict mode then still reads a list as a tuple and an int as a float.
         return model.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
+        found = error.errors(include_url=False)
         return [
             Problem(_place(model, raw), _describe(model, raw | {"msg": line}))
-            for raw in error.errors(include_url=False)
+            for raw in found
+            if not _follows_from_another(raw, found)
             for line in raw["msg"].split("\n")  # a rule between keys may find several things
         ]
+
+
+def _follows_from_another(problem: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a list is called too short only because pydantic did not count its bad entries."""
+    depth = len(problem["loc"])
+    return problem["type"] == "too_short" and any(
+        len(other["loc"]) > depth and other["loc"][:depth] == problem["loc"] for other in found
+    )
 
 
 def _place(model: type[BaseModel], problem: Mapping[str, Any]) -> tuple[str, ...]:

@@ -77,11 +77,9 @@ def _neighbor(wanted: str | None, shown: Shown) -> Cell:
 
 
 def _short(name: str) -> str:
-    """Shorten a name; of a path, its end tells more."""
-    if len(name) > _NAME_LETTERS and "/" in name:
-        name = name.rpartition("/")[2]
-    short = drawable_name(name, otherwise="") if name else ""
-    return short if len(short) <= _NAME_LETTERS else short[: _NAME_LETTERS - 2] + ".."
+    """Shorten a name from its beginning: of a path, and of a row of a shard, the end tells more."""
+    end = name if len(name) <= _NAME_LETTERS else ".." + name[2 - _NAME_LETTERS :]
+    return drawable_name(end, otherwise="") if end else ""
 
 
 def _save(path: Path, cells: Sequence[Sequence[Cell]], title: str) -> None:

@@ -168,6 +168,7 @@ class TestRecord:
                 "seed": 4,
                 "rows": rows_of(source),
             }
+            assert record is not None
             assert all(type(row) is int for row in record["rows"])
 
     def test_there_is_none_where_no_part_was_asked_for(self) -> None:

@@ -234,7 +234,7 @@ class TestSupervised:
         where = {id(p): group for group in groups for p in group["params"]}
         weight = where[id(method.network.linear.weight)]
         assert (weight["adapt"], weight["weight_decay"]) == (False, 0.0)
-        assert where[id(method.encoder.net[0].weight)].get("adapt", True) is True
+        assert where[id(next(method.encoder.parameters()))].get("adapt", True) is True
 
     def test_nameless_classes_are_named_by_their_numbers(self, tiny_backbone: Backbones) -> None:
         data = DATA._replace(class_names=())

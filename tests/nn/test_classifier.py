@@ -18,8 +18,8 @@ from raysl.nn.classifier import Classifier, load_classifier, load_head, save_cla
 from raysl.nn.heads import projection_mlp
 
 CLASSES = ["cat", "dog", "cow"]
-RESNET = {"name": "resnet18", "stem": "small", "width": 0.125}
-SECTIONS = {
+RESNET: dict[str, Any] = {"name": "resnet18", "stem": "small", "width": 0.125}
+SECTIONS: dict[str, dict[str, Any]] = {
     "resnet": RESNET,
     "vit": {"name": "vit_tiny", "patch_size_px": 16, "depth": 1},
     "torchvision": {"name": "torchvision:squeezenet1_1"},

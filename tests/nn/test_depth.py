@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -63,7 +65,7 @@ class TestResNet:
 
 @pytest.mark.parametrize("name", ["vit_tiny", "resnet18"])
 def test_of_1_is_1_for_all(name: str) -> None:
-    settings = {"depth": 1} if name == "vit_tiny" else {"width": 0.125}
+    settings: dict[str, Any] = {"depth": 1} if name == "vit_tiny" else {"width": 0.125}
     config = BackboneConfig.model_validate({"name": name} | settings)
     assert set(scales_by_name(config, decay=1.0).values()) == {1.0}
 

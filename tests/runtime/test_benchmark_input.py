@@ -30,6 +30,7 @@ pytestmark = pytest.mark.ray
 
 MAKING = Making((View(count=2, size_px=16),))
 TWO = Layout(0, 0.0, 2, 0.9, False, 1, 1)
+ALL = Layout(0, 0.0, 4, 0.99, False, 1, 1)
 
 
 def source() -> ArraySource:
@@ -87,6 +88,7 @@ class TestStream:
             def hold(self) -> None:
                 """Return once the CPUs are taken."""
 
+        benchmark_input.wait_for_cpus(ALL)  # of the test before
         monkeypatch.setattr(benchmark_input, "_FREE_WITHIN_S", 0.5)
         holder = ray.remote(Holder).options(num_cpus=3).remote()
         ray.get(holder.hold.remote())
