@@ -153,7 +153,7 @@ class TestFinetune:
         assert (run.name, run.train.epochs, run.train.global_batch_size) == ("mine", 7, 5)
         assert (run.method.head_layers, run.optim.base_lr) == (2, 0.25)
         assert run.optim.lr_scaling == "sqrt"  # the rest of the section stays
-        assert run.data.views.min_scale == 0.9
+        assert run.data.views.model_dump()["min_scale"] == 0.9
         assert run.data.labels is not None
         assert (run.data.labels.fraction, run.data.labels.only) == (0.1, True)
 
@@ -205,7 +205,7 @@ class TestFinetune:
         torch.manual_seed(0)
         save_head(path.with_name(HEAD_FILE), projection_mlp(8, 7, 5, num_layers=3), description={})
         run = finetune(path, "data.source=digits", "data.limit=100", TEN_PERCENT)
-        assert (run.data.views.size_px, run.backbone.width) == (16, 0.125)
+        assert (run.image_size_px, run.backbone.width) == (16, 0.125)
         assert (run.data.mean, run.data.std) == ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
         assert (run.backbone.weights, run.method.head_layers) == (str(path), 1)
         assert run.train.global_batch_size == 10
