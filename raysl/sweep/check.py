@@ -210,7 +210,10 @@ def _trial_problems(
 
 def _classifier_problems(sweep: SweepConfig, method: str) -> Iterator[str]:
     """Refuse the accuracy of features where a classifier is trained, and the other way round."""
-    classifies = load_method(method).Config.classifies
+    try:
+        classifies = load_method(method).Config.classifies
+    except ConfigError:  # an unknown method is a problem of the run, which says so
+        return
     for name in (sweep.metric.name, *sweep.metric.also):
         if name in OF_CLASSIFIERS and not classifies:
             yield f"{name}: method {method} trains no classifier; take eval/knn_top1"
