@@ -1,6 +1,7 @@
 """`raysl export`: an encoder in the formats of others, each one checked."""
 
 import argparse
+import difflib
 import importlib
 import re
 import shlex
@@ -114,7 +115,9 @@ def _formats(arguments: argparse.Namespace) -> list[str]:
     asked = [name for text in arguments.format for name in text.split(",") if name]
     unknown = [name for name in asked if name not in _NAMES]
     if unknown or not asked:
-        raise ConfigError(f"--format {', '.join(unknown)}: known are {', '.join(_NAMES)}")
+        near = difflib.get_close_matches(unknown[0], _NAMES, n=1) if unknown else []
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"--format {', '.join(unknown)}: known are {', '.join(_NAMES)}{hint}")
     if (_MLFLOW in asked) != (arguments.name is not None):
         raise ConfigError("--format mlflow and --name NAME_IN_THE_REGISTRY go together")
     return list(dict.fromkeys(asked))

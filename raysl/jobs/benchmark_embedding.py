@@ -4,13 +4,7 @@ Each runs in a process of its own (``python -m raysl.jobs.benchmark_embedding``,
 a JSON object out): a DataLoader forks its workers, which a process connected to Ray must not do.
 """
 
-import json
-import os
-import pickle
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +14,6 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from raysl.encoder import load_encoder
-from raysl.errors import DataError, RayslError
 from raysl.jobs.benchmark_peer import PeerImages
 from raysl.jobs.embedding import (
     Chunks,
@@ -32,6 +25,7 @@ from raysl.jobs.embedding import (
     read_pixels,
     stream_here,
 )
+from raysl.jobs.own_process import answer, ask
 from raysl.jobs.throughput import measure_batches
 from raysl.sources.source import Source
 from raysl.train.batches import view_converter
@@ -72,35 +66,7 @@ def run_loop(task: LoopTask) -> LoopSpeed:
     Raises:
         DataError: If it fails.
     """
-    package = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", "raysl.jobs.benchmark_embedding"],
-        input=pickle.dumps(task),
-        capture_output=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-    try:
-        answer = json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        what = said[-1] if said else f"exit status {done.returncode}"
-        raise DataError(f"{LOOPS[task.loop]}: failed: {what}") from None
-    if "error" in answer:
-        raise DataError(f"{LOOPS[task.loop]}: {answer['error']}")
-    return LoopSpeed(**answer)
-
-
-def main() -> None:
-    """Answer the task on standard input by one line on standard output."""
-    # The parent's own words; by its module's name, since here this file is called __main__.
-    task = pickle.loads(sys.stdin.buffer.read())
-    try:
-        answer: dict[str, Any] = measure_loop(task)._asdict()
-    except RayslError as error:
-        answer = {"error": str(error)}
-    sys.stdout.write(json.dumps(answer) + "\n")
+    return LoopSpeed(**ask("raysl.jobs.benchmark_embedding", task, name=LOOPS[task.loop]))
 
 
 def measure_loop(task: LoopTask) -> LoopSpeed:
@@ -174,4 +140,4 @@ class _Decoded(Dataset[Any]):
 
 
 if __name__ == "__main__":
-    main()
+    answer(measure_loop)

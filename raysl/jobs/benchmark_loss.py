@@ -7,7 +7,6 @@ tried.
 
 import contextlib
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -22,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raysl.jobs.own_process import environment
 from raysl.methods.simclr import nt_xent_loss
 
 TEMPERATURE = 0.1
@@ -148,8 +148,6 @@ def measure_in_own_process(form: str, batch_size: int, dim: int) -> dict[str, An
     if needed > _FREE_SHARE * free:
         problem = f"not tried: needs {needed / 2**30:,.0f} GiB, {free / 2**30:,.0f} GiB are free"
         return _failed(form, batch_size, dim, problem)
-    package = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])
     numbers = [str(batch_size), str(dim)]
     problem = f"took more than {_TIMEOUT_S:g} s"
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -159,7 +157,7 @@ def measure_in_own_process(form: str, batch_size: int, dim: int) -> dict[str, An
             text=True,
             check=False,
             timeout=_TIMEOUT_S,
-            env={**os.environ, "PYTHONPATH": path},
+            env=environment(),
         )
         if done.returncode == 0:
             answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

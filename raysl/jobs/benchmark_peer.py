@@ -8,14 +8,8 @@ import importlib
 import importlib.util
 import io
 import itertools
-import json
 import math
-import os
-import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +21,7 @@ from torchvision import transforms
 from raysl.augment.pipeline import View
 from raysl.augment.recipes import SimCLRViews
 from raysl.data.plan import Plan
-from raysl.errors import DataError, RayslError
+from raysl.jobs.own_process import answer, ask
 from raysl.jobs.throughput import measure_batches
 from raysl.sources.source import DataConfig, Source
 
@@ -74,30 +68,7 @@ def run_peer(task: PeerTask) -> PeerSpeed:
     Raises:
         DataError: If the peer fails.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "raysl.jobs.benchmark_peer"],
-        input=pickle.dumps(task),
-        capture_output=True,
-        check=False,
-        env=_environment(),
-    )
-    try:
-        answer = json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        what = said[-1] if said else f"exit status {done.returncode}"
-        raise DataError(f"{PEERS[task.peer]}: failed: {what}") from None
-    if "error" in answer:
-        raise DataError(f"{PEERS[task.peer]}: {answer['error']}")
-    return PeerSpeed(**answer)
-
-
-def _environment() -> dict[str, str]:
-    package = str(Path(__file__).resolve().parents[2])
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")]),
-    }
+    return PeerSpeed(**ask("raysl.jobs.benchmark_peer", task, name=PEERS[task.peer]))
 
 
 class PeerImages(Dataset[Any]):
@@ -116,17 +87,6 @@ class PeerImages(Dataset[Any]):
         except _BAD_IMAGE:  # it would end a training; here it only must not cost nothing
             image = PIL.Image.new("RGB", _STAND_IN_PX)
         return self.transform(image)
-
-
-def main() -> None:
-    """Answer the task on standard input by one line on standard output."""
-    # The parent's own words; by its module's name, since here this file is called __main__.
-    task = pickle.loads(sys.stdin.buffer.read())
-    try:
-        answer: dict[str, Any] = measure_peer(task)._asdict()
-    except RayslError as error:
-        answer = {"error": str(error)}
-    sys.stdout.write(json.dumps(answer) + "\n")
 
 
 def measure_peer(task: PeerTask) -> PeerSpeed:
@@ -259,4 +219,4 @@ def _lightly(data: DataConfig) -> Callable[[PIL.Image.Image], Any]:
 
 
 if __name__ == "__main__":
-    main()
+    answer(measure_peer)

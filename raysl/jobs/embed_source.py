@@ -33,7 +33,6 @@ from raysl.retrieval.shards import (
     write_shard,
 )
 from raysl.sources.source import BUILT_IN, Source
-from raysl.sources.storage import resolve
 
 _MIB = 1 << 20
 _SHOWN = 3
@@ -139,7 +138,7 @@ def embed_source(
     embedding = embedding_of(encoder, config)
     wanted = _wanted(source, encoder, config, embedding)
     folder = embeddings_folder(output)
-    _refuse_inside(folder, config)
+    folder.refuse_inside(config.source, why="hold features among its images")
     folder.create()
     with folder.locked():
         about = folder.claim()
@@ -201,18 +200,6 @@ def _absolute(source: str) -> str:
     if source in BUILT_IN or "://" in source:
         return source
     return str(Path(source).expanduser().absolute())
-
-
-def _refuse_inside(folder: PackFolder, config: EmbedConfig) -> None:
-    """The features would be taken for Parquet files of the source."""
-    if config.source in BUILT_IN:
-        return
-    filesystem, path = resolve(config.source)
-    if filesystem == folder.filesystem and f"{folder.root}/".startswith(path.rstrip("/") + "/"):
-        raise DataError(
-            f"{folder.uri} lies in the source, {config.source}, which would then hold features "
-            f"among its images; give a folder outside"
-        )
 
 
 def _refuse_others(folder: PackFolder, old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ import pyarrow.fs as pafs
 
 from raysl.errors import DataError
 from raysl.sources.manifest import CLAIM_NAME
+from raysl.sources.source import BUILT_IN
 from raysl.sources.storage import resolve
 from raysl.track.folder_lock import folder_lock
 
@@ -53,6 +54,25 @@ class PackFolder:
             self.filesystem.create_dir(f"{self.root}/{below}".rstrip("/"), recursive=True)
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{self.uri}: cannot be written: {error}") from None
+
+    def refuse_inside(self, source: str, *, why: str) -> None:
+        """Refuse a folder that lies in the source.
+
+        Args:
+            source: As of a configuration.
+            why: What the source would then be.
+
+        Raises:
+            DataError: If it does.
+        """
+        if source in BUILT_IN:
+            return
+        filesystem, path = resolve(source)
+        if filesystem == self.filesystem and f"{self.root}/".startswith(path.rstrip("/") + "/"):
+            raise DataError(
+                f"{self.uri} lies in the source, {source}, which would then {why}; give a folder "
+                f"outside"
+            )
 
     @contextmanager
     def locked(self) -> Iterator[None]:

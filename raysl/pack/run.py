@@ -32,8 +32,7 @@ from raysl.pack.shards import (
 )
 from raysl.pack.threads import map_in_threads
 from raysl.sources.manifest import Manifest, ManifestFile, read_manifest, write_manifest
-from raysl.sources.source import BUILT_IN, Source, digest
-from raysl.sources.storage import resolve
+from raysl.sources.source import Source, digest
 
 _MIB = 1 << 20
 _ESTIMATE_IMAGES = 256
@@ -127,7 +126,7 @@ def pack(source: Source, config: PackConfig, output: str, *, run: Runner, view: 
             or too many images are bad.
     """
     folder = PackFolder(output)
-    _refuse_inside(folder, config)
+    folder.refuse_inside(config.source, why="hold its images twice")
     folder.create()
     with folder.locked():
         wanted = {"fingerprint": source.fingerprint, **config.lasting()}
@@ -153,17 +152,6 @@ def pack(source: Source, config: PackConfig, output: str, *, run: Runner, view: 
         write_manifest(folder.filesystem, folder.root, manifest)
         folder.sweep(buckets=True)
     return _result(folder, manifest, complete_before=False)
-
-
-def _refuse_inside(folder: PackFolder, config: PackConfig) -> None:
-    if config.source in BUILT_IN:
-        return
-    filesystem, path = resolve(config.source)
-    if filesystem == folder.filesystem and f"{folder.root}/".startswith(path.rstrip("/") + "/"):
-        raise DataError(
-            f"{folder.uri} lies in the source, {config.source}, which would then hold its images "
-            f"twice; give a folder outside"
-        )
 
 
 def _manifest(folder: PackFolder) -> Manifest | None:

@@ -3,11 +3,14 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import ray
 
 import raysl.errors
 from raysl.errors import ClusterError, RayslError
+
+T = TypeVar("T")
 
 _OWN_ERROR = re.compile(r"^raysl\.errors\.(\w+): (.+?)(?=\n\s*\n|\Z)", re.MULTILINE | re.DOTALL)
 
@@ -30,3 +33,22 @@ def own_errors(what: str) -> Iterator[None]:
             raise getattr(raysl.errors, name, RayslError)(message) from None
         last = str(error).strip().splitlines()[-1]
         raise ClusterError(f"{what} failed: {type(error).__name__}: {last}") from None
+
+
+def result_of(reference: "ray.ObjectRef[T]", *, lost: str) -> T:
+    """Return what a task returned, or raise what it raised.
+
+    Args:
+        reference: Of the task.
+        lost: What to say, before Ray's own words, if Ray gave the task up.
+
+    Raises:
+        ClusterError: If it did.
+    """
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        raise (cause if isinstance(cause, Exception) else error) from None
+    except ray.exceptions.RayError as error:
+        raise ClusterError(f"{lost}: {error}") from None

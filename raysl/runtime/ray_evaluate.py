@@ -10,13 +10,17 @@ from collections.abc import Iterator, Sequence
 
 import ray
 import torch
-from ray.exceptions import RayError, RayTaskError
 
 from raysl.errors import ClusterError
 from raysl.evaluate.probes import Measured, ProbeSets
 from raysl.jobs.evaluation import Finished, Unit, measure_unit
+from raysl.runtime.own_errors import result_of
 
 _MAX_RETRIES = 3
+_LOST = (
+    f"a protocol was lost {_MAX_RETRIES + 1} times, as when memory runs out; "
+    "the same command goes on with what is missing"
+)
 _LOOK_EVERY_S = 0.5
 
 
@@ -44,7 +48,7 @@ def run_on_ray(units: Sequence[Unit], sets: ProbeSets, *, device: str) -> Iterat
         while running:
             ended, running = ray.wait(running, num_returns=1, timeout=_LOOK_EVERY_S)
             for reference in ended:
-                yield (unit_of[reference], *_result(reference))
+                yield (unit_of[reference], *result_of(reference, lost=_LOST))
     finally:  # after an error, or Ctrl-C
         for reference in running:
             ray.cancel(reference)
@@ -77,16 +81,3 @@ def _measure(unit: Unit, sets: ProbeSets, threads: int) -> tuple[Measured, float
             min(threads, os.cpu_count() or 1)
         )  # Ray may count more than there are
     return measure_unit(unit, sets, device="cuda" if on_gpu else "cpu")
-
-
-def _result(reference: "ray.ObjectRef[tuple[Measured, float]]") -> tuple[Measured, float]:
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        cause = error.cause
-        raise (cause if isinstance(cause, Exception) else error) from None
-    except RayError as error:
-        raise ClusterError(
-            f"a protocol was lost {_MAX_RETRIES + 1} times, as when memory runs out: {error}. The "
-            f"same command goes on with what is missing"
-        ) from None

@@ -11,15 +11,20 @@ from typing import Any
 
 import cv2
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError
 
 from raysl.errors import ClusterError
 from raysl.pack.folder import CLAIM, PackFolder
 from raysl.pack.run import Calls, Facts, Runner, Unit
 from raysl.pack.shards import Job, Report
+from raysl.runtime.own_errors import result_of
 from raysl.sources.source import Source
 
 _MAX_RETRIES = 3
+_LOST = (
+    f"a task of the pack was lost {_MAX_RETRIES + 1} times, as when memory runs out; "
+    "the same command goes on, and a lower num_workers or shard_mib takes less memory"
+)
 _LOOK_EVERY_S = 0.5
 
 
@@ -56,7 +61,7 @@ def on_ray(num_workers: int | None) -> Runner:
                 report(total - counted)
                 counted = total
                 for reference in ended:
-                    yield _result(reference)
+                    yield result_of(reference, lost=_LOST)
         finally:  # after an error, or Ctrl-C
             for reference in running:
                 ray.cancel(reference)
@@ -94,16 +99,3 @@ def _count(counter: Any, before: int) -> int:
     with suppress(RayActorError):
         return max(before, int(ray.get(counter.total.remote())))
     return before
-
-
-def _result(reference: "ray.ObjectRef[Facts]") -> Facts:
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        cause = error.cause
-        raise (cause if isinstance(cause, Exception) else error) from None
-    except RayError as error:
-        raise ClusterError(
-            f"a task of the pack was lost {_MAX_RETRIES + 1} times, as when memory runs out: "
-            f"{error}. The same command goes on; a lower num_workers or shard_mib takes less memory"
-        ) from None

@@ -94,7 +94,11 @@ def read_header(path: Path) -> dict[str, str]:
 
 
 def not_safetensors(path: Path, error: Exception) -> DataError:
-    """Return the error for what is no safetensors file."""
+    """Return the error for what is no safetensors file, or is not there."""
+    if not path.exists():
+        return DataError(
+            f"{path}: no such file or folder; give a finished run, or a file of weights"
+        )
     return DataError(f"{path}: not a safetensors file: {error}")
 
 
