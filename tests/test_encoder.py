@@ -179,7 +179,7 @@ class TestRefused:
             load_encoder(path)
 
     def test_a_file_that_is_not_there(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=r"encoder\.safetensors: no such file or folder; give a"):
+        with pytest.raises(DataError, match=r"encoder\.safetensors: no such file or folder; give "):
             load_encoder(tmp_path)
 
     @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
