@@ -15,8 +15,8 @@ from raysl.commands.search_all import search_all
 from raysl.commands.search_found import Found, draw_found, known
 from raysl.commands.terminal import console, print_json, say
 from raysl.errors import ConfigError, DataError
-from raysl.jobs.embed_source import digest_of, encoder_file
-from raysl.jobs.embedding import Embedding, features_here
+from raysl.jobs.embed_source import encoder_file
+from raysl.jobs.embedding import Embedding, encoder_digest, features_here
 from raysl.retrieval.embeddings import Embeddings
 from raysl.retrieval.images import open_again, open_queries
 from raysl.retrieval.search import search
@@ -109,7 +109,7 @@ def _embed_like(
     """Embed the queries as the images were embedded, with the same encoder."""
     about = embeddings.about
     encoder = encoder_file(arguments.encoder or about["encoder_path"])
-    if digest_of(encoder) != about["wanted"]["encoder"]:
+    if encoder_digest(encoder) != about["wanted"]["encoder"]:
         raise DataError(
             f"{encoder}: not the encoder that {arguments.embeddings} was made with (digest "
             f"{about['wanted']['encoder']}); give that one by --encoder"

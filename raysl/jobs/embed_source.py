@@ -5,7 +5,6 @@ depend on the source, the encoder and the settings, and not on who worked on the
 was stopped. Memory: the shards that are being filled, two or three of them.
 """
 
-import hashlib
 import shutil
 from collections.abc import Callable, Generator
 from contextlib import closing
@@ -18,7 +17,15 @@ import numpy.typing as npt
 from raysl.data.decode import Flaw
 from raysl.encoder import read_description
 from raysl.errors import ConfigError, DataError
-from raysl.jobs.embedding import Chunk, Chunks, Embedding, Features, chunk_images, normalisation
+from raysl.jobs.embedding import (
+    Chunk,
+    Chunks,
+    Embedding,
+    Features,
+    chunk_images,
+    encoder_digest,
+    normalisation,
+)
 from raysl.pack.folder import PackFolder
 from raysl.retrieval.config import EmbedConfig
 from raysl.retrieval.names import stable_name
@@ -106,12 +113,6 @@ def embedding_of(encoder: Path, config: EmbedConfig) -> Embedding:
     return Embedding(str(encoder), size, config.crop_fraction, config.precision)
 
 
-def digest_of(encoder: Path) -> str:
-    """Return 16 hex digits that change when the file does."""
-    with open(encoder, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
 def embed_source(
     source: Source,
     encoder: Path,
@@ -175,7 +176,7 @@ def embed_source(
 def _wanted(
     source: Source, encoder: Path, config: EmbedConfig, embedding: Embedding
 ) -> dict[str, Any]:
-    digest = digest_of(encoder)
+    digest = encoder_digest(encoder)
     lasting = config.lasting() | {"size_px": embedding.size_px}
     return {"encoder": digest, "fingerprint": source.fingerprint, **lasting}
 
@@ -204,7 +205,7 @@ def _absolute(source: str) -> str:
 
 def _refuse_others(folder: PackFolder, old: dict[str, Any], new: dict[str, Any]) -> None:
     named = {
-        "encoder": "the encoder (digest of its file)",
+        "encoder": "the encoder (digest of its weights)",
         "fingerprint": "the source's fingerprint",
     }
     changed = [

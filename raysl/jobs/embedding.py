@@ -17,7 +17,7 @@ from raysl.data.decode import Flaw, decode_or_flaw
 from raysl.encoder import load_encoder, read_description
 from raysl.errors import DataError, DivergedError
 from raysl.evaluate.features import square
-from raysl.sources.source import Source
+from raysl.sources.source import Source, digest
 from raysl.train.batches import view_converter
 
 Rows = npt.NDArray[np.int64]
@@ -333,3 +333,15 @@ def torch_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def encoder_digest(path: Path) -> str:
+    """Return 16 hex digits that change with an encoder's weights or how it wants its images.
+
+    Not with the bytes of its file: the same encoder, written again, has another header.
+    """
+    parts: list[bytes | str] = [repr(normalisation(path))]
+    for name, value in sorted(load_encoder(path).state_dict().items()):
+        kind = f"{name} {value.dtype} {tuple(value.shape)}"
+        parts += [kind, value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()]
+    return digest(*parts)

@@ -6,7 +6,6 @@ Whatever is done is on the disk when it is done, so that the same command goes o
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,11 +13,10 @@ import numpy.typing as npt
 import torch
 
 from raysl.config.load import validate
-from raysl.encoder import load_encoder
 from raysl.errors import DataError
 from raysl.evaluate.probes import Measured, ProbeSets
 from raysl.evaluate.registry import PROTOCOLS, Protocol, settings_digest
-from raysl.jobs.embedding import Embedding, normalisation
+from raysl.jobs.embedding import Embedding, encoder_digest
 from raysl.jobs.evaluation_config import EvaluationConfig, Origin
 from raysl.jobs.evaluation_folder import EvaluationFolder
 from raysl.jobs.evaluation_label_free import measure_label_free
@@ -209,18 +207,6 @@ def _identity(asked: Asked) -> dict[str, Any]:
 def _images_digest(images: Any) -> str:
     parts = (np.ascontiguousarray(x, dtype=np.int64).data for x in (images.rows, images.labels))
     return digest(images.source.fingerprint, *(bytes(part) for part in parts))
-
-
-def encoder_digest(path: Path) -> str:
-    """Return 16 hex digits that change with an encoder's weights or how it wants its images.
-
-    Not with the bytes of its file: the same encoder, written again, has another header.
-    """
-    parts: list[bytes | str] = [repr(normalisation(path))]
-    for name, value in sorted(load_encoder(path).state_dict().items()):
-        kind = f"{name} {value.dtype} {tuple(value.shape)}"
-        parts += [kind, value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()]
-    return digest(*parts)
 
 
 def _keep(

@@ -88,7 +88,7 @@ class TestSubjects:
     def test_needs_to_know_how_the_input_is_normalised(self, tmp_path: Path) -> None:
         path = encoder(tmp_path / "a", seed=0, mean=[0.5] * 3)
         assert open_subject("a", path).mean == (0.5, 0.5, 0.5)
-        with pytest.raises(DataError, match="not a safetensors file"):
+        with pytest.raises(DataError, match="no such file or folder"):
             open_subject("a", tmp_path / "missing.safetensors")
 
 

@@ -232,7 +232,7 @@ class TestRefusals:
         embed_it(photos, tiny_encoder(), out)
         before = shards_of(out)
         other = tiny_encoder("other", seed=1)
-        with pytest.raises(DataError, match=r"the encoder \(digest of its file\): '\w+' there"):
+        with pytest.raises(DataError, match=r"the encoder \(digest of its weights\): '\w+' there"):
             embed_it(photos, other, out)
         with pytest.raises(DataError, match="store: 'float32' there, 'float16' here"):
             embed_it(photos, tiny_encoder(), out, store="float16")

@@ -4,7 +4,7 @@ from typing import Any
 import torch
 
 from raysl.encoder import save_encoder
-from raysl.jobs.evaluation import encoder_digest
+from raysl.jobs.embedding import encoder_digest
 from raysl.nn.backbones import Backbone, BackboneConfig, build_backbone
 
 
