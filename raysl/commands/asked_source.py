@@ -6,7 +6,7 @@ from typing import TypeVar
 from raysl.config.load import apply_overrides, validate
 from raysl.errors import ConfigError
 from raysl.sources.open import open_source
-from raysl.sources.source import DataConfig, LocatedSource, Source, Split
+from raysl.sources.source import DataConfig, LocatedSource, Source
 
 C = TypeVar("C", bound=LocatedSource)
 
@@ -30,5 +30,4 @@ def open_asked(arguments: argparse.Namespace, model: type[C], *, where: str) -> 
         torchvision_root=config.torchvision_root,
         shuffle_window_mib=_WINDOW_MIB,
     )
-    split: Split = getattr(config, "split", "train")
-    return config, open_source(config, split=split, data=data)
+    return config, open_source(config, data=data)

@@ -25,7 +25,7 @@ from raysl.retrieval.config import EmbedConfig
 from raysl.runtime.benchmark_embedding import embedding_pools, measure_on_ray
 from raysl.runtime.cluster import connect, disconnect
 from raysl.runtime.ray_embed import quiet
-from raysl.sources.source import Source
+from raysl.sources.source import Source, size_of
 
 RAY = "ray"
 _NONE = "none"
@@ -189,7 +189,7 @@ def _given(
     results: Mapping[str, Any],
 ) -> Given:
     rows = np.arange(min(_DECODED, int(source.group_sizes.sum())), dtype=np.int64)
-    sizes = [len(each) if isinstance(each, bytes) else each.nbytes for each in source.read(rows)]
+    sizes = [size_of(each) for each in source.read(rows)]
     workers = results["gpus"] or results["actors"]
     return Given(
         num_images=arguments.images,

@@ -25,7 +25,7 @@ from raysl.pack.inspect import (
     summarise,
 )
 from raysl.report.measure import duration_text
-from raysl.sources.source import LocatedSource, Source
+from raysl.sources.source import Encoded, LocatedSource, Source
 
 _SAMPLE = 10_000
 _SHEET_IMAGES = 63
@@ -204,7 +204,10 @@ def _draw(
         raise DataError(f"{summary['source']}: no image that a contact sheet could show")
     rng = np.random.Generator(np.random.Philox(key=np.array([seed, 1], dtype=np.uint64)))
     rows = np.sort(rng.choice(good, min(_SHEET_IMAGES, len(good)), replace=False))
-    images = [_shrunk(row, data, source) for row, data in zip(rows, source.read(rows), strict=True)]
+    images = [
+        _shrunk(row, data, source)
+        for row, data in zip(rows.tolist(), source.read(rows), strict=True)
+    ]
     order = rng.permutation(len(rows))  # read in the source's order, shown in another
     labels, names = source.labels(), source.class_names
     captions = None
@@ -221,9 +224,9 @@ def _draw(
     )
 
 
-def _shrunk(row: int, encoded: bytes | Image, source: Source) -> Image:
+def _shrunk(row: int, encoded: Encoded, source: Source) -> Image:
     """Decode an image no larger than a sheet shows it."""
-    image = decode(encoded, where=source.where(int(row)))
+    image = decode(encoded, source.decoding(row), where=source.where(row))
     shrink = _SHEET_SIDE_PX / max(image.shape[:2])
     if shrink >= 1:
         return image

@@ -14,6 +14,8 @@ import simplejpeg
 
 from raysl.augment.crop import Image
 from raysl.errors import DecodeError
+from raysl.sources.pixels import PLAIN, Decoding
+from raysl.sources.source import Encoded, Unreadable
 
 _SIGNATURE_BYTES = 4
 _JPEG = b"\xff\xd8\xff"
@@ -35,6 +37,7 @@ class Flaw(enum.IntEnum):
     NOT_AN_IMAGE = 2
     DAMAGED = 3
     TOO_LARGE = 4
+    UNREADABLE = 5
 
     @property
     def reason(self) -> str:
@@ -43,15 +46,17 @@ class Flaw(enum.IntEnum):
             Flaw.EMPTY: "no bytes",
             Flaw.NOT_AN_IMAGE: "not an image of a known format",
             Flaw.DAMAGED: "damaged: cut short, or its data do not decode",
+            Flaw.UNREADABLE: "cannot be read",
             Flaw.TOO_LARGE: "more pixels than data.bad_images.max_megapixels",
         }[self]
 
 
-def decode(encoded: bytes | memoryview | Image, *, where: str) -> Image:
+def decode(encoded: Encoded | memoryview, how: Decoding = PLAIN, *, where: str) -> Image:
     """Decode one image, or raise.
 
     Args:
         encoded: As for :func:`decode_or_flaw`.
+        how: As for the same.
         where: Name of the image for the error message.
 
     Returns:
@@ -60,14 +65,16 @@ def decode(encoded: bytes | memoryview | Image, *, where: str) -> Image:
     Raises:
         DecodeError: If the bytes are not a whole image.
     """
-    result = decode_or_flaw(encoded)
+    result = decode_or_flaw(encoded, how)
     if isinstance(result, Flaw):
         raise flaw_error(result, encoded, where=where)
     return result
 
 
-def flaw_error(flaw: Flaw, encoded: bytes | memoryview | Image, *, where: str) -> DecodeError:
+def flaw_error(flaw: Flaw, encoded: Encoded | memoryview, *, where: str) -> DecodeError:
     """Return the error that names a bad image and says what is wrong with it."""
+    if isinstance(encoded, Unreadable):
+        return DecodeError(f"{where}: {encoded.reason}; remove it, or set data.bad_images.policy")
     begins = bytes(encoded[:_SIGNATURE_BYTES]).hex() or "nothing"
     return DecodeError(
         f"{where} ({len(encoded):,} bytes, begins with {begins}): {flaw.reason}; remove or "
@@ -76,7 +83,8 @@ def flaw_error(flaw: Flaw, encoded: bytes | memoryview | Image, *, where: str) -
 
 
 def decode_or_flaw(
-    encoded: bytes | memoryview | Image,
+    encoded: Encoded | memoryview,
+    how: Decoding,
     *,
     max_pixels: float = float("inf"),
     shrink: Callable[[int, int], int] | None = None,
@@ -86,6 +94,7 @@ def decode_or_flaw(
     Args:
         encoded: A JPEG, PNG, WebP, BMP or TIFF file's bytes, or pixels that need no decoding,
             ``(H, W)`` or ``(H, W, 3)`` uint8.
+        how: What the source's settings say of its images.
         max_pixels: An image of more pixels is not decoded.
         shrink: Called with a plain JPEG's height and width; returns 1 or one of ``JPEG_SHRINKS``,
             by which it is decoded to smaller sides, rounded up, in less time.
@@ -95,6 +104,8 @@ def decode_or_flaw(
         CMYK and 16-bit images are converted, an alpha channel is dropped. A JPEG that is cut short
         is damaged; one with other oddities that decoders forgive is not.
     """
+    if isinstance(encoded, Unreadable):
+        return Flaw.UNREADABLE
     if isinstance(encoded, np.ndarray):
         return encoded if encoded.ndim == 3 else cv2.cvtColor(encoded, cv2.COLOR_GRAY2RGB)  # type: ignore[return-value]
     if not len(encoded):

@@ -30,7 +30,7 @@ from raysl.augment.random import replacement_stream
 from raysl.data.decode import JPEG_SHRINKS, Flaw, decode_or_flaw, flaw_error
 from raysl.data.plan import Plan
 from raysl.errors import DataError
-from raysl.sources.source import BadImagesConfig, Source
+from raysl.sources.source import BadImagesConfig, Encoded, Source
 
 Block = dict[str, Any]
 """Columns by name: arrays of one length."""
@@ -115,7 +115,9 @@ class ItemMaker:
             block[STEP][:] = step
             encoded = self.source.read(indices)
             for row, data in enumerate(encoded):
-                flaw = self._fill(block, row, data, epoch, int(keys[row]))
+                flaw = self._fill(
+                    block, row, data, index=int(indices[row]), epoch=epoch, key=int(keys[row])
+                )
                 if flaw is not None:
                     if self.making.bad_images.policy == "fail":
                         raise flaw_error(flaw, data, where=self.source.where(int(indices[row])))
@@ -144,11 +146,13 @@ class ItemMaker:
         }
 
     def _fill(
-        self, block: Block, row: int, encoded: bytes | Image, epoch: int, key: int
+        self, block: Block, row: int, encoded: Encoded, *, index: int, epoch: int, key: int
     ) -> Flaw | None:
         """Make the views of one image into a row of the block, or return what is wrong with it."""
         made = _Planned(self.views, seed=self.plan.seed, epoch=epoch, key=key)
-        image = decode_or_flaw(encoded, max_pixels=self._max_pixels, shrink=made.shrink)
+        image = decode_or_flaw(
+            encoded, self.source.decoding(index), max_pixels=self._max_pixels, shrink=made.shrink
+        )
         if isinstance(image, Flaw):
             return image
         for kind, planned in enumerate(made.for_image(image)):
@@ -163,7 +167,7 @@ class ItemMaker:
         return None
 
     def _take_its_place(
-        self, block: Block, row: int, encoded: Sequence[bytes | Image], epoch: int, key: int
+        self, block: Block, row: int, encoded: Sequence[Encoded], epoch: int, key: int
     ) -> None:
         """Fill the row of a bad image with another, a function of the seed and the key alone.
 
@@ -176,7 +180,8 @@ class ItemMaker:
         if self.making.bad_images.policy == "skip" and good.size:
             other = int(good[rng.integers(good.size)])
             block[INDEX][row] = block[INDEX][other]
-            self._fill(block, row, encoded[other], epoch, key)
+            index = int(block[INDEX][other])
+            self._fill(block, row, encoded[other], index=index, epoch=epoch, key=key)
             return
         sizes = self.source.group_sizes
         ends = np.cumsum(sizes)  # rare enough not to be kept
@@ -186,7 +191,8 @@ class ItemMaker:
             if draw >= _MOST_DRAWS // 2:  # perhaps the whole group is bad
                 low, high = 0, int(ends[-1])
             other = int(rng.integers(low, high))
-            if self._fill(block, row, self.source.read([other])[0], epoch, key) is None:
+            data = self.source.read([other])[0]
+            if self._fill(block, row, data, index=other, epoch=epoch, key=key) is None:
                 block[INDEX][row] = other
                 return
         raise DataError(

@@ -77,7 +77,8 @@ class EvalImages:
 
         A bad one is black and noted in ``bad``: it still counts, since every image does.
         """
-        image = decode_or_flaw(self.source.read([int(self.rows[place])])[0])
+        row = int(self.rows[place])
+        image = decode_or_flaw(self.source.read([row])[0], self.source.decoding(row))
         if isinstance(image, Flaw):
             self.bad.add(place)
             return np.zeros((_BLANK_SIDE, _BLANK_SIDE, 3), dtype=np.uint8)

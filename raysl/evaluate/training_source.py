@@ -1,7 +1,7 @@
 """The images that a run trains on: with the labels that its method may see, and no others."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -37,7 +37,7 @@ def seen_part(
     source: Source, data: DataConfig, evaluate: EvaluateConfig, method: MethodConfig
 ) -> Source:
     """Return of a source that is open already what :func:`open_training_source` returns."""
-    config = data.labels
+    config = None if data.labels == "none" else data.labels
     if config is None and not method.uses_labels:
         return source
     labels = source.labels()
@@ -67,14 +67,16 @@ def _chosen(labels: Rows, seen: Rows, config: LabelsConfig) -> Rows:
     return seen[balanced_subset(labels[seen], fraction=config.fraction, seed=config.seed)]
 
 
-def labels_record(source: Source, config: LabelsConfig | None) -> Mapping[str, Any] | None:
+def labels_record(
+    source: Source, config: LabelsConfig | Literal["none"] | None
+) -> Mapping[str, Any] | None:
     """Return which labels a run sees, for ``labels.json``; None if it sees all or none.
 
     Args:
         source: What :func:`open_training_source` returned.
         config: The section ``data.labels``.
     """
-    if config is None or not isinstance(source, SubsetSource):
+    if config is None or config == "none" or not isinstance(source, SubsetSource):
         return None
     return {
         "source": source.name,

@@ -12,12 +12,11 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from raysl.augment.crop import Image
 from raysl.data.decode import decode
 from raysl.data.plan import Plan
 from raysl.data.stream import ItemMaker, Making
 from raysl.errors import DecodeError
-from raysl.sources.source import Source
+from raysl.sources.source import Encoded, Source, size_of
 
 _MOST_DECODED = 512  # different images that decoding alone goes round
 _MAX_BATCH = 256
@@ -55,12 +54,12 @@ class TimedSource:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
 
-    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[bytes | Image]:
+    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
         """Read from the source inside."""
         began = time.perf_counter()
         data = self._source.read(indices)
         self.seconds += time.perf_counter() - began
-        self.num_bytes += sum(d.nbytes if isinstance(d, np.ndarray) else len(d) for d in data)
+        self.num_bytes += sum(size_of(d) for d in data)
         return data
 
 
@@ -146,7 +145,8 @@ def time_decode(source: Source, *, seconds: float) -> float | None:
     began = time.perf_counter()
     while tried == 0 or time.perf_counter() - began < seconds:
         with suppress(DecodeError):  # what becomes of bad images is the run's policy, not ours
-            decode(encoded[tried % count], where=source.where(tried % count))
+            row = tried % count
+            decode(encoded[row], source.decoding(row), where=source.where(row))
             done += 1
         tried += 1
     return done / (time.perf_counter() - began)

@@ -23,7 +23,7 @@ from raysl.augment.recipes import SimCLRViews
 from raysl.data.plan import Plan
 from raysl.jobs.own_process import answer, ask
 from raysl.jobs.throughput import measure_batches
-from raysl.sources.source import DataConfig, Source
+from raysl.sources.source import DataConfig, Source, Unreadable
 
 PEERS = {
     "torch": "torch DataLoader, torchvision on PIL, float, normalised",
@@ -83,6 +83,8 @@ class PeerImages(Dataset[Any]):
         if isinstance(data, np.ndarray):
             return self.transform(PIL.Image.fromarray(data).convert("RGB"))
         try:
+            if isinstance(data, Unreadable):
+                raise OSError(data.reason)
             image = PIL.Image.open(io.BytesIO(data)).convert("RGB")
         except _BAD_IMAGE:  # it would end a training; here it only must not cost nothing
             image = PIL.Image.new("RGB", _STAND_IN_PX)

@@ -122,7 +122,7 @@ def read_pixels(
     encoded = source.read(rows) if len(rows) else []
 
     def put(place: int) -> None:
-        image = decode_or_flaw(encoded[place])
+        image = decode_or_flaw(encoded[place], source.decoding(int(rows[place])))
         if isinstance(image, Flaw):
             flaws[place] = image
         else:

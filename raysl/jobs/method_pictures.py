@@ -65,7 +65,7 @@ def _sample(source: Source, views: Sequence[View], *, seed: int) -> dict[str, An
     kept: list[int] = []
     columns: list[list[npt.NDArray[np.uint8]]] = [[] for _ in views]
     for row, encoded in zip(rows.tolist(), source.read(rows), strict=True):
-        image = decode_or_flaw(encoded)
+        image = decode_or_flaw(encoded, source.decoding(row))
         if isinstance(image, Flaw):
             continue
         made = make_views(image, views, seed=seed, epoch=0, index=row)

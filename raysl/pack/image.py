@@ -9,6 +9,7 @@ from raysl.augment.crop import Image
 from raysl.data.decode import Flaw, decode_or_flaw
 from raysl.pack.config import PackConfig
 from raysl.pack.header import Header, read_header
+from raysl.sources.source import Encoded, Unreadable
 
 _KEPT = ("jpeg", "png", "webp")  # what every decoder of images reads
 _TURNED = 5  # EXIF orientations from here on swap width and height
@@ -27,7 +28,7 @@ class Packed(NamedTuple):
     """Why it is bad; empty for a good one."""
 
 
-def pack_image(encoded: bytes | memoryview | Image, config: PackConfig) -> Packed:
+def pack_image(encoded: Encoded | memoryview, config: PackConfig) -> Packed:
     """Make one image ready.
 
     Args:
@@ -38,8 +39,14 @@ def pack_image(encoded: bytes | memoryview | Image, config: PackConfig) -> Packe
         The original bytes where they may stay. What is encoded anew is upright: its EXIF turn is
         in its pixels.
     """
+    if isinstance(encoded, Unreadable):
+        return Packed(b"", 0, 0, 0, encoded.reason)
     if isinstance(encoded, np.ndarray):
         return _encode(encoded, config, bytes_in=encoded.nbytes, lossless=True)
+    return _pack_file(encoded, config)
+
+
+def _pack_file(encoded: bytes | memoryview, config: PackConfig) -> Packed:
     size = len(encoded)
     header = read_header(encoded)
     keep = config.re_encode == "needed" and header.format in _KEPT and header.bits == 8
@@ -48,7 +55,7 @@ def pack_image(encoded: bytes | memoryview | Image, config: PackConfig) -> Packe
         if header.width * header.height > config.max_megapixels * 1e6:
             return _bad(Flaw.TOO_LARGE, size)
         return Packed(bytes(encoded), *_upright(header), size)
-    image = decode_or_flaw(encoded, max_pixels=config.max_megapixels * 1e6)
+    image = decode_or_flaw(encoded, config.decoding(), max_pixels=config.max_megapixels * 1e6)
     if isinstance(image, Flaw):
         return _bad(image, size)
     height, width = image.shape[:2]

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from raysl.augment.crop import Image
 from raysl.data.decode import Flaw, decode_or_flaw
-from raysl.errors import DataError
 from raysl.pack.config import PackConfig
 from raysl.pack.header import Header, read_header
 from raysl.pack.image import pack_image
 from raysl.pack.threads import map_in_threads
-from raysl.sources.source import Labels, Source
+from raysl.sources.pixels import Decoding
+from raysl.sources.source import Encoded, Labels, Source, Unreadable
 
 Indices = npt.NDArray[np.int64]
 
@@ -114,8 +113,8 @@ def inspect(
 
     def look(rows: Indices) -> list[ImageFacts]:
         return [
-            _look_at(row, data, max_megapixels * 1e6)
-            for row, data in zip(rows.tolist(), _read(source, rows), strict=True)
+            _look_at(row, data, source.decoding(row), max_megapixels * 1e6)
+            for row, data in zip(rows.tolist(), source.read(rows), strict=True)
         ]
 
     facts: list[ImageFacts] = []
@@ -125,17 +124,9 @@ def inspect(
     return facts
 
 
-def _read(source: Source, rows: Indices) -> Sequence[bytes | Image | DataError]:
-    """Read rows; where that fails, one by one, so that one unreadable file is one broken image."""
-    try:
-        return source.read(rows)
-    except DataError as error:
-        return [error] if len(rows) == 1 else [_read(source, row[None])[0] for row in rows]
-
-
-def _look_at(row: int, encoded: bytes | Image | DataError, max_pixels: float) -> ImageFacts:
-    if isinstance(encoded, DataError):
-        return ImageFacts(row, 0, Header("unknown"), 0, 0, str(encoded), b"", 0.0)
+def _look_at(row: int, encoded: Encoded, how: Decoding, max_pixels: float) -> ImageFacts:
+    if isinstance(encoded, Unreadable):
+        return ImageFacts(row, 0, Header("unknown"), 0, 0, encoded.reason, b"", 0.0)
     if isinstance(encoded, np.ndarray):
         height, width = encoded.shape[:2]
         header = Header("pixels", width, height, "grey" if encoded.ndim == 2 else "rgb")
@@ -144,7 +135,7 @@ def _look_at(row: int, encoded: bytes | Image | DataError, max_pixels: float) ->
         header, size = read_header(encoded), len(encoded)
     digest = hashlib.blake2b(np.ascontiguousarray(encoded).data if size else b"", digest_size=8)
     began = time.perf_counter()
-    image = decode_or_flaw(encoded, max_pixels=max_pixels)
+    image = decode_or_flaw(encoded, how, max_pixels=max_pixels)
     seconds = time.perf_counter() - began
     if isinstance(image, Flaw):
         reason = "more pixels than max_megapixels" if image == Flaw.TOO_LARGE else image.reason
@@ -248,17 +239,18 @@ def pack_speedup(source: Source, facts: Sequence[ImageFacts]) -> float | None:
     places = np.unique(np.linspace(0, len(good) - 1, _TIMED_IMAGES).astype(int))
     before = source.read([good[place].row for place in places])
     after = [pack_image(encoded, config).image for encoded in before]
-    seconds = [_decode_seconds(images) for images in (before, after)]
+    hows = [source.decoding(good[place].row) for place in places]
+    seconds = [_decode_seconds(images, hows) for images in (before, after)]
     return seconds[0] / seconds[1]
 
 
-def _decode_seconds(images: Sequence[bytes | Image]) -> float:
+def _decode_seconds(images: Sequence[Encoded], hows: Sequence[Decoding]) -> float:
     """Return the shortest time of a few: others use the machine too."""
     seconds = []
     for _ in range(_TIMED_ROUNDS):
         began = time.perf_counter()
-        for image in images:
-            decode_or_flaw(image)
+        for image, how in zip(images, hows, strict=True):
+            decode_or_flaw(image, how)
         seconds.append(time.perf_counter() - began)
     return min(seconds)
 

@@ -205,7 +205,7 @@ def _rows(
                 place,
                 pack_image(data, job.config),
                 -1 if labels is None else int(labels[row]),
-                source.where(row),
+                source.row_id(row),
             )
             for row, place, data in zip(
                 part.tolist(), places[start : start + _CHUNK].tolist(), encoded, strict=True

@@ -72,7 +72,7 @@ def draw_views(
     rows = np.unique(np.linspace(0, total - 1, min(num_images, total)).astype(np.int64))
     grid: list[list[Image]] = []
     for row, encoded in zip(rows.tolist(), source.read(rows), strict=True):
-        image = decode_or_flaw(encoded)
+        image = decode_or_flaw(encoded, source.decoding(row))
         if isinstance(image, Flaw):
             continue
         made = make_views(image, views, seed=seed, epoch=0, index=row)

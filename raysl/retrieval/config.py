@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from raysl.config.base import PositiveInt, Probability
-from raysl.sources.source import LocatedSource, Split
+from raysl.sources.source import LocatedSource
 
 # What may differ between the start and the going on: none of it changes a feature.
 _FREE = {"source", "torchvision_root", "max_bad_share", "num_workers"}
@@ -14,8 +14,6 @@ _FREE = {"source", "torchvision_root", "max_bad_share", "num_workers"}
 class EmbedConfig(LocatedSource):
     """A source, and how its images are embedded."""
 
-    split: Split = "train"
-    """Which part of a built-in set (cifar10, ...); other sources have none."""
     size_px: PositiveInt | None = None
     """Side of the square given to the encoder; null takes the one it was trained with."""
     crop_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0

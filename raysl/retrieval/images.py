@@ -14,7 +14,7 @@ from raysl.evaluate.features import square
 from raysl.retrieval.config import EmbedConfig
 from raysl.retrieval.embeddings import Embeddings
 from raysl.sources.open import open_source
-from raysl.sources.source import IMAGE_SUFFIXES, ArraySource, DataConfig, Source
+from raysl.sources.source import IMAGE_SUFFIXES, ArraySource, DataConfig, Encoded, Source
 
 _SHOWN_PX = 160
 
@@ -36,7 +36,7 @@ def open_again(embeddings: Embeddings) -> Source:
     }
     config = EmbedConfig.model_validate(settings)
     data = DataConfig(source=config.source, torchvision_root=config.torchvision_root)
-    source = open_source(config, split=config.split, data=data)
+    source = open_source(config, data=data)
     if source.fingerprint != about["wanted"]["fingerprint"]:
         raise DataError(
             f"{about['source']}: has changed since {embeddings.folder.uri} was made of it; embed "
@@ -69,7 +69,7 @@ class FileImages(ArraySource):
         super().__init__("queries", np.zeros((len(files), 1, 1), dtype=np.uint8))
         self.files = list(files)
 
-    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[bytes | Image]:
+    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
         """Return the bytes of these files.
 
         Raises:
@@ -90,7 +90,10 @@ def squares(source: Source, rows: Sequence[int]) -> list[Image]:
 
     A small image stays as it is; all of a picture come out at one size.
     """
-    images = [decode_or_flaw(encoded) for encoded in source.read(np.asarray(rows, dtype=np.int64))]
+    images = [
+        decode_or_flaw(encoded, source.decoding(row))
+        for row, encoded in zip(rows, source.read(np.asarray(rows, dtype=np.int64)), strict=True)
+    ]
     blank = np.zeros((1, 1, 3), dtype=np.uint8)
     whole = [blank if isinstance(image, Flaw) else image for image in images]
     side = min(_SHOWN_PX, max((min(image.shape[:2]) for image in whole), default=1))

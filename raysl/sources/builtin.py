@@ -12,13 +12,14 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from raysl.errors import DataError
-from raysl.sources.source import ArraySource, Split
+from raysl.sources.source import ArraySource
 
+SPLITS = ("train", "test")
 _DIGIT_LEVELS = 16  # the digits count inked pixels of a 4 x 4 cell
 _DIGITS_TEST_IMAGES = 450
 
 
-def open_digits(split: Split) -> ArraySource:
+def open_digits(split: str) -> ArraySource:
     """Open the 1,797 handwritten digits of 8 x 8 pixels that scikit-learn carries.
 
     The 450 test images are drawn once, with as many of each class as the classes have.
@@ -35,10 +36,12 @@ def open_digits(split: Split) -> ArraySource:
     )[split == "test"]
     rows = np.sort(rows)
     names = [str(number) for number in range(10)]
-    return ArraySource(f"digits/{split}", images[rows], digits.target[rows].astype(np.int64), names)
+    return ArraySource(
+        f"digits/{split}", images[rows], digits.target[rows].astype(np.int64), names, SPLITS
+    )
 
 
-def open_torchvision(name: str, split: Split, *, root: str) -> ArraySource:
+def open_torchvision(name: str, split: str, *, root: str) -> ArraySource:
     """Open one of torchvision's data sets, downloading it if it is not below ``root``.
 
     STL-10's training split is its 105,000 images with and without labels; those without have
@@ -68,4 +71,5 @@ def open_torchvision(name: str, split: Split, *, root: str) -> ArraySource:
             f"data.source={name}: not found in {folder} and not to be downloaded ({error}). Put "
             f"torchvision's files there, set data.torchvision_root, or use a folder or Parquet"
         ) from None
-    return ArraySource(f"{name}/{split}", images, np.asarray(labels, np.int64), dataset.classes)
+    numbers = np.asarray(labels, np.int64)
+    return ArraySource(f"{name}/{split}", images, numbers, dataset.classes, SPLITS)

@@ -10,11 +10,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
-from raysl.augment.crop import Image
 from raysl.errors import DataError
 from raysl.sources.filter import Condition, keep
 from raysl.sources.labels import number_classes
-from raysl.sources.source import IMAGE_SUFFIXES, Labels, SourceConfig, digest
+from raysl.sources.pixels import Decoding
+from raysl.sources.source import (
+    IMAGE_SUFFIXES,
+    Encoded,
+    Labels,
+    SourceConfig,
+    digest,
+    spread_rows,
+)
 from raysl.sources.storage import REMOTE_READERS, is_local, list_files, read_file, readable
 
 
@@ -44,16 +51,21 @@ class FolderSource:
             images = images.filter(pa.array(files_kept(images, config.filter, where=where)))
             if images.num_rows == 0:
                 raise DataError(f"{where}: data.filter leaves no image")
-        images = images.slice(0, config.limit).combine_chunks()
+        images = images.take(spread_rows(images.num_rows, config.limit)).combine_chunks()
         self._paths = _one_chunk(images.column("path"))
         self.fingerprint = digest(*_buffers(self._paths), images.column("bytes").to_numpy().data)
         self.window_size = None
+        self.notes: tuple[str, ...] = ()
+        self.splits: tuple[str, ...] = ()
+        self.label_advice = "put the images into folders, one a class"
+        self._decoding = config.decoding()
         self.weights: npt.NDArray[np.float64] | None = None
         self.class_names: list[str] = []
         self._labels: Labels | None = None
         folders = pc.struct_field(pc.extract_regex(self._paths, "^(?P<folder>[^/]+)/"), "folder")
         if folders.null_count == 0:
-            labels, names = number_classes([folders], where=self.root)
+            labels, names, _ = number_classes([folders])
+            assert labels is not None  # folders have names
             if len(names) > 1:
                 # Class numbers are few: a byte or two a file on the way to the workers.
                 self._labels = labels.astype(np.min_scalar_type(len(names)))
@@ -64,7 +76,7 @@ class FolderSource:
         """Any file is as quick to read as any other."""
         return np.array([len(self._paths)], dtype=np.int64)
 
-    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[bytes | Image]:
+    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
         """Return the bytes of these files.
 
         Raises:
@@ -80,6 +92,14 @@ class FolderSource:
 
     def _path(self, index: int) -> bytes:
         return os.fsencode(self.root) + b"/" + bytes(self._paths[index].as_py())
+
+    def decoding(self, index: int) -> Decoding:
+        """Return what the source's settings say of its files."""
+        return self._decoding
+
+    def row_id(self, index: int) -> str:
+        """Name a row by its path below the folder."""
+        return readable(self._paths[index].as_py())
 
     def where(self, index: int) -> str:
         """Name a row by its file."""

@@ -1,66 +1,108 @@
 """From a column of labels to class numbers and names, and to the part of them that is used."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raysl.errors import DataError
 from raysl.sources.source import Labels
 from raysl.sources.storage import readable
 
 Rows = npt.NDArray[np.int64]
 
-_MOST_CLASSES = 1 << 20
 _HELD_OUT_SEED = 0
 _HELD_OUT_SHARE = 0.2
 
 
-def number_classes(chunks: Sequence[pa.Array], *, where: str) -> tuple[Labels, list[str]]:
-    """Number the classes of a column.
+class Classes(NamedTuple):
+    """What a column of labels says."""
 
-    Integers are the numbers themselves; all else is names, numbered in sorted order.
+    labels: Labels | None
+    """A class number for each value, ``(num_values,)``, -1 where there is none; None if the column
+    holds no classes."""
+    names: list[str]
+    """Of the classes, by number."""
+    note: str = ""
+    """Why the column holds no classes; empty if it does."""
+
+
+def number_classes(chunks: Sequence[pa.Array], *, named: Sequence[str] = ()) -> Classes:
+    """Number the classes of a column: those that occur, in sorted order.
+
+    Integers, and floating point numbers that are all whole (as pandas writes integers beside
+    nulls), are sorted as numbers; negative ones are no labels. All else is sorted as text.
 
     Args:
         chunks: The column; its parts may differ in type.
-        where: Names the column in an error message.
-
-    Returns:
-        A class number for each value, ``(num_values,)``, -1 for null; the classes' names by number.
-
-    Raises:
-        DataError: If integers are too large to be class numbers.
+        named: Names of the integers 0, 1, ..., where they are known; others are called by their
+            number.
     """
-    if all(pa.types.is_integer(chunk.type) for chunk in chunks):
-        parts = [pc.fill_null(chunk.cast(pa.int64()), -1).to_numpy() for chunk in chunks]
-        labels: Labels = np.concatenate([np.empty(0, np.int64), *parts])
-        most = int(labels.max(initial=-1))
-        if most >= _MOST_CLASSES:
-            raise DataError(
-                f"{where}: holds {most}, which is no class number (they are below "
-                f"{_MOST_CLASSES:,}); set data.label_column to another column, or to text"
-            )
-        return labels, [str(number) for number in range(most + 1)]
-    values = pa.chunked_array([_names(chunk) for chunk in chunks]).combine_chunks()
-    encoded = values.dictionary_encode()
+    chunks = [_plain(chunk) for chunk in chunks]
+    kinds = [chunk.type for chunk in chunks if not pa.types.is_null(chunk.type)]
+    if several := next((kind for kind in kinds if pa.types.is_nested(kind)), None):
+        return Classes(None, [], f"holds {several}: several labels an image, not one class")
+    if kinds and all(pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in kinds):
+        chunks = [c.cast(pa.int64()) if pa.types.is_null(c.type) else c for c in chunks]
+        values = np.concatenate([_numbers(chunk) for chunk in chunks])
+        if not (whole := values == np.rint(values))[~np.isnan(values)].all():
+            example = values[~np.isnan(values) & ~whole][0]
+            return Classes(None, [], f"holds measurements ({example:g}), not classes")
+        return _number_integers(chunks, named)
+    texts = pa.chunked_array([_names(chunk) for chunk in chunks], pa.large_binary())
+    encoded = texts.combine_chunks().dictionary_encode()
     order = pc.sort_indices(encoded.dictionary).to_numpy()
     number_of = np.empty(len(order) + 1, dtype=np.int64)
     number_of[order] = np.arange(len(order))
     number_of[-1] = -1
     places = pc.fill_null(encoded.indices.cast(pa.int64()), len(order)).to_numpy()
     names = encoded.dictionary.take(pa.array(order)).to_pylist()
-    return number_of[places], [readable(name) for name in names]
+    return Classes(number_of[places], [readable(name) for name in names])
+
+
+def _number_integers(chunks: Sequence[pa.Array], named: Sequence[str]) -> Classes:
+    parts = [pc.fill_null(_whole(chunk), -1).to_numpy() for chunk in chunks]
+    values = np.concatenate([np.empty(0, np.int64), *parts])
+    known = values >= 0
+    classes, numbers = np.unique(values[known], return_inverse=True)
+    labels = np.full(len(values), -1, dtype=np.int64)
+    labels[known] = numbers
+    names = [str(named[v]) if v < len(named) else str(v) for v in classes.tolist()]
+    return Classes(labels, names)
+
+
+def _plain(chunk: pa.Array) -> pa.Array:
+    """Return a column's values themselves; integers beyond 63 bits, of hashes, as text."""
+    if pa.types.is_dictionary(chunk.type):
+        chunk = chunk.dictionary_decode()
+    if pa.types.is_uint64(chunk.type) and (pc.max(chunk).as_py() or 0) > np.iinfo(np.int64).max:
+        return chunk.cast(pa.large_string())
+    return chunk
+
+
+def _numbers(chunk: pa.Array) -> npt.NDArray[np.float64]:
+    """Return numbers as floating point, NaN for null."""
+    return np.asarray(chunk.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False))
+
+
+def _whole(chunk: pa.Array) -> pa.Array:
+    if pa.types.is_floating(chunk.type):
+        chunk = pc.if_else(pc.is_nan(chunk), pa.scalar(None, chunk.type), chunk)
+    return chunk.cast(pa.int64())
 
 
 def _names(chunk: pa.Array) -> pa.Array:
-    if pa.types.is_dictionary(chunk.type):
-        chunk = chunk.dictionary_decode()
     kind = chunk.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return chunk.cast(pa.large_binary())
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+    if (
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_string_view(kind)
+        or pa.types.is_binary_view(kind)
+    ):
         return chunk.cast(pa.large_binary())
     texts = [None if value is None else str(value).encode() for value in chunk.to_pylist()]
     return pa.array(texts, pa.large_binary())

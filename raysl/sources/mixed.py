@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from raysl.augment.crop import Image
-from raysl.sources.source import Labels, Source, digest
+from raysl.sources.pixels import Decoding
+from raysl.sources.source import Encoded, Labels, Source, digest
 
 
 class MixedSource:
@@ -23,6 +23,9 @@ class MixedSource:
     def __init__(self, parts: Sequence[Source], weights: Sequence[float]) -> None:
         self.parts = list(parts)
         self.name = " + ".join(part.name for part in parts)
+        self.notes = tuple(f"{p.name}: {note}" for p in parts for note in p.notes)
+        self.splits = self.parts[0].splits
+        self.label_advice = self.parts[0].label_advice
         sizes = [part.group_sizes for part in parts]
         self._group_sizes = np.concatenate(sizes)
         counts = [len(groups) for groups in sizes]
@@ -44,11 +47,11 @@ class MixedSource:
         """Images in each group of each part."""
         return self._group_sizes
 
-    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[bytes | Image]:
+    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
         """Return the images of these rows, each part asked once."""
         rows = np.asarray(indices, dtype=np.int64)
         of = np.searchsorted(self._starts, rows, side="right") - 1
-        found: list[bytes | Image] = [b""] * len(rows)
+        found: list[Encoded] = [b""] * len(rows)
         for number in np.unique(of).tolist():
             places = np.flatnonzero(of == number)
             images = self.parts[number].read(rows[places] - self._starts[number])
@@ -56,10 +59,24 @@ class MixedSource:
                 found[place] = image
         return found
 
+    def decoding(self, index: int) -> Decoding:
+        """Return what the settings of the row's part say."""
+        part, row = self._part_of(index)
+        return part.decoding(row)
+
     def where(self, index: int) -> str:
         """Name a row as its part does; that names a file, or the part itself."""
+        part, row = self._part_of(index)
+        return part.where(row)
+
+    def row_id(self, index: int) -> str:
+        """Name a row by its part and as that does."""
+        part, row = self._part_of(index)
+        return f"{part.name}/{part.row_id(row)}"
+
+    def _part_of(self, index: int) -> tuple[Source, int]:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self.parts[number].where(index - int(self._starts[number]))
+        return self.parts[number], index - int(self._starts[number])
 
     def labels(self) -> Labels | None:
         """Return class numbers over all parts, -1 for images without; None if no part has any."""

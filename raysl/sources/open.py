@@ -20,7 +20,7 @@ from raysl.sources.source import (
     DataConfig,
     Source,
     SourceConfig,
-    Split,
+    spread_rows,
 )
 from raysl.sources.storage import (
     HIDDEN,
@@ -34,6 +34,7 @@ from raysl.sources.storage import (
 from raysl.sources.tar import TarSource, expand_braces
 from raysl.sources.tar_index import compressed
 
+TRAIN = "train"
 _SHARDS = (".parquet", ".tar")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -42,19 +43,20 @@ _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _KEY = re.compile(r"(?<![\w/.-])data(?=\.(source|image_column|label_column|filter|limit)\b)")
 
 
-def open_source(config: SourceConfig, *, split: Split = "train", data: DataConfig) -> Source:
+def open_source(config: SourceConfig, *, split: str | None = None, data: DataConfig) -> Source:
     """Open the images that ``config.source`` names.
 
     Args:
         config: What to open; of a ``DataConfig``, the training split has ``data.mix`` mixed in.
-        split: Which part of a built-in set; other sources have none.
+        split: Which part of a source that has several; None takes ``config.split``, else train.
         data: Where torchvision's sets lie and how much to hold for shuffling.
 
     Raises:
         DataError: If there is nothing, or nothing usable, under that name.
     """
+    split = split or config.split or TRAIN
     first = _open_one(config, split, data)
-    if split != "train" or not isinstance(config, DataConfig) or not config.mix:
+    if split != TRAIN or not isinstance(config, DataConfig) or not config.mix:
         return first
     parts, weights = [first], [1.0]
     for number, part in enumerate(config.mix):
@@ -68,7 +70,7 @@ def open_source(config: SourceConfig, *, split: Split = "train", data: DataConfi
     return MixedSource(parts, weights)
 
 
-def _open_one(config: SourceConfig, split: Split, data: DataConfig) -> Source:
+def _open_one(config: SourceConfig, split: str, data: DataConfig) -> Source:
     if config.source in BUILT_IN:
         return _open_built_in(config, split, data)
     filesystem, path = resolve(config.source)
@@ -78,7 +80,7 @@ def _open_one(config: SourceConfig, split: Split, data: DataConfig) -> Source:
         raise unreachable(config.source, error) from None
 
 
-def _open_built_in(config: SourceConfig, split: Split, data: DataConfig) -> ArraySource:
+def _open_built_in(config: SourceConfig, split: str, data: DataConfig) -> ArraySource:
     if config.filter:
         raise DataError(f"data.source={config.source}: has nothing that data.filter could look at")
     # By name: data workers import this room, and must load neither torch nor scikit-learn.
@@ -88,7 +90,7 @@ def _open_built_in(config: SourceConfig, split: Split, data: DataConfig) -> Arra
         if config.source == "digits"
         else builtin.open_torchvision(config.source, split, root=data.torchvision_root)
     )
-    return source if config.limit is None else _first(source, config.limit)
+    return source if config.limit is None else _some(source, config.limit)
 
 
 def _open_files(
@@ -197,11 +199,12 @@ def _paths(files: pa.Table, root: str) -> list[str]:
     return [f"{root}/{readable(path)}" for path in files.column("path").to_pylist()]
 
 
-def _first(source: ArraySource, limit: int) -> ArraySource:
-    labels = source.labels()
+def _some(source: ArraySource, limit: int) -> ArraySource:
+    labels, rows = source.labels(), spread_rows(len(source.images), limit)
     return ArraySource(
         source.name,
-        source.images[:limit],
-        None if labels is None else labels[:limit],
+        source.images[rows],
+        None if labels is None else labels[rows],
         source.class_names,
+        source.splits,
     )

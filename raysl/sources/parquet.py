@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from raysl.augment.crop import Image
 from raysl.errors import DataError
 from raysl.sources.cache import ByteCache
 from raysl.sources.footers import (
@@ -23,7 +22,8 @@ from raysl.sources.footers import (
 )
 from raysl.sources.labels import number_classes
 from raysl.sources.manifest import Manifest
-from raysl.sources.source import Labels, SourceConfig, digest
+from raysl.sources.pixels import Decoding
+from raysl.sources.source import Encoded, Labels, SourceConfig, digest
 from raysl.sources.storage import (
     HIDDEN,
     REMOTE_READERS,
@@ -70,6 +70,10 @@ class ParquetSource:
     ) -> None:
         self.name = config.source
         self.filesystem = filesystem
+        self.notes: tuple[str, ...] = ()
+        self.splits: tuple[str, ...] = ()
+        self.label_advice = "set data.label_column to a column of classes"
+        self._decoding = config.decoding()
         self.weights: npt.NDArray[np.float64] | None = None
         footers = (
             read_footers(filesystem, files, config)
@@ -113,7 +117,7 @@ class ParquetSource:
         """Rows of each row group that are kept."""
         return self._rows
 
-    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[bytes | Image]:
+    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
         """Return the encoded images of these rows.
 
         Raises:
@@ -167,6 +171,14 @@ class ParquetSource:
     def _path(self, group: int) -> str:
         return str(self._files[int(self._file[group])].as_py())
 
+    def decoding(self, index: int) -> Decoding:
+        """Return what the source's settings say of its images."""
+        return self._decoding
+
+    def row_id(self, index: int) -> str:
+        """Name a row by its file and its place in it."""
+        return self.where(index)
+
     def where(self, index: int) -> str:
         """Name a row by its file, row group and place in it."""
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -195,10 +207,8 @@ class ParquetSource:
         with ThreadPoolExecutor(num_readers(self.filesystem)) as pool:
             columns = list(pool.map(self._file_labels, np.unique(self._file).tolist()))
         chunks = [chunk for column in columns for chunk in column.chunks]
-        where = f"data.source={self.name}: the column {self._label_column!r}"
-        self._labels, names = number_classes(chunks, where=where)
         # Packed labels are numbers; what they mean stands in the manifest.
-        self._class_names = self._packed_names if len(self._packed_names) >= len(names) else names
+        self._labels, self._class_names, _ = number_classes(chunks, named=self._packed_names)
         self._labels_read = True
 
     def _file_labels(self, file: int) -> pa.ChunkedArray:

@@ -1,7 +1,8 @@
-"""Where images come from: one small protocol, and the function that opens a source by its name."""
+"""Where images come from: one small protocol, and the settings that name a source."""
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol
 
 import numpy as np
@@ -13,9 +14,9 @@ from raysl.augment.pipeline import device_ops
 from raysl.augment.recipes import SimCLRViews, Views
 from raysl.config.base import Config, PositiveFloat, PositiveInt
 from raysl.sources.filter import Condition
+from raysl.sources.pixels import PLAIN, ColorProfile, Decoding, Intensity, Pages
 
 Labels = npt.NDArray[np.int64]
-Split = Literal["train", "test"]
 _Channel = Annotated[float, Field(ge=0.0, le=1.0)]
 
 BUILT_IN = ("digits", "cifar10", "cifar100", "stl10")
@@ -39,7 +40,24 @@ class SourceConfig(Config):
     """Keep only the images for which all conditions hold, each [column, comparison, value]: columns
     of a Parquet file, or of files and tar members their path and bytes."""
     limit: PositiveInt | None = None
-    """Use only the first so many images (of those that the filter keeps)."""
+    """Use only so many images (of those that the filter keeps), spread over the source."""
+    split: str | None = None
+    """Of a built-in set: train or test. Of a source that holds splits, as folders or in the names
+    of shards: which of them; null takes train."""
+    intensity: Intensity | None = None
+    """What becomes black and white of images of more than 8 bits: [low, high] in their own values,
+    {bits: 12}, or {percentile: [0.5, 99.5]} of each image. null takes the whole range of integers,
+    and 0 to 1 of floating point numbers; 8-bit images stay as they are."""
+    color_profile: ColorProfile = "convert"
+    """Images with a colour profile (Display P3, Adobe RGB, CMYK): convert them to sRGB, or ignore
+    the profile, as torchvision and OpenCV do."""
+    pages: Pages = "refuse"
+    """TIFF files of several pages or of channels that are no colours: refuse them as bad images,
+    take the first page or channel, or up to three channels as red, green and blue."""
+
+    def decoding(self) -> Decoding:
+        """Return what the decoder is told."""
+        return Decoding(self.intensity, self.color_profile, self.pages)
 
 
 class WeightedSource(SourceConfig):
@@ -88,9 +106,10 @@ class DataConfig(LocatedSource):
     """More sources, mixed with data.source by their weights."""
     bad_images: BadImagesConfig = BadImagesConfig()
     """What to do with images that cannot be used."""
-    labels: LabelsConfig | None = None
+    labels: LabelsConfig | Literal["none"] | None = None
     """Which labels methods that learn from labels may see; null: all of them. The rows of those
-    that they saw stand in the run folder's labels.json."""
+    that they saw stand in the run folder's labels.json. none: the source has no labels, whatever
+    its folders or columns are called; nothing is measured with them."""
     views: Views = SimCLRViews()
     """The views of an image that a method sees: a recipe by name, or composed."""
     color_on: Literal["cpu", "device"] = "cpu"
@@ -116,6 +135,24 @@ class DataConfig(LocatedSource):
         return self
 
 
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands for an image that lies there and cannot be read: a bad image like others."""
+
+    reason: str
+
+
+Encoded = bytes | Image | Unreadable
+"""A file's bytes, or pixels that need no decoding, or why there are none."""
+
+
+def size_of(encoded: Encoded) -> int:
+    """Return the bytes of a file, or of pixels in memory."""
+    if isinstance(encoded, Unreadable):
+        return 0
+    return encoded.nbytes if isinstance(encoded, np.ndarray) else len(encoded)
+
+
 class Source(Protocol):
     """Images in a fixed order. Small enough to send to every data worker."""
 
@@ -124,6 +161,13 @@ class Source(Protocol):
     """How often an image of each group is seen in a pass; None: each once."""
     fingerprint: str
     """Changes when the images do: 16 hex digits."""
+    notes: tuple[str, ...]
+    """What lies there and is left out, mixed in or taken otherwise than one may think: how many and
+    why, a line each. Said by `raysl data` and at the start of a run."""
+    splits: tuple[str, ...]
+    """Splits that the place holds, this one among them: train, validation, test, ..."""
+    label_advice: str
+    """What to do to have (other) labels in a source of this kind; part of error messages."""
 
     @property
     def group_sizes(self) -> npt.NDArray[np.int64]:
@@ -135,12 +179,27 @@ class Source(Protocol):
         """Most images that a data worker can hold at once; None for no limit."""
         ...
 
-    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[bytes | Image]:
-        """Return the encoded bytes, or the pixels, of these rows, in their order."""
+    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
+        """Return the encoded bytes, or the pixels, of these rows, in their order.
+
+        One that cannot be read, and never could be by waiting, is ``Unreadable``.
+        """
+        ...
+
+    def decoding(self, index: int) -> Decoding:
+        """Return what the decoder is to be told of a row."""
         ...
 
     def where(self, index: int) -> str:
         """Name a row for an error message."""
+        ...
+
+    def row_id(self, index: int) -> str:
+        """Name a row by its place below the source, wherever that lies; unique in it.
+
+        A file by its path, a tar member by SHARD/MEMBER, a row of Parquet by FILE:ROW. It is the
+        column ``row_id`` of filters and the id of embeddings.
+        """
         ...
 
     def labels(self) -> Labels | None:
@@ -161,6 +220,7 @@ class ArraySource:
         images: ``(M, H, W)`` or ``(M, H, W, 3)`` uint8.
         labels: ``(M,)`` class numbers or None; negative for an image without one.
         class_names: By number.
+        splits: That the set has.
     """
 
     def __init__(
@@ -169,11 +229,15 @@ class ArraySource:
         images: npt.NDArray[np.uint8],
         labels: Labels | None = None,
         class_names: Sequence[str] = (),
+        splits: Sequence[str] = (),
     ) -> None:
         self.name = name
         self.images = images
         self.window_size = None
         self.weights: npt.NDArray[np.float64] | None = None
+        self.notes: tuple[str, ...] = ()
+        self.splits = tuple(splits)
+        self.label_advice = "use a source that has labels"
         self.class_names = list(class_names)
         self._labels = labels
         self.fingerprint = digest(np.ascontiguousarray(images).data)
@@ -183,17 +247,32 @@ class ArraySource:
         """All images are quick to read."""
         return np.array([len(self.images)], dtype=np.int64)
 
-    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[bytes | Image]:
+    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
         """Return the pixels of these rows."""
         return [self.images[index] for index in indices]
+
+    def decoding(self, index: int) -> Decoding:
+        """Pixels need no decoding."""
+        return PLAIN
 
     def where(self, index: int) -> str:
         """Name a row."""
         return f"{self.name} image {index}"
 
+    def row_id(self, index: int) -> str:
+        """Name a row."""
+        return self.where(index)
+
     def labels(self) -> Labels | None:
         """Return the class numbers."""
         return self._labels
+
+
+def spread_rows(total: int, limit: int | None) -> npt.NDArray[np.int64]:
+    """Return ``limit`` of ``total`` rows at even distances, in order; all without a limit."""
+    if limit is None or limit >= total:
+        return np.arange(total, dtype=np.int64)
+    return np.arange(limit, dtype=np.int64) * total // limit
 
 
 def digest(*parts: bytes | memoryview | str) -> str:

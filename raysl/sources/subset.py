@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from raysl.augment.crop import Image
 from raysl.sources.labels import Rows
-from raysl.sources.source import Labels, Source, digest
+from raysl.sources.pixels import Decoding
+from raysl.sources.source import Encoded, Labels, Source, digest
 
 
 class SubsetSource:
@@ -27,6 +27,9 @@ class SubsetSource:
         self.only = only
         self.name = whole.name
         self.class_names = whole.class_names
+        self.notes = whole.notes
+        self.splits = whole.splits
+        self.label_advice = whole.label_advice
         self.fingerprint = digest(
             whole.fingerprint, str(only), np.ascontiguousarray(known, dtype=np.int64).data
         )
@@ -52,13 +55,21 @@ class SubsetSource:
         """Images that are kept of each group that has any."""
         return self._group_sizes
 
-    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[bytes | Image]:
+    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
         """Return the images of these rows."""
         return self.whole.read(self._rows(indices))
 
+    def decoding(self, index: int) -> Decoding:
+        """Return what the whole source says of the row."""
+        return self.whole.decoding(self._row(index))
+
     def where(self, index: int) -> str:
         """Name a row as the whole source does."""
-        return self.whole.where(int(self.known[index]) if self.only else index)
+        return self.whole.where(self._row(index))
+
+    def row_id(self, index: int) -> str:
+        """Name a row as the whole source does."""
+        return self.whole.row_id(self._row(index))
 
     def labels(self) -> Labels | None:
         """Return the class numbers that may be seen, -1 for the others."""
@@ -69,6 +80,9 @@ class SubsetSource:
         seen = np.full(len(labels), -1, dtype=np.int64)
         seen[self.known] = labels[self.known]
         return seen
+
+    def _row(self, index: int) -> int:
+        return int(self.known[index]) if self.only else index
 
     def _rows(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Rows:
         rows = np.asarray(indices, dtype=np.int64)

@@ -11,13 +11,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from raysl.augment.crop import Image
 from raysl.errors import DataError
 from raysl.sources.cache import ByteCache
 from raysl.sources.folder import files_kept
 from raysl.sources.footers import describe_choice
 from raysl.sources.labels import number_classes
-from raysl.sources.source import Labels, SourceConfig, digest
+from raysl.sources.pixels import Decoding
+from raysl.sources.source import Encoded, Labels, SourceConfig, digest
 from raysl.sources.storage import REMOTE_READERS, is_local, num_readers, patiently
 from raysl.sources.tar_index import ShardIndex, index_shard
 
@@ -54,6 +54,13 @@ class TarSource:
     ) -> None:
         self.name = config.source
         self.filesystem = filesystem
+        self.notes: tuple[str, ...] = ()
+        self.splits: tuple[str, ...] = ()
+        self.label_advice = (
+            "give each sample a .cls member or a key `label` in its .json, or set "
+            "data.label_column to another key of it"
+        )
+        self._decoding = config.decoding()
         self.weights: npt.NDArray[np.float64] | None = None
         shards = list(
             _first(_filtered(_index_all(filesystem, files, config), config), config.limit)
@@ -78,8 +85,8 @@ class TarSource:
         self._labels: Labels | None = None
         self.class_names: list[str] = []
         if any(s.labels.null_count < len(s.labels) for s in shards):
-            where = f"data.source={self.name}: the labels"
-            labels, self.class_names = number_classes([s.labels for s in shards], where=where)
+            labels, self.class_names, _ = number_classes([s.labels for s in shards])
+            assert labels is not None  # the index makes integers or text of them
             self._labels = labels.astype(np.min_scalar_type(-max(1, len(self.class_names))))
 
     def _ends(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -90,7 +97,7 @@ class TarSource:
         """Images in each run that is read at once."""
         return np.diff(self._starts)
 
-    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[bytes | Image]:
+    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
         """Return the encoded images of these rows.
 
         Raises:
@@ -139,6 +146,14 @@ class TarSource:
 
     def _path(self, group: int) -> str:
         return str(self._files[int(self._shard[group])].as_py())
+
+    def decoding(self, index: int) -> Decoding:
+        """Return what the source's settings say of its images."""
+        return self._decoding
+
+    def row_id(self, index: int) -> str:
+        """Name a row by its shard and member."""
+        return self.where(index)
 
     def where(self, index: int) -> str:
         """Name a row by its shard and its first byte in it."""

@@ -11,6 +11,7 @@ from PIL import ImageOps
 from raysl.augment.crop import Image
 from raysl.data.decode import Flaw, decode, decode_or_flaw
 from raysl.errors import DataError, DecodeError
+from raysl.sources.pixels import PLAIN
 
 
 def _picture() -> Image:
@@ -213,20 +214,20 @@ class TestFlaws:
         ],
     )
     def test_are_told_apart(self, encoded: bytes, flaw: Flaw) -> None:
-        assert decode_or_flaw(encoded) is flaw
+        assert decode_or_flaw(encoded, PLAIN) is flaw
 
     @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF"])
     def test_an_image_of_too_many_pixels_is_not_decoded(self, kind: str) -> None:
         encoded = _encode(_pil(), kind)
-        assert decode_or_flaw(encoded, max_pixels=24 * 32 - 1) is Flaw.TOO_LARGE
-        assert isinstance(decode_or_flaw(encoded, max_pixels=24 * 32), np.ndarray)
+        assert decode_or_flaw(encoded, PLAIN, max_pixels=24 * 32 - 1) is Flaw.TOO_LARGE
+        assert isinstance(decode_or_flaw(encoded, PLAIN, max_pixels=24 * 32), np.ndarray)
 
     def test_a_bomb_is_told_by_its_header(self) -> None:
         bomb = bytearray(_encode(_pil(), "PNG"))
         bomb[16:24] = (60_000).to_bytes(4, "big") * 2
         crc = zlib.crc32(bomb[12:29])
         bomb[29:33] = crc.to_bytes(4, "big")
-        assert decode_or_flaw(bytes(bomb), max_pixels=1e8) is Flaw.TOO_LARGE
+        assert decode_or_flaw(bytes(bomb), PLAIN, max_pixels=1e8) is Flaw.TOO_LARGE
 
     def test_each_has_words_for_a_person(self) -> None:
         assert len({flaw.reason for flaw in Flaw}) == len(Flaw)

@@ -14,6 +14,7 @@ from raysl.data.decode import Flaw, decode_or_flaw
 from raysl.data.plan import Plan
 from raysl.data.stream import Block, ItemMaker, Making, concatenate, iterate, view_column
 from raysl.errors import DataError, DecodeError
+from raysl.sources.pixels import PLAIN
 from raysl.sources.source import ArraySource, BadImagesConfig
 
 NUM_IMAGES = 50
@@ -249,7 +250,7 @@ class TestLargeJpegs:
         block = ItemMaker(source, plan, Making(views))(0)
         sizes = []
         for row, index in enumerate(block["index"].tolist()):
-            decode_or_flaw(encoded.tobytes(), shrink=lambda h, w: sizes.append((h, w)) or 1)
+            decode_or_flaw(encoded.tobytes(), PLAIN, shrink=lambda h, w: sizes.append((h, w)) or 1)
             expected = make_views(photo, views, seed=0, epoch=0, index=index)[0]
             apart = np.abs(block["views_0"][row].astype(int) - np.stack(expected))
             assert apart.mean() < 4

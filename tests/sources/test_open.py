@@ -16,7 +16,7 @@ from raysl.errors import DataError
 from raysl.sources.folder import FolderSource
 from raysl.sources.open import open_source
 from raysl.sources.parquet import ParquetSource
-from raysl.sources.source import ArraySource, DataConfig, Source, SourceConfig, Split
+from raysl.sources.source import ArraySource, DataConfig, Source, SourceConfig
 
 
 def _png(number: int) -> bytes:
@@ -29,7 +29,7 @@ def _grey(source: Source, index: int) -> int:
     return int(decode(source.read([index])[0], where="x")[0, 0, 0])
 
 
-def _open(source: str | Path, split: Split = "train", **settings: Any) -> Source:
+def _open(source: str | Path, split: str = "train", **settings: Any) -> Source:
     config = DataConfig(source=str(source), **settings)
     return open_source(config, split=split, data=config)
 
@@ -78,7 +78,7 @@ class TestBuiltIn:
     ) -> None:
         asked = []
 
-        def open_torchvision(name: str, split: Split, *, root: str) -> ArraySource:
+        def open_torchvision(name: str, split: str, *, root: str) -> ArraySource:
             asked.append((name, split, root))
             return ArraySource(name, np.zeros((2, 3, 3, 3), dtype=np.uint8))
 
