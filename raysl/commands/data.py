@@ -106,7 +106,12 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         view.close()
     summary: dict[str, Any] = {"source": config.source, "kind": _kind(source)}
-    summary |= {"sample": sample.text or None, **summarise(source, facts, cores=cores)}
+    summary["splits"] = list(source.splits)
+    summary |= {
+        "sample": sample.text or None,
+        "notes": list(source.notes),
+        **summarise(source, facts, cores=cores),
+    }
     summary["pack_speedup"] = pack_speedup(source, facts)
     summary["advice"] = advise(source, summary, speedup=summary["pack_speedup"], uri=config.source)
     _say(summary, cores=cores)
@@ -140,6 +145,7 @@ def _say(summary: dict[str, Any], *, cores: int) -> None:
         f"the same: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
         for names in summary["duplicate_names"][:_SHOWN]
     ]
+    lines += [f"note: {note}" for note in summary["notes"]]
     lines += [f"-> {advice}" for advice in summary["advice"]]
     out.print("\n".join(lines), markup=False)
 

@@ -13,8 +13,9 @@ from raysl.errors import DataError
 from raysl.evaluate.features import square
 from raysl.retrieval.config import EmbedConfig
 from raysl.retrieval.embeddings import Embeddings
+from raysl.sources.formats import IMAGE_SUFFIXES
 from raysl.sources.open import open_source
-from raysl.sources.source import IMAGE_SUFFIXES, ArraySource, DataConfig, Encoded, Source
+from raysl.sources.source import ArraySource, DataConfig, Encoded, Source
 
 _SHOWN_PX = 160
 

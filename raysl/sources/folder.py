@@ -1,8 +1,10 @@
 """A folder of image files, in class folders or not."""
 
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,38 +16,63 @@ from raysl.errors import DataError
 from raysl.sources.filter import Condition, keep
 from raysl.sources.labels import number_classes
 from raysl.sources.pixels import Decoding
-from raysl.sources.source import (
-    IMAGE_SUFFIXES,
-    Encoded,
-    Labels,
-    SourceConfig,
-    digest,
-    spread_rows,
+from raysl.sources.source import Encoded, Labels, SourceConfig, Unreadable, digest, spread_rows
+from raysl.sources.storage import (
+    REMOTE_READERS,
+    is_final,
+    is_local,
+    read_bytes,
+    readable,
+    why_unread,
 )
-from raysl.sources.storage import REMOTE_READERS, is_local, list_files, read_file, readable
+
+
+class ClassFolders(NamedTuple):
+    """Where the names of classes stand in the paths of images."""
+
+    above: tuple[str, ...] = ("",)
+    """Folders, with a slash behind, whose folders are classes; an empty text is the root."""
+    are_classes: bool = True
+    """Whether those folders are classes at all."""
 
 
 class FolderSource:
     """Image files below a folder, sorted by path; the first folder level names the class.
 
-    It takes some tens of bytes a file: the paths are one Arrow column.
+    An image that lies beside the class folders has no label. It takes some tens of bytes a file:
+    the paths are one Arrow column.
 
     Args:
         config: What to open.
         filesystem: Where the folder lies.
-        images: What lies in it, as ``list_images`` returns it.
+        images: ``path``, relative to ``root``, and ``bytes`` of its files, sorted by path.
         root: The folder.
+        classes: Which level of folders names the class.
+        splits: That lie in the folder, the one of these images among them.
+        notes: What lies there besides.
 
     Raises:
         DataError: If the filter leaves no image.
     """
 
     def __init__(
-        self, config: SourceConfig, filesystem: pafs.FileSystem, images: pa.Table, root: str
+        self,
+        config: SourceConfig,
+        filesystem: pafs.FileSystem,
+        images: pa.Table,
+        root: str,
+        *,
+        classes: ClassFolders = ClassFolders(),  # noqa: B008 (immutable)
+        splits: Sequence[str] = (),
+        notes: Sequence[str] = (),
     ) -> None:
         self.name = config.source
         self.filesystem = filesystem
         self.root = root.rstrip("/")
+        self.splits = tuple(splits)
+        self.notes = (*notes, *_idle_settings(config))
+        self.label_advice = "put the images into folders, one a class"
+        self._decoding = config.decoding()
         if config.filter:
             where = f"data.source={self.name}"
             images = images.filter(pa.array(files_kept(images, config.filter, where=where)))
@@ -55,21 +82,25 @@ class FolderSource:
         self._paths = _one_chunk(images.column("path"))
         self.fingerprint = digest(*_buffers(self._paths), images.column("bytes").to_numpy().data)
         self.window_size = None
-        self.notes: tuple[str, ...] = ()
-        self.splits: tuple[str, ...] = ()
-        self.label_advice = "put the images into folders, one a class"
-        self._decoding = config.decoding()
         self.weights: npt.NDArray[np.float64] | None = None
         self.class_names: list[str] = []
         self._labels: Labels | None = None
-        folders = pc.struct_field(pc.extract_regex(self._paths, "^(?P<folder>[^/]+)/"), "folder")
-        if folders.null_count == 0:
-            labels, names, _ = number_classes([folders])
-            assert labels is not None  # folders have names
-            if len(names) > 1:
-                # Class numbers are few: a byte or two a file on the way to the workers.
-                self._labels = labels.astype(np.min_scalar_type(len(names)))
-                self.class_names = names
+        if classes.are_classes:
+            self._name_classes(classes)
+
+    def _name_classes(self, classes: ClassFolders) -> None:
+        above = "|".join(re.escape(folder) for folder in classes.above)
+        found = pc.extract_regex(self._paths, f"^(?:{above})(?P<folder>[^/]+)/")
+        folders = pc.struct_field(found, "folder")
+        labels, names, _ = number_classes([folders])
+        assert labels is not None  # folders have names
+        if not names:
+            return
+        # Class numbers are few: a byte or two a file on the way to the workers.
+        self._labels = labels.astype(np.min_scalar_type(-len(names)))
+        self.class_names = names
+        if beside := int((labels < 0).sum()):
+            self.notes += (f"{beside:,} images lie beside the class folders: they have no label",)
 
     @property
     def group_sizes(self) -> npt.NDArray[np.int64]:
@@ -80,15 +111,20 @@ class FolderSource:
         """Return the bytes of these files.
 
         Raises:
-            DataError: If one cannot be read.
+            DataError: If a store does not answer.
         """
         if is_local(self.filesystem):
             return [self._read_one(int(index)) for index in indices]
         with ThreadPoolExecutor(REMOTE_READERS) as pool:
             return list(pool.map(self._read_one, (int(index) for index in indices)))
 
-    def _read_one(self, index: int) -> bytes:
-        return read_file(self.filesystem, self._path(index))
+    def _read_one(self, index: int) -> Encoded:
+        try:
+            return read_bytes(self.filesystem, self._path(index))
+        except (OSError, pa.ArrowException) as error:
+            if is_final(self.filesystem, error):
+                return Unreadable(why_unread(error))
+            raise DataError(f"{self.where(index)}: {why_unread(error)}") from None
 
     def _path(self, index: int) -> bytes:
         return os.fsencode(self.root) + b"/" + bytes(self._paths[index].as_py())
@@ -106,17 +142,8 @@ class FolderSource:
         return readable(self._path(index))
 
     def labels(self) -> Labels | None:
-        """Return the number of each file's class folder, or None if there are not two classes."""
+        """Return the number of each file's class folder, -1 for a file in none, or None."""
         return None if self._labels is None else self._labels.astype(np.int64)
-
-
-def list_images(filesystem: pafs.FileSystem, root: str) -> pa.Table:
-    """List the image files below a folder, sorted by path; hidden ones are left out.
-
-    Returns:
-        Columns ``path``, relative to ``root``, and ``bytes``.
-    """
-    return list_files(filesystem, root, IMAGE_SUFFIXES)
 
 
 def files_kept(
@@ -125,7 +152,8 @@ def files_kept(
     """Return which files fulfil all conditions, ``(num_files,)``.
 
     Args:
-        files: ``path`` (large_binary) and ``bytes``: the columns that conditions may ask for.
+        files: ``path`` (large_binary) and ``bytes``: the columns that conditions may ask for, and
+            ``row_id``, which of a file is its path.
         conditions: All must hold.
         where: Name of the source for the error message.
 
@@ -133,7 +161,17 @@ def files_kept(
         DataError: If a condition is of another column or does not fit it.
     """
     texts = pa.array([readable(path) for path in files.column("path").to_pylist()], pa.string())
-    return keep(files.set_column(0, "path", texts), conditions, where=where)
+    named = files.set_column(0, "path", texts).append_column("row_id", texts)
+    return keep(named, conditions, where=where)
+
+
+def _idle_settings(config: SourceConfig) -> list[str]:
+    """Say which settings do nothing here."""
+    return [
+        f"data.{name}={value} does nothing here: a folder of image files has no columns"
+        for name in ("image_column", "label_column")
+        if (value := getattr(config, name)) is not None
+    ]
 
 
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:

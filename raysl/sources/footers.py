@@ -241,6 +241,16 @@ def _is_images(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
+def has_images(filesystem: pafs.FileSystem, path: str, config: SourceConfig) -> bool:
+    """Return whether a Parquet file has a column of encoded images, or the one that is asked for.
+
+    Raises:
+        DataError: If it cannot be read or is not Parquet.
+    """
+    schema = open_parquet(filesystem, path).schema_arrow
+    return config.image_column in schema.names or any(_is_images(field.type) for field in schema)
+
+
 def _image_column(schema: pa.Schema, config: SourceConfig, path: str) -> str:
     candidates = [field.name for field in schema if _is_images(field.type)]
     name = config.image_column

@@ -2,31 +2,35 @@
 
 import importlib
 import re
+from collections.abc import Sequence
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
 from raysl.errors import DataError
+from raysl.sources.contents import Contents, look_into, paths_below, sort_by_kind
 from raysl.sources.folder import FolderSource
-from raysl.sources.footers import check_manifest
+from raysl.sources.footers import check_manifest, has_images
+from raysl.sources.formats import IMAGE_SUFFIXES, TAR_SUFFIXES
+from raysl.sources.image_folders import open_images
+from raysl.sources.img2dataset import failed_rows
 from raysl.sources.manifest import is_half_packed, read_manifest
 from raysl.sources.mixed import MixedSource
 from raysl.sources.parquet import ParquetSource
 from raysl.sources.source import (
     BUILT_IN,
-    IMAGE_SUFFIXES,
     ArraySource,
     DataConfig,
     Source,
     SourceConfig,
     spread_rows,
 )
+from raysl.sources.splits import TRAIN, choose_split, describe_choice, split_shards
 from raysl.sources.storage import (
-    HIDDEN,
+    existing_part,
+    file_table,
     is_local,
-    list_files,
-    list_glob,
+    match_glob,
     readable,
     resolve,
     unreachable,
@@ -34,34 +38,37 @@ from raysl.sources.storage import (
 from raysl.sources.tar import TarSource, expand_braces
 from raysl.sources.tar_index import compressed
 
-TRAIN = "train"
-_SHARDS = (".parquet", ".tar")
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-
-
 # Keys of the data section in an error message, not in a path.
-_KEY = re.compile(r"(?<![\w/.-])data(?=\.(source|image_column|label_column|filter|limit)\b)")
+_KEY = re.compile(
+    r"(?<![\w/.-])data(?=\.(source|image_column|label_column|filter|limit|split|pages)\b)"
+)
 
 
-def open_source(config: SourceConfig, *, split: str | None = None, data: DataConfig) -> Source:
+def open_source(
+    config: SourceConfig, *, split: str | None = None, held_out: bool = False, data: DataConfig
+) -> Source:
     """Open the images that ``config.source`` names.
 
     Args:
         config: What to open; of a ``DataConfig``, the training split has ``data.mix`` mixed in.
-        split: Which part of a source that has several; None takes ``config.split``, else train.
+        split: Which part of it, where it has several; None takes ``config.split``.
+        held_out: Whether images to test on are wanted, where no split is named: the validation
+            split, else the test split, else the one for training. Without it, the one for training.
         data: Where torchvision's sets lie and how much to hold for shuffling.
 
     Raises:
         DataError: If there is nothing, or nothing usable, under that name.
     """
-    split = split or config.split or TRAIN
-    first = _open_one(config, split, data)
-    if split != TRAIN or not isinstance(config, DataConfig) or not config.mix:
+    first = _Opener(config, split, held_out, data).open()
+    named = split or config.split
+    if held_out or named not in (None, TRAIN):
+        return first
+    if not isinstance(config, DataConfig) or not config.mix:
         return first
     parts, weights = [first], [1.0]
     for number, part in enumerate(config.mix):
         try:
-            parts.append(_open_one(part, split, data))
+            parts.append(_Opener(part, None, held_out, data).open())
         except DataError as error:
             text = _KEY.sub(f"data.mix[{number}]", str(error))
             asked = f"data.mix[{number}].source={part.source}"
@@ -70,60 +77,180 @@ def open_source(config: SourceConfig, *, split: str | None = None, data: DataCon
     return MixedSource(parts, weights)
 
 
-def _open_one(config: SourceConfig, split: str, data: DataConfig) -> Source:
-    if config.source in BUILT_IN:
-        return _open_built_in(config, split, data)
-    filesystem, path = resolve(config.source)
-    try:
-        return _open_files(config, filesystem, path, data.shuffle_window_mib)
-    except (OSError, pa.ArrowException) as error:
-        raise unreachable(config.source, error) from None
+class _Opener:
+    """Opens one source."""
+
+    def __init__(
+        self, config: SourceConfig, split: str | None, held_out: bool, data: DataConfig
+    ) -> None:
+        self.config, self.data, self.split, self.held_out = config, data, split, held_out
+        self.where = f"data.source={config.source}"
+
+    def open(self) -> Source:
+        """Open what the configuration names."""
+        if self.config.source in BUILT_IN:
+            return self._built_in()
+        self.filesystem, path = resolve(self.config.source)
+        try:
+            kind = self.filesystem.get_file_info(path).type
+            if kind == pafs.FileType.Directory:
+                return self._folder(path.rstrip("/") or "/")
+            return self._listed(path, is_file=kind == pafs.FileType.File)
+        except (OSError, pa.ArrowException) as error:
+            raise unreachable(self.config.source, error) from None
+
+    def _built_in(self) -> ArraySource:
+        config = self.config
+        if config.filter:
+            raise DataError(f"{self.where}: has nothing that data.filter could look at")
+        # By name: data workers import this room, and must load neither torch nor scikit-learn.
+        builtin = importlib.import_module("raysl.sources.builtin")
+        split = self._choose(builtin.SPLITS) or TRAIN
+        source: ArraySource = (
+            builtin.open_digits(split)
+            if config.source == "digits"
+            else builtin.open_torchvision(config.source, split, root=self.data.torchvision_root)
+        )
+        return source if config.limit is None else _some(source, config.limit)
+
+    def _choose(self, names: Sequence[str]) -> str | None:
+        """Return which of the splits that lie there to read; None if there are none."""
+        asked = self.config.split
+        if names and self.split is not None:  # what a caller asks of any source
+            asked = self.split
+        return choose_split(names, asked, held_out=self.held_out, where=self.where)
+
+    def _listed(self, path: str, *, is_file: bool) -> Source:
+        """Open a file, or those that a glob or a range names."""
+        root, files = self._matching(path, is_file=is_file)
+        found = sort_by_kind(files)
+        if found.compressed.num_rows:
+            first = paths_below(found.compressed, root)[0]
+            raise DataError(f"{self.where}: {compressed(first, 'by its name')}")
+        kinds = [table for table in (found.images, found.parquet, found.tars) if table.num_rows]
+        if not kinds or (is_file and found.images.num_rows):
+            raise DataError(
+                f"{self.where}: not a Parquet file and not a tar shard ({path}), by its name; a "
+                f"single image is no source: give its folder"
+            )
+        if len(kinds) > 1:
+            raise DataError(
+                f"{self.where}: matches {found.images.num_rows:,} images and both "
+                f"{found.parquet.num_rows:,} .parquet and {found.tars.num_rows:,} .tar files; give "
+                f"a pattern of one kind"
+            )
+        if found.images.num_rows:
+            self._choose(())
+            return FolderSource(self.config, self.filesystem, files, root, notes=found.notes)
+        return self._shards(kinds[0], root, found.notes, by_name=True)
+
+    def _matching(self, path: str, *, is_file: bool) -> tuple[str, pa.Table]:
+        if is_file:
+            root, _, name = path.rpartition("/")
+            return root, file_table([name])
+        root, rest = existing_part(self.filesystem, path)
+        if re.search(r"\{.*\}", rest):
+            return root, file_table(expand_braces(rest))
+        root, files = match_glob(self.filesystem, path)
+        if files.num_rows == 0:
+            raise DataError(
+                f"{self.where}: {_nothing_there(self.filesystem, path)} ({path}); give "
+                f"{', '.join(BUILT_IN)}, a folder of images, or shards (Parquet or .tar: a file, a "
+                f"folder, a glob, a range such as DIR/{{000..099}}.tar)"
+            )
+        return root, files
+
+    def _folder(self, root: str) -> Source:
+        """Open the Parquet files below a folder, or else its tar shards, or else its images."""
+        if is_half_packed(self.filesystem, root):
+            raise DataError(
+                f"{self.where}: `raysl pack` has not finished there; the same pack again goes on "
+                f"where it stopped"
+            )
+        found = look_into(self.filesystem, root)
+        images, parquet, tars = found.images.num_rows, found.parquet.num_rows, found.tars.num_rows
+        notes = list(found.notes)
+        if parquet and not self._are_metadata(found, root):
+            return self._parquet(found, root)
+        if parquet:
+            notes += failed_rows(self.filesystem, paths_below(found.parquet, root))
+        if tars and images:
+            raise DataError(
+                f"{self.where}: holds {images:,} images and {tars:,} .tar files; give "
+                f"{root}/*.tar for the shards, or move them away from the images"
+            )
+        if tars:
+            return self._shards(found.tars, root, notes)
+        if images:
+            choose = self._choose
+            return open_images(
+                self.config, self.filesystem, found.images, root, choose=choose, notes=notes
+            )
+        raise DataError(f"{self.where}: {_no_images(found, root)}")
+
+    def _are_metadata(self, found: Contents, root: str) -> bool:
+        """Return whether the Parquet files only describe the tar shards or images beside them."""
+        if not (found.tars.num_rows or found.images.num_rows):
+            return False
+        first = paths_below(found.parquet, root)[0]
+        return not has_images(self.filesystem, first, self.config)
+
+    def _parquet(self, found: Contents, root: str) -> Source:
+        manifest = read_manifest(self.filesystem, root)
+        if manifest is not None and self.config.image_column in (None, manifest.image_column):
+            check_manifest(manifest, found.parquet, root)
+            self._choose(())
+            return ParquetSource(
+                self.config,
+                self.filesystem,
+                paths_below(found.parquet, root),
+                window_mib=self.data.shuffle_window_mib,
+                manifest=manifest,
+                root=root,
+            )
+        notes = list(found.notes)
+        for table, what in ((found.images, "images"), (found.tars, ".tar files")):
+            if table.num_rows:
+                notes.append(f"{table.num_rows:,} {what} beside the Parquet files are left out")
+        return self._shards(found.parquet, root, notes)
+
+    def _shards(
+        self, shards: pa.Table, root: str, notes: Sequence[str], *, by_name: bool = False
+    ) -> Source:
+        """Open Parquet or tar shards: those of one split, unless they were named one by one."""
+        names = [readable(path) for path in shards.column("path").to_pylist()]
+        parts = split_shards(names)
+        counts = {name: parts.split_of.count(name) for name in parts.names}
+        lines = list(notes)
+        chosen = self._choose(() if by_name else parts.names)
+        if chosen is not None:
+            lines.append(describe_choice(chosen, counts, "files"))
+            names = [n for n, of in zip(names, parts.split_of, strict=True) if of == chosen]
+            if outside := parts.split_of.count(None):
+                lines.append(f"{outside:,} files belong to no split and are left out")
+        elif len(counts) > 1:
+            several = ", ".join(f"{name} ({count:,})" for name, count in counts.items())
+            lines.append(f"the files that were named are of several splits, read as one: {several}")
+        kind = TarSource if names[0].lower().endswith(TAR_SUFFIXES) else ParquetSource
+        return kind(
+            self.config,
+            self.filesystem,
+            [f"{root.rstrip('/')}/{name}" for name in names],
+            window_mib=self.data.shuffle_window_mib,
+            root=root,
+            splits=parts.names if chosen is not None else (),
+            notes=lines,
+        )
 
 
-def _open_built_in(config: SourceConfig, split: str, data: DataConfig) -> ArraySource:
-    if config.filter:
-        raise DataError(f"data.source={config.source}: has nothing that data.filter could look at")
-    # By name: data workers import this room, and must load neither torch nor scikit-learn.
-    builtin = importlib.import_module("raysl.sources.builtin")
-    source: ArraySource = (
-        builtin.open_digits(split)
-        if config.source == "digits"
-        else builtin.open_torchvision(config.source, split, root=data.torchvision_root)
+def _no_images(found: Contents, root: str) -> str:
+    if found.compressed.num_rows:
+        return compressed(paths_below(found.compressed, root)[0], "by its name")
+    return (
+        "no images, no .parquet files and no .tar shards below that folder"
+        + "".join(f"; {note}" for note in found.notes)
+        + f"; images end in {', '.join(IMAGE_SUFFIXES)}"
     )
-    return source if config.limit is None else _some(source, config.limit)
-
-
-def _open_files(
-    config: SourceConfig, filesystem: pafs.FileSystem, path: str, window_mib: int
-) -> Source:
-    kind = filesystem.get_file_info(path).type
-    if kind == pafs.FileType.Directory:
-        return _open_folder(config, filesystem, path, window_mib)
-    if kind == pafs.FileType.File:
-        files = [path]
-    elif re.search(r"\{.*\}", path):
-        files = expand_braces(path)
-    else:
-        files = list_glob(filesystem, path)
-    if not files:
-        raise DataError(
-            f"data.source={config.source}: {_nothing_there(filesystem, path)} ({path}); give "
-            f"{', '.join(BUILT_IN)}, a folder of images, or shards (Parquet or .tar: a file, a "
-            f"folder, a glob, a range such as DIR/{{000..099}}.tar)"
-        )
-    if squeezed := [file for file in files if file.lower().endswith(_COMPRESSED)]:
-        raise DataError(f"data.source={config.source}: {compressed(squeezed[0], 'by its name')}")
-    suffixes = {suffix for file in files for suffix in _SHARDS if file.lower().endswith(suffix)}
-    if kind == pafs.FileType.File and not suffixes:
-        raise DataError(
-            f"data.source={config.source}: not a Parquet file and not a tar shard ({path}), by its "
-            f"name; a single image is no source: give its folder"
-        )
-    if suffixes == set(_SHARDS):
-        raise DataError(f"data.source={config.source}: matches both .parquet and .tar files")
-    if suffixes == {".tar"}:
-        return TarSource(config, filesystem, files, window_mib=window_mib)
-    return ParquetSource(config, filesystem, files, window_mib=window_mib)
 
 
 def _nothing_there(filesystem: pafs.FileSystem, path: str) -> str:
@@ -133,70 +260,6 @@ def _nothing_there(filesystem: pafs.FileSystem, path: str) -> str:
     if filesystem.get_file_info(bucket).type == pafs.FileType.NotFound:
         return f"no such bucket, or no right to see it: {bucket!r}"
     return "no such object or folder"
-
-
-def _open_folder(
-    config: SourceConfig, filesystem: pafs.FileSystem, root: str, window_mib: int
-) -> Source:
-    """Open the Parquet files below a folder, or else its tar shards, or else its images."""
-    root = root.rstrip("/") or "/"
-    found = list_files(filesystem, root, (*IMAGE_SUFFIXES, *_SHARDS, *_COMPRESSED))
-    parquet, tars, squeezed = (
-        _ending(found, suffixes) for suffixes in ((".parquet",), (".tar",), _COMPRESSED)
-    )
-    images = _ending(found, IMAGE_SUFFIXES)
-    parquet, tars = _not_hidden(parquet), _not_hidden(tars)
-    if is_half_packed(filesystem, root):
-        raise DataError(
-            f"data.source={config.source}: `raysl pack` has not finished there; the same pack "
-            f"again goes on where it stopped"
-        )
-    if parquet.num_rows:
-        manifest = read_manifest(filesystem, root)
-        if manifest is not None and config.image_column in (None, manifest.image_column):
-            check_manifest(manifest, parquet, root)
-        else:
-            manifest = None
-        return ParquetSource(
-            config,
-            filesystem,
-            _paths(parquet, root),
-            window_mib=window_mib,
-            manifest=manifest,
-            root=root,
-        )
-    if tars.num_rows and images.num_rows:
-        raise DataError(
-            f"data.source={config.source}: holds {images.num_rows:,} images and {tars.num_rows:,} "
-            f".tar files; give {root}/*.tar for the shards, or move them away from the images"
-        )
-    if tars.num_rows:
-        return TarSource(config, filesystem, _paths(tars, root), window_mib=window_mib)
-    if images.num_rows:
-        return FolderSource(config, filesystem, images, root)
-    if squeezed.num_rows:
-        raise DataError(
-            f"data.source={config.source}: {compressed(_paths(squeezed, root)[0], 'by its name')}"
-        )
-    raise DataError(
-        f"data.source={config.source}: no images, no .parquet files and no .tar shards below that "
-        f"folder; images end in {', '.join(IMAGE_SUFFIXES)}"
-    )
-
-
-def _ending(files: pa.Table, suffixes: tuple[str, ...]) -> pa.Table:
-    endings = "|".join(re.escape(suffix) for suffix in suffixes)
-    return files.filter(pc.match_substring_regex(files.column("path"), rf"(?i)({endings})$"))
-
-
-def _not_hidden(files: pa.Table) -> pa.Table:
-    hidden = pc.match_substring_regex(files.column("path"), rf"(^|/)[{re.escape(HIDDEN)}]")
-    return files.filter(pc.invert(hidden))
-
-
-def _paths(files: pa.Table, root: str) -> list[str]:
-    root = root.rstrip("/")
-    return [f"{root}/{readable(path)}" for path in files.column("path").to_pylist()]
 
 
 def _some(source: ArraySource, limit: int) -> ArraySource:

@@ -65,13 +65,15 @@ class ParquetSource:
         files: Sequence[str],
         *,
         window_mib: int,
+        splits: Sequence[str] = (),
+        notes: Sequence[str] = (),
         manifest: Manifest | None = None,
         root: str = "",
     ) -> None:
         self.name = config.source
         self.filesystem = filesystem
-        self.notes: tuple[str, ...] = ()
-        self.splits: tuple[str, ...] = ()
+        self.notes = tuple(notes)
+        self.splits = tuple(splits)
         self.label_advice = "set data.label_column to a column of classes"
         self._decoding = config.decoding()
         self.weights: npt.NDArray[np.float64] | None = None

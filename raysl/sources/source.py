@@ -20,7 +20,6 @@ Labels = npt.NDArray[np.int64]
 _Channel = Annotated[float, Field(ge=0.0, le=1.0)]
 
 BUILT_IN = ("digits", "cifar10", "cifar100", "stl10")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 
 
 class SourceConfig(Config):

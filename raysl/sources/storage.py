@@ -147,22 +147,44 @@ def read_file(filesystem: pafs.FileSystem, path: str | bytes) -> bytes:
     Raises:
         DataError: If it cannot be read.
     """
+    try:
+        return read_bytes(filesystem, path)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{readable(path)}: {why_unread(error)}") from None
+
+
+def read_bytes(filesystem: pafs.FileSystem, path: str | bytes) -> bytes:
+    """Return the bytes of a file, as :func:`read_file` does.
+
+    Raises:
+        OSError: If it cannot be read; :func:`is_final` says whether waiting could help.
+        pa.ArrowException: The same.
+    """
     if isinstance(filesystem, pafs.LocalFileSystem):
-        try:
-            with open(path, "rb", buffering=0) as file:
-                return file.read()
-        except OSError as error:
-            raise DataError(f"{readable(path)}: cannot be read: {error.strerror}") from None
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
     name = readable(path)
 
     def read() -> bytes:
         with filesystem.open_input_stream(name) as stream:
             return bytes(stream.read())
 
-    try:
-        return patiently(filesystem, read)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{name}: cannot be read: {error}") from None
+    return patiently(filesystem, read)
+
+
+def why_unread(error: Exception) -> str:
+    """Return what is said of a file that raised an error."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return f"cannot be read: {reason}"
+
+
+def is_final(filesystem: pafs.FileSystem, error: Exception) -> bool:
+    """Return whether an error of reading is the file's own, so that waiting does not mend it.
+
+    A disk's errors are; an object store may be out of reach for a while.
+    """
+    final = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+    return is_local(filesystem) or isinstance(error, final) or bool(_FINAL.search(str(error)))
 
 
 def readable(path: str | bytes) -> str:
@@ -203,15 +225,42 @@ def list_glob(filesystem: pafs.FileSystem, pattern: str) -> list[str]:
 
     The signs also stand for slashes; hidden names (``HIDDEN``) are left out.
     """
-    signs = [pattern.index(sign) for sign in "*?[" if sign in pattern]
-    if not signs:
-        return []
-    root = pattern[: min(signs)].rsplit("/", 1)[0]
-    if filesystem.get_file_info(root).type != pafs.FileType.Directory:
-        return []
-    below = list_files(filesystem, root, ("",), hidden=HIDDEN).column("path")
-    paths = (f"{root}/{readable(name)}" for name in below.to_pylist())
-    return [path for path in paths if fnmatch.fnmatchcase(path, pattern)]
+    root, files = match_glob(filesystem, pattern)
+    return [f"{root}/{readable(name)}" for name in files.column("path").to_pylist()]
+
+
+def match_glob(filesystem: pafs.FileSystem, pattern: str) -> tuple[str, pa.Table]:
+    """Return the folder of a glob, and the files below it that match, as ``list_files`` does."""
+    root, rest = existing_part(filesystem, pattern)
+    if not any(sign in rest for sign in "*?["):
+        return root, _table([], [])
+    files = list_files(filesystem, root, ("",), hidden=HIDDEN)
+    match = [fnmatch.fnmatchcase(readable(name), rest) for name in files.column("path").to_pylist()]
+    return root, files.filter(pa.array(match, pa.bool_())).combine_chunks()
+
+
+def existing_part(filesystem: pafs.FileSystem, pattern: str) -> tuple[str, str]:
+    """Split a path into the folder above its first name that is a pattern, and the rest.
+
+    A folder that exists is itself, whatever signs of patterns are in its name: "set [2020]".
+    """
+    parts = pattern.split("/")
+    number = 0
+    while number < len(parts) - 1:
+        folder = "/".join(parts[: number + 1])
+        signs = any(sign in parts[number] for sign in "*?[{")
+        if signs and filesystem.get_file_info(folder).type != pafs.FileType.Directory:
+            break
+        number += 1
+    root, rest = "/".join(parts[:number]), "/".join(parts[number:])
+    if filesystem.get_file_info(root or "/").type != pafs.FileType.Directory:
+        return root, ""
+    return root, rest
+
+
+def file_table(names: Sequence[str]) -> pa.Table:
+    """Return files that are named, in their order, as ``list_files`` returns what it finds."""
+    return _table([os.fsencode(name) for name in names], [0] * len(names))
 
 
 def _table(paths: list[bytes], sizes: list[int]) -> pa.Table:

@@ -51,11 +51,14 @@ class TarSource:
         files: Sequence[str],
         *,
         window_mib: int,
+        splits: Sequence[str] = (),
+        notes: Sequence[str] = (),
+        root: str = "",
     ) -> None:
         self.name = config.source
         self.filesystem = filesystem
-        self.notes: tuple[str, ...] = ()
-        self.splits: tuple[str, ...] = ()
+        self.notes = tuple(notes)
+        self.splits = tuple(splits)
         self.label_advice = (
             "give each sample a .cls member or a key `label` in its .json, or set "
             "data.label_column to another key of it"

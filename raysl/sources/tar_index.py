@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from raysl.errors import DataError
-from raysl.sources.source import IMAGE_SUFFIXES, SourceConfig
+from raysl.sources.formats import IMAGE_SUFFIXES
+from raysl.sources.source import SourceConfig
 from raysl.sources.storage import is_local, patiently, readable
 
 _BLOCK = 512

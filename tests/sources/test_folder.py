@@ -10,8 +10,9 @@ import pytest
 
 from raysl.data.decode import decode
 from raysl.errors import DataError
-from raysl.sources.folder import FolderSource, list_images
-from raysl.sources.source import SourceConfig
+from raysl.sources.contents import look_into
+from raysl.sources.folder import FolderSource
+from raysl.sources.source import SourceConfig, Unreadable
 
 
 def _image(number: int) -> np.ndarray:
@@ -30,7 +31,7 @@ def _write(root: Path, *names: str) -> None:
 def _open(root: Path, **settings: Any) -> FolderSource:
     filesystem = pafs.LocalFileSystem()
     config = SourceConfig(source=str(root), **settings)
-    return FolderSource(config, filesystem, list_images(filesystem, str(root)), str(root))
+    return FolderSource(config, filesystem, look_into(filesystem, str(root)).images, str(root))
 
 
 def _files(source: FolderSource) -> list[str]:
@@ -45,6 +46,7 @@ class TestListing:
 
     def test_takes_images_only_by_their_suffix_in_any_case(self, tmp_path: Path) -> None:
         names = ["a.JPG", "b.jpeg", "c.png", "d.WebP", "e.bmp", "f.tif", "g.tiff", "h.gif"]
+        names += ["k.jfif", "l.jpe", "m.pgm", "n.PPM", "o.jp2", "p.avif"]
         _write(tmp_path, *names, "notes.txt", "png", "i.png.part", "j.svg")
         assert _files(_open(tmp_path)) == names
 
@@ -108,29 +110,36 @@ class TestLabels:
         assert source.class_names == ["ape", "cat", "dog"]
         assert self._labels(source) == [0, 0, 1, 2, 2]
 
-    @pytest.mark.parametrize(
-        "names",
-        [
-            ("1.png", "2.png"),
-            ("cat/1.png", "dog/1.png", "loose.png"),
-            ("cat/1.png", "cat/2.png"),
-        ],
-        ids=["no folders", "mixed", "one class"],
-    )
-    def test_without_two_classes_for_all_files_there_are_no_labels(
-        self, names: tuple[str, ...], tmp_path: Path
-    ) -> None:
-        _write(tmp_path, *names)
+    def test_without_folders_there_are_no_labels(self, tmp_path: Path) -> None:
+        _write(tmp_path, "1.png", "2.png")
         source = _open(tmp_path)
         assert source.labels() is None
-        assert source.class_names == []
-        assert source.group_sizes.tolist() == [len(names)]
+        assert (source.class_names, source.notes) == ([], ())
 
-    def test_a_limit_counts_only_the_classes_that_it_leaves(self, tmp_path: Path) -> None:
-        _write(tmp_path, "a/1.png", "b/1.png", "c/1.png")
-        source = _open(tmp_path, limit=2)
-        assert source.class_names == ["a", "b"]
-        assert self._labels(source) == [0, 1]
+    def test_an_image_beside_the_class_folders_has_none_and_is_counted(
+        self, tmp_path: Path
+    ) -> None:
+        _write(tmp_path, "cat/1.png", "cover.png", "dog/1.png")
+        source = _open(tmp_path)
+        assert self._labels(source) == [0, -1, 1]
+        assert source.notes == ("1 images lie beside the class folders: they have no label",)
+
+    def test_one_folder_is_one_class(self, tmp_path: Path) -> None:
+        _write(tmp_path, "cat/1.png", "cat/2.png")
+        source = _open(tmp_path)
+        assert (source.class_names, self._labels(source)) == (["cat"], [0, 0])
+
+    def test_a_limit_is_spread_over_the_classes(self, tmp_path: Path) -> None:
+        _write(tmp_path, *(f"{name}/{number}.png" for name in "abc" for number in range(4)))
+        source = _open(tmp_path, limit=3)
+        assert _files(source) == ["a/0.png", "b/0.png", "c/0.png"]
+        assert self._labels(source) == [0, 1, 2]
+
+    @pytest.mark.parametrize("name", ["image_column", "label_column"])
+    def test_a_setting_for_columns_is_said_to_do_nothing(self, name: str, tmp_path: Path) -> None:
+        _write(tmp_path, "a/1.png", "b/1.png")
+        (note,) = _open(tmp_path, **{name: "x"}).notes
+        assert note == f"data.{name}=x does nothing here: a folder of image files has no columns"
 
 
 class TestReading:
@@ -145,22 +154,52 @@ class TestReading:
         _write(tmp_path / "bucket", *names)
         filesystem = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
         config = SourceConfig(source="remote")
-        remote = FolderSource(config, filesystem, list_images(filesystem, "bucket"), "bucket")
+        remote = FolderSource(config, filesystem, look_into(filesystem, "bucket").images, "bucket")
         order = np.random.default_rng(0).permutation(20)
         assert remote.read(order) == _open(tmp_path / "bucket").read(order)
         assert remote.where(0) == "bucket/00.png"
 
-    def test_a_limit_keeps_the_first_files(self, tmp_path: Path) -> None:
-        _write(tmp_path, "a.png", "b.png", "c.png")
-        assert _files(_open(tmp_path, limit=2)) == ["a.png", "b.png"]
-        assert _files(_open(tmp_path, limit=9)) == ["a.png", "b.png", "c.png"]
+    def test_a_limit_keeps_files_at_even_distances(self, tmp_path: Path) -> None:
+        _write(tmp_path, "a.png", "b.png", "c.png", "d.png")
+        assert _files(_open(tmp_path, limit=2)) == ["a.png", "c.png"]
+        assert _files(_open(tmp_path, limit=9)) == ["a.png", "b.png", "c.png", "d.png"]
 
-    def test_a_file_that_has_gone_is_named(self, tmp_path: Path) -> None:
-        _write(tmp_path, "a.png", "b.png")
+    def test_a_file_that_has_gone_is_one_unreadable_image(self, tmp_path: Path) -> None:
+        _write(tmp_path, "a.png", "b.png", "c.png")
         source = _open(tmp_path)
         (tmp_path / "b.png").unlink()
-        with pytest.raises(DataError, match=rf"^{tmp_path}/b\.png: cannot be read: "):
-            source.read([0, 1])
+        first, second, third = source.read([0, 1, 2])
+        assert second == Unreadable("cannot be read: No such file or directory")
+        assert isinstance(first, bytes)
+        assert isinstance(third, bytes)
+
+    def test_a_store_that_does_not_answer_is_an_error_and_no_bad_image(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        _write(tmp_path / "bucket", "a.png")
+        filesystem = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
+        source = FolderSource(
+            SourceConfig(source="remote"),
+            filesystem,
+            look_into(filesystem, "bucket").images,
+            "bucket",
+        )
+
+        def time_out(*_: Any) -> bytes:
+            raise OSError("AWS Error NETWORK_CONNECTION: timed out")
+
+        monkeypatch.setattr("raysl.sources.folder.read_bytes", time_out)
+        monkeypatch.setattr("raysl.sources.storage.is_local", lambda _: False)
+        with pytest.raises(DataError, match=r"^bucket/a\.png: cannot be read: AWS Error"):
+            source.read([0])
+
+    def test_a_row_is_known_by_its_path_below_the_folder(self, tmp_path: Path) -> None:
+        _write(tmp_path, "cat/0.png", "dog/1.png")
+        assert _open(tmp_path, limit=1, filter=(("path", "!=", "cat/0.png"),)).row_id(0) == (
+            "dog/1.png"
+        )
+        kept = _open(tmp_path, filter=(("row_id", "not in", ("cat/0.png",)),))
+        assert _files(kept) == ["dog/1.png"]
 
     def test_survives_pickling(self, tmp_path: Path) -> None:
         _write(tmp_path, "cat/0.png", "dog/1.png")
@@ -204,7 +243,7 @@ class TestFilter:
 
     def test_of_something_else_lists_what_there_is(self, tmp_path: Path) -> None:
         _write(tmp_path, "a.png")
-        with pytest.raises(DataError, match=r"no column 'width'; there are path, bytes$"):
+        with pytest.raises(DataError, match=r"no column 'width'; there are path, bytes, row_id$"):
             _open(tmp_path, filter=(("width", ">", 3),))
 
 

@@ -1,0 +1,136 @@
+"""What lies below a folder: images, Parquet files, tar shards, and what is left out and why."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs as pafs
+
+from raysl.sources.formats import (
+    COMPRESSED_SUFFIXES,
+    IMAGE_SUFFIXES,
+    OPTIONAL_SUFFIXES,
+    PARQUET_SUFFIXES,
+    TAR_SUFFIXES,
+    about_others,
+    missing_package,
+    suffix_of,
+)
+from raysl.sources.storage import HIDDEN, list_files, readable
+
+_SHOWN = 5
+
+
+class Contents(NamedTuple):
+    """Files below a folder by kind: tables of ``path`` (relative to it) and ``bytes``."""
+
+    images: pa.Table
+    parquet: pa.Table
+    tars: pa.Table
+    compressed: pa.Table
+    """Tar shards that are compressed."""
+    notes: tuple[str, ...]
+    """What is none of these, and images for which a library is missing."""
+
+
+def look_into(filesystem: pafs.FileSystem, root: str) -> Contents:
+    """List a folder and all below it; names that begin with a dot are no part of it.
+
+    Raises:
+        DataError: If a folder cannot be listed.
+    """
+    return sort_by_kind(list_files(filesystem, root, ("",)))
+
+
+def sort_by_kind(files: pa.Table) -> Contents:
+    """Sort files by what the ends of their names say.
+
+    Args:
+        files: ``path`` (large_binary) and ``bytes``.
+    """
+    missing = tuple(suffix for suffix in OPTIONAL_SUFFIXES if missing_package(suffix))
+    images = ending(files, tuple(suffix for suffix in IMAGE_SUFFIXES if suffix not in missing))
+    parquet, tars = (
+        _not_hidden(ending(files, suffixes)) for suffixes in (PARQUET_SUFFIXES, TAR_SUFFIXES)
+    )
+    compressed = ending(files, COMPRESSED_SUFFIXES)
+    known = (*IMAGE_SUFFIXES, *PARQUET_SUFFIXES, *TAR_SUFFIXES, *COMPRESSED_SUFFIXES)
+    others = files.filter(pc.invert(_ends(files, known)))
+    notes = (*_unread_images(ending(files, missing)), *_about(others))
+    return Contents(images, parquet, tars, compressed, notes)
+
+
+def ending(files: pa.Table, suffixes: Sequence[str]) -> pa.Table:
+    """Return the files whose names end in one of the suffixes, in any case."""
+    return files.filter(_ends(files, suffixes))
+
+
+def paths_below(files: pa.Table, root: str) -> list[str]:
+    """Return whole paths of files that are listed relative to a folder."""
+    root = root.rstrip("/")
+    return [f"{root}/{readable(path)}" for path in files.column("path").to_pylist()]
+
+
+def count_suffixes(files: pa.Table) -> dict[str, int]:
+    """Return how many files end how, the most frequent first; "" counts those without a dot."""
+    base = pc.extract_regex(files.column("path").cast(pa.large_binary()), r"(?P<base>[^/]*)$")
+    end = pc.extract_regex(pc.struct_field(base, "base"), r"(?P<end>(?:\.[^.]{1,8})?\.[^.]+)$")
+    counts: dict[str, int] = {}
+    for value in pc.value_counts(pc.struct_field(end, "end")).to_pylist():
+        name = value["values"]
+        suffix = "" if name is None else suffix_of("x" + name.decode(errors="replace"))
+        counts[suffix] = counts.get(suffix, 0) + value["counts"]
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _ends(files: pa.Table, suffixes: Sequence[str]) -> pa.ChunkedArray:
+    if not suffixes:
+        return pc.match_substring_regex(files.column("path"), r"^\b$")
+    endings = "|".join(re.escape(suffix) for suffix in suffixes)
+    return pc.match_substring_regex(files.column("path"), rf"(?i)({endings})$")
+
+
+def _not_hidden(files: pa.Table) -> pa.Table:
+    hidden = pc.match_substring_regex(files.column("path"), rf"(^|/)[{re.escape(HIDDEN)}]")
+    return files.filter(pc.invert(hidden))
+
+
+def _unread_images(files: pa.Table) -> list[str]:
+    names: dict[str, int] = {}
+    for suffix, count in count_suffixes(files).items():
+        name = missing_package(suffix) or suffix
+        names[name] = names.get(name, 0) + count
+    return [
+        f"{count:,} {name} images are left out: pip install 'raysl[formats]' installs what reads "
+        f"them"
+        for name, count in names.items()
+    ]
+
+
+def _about(files: pa.Table) -> list[str]:
+    """Say what other files there are: a line for each kind that may hold images, one for all else.
+
+    What tools leave beside data (_SUCCESS, .crc) and what describes them (.json, .txt) is one
+    count.
+    """
+    kinds: dict[str, dict[str, int]] = {}
+    rest: dict[str, int] = {}
+    for suffix, count in count_suffixes(files).items():
+        about = about_others(suffix)
+        (rest if about is None else kinds.setdefault(about, {}))[suffix or "no suffix"] = count
+    lines = [
+        f"{_counted(counts)} left out: {about}"
+        for about, counts in sorted(kinds.items(), key=lambda item: -sum(item[1].values()))
+    ]
+    if rest:
+        lines.append(f"{_counted(rest)} left out: no images by their names")
+    return lines
+
+
+def _counted(counts: dict[str, int]) -> str:
+    total = sum(counts.values())
+    shown = ", ".join(f"{suffix} {count:,}" for suffix, count in list(counts.items())[:_SHOWN])
+    more = ", ..." if len(counts) > _SHOWN else ""
+    return f"{total:,} {'file' if total == 1 else 'files'} ({shown}{more})"

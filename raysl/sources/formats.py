@@ -1,0 +1,61 @@
+"""What the ends of files' names say: images, shards of images, and what neither is nor is read."""
+
+import importlib.util
+
+PLAIN_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+    *(".avif", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm"),
+)
+# Read by a library that raysl[formats] installs: its module, and what people call the format.
+OPTIONAL_SUFFIXES = {
+    ".heic": ("pillow_heif", "HEIC"),
+    ".heif": ("pillow_heif", "HEIC"),
+    ".hif": ("pillow_heif", "HEIC"),
+    ".jxl": ("pillow_jxl", "JPEG XL"),
+}
+IMAGE_SUFFIXES = (*PLAIN_SUFFIXES, *OPTIONAL_SUFFIXES)
+PARQUET_SUFFIXES = (".parquet", ".pq")
+TAR_SUFFIXES = (".tar",)
+COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+_RAW = "photographs as a camera's sensor saw them; develop them to JPEG or TIFF first"
+_VIDEO = "videos; write their frames as JPEG first"
+_RECORDS = "records of another library; write them as Parquet or tar shards first"
+_ARCHIVE = "archives; unpack them first"
+_ARRAYS = "arrays; write them as PNG or TIFF first"
+# Kinds that hold images and are not read, by suffix: what they are and what to do.
+_OTHERS = {
+    **dict.fromkeys((".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".srw"), _RAW),
+    **dict.fromkeys((".dcm", ".dicom"), "DICOM; write them as PNG or TIFF first"),
+    **dict.fromkeys((".nii", ".nii.gz", ".mha", ".nrrd", ".czi", ".nd2", ".lif", ".svs"), _ARRAYS),
+    **dict.fromkeys((".npy", ".npz", ".h5", ".hdf5", ".zarr", ".mat"), _ARRAYS),
+    **dict.fromkeys((".psd", ".svg", ".eps", ".ai", ".pdf"), "drawings; write them as PNG first"),
+    **dict.fromkeys((".exr", ".hdr", ".pfm", ".tga", ".dds", ".ico"), "write them as PNG first"),
+    **dict.fromkeys((".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"), _VIDEO),
+    **dict.fromkeys((".zip", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst"), _ARCHIVE),
+    ".arrow": "Arrow files of datasets.save_to_disk; write them with Dataset.to_parquet first",
+    **dict.fromkeys(
+        (".tfrecord", ".tfrecords", ".lmdb", ".mdb", ".mds", ".beton", ".rec"), _RECORDS
+    ),
+}
+
+
+def missing_package(suffix: str) -> str | None:
+    """Return what people call the format of a suffix if the library that reads it is missing."""
+    module, name = OPTIONAL_SUFFIXES.get(suffix.lower(), ("", ""))
+    return name if module and importlib.util.find_spec(module) is None else None
+
+
+def about_others(suffix: str) -> str | None:
+    """Return what files of a suffix are and what to do with them, if they may hold images."""
+    return _OTHERS.get(suffix.lower())
+
+
+def suffix_of(name: str) -> str:
+    """Return the lower-case end of a file's name from its last dot on; empty without one."""
+    base = name.rpartition("/")[2].lower()
+    stem, dot, end = base.rpartition(".")
+    if not dot or not stem:
+        return ""
+    double = f".{stem.rpartition('.')[2]}.{end}"
+    return double if double in COMPRESSED_SUFFIXES or double in _OTHERS else f".{end}"

@@ -1,0 +1,184 @@
+"""Which part of a source a file belongs to: train, validation or test, by the names people use.
+
+Shards (Parquet, tar) are told apart as Hugging Face's `datasets` does (version 4, data_files.py):
+``NAME-00000-of-00005``, else a word in the name of a folder, else a word in the file's own name. Of
+image folders the first level that branches is looked at, and only if it has a folder for training:
+below it, folders are classes, and a class may be called anything.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from raysl.errors import DataError
+
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+HELD_OUT = (VALIDATION, TEST)
+
+_WORDS = {
+    **dict.fromkeys(("train", "training"), TRAIN),
+    **dict.fromkeys(("validation", "valid", "dev", "val"), VALIDATION),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), TEST),
+}
+_SEPARATORS = "-._ 0-9"
+_ANY = "|".join(_WORDS)
+_WORD = re.compile(rf"(?:^|[{_SEPARATORS}])({_ANY})(?=$|[{_SEPARATORS}])", re.IGNORECASE)
+# Stricter of folders of images, where "bullet train" is a class.
+_FOLDER = re.compile(
+    rf"({_ANY})([{_SEPARATORS}]*(images|imgs|set|data))?[{_SEPARATORS}]*", re.IGNORECASE
+)
+_SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
+# Folders of images whose neighbours say something of them, pixel by pixel.
+_PICTURES = {"images", "image", "imgs", "img", "photos", "rgb", "jpegimages"}
+_ANNOTATIONS = {
+    *("masks", "mask", "labels", "label", "annotations", "segmentation", "segmentations", "seg"),
+    *("segmentationclass", "segmentationobject", "gt", "ground_truth", "groundtruth", "depth"),
+}
+
+
+class Parts(NamedTuple):
+    """Files by split."""
+
+    split_of: list[str | None]
+    """Of each file; None where it belongs to none."""
+    names: tuple[str, ...]
+    """Of the splits: train, validation, test, then others. Empty if the files are one set."""
+
+
+class FolderLayout(NamedTuple):
+    """What the folders above images are."""
+
+    above: str
+    """Path of the folder that branches, with a slash behind; empty for the root."""
+    splits: dict[str, list[str]]
+    """Folders below it by split, in the order of names; empty if they are no splits."""
+    annotations: list[str]
+    """Folders that look like masks of the images in others."""
+    doubtful: list[str]
+    """Folders that are called like splits and are taken for classes."""
+
+
+def canonical(word: str) -> str | None:
+    """Return the split that a word means; None if it means none."""
+    return _WORDS.get(word.lower())
+
+
+def split_shards(paths: Sequence[str]) -> Parts:
+    """Tell shards apart by their paths below the source.
+
+    They are splits only if one is for training, or each file belongs to one.
+    """
+    for rule in (_by_count, _by_folder, _by_name):
+        found = [rule(path) for path in paths]
+        names = set(found) - {None}
+        if not names & set(_WORDS.values()):
+            continue
+        if len(names) > 1 and (TRAIN in names or None not in found):
+            return Parts(found, _in_order(names))
+        break
+    return Parts([None] * len(paths), ())
+
+
+def _by_count(path: str) -> str | None:
+    match = _SHARD.match(path.rpartition("/")[2])
+    return None if match is None else canonical(match[1]) or match[1]
+
+
+def _by_folder(path: str) -> str | None:
+    return next((word for part in path.split("/")[:-1] if (word := _word_in(part))), None)
+
+
+def _by_name(path: str) -> str | None:
+    return _word_in(path.rpartition("/")[2])
+
+
+def _word_in(name: str) -> str | None:
+    match = _WORD.search(name)
+    return None if match is None else canonical(match[1])
+
+
+def _in_order(names: Sequence[str | None] | set[str | None]) -> tuple[str, ...]:
+    first = [name for name in (TRAIN, *HELD_OUT) if name in names]
+    return tuple(first + sorted(name for name in names if name is not None and name not in first))
+
+
+def folder_layout(folders_below: Callable[[str], Sequence[str]]) -> FolderLayout:
+    """Say what the folders of a source are, from the first level on that branches.
+
+    Args:
+        folders_below: Returns the names of the folders with images somewhere in them that lie in a
+            folder: the root (an empty text) or a path with a slash behind. Where images lie in that
+            folder itself, an empty name is among them.
+    """
+    above, level = "", list(folders_below(""))
+    while len(level) == 1 and level[0] and canonical(level[0]) is None:
+        above += level[0] + "/"
+        level = list(folders_below(above))
+    names = sorted(filter(None, level))
+    splits = _splits_of(names)
+    if splits:
+        return FolderLayout(above, splits, [], [])
+    names = sorted(filter(None, folders_below("")))
+    lower = {name.lower() for name in names}
+    masks = [name for name in names if name.lower() in _ANNOTATIONS]
+    return FolderLayout(
+        "",
+        {},
+        masks if masks and lower & _PICTURES else [],
+        [name for name in names if _FOLDER.fullmatch(name)],
+    )
+
+
+def _splits_of(names: Sequence[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in names:
+        match = _FOLDER.fullmatch(name)
+        found.setdefault(name if match is None else _WORDS[match[1].lower()], []).append(name)
+    to_train_and_test = TRAIN in found and bool(set(found) & set(HELD_OUT))
+    nothing_else = set(found) <= {TRAIN, *HELD_OUT} and (TRAIN in found or len(found) > 1)
+    if not (to_train_and_test or nothing_else):
+        return {}
+    return {split: found[split] for split in _in_order(set(found))}
+
+
+def choose_split(
+    names: Sequence[str], asked: str | None, *, held_out: bool, where: str
+) -> str | None:
+    """Return the split to read; None where there are none to choose from.
+
+    Args:
+        names: Of the splits that lie there.
+        asked: What the configuration says.
+        held_out: Whether images to test on are wanted.
+        where: Name of the source for the error message.
+
+    Raises:
+        DataError: If the one that is asked for is not there, or it is not clear which to take.
+    """
+    there = ", ".join(names) or "none"
+    if asked is not None:
+        wanted = asked if asked in names else canonical(asked) or asked
+        if wanted in names:
+            return wanted
+        raise DataError(f"{where}: split={asked}: the splits that lie there are {there}")
+    preferred = (*HELD_OUT, TRAIN) if held_out else (TRAIN,)
+    if found := [name for name in preferred if name in names]:
+        return found[0]
+    if len(names) > 1:
+        raise DataError(f"{where}: holds the splits {there} and none for training; set data.split")
+    return names[0] if names else None
+
+
+def describe_choice(chosen: str, counts: Mapping[str, int], what: str) -> str:
+    """Return the line that says which split is read and what lies beside it.
+
+    Args:
+        chosen: The split.
+        counts: Files of each split.
+        what: What is counted, such as "images".
+    """
+    others = [f"{name} ({count:,})" for name, count in counts.items() if name != chosen]
+    line = f"the split {chosen} is read ({counts[chosen]:,} {what})"
+    if not others:
+        return line
+    return f"{line}; beside it lie {', '.join(others)}, which data.split=NAME reads"
