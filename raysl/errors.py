@@ -55,3 +55,8 @@ class DivergedError(RayslError):
 
 class CollapsedError(RayslError):
     """All images have the same features."""
+
+
+def counted(number: int, what: str) -> str:
+    """Return "1 image", "2 images", "1,200 images" for a message; ``what`` is the singular."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

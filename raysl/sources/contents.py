@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
+from raysl.errors import counted
 from raysl.sources.formats import (
     COMPRESSED_SUFFIXES,
     IMAGE_SUFFIXES,
@@ -103,8 +104,8 @@ def _unread_images(files: pa.Table) -> list[str]:
         name = missing_package(suffix) or suffix
         names[name] = names.get(name, 0) + count
     return [
-        f"{count:,} {name} images are left out: pip install 'raysl[formats]' installs what reads "
-        f"them"
+        f"{counted(count, f'{name} image')} left out: pip install 'raysl[formats]' installs what "
+        f"reads them"
         for name, count in names.items()
     ]
 
@@ -133,4 +134,4 @@ def _counted(counts: dict[str, int]) -> str:
     total = sum(counts.values())
     shown = ", ".join(f"{suffix} {count:,}" for suffix, count in list(counts.items())[:_SHOWN])
     more = ", ..." if len(counts) > _SHOWN else ""
-    return f"{total:,} {'file' if total == 1 else 'files'} ({shown}{more})"
+    return f"{counted(total, 'file')} ({shown}{more})"

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
-from raysl.errors import DataError
+from raysl.errors import DataError, counted
 from raysl.sources.filter import Condition, keep
 from raysl.sources.labels import number_classes
 from raysl.sources.pixels import Decoding
@@ -100,7 +100,7 @@ class FolderSource:
         self._labels = labels.astype(np.min_scalar_type(-len(names)))
         self.class_names = names
         if beside := int((labels < 0).sum()):
-            self.notes += (f"{beside:,} images lie beside the class folders: they have no label",)
+            self.notes += (f"{counted(beside, 'image')} beside the class folders, without a label",)
 
     @property
     def group_sizes(self) -> npt.NDArray[np.int64]:

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
+from raysl.errors import counted
 from raysl.sources.folder import ClassFolders, FolderSource
 from raysl.sources.source import SourceConfig
 from raysl.sources.splits import FolderLayout, describe_choice, folder_layout
@@ -44,9 +45,9 @@ def open_images(
             config, filesystem, images, root, classes=classes, notes=[*notes, *lines]
         )
     counts = {name: _below(images, layout, name).num_rows for name in layout.splits}
-    lines = [describe_choice(chosen, counts, "images")]
+    lines = [describe_choice(chosen, counts, "image")]
     if outside := images.num_rows - sum(counts.values()):
-        lines.append(f"{outside:,} images lie in no split and are left out")
+        lines.append(f"{counted(outside, 'image')} in no split left out")
     above = tuple(f"{layout.above}{folder}/" for folder in layout.splits[chosen])
     return FolderSource(
         config,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from raysl.errors import DataError
+from raysl.errors import DataError, counted
 from raysl.sources.contents import Contents, look_into, paths_below, sort_by_kind
 from raysl.sources.folder import FolderSource
 from raysl.sources.footers import check_manifest, has_images
@@ -209,9 +209,9 @@ class _Opener:
                 root=root,
             )
         notes = list(found.notes)
-        for table, what in ((found.images, "images"), (found.tars, ".tar files")):
+        for table, what in ((found.images, "image"), (found.tars, ".tar file")):
             if table.num_rows:
-                notes.append(f"{table.num_rows:,} {what} beside the Parquet files are left out")
+                notes.append(f"{counted(table.num_rows, what)} beside the Parquet files left out")
         return self._shards(found.parquet, root, notes)
 
     def _shards(
@@ -224,10 +224,10 @@ class _Opener:
         lines = list(notes)
         chosen = self._choose(() if by_name else parts.names)
         if chosen is not None:
-            lines.append(describe_choice(chosen, counts, "files"))
+            lines.append(describe_choice(chosen, counts, "file"))
             names = [n for n, of in zip(names, parts.split_of, strict=True) if of == chosen]
             if outside := parts.split_of.count(None):
-                lines.append(f"{outside:,} files belong to no split and are left out")
+                lines.append(f"{counted(outside, 'file')} of no split left out")
         elif len(counts) > 1:
             several = ", ".join(f"{name} ({count:,})" for name, count in counts.items())
             lines.append(f"the files that were named are of several splits, read as one: {several}")

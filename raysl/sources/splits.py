@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from raysl.errors import DataError
+from raysl.errors import DataError, counted
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 HELD_OUT = (VALIDATION, TEST)
@@ -175,10 +175,10 @@ def describe_choice(chosen: str, counts: Mapping[str, int], what: str) -> str:
     Args:
         chosen: The split.
         counts: Files of each split.
-        what: What is counted, such as "images".
+        what: What is counted, such as "image".
     """
     others = [f"{name} ({count:,})" for name, count in counts.items() if name != chosen]
-    line = f"the split {chosen} is read ({counts[chosen]:,} {what})"
+    line = f"the split {chosen} is read ({counted(counts[chosen], what)})"
     if not others:
         return line
-    return f"{line}; beside it lie {', '.join(others)}, which data.split=NAME reads"
+    return f"{line}; data.split=NAME reads what lies beside it: {', '.join(others)}"

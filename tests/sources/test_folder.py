@@ -122,7 +122,7 @@ class TestLabels:
         _write(tmp_path, "cat/1.png", "cover.png", "dog/1.png")
         source = _open(tmp_path)
         assert self._labels(source) == [0, -1, 1]
-        assert source.notes == ("1 images lie beside the class folders: they have no label",)
+        assert source.notes == ("1 image beside the class folders, without a label",)
 
     def test_one_folder_is_one_class(self, tmp_path: Path) -> None:
         _write(tmp_path, "cat/1.png", "cat/2.png")
