@@ -13,6 +13,8 @@ from raysl.sources.source import SourceConfig
 from raysl.sources.splits import FolderLayout, describe_choice, folder_layout
 from raysl.sources.storage import readable
 
+_SHOWN = 3
+
 
 def open_images(
     config: SourceConfig,
@@ -87,5 +89,12 @@ def _doubts(layout: FolderLayout, images: pa.Table, root: str) -> list[str]:
         lines.append(
             f"folders {names} are called like splits and taken for classes, since there is none "
             f"for training and one to test beside it; data.source={root}/FOLDER reads one alone"
+        )
+    (*others, only) = _folders_below(images, "") or [""]
+    if only and not others and len(below := _folders_below(images, f"{only}/")) > 1:
+        shown = ", ".join(sorted(filter(None, below))[:_SHOWN])
+        lines.append(
+            f"all images lie in the folder {only}, which is one class; data.source={root}/{only} "
+            f"takes the folders in it for classes ({shown}{', ...' if len(below) > _SHOWN else ''})"
         )
     return lines

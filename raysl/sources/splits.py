@@ -85,7 +85,9 @@ def _by_count(path: str) -> str | None:
 
 
 def _by_folder(path: str) -> str | None:
-    return next((word for part in path.split("/")[:-1] if (word := _word_in(part))), None)
+    # Of Spark's and pyarrow's partitions the value counts: split=train.
+    folders = (part.rpartition("=")[2] for part in path.split("/")[:-1])
+    return next((word for folder in folders if (word := _word_in(folder))), None)
 
 
 def _by_name(path: str) -> str | None:

@@ -320,13 +320,16 @@ def _enter(folder: _Folder, entry: os.DirEntry[bytes]) -> list[_Folder]:
 
 
 def _size(entry: os.DirEntry[bytes]) -> int | None:
-    """Return the size of a regular file, also behind a link; None if there is none (any more)."""
+    """Return the size of a regular file, also behind a link; None if it is none, or gone by now.
+
+    A link that leads nowhere is a file of no bytes: whoever reads it finds out, and says so.
+    """
     try:
         status = entry.stat()
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP):
-            return None
-        raise
+        if error.errno not in (errno.ENOENT, errno.ELOOP):
+            raise
+        return 0 if entry.is_symlink() else None
     return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 

@@ -79,7 +79,9 @@ class TestListing:
         (tmp_path / "here" / "a" / "up").symlink_to(tmp_path / "here")
         (tmp_path / "elsewhere" / "across").symlink_to(tmp_path / "here" / "b")
         (tmp_path / "here" / "gone.png").symlink_to(tmp_path / "nowhere.png")
-        assert _files(_open(tmp_path / "here")) == ["a/2.png", "b/1.png"]
+        source = _open(tmp_path / "here")
+        assert _files(source) == ["a/2.png", "b/1.png", "gone.png"]
+        assert source.read([2]) == [Unreadable("cannot be read: No such file or directory")]
 
     def test_a_folder_that_may_not_be_read_is_named(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

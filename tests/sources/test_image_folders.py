@@ -104,6 +104,15 @@ class TestAnnotations:
         assert source.notes[0].startswith("folders train are called like splits and taken for")
 
 
+def test_a_single_folder_of_folders_is_one_class_with_a_note(tmp_path: Path) -> None:
+    _write(tmp_path, "pets/cat/1.png", "pets/dog/2.png")
+    source = _open(tmp_path)
+    assert source.class_names == ["pets"]
+    (note,) = source.notes
+    assert f"data.source={tmp_path}/pets takes the folders in it for classes (cat, dog)" in note
+    assert _open(tmp_path / "pets").notes == ()
+
+
 class TestGlobs:
     def test_of_images_are_a_source_whose_folders_are_classes(self, tmp_path: Path) -> None:
         _write(tmp_path, "cat/1.png", "cat/2.jpg", "dog/3.png")

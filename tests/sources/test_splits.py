@@ -35,6 +35,7 @@ class TestShards:
             (["imagenet-train-000.tar", "imagenet-val-000.tar"], ["train", "validation"]),
             (["train.parquet", "dev.parquet", "eval.parquet"], ["train", "validation", "test"]),
             (["TRAIN/0.tar", "Testing/0.tar"], ["train", "test"]),
+            (["split=train/0.parquet", "split=test/0.parquet"], ["train", "test"]),
             (
                 ["test-00000-of-00002.parquet", "validation-00000-of-00002.parquet"],
                 ["test", "validation"],
