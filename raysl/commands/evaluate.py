@@ -31,7 +31,12 @@ from raysl.jobs.evaluation_config import (
 )
 from raysl.jobs.evaluation_folder import EvaluationFolder
 from raysl.jobs.evaluation_runs import run_of, train_unit
-from raysl.jobs.evaluation_sets import EvaluationSets, check_labels, open_sets
+from raysl.jobs.evaluation_sets import (
+    EvaluationSets,
+    check_labels,
+    open_sets,
+    too_few_for_few_shot,
+)
 from raysl.jobs.local import pretrain_here
 from raysl.recipe import RunConfig
 from raysl.runtime.cluster import connect, disconnect, plan_layout
@@ -113,10 +118,10 @@ def _asked(
     if names is None:
         names = DEFAULT if sets.labelled else ()
         if not sets.labelled:
-            say(
-                f"{sets.train.source.name} has no labels: only the measures that need none are "
-                f"taken; set data.label_column, or use class folders, to measure accuracy"
-            )
+            say("  only the measures that need no labels are taken")
+        if problem := too_few_for_few_shot(config, sets, names):
+            names = tuple(name for name in names if name != "few_shot")
+            say(f"  few_shot is left out: {problem}")
     own = tuple(name for name in names if name != TRANSFER)
     if own:
         check_labels(config, sets, own)
@@ -139,12 +144,15 @@ def _transfer(asked: Asked) -> Asked:
 
 
 def _open(config: EvaluationConfig, origin: Origin) -> EvaluationSets:
-    return open_sets(
+    sets = open_sets(
         config.data,
         size_px=config.features.size_px or origin.size_px,
         crop_fraction=config.features.crop_fraction,
         num_threads=os.cpu_count() or 1,
     )
+    for note in sets.notes:
+        say(f"  {note}")
+    return sets
 
 
 def _evaluate(asked: Asked, transfer: Asked | None) -> dict[str, Any]:

@@ -125,25 +125,27 @@ class ProgressView:
 
 
 def accuracy_table(results: Mapping[str, Any]) -> Table:
-    """Return the table of what pretraining gave, against its start and bare pixels."""
-    few = f"{results['few_shot_labels']} labels a class"
+    """Return the table of what pretraining gave, against its start and bare pixels.
+
+    Without a column of few labels where there were too few for it.
+    """
     table = Table(title="Accuracy of frozen features on the test images")
     table.add_column("features")
     table.add_column(f"kNN (k {results['knn_k']})", justify="right")
     table.add_column("linear probe", justify="right")
-    table.add_column(f"{few} (mean of {results['few_shot_draws']})", justify="right")
+    has_few = "few_shot_top1" in results
+    if has_few:
+        few = f"{results['few_shot_labels']} labels a class"
+        table.add_column(f"{few} (mean of {results['few_shot_draws']})", justify="right")
     rows = (("pretrained", ""), ("before training", "untrained_"), ("pixels", "pixels_"))
     for label, prefix in rows:
         if f"{prefix}knn_top1" not in results:
             continue
-        spread = results[f"{prefix}few_shot_top1_std"]
-        table.add_row(
-            label,
-            f"{results[prefix + 'knn_top1']:.1%}",
-            f"{results[prefix + 'linear_top1']:.1%}",
-            f"{results[prefix + 'few_shot_top1']:.1%} +- {100 * spread:.1f}",
-            style="bold" if not prefix else None,
-        )
+        cells = [f"{results[prefix + name]:.1%}" for name in ("knn_top1", "linear_top1")]
+        if has_few:
+            spread = results[f"{prefix}few_shot_top1_std"]
+            cells.append(f"{results[prefix + 'few_shot_top1']:.1%} +- {100 * spread:.1f}")
+        table.add_row(label, *cells, style="bold" if not prefix else None)
     if "finetune_top1" in results:
         labels, top1 = results["finetune_labels"], results["finetune_top1"]
         table.caption = f"fine-tuned on {labels:,} labels: {top1:.1%}"

@@ -16,8 +16,9 @@ from raysl.encoder import load_encoder, read_description
 from raysl.errors import ConfigError, DataError
 from raysl.evaluate.features import EvalImages, embed
 from raysl.evaluate.label_free import label_free, positive_pairs
+from raysl.evaluate.labelled import open_labelled
 from raysl.evaluate.linear import linear_accuracy
-from raysl.evaluate.protocol import EvaluateConfig, LabelledSets, knn_top1, open_labelled
+from raysl.evaluate.protocol import EvaluateConfig, LabelledSets, knn_top1
 from raysl.jobs.build import build_method
 from raysl.nn.backbones import Backbone, BackboneConfig, build_backbone
 from raysl.recipe import load_run, training_set

@@ -103,7 +103,8 @@ def finetune_from(
     values["backbone"]["weights"] = str(origin.weights)
     values["data"]["labels"] = {"fraction": _ALL_LABELS, "seed": 0, "only": True}
     values = apply_overrides(values, overrides)
-    fraction = (values["data"].get("labels") or {}).get("fraction", _ALL_LABELS)
+    seen = values["data"].get("labels")
+    fraction = seen.get("fraction", _ALL_LABELS) if isinstance(seen, dict) else _ALL_LABELS
     method, backbone = values["method"], values["backbone"]
     few = fraction < _ALL_LABELS and origin.head_layers >= _DEEP_HEAD
     if method["name"] == "supervised" and method.get("head") is not None:
@@ -174,7 +175,7 @@ def distill_from(
     values["backbone"]["weights"] = None
     theirs = _architecture(values["backbone"])
     values["method"] = {"name": "distill", "teacher": str(teacher.folder)}
-    if values["data"].get("labels") is not None:
+    if isinstance(values["data"].get("labels"), dict):
         values["data"]["labels"]["only"] = False
     values = apply_overrides(values, overrides)
     ours = _architecture(values["backbone"])

@@ -16,19 +16,53 @@ from raysl.evaluate.probes import FewShotConfig, KnnConfig, LbfgsConfig, LinearC
 from raysl.evaluate.training_protocols import FinetuneProtocol, SemiHundredth, SemiTenth
 from raysl.nn.backbones import NAMES, BackboneConfig, build_backbone, check_model_name
 from raysl.recipe import ClusterConfig, TrackConfig, check_run_name
+from raysl.sources.filter import Condition
+from raysl.sources.pixels import ColorProfile, Intensity, Pages
 from raysl.sources.source import DataConfig, LocatedSource
 from raysl.track.run_folder import RunFolder
 
-_FROM_RUN = ("source", "image_column", "label_column", "filter", "limit", "torchvision_root")
+# Not data.labels: a pretraining that is to see no labels may well be measured with them.
+_FROM_RUN = (
+    "source",
+    "image_column",
+    "label_column",
+    "filter",
+    "limit",
+    "split",
+    "intensity",
+    "color_profile",
+    "pages",
+    "torchvision_root",
+)
+_TEST_ONLY = {"test_source", "test_limit", "test"}
 _EVALUATIONS = "evaluations"
+
+
+class TestingConfig(Config):
+    """How ``test_source`` is read; of settings that are null, as ``data.source`` is."""
+
+    image_column: str | None = None
+    label_column: str | None = None
+    filter: tuple[Condition, ...] = ()
+    """Of the test images alone."""
+    limit: PositiveInt | None = None
+    """Of the test images alone, spread over their source."""
+    split: str | None = None
+    """null takes the validation split, else the test split, else all."""
+    intensity: Intensity | None = None
+    color_profile: ColorProfile | None = None
+    pages: Pages | None = None
 
 
 class EvaluationData(LocatedSource):
     """The labelled images: those that train the probes, and those that test them."""
 
     test_source: str | None = None
-    """Test images. null takes the test split of a built-in set; of other sources a fifth of the
-    labels is held out for testing."""
+    """Test images. null takes the validation split that lies beside the source, else its test
+    split; without either, a fifth of the labels is held out for testing. Where the source has no
+    labels, or none of the same classes, the probes are trained and tested within these images."""
+    test: TestingConfig = TestingConfig()
+    """More of test_source."""
     test_limit: PositiveInt | None = None
     """Test on so many images at most, drawn at random, always the same."""
 
@@ -129,8 +163,12 @@ def evaluation_folder(config: EvaluationConfig, origin: Origin) -> Path:
 
 def data_config(data: EvaluationData) -> DataConfig:
     """Return what opens the training images of an evaluation."""
-    values = data.model_dump(mode="json", exclude={"test_source", "test_limit"})
-    return validate(DataConfig, values, where="data")
+    return validate(DataConfig, images_of(data), where="data")
+
+
+def images_of(data: EvaluationData) -> dict[str, Any]:
+    """Return the settings of the training images as plain values."""
+    return data.model_dump(mode="json", exclude=_TEST_ONLY)
 
 
 def _existing(encoder: str, home: Path) -> Path | None:
@@ -162,6 +200,8 @@ def _values_of_run(path: Path, keys: Sequence[str]) -> dict[str, Any]:
         values["data"] = {key: data[key] for key in _FROM_RUN if key in data}
         if evaluate.get("source") is not None:
             values["data"]["test_source"] = evaluate["source"]
+            names = [name for name in TestingConfig.model_fields if name in evaluate]
+            values["data"]["test"] = {name: evaluate[name] for name in names}
     elif "torchvision_root" in data:
         values["data"] = {"torchvision_root": data["torchvision_root"]}
     return values
