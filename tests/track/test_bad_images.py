@@ -13,7 +13,8 @@ def _list(path: Path, *, max_share: float = 0.5, writes: bool = True) -> BadImag
         num_images=10,
         max_share=max_share,
         name=lambda row: f"photo {row}",
-        reason=lambda flaw: f"flaw {flaw}",
+        row_id=lambda row: f"{row}.jpg",
+        reason=lambda row, flaw: f"flaw {flaw} of {row}",
         writes=writes,
     )
 
@@ -28,9 +29,9 @@ def test_lists_each_image_once_with_name_reason_and_step(tmp_path: Path) -> None
     assert bad.add({2: 1, 4: 1}, step=9) == 3
     assert len(bad) == 3
     assert _lines(tmp_path / "bad.jsonl") == [
-        {"row": 2, "name": "photo 2", "reason": "flaw 1", "step": 5},
-        {"row": 7, "name": "photo 7", "reason": "flaw 3", "step": 5},
-        {"row": 4, "name": "photo 4", "reason": "flaw 1", "step": 9},
+        {"row": 2, "id": "2.jpg", "name": "photo 2", "reason": "flaw 1 of 2", "step": 5},
+        {"row": 7, "id": "7.jpg", "name": "photo 7", "reason": "flaw 3 of 7", "step": 5},
+        {"row": 4, "id": "4.jpg", "name": "photo 4", "reason": "flaw 1 of 4", "step": 9},
     ]
 
 
