@@ -24,10 +24,11 @@ from raysl.jobs.run_places import started_from
 from raysl.nn.backbones import NAMES, BackboneConfig, build_backbone, check_model_name
 from raysl.recipe import ClusterConfig, TrackConfig, check_run_name
 from raysl.sources.place import absolute_config
-from raysl.sources.source import DataConfig, LocatedSource
+from raysl.sources.source import DataConfig, LocatedSource, SourceConfig
 from raysl.track.run_folder import RunFolder
 
-_FROM_RUN = ("source", "image_column", "label_column", "filter", "limit", "torchvision_root")
+# What says which images, and how they are decoded.
+_FROM_RUN = (*SourceConfig.model_fields, "torchvision_root")
 _EVALUATIONS = "evaluations"
 
 

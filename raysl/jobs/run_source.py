@@ -13,6 +13,9 @@ from raysl.sources.source import Source
 from raysl.sources.subset import whole_source
 from raysl.track.run_folder import RunFolder, latest_step, read_json, write_json
 
+FROM_STEP = "from_step"
+"""Of a record: the step after which training saw these images."""
+
 _MOST_NAMES = 1000
 _SHOWN = 5
 
@@ -53,26 +56,53 @@ def hold_to_source(folder: RunFolder, source: Source, config: RunConfig[Any]) ->
     Raises:
         RunFolderError: If the images have changed since the run began.
     """
-    facts, known = source_facts(source), read_json(folder.source)
-    if known is None or is_same(known, facts):
-        kept = {} if known is None or "earlier" not in known else {"earlier": known["earlier"]}
-        write_json(folder.source, facts | kept)
+    facts, done = source_facts(source), latest_step(folder.checkpoints)
+    records = _records(folder)
+    # Those that nothing was trained on do not count: they may be put back, or changed again.
+    trained = [each for each in records if each[FROM_STEP] < done]
+    lines: list[str] = []
+    if trained and not is_same(trained[-1], facts):
+        changed = "\n  ".join(what_changed(trained[-1], facts))
+        if config.data.if_changed == "stop":
+            raise RunFolderError(_refusal(folder, changed, done))
+        lines = [_going_on(done, derive_for(config, source).total_steps), f"  {changed}"]
+        _write(folder, facts | {FROM_STEP: done}, earlier=trained)
+    else:
+        since = trained[-1][FROM_STEP] if trained else 0
+        _write(folder, facts | {FROM_STEP: since}, earlier=trained[:-1])
+    if records and not is_same(records[-1], facts):
+        _set_bad_images_aside(folder, records[-1])
+        if not trained:
+            lines = ["the images have changed since the first start, which came to no checkpoint"]
+    return lines
+
+
+def _refusal(folder: RunFolder, changed: str, done: int) -> str:
+    return (
+        f"{folder.path}: the images have changed since this run began:\n  {changed}\n"
+        f"Put them back as they were, or give this run another name=..., or --fresh to start anew "
+        f"and set the old one aside, or data.if_changed=go_on to go on after step {done} with the "
+        f"images that are there now"
+    )
+
+
+def _records(folder: RunFolder) -> list[dict[str, Any]]:
+    """Return what the folder knows of its images, the present ones last."""
+    known = read_json(folder.source)
+    if known is None:
         return []
-    done = latest_step(folder.checkpoints)
-    changed = "\n  ".join(what_changed(known, facts))
-    if done and config.data.if_changed == "stop":
-        raise RunFolderError(
-            f"{folder.path}: the images have changed since this run began:\n  {changed}\n"
-            f"Put them back as they were, or give this run another name=..., or --fresh to start "
-            f"anew and set the old one aside, or data.if_changed=go_on to go on after step {done} "
-            f"with the images that are there now"
-        )
-    earlier = [*known.get("earlier", []), {k: known[k] for k in known if k != "earlier"}]
-    write_json(folder.source, facts | {"earlier": earlier})
-    if folder.bad_images.exists():  # their rows are those of the images before
-        number = len(earlier)
-        folder.bad_images.rename(folder.bad_images.with_name(f"bad_images.{number}.jsonl"))
-    return [_going_on(done, derive_for(config, source).total_steps), f"  {changed}"]
+    return [{FROM_STEP: 0} | each for each in [*known.pop("earlier", []), known]]
+
+
+def _write(folder: RunFolder, facts: Mapping[str, Any], *, earlier: list[dict[str, Any]]) -> None:
+    write_json(folder.source, {**facts, **({"earlier": earlier} if earlier else {})})
+
+
+def _set_bad_images_aside(folder: RunFolder, of: Mapping[str, Any]) -> None:
+    """Give the list of bad images another name: its rows are those of other images."""
+    if folder.bad_images.exists():
+        name = f"bad_images.{of['fingerprint']}.jsonl"
+        folder.bad_images.replace(folder.bad_images.with_name(name))
 
 
 def is_same(known: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
@@ -113,11 +143,6 @@ def _named(what: str, names: list[str]) -> str:
 
 
 def _going_on(done: int, total: int) -> str:
-    if not done:
-        return (
-            "the images have changed since the first start, which wrote no checkpoint: training "
-            "begins anew with those that are there now"
-        )
     beyond = f"; step {done} is beyond that, so nothing is left to train" if done >= total else ""
     return (
         f"the images have changed, and data.if_changed=go_on: from step {done} on, order and "

@@ -134,9 +134,12 @@ class RowFilter:
         return np.asarray(kept.to_numpy(zero_copy_only=False), dtype=np.bool_)
 
 
-def keep(table: pa.Table, conditions: Sequence[Condition], *, where: str) -> npt.NDArray[np.bool_]:
+def keep(
+    table: pa.Table, conditions: Sequence[Condition] | RowFilter, *, where: str
+) -> npt.NDArray[np.bool_]:
     """Return which rows of a table fulfil all conditions, as :meth:`RowFilter.keep` does."""
-    return RowFilter(conditions, where=where).keep(table)
+    rows = conditions if isinstance(conditions, RowFilter) else RowFilter(conditions, where=where)
+    return rows.keep(table, where=where)
 
 
 class _List:

@@ -54,6 +54,6 @@ def test_other_ranks_count_without_writing(tmp_path: Path) -> None:
 def test_more_than_the_largest_share_is_an_error_that_names_one(tmp_path: Path) -> None:
     bad = _list(tmp_path / "bad.jsonl", max_share=0.2)
     bad.add({1: 1, 2: 1}, step=1)
-    with pytest.raises(DataError, match=r"^3 of 10 images are bad, such as photo 8: flaw 4; "):
+    with pytest.raises(DataError, match=r"^3 of 10 images are bad, such as photo 8: flaw 4 of 8; "):
         bad.add({8: 4}, step=2)
     assert len(_lines(tmp_path / "bad.jsonl")) == 3
