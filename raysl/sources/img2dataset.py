@@ -81,7 +81,7 @@ def _read(filesystem: pafs.FileSystem, path: str) -> _Rows | None:
             errors = _count(table.column("error_message"))
             errors.pop("", None)
         return _Rows(status, errors)
-    except (OSError, pa.ArrowException):
+    except (OSError, ValueError, pa.ArrowException):  # text that is no UTF-8 is a ValueError
         return None
 
 

@@ -56,8 +56,8 @@ def _of_samples(tallies: Sequence[Tally], looked: Sequence[Looked]) -> list[str]
     )
     if left_out:
         lines.append(
-            f"{counted(left_out.total(), 'image')} left out beside another of the same sample "
-            f"({_ends(left_out)}); data.image_column={_commonest(left_out)} takes those instead"
+            f"{counted(left_out.total(), 'image')} left out beside another of the same sample: "
+            f"{_ends(left_out)}; data.image_column={_commonest(left_out)} takes those instead"
         )
     if one_by_one:
         lines.append(_taken_one_by_one(one_by_one))
@@ -76,14 +76,14 @@ def _of_samples(tallies: Sequence[Tally], looked: Sequence[Looked]) -> list[str]
             f"--dereference --hard-dereference"
         )
     if bad_json := sum(tally.bad_json for tally in tallies):
-        lines.append(f"{counted(bad_json, '.json member')} cannot be parsed and give no label")
+        lines.append(f"{counted(bad_json, '.json member')} without a label: not JSON")
     return lines
 
 
 def _taken_one_by_one(ends: Counter[str]) -> str:
     line = (
-        f"{counted(ends.total(), 'image')} of samples that hold several are taken one by one "
-        f"({_ends(ends)})"
+        f"{counted(ends.total(), 'image')} of samples that hold several are taken one by one: "
+        f"{_ends(ends)}"
     )
     if ends[_commonest(ends)] == 1:  # names with dots in them, not columns of samples
         return line
