@@ -31,6 +31,7 @@ from raysl.sources.storage import (
     resolve,
     unreachable,
 )
+from raysl.sources.tables import check_no_tables_below, current_files, table_kind
 from raysl.sources.tar import TarSource, expand_braces
 from raysl.sources.tar_index import compressed
 
@@ -140,6 +141,9 @@ def _open_folder(
 ) -> Source:
     """Open the Parquet files below a folder, or else its tar shards, or else its images."""
     root = root.rstrip("/") or "/"
+    if table := table_kind(filesystem, root):
+        files = current_files(filesystem, root, table, config.source)
+        return ParquetSource(config, filesystem, files, window_mib=window_mib, root=root)
     found = list_files(filesystem, root, (*IMAGE_SUFFIXES, *_SHARDS, *_COMPRESSED))
     parquet, tars, squeezed = (
         _ending(found, suffixes) for suffixes in ((".parquet",), (".tar",), _COMPRESSED)
@@ -152,6 +156,7 @@ def _open_folder(
             f"again goes on where it stopped"
         )
     if parquet.num_rows:
+        check_no_tables_below(filesystem, root, map(readable, parquet.column("path").to_pylist()))
         manifest = read_manifest(filesystem, root)
         if manifest is not None and config.image_column in (None, manifest.image_column):
             check_manifest(manifest, parquet, root)

@@ -40,6 +40,7 @@ from raysl.sources.storage import (
     num_readers,
     readable,
 )
+from raysl.sources.tables import table_note
 
 _MIB = 1 << 20
 _FOOTER_BYTES = 32 * _MIB  # of files that are read from again and again
@@ -118,6 +119,8 @@ class ParquetSource:
         self._class_names: list[str] = []
         self._labels_read = self._columns.label is None
         self.notes: tuple[str, ...] = _notes(looked)
+        if not root and (note := table_note(filesystem, self._root)):
+            self.notes += (note,)
         self._look_at_label_type(schema)
 
     def __getstate__(self) -> dict[str, Any]:
