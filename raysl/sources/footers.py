@@ -255,7 +255,7 @@ def _row_groups(metadata: pq.FileMetaData, image_column: str) -> tuple[Ints, Int
     # Of a list, the footer counts the values that are missing, not the rows.
     if metadata.schema.column(leaf).max_repetition_level > 0:
         return rows, sizes, None
-    if metadata.schema.column(leaf).logical_type.type == "NULL":
+    if metadata.schema.column(leaf).physical_type == "INT32":  # the type null, not bytes
         return rows, sizes, int(rows.sum())
     found = [chunk.statistics for chunk in chunks]
     known = all(each is not None and each.has_null_count for each in found)

@@ -53,6 +53,8 @@ def read_column(
         IndexError: If it has no such row group.
         OSError, ArrowException: If it cannot be read.
     """
+    if max(numbers) >= parquet.metadata.num_row_groups:
+        raise IndexError(max(numbers))
     table = patiently(filesystem, lambda: parquet.read_row_groups(numbers, columns=[column]))
     if column in table.column_names:  # beside it, columns whose names go on with a dot
         return table.column(column)
