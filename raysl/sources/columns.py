@@ -1,8 +1,11 @@
 """Which columns of a Parquet file hold the images and the labels, and what kind they are of."""
 
 import json
+import re
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,6 +17,7 @@ from raysl.sources.source import SourceConfig
 
 # Columns of names of image files are called so by Hugging Face, img2dataset and many exports.
 _PATHS = ("image", "path", "file_name")
+_NULL = "__HIVE_DEFAULT_PARTITION__"
 _MOST_NAMED = 20
 
 
@@ -26,20 +30,50 @@ class Columns(NamedTuple):
     """Column of paths to read where there are no bytes; the image column itself if it holds nothing
     else."""
     label: str | None
+    label_in_path: bool
+    """The label stands in the name of a folder alone: ``label=cat/part-0.parquet``."""
     class_names: tuple[str, ...]
     """Of the integer labels 0, 1, ... as Hugging Face writes them into the schema."""
 
 
-def find_columns(schema: pa.Schema, config: SourceConfig, path: str) -> Columns:
+def find_columns(
+    schema: pa.Schema, config: SourceConfig, path: str, in_path: Collection[str] = ()
+) -> Columns:
     """Return the columns that hold images and labels.
+
+    Args:
+        schema: Of a file.
+        config: Of the source.
+        path: Of the file, for messages.
+        in_path: Columns that its folders' names hold.
 
     Raises:
         DataError: If there is no column of images or several, or a named one is not there.
     """
     image, paths = _image_column(schema, config, path)
-    label = _label_column(schema, config, path)
+    names = [*schema.names, *(name for name in in_path if name not in schema.names)]
+    label = _label_column(names, config, path)
     metadata = (schema.metadata or {}).get(b"huggingface", b"")
-    return Columns(image, paths, label, _class_label_names(metadata, label))
+    apart = label is not None and label not in schema.names
+    return Columns(image, paths, label, apart, _class_label_names(metadata, label))
+
+
+def partition_values(path: str) -> dict[str, int | str | None]:
+    """Return the columns that stand in the names of a file's folders, ``label=cat/0.parquet``.
+
+    Spark, Hive, DuckDB and Delta split tables so and leave those columns out of the files.
+
+    Source: Hive's layout of partitions: signs are percent-encoded, and null has a name of its own.
+    """
+    values: dict[str, int | str | None] = {}
+    for folder in path.split("/")[:-1]:
+        name, equals, text = folder.partition("=")
+        if not (name and equals):
+            continue
+        text = unquote(text)
+        number = re.fullmatch(r"-?(0|[1-9]\d{0,17})", text)
+        values[unquote(name)] = None if text == _NULL else int(text) if number else text
+    return values
 
 
 def _image_column(schema: pa.Schema, config: SourceConfig, path: str) -> tuple[str, str | None]:
@@ -76,11 +110,11 @@ def _parts(name: str, kind: pa.DataType) -> tuple[str, str | None]:
     return f"{name}.bytes", paths
 
 
-def _label_column(schema: pa.Schema, config: SourceConfig, path: str) -> str | None:
-    name = config.label_column or ("label" if "label" in schema.names else None)
-    if name is not None and name not in schema.names:
+def _label_column(names: Sequence[str], config: SourceConfig, path: str) -> str | None:
+    name = config.label_column or ("label" if "label" in names else None)
+    if name is not None and name not in names:
         raise DataError(
-            f"{path}: no column {name!r} for the labels; columns: {', '.join(schema.names)}. "
+            f"{path}: no column {name!r} for the labels; columns: {', '.join(names)}. "
             f"Set data.label_column"
         )
     return name
@@ -101,17 +135,19 @@ def _class_label_names(metadata: bytes, label: str | None) -> tuple[str, ...]:
     return tuple(map(str, names)) if isinstance(names, list) else ()
 
 
-def label_advice(schema: pa.Schema | None, columns: Columns | None) -> str:
+def label_advice(schema: pa.Schema | None, columns: Columns, in_path: Collection[str] = ()) -> str:
     """Return what to do to have other labels, naming the columns that could hold classes.
 
     Args:
         schema: Of one of the files; None where none was opened.
         columns: Those in use.
+        in_path: Columns that the file's folders' names hold.
     """
-    if schema is None or columns is None:
+    if schema is None:
         return "set data.label_column to a column of classes"
     used = {columns.image, columns.paths, columns.label}
-    names = [f.name for f in schema if _is_label(f.type) and f.name not in used]
+    possible = [*(f.name for f in schema if _is_label(f.type)), *in_path]
+    names = [name for name in dict.fromkeys(possible) if name not in used]
     if not names:
         return (
             f"use Parquet files with a column of classes (integers or names), and name it with "

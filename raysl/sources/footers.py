@@ -14,7 +14,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from raysl.errors import DataError
-from raysl.sources.columns import Columns, find_columns, leaf_of
+from raysl.sources.columns import Columns, find_columns, leaf_of, partition_values
 from raysl.sources.filter import columns_of, keep
 from raysl.sources.lasting import is_lasting
 from raysl.sources.manifest import MANIFEST_NAME, Manifest
@@ -109,7 +109,7 @@ def read_footers(
         except DamagedError as error:
             return error
         schema, metadata = parquet.schema_arrow, parquet.metadata
-        columns = find_columns(schema, config, path)
+        columns = find_columns(schema, config, path, partition_values(below(path, root)))
         rows, sizes, nulls = _row_groups(metadata, columns.image)
         name = path.rsplit("/", 1)[-1]
         identity = f"{name}:{metadata.num_rows}:{metadata.serialized_size}:{sizes.tolist()}\n"
@@ -157,7 +157,7 @@ def manifest_footers(
     files = list(known)
     label = config.label_column or manifest.label_column
     names = manifest.class_names if label == manifest.label_column else ()
-    columns = Columns(manifest.image_column, None, label, names)
+    columns = Columns(manifest.image_column, None, label, False, names)
 
     def read(path: str) -> Footer:
         file, kept = known[path], None
@@ -226,21 +226,22 @@ def _in_order(
 
 
 def _kept(parquet: pq.ParquetFile, config: SourceConfig, path: str, root: str) -> Ints:
-    asked = columns_of(config.filter)
-    columns = [c for c in asked if c in parquet.schema_arrow.names and c != ROW_ID]
+    asked, name = columns_of(config.filter), below(path, root)
+    there = [column for column in parquet.schema_arrow.names if column != ROW_ID]
+    added = {c: v for c, v in partition_values(name).items() if c not in there and c != ROW_ID}
+    columns = [column for column in asked if column in there]
     try:
-        table = parquet.read(columns=columns)
+        # Columns whose names go on behind a dot come along.
+        table = parquet.read(columns=columns).select(columns)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
-    # Nested columns come along by parts of their names; a column of the file may be called row_id.
-    table = table.select(columns)
-    if not {*asked} <= {*columns, ROW_ID}:  # name all that could have been asked for
-        table = parquet.schema_arrow.empty_table()
-    if ROW_ID in table.column_names:
-        table = table.drop_columns([ROW_ID])
+    if not {*asked} <= {*there, *added, ROW_ID}:  # name all that could have been asked for
+        table = parquet.schema_arrow.empty_table().select(there)
+    for column, value in added.items():
+        table = table.append_column(column, pa.repeat(pa.scalar(value), table.num_rows))
     numbers = pa.array(np.arange(table.num_rows)).cast(pa.string())
-    ids = pc.binary_join_element_wise(f"{below(path, root)}:", numbers, "")
-    return np.flatnonzero(keep(table.append_column(ROW_ID, ids), config.filter, where=path))
+    table = table.append_column(ROW_ID, pc.binary_join_element_wise(f"{name}:", numbers, ""))
+    return np.flatnonzero(keep(table, config.filter, where=path))
 
 
 def _row_groups(metadata: pq.FileMetaData, image_column: str) -> tuple[Ints, Ints, int | None]:

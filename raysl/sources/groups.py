@@ -160,7 +160,7 @@ def _take(rows: Ints, places: npt.NDArray[np.int32] | None, taken: Ints) -> npt.
 
 def _check_alike(footer: Footer, first: Footer) -> None:
     ours, theirs = footer.columns, first.columns
-    if ours[:3] != theirs[:3]:
+    if ours[:4] != theirs[:4]:
         mine, others = _describe(ours), _describe(theirs)
     # Names may be missing where another program wrote a file anew; those there are must agree.
     elif ours.class_names == theirs.class_names or not (ours.class_names and theirs.class_names):
@@ -176,4 +176,5 @@ def _check_alike(footer: Footer, first: Footer) -> None:
 
 def _describe(columns: Columns) -> str:
     kind = "paths of images" if columns.paths == columns.image else "images"
-    return f"{kind} in {columns.image!r}, labels in {columns.label!r}"
+    where = " of the folders' names" if columns.label_in_path else ""
+    return f"{kind} in {columns.image!r}, labels in {columns.label!r}{where}"

@@ -52,8 +52,9 @@ def _read(filesystem: pafs.FileSystem, link: Link) -> Encoded:
         if not is_lasting(filesystem, error, place):
             raise DataError(f"{place}: cannot be read: {error}") from None
         said = getattr(error, "strerror", None) or str(error)
-        missing = isinstance(error, FileNotFoundError)
-        return Unreadable(f"{place}: {'no such file' if missing else said}")
+        if isinstance(error, FileNotFoundError):
+            said = f"no such file (the path {link.path!r} is taken from the Parquet file's folder)"
+        return Unreadable(f"{place}: {said}")
 
 
 def _out_of_reach(link: Link, *, on_disk: bool) -> str:

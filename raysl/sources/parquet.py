@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from raysl.errors import DataError
 from raysl.sources.cache import ByteCache
-from raysl.sources.columns import label_advice, no_classes, why_no_classes
+from raysl.sources.columns import label_advice, no_classes, partition_values, why_no_classes
 from raysl.sources.footers import (
     Footer,
     Ints,
@@ -114,7 +114,8 @@ class ParquetSource:
             (each.columns.class_names for each in looked if each.columns.class_names), ()
         )
         schema = next((footer.schema for footer in looked if footer.schema is not None), None)
-        self.label_advice = label_advice(schema, self._columns)
+        in_path = partition_values(below(looked[0].path, self._root))
+        self.label_advice = label_advice(schema, self._columns, in_path)
         self._labels: Labels | None = None
         self._class_names: list[str] = []
         self._labels_read = self._columns.label is None
@@ -252,7 +253,8 @@ class ParquetSource:
 
     def _look_at_label_type(self, schema: pa.Schema | None) -> None:
         """Say what the label column holds, where its type shows that they are no classes."""
-        if schema is None or (column := self._columns.label) is None:
+        column = self._columns.label
+        if schema is None or column is None or self._columns.label_in_path:
             return
         kind = schema.field(column).type
         first = pa.chunked_array([pa.array([], kind)])
@@ -282,6 +284,10 @@ class ParquetSource:
         path, label = str(self._files[file].as_py()), str(self._columns.label)
         first, last = np.searchsorted(self._file, [file, file + 1])
         numbers = self._number[first:last].tolist()
+        if self._columns.label_in_path:
+            value = partition_values(below(path, self._root))[label]
+            rows = int(self._rows[first:last].sum())
+            return pa.chunked_array([pa.repeat(pa.scalar(value), rows)])
         try:
             parquet = self._open(path)
             column = read_column(self.filesystem, parquet, numbers, label)

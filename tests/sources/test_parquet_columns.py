@@ -340,3 +340,51 @@ class TestNoClasses:
         assert source.label_advice.endswith("a column of classes: n, name, good, kind")
         bare = _open(_write(tmp_path / "b.parquet", {"image": IMAGES, "score": [0.5] * 5}))
         assert bare.label_advice.endswith("the columns of these are image, score")
+
+
+class TestPartitions:
+    """Columns that stand in the names of folders, as Spark, Hive, DuckDB and Delta write them."""
+
+    @pytest.fixture
+    def files(self, tmp_path: Path) -> list[Path]:
+        folders = ["label=cat/year=2024", "label=a%20%2F dog/year=2025", "label=cat/year=2025"]
+        folders.append("label=__HIVE_DEFAULT_PARTITION__/year=2023")
+        return [
+            _write(tmp_path / folder / "0.parquet", {"image": IMAGES, "n": list(range(5))})
+            for folder in folders
+        ]
+
+    def test_are_labels(self, files: list[Path]) -> None:
+        source = _open(*files)
+        labels = source.labels()
+        assert labels is not None
+        assert source.class_names == ["a / dog", "cat"]
+        assert labels.tolist() == [1] * 5 + [0] * 5 + [1] * 5 + [-1] * 5
+        assert source.label_advice.endswith("a column of classes: n, year")
+        assert source.row_id(5) == "label=a%20%2F dog/year=2025/0.parquet:0"
+
+    def test_are_labels_of_kept_rows_and_numbers(self, files: list[Path]) -> None:
+        source = _open(*files, label_column="year", filter=(("n", "<", 2),), limit=4)
+        labels = source.labels()
+        assert labels is not None
+        assert labels.tolist() == [1, 2, 2, 0]
+        assert source.class_names == ["2023", "2024", "2025"]
+
+    def test_are_columns_of_filters(self, files: list[Path]) -> None:
+        source = _open(
+            *files, filter=(("year", ">=", 2024), ("label", "==", "cat"), ("n", "==", 1))
+        )
+        assert [source.row_id(row) for row in range(2)] == [
+            "label=cat/year=2024/0.parquet:1",
+            "label=cat/year=2025/0.parquet:1",
+        ]
+        with pytest.raises(DataError, match=r"there are image, n, label, year, row_id$"):
+            _open(*files, filter=(("month", "==", 1),))
+
+    def test_give_way_to_columns_of_the_files(self, tmp_path: Path) -> None:
+        files = [
+            _write(tmp_path / f"label={name}" / "0.parquet", {"image": IMAGES, "label": [7] * 5})
+            for name in ("a", "b")
+        ]
+        assert _open(*files).class_names == ["7"]
+        assert int(_open(*files, filter=(("label", "==", 7),)).group_sizes.sum()) == 10

@@ -1,8 +1,10 @@
 """Tables whose log says which of their files are current, written by their own libraries."""
 
 import json
+import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 from raysl.errors import DataError
 from raysl.sources.open import open_source
 from raysl.sources.source import DataConfig, Source
+from raysl.sources.storage import resolve
 from raysl.sources.tables import current_files, table_kind
 
 LOCAL = pafs.LocalFileSystem()
@@ -263,6 +266,55 @@ class TestIceberg:
         pq.write_table(_rows(0, 3), tmp_path / "a.parquet")
         assert table_kind(LOCAL, str(tmp_path)) is None
         assert _numbers(_open(tmp_path)) == [0, 1, 2]
+
+
+class TestInAStore:
+    """In a real object store: moto's server, which speaks S3, on the loopback."""
+
+    @pytest.fixture
+    def bucket(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+        moto = pytest.importorskip("moto.server", reason="the group store installs it")
+        server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        host, port = server.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "name")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        monkeypatch.setenv("AWS_REGION", "us-east-1")
+        try:
+            filesystem = pafs.S3FileSystem(
+                endpoint_override=f"http://{host}:{port}",
+                allow_bucket_creation=True,
+                region="us-east-1",
+            )
+            filesystem.create_dir("lake")
+            yield "lake"
+        finally:
+            server.stop()
+
+    def test_delta_is_read(self, bucket: str, tmp_path: Path) -> None:
+        deltalake = pytest.importorskip("deltalake")
+        deltalake.write_deltalake(tmp_path, _rows(0, 20), partition_by=["label"])
+        deltalake.write_deltalake(tmp_path, _rows(20, 6), mode="overwrite")
+        filesystem, root = resolve(f"s3://{bucket}/a table")
+        pafs.copy_files(str(tmp_path), root, destination_filesystem=filesystem)
+        assert _numbers(_open(f"s3://{bucket}/a table")) == list(range(20, 26))
+
+    @pytest.mark.slow
+    def test_iceberg_is_read(self, bucket: str, tmp_path: Path) -> None:
+        sql = pytest.importorskip("pyiceberg.catalog.sql")
+        catalog = sql.SqlCatalog(
+            "c",
+            uri=f"sqlite:///{tmp_path}/c.db",
+            warehouse=f"s3://{bucket}/ice",
+            **{"s3.endpoint": os.environ["AWS_ENDPOINT_URL"]},
+        )
+        catalog.create_namespace("n")
+        made = catalog.create_table("n.t", schema=_rows(0, 1).schema)
+        made.append(_rows(0, 20))
+        made.overwrite(_rows(20, 6))
+        assert _numbers(_open(f"s3://{bucket}/ice/n/t")) == list(range(20, 26))
 
 
 class TestWithoutLibrary:
