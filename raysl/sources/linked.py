@@ -33,7 +33,7 @@ def read_links(filesystem: pafs.FileSystem, links: Sequence[Link]) -> list[Encod
     Raises:
         DataError: If a store does not answer.
     """
-    if is_local(filesystem) or len(links) == 1:
+    if is_local(filesystem) or len(links) < 2:
         return [_read(filesystem, link) for link in links]
     with ThreadPoolExecutor(min(len(links), REMOTE_READERS)) as pool:
         return list(pool.map(lambda link: _read(filesystem, link), links))

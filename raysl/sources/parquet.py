@@ -150,25 +150,30 @@ class ParquetSource:
                 images = dict(zip(asked, pool.map(self._group, asked), strict=True))
         else:
             images = {group: self._group(group) for group in asked}
-        found = [
-            self._image(images[group], group, place)
-            for group, place in zip(groups.tolist(), places.tolist(), strict=True)
-        ]
-        links = [number for number, image in enumerate(found) if isinstance(image, Link)]
-        read: list[Encoded] = [b"" if isinstance(image, Link) else image for image in found]
-        if links:
-            linked = read_links(self.filesystem, [found[n] for n in links])  # type: ignore[misc]
-            for number, image in zip(links, linked, strict=True):
-                read[number] = image
-        return read
+        encoded = {n: each.encoded for n, each in images.items() if isinstance(each, Images)}
+        found: list[Encoded] = []
+        links: dict[int, Link] = {}
+        for group, place in zip(groups.tolist(), places.tolist(), strict=True):
+            try:
+                image = encoded[group][place].as_py() if group in encoded else None
+            except IndexError:
+                raise self._changed(group) from None
+            if image is None:
+                image = self._instead(images[group], group, place)
+                if isinstance(image, Link):
+                    links[len(found)] = image
+                    image = b""
+            found.append(image)
+        for number, linked in zip(
+            links, read_links(self.filesystem, list(links.values())), strict=True
+        ):
+            found[number] = linked
+        return found
 
-    def _image(self, images: Images | Unreadable, group: int, place: int) -> Encoded | Link:
+    def _instead(self, images: Images | Unreadable, group: int, place: int) -> Unreadable | Link:
+        """Return what stands for an image that a row group does not hold."""
         if isinstance(images, Unreadable):
             return images
-        if place >= len(images.encoded):
-            raise self._changed(group)
-        if (encoded := images.encoded[place].as_py()) is not None:
-            return bytes(encoded)
         path = None if images.paths is None else images.paths[place].as_py()
         if path is not None:
             return Link(posixpath.dirname(self._path(group)), path)
