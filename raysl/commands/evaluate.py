@@ -11,8 +11,7 @@ import torch
 
 from raysl.commands.counting import CountView
 from raysl.commands.evaluation_record import evaluation_table, json_of, send
-from raysl.commands.pretrain import working_folder
-from raysl.commands.terminal import console, mapping_table, print_json, say
+from raysl.commands.terminal import console, mapping_table, print_json, say, say_notes
 from raysl.errors import ConfigError
 from raysl.evaluate.registry import (
     DEFAULT,
@@ -31,7 +30,12 @@ from raysl.jobs.evaluation_config import (
 )
 from raysl.jobs.evaluation_folder import EvaluationFolder
 from raysl.jobs.evaluation_runs import run_of, train_unit
-from raysl.jobs.evaluation_sets import EvaluationSets, check_labels, open_sets
+from raysl.jobs.evaluation_sets import (
+    EvaluationSets,
+    check_labels,
+    open_sets,
+    too_few_for_few_shot,
+)
 from raysl.jobs.local import pretrain_here
 from raysl.recipe import RunConfig
 from raysl.runtime.cluster import connect, disconnect, plan_layout
@@ -39,7 +43,7 @@ from raysl.runtime.ray_embed import features_on_ray
 from raysl.runtime.ray_evaluate import run_on_ray
 from raysl.runtime.ray_train import pretrain_on_ray
 from raysl.sources.source import Source
-from raysl.track.run_folder import RunFolder, write_json
+from raysl.track.run_folder import RunFolder, working_folder, write_json
 
 _EPILOG = """\
 Protocols (default: {default}); the settings of each are PROTOCOL.KEY=VALUE:
@@ -113,10 +117,10 @@ def _asked(
     if names is None:
         names = DEFAULT if sets.labelled else ()
         if not sets.labelled:
-            say(
-                f"{sets.train.source.name} has no labels: only the measures that need none are "
-                f"taken; set data.label_column, or use class folders, to measure accuracy"
-            )
+            say("  only the measures that need no labels are taken")
+        if problem := too_few_for_few_shot(config, sets, names):
+            names = tuple(name for name in names if name != "few_shot")
+            say(f"  few_shot is left out: {problem}")
     own = tuple(name for name in names if name != TRANSFER)
     if own:
         check_labels(config, sets, own)
@@ -139,12 +143,15 @@ def _transfer(asked: Asked) -> Asked:
 
 
 def _open(config: EvaluationConfig, origin: Origin) -> EvaluationSets:
-    return open_sets(
+    sets = open_sets(
         config.data,
         size_px=config.features.size_px or origin.size_px,
         crop_fraction=config.features.crop_fraction,
         num_threads=os.cpu_count() or 1,
     )
+    for note in sets.notes:
+        say(f"  {note}")
+    return sets
 
 
 def _evaluate(asked: Asked, transfer: Asked | None) -> dict[str, Any]:
@@ -167,6 +174,9 @@ def _one(asked: Asked, view: CountView, stack: ExitStack) -> dict[str, Any]:
         f"evaluating {asked.origin.encoder} on {len(sets.train):,} training and "
         f"{len(sets.test):,} test images of {sets.test.source.name}\n  {asked.folder.path}"
     )
+    say_notes(sets.train.source)
+    if sets.test.source.fingerprint != sets.train.source.fingerprint:
+        say_notes(sets.test.source, title=f"  {sets.test.source.name}:")
     return evaluate(asked, _ways(asked, view, stack))
 
 

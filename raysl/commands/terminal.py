@@ -1,6 +1,7 @@
 """What a person sees: a header, progress, tables. Progress goes to standard error."""
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from raysl.sources.source import Source
 from raysl.track.follow import Record
 
 _LINE_EVERY_S = 10.0
 _PLAIN_WIDTH = 110
+_MOST_NOTES = 12
 
 _SHOWN = (
     ("train/loss", "loss", "{:.3f}"),
@@ -42,6 +45,23 @@ def console(*, error: bool = False) -> Console:
 def say(text: str) -> None:
     """Tell a person something that is not a result."""
     console(error=True).print(text, markup=False)
+
+
+def say_notes(source: Source, more: Sequence[str] = (), *, title: str | None = None) -> None:
+    """Tell what of a source is left out, mixed in or taken otherwise than one may think.
+
+    Args:
+        source: Whose notes.
+        more: Further lines about it.
+        title: Named before the lines; None: they follow lines that name the source.
+    """
+    lines = [*source.notes, *more]
+    if lines and title is not None:
+        say(title)
+    for line in lines[:_MOST_NOTES]:
+        say(f"  {line}")
+    if len(lines) > _MOST_NOTES:
+        say(f"  {len(lines) - _MOST_NOTES:,} more: raysl data {shlex.quote(source.name)}")
 
 
 def print_json(value: Mapping[str, Any]) -> None:
@@ -125,25 +145,27 @@ class ProgressView:
 
 
 def accuracy_table(results: Mapping[str, Any]) -> Table:
-    """Return the table of what pretraining gave, against its start and bare pixels."""
-    few = f"{results['few_shot_labels']} labels a class"
+    """Return the table of what pretraining gave, against its start and bare pixels.
+
+    Without a column of few labels where there were too few for it.
+    """
     table = Table(title="Accuracy of frozen features on the test images")
     table.add_column("features")
     table.add_column(f"kNN (k {results['knn_k']})", justify="right")
     table.add_column("linear probe", justify="right")
-    table.add_column(f"{few} (mean of {results['few_shot_draws']})", justify="right")
+    has_few = "few_shot_top1" in results
+    if has_few:
+        few = f"{results['few_shot_labels']} labels a class"
+        table.add_column(f"{few} (mean of {results['few_shot_draws']})", justify="right")
     rows = (("pretrained", ""), ("before training", "untrained_"), ("pixels", "pixels_"))
     for label, prefix in rows:
         if f"{prefix}knn_top1" not in results:
             continue
-        spread = results[f"{prefix}few_shot_top1_std"]
-        table.add_row(
-            label,
-            f"{results[prefix + 'knn_top1']:.1%}",
-            f"{results[prefix + 'linear_top1']:.1%}",
-            f"{results[prefix + 'few_shot_top1']:.1%} +- {100 * spread:.1f}",
-            style="bold" if not prefix else None,
-        )
+        cells = [f"{results[prefix + name]:.1%}" for name in ("knn_top1", "linear_top1")]
+        if has_few:
+            spread = results[f"{prefix}few_shot_top1_std"]
+            cells.append(f"{results[prefix + 'few_shot_top1']:.1%} +- {100 * spread:.1f}")
+        table.add_row(label, *cells, style="bold" if not prefix else None)
     if "finetune_top1" in results:
         labels, top1 = results["finetune_labels"], results["finetune_top1"]
         table.caption = f"fine-tuned on {labels:,} labels: {top1:.1%}"

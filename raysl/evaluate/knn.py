@@ -64,7 +64,7 @@ def knn_predictions(
 
     Args:
         train_features: ``(M, D)`` float, not normalised.
-        train_labels: ``(M,)`` int64, class numbers >= 0.
+        train_labels: ``(M,)`` int64 class numbers; memory goes with those that occur.
         test_features: ``(N, D)`` float, on the same device.
         ks: Numbers of neighbours, each > 0; at most M are used.
         temperature: > 0.
@@ -73,7 +73,7 @@ def knn_predictions(
         For each k the class numbers ``(N,)`` int64.
     """
     bank = F.normalize(train_features.float(), dim=1)
-    num_classes = int(train_labels.max()) + 1
+    classes, numbers = torch.unique(train_labels, return_inverse=True)
     found: dict[int, list[Tensor]] = {k: [] for k in ks}
     at_once = max(1, min(_ROWS_AT_ONCE, _MOST_SIMILARITIES // len(bank)))
     for rows in test_features.split(at_once):
@@ -81,11 +81,11 @@ def knn_predictions(
         nearest, places = similarity.topk(min(max(ks), len(bank)), dim=1)  # nearest first
         # Relative to the nearest: a low temperature cannot overflow, and the vote is the same.
         weights = ((nearest - nearest[:, :1]) / temperature).exp()
-        voted = train_labels[places]
+        voted = numbers[places]
         for k, parts in found.items():
-            votes = weights.new_zeros(len(rows), num_classes)
+            votes = weights.new_zeros(len(rows), len(classes))
             votes.scatter_add_(1, voted[:, :k], weights[:, :k])
-            parts.append(votes.argmax(dim=1))
+            parts.append(classes[votes.argmax(dim=1)])
     return {k: torch.cat(parts) for k, parts in found.items()}
 
 

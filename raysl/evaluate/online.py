@@ -59,7 +59,8 @@ class OnlineSets(NamedTuple):
     """The images that a run is measured on while it trains."""
 
     train: EvalImages
-    """Labelled training images, or a few of those without labels; measured without labels."""
+    """Labelled images that train the probes, or a few of the training images where there are none;
+    measured without labels."""
     pairs: ViewPairs
     """Two views of some of these."""
     labelled: LabelledSets | None
@@ -107,7 +108,8 @@ def open_online(
         )
     # Evenly spaced: rows are often sorted by class.
     places = np.linspace(0, len(train) - 1, min(NUM_PAIRS, len(train))).astype(np.int64)
-    pairs = ViewPairs(source, train.rows[places], size_px=size_px, num_threads=num_threads)
+    # Of the source whose rows they are: a part of it, or evaluate.source, numbers its own.
+    pairs = ViewPairs(train.source, train.rows[places], size_px=size_px, num_threads=num_threads)
     return OnlineSets(train, pairs, labelled)
 
 

@@ -95,7 +95,7 @@ class ProbeSets(NamedTuple):
     train: npt.NDArray[np.float32]
     """``(M, D)``."""
     train_labels: Labels
-    """``(M,)``."""
+    """``(M,)`` class numbers."""
     test: npt.NDArray[np.float32]
     """``(N, D)``."""
     test_labels: Labels
@@ -132,9 +132,10 @@ def measure_linear(config: LinearConfig, sets: ProbeSets, *, seed: int, device: 
         DataError: If every rate diverges.
     """
     train, test = scaled_on(sets.train, sets.test, device)
-    labels = torch.from_numpy(sets.train_labels).to(device)
+    known = torch.from_numpy(sets.train_labels).to(device)
+    classes, labels = torch.unique(known, return_inverse=True)
     shared: dict[str, Any] = {
-        "num_classes": int(labels.max()) + 1,
+        "num_classes": len(classes),
         "settings": SgdSettings(config.epochs, config.batch_size, config.sgd_momentum),
         "seed": seed,
     }
@@ -154,6 +155,7 @@ def measure_linear(config: LinearConfig, sets: ProbeSets, *, seed: int, device: 
             f"linear: the classifier of base_lr={rates[best]:g} diverges; give lower "
             f"linear.base_lrs"
         )
+    predictions = classes[predictions]
     facts = {"base_lr": rates[best], "held_out_top1": held_out_top1}
     return Measured(_top1(predictions, sets.test_labels), predictions.cpu().numpy(), facts)
 

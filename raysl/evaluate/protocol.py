@@ -2,34 +2,36 @@
 
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from raysl.config.base import Duration, PositiveFloat, PositiveInt
-from raysl.errors import DataError
-from raysl.evaluate.features import EvalImages, Rows
+from raysl.evaluate.features import EvalImages
 from raysl.evaluate.finetune import FinetuneConfig
 from raysl.evaluate.knn import knn_accuracy
 from raysl.evaluate.linear import few_shot_accuracy, linear_accuracy
-from raysl.sources.labels import hold_out
-from raysl.sources.open import open_source
-from raysl.sources.source import BUILT_IN, DataConfig, Labels, Source, SourceConfig
-
-_SUBSET_SEED = 0
-_FEWEST_CLASSES = 2
+from raysl.sources.pixels import ColorProfile, Pages
+from raysl.sources.source import DataConfig, SourceConfig
 
 
 class EvaluateConfig(SourceConfig):
     """How frozen features are measured, where there are labels.
 
-    ``source`` names the labelled test images. Null takes the test split of a built-in set; for a
-    labelled folder or Parquet without a test set, a fifth of the labels is held out from the
-    probes. (Pretraining sees those images, without labels.)
+    ``source`` names the labelled test images. Null takes the validation split that lies beside
+    data.source, else its test split; without either, a fifth of the labels is held out from the
+    probes. (Pretraining sees those images, without labels.) Where the training images have no
+    labels, or none of the same classes, a fifth of the labelled images tests, and the others train
+    the probes. What cannot be measured is left out, with a line at the start; no labels stop a
+    pretraining.
     """
 
     source: str | None = None  # type: ignore[assignment]
+    color_profile: ColorProfile | None = None  # type: ignore[assignment]
+    """Of the images of evaluate.source; null takes data.color_profile."""
+    pages: Pages | None = None  # type: ignore[assignment]
+    """Likewise, as intensity: null takes what data says, for an encoder is to see the same
+    pixels."""
     every: Duration | None = Duration(epochs=5.0)
     """From one measurement during training to the next; null: none. Nearest neighbours where there
     are labels, and measures that need none (RankMe, alpha-ReQ, alignment, uniformity)."""
@@ -45,7 +47,7 @@ class EvaluateConfig(SourceConfig):
     knn_k: PositiveInt = 20
     knn_temperature: PositiveFloat = 0.07
     few_shot_labels: PositiveInt = 5
-    """Labels a class of the few-shot probe."""
+    """Labels a class of the few-shot probe; it is left out if a class has fewer."""
     few_shot_draws: PositiveInt = 5
     """Random draws of these labels; the mean is reported."""
     inverse_penalty: PositiveFloat = 1.0
@@ -62,104 +64,40 @@ class EvaluateConfig(SourceConfig):
     """At the end of the run, also fine-tune encoder and head on a part of the labels; null does
     not. It takes as long as so much training."""
 
+    def test_images(self, data: DataConfig) -> SourceConfig:
+        """Return what opens ``source``, with the pixels of the training images where it is silent.
 
-def has_test_set(config: EvaluateConfig, data: DataConfig) -> bool:
-    """Whether test images lie apart from the training images, so that none need be held out."""
-    return config.source is not None or data.source in BUILT_IN
+        Args:
+            data: The training images.
+        """
+        values = {name: getattr(self, name) for name in SourceConfig.model_fields}
+        for name in ("intensity", "color_profile", "pages"):
+            values[name] = getattr(data, name) if values[name] is None else values[name]
+        return SourceConfig(**values)
 
 
 class LabelledSets:
-    """The labelled images that train the probes and those that test them."""
+    """The labelled images that train the probes and those that test them.
 
-    def __init__(self, train: EvalImages, test: EvalImages, class_names: list[str]) -> None:
+    Args:
+        train: Of two classes or more.
+        test: At least one.
+        class_names: By number, of both.
+        few_shot: Whether the few-shot probe has labels enough.
+    """
+
+    def __init__(
+        self,
+        train: EvalImages,
+        test: EvalImages,
+        class_names: list[str],
+        *,
+        few_shot: bool = True,
+    ) -> None:
         self.train = train
         self.test = test
         self.class_names = class_names
-
-
-def open_labelled(
-    config: EvaluateConfig, data: DataConfig, source: Source, *, size_px: int, num_threads: int
-) -> LabelledSets | None:
-    """Open the labelled images of a run, or return None if there are no labels.
-
-    Args:
-        config: What to evaluate on.
-        data: The training data's configuration.
-        source: The training images.
-        size_px: Side of the encoder's input.
-        num_threads: Threads that decode.
-
-    Raises:
-        DataError: If a test source is given but has no labels, or other classes, or if there are
-            too few labels for what is to be done with them.
-    """
-    labels = source.labels()
-    if labels is None or len(np.unique(labels[labels >= 0])) < _FEWEST_CLASSES:
-        if config.source is not None:
-            raise DataError(
-                f"evaluate.source={config.source}: the training images ({source.name}) have no "
-                f"labels to train a probe with; drop evaluate.source or set data.label_column"
-            )
-        if config.finetune is not None:
-            raise DataError(
-                f"evaluate.finetune: the training images ({source.name}) have no labels; set it to "
-                f"null, or set data.label_column"
-            )
-        return None
-    rows = np.flatnonzero(labels >= 0)
-    if has_test_set(config, data):
-        whole = data.model_copy(update={"limit": None})
-        test = open_source(config if config.source is not None else whole, split="test", data=data)
-        test_labels = _labels_like(test, source)
-        test_rows = np.flatnonzero(test_labels >= 0)
-    else:
-        test, test_labels = source, labels
-        rows, test_rows = hold_out(rows)
-
-    def images(of: Source, numbers: Labels, which: Rows, most: int) -> EvalImages:
-        if len(which) > most:
-            which = np.sort(np.random.default_rng(_SUBSET_SEED).permutation(which)[:most])
-        return EvalImages(
-            of,
-            which,
-            numbers[which],
-            size_px=size_px,
-            crop_fraction=config.crop_fraction,
-            num_threads=num_threads,
-        )
-
-    train = images(source, labels, rows, config.max_train_images)
-    _check_few_shot(train.labels, source, config)
-    return LabelledSets(
-        train, images(test, test_labels, test_rows, config.max_test_images), source.class_names
-    )
-
-
-def _labels_like(test: Source, train: Source) -> Labels:
-    """Return the test images' labels as the training source numbers its classes."""
-    labels = test.labels()
-    if labels is None or not (labels >= 0).any():
-        raise DataError(f"evaluate.source={test.name}: no labels; set evaluate.label_column")
-    numbers = {name: number for number, name in enumerate(train.class_names)}
-    unknown = [name for name in test.class_names if name not in numbers]
-    if unknown:
-        raise DataError(
-            f"evaluate.source={test.name}: classes {unknown[:5]} are not among those of "
-            f"{train.name}: {train.class_names[:5]}..."
-        )
-    places = np.array([numbers[name] for name in test.class_names], dtype=np.int64)
-    return np.where(labels >= 0, places[labels], labels)
-
-
-def _check_few_shot(labels: Labels, source: Source, config: EvaluateConfig) -> None:
-    """Refuse before the training what the few-shot probe could not do after it."""
-    numbers, counts = np.unique(labels, return_counts=True)
-    if counts.min() < config.few_shot_labels:
-        name = source.class_names[int(numbers[counts.argmin()])]
-        raise DataError(
-            f"{source.name}: class {name!r} has {counts.min()} labelled images for the probes, "
-            f"fewer than evaluate.few_shot_labels={config.few_shot_labels}; lower it"
-        )
+        self.few_shot = few_shot
 
 
 def knn_top1(config: EvaluateConfig, sets: LabelledSets, train: Tensor, test: Tensor) -> float:
@@ -177,18 +115,22 @@ def knn_top1(config: EvaluateConfig, sets: LabelledSets, train: Tensor, test: Te
 def all_protocols(
     config: EvaluateConfig, sets: LabelledSets, train: Tensor, test: Tensor
 ) -> dict[str, float]:
-    """Return ``knn_top1``, ``linear_top1``, ``few_shot_top1`` and ``few_shot_top1_std``."""
+    """Return ``knn_top1``, ``linear_top1``, ``few_shot_top1`` and ``few_shot_top1_std``.
+
+    The last two only where there are labels enough.
+    """
     labels = sets.train.labels, sets.test.labels
     arrays = train.numpy(), labels[0], test.numpy(), labels[1]
+    measured = {
+        "knn_top1": knn_top1(config, sets, train, test),
+        "linear_top1": linear_accuracy(*arrays, inverse_penalty=config.inverse_penalty),
+    }
+    if not sets.few_shot:
+        return measured
     few = few_shot_accuracy(
         *arrays,
         labels_per_class=config.few_shot_labels,
         num_draws=config.few_shot_draws,
         inverse_penalty=config.inverse_penalty,
     )
-    return {
-        "knn_top1": knn_top1(config, sets, train, test),
-        "linear_top1": linear_accuracy(*arrays, inverse_penalty=config.inverse_penalty),
-        "few_shot_top1": few.mean,
-        "few_shot_top1_std": few.deviation,
-    }
+    return measured | {"few_shot_top1": few.mean, "few_shot_top1_std": few.deviation}

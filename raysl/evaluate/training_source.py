@@ -6,7 +6,8 @@ from typing import Any, Literal
 import numpy as np
 
 from raysl.errors import DataError
-from raysl.evaluate.protocol import EvaluateConfig, has_test_set
+from raysl.evaluate.labelled import has_test_set
+from raysl.evaluate.protocol import EvaluateConfig
 from raysl.methods.base import MethodConfig
 from raysl.sources.labels import Rows, balanced_subset, hold_out
 from raysl.sources.open import open_source
@@ -46,11 +47,9 @@ def seen_part(
         if config is None and not method.needs_labels:
             return source
         asks = f"method {method.name}" if config is None else "data.labels"
-        raise DataError(
-            f"{asks} needs labels; {source.name} has none. Use class folders, or set "
-            f"data.label_column"
-        )
-    seen = rows if has_test_set(evaluate, data) else hold_out(rows)[0]
+        why = "".join(f"\n  {note}" for note in source.notes if "label" in note)
+        raise DataError(f"{asks} needs labels; {source.name} has none: {source.label_advice}{why}")
+    seen = rows if has_test_set(evaluate, data, source) else hold_out(rows)[0]
     if not len(seen) and (method.needs_labels or config is not None):
         raise DataError(
             f"{source.name} has 1 labelled image, which is held out to test on; set "

@@ -9,26 +9,58 @@ import torch
 from pydantic import Field
 
 from raysl.config.base import Config, PositiveInt
-from raysl.config.load import apply_overrides, parse_override, read_mapping, validate
+from raysl.config.load import (
+    apply_overrides,
+    parse_override,
+    read_mapping,
+    validate,
+    validated,
+)
 from raysl.encoder import read_description, save_encoder
 from raysl.errors import ConfigError, DataError
 from raysl.evaluate.probes import FewShotConfig, KnnConfig, LbfgsConfig, LinearConfig
 from raysl.evaluate.training_protocols import FinetuneProtocol, SemiHundredth, SemiTenth
+from raysl.jobs.run_places import started_from
 from raysl.nn.backbones import NAMES, BackboneConfig, build_backbone, check_model_name
 from raysl.recipe import ClusterConfig, TrackConfig, check_run_name
-from raysl.sources.source import DataConfig, LocatedSource
+from raysl.sources.filter import Condition
+from raysl.sources.pixels import ColorProfile, Intensity, Pages
+from raysl.sources.place import absolute_config
+from raysl.sources.source import DataConfig, LocatedSource, SourceConfig
 from raysl.track.run_folder import RunFolder
 
-_FROM_RUN = ("source", "image_column", "label_column", "filter", "limit", "torchvision_root")
+# What says which images, and how they are decoded. Not data.labels: a pretraining that is to see
+# no labels may well be measured with them.
+_FROM_RUN = (*SourceConfig.model_fields, "torchvision_root")
+_TEST_ONLY = {"test_source", "test_limit", "test"}
 _EVALUATIONS = "evaluations"
+
+
+class TestingConfig(Config):
+    """How ``test_source`` is read; of settings that are null, as ``data.source`` is."""
+
+    image_column: str | None = None
+    label_column: str | None = None
+    filter: tuple[Condition, ...] = ()
+    """Of the test images alone."""
+    limit: PositiveInt | None = None
+    """Of the test images alone, spread over their source."""
+    split: str | None = None
+    """null takes the validation split, else the test split, else all."""
+    intensity: Intensity | None = None
+    color_profile: ColorProfile | None = None
+    pages: Pages | None = None
 
 
 class EvaluationData(LocatedSource):
     """The labelled images: those that train the probes, and those that test them."""
 
     test_source: str | None = None
-    """Test images. null takes the test split of a built-in set; of other sources a fifth of the
-    labels is held out for testing."""
+    """Test images. null takes the validation split that lies beside the source, else its test
+    split; without either, a fifth of the labels is held out for testing. Where the source has no
+    labels, or none of the same classes, the probes are trained and tested within these images."""
+    test: TestingConfig = TestingConfig()
+    """More of test_source."""
     test_limit: PositiveInt | None = None
     """Test on so many images at most, drawn at random, always the same."""
 
@@ -109,7 +141,9 @@ def load_evaluation(
         raise ConfigError(f"backbone: {encoder} is an encoder already; drop the section")
     if "source" not in (values.get("data") or {}):
         raise ConfigError(f"data.source: missing; say on which images {encoder} is measured")
-    config = validate(EvaluationConfig, values, where=" ".join(["raysl evaluate", encoder]))
+    config = _with_absolute_sources(
+        validate(EvaluationConfig, values, where=" ".join(["raysl evaluate", encoder]))
+    )
     if config.name is not None:
         try:
             check_run_name(config.name)
@@ -121,6 +155,13 @@ def load_evaluation(
     return config, _origin_of(path, output)
 
 
+def _with_absolute_sources(config: EvaluationConfig) -> EvaluationConfig:
+    update = {"data": absolute_config(config.data)}
+    if config.transfer is not None:
+        update["transfer"] = absolute_config(config.transfer)
+    return config.model_copy(update=update)
+
+
 def evaluation_folder(config: EvaluationConfig, origin: Origin) -> Path:
     """Return where an evaluation lies."""
     name = config.name or _name_of(config.data.source)
@@ -129,8 +170,12 @@ def evaluation_folder(config: EvaluationConfig, origin: Origin) -> Path:
 
 def data_config(data: EvaluationData) -> DataConfig:
     """Return what opens the training images of an evaluation."""
-    values = data.model_dump(mode="json", exclude={"test_source", "test_limit"})
-    return validate(DataConfig, values, where="data")
+    return validate(DataConfig, images_of(data), where="data")
+
+
+def images_of(data: EvaluationData) -> dict[str, Any]:
+    """Return the settings of the training images as plain values."""
+    return data.model_dump(mode="json", exclude=_TEST_ONLY)
 
 
 def _existing(encoder: str, home: Path) -> Path | None:
@@ -162,6 +207,13 @@ def _values_of_run(path: Path, keys: Sequence[str]) -> dict[str, Any]:
         values["data"] = {key: data[key] for key in _FROM_RUN if key in data}
         if evaluate.get("source") is not None:
             values["data"]["test_source"] = evaluate["source"]
+            names = [name for name in TestingConfig.model_fields if name in evaluate]
+            values["data"]["test"] = {name: evaluate[name] for name in names}
+        found = validated(EvaluationData, values["data"])
+        if not isinstance(found, list):  # what is wrong is told when all of it is looked at
+            first = started_from(RunFolder(folder), str(run.get("output_dir", "runs")))
+            found = absolute_config(found, first=first)
+            values["data"] = found.model_dump(mode="json", exclude_unset=True)
     elif "torchvision_root" in data:
         values["data"] = {"torchvision_root": data["torchvision_root"]}
     return values

@@ -11,6 +11,7 @@ from raysl.evaluate.registry import PROTOCOLS
 from raysl.evaluate.training_source import open_training_source
 from raysl.jobs.downstream import finetune_values
 from raysl.jobs.evaluation import Asked, Unit, key_of
+from raysl.jobs.evaluation_config import images_of
 from raysl.jobs.evaluation_sets import evaluate_config
 from raysl.nn.backbones import BackboneConfig
 from raysl.recipe import RunConfig, run_from_values
@@ -56,8 +57,7 @@ def run_of(asked: Asked, unit: Unit) -> RunConfig[Any]:
         "cluster": config.cluster.model_dump(mode="json"),
         "track": {"mlflow": False},
     }
-    images = data.model_dump(mode="json", exclude={"test_source", "test_limit"})
-    values |= {f"data.{key}": value for key, value in images.items()}
+    values |= {f"data.{key}": value for key, value in images_of(data).items()}
     overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     overrides += settings.overrides(
         is_vit=backbone.is_vit,

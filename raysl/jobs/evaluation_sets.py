@@ -8,9 +8,15 @@ import numpy as np
 
 from raysl.errors import DataError
 from raysl.evaluate.features import EvalImages
-from raysl.evaluate.protocol import EvaluateConfig, open_labelled
+from raysl.evaluate.labelled import choose_labelled, open_chosen
+from raysl.evaluate.protocol import EvaluateConfig
 from raysl.evaluate.registry import PROTOCOLS
-from raysl.jobs.evaluation_config import EvaluationConfig, EvaluationData, data_config
+from raysl.jobs.evaluation_config import (
+    EvaluationConfig,
+    EvaluationData,
+    TestingConfig,
+    data_config,
+)
 from raysl.sources.labels import hold_out
 from raysl.sources.open import open_source
 from raysl.sources.source import Labels
@@ -22,7 +28,8 @@ _SEED = 0
 # How the settings of a run are called here.
 _NAMES = (
     (r"evaluate\.source\b", "data.test_source"),
-    (r"evaluate\.label_column\b", "data.label_column"),
+    (rf"evaluate\.({'|'.join(TestingConfig.model_fields)})\b", r"data.test.\1"),
+    (r", or set data\.labels=none to measure within [a-z._]+ alone", ""),
 )
 
 
@@ -32,7 +39,11 @@ class EvaluationSets(NamedTuple):
     train: EvalImages
     test: EvalImages
     class_names: list[str]
-    """Empty without labels."""
+    """Empty where nothing can be measured with labels."""
+    notes: tuple[str, ...] = ()
+    """What is left out or taken otherwise than one may think, a line each."""
+    within: bool = False
+    """Whether the images of ``data.test_source`` train the probes too, instead of others."""
 
     @property
     def labelled(self) -> bool:
@@ -42,10 +53,17 @@ class EvaluationSets(NamedTuple):
 
 def evaluate_config(data: EvaluationData, *, crop_fraction: float = 1.0) -> EvaluateConfig:
     """Return what a run's section ``evaluate`` would be for these images: all of them."""
+    test = data.test
     return EvaluateConfig(
         source=data.test_source,
-        image_column=data.image_column,
-        label_column=data.label_column,
+        image_column=test.image_column or data.image_column,
+        label_column=test.label_column or data.label_column,
+        filter=test.filter,
+        limit=test.limit,
+        split=test.split,
+        intensity=test.intensity,
+        color_profile=test.color_profile,
+        pages=test.pages,
         few_shot_labels=1,
         max_train_images=_EVERY_IMAGE,
         max_test_images=data.test_limit or _EVERY_IMAGE,
@@ -67,14 +85,13 @@ def open_sets(
     source = open_source(opening, data=opening)
     config = evaluate_config(data, crop_fraction=crop_fraction)
     try:
-        sets = open_labelled(config, opening, source, size_px=size_px, num_threads=num_threads)
+        chosen = choose_labelled(config, opening, source)
     except DataError as error:
-        text = str(error)
-        for pattern, name in _NAMES:
-            text = re.sub(pattern, name, text)
-        raise DataError(text) from None
+        raise DataError(_as_called_here(str(error))) from None
+    notes = tuple(_as_called_here(note) for note in chosen.notes)
+    sets = open_chosen(config, chosen, size_px=size_px, num_threads=num_threads)
     if sets is not None:
-        return EvaluationSets(sets.train, sets.test, sets.class_names)
+        return EvaluationSets(sets.train, sets.test, sets.class_names, notes, chosen.within)
     rows = np.arange(int(source.group_sizes.sum()))
     if len(rows) > _UNLABELLED:
         rows = np.sort(np.random.default_rng(_SEED).permutation(rows)[:_UNLABELLED])
@@ -89,7 +106,13 @@ def open_sets(
         )
         for part in hold_out(rows)
     ]
-    return EvaluationSets(parts[0], parts[1], [])
+    return EvaluationSets(parts[0], parts[1], [], notes)
+
+
+def _as_called_here(text: str) -> str:
+    for pattern, name in _NAMES:
+        text = re.sub(pattern, name, text)
+    return text
 
 
 def check_labels(config: EvaluationConfig, sets: EvaluationSets, protocols: Sequence[str]) -> None:
@@ -101,29 +124,47 @@ def check_labels(config: EvaluationConfig, sets: EvaluationSets, protocols: Sequ
     source = sets.train.source.name
     if not sets.labelled:
         raise DataError(
-            f"{source}: no labels of two classes or more, which {', '.join(protocols)} needs; set "
-            f"data.label_column, use class folders, or leave --protocols out for the measures that "
-            f"need none"
+            f"{'; '.join(sets.notes)}. {', '.join(protocols)} needs labels of two classes or more; "
+            f"leave --protocols out for the measures that need none"
         )
+    if problem := too_few_for_few_shot(config, sets, protocols):
+        raise DataError(f"{source}: {problem}; lower it")
     counts = _counts(sets.train.labels, len(sets.class_names))
-    known = np.flatnonzero(counts)
-    few = int(known[counts[known].argmin()])
-    if "few_shot" in protocols and counts[few] < config.few_shot.labels_per_class:
-        raise DataError(
-            f"{source}: class {sets.class_names[few]!r} has {counts[few]} labelled images, fewer "
-            f"than few_shot.labels_per_class={config.few_shot.labels_per_class}; lower it"
-        )
-    total = int(counts.sum())
+    known, total = np.flatnonzero(counts), int(counts.sum())
     for name in protocols:
-        settings = getattr(config, name, None)
-        fraction = getattr(settings, "label_fraction", 1.0)
-        if PROTOCOLS[name].measure is None and round(fraction * total) < len(known):
+        if PROTOCOLS[name].measure is not None:
+            continue
+        if sets.within:
+            raise DataError(
+                f"{name}: trains on the labels of data.source, which do not fit: "
+                f"{'; '.join(sets.notes)}. Leave {name} out, or give data.source={source}"
+            )
+        fraction = getattr(getattr(config, name, None), "label_fraction", 1.0)
+        if round(fraction * total) < len(known):
             least = len(known) / total
             raise DataError(
                 f"{source}: {100 * fraction:g} % of {total:,} labels is less than one for each of "
                 f"{len(known)} classes; leave {name} out, or set {name}.label_fraction to at least "
                 f"{least:.3g}"
             )
+
+
+def too_few_for_few_shot(
+    config: EvaluationConfig, sets: EvaluationSets, protocols: Sequence[str]
+) -> str:
+    """Return which class has too few labels for protocol few_shot; empty if it can be measured."""
+    if "few_shot" not in protocols or not sets.labelled:
+        return ""
+    counts = _counts(sets.train.labels, len(sets.class_names))
+    known = np.flatnonzero(counts)
+    few = int(known[counts[known].argmin()])
+    wanted = config.few_shot.labels_per_class
+    if counts[few] >= wanted:
+        return ""
+    return (
+        f"class {sets.class_names[few]!r} has {counts[few]} labelled images, fewer than "
+        f"few_shot.labels_per_class={wanted}"
+    )
 
 
 def _counts(labels: Labels, num_classes: int) -> Labels:

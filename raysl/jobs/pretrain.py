@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raysl.augment.pipeline import device_ops
+from raysl.data.bad_reason import reason_of
 from raysl.data.decode import Flaw
 from raysl.errors import RunFolderError
 from raysl.evaluate.features import EvalImages, embed
-from raysl.evaluate.protocol import LabelledSets, all_protocols, open_labelled
+from raysl.evaluate.protocol import LabelledSets, all_protocols
 from raysl.evaluate.training_source import labels_record
 from raysl.jobs.build import build_method, build_optimizers, precision_on
 from raysl.jobs.classify import Classified
 from raysl.jobs.finetune_copy import finetune_copy
+from raysl.jobs.labelled_sets import open_sets
 from raysl.jobs.measuring import Measuring, Place
 from raysl.jobs.method_pictures import write_method_pictures
 from raysl.jobs.networks import save_networks
@@ -29,11 +31,10 @@ from raysl.nn.batchnorm import average_statistics
 from raysl.nn.collectives import barrier, broadcast_object, gather_objects, rank_and_size
 from raysl.recipe import Derived, RunConfig, derive_for, training_set
 from raysl.sources.source import Source
-from raysl.sources.subset import whole_source
 from raysl.track.bad_images import BadImages
 from raysl.track.run_folder import MetricsFile, RunFolder, write_json
 from raysl.train.batches import NumpyBatch, batch_converter, view_converter
-from raysl.train.checkpoint import load_checkpoint, save_checkpoint
+from raysl.train.checkpoint import load_checkpoint, load_state, save_checkpoint
 from raysl.train.health import HealthCheck
 from raysl.train.loop import Hooks, Log, Schedule, Trainer
 
@@ -122,17 +123,6 @@ def _write_results(
     write_json(folder.results, results)
 
 
-def open_sets(config: RunConfig[Any], source: Source, *, num_threads: int) -> LabelledSets | None:
-    """Open the labelled images that a run is measured on; None if there are no labels."""
-    return open_labelled(
-        config.evaluate,
-        config.data,
-        whole_source(source),
-        size_px=config.image_size_px,
-        num_threads=num_threads,
-    )
-
-
 class _Worker:
     """One rank's method and optimizer, and what happens to them around the loop."""
 
@@ -165,7 +155,8 @@ class _Worker:
             num_images=int(source.group_sizes.sum()),
             max_share=config.data.bad_images.max_share,
             name=source.where,
-            reason=lambda flaw: Flaw(flaw).reason,
+            row_id=source.row_id,
+            reason=lambda row, flaw: reason_of(source, row, Flaw(flaw)),
             writes=self.rank == 0,
         )
         self.sets = sets or open_sets(config, source, num_threads=place.threads)
@@ -226,7 +217,7 @@ class _Worker:
     def restore(self, step: int) -> None:
         """Load the checkpoint of a step."""
         state = load_checkpoint(self.folder.checkpoints, step=step, device=self.place.device)
-        self.method.load_state_dict(state["method"])
+        load_state(self.method, state["method"], owner=f"method {self.config.method.name}")
         for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.optimizer.load_state_dict(kept)
 
@@ -305,6 +296,11 @@ class _Worker:
         for prefix, (train, test) in features.items():
             scores = all_protocols(evaluate, self.sets, train, test)
             measured |= {prefix + name: value for name, value in scores.items()}
+        if self.sets.few_shot:
+            measured |= {
+                "few_shot_labels": evaluate.few_shot_labels,
+                "few_shot_draws": evaluate.few_shot_draws,
+            }
         return measured | {
             "num_train_labels": len(self.sets.train),
             "num_test_labels": len(self.sets.test),
@@ -312,8 +308,6 @@ class _Worker:
             "num_classes": len(self.sets.class_names),
             "knn_k": evaluate.knn_k,
             "knn_temperature": evaluate.knn_temperature,
-            "few_shot_labels": evaluate.few_shot_labels,
-            "few_shot_draws": evaluate.few_shot_draws,
         }
 
     def _knn_only(self) -> dict[str, Any]:

@@ -1,11 +1,10 @@
 """Which classes are taken for which: a matrix of few classes, the worst pairs of many."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.colors import LinearSegmentedColormap
 
 from raysl.errors import DataError
@@ -59,18 +58,16 @@ def draw_confusion(
     if not (labels >= 0).any():
         raise DataError("no labels: there are no confusions to draw")
     num_classes = int(max(labels.max(), predictions.max(), len(class_names) - 1)) + 1
-    counts = confusion_matrix(labels, predictions, num_classes=num_classes)
-    names = [
-        drawable_name(
-            str(class_names[number]) if number < len(class_names) else "",
-            otherwise=f"class {number}",
-        )
-        for number in range(num_classes)
-    ]
+
+    def name_of(number: int) -> str:
+        name = str(class_names[number]) if number < len(class_names) else ""
+        return drawable_name(name, otherwise=f"class {number}")
+
     if num_classes <= MOST_IN_MATRIX:
-        _draw_matrix(path, counts, names)
+        counts = confusion_matrix(labels, predictions, num_classes=num_classes)
+        _draw_matrix(path, counts, [name_of(number) for number in range(num_classes)])
     else:
-        _draw_pairs(path, counts, names)
+        _draw_pairs(path, labels, predictions, name_of, num_classes=num_classes)
 
 
 def _draw_matrix(path: Path, counts: Labels, names: Sequence[str]) -> None:
@@ -116,35 +113,64 @@ def _percent_text(value: float) -> str:
     return "<1" if value < 0.5 else f"{value:.0f}"
 
 
-def worst_pairs(counts: Labels, *, most: int = _NUM_PAIRS) -> npt.NDArray[np.int64]:
-    """Return the pairs ``(P, 2)`` (true, told) of two classes that are confused most often.
+class Confusion(NamedTuple):
+    """Two classes that are taken for one another."""
 
-    By the share of the true class's images; of equal shares the pair of more images.
+    true: int
+    told: int
+    images: int
+    """Of the one class that are told to be of the other."""
+    total: int
+    """Images of the true class."""
+
+
+def worst_pairs(labels: Labels, predictions: Labels, *, most: int = _NUM_PAIRS) -> list[Confusion]:
+    """Return the pairs of two classes that are confused most often.
+
+    By the share of the true class's images; of equal shares the pair of more images. Memory goes
+    with the images, not with the classes, of which there may be hundreds of thousands.
+
+    Args:
+        labels: ``(N,)`` class numbers; images of label -1 are not counted.
+        predictions: ``(N,)`` class numbers.
+        most: How many pairs at most.
     """
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    rows, columns = np.nonzero(counts * (1 - np.eye(len(counts), dtype=np.int64)))
-    order = np.lexsort((-counts[rows, columns], -shares[rows, columns]))[:most]
-    return np.stack([rows[order], columns[order]], axis=1)
+    known = labels >= 0
+    told = np.stack([labels[known], predictions[known]], axis=1)
+    classes, totals = np.unique(told[:, 0], return_counts=True)
+    pairs, counts = np.unique(told[told[:, 0] != told[:, 1]], axis=0, return_counts=True)
+    of = totals[np.searchsorted(classes, pairs[:, 0])]
+    order = np.lexsort((-counts, -(counts / of)))[:most]
+    return [
+        Confusion(int(pairs[n, 0]), int(pairs[n, 1]), int(counts[n]), int(of[n])) for n in order
+    ]
 
 
-def _draw_pairs(path: Path, counts: Labels, names: Sequence[str]) -> None:
-    pairs = worst_pairs(counts)
-    if not len(pairs):
+def _draw_pairs(
+    path: Path,
+    labels: Labels,
+    predictions: Labels,
+    name_of: Callable[[int], str],
+    *,
+    num_classes: int,
+) -> None:
+    pairs = worst_pairs(labels, predictions)
+    if not pairs:
         raise DataError("no class is taken for another: there is nothing to draw")
-    totals = np.maximum(counts.sum(axis=1), 1)
+    known = labels >= 0
+    right = 100 * float((labels[known] == predictions[known]).mean())
     figure = new_figure(width_in=NARROW_IN, height_in=0.95 + _PAIR_IN * len(pairs))
     axes = figure.subplots()
-    right = 100 * counts.trace() / max(counts.sum(), 1)
     style_axes(
         axes,
-        title=f"The {len(pairs)} worst confusions of {len(names):,} classes\n"
+        title=f"The {len(pairs)} worst confusions of {num_classes:,} classes\n"
         f"({right:.1f} % of all images are told right)",
         grid="x",
     )
-    values = 100 * counts[pairs[:, 0], pairs[:, 1]] / totals[pairs[:, 0]]
+    values = [100 * pair.images / pair.total for pair in pairs]
     axes.barh(range(len(pairs)), values, 0.7, color=BLUE)
-    for place, (true, told) in enumerate(pairs.tolist()):
-        text = f"{values[place]:.0f} % ({counts[true, told]} of {totals[true]})"
+    for place, pair in enumerate(pairs):
+        text = f"{values[place]:.0f} % ({pair.images} of {pair.total})"
         axes.annotate(
             text,
             (values[place], place),
@@ -154,7 +180,7 @@ def _draw_pairs(path: Path, counts: Labels, names: Sequence[str]) -> None:
             fontsize=8,
             color=INK,
         )
-    texts = [f"{names[true]} as {names[told]}" for true, told in pairs.tolist()]
+    texts = [f"{name_of(pair.true)} as {name_of(pair.told)}" for pair in pairs]
     axes.set_yticks(range(len(pairs)), texts, fontsize=8.5, parse_math=False)
     axes.set(ylim=(len(pairs) - 0.4, -0.6), xlim=(0, max(values) * 1.5))
     axes.set_xlabel("of the class's images, %", fontsize=9, color=INK)

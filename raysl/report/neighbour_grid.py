@@ -93,11 +93,16 @@ def vote(
     """
     relative = close.similarities - close.similarities[:, :1]
     weights = np.exp(relative.astype(np.float64) / temperature)
-    votes = np.zeros((len(weights), int(labels.max()) + 1))
-    rows = np.repeat(np.arange(len(weights)), weights.shape[1])
-    np.add.at(votes, (rows, labels[close.places].ravel()), weights.ravel())
-    chosen = votes.argmax(axis=1)
-    return chosen, votes[np.arange(len(votes)), chosen] / weights.sum(axis=1)
+    # One number for each query and class that got a vote: classes may be many.
+    classes, numbers = np.unique(labels[close.places], return_inverse=True)
+    queries = np.arange(len(weights))
+    pairs = queries[:, None] * len(classes) + numbers.reshape(weights.shape)
+    voted, places = np.unique(pairs, return_inverse=True)
+    votes = np.bincount(places.ravel(), weights.ravel())
+    of = voted // max(1, len(classes))
+    order = np.lexsort((voted, -votes, of))
+    first = order[np.searchsorted(of[order], queries)]
+    return classes[voted[first] % max(1, len(classes))], votes[first] / weights.sum(axis=1)
 
 
 def _directions(features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

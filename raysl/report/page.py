@@ -23,7 +23,6 @@ from raysl.report.document import (
 )
 from raysl.report.pictures import (
     ENCODERS,
-    PROBES,
     accuracy,
     draw_accuracy,
     draw_curves,
@@ -31,6 +30,7 @@ from raysl.report.pictures import (
     draw_map,
     draw_views,
     has_accuracy,
+    measured_probes,
     probe_name,
     read_method_pictures,
 )
@@ -161,7 +161,9 @@ def _summary(config: RunConfig[Any], derived: Derived, results: Mapping[str, Any
     linear = accuracy(results, "linear_top1")
     if linear is None:
         known = (
-            "there are no labels to measure it with" if results else "the run has no results yet"
+            "there are no labels to measure it with, or too few"
+            if results
+            else "the run has no results yet"
         )
         return f"{sentence}; its accuracy is not known: {known}."
     untrained = accuracy(results, "untrained_linear_top1")
@@ -190,10 +192,11 @@ def _classifier_summary(
 def _accuracy_section(folder: RunFolder, config: RunConfig[Any], results: Mapping[str, Any]) -> str:
     if not has_accuracy(results):
         return ""
-    heads = "".join(f"<th scope=col>{escape(probe_name(probe, results))}" for probe in PROBES)
+    probes = measured_probes(results)
+    heads = "".join(f"<th scope=col>{escape(probe_name(probe, results))}" for probe in probes)
     rows = [f"<tr><th scope=col>Top-1, %{heads}"]
     for prefix, name in ENCODERS:
-        cells = "".join(f"<td>{_accuracy_cell(results, prefix + probe)}" for probe in PROBES)
+        cells = "".join(f"<td>{_accuracy_cell(results, prefix + probe)}" for probe in probes)
         rows.append(f"<tr><th scope=row>{escape(name)}{cells}")
     table = "<div class=scroll><table class=numbers>\n" + "\n".join(rows) + "\n</table></div>"
     bars = shown_picture(folder.pictures, "accuracy", "Accuracies as bars")
@@ -244,10 +247,13 @@ def _protocol(config: RunConfig[Any], results: Mapping[str, Any]) -> str:
         f"images of {config.image_size_px} px. {known['num_train_labels']} labelled images train "
         f"the probes, {known['num_test_labels']} others of {known['num_classes']} classes test "
         f"them. Nearest neighbours: k = {known['knn_k']}, temperature {known['knn_temperature']}, "
-        f"cosine similarity. Linear: logistic regression, C = {evaluate.inverse_penalty:g}. Few "
-        f"labels: {known['few_shot_labels']} a class, mean &plusmn; standard deviation of "
-        f"{known['few_shot_draws']} draws."
+        f"cosine similarity. Linear: logistic regression, C = {evaluate.inverse_penalty:g}."
     )
+    if "few_shot_top1" in measured_probes(results):
+        text += (
+            f" Few labels: {known['few_shot_labels']} a class, mean &plusmn; standard deviation of "
+            f"{known['few_shot_draws']} draws."
+        )
     tuned = accuracy(results, "finetune_top1")
     if tuned is not None and evaluate.finetune is not None:
         text += (

@@ -170,14 +170,16 @@ def draw_accuracy(path: Path, results: Record) -> None:
     axes = figure.subplots()
     style_axes(axes, title="", grid="y")
     drawn = list(zip(ENCODERS, (BLUE, ORANGE, GREY), strict=True))
+    probes = measured_probes(results)
     for number, ((prefix, _), color) in enumerate(drawn):
-        _draw_bars(axes, results, prefix, color=color, shift=0.27 * (number - 1))
+        values = [accuracy(results, prefix + probe) for probe in probes]
+        _draw_bars(axes, values, color=color, shift=0.27 * (number - 1))
     handles: list[Artist] = [Patch(color=color, label=name) for (_, name), color in drawn]
     if results.get("num_classes"):
         chance = axes.axhline(100 / results["num_classes"], color=INK, linewidth=1, linestyle=":")
         chance.set_label("Chance, equal classes")
         handles.append(chance)
-    axes.set_xticks(range(len(PROBES)), [probe_name(probe, results) for probe in PROBES])
+    axes.set_xticks(range(len(probes)), [probe_name(probe, results) for probe in probes])
     axes.tick_params(axis="x", labelsize=9.5)
     axes.set(ylim=(0, 112), yticks=range(0, 101, 20))
     axes.set_ylabel("top-1 accuracy, % (axis: 0 to 100)", fontsize=9, color=INK)
@@ -188,7 +190,16 @@ def draw_accuracy(path: Path, results: Record) -> None:
 
 def has_accuracy(results: Record) -> bool:
     """Return whether any accuracy was measured."""
-    return any(accuracy(results, prefix + probe) for prefix, _ in ENCODERS for probe in PROBES)
+    return bool(measured_probes(results))
+
+
+def measured_probes(results: Record) -> list[str]:
+    """Return the probes of which there is an accuracy of any encoder."""
+    return [
+        probe
+        for probe in PROBES
+        if any(accuracy(results, prefix + probe) is not None for prefix, _ in ENCODERS)
+    ]
 
 
 def accuracy(results: Record, key: str) -> tuple[float, float | None] | None:
@@ -206,9 +217,10 @@ def probe_name(probe: str, results: Record) -> str:
     return {"knn_top1": "Nearest neighbours", "linear_top1": "Linear, all labels"}.get(probe, few)
 
 
-def _draw_bars(axes: Axes, results: Record, prefix: str, *, color: str, shift: float) -> None:
-    for place, probe in enumerate(PROBES):
-        found = accuracy(results, prefix + probe)
+def _draw_bars(
+    axes: Axes, values: Sequence[tuple[float, float | None] | None], *, color: str, shift: float
+) -> None:
+    for place, found in enumerate(values):
         if found is None:
             continue
         value, deviation = found

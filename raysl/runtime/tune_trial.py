@@ -16,8 +16,8 @@ from raysl.config.load import read_mapping, set_key
 from raysl.errors import ClusterError
 from raysl.evaluate.protocol import LabelledSets
 from raysl.evaluate.training_source import open_training_source
+from raysl.jobs.labelled_sets import open_sets
 from raysl.jobs.local import pretrain_here
-from raysl.jobs.pretrain import open_sets
 from raysl.jobs.sweep_trial import run_trial, take_over, write_changed
 from raysl.recipe import RunConfig, derive_for, run_from_values
 from raysl.runtime.background import in_background

@@ -35,6 +35,7 @@ from raysl.sources.storage import (
     resolve,
     unreachable,
 )
+from raysl.sources.subset import UnlabelledSource
 from raysl.sources.tar import TarSource, expand_braces
 from raysl.sources.tar_members import compressed
 
@@ -50,7 +51,8 @@ def open_source(
     """Open the images that ``config.source`` names.
 
     Args:
-        config: What to open; of a ``DataConfig``, the training split has ``data.mix`` mixed in.
+        config: What to open; of a ``DataConfig``, the training split has ``data.mix`` mixed in, and
+            with ``data.labels: none`` there are no labels.
         split: Which part of it, where it has several; None takes ``config.split``.
         held_out: Whether images to test on are wanted, where no split is named: the validation
             split, else the test split, else the one for training. Without it, the one for training.
@@ -59,6 +61,14 @@ def open_source(
     Raises:
         DataError: If there is nothing, or nothing usable, under that name.
     """
+    found = _open_mixed(config, split, held_out, data)
+    unlabelled = isinstance(config, DataConfig) and config.labels == "none"
+    return UnlabelledSource(found) if unlabelled else found
+
+
+def _open_mixed(
+    config: SourceConfig, split: str | None, held_out: bool, data: DataConfig
+) -> Source:
     first = _Opener(config, split, held_out, data).open()
     named = split or config.split
     if held_out or named not in (None, TRAIN):

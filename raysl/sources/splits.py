@@ -1,6 +1,6 @@
 """Which part of a source a file belongs to: train, validation or test, by the names people use.
 
-Shards (Parquet, tar) are told apart as Hugging Face's `datasets` does (version 4, data_files.py):
+Shards (Parquet, tar) are told apart as Hugging Face's `datasets` does (version 5.2, data_files.py):
 ``NAME-00000-of-00005``, else a word in the name of a folder, else a word in the file's own name. Of
 image folders the first level that branches is looked at, and only if it has a folder for training:
 below it, folders are classes, and a class may be called anything.

@@ -1,4 +1,4 @@
-"""A part of a source's images, or of its labels: what training may see."""
+"""A source seen otherwise: a part of its images or of its labels, or none of its labels."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,84 @@ from raysl.sources.pixels import Decoding
 from raysl.sources.source import Encoded, Labels, Source, digest
 
 
-class SubsetSource:
+class SeenSource:
+    """All that a source has, passed on; what is below says what it does otherwise.
+
+    Args:
+        whole: The source.
+    """
+
+    def __init__(self, whole: Source) -> None:
+        self.whole = whole
+        self.name = whole.name
+        self.notes = whole.notes
+        self.splits = whole.splits
+        self.label_advice = whole.label_advice
+        self.fingerprint = whole.fingerprint
+        self.weights: npt.NDArray[np.float64] | None = whole.weights
+        self.window_size: int | None = whole.window_size
+
+    @property
+    def group_sizes(self) -> npt.NDArray[np.int64]:
+        """Images in each group that is quick to read as a whole."""
+        return self.whole.group_sizes
+
+    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
+        """Return the images of these rows."""
+        return self.whole.read(self._rows(indices))
+
+    def decoding(self, index: int) -> Decoding:
+        """Return what the whole source says of the row."""
+        return self.whole.decoding(self._row(index))
+
+    def where(self, index: int) -> str:
+        """Name a row as the whole source does."""
+        return self.whole.where(self._row(index))
+
+    def row_id(self, index: int) -> str:
+        """Name a row as the whole source does."""
+        return self.whole.row_id(self._row(index))
+
+    def labels(self) -> Labels | None:
+        """Return the class numbers."""
+        return self.whole.labels()
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, by number."""
+        return self.whole.class_names
+
+    def _row(self, index: int) -> int:
+        return index
+
+    def _rows(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Rows:
+        return np.asarray(indices, dtype=np.int64)
+
+
+class UnlabelledSource(SeenSource):
+    """A source without its labels, as ``data.labels: none`` wants it; its images are the same.
+
+    The labels are never read: a column that holds none costs nothing.
+
+    Args:
+        whole: The source.
+    """
+
+    def __init__(self, whole: Source) -> None:
+        super().__init__(whole)
+        self.label_advice = "leave data.labels=none out"
+
+    def labels(self) -> Labels | None:
+        """Return None."""
+        return None
+
+    @property
+    def class_names(self) -> list[str]:
+        """None are named."""
+        return []
+
+
+class SubsetSource(SeenSource):
     """A source of which training sees some labels, and all images or those with a label alone.
 
     Memory grows with the labels that are seen, not with the images.
@@ -22,21 +99,14 @@ class SubsetSource:
     """
 
     def __init__(self, whole: Source, known: Rows, *, only: bool) -> None:
-        self.whole = whole
+        super().__init__(whole)
         self.known = known
         self.only = only
-        self.name = whole.name
-        self.class_names = whole.class_names
-        self.notes = whole.notes
-        self.splits = whole.splits
-        self.label_advice = whole.label_advice
         self.fingerprint = digest(
             whole.fingerprint, str(only), np.ascontiguousarray(known, dtype=np.int64).data
         )
         sizes = whole.group_sizes
         self._group_sizes = sizes
-        self.weights: npt.NDArray[np.float64] | None = whole.weights
-        self.window_size: int | None = whole.window_size
         if not only:
             return
         groups = np.searchsorted(np.cumsum(sizes), known, side="right")
@@ -54,22 +124,6 @@ class SubsetSource:
     def group_sizes(self) -> npt.NDArray[np.int64]:
         """Images that are kept of each group that has any."""
         return self._group_sizes
-
-    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
-        """Return the images of these rows."""
-        return self.whole.read(self._rows(indices))
-
-    def decoding(self, index: int) -> Decoding:
-        """Return what the whole source says of the row."""
-        return self.whole.decoding(self._row(index))
-
-    def where(self, index: int) -> str:
-        """Name a row as the whole source does."""
-        return self.whole.where(self._row(index))
-
-    def row_id(self, index: int) -> str:
-        """Name a row as the whole source does."""
-        return self.whole.row_id(self._row(index))
 
     def labels(self) -> Labels | None:
         """Return the class numbers that may be seen, -1 for the others."""
@@ -90,5 +144,5 @@ class SubsetSource:
 
 
 def whole_source(source: Source) -> Source:
-    """Return the source with all its images and labels, which evaluation may see."""
+    """Return the source with all its images and the labels that evaluation may see."""
     return source.whole if isinstance(source, SubsetSource) else source

@@ -7,6 +7,7 @@ from torch import Tensor
 from raysl.augment.pipeline import make_views
 from raysl.evaluate.features import embed_alone
 from raysl.evaluate.label_free import label_free, pair_views
+from raysl.evaluate.labelled import open_labelled
 from raysl.evaluate.online import (
     LABEL_FREE,
     NUM_PAIRS,
@@ -18,7 +19,7 @@ from raysl.evaluate.online import (
     open_online,
     spread_rows,
 )
-from raysl.evaluate.protocol import EvaluateConfig, knn_top1, open_labelled
+from raysl.evaluate.protocol import EvaluateConfig, knn_top1
 from raysl.sources.source import ArraySource, DataConfig
 
 CONFIG = EvaluateConfig(few_shot_labels=2, knn_k=3)

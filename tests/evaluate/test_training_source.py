@@ -1,12 +1,16 @@
 """Which labels a run sees; a source without a test set has 100 images, 90 of them labelled."""
 
+from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
 from raysl.errors import DataError
-from raysl.evaluate.protocol import EvaluateConfig, open_labelled
+from raysl.evaluate.features import EvalImages
+from raysl.evaluate.labelled import open_labelled
+from raysl.evaluate.protocol import EvaluateConfig
 from raysl.evaluate.training_source import labels_record, open_training_source, seen_part
 from raysl.methods.base import MethodConfig
 from raysl.methods.distill import DistillConfig
@@ -86,6 +90,45 @@ class TestHeldOut:
         assert part(DISTILL, evaluate=TEST_SET, source=source) is source
 
 
+class TestSplits:
+    """A split that lies beside the training images tests; then no label need be held out."""
+
+    def found(self, root: Path, split: str | None = None) -> tuple[Source, EvalImages]:
+        data = DataConfig(source=str(root), split=split)
+        source = open_training_source(data, NO_TEST_SET, SUPERVISED)
+        sets = open_labelled(NO_TEST_SET, data, whole_source(source), size_px=2, num_threads=1)
+        assert sets is not None
+        return source, sets.test
+
+    @pytest.mark.parametrize(
+        ("classes", "split", "num_labels"),
+        [
+            ({"train": "ab", "val": "ab"}, None, 20),
+            ({"train": "ab", "val": "b"}, None, 20),
+            ({"train": "ab", "val": "ac"}, None, 16),  # not the same classes: a fifth is held out
+            ({"train": "ab", "val": "ab"}, "val", 16),  # trained on: none is left to test on
+            ({"train": "ab", "val": "ab", "test": "ab"}, "val", 20),
+        ],
+    )
+    def test_no_image_is_trained_on_and_tested_on(
+        self, tmp_path: Path, classes: dict[str, str], split: str | None, num_labels: int
+    ) -> None:
+        for name, letters in classes.items():
+            for letter in letters:
+                (tmp_path / name / letter).mkdir(parents=True)
+                for number in range(10):
+                    pixels = np.full((4, 4, 3), number, np.uint8)
+                    cv2.imwrite(str(tmp_path / name / letter / f"{number}.png"), pixels)
+        source, test = self.found(tmp_path, split)
+        labels = source.labels()
+        assert labels is not None
+        trained = {source.where(row) for row in np.flatnonzero(labels >= 0).tolist()}
+        tested = {test.source.where(row) for row in test.rows.tolist()}
+        assert len(trained) == num_labels
+        assert tested
+        assert not trained & tested
+
+
 class TestSubset:
     @pytest.mark.parametrize("method", [SUPERVISED, DISTILL], ids=["supervised", "distill"])
     @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5])
@@ -137,12 +180,26 @@ class TestErrors:
     def test_no_labels(self, labels: Any) -> None:
         source = toy(labels)
         with pytest.raises(
-            DataError, match=r"^method supervised needs labels; toy has none\. Use cl"
+            DataError, match=r"^method supervised needs labels; toy has none: use a "
         ):
             part(SUPERVISED, source=source)
         with pytest.raises(DataError, match=r"^data.labels needs labels; toy has none"):
             part(DISTILL, {"fraction": 0.5}, source=source)
         assert part(DISTILL, source=source) is source
+
+    def test_what_the_source_says_of_its_labels_is_told(self) -> None:
+        source = toy(None)
+        source.notes = ("3 files left out", "column 'label' holds measurements (0.5), not classes")
+        with pytest.raises(DataError) as caught:
+            part(SUPERVISED, source=source)
+        assert "holds measurements (0.5), not classes" in str(caught.value)
+        assert "left out" not in str(caught.value)
+
+    def test_labels_that_are_left_out_are_no_labels_to_learn_from(self) -> None:
+        data = DataConfig(source="digits", labels="none")
+        with pytest.raises(DataError, match=r"needs labels; digits/train has none: leave"):
+            open_training_source(data, NO_TEST_SET, SUPERVISED)
+        assert open_training_source(data, NO_TEST_SET, SimCLRConfig()).labels() is None
 
     def test_a_single_label_that_is_held_out(self) -> None:
         labels = np.full(100, -1)

@@ -1,3 +1,4 @@
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,21 @@ class TestConfusion:
 
     def test_worst_pairs_are_those_of_the_largest_share(self) -> None:
         counts = np.array([[90, 10, 0], [2, 1, 1], [0, 5, 5]])
-        assert worst_pairs(counts).tolist() == [[2, 1], [1, 0], [1, 2], [0, 1]]
-        assert worst_pairs(counts, most=1).tolist() == [[2, 1]]
+        labels, told = np.repeat(np.indices((3, 3)).reshape(2, 9), counts.ravel(), axis=1)
+        labels, told = np.append(labels, -1), np.append(told, 0)
+        expected = [(2, 1, 5, 10), (1, 0, 2, 4), (1, 2, 1, 4), (0, 1, 10, 100)]
+        assert worst_pairs(labels, told) == expected
+        assert worst_pairs(labels, told, most=1) == expected[:1]
+
+    def test_memory_goes_with_the_images_and_not_with_the_classes(self, tmp_path: Path) -> None:
+        """A matrix of so many classes would be 8 TB."""
+        labels, told = np.array([17, 17, 999_999]), np.array([17, 999_999, 17])
+        tracemalloc.start()
+        draw_confusion(tmp_path / "a.png", labels, told, ["a"])
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 200 << 20
+        assert worst_pairs(labels, told) == [(999_999, 17, 1, 1), (17, 999_999, 1, 2)]
 
     @pytest.mark.parametrize("num", [2, 20, 21, 1000])
     def test_is_as_wide_for_any_number_of_classes(self, tmp_path: Path, num: int) -> None:

@@ -5,10 +5,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from raysl.config.load import parse_override, parse_yaml, to_yaml, validate
 from raysl.sources.labels import Rows, balanced_subset, hold_out
 from raysl.sources.mixed import MixedSource
-from raysl.sources.source import ArraySource, Source
-from raysl.sources.subset import SubsetSource, whole_source
+from raysl.sources.open import open_source
+from raysl.sources.source import ArraySource, DataConfig, Source, SourceConfig, WeightedSource
+from raysl.sources.subset import SubsetSource, UnlabelledSource, whole_source
 
 LABELS = [1, 0, -1, 2, 1, 0, 2, -1, 0, 1]
 KNOWN: Rows = np.array([1, 3, 4, 9])
@@ -127,6 +129,46 @@ class TestSubsetSource:
         whole = grouped()
         assert whole_source(whole) is whole
         assert whole_source(SubsetSource(whole, KNOWN, only=True)) is whole
+
+
+class TestUnlabelledSource:
+    def test_has_the_images_and_no_labels(self) -> None:
+        whole = grouped()
+        whole.notes, whole.splits = ("1 file left out",), ("train", "test")
+        source = UnlabelledSource(whole)
+        assert source.labels() is None
+        assert source.class_names == []
+        assert levels(source, [7, 0, 9]) == [7, 0, 9]
+        rows = range(10)
+        assert [source.where(r) for r in rows] == [whole.where(r) for r in rows]
+        assert [source.row_id(r) for r in rows] == [whole.row_id(r) for r in rows]
+        assert [source.decoding(r) for r in rows] == [whole.decoding(r) for r in rows]
+        assert source.group_sizes.tolist() == [3, 3, 4]
+        assert source.weights is whole.weights
+        kept = ("name", "fingerprint", "notes", "splits", "window_size")
+        assert [getattr(source, n) for n in kept] == [getattr(whole, n) for n in kept]
+
+    def test_never_reads_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        whole = grouped()
+        monkeypatch.setattr(whole, "labels", lambda: pytest.fail("read"))
+        assert pickle.loads(pickle.dumps(UnlabelledSource(grouped()))).labels() is None
+        assert UnlabelledSource(whole).labels() is None
+
+    def test_evaluation_sees_no_more_of_it(self) -> None:
+        source = UnlabelledSource(grouped())
+        assert whole_source(source) is source
+
+    @pytest.mark.parametrize("mix", [(), (WeightedSource(source="digits"),)])
+    def test_is_what_labels_none_opens_of_the_training_images_alone(self, mix: Any) -> None:
+        data = DataConfig(source="digits", limit=20, mix=mix, labels="none")
+        assert open_source(data, data=data).labels() is None
+        assert open_source(SourceConfig(source="digits"), data=data).labels() is not None
+
+    def test_labels_none_is_text_in_yaml_and_on_the_command_line(self) -> None:
+        assert parse_override("data.labels=none") == ("data.labels", "none")
+        data = validate(DataConfig, {"source": "digits", "labels": "none"}, where="data")
+        again = parse_yaml(to_yaml(data.model_dump(mode="json")), where="data")
+        assert validate(DataConfig, again, where="data") == data
 
 
 class TestHoldOut:
