@@ -169,7 +169,8 @@ class TestDots:
         source = _open(path)
         assert source.notes == (
             "6 images with the same names up to the first dot as others are taken one by "
-            "one: image.png (3), mask.png (3); data.image_column=image.png takes one of each sample",
+            "one: image.png (3), mask.png (3); data.image_column=image.png takes one of each "
+            "sample",
         )
         assert len(_read(_open(path, image_column="image.png"))) == 3
 
