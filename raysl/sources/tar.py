@@ -91,7 +91,7 @@ class TarSource:
         self.splits = tuple(splits)
         self.label_advice = (
             "give each sample a .cls member or a key `label` in its .json, or set "
-            "data.label_column to another key of it"
+            "data.label_column to another key of it; folders within a tar are no classes"
         )
         self._config = config
         self._root = root or posixpath.commonpath([posixpath.dirname(file) for file in files])
