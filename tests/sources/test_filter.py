@@ -220,7 +220,7 @@ class TestParquet:
     def test_that_leaves_nothing_or_asks_for_another_column_is_an_error(
         self, files: list[str]
     ) -> None:
-        with pytest.raises(DataError, match="data.filter leaves no image"):
+        with pytest.raises(DataError, match=r"data\.filter leaves no image"):
             self._open(files, ("n", ">", 99))
         with pytest.raises(DataError, match=r"no column 'm'; there are image, label, n"):
             self._open(files, ("m", ">", 99))
