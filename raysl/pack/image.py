@@ -7,8 +7,9 @@ import numpy as np
 
 from raysl.augment.crop import Image
 from raysl.data.decode import Flaw, decode_or_flaw
+from raysl.data.header import read_header
+from raysl.data.header_fields import Header
 from raysl.pack.config import PackConfig
-from raysl.pack.header import Header, read_header
 from raysl.sources.source import Encoded, Unreadable
 
 _KEPT = ("jpeg", "png", "webp")  # what every decoder of images reads

@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from raysl.data.decode import Flaw, decode_or_flaw
+from raysl.data.header import read_header
+from raysl.data.header_fields import Header
 from raysl.pack.config import PackConfig
-from raysl.pack.header import Header, read_header
 from raysl.pack.image import pack_image
 from raysl.pack.threads import map_in_threads
 from raysl.sources.pixels import Decoding
