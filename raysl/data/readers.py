@@ -19,6 +19,7 @@ from raysl.data.samples import Color, Samples, Values
 # Formats that are asked of Pillow where no signature is known. Not among them: PostScript, which
 # Pillow gives to another program.
 _RARE = ("PSD", "ICO", "ICNS", "TGA", "PCX", "SGI", "DDS", "SUN", "QOI", "XPM", "BLP", "DIB")
+_ORIENTATION = 0x0112
 _GREY_MODES = ("1", "L", "LA", "La")
 _FLAGS = cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_ANYDEPTH
 
@@ -111,7 +112,9 @@ def of_pillow(picture: Any, header: Header) -> Samples | None:
     except Exception:  # as above
         return None
     profile = b"" if mode == "LAB" else header.profile
-    return Samples(values, color, orientation=header.orientation, profile=profile)
+    # Pillow has turned a TIFF by now and leaves its tag out, where its version does so.
+    left = picture.getexif().get(_ORIENTATION, 1) if header.format == "tiff" else header.orientation
+    return Samples(values, color, orientation=left, profile=profile)
 
 
 def _without_alpha(picture: Any, mode: str) -> Any:

@@ -1,4 +1,4 @@
-"""Each row of docs/formats.md's first table, made by a real encoder and compared with its picture."""
+"""Each row of docs/formats.md's first table, by a real encoder, compared with its picture."""
 
 import io
 import re
@@ -79,7 +79,8 @@ def _jpeg(**options: Any) -> bytes:
 def _arithmetic() -> bytes:
     if shutil.which("jpegtran") is None:
         pytest.skip("no encoder of Python writes arithmetic coding; jpegtran is not installed")
-    return subprocess.run(["jpegtran", "-arithmetic"], input=_jpeg(), capture_output=True).stdout
+    command = ["jpegtran", "-arithmetic"]
+    return subprocess.run(command, input=_jpeg(), capture_output=True, check=True).stdout
 
 
 def _ycck() -> bytes:
@@ -282,7 +283,11 @@ def test_the_docs_have_a_row_for_each_and_no_other() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [n for n, row in ROWS.items() if "animated" not in n and not isinstance(row.picture, Flaw)],
+    [
+        n
+        for n, row in ROWS.items()
+        if not re.search("animated|several", n) and not isinstance(row.picture, Flaw)
+    ],
 )
 def test_a_row_cut_short_is_damaged(name: str) -> None:
     encoded = ROWS[name].make()
