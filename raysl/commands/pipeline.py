@@ -73,7 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _check(steps: Sequence[Step], runs: Runs) -> bool:
     """Refuse what could not run before anything does; return whether any run needs Ray."""
     first = runs.config(steps[0])
-    whole = whole_source(open_source(first.data, data=first.data))
+    # With its labels, which later steps learn from, whatever the pretraining leaves out.
+    labelled = first.data.model_copy(update={"labels": None})
+    whole = whole_source(open_source(labelled, data=first.data))
     configs = [first]
     configs += [
         runs.config(s, s.teachers[0] if s.teachers else None, whole=whole) for s in steps[1:]

@@ -18,7 +18,7 @@ from raysl.errors import ConfigError, DataError
 from raysl.jobs.embed_source import encoder_file
 from raysl.jobs.embedding import Embedding, encoder_digest, features_here
 from raysl.retrieval.embeddings import Embeddings
-from raysl.retrieval.images import open_again, open_queries
+from raysl.retrieval.images import open_again, open_queries, settings_of
 from raysl.retrieval.search import search
 from raysl.retrieval.shards import result_file
 from raysl.sources.source import Source
@@ -93,7 +93,7 @@ def _some(
 
 
 def _of_files(arguments: argparse.Namespace, embeddings: Embeddings, device: torch.device) -> Found:
-    source, names = open_queries(arguments.query)
+    source, names = open_queries(arguments.query, how=settings_of(embeddings).decoding())
     features = _embed_like(arguments, embeddings, source, len(names))
     queries = torch.from_numpy(features)
     if embeddings.about["settings"]["normalize"]:

@@ -34,7 +34,7 @@ _FROM_RUN = (
     "pages",
     "torchvision_root",
 )
-_TEST_ONLY = {"test_source", "test_limit", "test"}
+_NOT_IMAGES = {"test_source", "test_limit", "test", "labels"}
 _EVALUATIONS = "evaluations"
 
 
@@ -65,6 +65,9 @@ class EvaluationData(LocatedSource):
     """More of test_source."""
     test_limit: PositiveInt | None = None
     """Test on so many images at most, drawn at random, always the same."""
+    labels: Literal["none"] | None = None
+    """none: the source has no labels, whatever its folders or columns are called. A run's setting
+    is not taken over: what was trained without labels may be measured with them."""
 
 
 class FeaturesConfig(Config):
@@ -155,6 +158,19 @@ def load_evaluation(
     return config, _origin_of(path, output)
 
 
+def labels_note(config: EvaluationConfig, origin: Origin) -> str:
+    """Return the line for a run that was to see no labels; empty for another."""
+    run = read_mapping(RunFolder(origin.run).config) if origin.run is not None else {}
+    data = run.get("data") or {}
+    same = data.get("labels") == "none" and data.get("source") == config.data.source
+    if not same or config.data.labels == "none":
+        return ""
+    return (
+        f"{config.data.source} is measured with its labels, although the run was trained with "
+        f"data.labels=none; data.labels=none here leaves them out, too"
+    )
+
+
 def evaluation_folder(config: EvaluationConfig, origin: Origin) -> Path:
     """Return where an evaluation lies."""
     name = config.name or _name_of(config.data.source)
@@ -163,12 +179,12 @@ def evaluation_folder(config: EvaluationConfig, origin: Origin) -> Path:
 
 def data_config(data: EvaluationData) -> DataConfig:
     """Return what opens the training images of an evaluation."""
-    return validate(DataConfig, images_of(data), where="data")
+    return validate(DataConfig, images_of(data) | {"labels": data.labels}, where="data")
 
 
 def images_of(data: EvaluationData) -> dict[str, Any]:
     """Return the settings of the training images as plain values."""
-    return data.model_dump(mode="json", exclude=_TEST_ONLY)
+    return data.model_dump(mode="json", exclude=_NOT_IMAGES)
 
 
 def _existing(encoder: str, home: Path) -> Path | None:

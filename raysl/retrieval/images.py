@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from raysl.augment.crop import Image
+from raysl.config.load import validate
 from raysl.data.decode import Flaw, decode_or_flaw
 from raysl.errors import DataError
 from raysl.evaluate.features import square
@@ -15,6 +15,7 @@ from raysl.retrieval.config import EmbedConfig
 from raysl.retrieval.embeddings import Embeddings
 from raysl.sources.formats import IMAGE_SUFFIXES
 from raysl.sources.open import open_source
+from raysl.sources.pixels import PLAIN, Decoding
 from raysl.sources.source import ArraySource, DataConfig, Encoded, Source
 
 _SHOWN_PX = 160
@@ -27,15 +28,7 @@ def open_again(embeddings: Embeddings) -> Source:
         DataError: If it is not there any more, or has changed.
     """
     about = embeddings.about
-    settings: dict[str, Any] = {
-        **about["settings"],
-        "source": about["source"],
-        "filter": tuple(
-            tuple(tuple(part) if isinstance(part, list) else part for part in condition)
-            for condition in about["settings"]["filter"]
-        ),
-    }
-    config = EmbedConfig.model_validate(settings)
+    config = settings_of(embeddings)
     data = DataConfig(source=config.source, torchvision_root=config.torchvision_root)
     source = open_source(config, data=data)
     if source.fingerprint != about["wanted"]["fingerprint"]:
@@ -46,8 +39,18 @@ def open_again(embeddings: Embeddings) -> Source:
     return source
 
 
-def open_queries(path: str) -> tuple[Source, list[str]]:
+def settings_of(embeddings: Embeddings) -> EmbedConfig:
+    """Return the settings that embeddings were made with."""
+    values = {**embeddings.about["settings"], "source": embeddings.about["source"]}
+    return validate(EmbedConfig, values, where=embeddings.folder.uri)
+
+
+def open_queries(path: str, *, how: Decoding = PLAIN) -> tuple[Source, list[str]]:
     """Open one image, or a folder of them, and return what names them.
+
+    Args:
+        path: Of the file or the folder.
+        how: How they are decoded: as the images that they are compared with.
 
     Raises:
         DataError: If there is none, or one is no image.
@@ -60,15 +63,16 @@ def open_queries(path: str) -> tuple[Source, list[str]]:
     if not files or not files[0].is_file():
         raise DataError(f"--query {path}: no such image, or a folder without images")
     names = [str(file.relative_to(given)) if given.is_dir() else file.name for file in files]
-    return FileImages(files), names
+    return FileImages(files, how), names
 
 
 class FileImages(ArraySource):
     """Image files by their paths."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], how: Decoding = PLAIN) -> None:
         super().__init__("queries", np.zeros((len(files), 1, 1), dtype=np.uint8))
         self.files = list(files)
+        self.how = how
 
     def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
         """Return the bytes of these files.
@@ -80,6 +84,10 @@ class FileImages(ArraySource):
             return [self.files[index].read_bytes() for index in indices]
         except OSError as error:
             raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
+
+    def decoding(self, index: int) -> Decoding:
+        """Return what the embeddings' settings say."""
+        return self.how
 
     def where(self, index: int) -> str:
         """Name a row."""
