@@ -20,6 +20,7 @@ from raysl.methods.base import MethodConfig, RunShape, SizeDefault, TrainingSet
 from raysl.nn.backbones import BackboneConfig
 from raysl.nn.depth import check_layer_decay
 from raysl.optim.build import OptimConfig, peak_lr
+from raysl.sources.place import as_place
 from raysl.sources.source import DataConfig, Source
 from raysl.train.gradient import can_split
 from raysl.train.health import HealthConfig
@@ -31,7 +32,7 @@ M = TypeVar("M", bound=MethodConfig)
 FREE_SECTIONS = ("cluster", "track", "output_dir", "evaluate", "health")
 FREE_KEYS = {
     "train": ("log_every", "checkpoint_every", "keep_checkpoints"),
-    "data": ("bad_images",),
+    "data": ("bad_images", "if_changed"),
 }
 
 
@@ -367,13 +368,16 @@ class _UnknownMethod(MethodConfig):
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """List the settings that differ and that a run cannot change between start and resume."""
+    """List the settings that differ and that a run cannot change between start and resume.
+
+    Sources are compared as places, not as texts.
+    """
     lines = []
     for section in sorted({*old, *new} - set(FREE_SECTIONS)):
         before, after = old.get(section), new.get(section)
         if isinstance(before, dict) and isinstance(after, dict):
             for key in sorted({*before, *after} - set(FREE_KEYS.get(section, ()))):
-                if before.get(key) != after.get(key):
+                if as_place(key, before.get(key)) != as_place(key, after.get(key)):
                     lines.append(f"{section}.{key}: {before.get(key)} -> {after.get(key)}")
         elif before != after:
             lines.append(f"{section}: {before} -> {after}")

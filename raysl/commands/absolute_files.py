@@ -1,17 +1,19 @@
-"""The files that a run begins with, by names that every worker understands."""
+"""The files and images that a run begins with, by names that every worker understands."""
 
 from pathlib import Path
 from typing import Any
 
 from raysl.errors import DataError
+from raysl.jobs.run_places import with_absolute_sources
 from raysl.recipe import RunConfig
 
 
 def with_absolute_files(config: RunConfig[Any], home: Path) -> RunConfig[Any]:
-    """Return the run with the files that it begins with by absolute paths.
+    """Return the run with the files and images that it begins with by absolute paths.
 
-    Workers have other folders. These are ``backbone.weights``, and the head or teacher of methods
-    that take one. A relative one is looked for in the current folder, then where runs are.
+    Workers have other folders, and so has whoever asks for the run next. These are the sources,
+    ``backbone.weights``, and the head or teacher of methods that take one. A relative one is looked
+    for in the current folder, then where runs are.
 
     Raises:
         DataError: If there is no such file or folder.
@@ -20,7 +22,7 @@ def with_absolute_files(config: RunConfig[Any], home: Path) -> RunConfig[Any]:
     found = {
         name: _absolute(f"method.{name}", getattr(method, name), home) for name in method.files
     }
-    return config.model_copy(
+    return with_absolute_sources(config).model_copy(
         update={
             "backbone": config.backbone.model_copy(
                 update={"weights": _absolute("backbone.weights", weights, home)}

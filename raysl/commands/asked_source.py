@@ -6,6 +6,7 @@ from typing import TypeVar
 from raysl.config.load import apply_overrides, validate
 from raysl.errors import ConfigError
 from raysl.sources.open import open_source
+from raysl.sources.place import absolute_config
 from raysl.sources.source import DataConfig, LocatedSource, Source
 
 C = TypeVar("C", bound=LocatedSource)
@@ -24,7 +25,7 @@ def open_asked(arguments: argparse.Namespace, model: type[C], *, where: str) -> 
     values = apply_overrides({"source": arguments.source}, arguments.overrides)
     if values["source"] != arguments.source:
         raise ConfigError(f"give the source once: {arguments.source} or {values['source']}")
-    config = validate(model, values, where=where)
+    config = absolute_config(validate(model, values, where=where))
     data = DataConfig(
         source=config.source,
         torchvision_root=config.torchvision_root,

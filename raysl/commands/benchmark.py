@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from raysl.commands import benchmark_embed, benchmark_label_free, benchmark_loss, benchmark_methods
 from raysl.commands.benchmark_tables import input_tables, plan_table, sizing
-from raysl.commands.terminal import console, print_json, say
+from raysl.commands.terminal import console, print_json, say, say_notes
 from raysl.data.fragments import images_per_epoch
 from raysl.data.plan import Plan
 from raysl.data.stream import Making
@@ -30,6 +30,7 @@ from raysl.jobs.benchmark_function import (
 )
 from raysl.jobs.benchmark_peer import PEERS, PeerTask, is_installed, run_peer
 from raysl.jobs.benchmark_plan import KINDS, measure_in_own_process
+from raysl.jobs.run_places import with_absolute_sources
 from raysl.recipe import RunConfig, load_run, making_of, plan_of
 from raysl.report.plan_scale import draw_plan_scale
 from raysl.runtime.benchmark_input import (
@@ -162,7 +163,7 @@ class _Bench(NamedTuple):
 
 def _input(arguments: argparse.Namespace) -> dict[str, Any]:
     peers = _peers(arguments.compare)
-    config = load_run(arguments.config, arguments.overrides)
+    config = with_absolute_sources(load_run(arguments.config, arguments.overrides))
     source = open_training_source(config.data, config.evaluate, config.method)
     num_consumers = arguments.consumers or max(1, config.cluster.num_train_workers)
     bench = _Bench(
@@ -237,6 +238,7 @@ def _say_start(bench: _Bench, layout: Layout) -> None:
         f"{layout.num_nodes} node(s), {bench.num_consumers} consumer(s), batches of "
         f"{bench.batch_size} images{less}"
     )
+    say_notes(bench.source)
     for peer in bench.peers:
         if not is_installed(peer):
             say(f"  {peer} is not installed: not measured")

@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 
 from raysl.commands.asked_source import open_asked
-from raysl.commands.terminal import console, say
+from raysl.commands.terminal import console, say, say_notes
 from raysl.encoder import read_description
 from raysl.errors import ConfigError
 from raysl.jobs.benchmark_embedding import LOOPS, LoopTask, run_loop
@@ -99,6 +99,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             f"{cores} actor(s) on CPUs, {pools.num_gpu_actors} on GPUs; loops on {_local_cores()} "
             f"core(s)"
         )
+        say_notes(source)
         guess = _one_core(source, embedding) * cores
         for repeat in range(arguments.repeats):
             for name in (*loops, RAY):

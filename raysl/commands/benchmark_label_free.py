@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from raysl.commands.terminal import console, say
+from raysl.commands.terminal import console, say, say_notes
 from raysl.config.load import apply_overrides, validate
 from raysl.errors import ConfigError, RayslError
 from raysl.evaluate.label_free import VERSION
@@ -31,6 +31,7 @@ from raysl.jobs.benchmark_label_free import (
 )
 from raysl.jobs.benchmark_methods import replace_section
 from raysl.report.label_free import draw_label_free
+from raysl.sources.place import absolute_config
 from raysl.track.run_folder import write_atomically
 
 SECTION = "label_free"
@@ -98,7 +99,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError("give the labelled images: data.source=cifar10, a folder or Parquet")
     config = validate(StudyConfig, apply_overrides(DEFAULTS, overrides), where="label_free")
     found = find_subjects(paths, checkpoints=arguments.checkpoints)
+    config = config.model_copy(
+        update={
+            "data": absolute_config(config.data),
+            "evaluate": absolute_config(config.evaluate),
+        }
+    )
     study = Study(config, num_threads=arguments.threads or os.cpu_count() or 1)
+    say_notes(study.source, title=f"{study.source.name}:")
     began = time.monotonic()
     measured, failed = _measure_all(study, found, untrained=not arguments.no_untrained)
     groups = {name: correlations(rows) for name, rows in groups_of(measured).items()}

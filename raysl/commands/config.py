@@ -4,9 +4,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from raysl.commands.terminal import console, mapping_table, print_json
+from raysl.commands.terminal import console, mapping_table, print_json, say_notes
 from raysl.config.load import to_yaml
 from raysl.evaluate.training_source import open_training_source
+from raysl.jobs.run_places import with_absolute_sources
 from raysl.recipe import derive_for, load_run
 
 HELP = "print a resolved configuration and its derived values"
@@ -22,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the resolved configuration; open the source to count its images."""
     config = load_run(arguments.config, arguments.overrides)
-    source = open_training_source(config.data, config.evaluate, config.method)
+    placed = with_absolute_sources(config)
+    source = open_training_source(placed.data, placed.evaluate, placed.method)
+    say_notes(source, title=f"{source.name}:")
     derived = derive_for(config, source)
     values: dict[str, Any] = config.model_dump(mode="json")
     if arguments.json:

@@ -1,7 +1,9 @@
 """`raysl duplicates`: groups of near-duplicates among embeddings, and a list of what to drop."""
 
 import argparse
+import json
 import math
+import shlex
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 from rich.table import Table
 
 from raysl.commands.counting import CountView
-from raysl.commands.terminal import console, print_json, say
+from raysl.commands.terminal import console, print_json, say, say_notes
 from raysl.errors import ConfigError
 from raysl.report.retrieval_pictures import Shown, draw_duplicate_sheet
 from raysl.retrieval.duplicates import Choice, Duplicates, choose, find_duplicates
@@ -33,10 +35,10 @@ Images connected by similarities of at least the threshold (cosines of the featu
 mean) are one group. Of a group, the first is kept, and then each that is not so similar to one that
 is kept. EMBEDDINGS/_duplicates.parquet (or --out, .parquet or .csv) holds group, row, id, keep,
 like_row (the kept one it is like) and similarity (to it); EMBEDDINGS/_drop.txt (or --drop) the ids
-of those that are not kept, one a line. Of an image folder, that list is a filter:
+of those that are not kept, one a line. That list is a filter of any kind of source:
 
   raysl duplicates embeddings/ --threshold 0.99 --contact-sheet duplicates.png --drop drop.txt
-  raysl pretrain CONFIG data.source=photos/ data.filter='[[path, not in file, drop.txt]]'
+  raysl pretrain CONFIG data.source=photos/ data.filter='[[row_id, not in file, drop.txt]]'
 
 What is a duplicate depends on the encoder: look at the sheet, and at the table of how many images
 have a neighbour above each level, before dropping anything.
@@ -171,6 +173,9 @@ def _say_results(results: dict[str, Any]) -> None:
         markup=False,
     )
     say(f"written: {results['out']}, {results['drop']}")
+    if results["to_drop"]:
+        condition = f"[[row_id, not in file, {json.dumps(results['drop'])}]]"
+        say(f"to leave them out: {shlex.quote(f'data.filter={condition}')}")
     if results["largest_group"] > max(_SHOWN, images // 20):
         say("one group is large: chains of similar images; a higher threshold cuts them")
 
@@ -195,6 +200,7 @@ def _draw(
         say(f"no groups at {threshold:g}: nothing drawn")
         return
     source = open_again(embeddings)
+    say_notes(source, title=f"{source.name}:")
     lines.sort(key=lambda line: -float(line[1].similarity[line[2][1]]))
     count = min(_SHEET_LINES, len(lines))
     rows = []

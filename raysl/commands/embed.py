@@ -12,7 +12,7 @@ import torch
 from raysl.commands.asked_source import open_asked
 from raysl.commands.counting import CountView
 from raysl.commands.settings_text import settings_text
-from raysl.commands.terminal import console, mapping_table, print_json, say
+from raysl.commands.terminal import console, mapping_table, print_json, say, say_notes
 from raysl.jobs.embed_source import (
     EmbedResult,
     MakeChunks,
@@ -32,9 +32,10 @@ _EPILOG = """\
 The settings and their defaults:
 {settings}
 
-OUT then holds Parquet shards with id (the image's path below the source, or its place in a shard),
-row, label and label_name (if there are labels) and features; pandas, pyarrow and duckdb open it as
-one table. Broken images are left out and listed in OUT/_bad_images.jsonl.
+OUT then holds Parquet shards with id (a file: its path below the source; in a tar: SHARD/MEMBER; of
+Parquet: FILE:ROW), row, label and label_name (if there are labels) and features; pandas, pyarrow
+and duckdb open it as one table. data.filter knows the id as row_id. Broken images are left out and
+listed in OUT/_bad_images.jsonl.
 
 The same command again goes on where it stopped; the result is the same, whatever stopped it and
 however many workers there are. Two processes must not embed into one folder at once.
@@ -69,6 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     config, source = open_asked(arguments, EmbedConfig, where="raysl embed")
     count = int(source.group_sizes.sum())
     say(f"embedding {count:,} images from {source.name} into {arguments.output}")
+    say_notes(source)
     for line in other_decoding(encoder, config):
         say(f"  {line}")
     view = CountView()

@@ -11,8 +11,7 @@ import torch
 
 from raysl.commands.counting import CountView
 from raysl.commands.evaluation_record import evaluation_table, json_of, send
-from raysl.commands.pretrain import working_folder
-from raysl.commands.terminal import console, mapping_table, print_json, say
+from raysl.commands.terminal import console, mapping_table, print_json, say, say_notes
 from raysl.errors import ConfigError
 from raysl.evaluate.registry import (
     DEFAULT,
@@ -46,7 +45,7 @@ from raysl.runtime.ray_embed import features_on_ray
 from raysl.runtime.ray_evaluate import run_on_ray
 from raysl.runtime.ray_train import pretrain_on_ray
 from raysl.sources.source import Source
-from raysl.track.run_folder import RunFolder, write_json
+from raysl.track.run_folder import RunFolder, working_folder, write_json
 
 _EPILOG = """\
 Protocols (default: {default}); the settings of each are PROTOCOL.KEY=VALUE:
@@ -180,6 +179,9 @@ def _one(asked: Asked, view: CountView, stack: ExitStack) -> dict[str, Any]:
         f"evaluating {asked.origin.encoder} on {len(sets.train):,} training and "
         f"{len(sets.test):,} test images of {sets.test.source.name}\n  {asked.folder.path}"
     )
+    say_notes(sets.train.source)
+    if sets.test.source.fingerprint != sets.train.source.fingerprint:
+        say_notes(sets.test.source, title=f"  {sets.test.source.name}:")
     return evaluate(asked, _ways(asked, view, stack))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from raysl.commands.asked_source import open_asked
 from raysl.commands.counting import CountView
 from raysl.commands.settings_text import settings_text
-from raysl.commands.terminal import console, mapping_table, print_json, say
+from raysl.commands.terminal import console, mapping_table, print_json, say, say_notes
 from raysl.pack.config import PackConfig
 from raysl.pack.run import Calls, Facts, PackResult, Runner, Unit, in_threads, pack
 from raysl.pack.shards import Job, Report
@@ -26,7 +26,8 @@ The settings and their defaults:
 {settings}
 
 Images keep their original bytes unless they must be shrunk or are neither JPEG, PNG nor WebP. The
-shards hold image, label (if there are labels), path (where an image came from), width and height.
+shards hold image, label (if there are labels), path (the id of an image in its source, row_id of
+data.filter), width and height.
 Broken images are left out and listed in OUT/bad_images.jsonl.
 
 The same command again goes on where it stopped; the result is the same to the bit, whatever
@@ -56,6 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     config, source = open_asked(arguments, PackConfig, where="raysl pack")
     count = int(source.group_sizes.sum())
     say(f"packing {count:,} images from {source.name} into {arguments.output}")
+    say_notes(source)
     view = CountView()
     with ExitStack() as stack:
         stack.callback(view.close)

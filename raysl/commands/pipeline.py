@@ -11,9 +11,9 @@ from typing import Any, Literal
 from rich.table import Table
 
 from raysl.commands.absolute_files import with_absolute_files
-from raysl.commands.pretrain import set_aside, train_run, working_folder
+from raysl.commands.pretrain import set_aside, train_run
 from raysl.commands.record import flat, git_state
-from raysl.commands.terminal import console, print_json, say
+from raysl.commands.terminal import console, print_json, say, say_notes
 from raysl.config.load import read_mapping, to_yaml
 from raysl.errors import RunFolderError
 from raysl.evaluate.training_source import seen_part
@@ -21,8 +21,9 @@ from raysl.jobs.pipeline import PipelineConfig, Runs, Step, load_pipeline, plan_
 from raysl.recipe import RunConfig, derive_for
 from raysl.runtime.cluster import connect, disconnect
 from raysl.sources.open import open_source
+from raysl.sources.place import absolute_config, as_place
 from raysl.sources.subset import whole_source
-from raysl.track.run_folder import RunFolder, write_atomically, write_json
+from raysl.track.run_folder import RunFolder, working_folder, write_atomically, write_json
 from raysl.track.uri import tracking_uri, without_password
 
 # For MLflow's run of the pipeline, which those of its steps refer to; a new database takes a while.
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = RunFolder((home / Path(config.output_dir).expanduser() / config.name).absolute())
     steps = plan_steps(config)
     runs = Runs(config, folder.path)
-    needs_ray = _check(steps, runs)
+    needs_ray, told_of = _check(steps, runs)
     if arguments.dry_run:
         _say_steps(steps)
         return 0
@@ -64,25 +65,32 @@ def run(arguments: argparse.Namespace) -> int:
         set_aside(folder)
     with folder.locked():
         _claim(folder, config)
-        results = _Pipeline(config, folder, steps, home=home).go_on(needs_ray=needs_ray)
+        pipeline = _Pipeline(config, folder, steps, home=home, told_of=told_of)
+        results = pipeline.go_on(needs_ray=needs_ray)
     if arguments.json:
         print_json(results)
     return 0
 
 
-def _check(steps: Sequence[Step], runs: Runs) -> bool:
-    """Refuse what could not run before anything does; return whether any run needs Ray."""
+def _check(steps: Sequence[Step], runs: Runs) -> tuple[bool, set[str]]:
+    """Refuse what could not run before anything does.
+
+    Returns:
+        Whether any run needs Ray, and the fingerprints of the images whose notes were said.
+    """
     first = runs.config(steps[0])
     # With its labels, which later steps learn from, whatever the pretraining leaves out.
-    labelled = first.data.model_copy(update={"labels": None})
-    whole = whole_source(open_source(labelled, data=first.data))
+    data = absolute_config(first.data).model_copy(update={"labels": None})
+    whole = whole_source(open_source(data, data=data))
+    say_notes(whole, title=f"{whole.name}:")
     configs = [first]
     configs += [
         runs.config(s, s.teachers[0] if s.teachers else None, whole=whole) for s in steps[1:]
     ]
     for config in configs:
         derive_for(config, seen_part(whole, config.data, config.evaluate, config.method))
-    return any(config.cluster.num_train_workers > 0 for config in configs)
+    needs_ray = any(config.cluster.num_train_workers > 0 for config in configs)
+    return needs_ray, {whole.fingerprint}
 
 
 class _Pipeline:
@@ -93,16 +101,24 @@ class _Pipeline:
         folder: Its folder, locked.
         steps: What it does, in order.
         home: What relative paths are relative to.
+        told_of: Fingerprints of images whose notes were said.
     """
 
     def __init__(
-        self, config: PipelineConfig, folder: RunFolder, steps: Sequence[Step], *, home: Path
+        self,
+        config: PipelineConfig,
+        folder: RunFolder,
+        steps: Sequence[Step],
+        *,
+        home: Path,
+        told_of: set[str],
     ) -> None:
         self._config = config
         self._folder = folder
         self._steps = steps
         self._runs = Runs(config, folder.path)
         self._home = home
+        self._told_of = told_of
         self._rows: list[dict[str, Any]] = []
         self._uri = tracking_uri(config.track.tracking_uri, folder=home)
         self._tracker = self._start_tracker()
@@ -138,6 +154,7 @@ class _Pipeline:
             with_absolute_files(config, self._home),
             began_at=time.time(),
             tags=tags | ({"mlflow.parentRunId": parent} if parent else {}),
+            told_of=self._told_of,
         )
         return _row(step, teacher, config, results)
 
@@ -277,10 +294,20 @@ def _claim(folder: RunFolder, config: PipelineConfig) -> None:
     values = config.model_dump(mode="json")
     if path.exists():
         old = read_mapping(path)
-        changed = [key for key in ("base", "pretrain") if old.get(key) != values[key]]
+        changed = [
+            key for key in ("base", "pretrain") if _placed(old.get(key)) != _placed(values[key])
+        ]
         if changed:
             raise RunFolderError(
                 f"{folder.path} holds a pipeline with another {' and '.join(changed)}; give this "
                 f"one another name=..., or --fresh to set the old one aside"
             )
     write_atomically(path, to_yaml(values))
+
+
+def _placed(settings: Any) -> Any:
+    """Return dotted settings with images by their places, without what is there to change."""
+    if not isinstance(settings, dict):
+        return settings
+    kept = {key: value for key, value in settings.items() if key != "data.if_changed"}
+    return {key: as_place(key.rpartition(".")[2], value) for key, value in kept.items()}

@@ -2,10 +2,9 @@
 
 import argparse
 import importlib
-import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,21 +12,17 @@ from typing import Any, NamedTuple
 import psutil
 
 from raysl.commands.absolute_files import with_absolute_files
+from raysl.commands.pretrain_results import Run, say_results, speed
 from raysl.commands.record import flat, packages, tags_of
-from raysl.commands.terminal import (
-    ProgressView,
-    accuracy_table,
-    classifier_line,
-    console,
-    print_json,
-    say,
-)
+from raysl.commands.terminal import ProgressView, print_json, say, say_notes
 from raysl.config.load import read_mapping, to_yaml
 from raysl.encoder import load_encoder, read_description
-from raysl.errors import RunFolderError
+from raysl.errors import RayslError, RunFolderError
 from raysl.evaluate.training_source import open_training_source
+from raysl.jobs.labelled_sets import labelling_notes
 from raysl.jobs.local import pretrain_here
-from raysl.jobs.online import read_failures
+from raysl.jobs.run_places import started_from, with_absolute_sources
+from raysl.jobs.run_source import hold_to_source, is_same, source_facts, what_changed
 from raysl.nn.backbones import check_model_name
 from raysl.recipe import (
     Derived,
@@ -41,34 +36,41 @@ from raysl.recipe import (
 )
 from raysl.runtime.cluster import connect, describe_cluster, disconnect, plan_layout
 from raysl.runtime.ray_train import pretrain_on_ray
-from raysl.sources.source import BUILT_IN, Source
+from raysl.sources.open import open_source
+from raysl.sources.source import Source
+from raysl.sources.subset import whole_source
 from raysl.track.follow import Follower, MetricsReader, Record
 from raysl.track.run_folder import (
     RunFolder,
     latest_step,
     list_waiting,
+    read_json,
     read_metrics,
+    working_folder,
     write_atomically,
     write_json,
 )
 from raysl.track.uri import tracking_uri, without_password
 
 _PROGRESS_EVERY_S = 0.5
-# Below this folder Ray unpacks the working directory of a job, and deletes it afterwards.
-_JOB_FOLDER = "/runtime_resources/"
 
 
 class Opened(NamedTuple):
     """A run that is ready to start."""
 
-    config: RunConfig[Any]
-    folder: RunFolder
+    run: Run
     source: Source
     derived: Derived
-    home: Path  # what relative paths are relative to
-    config_file: Path | None
-    tags: Mapping[str, str]  # of its MLflow run, besides those that every run has
-    began_at: float  # in seconds since 1970
+
+    @property
+    def config(self) -> RunConfig[Any]:
+        """Its settings."""
+        return self.run.config
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where it lies."""
+        return self.run.folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,6 +102,7 @@ def train_run(
     config_file: Path | None = None,
     fresh: bool = False,
     tags: Mapping[str, str] | None = None,
+    told_of: Collection[str] = (),
 ) -> dict[str, Any]:
     """Train a run in its folder, or go on with it; one that is finished only tells its results.
 
@@ -109,9 +112,14 @@ def train_run(
         config_file: Where it was read from, if from a file.
         fresh: Start anew; an earlier run's folder is renamed.
         tags: For its MLflow run, besides those that every run has.
+        told_of: Fingerprints of sources whose notes were said already.
 
     Returns:
         The results, as ``--json`` prints them.
+
+    Raises:
+        RunFolderError: If the folder holds a run with other settings or of other images.
+        RayslError: What else a run may meet.
     """
     home = working_folder()
     config = with_absolute_files(config, home)
@@ -119,31 +127,27 @@ def train_run(
     if fresh and folder.path.exists():
         set_aside(folder)
     with folder.locked():
-        _claim(folder, config)
-        check_model_name(config.backbone)
-        source = open_training_source(config.data, config.evaluate, config.method)
-        derived = derive_for(config, source)
-        opened = Opened(config, folder, source, derived, home, config_file, tags or {}, began_at)
+        _refuse_others(folder, config)
+        run = Run(config, folder, home, config_file, tags or {}, began_at)
         results = folder.read_results()
         if results is None or "run_dir" not in results:
-            results = _train(opened)
+            results = _train(_open(run), told_of)
         else:
-            say(f"{folder.path}: this run is finished; --fresh starts it anew, name=... another")
-            results = _send_again(opened, results)
-    _say_results(opened, results)
+            results = _finished(run, results)
+    say_results(run, results)
     return results
 
 
-def working_folder() -> Path:
-    """Return the folder that runs and mlflow.db go to: the current one, or a lasting one in a job.
-
-    The working directory of a Ray job is a copy that Ray deletes, so a job's results go to
-    ``RAYSL_HOME``, else to ``~/raysl`` of the node the job runs on.
-    """
-    if "RAYSL_HOME" in os.environ:
-        return Path(os.environ["RAYSL_HOME"]).expanduser().absolute()
-    current = Path.cwd()
-    return Path.home() / "raysl" if _JOB_FOLDER in f"{current}/" else current
+def _open(run: Run) -> Opened:
+    """Open the images, and claim the folder for the run and for them, before anything starts."""
+    config = run.config
+    check_model_name(config.backbone)
+    source = open_training_source(config.data, config.evaluate, config.method)
+    derived = derive_for(config, source)
+    for line in hold_to_source(run.folder, source, config):
+        say(line)
+    write_atomically(run.folder.config, to_yaml(config.model_dump(mode="json")))
+    return Opened(run, source, derived)
 
 
 def set_aside(folder: RunFolder) -> None:
@@ -154,30 +158,52 @@ def set_aside(folder: RunFolder) -> None:
     say(f"the earlier run is now in {aside}")
 
 
-def _claim(folder: RunFolder, config: RunConfig[Any]) -> None:
-    """Write the configuration into a new folder; in an old one, refuse another configuration."""
+def _refuse_others(folder: RunFolder, config: RunConfig[Any]) -> None:
+    """Refuse a folder of another configuration."""
+    if not folder.config.exists():
+        return
     values = config.model_dump(mode="json")
-    if folder.config.exists():
-        changed = differences(_with_new_defaults(read_mapping(folder.config)), values)
-        if changed:
-            raise RunFolderError(
-                f"{folder.path} holds a run with other settings:\n  "
-                + "\n  ".join(changed)
-                + "\nGive this run another name=..., or --fresh to set the old one aside"
-            )
-    write_atomically(folder.config, to_yaml(values))
+    changed = differences(_with_new_defaults(folder), values)
+    if changed:
+        raise RunFolderError(
+            f"{folder.path} holds a run with other settings:\n  "
+            + "\n  ".join(changed)
+            + "\nGive this run another name=..., or --fresh to set the old one aside"
+        )
 
 
-def _with_new_defaults(values: dict[str, Any]) -> dict[str, Any]:
+def _with_new_defaults(folder: RunFolder) -> dict[str, Any]:
     """Fill up the settings of an old folder: one that is newer than it has its default there."""
+    values = read_mapping(folder.config)
     found = run_or_problems(values)
-    return values if isinstance(found, list) else found.model_dump(mode="json")
+    if isinstance(found, list):
+        return values
+    first = started_from(folder, found.output_dir)
+    return with_absolute_sources(found, first=first).model_dump(mode="json")
 
 
-def _train(opened: Opened) -> dict[str, Any]:
+def _finished(run: Run, results: dict[str, Any]) -> dict[str, Any]:
+    """Tell of a run that is finished, and of its images if they are others by now."""
+    folder, config = run.folder, run.config
+    write_atomically(folder.config, to_yaml(config.model_dump(mode="json")))
+    say(f"{folder.path}: this run is finished; --fresh starts it anew, name=... another")
+    try:
+        source = open_training_source(config.data, config.evaluate, config.method)
+        opened = Opened(run, source, derive_for(config, source))
+    except RayslError as error:
+        say(f"  it is told as it ended; its images cannot be opened any more: {error}")
+        return results
+    known, facts = read_json(folder.source), source_facts(source)
+    if known is not None and not is_same(known, facts):
+        changed = "\n    ".join(what_changed(known, facts))
+        say(f"  it is told as it ended; its images have changed since it began:\n    {changed}")
+    return _send_again(opened, results)
+
+
+def _train(opened: Opened, told_of: Collection[str]) -> dict[str, Any]:
     config, folder, derived = opened.config, opened.folder, opened.derived
     done = latest_step(folder.checkpoints)
-    _say_start(opened, done)
+    _say_start(opened, done, told_of)
     if config.track.mlflow:  # while Ray starts
         threading.Thread(target=_load_mlflow, name="raysl-load-mlflow", daemon=True).start()
     with ExitStack() as stack:
@@ -238,12 +264,12 @@ def _start_tracker(opened: Opened, facts: dict[str, str]) -> Any:
         return None
     tracker = _load_mlflow().MlflowTracker(
         opened.folder,
-        uri=tracking_uri(track.tracking_uri, folder=opened.home),
+        uri=tracking_uri(track.tracking_uri, folder=opened.run.home),
         experiment=track.experiment,
         run_name=opened.config.name,
         params=flat(opened.config.model_dump(mode="json"))
         | flat({"derived": opened.derived._asdict() | _by_size(opened)}),
-        tags={**tags_of(opened.config, opened.source, facts), **opened.tags},
+        tags={**tags_of(opened.config, opened.source, facts), **opened.run.tags},
     )
     tracker.start()
     return tracker
@@ -253,7 +279,7 @@ def _finish(opened: Opened, results: dict[str, Any], tracker: Any) -> dict[str, 
     """Draw the report, end the MLflow run, and write the results with all that is known now."""
     folder = opened.folder
     records = read_metrics(folder.metrics)
-    results = {"run_dir": str(folder.path), **results, **_speed(records, opened.began_at)}
+    results = {"run_dir": str(folder.path), **results, **speed(records, opened.run.began_at)}
     write_json(folder.results, {k: v for k, v in results.items() if k != "run_dir"})
     say("drawing the report")
     report = importlib.import_module("raysl.report.page")  # late: matplotlib takes a second
@@ -270,7 +296,14 @@ def _end_tracking(opened: Opened, tracker: Any) -> dict[str, Any]:
     if tracker is None:
         return {"mlflow_run_id": None}
     folder = opened.folder
-    artifacts = [folder.config, folder.metrics, folder.results, folder.report, folder.encoder]
+    artifacts = [
+        folder.config,
+        folder.source,
+        folder.metrics,
+        folder.results,
+        folder.report,
+        folder.encoder,
+    ]
     artifacts += [folder.bad_images, folder.labels, folder.finetune / "labels.json"]
     artifacts += [folder.projection_head, folder.classifier]
     artifacts += sorted(folder.pictures.glob("*.png"))
@@ -318,23 +351,7 @@ def _send_again(opened: Opened, results: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
-def _speed(records: list[dict[str, Any]], began_at: float) -> dict[str, float]:
-    """Return images a second and the share of waiting from the first to the last step."""
-    timed = [r for r in records if r.get("time/train_s")]
-    seconds = sum(r["time/train_s"] for r in timed)
-    images = sum(r["train/images_per_s"] * r["time/train_s"] for r in timed)
-    waited = sum(r["data/wait_share"] * r["time/train_s"] for r in timed)
-    firsts = [r["time/first_step_at"] for r in records if "time/first_step_at" in r]
-    recent = [first - began_at for first in firsts if first >= began_at]
-    return {
-        "images_per_s": images / seconds if seconds else 0.0,
-        "data_wait": waited / seconds if seconds else 0.0,
-        **({"seconds_to_first_step": recent[0]} if recent else {}),
-        "seconds": time.time() - began_at,
-    }
-
-
-def _say_start(opened: Opened, done: int) -> None:
+def _say_start(opened: Opened, done: int, told_of: Collection[str]) -> None:
     config, derived = opened.config, opened.derived
     what = f"goes on after step {done}" if done else "starts"
     say(
@@ -344,50 +361,19 @@ def _say_start(opened: Opened, done: int) -> None:
     )
     for name, default in size_defaults(config, opened.source).items():
         say(f"  {name}: {default.formula}")
+    _say_sources(opened, told_of)
 
 
-def _say_results(opened: Opened, results: dict[str, Any]) -> None:
-    folder, config = opened.folder, opened.config
-    out = console()
-    if "linear_top1" in results:
-        out.print(accuracy_table(results))
-    elif "knn_top1" in results:  # evaluate.final=knn
-        out.print(f"nearest neighbours: right in {results['knn_top1']:.1%} of the test images")
-    if "top1" in results:
-        out.print(classifier_line(results), markup=False)
-    if results.get("num_bad_images"):
-        say(f"{results['num_bad_images']:,} bad images, listed in {folder.bad_images}")
-    failures = read_failures(folder)
-    if failures:
-        say(
-            f"{len(failures)} evaluation(s) on the way failed or were left out, listed in "
-            f"{folder.failed_evaluations}; the last one: step {failures[-1]['step']}: "
-            f"{failures[-1]['problem']}"
-        )
-    lines = [f"model     {folder.classifier}"] if config.method.classifies else []
-    lines += [
-        f"encoder   {folder.encoder}",
-        f"report    {folder.report}",
-        f"metrics   {folder.metrics}",
-    ]
-    if config.track.mlflow:
-        uri = without_password(tracking_uri(config.track.tracking_uri, folder=opened.home))
-        lines.append(f"compare   mlflow ui --backend-store-uri {uri}")
-    lines.append(f"next      {_next_command(opened)}")
-    out.print("\n".join(lines), markup=False)
-
-
-def _next_command(opened: Opened) -> str:
-    """Return the line that goes one step further with this run."""
-    config, file = opened.config, opened.config_file
-    if config.method.classifies:
-        return f"raysl distill {opened.folder.path}"
-    if file is None:
-        return f"raysl finetune {opened.folder.path} data.labels.fraction=0.1"
-    photos = file.with_name("simclr_resnet18_photos.yaml")
-    if config.data.source in BUILT_IN and photos.exists():
-        return f"raysl pretrain {photos} data.source=FOLDER_OF_IMAGES name=mine"
-    train = config.train
-    twice = 2 * (train.steps or train.epochs or 1)
-    longer = f"{'steps' if train.steps else 'epochs'}={twice:g}"
-    return f"raysl pretrain {file} name=longer train.{longer}"
+def _say_sources(opened: Opened, told_of: Collection[str]) -> None:
+    """Say what lies in the images that one may not think of, once, on the driver."""
+    config = opened.config
+    whole = whole_source(opened.source)
+    if whole.fingerprint not in told_of:
+        say_notes(whole)
+    if config.evaluate.source is not None:
+        given = config.evaluate.test_images(config.data)
+        test = open_source(given, held_out=True, data=config.data)
+        if test.fingerprint not in {*told_of, whole.fingerprint}:
+            say_notes(test, title=f"evaluate.source={test.name}")
+    for note in labelling_notes(config, opened.source):
+        say(f"  {note}")

@@ -13,12 +13,12 @@ from rich.table import Table
 
 from raysl.commands.search_all import search_all
 from raysl.commands.search_found import Found, draw_found, known
-from raysl.commands.terminal import console, print_json, say
+from raysl.commands.terminal import console, print_json, say, say_notes
 from raysl.errors import ConfigError, DataError
 from raysl.jobs.embed_source import encoder_file
 from raysl.jobs.embedding import Embedding, encoder_digest, features_here
 from raysl.retrieval.embeddings import Embeddings
-from raysl.retrieval.images import open_again, open_queries, settings_of
+from raysl.retrieval.images import embedded_as, open_again, open_queries
 from raysl.retrieval.search import search
 from raysl.retrieval.shards import result_file
 from raysl.sources.source import Source
@@ -93,7 +93,8 @@ def _some(
 
 
 def _of_files(arguments: argparse.Namespace, embeddings: Embeddings, device: torch.device) -> Found:
-    source, names = open_queries(arguments.query, how=settings_of(embeddings).decoding())
+    decoding = embedded_as(embeddings).decoding()
+    source, names = open_queries(arguments.query, decoding=decoding)
     features = _embed_like(arguments, embeddings, source, len(names))
     queries = torch.from_numpy(features)
     if embeddings.about["settings"]["normalize"]:
@@ -140,7 +141,9 @@ def _of_rows(arguments: argparse.Namespace, embeddings: Embeddings, device: torc
         own_places=torch.from_numpy(places),
     )
     labels = [embeddings.label_name(int(place)) for place in places]
-    return Found(embeddings.ids(places), labels, neighbors, open_again(embeddings), rows)
+    source = open_again(embeddings)
+    say_notes(source, title=f"{source.name}:")
+    return Found(embeddings.ids(places), labels, neighbors, source, rows)
 
 
 def _described(embeddings: Embeddings, found: Found, number: int) -> dict[str, Any]:

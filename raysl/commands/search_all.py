@@ -12,7 +12,7 @@ import torch
 
 from raysl.commands.counting import CountView
 from raysl.commands.search_found import GRID_ROWS, Found, draw_found
-from raysl.commands.terminal import console, say
+from raysl.commands.terminal import console, say, say_notes
 from raysl.retrieval.embeddings import Embeddings
 from raysl.retrieval.images import open_again
 from raysl.retrieval.search import Neighbors, neighbors_of_all, search
@@ -32,6 +32,7 @@ def search_all(
     schema = pa.schema(
         [
             ("row", pa.int64()),
+            ("id", pa.string()),
             ("neighbor_rows", pa.list_(pa.int64())),
             ("similarities", pa.list_(pa.float32())),
         ]
@@ -72,6 +73,7 @@ def _table(embeddings: Embeddings, start: int, found: Neighbors, schema: pa.Sche
     rows = np.where(near >= 0, embeddings.rows[near], -1)
     columns = [
         pa.array(embeddings.rows[start : start + len(near)]),
+        pa.array(embeddings.ids(np.arange(start, start + len(near))), pa.string()),
         _lists(rows),
         _lists(found.similarities.numpy()),
     ]
@@ -105,4 +107,6 @@ def _spread(embeddings: Embeddings, k: int, device: torch.device) -> Found:
     )
     labels = [embeddings.label_name(int(place)) for place in places]
     rows = embeddings.rows[places].tolist()
-    return Found(embeddings.ids(places), labels, neighbors, open_again(embeddings), rows)
+    source = open_again(embeddings)
+    say_notes(source, title=f"{source.name}:")
+    return Found(embeddings.ids(places), labels, neighbors, source, rows)

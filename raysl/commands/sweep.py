@@ -12,21 +12,21 @@ from rich.markup import escape
 from rich.table import Table
 
 from raysl.commands.absolute_files import with_absolute_files
-from raysl.commands.pretrain import working_folder
 from raysl.commands.record import flat, git_state
 from raysl.commands.sweep_results import next_line, results_of, say_results, write_best
+from raysl.commands.sweep_sources import IF_CHANGED, Sources
 from raysl.commands.sweep_watch import ENDED, SweepTracking, SweepWatch, shown
 from raysl.commands.terminal import console, print_json, say
 from raysl.config.load import read_mapping, to_yaml, validate
 from raysl.errors import ConfigError, RayslError, RunFolderError
-from raysl.evaluate.training_source import open_training_source
+from raysl.jobs.run_places import read_run
+from raysl.jobs.run_source import hold_to_source
 from raysl.jobs.sweep_trial import read_changed
-from raysl.recipe import RunConfig, derive_for, run_from_values, training_set
+from raysl.recipe import RunConfig
 from raysl.runtime.cluster import connect, disconnect
 from raysl.runtime.ray_tune import sweep_on_ray
 from raysl.runtime.trial_shares import Shares, plan_shares
-from raysl.runtime.tune_trial import source_key
-from raysl.sources.source import Source
+from raysl.sources.place import as_place
 from raysl.sweep.check import check
 from raysl.sweep.config import SweepConfig
 from raysl.sweep.load import load_sweep
@@ -40,7 +40,7 @@ from raysl.sweep.trial import (
     read_trials,
     write_trial,
 )
-from raysl.track.run_folder import write_atomically, write_json
+from raysl.track.run_folder import working_folder, write_atomically, write_json
 from raysl.track.uri import tracking_uri, without_password
 
 # What may change from one start of a sweep to the next.
@@ -67,8 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
     home = working_folder()
     folder = SweepFolder(home / Path(sweep.output_dir).expanduser() / sweep.name)
     candidates = draw(sweep)
-    sources = _Sources()
+    sources = Sources()
     configs = check(sweep, candidates, folder=folder.path, look=sources.look)
+    sources.say_notes()
     if arguments.dry_run:
         _say_candidates(sweep, candidates)
         return 0
@@ -80,25 +81,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(results)
     return 0
-
-
-class _Sources:
-    """Training images by what their configuration says of them; each is opened once."""
-
-    def __init__(self) -> None:
-        self.opened: dict[str, Source] = {}
-
-    def of(self, config: RunConfig[Any]) -> Source:
-        key = source_key(config)
-        if key not in self.opened:
-            self.opened[key] = open_training_source(config.data, config.evaluate, config.method)
-        return self.opened[key]
-
-    def look(self, config: RunConfig[Any]) -> None:
-        """Raise if a run could not start on its images, before any run does."""
-        source = self.of(config)
-        derive_for(config, source)
-        config.method.size_defaults(training_set(config, source))
 
 
 class _Drawn:
@@ -165,7 +147,7 @@ class _Sweep:
     """
 
     def __init__(
-        self, sweep: SweepConfig, folder: SweepFolder, *, home: Path, sources: _Sources
+        self, sweep: SweepConfig, folder: SweepFolder, *, home: Path, sources: Sources
     ) -> None:
         self.sweep = sweep
         self.folder = folder
@@ -221,6 +203,7 @@ class _Sweep:
         if read_candidate(trial) is None:
             trial.path.mkdir(parents=True, exist_ok=True)
             write_atomically(trial.config, to_yaml(config.model_dump(mode="json")))
+            hold_to_source(trial, self._sources.of(config), config)
             write_trial(trial, candidate)
 
     def write_failed(self, candidate: Candidate, error: RayslError) -> None:
@@ -239,6 +222,9 @@ class _Sweep:
         return len(self._trials()) < (self.sweep.budget.trials or 0)
 
     def _run(self, trials: list[Trial], left: list[int]) -> None:
+        folders = {trial.number: self.folder.trial(trial.number) for trial in trials}
+        ended = [folders[number] for number in folders if number not in left]
+        self._sources.hold((folders[number] for number in left), ended, self.sweep.set)
         with ExitStack() as stack:
             if connect():
                 stack.callback(disconnect)
@@ -272,8 +258,7 @@ class _Sweep:
 
     def _kinds(self, left: Sequence[int]) -> list[RunConfig[Any]]:
         """The runs that are left; before Optuna's first, one of their kind."""
-        folders = [self.folder.trial(number) for number in left]
-        known = [run_from_values(read_mapping(f.config), where=str(f.config)) for f in folders]
+        known = [read_run(self.folder.trial(number)) for number in left]
         like = samples(self.sweep)[:1] if not known else []
         return known or [run_config(self.sweep, each, folder=self.folder.path) for each in like]
 
@@ -370,8 +355,13 @@ def _claim(folder: SweepFolder, sweep: SweepConfig) -> None:
 
 
 def _without_folders(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings flat, bases by their names: a job's working folder is another each time."""
-    return flat({**values, "base": [Path(base).name for base in values["base"]]})
+    """Return settings flat, bases by their names, images by their places.
+
+    A job's working folder is another one each time.
+    """
+    found = flat({**values, "base": [Path(base).name for base in values["base"]]})
+    found.pop(f"set.{IF_CHANGED}", None)  # is there to change
+    return {key: as_place(key.rpartition(".")[2], value) for key, value in found.items()}
 
 
 def _say_candidates(sweep: SweepConfig, candidates: Sequence[Candidate]) -> None:

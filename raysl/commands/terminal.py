@@ -1,6 +1,7 @@
 """What a person sees: a header, progress, tables. Progress goes to standard error."""
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from raysl.sources.source import Source
 from raysl.track.follow import Record
 
 _LINE_EVERY_S = 10.0
 _PLAIN_WIDTH = 110
+_MOST_NOTES = 12
 
 _SHOWN = (
     ("train/loss", "loss", "{:.3f}"),
@@ -42,6 +45,23 @@ def console(*, error: bool = False) -> Console:
 def say(text: str) -> None:
     """Tell a person something that is not a result."""
     console(error=True).print(text, markup=False)
+
+
+def say_notes(source: Source, more: Sequence[str] = (), *, title: str | None = None) -> None:
+    """Tell what of a source is left out, mixed in or taken otherwise than one may think.
+
+    Args:
+        source: Whose notes.
+        more: Further lines about it.
+        title: Named before the lines; None: they follow lines that name the source.
+    """
+    lines = [*source.notes, *more]
+    if lines and title is not None:
+        say(title)
+    for line in lines[:_MOST_NOTES]:
+        say(f"  {line}")
+    if len(lines) > _MOST_NOTES:
+        say(f"  {len(lines) - _MOST_NOTES:,} more: raysl data {shlex.quote(source.name)}")
 
 
 def print_json(value: Mapping[str, Any]) -> None:

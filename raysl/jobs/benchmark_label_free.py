@@ -20,8 +20,9 @@ from raysl.evaluate.labelled import open_labelled
 from raysl.evaluate.linear import linear_accuracy
 from raysl.evaluate.protocol import EvaluateConfig, LabelledSets, knn_top1
 from raysl.jobs.build import build_method
+from raysl.jobs.run_places import read_run
 from raysl.nn.backbones import Backbone, BackboneConfig, build_backbone
-from raysl.recipe import load_run, training_set
+from raysl.recipe import training_set
 from raysl.sources.open import open_source
 from raysl.sources.source import DataConfig
 from raysl.track.run_folder import RunFolder, checkpoint_path, list_checkpoints
@@ -170,7 +171,7 @@ def open_subject(name: str, path: Path) -> Subject:
 
 def _from_checkpoint(name: str, path: Path) -> Subject:
     folder = RunFolder(_run_of(path))
-    config = load_run(folder.config)
+    config = read_run(folder)
     source = open_source(config.data, data=config.data)
     method = build_method(config, training_set(config, source), device=torch.device("cpu"))
     step = int(path.name.partition("-")[2])

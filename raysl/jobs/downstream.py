@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raysl.augment.ops import Flip
-from raysl.config.load import apply_overrides, plain_copy, read_mapping, validate, validated
+from raysl.config.load import apply_overrides, plain_copy, validate, validated
 from raysl.encoder import read_description
 from raysl.errors import ConfigError, DataError
 from raysl.evaluate.protocol import EvaluateConfig
 from raysl.evaluate.training_source import open_training_source, seen_part
+from raysl.jobs.run_places import read_run
 from raysl.methods import load_method
 from raysl.nn.backbones import BackboneConfig
 from raysl.nn.classifier import CLASSIFIER_FILE, HEAD_FILE, load_classifier, load_head
 from raysl.nn.heads import count_layers
-from raysl.recipe import RunConfig, run_from_values
+from raysl.recipe import RunConfig
+from raysl.sources.place import absolute_config
 from raysl.sources.source import DataConfig, Source
 from raysl.track.run_folder import RunFolder
 
@@ -76,7 +78,7 @@ def finetune_values(origin: Path, overrides: Sequence[str] = ()) -> dict[str, An
     layers = count_layers(load_head(head)) if head.exists() else 0
     config = RunFolder(folder).config
     if config.exists():
-        run = run_from_values(read_mapping(config), where=str(config))
+        run = read_run(RunFolder(folder))
         return finetune_from(_of_run(run, folder, weights, layers), overrides)
     return finetune_from(_of_file(folder, weights, layers), overrides)
 
@@ -151,7 +153,7 @@ def distill_values(teacher: Path, overrides: Sequence[str] = ()) -> dict[str, An
             f"of raysl finetune, raysl distill or another run of method supervised"
         )
     load_classifier(folder)  # a damaged file is told before anything starts
-    run = run_from_values(read_mapping(config), where=str(config))
+    run = read_run(RunFolder(folder))
     return distill_from(_of_run(run, folder, folder, 0), overrides)
 
 
@@ -270,7 +272,7 @@ def _num_images(values: Mapping[str, Any], whole: Source | None, *, otherwise: i
     if isinstance(data, list) or isinstance(evaluate, list) or isinstance(method, list):
         return otherwise  # all that is wrong is told when the whole run is looked at
     if whole is None:
-        source = open_training_source(data, evaluate, method)
+        source = open_training_source(absolute_config(data), absolute_config(evaluate), method)
     else:
         source = seen_part(whole, data, evaluate, method)
     return int(source.group_sizes.sum())

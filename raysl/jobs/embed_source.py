@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from raysl.data.bad_reason import reason_of
 from raysl.data.decode import Flaw
 from raysl.encoder import read_description
 from raysl.errors import ConfigError, DataError
@@ -27,21 +28,19 @@ from raysl.jobs.embedding import (
     encoder_digest,
     normalisation,
 )
-from raysl.pack.folder import PackFolder
+from raysl.pack.folder import Bad, PackFolder
 from raysl.retrieval.config import EmbedConfig
-from raysl.retrieval.names import stable_name
 from raysl.retrieval.shards import (
     BAD_IMAGES,
-    Bad,
     ShardPlan,
     ShardRows,
     embeddings_folder,
     read_bad,
-    write_bad,
     write_shard,
 )
 from raysl.sources.pixels import Decoding
-from raysl.sources.source import BUILT_IN, Source, SourceConfig
+from raysl.sources.place import absolute_source, as_place
+from raysl.sources.source import Source, SourceConfig
 
 _MIB = 1 << 20
 _SHOWN = 3
@@ -162,7 +161,7 @@ def embed_source(
         if about is None:
             about = {
                 "wanted": wanted,
-                "source": _absolute(config.source),
+                "source": absolute_source(config.source),
                 "encoder_path": str(encoder),
                 "settings": config.model_dump(mode="json"),
                 **_encoder_facts(encoder, embedding),
@@ -213,12 +212,6 @@ def _encoder_facts(encoder: Path, embedding: Embedding) -> dict[str, Any]:
     }
 
 
-def _absolute(source: str) -> str:
-    if source in BUILT_IN or "://" in source:
-        return source
-    return str(Path(source).expanduser().absolute())
-
-
 def _refuse_others(folder: PackFolder, old: dict[str, Any], new: dict[str, Any]) -> None:
     named = {
         "encoder": "the encoder (digest of its weights)",
@@ -227,7 +220,7 @@ def _refuse_others(folder: PackFolder, old: dict[str, Any], new: dict[str, Any])
     changed = [
         f"{named.get(key, key)}: {old.get(key)!r} there, {new.get(key)!r} here"
         for key in {**old, **new}
-        if old.get(key) != new.get(key)
+        if as_place(key, old.get(key)) != as_place(key, new.get(key))
     ]
     if changed:
         raise DataError(
@@ -258,7 +251,6 @@ class _Writer:
         self.missing = [n for n in range(self.plan.num_shards) if n not in self.bad]
         labels = source.labels()
         self.labels: npt.NDArray[np.int64] | None = labels
-        self.name = stable_name(source, config)
         self._width = width
 
     def fill(self, make: MakeChunks, embedding: Embedding, view: View) -> int:
@@ -289,7 +281,7 @@ class _Writer:
     def finish(self) -> dict[str, Any]:
         """List the bad images, and say that all is there."""
         bad = [entry for shard in sorted(self.bad) for entry in self.bad[shard]]
-        write_bad(self.folder, bad)
+        self.folder.write_bad(bad, name=self.source.where, file=BAD_IMAGES)
         images = self.plan.num_rows - len(bad)
         about = self.about | {
             "images": images,
@@ -303,9 +295,9 @@ class _Writer:
     def _write(self, shard: int, full: "_Filling") -> None:
         rows = np.arange(full.start, full.stop, dtype=np.int64)
         good = full.flaws == 0
-        bad: Bad = [
-            (int(row), self.name(int(row)), Flaw(int(flaw)).reason)
-            for row, flaw in zip(rows[~good], full.flaws[~good], strict=True)
+        bad = [
+            Bad(row, self.source.row_id(row), reason_of(self.source, row, Flaw(flaw)))
+            for row, flaw in zip(rows[~good].tolist(), full.flaws[~good].tolist(), strict=True)
         ]
         self.bad[shard] = bad
         self._refuse_bad()
@@ -315,7 +307,7 @@ class _Writer:
             features /= np.maximum(lengths, _TINY)
         kept = rows[good]
         content = ShardRows(
-            [self.name(row) for row in kept.tolist()],
+            [self.source.row_id(row) for row in kept.tolist()],
             kept,
             None if self.labels is None else self.labels[kept].astype(np.int64),
             features,
@@ -335,8 +327,9 @@ class _Writer:
         bad = [entry for shard in sorted(self.bad) for entry in self.bad[shard]]
         if len(bad) <= self.config.max_bad_share * self.plan.num_rows:
             return
-        write_bad(self.folder, bad)
-        shown = "\n  ".join(f"{name}: {reason}" for _, name, reason in bad[:_SHOWN])
+        where = self.source.where
+        self.folder.write_bad(bad, name=where, file=BAD_IMAGES)
+        shown = "\n  ".join(f"{where(each.row)}: {each.reason}" for each in bad[:_SHOWN])
         raise DataError(
             f"{len(bad):,} of {self.plan.num_rows:,} images are bad so far, more than "
             f"max_bad_share={self.config.max_bad_share:g}; such as\n  {shown}\nAll are in "

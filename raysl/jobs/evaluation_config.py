@@ -9,31 +9,29 @@ import torch
 from pydantic import Field
 
 from raysl.config.base import Config, PositiveInt
-from raysl.config.load import apply_overrides, parse_override, read_mapping, validate
+from raysl.config.load import (
+    apply_overrides,
+    parse_override,
+    read_mapping,
+    validate,
+    validated,
+)
 from raysl.encoder import read_description, save_encoder
 from raysl.errors import ConfigError, DataError
 from raysl.evaluate.probes import FewShotConfig, KnnConfig, LbfgsConfig, LinearConfig
 from raysl.evaluate.training_protocols import FinetuneProtocol, SemiHundredth, SemiTenth
+from raysl.jobs.run_places import started_from
 from raysl.nn.backbones import NAMES, BackboneConfig, build_backbone, check_model_name
 from raysl.recipe import ClusterConfig, TrackConfig, check_run_name
 from raysl.sources.filter import Condition
 from raysl.sources.pixels import ColorProfile, Intensity, Pages
-from raysl.sources.source import DataConfig, LocatedSource
+from raysl.sources.place import absolute_config, place_key
+from raysl.sources.source import DataConfig, LocatedSource, SourceConfig
 from raysl.track.run_folder import RunFolder
 
-# Not data.labels: a pretraining that is to see no labels may well be measured with them.
-_FROM_RUN = (
-    "source",
-    "image_column",
-    "label_column",
-    "filter",
-    "limit",
-    "split",
-    "intensity",
-    "color_profile",
-    "pages",
-    "torchvision_root",
-)
+# What says which images, and how they are decoded. Not data.labels: a pretraining that is to see
+# no labels may well be measured with them.
+_FROM_RUN = (*SourceConfig.model_fields, "torchvision_root")
 _NOT_IMAGES = {"test_source", "test_limit", "test", "labels"}
 _EVALUATIONS = "evaluations"
 
@@ -146,7 +144,9 @@ def load_evaluation(
         raise ConfigError(f"backbone: {encoder} is an encoder already; drop the section")
     if "source" not in (values.get("data") or {}):
         raise ConfigError(f"data.source: missing; say on which images {encoder} is measured")
-    config = validate(EvaluationConfig, values, where=" ".join(["raysl evaluate", encoder]))
+    config = _with_absolute_sources(
+        validate(EvaluationConfig, values, where=" ".join(["raysl evaluate", encoder]))
+    )
     if config.name is not None:
         try:
             check_run_name(config.name)
@@ -158,12 +158,26 @@ def load_evaluation(
     return config, _origin_of(path, output)
 
 
+def _with_absolute_sources(config: EvaluationConfig) -> EvaluationConfig:
+    update = {"data": _absolute(config.data)}
+    if config.transfer is not None:
+        update["transfer"] = _absolute(config.transfer)
+    return config.model_copy(update=update)
+
+
+def _absolute(data: EvaluationData, *, first: Sequence[Path] = ()) -> EvaluationData:
+    test = absolute_config(data.test, first=first)
+    found = absolute_config(data, first=first)
+    return found if test is data.test else found.model_copy(update={"test": test})
+
+
 def labels_note(config: EvaluationConfig, origin: Origin) -> str:
     """Return the line for a run that was to see no labels; empty for another."""
     run = read_mapping(RunFolder(origin.run).config) if origin.run is not None else {}
     data = run.get("data") or {}
-    same = data.get("labels") == "none" and data.get("source") == config.data.source
-    if not same or config.data.labels == "none":
+    if data.get("labels") != "none" or config.data.labels == "none":
+        return ""
+    if place_key(str(data.get("source"))) != place_key(config.data.source):
         return ""
     return (
         f"{config.data.source} is measured with its labels, although the run was trained with "
@@ -218,6 +232,11 @@ def _values_of_run(path: Path, keys: Sequence[str]) -> dict[str, Any]:
             values["data"]["test_source"] = evaluate["source"]
             names = [name for name in TestingConfig.model_fields if name in evaluate]
             values["data"]["test"] = {name: evaluate[name] for name in names}
+        found = validated(EvaluationData, values["data"])
+        if not isinstance(found, list):  # what is wrong is told when all of it is looked at
+            first = started_from(RunFolder(folder), str(run.get("output_dir", "runs")))
+            found = _absolute(found, first=first)
+            values["data"] = found.model_dump(mode="json", exclude_unset=True)
     elif "torchvision_root" in data:
         values["data"] = {"torchvision_root": data["torchvision_root"]}
     return values

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raysl.augment.pipeline import device_ops
+from raysl.data.bad_reason import reason_of
 from raysl.data.decode import Flaw
 from raysl.errors import RunFolderError
 from raysl.evaluate.features import EvalImages, embed
@@ -33,7 +34,7 @@ from raysl.sources.source import Source
 from raysl.track.bad_images import BadImages
 from raysl.track.run_folder import MetricsFile, RunFolder, write_json
 from raysl.train.batches import NumpyBatch, batch_converter, view_converter
-from raysl.train.checkpoint import load_checkpoint, save_checkpoint
+from raysl.train.checkpoint import load_checkpoint, load_state, save_checkpoint
 from raysl.train.health import HealthCheck
 from raysl.train.loop import Hooks, Log, Schedule, Trainer
 
@@ -154,7 +155,8 @@ class _Worker:
             num_images=int(source.group_sizes.sum()),
             max_share=config.data.bad_images.max_share,
             name=source.where,
-            reason=lambda flaw: Flaw(flaw).reason,
+            row_id=source.row_id,
+            reason=lambda row, flaw: reason_of(source, row, Flaw(flaw)),
             writes=self.rank == 0,
         )
         self.sets = sets or open_sets(config, source, num_threads=place.threads)
@@ -215,7 +217,7 @@ class _Worker:
     def restore(self, step: int) -> None:
         """Load the checkpoint of a step."""
         state = load_checkpoint(self.folder.checkpoints, step=step, device=self.place.device)
-        self.method.load_state_dict(state["method"])
+        load_state(self.method, state["method"], owner=f"method {self.config.method.name}")
         for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.optimizer.load_state_dict(kept)
 

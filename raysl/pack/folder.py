@@ -7,10 +7,10 @@ lasting name is a complete one, whenever and however the process ends.
 import errno
 import json
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -22,6 +22,16 @@ from raysl.sources.storage import resolve
 from raysl.track.folder_lock import folder_lock
 
 CLAIM, BAD_IMAGES, BUCKETS = CLAIM_NAME, "bad_images.jsonl", "_buckets"
+
+
+class Bad(NamedTuple):
+    """An image that is left out."""
+
+    row: int
+    """Of the source."""
+    id: str
+    """Its name in every command."""
+    reason: str
 
 
 class PackFolder:
@@ -174,11 +184,20 @@ class PackFolder:
         with self.writing(self.claim_name) as stream:
             stream.write(json.dumps(values, indent=1).encode())
 
-    def write_bad(self, bad: Sequence[tuple[str, str]]) -> None:
-        """List the images that are left out, one JSON object a line."""
-        with self.writing(BAD_IMAGES) as stream:
-            for name, reason in sorted(bad):
-                stream.write(json.dumps({"name": name, "reason": reason}).encode() + b"\n")
+    def write_bad(
+        self, bad: Sequence[Bad], *, name: Callable[[int], str], file: str = BAD_IMAGES
+    ) -> None:
+        """List the images that are left out, one JSON object a line, in the source's order.
+
+        Args:
+            bad: They.
+            name: Names a row for a person.
+            file: Where.
+        """
+        with self.writing(file) as stream:
+            for each in sorted(bad):
+                line = {"row": each.row, "id": each.id, "name": name(each.row)}
+                stream.write(json.dumps(line | {"reason": each.reason}).encode() + b"\n")
 
     def sweep(self, *, buckets: bool = False) -> None:
         """Delete what an earlier process left half-written, and with ``buckets`` the buckets."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from raysl.errors import DataError
 from raysl.pack.config import PackConfig
-from raysl.pack.folder import BUCKETS, PackFolder
+from raysl.pack.folder import BUCKETS, Bad, PackFolder
 from raysl.pack.image import pack_image
 from raysl.pack.shards import (
     BucketFacts,
@@ -32,6 +32,7 @@ from raysl.pack.shards import (
 )
 from raysl.pack.threads import map_in_threads
 from raysl.sources.manifest import Manifest, ManifestFile, read_manifest, write_manifest
+from raysl.sources.place import absolute_source, as_place
 from raysl.sources.source import Source, digest
 
 _MIB = 1 << 20
@@ -139,7 +140,11 @@ def pack(source: Source, config: PackConfig, output: str, *, run: Runner, view: 
                 return _result(folder, manifest, complete_before=True)
         else:
             view.note("looking at a sample to size the shards")
-            claim = {"source": config.source, "wanted": wanted, **_size_up(source, config)}
+            claim = {
+                "source": absolute_source(config.source),
+                "wanted": wanted,
+                **_size_up(source, config),
+            }
             folder.write_claim(claim)
         folder.sweep()
         has_labels = source.labels() is not None
@@ -147,7 +152,7 @@ def pack(source: Source, config: PackConfig, output: str, *, run: Runner, view: 
         job = Job(config, folder.uri, num_images, claim["shards"], has_labels)
         shards = _Shards(folder, source, job, run, view)
         facts = shards.make(estimate=claim["estimated_bytes"])
-        folder.write_bad([bad for shard in facts for bad in shard.bad])
+        folder.write_bad([bad for shard in facts for bad in shard.bad], name=source.where)
         manifest = _describe(source, job, facts, claim)
         write_manifest(folder.filesystem, folder.root, manifest)
         folder.sweep(buckets=True)
@@ -166,7 +171,7 @@ def _refuse_others(folder: PackFolder, old: dict[str, Any], new: dict[str, Any])
     changed = [
         f"{named.get(key, key)}: {old.get(key)!r} there, {new.get(key)!r} here"
         for key in {**old, **new}
-        if old.get(key) != new.get(key)
+        if as_place(key, old.get(key)) != as_place(key, new.get(key))
     ]
     if changed:
         raise DataError(
@@ -260,7 +265,7 @@ class _Shards:
         return [*units, (start, stop)]
 
     def _run(
-        self, function: Unit, calls: Iterable[tuple[Any, ...]], bad: list[tuple[str, str]]
+        self, function: Unit, calls: Iterable[tuple[Any, ...]], bad: list[Bad]
     ) -> Iterator[Facts]:
         """Run units; end once too many images are bad."""
         for made in self.run(
@@ -270,12 +275,13 @@ class _Shards:
             self._refuse_bad(bad)
             yield made
 
-    def _refuse_bad(self, bad: list[tuple[str, str]]) -> None:
+    def _refuse_bad(self, bad: list[Bad]) -> None:
         most = self.job.config.max_bad_share
         if len(bad) <= most * self.job.num_images:
             return
-        self.folder.write_bad(bad)
-        shown = "\n  ".join(f"{name}: {reason}" for name, reason in sorted(bad)[:_SHOWN])
+        where = self.source.where
+        self.folder.write_bad(bad, name=where)
+        shown = "\n  ".join(f"{where(each.row)}: {each.reason}" for each in sorted(bad)[:_SHOWN])
         raise DataError(
             f"{len(bad):,} of {self.job.num_images:,} images are bad so far, more than "
             f"max_bad_share={most:g}; such as\n  {shown}\nAll are in {self.folder.uri}/"

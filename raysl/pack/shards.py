@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from raysl.data.permute import Permutation
 from raysl.errors import DataError
 from raysl.pack.config import PackConfig
-from raysl.pack.folder import BUCKETS, PackFolder
+from raysl.pack.folder import BUCKETS, Bad, PackFolder
 from raysl.pack.image import Packed, pack_image
 from raysl.pack.threads import map_in_threads
 from raysl.sources.source import Source
@@ -35,6 +35,7 @@ _FACTS = b"raysl"
 _BUCKET_SCHEMA = pa.schema(
     [
         ("place", pa.int64()),
+        ("row", pa.int64()),
         ("image", pa.large_binary()),
         ("label", pa.int64()),
         ("path", pa.string()),
@@ -76,9 +77,12 @@ class Row(NamedTuple):
 
     place: int
     """In the shuffled order."""
+    row: int
+    """Of the source."""
     packed: Packed
     label: int
     path: str
+    """Its id in the source."""
 
 
 class ShardFacts(NamedTuple):
@@ -90,15 +94,15 @@ class ShardFacts(NamedTuple):
     bytes: list[int]
     """Encoded images of each row group."""
     bytes_in: int
-    bad: list[tuple[str, str]]
-    """Name and reason of each image that was left out."""
+    bad: list[Bad]
+    """The images that were left out."""
     digest: str
 
 
 class BucketFacts(NamedTuple):
     """What is known of a bucket that was written just now."""
 
-    bad: list[tuple[str, str]]
+    bad: list[Bad]
 
 
 def bucket_name(unit: int) -> str:
@@ -145,7 +149,7 @@ def write_bucket(
     ):
         sorted_rows[shard].append(row)
         if row.packed.flaw:
-            bad.append((row.path, row.packed.flaw))
+            bad.append(Bad(row.row, row.path, row.packed.flaw))
     with PackFolder(job.output).writing(bucket_name(unit)) as stream:
         writer = pa.ipc.new_file(stream, _BUCKET_SCHEMA)
         for of_shard in sorted_rows:
@@ -172,7 +176,10 @@ def bucket_is_whole(folder: PackFolder, unit: int, num_shards: int) -> bool:
     """Return whether a bucket can be read, as one written just before a power cut may not."""
     try:
         with folder.filesystem.open_input_file(f"{folder.root}/{bucket_name(unit)}") as stream:
-            return bool(pa.ipc.open_file(stream).num_record_batches == num_shards)
+            bucket = pa.ipc.open_file(stream)
+            # One of an earlier version lacks a column.
+            whole = bucket.num_record_batches == num_shards
+            return bool(whole and bucket.schema == _BUCKET_SCHEMA)
     except (OSError, pa.ArrowException):
         return False
 
@@ -185,10 +192,10 @@ def read_facts(folder: PackFolder, job: Job, shard: int) -> ShardFacts | None:
             size = stream.size()
             found = pq.read_metadata(stream)
             values = json.loads(found.metadata[_FACTS])
+            bad = [Bad(int(row), str(row_id), str(why)) for row, row_id, why in values["bad"]]
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
         return None
     rows = [found.row_group(group).num_rows for group in range(found.num_row_groups)]
-    bad = [(name, reason) for name, reason in values["bad"]]
     return ShardFacts(shard, size, rows, values["bytes"], values["bytes_in"], bad, values["digest"])
 
 
@@ -203,6 +210,7 @@ def _rows(
         return [
             Row(
                 place,
+                row,
                 pack_image(data, job.config),
                 -1 if labels is None else int(labels[row]),
                 source.row_id(row),
@@ -221,6 +229,7 @@ def _rows(
 def _to_batch(rows: Sequence[Row]) -> pa.RecordBatch:
     columns: list[list[Any]] = [
         [row.place for row in rows],
+        [row.row for row in rows],
         [row.packed.image for row in rows],
         [row.label for row in rows],
         [row.path for row in rows],
@@ -235,8 +244,8 @@ def _to_batch(rows: Sequence[Row]) -> pa.RecordBatch:
 
 def _from_batch(batch: pa.RecordBatch) -> Iterator[Row]:
     for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-        place, image, label, path, width, height, bytes_in, flaw = values
-        yield Row(place, Packed(image, width, height, bytes_in, flaw), label, path)
+        place, row, image, label, path, width, height, bytes_in, flaw = values
+        yield Row(place, row, Packed(image, width, height, bytes_in, flaw), label, path)
 
 
 def _read_batch(folder: PackFolder, unit: int, shard: int) -> pa.RecordBatch:
@@ -289,7 +298,7 @@ class _ShardWriter:
         """Add the next row; bad ones are only noted."""
         self._bytes_in += row.packed.bytes_in
         if row.packed.flaw:
-            self._facts.bad.append((row.path, row.packed.flaw))
+            self._facts.bad.append(Bad(row.row, row.path, row.packed.flaw))
             return
         self._digest.update(f"{len(row.packed.image)} {row.label} ".encode())
         self._digest.update(row.packed.image)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +14,18 @@ from raysl.errors import DataError
 from raysl.evaluate.features import square
 from raysl.retrieval.config import EmbedConfig
 from raysl.retrieval.embeddings import Embeddings
+from raysl.retrieval.shards import ABOUT
 from raysl.sources.formats import IMAGE_SUFFIXES
 from raysl.sources.open import open_source
 from raysl.sources.pixels import PLAIN, Decoding
-from raysl.sources.source import ArraySource, DataConfig, Encoded, Source
+from raysl.sources.place import absolute_config
+from raysl.sources.source import (
+    ArraySource,
+    DataConfig,
+    Encoded,
+    Source,
+    Unreadable,
+)
 
 _SHOWN_PX = 160
 
@@ -28,7 +37,7 @@ def open_again(embeddings: Embeddings) -> Source:
         DataError: If it is not there any more, or has changed.
     """
     about = embeddings.about
-    config = settings_of(embeddings)
+    config = embedded_as(embeddings)
     data = DataConfig(source=config.source, torchvision_root=config.torchvision_root)
     source = open_source(config, data=data)
     if source.fingerprint != about["wanted"]["fingerprint"]:
@@ -39,18 +48,20 @@ def open_again(embeddings: Embeddings) -> Source:
     return source
 
 
-def settings_of(embeddings: Embeddings) -> EmbedConfig:
-    """Return the settings that embeddings were made with."""
-    values = {**embeddings.about["settings"], "source": embeddings.about["source"]}
-    return validate(EmbedConfig, values, where=embeddings.folder.uri)
+def embedded_as(embeddings: Embeddings) -> EmbedConfig:
+    """Return the settings that embeddings were made with, of their source by its place."""
+    about = embeddings.about
+    settings: dict[str, Any] = {**about["settings"], "source": about["source"]}
+    where = f"{embeddings.folder.uri}/{ABOUT}"
+    return absolute_config(validate(EmbedConfig, settings, where=where))
 
 
-def open_queries(path: str, *, how: Decoding = PLAIN) -> tuple[Source, list[str]]:
+def open_queries(path: str, *, decoding: Decoding = PLAIN) -> tuple[Source, list[str]]:
     """Open one image, or a folder of them, and return what names them.
 
     Args:
-        path: Of the file or the folder.
-        how: How they are decoded: as the images that they are compared with.
+        path: Local.
+        decoding: As of the images that they are compared with.
 
     Raises:
         DataError: If there is none, or one is no image.
@@ -63,35 +74,35 @@ def open_queries(path: str, *, how: Decoding = PLAIN) -> tuple[Source, list[str]
     if not files or not files[0].is_file():
         raise DataError(f"--query {path}: no such image, or a folder without images")
     names = [str(file.relative_to(given)) if given.is_dir() else file.name for file in files]
-    return FileImages(files, how), names
+    return FileImages(files, decoding), names
 
 
 class FileImages(ArraySource):
     """Image files by their paths."""
 
-    def __init__(self, files: Sequence[Path], how: Decoding = PLAIN) -> None:
+    def __init__(self, files: Sequence[Path], decoding: Decoding = PLAIN) -> None:
         super().__init__("queries", np.zeros((len(files), 1, 1), dtype=np.uint8))
         self.files = list(files)
-        self.how = how
+        self._decoding = decoding
 
     def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
-        """Return the bytes of these files.
-
-        Raises:
-            DataError: If one cannot be read.
-        """
-        try:
-            return [self.files[index].read_bytes() for index in indices]
-        except OSError as error:
-            raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
+        """Return the bytes of these files."""
+        return [_read(self.files[index]) for index in indices]
 
     def decoding(self, index: int) -> Decoding:
-        """Return what the embeddings' settings say."""
-        return self.how
+        """Return what is said of all."""
+        return self._decoding
 
     def where(self, index: int) -> str:
         """Name a row."""
         return str(self.files[index])
+
+
+def _read(file: Path) -> Encoded:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        return Unreadable(f"cannot be read: {error.strerror}")
 
 
 def squares(source: Source, rows: Sequence[int]) -> list[Image]:

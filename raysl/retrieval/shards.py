@@ -16,15 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raysl.errors import DataError
-from raysl.pack.folder import PackFolder
+from raysl.pack.folder import Bad, PackFolder
 
 ABOUT, BAD_IMAGES = "_embeddings.json", "_bad_images.jsonl"
 ID, ROW, LABEL, LABEL_NAME, FEATURES = "id", "row", "label", "label_name", "features"
 _META = b"raysl"
 _GROUP_ROWS = 4096
-
-Bad = list[tuple[int, str, str]]
-"""Row, name and reason of each image that was left out."""
 
 
 class ShardPlan(NamedTuple):
@@ -76,7 +73,7 @@ def write_shard(
     class_names: Sequence[str],
     store: str,
     about: Mapping[str, Any],
-    bad: Bad,
+    bad: list[Bad],
 ) -> None:
     """Write a shard; it appears whole or not at all.
 
@@ -121,24 +118,17 @@ def write_shard(
         )
 
 
-def read_bad(folder: PackFolder, name: str) -> Bad | None:
+def read_bad(folder: PackFolder, name: str) -> list[Bad] | None:
     """Return the bad images of a shard that is there; None if its file is damaged."""
     try:
         with folder.filesystem.open_input_file(f"{folder.root}/{name}") as file:
             meta = pq.read_metadata(file).metadata or {}
         return [
-            (int(row), str(where), str(why)) for row, where, why in json.loads(meta[_META])["bad"]
+            Bad(int(row), str(row_id), str(why))
+            for row, row_id, why in json.loads(meta[_META])["bad"]
         ]
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException):
         return None
-
-
-def write_bad(folder: PackFolder, bad: Bad) -> None:
-    """List the images that are left out, one JSON object a line."""
-    with folder.writing(BAD_IMAGES) as stream:
-        for row, name, reason in bad:
-            line = json.dumps({"row": row, "name": name, "reason": reason})
-            stream.write(line.encode() + b"\n")
 
 
 def read_about(folder: PackFolder) -> dict[str, Any]:

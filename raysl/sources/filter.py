@@ -1,6 +1,8 @@
 """Which rows of a source to keep, by what is known of them: columns, paths, sizes."""
 
 import fnmatch
+import re
+import threading
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -36,19 +38,75 @@ def columns_of(conditions: Sequence[Condition]) -> list[str]:
     return list(dict.fromkeys(column for column, _, _ in conditions))
 
 
-def keep(table: pa.Table, conditions: Sequence[Condition], *, where: str) -> npt.NDArray[np.bool_]:
-    """Return which rows of a table fulfil all conditions, ``(num_rows,)``.
+def is_list_file(comparison: str) -> bool:
+    """Return whether the value of a condition is the name of a file of values."""
+    return comparison in ("in file", "not in file")
+
+
+def describe_filter(conditions: Sequence[Condition]) -> list[Any]:
+    """Return what tells a filter from others: of list files what they hold, not where they lie."""
+    return [
+        [column, comparison, "\n".join(_read_lines(str(value)))]
+        if is_list_file(comparison)
+        else [column, comparison, value]
+        for column, comparison, value in conditions
+    ]
+
+
+class RowFilter:
+    """The conditions of a source, which may be looked at in parts: by file, by shard.
+
+    It remembers which lines of list files a row was found for: a list that names nothing would
+    otherwise drop nothing without a word. Threads may share it.
 
     Args:
-        table: Has at least the columns that the conditions ask for.
         conditions: All must hold.
-        where: Name of the table for the error message.
+        where: Name of the source for error messages.
 
     Raises:
-        DataError: If a column is missing or cannot be compared with the value.
+        DataError: If a list file cannot be read, or names nothing to keep.
     """
-    kept = np.ones(table.num_rows, dtype=np.bool_)
-    for condition in conditions:
+
+    def __init__(self, conditions: Sequence[Condition], *, where: str) -> None:
+        self.conditions = tuple(conditions)
+        self._where = where
+        self._lists = {c: _List(c, where=where) for c in self.conditions if is_list_file(c[1])}
+        self._lock = threading.Lock()
+        self._rows, self._kept = 0, 0
+
+    def keep(self, table: pa.Table, *, where: str | None = None) -> npt.NDArray[np.bool_]:
+        """Return which rows of a table fulfil all conditions, ``(num_rows,)``.
+
+        Args:
+            table: Has at least the columns that the conditions ask for.
+            where: Name of the table for the error message.
+
+        Raises:
+            DataError: If a column is missing or cannot be compared with the value.
+        """
+        kept = np.ones(table.num_rows, dtype=np.bool_)
+        for condition in self.conditions:
+            kept &= self._keep_one(table, condition, where or self._where)
+        with self._lock:
+            self._rows += len(kept)
+            self._kept += int(kept.sum())
+        return kept
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what there is to say once all of the source was looked at: a line each."""
+        lines = [note for each in self._lists.values() if (note := each.note())]
+        if out := self._rows - self._kept:
+            lines.insert(0, f"{out:,} of {self._rows:,} images are left out by data.filter")
+        return tuple(lines)
+
+    def nothing_left(self) -> DataError:
+        """Return the error to raise if no row is kept."""
+        why = "; ".join(note for each in self._lists.values() if (note := each.note()))
+        return DataError(
+            f"{self._where}: data.filter leaves no image" + (f": {why}" if why else "")
+        )
+
+    def _keep_one(self, table: pa.Table, condition: Condition, where: str) -> npt.NDArray[np.bool_]:
         column, comparison, value = condition
         shown = f"data.filter {list(condition)}"
         if column not in table.column_names:
@@ -57,13 +115,87 @@ def keep(table: pa.Table, conditions: Sequence[Condition], *, where: str) -> npt
                 f"{', '.join(table.column_names) or 'none'}"
             )
         try:
-            kept &= _holds(table.column(column), comparison, value)
+            if condition in self._lists:
+                return self._listed(self._lists[condition], table.column(column))
+            return _holds(table.column(column), comparison, value)
         except (pa.ArrowException, TypeError, ValueError) as error:
             kind = table.schema.field(column).type
             raise DataError(
                 f"{where}: {shown}: the column holds {kind}, which does not compare: {error}"
             ) from None
-    return kept
+
+    def _listed(self, listed: "_List", column: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
+        """Return which rows have a value that stands, or does not stand, on a line of the file."""
+        lines = listed.lines.cast(column.type)
+        found = pc.is_in(column, value_set=lines)
+        with self._lock:
+            listed.take(lines, column)
+        kept = pc.and_(found if listed.wanted else pc.invert(found), pc.is_valid(column))
+        return np.asarray(kept.to_numpy(zero_copy_only=False), dtype=np.bool_)
+
+
+def keep(
+    table: pa.Table, conditions: Sequence[Condition] | RowFilter, *, where: str
+) -> npt.NDArray[np.bool_]:
+    """Return which rows of a table fulfil all conditions, as :meth:`RowFilter.keep` does."""
+    rows = conditions if isinstance(conditions, RowFilter) else RowFilter(conditions, where=where)
+    return rows.keep(table, where=where)
+
+
+class _List:
+    """The lines of a list file, and which of them some row has."""
+
+    def __init__(self, condition: Condition, *, where: str) -> None:
+        self.column, self.comparison, self.path = condition[0], condition[1], str(condition[2])
+        self.wanted = self.comparison == "in file"
+        shown = f"{where}: data.filter {list(condition)}"
+        try:
+            self.lines = pa.array(_read_lines(self.path), pa.string())
+        except DataError as error:
+            raise DataError(f"{shown}: {error}; give a text file of one value a line") from None
+        if self.wanted and not len(self.lines):
+            raise DataError(f"{shown}: the file has no line, so that no image would be left")
+        self._matched = np.zeros(len(self.lines), dtype=np.bool_)
+        self._example: str | None = None
+
+    def take(self, lines: pa.Array, column: pa.ChunkedArray) -> None:
+        """Take note of the lines, cast to the column's type, that are among its values."""
+        if not self._matched.all():
+            self._matched |= pc.is_in(lines, value_set=column.combine_chunks()).to_numpy(
+                zero_copy_only=False
+            )
+        if self._example is None and len(column):
+            self._example = str(column[0].as_py())
+
+    def note(self) -> str:
+        """Say which lines no row has; empty if all are of use."""
+        total, missed = len(self.lines), np.flatnonzero(~self._matched)
+        if not total:
+            return f"0 lines are in {self.path}: data.filter {self.comparison!r} drops nothing"
+        if not len(missed):
+            return ""
+        line = self.lines[int(missed[0])].as_py()
+        several = len(missed) > 1
+        if len(missed) == total:
+            what = (
+                f"none of the {total:,} lines of {self.path} is"
+                if total > 1
+                else (f"the line of {self.path} is not")
+            )
+            like = f"; they look like {line!r}" if several else f": {line!r}"
+            here = "" if self._example is None else f", the images' own like {self._example!r}"
+            return f"{what} a {self.column} of this source{like}{here}"
+        verb = "are" if several else "is"
+        return (
+            f"{len(missed):,} of the {total:,} lines of {self.path} {verb} no {self.column} of "
+            + (f"this source, such as {line!r}")
+        )
+
+
+def _read_lines(path: str) -> list[str]:
+    """Return the lines of a text file that hold something, each once, in order."""
+    text = read_file(*resolve(path)).decode("utf-8-sig", errors="backslashreplace")
+    return list(dict.fromkeys(line for line in re.split(r"\r?\n", text) if line))
 
 
 def _holds(column: pa.ChunkedArray, comparison: str, value: Any) -> npt.NDArray[np.bool_]:
@@ -72,8 +204,6 @@ def _holds(column: pa.ChunkedArray, comparison: str, value: Any) -> npt.NDArray[
         return np.array(
             [t is not None and fnmatch.fnmatchcase(t, str(value)) for t in texts], dtype=np.bool_
         )
-    if comparison in ("in file", "not in file"):
-        return _listed(column, str(value), wanted=comparison == "in file")
     if comparison in ("in", "not in"):
         if not isinstance(value, tuple):
             raise TypeError(f"{comparison!r} takes a list of values")
@@ -85,12 +215,3 @@ def _holds(column: pa.ChunkedArray, comparison: str, value: Any) -> npt.NDArray[
             raise TypeError(f"{comparison!r} takes one value; a list goes with 'in'")
         result = _COMPARE[comparison](column, pa.scalar(value))
     return np.asarray(pc.fill_null(result, False).to_numpy(zero_copy_only=False), dtype=np.bool_)
-
-
-def _listed(column: pa.ChunkedArray, path: str, *, wanted: bool) -> npt.NDArray[np.bool_]:
-    """Return which rows have a value that stands, or does not stand, on a line of a text file."""
-    text = read_file(*resolve(path)).decode(errors="surrogateescape")
-    lines = pa.array(text.splitlines(), pa.string()).cast(column.type)
-    listed = pc.is_in(column, value_set=lines)
-    kept = pc.and_(listed if wanted else pc.invert(listed), pc.is_valid(column))
-    return np.asarray(kept.to_numpy(zero_copy_only=False), dtype=np.bool_)

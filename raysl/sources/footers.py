@@ -13,7 +13,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from raysl.errors import DataError
-from raysl.sources.filter import columns_of, keep
+from raysl.sources.filter import columns_of, describe_filter, keep
 from raysl.sources.manifest import MANIFEST_NAME, Manifest
 from raysl.sources.source import SourceConfig, digest
 from raysl.sources.storage import num_readers, patiently
@@ -188,7 +188,7 @@ def describe_choice(config: SourceConfig) -> str:
     """Return a text that changes with the filter and the limit; empty without them."""
     if not config.filter and config.limit is None:
         return ""
-    return json.dumps([config.filter, config.limit])
+    return json.dumps([describe_filter(config.filter), config.limit])
 
 
 def _in_order(

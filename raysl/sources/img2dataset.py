@@ -1,10 +1,108 @@
-"""Stand-in."""
+"""What img2dataset writes beside its images: tables of what was downloaded and what failed."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from raysl.errors import counted
+from raysl.sources.formats import IMAGE_SUFFIXES
+from raysl.sources.source import spread_rows
+from raysl.sources.storage import num_readers, patiently
+
+_MOST_FILES = 200
+_SHOWN = 3
+_LONGEST_ERROR = 80
+_KEYS = {"url", "key", "status"}
+_IMAGE_COLUMNS = {"image", "img", "bytes"} | {suffix[1:] for suffix in IMAGE_SUFFIXES}
+_SUCCESS = "success"
 
 
-def failed_rows(filesystem: pafs.FileSystem, files: Sequence[str]) -> tuple[str, ...]:
-    """Stand in."""
-    return ()
+class _Rows(NamedTuple):
+    """Rows of one or more files by what became of them."""
+
+    status: Counter[str]
+    errors: Counter[str]
+
+
+def is_metadata(schema_names: Collection[str]) -> bool:
+    """Return whether these columns are img2dataset's of images that lie elsewhere."""
+    return set(schema_names) >= _KEYS and not _IMAGE_COLUMNS & set(schema_names)
+
+
+def failed_rows(filesystem: pafs.FileSystem, parquet_files: Sequence[str]) -> tuple[str, ...]:
+    """Return notes of how many images were downloaded, how many were not, and why.
+
+    It reads two columns, of at most 200 of the files at even distances. A file that has no such
+    columns or cannot be read is counted.
+
+    Args:
+        filesystem: Where the files lie.
+        parquet_files: Their paths.
+    """
+    chosen = spread_rows(len(parquet_files), _MOST_FILES).tolist()
+    with ThreadPoolExecutor(num_readers(filesystem)) as pool:
+        read = list(pool.map(lambda place: _read(filesystem, parquet_files[place]), chosen))
+    found = [rows for rows in read if rows is not None]
+    notes = []
+    if found:
+        status, errors = Counter[str](), Counter[str]()
+        for rows in found:
+            status.update(rows.status)
+            errors.update(rows.errors)
+        part = f" ({len(chosen):,} of the {len(parquet_files):,} tables looked at)"
+        notes.append(_told(status, errors) + (part if len(chosen) < len(parquet_files) else ""))
+    if lost := len(read) - len(found):
+        notes.append(
+            f"{counted(lost, 'Parquet file')} of {len(read):,} beside the images cannot be read or "
+            f"{'has' if lost == 1 else 'have'} no column 'status'"
+        )
+    return tuple(notes)
+
+
+def _read(filesystem: pafs.FileSystem, path: str) -> _Rows | None:
+    def read() -> pa.Table:
+        with pq.ParquetFile(path, filesystem=filesystem) as file:
+            asked = [n for n in ("status", "error_message") if n in file.schema_arrow.names]
+            return file.read(columns=asked)
+
+    try:
+        table = patiently(filesystem, read)
+        if "status" not in table.column_names:
+            return None
+        status = _count(table.column("status"))
+        errors = Counter[str]()
+        if "error_message" in table.column_names:
+            errors = _count(table.column("error_message"))
+            errors.pop("", None)
+        return _Rows(status, errors)
+    except (OSError, ValueError, pa.ArrowException):  # text that is no UTF-8 is a ValueError
+        return None
+
+
+def _count(column: pa.ChunkedArray) -> Counter[str]:
+    texts = pc.fill_null(column.cast(pa.string()), "")
+    return Counter({each["values"]: each["counts"] for each in pc.value_counts(texts).to_pylist()})
+
+
+def _told(status: Counter[str], errors: Counter[str]) -> str:
+    total, good = status.total(), status[_SUCCESS]
+    line = f"{good:,} of {counted(total, 'row')} of the metadata downloaded"
+    if good == total:
+        return line
+    kinds = ", ".join(
+        f"{kind or 'no status'} {count:,}"
+        for kind, count in status.most_common()
+        if kind != _SUCCESS
+    )
+    line += f", {total - good:,} not ({kinds})"
+    said = ", ".join(
+        f"{' '.join(text.split())[:_LONGEST_ERROR]} {count:,}"
+        for text, count in errors.most_common(_SHOWN)
+    )
+    return f"{line}; most often: {said}" if said else line

@@ -37,7 +37,7 @@ from raysl.sources.storage import (
 )
 from raysl.sources.subset import UnlabelledSource
 from raysl.sources.tar import TarSource, expand_braces
-from raysl.sources.tar_index import compressed
+from raysl.sources.tar_members import compressed
 
 # Keys of the data section in an error message, not in a path.
 _KEY = re.compile(

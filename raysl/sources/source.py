@@ -105,6 +105,9 @@ class DataConfig(LocatedSource):
     """More sources, mixed with data.source by their weights."""
     bad_images: BadImagesConfig = BadImagesConfig()
     """What to do with images that cannot be used."""
+    if_changed: Literal["stop", "go_on"] = "stop"
+    """If the images have changed since the run began: stop and say what changed, or go on. Order
+    and length are then those of the images that are there now."""
     labels: LabelsConfig | Literal["none"] | None = None
     """Which labels methods that learn from labels may see; null: all of them. The rows of those
     that they saw stand in the run folder's labels.json. none: the source has no labels, whatever

@@ -1,29 +1,51 @@
 """WebDataset shards: tar files of images."""
 
 import itertools
+import posixpath
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from raysl.errors import DataError
+from raysl.errors import DataError, counted
 from raysl.sources.cache import ByteCache
-from raysl.sources.folder import files_kept
+from raysl.sources.failures import Failures
 from raysl.sources.footers import describe_choice
 from raysl.sources.labels import number_classes
 from raysl.sources.pixels import Decoding
-from raysl.sources.source import Encoded, Labels, SourceConfig, digest
-from raysl.sources.storage import REMOTE_READERS, is_local, num_readers, patiently
-from raysl.sources.tar_index import ShardIndex, index_shard
+from raysl.sources.source import Encoded, Labels, SourceConfig, Unreadable, digest
+from raysl.sources.storage import (
+    REMOTE_READERS,
+    is_final,
+    is_local,
+    patiently,
+    readable,
+    why_unread,
+)
+from raysl.sources.tar_choice import below, choose
+from raysl.sources.tar_index import index_shard
+from raysl.sources.tar_notes import Looked, tar_notes
 
 _MIB = 1 << 20
 _GROUP_BYTES = 8 * _MIB  # read at once: few requests, and little in vain
+_NAMES_BYTES = 16 * _MIB  # of members, of shards that were asked for lately
 _MOST_SHARDS = 1 << 20
+
+
+class _LostError(Exception):
+    """Bytes cannot be read that were there when the source was opened."""
+
+
+class _Names(NamedTuple):
+    """Members of a shard that are images: both ``(num_images,)``, by their places."""
+
+    offsets: npt.NDArray[np.int64]
+    names: pa.Array
 
 
 class TarSource:
@@ -31,17 +53,25 @@ class TarSource:
 
     The headers are read once, at opening; of an object store that reads most of the shards (so
     ``raysl pack`` pays there). After that, runs of about 8 MiB are read whole and kept while they
-    are likely to be asked for again. It takes 17 bytes an image, and no path.
+    are likely to be asked for again. It takes 17 bytes an image, and no path: members' names are
+    read again from a shard's headers when a row is named.
+
+    Shards that are empty, damaged, cut short, compressed, without images or not to be read are
+    counted and named in ``notes``; what is whole in them is read. If no image is left, the first
+    of them is an error.
 
     Args:
         config: What to open.
         filesystem: Where the shards lie.
         files: Their paths, in order.
         window_mib: Encoded images to hold for shuffling.
+        splits: That the place holds.
+        notes: What is to be said of the place besides.
+        root: Folder that the names of rows begin below; empty for the one that holds all files.
 
     Raises:
-        DataError: If a shard cannot be read, is damaged, cut short or compressed, or there are no
-            images in them.
+        DataError: If a shard is missing, its store does not answer, a sample holds several images
+            and none is chosen, or there are no images.
     """
 
     def __init__(
@@ -57,23 +87,22 @@ class TarSource:
     ) -> None:
         self.name = config.source
         self.filesystem = filesystem
-        self.notes = tuple(notes)
         self.splits = tuple(splits)
         self.label_advice = (
             "give each sample a .cls member or a key `label` in its .json, or set "
             "data.label_column to another key of it"
         )
-        self._decoding = config.decoding()
+        self._config = config
+        self._root = root or posixpath.commonpath([posixpath.dirname(file) for file in files])
         self.weights: npt.NDArray[np.float64] | None = None
-        shards = list(
-            _first(_filtered(_index_all(filesystem, files, config), config), config.limit)
-        )
+        shards, looked = choose(filesystem, files, config, self._root)
+        self.notes = (*notes, *tar_notes(looked))
         self._files = pa.array([shard.path for shard in shards], pa.large_string())
         self.fingerprint = digest(*(s.digest for s in shards), describe_choice(config))
         self._offsets = np.concatenate([s.offsets for s in shards] or [np.empty(0, np.int64)])
         self._sizes = np.concatenate([s.sizes for s in shards] or [np.empty(0, np.int64)])
         if len(self._offsets) == 0:
-            raise DataError(_nothing(config, len(files)))
+            raise DataError(_nothing(config, files, looked, self.notes))
         shard = np.repeat(np.arange(len(shards)), [len(s.offsets) for s in shards])
         # Neighbours of one shard whose images begin in the same stretch of 8 MiB.
         stretch = self._offsets // _GROUP_BYTES
@@ -85,12 +114,25 @@ class TarSource:
         self.window_size: int | None = max(1, window_mib * _MIB // per_image)
         # Two windows, as of Parquet.
         self._cache: ByteCache[bytes] = ByteCache(2 * window_mib * _MIB)
+        self._names: ByteCache[_Names] = ByteCache(_NAMES_BYTES)
+        self._failures = Failures()
         self._labels: Labels | None = None
         self.class_names: list[str] = []
-        if any(s.labels.null_count < len(s.labels) for s in shards):
-            labels, self.class_names, _ = number_classes([s.labels for s in shards])
-            assert labels is not None  # the index makes integers or text of them
-            self._labels = labels.astype(np.min_scalar_type(-max(1, len(self.class_names))))
+        self._number_labels([shard.labels for shard in shards])
+
+    def _number_labels(self, columns: Sequence[pa.Array]) -> None:
+        key = self._config.label_column
+        if all(column.null_count == len(column) for column in columns):
+            if key is not None:
+                self.notes += (f"data.label_column={key}: no .json member has that key",)
+            return
+        classes = number_classes(columns)
+        if classes.labels is None:
+            what = f"data.label_column={key or 'label'}"
+            self.notes += (f"{what} {classes.note}; the images have no labels",)
+        elif classes.names:
+            self.class_names = classes.names
+            self._labels = classes.labels.astype(np.min_scalar_type(-len(classes.names)))
 
     def _ends(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         return np.asarray(self._offsets[rows] + self._sizes[rows])
@@ -103,8 +145,11 @@ class TarSource:
     def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
         """Return the encoded images of these rows.
 
+        Those of a run that cannot be read for good (missing, cut short, a broken disk) are
+        ``Unreadable``; it is tried again after a minute.
+
         Raises:
-            DataError: If a shard cannot be read or has been cut short.
+            DataError: If a store does not answer.
         """
         rows = np.asarray(indices, dtype=np.int64)
         groups = np.searchsorted(self._starts, rows, side="right") - 1
@@ -116,15 +161,20 @@ class TarSource:
             runs = {group: self._group(group) for group in asked}
         begins = self._offsets[rows] - self._offsets[self._starts[groups]]
         ends = begins + self._sizes[rows]
-        return [
-            runs[group][begin:end]
-            for group, begin, end in zip(
-                groups.tolist(), begins.tolist(), ends.tolist(), strict=True
-            )
-        ]
+        found: list[Encoded] = []
+        for group, begin, end in zip(groups.tolist(), begins.tolist(), ends.tolist(), strict=True):
+            run = runs[group]
+            found.append(run if isinstance(run, Unreadable) else run[begin:end])
+        return found
 
-    def _group(self, group: int) -> bytes:
-        return self._cache.get(group, lambda: self._read_group(group))
+    def _group(self, group: int) -> bytes | Unreadable:
+        if (reason := self._failures.get(group)) is not None:
+            return Unreadable(reason)
+        try:
+            return self._cache.get(group, lambda: self._read_group(group))
+        except _LostError as error:
+            self._failures.add(group, str(error))
+            return Unreadable(str(error))
 
     def _read_group(self, group: int) -> tuple[bytes, int]:
         path = self._path(group)
@@ -139,10 +189,12 @@ class TarSource:
         try:
             run = patiently(self.filesystem, read)
         except (OSError, pa.ArrowException) as error:
+            if is_final(self.filesystem, error):
+                raise _LostError(why_unread(error)) from None
             raise DataError(f"{path}: cannot be read at byte {start:,}: {error}") from None
         if len(run) < count:
-            raise DataError(
-                f"{path}: cut short since it was opened: {start + len(run):,} bytes, not "
+            raise _LostError(
+                f"cut short since the shard was opened: {start + len(run):,} bytes, not "
                 f"{start + count:,}"
             )
         return run, count
@@ -152,11 +204,43 @@ class TarSource:
 
     def decoding(self, index: int) -> Decoding:
         """Return what the source's settings say of its images."""
-        return self._decoding
+        return self._config.decoding()
 
     def row_id(self, index: int) -> str:
-        """Name a row by its shard and member."""
-        return self.where(index)
+        """Name a row SHARD/MEMBER, the shard by its path below the source's folder.
+
+        The headers of a shard are read again for its first row that is asked for; ask in order. A
+        member that is not there any more is called by its place, as the shard has changed.
+
+        Raises:
+            DataError: If a store does not answer.
+        """
+        group = int(np.searchsorted(self._starts, index, side="right")) - 1
+        shard, offset = int(self._shard[group]), int(self._offsets[index])
+        name = below(self._path(group), self._root)
+        names = self._names_of(shard)
+        place = int(np.searchsorted(names.offsets, offset))
+        if place == len(names.offsets) or names.offsets[place] != offset:
+            return f"{name}/byte {offset}"
+        return f"{name}/{readable(names.names[place].as_py())}"
+
+    def _names_of(self, shard: int) -> "_Names":
+        path = str(self._files[shard].as_py())
+        lost = "names", shard  # a run's place is its number alone
+
+        def read() -> tuple[_Names, int]:
+            found = index_shard(self.filesystem, path, self._config, names=True, labels=False)
+            if found.flaw is not None and found.flaw.may_pass:
+                raise _LostError(found.flaw.detail)
+            names = _Names(found.offsets, found.names)
+            return names, names.offsets.nbytes + names.names.nbytes
+
+        if self._failures.get(lost) is None:
+            try:
+                return self._names.get(shard, read)
+            except _LostError as error:
+                self._failures.add(lost, str(error))
+        return _Names(np.empty(0, np.int64), pa.array([], pa.large_binary()))
 
     def where(self, index: int) -> str:
         """Name a row by its shard and its first byte in it."""
@@ -168,54 +252,25 @@ class TarSource:
         return None if self._labels is None else self._labels.astype(np.int64)
 
 
-def _index_all(
-    filesystem: pafs.FileSystem, files: Sequence[str], config: SourceConfig
-) -> Iterator[ShardIndex]:
-    readers = num_readers(filesystem)
-    waiting = iter(files)
-    with ThreadPoolExecutor(readers) as pool:
-        # Not all at once: a limit may need only the first.
-        while some := list(islice(waiting, 4 * readers)):
-            yield from pool.map(lambda path: index_shard(filesystem, path, config), some)
-
-
-def _filtered(shards: Iterator[ShardIndex], config: SourceConfig) -> Iterator[ShardIndex]:
-    for shard in shards:
-        if not config.filter or shard.names is None:
-            yield shard
-            continue
-        table = pa.table({"path": shard.names, "bytes": shard.sizes})
-        kept = files_kept(table, config.filter, where=shard.path)
-        rows = pa.array(kept)
-        yield shard._replace(
-            offsets=shard.offsets[kept],
-            sizes=shard.sizes[kept],
-            labels=shard.labels.filter(rows),
-            names=None,
+def _nothing(
+    config: SourceConfig, files: Sequence[str], looked: Sequence[Looked], notes: Sequence[str]
+) -> str:
+    where = f"data.source={config.source}"
+    if any(shard.num_images for shard in looked):
+        return (
+            f"{where}: data.filter leaves no image of the tar shards; the path of one is "
+            f"SHARD/MEMBER, such as {looked[0].shard}/0001.jpg"
         )
-
-
-def _first(shards: Iterator[ShardIndex], limit: int | None) -> Iterator[ShardIndex]:
-    left = limit
-    for shard in shards:
-        yield shard._replace(
-            offsets=shard.offsets[:left],
-            sizes=shard.sizes[:left],
-            labels=shard.labels.slice(0, left),
-        )
-        if left is not None:
-            left -= min(left, len(shard.offsets))
-            if left == 0:
-                return
-
-
-def _nothing(config: SourceConfig, num_files: int) -> str:
-    if config.filter:
-        return f"data.source={config.source}: data.filter leaves no image of the tar shards"
+    flaws = [(path, each.flaw) for path, each in zip(files, looked, strict=True) if each.flaw]
+    if flaws:
+        (path, flaw), others = flaws[0], len(flaws) - 1
+        more = f". {counted(others, 'other shard')} can be read as little" if others else ""
+        return f"{path}: {flaw.detail}{more}"
     wanted = f".{config.image_column}" if config.image_column else "the suffix of an image"
+    said = "".join(f"; {note}" for note in notes)
     return (
-        f"data.source={config.source}: no images in the {num_files} tar shards: no member has "
-        f"{wanted} right after the first dot of its name (001.jpg, not 001.small.jpg)"
+        f"{where}: no images in the {counted(len(files), 'tar shard')}: no member ends in "
+        f"{wanted}{said}"
     )
 
 

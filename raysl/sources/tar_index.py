@@ -1,14 +1,16 @@
-"""Where the images lie in a tar shard, found from its headers.
+"""Where the images lie in a tar shard and what belongs to them, found from its headers.
 
-A shard in WebDataset's layout: the members of a sample follow one another and share a key, the path
-up to the first dot of the base name; what comes after that dot says what the member is.
+A shard in WebDataset's layout: members whose names are the same up to the first dot of the base
+name are one sample; what comes after that dot says what the member is. They need not lie together.
+A leading ``./`` is no part of a name.
 """
 
 import hashlib
 import json
+import os
 import re
-import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,28 +19,47 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from raysl.errors import DataError
-from raysl.sources.formats import IMAGE_SUFFIXES
+from raysl.sources.formats import IMAGE_SUFFIXES, missing_package
 from raysl.sources.source import SourceConfig
-from raysl.sources.storage import is_local, patiently, readable
+from raysl.sources.storage import is_final, is_local, patiently, readable, why_unread
+from raysl.sources.tar_members import Flaw, Member, members
 
-_BLOCK = 512
-_END = bytes(_BLOCK)
-_SPACES = 8 * b" "
-_ADLER_MODULUS = 65521
-_BASE_256 = 0x80
-_PLAIN = b"0\x007"
-_NO_CONTENT = b"12345 6"
-_EXTENDED = b"LKxg"
-_MOST_EXTENDED_BYTES = 1 << 20
 # A disk is asked for a header and the small members after it. Of an object store, asking costs as
 # much time as some MiB, so what lies between the headers is read along.
 _LOCAL_READ_BYTES, _REMOTE_READ_BYTES = 8 << 10, 4 << 20
-_COMPRESSED = {
-    b"\x1f\x8b": "gzip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ": "xz",
-    b"\x28\xb5\x2f\xfd": "zstandard",
-}
+_MOST_ENDS = 10
+OTHERS = ""
+"""Stands for all rarer ends of names in a ``Tally``."""
+# What describes an image, so that it is not what a sample without one holds instead.
+_TEXTS = {"cls", "json", "txt"}
+_NO_IMAGE, _DOTTED, _PLAIN = range(3)
+
+MISSING = Flaw("missing", "cannot be read: no such file", may_pass=True)
+
+_Label = int | float | str | list[Any] | dict[str, Any] | None
+_Place = tuple[int, int]  # first byte and number of bytes
+_ELSEWHERE = (-1, -1)  # of a member that is no image
+
+
+class Tally(NamedTuple):
+    """What of a shard is not taken, or not as one may think: how many, by the ends of the names."""
+
+    repeated: int
+    """Members that stand there again, further on."""
+    hidden: int
+    """Images whose names begin with a dot."""
+    links: int
+    """Images that are links."""
+    bad_json: int
+    """.json members that are none."""
+    without: int
+    """Samples without an image."""
+    without_ends: Counter[str]
+    """Members that such samples hold."""
+    left_out: Counter[str]
+    """Images with a dot in their suffix, beside a plain one of the same sample."""
+    one_by_one: Counter[str]
+    """Images with a dot in their suffix, several of a sample without a plain one."""
 
 
 class ShardIndex(NamedTuple):
@@ -49,31 +70,51 @@ class ShardIndex(NamedTuple):
     """First byte of each image in the file."""
     sizes: npt.NDArray[np.int64]
     labels: pa.Array
-    """Integers or texts; null where a sample has none."""
+    """Integers, floating point numbers, texts, or lists; null where a sample has none."""
     names: pa.Array | None
-    """Names of the members, large_binary; only if a filter asks for them."""
+    """Names of the members, large_binary; only if asked for."""
     digest: str
+    tally: Tally
+    flaw: Flaw | None
+    """What is wrong with the file."""
 
 
-class _Member(NamedTuple):
-    name: bytes
-    offset: int
-    size: int
-
-
-def index_shard(filesystem: pafs.FileSystem, path: str, config: SourceConfig) -> ShardIndex:
+def index_shard(
+    filesystem: pafs.FileSystem,
+    path: str,
+    config: SourceConfig,
+    *,
+    names: bool = False,
+    labels: bool = True,
+) -> ShardIndex:
     """Find the images of a shard without reading them, where that is quicker.
+
+    Of members of the same full name the last counts, as when tar unpacks them. A sample has one
+    image: the member with a plain suffix (``cat.jpg``); without one, the only member that ends in
+    an image suffix (``cat.v2.jpg``). If several do (``photo.2021.05.jpg``, ``photo.2021.06.jpg``),
+    they are names with dots in them, not columns of a sample, and each is an image of its own.
+    ``image_column`` stands for the image suffixes in all of this.
+
+    A label belongs to the image whose name it shares up to the last dot, or else to those of its
+    sample.
+
+    A damaged shard does not end the run: what is whole before the damage is taken, and ``flaw``
+    says the rest. One of ten thousand downloads may be cut short, and finding that out one start
+    after another is no use to anyone; nor is leaving it out unsaid.
 
     Args:
         filesystem: Where the shard lies.
         path: Of an uncompressed tar file.
         config: ``image_column`` takes the image of that suffix, ``label_column`` the label of that
             key of the sample's .json; else a label is its .cls, or the key ``label``.
+        names: Return the members' names.
+        labels: Return the labels.
 
     Raises:
-        DataError: If it cannot be read, is damaged, cut short or compressed, or a sample holds
-            several images and none is chosen.
+        DataError: If its store does not answer, or a sample holds several images and none is
+            chosen.
     """
+    samples, flaw, size = _Samples(path, config, with_labels=labels), None, 0
     try:
         with patiently(filesystem, lambda: filesystem.open_input_file(path)) as file:
             size = file.size()
@@ -82,12 +123,23 @@ def index_shard(filesystem: pafs.FileSystem, path: str, config: SourceConfig) ->
                 lambda start, count: patiently(filesystem, lambda: file.read_at(count, start)),
                 step,
             )
-            samples = _Samples(path, config, ahead)
-            for member in _members(ahead.at, size, path):
-                samples.add(member)
-            return samples.index(size)
+            for found in members(ahead.at, size):
+                if isinstance(found, Flaw):
+                    flaw = found
+                else:
+                    samples.add(found, ahead.at)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
+        if not is_final(filesystem, error):
+            raise DataError(f"{path}: cannot be read: {error}") from None
+        flaw = MISSING if isinstance(error, FileNotFoundError) else _unread(error)
+    return samples.index(size, flaw, names=names)
+
+
+def _unread(error: Exception) -> Flaw:
+    number = getattr(error, "errno", None)  # pyarrow's own words hold the path
+    reason = os.strerror(number) if number else "refused"
+    kind = f"that cannot be read, or not to the end ({reason})"
+    return Flaw(kind, why_unread(error), may_pass=True)
 
 
 class _ReadAhead:
@@ -105,174 +157,193 @@ class _ReadAhead:
         return self._held[begin : begin + count]
 
 
-def _members(at: Callable[[int, int], bytes], size: int, path: str) -> Iterator[_Member]:
-    """Yield the regular files of a tar file, in their order."""
-    place = 0
-    said: dict[bytes, bytes] = {}  # of the next file, by headers before its own
-    while place < size:
-        header = at(place, _BLOCK)
-        if header == _END:
-            return
-        kind, count = header[156:157], _checked_size(header, place, path)
-        extends = kind in _EXTENDED
-        count = 0 if kind in _NO_CONTENT else count if extends else int(said.get(b"size", count))
-        content = place + _BLOCK
-        end = content + -(-count // _BLOCK) * _BLOCK
-        if end > size:
-            raise DataError(
-                f"{path}: cut short: the member at byte {place:,} ends at {end:,}, the file at "
-                f"{size:,}. Copy it again"
-            )
-        place = end
-        if extends:
-            said |= _extended(kind, at(content, min(count, _MOST_EXTENDED_BYTES)))
-            continue
-        if kind == b"S" or any(key.startswith(b"GNU.sparse") for key in said):
-            raise DataError(f"{path}: holds sparse files; write it without them (tar without -S)")
-        if kind in _PLAIN:
-            yield _Member(said.get(b"path") or _name(header), content, count)
-        said = {}
+class _Suffix(NamedTuple):
+    """What follows the first dot of a member's base name."""
+
+    text: bytes  # one object for all members
+    end: str  # after the last dot, in lower case
+    rank: int
 
 
-def _checked_size(header: bytes, place: int, path: str) -> int:
-    """Return the size that a header states, if it is one."""
-    if place == 0:
-        for magic, name in _COMPRESSED.items():
-            if header.startswith(magic):
-                raise DataError(compressed(path, name))
-    if len(header) < _BLOCK:
-        what = f"cut short at byte {place + len(header):,}" if place else "not a tar file"
-        raise DataError(f"{path}: {what}. Copy it again")
-    # Adler's first half is the sum of the bytes, in C; the sum's own field counts as spaces.
-    total = zlib.adler32(header[156:], zlib.adler32(_SPACES, zlib.adler32(header[:148]))) & 0xFFFF
-    try:
-        if total == (_number(header[148:156]) + 1) % _ADLER_MODULUS:
-            return _number(header[124:136])
-    except ValueError:
-        pass
-    what = "not a tar file" if place == 0 else f"damaged at byte {place:,}"
-    raise DataError(f"{path}: {what}: no header of a member is there")
-
-
-def _number(field: bytes) -> int:
-    if field[0] == _BASE_256:  # how sizes from 8 GiB on are written
-        return int.from_bytes(field[1:], "big")
-    return int(field.strip(b" \0") or b"0", 8)
-
-
-def compressed(path: str, how: str) -> str:
-    """Return what is to be said of a compressed shard."""
-    return (
-        f"{path}: is compressed ({how}), so that no image in it can be found without reading all "
-        f"before it. Unpack it to .tar, or make Parquet shards of it (raysl pack)"
-    )
-
-
-def _name(header: bytes) -> bytes:
-    name = header[:100].split(b"\0", 1)[0]
-    # The old GNU format keeps times where POSIX keeps the front of a long path.
-    prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
-    return prefix + b"/" + name if prefix else name
-
-
-def _extended(kind: bytes, text: bytes) -> dict[bytes, bytes]:
-    """Return what a header says of the file after it."""
-    if kind == b"L":
-        return {b"path": text.rstrip(b"\0")}
-    return _pax(text) if kind == b"x" else {}
-
-
-def _pax(text: bytes) -> dict[bytes, bytes]:
-    """Return the records ``LENGTH KEY=VALUE`` of a POSIX extended header."""
-    found = {}
-    while match := re.match(rb"(\d+) ([^=]+)=", text):
-        length = int(match[1])
-        if length <= match.end():
-            break
-        found[match[2]] = text[match.end() : length - 1]
-        text = text[length:]
-    return found
+class _Image(NamedTuple):
+    offset: int
+    size: int
+    name: bytes
+    label: _Label
 
 
 class _Samples:
-    """Gathers members into samples, and samples into columns."""
+    """Gathers the members of a shard into samples, and samples into columns."""
 
-    def __init__(self, path: str, config: SourceConfig, ahead: _ReadAhead) -> None:
-        self._path, self._config, self._at = path, config, ahead.at
-        wanted = (config.image_column,) if config.image_column else IMAGE_SUFFIXES
-        self._wanted = {suffix.lstrip(".").lower().encode() for suffix in wanted}
-        self._offsets: list[int] = []
-        self._sizes: list[int] = []
-        self._names: list[bytes] = []
-        self._labels: list[int | str | None] = []
-        self._key: bytes | None = None
-        self._image: _Member | None = None
-        self._label: int | str | None = None
-        self._digest = hashlib.blake2b(digest_size=8)
+    def __init__(self, path: str, config: SourceConfig, *, with_labels: bool) -> None:
+        self._path = path
+        self._column = (config.image_column or "").lstrip(".")
+        usual = [suffix for suffix in IMAGE_SUFFIXES if not missing_package(suffix)]
+        wanted = [self._column] if self._column else [suffix.lstrip(".") for suffix in usual]
+        self._wanted = tuple(suffix.lower().encode() for suffix in wanted)
+        self._label_key = config.label_column or "label"
+        cls = ["cls"] if config.label_column is None else []
+        self._label_ends = [*cls, "json"] if with_labels else []
+        # By key (the name up to the first dot) and suffix.
+        self._samples: dict[bytes, dict[bytes, _Place]] = {}
+        # By the end of their names and what comes before it.
+        self._labels: dict[str, dict[bytes, _Label]] = {"cls": {}, "json": {}}
+        self._suffixes: dict[bytes, _Suffix] = {}
+        self._repeated = self._hidden = self._links = self._bad_json = self._without = 0
+        self._without_ends: Counter[str] = Counter()
+        self._left_out: Counter[str] = Counter()
+        self._one_by_one: Counter[str] = Counter()
 
-    def add(self, member: _Member) -> None:
-        folder, slash, base = member.name.rpartition(b"/")
-        stem, dot, suffix = base.partition(b".")
-        if not (stem and dot):
+    def add(self, member: Member, at: Callable[[int, int], bytes]) -> None:
+        name = member.name.removeprefix(b"./")
+        folder, slash, base = name.rpartition(b"/")
+        stem, dot, text = base.partition(b".")
+        suffix = self._suffixes.get(text) or self._look_at(text)
+        if not stem or member.is_link:
+            self._hidden += suffix.rank > _NO_IMAGE and not stem
+            self._links += suffix.rank > _NO_IMAGE and bool(stem)
             return
-        key, suffix = folder + slash + stem, suffix.lower()
-        if key != self._key:
-            self._end_sample()
-            self._key = key
-        if suffix in self._wanted:
-            if self._image is not None:
-                raise DataError(
-                    f"{self._path}: the sample {readable(key)!r} holds several images "
-                    f"({readable(self._image.name)}, {readable(member.name)}); set "
-                    f"data.image_column to the suffix of one of them"
-                )
-            self._image = member
-        elif suffix == b"cls" and self._config.label_column is None:
-            self._label = _number_or_text(
-                self._at(member.offset, member.size).decode(errors="replace")
-            )
-        elif suffix == b"json" and self._label is None:
-            self._label = self._from_json(self._at(member.offset, member.size))
+        key = folder + slash + stem
+        sample = self._samples.get(key)
+        if sample is None:
+            sample = self._samples[key] = {}
+        elif text in sample:
+            self._repeated += 1
+        place = (member.offset, member.size) if suffix.rank > _NO_IMAGE else _ELSEWHERE
+        sample[suffix.text] = place
+        if dot and suffix.end in self._label_ends:
+            owner = key if len(suffix.end) == len(text) else name[: -len(suffix.end) - 1]
+            self._add_label(owner, suffix.end, lambda: at(member.offset, member.size))
 
-    def _from_json(self, text: bytes) -> int | str | None:
+    def _look_at(self, text: bytes) -> _Suffix:
+        low = text.lower()
+        rank = _PLAIN if low in self._wanted else _NO_IMAGE
+        if rank == _NO_IMAGE and any(low.endswith(b"." + wanted) for wanted in self._wanted):
+            rank = _DOTTED
+        end = readable(low.rpartition(b".")[2]) or "no suffix"
+        suffix = _Suffix(text, end, rank)
+        return self._suffixes.setdefault(text, suffix)
+
+    def _add_label(self, owner: bytes, end: str, read: Callable[[], bytes]) -> None:
+        if end == "cls":
+            self._labels[end][owner] = _number_or_text(read().decode(errors="replace"))
+        elif owner not in self._labels["cls"]:
+            self._labels[end][owner] = self._from_json(read())
+
+    def _from_json(self, text: bytes) -> _Label:
         try:
             values: Any = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
+            self._bad_json += 1
             return None  # an image without a label: only the evaluation asks for one
-        value = (
-            values.get(self._config.label_column or "label") if isinstance(values, dict) else None
-        )
-        if isinstance(value, bool | float | list | dict):
+        value = values.get(self._label_key) if isinstance(values, dict) else None
+        if isinstance(value, bool) or (isinstance(value, int) and abs(value) > _MOST_INT):
             return str(value)
         return _number_or_text(value) if isinstance(value, str) else value
 
-    def _end_sample(self) -> None:
-        if self._image is not None:
-            self._offsets.append(self._image.offset)
-            self._sizes.append(self._image.size)
-            self._labels.append(self._label)
-            self._digest.update(self._image.name + b"\n")
-            if self._config.filter:
-                self._names.append(self._image.name)
-        self._image = self._label = None
-
-    def index(self, size: int) -> ShardIndex:
-        self._end_sample()
-        offsets = np.array(self._offsets, dtype=np.int64)
-        sizes = np.array(self._sizes, dtype=np.int64)
-        name = self._path.rsplit("/", 1)[-1]
-        for part in (f"{name}:{size}".encode(), offsets.tobytes(), sizes.tobytes()):
-            self._digest.update(part)
-        integers = all(label is None or isinstance(label, int) for label in self._labels)
-        labels = (
-            pa.array(self._labels, pa.int64())
-            if integers
-            else pa.array([None if v is None else str(v) for v in self._labels], pa.large_string())
+    def index(self, size: int, flaw: Flaw | None, *, names: bool) -> ShardIndex:
+        images = [
+            _Image(*sample[text], self._name(key, text), self._label(key, text))
+            for key, sample in self._samples.items()
+            for text in self._images(key, sample)
+        ]
+        images.sort(key=lambda image: image.offset)
+        offsets = np.array([image.offset for image in images], dtype=np.int64)
+        sizes = np.array([image.size for image in images], dtype=np.int64)
+        file = self._path.rsplit("/", 1)[-1]
+        digest = hashlib.blake2b(digest_size=8)
+        for image in images:
+            digest.update(image.name + b"\n")
+        for part in (f"{file}:{size}".encode(), offsets.tobytes(), sizes.tobytes()):
+            digest.update(part)
+        return ShardIndex(
+            self._path,
+            offsets,
+            sizes,
+            _label_array([image.label for image in images]),
+            pa.array([image.name for image in images], pa.large_binary()) if names else None,
+            digest.hexdigest(),
+            self._tally(),
+            flaw,
         )
-        names = pa.array(self._names, pa.large_binary()) if self._config.filter else None
-        return ShardIndex(self._path, offsets, sizes, labels, names, self._digest.hexdigest())
+
+    def _name(self, key: bytes, text: bytes) -> bytes:
+        return key + b"." + text
+
+    def _images(self, key: bytes, sample: dict[bytes, _Place]) -> list[bytes]:
+        """Return the suffixes of a sample's images, and count what is not as one may think."""
+        ranks = [(self._suffixes[text].rank, text) for text in sample]
+        plain = [text for rank, text in ranks if rank == _PLAIN]
+        dotted = [text for rank, text in ranks if rank == _DOTTED]
+        if len(plain) > 1:  # .jpg and .JPG: the setting tells them apart
+            exact = [text for text in plain if text == self._column.encode()]
+            if not exact:
+                raise self._several(key, plain)
+            plain = exact
+        if plain:
+            if not self._column:
+                self._left_out.update(map(readable, dotted))
+            return plain
+        if len(dotted) > 1:
+            self._one_by_one.update(map(readable, dotted))
+        if not dotted:
+            ends = {self._suffixes[text].end for text in sample}
+            self._without += 1
+            self._without_ends.update((ends - _TEXTS) or ends)
+        return dotted
+
+    def _several(self, key: bytes, texts: list[bytes]) -> DataError:
+        names = ", ".join(readable(self._name(key, text)) for text in texts)
+        return DataError(
+            f"{self._path}: the sample {readable(key)!r} holds several images ({names}); set "
+            f"data.image_column to the suffix of one of them"
+        )
+
+    def _label(self, key: bytes, text: bytes) -> _Label:
+        owners = (key + b"." + text.rpartition(b".")[0], key) if b"." in text else (key,)
+        for owner in owners:
+            for end in self._label_ends:
+                if (label := self._labels[end].get(owner)) is not None:
+                    return label
+        return None
+
+    def _tally(self) -> Tally:
+        return Tally(
+            self._repeated,
+            self._hidden,
+            self._links,
+            self._bad_json,
+            self._without,
+            few(self._without_ends),
+            few(self._left_out),
+            few(self._one_by_one),
+        )
+
+
+def few(counts: Counter[str]) -> Counter[str]:
+    """Return the most frequent ones and ``OTHERS``, so that many shards' counts stay small."""
+    common = Counter(dict(counts.most_common(_MOST_ENDS)))
+    if rest := counts.total() - common.total():
+        common[OTHERS] += rest
+    return common
+
+
+_MOST_INT = int(np.iinfo(np.int64).max)
 
 
 def _number_or_text(text: str) -> int | str:
     text = text.strip()
     return int(text) if re.fullmatch(r"-?\d{1,18}", text) else text
+
+
+def _label_array(labels: list[_Label]) -> pa.Array:
+    """Return labels as one column that says what they are; of lists, only that they are."""
+    kinds = {type(label) for label in labels if label is not None}
+    if kinds & {list, dict}:
+        return pa.array([None if label is None else [] for label in labels], pa.list_(pa.string()))
+    if float in kinds and kinds <= {int, float}:
+        numbers = [None if label is None else float(label) for label in labels]  # type: ignore[arg-type]
+        return pa.array(numbers, pa.float64())
+    if kinds <= {int}:
+        return pa.array(labels, pa.int64())
+    return pa.array([None if v is None else str(v) for v in labels], pa.large_string())

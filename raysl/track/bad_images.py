@@ -9,7 +9,7 @@ from raysl.errors import DataError
 
 
 class BadImages:
-    """What is known to be bad, in ``bad_images.jsonl``: one line an image with row, name, reason.
+    """What is known to be bad, in ``bad_images.jsonl``: one line an image: row, id, name, reason.
 
     Every rank of a run holds the same list, because all are told the same; one of them writes.
 
@@ -17,8 +17,9 @@ class BadImages:
         path: The file; what it lists already counts too.
         num_images: Images of the source.
         max_share: Largest share of them that may be bad, in [0, 1].
-        name: Names a row.
-        reason: Says what a flaw's number means.
+        name: Names a row for a person.
+        row_id: Names it as other commands do.
+        reason: Says of a row what its flaw's number means.
         writes: Whether this process writes the file.
     """
 
@@ -29,13 +30,15 @@ class BadImages:
         num_images: int,
         max_share: float,
         name: Callable[[int], str],
-        reason: Callable[[int], str],
+        row_id: Callable[[int], str],
+        reason: Callable[[int, int], str],
         writes: bool,
     ) -> None:
         self.path = path
         self.num_images = num_images
         self.max_share = max_share
         self._name = name
+        self._row_id = row_id
         self._reason = reason
         self._writes = writes
         self._rows = {int(record["row"]) for record in _read(path)}
@@ -55,15 +58,16 @@ class BadImages:
                 for row, flaw in new.items():
                     record = {
                         "row": row,
+                        "id": self._row_id(row),
                         "name": self._name(row),
-                        "reason": self._reason(flaw),
+                        "reason": self._reason(row, flaw),
                         "step": step,
                     }
                     file.write(json.dumps(record) + "\n")
         self._rows.update(new)
         if len(self._rows) > self.max_share * self.num_images:
             last = next(reversed(new.items()), None)
-            example = f", such as {self._name(last[0])}: {self._reason(last[1])}" if last else ""
+            example = f", such as {self._name(last[0])}: {self._reason(*last)}" if last else ""
             raise DataError(
                 f"{len(self._rows):,} of {self.num_images:,} images are bad{example}; that is more "
                 f"than data.bad_images.max_share={self.max_share:g}. They are listed in "

@@ -11,8 +11,23 @@ from typing import Any
 
 from raysl.track.folder_lock import held
 
+JOB_FOLDER = "/runtime_resources/"
+"""Below such a folder Ray unpacks the working directory of a job, and deletes it afterwards."""
+
 _CHECKPOINT_NAME = re.compile(r"^step-(\d{9})$")
 _WAITING_NAME = re.compile(r"^step-(\d{9})\.safetensors$")
+
+
+def working_folder() -> Path:
+    """Return the folder that runs and mlflow.db go to: the current one, or a lasting one in a job.
+
+    The working directory of a Ray job is a copy that Ray deletes, so a job's results go to
+    ``RAYSL_HOME``, else to ``~/raysl`` of the node the job runs on.
+    """
+    if "RAYSL_HOME" in os.environ:
+        return Path(os.environ["RAYSL_HOME"]).expanduser().absolute()
+    current = Path.cwd()
+    return Path.home() / "raysl" if JOB_FOLDER in f"{current}/" else current
 
 
 class RunFolder:
@@ -25,6 +40,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
         self.config = self.path / "config.yaml"
+        self.source = self.path / "source.json"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.encoder = self.path / "encoder.safetensors"

@@ -3,15 +3,18 @@
 import contextlib
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from raysl.errors import RunFolderError
 from raysl.track.run_folder import checkpoint_path, list_checkpoints
 
 _STATE = "state.pt"
+_SHOWN = 3
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], *, step: int, keep: int) -> Path:
@@ -70,6 +73,33 @@ def load_checkpoint(folder: Path, *, step: int, device: torch.device) -> dict[st
             f"to go on from the one before it"
         ) from None
     return state
+
+
+def load_state(module: nn.Module, state: Mapping[str, Any], *, owner: str) -> None:
+    """Load a checkpoint's state into a module that may have been built for other images.
+
+    Args:
+        module: Of the run as it is now.
+        state: What ``module.state_dict()`` was.
+        owner: Names the module for the error message.
+
+    Raises:
+        RunFolderError: If something is of another size, such as a memory bank of one entry an
+            image.
+    """
+    here = module.state_dict()
+    others = [
+        f"{name} {tuple(state[name].shape)} in the checkpoint, {tuple(value.shape)} now"
+        for name, value in here.items()
+        if isinstance(value, Tensor) and name in state and state[name].shape != value.shape
+    ]
+    if others:
+        raise RunFolderError(
+            f"{owner} cannot go on with these images: what it keeps has the size of those that the "
+            f"run began with: {'; '.join(others[:_SHOWN])}. Put the images back as they were, or "
+            f"start anew with --fresh or another name=..."
+        )
+    module.load_state_dict(state)
 
 
 def _reason(error: BaseException) -> str:

@@ -88,7 +88,8 @@ class TestFolder:
         assert bad == [
             {
                 "row": broken,
-                "name": "class0/broken.png",
+                "id": "class0/broken.png",
+                "name": str(photos / "class0" / "broken.png"),
                 "reason": "not an image of a known format",
             }
         ]

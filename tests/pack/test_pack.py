@@ -104,13 +104,14 @@ class TestShards:
         assert result.bytes_in == sum(len(jpeg(n)) for n in range(60))
         assert {(row["width"], row["height"]) for row in rows} == {(16, 12)}
         number_of = {jpeg(n): n for n in range(60)}
+        source = open_it(PackConfig(source=str(given)))
         for row in rows:
             number = number_of[row["image"]]
             if kind == "folder":
-                assert row["path"] == str(given / f"class{number % 3}" / f"{number:03d}.jpg")
+                assert row["path"] == f"class{number % 3}/{number:03d}.jpg"
                 assert row["label"] == number % 3
             else:
-                assert row["path"].endswith(f"row group {number // 7} row {number % 7}")
+                assert row["path"] == source.row_id(number)
                 assert row["label"] == number % 4
 
     def test_are_about_as_large_as_asked_and_made_of_small_row_groups(
@@ -345,11 +346,11 @@ class TestBadImages:
         assert (result.images, result.bad_images) == (57, 3)
         assert len(rows_of(out)) == 57
         listed = [json.loads(line) for line in (out / "bad_images.jsonl").read_text().splitlines()]
-        assert [entry["name"][-14:] for entry in listed] == [
-            "class0/000.jpg",
-            "class1/001.jpg",
-            "class2/002.jpg",
-        ]
+        ids = ["class0/000.jpg", "class1/001.jpg", "class2/002.jpg"]
+        assert [entry["id"] for entry in listed] == ids
+        assert [entry["name"] for entry in listed] == [str(folder / each) for each in ids]
+        source = open_it(PackConfig(source=str(folder)))
+        assert [source.row_id(entry["row"]) for entry in listed] == ids
         assert [entry["reason"].split()[0] for entry in listed] == ["no", "not", "damaged:"]
 
     @pytest.mark.parametrize("kind", ["folder", "parquet"])

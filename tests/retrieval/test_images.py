@@ -12,7 +12,7 @@ import pytest
 from raysl.jobs.embed_source import other_decoding
 from raysl.retrieval.config import EmbedConfig
 from raysl.retrieval.embeddings import Embeddings
-from raysl.retrieval.images import open_again, open_queries, settings_of
+from raysl.retrieval.images import embedded_as, open_again, open_queries
 from raysl.retrieval.shards import embeddings_folder
 from raysl.sources.open import open_source
 from raysl.sources.pixels import PLAIN, Bits, Percentiles
@@ -51,9 +51,9 @@ def test_queries_are_decoded_as_the_embeddings_were(
     }
     embeddings_folder(str(out)).write_claim(about)
     embeddings = Embeddings(str(out))
-    assert settings_of(embeddings) == config
+    assert embedded_as(embeddings) == config
     assert open_again(embeddings).decoding(0) == config.decoding()
-    queries, _ = open_queries(str(image), how=settings_of(embeddings).decoding())
+    queries, _ = open_queries(str(image), decoding=embedded_as(embeddings).decoding())
     assert queries.decoding(0) == config.decoding()
     assert open_queries(str(image))[0].decoding(0) == PLAIN
 

@@ -9,7 +9,7 @@ import pytest
 
 from raysl.config.load import validate
 from raysl.errors import ConfigError, DataError
-from raysl.sources.filter import columns_of, keep
+from raysl.sources.filter import RowFilter, columns_of, describe_filter, keep
 from raysl.sources.parquet import ParquetSource
 from raysl.sources.source import SourceConfig
 
@@ -76,6 +76,76 @@ class TestKeep:
     def test_a_comparison_that_is_not_known_is_a_config_error(self) -> None:
         with pytest.raises(ConfigError, match="filter"):
             validate(SourceConfig, {"source": "a", "filter": [["n", "=", 3]]}, where="x")
+
+
+class TestListFiles:
+    def kept(self, path: Path, how: str, *tables: pa.Table) -> tuple[list[int], tuple[str, ...]]:
+        rows = RowFilter([("row_id", how, str(path))], where="x")  # type: ignore[list-item]
+        return [int(rows.keep(table).sum()) for table in tables], rows.notes()
+
+    @pytest.fixture
+    def parts(self) -> list[pa.Table]:
+        names = ["a/0.jpg", "a/1.jpg"], ["b/0.jpg", "b/1.jpg", "b/2.jpg"]
+        return [pa.table({"row_id": part}) for part in names]
+
+    def test_lines_may_be_found_in_any_part(self, parts: list[pa.Table], tmp_path: Path) -> None:
+        (path := tmp_path / "drop.txt").write_text("a/1.jpg\nb/0.jpg\n\n")
+        counts, notes = self.kept(path, "not in file", *parts)
+        assert counts == [1, 2]
+        assert notes == ("2 of 5 images are left out by data.filter",)
+
+    def test_a_list_that_names_nothing_is_said(self, parts: list[pa.Table], tmp_path: Path) -> None:
+        (path := tmp_path / "drop.txt").write_text("001.tar image at byte 20992\nother\n")
+        counts, notes = self.kept(path, "not in file", *parts)
+        assert counts == [2, 3]
+        assert notes == (
+            f"none of the 2 lines of {path} is a row_id of this source; they look like "
+            f"'001.tar image at byte 20992', the images' own like 'a/0.jpg'",
+        )
+
+    def test_some_lines_that_name_nothing_are_counted(
+        self, parts: list[pa.Table], tmp_path: Path
+    ) -> None:
+        (path := tmp_path / "drop.txt").write_text("a/0.jpg\nc/0.jpg\n")
+        _, notes = self.kept(path, "not in file", *parts)
+        assert notes[1:] == (
+            f"1 of the 2 lines of {path} is no row_id of this source, such as 'c/0.jpg'",
+        )
+
+    def test_an_empty_list_drops_nothing_and_says_so_but_cannot_keep_any(
+        self, parts: list[pa.Table], tmp_path: Path
+    ) -> None:
+        (path := tmp_path / "drop.txt").write_text("\n")
+        counts, notes = self.kept(path, "not in file", *parts)
+        assert counts == [2, 3]
+        assert notes == (f"0 lines are in {path}: data.filter 'not in file' drops nothing",)
+        with pytest.raises(DataError, match="the file has no line, so that no image would be left"):
+            self.kept(path, "in file", *parts)
+
+    def test_nothing_left_says_why(self, parts: list[pa.Table], tmp_path: Path) -> None:
+        (path := tmp_path / "keep.txt").write_text("0.jpg\n")
+        rows = RowFilter([("row_id", "in file", str(path))], where="data.source=p")
+        assert not any(rows.keep(part).any() for part in parts)
+        wanted = "^data.source=p: data.filter leaves no image: the line of .* is not a row_id"
+        with pytest.raises(DataError, match=wanted):
+            raise rows.nothing_left()
+
+    def test_windows_line_ends_and_marks_are_no_part_of_a_line(
+        self, parts: list[pa.Table], tmp_path: Path
+    ) -> None:
+        (path := tmp_path / "keep.txt").write_bytes(b"\xef\xbb\xbfa/0.jpg\r\nb/2.jpg\r\n")
+        assert self.kept(path, "in file", *parts)[0] == [1, 1]
+
+    def test_a_filter_is_known_by_what_its_lists_hold_not_by_where_they_lie(
+        self, tmp_path: Path
+    ) -> None:
+        for name, text in (("a.txt", "1\n2\n"), ("b.txt", "1\n2"), ("c.txt", "1\n")):
+            (tmp_path / name).write_text(text)
+        a, b, c = (
+            describe_filter([("n", "in file", str(tmp_path / f"{name}.txt")), ("m", "==", 1)])
+            for name in "abc"
+        )
+        assert a == b != c
 
 
 class TestParquet:

@@ -13,7 +13,8 @@ def _list(path: Path, *, max_share: float = 0.5, writes: bool = True) -> BadImag
         num_images=10,
         max_share=max_share,
         name=lambda row: f"photo {row}",
-        reason=lambda flaw: f"flaw {flaw}",
+        row_id=lambda row: f"{row}.jpg",
+        reason=lambda row, flaw: f"flaw {flaw} of {row}",
         writes=writes,
     )
 
@@ -28,9 +29,9 @@ def test_lists_each_image_once_with_name_reason_and_step(tmp_path: Path) -> None
     assert bad.add({2: 1, 4: 1}, step=9) == 3
     assert len(bad) == 3
     assert _lines(tmp_path / "bad.jsonl") == [
-        {"row": 2, "name": "photo 2", "reason": "flaw 1", "step": 5},
-        {"row": 7, "name": "photo 7", "reason": "flaw 3", "step": 5},
-        {"row": 4, "name": "photo 4", "reason": "flaw 1", "step": 9},
+        {"row": 2, "id": "2.jpg", "name": "photo 2", "reason": "flaw 1 of 2", "step": 5},
+        {"row": 7, "id": "7.jpg", "name": "photo 7", "reason": "flaw 3 of 7", "step": 5},
+        {"row": 4, "id": "4.jpg", "name": "photo 4", "reason": "flaw 1 of 4", "step": 9},
     ]
 
 
@@ -53,6 +54,6 @@ def test_other_ranks_count_without_writing(tmp_path: Path) -> None:
 def test_more_than_the_largest_share_is_an_error_that_names_one(tmp_path: Path) -> None:
     bad = _list(tmp_path / "bad.jsonl", max_share=0.2)
     bad.add({1: 1, 2: 1}, step=1)
-    with pytest.raises(DataError, match=r"^3 of 10 images are bad, such as photo 8: flaw 4; "):
+    with pytest.raises(DataError, match=r"^3 of 10 images are bad, such as photo 8: flaw 4 of 8; "):
         bad.add({8: 4}, step=2)
     assert len(_lines(tmp_path / "bad.jsonl")) == 3

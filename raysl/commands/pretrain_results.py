@@ -1,0 +1,88 @@
+"""What a run gave: its speed, its results, and what may come next."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from raysl.commands.terminal import accuracy_table, classifier_line, console, say
+from raysl.jobs.online import read_failures
+from raysl.recipe import RunConfig
+from raysl.sources.source import BUILT_IN
+from raysl.track.run_folder import RunFolder
+from raysl.track.uri import tracking_uri, without_password
+
+
+class Run(NamedTuple):
+    """A run that was asked for."""
+
+    config: RunConfig[Any]
+    folder: RunFolder
+    home: Path  # what relative paths are relative to
+    config_file: Path | None
+    tags: Mapping[str, str]  # of its MLflow run, besides those that every run has
+    began_at: float  # in seconds since 1970
+
+
+def speed(records: list[dict[str, Any]], began_at: float) -> dict[str, float]:
+    """Return images a second and the share of waiting from the first to the last step."""
+    timed = [r for r in records if r.get("time/train_s")]
+    seconds = sum(r["time/train_s"] for r in timed)
+    images = sum(r["train/images_per_s"] * r["time/train_s"] for r in timed)
+    waited = sum(r["data/wait_share"] * r["time/train_s"] for r in timed)
+    firsts = [r["time/first_step_at"] for r in records if "time/first_step_at" in r]
+    recent = [first - began_at for first in firsts if first >= began_at]
+    return {
+        "images_per_s": images / seconds if seconds else 0.0,
+        "data_wait": waited / seconds if seconds else 0.0,
+        **({"seconds_to_first_step": recent[0]} if recent else {}),
+        "seconds": time.time() - began_at,
+    }
+
+
+def say_results(run: Run, results: Mapping[str, Any]) -> None:
+    """Tell what a run gave, where it lies, and what may come next."""
+    folder, config = run.folder, run.config
+    out = console()
+    if "linear_top1" in results:
+        out.print(accuracy_table(results))
+    elif "knn_top1" in results:  # evaluate.final=knn
+        out.print(f"nearest neighbours: right in {results['knn_top1']:.1%} of the test images")
+    if "top1" in results:
+        out.print(classifier_line(results), markup=False)
+    if results.get("num_bad_images"):
+        say(f"{results['num_bad_images']:,} bad images, listed in {folder.bad_images}")
+    failures = read_failures(folder)
+    if failures:
+        say(
+            f"{len(failures)} evaluation(s) on the way failed or were left out, listed in "
+            f"{folder.failed_evaluations}; the last one: step {failures[-1]['step']}: "
+            f"{failures[-1]['problem']}"
+        )
+    lines = [f"model     {folder.classifier}"] if config.method.classifies else []
+    lines += [
+        f"encoder   {folder.encoder}",
+        f"report    {folder.report}",
+        f"metrics   {folder.metrics}",
+    ]
+    if config.track.mlflow:
+        uri = without_password(tracking_uri(config.track.tracking_uri, folder=run.home))
+        lines.append(f"compare   mlflow ui --backend-store-uri {uri}")
+    lines.append(f"next      {_next_command(run)}")
+    out.print("\n".join(lines), markup=False)
+
+
+def _next_command(run: Run) -> str:
+    """Return the line that goes one step further with this run."""
+    config, file = run.config, run.config_file
+    if config.method.classifies:
+        return f"raysl distill {run.folder.path}"
+    if file is None:
+        return f"raysl finetune {run.folder.path} data.labels.fraction=0.1"
+    photos = file.with_name("simclr_resnet18_photos.yaml")
+    if config.data.source in BUILT_IN and photos.exists():
+        return f"raysl pretrain {photos} data.source=FOLDER_OF_IMAGES name=mine"
+    train = config.train
+    twice = 2 * (train.steps or train.epochs or 1)
+    longer = f"{'steps' if train.steps else 'epochs'}={twice:g}"
+    return f"raysl pretrain {file} name=longer train.{longer}"

@@ -1,0 +1,125 @@
+"""Which images of which tar shards a source has: those that a filter keeps, up to a limit."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from raysl.errors import DataError
+from raysl.sources.filter import keep
+from raysl.sources.source import SourceConfig, digest, spread_rows
+from raysl.sources.storage import num_readers, readable
+from raysl.sources.tar_index import MISSING, ShardIndex, index_shard
+from raysl.sources.tar_notes import Looked
+
+# A limit takes rows of so many shards, if there are as many: a shard is often of one class.
+_FAR_APART = 16
+
+
+def choose(
+    filesystem: pafs.FileSystem, files: Sequence[str], config: SourceConfig, root: str
+) -> tuple[list[ShardIndex], list[Looked]]:
+    """Find the images of shards that the filter keeps, up to the limit, and what was looked at.
+
+    With a limit, looking ends once there are enough images of enough shards; of all that were
+    found, rows at even distances are taken.
+
+    Args:
+        filesystem: Where the shards lie.
+        files: Their paths, in order.
+        config: Has the filter and the limit.
+        root: Folder that the names of rows begin below.
+
+    Returns:
+        The shards with the images that are taken, in the files' order, and what is to be said.
+
+    Raises:
+        DataError: If a shard is missing, its store does not answer, a sample holds several images
+            and none is chosen, or the filter does not fit.
+    """
+    order = _reading_order(len(files), config.limit)
+    found: list[tuple[int, ShardIndex, Looked]] = []
+    rows = used = 0
+    indexed = _index_all(filesystem, [files[place] for place in order], config)
+    for place, shard in zip(order, indexed, strict=True):
+        if shard.flaw == MISSING:
+            raise DataError(f"{shard.path}: {shard.flaw.detail}")
+        name = below(shard.path, root)
+        kept = _filtered(shard, config, name)
+        found.append((place, kept, Looked(name, len(shard.offsets), shard.tally, shard.flaw)))
+        rows += len(kept.offsets)
+        used += len(kept.offsets) > 0
+        if config.limit is not None and rows >= config.limit and used >= _enough(config.limit):
+            break
+    found.sort(key=lambda each: each[0])
+    return _spread([shard for _, shard, _ in found], config.limit), [each[2] for each in found]
+
+
+def _enough(limit: int) -> int:
+    return min(_FAR_APART, limit)
+
+
+def _reading_order(num_files: int, limit: int | None) -> list[int]:
+    """Return in which order to look at files: with a limit, any first few are far apart.
+
+    Places by their digits in base 2 from behind: halves of the way, then quarters, then eighths.
+    """
+    if limit is None:
+        return list(range(num_files))
+    bits = (num_files - 1).bit_length()
+    return sorted(range(num_files), key=lambda place: f"{place:0{bits}b}"[::-1])
+
+
+def _index_all(
+    filesystem: pafs.FileSystem, files: Sequence[str], config: SourceConfig
+) -> Iterator[ShardIndex]:
+    readers = num_readers(filesystem)
+    # Not all at once: a limit may need only the first.
+    at_once = 4 * readers if config.limit is None else _FAR_APART
+    waiting = iter(files)
+    with ThreadPoolExecutor(readers) as pool:
+        while some := list(islice(waiting, at_once)):
+            yield from pool.map(
+                lambda path: index_shard(filesystem, path, config, names=bool(config.filter)), some
+            )
+
+
+def _filtered(shard: ShardIndex, config: SourceConfig, name: str) -> ShardIndex:
+    if not config.filter or shard.names is None:
+        return shard
+    ids = pa.array(
+        [f"{name}/{readable(member)}" for member in shard.names.to_pylist()], pa.string()
+    )
+    table = pa.table({"path": ids, "row_id": ids, "bytes": shard.sizes})
+    kept = np.flatnonzero(keep(table, config.filter, where=shard.path))
+    # The list of a filter may have changed where its name has not.
+    return _rows(shard, kept)._replace(names=None, digest=digest(shard.digest, kept.tobytes()))
+
+
+def _spread(shards: list[ShardIndex], limit: int | None) -> list[ShardIndex]:
+    ends = np.cumsum([len(shard.offsets) for shard in shards], dtype=np.int64)
+    if limit is None or ends[-1] <= limit:
+        return shards
+    rows = spread_rows(int(ends[-1]), limit)
+    parts = np.split(rows, np.searchsorted(rows, ends[:-1]))
+    begins = [0, *ends[:-1].tolist()]
+    return [
+        _rows(shard, part - begin) for shard, part, begin in zip(shards, parts, begins, strict=True)
+    ]
+
+
+def _rows(shard: ShardIndex, rows: npt.NDArray[np.int64]) -> ShardIndex:
+    return shard._replace(
+        offsets=shard.offsets[rows],
+        sizes=shard.sizes[rows],
+        labels=shard.labels.take(pa.array(rows)),
+    )
+
+
+def below(path: str, root: str) -> str:
+    """Return the path of a shard relative to the source's folder."""
+    return path.removeprefix(root.rstrip("/") + "/")

@@ -1,0 +1,194 @@
+"""The files in a tar file, found from its headers, and what is wrong with it."""
+
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+_BLOCK = 512
+_END = bytes(_BLOCK)
+_RECORD = 20 * _BLOCK  # what tar rounds a file's size up to
+_SPACES = 8 * b" "
+_ADLER_MODULUS = 65521
+_BASE_256 = 0x80
+_PLAIN = b"0\x007"
+_LINKS = b"12"
+_NO_CONTENT = b"12345 6"
+_EXTENDED = b"LKxg"
+_MOST_EXTENDED_BYTES = 1 << 20
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstandard",
+}
+
+
+class Member(NamedTuple):
+    """A regular file in a tar file, or a link, which has no content."""
+
+    name: bytes
+    offset: int
+    size: int
+    is_link: bool
+
+
+class Flaw(NamedTuple):
+    """What is wrong with a tar file."""
+
+    kind: str
+    """As a note has it, after "3 tar shards"."""
+    detail: str
+    """As an error has it, after the file's name."""
+    may_pass: bool = False
+    """It is the place's, not the file's: reading it again may help."""
+
+
+def members(at: Callable[[int, int], bytes], size: int) -> Iterator[Member | Flaw]:
+    """Yield the files and links of a tar file in their order, and at the end what is wrong with it.
+
+    Args:
+        at: Returns bytes from a place on, so many as are there.
+        size: Of the tar file in bytes.
+    """
+    place = 0
+    said: dict[bytes, bytes] = {}  # of the next file, by headers before its own
+    if size == 0:
+        yield Flaw("left out: 0 bytes", "0 bytes: nothing is in it. Copy it again")
+        return
+    while place < size:
+        header = at(place, _BLOCK)
+        if header == _END:
+            if at(place, min(_RECORD, size - place)).strip(b"\0"):
+                yield _GOES_ON
+            return
+        count = _content_size(header, place, said)
+        if isinstance(count, Flaw):
+            yield count
+            return
+        kind, content = header[156:157], place + _BLOCK
+        if content + count > size:
+            yield _cut_short(place, content + count, size)
+            return
+        place = content + -(-count // _BLOCK) * _BLOCK
+        if kind in _EXTENDED:
+            said |= _extended(kind, at(content, min(count, _MOST_EXTENDED_BYTES)))
+            continue
+        if kind in _PLAIN or kind in _LINKS:
+            yield Member(said.get(b"path") or _name(header), content, count, kind in _LINKS)
+        said = {}
+    yield _UNCLOSED
+
+
+def compressed(path: str, how: str) -> str:
+    """Return what is to be said of a compressed shard."""
+    return f"{path}: {_compressed(how).detail}"
+
+
+def _compressed(how: str) -> Flaw:
+    return Flaw(
+        f"left out: compressed ({how}); unpack them to .tar",
+        f"is compressed ({how}), so that no image in it can be found without reading all before "
+        f"it. Unpack it to .tar, or make Parquet shards of it (raysl pack)",
+    )
+
+
+_UNCLOSED = Flaw(
+    "without the blocks that close a tar file, perhaps cut short",
+    "ends without the blocks that close a tar file. Copy it again",
+)
+_GOES_ON = Flaw(
+    "with more after the closing blocks, which is not read (tar files put together with cat?)",
+    "goes on after its closing blocks. Put tar files together with tar -A, not with cat",
+)
+_SPARSE = Flaw(
+    "read up to a sparse file; write them without tar -S",
+    "holds sparse files; write it without them (tar without -S)",
+)
+
+
+def _cut_short(place: int, end: int, size: int) -> Flaw:
+    return Flaw(
+        "cut short, read up to there",
+        f"cut short: the member at byte {place:,} ends at {end:,}, the file at {size:,}. Copy it "
+        f"again",
+    )
+
+
+def _content_size(header: bytes, place: int, said: dict[bytes, bytes]) -> int | Flaw:
+    """Return how many bytes follow a header."""
+    count = _checked_size(header, place)
+    if isinstance(count, Flaw):
+        return count
+    kind = header[156:157]
+    if kind == b"S" or any(key.startswith(b"GNU.sparse") for key in said):
+        return _SPARSE
+    if kind in _NO_CONTENT:
+        return 0
+    try:
+        return count if kind in _EXTENDED else max(0, int(said.get(b"size", count)))
+    except ValueError:
+        return _damaged(place)
+
+
+def _checked_size(header: bytes, place: int) -> int | Flaw:
+    """Return the size that a header states, if it is one."""
+    if place == 0:
+        for magic, name in _COMPRESSED.items():
+            if header.startswith(magic):
+                return _compressed(name)
+    if len(header) < _BLOCK:
+        if place == 0:
+            return _NOT_TAR
+        where = f"cut short at byte {place + len(header):,}. Copy it again"
+        return Flaw("cut short, read up to there", where)
+    # Adler's first half is the sum of the bytes, in C; the sum's own field counts as spaces.
+    total = zlib.adler32(header[156:], zlib.adler32(_SPACES, zlib.adler32(header[:148]))) & 0xFFFF
+    try:
+        if total == (_number(header[148:156]) + 1) % _ADLER_MODULUS:
+            return max(0, _number(header[124:136]))
+    except ValueError:
+        pass
+    return _NOT_TAR if place == 0 else _damaged(place)
+
+
+_NOT_TAR = Flaw("left out: not tar files", "not a tar file: no header of a member is there")
+
+
+def _damaged(place: int) -> Flaw:
+    return Flaw(
+        "damaged, read up to there",
+        f"damaged at byte {place:,}: no header of a member is there. Copy it again",
+    )
+
+
+def _number(field: bytes) -> int:
+    if field[0] == _BASE_256:  # how sizes from 8 GiB on are written
+        return int.from_bytes(field[1:], "big")
+    return int(field.strip(b" \0") or b"0", 8)
+
+
+def _name(header: bytes) -> bytes:
+    name = header[:100].split(b"\0", 1)[0]
+    # The old GNU format keeps times where POSIX keeps the front of a long path.
+    prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
+    return prefix + b"/" + name if prefix else name
+
+
+def _extended(kind: bytes, text: bytes) -> dict[bytes, bytes]:
+    """Return what a header says of the file after it."""
+    if kind == b"L":
+        return {b"path": text.rstrip(b"\0")}
+    return _pax(text) if kind == b"x" else {}
+
+
+def _pax(text: bytes) -> dict[bytes, bytes]:
+    """Return the records ``LENGTH KEY=VALUE`` of a POSIX extended header."""
+    found = {}
+    while match := re.match(rb"(\d+) ([^=]+)=", text):
+        length = int(match[1])
+        if length <= match.end():
+            break
+        found[match[2]] = text[match.end() : length - 1]
+        text = text[length:]
+    return found

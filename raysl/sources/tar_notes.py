@@ -1,0 +1,120 @@
+"""What is said of tar shards: what is left out of them, or taken otherwise than one may think."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from raysl.errors import counted
+from raysl.sources.formats import missing_package
+from raysl.sources.tar_index import OTHERS, Tally, few
+from raysl.sources.tar_members import Flaw
+
+_SHOWN = 3
+
+
+class Looked(NamedTuple):
+    """A shard that was looked at."""
+
+    shard: str
+    """Its path below the source's folder."""
+    num_images: int
+    """Before any filter."""
+    tally: Tally
+    flaw: Flaw | None
+
+
+def tar_notes(looked: Sequence[Looked]) -> tuple[str, ...]:
+    """Return a line for each thing that is wrong with shards, and for each that is not taken."""
+    return (*_of_shards(looked), *_of_samples([shard.tally for shard in looked], looked))
+
+
+def _of_shards(looked: Sequence[Looked]) -> list[str]:
+    kinds: dict[str, list[str]] = {}
+    for each in looked:
+        if each.flaw is not None:
+            kinds.setdefault(each.flaw.kind, []).append(each.shard)
+        elif each.num_images == 0:
+            kinds.setdefault("without an image", []).append(each.shard)
+    return [
+        f"{len(names):,} of {counted(len(looked), 'tar shard')} {kind}: {_listed(names)}"
+        for kind, names in kinds.items()
+    ]
+
+
+def _of_samples(tallies: Sequence[Tally], looked: Sequence[Looked]) -> list[str]:
+    lines = []
+    if repeated := sum(tally.repeated for tally in tallies):
+        shards = [each.shard for each in looked if each.tally.repeated]
+        verb = "stands" if repeated == 1 else "stand"
+        lines.append(
+            f"{counted(repeated, 'member')} {verb} twice in {_listed(shards)}; the last of each is "
+            f"taken"
+        )
+    left_out, one_by_one = (
+        _sum([tally.left_out for tally in tallies]),
+        _sum([tally.one_by_one for tally in tallies]),
+    )
+    if left_out:
+        lines.append(
+            f"{counted(left_out.total(), 'image')} left out beside another of the same sample: "
+            f"{_ends(left_out)}; data.image_column={_commonest(left_out)} takes those instead"
+        )
+    if one_by_one:
+        lines.append(_taken_one_by_one(one_by_one))
+    if without := sum(tally.without for tally in tallies):
+        ends = _sum([tally.without_ends for tally in tallies])
+        verb = "has" if without == 1 else "have"
+        lines.append(
+            f"{counted(without, 'sample')} {verb} no image: members end in {_ends(ends)}"
+            + _installing(ends)
+        )
+    if hidden := sum(tally.hidden for tally in tallies):
+        lines.append(f"{counted(hidden, 'image')} left out: names that begin with a dot")
+    if links := sum(tally.links for tally in tallies):
+        lines.append(
+            f"{counted(links, 'image')} left out: links; tar writes files instead with "
+            f"--dereference --hard-dereference"
+        )
+    if bad_json := sum(tally.bad_json for tally in tallies):
+        lines.append(f"{counted(bad_json, '.json member')} without a label: not JSON")
+    return lines
+
+
+def _taken_one_by_one(ends: Counter[str]) -> str:
+    line = (
+        f"{counted(ends.total(), 'image')} of samples that hold several are taken one by one: "
+        f"{_ends(ends)}"
+    )
+    if ends[_commonest(ends)] == 1:  # names with dots in them, not columns of samples
+        return line
+    return f"{line}; data.image_column={_commonest(ends)} takes one of each sample"
+
+
+def _installing(ends: Counter[str]) -> str:
+    if not any(missing_package(f".{end}") for end in ends):
+        return ""
+    return "; pip install 'raysl[formats]' installs what reads some of them"
+
+
+def _sum(counters: Sequence[Counter[str]]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for counter in counters:
+        total.update(counter)
+    return few(total)
+
+
+def _commonest(ends: Counter[str]) -> str:
+    return max((end for end in ends if end != OTHERS), key=lambda end: ends[end])
+
+
+def _ends(ends: Counter[str]) -> str:
+    named = sorted((end for end in ends if end != OTHERS), key=lambda end: (-ends[end], end))
+    parts = [f"{end} ({ends[end]:,})" for end in named[:_SHOWN]]
+    if rest := ends.total() - sum(ends[end] for end in named[:_SHOWN]):
+        parts.append(f"others ({rest:,})")
+    return ", ".join(parts)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
