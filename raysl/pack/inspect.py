@@ -328,7 +328,7 @@ def advise(
         )
     if summary["classes"] is None:
         advice.append(
-            "There are no labels: pretraining needs none, but accuracy cannot be measured on these "
-            "images."
+            f"There are no labels: pretraining needs none, but accuracy cannot be measured on "
+            f"these images; to measure it, {source.label_advice}."
         )
     return advice
