@@ -20,12 +20,14 @@ from raysl.evaluate.registry import (
     TRANSFERRED,
     check_protocols,
 )
+from raysl.jobs.embed_source import other_decoding
 from raysl.jobs.embedding import features_here
 from raysl.jobs.evaluation import Asked, Ways, evaluate, run_here, units_of
 from raysl.jobs.evaluation_config import (
     EvaluationConfig,
     Origin,
     evaluation_folder,
+    labels_note,
     load_evaluation,
 )
 from raysl.jobs.evaluation_folder import EvaluationFolder
@@ -113,6 +115,9 @@ def _asked(
     names: tuple[str, ...] | None,
 ) -> Asked:
     """Open and check everything before any work is done."""
+    notes = [labels_note(config, origin), *other_decoding(origin.encoder, config.data)]
+    for note in filter(None, notes):
+        say(f"  {note}")
     sets = _open(config, origin)
     if names is None:
         names = DEFAULT if sets.labelled else ()

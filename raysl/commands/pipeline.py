@@ -79,7 +79,8 @@ def _check(steps: Sequence[Step], runs: Runs) -> tuple[bool, set[str]]:
         Whether any run needs Ray, and the fingerprints of the images whose notes were said.
     """
     first = runs.config(steps[0])
-    data = absolute_config(first.data)
+    # With its labels, which later steps learn from, whatever the pretraining leaves out.
+    data = absolute_config(first.data).model_copy(update={"labels": None})
     whole = whole_source(open_source(data, data=data))
     say_notes(whole, title=f"{whole.name}:")
     configs = [first]

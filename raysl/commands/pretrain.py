@@ -19,10 +19,12 @@ from raysl.config.load import read_mapping, to_yaml
 from raysl.encoder import load_encoder, read_description
 from raysl.errors import RayslError, RunFolderError
 from raysl.evaluate.training_source import open_training_source
+from raysl.jobs.labelled_sets import labelling_notes
 from raysl.jobs.local import pretrain_here
 from raysl.jobs.run_places import started_from, with_absolute_sources
 from raysl.jobs.run_source import hold_to_source, is_same, source_facts, what_changed
 from raysl.nn.backbones import check_model_name
+from raysl.pack.first_look import first_look
 from raysl.recipe import (
     Derived,
     RunConfig,
@@ -368,8 +370,11 @@ def _say_sources(opened: Opened, told_of: Collection[str]) -> None:
     config = opened.config
     whole = whole_source(opened.source)
     if whole.fingerprint not in told_of:
-        say_notes(whole)
+        say_notes(whole, first_look(whole))
     if config.evaluate.source is not None:
-        test = open_source(config.evaluate, split="test", data=config.data)
+        given = config.evaluate.test_images(config.data)
+        test = open_source(given, held_out=True, data=config.data)
         if test.fingerprint not in {*told_of, whole.fingerprint}:
             say_notes(test, title=f"evaluate.source={test.name}")
+    for note in labelling_notes(config, opened.source):
+        say(f"  {note}")

@@ -15,7 +15,7 @@ from raysl.evaluate.features import EvalImages, Rows
 from raysl.evaluate.protocol import EvaluateConfig, LabelledSets
 from raysl.sources.labels import hold_out
 from raysl.sources.open import open_source
-from raysl.sources.source import DataConfig, Labels, Source, SourceConfig
+from raysl.sources.source import BUILT_IN, DataConfig, Labels, Source, SourceConfig
 from raysl.sources.splits import HELD_OUT, TRAIN, canonical
 
 _SUBSET_SEED = 0
@@ -208,7 +208,8 @@ def _beside(data: DataConfig, source: Source, labels: Labels) -> _Found:
     test_labels = test.labels()
     assert test_labels is not None  # a split without is not taken
     numbers = _numbers_like(test, test_labels, source)
-    parts = Part(source, labels, rows), Part(test, numbers, np.flatnonzero(numbers >= 0))
+    known = np.flatnonzero(numbers >= 0)
+    parts = Part(source, labels, rows), Part(test, numbers, known)
     return _Found(*parts, source.class_names, notes=(note,) if note else ())
 
 
@@ -216,7 +217,7 @@ def _held_out_split(data: DataConfig, source: Source) -> tuple[Source | None, st
     """Open the split that tests, if there is one with labels of the training images' classes.
 
     Returns:
-        The split or None, and a note if one lies there that is not used.
+        The split or None, and a note of one that lies there.
     """
     name = _split_beside(data, source)
     if name is None:
@@ -232,7 +233,10 @@ def _held_out_split(data: DataConfig, source: Source) -> tuple[Source | None, st
             f"{source.name}: {_some(unknown)} of the split {name} not among the classes of the "
             f"training images; {instead}"
         )
-    return test, ""
+    if data.source in BUILT_IN:  # whose test split everybody tests on
+        return test, ""
+    tested = counted(int((labels >= 0).sum()), "labelled image")
+    return test, f"{source.name}: the split {name} tests the probes ({tested})"
 
 
 def _split_beside(data: DataConfig, source: Source) -> str | None:
@@ -274,9 +278,9 @@ def _few_shot(config: EvaluateConfig, labels: Labels, names: list[str]) -> tuple
     fewest = int(counts.min())
     name = names[int(numbers[counts.argmin()])]
     return False, (
-        f"{few:,} of {len(numbers):,} classes have fewer labelled images for the probes than "
-        f"evaluate.few_shot_labels={wanted} ({name!r} has {fewest}): the few-shot accuracy is left "
-        f"out; evaluate.few_shot_labels={fewest} measures it"
+        f"{few:,} of {len(numbers):,} classes {'has' if few == 1 else 'have'} fewer labelled "
+        f"images for the probes than evaluate.few_shot_labels={wanted} ({name!r} has {fewest}): "
+        f"the few-shot accuracy is left out; evaluate.few_shot_labels={fewest} measures it"
     )
 
 

@@ -13,6 +13,7 @@ from raysl.nn.batchnorm import set_batch_norm_scope
 from raysl.nn.depth import depth_scales
 from raysl.optim.build import ScheduledOptimizer, Special, scheduled_optimizer
 from raysl.recipe import Derived, RunConfig
+from raysl.sources.pixels import Decoding
 
 
 def build_method(config: RunConfig[Any], data: TrainingSet, *, device: torch.device) -> Method:
@@ -81,6 +82,7 @@ def describe(config: RunConfig[Any]) -> dict[str, Any]:
         "mean": list(config.data.mean),
         "std": list(config.data.std),
         "image_size_px": config.image_size_px,
+        "decoding": config.data.model_dump(mode="json", include=set(Decoding._fields)),
         "method": config.method.name,
         "run": config.name,
     }

@@ -5,6 +5,7 @@ depend on the source, the encoder and the settings, and not on who worked on the
 was stopped. Memory: the shards that are being filled, two or three of them.
 """
 
+import json
 import shutil
 from collections.abc import Callable, Generator
 from contextlib import closing
@@ -37,8 +38,9 @@ from raysl.retrieval.shards import (
     read_bad,
     write_shard,
 )
+from raysl.sources.pixels import Decoding
 from raysl.sources.place import absolute_source, as_place
-from raysl.sources.source import Source
+from raysl.sources.source import Source, SourceConfig
 
 _MIB = 1 << 20
 _SHOWN = 3
@@ -110,6 +112,20 @@ def embedding_of(encoder: Path, config: EmbedConfig) -> Embedding:
     if not isinstance(size, int) or size <= 0:
         raise DataError(f"{encoder}: its header has image_size_px={size!r}; set size_px")
     return Embedding(str(encoder), size, config.crop_fraction, config.precision)
+
+
+def other_decoding(encoder: Path, config: SourceConfig) -> list[str]:
+    """Return a line for each setting of pixels that is not the one the encoder was trained with."""
+    trained = read_description(encoder).get("decoding")
+    if not isinstance(trained, dict):
+        return []  # of another origin, or older than these settings
+    here = config.model_dump(mode="json", include=set(Decoding._fields))
+    return [
+        f"{name}={json.dumps(here[name])} here, and the encoder was trained with "
+        f"{name}={json.dumps(trained[name])}: it sees other pixels than it knows"
+        for name in here
+        if name in trained and trained[name] != here[name]
+    ]
 
 
 def embed_source(

@@ -25,14 +25,14 @@ from raysl.nn.backbones import NAMES, BackboneConfig, build_backbone, check_mode
 from raysl.recipe import ClusterConfig, TrackConfig, check_run_name
 from raysl.sources.filter import Condition
 from raysl.sources.pixels import ColorProfile, Intensity, Pages
-from raysl.sources.place import absolute_config
+from raysl.sources.place import absolute_config, place_key
 from raysl.sources.source import DataConfig, LocatedSource, SourceConfig
 from raysl.track.run_folder import RunFolder
 
 # What says which images, and how they are decoded. Not data.labels: a pretraining that is to see
 # no labels may well be measured with them.
 _FROM_RUN = (*SourceConfig.model_fields, "torchvision_root")
-_TEST_ONLY = {"test_source", "test_limit", "test"}
+_NOT_IMAGES = {"test_source", "test_limit", "test", "labels"}
 _EVALUATIONS = "evaluations"
 
 
@@ -63,6 +63,9 @@ class EvaluationData(LocatedSource):
     """More of test_source."""
     test_limit: PositiveInt | None = None
     """Test on so many images at most, drawn at random, always the same."""
+    labels: Literal["none"] | None = None
+    """none: the source has no labels, whatever its folders or columns are called. A run's setting
+    is not taken over: what was trained without labels may be measured with them."""
 
 
 class FeaturesConfig(Config):
@@ -156,10 +159,30 @@ def load_evaluation(
 
 
 def _with_absolute_sources(config: EvaluationConfig) -> EvaluationConfig:
-    update = {"data": absolute_config(config.data)}
+    update = {"data": _absolute(config.data)}
     if config.transfer is not None:
-        update["transfer"] = absolute_config(config.transfer)
+        update["transfer"] = _absolute(config.transfer)
     return config.model_copy(update=update)
+
+
+def _absolute(data: EvaluationData, *, first: Sequence[Path] = ()) -> EvaluationData:
+    test = absolute_config(data.test, first=first)
+    found = absolute_config(data, first=first)
+    return found if test is data.test else found.model_copy(update={"test": test})
+
+
+def labels_note(config: EvaluationConfig, origin: Origin) -> str:
+    """Return the line for a run that was to see no labels; empty for another."""
+    run = read_mapping(RunFolder(origin.run).config) if origin.run is not None else {}
+    data = run.get("data") or {}
+    if data.get("labels") != "none" or config.data.labels == "none":
+        return ""
+    if place_key(str(data.get("source"))) != place_key(config.data.source):
+        return ""
+    return (
+        f"{config.data.source} is measured with its labels, although the run was trained with "
+        f"data.labels=none; data.labels=none here leaves them out, too"
+    )
 
 
 def evaluation_folder(config: EvaluationConfig, origin: Origin) -> Path:
@@ -170,12 +193,12 @@ def evaluation_folder(config: EvaluationConfig, origin: Origin) -> Path:
 
 def data_config(data: EvaluationData) -> DataConfig:
     """Return what opens the training images of an evaluation."""
-    return validate(DataConfig, images_of(data), where="data")
+    return validate(DataConfig, images_of(data) | {"labels": data.labels}, where="data")
 
 
 def images_of(data: EvaluationData) -> dict[str, Any]:
     """Return the settings of the training images as plain values."""
-    return data.model_dump(mode="json", exclude=_TEST_ONLY)
+    return data.model_dump(mode="json", exclude=_NOT_IMAGES)
 
 
 def _existing(encoder: str, home: Path) -> Path | None:
@@ -212,7 +235,7 @@ def _values_of_run(path: Path, keys: Sequence[str]) -> dict[str, Any]:
         found = validated(EvaluationData, values["data"])
         if not isinstance(found, list):  # what is wrong is told when all of it is looked at
             first = started_from(RunFolder(folder), str(run.get("output_dir", "runs")))
-            found = absolute_config(found, first=first)
+            found = _absolute(found, first=first)
             values["data"] = found.model_dump(mode="json", exclude_unset=True)
     elif "torchvision_root" in data:
         values["data"] = {"torchvision_root": data["torchvision_root"]}

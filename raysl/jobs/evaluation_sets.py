@@ -136,8 +136,8 @@ def check_labels(config: EvaluationConfig, sets: EvaluationSets, protocols: Sequ
             continue
         if sets.within:
             raise DataError(
-                f"{name}: trains on the labels of data.source, which do not fit: "
-                f"{'; '.join(sets.notes)}. Leave {name} out, or give data.source={source}"
+                f"{name}: trains on labels, and those of data.source are not of the classes of "
+                f"data.test_source; leave {name} out, or give data.source={source}"
             )
         fraction = getattr(getattr(config, name, None), "label_fraction", 1.0)
         if round(fraction * total) < len(known):

@@ -75,7 +75,7 @@ class UnlabelledSource(SeenSource):
 
     def __init__(self, whole: Source) -> None:
         super().__init__(whole)
-        self.label_advice = "leave data.labels=none out"
+        self.label_advice = "data.labels=none leaves them out"
 
     def labels(self) -> Labels | None:
         """Return None."""

@@ -21,8 +21,9 @@ import pyarrow.fs as pafs
 
 from raysl.errors import DataError
 from raysl.sources.formats import IMAGE_SUFFIXES, missing_package
+from raysl.sources.lasting import is_lasting
 from raysl.sources.source import SourceConfig
-from raysl.sources.storage import is_final, is_local, patiently, readable, why_unread
+from raysl.sources.storage import is_local, patiently, readable, why_unread
 from raysl.sources.tar_members import Flaw, Member, members
 
 # A disk is asked for a header and the small members after it. Of an object store, asking costs as
@@ -130,7 +131,7 @@ def index_shard(
                 else:
                     samples.add(found, ahead.at)
     except (OSError, pa.ArrowException) as error:
-        if not is_final(filesystem, error):
+        if not is_lasting(filesystem, error, path):
             raise DataError(f"{path}: cannot be read: {error}") from None
         flaw = MISSING if isinstance(error, FileNotFoundError) else _unread(error)
     return samples.index(size, flaw, names=names)

@@ -36,6 +36,12 @@ class TestAccuracyTable:
         assert all(part in second for part in ("before training", "50.0%", "55.0%", "+- 2.0"))
         assert "pixels" not in shown
 
+    def test_has_no_column_of_few_labels_where_there_were_too_few(self) -> None:
+        known = {name: value for name, value in RESULTS.items() if "few_shot" not in name}
+        shown = text(accuracy_table(known))
+        assert "labels a class" not in shown
+        assert all(part in shown for part in ("90.0%", "95.0%", "50.0%", "55.0%"))
+
     def test_says_what_fine_tuning_gave(self) -> None:
         tuned = RESULTS | {"finetune_top1": 0.876, "finetune_labels": 1234}
         assert "fine-tuned on 1,234 labels: 87.6%" in text(accuracy_table(tuned))

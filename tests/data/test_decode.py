@@ -147,7 +147,7 @@ class TestErrors:
         [
             (b"", r"\(0 bytes, begins with nothing\): no bytes; remove"),
             (b"\xff", r"\(1 bytes, begins with ff\): not an image"),
-            (b"<html>not found</html>", r"\(22 bytes, begins with 3c68746d\): not an image"),
+            (b"<html>not found</html>", r"\(22 bytes, begins with 3c68746d\): a web page"),
             (bytes(12_480), r"\(12,480 bytes, begins with 00000000\): not an image"),
         ],
     )

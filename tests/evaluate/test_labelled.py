@@ -224,7 +224,8 @@ class TestSplits:
         assert is_apart
         assert (len(found.train.rows), len(found.test.rows)) == (12, 12)
         assert f"/{name}/" in found.test.source.where(0)
-        assert found.notes == ()
+        assert len(found.notes) == 1
+        assert found.notes[0].endswith(" tests the probes (12 labelled images)")
 
     def test_a_limit_cuts_the_training_images_only(self, tmp_path: Path) -> None:
         data = self.write(tmp_path, train=TWO, val=TWO)
@@ -283,7 +284,7 @@ class TestWhatIsLeftOut:
         assert sets is not None
         assert not sets.few_shot
         assert len(found.notes) == 1
-        assert found.notes[0].startswith("1 of 3 classes have fewer labelled images for the probes")
+        assert found.notes[0].startswith("1 of 3 classes has fewer labelled images for the probes")
         assert "evaluate.few_shot_labels=11 ('class 2' has" in found.notes[0]
         fewest = int(np.bincount(sets.train.labels).min())
         assert found.notes[0].endswith(f"evaluate.few_shot_labels={fewest} measures it")

@@ -21,8 +21,10 @@ from raysl.evaluate.online import (
 )
 from raysl.evaluate.protocol import EvaluateConfig, knn_top1
 from raysl.sources.source import ArraySource, DataConfig
+from raysl.sources.subset import SubsetSource
 
 CONFIG = EvaluateConfig(few_shot_labels=2, knn_k=3)
+DATA = DataConfig(source="made-up")
 
 
 def source(count: int = 40, *, labels: bool = True) -> ArraySource:
@@ -32,8 +34,7 @@ def source(count: int = 40, *, labels: bool = True) -> ArraySource:
 
 
 def opened(images: ArraySource) -> OnlineSets:
-    data = DataConfig(source="made-up")
-    labelled = open_labelled(CONFIG, data, images, size_px=8, num_threads=1)
+    labelled = open_labelled(CONFIG, DATA, images, size_px=8, num_threads=1)
     return open_online(CONFIG, labelled, images, size_px=8, num_threads=1)
 
 
@@ -90,6 +91,22 @@ class TestOpenOnline:
         assert sets.train is sets.labelled.train
         assert len(sets.pairs) == 2 * len(sets.train)
         assert set(sets.pairs.rows.tolist()) == set(sets.train.rows.tolist())
+
+    @pytest.mark.parametrize("seen", ["a part", "others"])
+    def test_pairs_are_of_the_source_whose_rows_they_are(self, seen: str) -> None:
+        """A run may train on a part of the source, or be measured within other images."""
+        whole = source()
+        labelled = open_labelled(CONFIG, DATA, whole, size_px=8, num_threads=1)
+        trained = SubsetSource(whole, np.array([1, 2]), only=True)
+        sets = open_online(
+            CONFIG,
+            labelled,
+            trained if seen == "a part" else source(3, labels=False),
+            size_px=8,
+            num_threads=1,
+        )
+        assert sets.pairs.source is whole
+        assert len(np.concatenate(list(sets.pairs.batches(np.arange(len(sets.pairs)))))) == 64
 
     def test_takes_a_bounded_number_where_there_are_no_labels(self) -> None:
         sets = opened(source(NUM_UNLABELLED + 500, labels=False))

@@ -67,6 +67,38 @@ class TestKnn:
         assert parts.top1 == whole.top1
 
 
+def test_class_numbers_with_gaps_are_told_apart_as_those_without() -> None:
+    """Ids as large as these would be terabytes of weights, were they counted up to."""
+    ids = np.array([17, 150_000, 20_000_000, 1 << 40])
+    far = SETS._replace(train_labels=ids[SETS.train_labels], test_labels=ids[SETS.test_labels])
+    measures = {
+        "knn": lambda sets: measure_knn(KnnConfig(), sets, seed=0, device="cpu"),
+        "linear": lambda sets: measure_linear(LinearConfig(epochs=3), sets, seed=0, device="cpu"),
+        "lbfgs": lambda sets: measure_lbfgs(LbfgsConfig(), sets, seed=0, device="cpu"),
+        "few": lambda sets: measure_few_shot(FewShotConfig(), sets, seed=0, device="cpu"),
+    }
+    for name, measure in measures.items():
+        near, found = measure(SETS), measure(far)
+        assert near.predictions is not None, name
+        assert found.predictions is not None, name
+        assert found.predictions.tolist() == ids[near.predictions].tolist(), name
+        assert (found.top1, found.facts) == (near.top1, near.facts), name
+
+
+@pytest.mark.parametrize("known", [[0] * 6, [0, 1], [0, 1, 2, 3, 4, 5]])
+def test_degenerate_labels_raise_nothing(known: list[int]) -> None:
+    sets = made_up(train=len(known), test=9)._replace(train_labels=np.array(known))
+    for measure, config in (
+        (measure_knn, KnnConfig()),
+        (measure_linear, LinearConfig(epochs=2)),
+        (measure_lbfgs, LbfgsConfig()),
+        (measure_few_shot, FewShotConfig(labels_per_class=1)),
+    ):
+        found = measure(config, sets, seed=0, device="cpu")
+        assert found.predictions is not None
+        assert set(found.predictions.tolist()) <= set(known)
+
+
 class TestLinear:
     def test_is_within_three_tenths_of_a_point_of_logistic_regression(self) -> None:
         sets = made_up(train=2000, test=4000)

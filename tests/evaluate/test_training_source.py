@@ -197,7 +197,7 @@ class TestErrors:
 
     def test_labels_that_are_left_out_are_no_labels_to_learn_from(self) -> None:
         data = DataConfig(source="digits", labels="none")
-        with pytest.raises(DataError, match=r"needs labels; digits/train has none: leave"):
+        with pytest.raises(DataError, match=r"digits/train has none: data.labels=none"):
             open_training_source(data, NO_TEST_SET, SUPERVISED)
         assert open_training_source(data, NO_TEST_SET, SimCLRConfig()).labels() is None
 

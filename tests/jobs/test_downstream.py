@@ -275,6 +275,22 @@ def pretrained_without_head(folder: Path) -> Path:
     return folder
 
 
+class TestLabelsLeftOut:
+    """What was pretrained with data.labels=none may be fine-tuned with the labels there are."""
+
+    def test_fine_tuning_sees_them_unless_it_is_told_otherwise(self, pretrained: Make) -> None:
+        origin = pretrained("data.labels=none")
+        run = finetune(origin)
+        assert not isinstance(run.data.labels, str)
+        assert run.data.labels is not None
+        assert run.data.labels.fraction == 1.0
+        with pytest.raises(DataError, match=r"has none: data\.labels=none leaves them out"):
+            finetune(origin, "data.labels=none")
+
+    def test_a_student_needs_none(self, finetuned: Make) -> None:
+        assert distill(finetuned(), "data.labels=none").data.labels == "none"
+
+
 class TestDistill:
     def test_a_student_of_the_same_size_is_simclr_v2s(self, finetuned: Make) -> None:
         teacher = finetuned()

@@ -9,8 +9,8 @@ import numpy.typing as npt
 import pytest
 
 from raysl.data.decode import decode
+from raysl.data.header import read_header
 from raysl.pack.config import PackConfig
-from raysl.pack.header import read_header
 from raysl.pack.image import pack_image
 
 Pixels = npt.NDArray[np.uint8]
@@ -124,7 +124,8 @@ class TestBad:
         ("given", "reason"),
         [
             (b"", "no bytes"),
-            (b"<html></html>", "not an image"),
+            (b"<html></html>", "a web page"),
+            (b"hello, world", "not an image"),
             (encode(smooth(64, 64), ".jpg")[:-300], "damaged"),
         ],
     )

@@ -58,6 +58,17 @@ class TestNearest:
         assert (low[0].tolist(), high[0].tolist()) == ([0], [1])
         assert high[1][0] == pytest.approx(2 / 3, abs=0.01)
 
+    def test_of_many_classes_take_memory_for_those_that_are_voted_for(self) -> None:
+        features = np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
+        labels = np.arange(40) % 3
+        found = nearest(features, features[:9] + 0.5, k=7)
+        near = vote(labels, found, temperature=0.5)
+        ids = np.array([5, 1 << 40, 1 << 50])
+        far = vote(ids[labels], found, temperature=0.5)
+        assert far[0].tolist() == ids[near[0]].tolist()
+        assert far[1].tolist() == near[1].tolist()
+        assert len(set(near[0].tolist())) > 1
+
 
 class TestConfusion:
     def test_counts_by_true_class_and_leaves_out_the_unknown(self) -> None:

@@ -148,6 +148,14 @@ class TestDrawAll:
         assert "nan" not in page.text.lower()
         assert len(page.pictures) == 3
 
+    def test_too_few_labels_for_a_probe_leave_it_out(self, folder: RunFolder) -> None:
+        known = {name: value for name, value in RESULTS.items() if "few_shot" not in name}
+        write_json(folder.results, known)
+        assert draw(folder) == []
+        page = Page(folder.report.read_text())
+        assert "Nearest neighbours" in page.text
+        assert "a class" not in page.text.partition("Settings")[0]
+
     def test_reports_a_page_that_cannot_be_written(self, folder: RunFolder) -> None:
         folder.report.mkdir()
         assert [name for name, _ in draw(folder)] == ["report"]
