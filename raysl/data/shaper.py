@@ -43,12 +43,11 @@ class Shaper(NamedTuple):
     """``(3, 3)``: to the light of sRGB."""
 
     def apply(self, image: Image) -> Image:
-        """Return ``(H, W, 3)`` uint8 in sRGB."""
-        result = np.empty_like(image)
+        """Return an image ``(H, W, 3)`` uint8 in sRGB, in the memory of the one that is given."""
         rows = max(1, _STRIP_PIXELS // image.shape[1])
         for top in range(0, len(image), rows):
-            result[top : top + rows] = self._apply(image[top : top + rows])
-        return result
+            image[top : top + rows] = self._apply(image[top : top + rows])
+        return image
 
     def _apply(self, image: Image) -> Any:
         light: Any = cv2.transform(cv2.LUT(image, self.curves), self.matrix)  # rounds and clips
