@@ -26,7 +26,7 @@ def to_rgb(image: Image, color: Color, profile: bytes, how: ColorProfile) -> Ima
     """Return an image's colours as RGB.
 
     Args:
-        image: ``(H, W)`` or ``(H, W, C)`` uint8; of cmyk, 0 is no ink.
+        image: ``(H, W)`` or ``(H, W, C)`` uint8, which may be overwritten; of cmyk, 0 is no ink.
         color: What its channels are.
         profile: An ICC profile, or nothing.
         how: Convert to sRGB, or ignore the profile.
@@ -87,7 +87,7 @@ def _transform(profile: bytes, color: Color) -> Any | None:
         if _same(after, before if color == "rgb" else np.repeat(before[..., None], 3, axis=2)):
             return None
         quick = read_shaper(profile) if color == "rgb" else None
-        return quick if quick is not None and _same(quick.apply(before), after) else change
+        return quick if quick is not None and _same(quick.apply(before.copy()), after) else change
     except Exception:  # as above: a damaged profile makes no bad image
         return None
 

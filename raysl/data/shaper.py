@@ -37,27 +37,24 @@ _NUM_PARAMETERS = (1, 3, 4, 5, 7)
 class Shaper(NamedTuple):
     """The way from stored colours to sRGB."""
 
-    curves: npt.NDArray[np.float32]
-    """``(1, 256, 3)``: the light of each level."""
+    curves: npt.NDArray[np.uint16]
+    """``(1, 256)``, or ``(1, 256, 3)`` of each channel: the light of a level; 65,535 is white."""
     matrix: npt.NDArray[np.float32]
-    """``(3, 3)``: to the light of sRGB, of which 65,535 is white."""
+    """``(3, 3)``: to the light of sRGB."""
 
     def apply(self, image: Image) -> Image:
-        """Return ``(H, W, 3)`` uint8 in sRGB."""
-        result = np.empty_like(image)
+        """Return an image ``(H, W, 3)`` uint8 in sRGB, in the memory of the one that is given."""
         rows = max(1, _STRIP_PIXELS // image.shape[1])
         for top in range(0, len(image), rows):
-            result[top : top + rows] = self._apply(image[top : top + rows])
-        return result
+            image[top : top + rows] = self._apply(image[top : top + rows])
+        return image
 
     def _apply(self, image: Image) -> Any:
-        light = cv2.transform(cv2.LUT(image, self.curves), self.matrix)
-        nothing: Any = (0, 0, 0, 0)
-        steps: Any = cv2.add(light, nothing, dtype=cv2.CV_16U)  # rounds and clips
+        light: Any = cv2.transform(cv2.LUT(image, self.curves), self.matrix)  # rounds and clips
         try:
-            return cv2.LUT(steps, _ENCODED[None])
+            return cv2.LUT(light, _ENCODED[None])
         except cv2.error:  # before OpenCV 5 its tables end at 256
-            return np.take(_ENCODED, steps)
+            return np.take(_ENCODED, light)
 
 
 def read_shaper(profile: bytes) -> Shaper | None:
@@ -70,8 +67,10 @@ def read_shaper(profile: bytes) -> Shaper | None:
         colorants = np.stack([_xyz(tags[name]) for name in _COLORANTS], axis=-1)
     except (KeyError, struct.error, ValueError):
         return None
-    matrix = _TOP * np.linalg.inv(_SRGB) @ colorants
-    return Shaper(curves[None].astype(np.float32), matrix.astype(np.float32))
+    light = np.rint(np.clip(curves, 0, 1) * _TOP).astype(np.uint16)[None]
+    if (light == light[..., :1]).all():  # a third quicker than one of each channel
+        light = np.ascontiguousarray(light[..., 0])
+    return Shaper(light, (np.linalg.inv(_SRGB) @ colorants).astype(np.float32))
 
 
 def _tags(profile: bytes) -> dict[bytes, bytes]:

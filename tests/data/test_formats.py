@@ -128,6 +128,24 @@ def _long_text_png() -> bytes:
     return saved("PNG", pnginfo=text)
 
 
+def _turned_jxl(orientation: int) -> bytes:
+    """Give a JPEG XL a turn, which the encoder here never writes: a longer image header.
+
+    Source: ISO 18181-1, annex D: nine bits of size, then the metadata, all of it by default.
+    """
+    encoded = saved("JXL", quality=97)
+    plain = int.from_bytes(encoded[2:4], "little")
+    bits = [plain >> n & 1 for n in range(16)]
+    assert encoded[:2] == b"\xff\x0a"
+    assert bits[9:] == [1, 1, 0, 0, 0, 0, 0]
+    turn = [orientation - 1 >> n & 1 for n in range(3)]
+    # Not by default, extra fields, the turn, nothing more of them; 8 bits; all else as it was.
+    bits = [*bits[:9], 0, 1, *turn, 0, 0, 0, 0, 0, 0, 1, 0, 0, 1, 1, 1, 0, 0, 1]
+    bits += [0] * (-len(bits) % 8)
+    value = sum(bit << n for n, bit in enumerate(bits))
+    return encoded[:2] + value.to_bytes(len(bits) // 8, "little") + encoded[4:]
+
+
 def _pgm(maximum: int) -> bytes:
     values = np.round(GREY / 255 * maximum).astype(">u2" if maximum > 255 else "u1")
     return b"P5 # a comment\n48 32\n%d\n" % maximum + values.tobytes()
@@ -240,6 +258,7 @@ ROWS = {
     ),
     "JPEG XL": Row(lambda: saved("JXL", lossless=True)),
     "JPEG XL, grey or alpha": Row(lambda: saved("JXL", RGBA, lossless=True)),
+    "JPEG XL, turned": Row(lambda: _turned_jxl(6), np.rot90(RGB, -1), 40),
     "JPEG 2000": Row(lambda: saved("JPEG2000")),
     "JPEG 2000, bare codestream": Row(lambda: saved("JPEG2000", no_jp2=True)),
     "JPEG 2000, grey or alpha": Row(lambda: saved("JPEG2000", RGBA)),
@@ -294,11 +313,14 @@ def test_a_row_cut_short_is_damaged(name: str) -> None:
     assert decode_or_flaw(encoded[: len(encoded) * 3 // 4], PLAIN) is Flaw.DAMAGED
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF", "HEIF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF", "HEIF", "JXL"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_decoder_and_counter_follow_the_same_turn(kind: str, orientation: int) -> None:
     options = {"JPEG": {"subsampling": 0}, "HEIF": {"chroma": 444}}.get(kind, {})
-    encoded = saved(kind, quality=100, lossless=True, exif=exif(orientation), **options)
+    if kind == "JXL":
+        encoded = _turned_jxl(orientation)
+    else:
+        encoded = saved(kind, quality=100, lossless=True, exif=exif(orientation), **options)
     stored = Image.fromarray(RGB)
     stored.getexif()[0x0112] = orientation
     upright = np.asarray(ImageOps.exif_transpose(stored))
