@@ -244,11 +244,11 @@ def _turned(headers: Sequence[Header]) -> dict[str, int]:
 def _copies(facts: Sequence[ImageFacts]) -> list[list[int]]:
     """Return the rows of images whose content stands there more than once; the most copied first.
 
-    Empty files are broken, not copies of each other.
+    Broken ones are not copies of each other: empty files, web pages in place of images.
     """
     rows: dict[bytes, list[int]] = defaultdict(list)
     for fact in facts:
-        if fact.size_bytes:
+        if not fact.flaw:
             rows[fact.digest].append(fact.row)
     return sorted((r for r in rows.values() if len(r) > 1), key=lambda r: (-len(r), r))
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -91,13 +91,28 @@ def _image_column(schema: pa.Schema, config: SourceConfig, path: str) -> tuple[s
     else:
         candidates, name = [*encoded, *lists, *texts], config.image_column
     if name is None or name not in candidates:
-        asked = "" if config.image_column is None else f" called {config.image_column!r}"
-        raise DataError(
-            f"{path}: no single column of encoded images{asked}; binary columns: "
-            f"{', '.join(encoded) or 'none'}; all: {', '.join(schema.names)}. "
-            f"Set data.image_column"
-        )
+        raise _no_images(path, kinds, encoded, config.image_column)
     return _parts(name, kinds[name])
+
+
+def _no_images(
+    path: str, kinds: Mapping[str, pa.DataType], encoded: Sequence[str], asked: str | None
+) -> DataError:
+    called = "" if asked is None else f" called {asked!r}"
+    several = [
+        name
+        for name, kind in kinds.items()
+        if pa.types.is_list(kind) and is_encoded(kind.value_type) and asked in (None, name)
+    ]
+    cure = (
+        f"{', '.join(several)} holds several images a row: write a row for each image first"
+        if several
+        else "Set data.image_column"
+    )
+    return DataError(
+        f"{path}: no single column of encoded images{called}; binary columns: "
+        f"{', '.join(encoded) or 'none'}; all: {', '.join(kinds)}. {cure}"
+    )
 
 
 def _parts(name: str, kind: pa.DataType) -> tuple[str, str | None]:

@@ -112,6 +112,12 @@ class TestKinds:
         assert source.class_names == ["a", "b"]
 
 
+def test_a_column_of_several_images_a_row_is_named_with_a_cure_that_helps(tmp_path: Path) -> None:
+    images = pa.array([[{"bytes": b"a"}], []], pa.list_(pa.struct([("bytes", pa.binary())])))
+    with pytest.raises(DataError, match=r"images holds several images a row: write a row for each"):
+        _open(_write(tmp_path / "0.parquet", {"images": images}))
+
+
 class TestPaths:
     @pytest.fixture
     def root(self, tmp_path: Path) -> Path:
