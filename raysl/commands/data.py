@@ -115,6 +115,8 @@ def run(arguments: argparse.Namespace) -> int:
     summary["pack_speedup"] = pack_speedup(source, facts)
     summary["advice"] = advise(source, summary, speedup=summary["pack_speedup"], uri=config.source)
     _say(summary, cores=cores)
+    for note in source.notes:
+        say(f"note: {note}")
     if arguments.contact_sheet is not None:
         _draw(arguments.contact_sheet, source, facts, summary, seed=config.seed)
         say(f"contact sheet: {arguments.contact_sheet}")
@@ -145,7 +147,6 @@ def _say(summary: dict[str, Any], *, cores: int) -> None:
         f"the same: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
         for names in summary["duplicate_names"][:_SHOWN]
     ]
-    lines += [f"note: {note}" for note in summary["notes"]]
     lines += [f"-> {advice}" for advice in summary["advice"]]
     out.print("\n".join(lines), markup=False)
 

@@ -21,6 +21,7 @@ from raysl.jobs.embed_source import (
     other_decoding,
 )
 from raysl.jobs.embedding import Chunk, Chunks, Embedding, stream_here
+from raysl.pack.first_look import first_look
 from raysl.retrieval.config import EmbedConfig
 from raysl.runtime.cluster import connect, disconnect
 from raysl.runtime.ray_embed import quiet, stream_on_ray
@@ -70,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     config, source = open_asked(arguments, EmbedConfig, where="raysl embed")
     count = int(source.group_sizes.sum())
     say(f"embedding {count:,} images from {source.name} into {arguments.output}")
-    say_notes(source)
+    say_notes(source, first_look(source))
     for line in other_decoding(encoder, config):
         say(f"  {line}")
     view = CountView()

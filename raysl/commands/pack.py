@@ -13,6 +13,7 @@ from raysl.commands.counting import CountView
 from raysl.commands.settings_text import settings_text
 from raysl.commands.terminal import console, mapping_table, print_json, say, say_notes
 from raysl.pack.config import PackConfig
+from raysl.pack.first_look import first_look
 from raysl.pack.run import Calls, Facts, PackResult, Runner, Unit, in_threads, pack
 from raysl.pack.shards import Job, Report
 from raysl.runtime.cluster import connect, disconnect
@@ -57,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     config, source = open_asked(arguments, PackConfig, where="raysl pack")
     count = int(source.group_sizes.sum())
     say(f"packing {count:,} images from {source.name} into {arguments.output}")
-    say_notes(source)
+    say_notes(source, first_look(source))
     view = CountView()
     with ExitStack() as stack:
         stack.callback(view.close)

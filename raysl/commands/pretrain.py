@@ -24,6 +24,7 @@ from raysl.jobs.local import pretrain_here
 from raysl.jobs.run_places import started_from, with_absolute_sources
 from raysl.jobs.run_source import hold_to_source, is_same, source_facts, what_changed
 from raysl.nn.backbones import check_model_name
+from raysl.pack.first_look import first_look
 from raysl.recipe import (
     Derived,
     RunConfig,
@@ -369,7 +370,7 @@ def _say_sources(opened: Opened, told_of: Collection[str]) -> None:
     config = opened.config
     whole = whole_source(opened.source)
     if whole.fingerprint not in told_of:
-        say_notes(whole)
+        say_notes(whole, first_look(whole))
     if config.evaluate.source is not None:
         given = config.evaluate.test_images(config.data)
         test = open_source(given, held_out=True, data=config.data)

@@ -1,54 +1,48 @@
-"""Encoded bytes to uint8 RGB pixels."""
+"""Encoded bytes to uint8 RGB pixels: the one place that decides.
 
-import enum
-import importlib
-import io
-import struct
-import warnings
-from collections.abc import Callable
-from typing import Any
+What is read, turned, scaled, converted and refused stands in docs/formats.md, a row a format.
+"""
+
+from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
 import simplejpeg
 
 from raysl.augment.crop import Image
+from raysl.data.color import to_rgb
+from raysl.data.flaw import Flaw
+from raysl.data.header import read_header, read_jpeg
+from raysl.data.header_fields import Header
+from raysl.data.other_files import kind_of_other_file
+from raysl.data.read_netpbm import read_netpbm
+from raysl.data.read_tiff import read_tiff
+from raysl.data.readers import (
+    rare_with_pillow,
+    size_by_pillow,
+    stored_values,
+    with_heif,
+    with_jxl,
+    with_opencv,
+    with_pillow,
+)
+from raysl.data.samples import Samples, full_range, to_8_bits
+from raysl.data.turn import SWAPS_SIDES_FROM, turn
 from raysl.errors import DecodeError
-from raysl.sources.pixels import PLAIN, Decoding
+from raysl.sources.pixels import PLAIN, Decoding, Pages
 from raysl.sources.source import Encoded, Unreadable
+
+__all__ = ["JPEG_SHRINKS", "Flaw", "decode", "decode_or_flaw", "flaw_error", "value_range"]
 
 _SIGNATURE_BYTES = 4
 _JPEG = b"\xff\xd8\xff"
-_EXIF = b"Exif\0\0"
-_EXIF_WITHIN_BYTES = 4096
-_ORIENTATION = 0x0112
 # Factors by which libjpeg-turbo shrinks while it decodes, in quick code.
 JPEG_SHRINKS = (2, 4, 8)
-_PLAIN_COLORS = ("YCbCr", "Gray", "RGB")
 _CUT_SHORT = "premature end"
 # From this short side on, the halved colour of a JPEG is enlarged by repetition: 0.1 ms less.
 _COARSE_COLOR_FROM_PX = 256
 
-
-class Flaw(enum.IntEnum):
-    """Why an image is bad."""
-
-    EMPTY = 1
-    NOT_AN_IMAGE = 2
-    DAMAGED = 3
-    TOO_LARGE = 4
-    UNREADABLE = 5
-
-    @property
-    def reason(self) -> str:
-        """Say it to a person."""
-        return {
-            Flaw.EMPTY: "no bytes",
-            Flaw.NOT_AN_IMAGE: "not an image of a known format",
-            Flaw.DAMAGED: "damaged: cut short, or its data do not decode",
-            Flaw.UNREADABLE: "cannot be read",
-            Flaw.TOO_LARGE: "more pixels than data.bad_images.max_megapixels",
-        }[self]
+Shrink = Callable[[int, int], int]
 
 
 def decode(encoded: Encoded | memoryview, how: Decoding = PLAIN, *, where: str) -> Image:
@@ -87,22 +81,24 @@ def decode_or_flaw(
     how: Decoding,
     *,
     max_pixels: float = float("inf"),
-    shrink: Callable[[int, int], int] | None = None,
+    shrink: Shrink | None = None,
 ) -> Image | Flaw:
     """Decode one image, or say why not.
 
     Args:
-        encoded: A JPEG, PNG, WebP, BMP or TIFF file's bytes, or pixels that need no decoding,
-            ``(H, W)`` or ``(H, W, 3)`` uint8.
+        encoded: The bytes of an image file, or pixels that need no decoding, ``(H, W)`` or
+            ``(H, W, 3)`` uint8.
         how: What the source's settings say of its images.
         max_pixels: An image of more pixels is not decoded.
-        shrink: Called with a plain JPEG's height and width; returns 1 or one of ``JPEG_SHRINKS``,
-            by which it is decoded to smaller sides, rounded up, in less time.
+        shrink: Called with a JPEG's height and width, upright; returns 1 or one of
+            ``JPEG_SHRINKS``, by which it is decoded to smaller sides, rounded up, in less time.
 
     Returns:
-        ``(H, W, 3)`` uint8 RGB, turned as its EXIF orientation says, or the flaw. Grey, palette,
-        CMYK and 16-bit images are converted, an alpha channel is dropped. A JPEG that is cut short
-        is damaged; one with other oddities that decoders forgive is not.
+        ``(H, W, 3)`` uint8 RGB, upright, or the flaw. Grey, palette and CMYK images are converted,
+        an alpha channel is dropped and the colour below it kept; more than 8 bits are scaled as
+        ``how.intensity`` says, colours with a profile converted to sRGB as ``how.color_profile``
+        says. A JPEG that is cut short is damaged; one with other oddities that decoders forgive is
+        not. Of an animation, the first frame.
     """
     if isinstance(encoded, Unreadable):
         return Flaw.UNREADABLE
@@ -110,90 +106,178 @@ def decode_or_flaw(
         return encoded if encoded.ndim == 3 else cv2.cvtColor(encoded, cv2.COLOR_GRAY2RGB)  # type: ignore[return-value]
     if not len(encoded):
         return Flaw.EMPTY
-    if bytes(encoded[:3]) == _JPEG:
-        result = _decode_plain_jpeg(encoded, max_pixels, shrink)
-        if result is not None:
-            return result
-    return _decode_any(encoded, max_pixels)
+    if encoded[:3] == _JPEG:
+        return _decode_jpeg(encoded, how, max_pixels, shrink)
+    return _decode_file(encoded, read_header(encoded), how, max_pixels)
 
 
-def _decode_plain_jpeg(
-    encoded: bytes | memoryview, max_pixels: float, shrink: Callable[[int, int], int] | None
-) -> Image | Flaw | None:
-    """Decode an upright JPEG of three channels or one, or return None for any other.
+def value_range(
+    encoded: Encoded | memoryview, how: Decoding, *, max_pixels: float = float("inf")
+) -> tuple[float, float, float, float] | None:
+    """Return what an image of more than 8 bits has for values, before any scaling.
 
-    libjpeg-turbo by itself is a fifth quicker than through OpenCV, and it says what is cut short.
+    Returns:
+        Its lowest and highest value, and the values that are black and white without a setting;
+        None for other images and bad ones.
     """
+    if isinstance(encoded, Unreadable | np.ndarray) or not len(encoded):
+        return None
+    header = read_header(encoded)
+    if header.bits <= 8 and not header.is_float:
+        return None
+    samples = _read(encoded, header, how.pages, max_pixels)
+    if isinstance(samples, Flaw) or samples.values.dtype == np.uint8:
+        return None
+    finite = samples.values[np.isfinite(samples.values)]
+    if not finite.size:
+        return None
+    return float(finite.min()), float(finite.max()), *full_range(samples)
+
+
+def _decode_jpeg(
+    encoded: bytes | memoryview, how: Decoding, max_pixels: float, shrink: Shrink | None
+) -> Image | Flaw:
+    """Decode a JPEG of three channels or one by libjpeg-turbo itself, any other as other files.
+
+    It is a fifth quicker than through OpenCV, and says what is cut short.
+    """
+    header = read_jpeg(encoded)
+    if not (header.height and header.width):
+        return Flaw.DAMAGED
+    if header.height * header.width > max_pixels:
+        return Flaw.TOO_LARGE
+    if header.color not in ("rgb", "grey") or header.bits != 8:
+        return _decode_file(encoded, header, how, max_pixels)
+    factor = 1 if shrink is None else shrink(*_upright(header))
+    size = -(-header.height // factor), -(-header.width // factor)
+    as_grey = header.color == "grey" and header.profile and how.color_profile == "convert"
     try:
-        height, width, color, _ = simplejpeg.decode_jpeg_header(encoded)
-        if color not in _PLAIN_COLORS or _exif_orientation(encoded) != 1:
-            return None
-        if height * width > max_pixels:
-            return Flaw.TOO_LARGE
-        factor = 1 if shrink is None else shrink(height, width)
-        return simplejpeg.decode_jpeg(  # type: ignore[no-any-return]
+        image: Image = simplejpeg.decode_jpeg(
             encoded,
-            "RGB",
+            "GRAY" if as_grey else "RGB",
             # Views shrink large images, which smooths their colour enough.
-            fastupsample=min(height, width) >= _COARSE_COLOR_FROM_PX,
-            min_height=-(-height // factor),
-            min_width=-(-width // factor),
+            fastupsample=min(header.height, header.width) >= _COARSE_COLOR_FROM_PX,
+            min_height=size[0],
+            min_width=size[1],
             min_factor=factor,
         )
     except ValueError as error:
-        return Flaw.DAMAGED if _CUT_SHORT in str(error).lower() else None
+        cut = _CUT_SHORT in str(error).lower()
+        return Flaw.DAMAGED if cut else _forgiven_jpeg(encoded, header, how, size)
+    if header.orientation == 1 and not header.profile:
+        return image
+    return _finish(_of_jpeg(image, header), how)
 
 
-def _decode_any(encoded: bytes | memoryview, max_pixels: float) -> Image | Flaw:
-    picture = _open_with_pillow(encoded)
-    if isinstance(picture, Flaw):
-        return picture
-    if picture.width * picture.height > max_pixels:
+def _of_jpeg(image: Image, header: Header) -> Samples:
+    grey = image.shape[2] == 1
+    return Samples(
+        image[..., 0] if grey else image,
+        "grey" if grey else "rgb",
+        orientation=header.orientation,
+        profile=header.profile if grey or header.color == "rgb" else b"",
+    )
+
+
+def _forgiven_jpeg(
+    encoded: bytes | memoryview, header: Header, how: Decoding, size: tuple[int, int]
+) -> Image | Flaw:
+    """Decode with other libraries what libjpeg-turbo refuses, to the size that was asked of it."""
+    samples = _read(encoded, header, how.pages, float("inf"))
+    if isinstance(samples, Flaw):
+        return samples
+    if samples.values.shape[:2] != size:
+        smaller = cv2.resize(samples.values, size[::-1], interpolation=cv2.INTER_AREA)
+        samples = samples._replace(values=smaller)
+    return _finish(samples, how)
+
+
+def _upright(header: Header) -> tuple[int, int]:
+    """Return height and width once it is turned."""
+    if header.orientation >= SWAPS_SIDES_FROM:
+        return header.width, header.height
+    return header.height, header.width
+
+
+def _decode_file(
+    encoded: bytes | memoryview, header: Header, how: Decoding, max_pixels: float
+) -> Image | Flaw:
+    samples = _read(encoded, header, how.pages, max_pixels)
+    return samples if isinstance(samples, Flaw) else _finish(samples, how)
+
+
+def _read(
+    encoded: bytes | memoryview, header: Header, pages: Pages, max_pixels: float
+) -> Samples | Flaw:
+    """Decode any file to its values."""
+    if header.format == "unknown":
+        other = kind_of_other_file(encoded)
+        if other is not Flaw.NOT_AN_IMAGE:
+            return other
+        return rare_with_pillow(encoded, header, max_pixels)
+    if header.format == "camera raw":
+        return Flaw.CAMERA_RAW
+    if header.width * header.height > max_pixels:
         return Flaw.TOO_LARGE
-    try:
-        image = cv2.imdecode(np.frombuffer(encoded, dtype=np.uint8), cv2.IMREAD_COLOR_RGB)
-        if image is not None:
-            return image  # type: ignore[return-value]
-        # Formats that this OpenCV was built without, such as GIF.
-        operations = importlib.import_module("PIL.ImageOps")
-        return np.array(operations.exif_transpose(picture).convert("RGB"))
-    except Exception:  # what a damaged file makes a decoder raise is not documented
-        return Flaw.DAMAGED
+    if not header.width:
+        # Some headers only the format's library can follow, such as an AVIF of nothing but tracks.
+        size = size_by_pillow(encoded)
+        if size is not None and size[0] * size[1] > max_pixels:
+            return Flaw.TOO_LARGE
+    return _read_by_format(encoded, header, pages)
 
 
-def _open_with_pillow(encoded: bytes | memoryview) -> Any:
-    """Return Pillow's image, of which only the header is read, or the flaw."""
-    pil = importlib.import_module("PIL.Image")  # late: JPEGs, most images by far, do without
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return pil.open(io.BytesIO(encoded))
-    except pil.DecompressionBombError:
-        return Flaw.TOO_LARGE
-    except pil.UnidentifiedImageError:
-        return Flaw.NOT_AN_IMAGE
-    except Exception:  # on bytes that only begin like a format
-        return Flaw.DAMAGED
+def _read_by_format(encoded: bytes | memoryview, header: Header, pages: Pages) -> Samples | Flaw:
+    match header.format:
+        case "tiff":
+            return read_tiff(encoded, header, pages)
+        case "netpbm":
+            return read_netpbm(encoded)
+        case "heic" | "jpeg xl":
+            extra = with_heif if header.format == "heic" else with_jxl
+            return extra(encoded, header)
+        case "jpeg" if header.bits != 8 or not header.color:
+            return Flaw.JPEG_KIND
+    for library in _libraries(header):
+        samples = library(encoded, header)
+        if samples is not None:
+            return samples
+    return Flaw.DAMAGED
 
 
-def _exif_orientation(encoded: bytes | memoryview) -> int:
-    """Return the orientation that a JPEG's EXIF block gives, 1 to 8; 1, upright, without one.
+def _libraries(header: Header) -> Sequence[Callable[..., Samples | None]]:
+    """Return who decodes a file, first the one that makes least of it otherwise than it is.
 
-    Source: CIPA DC-008 (Exif 2.32), sec. 4.5.4 and 4.6.4: a TIFF header and its first directory.
+    OpenCV exchanges red and blue of an AVIF with alpha, takes the sYCC of a JPEG 2000 for RGB, and
+    has no inks to convert by their profile; it is quicker, and reads the values above 8 bits.
     """
-    head = bytes(encoded[:_EXIF_WITHIN_BYTES])
-    start = head.find(_EXIF) + len(_EXIF)
-    if start < len(_EXIF):
-        return 1
-    order = "<" if head[start : start + 2] == b"II" else ">"
-    try:
-        (offset,) = struct.unpack_from(order + "I", head, start + 4)
-        (count,) = struct.unpack_from(order + "H", head, start + offset)
-        for entry in range(count):
-            at = start + offset + 2 + 12 * entry
-            tag, value = struct.unpack_from(order + "H6xH", head, at)
-            if tag == _ORIENTATION:
-                return int(value)
-    except struct.error:  # cut off: OpenCV reads it whole
-        return 0
-    return 1
+    if header.format == "jpeg 2000" and header.bits > 8:
+        return _deep_jpeg_2000, with_pillow
+    if header.format == "avif" and "alpha" in header.color:
+        return (with_pillow,)
+    if header.format in ("avif", "gif", "jpeg 2000") or header.color == "cmyk":
+        return with_pillow, with_opencv
+    return with_opencv, with_pillow
+
+
+def _deep_jpeg_2000(encoded: bytes | memoryview, header: Header) -> Samples | None:
+    """Decode more than 8 bits of a JPEG 2000: the values as they are, of so many bits."""
+    values = stored_values(encoded)
+    if values is None or values.dtype != np.uint16:
+        return None
+    full = None if header.bits == 16 else (0.0, 2.0**header.bits - 1)
+    if values.ndim == 2:
+        return Samples(values, "grey", full, profile=header.profile)
+    if values.shape[2] < 3:
+        return Samples(np.ascontiguousarray(values[..., 0]), "grey", full, profile=header.profile)
+    colors = np.ascontiguousarray(values[..., :3])
+    return Samples(colors, "rgb", full, profile=header.profile)
+
+
+def _finish(samples: Samples, how: Decoding) -> Image | Flaw:
+    """Scale, turn, convert: in this order, for every format."""
+    image = to_8_bits(samples, how.intensity)
+    if isinstance(image, Flaw):
+        return image
+    turned = turn(image, samples.orientation)
+    return to_rgb(turned, samples.color, samples.profile, how.color_profile)

@@ -7,8 +7,9 @@ import numpy as np
 
 from raysl.augment.crop import Image
 from raysl.data.decode import Flaw, decode_or_flaw
+from raysl.data.header import read_header
+from raysl.data.header_fields import Header
 from raysl.pack.config import PackConfig
-from raysl.pack.header import Header, read_header
 from raysl.sources.source import Encoded, Unreadable
 
 _KEPT = ("jpeg", "png", "webp")  # what every decoder of images reads
@@ -36,8 +37,8 @@ def pack_image(encoded: Encoded | memoryview, config: PackConfig) -> Packed:
         config: What is asked for.
 
     Returns:
-        The original bytes where they may stay. What is encoded anew is upright: its EXIF turn is
-        in its pixels.
+        The original bytes where they may stay, with their turn and their colour profile. What is
+        encoded anew is upright and in sRGB: both are in its pixels.
     """
     if isinstance(encoded, Unreadable):
         return Packed(b"", 0, 0, 0, encoded.reason)
@@ -61,7 +62,7 @@ def _pack_file(encoded: bytes | memoryview, config: PackConfig) -> Packed:
     height, width = image.shape[:2]
     if keep and not _is_large(width, height, config):
         return Packed(bytes(encoded), width, height, size)
-    if header.color.startswith("grey"):
+    if header.color.startswith("grey") and header.pages == 1:  # several may be channels
         image = np.ascontiguousarray(image[..., 0])
     return _encode(image, config, bytes_in=size, lossless=False)
 

@@ -9,11 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from raysl.data.color import profile_name
 from raysl.data.decode import Flaw, decode_or_flaw
+from raysl.data.header import read_header
+from raysl.data.header_fields import Header
 from raysl.pack.config import PackConfig
-from raysl.pack.header import Header, read_header
+from raysl.pack.first_look import measured
 from raysl.pack.image import pack_image
 from raysl.pack.threads import map_in_threads
+from raysl.pack.value_ranges import ValueRange, range_advice
 from raysl.sources.pixels import Decoding
 from raysl.sources.source import Encoded, Labels, Source, Unreadable
 
@@ -28,6 +32,7 @@ _FEW_IMAGES = 1_000
 _MANY_FILES = 100_000
 _SMALL_PX = 64
 _WORTH_IT = 1.5
+_TURNED_BY = {"avif": "irot or imir", "heic": "irot or imir", "jpeg xl": "JPEG XL"}
 
 
 class ImageFacts(NamedTuple):
@@ -44,6 +49,10 @@ class ImageFacts(NamedTuple):
     digest: bytes
     """Of its bytes or pixels."""
     decode_s: float
+    profile: str = ""
+    """What the colour profile calls itself, or "broken"; empty without one."""
+    values: ValueRange | None = None
+    """Of an image of more than 8 bits, where no setting says what is black and white."""
 
 
 class Sample(NamedTuple):
@@ -133,15 +142,21 @@ def _look_at(row: int, encoded: Encoded, how: Decoding, max_pixels: float) -> Im
         size = encoded.nbytes
     else:
         header, size = read_header(encoded), len(encoded)
+    profile = profile_name(header.profile) if header.profile else ""
+    header = header._replace(profile=b"")  # ten thousand of them would be kept
     digest = hashlib.blake2b(np.ascontiguousarray(encoded).data if size else b"", digest_size=8)
     began = time.perf_counter()
     image = decode_or_flaw(encoded, how, max_pixels=max_pixels)
     seconds = time.perf_counter() - began
+    values = measured(encoded, how, max_pixels=max_pixels) if how.intensity is None else None
+    height, width, reason = 0, 0, ""
     if isinstance(image, Flaw):
         reason = "more pixels than max_megapixels" if image == Flaw.TOO_LARGE else image.reason
-        return ImageFacts(row, size, header, 0, 0, reason, digest.digest(), seconds)
-    height, width = image.shape[:2]
-    return ImageFacts(row, size, header, width, height, "", digest.digest(), seconds)
+    else:
+        height, width = image.shape[:2]
+    return ImageFacts(
+        row, size, header, width, height, reason, digest.digest(), seconds, profile, values
+    )
 
 
 def summarise(source: Source, facts: Sequence[ImageFacts], *, cores: int) -> dict[str, Any]:
@@ -171,6 +186,7 @@ def summarise(source: Source, facts: Sequence[ImageFacts], *, cores: int) -> dic
         "height": _spread([f.height for f in good]),
         "short_side": _spread(short),
         "aspect": _spread([f.width / f.height for f in good]),
+        "value_range_advice": range_advice([f.values for f in facts if f.values is not None]),
         "broken": [{"name": source.where(f.row), "reason": f.flaw} for f in facts if f.flaw],
         "duplicates": sum(len(rows) - 1 for rows in copies),
         "duplicate_names": [[source.where(row) for row in rows] for rows in copies],
@@ -207,11 +223,22 @@ def _traits(facts: Sequence[ImageFacts]) -> dict[str, int]:
         "palette": sum(h.color.startswith("palette") for h in headers),
         "CMYK": sum(h.color == "cmyk" for h in headers),
         "alpha": sum(h.color.endswith("alpha") for h in headers),
-        "16-bit": sum(h.bits > 8 for h in headers),
-        "turned by EXIF": sum(h.orientation > 1 for h in headers),
+        "more than 8 bits": sum(h.bits > 8 for h in headers),
+        "floating point": sum(h.is_float for h in headers),
+        "several pages": sum(h.pages > 1 for h in headers),
+        "channels that are no colours": sum(h.color == "channels" for h in headers),
+        **_turned(headers),
         "progressive": sum(h.progressive for h in headers),
     }
+    profiles = Counter(f"profile {fact.profile}" for fact in facts if fact.profile)
+    traits |= profiles.most_common()
     return {name: count for name, count in traits.items() if count}
+
+
+def _turned(headers: Sequence[Header]) -> dict[str, int]:
+    """Count the images that do not lie as they are stored, by what says so."""
+    by = Counter(_TURNED_BY.get(h.format, "EXIF") for h in headers if h.orientation > 1)
+    return {f"turned by {what}": count for what, count in by.items()}
 
 
 def _copies(facts: Sequence[ImageFacts]) -> list[list[int]]:
@@ -235,7 +262,8 @@ def pack_speedup(source: Source, facts: Sequence[ImageFacts]) -> float | None:
     good = [f for f in facts if not f.flaw and f.header.format != "pixels"]
     if not good or np.median([min(f.width, f.height) for f in good]) <= ADVISED_SHORT_SIDE_PX:
         return None
-    config = PackConfig(source=source.name, short_side_px=ADVISED_SHORT_SIDE_PX)
+    how = source.decoding(good[0].row)._asdict()
+    config = PackConfig(source=source.name, short_side_px=ADVISED_SHORT_SIDE_PX, **how)
     places = np.unique(np.linspace(0, len(good) - 1, _TIMED_IMAGES).astype(int))
     before = source.read([good[place].row for place in places])
     after = [pack_image(encoded, config).image for encoded in before]
@@ -267,6 +295,10 @@ def advise(
             f"{broken / inspected:.1%} of the images are broken: `raysl pack` leaves them out, and "
             f"training deals with them as data.bad_images.policy says."
         )
+        (reason, number), *_ = Counter(bad["reason"] for bad in summary["broken"]).most_common(1)
+        if number > 1:
+            advice.append(f"{number:,} of the broken ones: {reason}.")
+    advice += summary["value_range_advice"]
     if speedup is not None and speedup >= _WORTH_IT:
         side = summary["short_side"]["median"]
         advice.append(
@@ -296,7 +328,7 @@ def advise(
         )
     if summary["classes"] is None:
         advice.append(
-            "There are no labels: pretraining needs none, but accuracy cannot be measured on these "
-            "images."
+            f"There are no labels: pretraining needs none, but accuracy cannot be measured on "
+            f"these images; to measure it, {source.label_advice}."
         )
     return advice

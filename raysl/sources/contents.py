@@ -70,8 +70,12 @@ def ending(files: pa.Table, suffixes: Sequence[str]) -> pa.Table:
 
 def paths_below(files: pa.Table, root: str) -> list[str]:
     """Return whole paths of files that are listed relative to a folder."""
-    root = root.rstrip("/")
-    return [f"{root}/{readable(path)}" for path in files.column("path").to_pylist()]
+    return [f"{root.rstrip('/')}/{name}" for name in names_of(files)]
+
+
+def names_of(files: pa.Table) -> list[str]:
+    """Return the paths of files as text, as they are listed."""
+    return [readable(path) for path in files.column("path").to_pylist()]
 
 
 def count_suffixes(files: pa.Table) -> dict[str, int]:

@@ -13,13 +13,13 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
 from raysl.errors import DataError, counted
-from raysl.sources.filter import Condition, keep
+from raysl.sources.filter import RowFilter
 from raysl.sources.labels import number_classes
+from raysl.sources.lasting import is_lasting
 from raysl.sources.pixels import Decoding
 from raysl.sources.source import Encoded, Labels, SourceConfig, Unreadable, digest, spread_rows
 from raysl.sources.storage import (
     REMOTE_READERS,
-    is_final,
     is_local,
     read_bytes,
     readable,
@@ -70,14 +70,15 @@ class FolderSource:
         self.filesystem = filesystem
         self.root = root.rstrip("/")
         self.splits = tuple(splits)
-        self.notes = (*notes, *_idle_settings(config))
+        self.notes: tuple[str, ...] = (*notes, *_idle_settings(config))
         self.label_advice = "put the images into folders, one a class"
         self._decoding = config.decoding()
         if config.filter:
-            where = f"data.source={self.name}"
-            images = images.filter(pa.array(files_kept(images, config.filter, where=where)))
+            filtered = RowFilter(config.filter, where=f"data.source={self.name}")
+            images = images.filter(pa.array(_files_kept(images, filtered)))
             if images.num_rows == 0:
-                raise DataError(f"{where}: data.filter leaves no image")
+                raise filtered.nothing_left()
+            self.notes += filtered.notes()
         images = images.take(spread_rows(images.num_rows, config.limit)).combine_chunks()
         self._paths = _one_chunk(images.column("path"))
         self.fingerprint = digest(*_buffers(self._paths), images.column("bytes").to_numpy().data)
@@ -122,7 +123,7 @@ class FolderSource:
         try:
             return read_bytes(self.filesystem, self._path(index))
         except (OSError, pa.ArrowException) as error:
-            if is_final(self.filesystem, error):
+            if is_lasting(self.filesystem, error, self.where(index)):
                 return Unreadable(why_unread(error))
             raise DataError(f"{self.where(index)}: {why_unread(error)}") from None
 
@@ -146,23 +147,10 @@ class FolderSource:
         return None if self._labels is None else self._labels.astype(np.int64)
 
 
-def files_kept(
-    files: pa.Table, conditions: Sequence[Condition], *, where: str
-) -> npt.NDArray[np.bool_]:
-    """Return which files fulfil all conditions, ``(num_files,)``.
-
-    Args:
-        files: ``path`` (large_binary) and ``bytes``: the columns that conditions may ask for, and
-            ``row_id``, which of a file is its path.
-        conditions: All must hold.
-        where: Name of the source for the error message.
-
-    Raises:
-        DataError: If a condition is of another column or does not fit it.
-    """
+def _files_kept(files: pa.Table, conditions: RowFilter) -> npt.NDArray[np.bool_]:
+    """Return which files fulfil all conditions, ``(num_files,)``; the id of a file is its path."""
     texts = pa.array([readable(path) for path in files.column("path").to_pylist()], pa.string())
-    named = files.set_column(0, "path", texts).append_column("row_id", texts)
-    return keep(named, conditions, where=where)
+    return conditions.keep(files.set_column(0, "path", texts).append_column("row_id", texts))
 
 
 def _idle_settings(config: SourceConfig) -> list[str]:

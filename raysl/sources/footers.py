@@ -4,55 +4,55 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from raysl.errors import DataError
-from raysl.sources.filter import columns_of, describe_filter, keep
+from raysl.sources.columns import Columns, find_columns, is_encoded, leaf_of, partition_values
+from raysl.sources.filter import RowFilter, columns_of, describe_filter
+from raysl.sources.lasting import is_lasting
 from raysl.sources.manifest import MANIFEST_NAME, Manifest
-from raysl.sources.source import SourceConfig, digest
-from raysl.sources.storage import num_readers, patiently
+from raysl.sources.source import SourceConfig
+from raysl.sources.storage import below, num_readers, patiently
+
+T = TypeVar("T")
 
 Ints = npt.NDArray[np.int64]
 
-_FILES_AT_ONCE = 256  # a limit or an error ends the reading within so many
+# Of each file and row: what ``row_id`` of the source says. It is there whatever the file holds.
+ROW_ID = "row_id"
+
+_FIRST_FILES, _FILES_AT_ONCE = 16, 256  # a limit or an error ends the reading within so many
+_NAMED_FILES = 5
+
+
+class DamagedError(DataError):
+    """A file that is not Parquet, or no longer; copying it again may help, waiting will not."""
 
 
 class Footer(NamedTuple):
     """One Parquet file."""
 
     path: str
-    image_column: str
-    """As Parquet names its values: ``image``, or ``image.bytes`` of a struct."""
-    label_column: str | None
+    columns: Columns
+    schema: pa.Schema | None
+    """None where the file was not opened."""
     rows: Ints
     """Of each row group."""
     bytes: Ints
     """Images of each row group."""
     identity: str
     """Changes with the file; empty where a manifest's fingerprint stands for all."""
+    nulls: int | None = None
+    """Rows without an image; None where the footer does not say."""
     kept: Ints | None = None
     """Rows of the file that the filter keeps; None without a filter."""
-
-
-class Groups(NamedTuple):
-    """The row groups that hold kept rows, in order. One number each, so that a million are small.
-
-    ``file``, ``number`` (in the file) and ``rows`` (that are kept) are ``(num_groups,)``.
-    """
-
-    file: npt.NDArray[np.int32]
-    number: npt.NDArray[np.int32]
-    rows: Ints
-    places: npt.NDArray[np.int32] | None
-    """Place in its row group of each kept row, ``(num_images,)``; None if the first ones are."""
-    num_bytes: int
-    """Images of these row groups."""
 
 
 def open_parquet(
@@ -61,55 +61,120 @@ def open_parquet(
     """Open a Parquet file.
 
     Raises:
-        DataError: If it cannot be read or is not Parquet.
+        DamagedError: If it is not Parquet.
+        DataError: If it cannot be read.
     """
     try:
-        return patiently(
-            filesystem,
-            lambda: pq.ParquetFile(path, filesystem=filesystem, metadata=footer, pre_buffer=True),
-        )
+        return open_footer(filesystem, path, footer)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: cannot be read as Parquet: {error}") from None
+        gone = isinstance(error, FileNotFoundError | PermissionError)
+        lasting = not gone and is_lasting(filesystem, error, path)
+        cure = "; copy it again, or give a folder or glob without it" if lasting else ""
+        kind = DamagedError if lasting else DataError
+        raise kind(f"{path}: cannot be read as Parquet: {error}{cure}") from None
+
+
+def open_footer(
+    filesystem: pafs.FileSystem, path: str, footer: pq.FileMetaData | None = None
+) -> pq.ParquetFile:
+    """Open a Parquet file; what goes wrong is pyarrow's error."""
+    return patiently(
+        filesystem,
+        lambda: pq.ParquetFile(path, filesystem=filesystem, metadata=footer, pre_buffer=True),
+    )
 
 
 def read_footers(
-    filesystem: pafs.FileSystem, files: Sequence[str], config: SourceConfig
+    filesystem: pafs.FileSystem,
+    files: Sequence[str],
+    config: SourceConfig,
+    root: str,
+    filtered: RowFilter,
 ) -> Iterator[Footer]:
     """Read footers, and the columns of the filter, several files at a time; yield them in order.
 
+    One damaged file among many is an error, not a bad image: a third of a data set that is not
+    there would be nothing that training shows, and the rows of all other files would be other ones
+    once it is mended. So that they can be mended at once, all damaged files are found first.
+
+    Args:
+        filesystem: Where they lie.
+        files: Their paths.
+        config: Of the source.
+        root: What ``row_id`` names the files below.
+        filtered: The filter of the source.
+
     Raises:
-        DataError: If a file is not Parquet, its columns do not fit, or differ from the first's.
+        DataError: If files are not Parquet, or their columns do not fit.
     """
 
-    def read(path: str) -> Footer:
-        parquet = open_parquet(filesystem, path)
+    def read(path: str) -> Footer | DamagedError:
+        try:
+            parquet = open_parquet(filesystem, path)
+        except DamagedError as error:
+            return error
         schema, metadata = parquet.schema_arrow, parquet.metadata
-        image = _image_column(schema, config, path)
-        rows, sizes = _row_groups(metadata, image)
+        columns = find_columns(schema, config, path, partition_values(below(path, root)))
+        rows, sizes, nulls = _row_groups(metadata, columns.image)
         name = path.rsplit("/", 1)[-1]
         identity = f"{name}:{metadata.num_rows}:{metadata.serialized_size}:{sizes.tolist()}\n"
-        footer = Footer(path, image, _label_column(schema, config, path), rows, sizes, identity)
-        return footer._replace(kept=_kept(parquet, config, path)) if config.filter else footer
+        kept = _kept(parquet, filtered, path, root) if config.filter else None
+        return Footer(path, columns, schema, rows, sizes, identity, nulls, kept)
 
-    return _in_order(filesystem, files, read)
+    damaged = []
+    for footer in _in_order(filesystem, files, read):
+        if isinstance(footer, Footer):
+            yield footer
+            continue
+        damaged.append(footer)
+        if config.limit is not None:  # the reading may end before all files are seen
+            break
+    if damaged:
+        raise _all_damaged(damaged, len(files))
+
+
+def _all_damaged(damaged: Sequence[DamagedError], num_files: int) -> DataError:
+    if len(damaged) == 1:
+        return damaged[0]
+    named = "\n".join(f"  {error}" for error in damaged[:_NAMED_FILES])
+    more = len(damaged) - _NAMED_FILES
+    rest = f"\n  and {more:,} more" if more > 0 else ""
+    return DataError(f"{len(damaged):,} of {num_files:,} files are damaged:\n{named}{rest}")
 
 
 def manifest_footers(
-    filesystem: pafs.FileSystem, root: str, manifest: Manifest, config: SourceConfig
+    filesystem: pafs.FileSystem,
+    root: str,
+    manifest: Manifest,
+    config: SourceConfig,
+    order: Sequence[int],
+    filtered: RowFilter,
 ) -> Iterator[Footer]:
-    """Return what a manifest says of its files, without opening them unless there is a filter."""
+    """Return what a manifest says of its files, without opening them unless there is a filter.
+
+    Args:
+        filesystem: Where they lie.
+        root: Their folder.
+        manifest: Of the folder.
+        config: Of the source.
+        order: Places in the manifest of the files to return.
+        filtered: The filter of the source.
+    """
     known = {f"{root.rstrip('/')}/{file.path}": file for file in manifest.files}
+    files = list(known)
+    label = config.label_column or manifest.label_column
+    names = manifest.class_names if label == manifest.label_column else ()
+    columns = Columns(manifest.image_column, None, label, False, names)
 
     def read(path: str) -> Footer:
-        file = known[path]
-        kept = None
+        file, kept = known[path], None
         if config.filter:
-            kept = _kept(open_parquet(filesystem, path), config, path)
-        label = config.label_column or manifest.label_column
+            kept = _kept(open_parquet(filesystem, path), filtered, path, root)
         rows, sizes = np.array(file.rows, np.int64), np.array(file.bytes, np.int64)
-        return Footer(path, manifest.image_column, label, rows, sizes, "", kept)
+        return Footer(path, columns, None, rows, sizes, "", None, kept)
 
-    return _in_order(filesystem, list(known), read) if config.filter else map(read, known)
+    asked = [files[place] for place in order]
+    return _in_order(filesystem, asked, read) if config.filter else map(read, asked)
 
 
 def check_manifest(manifest: Manifest, files: pa.Table, root: str) -> None:
@@ -142,48 +207,6 @@ def check_manifest(manifest: Manifest, files: pa.Table, root: str) -> None:
         raise DataError(f"{root}/{next(iter(there))}: is not in {MANIFEST_NAME}. {advice}")
 
 
-def gather(footers: Iterator[Footer], limit: int | None) -> tuple[list[Footer], Groups, str]:
-    """Cut files into row groups of kept rows, up to a limit of rows.
-
-    Returns:
-        The files that were looked at, the groups, and a fingerprint of both.
-
-    Raises:
-        DataError: If the files' columns differ.
-    """
-    looked: list[Footer] = []
-    numbers, rows, places, sizes = [], [], [], []
-    left = np.iinfo(np.int64).max if limit is None else limit
-    for footer in footers:
-        _check_alike(footer, looked[0] if looked else footer)
-        looked.append(footer._replace(rows=np.empty(0, np.int64), kept=None))
-        ends = np.cumsum(footer.rows)
-        starts = ends - footer.rows
-        if footer.kept is None:
-            kept_rows = np.clip(left - starts, 0, footer.rows)
-        else:
-            kept = footer.kept[:left]
-            of = np.searchsorted(ends, kept, side="right")
-            kept_rows = np.bincount(of, minlength=len(ends)).astype(np.int64)
-            places.append((kept - starts[of]).astype(np.int32))
-        number = np.flatnonzero(kept_rows).astype(np.int32)
-        numbers.append(number)
-        rows.append(kept_rows[number])
-        sizes.append(int(footer.bytes[number].sum()))
-        left -= int(kept_rows.sum())
-        if left == 0:
-            break
-    groups = Groups(
-        np.repeat(np.arange(len(numbers), dtype=np.int32), [len(n) for n in numbers]),
-        np.concatenate([np.empty(0, np.int32), *numbers]),
-        np.concatenate([np.empty(0, np.int64), *rows]),
-        np.concatenate(places) if places else None,
-        sum(sizes),
-    )
-    chosen = b"" if groups.places is None else groups.places.tobytes() + groups.rows.tobytes()
-    return looked, groups, digest(*(footer.identity for footer in looked), chosen)
-
-
 def describe_choice(config: SourceConfig) -> str:
     """Return a text that changes with the filter and the limit; empty without them."""
     if not config.filter and config.limit is None:
@@ -192,85 +215,61 @@ def describe_choice(config: SourceConfig) -> str:
 
 
 def _in_order(
-    filesystem: pafs.FileSystem, files: Sequence[str], read: Callable[[str], Footer]
-) -> Iterator[Footer]:
+    filesystem: pafs.FileSystem, files: Sequence[str], read: Callable[[str], T]
+) -> Iterator[T]:
     if len(files) == 1:
         yield read(files[0])
         return
-    waiting = iter(files)
+    waiting, at_once = iter(files), _FIRST_FILES
     with ThreadPoolExecutor(num_readers(filesystem)) as pool:
-        while some := list(islice(waiting, _FILES_AT_ONCE)):
+        while some := list(islice(waiting, at_once)):
             yield from pool.map(read, some)
+            at_once = min(2 * at_once, _FILES_AT_ONCE)
 
 
-def _check_alike(footer: Footer, first: Footer) -> None:
-    ours, theirs = (f[1:3] for f in (footer, first))
-    if ours != theirs:
-        raise DataError(
-            f"{footer.path}: images in {ours[0]!r}, labels in {ours[1]!r}; unlike {first.path}: "
-            f"{theirs[0]!r}, {theirs[1]!r}"
-        )
-
-
-def _kept(parquet: pq.ParquetFile, config: SourceConfig, path: str) -> Ints:
-    columns = [c for c in columns_of(config.filter) if c in parquet.schema_arrow.names]
+def _kept(parquet: pq.ParquetFile, filtered: RowFilter, path: str, root: str) -> Ints:
+    asked, name = columns_of(filtered.conditions), below(path, root)
+    there = [column for column in parquet.schema_arrow.names if column != ROW_ID]
+    added = {c: v for c, v in partition_values(name).items() if c not in there and c != ROW_ID}
+    columns = [column for column in asked if column in there]
     try:
-        table = parquet.read(columns=columns)
+        # Columns whose names go on behind a dot come along.
+        table = parquet.read(columns=columns).select(columns)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
-    if len(columns) < len(columns_of(config.filter)):  # name all that could have been asked for
-        table = parquet.schema_arrow.empty_table()
-    return np.flatnonzero(keep(table, config.filter, where=path))
+    if not {*asked} <= {*there, *added, ROW_ID}:  # name all that could have been asked for
+        table = parquet.schema_arrow.empty_table().select(there)
+    for column, value in added.items():
+        table = table.append_column(column, pa.repeat(pa.scalar(value), table.num_rows))
+    numbers = pa.array(np.arange(table.num_rows)).cast(pa.string())
+    table = table.append_column(ROW_ID, pc.binary_join_element_wise(f"{name}:", numbers, ""))
+    return np.flatnonzero(filtered.keep(table, where=path))
 
 
-def _row_groups(metadata: pq.FileMetaData, image_column: str) -> tuple[Ints, Ints]:
-    """Return the rows and the bytes of images of each row group."""
+def _row_groups(metadata: pq.FileMetaData, image_column: str) -> tuple[Ints, Ints, int | None]:
+    """Return the rows and the bytes of images of each row group, and the rows without an image."""
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    place = next(
-        (i for i in range(metadata.num_columns) if metadata.schema.column(i).path == image_column),
-        None,
-    )
+    leaf = leaf_of(metadata, image_column)
     rows = np.array([group.num_rows for group in groups], dtype=np.int64)
-    sizes = [0 if place is None else g.column(place).total_uncompressed_size for g in groups]
-    return rows, np.array(sizes, dtype=np.int64)
-
-
-def _is_images(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):  # Hugging Face: {"bytes": binary, "path": string}
-        return bool(kind.get_field_index("bytes") >= 0)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    if leaf is None:
+        return rows, np.zeros_like(rows), None
+    chunks = [group.column(leaf) for group in groups]
+    sizes = np.array([chunk.total_uncompressed_size for chunk in chunks], dtype=np.int64)
+    # Of a list, the footer counts the values that are missing, not the rows.
+    if metadata.schema.column(leaf).max_repetition_level > 0:
+        return rows, sizes, None
+    if metadata.schema.column(leaf).physical_type == "INT32":  # the type null, not bytes
+        return rows, sizes, int(rows.sum())
+    found = [chunk.statistics for chunk in chunks]
+    known = all(each is not None and each.has_null_count for each in found)
+    return rows, sizes, sum(each.null_count for each in found) if known else None
 
 
 def has_images(filesystem: pafs.FileSystem, path: str, config: SourceConfig) -> bool:
-    """Return whether a Parquet file has a column of encoded images, or the one that is asked for.
+    """Return whether a Parquet file holds encoded images, or the column that is asked for.
 
     Raises:
         DataError: If it cannot be read or is not Parquet.
     """
     schema = open_parquet(filesystem, path).schema_arrow
-    return config.image_column in schema.names or any(_is_images(field.type) for field in schema)
-
-
-def _image_column(schema: pa.Schema, config: SourceConfig, path: str) -> str:
-    candidates = [field.name for field in schema if _is_images(field.type)]
-    name = config.image_column
-    if name is None:
-        name = "image" if "image" in candidates else candidates[0] if len(candidates) == 1 else None
-    if name is None or name not in candidates:
-        asked = "" if config.image_column is None else f" called {config.image_column!r}"
-        raise DataError(
-            f"{path}: no single column of encoded images{asked}; binary columns: "
-            f"{', '.join(candidates) or 'none'}; all: {', '.join(schema.names)}. "
-            f"Set data.image_column"
-        )
-    return f"{name}.bytes" if pa.types.is_struct(schema.field(name).type) else name
-
-
-def _label_column(schema: pa.Schema, config: SourceConfig, path: str) -> str | None:
-    name = config.label_column or ("label" if "label" in schema.names else None)
-    if name is not None and name not in schema.names:
-        raise DataError(
-            f"{path}: no column {name!r} for the labels; columns: {', '.join(schema.names)}. "
-            f"Set data.label_column"
-        )
-    return name
+    return config.image_column in schema.names or any(is_encoded(f.type) for f in schema)

@@ -1,7 +1,7 @@
 """What img2dataset writes beside its images: tables of what was downloaded and what failed."""
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -11,15 +11,12 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from raysl.errors import counted
-from raysl.sources.formats import IMAGE_SUFFIXES
 from raysl.sources.source import spread_rows
 from raysl.sources.storage import num_readers, patiently
 
 _MOST_FILES = 200
 _SHOWN = 3
 _LONGEST_ERROR = 80
-_KEYS = {"url", "key", "status"}
-_IMAGE_COLUMNS = {"image", "img", "bytes"} | {suffix[1:] for suffix in IMAGE_SUFFIXES}
 _SUCCESS = "success"
 
 
@@ -28,11 +25,6 @@ class _Rows(NamedTuple):
 
     status: Counter[str]
     errors: Counter[str]
-
-
-def is_metadata(schema_names: Collection[str]) -> bool:
-    """Return whether these columns are img2dataset's of images that lie elsewhere."""
-    return set(schema_names) >= _KEYS and not _IMAGE_COLUMNS & set(schema_names)
 
 
 def failed_rows(filesystem: pafs.FileSystem, parquet_files: Sequence[str]) -> tuple[str, ...]:

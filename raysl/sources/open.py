@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from raysl.errors import DataError, counted
-from raysl.sources.contents import Contents, look_into, paths_below, sort_by_kind
+from raysl.sources.contents import Contents, look_into, names_of, paths_below, sort_by_kind
 from raysl.sources.folder import FolderSource
 from raysl.sources.footers import check_manifest, has_images
 from raysl.sources.formats import IMAGE_SUFFIXES, TAR_SUFFIXES
@@ -31,11 +31,17 @@ from raysl.sources.storage import (
     file_table,
     is_local,
     match_glob,
-    readable,
     resolve,
     unreachable,
 )
 from raysl.sources.subset import UnlabelledSource
+from raysl.sources.tables import (
+    TableKind,
+    check_no_tables_below,
+    current_files,
+    table_kind,
+    table_note,
+)
 from raysl.sources.tar import TarSource, expand_braces
 from raysl.sources.tar_members import compressed
 
@@ -152,7 +158,8 @@ class _Opener:
         if found.images.num_rows:
             self._choose(())
             return FolderSource(self.config, self.filesystem, files, root, notes=found.notes)
-        return self._shards(kinds[0], root, found.notes, by_name=True)
+        note = table_note(self.filesystem, root) if found.parquet.num_rows else ""
+        return self._shards(kinds[0], root, [*found.notes, *filter(None, [note])], by_name=True)
 
     def _matching(self, path: str, *, is_file: bool) -> tuple[str, pa.Table]:
         if is_file:
@@ -172,6 +179,8 @@ class _Opener:
 
     def _folder(self, root: str) -> Source:
         """Open the Parquet files below a folder, or else its tar shards, or else its images."""
+        if table := table_kind(self.filesystem, root):
+            return self._table(root, table)
         if is_half_packed(self.filesystem, root):
             raise DataError(
                 f"{self.where}: `raysl pack` has not finished there; the same pack again goes on "
@@ -181,6 +190,7 @@ class _Opener:
         images, parquet, tars = found.images.num_rows, found.parquet.num_rows, found.tars.num_rows
         notes = list(found.notes)
         if parquet and not self._are_metadata(found, root):
+            check_no_tables_below(self.filesystem, root, names_of(found.parquet))
             return self._parquet(found, root)
         if parquet:
             notes += failed_rows(self.filesystem, paths_below(found.parquet, root))
@@ -197,6 +207,16 @@ class _Opener:
                 self.config, self.filesystem, found.images, root, choose=choose, notes=notes
             )
         raise DataError(f"{self.where}: {_no_images(found, root)}")
+
+    def _table(self, root: str, kind: TableKind) -> Source:
+        self._choose(())
+        return ParquetSource(
+            self.config,
+            self.filesystem,
+            current_files(self.filesystem, root, kind, self.config.source),
+            window_mib=self.data.shuffle_window_mib,
+            root=root,
+        )
 
     def _are_metadata(self, found: Contents, root: str) -> bool:
         """Return whether the Parquet files only describe the tar shards or images beside them."""
@@ -228,7 +248,7 @@ class _Opener:
         self, shards: pa.Table, root: str, notes: Sequence[str], *, by_name: bool = False
     ) -> Source:
         """Open Parquet or tar shards: those of one split, unless they were named one by one."""
-        names = [readable(path) for path in shards.column("path").to_pylist()]
+        names = names_of(shards)
         parts = split_shards(names)
         counts = {name: parts.split_of.count(name) for name in parts.names}
         lines = list(notes)

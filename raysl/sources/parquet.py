@@ -1,5 +1,6 @@
-"""Parquet files with a column of encoded images."""
+"""Parquet files with a column of encoded images, or of their paths."""
 
+import posixpath
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,38 +13,42 @@ import pyarrow.parquet as pq
 
 from raysl.errors import DataError
 from raysl.sources.cache import ByteCache
+from raysl.sources.columns import label_advice, no_classes, partition_values, why_no_classes
+from raysl.sources.filter import RowFilter
 from raysl.sources.footers import (
+    Footer,
     Ints,
     describe_choice,
-    gather,
     manifest_footers,
-    open_parquet,
+    open_footer,
     read_footers,
 )
+from raysl.sources.groups import gather
 from raysl.sources.labels import number_classes
+from raysl.sources.lasting import is_lasting
+from raysl.sources.linked import Link, read_links
 from raysl.sources.manifest import Manifest
 from raysl.sources.pixels import Decoding
-from raysl.sources.source import Encoded, Labels, SourceConfig, digest
+from raysl.sources.row_group import Images, read_column, read_images, span_of
+from raysl.sources.source import Encoded, Labels, SourceConfig, Unreadable, digest, reading_order
 from raysl.sources.storage import (
-    HIDDEN,
     REMOTE_READERS,
+    below,
     is_local,
-    list_files,
-    list_glob,
     num_readers,
-    patiently,
-    readable,
 )
 
 _MIB = 1 << 20
 _FOOTER_BYTES = 32 * _MIB  # of files that are read from again and again
+_FAILURE_BYTES = 1 << 10  # what is kept instead of a row group that cannot be read
 
 
 class ParquetSource:
     """Rows of Parquet files in the order of the files' names.
 
     Row groups are read whole, the image column alone, and kept while they are likely to be asked
-    for again: the plan shuffles within windows that fit into this memory.
+    for again: the plan shuffles within windows that fit into this memory. An image that the column
+    does not hold, but a path of, is read from there.
 
     Args:
         config: What to open.
@@ -51,7 +56,10 @@ class ParquetSource:
         files: Their paths, sorted; with a manifest, in its order.
         window_mib: Encoded images to hold for shuffling.
         manifest: What ``raysl pack`` wrote of these files: their footers are not read then.
-        root: The folder of the manifest.
+        root: The folder of the source, which rows are named from; empty takes the one that holds
+            all files.
+        splits: That lie there, the one of these files among them.
+        notes: What lies there besides.
 
     Raises:
         DataError: If a file is not Parquet, the column is missing or ambiguous, files differ, or
@@ -72,41 +80,48 @@ class ParquetSource:
     ) -> None:
         self.name = config.source
         self.filesystem = filesystem
-        self.notes = tuple(notes)
         self.splits = tuple(splits)
-        self.label_advice = "set data.label_column to a column of classes"
         self._decoding = config.decoding()
         self.weights: npt.NDArray[np.float64] | None = None
+        self._root = root or posixpath.commonpath([posixpath.dirname(file) for file in files])
+        order = reading_order(len(files), config.limit)
+        filtered = RowFilter(config.filter, where=f"data.source={self.name}")
+        asked = [files[place] for place in order]
         footers = (
-            read_footers(filesystem, files, config)
+            read_footers(filesystem, asked, config, self._root, filtered)
             if manifest is None
-            else manifest_footers(filesystem, root, manifest, config)
+            else manifest_footers(filesystem, self._root, manifest, config, order, filtered)
         )
-        looked, groups, fingerprint = gather(footers, config.limit)
+        looked, groups, fingerprint = gather(zip(order, footers, strict=False), config.limit)
         if len(groups.rows) == 0:
-            what = (
-                "the filter leaves no rows" if config.filter else "the Parquet files hold no rows"
-            )
-            raise DataError(f"data.source={self.name}: {what}")
-        self._image_column, self._label_column = looked[0].image_column, looked[0].label_column
+            if config.filter:
+                raise filtered.nothing_left()
+            raise DataError(f"data.source={self.name}: the Parquet files hold no rows")
+        self._columns = looked[0].columns
         choice = describe_choice(config)
         self.fingerprint = digest(manifest.fingerprint if manifest else "", fingerprint, choice)
         if manifest is not None and not choice:
             self.fingerprint = manifest.fingerprint
         # One Arrow column instead of as many Python strings to send to every worker.
         self._files = pa.array([footer.path for footer in looked], pa.large_string())
-        self._file, self._number, self._rows, self._places, num_bytes = groups
+        self._file, self._number, self._rows, self._places, self._firsts, num_bytes = groups
         self._starts = _starts(self._rows)
         per_image = max(1, num_bytes // int(self._starts[-1]))
         self.window_size: int | None = max(1, window_mib * _MIB // per_image)
         # Two windows: items near the border of two windows ask for row groups of both.
-        self._cache: ByteCache[pa.ChunkedArray] = ByteCache(2 * window_mib * _MIB)
+        self._cache: ByteCache[Images | Unreadable] = ByteCache(2 * window_mib * _MIB)
         self._footers: ByteCache[pq.FileMetaData] = ByteCache(_FOOTER_BYTES)
-        named = manifest is not None and self._label_column == manifest.label_column
-        self._packed_names = list(manifest.class_names) if manifest and named else []
+        self._named = next(
+            (each.columns.class_names for each in looked if each.columns.class_names), ()
+        )
+        schema = next((footer.schema for footer in looked if footer.schema is not None), None)
+        in_path = partition_values(below(looked[0].path, self._root))
+        self.label_advice = label_advice(schema, self._columns, in_path)
         self._labels: Labels | None = None
         self._class_names: list[str] = []
-        self._labels_read = False
+        self._labels_read = self._columns.label is None
+        self.notes: tuple[str, ...] = (*notes, *_notes(looked), *filtered.notes())
+        self._look_at_label_type(schema)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_starts": None}
@@ -123,7 +138,7 @@ class ParquetSource:
         """Return the encoded images of these rows.
 
         Raises:
-            DataError: If a row group cannot be read.
+            DataError: If a store does not answer.
         """
         rows = np.asarray(indices, dtype=np.int64)
         groups = np.searchsorted(self._starts, rows, side="right") - 1
@@ -131,44 +146,74 @@ class ParquetSource:
         asked = [int(group) for group in np.unique(groups)]
         if len(asked) > 1 and not is_local(self.filesystem):
             with ThreadPoolExecutor(min(len(asked), REMOTE_READERS)) as pool:
-                columns = dict(zip(asked, pool.map(self._group, asked), strict=True))
+                images = dict(zip(asked, pool.map(self._group, asked), strict=True))
         else:
-            columns = {group: self._group(group) for group in asked}
-        return [
-            columns[group][place].as_py() or b""
-            for group, place in zip(groups.tolist(), places.tolist(), strict=True)
-        ]
+            images = {group: self._group(group) for group in asked}
+        encoded = {n: each.encoded for n, each in images.items() if isinstance(each, Images)}
+        found: list[Encoded] = []
+        links: dict[int, Link] = {}
+        for group, place in zip(groups.tolist(), places.tolist(), strict=True):
+            try:
+                image = encoded[group][place].as_py() if group in encoded else None
+            except IndexError:
+                raise self._changed(group) from None
+            if image is None:
+                image = self._instead(images[group], group, place)
+                if isinstance(image, Link):
+                    links[len(found)] = image
+                    image = b""
+            found.append(image)
+        for number, linked in zip(
+            links, read_links(self.filesystem, list(links.values())), strict=True
+        ):
+            found[number] = linked
+        return found
 
-    def _group(self, group: int) -> pa.ChunkedArray:
+    def _instead(self, images: Images | Unreadable, group: int, place: int) -> Unreadable | Link:
+        """Return what stands for an image that a row group does not hold."""
+        if isinstance(images, Unreadable):
+            return images
+        path = None if images.paths is None else images.paths[place].as_py()
+        if path is not None:
+            return Link(posixpath.dirname(self._path(group)), path)
+        also = "" if self._columns.paths in (None, self._columns.image) else " and no path"
+        return Unreadable(f"null in the column {self._columns.image!r}{also}: no image")
+
+    def _changed(self, group: int) -> DataError:
+        return DataError(
+            f"{self._path(group)} row group {self._number[group]}: has other rows than when the "
+            f"source was opened; start the run again"
+        )
+
+    def _group(self, group: int) -> Images | Unreadable:
         return self._cache.get(group, lambda: self._read_group(group))
 
     def _open(self, path: str) -> pq.ParquetFile:
-        """Open a file; its footer is kept for the other row groups."""
+        """Open a file; its footer is kept for its other row groups. Errors are pyarrow's."""
         opened: list[pq.ParquetFile] = []
 
         def read() -> tuple[pq.FileMetaData, int]:
-            opened.append(open_parquet(self.filesystem, path))
+            opened.append(open_footer(self.filesystem, path))
             return opened[0].metadata, opened[0].metadata.serialized_size
 
         footer = self._footers.get(path, read)
-        return opened[0] if opened else open_parquet(self.filesystem, path, footer)
+        return opened[0] if opened else open_footer(self.filesystem, path, footer)
 
-    def _read_group(self, group: int) -> tuple[pa.ChunkedArray, int]:
+    def _read_group(self, group: int) -> tuple[Images | Unreadable, int]:
         path, number = self._path(group), int(self._number[group])
-        parquet = self._open(path)
+        where, span = f"{path} row group {number}", (0, 1)
         try:
-            table = patiently(
-                self.filesystem,
-                lambda: parquet.read_row_group(number, columns=[self._image_column]),
-            )
-            if table.num_columns == 0:
-                raise DataError(f"{path}: no column {self._image_column!r}")
-        except (OSError, IndexError, pa.ArrowException) as error:
-            raise DataError(f"{path} row group {number}: cannot be read: {error}") from None
-        column = table.column(0)
-        if pa.types.is_struct(column.type):
-            column = pa.chunked_array([chunk.field("bytes") for chunk in column.chunks])
-        return column, column.nbytes
+            parquet = self._open(path)
+            span = span_of(parquet.metadata, number, self._columns)
+            images = read_images(self.filesystem, parquet, number, self._columns)
+        except (IndexError, KeyError):
+            raise self._changed(group) from None
+        except (OSError, pa.ArrowException) as error:
+            if not is_lasting(self.filesystem, error, path, start=span[0], count=span[1]):
+                raise DataError(f"{where}: cannot be read: {error}") from None
+            # Kept like a row group, or each of its rows would have it read again.
+            return Unreadable(f"{where} cannot be read: {error}"), _FAILURE_BYTES
+        return images, images.nbytes
 
     def _path(self, group: int) -> str:
         return str(self._files[int(self._file[group])].as_py())
@@ -178,21 +223,28 @@ class ParquetSource:
         return self._decoding
 
     def row_id(self, index: int) -> str:
-        """Name a row by its file and its place in it."""
-        return self.where(index)
+        """Name a row FILE:ROW: by its file below the source, and its place in it from 0."""
+        group, row = self._place(index)
+        return f"{below(self._path(group), self._root)}:{row}"
 
     def where(self, index: int) -> str:
-        """Name a row by its file, row group and place in it."""
+        """Name a row by its file and its place in it, and by its row group."""
+        group, row = self._place(index)
+        return f"{self._path(group)} row {row} (row group {self._number[group]})"
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Return a row's group, and its place in its file, whatever is left out before it."""
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
-        first = self._starts[group]
-        place = index - first if self._places is None else self._places[index]
-        return f"{self._path(group)} row group {self._number[group]} row {place}"
+        if self._places is None or self._firsts is None:
+            first = int(np.searchsorted(self._file, self._file[group]))
+            return group, int(index - self._starts[first])
+        return group, int(self._firsts[group] + self._places[index])
 
     def labels(self) -> Labels | None:
-        """Return class numbers; names are numbered in sorted order, and null is -1.
+        """Return class numbers, -1 for null; None if there is no column of classes.
 
         Raises:
-            DataError: If the column cannot be read, or holds integers that are no class numbers.
+            DataError: If the column cannot be read.
         """
         self._read_labels()
         return self._labels
@@ -203,58 +255,88 @@ class ParquetSource:
         self._read_labels()
         return self._class_names
 
+    def _look_at_label_type(self, schema: pa.Schema | None) -> None:
+        """Say what the label column holds, where its type shows that they are no classes."""
+        column = self._columns.label
+        if schema is None or column is None or self._columns.label_in_path:
+            return
+        kind = schema.field(column).type
+        first = pa.chunked_array([pa.array([], kind)])
+        if pa.types.is_nested(kind):
+            try:
+                parquet, numbers = self._open(self._path(0)), [int(self._number[0])]
+                first = read_column(self.filesystem, parquet, numbers, column)
+            except (OSError, KeyError, pa.ArrowException):
+                pass  # its type has to do; reading the images will say what is wrong
+        if why := why_no_classes(kind, first):
+            self.notes += (no_classes(column, why),)
+            self._labels_read = True
+
     def _read_labels(self) -> None:
-        if self._labels_read or self._label_column is None:
+        if self._labels_read:
             return
         with ThreadPoolExecutor(num_readers(self.filesystem)) as pool:
             columns = list(pool.map(self._file_labels, np.unique(self._file).tolist()))
         chunks = [chunk for column in columns for chunk in column.chunks]
-        # Packed labels are numbers; what they mean stands in the manifest.
-        self._labels, self._class_names, _ = number_classes(chunks, named=self._packed_names)
+        self._labels, self._class_names, why = number_classes(chunks, named=self._named)
+        if why:
+            self.notes += (no_classes(self._columns.label, why),)
         self._labels_read = True
 
     def _file_labels(self, file: int) -> pa.ChunkedArray:
         """Read the labels of a file's kept rows."""
-        path = str(self._files[file].as_py())
+        path, label = str(self._files[file].as_py()), str(self._columns.label)
         first, last = np.searchsorted(self._file, [file, file + 1])
-        numbers = self._number[first:last]
-        parquet = self._open(path)
+        numbers = self._number[first:last].tolist()
+        if self._columns.label_in_path:
+            value = partition_values(below(path, self._root))[label]
+            rows = int(self._rows[first:last].sum())
+            return pa.chunked_array([pa.repeat(pa.scalar(value), rows)])
         try:
-            table = patiently(
-                self.filesystem,
-                lambda: parquet.read_row_groups(numbers.tolist(), columns=[self._label_column]),
-            )
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{path}: the labels cannot be read: {error}") from None
-        if table.num_columns == 0:
+            parquet = self._open(path)
+            column = read_column(self.filesystem, parquet, numbers, label)
+        except KeyError:
             names = ", ".join(parquet.schema_arrow.names)
             raise DataError(
-                f"{path}: no column {self._label_column!r} for the labels; columns: {names}. "
+                f"{path}: no column {label!r} for the labels; columns: {names}. "
                 f"Set data.label_column"
-            )
-        column = table.column(0)
+            ) from None
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{path}: the labels cannot be read: {error}") from None
         if self._places is None:
-            return column.slice(0, int(self._rows[first:last].sum()))
-        sizes = [parquet.metadata.row_group(int(number)).num_rows for number in numbers]
+            return column
+        sizes = [parquet.metadata.row_group(number).num_rows for number in numbers]
         starts = np.repeat(_starts(sizes)[:-1], self._rows[first:last])
         places = self._places[self._starts[first] : self._starts[last]]
         return column.take(pa.array(starts + places))
 
 
+def _notes(looked: Sequence[Footer]) -> tuple[str, ...]:
+    """Say what the footers show of files and images that are not there, or lie elsewhere."""
+    image, paths, *_ = looked[0].columns
+    empty = sum(not footer.rows.sum() for footer in looked)
+    notes = [f"{empty:,} of {len(looked):,} Parquet files hold no rows"] if empty else []
+    if paths == image:
+        notes.append(
+            f"the column {image!r} holds no images but paths of files; they are read, relative to "
+            f"the folder of the Parquet file that names them"
+        )
+        return tuple(notes)
+    nulls = sum(footer.nulls or 0 for footer in looked)
+    of = f"{nulls:,} of {int(sum(footer.rows.sum() for footer in looked)):,} rows"
+    if nulls and paths is not None:
+        notes.append(
+            f"{of} are null in {image!r}: their images are read from the files that {paths!r} "
+            f"names, relative to the folder of the Parquet file"
+        )
+    elif nulls:
+        notes.append(
+            f"{of} are null in the column {image!r}, without a path: bad images; "
+            f"data.image_column names another column"
+        )
+    return tuple(notes)
+
+
 def _starts(sizes: Sequence[int] | Ints) -> Ints:
     """Return where each part begins when they follow one another, and where the last one ends."""
     return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-
-
-def list_parquet(filesystem: pafs.FileSystem, path: str) -> list[str]:
-    """List the Parquet files that a path means: itself, those below it, or those it matches.
-
-    Files and folders below whose names begin with a dot or an underscore are left out.
-    """
-    kind = filesystem.get_file_info(path).type
-    if kind == pafs.FileType.File:
-        return [path]
-    if kind == pafs.FileType.NotFound:
-        return list_glob(filesystem, path)
-    below = list_files(filesystem, path, (".parquet",), hidden=HIDDEN).column("path")
-    return [f"{path.rstrip('/')}/{readable(name)}" for name in below.to_pylist()]

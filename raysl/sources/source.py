@@ -270,6 +270,18 @@ class ArraySource:
         return self._labels
 
 
+def reading_order(num_files: int, limit: int | None) -> list[int]:
+    """Return in which order to look at files: with a limit, any first few are far apart.
+
+    Halves, then quarters, then eighths of the way (van der Corput's sequence).
+    """
+    if limit is None:
+        return list(range(num_files))
+    bits = max(1, (num_files - 1).bit_length())
+    steps = (int(f"{number:0{bits}b}"[::-1], 2) for number in range(1 << bits))
+    return list(dict.fromkeys(step * num_files >> bits for step in steps))
+
+
 def spread_rows(total: int, limit: int | None) -> npt.NDArray[np.int64]:
     """Return ``limit`` of ``total`` rows at even distances, in order; all without a limit."""
     if limit is None or limit >= total:

@@ -157,7 +157,8 @@ def read_bytes(filesystem: pafs.FileSystem, path: str | bytes) -> bytes:
     """Return the bytes of a file, as :func:`read_file` does.
 
     Raises:
-        OSError: If it cannot be read; :func:`is_final` says whether waiting could help.
+        OSError: If it cannot be read; :func:`raysl.sources.lasting.is_lasting` says whether
+            waiting could help.
         pa.ArrowException: The same.
     """
     if isinstance(filesystem, pafs.LocalFileSystem):
@@ -178,13 +179,9 @@ def why_unread(error: Exception) -> str:
     return f"cannot be read: {reason}"
 
 
-def is_final(filesystem: pafs.FileSystem, error: Exception) -> bool:
-    """Return whether an error of reading is the file's own, so that waiting does not mend it.
-
-    A disk's errors are; an object store may be out of reach for a while.
-    """
-    final = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-    return is_local(filesystem) or isinstance(error, final) or bool(_FINAL.search(str(error)))
+def below(path: str, root: str) -> str:
+    """Return a file's path relative to a folder."""
+    return path.removeprefix(root.rstrip("/") + "/")
 
 
 def readable(path: str | bytes) -> str:

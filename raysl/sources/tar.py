@@ -17,17 +17,18 @@ from raysl.sources.cache import ByteCache
 from raysl.sources.failures import Failures
 from raysl.sources.footers import describe_choice
 from raysl.sources.labels import number_classes
+from raysl.sources.lasting import is_lasting
 from raysl.sources.pixels import Decoding
 from raysl.sources.source import Encoded, Labels, SourceConfig, Unreadable, digest
 from raysl.sources.storage import (
     REMOTE_READERS,
-    is_final,
+    below,
     is_local,
     patiently,
     readable,
     why_unread,
 )
-from raysl.sources.tar_choice import below, choose
+from raysl.sources.tar_choice import choose
 from raysl.sources.tar_index import index_shard
 from raysl.sources.tar_notes import Looked, tar_notes
 
@@ -90,13 +91,13 @@ class TarSource:
         self.splits = tuple(splits)
         self.label_advice = (
             "give each sample a .cls member or a key `label` in its .json, or set "
-            "data.label_column to another key of it"
+            "data.label_column to another key of it; folders within a tar are no classes"
         )
         self._config = config
         self._root = root or posixpath.commonpath([posixpath.dirname(file) for file in files])
         self.weights: npt.NDArray[np.float64] | None = None
-        shards, looked = choose(filesystem, files, config, self._root)
-        self.notes = (*notes, *tar_notes(looked))
+        shards, looked, filtered = choose(filesystem, files, config, self._root)
+        self.notes = (*notes, *tar_notes(looked), *filtered.notes())
         self._files = pa.array([shard.path for shard in shards], pa.large_string())
         self.fingerprint = digest(*(s.digest for s in shards), describe_choice(config))
         self._offsets = np.concatenate([s.offsets for s in shards] or [np.empty(0, np.int64)])
@@ -189,7 +190,7 @@ class TarSource:
         try:
             run = patiently(self.filesystem, read)
         except (OSError, pa.ArrowException) as error:
-            if is_final(self.filesystem, error):
+            if is_lasting(self.filesystem, error, path, start=start, count=count):
                 raise _LostError(why_unread(error)) from None
             raise DataError(f"{path}: cannot be read at byte {start:,}: {error}") from None
         if len(run) < count:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -10,9 +11,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from raysl.errors import DataError
-from raysl.sources.filter import keep
-from raysl.sources.source import SourceConfig, digest, spread_rows
-from raysl.sources.storage import num_readers, readable
+from raysl.sources.filter import RowFilter
+from raysl.sources.source import SourceConfig, digest, reading_order, spread_rows
+from raysl.sources.storage import below, num_readers, readable
 from raysl.sources.tar_index import MISSING, ShardIndex, index_shard
 from raysl.sources.tar_notes import Looked
 
@@ -20,9 +21,20 @@ from raysl.sources.tar_notes import Looked
 _FAR_APART = 16
 
 
+class Choice(NamedTuple):
+    """What is taken of tar shards."""
+
+    shards: list[ShardIndex]
+    """With the images that are taken, in the files' order."""
+    looked: list[Looked]
+    """What was looked at, in the same order."""
+    filtered: RowFilter
+    """The filter, which has seen all of it."""
+
+
 def choose(
     filesystem: pafs.FileSystem, files: Sequence[str], config: SourceConfig, root: str
-) -> tuple[list[ShardIndex], list[Looked]]:
+) -> Choice:
     """Find the images of shards that the filter keeps, up to the limit, and what was looked at.
 
     With a limit, looking ends once there are enough images of enough shards; of all that were
@@ -35,13 +47,14 @@ def choose(
         root: Folder that the names of rows begin below.
 
     Returns:
-        The shards with the images that are taken, in the files' order, and what is to be said.
+        What is taken, and what is to be said of it.
 
     Raises:
         DataError: If a shard is missing, its store does not answer, a sample holds several images
             and none is chosen, or the filter does not fit.
     """
-    order = _reading_order(len(files), config.limit)
+    order = reading_order(len(files), config.limit)
+    filtered = RowFilter(config.filter, where=f"data.source={config.source}")
     found: list[tuple[int, ShardIndex, Looked]] = []
     rows = used = 0
     indexed = _index_all(filesystem, [files[place] for place in order], config)
@@ -49,29 +62,19 @@ def choose(
         if shard.flaw == MISSING:
             raise DataError(f"{shard.path}: {shard.flaw.detail}")
         name = below(shard.path, root)
-        kept = _filtered(shard, config, name)
+        kept = _filtered(shard, filtered, name)
         found.append((place, kept, Looked(name, len(shard.offsets), shard.tally, shard.flaw)))
         rows += len(kept.offsets)
         used += len(kept.offsets) > 0
         if config.limit is not None and rows >= config.limit and used >= _enough(config.limit):
             break
     found.sort(key=lambda each: each[0])
-    return _spread([shard for _, shard, _ in found], config.limit), [each[2] for each in found]
+    chosen = _spread([shard for _, shard, _ in found], config.limit)
+    return Choice(chosen, [each[2] for each in found], filtered)
 
 
 def _enough(limit: int) -> int:
     return min(_FAR_APART, limit)
-
-
-def _reading_order(num_files: int, limit: int | None) -> list[int]:
-    """Return in which order to look at files: with a limit, any first few are far apart.
-
-    Places by their digits in base 2 from behind: halves of the way, then quarters, then eighths.
-    """
-    if limit is None:
-        return list(range(num_files))
-    bits = (num_files - 1).bit_length()
-    return sorted(range(num_files), key=lambda place: f"{place:0{bits}b}"[::-1])
 
 
 def _index_all(
@@ -88,14 +91,14 @@ def _index_all(
             )
 
 
-def _filtered(shard: ShardIndex, config: SourceConfig, name: str) -> ShardIndex:
-    if not config.filter or shard.names is None:
+def _filtered(shard: ShardIndex, conditions: RowFilter, name: str) -> ShardIndex:
+    if not conditions.conditions or shard.names is None:
         return shard
     ids = pa.array(
         [f"{name}/{readable(member)}" for member in shard.names.to_pylist()], pa.string()
     )
     table = pa.table({"path": ids, "row_id": ids, "bytes": shard.sizes})
-    kept = np.flatnonzero(keep(table, config.filter, where=shard.path))
+    kept = np.flatnonzero(conditions.keep(table, where=shard.path))
     # The list of a filter may have changed where its name has not.
     return _rows(shard, kept)._replace(names=None, digest=digest(shard.digest, kept.tobytes()))
 
@@ -118,8 +121,3 @@ def _rows(shard: ShardIndex, rows: npt.NDArray[np.int64]) -> ShardIndex:
         sizes=shard.sizes[rows],
         labels=shard.labels.take(pa.array(rows)),
     )
-
-
-def below(path: str, root: str) -> str:
-    """Return the path of a shard relative to the source's folder."""
-    return path.removeprefix(root.rstrip("/") + "/")

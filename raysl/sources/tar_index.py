@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,8 +21,9 @@ import pyarrow.fs as pafs
 
 from raysl.errors import DataError
 from raysl.sources.formats import IMAGE_SUFFIXES, missing_package
+from raysl.sources.lasting import is_lasting
 from raysl.sources.source import SourceConfig
-from raysl.sources.storage import is_final, is_local, patiently, readable, why_unread
+from raysl.sources.storage import is_local, patiently, readable, why_unread
 from raysl.sources.tar_members import Flaw, Member, members
 
 # A disk is asked for a header and the small members after it. Of an object store, asking costs as
@@ -37,8 +39,8 @@ _NO_IMAGE, _DOTTED, _PLAIN = range(3)
 MISSING = Flaw("missing", "cannot be read: no such file", may_pass=True)
 
 _Label = int | float | str | list[Any] | dict[str, Any] | None
-_Place = tuple[int, int]  # first byte and number of bytes
-_ELSEWHERE = (-1, -1)  # of a member that is no image
+_Sample = dict[bytes, int]  # of each suffix, which of the shard's images it is, or that it is none
+_NONE = -1
 
 
 class Tally(NamedTuple):
@@ -129,7 +131,7 @@ def index_shard(
                 else:
                     samples.add(found, ahead.at)
     except (OSError, pa.ArrowException) as error:
-        if not is_final(filesystem, error):
+        if not is_lasting(filesystem, error, path):
             raise DataError(f"{path}: cannot be read: {error}") from None
         flaw = MISSING if isinstance(error, FileNotFoundError) else _unread(error)
     return samples.index(size, flaw, names=names)
@@ -165,13 +167,6 @@ class _Suffix(NamedTuple):
     rank: int
 
 
-class _Image(NamedTuple):
-    offset: int
-    size: int
-    name: bytes
-    label: _Label
-
-
 class _Samples:
     """Gathers the members of a shard into samples, and samples into columns."""
 
@@ -184,8 +179,9 @@ class _Samples:
         self._label_key = config.label_column or "label"
         cls = ["cls"] if config.label_column is None else []
         self._label_ends = [*cls, "json"] if with_labels else []
-        # By key (the name up to the first dot) and suffix.
-        self._samples: dict[bytes, dict[bytes, _Place]] = {}
+        # By key, the name up to the first dot.
+        self._samples: dict[bytes, _Sample] = {}
+        self._offsets, self._sizes = array("q"), array("q")
         # By the end of their names and what comes before it.
         self._labels: dict[str, dict[bytes, _Label]] = {"cls": {}, "json": {}}
         self._suffixes: dict[bytes, _Suffix] = {}
@@ -203,14 +199,17 @@ class _Samples:
             self._hidden += suffix.rank > _NO_IMAGE and not stem
             self._links += suffix.rank > _NO_IMAGE and bool(stem)
             return
-        key = folder + slash + stem
+        key, number = folder + slash + stem, _NONE
+        if suffix.rank > _NO_IMAGE:
+            number = len(self._offsets)
+            self._offsets.append(member.offset)
+            self._sizes.append(member.size)
         sample = self._samples.get(key)
         if sample is None:
             sample = self._samples[key] = {}
         elif text in sample:
             self._repeated += 1
-        place = (member.offset, member.size) if suffix.rank > _NO_IMAGE else _ELSEWHERE
-        sample[suffix.text] = place
+        sample[suffix.text] = number
         if dot and suffix.end in self._label_ends:
             owner = key if len(suffix.end) == len(text) else name[: -len(suffix.end) - 1]
             self._add_label(owner, suffix.end, lambda: at(member.offset, member.size))
@@ -242,26 +241,26 @@ class _Samples:
         return _number_or_text(value) if isinstance(value, str) else value
 
     def index(self, size: int, flaw: Flaw | None, *, names: bool) -> ShardIndex:
-        images = [
-            _Image(*sample[text], self._name(key, text), self._label(key, text))
+        images = sorted(
+            (number, key, text)
             for key, sample in self._samples.items()
-            for text in self._images(key, sample)
-        ]
-        images.sort(key=lambda image: image.offset)
-        offsets = np.array([image.offset for image in images], dtype=np.int64)
-        sizes = np.array([image.size for image in images], dtype=np.int64)
+            for text, number in self._images(key, sample).items()
+        )
+        numbers = [number for number, _, _ in images]
+        offsets = np.array(self._offsets, dtype=np.int64)[numbers]
+        sizes = np.array(self._sizes, dtype=np.int64)[numbers]
+        full_names = [self._name(key, text) for _, key, text in images]
         file = self._path.rsplit("/", 1)[-1]
         digest = hashlib.blake2b(digest_size=8)
-        for image in images:
-            digest.update(image.name + b"\n")
+        digest.update(b"".join(name + b"\n" for name in full_names))
         for part in (f"{file}:{size}".encode(), offsets.tobytes(), sizes.tobytes()):
             digest.update(part)
         return ShardIndex(
             self._path,
             offsets,
             sizes,
-            _label_array([image.label for image in images]),
-            pa.array([image.name for image in images], pa.large_binary()) if names else None,
+            _label_array([self._label(key, text) for _, key, text in images]),
+            pa.array(full_names, pa.large_binary()) if names else None,
             digest.hexdigest(),
             self._tally(),
             flaw,
@@ -270,27 +269,26 @@ class _Samples:
     def _name(self, key: bytes, text: bytes) -> bytes:
         return key + b"." + text
 
-    def _images(self, key: bytes, sample: dict[bytes, _Place]) -> list[bytes]:
-        """Return the suffixes of a sample's images, and count what is not as one may think."""
-        ranks = [(self._suffixes[text].rank, text) for text in sample]
-        plain = [text for rank, text in ranks if rank == _PLAIN]
-        dotted = [text for rank, text in ranks if rank == _DOTTED]
+    def _images(self, key: bytes, sample: _Sample) -> _Sample:
+        """Return the images of a sample, and count what is not as one may think."""
+        images = {text: number for text, number in sample.items() if number != _NONE}
+        plain = [text for text in images if self._suffixes[text].rank == _PLAIN]
         if len(plain) > 1:  # .jpg and .JPG: the setting tells them apart
             exact = [text for text in plain if text == self._column.encode()]
             if not exact:
                 raise self._several(key, plain)
             plain = exact
-        if plain:
+        if plain and len(images) > 1:
             if not self._column:
-                self._left_out.update(map(readable, dotted))
-            return plain
-        if len(dotted) > 1:
-            self._one_by_one.update(map(readable, dotted))
-        if not dotted:
+                self._left_out.update(readable(text) for text in images if text not in plain)
+            return {plain[0]: images[plain[0]]}
+        if len(images) > 1:
+            self._one_by_one.update(map(readable, images))
+        if not images:
             ends = {self._suffixes[text].end for text in sample}
             self._without += 1
             self._without_ends.update((ends - _TEXTS) or ends)
-        return dotted
+        return images
 
     def _several(self, key: bytes, texts: list[bytes]) -> DataError:
         names = ", ".join(readable(self._name(key, text)) for text in texts)

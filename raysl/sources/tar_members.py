@@ -117,10 +117,9 @@ def _cut_short(place: int, end: int, size: int) -> Flaw:
 
 def _content_size(header: bytes, place: int, said: dict[bytes, bytes]) -> int | Flaw:
     """Return how many bytes follow a header."""
-    count = _checked_size(header, place)
-    if isinstance(count, Flaw):
+    count, kind = _checked_size(header, place), header[156:157]
+    if isinstance(count, Flaw) or (kind == b"0" and not said):
         return count
-    kind = header[156:157]
     if kind == b"S" or any(key.startswith(b"GNU.sparse") for key in said):
         return _SPARSE
     if kind in _NO_CONTENT:

@@ -82,12 +82,14 @@ def _of_samples(tallies: Sequence[Tally], looked: Sequence[Looked]) -> list[str]
 
 def _taken_one_by_one(ends: Counter[str]) -> str:
     line = (
-        f"{counted(ends.total(), 'image')} of samples that hold several are taken one by one: "
-        f"{_ends(ends)}"
+        f"{counted(ends.total(), 'image')} with the same names up to the first dot as others are "
+        f"taken one by one: {_ends(ends)}"
     )
-    if ends[_commonest(ends)] == 1:  # names with dots in them, not columns of samples
+    commonest = _commonest(ends)
+    # cat.0.jpg, cat.1.jpg are names with dots in them, not columns of a sample.
+    if ends[commonest] == 1 or commonest.partition(".")[0].isdigit():
         return line
-    return f"{line}; data.image_column={_commonest(ends)} takes one of each sample"
+    return f"{line}; data.image_column={commonest} takes one of each sample"
 
 
 def _installing(ends: Counter[str]) -> str:

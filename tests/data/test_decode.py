@@ -5,6 +5,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image as PILImage
 from PIL import ImageOps
 
@@ -147,7 +148,7 @@ class TestErrors:
         [
             (b"", r"\(0 bytes, begins with nothing\): no bytes; remove"),
             (b"\xff", r"\(1 bytes, begins with ff\): not an image"),
-            (b"<html>not found</html>", r"\(22 bytes, begins with 3c68746d\): not an image"),
+            (b"<html>not found</html>", r"\(22 bytes, begins with 3c68746d\): a web page"),
             (bytes(12_480), r"\(12,480 bytes, begins with 00000000\): not an image"),
         ],
     )
@@ -197,6 +198,44 @@ class TestJpeg:
         block = b"Exif\0\0" + b"II*\0" + b"\xff" * 40
         marker = b"\xff\xe1" + (len(block) + 2).to_bytes(2, "big")
         assert decode(encoded[:2] + marker + block + encoded[2:], where="x").shape == (300, 400, 3)
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_a_turned_one_is_shrunk_by_its_upright_size(self, orientation: int) -> None:
+        exif = PILImage.Exif()
+        exif[0x0112] = orientation
+        encoded = _large(exif=exif, quality=95)
+        asked: list[tuple[int, int]] = []
+        found = decode_or_flaw(encoded, PLAIN, shrink=lambda h, w: asked.append((h, w)) or 4)
+        assert asked == [(300, 400) if orientation < 5 else (400, 300)]
+        turned = ImageOps.exif_transpose(PILImage.open(io.BytesIO(encoded)))
+        small = np.asarray(turned.convert("RGB").reduce(4))
+        assert isinstance(found, np.ndarray)
+        assert found.shape == small.shape
+        assert np.abs(found.astype(int) - small).mean() < 3
+
+    def test_one_that_libjpeg_turbo_refuses_has_the_size_that_was_asked_for(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_: Any, **__: Any) -> None:
+            raise ValueError("no such kind")
+
+        encoded = _large(quality=95)
+        expected = decode_or_flaw(encoded, PLAIN, shrink=lambda *_: 2)
+        monkeypatch.setattr(simplejpeg, "decode_jpeg", refuse)
+        found = decode_or_flaw(encoded, PLAIN, shrink=lambda *_: 2)
+        assert isinstance(found, np.ndarray)
+        assert isinstance(expected, np.ndarray)
+        assert found.shape == expected.shape == (150, 200, 3)
+        assert np.abs(found.astype(int) - expected).mean() < 3
+
+    @pytest.mark.parametrize("size", [5_000, 60_000])
+    @pytest.mark.parametrize("marker", [0xE1, 0xE2, 0xFE])
+    def test_exif_is_found_behind_other_segments(self, size: int, marker: int) -> None:
+        exif = PILImage.Exif()
+        exif[0x0112] = 6
+        encoded = _encode(_pil(), "JPEG", exif=exif)
+        segment = bytes([0xFF, marker]) + (size + 2).to_bytes(2, "big") + b"x" * size
+        assert decode(encoded[:2] + segment + encoded[2:], where="x").shape == (32, 24, 3)
 
 
 class TestFlaws:

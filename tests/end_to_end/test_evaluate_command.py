@@ -242,7 +242,7 @@ def test_transfer_is_measured_on_images_of_its_own(
     assert status == 0
     found = last_json(text)
     assert list(found) == ["knn", "transfer_knn", "transfer"]
-    assert found["transfer"]["source"] == "photos"
+    assert found["transfer"]["source"] == str(tmp_path / "photos")
     assert found["transfer"]["text"].startswith("linear@1")
     assert found["transfer_knn"]["mean"] == 1.0
     assert found["knn"]["mean"] < 1.0

@@ -10,10 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from raysl.pack.inspect import Sample, advise, draw_sample, inspect, pack_speedup, summarise
 from raysl.sources.open import open_source
+from raysl.sources.pixels import Bits
 from raysl.sources.source import ArraySource, DataConfig, Source
 
 
@@ -22,6 +23,12 @@ def jpeg(number: int, *, height: int = 30, width: int = 40, **options: Any) -> b
     pixels = cv2.resize(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8), (width, height))
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "jpeg", **options)
+    return stream.getvalue()
+
+
+def encoded(kind: str, pixels: Any, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, kind, **options)
     return stream.getvalue()
 
 
@@ -104,6 +111,36 @@ class TestSummarise:
         assert found["decoded_images_per_s"] > 0
         assert found["epoch_s"] == pytest.approx(9 / found["decoded_images_per_s"])
 
+    def test_counts_turns_profiles_depth_floats_and_pages(self, tmp_path: Path) -> None:
+        exif = Image.Exif()
+        exif[274] = 6
+        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+        deep = np.full((9, 9), 60_000, np.uint16)
+        images = {
+            "a.jpg": jpeg(1, icc_profile=profile),
+            "b.jpg": jpeg(2, icc_profile=b"none"),
+            "c.avif": encoded("AVIF", np.zeros((9, 20, 3), np.uint8), exif=exif),
+            "d.png": encoded("PNG", deep),
+            "e.tif": encoded("TIFF", np.ones((9, 9), np.float32)),
+            "f.tif": encoded(
+                "TIFF",
+                np.zeros((9, 9), np.uint8),
+                save_all=True,
+                append_images=[Image.new("L", (9, 9))],
+            ),
+        }
+        found = look(write(tmp_path / "images", images))
+        assert found["traits"] == {
+            "grey": 3,
+            "more than 8 bits": 2,
+            "floating point": 1,
+            "several pages": 1,
+            "turned by irot or imir": 1,
+            "profile sRGB built-in": 1,
+            "profile broken": 1,
+        }
+        assert ["pages" in bad["reason"] for bad in found["broken"]] == [True]
+
     def test_names_broken_images_and_why(self, tmp_path: Path) -> None:
         images = {f"{n}.jpg": jpeg(n) for n in range(4)}
         images |= {"cut.jpg": jpeg(9)[:-100], "empty.jpg": b"", "page.jpg": b"<html>"}
@@ -179,6 +216,34 @@ class TestAdvise:
     def test_says_what_to_do(self, given: Sequence[bytes], words: str, tmp_path: Path) -> None:
         images = {f"{number}.jpg": data for number, data in enumerate(given)}
         assert words in self.advice(write(tmp_path / "images", images))
+
+    def test_says_that_twelve_bits_in_sixteen_are_dark_and_how_to_set_the_range(
+        self, tmp_path: Path
+    ) -> None:
+        values = np.linspace(100, 4000, 64 * 64).reshape(64, 64).astype(np.uint16)
+        images = {f"{n}.png": encoded("PNG", values + n) for n in range(3)}
+        said = self.advice(write(tmp_path / "images", images))
+        assert "3 of 3 images of more than 8 bits use little of their range" in said
+        assert "the highest value seen is 4,002 of 65,535" in said
+        assert "nearly dark (no level above 15 of 255)" in said
+        assert "data.intensity={bits: 12}" in said
+
+    def test_says_nothing_of_a_range_that_is_set_or_in_use(self, tmp_path: Path) -> None:
+        full = np.linspace(0, 65_535, 64 * 64).reshape(64, 64).astype(np.uint16)
+        source = write(tmp_path / "full", {f"{n}.png": encoded("PNG", full) for n in range(3)})
+        assert "range" not in self.advice(source)
+        dark = {f"{n}.png": encoded("PNG", full // 16) for n in range(3)}
+        write(tmp_path / "dark", dark)
+        config = DataConfig(source=str(tmp_path / "dark"), intensity=Bits(bits=12))
+        assert "range" not in self.advice(open_source(config, data=config))
+
+    def test_says_which_range_floats_have(self, tmp_path: Path) -> None:
+        values = np.linspace(-3, 700, 64 * 64).reshape(64, 64).astype(np.float32)
+        images = {f"{n}.tif": encoded("TIFF", values) for n in range(2)}
+        said = self.advice(write(tmp_path / "images", images))
+        assert "100.0% of the images are broken" in said
+        assert "from -3 to 700" in said
+        assert "data.intensity=[-3, 700]" in said
 
     def test_small_images_need_no_packing(self, tmp_path: Path) -> None:
         source = write(tmp_path / "images", {"0.jpg": jpeg(1), "1.jpg": jpeg(2)})

@@ -1,5 +1,6 @@
 """What becomes of one image: kept to the byte, shrunk, encoded anew, or bad."""
 
+import io
 import struct
 from typing import Any
 
@@ -7,11 +8,13 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import pytest
+from PIL import Image, ImageCms
 
 from raysl.data.decode import decode
+from raysl.data.header import read_header
 from raysl.pack.config import PackConfig
-from raysl.pack.header import read_header
 from raysl.pack.image import pack_image
+from raysl.sources.pixels import Bits
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -84,6 +87,33 @@ class TestMadeAnew:
         image = decode(packed.image, where="x")
         assert np.abs(image.astype(int) - smooth(40, 60)).max() < 12
 
+    def test_what_is_encoded_anew_is_in_srgb_and_what_is_kept_keeps_its_profile(self) -> None:
+        stream = io.BytesIO()
+        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+        Image.fromarray(smooth(40, 60)).save(stream, "PNG", icc_profile=profile)
+        kept = pack_image(stream.getvalue(), config())
+        assert read_header(kept.image).profile == profile
+        anew = pack_image(stream.getvalue(), config(short_side_px=20))
+        assert read_header(anew.image).profile == b""
+
+    def test_the_settings_of_the_source_are_followed_and_last(self) -> None:
+        deep = smooth(40, 60)[..., 0].astype(np.uint16) * 16
+        given = cv2.imencode(".png", deep)[1].tobytes()
+        settings = config(intensity=Bits(bits=12), re_encode="png")
+        image = decode(pack_image(given, settings).image, where="x")
+        assert np.abs(image[..., 0].astype(int) - smooth(40, 60)[..., 0]).max() <= 1
+        changed = {"intensity", "color_profile", "pages"}
+        assert changed <= settings.lasting().keys()
+        assert settings.lasting()["intensity"] == {"bits": 12}
+
+    def test_pages_that_are_channels_stay_in_colour(self) -> None:
+        stream = io.BytesIO()
+        planes = [Image.fromarray(smooth(40, 60)[..., n].copy()) for n in range(3)]
+        planes[0].save(stream, "TIFF", save_all=True, append_images=planes[1:])
+        assert pack_image(stream.getvalue(), config()).flaw.startswith("a TIFF of several pages")
+        packed = pack_image(stream.getvalue(), config(pages="channels", re_encode="png"))
+        assert np.array_equal(decode(packed.image, where="x"), smooth(40, 60))
+
     def test_sixteen_bits_become_eight(self) -> None:
         deep = smooth(40, 60).astype(np.uint16) * 257
         packed = pack_image(cv2.imencode(".png", deep)[1].tobytes(), config())
@@ -124,7 +154,8 @@ class TestBad:
         ("given", "reason"),
         [
             (b"", "no bytes"),
-            (b"<html></html>", "not an image"),
+            (b"<html></html>", "a web page"),
+            (b"hello, world", "not an image"),
             (encode(smooth(64, 64), ".jpg")[:-300], "damaged"),
         ],
     )

@@ -180,16 +180,18 @@ class TestParquet:
         labels = source.labels()
         assert labels is not None
         assert labels.tolist() == [0, 0, 0, 0, 1]
-        assert source.where(1) == f"{files[0]} row group 0 row 2"
-        assert source.where(4) == f"{files[1]} row group 0 row 2"
+        assert source.where(1) == f"{files[0]} row 2 (row group 0)"
+        assert source.where(4) == f"{files[1]} row 2 (row group 0)"
 
     def test_a_limit_counts_kept_rows(self, files: list[str]) -> None:
         source = self._open(files, ("n", ">=", 2), limit=6)
-        assert self._numbers(source) == [2, 3, 4, 5, 6, 7]
-        assert source.group_sizes.tolist() == [1, 3, 1, 1]
+        assert self._numbers(source) == [2, 3, 6, 7, 8, 10]  # of 2, 3 4 5, 6, 7 8 9 and 10
+        assert source.group_sizes.tolist() == [1, 1, 1, 2, 1]
         labels = source.labels()
         assert labels is not None
-        assert labels.tolist() == [0, 1, 0, 1, 0, 1]
+        assert labels.tolist() == [0, 1, 0, 1, 0, 0]
+        assert source.row_id(2) == "0.parquet:6"
+        assert source.row_id(5) == "1.parquet:3"
 
     def test_fingerprint_changes_with_filter_limit_and_what_is_kept(self, files: list[str]) -> None:
         seen = [
@@ -218,7 +220,7 @@ class TestParquet:
     def test_that_leaves_nothing_or_asks_for_another_column_is_an_error(
         self, files: list[str]
     ) -> None:
-        with pytest.raises(DataError, match="the filter leaves no rows"):
+        with pytest.raises(DataError, match=r"data\.filter leaves no image"):
             self._open(files, ("n", ">", 99))
         with pytest.raises(DataError, match=r"no column 'm'; there are image, label, n"):
             self._open(files, ("m", ">", 99))

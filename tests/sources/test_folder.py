@@ -191,7 +191,7 @@ class TestReading:
             raise OSError("AWS Error NETWORK_CONNECTION: timed out")
 
         monkeypatch.setattr("raysl.sources.folder.read_bytes", time_out)
-        monkeypatch.setattr("raysl.sources.storage.is_local", lambda _: False)
+        monkeypatch.setattr("raysl.sources.folder.is_lasting", lambda *_: False)
         with pytest.raises(DataError, match=r"^bucket/a\.png: cannot be read: AWS Error"):
             source.read([0])
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raysl.sources import img2dataset
-from raysl.sources.img2dataset import failed_rows, is_metadata
+from raysl.sources.img2dataset import failed_rows
 
 LOCAL = pafs.LocalFileSystem()
 LOST = "HTTP Error 404: Not Found"
@@ -22,21 +22,6 @@ def _write(path: Path, status: list[str | None], errors: list[str | None] | None
         columns["error_message"] = errors
     pq.write_table(pa.table(columns), path)
     return str(path)
-
-
-class TestMetadata:
-    @pytest.mark.parametrize(
-        ("names", "expected"),
-        [
-            (["url", "caption", "key", "status", "error_message", "width", "sha256"], True),
-            (["url", "key", "status", "jpg"], False),  # output_format=parquet
-            (["url", "key", "status", "image"], False),
-            (["url", "key"], False),
-            ([], False),
-        ],
-    )
-    def test_is_known_by_its_columns(self, names: list[str], expected: bool) -> None:
-        assert is_metadata(names) is expected
 
 
 class TestFailedRows:

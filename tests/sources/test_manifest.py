@@ -147,8 +147,10 @@ class TestOpening:
     def test_filter_and_limit_hold_and_change_the_fingerprint(self, tmp_path: Path) -> None:
         manifest = _pack(tmp_path, 10, 7)
         source = _open(tmp_path, filter=(("label", "==", 1),), limit=6)
-        assert source.read([0, 5]) == [b"image 001", b"image 011"]
-        assert source.group_sizes.tolist() == [2, 2, 1, 1]
+        assert source.read([0, 5]) == [b"image 001", b"image 015"]
+        assert source.group_sizes.tolist() == [1, 1, 1, 2, 1]
+        assert source.row_id(5) == "part-00001.parquet:5"
+        assert source.where(5) == f"{tmp_path}/part-00001.parquet row 5 (row group 1)"
         seen = {
             manifest.fingerprint,
             source.fingerprint,

@@ -142,7 +142,7 @@ class TestParquet:
 
     def test_opens_by_file_uri_too(self, tables: Path) -> None:
         source = _open(f"file://{tables}/part-0.parquet")
-        assert source.where(1) == f"{tables}/part-0.parquet row group 0 row 1"
+        assert source.where(1) == f"{tables}/part-0.parquet row 1 (row group 0)"
 
     def test_a_folder_named_like_a_file_opens(self, tables: Path) -> None:
         renamed = tables.rename(tables.parent / "t.parquet")
@@ -162,7 +162,7 @@ class TestParquet:
         source = _open(tmp_path, image_column="b", label_column="fine", limit=1)
         labels = source.labels()
         assert labels is not None
-        assert (_grey(source, 0), labels.tolist()) == (3, [5])
+        assert (_grey(source, 0), labels.tolist(), source.class_names) == (3, [0], ["5"])
 
 
 class TestFolderOfBoth:

@@ -11,7 +11,7 @@ from raysl.errors import DataError
 from raysl.sources import storage
 from raysl.sources.open import open_source
 from raysl.sources.source import DataConfig
-from raysl.sources.storage import list_files, patiently, read_file, readable, resolve
+from raysl.sources.storage import list_files, list_glob, patiently, read_file, readable, resolve
 
 
 @pytest.fixture
@@ -170,3 +170,38 @@ class TestFiles:
     def test_any_name_prints(self) -> None:
         assert readable(b"a\xff") == readable("a\udcff") == "a\\xff"
         assert readable("\u00fc") == "\u00fc"
+
+
+class TestGlob:
+    @pytest.mark.parametrize(
+        ("path", "files"),
+        [
+            (
+                "*.parquet",
+                ["a/1.parquet", "b/10.parquet", "b/2.parquet", "table.parquet/0.parquet"],
+            ),
+            ("b/*.parquet", ["b/10.parquet", "b/2.parquet"]),
+            ("b/?.parquet", ["b/2.parquet"]),
+            ("?/1*.parquet", ["a/1.parquet", "b/10.parquet"]),
+            ("b/[0-5].parquet", ["b/2.parquet"]),
+            ("nowhere/*.parquet", []),
+            ("b/z*.parquet", []),
+            ("nowhere", []),
+        ],
+    )
+    def test_matches_names_that_are_not_hidden(
+        self, path: str, files: list[str], tmp_path: Path
+    ) -> None:
+        for name in (
+            "b/2.parquet",
+            "a/1.parquet",
+            "b/10.parquet",
+            "b/notes.txt",
+            "table.parquet/0.parquet",
+            "b/_9.parquet",
+            "_temporary/3.parquet",
+        ):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes(b"")
+        found = list_glob(pafs.LocalFileSystem(), f"{tmp_path}/{path}")
+        assert [name.removeprefix(f"{tmp_path}/") for name in found] == files

@@ -191,7 +191,7 @@ class TestAfterOpening:
         def no_answer(*_: Any) -> Any:
             raise OSError("Timeout was reached")
 
-        monkeypatch.setattr(tar, "is_final", lambda *_: False)
+        monkeypatch.setattr(tar, "is_lasting", lambda *_, **__: False)
         monkeypatch.setattr(tar, "patiently", no_answer)
         with pytest.raises(DataError, match=r"a\.tar: cannot be read at byte 512: Timeout was"):
             source.read([0])
@@ -199,7 +199,7 @@ class TestAfterOpening:
     def test_a_store_that_does_not_answer_is_no_flaw_of_a_shard(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("raysl.sources.tar_index.is_final", lambda *_: False)
+        monkeypatch.setattr("raysl.sources.tar_index.is_lasting", lambda *_: False)
         with pytest.raises(DataError, match=r"d\.tar: cannot be read"):
             TarSource(
                 DataConfig(source="x"), pafs.LocalFileSystem(), [f"{folder}/d.tar"], window_mib=1

@@ -157,8 +157,8 @@ class TestDots:
         assert _classes(source) == ["spring", "summer"]
         assert source.row_id(1) == "a.tar/day/photo.2021.06.jpg"
         assert source.notes == (
-            "2 images of samples that hold several are taken one by one: 2021.05.jpg (1), "
-            "2021.06.jpg (1)",
+            "2 images with the same names up to the first dot as others are taken one by "
+            "one: 2021.05.jpg (1), 2021.06.jpg (1)",
         )
 
     def test_masks_that_are_taken_for_images_are_said_with_the_setting_against_it(
@@ -168,10 +168,18 @@ class TestDots:
         path = _write(tmp_path / "a.tar", [(f"{n}.{end}", b"") for n in range(3) for end in ends])
         source = _open(path)
         assert source.notes == (
-            "6 images of samples that hold several are taken one by one: image.png (3), mask.png "
-            "(3); data.image_column=image.png takes one of each sample",
+            "6 images with the same names up to the first dot as others are taken one by "
+            "one: image.png (3), mask.png (3); data.image_column=image.png takes one of each "
+            "sample",
         )
         assert len(_read(_open(path, image_column="image.png"))) == 3
+
+    def test_names_with_numbers_in_them_are_not_called_columns(self, tmp_path: Path) -> None:
+        names = [f"{kind}.{n}.jpg" for kind in ("cat", "dog") for n in range(2)]
+        assert _open(_write(tmp_path / "a.tar", [(name, b"") for name in names])).notes == (
+            "4 images with the same names up to the first dot as others are taken one by one: "
+            "0.jpg (2), 1.jpg (2)",
+        )
 
     def test_many_different_names_are_counted_in_little_memory(self, tmp_path: Path) -> None:
         members = [(f"p.{n:03}.jpg", b"") for n in range(40)]
@@ -181,8 +189,8 @@ class TestDots:
         assert len(found.tally.one_by_one) == 11
         assert found.tally.one_by_one.total() == 40
         assert _open(path).notes == (
-            "40 images of samples that hold several are taken one by one: 000.jpg (1), 001.jpg "
-            "(1), 002.jpg (1), others (37)",
+            "40 images with the same names up to the first dot as others are taken one by "
+            "one: 000.jpg (1), 001.jpg (1), 002.jpg (1), others (37)",
         )
 
 

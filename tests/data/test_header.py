@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from raysl.pack.header import read_header
+from raysl.data.header import read_header
 
 _MODES = {
     ("jpeg", "L"): "grey",
@@ -71,7 +71,7 @@ class TestReadHeader:
 
     @pytest.mark.parametrize("data", [b"", b"\0", b"<html>", b"%PDF-1.4", bytes(100)])
     def test_what_is_no_image_is_unknown(self, data: bytes) -> None:
-        assert read_header(data) == ("unknown", 0, 0, "", 8, 1, False)
+        assert read_header(data) == ("unknown", 0, 0, "", 8, 1, False, False, 1, b"")
 
     @pytest.mark.parametrize(("kind", "mode"), _MODES)
     def test_a_file_cut_anywhere_is_no_error(self, kind: str, mode: str) -> None:

@@ -1,0 +1,117 @@
+"""Colours of any kind to sRGB, by the image's ICC profile where it has one."""
+
+import importlib
+import io
+from functools import lru_cache
+from typing import Any
+
+import cv2
+import numpy as np
+
+from raysl.augment.crop import Image
+from raysl.data.samples import Color
+from raysl.data.shaper import Shaper, read_shaper
+from raysl.sources.pixels import ColorProfile
+
+_KEPT_TRANSFORMS = 64
+_MODES = {"grey": "L", "rgb": "RGB", "cmyk": "CMYK"}
+_SPACES = {"grey": "GRAY", "rgb": "RGB", "cmyk": "CMYK"}
+_LATTICE = 9  # steps of each channel at which a profile is compared with sRGB
+_SAME_LEVELS = 1
+_LONGEST_NAME = 60
+BROKEN = "broken"
+
+
+def to_rgb(image: Image, color: Color, profile: bytes, how: ColorProfile) -> Image:
+    """Return an image's colours as RGB.
+
+    Args:
+        image: ``(H, W)`` or ``(H, W, C)`` uint8, which may be overwritten; of cmyk, 0 is no ink.
+        color: What its channels are.
+        profile: An ICC profile, or nothing.
+        how: Convert to sRGB, or ignore the profile.
+
+    Returns:
+        ``(H, W, 3)`` uint8. A profile that is damaged, or of another kind of colour than the image,
+        counts as none. Perceptual intent, by LittleCMS.
+    """
+    if profile and how == "convert" and color in _MODES:
+        change = _transform(bytes(profile), color)
+        if change is not None:
+            return _apply(change, image, color)
+    if image.ndim == 2:
+        return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)  # type: ignore[return-value]
+    if color == "cmyk":
+        without_ink = cv2.bitwise_not(image)
+        black = cv2.cvtColor(without_ink[..., 3], cv2.COLOR_GRAY2RGB)
+        return cv2.multiply(np.ascontiguousarray(without_ink[..., :3]), black, scale=1 / 255)  # type: ignore[return-value]
+    return image
+
+
+def lab_to_rgb(picture: Any) -> Image:
+    """Return a picture of Pillow's in CIELab as sRGB ``(H, W, 3)``."""
+    cms = importlib.import_module("PIL.ImageCms")
+    lab, srgb = cms.createProfile("LAB"), cms.createProfile("sRGB")
+    return np.array(cms.profileToProfile(picture, lab, srgb, outputMode="RGB"))
+
+
+def profile_name(profile: bytes) -> str:
+    """Return the name that a profile gives itself, or ``broken`` where LittleCMS refuses it."""
+    return _profile_name(bytes(profile))
+
+
+@lru_cache(_KEPT_TRANSFORMS)
+def _profile_name(profile: bytes) -> str:
+    cms = importlib.import_module("PIL.ImageCms")
+    try:
+        opened = cms.ImageCmsProfile(io.BytesIO(profile))
+        name = str(opened.profile.profile_description or "without a name")
+    except Exception:  # what a damaged profile raises is not documented
+        return BROKEN
+    return " ".join(name.split())[:_LONGEST_NAME]
+
+
+@lru_cache(_KEPT_TRANSFORMS)
+def _transform(profile: bytes, color: Color) -> Any | None:
+    """Return the change to sRGB; None where there is nothing to do or to trust."""
+    cms = importlib.import_module("PIL.ImageCms")  # late: most images carry no profile
+    try:
+        opened = cms.ImageCmsProfile(io.BytesIO(profile))
+        if opened.profile.xcolor_space.strip() != _SPACES[color]:
+            return None
+        change = cms.buildTransform(opened, cms.createProfile("sRGB"), _MODES[color], "RGB")
+        if color == "cmyk":
+            return change
+        before = _lattice(color)
+        after = _apply(change, before, color)
+        if _same(after, before if color == "rgb" else np.repeat(before[..., None], 3, axis=2)):
+            return None
+        quick = read_shaper(profile) if color == "rgb" else None
+        return quick if quick is not None and _same(quick.apply(before.copy()), after) else change
+    except Exception:  # as above: a damaged profile makes no bad image
+        return None
+
+
+def _lattice(color: Color) -> Image:
+    """Return all greys, and of RGB a lattice of colours: ``(1, N)`` or ``(1, N, 3)``."""
+    levels = np.arange(256, dtype=np.uint8)
+    if color == "grey":
+        return np.ascontiguousarray(levels[None])
+    steps = np.linspace(0, 255, _LATTICE).round().astype(np.uint8)
+    cube = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(-1, 3)
+    greys = np.repeat(levels[:, None], 3, axis=1)
+    return np.ascontiguousarray(np.concatenate([cube, greys])[None])
+
+
+def _same(one: Image, other: Image) -> bool:
+    return bool(np.abs(one.astype(np.int16) - other).max() <= _SAME_LEVELS)
+
+
+def _apply(change: Any, image: Image, color: Color) -> Image:
+    if isinstance(change, Shaper):
+        return change.apply(image)
+    pil = importlib.import_module("PIL.Image")
+    mode, (height, width) = _MODES[color], image.shape[:2]
+    data = np.ascontiguousarray(image)
+    picture = pil.frombuffer(mode, (width, height), data, "raw", mode, 0, 1)
+    return np.array(change.apply(picture))

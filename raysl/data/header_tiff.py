@@ -1,0 +1,218 @@
+"""The directories of a TIFF file: which pages it holds, and what they are made of."""
+
+import re
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from raysl.data.header_fields import Header
+
+SUBFILE, OLD_SUBFILE, WIDTH, HEIGHT, BITS = 254, 255, 256, 257, 258
+COMPRESSION, PHOTOMETRIC, DESCRIPTION, ORIENTATION, SAMPLES = 259, 262, 270, 274, 277
+PLANAR, SUB_DIRECTORIES, EXTRA, SAMPLE_FORMAT = 284, 330, 338, 339
+PROFILE, DNG_VERSION = 34675, 50706
+_KEPT = frozenset(
+    {
+        *(SUBFILE, OLD_SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, DESCRIPTION),
+        *(ORIENTATION, SAMPLES, PLANAR, SUB_DIRECTORIES, EXTRA, SAMPLE_FORMAT, PROFILE),
+        DNG_VERSION,
+    }
+)
+
+# Sizes and codes of the types of values, TIFF 6.0 sec. 2 and BigTIFF's 16 to 18.
+_TYPES = {1: "B", 2: "c", 3: "H", 4: "I", 6: "b", 7: "c", 8: "h", 9: "i", 13: "I", 16: "Q", 18: "Q"}
+_MOST_VALUES = 64
+_MOST_BYTES = 8 << 20
+MOST_PAGES = 1000
+_REDUCED, _MASK = 1, 4
+_SENSOR, _LINEAR_SENSOR = 32803, 34892
+_COLORS = {0: "grey", 1: "grey", 2: "rgb", 3: "palette", 5: "cmyk", 6: "rgb", 8: "lab"}
+_OF_COLOR = {"grey": 1, "rgb": 3, "palette": 1, "cmyk": 4, "lab": 3}
+ASSOCIATED, UNASSOCIATED = 1, 2
+UNSIGNED, SIGNED, FLOAT = 1, 2, 3
+_IMAGEJ_IMAGES = re.compile(rb"^ImageJ=.*?^images=(\d+)", re.MULTILINE | re.DOTALL)
+
+Tags = dict[int, tuple[int, ...] | bytes]
+
+
+class Page(NamedTuple):
+    """One picture of a TIFF file."""
+
+    offset: int
+    """Of its directory."""
+    width: int
+    height: int
+    color: str
+    """grey, rgb, palette, cmyk, lab, or channels: samples that are no colours."""
+    bits: int
+    kind: int
+    """Of numbers: ``UNSIGNED``, ``SIGNED`` or ``FLOAT``."""
+    samples: int
+    alpha: int
+    """``ASSOCIATED``, ``UNASSOCIATED``, or 0 without alpha."""
+    photometric: int
+    planar: bool
+    """Its samples lie apart, one plane after the other."""
+    orientation: int
+    profile: bytes
+
+
+def tiff_header(data: memoryview) -> Header:
+    """Read the header of a TIFF by its first page."""
+    pages, raw = read_pages(data)
+    if raw:
+        return Header("camera raw")
+    first = pages[0]
+    color = first.color + (" alpha" if first.alpha and first.color != "channels" else "")
+    bits = max(first.bits, 8)
+    return Header(
+        "tiff",
+        first.width,
+        first.height,
+        color,
+        bits,
+        first.orientation,
+        is_float=first.kind == FLOAT,
+        pages=max(len(pages), _images_of_imagej(data)),
+        profile=first.profile,
+    )
+
+
+def read_pages(data: memoryview) -> tuple[list[Page], bool]:
+    """Return the pages that are no smaller copies or masks, and whether a camera wrote raw data.
+
+    Raises:
+        ValueError, struct.error, IndexError: If there is no page, or its directory is damaged.
+    """
+    pages: list[Page] = []
+    small: list[Page] = []
+    raw = bytes(data[8:10]) == b"CR"  # Canon's
+    for offset, tags in _directories(data):
+        raw = raw or _is_raw(data, tags)
+        (small if _is_small(tags) else pages).append(_page(offset, tags))
+    if not (pages or small):
+        raise ValueError("no directory")
+    return pages or small[:1], raw
+
+
+def as_first(encoded: bytes | memoryview, page: Page) -> bytes | memoryview:
+    """Return a file whose first directory is the page's, for readers that take the first."""
+    order = _order(memoryview(encoded))
+    code, at = (order + "Q", 8) if _is_big(memoryview(encoded)) else (order + "I", 4)
+    if struct.unpack_from(code, encoded, at)[0] == page.offset:
+        return encoded
+    changed = bytearray(encoded)
+    struct.pack_into(code, changed, at, page.offset)
+    return bytes(changed)
+
+
+def _order(data: memoryview) -> str:
+    return "<" if bytes(data[:2]) == b"II" else ">"
+
+
+def _is_big(data: memoryview) -> bool:
+    return 43 in (data[2], data[3])
+
+
+def _directories(data: memoryview) -> Iterator[tuple[int, Tags]]:
+    """Yield the offset and the tags of each directory; a damaged one after the first ends them."""
+    order, big = _order(data), _is_big(data)
+    (at,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
+    seen: set[int] = set()
+    while at and at not in seen and len(seen) < MOST_PAGES:
+        seen.add(at)
+        try:
+            tags, following = _directory(data, at, order, big=big)
+        except struct.error:
+            if len(seen) == 1:
+                raise
+            return
+        yield at, tags
+        at = following
+
+
+def _directory(data: memoryview, at: int, order: str, *, big: bool) -> tuple[Tags, int]:
+    """Return the tags of a directory that matter, and the offset of the following one."""
+    count_code, entry_code, size, inline = ("Q", "HHQ", 20, 8) if big else ("H", "HHI", 12, 4)
+    (count,) = struct.unpack_from(order + count_code, data, at)
+    begin = at + struct.calcsize(count_code)
+    tags: Tags = {}
+    for entry in range(begin, begin + size * min(count, 4096), size):
+        tag, kind, number = struct.unpack_from(order + entry_code, data, entry)
+        if tag in _KEPT and kind in _TYPES:
+            tags[tag] = _values(data, entry + size - inline, order, _TYPES[kind], number, inline)
+    offset = order + ("Q" if big else "I")
+    try:
+        return tags, int(struct.unpack_from(offset, data, begin + size * count)[0])
+    except struct.error:  # cut off behind the last entry: the page itself may be whole
+        return tags, 0
+
+
+def _values(
+    data: memoryview, place: int, order: str, code: str, number: int, inline: int
+) -> tuple[int, ...] | bytes:
+    number = min(number, _MOST_BYTES if code == "c" else _MOST_VALUES)
+    if number * struct.calcsize(code) > inline:  # too long for the entry: it says where they lie
+        (place,) = struct.unpack_from(order + ("Q" if inline == 8 else "I"), data, place)
+    if code == "c":
+        return bytes(data[place : place + number])
+    return struct.unpack_from(f"{order}{number}{code}", data, place)
+
+
+def _first(tags: Tags, tag: int, default: int) -> int:
+    values = tags.get(tag)
+    return int(values[0]) if values else default
+
+
+def _is_small(tags: Tags) -> bool:
+    return bool(_first(tags, SUBFILE, 0) & (_REDUCED | _MASK)) or _first(tags, OLD_SUBFILE, 1) == 2
+
+
+def _is_raw(data: memoryview, tags: Tags) -> bool:
+    """Return whether a directory, or one below it, holds a sensor's values."""
+    if DNG_VERSION in tags or _first(tags, PHOTOMETRIC, -1) in (_SENSOR, _LINEAR_SENSOR):
+        return True
+    for offset in tags.get(SUB_DIRECTORIES, ())[:8]:
+        try:
+            below, _ = _directory(data, int(offset), _order(data), big=_is_big(data))
+        except struct.error:
+            continue
+        if _first(below, PHOTOMETRIC, -1) in (_SENSOR, _LINEAR_SENSOR):
+            return True
+    return False
+
+
+def _page(offset: int, tags: Tags) -> Page:
+    photometric, samples = _first(tags, PHOTOMETRIC, -1), _first(tags, SAMPLES, 1)
+    color = _COLORS.get(photometric, "")
+    extra = tags.get(EXTRA, ())
+    more = samples - _OF_COLOR.get(color, samples)
+    alpha = int(extra[0]) if len(extra) else 0
+    alpha = alpha if more and alpha in (ASSOCIATED, UNASSOCIATED) else 0
+    # A colour stays one whatever lies beside it; of grey, only alpha is known not to be a channel.
+    if color and (more < 0 or (color == "grey" and more > (1 if alpha else 0))):
+        color = "channels"
+    orientation = _first(tags, ORIENTATION, 1)
+    profile = tags.get(PROFILE, b"")
+    return Page(
+        offset,
+        _first(tags, WIDTH, 0),
+        _first(tags, HEIGHT, 0),
+        color,
+        _first(tags, BITS, 1),
+        _first(tags, SAMPLE_FORMAT, UNSIGNED),
+        samples,
+        alpha,
+        photometric,
+        samples > 1 and _first(tags, PLANAR, 1) == 2,
+        orientation if 1 <= orientation <= 8 else 1,
+        profile if isinstance(profile, bytes) else bytes(value & 255 for value in profile),
+    )
+
+
+def _images_of_imagej(data: memoryview) -> int:
+    """Return how many images ImageJ put behind one directory, as it does with large stacks."""
+    _, tags = next(_directories(data))
+    text = tags.get(DESCRIPTION, b"")
+    found = _IMAGEJ_IMAGES.search(text) if isinstance(text, bytes) else None
+    return int(found[1]) if found else 1

@@ -1,0 +1,72 @@
+"""What images of more than 8 bits use of their range, in words for their owner."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+# Below this share of its range an image has 6 bits of grey levels or fewer.
+_LITTLE = 0.25
+_OVERSHOOT = 0.5 / 255
+
+
+class ValueRange(NamedTuple):
+    """Of one image, before any scaling."""
+
+    low: float
+    high: float
+    black: float
+    """What becomes 0 without a setting."""
+    white: float
+    is_float: bool = False
+
+    @property
+    def is_outside(self) -> bool:
+        """Whether floating point numbers leave the range, which makes the image a bad one."""
+        margin = _OVERSHOOT * (self.white - self.black)
+        beyond = self.low < self.black - margin or self.high > self.white + margin
+        return self.is_float and beyond
+
+    @property
+    def is_little(self) -> bool:
+        """Whether few levels are left of the image."""
+        low = self.black if self.black == 0 else self.low
+        return (self.high - low) < _LITTLE * (self.white - self.black)
+
+
+def range_advice(ranges: Sequence[ValueRange]) -> list[str]:
+    """Return what to do about images whose values lie elsewhere than white and black.
+
+    Args:
+        ranges: Of images of more than 8 bits for which ``data.intensity`` is not set.
+    """
+    lines = []
+    outside = [r for r in ranges if r.is_outside]
+    if outside:
+        low, high = min(r.low for r in outside), max(r.high for r in outside)
+        lines.append(
+            f"{len(outside):,} of {len(ranges):,} images of more than 8 bits hold floating point "
+            f"numbers from {low:,.6g} to {high:,.6g}, which is not the range 0 to 1: they count as "
+            f"broken until you set data.intensity=[{low:.6g}, {high:.6g}], or {{percentile: [0.5, "
+            f"99.5]}} of each image."
+        )
+    little = [r for r in ranges if r.is_little and not r.is_outside]
+    if 2 * len(little) > len(ranges) - len(outside):
+        lines.append(_little_used(little, of=len(ranges)))
+    return lines
+
+
+def _little_used(little: Sequence[ValueRange], *, of: int) -> str:
+    high = max(r.high for r in little)
+    low, black = min(r.low for r in little), little[0].black
+    white = max(r.white for r in little)
+    level = min(255, int(256 * (high - black) / (white - black + 1)))
+    if black < 0 or little[0].is_float:
+        cure = f"data.intensity=[{low:.6g}, {high:.6g}]"
+        look = "nearly grey" if black < 0 else "nearly dark"
+    else:
+        cure = f"data.intensity={{bits: {max(1, int(high).bit_length())}}} or [low, high]"
+        look = f"nearly dark (no level above {level} of 255)"
+    return (
+        f"{len(little):,} of {of:,} images of more than 8 bits use little of their range: the "
+        f"highest value seen is {high:,.6g} of {white:,.6g}, so that they come out {look}; set "
+        f"{cure}, or {{percentile: [0.5, 99.5]}} of each image."
+    )

@@ -1,0 +1,168 @@
+"""Which rows of which row groups a source of Parquet files has: those kept, up to a limit."""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from raysl.errors import DataError
+from raysl.sources.columns import Columns
+from raysl.sources.footers import Footer, Ints
+from raysl.sources.source import digest, spread_rows
+
+# A limit takes rows of so many row groups, and of so many files, where there are as many: files
+# that are sorted by class, or by day, give several.
+_FAR_APART = 16
+
+
+class Groups(NamedTuple):
+    """The row groups that hold kept rows, in order. One number each, so that a million are small.
+
+    ``file``, ``number`` (in the file) and ``rows`` (that are kept) are ``(num_groups,)``.
+    """
+
+    file: npt.NDArray[np.int32]
+    number: npt.NDArray[np.int32]
+    rows: Ints
+    places: npt.NDArray[np.int32] | None
+    """Place in its row group of each kept row, ``(num_images,)``; None if all are kept."""
+    firsts: Ints | None
+    """Place in its file of each row group's first row, ``(num_groups,)``; None if all are kept."""
+    num_bytes: int
+    """Images of these row groups."""
+
+
+class _Part(NamedTuple):
+    """The row groups of one file that hold kept rows."""
+
+    footer: Footer
+    number: npt.NDArray[np.int32]
+    rows: Ints
+    firsts: Ints
+    bytes: Ints
+    places: npt.NDArray[np.int32] | None
+
+
+def gather(
+    footers: Iterable[tuple[int, Footer]], limit: int | None
+) -> tuple[list[Footer], Groups, str]:
+    """Cut files into row groups of kept rows.
+
+    With a limit, looking ends once enough files are known; of their row groups few are taken, at
+    even distances, and of each as many rows, at even distances too.
+
+    Args:
+        footers: Files with their place among all, in ``reading_order``.
+        limit: Rows to take; None for all.
+
+    Returns:
+        The files that were looked at (the schema of one of them) and the groups, in the files'
+        order, and a fingerprint of both.
+
+    Raises:
+        DataError: If the files' columns differ.
+    """
+    found: list[tuple[int, _Part]] = []
+    rows = files = 0
+    for place, footer in footers:
+        _check_alike(footer, found[0][1].footer if found else footer)
+        part = _cut(footer if not found else footer._replace(schema=None))
+        found.append((place, part))
+        rows += int(part.rows.sum())
+        files += len(part.rows) > 0
+        if limit is not None and rows >= limit and files >= min(_FAR_APART, limit):
+            break
+    parts = [part for _, part in sorted(found, key=lambda each: each[0])]
+    looked = [part.footer for part in parts]
+    groups = _join(parts, None if limit is None or limit >= rows else limit)
+    chosen = b"" if groups.places is None else groups.places.tobytes() + groups.rows.tobytes()
+    return looked, groups, digest(*(footer.identity for footer in looked), chosen)
+
+
+def _cut(footer: Footer) -> _Part:
+    ends = np.cumsum(footer.rows)
+    starts = ends - footer.rows
+    if footer.kept is None:
+        rows, places = footer.rows, None
+    else:
+        of = np.searchsorted(ends, footer.kept, side="right")
+        rows = np.bincount(of, minlength=len(ends)).astype(np.int64)
+        places = (footer.kept - starts[of]).astype(np.int32)
+    number = np.flatnonzero(rows).astype(np.int32)
+    light = footer._replace(bytes=footer.bytes[:0], kept=None)
+    return _Part(light, number, rows[number], starts[number], footer.bytes[number], places)
+
+
+def _join(parts: list[_Part], limit: int | None) -> Groups:
+    """Put the row groups of all files into columns, and cut them to the limit if there is one."""
+    none = np.empty(0, np.int64)
+    file = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.number) for part in parts])
+    number = np.concatenate([none, *(part.number for part in parts)]).astype(np.int32)
+    rows = np.concatenate([none, *(part.rows for part in parts)])
+    firsts = np.concatenate([none, *(part.firsts for part in parts)])
+    sizes = np.concatenate([none, *(part.bytes for part in parts)])
+    filtered = [part.places for part in parts if part.places is not None]
+    places = np.concatenate(filtered) if filtered else None
+    if limit is not None:
+        taken = _share_out(rows, limit)
+        places = _take(rows, places, taken)
+        used = np.flatnonzero(taken)
+        file, number, rows = file[used], number[used], taken[used]
+        firsts, sizes = firsts[used], sizes[used]
+    return Groups(file, number, rows, places, None if places is None else firsts, int(sizes.sum()))
+
+
+def _share_out(rows: Ints, limit: int) -> Ints:
+    """Return how many rows to take of each row group.
+
+    Of about as many row groups as hold ``limit`` rows, or ``_FAR_APART`` if that is more.
+
+    Args:
+        rows: ``(num_groups,)``, none empty, of more than ``limit`` in all.
+        limit: Rows to take.
+    """
+    total = int(rows.sum())
+    count = min(len(rows), max(_FAR_APART, math.ceil(limit * len(rows) / total)), limit)
+    while rows[used := spread_rows(len(rows), count)].sum() < limit:
+        count = min(len(rows), count + 1 + count // 8)
+    taken = np.zeros(len(rows), dtype=np.int64)
+    left = limit
+    # What a small group lacks, the larger ones give.
+    for done, group in enumerate(used[np.argsort(rows[used], kind="stable")].tolist()):
+        taken[group] = min(int(rows[group]), left // (len(used) - done))
+        left -= int(taken[group])
+    return taken
+
+
+def _take(rows: Ints, places: npt.NDArray[np.int32] | None, taken: Ints) -> npt.NDArray[np.int32]:
+    """Return places in their row groups of as many rows as are taken, at even distances."""
+    starts = np.cumsum(rows) - rows
+    parts = []
+    for group in np.flatnonzero(taken).tolist():
+        some = spread_rows(int(rows[group]), int(taken[group]))
+        parts.append(some if places is None else places[starts[group] + some])
+    return np.concatenate(parts).astype(np.int32)
+
+
+def _check_alike(footer: Footer, first: Footer) -> None:
+    ours, theirs = footer.columns, first.columns
+    if ours[:4] != theirs[:4]:
+        mine, others = _describe(ours), _describe(theirs)
+    # Names may be missing where another program wrote a file anew; those there are must agree.
+    elif ours.class_names == theirs.class_names or not (ours.class_names and theirs.class_names):
+        return
+    else:
+        mine = f"the classes of {ours.label!r} have other names (ClassLabel)"
+        others = f"{len(theirs.class_names)} names from {theirs.class_names[0]!r} on"
+    raise DataError(
+        f"{footer.path}: {mine}; unlike {first.path}: {others}. Files of one source have the same "
+        f"columns: give a folder, or a glob such as DIR/train-*.parquet, with files of one kind"
+    )
+
+
+def _describe(columns: Columns) -> str:
+    kind = "paths of images" if columns.paths == columns.image else "images"
+    where = " of the folders' names" if columns.label_in_path else ""
+    return f"{kind} in {columns.image!r}, labels in {columns.label!r}{where}"

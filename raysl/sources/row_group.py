@@ -1,0 +1,75 @@
+"""The images of one row group of a Parquet file."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from raysl.sources.columns import Columns, as_bytes, leaf_of
+from raysl.sources.storage import patiently
+
+
+class Images(NamedTuple):
+    """Encoded images of a row group, or the paths of those that are null."""
+
+    encoded: pa.ChunkedArray
+    paths: pa.ChunkedArray | None
+
+    @property
+    def nbytes(self) -> int:
+        """What they take in memory."""
+        return int(self.encoded.nbytes + (0 if self.paths is None else self.paths.nbytes))
+
+
+def read_images(
+    filesystem: pafs.FileSystem, parquet: pq.ParquetFile, number: int, columns: Columns
+) -> Images:
+    """Read the images of a row group; their paths only where an image is null.
+
+    Raises:
+        KeyError: If the file has no such column.
+        IndexError: If it has no such row group.
+        OSError, ArrowException: If it cannot be read.
+    """
+    image, paths = columns.image, columns.paths
+    encoded = read_column(filesystem, parquet, [number], image)
+    if paths == image:
+        return Images(pa.chunked_array([pa.nulls(len(encoded), pa.binary())]), encoded)
+    encoded = as_bytes(encoded)
+    if paths is None or not encoded.null_count:
+        return Images(encoded, None)
+    return Images(encoded, read_column(filesystem, parquet, [number], paths))
+
+
+def read_column(
+    filesystem: pafs.FileSystem, parquet: pq.ParquetFile, numbers: Sequence[int], column: str
+) -> pa.ChunkedArray:
+    """Read a column, or a part of a struct, of some row groups.
+
+    Raises:
+        KeyError: If the file has no such column.
+        IndexError: If it has no such row group.
+        OSError, ArrowException: If it cannot be read.
+    """
+    if max(numbers) >= parquet.metadata.num_row_groups:
+        raise IndexError(max(numbers))
+    table = patiently(filesystem, lambda: parquet.read_row_groups(numbers, columns=[column]))
+    if column in table.column_names:  # beside it, columns whose names go on with a dot
+        return table.column(column)
+    name, _, part = column.rpartition(".")
+    if name not in table.column_names or not pa.types.is_struct(table.schema.field(name).type):
+        raise KeyError(column)
+    whole = table.column(name)
+    kind = whole.type.field(part).type
+    return pa.chunked_array([chunk.field(part) for chunk in whole.chunks], kind)
+
+
+def span_of(metadata: pq.FileMetaData, number: int, columns: Columns) -> tuple[int, int]:
+    """Return where the images of a row group begin in the file and how many bytes they take."""
+    leaf = leaf_of(metadata, columns.image)
+    if leaf is None or number >= metadata.num_row_groups:
+        return 0, 1
+    chunk = metadata.row_group(number).column(leaf)
+    return chunk.dictionary_page_offset or chunk.data_page_offset, chunk.total_compressed_size

@@ -1,0 +1,237 @@
+"""Folders of Parquet files that are tables: a log, not the listing, says which files are current.
+
+Delta Lake, Iceberg and Hudi write rows anew and leave the old files where they are, so that a
+listing holds what was overwritten or deleted beside what replaced it.
+"""
+
+import importlib
+import os
+import re
+from collections.abc import Iterable
+from typing import Any, Literal
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from raysl.errors import DataError
+from raysl.sources.storage import is_local, read_file
+
+TableKind = Literal["delta", "iceberg", "hudi"]
+
+_NAMES = {"delta": "Delta", "iceberg": "Iceberg", "hudi": "Hudi"}
+_PACKAGES = {"delta": "deltalake", "iceberg": "pyiceberg"}
+_MARKS = {"_delta_log": "delta", "metadata": "iceberg", ".hoodie": "hudi"}
+_ICEBERG_VERSION = re.compile(r"v?(\d+)(-[^/]*)?(\.gz)?\.metadata\.json(\.gz)?")
+_MOST_FOLDERS = 64  # a lake keeps its tables side by side: few enough to ask for each
+_REWRITE = {
+    "delta": "run OPTIMIZE or REORG TABLE ... APPLY (PURGE), which writes its files anew",
+    "iceberg": "run rewrite_data_files, which writes its files anew",
+}
+
+
+def table_kind(filesystem: pafs.FileSystem, root: str) -> TableKind | None:
+    """Return what kind of table a folder is: by ``_delta_log``, ``metadata/*.metadata.json``.
+
+    None if it is none; ``hudi`` is known by name only.
+    """
+    root = root.rstrip("/")
+    infos = filesystem.get_file_info([f"{root}/{mark}" for mark in _MARKS])
+    for info, kind in zip(infos, _MARKS.values(), strict=True):
+        if info.type != pafs.FileType.Directory:
+            continue
+        if kind != "iceberg" or _iceberg_versions(filesystem, root):
+            return kind  # type: ignore[return-value]
+    return None
+
+
+def check_no_tables_below(filesystem: pafs.FileSystem, root: str, files: Iterable[str]) -> None:
+    """Refuse a folder that holds a table among others, or beside other files.
+
+    Args:
+        filesystem: Where it lies.
+        root: The folder; no table itself.
+        files: Paths of its Parquet files relative to it.
+
+    Raises:
+        DataError: If a folder of its first two levels is a table.
+    """
+    folders: dict[str, None] = {}
+    for file in files:
+        parts = file.split("/")[:-1]
+        folders |= {"/".join(parts[: depth + 1]): None for depth in range(min(2, len(parts)))}
+        if len(folders) > _MOST_FOLDERS:
+            break
+    for folder in list(folders)[:_MOST_FOLDERS]:
+        if kind := table_kind(filesystem, f"{root.rstrip('/')}/{folder}"):
+            raise DataError(
+                f"data.source={root}: {folder} in it is a {_NAMES[kind]} table: rows that it has "
+                f"removed lie among its files. Give the table itself "
+                f"(data.source={root.rstrip('/')}/{folder}), and others with data.mix"
+            )
+
+
+def table_note(filesystem: pafs.FileSystem, folder: str) -> str:
+    """Return the line that says that files lie in a table and may be old; empty if they do not."""
+    for root in (folder, folder.rpartition("/")[0]):
+        if root and (kind := table_kind(filesystem, root)):
+            return (
+                f"the files lie in a {_NAMES[kind]} table ({root}): rows that it has removed may "
+                f"be among them; the folder as data.source takes the current ones alone"
+            )
+    return ""
+
+
+def current_files(filesystem: pafs.FileSystem, root: str, kind: TableKind, uri: str) -> list[str]:
+    """Return the paths of the files whose rows a table holds now, sorted.
+
+    Its log is read by ``deltalake`` or ``pyiceberg``. Of Iceberg it is the newest metadata file: a
+    catalog's own pointer is not asked for.
+
+    Args:
+        filesystem: Where the table lies.
+        root: Its folder.
+        kind: As ``table_kind`` returns it.
+        uri: What the user gave, for messages and for the store's settings.
+
+    Raises:
+        DataError: If the library is not installed or cannot read the table, the store is none that
+            it is asked in, some rows of a file are removed, or files lie elsewhere.
+    """
+    what = (
+        f"data.source={uri}: is a {_NAMES[kind]} table, and rows that it has removed lie among its "
+        f"files"
+    )
+    if kind == "hudi":
+        raise DataError(f"{what}. {_export('its current rows')}")
+    if not is_local(filesystem) and (not uri.startswith("s3://") or "?" in uri):
+        raise DataError(
+            f"{what}. Such tables are read from local disks and from s3://BUCKET/PATH without "
+            f"settings after a question mark. {_export('its current rows')}"
+        )
+    try:
+        importlib.import_module(_PACKAGES[kind])
+    except ImportError:
+        raise DataError(
+            f"{what}. To read the current ones: pip install 'raysl[tables]' "
+            f"({_PACKAGES[kind]} reads its log). Or: {_export('them')}"
+        ) from None
+    place = root if is_local(filesystem) else f"s3://{root}"
+    find = _delta_files if kind == "delta" else _iceberg_files
+    try:
+        files = find(filesystem, place, what)
+    except DataError:
+        raise
+    except Exception as error:  # the libraries have a dozen kinds each, without a common one
+        raise DataError(f"{what}; {_PACKAGES[kind]} cannot read its log: {error}") from None
+    below = _below(files, root, what)
+    if not below:
+        raise DataError(f"data.source={uri}: the {_NAMES[kind]} table holds no rows")
+    return below
+
+
+def _export(rows: str) -> str:
+    return f"Write {rows} to Parquet files in another folder with the engine that wrote the table"
+
+
+def _delta_files(filesystem: pafs.FileSystem, place: str, what: str) -> list[str]:
+    library: Any = importlib.import_module("deltalake")
+    endpoint = _endpoint()
+    settings = {"AWS_ENDPOINT_URL": endpoint} if endpoint else {}
+    if endpoint.startswith("http://"):
+        settings["AWS_ALLOW_HTTP"] = "true"
+    table = library.DeltaTable(place, storage_options=None if is_local(filesystem) else settings)
+    if "deletionVectors" in (table.protocol().reader_features or []):
+        removed = next(
+            (b for b in pa.RecordBatchReader.from_stream(table.deletion_vectors()) if len(b)), None
+        )
+        if removed is not None:
+            raise DataError(
+                _in_part(what, "delta", "deletion vectors", removed.column(0)[0].as_py())
+            )
+    renamed = {
+        field.name: physical
+        for field in table.schema().fields
+        if (physical := field.metadata.get("delta.columnMapping.physicalName", field.name))
+        != field.name
+    }
+    if renamed:
+        logical, physical = next(iter(renamed.items()))
+        raise DataError(
+            f"{what}. Its columns have other names in the files (column mapping: {logical!r} is "
+            f"{physical!r} there). {_export('its current rows')}"
+        )
+    # file_uris() would give names that are encoded in part: of the folder, not of what is below.
+    paths = pa.table(table.get_add_actions()).column("path").to_pylist()
+    return [path if ":/" in path else f"{place}/{unquote(path)}" for path in paths]
+
+
+def _iceberg_files(filesystem: pafs.FileSystem, place: str, what: str) -> list[str]:
+    library: Any = importlib.import_module("pyiceberg.table")
+    root = place.removeprefix("s3://")
+    metadata = _newest_metadata(filesystem, root, what)
+    settings = {"s3.endpoint": _endpoint()} if _endpoint() else {}
+    prefix = "" if is_local(filesystem) else "s3://"
+    table = library.StaticTable.from_metadata(f"{prefix}{metadata}", properties=settings)
+    files = []
+    for task in table.scan().plan_files():
+        if task.delete_files:
+            raise DataError(_in_part(what, "iceberg", "delete files", task.file.file_path))
+        if task.file.file_format.name != "PARQUET":
+            raise DataError(
+                f"{what}. It holds {task.file.file_format.name} files, not only Parquet"
+            )
+        files.append(str(task.file.file_path))
+    return files
+
+
+def _in_part(what: str, kind: str, how: str, file: str) -> str:
+    return (
+        f"{what}. Of some files only a part of the rows is removed ({how}: {file}); reading the "
+        f"files would bring those back. To read it: {_REWRITE[kind]}"
+    )
+
+
+def _iceberg_versions(filesystem: pafs.FileSystem, root: str) -> dict[str, int]:
+    """Return the metadata files of a table by name, with their versions."""
+    selector = pafs.FileSelector(f"{root.rstrip('/')}/metadata")
+    names = [info.base_name for info in filesystem.get_file_info(selector)]
+    matches = {name: _ICEBERG_VERSION.fullmatch(name) for name in names}
+    return {name: int(match[1]) for name, match in matches.items() if match}
+
+
+def _newest_metadata(filesystem: pafs.FileSystem, root: str, what: str) -> str:
+    versions = _iceberg_versions(filesystem, root)
+    folder = f"{root.rstrip('/')}/metadata"
+    hint = f"{folder}/version-hint.text"  # of tables without a catalog
+    newest = max(versions.values())
+    if filesystem.get_file_info(hint).type == pafs.FileType.File:
+        text = read_file(filesystem, hint).decode(errors="replace").strip()
+        newest = int(text) if text.isdigit() else newest
+    names = [name for name, version in versions.items() if version == newest]
+    if len(names) != 1:
+        raise DataError(
+            f"{what}. Which of its states is the current one, its catalog alone knows: "
+            f"{', '.join(sorted(names)) or f'none of version {newest}'} in {folder}"
+        )
+    return f"{folder}/{names[0]}"
+
+
+def _below(files: Iterable[str], root: str, what: str) -> list[str]:
+    """Return paths of the source's file system, all below the table's folder."""
+    found = []
+    top = root.rstrip("/") + "/"
+    for file in files:  # of Iceberg, not percent-encoded, whatever the scheme
+        path = re.sub("^file:/+", "/", file)
+        path = re.sub("^s3[an]?://", "", path)
+        if not path.startswith(top):
+            raise DataError(
+                f"{what}. Its log names files elsewhere ({file}), as after the folder was copied "
+                f"or moved. Give it where it was, or: {_export('its current rows')}"
+            )
+        found.append(path)
+    return sorted(found)
+
+
+def _endpoint() -> str:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
