@@ -236,7 +236,7 @@ def _held_out_split(data: DataConfig, source: Source) -> tuple[Source | None, st
     if data.source in BUILT_IN:  # whose test split everybody tests on
         return test, ""
     tested = counted(int((labels >= 0).sum()), "labelled image")
-    return test, f"{source.name}: the split {name} tests the probes ({tested})"
+    return test, f"{source.name}: accuracy is measured on the split {name} ({tested})"
 
 
 def _split_beside(data: DataConfig, source: Source) -> str | None:

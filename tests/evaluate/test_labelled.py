@@ -225,7 +225,8 @@ class TestSplits:
         assert (len(found.train.rows), len(found.test.rows)) == (12, 12)
         assert f"/{name}/" in found.test.source.where(0)
         assert len(found.notes) == 1
-        assert found.notes[0].endswith(" tests the probes (12 labelled images)")
+        split = {"val": "validation", "test": "test"}[name]
+        assert found.notes[0].endswith(f"measured on the split {split} (12 labelled images)")
 
     def test_a_limit_cuts_the_training_images_only(self, tmp_path: Path) -> None:
         data = self.write(tmp_path, train=TWO, val=TWO)
