@@ -17,7 +17,15 @@ from raysl.sources.filter import RowFilter
 from raysl.sources.labels import number_classes
 from raysl.sources.lasting import is_lasting
 from raysl.sources.pixels import Decoding
-from raysl.sources.source import Encoded, Labels, SourceConfig, Unreadable, digest, spread_rows
+from raysl.sources.source import (
+    Encoded,
+    Labels,
+    SourceConfig,
+    Unreadable,
+    digest,
+    idle_settings,
+    spread_rows,
+)
 from raysl.sources.storage import (
     REMOTE_READERS,
     is_local,
@@ -70,7 +78,7 @@ class FolderSource:
         self.filesystem = filesystem
         self.root = root.rstrip("/")
         self.splits = tuple(splits)
-        self.notes: tuple[str, ...] = (*notes, *_idle_settings(config))
+        self.notes: tuple[str, ...] = (*notes, *idle_settings(config, "a folder of image files"))
         self.label_advice = "put the images into folders, one a class"
         self._decoding = config.decoding()
         if config.filter:
@@ -151,15 +159,6 @@ def _files_kept(files: pa.Table, conditions: RowFilter) -> npt.NDArray[np.bool_]
     """Return which files fulfil all conditions, ``(num_files,)``; the id of a file is its path."""
     texts = pa.array([readable(path) for path in files.column("path").to_pylist()], pa.string())
     return conditions.keep(files.set_column(0, "path", texts).append_column("row_id", texts))
-
-
-def _idle_settings(config: SourceConfig) -> list[str]:
-    """Say which settings do nothing here."""
-    return [
-        f"data.{name}={value} does nothing here: a folder of image files has no columns"
-        for name in ("image_column", "label_column")
-        if (value := getattr(config, name)) is not None
-    ]
 
 
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:

@@ -4,7 +4,8 @@ import importlib.util
 
 PLAIN_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
-    *(".avif", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm"),
+    *(".avif", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".pam", ".pfm"),
+    *(".psd", ".tga", ".pcx", ".sgi", ".dds", ".qoi", ".ico"),
 )
 # Read by a library that raysl[formats] installs: its module, and what people call the format.
 OPTIONAL_SUFFIXES = {
@@ -29,8 +30,8 @@ _OTHERS = {
     **dict.fromkeys((".dcm", ".dicom"), "DICOM; write them as PNG or TIFF first"),
     **dict.fromkeys((".nii", ".nii.gz", ".mha", ".nrrd", ".czi", ".nd2", ".lif", ".svs"), _ARRAYS),
     **dict.fromkeys((".npy", ".npz", ".h5", ".hdf5", ".zarr", ".mat"), _ARRAYS),
-    **dict.fromkeys((".psd", ".svg", ".eps", ".ai", ".pdf"), "drawings; write them as PNG first"),
-    **dict.fromkeys((".exr", ".hdr", ".pfm", ".tga", ".dds", ".ico"), "write them as PNG first"),
+    **dict.fromkeys((".svg", ".eps", ".ai", ".pdf"), "drawings; write them as PNG first"),
+    **dict.fromkeys((".exr", ".hdr"), "write them as PNG first"),
     **dict.fromkeys((".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"), _VIDEO),
     **dict.fromkeys((".zip", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst"), _ARCHIVE),
     ".arrow": "Arrow files of datasets.save_to_disk; write them with Dataset.to_parquet first",

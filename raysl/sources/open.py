@@ -23,6 +23,7 @@ from raysl.sources.source import (
     DataConfig,
     Source,
     SourceConfig,
+    idle_settings,
     spread_rows,
 )
 from raysl.sources.splits import TRAIN, choose_split, describe_choice, split_shards
@@ -76,8 +77,7 @@ def _open_mixed(
     config: SourceConfig, split: str | None, held_out: bool, data: DataConfig
 ) -> Source:
     first = _Opener(config, split, held_out, data).open()
-    named = split or config.split
-    if held_out or named not in (None, TRAIN):
+    if held_out or split not in (None, TRAIN):
         return first
     if not isinstance(config, DataConfig) or not config.mix:
         return first
@@ -127,7 +127,9 @@ class _Opener:
             if config.source == "digits"
             else builtin.open_torchvision(config.source, split, root=self.data.torchvision_root)
         )
-        return source if config.limit is None else _some(source, config.limit)
+        source = source if config.limit is None else _some(source, config.limit)
+        source.notes = idle_settings(config, "a set by its name")
+        return source
 
     def _choose(self, names: Sequence[str]) -> str | None:
         """Return which of the splits that lie there to read; None if there are none."""

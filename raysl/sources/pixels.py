@@ -1,8 +1,15 @@
 """How a source's files become 8-bit RGB pixels, where the files leave a choice."""
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from raysl.config.base import Config
 
@@ -27,7 +34,34 @@ class Percentiles(Config):
         return self
 
 
-Intensity = tuple[float, float] | Bits | Percentiles
+def _rising(levels: tuple[float, float]) -> tuple[float, float]:
+    if levels[0] >= levels[1]:
+        raise ValueError("what is black must be below what is white")
+    return levels
+
+
+def _in_one_line(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """Say once what is allowed, not what each of the three kinds finds wrong."""
+    try:
+        return validate(_with_tuples(value))
+    except ValidationError:
+        raise ValueError(
+            f"give [low, high] with low below high, {{bits: 1 to 32}}, or "
+            f"{{percentile: [low, high]}} of 0 to 100; got {value!r}"
+        ) from None
+
+
+def _with_tuples(value: Any) -> Any:
+    """Return plain values with tuples for lists, as the strict types want them."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(each) for key, each in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+Intensity = Annotated[
+    Annotated[tuple[float, float], AfterValidator(_rising)] | Bits | Percentiles,
+    WrapValidator(_in_one_line),
+]
 ColorProfile = Literal["ignore", "convert"]
 Pages = Literal["refuse", "first", "channels"]
 

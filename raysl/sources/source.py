@@ -270,6 +270,20 @@ class ArraySource:
         return self._labels
 
 
+def idle_settings(config: SourceConfig, what: str) -> tuple[str, ...]:
+    """Return notes of the settings of columns, which do nothing where there are no columns.
+
+    Args:
+        config: Of the source.
+        what: It is, such as "a folder of image files".
+    """
+    return tuple(
+        f"data.{name}={value} does nothing here: {what} has no columns"
+        for name in ("image_column", "label_column")
+        if (value := getattr(config, name)) is not None
+    )
+
+
 def reading_order(num_files: int, limit: int | None) -> list[int]:
     """Return in which order to look at files: with a limit, any first few are far apart.
 

@@ -222,7 +222,7 @@ class _Store(fsspec.get_filesystem_class("memory")):  # type: ignore[misc]
     """A store in memory that fails when it is told to."""
 
     protocol = "failing"
-    cachable = False
+    cacheable = False
     down = False
 
     def _open(self, path: str, mode: str = "rb", **settings: Any) -> Any:
