@@ -101,7 +101,7 @@ def _has_alpha(listed: list[tuple[bytes, memoryview]]) -> bool:
 def read_jp2(data: memoryview) -> Header:
     """Read the header of a JPEG 2000 file, or of a bare codestream.
 
-    Source: ITU-T T.800, annex A.5.1 (SIZ) and I.5.3.
+    Source: ITU-T T.800, annex A.5.1 (the size marker) and I.5.3.
     """
     if bytes(data[:2]) == b"\xff\x4f":
         return _jp2_header(data, b"")

@@ -1,4 +1,4 @@
-"""Colours through a profile of three curves and a matrix, in a third of LittleCMS's time.
+"""Colours through a profile of three curves and a matrix, in a fraction of LittleCMS's time.
 
 Most profiles of photos are such: Adobe RGB, Display P3, those of cameras and screens. What is read
 here is only used once LittleCMS has been found to say the same (``color.py``).
