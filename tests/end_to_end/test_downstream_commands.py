@@ -19,6 +19,7 @@ from raysl.config.load import read_mapping
 from raysl.evaluate.features import square
 from raysl.nn.classifier import Classifier
 from raysl.sources.builtin import open_digits
+from raysl.sources.source import spread_rows
 from raysl.track.run_folder import RunFolder, list_checkpoints, read_metrics
 
 SMALL = ["backbone={name: resnet18, stem: small, width: 0.125}", "method.projection_layers=3"]
@@ -193,9 +194,10 @@ class TestFinetuneThenDistill:
 
 
 def raysl_labels(rows: list[int]) -> Any:
+    """The labels of rows of the 160 images that the configurations here take."""
     labels = open_digits("train").labels()
     assert labels is not None
-    return labels[rows]
+    return labels[spread_rows(len(labels), 160)[rows]]
 
 
 def count(model: Classifier) -> int:
