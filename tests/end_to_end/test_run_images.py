@@ -172,11 +172,11 @@ class TestNotes:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         class Noted(FolderSource):
-            def __init__(self, *given: object) -> None:
-                super().__init__(*given)  # type: ignore[arg-type]
+            def __init__(self, *given: object, **named: object) -> None:
+                super().__init__(*given, **named)  # type: ignore[arg-type]
                 self.notes = tuple(f"{number} files of a kind" for number in range(20))
 
-        monkeypatch.setattr("raysl.sources.open.FolderSource", Noted)
+        monkeypatch.setattr("raysl.sources.image_folders.FolderSource", Noted)
         code, said = train("name=r", "data.source=p")
         assert code == 0
         assert said.count("0 files of a kind") == 2  # and 10 files
@@ -212,7 +212,7 @@ class TestUnreadable:
                     for row, each in zip(indices, found, strict=True)  # type: ignore[call-overload]
                 ]
 
-        monkeypatch.setattr("raysl.sources.open.FolderSource", Damaged)
+        monkeypatch.setattr("raysl.sources.image_folders.FolderSource", Damaged)
         assert train("name=r", "data.source=p", "data.bad_images.max_share=0.1")[0] == 0
         share = "max_bad_share=0.1"
         assert main(["embed", "p", "runs/r", "emb", "num_workers=0", share]) == 0
@@ -235,7 +235,7 @@ class TestUnreadable:
         self, here: Path, train: Callable[..., tuple[int, str]], policy: str
     ) -> None:
         for path in (here / "p").rglob("*.png"):
-            path.write_bytes(b"<html>not found</html>")
+            path.write_bytes(b"no picture at all")
         code, said = train("name=r", "data.source=p", f"data.bad_images.policy={policy}")
         assert code == 1
         assert "is bad (not an image of a known format), and so were 100 others" in said
