@@ -69,7 +69,7 @@ class TestOneWorker:
         assert pretrain(run_yaml("broken"), *overrides, *ON_RAY) == 1
         error = capsys.readouterr().err
         assert "DecodeError" in error
-        assert f"{folder}/broken.png (22 bytes, begins with 3c68746d): not an image" in error
+        assert f"{folder}/broken.png (22 bytes, begins with 3c68746d): a web page" in error
         assert "Traceback" not in error
 
 
