@@ -53,7 +53,7 @@ class SimCLRViews(_Recipe):
 class MoCoV1Views(_Recipe):
     """Two views of MoCo v1: crop, grey, colour jitter always, flip.
 
-    Source: He et al. 2019, arXiv:1911.05722v3, sec. 4.1, and the authors' main_moco.py.
+    Source: He et al. 2019, arXiv:1911.05722v3, sec. 3.3, and the authors' main_moco.py.
     """
 
     recipe: Literal["moco_v1"] = "moco_v1"

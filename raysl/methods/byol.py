@@ -62,7 +62,7 @@ class BYOLConfig(MethodConfig):
 
     name: Literal["byol"] = "byol"
     hidden_dim: PositiveInt = 4096
-    """Width of the hidden layer of projector and predictor (sec. 3.2)."""
+    """Width of the hidden layer of projector and predictor (sec. 3.3)."""
     projection_dim: PositiveInt = 256
     """Width of projections and predictions."""
     ema_momentum: Probability = 0.996
@@ -70,7 +70,7 @@ class BYOLConfig(MethodConfig):
     less. The authors take 0.97 for 40 epochs of ImageNet at batch 4,096 (12,500 steps), 0.99 for
     100 and 300, 0.996 for 1,000 (310,000 steps)."""
     final_ema_momentum: Probability = 1.0
-    """tau at the end of the run, reached along half a cosine (sec. 3.2)."""
+    """tau at the end of the run, reached along half a cosine (sec. 3.3)."""
 
     def projection_head_layers(self, *, is_vit: bool) -> int:
         """Return those of the projector."""
@@ -138,7 +138,7 @@ class BYOL(Method):
         ema_update_(self.target, self.online, momentum=self._momentum(progress))
 
     def _momentum(self, progress: Progress) -> float:
-        """Return tau = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2 at step k of K (sec. 3.2)."""
+        """Return tau = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2 at step k of K (sec. 3.3)."""
         return cosine(
             progress.step,
             progress.total_steps,

@@ -158,7 +158,7 @@ class ContextEncoderConfig(MethodConfig):
     """How far the predicted square reaches over the hole on each side, over the view's side, for
     mask: centre; there the network sees what it has to say (overlapPred=4 at 128 px)."""
     overlap_weight: PositiveFloat = 10.0
-    """Weight of the squared error in that ring (sec. 5.1)."""
+    """Weight of the squared error in that ring (train.lua)."""
     reconstruction_weight: NonNegativeFloat = 0.999
     """lambda_rec of eq. (3)."""
     adversarial_weight: NonNegativeFloat = 0.001

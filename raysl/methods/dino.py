@@ -137,7 +137,7 @@ class DINOConfig(MethodConfig):
     """Hold each prototype's length at 1; false learns it: better for small transformers, less
     stable (the authors' --norm_last_layer)."""
     student_temperature: PositiveFloat = 0.1
-    """tau_s of Eq. (1) (sec. 3.1)."""
+    """tau_s of Eq. (1) (sec. 3.2)."""
     teacher_temperature: PositiveFloat | None = None
     """After its warm-up: 0.04 to 0.07; higher is unstable (appendix D). null goes from 0.04 for
     50,000 images (lightly's CIFAR-10 benchmark) to 0.07 for ImageNet's (the authors' best runs): on

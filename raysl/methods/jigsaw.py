@@ -38,7 +38,7 @@ from raysl.nn.geometry import entropy
 from raysl.nn.precision import at_least_float32
 
 MIN_TILE_PX = 8
-TILE_SHARE = 64 / 85  # sec. 4: tiles of 64 px out of cells of 75; VISSL out of cells of 85
+TILE_SHARE = 64 / 85  # VISSL: tiles of 64 px out of cells of 85; the paper: of 75
 
 
 @cache
@@ -176,14 +176,14 @@ class JigsawConfig(MethodConfig):
     grid: Annotated[int, Field(ge=2, le=3)] = 3
     """Tiles along a side: 3 in the paper; 2 is for small images."""
     num_permutations: PositiveInt | None = None
-    """P, the classes. Null takes 1,000 (sec. 4) or all of them if there are fewer (24 for grid 2).
+    """P, the classes. Null takes 1,000 (the paper) or all of them if there are fewer (24 for grid 2).
     VISSL has 100, 2,000 and 10,000."""
     arrangement: Literal["apart", "mosaic"] = "apart"
     """apart: the encoder sees one tile at a time, and a head all their features (the paper).
     mosaic: it sees the shuffled tiles side by side, as one image, and so what it will see later,
     whole images; its features are classified without a head (JiGen)."""
     normalise_tiles: bool = True
-    """Give each tile mean 0 and deviation 1 (sec. 4; JiGen does not)."""
+    """Give each tile mean 0 and deviation 1 (the paper; JiGen does not)."""
     tile_dim: PositiveInt = 1000
     """apart: width of a tile's features before they are put side by side (VISSL)."""
 

@@ -49,8 +49,8 @@ def margin_loss(z0: Tensor, z1: Tensor, dissimilar: Tensor, *, margin: float) ->
     Raises:
         ShapeError: If the shapes do not fit.
 
-    Source: Eq. (4), and Eq. (3) with P pairs. Computed in float32 also under autocast.
-    Departs: The mean over pairs, where Eq. (3) has their sum.
+    Source: Eq. (4). Computed in float32 also under autocast.
+    Departs: The mean over pairs, where the paper has their sum.
     """
     if z0.ndim != 2 or z0.shape != z1.shape or dissimilar.shape != z0.shape[:1]:
         raise ShapeError(

@@ -59,7 +59,7 @@ class RotationConfig(MethodConfig):
     name: Literal["rotation"] = "rotation"
     rotations: Literal["all", "one"] = "all"
     """all: the four turns of every image in the same batch, as in the paper, which found it better
-    (sec. 3.2): four times the work on an image. one: a random turn of each (VISSL)."""
+    (sec. 3.1): four times the work on an image. one: a random turn of each (VISSL)."""
 
     @property
     def num_views(self) -> int:

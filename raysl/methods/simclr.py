@@ -95,7 +95,7 @@ class SimCLRConfig(MethodConfig):
     """Width of the head's output."""
     memory: bool = False
     """Add earlier outputs of a memory network, the moving average of encoder and head, to the
-    negatives (version 2, sec. 2.1: about one point of linear accuracy there)."""
+    negatives (version 2, sec. 2 and appendix D: about one point of linear accuracy there)."""
     memory_length: PositiveInt | None = None
     """Embeddings in the memory; null takes the authors' 64K (version 2, sec. 3.1), or as many as
     there are images if they are fewer. More than the images is refused."""

@@ -24,7 +24,7 @@ def alignment(z0: Tensor, z1: Tensor) -> Tensor:
     Returns:
         Scalar float32 in [0, 4]: 0 if the views of every image have one direction.
 
-    Source: Wang and Isola 2020, arXiv:2005.10242v10, sec. 4.2, with alpha = 2.
+    Source: Wang and Isola 2020, arXiv:2005.10242v10, sec. 4.1.1, with alpha = 2.
     """
     return (F.normalize(z0.float(), dim=1) - F.normalize(z1.float(), dim=1)).square().sum(1).mean()
 
@@ -41,7 +41,7 @@ def uniformity(z: Tensor, *, most_rows: int = _MOST_ROWS) -> Tensor:
         Scalar float32 in [-8, 0]: 0 if all images have one direction, lower the more evenly they
         are spread.
 
-    Source: Wang and Isola 2020, arXiv:2005.10242v10, eq. (2), with t = 2.
+    Source: Wang and Isola 2020, arXiv:2005.10242v10, sec. 4.1.2, with t = 2.
     """
     if len(z) < 2:
         return z.new_zeros((), dtype=torch.float32)

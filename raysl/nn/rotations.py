@@ -25,7 +25,7 @@ def rotate(images: Tensor, turns: Tensor) -> Tensor:
     Raises:
         ShapeError: If the images are not square or there is not one number an image.
 
-    Source: Sec. 3.1: g(X|y) turns by y times 90 degrees.
+    Source: Sec. 2.2: g(X|y) turns by y times 90 degrees, counted here from 0.
     """
     if images.ndim != 4 or images.shape[2] != images.shape[3]:
         raise ShapeError(f"images must be (N, C, S, S) to be turned; got {tuple(images.shape)}")
