@@ -176,7 +176,7 @@ class JigsawConfig(MethodConfig):
     grid: Annotated[int, Field(ge=2, le=3)] = 3
     """Tiles along a side: 3 in the paper; 2 is for small images."""
     num_permutations: PositiveInt | None = None
-    """P, the classes. Null takes 1,000 (the paper) or all of them if there are fewer (24 for grid 2).
+    """P, the classes. Null takes the paper's 1,000, or all if there are fewer (24 for grid 2).
     VISSL has 100, 2,000 and 10,000."""
     arrangement: Literal["apart", "mosaic"] = "apart"
     """apart: the encoder sees one tile at a time, and a head all their features (the paper).
