@@ -245,8 +245,8 @@ def _take(tokens: Tensor, places: Tensor) -> Tensor:
 class MAE(Method):
     """An encoder of few patches and a decoder of all rebuild the pixels of the rest.
 
-    Departs: The encoder begins as it was given, whereas the authors' linear maps begin
-        Xavier-uniform in the encoder, too.
+    Departs: The encoder begins as its own configuration says; the authors' begins as with
+        backbone.init mae.
     """
 
     Config = MAEConfig

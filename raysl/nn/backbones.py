@@ -13,14 +13,14 @@ from raysl.config.base import Config, PositiveInt
 from raysl.errors import ConfigError
 from raysl.nn.batchnorm import BatchNormScope
 from raysl.nn.resnet import LAYOUTS, NormName, ResNet, Stem
-from raysl.nn.vit import VisionTransformer
+from raysl.nn.vit import Init, VisionTransformer
 
 Family = Literal["resnet", "vit", "convnext", "torchvision", "timm"]
 
 # What only some families have; everything else holds for all.
 _FIELDS: dict[Family, tuple[str, ...]] = {
     "resnet": ("stem", "width", "selective_kernels", "norm", "zero_init_residual"),
-    "vit": ("patch_size_px", "depth", "num_heads", "drop_path", "pool", "positions"),
+    "vit": ("patch_size_px", "depth", "num_heads", "drop_path", "pool", "positions", "init"),
     "convnext": ("drop_path",),
     "torchvision": (),
     "timm": (),
@@ -86,6 +86,10 @@ class BackboneConfig(Config):
     takes the mean before the last norm, as MAE does in fine-tuning."""
     positions: Literal["learned", "sincos"] = "learned"
     """ViT: learnt positions, or fixed sines and cosines (MAE, MoCo v3)."""
+    init: Init = "normal"
+    """ViT: how weights are drawn. normal: truncated normals of 0.02 (DINO, timm). mae and moco_v3:
+    Xavier-uniform, as their authors do; the class token begins at 0.02 with mae, at 1e-6 with
+    moco_v3, which also draws queries, keys and values as maps of their own."""
     batch_norm: BatchNormScope = "worker"
     """Images that batch norm takes its statistics from while training: those of this worker, of
     all workers (sync), or of each of batch_norm_splits parts of this worker's batch (split)."""
@@ -214,6 +218,7 @@ def build_backbone(config: BackboneConfig, *, image_size_px: int = 224) -> Backb
             drop_path=config.drop_path,
             pool=config.pool,
             positions=config.positions,
+            init=config.init,
         )
         return Backbone(vit, embed_dim=size.embed_dim)
     check_model_name(config)

@@ -11,6 +11,10 @@ from torch.nn import functional as F
 
 from raysl.errors import ShapeError
 
+Init = Literal["normal", "mae", "moco_v3"]
+
+_CLASS_TOKEN_STD = {"mae": 0.02, "moco_v3": 1e-6}
+
 
 class DropPath(nn.Module):
     """Stochastic depth: drop a residual branch for some images of the batch.
@@ -132,6 +136,7 @@ class VisionTransformer(nn.Module):
             token takes part in the attention either way. mean_norm normalises the mean instead of
             the tokens (MAE's fine-tuned models), by ``fc_norm`` as in timm.
         positions: learned, or fixed sines and cosines (MAE, MoCo v3).
+        init: How weights are drawn: as DINO and timm do, as MAE does, or as MoCo v3 does.
 
     Departs: no dropout; DINO, MAE and MoCo v3 use none.
     """
@@ -150,6 +155,7 @@ class VisionTransformer(nn.Module):
         drop_path: float = 0.0,
         pool: Literal["cls", "mean", "mean_norm"] = "cls",
         positions: Literal["learned", "sincos"] = "learned",
+        init: Init = "normal",
     ) -> None:
         super().__init__()
         if image_size_px % patch_size_px:
@@ -173,25 +179,37 @@ class VisionTransformer(nn.Module):
         norm, after = nn.LayerNorm(embed_dim, eps=1e-6), pool == "mean_norm"
         self.norm: nn.Module = nn.Identity() if after else norm
         self.fc_norm: nn.Module = norm if after else nn.Identity()
-        self._init_weights()
+        self._init_weights(init)
         if positions == "sincos":
             with torch.no_grad():
                 self.pos_embed.copy_(sincos_positions(embed_dim, self.side, self.side))
             self.pos_embed.requires_grad_(False)
 
-    def _init_weights(self) -> None:
-        """Truncated normals of 0.02, zero biases (DINO, timm).
+    def _init_weights(self, init: Init) -> None:
+        """Draw the weights; biases begin at zero, learnt positions as truncated normals of 0.02.
 
         ``patch_embed.proj`` is drawn as the linear map that it is, Xavier-uniform (MAE, MoCo v3):
         its default init as a convolution would depend on the patch alone, not on D.
+
+        Source: DINO's vision_transformer.py and timm for normal, the MAE authors' models_mae.py
+        (initialize_weights) for mae, the MoCo v3 authors' vits.py (VisionTransformerMoCo) for
+        moco_v3, who draw queries, keys and values as three maps of D to D.
         """
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                maps = 3 if init == "moco_v3" and name.endswith("attn.qkv") else 1
+                for weight in module.weight.detach().chunk(maps):
+                    if init == "normal":
+                        nn.init.trunc_normal_(weight, std=0.02)
+                    else:
+                        nn.init.xavier_uniform_(weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))
         nn.init.zeros_(cast("Tensor", self.patch_embed.proj.bias))
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        if init == "normal":
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
+        else:
+            nn.init.normal_(self.cls_token, std=_CLASS_TOKEN_STD[init])
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def embed_patches(self, images: Tensor) -> Tensor:
