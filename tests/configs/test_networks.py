@@ -46,7 +46,8 @@ def test_every_recipe_has_the_residual_network_of_its_authors(method: str) -> No
 
 def test_of_byol_only_bottlenecks_start_at_zero() -> None:
     """dm-haiku, nets/resnet.py: batchnorm_1 of a basic block starts at one (92), batchnorm_2 of a
-    bottleneck at zero (104); both norm over all devices (byol/configs/byol.py)."""
+    bottleneck at zero (104). The paper's results are of networks that start at one, without a
+    difference for ResNet-50 (byol/README.md). They norm over all devices (byol/configs/byol.py)."""
     recipes = [run.backbone for run in RECIPES.values() if run.method.name == "byol"]
     assert recipes
     for backbone in recipes:
