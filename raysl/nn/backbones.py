@@ -87,9 +87,9 @@ class BackboneConfig(Config):
     positions: Literal["learned", "sincos"] = "learned"
     """ViT: learnt positions, or fixed sines and cosines (MAE, MoCo v3)."""
     init: Init = "normal"
-    """ViT: how weights are drawn. normal: truncated normals of 0.02 (DINO, timm). mae and moco_v3:
-    Xavier-uniform, as their authors do; the class token begins at 0.02 with mae, at 1e-6 with
-    moco_v3, which also draws queries, keys and values as maps of their own."""
+    """ViT: how weights are drawn: dino, mae and moco_v3 as their authors do. normal and dino:
+    truncated normals of 0.02; with dino the patch projection as a convolution. mae and moco_v3:
+    Xavier-uniform; the class token begins at 0.02 and 1e-6."""
     batch_norm: BatchNormScope = "worker"
     """Images that batch norm takes its statistics from while training: those of this worker, of
     all workers (sync), or of each of batch_norm_splits parts of this worker's batch (split)."""

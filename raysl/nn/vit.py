@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from raysl.errors import ShapeError
 
-Init = Literal["normal", "mae", "moco_v3"]
+Init = Literal["normal", "dino", "mae", "moco_v3"]
 
-_CLASS_TOKEN_STD = {"mae": 0.02, "moco_v3": 1e-6}
+_CLASS_TOKEN_STD = {"mae": 0.02, "moco_v3": 1e-6}  # of those that are Xavier-uniform
 
 
 class DropPath(nn.Module):
@@ -136,7 +136,8 @@ class VisionTransformer(nn.Module):
             token takes part in the attention either way. mean_norm normalises the mean instead of
             the tokens (MAE's fine-tuned models), by ``fc_norm`` as in timm.
         positions: learned, or fixed sines and cosines (MAE, MoCo v3).
-        init: How weights are drawn: as DINO and timm do, as MAE does, or as MoCo v3 does.
+        init: How weights are drawn: normals of 0.02 with a patch projection to go with them, or as
+            the authors of DINO, MAE or MoCo v3 do.
 
     Departs: no dropout; DINO, MAE and MoCo v3 use none.
     """
@@ -188,28 +189,30 @@ class VisionTransformer(nn.Module):
     def _init_weights(self, init: Init) -> None:
         """Draw the weights; biases begin at zero, learnt positions as truncated normals of 0.02.
 
-        ``patch_embed.proj`` is drawn as the linear map that it is, Xavier-uniform (MAE, MoCo v3):
-        its default init as a convolution would depend on the patch alone, not on D.
+        ``patch_embed.proj`` is drawn as the linear map that it is, Xavier-uniform (MAE, MoCo v3).
+        With dino, and in timm, it stays as a convolution is made, in +-1 / sqrt(3 P^2) with its
+        bias, which depends on the patch alone, not on D.
 
-        Source: DINO's vision_transformer.py and timm for normal, the MAE authors' models_mae.py
-        (initialize_weights) for mae, the MoCo v3 authors' vits.py (VisionTransformerMoCo) for
-        moco_v3, who draw queries, keys and values as three maps of D to D.
+        Source: the authors' vision_transformer.py for dino, models_mae.py (initialize_weights) for
+        mae, and vits.py (VisionTransformerMoCo) for moco_v3, where queries, keys and values are
+        three maps of D to D.
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 maps = 3 if init == "moco_v3" and name.endswith("attn.qkv") else 1
                 for weight in module.weight.detach().chunk(maps):
-                    if init == "normal":
-                        nn.init.trunc_normal_(weight, std=0.02)
-                    else:
+                    if init in _CLASS_TOKEN_STD:
                         nn.init.xavier_uniform_(weight)
+                    else:
+                        nn.init.trunc_normal_(weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))
-        nn.init.zeros_(cast("Tensor", self.patch_embed.proj.bias))
-        if init == "normal":
-            nn.init.trunc_normal_(self.cls_token, std=0.02)
-        else:
+        if init != "dino":
+            nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))
+            nn.init.zeros_(cast("Tensor", self.patch_embed.proj.bias))
+        if init in _CLASS_TOKEN_STD:
             nn.init.normal_(self.cls_token, std=_CLASS_TOKEN_STD[init])
+        else:
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def embed_patches(self, images: Tensor) -> Tensor:

@@ -264,11 +264,19 @@ class TestInit:
         # As one map, Xavier-uniform would be narrower by the root of two.
         assert distance(query, partial(uniform, math.sqrt(6 / (96 + 288)))) > 10
 
-    def test_is_otherwise_small_truncated_normals(self) -> None:
-        vit = tiny(embed_dim=96)
+    @pytest.mark.parametrize(
+        ("init", "patch_bound", "has_patch_bias"),
+        # vision_transformer.py: a convolution as torch makes it (126), and normals (161 to 169).
+        [("normal", math.sqrt(6 / (96 + 3 * 8 * 8)), False), ("dino", (3 * 8 * 8) ** -0.5, True)],
+    )
+    def test_is_otherwise_small_truncated_normals(
+        self, init: Any, patch_bound: float, has_patch_bias: bool
+    ) -> None:
+        vit = tiny(embed_dim=96, init=init)
         for linear in (vit.blocks[0].mlp.fc1, vit.blocks[0].attn.qkv):
             assert distance(linear.weight, partial(normal, 0.02)) < 1.95
+            assert not linear.bias.any()
         assert distance(vit.cls_token, partial(normal, 0.02)) < 1.95
-        bound = math.sqrt(6 / (96 + 3 * 8 * 8))
-        assert distance(vit.patch_embed.proj.weight, partial(uniform, bound)) < 1.95
-        assert not vit.blocks[0].attn.qkv.bias.any()
+        patch = vit.patch_embed.proj
+        assert distance(patch.weight, partial(uniform, patch_bound)) < 1.95
+        assert bool(patch.bias.any()) == has_patch_bias
