@@ -204,7 +204,8 @@ def origin_of(run: RunConfig[Any], folder: Path) -> Origin:
 def finetune_data(pretrained: RunConfig[Any]) -> dict[str, Any]:
     """Return the images of a pretraining with the views to fine-tune on: one crop and flip.
 
-    Crops are as small as in pretraining, and mirrored only if they were there.
+    Crops are as small as in pretraining, resized in the same way, and mirrored only if they were
+    there.
     """
     data: dict[str, Any] = pretrained.data.model_dump(mode="json")
     kinds = pretrained.data.views.views()
@@ -214,7 +215,8 @@ def finetune_data(pretrained: RunConfig[Any]) -> dict[str, Any]:
         views["flip_prob"] = 0.0
     if largest.crop.short_side is None:
         views["min_scale"] = largest.crop.scale[0]
-    data["views"] = views | {"antialias": largest.crop.antialias}
+    resized = {"interpolation": largest.crop.interpolation, "antialias": largest.crop.antialias}
+    data["views"] = views | resized
     return data
 
 
