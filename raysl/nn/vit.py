@@ -86,15 +86,22 @@ class TransformerBlock(nn.Module):
         num_heads: Attention heads; divides ``dim``.
         mlp_ratio: Hidden features of the perceptron for each feature of a token.
         drop_path: Chance that a branch is dropped for an image while training, in [0, 1).
+        norm_eps: What the norms add to a token's variance, > 0.
     """
 
     def __init__(
-        self, dim: int, num_heads: int, *, mlp_ratio: float = 4.0, drop_path: float = 0.0
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
@@ -132,6 +139,7 @@ class VisionTransformer(nn.Module):
             token takes part in the attention either way. mean_norm normalises the mean instead of
             the tokens (MAE's fine-tuned models), by ``fc_norm`` as in timm.
         positions: learned, or fixed sines and cosines (MAE, MoCo v3).
+        norm_eps: What the norms add to a token's variance, > 0.
 
     Departs: no dropout; DINO, MAE and MoCo v3 use none.
     """
@@ -150,6 +158,7 @@ class VisionTransformer(nn.Module):
         drop_path: float = 0.0,
         pool: Literal["cls", "mean", "mean_norm"] = "cls",
         positions: Literal["learned", "sincos"] = "learned",
+        norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         if image_size_px % patch_size_px:
@@ -167,10 +176,12 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.num_patches, embed_dim))
         drops = [drop_path * block / max(depth - 1, 1) for block in range(depth)]
         self.blocks = nn.ModuleList(
-            TransformerBlock(embed_dim, num_heads, mlp_ratio=mlp_ratio, drop_path=drop)
+            TransformerBlock(
+                embed_dim, num_heads, mlp_ratio=mlp_ratio, drop_path=drop, norm_eps=norm_eps
+            )
             for drop in drops
         )
-        norm, after = nn.LayerNorm(embed_dim, eps=1e-6), pool == "mean_norm"
+        norm, after = nn.LayerNorm(embed_dim, eps=norm_eps), pool == "mean_norm"
         self.norm: nn.Module = nn.Identity() if after else norm
         self.fc_norm: nn.Module = norm if after else nn.Identity()
         self._init_weights()
