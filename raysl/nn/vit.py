@@ -3,7 +3,7 @@
 Dosovitskiy et al. 2021, An Image is Worth 16x16 Words, arXiv:2010.11929v2.
 """
 
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,24 @@ from raysl.errors import ShapeError
 Init = Literal["normal", "dino", "mae", "moco_v3"]
 
 _CLASS_TOKEN_STD = {"mae": 0.02, "moco_v3": 1e-6}  # of those that are Xavier-uniform
+
+
+class ViTSize(NamedTuple):
+    """What tells one vision transformer from another."""
+
+    embed_dim: int
+    num_heads: int
+    depth: int = 12
+
+
+# Touvron et al. 2021, arXiv:2012.12877v2, table 1; Dosovitskiy et al. 2021, table 1, from base on.
+VIT_SIZES = {
+    "vit_tiny": ViTSize(192, 3),
+    "vit_small": ViTSize(384, 6),
+    "vit_base": ViTSize(768, 12),
+    "vit_large": ViTSize(1024, 16, depth=24),
+    "vit_huge": ViTSize(1280, 16, depth=32),
+}
 
 
 class DropPath(nn.Module):
@@ -90,15 +108,22 @@ class TransformerBlock(nn.Module):
         num_heads: Attention heads; divides ``dim``.
         mlp_ratio: Hidden features of the perceptron for each feature of a token.
         drop_path: Chance that a branch is dropped for an image while training, in [0, 1).
+        norm_eps: What the norms add to a token's variance, > 0.
     """
 
     def __init__(
-        self, dim: int, num_heads: int, *, mlp_ratio: float = 4.0, drop_path: float = 0.0
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
@@ -138,6 +163,7 @@ class VisionTransformer(nn.Module):
         positions: learned, or fixed sines and cosines (MAE, MoCo v3).
         init: How weights are drawn: normals of 0.02 with a patch projection to go with them, or as
             the authors of DINO, MAE or MoCo v3 do.
+        norm_eps: What the norms add to a token's variance, > 0.
 
     Departs: no dropout; DINO, MAE and MoCo v3 use none.
     """
@@ -157,6 +183,7 @@ class VisionTransformer(nn.Module):
         pool: Literal["cls", "mean", "mean_norm"] = "cls",
         positions: Literal["learned", "sincos"] = "learned",
         init: Init = "normal",
+        norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         if image_size_px % patch_size_px:
@@ -174,10 +201,12 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.num_patches, embed_dim))
         drops = [drop_path * block / max(depth - 1, 1) for block in range(depth)]
         self.blocks = nn.ModuleList(
-            TransformerBlock(embed_dim, num_heads, mlp_ratio=mlp_ratio, drop_path=drop)
+            TransformerBlock(
+                embed_dim, num_heads, mlp_ratio=mlp_ratio, drop_path=drop, norm_eps=norm_eps
+            )
             for drop in drops
         )
-        norm, after = nn.LayerNorm(embed_dim, eps=1e-6), pool == "mean_norm"
+        norm, after = nn.LayerNorm(embed_dim, eps=norm_eps), pool == "mean_norm"
         self.norm: nn.Module = nn.Identity() if after else norm
         self.fc_norm: nn.Module = norm if after else nn.Identity()
         self._init_weights(init)

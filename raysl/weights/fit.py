@@ -11,7 +11,7 @@ from raysl.weights.stored import State, StoredTensor
 # What stands beside an encoder behind the same prefix: classifiers, heads, decoders.
 _BESIDE = (
     *("fc.", "head.", "heads.", "classifier.", "head_dist.", "linear.", "mask_token", "decoder_"),
-    *("projection_head.", "projector.", "predictor.", "prototypes."),
+    *("projection_head.", "projector.", "predictor.", "prototypes.", "pooler."),
 )
 _NAMES_SHOWN = 5
 
