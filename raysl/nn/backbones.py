@@ -87,7 +87,8 @@ class BackboneConfig(Config):
     """ViT: what the norms add to a token's variance; 1e-12 in transformers."""
     batch_norm: BatchNormScope = "worker"
     """Images that batch norm takes its statistics from while training: those of this worker, of
-    all workers (sync), or of each of batch_norm_splits parts of this worker's batch (split)."""
+    all workers (sync), or of each of batch_norm_splits parts of this worker's batch (split). The
+    ready recipes say sync where the authors do, which is in every method but MoCo v1 and v2."""
     batch_norm_splits: int = 8
     """Parts for batch_norm: split."""
     weights: str | None = None
