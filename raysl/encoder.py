@@ -14,7 +14,7 @@ from raysl.errors import ConfigError, DataError
 from raysl.nn.backbones import Backbone, BackboneConfig, build_backbone
 from raysl.nn.resnet import ResNet
 from raysl.nn.vit import VisionTransformer
-from raysl.weights.fit import fill, fitted
+from raysl.weights.fit import fill, fitted, pooled_anew
 from raysl.weights.layouts import Network
 from raysl.weights.networks import Found, choose, networks_named
 from raysl.weights.read import read_content, read_header, read_safetensors
@@ -102,7 +102,8 @@ def load_encoder(path: str | Path) -> nn.Module:
 def load_weights(backbone: Backbone, path: str | Path, *, layout: str = "auto") -> str:
     """Start an encoder from given weights.
 
-    Everything that the encoder has must be there and fit; nothing is changed if it does not.
+    Everything that the encoder has must be there and fit; nothing is changed if it does not. A norm
+    of the tokens makes way for the new one of their mean (:func:`raysl.weights.fit.pooled_anew`).
 
     Args:
         backbone: What to fill, in place.
@@ -124,7 +125,8 @@ def load_weights(backbone: Backbone, path: str | Path, *, layout: str = "auto") 
     if found is None:
         held = ", ".join(sorted({n.address or "the whole file" for n in networks}))
         raise DataError(f"{path}: holds nothing of the layout {layout}; there is: {held}")
-    tensors = fitted(found.network.state, backbone.net, where=path)
+    state = pooled_anew(found.network.state, backbone.net)
+    tensors = fitted(state, backbone.net, where=path)
     _check_told(backbone.net, found, path)
     fill(backbone.net, tensors)
     return found.taken

@@ -152,6 +152,7 @@ class MAEConfig(MethodConfig):
 
     name: Literal["mae"] = "mae"
     needs_vit: ClassVar[bool] = True
+    finetuned_pool: ClassVar[str | None] = "mean_norm"  # the authors' FINETUNE.md: --global_pool
     mask_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.75
     """Share of patches that are removed (sec. 4.1, fig. 5)."""
     normalize_targets: bool = True

@@ -76,7 +76,8 @@ class BackboneConfig(Config):
     """ViT and ConvNeXt: stochastic depth of the last block, rising linearly from 0 at the first."""
     pool: Literal["cls", "mean", "mean_norm"] = "cls"
     """ViT: an image's features are its class token, or the mean of its patches' tokens; mean_norm
-    takes the mean before the last norm, as MAE does in fine-tuning."""
+    takes the mean before the last norm, as MAE does in fine-tuning; from weights with the norm
+    before, that norm begins anew."""
     positions: Literal["learned", "sincos"] = "learned"
     """ViT: learnt positions, or fixed sines and cosines (MAE, MoCo v3)."""
     init: Init = "normal"
