@@ -12,15 +12,17 @@ from torch import nn
 
 from raysl.errors import ConfigError, DataError
 from raysl.nn.backbones import Backbone, BackboneConfig, build_backbone
+from raysl.nn.resnet import ResNet
 from raysl.nn.vit import VisionTransformer
-from raysl.weights.fit import fill, fitted
-from raysl.weights.layouts import ANCHORS, Found, Network, choose, find_networks
+from raysl.weights.fit import fill, fitted, pooled_anew
+from raysl.weights.layouts import Network
+from raysl.weights.networks import Found, choose, networks_named
 from raysl.weights.read import read_content, read_header, read_safetensors
-from raysl.weights.stored import Content
 from raysl.weights.whole import appears_whole
 
 _FORMAT = "raysl-encoder-1"
 _FILE = "encoder.safetensors"
+_OF_HUGGING_FACE = ("model.safetensors", "pytorch_model.bin")
 
 
 def save_encoder(path: Path, backbone: Backbone, *, description: dict[str, Any]) -> None:
@@ -100,7 +102,8 @@ def load_encoder(path: str | Path) -> nn.Module:
 def load_weights(backbone: Backbone, path: str | Path, *, layout: str = "auto") -> str:
     """Start an encoder from given weights.
 
-    Everything that the encoder has must be there and fit; nothing is changed if it does not.
+    Everything that the encoder has must be there and fit; nothing is changed if it does not. A norm
+    of the tokens makes way for the new one of their mean (:func:`raysl.weights.fit.pooled_anew`).
 
     Args:
         backbone: What to fill, in place.
@@ -116,35 +119,36 @@ def load_weights(backbone: Backbone, path: str | Path, *, layout: str = "auto") 
     """
     path = encoder_file(path)
     content = read_content(path)
-    networks = _networks_for(backbone, content)
+    wanted = backbone.net.state_dict().keys()
+    networks = networks_named(content, wanted) or [Network("", {}, "plain", {})]
     found = choose(networks, layout)
     if found is None:
         held = ", ".join(sorted({n.address or "the whole file" for n in networks}))
         raise DataError(f"{path}: holds nothing of the layout {layout}; there is: {held}")
-    tensors = fitted(found.network.state, backbone.net, where=path)
-    _check_heads(backbone.net, found, path)
+    state = pooled_anew(found.network.state, backbone.net)
+    tensors = fitted(state, backbone.net, where=path)
+    _check_told(backbone.net, found, path)
     fill(backbone.net, tensors)
     return found.taken
 
 
-def _check_heads(net: nn.Module, found: Found, path: Path) -> None:
-    """Refuse other attention heads than the file's, which its tensors do not tell."""
-    heads = found.layout.num_heads.get(getattr(net, "embed_dim", 0))
-    if isinstance(net, VisionTransformer) and heads not in (None, net.blocks[0].attn.num_heads):  # type: ignore[union-attr]
-        raise DataError(
-            f"{path}: {found.layout.whose} has {heads} attention heads; set backbone.num_heads="
-            f"{heads}"
-        )
-
-
-def _networks_for(backbone: Backbone, content: Content) -> list[Network]:
-    """Return those of a file's networks that have the most of an encoder's names."""
-    wanted = backbone.net.state_dict().keys()
-    networks = find_networks(content, {*wanted, *ANCHORS})
-    if not networks:
-        return [Network("", {}, renamed=False)]
-    most = max(len(network.state.keys() & wanted) for network in networks)
-    return [network for network in networks if len(network.state.keys() & wanted) == most]
+def _check_told(net: nn.Module, found: Found, path: Path) -> None:
+    """Refuse what the file's code had otherwise, and its tensors do not tell."""
+    told = found.layout.told(found.network)
+    own: dict[str, tuple[Any, str]] = {}
+    if isinstance(net, VisionTransformer):
+        own = {"num_heads": (net.blocks[0].attn.num_heads, "{} attention heads")}  # type: ignore[union-attr]
+    elif isinstance(net, ResNet):
+        own = {
+            "stem": (net.stem, "the stem {}"),
+            "shortcut_edge": (net.shortcut_edge, "{} beyond the edge of its shortcuts"),
+        }
+    for key, (value, words) in own.items():
+        if told.get(key, value) != value:
+            raise DataError(
+                f"{path}: {found.layout.whose} has {words.format(told[key])}; set backbone.{key}="
+                f"{told[key]}"
+            )
 
 
 def encoder_file(path: str | Path) -> Path:
@@ -152,8 +156,8 @@ def encoder_file(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         return path
-    theirs = path / "model.safetensors"
-    return theirs if theirs.is_file() and not (path / _FILE).exists() else path / _FILE
+    theirs = [path / name for name in _OF_HUGGING_FACE if (path / name).is_file()]
+    return theirs[0] if theirs and not (path / _FILE).exists() else path / _FILE
 
 
 def described_backbone(description: Mapping[str, Any], *, where: str | Path) -> BackboneConfig:

@@ -263,6 +263,34 @@ class TestWeightsOfRaysl:
         load_weights(backbone, tmp_path)
         assert_loaded(backbone, build(1, config).net.state_dict())
 
+    @pytest.mark.parametrize("pool", ["cls", "mean"])
+    def test_of_a_vision_transformer_whose_mean_is_to_be_normed(
+        self, tmp_path: Path, pool: str
+    ) -> None:
+        """As MAE's main_finetune.py:252: all but the norm of the mean, which begins anew."""
+        given = {"name": "vit_tiny", "patch_size_px": 8, "depth": 1}
+        theirs = build(1, BackboneConfig.model_validate(given | {"pool": pool}))
+        with torch.no_grad():
+            theirs.net.norm.weight.fill_(3.0)  # type: ignore[union-attr, operator]
+        save_encoder(tmp_path / "encoder.safetensors", theirs, description={})
+        backbone = build(2, BackboneConfig.model_validate(given | {"pool": "mean_norm"}))
+        load_weights(backbone, tmp_path)
+        expected = theirs.net.state_dict()
+        assert (expected.pop("norm.weight") == 3).all()
+        del expected["norm.bias"]
+        new = {"fc_norm.weight": torch.ones(192), "fc_norm.bias": torch.zeros(192)}
+        assert_loaded(backbone, expected | new)
+
+    def test_of_a_normed_mean_are_taken_as_they_are(self, tmp_path: Path) -> None:
+        config = BackboneConfig(name="vit_tiny", patch_size_px=8, depth=1, pool="mean_norm")
+        theirs = build(1, config)
+        with torch.no_grad():
+            theirs.net.fc_norm.weight.fill_(3.0)  # type: ignore[union-attr, operator]
+        save_encoder(tmp_path / "encoder.safetensors", theirs, description={})
+        backbone = build(2, config)
+        load_weights(backbone, tmp_path)
+        assert_loaded(backbone, theirs.net.state_dict())
+
 
 HEAD = {"head.weight": torch.zeros(2, 2)}
 CLASSIFIER = {"fc.weight": torch.zeros(10, 64), "fc.bias": torch.zeros(10)}

@@ -23,6 +23,7 @@ from raysl.augment.crop import (
     plan_rotation,
 )
 from raysl.augment.photometric import (
+    BrightnessKind,
     CutoutPlan,
     JitterPlan,
     NoisePlan,
@@ -143,6 +144,9 @@ class ColorJitter(Config):
 
     op: Literal["color_jitter"] = "color_jitter"
     brightness: NonNegativeFloat = 0.8
+    brightness_kind: BrightnessKind = "multiply"
+    """multiply: a factor of 1 - brightness to 1 + brightness, as torchvision's. add: -brightness to
+    +brightness is added to pixels in [0, 1], as in the BYOL authors' code."""
     contrast: NonNegativeFloat = 0.8
     saturation: NonNegativeFloat = 0.8
     hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.2
@@ -157,6 +161,7 @@ class ColorJitter(Config):
             saturation=self.saturation,
             hue=self.hue,
             prob=self.prob,
+            brightness_kind=self.brightness_kind,
         )
 
     def apply(self, image: Image, plan: JitterPlan | None) -> Image:

@@ -37,8 +37,8 @@ class PairViews(Config):
     the same image, and only one is transformed. Cropping includes a flip, colour distortion is
     jitter and grey, rotation is by 90, 180 or 270 degrees.
     Departs: The plain view is the image's largest square; the authors crop each image once at
-    random for both branches, as ImageNet's images have many shapes. Strengths of noise and cutout
-    are not published.
+    random for both branches, as ImageNet's images have many shapes. Images and their parts are
+    resized linearly, theirs bicubically. Strengths of noise and cutout are not published.
     """
 
     recipe: Literal["simclr_pair"] = "simclr_pair"

@@ -4,7 +4,7 @@ The definitions are torchvision's on uint8 images (clamped and rounded after eac
 the SimCLR and MoCo v2 recipes were tuned with them.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -19,14 +19,19 @@ _IDENTITY = np.eye(3, 4, dtype=np.float32)
 _LEVELS = np.arange(256, dtype=np.float32)
 
 
+BrightnessKind = Literal["multiply", "add"]
+"""Whether brightness multiplies the pixels, which changes the contrast too, or is added to them."""
+
+
 class JitterPlan(NamedTuple):
     """Factors of one colour jitter and the order in which they act."""
 
-    brightness: float  # multiplies the pixels
+    brightness: float  # multiplies the pixels, or is added to pixels in [0, 1]
     contrast: float  # 0 is the mean grey level everywhere, 1 the image
     saturation: float  # 0 is grey, 1 the image
     hue: float  # added to the hue, in turns, in [-0.5, 0.5]
     order: tuple[int, ...]  # a permutation of (0, 1, 2, 3) = brightness, contrast, saturation, hue
+    brightness_kind: BrightnessKind = "multiply"
 
 
 def plan_jitter(
@@ -37,30 +42,37 @@ def plan_jitter(
     saturation: float,
     hue: float,
     prob: float,
+    brightness_kind: BrightnessKind = "multiply",
 ) -> JitterPlan | None:
     """Draw the factors of a colour jitter, or None with probability 1 - prob.
 
     Args:
         rng: The stream of this view.
-        brightness: b >= 0; the factor is uniform in [max(0, 1 - b), 1 + b].
-        contrast: Likewise.
+        brightness: b >= 0; the factor is uniform in [max(0, 1 - b), 1 + b]. Of the kind ``add``
+            what is added is uniform in [-b, b], for pixels in [0, 1].
+        contrast: c >= 0; the factor is uniform in [max(0, 1 - c), 1 + c].
         saturation: Likewise.
         hue: h in [0, 0.5]; the shift is uniform in [-h, h] turns.
         prob: Probability that the jitter happens at all.
+        brightness_kind: Whether brightness multiplies or is added.
 
-    Source: Chen et al. 2020, arXiv:2002.05709v3, appendix A; torchvision's ColorJitter.
+    Source: Chen et al. 2020, arXiv:2002.05709v3, appendix A; torchvision's ColorJitter. What is
+    added: the authors' code of BYOL (deepmind-research, byol/utils/augmentations.py).
     """
     if rng.random() >= prob:
         return None
-    b, c, s = (uniform(rng, max(0.0, 1 - x), 1 + x) for x in (brightness, contrast, saturation))
+    ranges = [(max(0.0, 1 - x), 1 + x) for x in (brightness, contrast, saturation)]
+    if brightness_kind == "add":
+        ranges[0] = (-brightness, brightness)
+    b, c, s = (uniform(rng, *bounds) for bounds in ranges)
     shift = uniform(rng, -hue, hue)
-    return JitterPlan(b, c, s, shift, tuple(rng.permutation(4).tolist()))
+    return JitterPlan(b, c, s, shift, tuple(rng.permutation(4).tolist()), brightness_kind)
 
 
 def apply_jitter(image: Image, plan: JitterPlan) -> Image:
     """Apply a colour jitter to ``(H, W, 3)`` uint8 RGB; returns a new array."""
     steps = (
-        lambda x: apply_brightness(x, plan.brightness),
+        lambda x: apply_brightness(x, plan.brightness, kind=plan.brightness_kind),
         lambda x: apply_contrast(x, plan.contrast),
         lambda x: apply_saturation(x, plan.saturation),
         lambda x: apply_hue(x, plan.hue),
@@ -70,9 +82,13 @@ def apply_jitter(image: Image, plan: JitterPlan) -> Image:
     return image
 
 
-def apply_brightness(image: Image, factor: float) -> Image:
-    """Multiply by ``factor`` >= 0 and clamp to [0, 255]."""
-    return _mix_channels(image, _IDENTITY * factor)
+def apply_brightness(image: Image, value: float, *, kind: BrightnessKind = "multiply") -> Image:
+    """Multiply by ``value`` >= 0, or add 255 times it, and clamp to [0, 255]."""
+    if kind == "multiply":
+        return _mix_channels(image, _IDENTITY * value)
+    shifted = _IDENTITY.copy()
+    shifted[:, 3] = 255 * value
+    return _mix_channels(image, shifted)
 
 
 def apply_contrast(image: Image, factor: float) -> Image:

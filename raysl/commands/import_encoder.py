@@ -18,12 +18,17 @@ The layouts, which are told apart by themselves:
 The settings:
 {settings}
 
-The backbone is recognised by the names and shapes of the tensors. No code from the file is run,
-whatever it holds; optimizers, options and other networks in it are left out.
+The backbone is recognised by the names and shapes of the tensors, and by config.json of
+transformers or timm and args.json of solo-learn where they lie beside the file. What nothing tells
+(normalisation, pooling, attention heads, stem, which of two networks) is assumed, and printed with
+what sets it otherwise. No code from the file is run; optimizers, options and other networks are
+left out.
 
   raysl import moco_v2_800ep_pretrain.pth.tar
   raysl import dino_deitsmall16_pretrain_full_checkpoint.pth -o dino.safetensors
-  raysl import last.ckpt backbone.stem=small image_size_px=64
+  raysl import last.ckpt backbone.stem=small image_size_px=64 mean=[0,0,0] std=[1,1,1]
+  raysl import checkpoint.pth network=student/module.backbone.
+  raysl import folder/of/save_pretrained
   raysl pretrain CONFIG backbone.weights=checkpoint.pth      the same layouts, without this verb
 """
 
@@ -31,9 +36,9 @@ whatever it holds; optimizers, options and other networks in it are left out.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    layouts = "\n".join(f"  {layout.name:<12} {layout.whose}" for layout in LAYOUTS)
+    layouts = "\n".join(f"  {layout.name:<13} {layout.whose}" for layout in LAYOUTS)
     parser.epilog = _EPILOG.format(layouts=layouts, settings=settings_text(ImportConfig))
-    parser.add_argument("file", type=Path, help="a .pth, .pt, .ckpt or .safetensors file")
+    parser.add_argument("file", type=Path, help="a file or a folder of Hugging Face")
     parser.add_argument("overrides", nargs="*", help="key=value, typed as YAML")
     parser.add_argument(
         "--layout",
@@ -86,10 +91,14 @@ def _say(imported: Imported, output: Path) -> None:
         "images": f"{imported.image_size_px} px, mean {_numbers(imported.mean)}, deviation "
         f"{_numbers(imported.std)}",
     }
+    if imported.told:
+        shown["told by"] = imported.told
     for number, guess in enumerate(imported.guessed):
         shown["assumed" if number == 0 else " " * number] = guess
     out = console()
     out.print(mapping_table(f"imported to {output}", shown))
+    if imported.guessed:
+        say("what is assumed follows the file on the command line to be set otherwise")
     say("nothing in the file was run; its features are finite and the same after loading again")
     place = shlex.quote(str(output))
     out.print(f"next      raysl evaluate {place} data.source=FOLDER", markup=False)

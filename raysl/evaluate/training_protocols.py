@@ -2,7 +2,8 @@
 
 They follow SimCLR, arXiv:2002.05709v3, appendix B.5, where the network is no vision transformer:
 random crops and flips, SGD with Nesterov momentum, no weight decay. Vision transformers take the
-settings that MAE has for ViT-Base (arXiv:2111.06377v3, table 9), without RandAugment and erasing.
+settings that MAE has for ViT-Base (arXiv:2111.06377v3, and the authors' FINETUNE.md), without
+RandAugment and erasing; MAE's own also its mean of patches instead of the class token.
 """
 
 import json

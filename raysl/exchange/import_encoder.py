@@ -1,7 +1,5 @@
 """Encoder files of other training codes, made into one of raysl's own."""
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -10,16 +8,22 @@ from pydantic import Field
 
 from raysl.config.base import Config, PositiveFloat, PositiveInt
 from raysl.config.load import validate
-from raysl.encoder import described_backbone, encoder_file, load_encoder, save_encoder
+from raysl.encoder import encoder_file, load_encoder, save_encoder
 from raysl.errors import ConfigError, DataError
+from raysl.exchange.beside import Beside, read_beside
 from raysl.nn.backbones import NAMES, Backbone, BackboneConfig, build_backbone
+from raysl.nn.vit import VIT_SIZES
 from raysl.weights.fit import fill, fitted
-from raysl.weights.layouts import LAYOUTS, Found, choose, find_networks
-from raysl.weights.read import is_safetensors, read_content, read_header
-from raysl.weights.recognise import Recognised, recognise
+from raysl.weights.layouts import LAYOUTS, Network
+from raysl.weights.networks import Found, choose, find_networks, networks_named
+from raysl.weights.normalisation import IMAGENET, PIXELS
+from raysl.weights.read import read_content
+from raysl.weights.recognise import Recognised, assumed, recognise
 from raysl.weights.whole import appears_whole
 
-_SIZE_PX = 224
+_SIZE_PX, _SMALL_PX = 224, 32
+# Layouts of names that many training codes share.
+_BY_NAMES_ALONE = ("torchvision", "timm", "transformers", "other")
 
 Channel = Annotated[float, Field(ge=0, le=1)]
 
@@ -27,14 +31,18 @@ Channel = Annotated[float, Field(ge=0, le=1)]
 class ImportConfig(Config):
     """What a file cannot tell."""
 
+    network: str | None = None
+    """Which of the file's networks, by its address as this verb prints it, such as
+    student/module.backbone. with the dot; null takes the one that its layout puts first."""
     backbone: dict[str, Any] = Field(default_factory=dict)
     """Settings of the backbone, as in a configuration: backbone.stem=small. What the tensors tell
     need not be given; a name of torchvision or timm needs no recognition."""
     image_size_px: PositiveInt | None = None
-    """Side of the images that it was trained for; null takes that of its positions, else 224."""
+    """Side of the images that it was trained for; null takes that of its positions, else 224, with
+    a stem for small images 32."""
     mean: tuple[Channel, Channel, Channel] | None = None
-    """Of the channels of its training images; null is that in the file, else
-    that of the layout's authors: 0 in ports of SimCLR, ImageNet's in all others."""
+    """Of the channels of its training images in [0, 1]; null is that in the file or beside it, else
+    that of the layout's authors."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     """Their deviation, likewise."""
 
@@ -52,17 +60,10 @@ class Imported(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     embed_dim: int
+    told: str
+    """Which file beside tells of it; empty if none does."""
     guessed: tuple[str, ...]
-    """What was assumed, as the tensors do not tell."""
-
-
-class _Beside(NamedTuple):
-    """What lies with the weights and tells of them: a header, a config.json."""
-
-    backbone: Mapping[str, Any]
-    image_size_px: int | None = None
-    mean: Any = None
-    std: Any = None
+    """What was assumed, as nothing tells it: ``setting (why); otherwise setting``."""
 
 
 @torch.no_grad()
@@ -82,55 +83,102 @@ def import_encoder(path: Path, config: ImportConfig, output: Path, *, layout: st
     """
     file = encoder_file(path)
     content = read_content(file)
-    beside = _beside(file)
+    beside = read_beside(file)
     networks = find_networks(content)
-    found = choose(networks, layout) if networks else None
+    found = choose(networks, layout, address=_address(file, config, networks))
     name = str({**beside.backbone, **config.backbone}.get("name", ""))
     if found is None and not name:
         raise _not_there(file, layout, [n.address for n in networks])
-    if found is None or ":" in name:  # of torchvision or timm, with whatever names those have
-        recognised = Recognised({}, None, ())
-    else:
-        recognised = recognise(found.network.state)
+    recognised = Recognised({}, None, ()) if found is None else recognise(found.network.state)
+    if ":" in name:  # of torchvision or timm, with whatever names those have
+        recognised = recognised._replace(section={}, guessed=())
     backbone_config = _backbone_config(file, config, beside, recognised, found)
-    size = config.image_size_px or recognised.image_size_px or beside.image_size_px or _SIZE_PX
+    size = config.image_size_px or recognised.image_size_px or beside.image_size_px
+    usual_px = _SIZE_PX if backbone_config.stem == "imagenet" else _SMALL_PX
     with torch.random.fork_rng(devices=[]):
-        backbone = build_backbone(backbone_config, image_size_px=size)
+        backbone = build_backbone(backbone_config, image_size_px=size or usual_px)
     if not recognised.section:  # names that the general table does not know
-        found = _by_names(file, content, backbone, layout)
+        found = _by_names(file, content, backbone, layout, config.network)
     assert found is not None
     fill(backbone.net, fitted(found.network.state, backbone.net, where=file))
     backbone.eval()
-    mean = config.mean or beside.mean or found.layout.mean
-    std = config.std or beside.std or found.layout.std
+    normalisation = found.layout.normalisation(found.network)
+    mean = config.mean or beside.mean or normalisation.mean
+    std = config.std or beside.std or normalisation.std
     given = {f"backbone.{key}" for key in (*config.backbone, *beside.backbone)}
-    guessed = [g for g in recognised.guessed if g.partition("=")[0] not in given]
+    guessed = _guessed(recognised, found, config, given)
+    if size is None:
+        because = "nothing tells the side of its images"
+        guessed.append(assumed(f"image_size_px={usual_px}", because, otherwise="image_size_px=N"))
     if None in (config.mean or beside.mean, config.std or beside.std):
-        plain = found.layout.mean == (0, 0, 0)
-        guessed.append(f"mean and std ({'pixels as they are' if plain else 'of ImageNet'})")
+        guessed.append(_assumed_normalisation(found, mean, std))
     imported = Imported(
-        backbone_config, found.layout.name, found.layout.whose, found.taken, size,
-        tuple(map(float, mean)), tuple(map(float, std)), backbone.embed_dim, tuple(guessed),
+        backbone_config, found.layout.name, found.layout.whose, found.taken, size or usual_px,
+        tuple(map(float, mean)), tuple(map(float, std)), backbone.embed_dim, beside.source,
+        tuple(guessed),
     )  # fmt: skip
     _write(output, backbone, imported, file)
     return imported
 
 
+def _address(file: Path, config: ImportConfig, networks: list[Network]) -> str | None:
+    """The address that is asked for, which must be one of the file's."""
+    there = sorted({network.address for network in networks})
+    if config.network is None:
+        return None
+    if there and config.network not in there:
+        held = ", ".join(address or "'' (the whole file)" for address in there)
+        raise ConfigError(f"{file}: holds no network={config.network}; there is: {held}")
+    return config.network
+
+
+def _guessed(
+    recognised: Recognised, found: Found, config: ImportConfig, given: set[str]
+) -> list[str]:
+    """What of the network and the backbone neither tensors nor layout nor user tell."""
+    told = {f"backbone.{key}" for key in found.layout.told(found.network)} | given
+    guessed = [g for g in recognised.guessed if g.partition("=")[0] not in told]
+    if config.network is None and found.others:
+        others = " or ".join(f"network={address or repr('')}" for address in found.others)
+        network = f"network={found.network.address or repr('')}"
+        guessed.insert(0, assumed(network, found.what, otherwise=others))
+    return guessed
+
+
+def _assumed_normalisation(found: Found, mean: Any, std: Any) -> str:
+    normalisation = found.layout.normalisation(found.network)
+    if found.layout.name in _BY_NAMES_ALONE:
+        because = f"{normalisation.whose}, which most training codes have"
+    else:
+        because = f"{normalisation.whose}, as in the code of this layout"
+    other = PIXELS if normalisation != PIXELS else IMAGENET
+    return assumed(
+        f"mean={_list(mean)} std={_list(std)}",
+        because,
+        otherwise=f"mean={_list(other.mean)} std={_list(other.std)} ({other.whose}) or your own",
+    )
+
+
+def _list(values: Any) -> str:
+    """A list as one word of a command line."""
+    return f"[{','.join(f'{float(value):g}' for value in values)}]"
+
+
 def _backbone_config(
     file: Path,
     config: ImportConfig,
-    beside: _Beside,
+    beside: Beside,
     recognised: Recognised,
     found: Found | None,
 ) -> BackboneConfig:
-    """Put together what the tensors, layout, header and user say; the last one counts."""
+    """Put together what the tensors, layout, files beside and user say; the last one counts."""
     section = {**recognised.section}
-    if found is not None and "patch_size_px" in section:
-        dim = found.network.state["patch_embed.proj.weight"].shape[0]
-        heads = found.layout.num_heads.get(dim)
-        section |= {"num_heads": heads} if heads else {}
-        section |= {"positions": found.layout.positions} if "pool" not in section else {}
+    size = VIT_SIZES.get(str(section.get("name")))
+    if found is not None and section:
+        section |= found.layout.told(found.network)
     section |= {**beside.backbone, **config.backbone}
+    if size is not None and section.get("num_heads") == size.num_heads:
+        del section["num_heads"]  # what the name says
     if "name" not in section:
         raise ConfigError(
             f"{file}: a network of a size that raysl has no name for ({_seen(recognised)}); give "
@@ -149,17 +197,17 @@ def _seen(recognised: Recognised) -> str:
     return seen or "neither a ResNet, a ViT nor a ConvNeXt"
 
 
-def _by_names(file: Path, content: Any, backbone: Backbone, layout: str) -> Found:
+def _by_names(
+    file: Path, content: Any, backbone: Backbone, layout: str, address: str | None
+) -> Found:
     """Find a network by all of its names."""
     wanted = backbone.net.state_dict().keys()
-    networks = find_networks(content, wanted)
+    networks = [n for n in networks_named(content, wanted) if n.state.keys() & wanted]
     if not networks:
         raise DataError(f"{file}: holds no tensor that is named as one of the backbone's")
-    most = max(len(network.state.keys() & wanted) for network in networks)
-    best = [network for network in networks if len(network.state.keys() & wanted) == most]
-    found = choose(best, layout)
+    found = choose(networks, layout, address=address)
     if found is None:
-        raise _not_there(file, layout, [network.address for network in best])
+        raise _not_there(file, layout, [network.address for network in networks])
     return found
 
 
@@ -175,30 +223,6 @@ def _not_there(file: Path, layout: str, addresses: list[str]) -> DataError:
         f"{file}: holds no network of the layout {layout}; there is: {there}. Leave --layout out, "
         f"or give the right one: {names}"
     )
-
-
-def _beside(file: Path) -> _Beside:
-    """Read what raysl's exports keep in their header, else what timm keeps in config.json."""
-    if is_safetensors(file):
-        header = read_header(file)
-        if "raysl" in header:
-            try:
-                known = json.loads(header["raysl"])
-            except ValueError:
-                known = None
-            if not isinstance(known, dict):
-                raise DataError(f"{file}: an encoder of raysl with a damaged header")
-            section = described_backbone(known, where=file).model_dump(mode="json")
-            section.pop("weights")
-            size = known.get("image_size_px")
-            return _Beside(section, size, known.get("mean"), known.get("std"))
-    try:
-        config = json.loads(file.with_name("config.json").read_text(encoding="utf-8"))
-        pretrained = config["pretrained_cfg"]
-        size = int(pretrained["input_size"][-1])
-        return _Beside({}, size, pretrained["mean"], pretrained["std"])
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return _Beside({})
 
 
 def _write(output: Path, backbone: Backbone, imported: Imported, file: Path) -> None:

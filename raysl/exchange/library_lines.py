@@ -18,6 +18,8 @@ from raysl.nn.backbones import (
 
 Library = Literal["torchvision", "timm"]
 _FILE = "encoder.safetensors"
+# Of timm's norms in a vision transformer.
+_EPS = 1e-6
 
 
 class TimmCall(NamedTuple):
@@ -110,11 +112,12 @@ def timm_call(config: BackboneConfig, image_size_px: int) -> TimmCall:
 
 
 def _foreign(config: BackboneConfig) -> str:
-    """What of a ResNet no library has; empty if nothing."""
+    """What of a ResNet or a ViT no library has by plain options; empty if nothing."""
     has = {
         f"width={config.width:g}": config.width != 1,
         "selective kernels": config.selective_kernels,
         "norm=none": config.norm == "none",
+        f"norm_eps={config.norm_eps:g}": config.norm_eps != _EPS,
     }
     return " and ".join(what for what, is_so in has.items() if is_so)
 
@@ -146,7 +149,8 @@ def _stem_lines(config: BackboneConfig) -> Sequence[str]:
     if config.family != "resnet" or config.stem == "imagenet":
         return []
     stride = ", stride=2" if config.stem == "small" else ""
+    padding = 2 if config.stem == "cifar_padded" else 1
     return [
-        f"model.conv1 = torch.nn.Conv2d(3, 64, 3{stride}, padding=1, bias=False)",
+        f"model.conv1 = torch.nn.Conv2d(3, 64, 3{stride}, padding={padding}, bias=False)",
         "model.maxpool = torch.nn.Identity()",
     ]

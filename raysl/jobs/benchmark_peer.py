@@ -138,7 +138,10 @@ def transform_of(peer: str, data: DataConfig) -> tuple[Callable[[PIL.Image.Image
     for view in views:
         ops, missing = torchvision_ops(view)
         crop = transforms.RandomResizedCrop(
-            view.size_px, scale=view.crop.scale, ratio=view.crop.ratio
+            view.size_px,
+            scale=view.crop.scale,
+            ratio=view.crop.ratio,
+            interpolation=transforms.InterpolationMode(view.crop.interpolation),
         )
         composed += [transforms.Compose([crop, *ops, *end])] * view.count
         left_out += [name for name in missing if name not in left_out]

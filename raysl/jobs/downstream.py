@@ -1,8 +1,8 @@
 """From a finished run to the next one: the settings to fine-tune or to distil it with.
 
 T. Chen, S. Kornblith, K. Swersky, M. Norouzi, G. Hinton: "Big Self-Supervised Models are Strong
-Semi-Supervised Learners", 2020, arXiv:2006.10029v2, sec. 3.1. ViTs are fine-tuned as MAE's (K. He
-et al. 2021, arXiv:2111.06377v3, appendix A.1, table 9). Overrides win over all of it.
+Semi-Supervised Learners", 2020, arXiv:2006.10029v2, sec. 3.1. ViTs are fine-tuned as MAE's ViT-Base
+(K. He et al. 2021, arXiv:2111.06377v3, and the authors' FINETUNE.md). Overrides win over all of it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,6 +50,8 @@ class Origin(NamedTuple):
     """Of the projection head in its folder; 0 for none."""
     values: dict[str, Any]
     """The settings that the next run takes over."""
+    finetuned_pool: str | None = None
+    """What ``backbone.pool`` is to be when all of the encoder learns; None: as it was."""
 
 
 def finetune_values(origin: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -91,7 +93,10 @@ def finetune_from(
     What overrides leave open is SimCLR v2's: one crop and flip; LARS of 0.005 sqrt(B) (0.002 for
     wide networks and selective kernels), no weight decay, no warm-up; 1,024 images, or all if they
     are fewer; 60 epochs of 1 % of the labels, else 30; with a part of the labels, the first layer
-    of a head of three. A ViT gets MAE's, but for RandAugment and random erasing.
+    of a head of three. A ViT gets MAE's, but for RandAugment and random erasing; one that MAE has
+    pretrained also gives the mean of its patches instead of its class token, through a norm that
+    begins anew, unless it is frozen (the authors' FINETUNE.md; their linear probing keeps the
+    token).
 
     Args:
         origin: Where it begins.
@@ -121,6 +126,9 @@ def finetune_from(
         values["method"] = {"label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0} | method
         if not _is_given(overrides, "backbone.drop_path"):
             backbone["drop_path"] = 0.1
+        learns = not method.get("freeze_encoder", False)
+        if origin.finetuned_pool and learns and not _is_given(overrides, "backbone.pool"):
+            backbone["pool"] = origin.finetuned_pool
     else:
         epochs = 60.0 if fraction <= _FEW_LABELS else 30.0
         wide = backbone.get("width", 1) > 1 or backbone.get("selective_kernels")
@@ -204,7 +212,8 @@ def origin_of(run: RunConfig[Any], folder: Path) -> Origin:
 def finetune_data(pretrained: RunConfig[Any]) -> dict[str, Any]:
     """Return the images of a pretraining with the views to fine-tune on: one crop and flip.
 
-    Crops are as small as in pretraining, and mirrored only if they were there.
+    Crops are as small as in pretraining, resized in the same way, and mirrored only if they were
+    there.
     """
     data: dict[str, Any] = pretrained.data.model_dump(mode="json")
     kinds = pretrained.data.views.views()
@@ -214,7 +223,8 @@ def finetune_data(pretrained: RunConfig[Any]) -> dict[str, Any]:
         views["flip_prob"] = 0.0
     if largest.crop.short_side is None:
         views["min_scale"] = largest.crop.scale[0]
-    data["views"] = views | {"antialias": largest.crop.antialias}
+    resized = {"interpolation": largest.crop.interpolation, "antialias": largest.crop.antialias}
+    data["views"] = views | resized
     return data
 
 
@@ -227,7 +237,7 @@ def _of_run(run: RunConfig[Any], folder: Path, weights: Path, head_layers: int) 
         "train": {"precision": run.train.precision, "channels_last": run.train.channels_last},
         "output_dir": str(folder.parent),
     }
-    return Origin(run.name, folder, weights, head_layers, values)
+    return Origin(run.name, folder, weights, head_layers, values, run.method.finetuned_pool)
 
 
 def _of_file(folder: Path, weights: Path, head_layers: int) -> Origin:

@@ -88,11 +88,14 @@ def finetune_run(
     data["labels"] = {"fraction": finetune.label_fraction, "seed": finetune.seed, "only": True}
     values = config.model_dump(mode="json", exclude={"adversary_optim"})
     head = str(folder.path) if finetune.head_layers else None
+    backbone = values["backbone"] | {"weights": str(folder.encoder), "batch_norm": "worker"}
+    if config.method.finetuned_pool is not None:
+        backbone["pool"] = config.method.finetuned_pool
     build = partial(run_from_values, where="evaluate.finetune")
     values |= {
         "seed": finetune.seed,
         "data": data,
-        "backbone": values["backbone"] | {"weights": str(folder.encoder), "batch_norm": "worker"},
+        "backbone": backbone,
         "method": {"name": "supervised", "head": head, "head_layers": finetune.head_layers},
         "optim": {
             "name": "sgd",

@@ -86,10 +86,10 @@ class BarlowConfig(MethodConfig):
     name: Literal["barlow"] = "barlow"
     redundancy: NonNegativeFloat = 0.0051
     """Lambda of Eq. (1): 0.005 in the paper (sec. 2.2), 0.0051 in the authors' main.py."""
-    loss_scale: PositiveFloat = 0.024
-    """Factor of the loss. LARS and Adam take no notice, except for what they do not adapt: biases
-    and norms under LARS. The authors give those a learning rate of 0.0048 beside 0.2 for weights,
-    and with this factor, their ratio, one learning rate does the same. 1 is the paper's loss."""
+    loss_scale: PositiveFloat = 1.0
+    """Factor of the loss; 1 is the paper's. It acts on what an optimizer does not adapt to the size
+    of its gradient: everything under SGD, biases and norms under LARS, weight decay under both. To
+    step as the authors' code does on R GPUs, take 1 / R: :class:`Barlow` says why."""
     projection_layers: Annotated[int, Field(ge=1, le=8)] = 3
     """Linear layers of the projector; batch norm and ReLU follow all but the last."""
     hidden_dim: PositiveInt = 8192
@@ -104,7 +104,16 @@ class BarlowConfig(MethodConfig):
 
 
 class Barlow(SiameseMethod):
-    """Each entry of an embedding is to be the same in both views, and unlike all other entries."""
+    """Each entry of an embedding is to be the same in both views, and unlike all other entries.
+
+    Departs: The gradient is that of the loss of all images, whatever the number of workers. In the
+        authors' main.py it is that over R on R GPUs: each GPU adds up the correlations of all by an
+        all-reduce that autograd does not see, so its gradient is the share of its own images, and
+        data-parallel training takes the mean of the R shares. Their learning rates (for 256 images
+        0.2 for weights, 0.0048 for biases and norms) and decay (1e-6, weights only) go with such a
+        gradient; here method.loss_scale 1 / R with optim.base_lr 0.2 and bias_and_norm_lr_ratio
+        0.024 does the same. They had 16 GPUs (their README).
+    """
 
     Config = BarlowConfig
     norms_views_together: ClassVar[bool] = False

@@ -123,6 +123,8 @@ class MethodConfig(Config):
     classifies: ClassVar[bool] = False
     """Whether it trains a classifier (:attr:`Method.label_classifier`), whose accuracy is measured
     in place of that of frozen features."""
+    finetuned_pool: ClassVar[str | None] = None
+    """What ``backbone.pool`` is to be when all of the encoder is fine-tuned; None: as it was."""
     files: ClassVar[tuple[str, ...]] = ()
     """Settings that name a run folder or a file, which every worker has to find."""
 

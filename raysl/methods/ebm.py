@@ -39,6 +39,7 @@ from raysl.methods.base import (
 )
 from raysl.nn.backbones import Backbone
 from raysl.nn.contrastive_divergence import contrastive_divergence_loss
+from raysl.nn.energies import by_row, contrast, mean_where, range_of
 from raysl.nn.langevin import ChainStarts, ReplayBuffer, energy_gradient, langevin, standing_still
 from raysl.nn.noise_contrast import conditional_noise_contrastive_loss, noise_contrastive_loss
 from raysl.nn.perturbation import Perturbation, perturb
@@ -50,7 +51,9 @@ from raysl.nn.spectral_noise import SpectralGaussian
 class EBMConfig(MethodConfig):
     """Settings of the energy-based model.
 
-    Steps and deviations are for pixels from -1 to 1, as published; ``value_range`` converts them.
+    Steps, gradients and deviations are for pixels from -1 to 1, as JEM's are; ``value_range``
+    converts them. IGEBM's are for pixels from 0 to 1: a step of 10 there is one of 40 here, a
+    gradient of 0.01 one of 0.005, a deviation of 0.005 one of 0.01.
     """
 
     name: Literal["ebm"] = "ebm"
@@ -66,9 +69,12 @@ class EBMConfig(MethodConfig):
     langevin_steps: PositiveInt = 20
     """mcmc: steps of each chain in a training step (JEM 20, IGEBM 60)."""
     langevin_step_size: PositiveFloat = 1.0
-    """mcmc: factor of the energy's gradient in a step (JEM 1, IGEBM 10 with clipped gradients)."""
+    """mcmc: factor of the energy's gradient in a step (JEM 1, IGEBM 40)."""
+    langevin_max_gradient: PositiveFloat | None = None
+    """mcmc: most of a pixel's gradient in a step, either way; null: no limit (JEM none, IGEBM
+    0.005, so that a step of 40 moves a pixel by a tenth of its range at most)."""
     langevin_noise_std: NonNegativeFloat = 0.01
-    """mcmc: deviation of the noise in a step (JEM 0.01)."""
+    """mcmc: deviation of the noise in a step (JEM and IGEBM 0.01)."""
     input_noise_std: NonNegativeFloat = 0.03
     """mcmc: deviation of the noise on the data (JEM 0.03)."""
     buffer_length: PositiveInt = 10000
@@ -128,7 +134,7 @@ class EBM(Method):
 
     Departs:
         mcmc: JEM's settings, but for a scalar head instead of class scores; samples are kept within
-        the range of pixels, as in IGEBM.
+        the range of pixels, as in IGEBM, whose noise comes before the gradient, not after.
         nce: the model is p_n(x) exp(-E(x) - c), relative to the noise's density, so its energy over
         images is E - log p_n. Else the network would first have to learn log p_n to within a nat:
         3,610 +- 870 for CIFAR-10 images, 3,150 +- 40 for the noise.
@@ -211,12 +217,13 @@ class EBM(Method):
         begin = starts.images.to(images)
         if config.restart_from != "noise":
             fresh = data if config.restart_from == "data" else self._perturb(data)[0]
-            begin = torch.where(_by_row(starts.fresh), fresh, begin)
+            begin = torch.where(by_row(starts.fresh), fresh, begin)
         samples, gradients = langevin(
             self.energy,
             begin,
             num_steps=config.langevin_steps,
             step_size=config.langevin_step_size * scale**2,
+            max_gradient=(config.langevin_max_gradient or math.inf) / scale,
             noise_std=config.langevin_noise_std * scale,
             value_range=config.value_range,
         )
@@ -229,7 +236,7 @@ class EBM(Method):
         features = features[: len(images)].detach()
         if not progress.is_logged:
             return LossOutput(loss, features, {})
-        metrics = _contrast(of_data, of_samples, "samples") | {
+        metrics = contrast(of_data, of_samples, "samples") | {
             "ebm/sample_gradient_norm": gradients.mean() * scale,
             "ebm/sample_moved_rms": (samples - begin).square().mean().sqrt() / scale,
             "ebm/chain_length_steps": starts.num_steps.float().mean() + config.langevin_steps,
@@ -246,7 +253,7 @@ class EBM(Method):
             seen.append(self._energy_and_features(noisy))
             return seen[0][0] / sigma
 
-        noisy = images + _by_row(sigma) * noise
+        noisy = images + by_row(sigma) * noise
         with sdpa_kernel(SDPBackend.MATH):  # the others cannot be differentiated twice
             scores = -energy_gradient(energy, noisy, create_graph=torch.is_grad_enabled())
         energies, features = seen[0]
@@ -254,14 +261,14 @@ class EBM(Method):
         if not progress.is_logged:
             return LossOutput(loss, features.detach(), {})
         with torch.no_grad():
-            left = (_by_row(sigma) * scores + noise).square().flatten(1).mean(dim=1)
+            left = (by_row(sigma) * scores + noise).square().flatten(1).mean(dim=1)
             fine = sigma < math.exp((low + high) / 2)
             metrics = {
                 "ebm/energy_data": energies.mean(),
                 "ebm/energy_std": energies.std(correction=0),
-                "ebm/score_length": (_by_row(sigma) * scores).square().mean().sqrt(),
-                "ebm/noise_left_fine": _mean_where(fine, left),
-                "ebm/noise_left_coarse": _mean_where(~fine, left),
+                "ebm/score_length": (by_row(sigma) * scores).square().mean().sqrt(),
+                "ebm/noise_left_fine": mean_where(fine, left),
+                "ebm/noise_left_coarse": mean_where(~fine, left),
             }
         return LossOutput(loss, features.detach(), metrics)
 
@@ -283,7 +290,7 @@ class EBM(Method):
         self._seen = images
         if not progress.is_logged:
             return LossOutput(loss, features[:n].detach(), {})
-        metrics = _contrast(energies[:n], energies[n:], "noise") | {
+        metrics = contrast(energies[:n], energies[n:], "noise") | {
             "ebm/right_data": (of_data > math.log(count)).float().mean(),
             "ebm/right_noise": (of_noise < math.log(count)).float().mean(),
             "ebm/log_normaliser": self.log_normaliser.clone(),
@@ -305,9 +312,9 @@ class EBM(Method):
         if not progress.is_logged:
             return LossOutput(loss, features[:n].detach(), {})
         right = (of_noise > of_data[:, None]).flatten().float()
-        metrics = _contrast(of_data, of_noise, "noise")
+        metrics = contrast(of_data, of_noise, "noise")
         for name in names:
-            metrics[f"ebm/right_{name}"] = _mean_where(kinds == names.index(name), right)
+            metrics[f"ebm/right_{name}"] = mean_where(kinds == names.index(name), right)
         features = features[:n].detach()
         return LossOutput(loss, features, {key: v.detach() for key, v in metrics.items()})
 
@@ -340,7 +347,7 @@ class EBM(Method):
         caption = (
             f"Samples of the oldest Langevin chains, {int(steps.min()):,} to "
             f"{int(steps.max()):,} steps after their start at {self.config.restart_from}; "
-            f"their energies are {_range_of(energies)}."
+            f"their energies are {range_of(energies)}."
         )
         return ImageGrid(samples.unflatten(0, (side, side)), (), caption)
 
@@ -350,9 +357,9 @@ class EBM(Method):
         sigma = torch.linspace(low, high, len(images)).exp().to(images)
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(images.shape, generator=generator).to(images)
-        noisy = images + _by_row(sigma) * noise
+        noisy = images + by_row(sigma) * noise
         # The energy at noise level sigma is E / sigma, so sigma^2 times its score is:
-        denoised = noisy - _by_row(sigma) * energy_gradient(self.energy, noisy)
+        denoised = noisy - by_row(sigma) * energy_gradient(self.energy, noisy)
         errors = [float((x - images).square().mean().sqrt()) for x in (noisy, denoised)]
         caption = (
             f"One step along the score, x + sigma^2 s(x), from noise of {float(sigma[0]):.2g} to "
@@ -371,30 +378,13 @@ class EBM(Method):
             noise = self.noise.sample(len(images)).to(images)
             which = "Gaussian noise with their spectrum and colours"
         caption = (
-            f"Data, of energies {_range_of(self.energy(images))}, and {which}, "
-            f"of energies {_range_of(self.energy(noise))}."
+            f"Data, of energies {range_of(self.energy(images))}, and {which}, "
+            f"of energies {range_of(self.energy(noise))}."
         )
         return ImageGrid(torch.stack([images, noise], dim=1), ("data", "noise"), caption)
 
 
 _SHOWN_ROWS = 8  # of a picture, at most
-
-
-def _contrast(of_data: Tensor, of_others: Tensor, others: str) -> dict[str, Tensor]:
-    data, rest = of_data.mean(), of_others.mean()
-    return {"ebm/energy_data": data, f"ebm/energy_{others}": rest, "ebm/energy_gap": rest - data}
-
-
-def _by_row(values: Tensor) -> Tensor:
-    return values.view(-1, 1, 1, 1)  # (N, 1, 1, 1)
-
-
-def _mean_where(chosen: Tensor, values: Tensor) -> Tensor:
-    return (values * chosen).sum() / chosen.sum().clamp(min=1)  # 0 where none is
-
-
-def _range_of(energies: Tensor) -> str:
-    return f"{float(energies.min()):.2f} to {float(energies.max()):.2f}"
 
 
 METHOD = EBM

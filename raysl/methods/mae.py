@@ -152,6 +152,7 @@ class MAEConfig(MethodConfig):
 
     name: Literal["mae"] = "mae"
     needs_vit: ClassVar[bool] = True
+    finetuned_pool: ClassVar[str | None] = "mean_norm"  # the authors' FINETUNE.md: --global_pool
     mask_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.75
     """Share of patches that are removed (sec. 4.1, fig. 5)."""
     normalize_targets: bool = True
@@ -245,8 +246,8 @@ def _take(tokens: Tensor, places: Tensor) -> Tensor:
 class MAE(Method):
     """An encoder of few patches and a decoder of all rebuild the pixels of the rest.
 
-    Departs: The encoder begins as it was given, whereas the authors' linear maps begin
-        Xavier-uniform in the encoder, too.
+    Departs: The encoder begins as its own configuration says; the authors' begins as with
+        backbone.init mae.
     """
 
     Config = MAEConfig

@@ -95,8 +95,9 @@ class MoCoConfig(MethodConfig):
     norm statistics do not tell which key belongs to which query. It matters with batch norm over
     each worker's own images (on several workers) or over splits; not with sync."""
     symmetric: bool = False
-    """Also use view 1 as the query and view 0 as the key, and take the mean: twice the work a step
-    (the authors' CIFAR-10 demonstration)."""
+    """Also use view 1 as the query and view 0 as the key, and take the mean: twice the work a step.
+    The authors' CIFAR-10 demonstration adds both up instead, which under SGD is this with twice
+    their learning rate and half their weight decay."""
 
     @property
     def keys_per_image(self) -> int:

@@ -106,7 +106,9 @@ class MoCoV3(EmbeddingMethod):
 
     Departs: Whether the predictor ends in batch norm follows the backbone, as in the authors' code
         (a vision transformer's does, a ResNet's does not), not the paper, which knows one design.
-        A transformer's weights and positions are drawn as its own configuration says.
+        A transformer's weights and positions are drawn as its own configuration says; theirs are
+        backbone.init moco_v3 and backbone.positions sincos. Their AdamW decays biases and norms,
+        too: optim.decay_bias_and_norm.
     """
 
     Config = MoCoV3Config

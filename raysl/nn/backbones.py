@@ -3,7 +3,7 @@
 import difflib
 import importlib
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -12,37 +12,26 @@ from torch import Tensor, nn
 from raysl.config.base import Config, PositiveInt
 from raysl.errors import ConfigError
 from raysl.nn.batchnorm import BatchNormScope
-from raysl.nn.resnet import LAYOUTS, NormName, ResNet, Stem
-from raysl.nn.vit import VisionTransformer
+from raysl.nn.resnet import LAYOUTS, NormName, ResNet, ShortcutEdge, Stem
+from raysl.nn.vit import VIT_SIZES, Init, VisionTransformer
 
 Family = Literal["resnet", "vit", "convnext", "torchvision", "timm"]
 
 # What only some families have; everything else holds for all.
 _FIELDS: dict[Family, tuple[str, ...]] = {
-    "resnet": ("stem", "width", "selective_kernels", "norm", "zero_init_residual"),
-    "vit": ("patch_size_px", "depth", "num_heads", "drop_path", "pool", "positions"),
+    "resnet": (
+        *("stem", "width", "selective_kernels", "shortcut_edge", "norm", "zero_init_residual"),
+    ),
+    "vit": (
+        *("patch_size_px", "depth", "num_heads", "drop_path", "pool"),
+        *("positions", "init", "norm_eps"),
+    ),
     "convnext": ("drop_path",),
     "torchvision": (),
     "timm": (),
 }
 
 
-class ViTSize(NamedTuple):
-    """What tells one vision transformer from another."""
-
-    embed_dim: int
-    num_heads: int
-    depth: int = 12
-
-
-# Touvron et al. 2021, arXiv:2012.12877v2, table 1; Dosovitskiy et al. 2021, table 1, from base on.
-VIT_SIZES = {
-    "vit_tiny": ViTSize(192, 3),
-    "vit_small": ViTSize(384, 6),
-    "vit_base": ViTSize(768, 12),
-    "vit_large": ViTSize(1024, 16, depth=24),
-    "vit_huge": ViTSize(1280, 16, depth=32),
-}
 _CONVNEXTS = ("convnext_tiny", "convnext_small", "convnext_base")
 
 NAMES = (*LAYOUTS, *VIT_SIZES, *_CONVNEXTS)
@@ -60,11 +49,15 @@ class BackboneConfig(Config):
     stem: Stem = "imagenet"
     """ResNets. imagenet: 7 x 7 convolution of stride 2, then max-pool, as in torchvision. cifar:
     3 x 3 of stride 1, no max-pool (SimCLR, appendix B.9), for images of 32 px or so; 10 to 16 times
-    the work on the same image. small: 3 x 3 of stride 2, no max-pool: a quarter of cifar's work."""
+    the work on the same image. cifar_padded: cifar with two pixels of zeros around the image, as in
+    solo-learn. small: 3 x 3 of stride 2, no max-pool: a quarter of cifar's work."""
     width: Annotated[float, Field(gt=0, le=16)] = 1.0
     """ResNets: factor on all channels. SimCLR v2 has 1, 2 and 3 (arXiv:2006.10029v2, table 1)."""
     selective_kernels: bool = False
     """ResNets: selective kernels, ResNet-D's shortcuts and stem, as in SimCLR v2 (table 1, SK)."""
+    shortcut_edge: ShortcutEdge = "inside"
+    """ResNets with selective kernels: the pools of the shortcuts leave out what lies beyond the
+    edge, or count it as zeros, as in Separius/SimCLRv2-Pytorch."""
     norm: NormName = "batch"
     """ResNets. group: group norm of 32 groups. none: a learnt scale and shift for each channel,
     for energy-based models, which train without batch norm (JEM, arXiv:1912.03263v3); best with
@@ -83,12 +76,20 @@ class BackboneConfig(Config):
     """ViT and ConvNeXt: stochastic depth of the last block, rising linearly from 0 at the first."""
     pool: Literal["cls", "mean", "mean_norm"] = "cls"
     """ViT: an image's features are its class token, or the mean of its patches' tokens; mean_norm
-    takes the mean before the last norm, as MAE does in fine-tuning."""
+    takes the mean before the last norm, as MAE does in fine-tuning; from weights with the norm
+    before, that norm begins anew."""
     positions: Literal["learned", "sincos"] = "learned"
     """ViT: learnt positions, or fixed sines and cosines (MAE, MoCo v3)."""
+    init: Init = "normal"
+    """ViT: how weights are drawn: dino, mae and moco_v3 as their authors do. normal and dino:
+    truncated normals of 0.02; with dino the patch projection as a convolution. mae and moco_v3:
+    Xavier-uniform; the class token begins at 0.02 and 1e-6."""
+    norm_eps: Annotated[float, Field(gt=0, le=1e-2)] = 1e-6
+    """ViT: what the norms add to a token's variance; 1e-12 in transformers."""
     batch_norm: BatchNormScope = "worker"
     """Images that batch norm takes its statistics from while training: those of this worker, of
-    all workers (sync), or of each of batch_norm_splits parts of this worker's batch (split)."""
+    all workers (sync), or of each of batch_norm_splits parts of this worker's batch (split). The
+    ready recipes say sync where the authors do, which is in every method but MoCo v1 and v2."""
     batch_norm_splits: int = 8
     """Parts for batch_norm: split."""
     weights: str | None = None
@@ -138,6 +139,8 @@ class BackboneConfig(Config):
                 raise ValueError(
                     f"width and selective_kernels are for {', '.join(plain)}; not for {self.name}"
                 )
+        if self.shortcut_edge != "inside" and not self.selective_kernels:
+            raise ValueError("shortcut_edge needs selective_kernels: true")
         return self
 
     @model_validator(mode="after")
@@ -198,6 +201,7 @@ def build_backbone(config: BackboneConfig, *, image_size_px: int = 224) -> Backb
             stem=config.stem,
             width=config.width,
             selective_kernels=config.selective_kernels,
+            shortcut_edge=config.shortcut_edge,
             norm=config.norm,
             zero_init_residual=config.zero_init_residual,
         )
@@ -214,11 +218,13 @@ def build_backbone(config: BackboneConfig, *, image_size_px: int = 224) -> Backb
             drop_path=config.drop_path,
             pool=config.pool,
             positions=config.positions,
+            init=config.init,
+            norm_eps=config.norm_eps,
         )
         return Backbone(vit, embed_dim=size.embed_dim)
     check_model_name(config)
     if config.family == "timm":
-        net = _timm_model(config, image_size_px)
+        net = timm_model(config, image_size_px)[0]
     else:
         net = _torchvision_model(config, image_size_px)
     if config.batch_norm != "worker":
@@ -318,13 +324,8 @@ def _torchvision_model(config: BackboneConfig, image_size_px: int) -> nn.Module:
     return net
 
 
-def _timm_model(config: BackboneConfig, image_size_px: int) -> nn.Module:
-    """A model of timm without its classifier, laid out for the size if it depends on one."""
-    return timm_model(config, image_size_px)[0]
-
-
 def timm_model(config: BackboneConfig, image_size_px: int) -> tuple[nn.Module, dict[str, Any]]:
-    """Build a model of timm without its classifier.
+    """Build a model of timm without its classifier, laid out for the size if it depends on one.
 
     Returns:
         The model, and what ``timm.create_model`` was given for the size.

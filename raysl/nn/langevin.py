@@ -49,14 +49,16 @@ def langevin(
     num_steps: int,
     step_size: float,
     noise_std: float,
+    max_gradient: float = math.inf,
     value_range: tuple[float, float] = (-math.inf, math.inf),
 ) -> tuple[Tensor, Tensor]:
     r"""Walk down the energy with noise.
 
     .. math::
-        x \leftarrow \mathrm{clamp}(x - a \nabla_x E(x) + s\, n), \qquad n \sim N(0, 1)
+        x \leftarrow \mathrm{clamp}(x - a\, \mathrm{clip}(\nabla_x E(x)) + s\, n),
+        \qquad n \sim N(0, 1)
 
-    With s = sqrt(2 a) and small a the walk ends in samples of exp(-E) / Z.
+    With s = sqrt(2 a), small a and nothing clipped the walk ends in samples of exp(-E) / Z.
 
     Args:
         energy: Each image's energy.
@@ -64,19 +66,22 @@ def langevin(
         num_steps: Steps, >= 0.
         step_size: a, > 0.
         noise_std: s, >= 0.
+        max_gradient: Most of a pixel's gradient in each direction, > 0.
         value_range: Lowest and highest value of a pixel.
 
     Returns:
-        The samples, detached, and the length of each one's gradient at the last step, ``(N,)``.
+        The samples, detached, and the length of each one's gradient at the last step, ``(N,)``,
+        before it is clipped.
 
     Source: Welling and Teh, ICML 2011, eq. (4), with a step and a noise that need not belong
-    together, as in arXiv:1903.08689v6 and arXiv:1912.03263v3.
+    together, as in arXiv:1903.08689v6 and arXiv:1912.03263v3; the clipping is that of the former's
+    code (openai/ebm_code_release, train.py:760).
     """
     lengths = images.new_zeros(len(images))
     for _ in range(num_steps):
         gradient = energy_gradient(energy, images)
         lengths = gradient.flatten(1).norm(dim=1)
-        images = images - step_size * gradient
+        images = images - step_size * gradient.clamp(-max_gradient, max_gradient)
         if noise_std > 0:
             images = images + noise_std * torch.randn_like(images)
         images = images.clamp(*value_range)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from raysl.nn.convolution import Conv2d
 
-Stem = Literal["imagenet", "cifar", "small"]
+Stem = Literal["imagenet", "cifar", "cifar_padded", "small"]
+ShortcutEdge = Literal["inside", "zeros"]
 NormName = Literal["batch", "group", "none"]
 Norm = Callable[[int], nn.Module]
 
@@ -98,18 +99,26 @@ class SelectiveKernel(nn.Module):
 
 
 class ShortcutPool(nn.Module):
-    """The mean of 2 x 2 pixels, at any stride; what lies beyond the edge does not count.
+    """The mean of 2 x 2 pixels, at any stride.
 
     Source: ResNet-D (He et al. 2018, arXiv:1812.01187v2), in the form of the SimCLR v2 authors'
     resnet.py, which pools at stride 1 too. Departs: where a side is odd, they count zeros.
+
+    Args:
+        stride: 1 or 2.
+        edge: inside: what lies beyond the edge does not count. zeros: it counts as zeros, as in
+            Separius/SimCLRv2-Pytorch, at stride 1 and where a side is odd.
     """
 
-    def __init__(self, stride: int) -> None:
+    def __init__(self, stride: int, *, edge: ShortcutEdge = "inside") -> None:
         super().__init__()
         self.stride = stride
+        self.edge = edge
 
     def forward(self, maps: Tensor) -> Tensor:
         """Map ``(N, C, H, W)`` to ``(N, C, ceil(H / stride), ceil(W / stride))``."""
+        if self.edge == "zeros":
+            return F.avg_pool2d(F.pad(maps, (0, 1, 0, 1)), 2, stride=self.stride)
         if self.stride == 1:
             padded = F.avg_pool2d(maps, 2, stride=1, padding=1, count_include_pad=False)
             return padded[:, :, 1:, 1:]
@@ -123,6 +132,7 @@ class _Style(NamedTuple):
     selective_kernels: bool
     groups: int
     group_width: int
+    shortcut_edge: ShortcutEdge
 
     def kernel(self, in_channels: int, channels: int, stride: int) -> tuple[nn.Module, nn.Module]:
         """A 3 x 3 convolution and its norm; selective kernels hold their norm themselves."""
@@ -137,7 +147,8 @@ class _Style(NamedTuple):
         if stride == 1 and in_channels == channels:
             return None
         if self.selective_kernels:
-            pool, conv = ShortcutPool(stride), _conv(in_channels, channels, 1)
+            pool = ShortcutPool(stride, edge=self.shortcut_edge)
+            conv = _conv(in_channels, channels, 1)
             return nn.Sequential(pool, conv, self.norm(channels))
         conv = _conv(in_channels, channels, 1, stride=stride)
         return nn.Sequential(conv, self.norm(channels))
@@ -195,9 +206,11 @@ class ResNet(nn.Module):
     Args:
         layout: Blocks and groups.
         stem: imagenet: 7 x 7 of stride 2, then max-pool (with selective kernels three of 3 x 3 and
-            max-pool, ResNet-D). cifar: 3 x 3 of stride 1. small: 3 x 3 of stride 2.
+            max-pool, ResNet-D). cifar: 3 x 3 of stride 1. cifar_padded: the same, with two pixels
+            of zeros around the image instead of one. small: 3 x 3 of stride 2.
         width: Factor on all channels, which are rounded to a multiple of 8.
         selective_kernels: In every block (in basic blocks the first convolution, as in timm).
+        shortcut_edge: What the pools of selective kernels' shortcuts do at the edge.
         norm: batch, group, or none: a learnt scale and shift for each channel.
         zero_init_residual: Start each residual branch at zero.
     """
@@ -209,11 +222,16 @@ class ResNet(nn.Module):
         stem: Stem = "imagenet",
         width: float = 1.0,
         selective_kernels: bool = False,
+        shortcut_edge: ShortcutEdge = "inside",
         norm: NormName = "batch",
         zero_init_residual: bool = False,
     ) -> None:
         super().__init__()
-        style = _Style(norm_of(norm), selective_kernels, layout.groups, layout.group_width)
+        style = _Style(
+            norm_of(norm), selective_kernels, layout.groups, layout.group_width, shortcut_edge
+        )
+        self.stem = stem
+        self.shortcut_edge = shortcut_edge
         block = Bottleneck if layout.bottleneck else BasicBlock
         channels = max(round(64 * width / 8), 1) * 8
         self.embed_dim = 8 * channels * block.expansion
@@ -246,17 +264,20 @@ class ResNet(nn.Module):
 
 
 def _conv(
-    in_channels: int, channels: int, size: int, *, stride: int = 1, groups: int = 1
+    in_channels: int, channels: int, size: int, *, stride: int = 1, groups: int = 1, more: int = 0
 ) -> Conv2d:
     """A convolution that keeps the resolution but for its stride; what follows has a bias."""
+    padding = size // 2 + more
     return Conv2d(
-        in_channels, channels, size, stride=stride, padding=size // 2, groups=groups, bias=False
+        in_channels, channels, size, stride=stride, padding=padding, groups=groups, bias=False
     )
 
 
 def _stem_conv(stem: Stem, channels: int, style: _Style) -> nn.Module:
     if stem != "imagenet":
-        return _conv(3, channels, 3, stride=1 if stem == "cifar" else 2)
+        return _conv(
+            3, channels, 3, stride=2 if stem == "small" else 1, more=stem == "cifar_padded"
+        )
     if not style.selective_kernels:
         return _conv(3, channels, 7, stride=2)
     half = channels // 2

@@ -3,13 +3,35 @@
 Dosovitskiy et al. 2021, An Image is Worth 16x16 Words, arXiv:2010.11929v2.
 """
 
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raysl.errors import ShapeError
+
+Init = Literal["normal", "dino", "mae", "moco_v3"]
+
+_CLASS_TOKEN_STD = {"mae": 0.02, "moco_v3": 1e-6}  # of those that are Xavier-uniform
+
+
+class ViTSize(NamedTuple):
+    """What tells one vision transformer from another."""
+
+    embed_dim: int
+    num_heads: int
+    depth: int = 12
+
+
+# Touvron et al. 2021, arXiv:2012.12877v2, table 1; Dosovitskiy et al. 2021, table 1, from base on.
+VIT_SIZES = {
+    "vit_tiny": ViTSize(192, 3),
+    "vit_small": ViTSize(384, 6),
+    "vit_base": ViTSize(768, 12),
+    "vit_large": ViTSize(1024, 16, depth=24),
+    "vit_huge": ViTSize(1280, 16, depth=32),
+}
 
 
 class DropPath(nn.Module):
@@ -86,15 +108,22 @@ class TransformerBlock(nn.Module):
         num_heads: Attention heads; divides ``dim``.
         mlp_ratio: Hidden features of the perceptron for each feature of a token.
         drop_path: Chance that a branch is dropped for an image while training, in [0, 1).
+        norm_eps: What the norms add to a token's variance, > 0.
     """
 
     def __init__(
-        self, dim: int, num_heads: int, *, mlp_ratio: float = 4.0, drop_path: float = 0.0
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
@@ -132,6 +161,9 @@ class VisionTransformer(nn.Module):
             token takes part in the attention either way. mean_norm normalises the mean instead of
             the tokens (MAE's fine-tuned models), by ``fc_norm`` as in timm.
         positions: learned, or fixed sines and cosines (MAE, MoCo v3).
+        init: How weights are drawn: normals of 0.02 with a patch projection to go with them, or as
+            the authors of DINO, MAE or MoCo v3 do.
+        norm_eps: What the norms add to a token's variance, > 0.
 
     Departs: no dropout; DINO, MAE and MoCo v3 use none.
     """
@@ -150,6 +182,8 @@ class VisionTransformer(nn.Module):
         drop_path: float = 0.0,
         pool: Literal["cls", "mean", "mean_norm"] = "cls",
         positions: Literal["learned", "sincos"] = "learned",
+        init: Init = "normal",
+        norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         if image_size_px % patch_size_px:
@@ -167,31 +201,47 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.num_patches, embed_dim))
         drops = [drop_path * block / max(depth - 1, 1) for block in range(depth)]
         self.blocks = nn.ModuleList(
-            TransformerBlock(embed_dim, num_heads, mlp_ratio=mlp_ratio, drop_path=drop)
+            TransformerBlock(
+                embed_dim, num_heads, mlp_ratio=mlp_ratio, drop_path=drop, norm_eps=norm_eps
+            )
             for drop in drops
         )
-        norm, after = nn.LayerNorm(embed_dim, eps=1e-6), pool == "mean_norm"
+        norm, after = nn.LayerNorm(embed_dim, eps=norm_eps), pool == "mean_norm"
         self.norm: nn.Module = nn.Identity() if after else norm
         self.fc_norm: nn.Module = norm if after else nn.Identity()
-        self._init_weights()
+        self._init_weights(init)
         if positions == "sincos":
             with torch.no_grad():
                 self.pos_embed.copy_(sincos_positions(embed_dim, self.side, self.side))
             self.pos_embed.requires_grad_(False)
 
-    def _init_weights(self) -> None:
-        """Truncated normals of 0.02, zero biases (DINO, timm).
+    def _init_weights(self, init: Init) -> None:
+        """Draw the weights; biases begin at zero, learnt positions as truncated normals of 0.02.
 
-        ``patch_embed.proj`` is drawn as the linear map that it is, Xavier-uniform (MAE, MoCo v3):
-        its default init as a convolution would depend on the patch alone, not on D.
+        ``patch_embed.proj`` is drawn as the linear map that it is, Xavier-uniform (MAE, MoCo v3).
+        With dino, and in timm, it stays as a convolution is made, in +-1 / sqrt(3 P^2) with its
+        bias, which depends on the patch alone, not on D.
+
+        Source: the authors' vision_transformer.py for dino, models_mae.py (initialize_weights) for
+        mae, and vits.py (VisionTransformerMoCo) for moco_v3, where queries, keys and values are
+        three maps of D to D.
         """
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                maps = 3 if init == "moco_v3" and name.endswith("attn.qkv") else 1
+                for weight in module.weight.detach().chunk(maps):
+                    if init in _CLASS_TOKEN_STD:
+                        nn.init.xavier_uniform_(weight)
+                    else:
+                        nn.init.trunc_normal_(weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))
-        nn.init.zeros_(cast("Tensor", self.patch_embed.proj.bias))
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        if init != "dino":
+            nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))
+            nn.init.zeros_(cast("Tensor", self.patch_embed.proj.bias))
+        if init in _CLASS_TOKEN_STD:
+            nn.init.normal_(self.cls_token, std=_CLASS_TOKEN_STD[init])
+        else:
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def embed_patches(self, images: Tensor) -> Tensor:

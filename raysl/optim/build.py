@@ -44,6 +44,9 @@ class OptimConfig(Config):
     (DINO goes from 0.04 to 0.4)."""
     decay_bias_and_norm: bool = False
     """Also decay biases and batch norm (MoCo's and many SGD recipes do; LARS recipes do not)."""
+    bias_and_norm_lr_ratio: PositiveFloat = 1.0
+    """Learning rate of biases and norms over that of weights. Barlow Twins' authors give 0.0048 to
+    the ones and 0.2 to the others (their --learning-rate-biases and --learning-rate-weights)."""
     sgd_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """Momentum of SGD and LARS."""
     nesterov: bool = False
@@ -118,6 +121,8 @@ def param_groups(
         if parameter.requires_grad:
             plain = parameter.ndim <= 1 or (is_lars and parameter in special.unadapted)
             scale = special.lr_scales.get(parameter, 1.0)
+            if parameter.ndim <= 1:
+                scale *= config.bias_and_norm_lr_ratio
             key = (parameter in special.constant_lr, plain, scale)
             members.setdefault(key, []).append(parameter)
     groups = []

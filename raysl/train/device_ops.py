@@ -89,7 +89,8 @@ def _jitter(op: ColorJitter, images: Tensor, plan: Plans) -> Tensor:
     """Apply the four factors in each image's own order."""
     factors = torch.from_numpy(np.ascontiguousarray(plan[:, 1:5])).to(images.device)
     order = plan[:, 5:9].astype(np.int64)
-    steps = (_brightness, _contrast, _saturation, _hue)
+    brightness = _brightness if op.brightness_kind == "multiply" else _added_brightness
+    steps = (brightness, _contrast, _saturation, _hue)
     for place in range(4):
         for number, step in enumerate(steps):
             rows = _index(np.flatnonzero(order[:, place] == number), images)
@@ -101,6 +102,10 @@ def _jitter(op: ColorJitter, images: Tensor, plan: Plans) -> Tensor:
 
 def _brightness(images: Tensor, factor: Tensor) -> Tensor:
     return _levels(images * factor)
+
+
+def _added_brightness(images: Tensor, value: Tensor) -> Tensor:
+    return _levels(images + 255 * value)
 
 
 def _contrast(images: Tensor, factor: Tensor) -> Tensor:

@@ -6,13 +6,15 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from raysl.errors import DataError
-from raysl.weights.stored import State, StoredTensor
+from raysl.weights.stored import State, StoredTensor, stored
 
 # What stands beside an encoder behind the same prefix: classifiers, heads, decoders.
 _BESIDE = (
     *("fc.", "head.", "heads.", "classifier.", "head_dist.", "linear.", "mask_token", "decoder_"),
-    *("projection_head.", "projector.", "predictor.", "prototypes."),
+    *("projection_head.", "projector.", "predictor.", "prototypes.", "pooler."),
 )
+# The norm of a vision transformer's tokens, and that of their mean.
+_NORM_BEFORE, _NORM_AFTER = ("norm.weight", "norm.bias"), ("fc_norm.weight", "fc_norm.bias")
 _NAMES_SHOWN = 5
 
 
@@ -40,6 +42,26 @@ def fitted(state: State, net: nn.Module, *, where: str | Path) -> dict[str, Tens
         if not value.isfinite().all():
             raise DataError(f"{where}: its weights are not all finite: {name}")
     return tensors
+
+
+def pooled_anew(state: State, net: nn.Module) -> State:
+    """Return a vision transformer's tensors for a network that takes the mean before its norm.
+
+    The norm of a file's tokens says nothing of the mean of tokens: it is left out, and the norm of
+    the mean keeps the values that it has in the network. Whatever else is asked for stays as it is.
+
+    Args:
+        state: Tensors of a file under the network's names.
+        net: What they are for; not changed.
+
+    Source: facebookresearch/mae, main_finetune.py:252, which loads all but ``fc_norm`` so.
+    """
+    wanted = net.state_dict()
+    after, before = set(_NORM_AFTER), set(_NORM_BEFORE)
+    if not after <= wanted.keys() or before & wanted.keys() or after & state.keys():
+        return state
+    kept = {name: value for name, value in state.items() if name not in before}
+    return kept | {name: stored(wanted[name].detach().clone()) for name in _NORM_AFTER}
 
 
 def fill(net: nn.Module, state: Mapping[str, Tensor]) -> None:

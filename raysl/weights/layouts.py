@@ -1,53 +1,63 @@
-"""Where the training codes of others keep an encoder in their files: one table, and its reader.
+"""Where the training codes of others keep an encoder in their files: one table.
 
-An encoder is found by a name that every network of its kind has (``layer1.0.conv1.weight``); what
-stands before that name, together with the keys that lead to its state dict, is its address, such as
-``state_dict/module.encoder_q.``. A layout says which addresses are its own, the best one first.
+A layout says which addresses are its own, the best one first, what tells it from others that use
+the same ones, and what its code fixes but no tensor shows: attention heads, the padding of a stem,
+the normalisation of the images.
 
-The facts are those of the authors' repositories: main_moco.py of moco and moco-v3, main_dino.py,
-main_pretrain.py and main_finetune.py of mae, simclr.py of sthalles/SimCLR, simclr/simclr.py of
-Spijkervet/SimCLR, convert.py of tonylins/simclr-converter, the checkpoints of VISSL (converted by
-its extra_scripts/convert_vissl_to_torchvision.py), the examples of lightly and lightly-train.
+The facts are those of the authors' repositories: main_moco.py, main_lincls.py and
+convert_to_deit.py of moco-v3, main_moco.py of moco, main_dino.py of dino, train/train.py of
+dinov2, main_pretrain.py and main_finetune.py of mae, main.py of barlowtwins, main_vicreg.py of
+vicreg, simsiam/builder.py, solo/methods/base.py of solo-learn, simclr.py of sthalles/SimCLR,
+simclr/simclr.py of Spijkervet/SimCLR, model.py of leftthomas/SimCLR, networks/resnet_big.py of
+SupContrast, convert.py of Separius/SimCLRv2-Pytorch, the checkpoints of VISSL (converted by its
+extra_scripts/convert_vissl_to_torchvision.py), the examples and benchmarks of lightly, and
+lightly-train.
 """
 
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from types import MappingProxyType
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-from raysl.weights.convnext import OF_TIMM, from_timm
-from raysl.weights.stored import Content, State, StoredTensor
-
-_DEEPEST = 6
-_OF_TORCHVISION = (
-    "layer1.0.conv1.weight",
-    "layer1.0.conv1.conv.weight",
-    "features.1.0.block.0.weight",
+from raysl.nn.vit import VIT_SIZES
+from raysl.weights.dinov2_names import OF_DINOV2
+from raysl.weights.naming import OF_TORCHVISION, NamingName
+from raysl.weights.normalisation import (
+    CIFAR10_WITHIN,
+    IMAGENET,
+    OF_SOLO_LEARN,
+    PIXELS,
+    Normalisation,
 )
-_OF_VIT = ("patch_embed.proj.weight",)
+from raysl.weights.positions import fixed_positions
+from raysl.weights.stored import State
 
-# torchvision's children in an nn.Sequential, and those of lightly's ResNetGenerator, which has
-# neither ReLU nor pooling among them.
-_SEQUENTIAL = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
-_GENERATED = {"0": "conv1", "1": "bn1", "2": "layer1", "3": "layer2", "4": "layer3", "5": "layer4"}
-_OF_GENERATED, _IN_SEQUENTIAL = "2.0.conv1.weight", "4.0.conv1.weight"
+ANYWHERE = r".*"
+"""The address of layouts that are told by their names alone."""
 
-ANCHORS = (*_OF_TORCHVISION, *_OF_VIT, OF_TIMM, _OF_GENERATED, _IN_SEQUENTIAL)
-"""Names that tell where an encoder begins."""
-
-
-# torchvision's figures.
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_STATE = r"((state_dict|model|model_state|model_state_dict)/)?(module\.)?"
+_TRAIN = r"wrapped_model\.(_model|_features)\."
 
 
 class Network(NamedTuple):
-    """An encoder in a file, with what stands beside it behind the same prefix."""
+    """An encoder in a file, with what stands beside it."""
 
     address: str
     state: State
     """Under torchvision's or timm's names."""
-    renamed: bool
-    """Whether the file has other names for it."""
+    naming: NamingName
+    """Whose names the file has for it."""
+    beside: State
+    """The other tensors of the same state dict, without ``module.`` before their names."""
+
+
+class Place(NamedTuple):
+    """Where a layout keeps a network."""
+
+    address: str
+    """A regular expression."""
+    what: str
+    """What the network there is called in its paper."""
+    sign: Callable[[Network], bool] = lambda _: True
+    """Whether a network at such an address is really of this layout."""
 
 
 class Layout(NamedTuple):
@@ -55,221 +65,287 @@ class Layout(NamedTuple):
 
     name: str
     whose: str
-    addresses: tuple[str, ...]
-    """Regular expressions; of several networks the first one's is taken."""
-    taken: tuple[str, ...]
-    """What each of these addresses is called in its paper."""
-    sign: Callable[[Network], bool] = lambda _: True
-    """Whether a network at such an address is really of this layout."""
-    num_heads: Mapping[int, int] = MappingProxyType({})
-    """Attention heads by width, where they are not those of the DeiT paper."""
-    positions: Literal["learned", "sincos"] = "learned"
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Of its training images, which no file tells."""
-    std: tuple[float, float, float] = IMAGENET_STD
+    places: tuple[Place, ...]
+    """Of several networks the first one's is taken."""
+    told: Callable[[Network], Mapping[str, Any]] = lambda _: {}
+    """Keys of :class:`BackboneConfig` that the code fixes and no tensor shows."""
+    normalisation: Callable[[Network], Normalisation] = lambda _: IMAGENET
+    """Of its training images."""
 
 
 def _has(*names: str) -> Callable[[Network], bool]:
     return lambda network: any(name in network.state for name in names)
 
 
+def _stands_beside(network: Network, *names: str) -> bool:
+    """Whether any name beside the network is one of these, or below one that ends with a dot."""
+    prefixes = tuple(name for name in names if name.endswith("."))
+    return any(name in names or name.startswith(prefixes or ("\0",)) for name in network.beside)
+
+
 def _is_lightly(network: Network) -> bool:
-    """Renamed children of a Sequential, or addresses that only lightly has."""
-    return network.renamed or ".vit." in network.address or "wrapped_model" in network.address
+    """Children of a Sequential, heads or addresses that only lightly has."""
+    return (
+        network.naming == "sequential"
+        or ".vit." in network.address
+        or "wrapped_model" in network.address
+        or _stands_beside(network, "projection_head.", "prediction_head.", "online_classifier.")
+    )
 
 
-_STATE = r"((state_dict|model|model_state|model_state_dict)/)?(module\.)?"
-_TRAIN = r"wrapped_model\.(_model|_features)\."
+def _is_solo_learn(network: Network) -> bool:
+    """It trains a linear classifier beside every method."""
+    return "classifier.weight" in network.beside
+
+
+def _is_mae(network: Network) -> bool:
+    """By its decoder or its norm of the mean; by its positions in the released files."""
+    known = ("mask_token", "decoder_embed.weight", "fc_norm.weight")
+    return _has(*known)(network) or fixed_positions(network.state) == "mae"
+
+
+def _is_simsiam(network: Network) -> bool:
+    """The projector in the place of the classifier, a predictor beside."""
+    return "fc.0.weight" in network.state and _stands_beside(network, "predictor.")
+
+
+def _is_leftthomas(network: Network) -> bool:
+    """Children of a Sequential, a head called g."""
+    return network.naming == "sequential" and _stands_beside(network, "g.")
+
+
+def _is_barlow(network: Network) -> bool:
+    return "bn.running_mean" in network.beside and _stands_beside(network, "projector.")
+
+
+def _is_vicreg(network: Network) -> bool:
+    """A projector with norms beside, and neither predictor nor classifier."""
+    others = ("predictor.", "classifier.", "bn.", "momentum_")
+    normalised = "projector.1.running_mean" in network.beside
+    return normalised and not any(n.startswith(others) for n in network.beside)
+
+
+def _is_sthalles(network: Network) -> bool:
+    """The head of two layers without norms sits in the backbone itself."""
+    head = {"fc.0.weight", "fc.2.weight"} <= network.state.keys()
+    return head and not any(name.startswith("fc.1.") for name in network.state)
+
+
+def _is_spijkervet(network: Network) -> bool:
+    """A head without norms and without biases, and nothing else."""
+    head = "projector.0.weight" in network.beside
+    others = ("projector.1.", "projector.0.bias", "predictor.", "classifier.", "momentum_")
+    return head and not any(name.startswith(others) for name in network.beside)
+
+
+def _is_supcontrast(network: Network) -> bool:
+    return "head.0.weight" in network.beside and _small_stem(network)
+
+
+def _small_stem(network: Network) -> bool:
+    stem = network.state.get("conv1.weight")
+    return stem is not None and stem.shape[-1] == 3
+
+
+def _width(network: Network) -> int:
+    token = network.state.get("cls_token")
+    return 0 if token is None else token.shape[-1]
+
+
+def _deit_heads(network: Network) -> dict[str, Any]:
+    """Heads of the DeiT paper, which DINO's and MAE's codes have for the sizes that they name."""
+    heads = {size.embed_dim: size.num_heads for size in VIT_SIZES.values()}.get(_width(network))
+    return {"num_heads": heads} if heads else {}
+
+
+def _told_by_moco_v3(network: Network) -> dict[str, Any]:
+    """vits.py: both sizes have 12 heads, where DeiT's small one has 6."""
+    if "patch_embed.proj.weight" not in network.state:
+        return {}
+    return {"num_heads": 12, "positions": "sincos"}
+
+
+def _told_by_mae(network: Network) -> dict[str, Any]:
+    """models_mae.py names base, large and huge; smaller ones are other people's."""
+    named = _width(network) >= VIT_SIZES["vit_base"].embed_dim
+    fixed = {} if "fc_norm.weight" in network.state else {"positions": "sincos"}
+    return fixed | (_deit_heads(network) if named else {})
+
+
+def _told_by_solo_learn(network: Network) -> dict[str, Any]:
+    """For CIFAR it pads its 3 x 3 stem by 2; tiny and small have 12 heads in MAE and MoCo v3."""
+    if _small_stem(network):
+        return {"stem": "cifar_padded"}
+    fixed = fixed_positions(network.state)
+    if fixed is None:
+        return _deit_heads(network)
+    heads = 12 if _width(network) < VIT_SIZES["vit_base"].embed_dim else None
+    return {"positions": "sincos"} | ({"num_heads": heads} if heads else _deit_heads(network))
+
+
+def _normalised_by_solo_learn(network: Network) -> Normalisation:
+    """By the data set, which stem and classes tell."""
+    classes = network.beside["classifier.weight"].shape[0] if _is_solo_learn(network) else 0
+    if _small_stem(network):
+        return OF_SOLO_LEARN["cifar100" if classes == 100 else "cifar10"]
+    return IMAGENET
+
+
+def _told_by_simclr_v2(network: Network) -> dict[str, Any]:
+    """Its resnet.py pads the pools of the shortcuts with zeros, and counts them."""
+    selective = any(".squeeze." in name for name in network.state)
+    return {"shortcut_edge": "zeros"} if selective else {}
+
 
 LAYOUTS = (
     Layout(
         "vissl",
         "VISSL",
-        (r"(.*/)?trunk/(base_model\.)?(_feature_blocks\.)?", r"(.*[/.])?_feature_blocks\."),
-        ("the trunk", "the trunk"),
+        (
+            Place(r"(.*/)?trunk/(base_model\.)?(_feature_blocks\.)?", "the trunk"),
+            Place(r"(.*[/.])?_feature_blocks\.", "the trunk"),
+        ),
+    ),
+    Layout(
+        "transformers",
+        "Hugging Face's transformers: ViT, ViTMAE, DINOv2, ResNet",
+        (Place(ANYWHERE, "the encoder", lambda network: network.naming == "transformers"),),
+    ),
+    Layout(
+        "simclr_v2",
+        "SimCLR v2, converted by Separius/SimCLRv2-Pytorch",
+        (Place(ANYWHERE, "the network", lambda network: network.naming == "simclr_v2"),),
+        told=_told_by_simclr_v2,
+        normalisation=lambda _: PIXELS,
+    ),
+    Layout(
+        "dinov2",
+        "DINOv2",
+        (
+            Place(r"teacher/(module\.)?(backbone\.)?", "the teacher", _has(OF_DINOV2)),
+            Place(rf"{_STATE}(backbone\.)?", "the network", _has(OF_DINOV2)),
+            Place(r"student/(module\.)?(backbone\.)?", "the student", _has(OF_DINOV2)),
+        ),
     ),
     Layout(
         "dino",
         "DINO (main_dino.py)",
-        (r"teacher/(module\.)?(backbone\.)?", r"student/(module\.)?(backbone\.)?"),
-        ("the teacher", "the student"),
+        (
+            Place(r"teacher/(module\.)?(backbone\.)?", "the teacher"),
+            Place(r"student/(module\.)?(backbone\.)?", "the student"),
+        ),
+        told=_deit_heads,
     ),
     Layout(
         "moco_v3",
-        "MoCo v3",
-        (rf"{_STATE}base_encoder\.", rf"{_STATE}momentum_encoder\."),
-        ("the base encoder", "the momentum encoder"),
-        num_heads=MappingProxyType({384: 12}),  # vits.py: ViT-Small has 12, DeiT's has 6
-        positions="sincos",
+        "MoCo v3, also converted or after linear training",
+        (
+            Place(rf"{_STATE}base_encoder\.", "the base encoder"),
+            Place(
+                _STATE,
+                "the encoder",
+                lambda network: fixed_positions(network.state) == "moco_v3",
+            ),
+            Place(rf"{_STATE}momentum_encoder\.", "the momentum encoder"),
+        ),
+        told=_told_by_moco_v3,
     ),
     Layout(
         "moco",
         "MoCo v1 and v2",
-        (rf"{_STATE}encoder_q\.", rf"{_STATE}encoder_k\."),
-        ("the query encoder", "the key encoder"),
+        (
+            Place(rf"{_STATE}encoder_q\.", "the query encoder"),
+            Place(rf"{_STATE}encoder_k\.", "the key encoder"),
+        ),
     ),
     Layout(
         "mae",
         "MAE, pretrained or fine-tuned",
-        (_STATE,),
-        ("the encoder",),
-        sign=_has("mask_token", "decoder_embed.weight", "fc_norm.weight"),
-        positions="sincos",
+        (Place(_STATE, "the encoder", _is_mae),),
+        told=_told_by_mae,
+    ),
+    Layout(
+        "barlow",
+        "Barlow Twins",
+        (Place(rf"{_STATE}backbone\.", "the backbone", _is_barlow),),
+    ),
+    Layout(
+        "vicreg",
+        "VICReg",
+        (Place(rf"{_STATE}backbone\.", "the backbone", _is_vicreg),),
+    ),
+    Layout(
+        "simsiam",
+        "SimSiam",
+        (Place(rf"{_STATE}encoder\.", "the encoder", _is_simsiam),),
+    ),
+    Layout(
+        "solo_learn",
+        "solo-learn",
+        (
+            Place(rf"{_STATE}(backbone|encoder)\.", "the backbone", _is_solo_learn),
+            Place(
+                rf"{_STATE}momentum_(backbone|encoder)\.", "the momentum backbone", _is_solo_learn
+            ),
+        ),
+        told=_told_by_solo_learn,
+        normalisation=_normalised_by_solo_learn,
+    ),
+    Layout(
+        "simclr_cifar",
+        "SimCLR on CIFAR by leftthomas and by HobbitLong (SupContrast)",
+        (
+            Place(rf"{_STATE}f\.", "the network", _is_leftthomas),
+            Place(rf"{_STATE}encoder\.", "the encoder", _is_supcontrast),
+        ),
+        normalisation=lambda _: CIFAR10_WITHIN,
     ),
     Layout(
         "lightly",
         "lightly and lightly-train",
         (
-            rf"{_STATE}teacher_backbone\.(vit\.)?",
-            rf"{_STATE}(.*\.)?teacher_embedding_model\.{_TRAIN}",
-            rf"{_STATE}student_backbone\.(vit\.)?",
-            rf"{_STATE}(.*\.)?student_embedding_model\.{_TRAIN}",
-            rf"{_STATE}backbone\.(vit\.)?",
-            rf"{_STATE}(.*\.)?(embedding_model\.)?{_TRAIN}",
-            rf"{_STATE}(backbone_momentum|momentum_backbone)\.(vit\.)?",
-            _STATE,
+            Place(rf"{_STATE}backbone\.(vit\.)?", "the backbone", _is_lightly),
+            Place(rf"{_STATE}teacher_backbone\.(vit\.)?", "the teacher's backbone", _is_lightly),
+            Place(
+                rf"{_STATE}(.*\.)?teacher_embedding_model\.{_TRAIN}",
+                "the teacher's model",
+                _is_lightly,
+            ),
+            Place(rf"{_STATE}student_backbone\.(vit\.)?", "the student's backbone", _is_lightly),
+            Place(
+                rf"{_STATE}(.*\.)?student_embedding_model\.{_TRAIN}",
+                "the student's model",
+                _is_lightly,
+            ),
+            Place(rf"{_STATE}(.*\.)?(embedding_model\.)?{_TRAIN}", "the model", _is_lightly),
+            Place(
+                rf"{_STATE}(backbone_momentum|momentum_backbone|key_backbone)\.(vit\.)?",
+                "the momentum backbone",
+                _is_lightly,
+            ),
+            Place(_STATE, "the backbone", _is_lightly),
         ),
-        (
-            *("the teacher's backbone", "the teacher's model"),
-            *("the student's backbone", "the student's model"),
-            *("the backbone", "the model", "the momentum backbone", "the backbone"),
-        ),
-        sign=_is_lightly,
     ),
     Layout(
         "simclr",
-        "PyTorch ports of SimCLR",
+        "SimCLR by sthalles and by Spijkervet",
         (
-            rf"{_STATE}backbone\.",
-            rf"{_STATE}encoder\.",
-            rf"{_STATE}(convnet|net|f|resnet)\.",
-            _STATE,  # of tonylins' converter, if asked for: its names are torchvision's
+            Place(rf"{_STATE}backbone\.", "the backbone", _is_sthalles),
+            Place(rf"{_STATE}encoder\.", "the encoder", _is_spijkervet),
         ),
-        ("the backbone", "the encoder", "the network", "the network"),
-        sign=lambda network: re.fullmatch(_STATE, network.address) is None,
-        mean=(0.0, 0.0, 0.0),  # the pixels as they are, in all three
-        std=(1.0, 1.0, 1.0),
+        normalisation=lambda _: PIXELS,  # both train on the pixels of ToTensor as they are
     ),
     Layout(
         "torchvision",
         "torchvision's names",
-        (_STATE,),
-        ("the network",),
-        sign=_has(*_OF_TORCHVISION),
+        (Place(_STATE, "the network", _has(*OF_TORCHVISION)),),
     ),
     Layout(
         "timm",
-        "timm's names, also DINO's backbones alone and Hugging Face's folders",
-        (rf"{_STATE}(timm_model\.)?",),
-        ("the network",),
+        "timm's names, also DINO's backbones alone and raysl's folders for Hugging Face",
+        (Place(rf"{_STATE}(timm_model\.)?", "the network"),),
     ),
 )
 """In the order in which ``auto`` tries them: the first one that has an address of the file."""
 
-_PLAIN = Layout("other", "none of the known ones", (r".*",), ("the network",))
-
-
-class Found(NamedTuple):
-    """A network, and whose layout it was found by."""
-
-    network: Network
-    layout: Layout
-    taken: str
-    """What is taken, in words, and of how many."""
-
-
-def find_networks(content: Content, anchors: Collection[str] = ANCHORS) -> list[Network]:
-    """Return every encoder in a file.
-
-    Args:
-        content: What the file holds.
-        anchors: Names of which an encoder has at least one.
-    """
-    wanted = {*anchors}
-    found = []
-    for keys, state in _state_dicts(content, (), set()):
-        for prefix in sorted({p for name in state for p in _prefixes(name, wanted)}):
-            inner = {
-                name.removeprefix(prefix): value
-                for name, value in state.items()
-                if name.startswith(prefix)
-            }
-            address = "".join(f"{key}/" for key in keys) + prefix
-            plain = _renamed(inner)
-            found.append(Network(address, plain, plain.keys() != inner.keys()))
-            if plain.keys() != inner.keys():
-                found.append(Network(address, inner, renamed=False))
-    return found
-
-
-def choose(networks: list[Network], layout: str = "auto") -> Found | None:
-    """Return the network to take, None if a layout has none of them.
-
-    Args:
-        networks: Not empty.
-        layout: Name of one of :data:`LAYOUTS`, or ``auto``.
-    """
-    for known in LAYOUTS:
-        if layout not in ("auto", known.name):
-            continue
-        for address, taken in zip(known.addresses, known.taken, strict=True):
-            matching = [n for n in networks if re.fullmatch(address, n.address)]
-            fitting = [n for n in matching if layout != "auto" or known.sign(n)]
-            if fitting:
-                return Found(fitting[0], known, _said(taken, fitting[0], networks))
-    if layout == "auto":
-        best = max(networks, key=lambda network: len(network.state))
-        return Found(best, _PLAIN, _said("the network", best, networks))
-    return None
-
-
-def _said(taken: str, network: Network, networks: list[Network]) -> str:
-    others = sorted({n.address for n in networks} - {network.address})
-    at = f"{taken} ({network.address or 'the whole file'})"
-    return f"{at}; not {', '.join(other or 'the whole file' for other in others)}" if others else at
-
-
-def _state_dicts(
-    content: Content, keys: tuple[str, ...], seen: set[int]
-) -> Iterator[tuple[tuple[str, ...], State]]:
-    """Every mapping that holds tensors, with the keys that lead to it."""
-    if id(content) in seen or len(keys) > _DEEPEST:  # a pickle's mapping may hold itself
-        return
-    seen.add(id(content))
-    tensors = {
-        name: value
-        for name, value in content.items()
-        if isinstance(name, str) and isinstance(value, StoredTensor)
-    }
-    if tensors:
-        yield keys, tensors
-    for name, value in content.items():
-        if isinstance(name, str) and isinstance(value, Mapping):
-            yield from _state_dicts(value, (*keys, name), seen)
-
-
-def _prefixes(name: str, wanted: Collection[str]) -> Iterator[str]:
-    """What stands before each wanted name that this one ends with."""
-    start = 0
-    while start >= 0:
-        if name[start:] in wanted:
-            yield name[:start]
-        dot = name.find(".", start)
-        start = dot + 1 if dot >= 0 else -1
-
-
-def _renamed(state: State) -> State:
-    """An encoder under torchvision's or timm's names."""
-    if OF_TIMM in state:
-        return from_timm(state)
-    children: dict[str, str] = {}
-    if "0.weight" in state and _OF_GENERATED in state:
-        children = _GENERATED
-    elif "0.weight" in state and _IN_SEQUENTIAL in state:
-        children = _SEQUENTIAL
-    renamed = {}
-    for name, value in state.items():
-        first, dot, rest = name.partition(".")
-        new = children.get(first, first) + dot + rest
-        renamed[new.replace(".shortcut.", ".downsample.")] = value
-    return renamed
+OTHER = Layout("other", "none of the known ones", (Place(ANYWHERE, "the network"),))

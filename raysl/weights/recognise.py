@@ -5,8 +5,9 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from raysl.nn.backbones import VIT_SIZES
 from raysl.nn.resnet import LAYOUTS
+from raysl.nn.vit import VIT_SIZES
+from raysl.weights.dinov2_names import OF_DINOV2
 from raysl.weights.stored import State
 
 _STAGES = (1, 2, 3, 4)
@@ -16,6 +17,9 @@ _CONVNEXTS = {
     "convnext_small": ((3, 3, 27, 3), 96),
     "convnext_base": ((3, 3, 27, 3), 128),
 }
+# DINOv2's by features and blocks, as timm calls them: arXiv:2304.07193v2, table 17.
+_DINOV2 = {(384, 12): "small", (768, 12): "base", (1024, 24): "large", (1536, 40): "giant"}
+_DINOV2_PATCH_PX, _DINOV2_REGISTERS = 14, 4
 _IMAGENET_STEM_PX = 7
 _CHANNELS = 64  # of the first stage at width 1
 
@@ -28,7 +32,18 @@ class Recognised(NamedTuple):
     image_size_px: int | None
     """Side of the images that its positions are for; None if it takes any."""
     guessed: tuple[str, ...]
-    """What the tensors do not tell, and was assumed."""
+    """What the tensors do not tell, and was assumed: see :func:`assumed`."""
+
+
+def assumed(setting: str, because: str, *, otherwise: str) -> str:
+    """Return one assumption in words.
+
+    Args:
+        setting: What was assumed, as an override: ``backbone.pool=cls``.
+        because: Why.
+        otherwise: The overrides that set it otherwise.
+    """
+    return f"{setting} ({because}); otherwise {otherwise}"
 
 
 def recognise(state: State) -> Recognised:
@@ -65,10 +80,20 @@ def _resnet(state: State) -> Recognised:
         section["selective_kernels"] = True
     if not deep_stem and stem is not None and stem[-1] != _IMAGENET_STEM_PX:
         section["stem"] = "cifar"
-        guessed.append("backbone.stem=cifar (small has the same tensors)")
+        guessed.append(
+            assumed(
+                "backbone.stem=cifar",
+                "no tensor tells stride and padding",
+                otherwise="backbone.stem=cifar_padded or backbone.stem=small",
+            )
+        )
     if not any(name.endswith("running_mean") for name in state):
         section["norm"] = "group"
-        guessed.append("backbone.norm=group (none has the same tensors)")
+        guessed.append(
+            assumed(
+                "backbone.norm=group", "none has the same tensors", otherwise="backbone.norm=none"
+            )
+        )
     return Recognised(section, None, tuple(guessed))
 
 
@@ -80,19 +105,44 @@ def _fits(group_width: int, groups: int, inner: tuple[int, ...], channels: int) 
 
 def _vit(state: State) -> Recognised:
     dim, _, patch, _ = state["patch_embed.proj.weight"].shape
-    size = next((name for name, size in VIT_SIZES.items() if size.embed_dim == dim), None)
     depth = _count(state, r"blocks\.(\d+)\.")
+    side = _side(_shape(state, "pos_embed"))
+    if OF_DINOV2 in state and patch == _DINOV2_PATCH_PX and (dim, depth) in _DINOV2:
+        registers = _shape(state, "reg_token")
+        if registers is None or registers[1] == _DINOV2_REGISTERS:
+            kind = "_reg4" if registers else ""
+            name = f"timm:vit_{_DINOV2[dim, depth]}_patch14{kind}_dinov2"
+            return Recognised({"name": name}, side * patch or None, ())
+    size = next((name for name, size in VIT_SIZES.items() if size.embed_dim == dim), None)
     section: dict[str, Any] = {"patch_size_px": patch}
+    guessed = []
+    if "fc_norm.weight" in state:
+        section["pool"] = "mean_norm"
+    else:
+        because = "the class token; the mean of the patches has the same tensors"
+        guessed.append(assumed("backbone.pool=cls", because, otherwise="backbone.pool=mean"))
     if size is not None:
         section["name"] = size
         if depth != VIT_SIZES[size].depth:
             section["depth"] = depth
-    if "fc_norm.weight" in state:
-        section["pool"] = "mean_norm"
-    guessed = () if "pool" in section else ("backbone.pool=cls (mean has the same tensors)",)
-    positions = _shape(state, "pos_embed")
-    side = math.isqrt(max(positions[1] - 1, 0)) if positions else 0
-    return Recognised(section, side * patch or None, guessed)
+        guessed.append(_heads(size))
+    return Recognised(section, side * patch or None, tuple(guessed))
+
+
+def _heads(size: str) -> str:
+    heads, others = VIT_SIZES[size].num_heads, "backbone.num_heads=N"
+    because = "one for 64 features as in DeiT" if size != "vit_huge" else "as in MAE"
+    if VIT_SIZES[size].embed_dim < VIT_SIZES["vit_base"].embed_dim:
+        because += ", where MoCo v3 has 12 and the same tensors"
+        others = "backbone.num_heads=12"
+    return assumed(f"backbone.num_heads={heads}", because, otherwise=others)
+
+
+def _side(positions: tuple[int, ...] | None) -> int:
+    """How many patches an image has at a side: a square of them, perhaps after a class token."""
+    count = positions[1] if positions else 0
+    side = math.isqrt(count)
+    return side if side**2 == count else math.isqrt(count - 1)
 
 
 def _convnext(state: State) -> Recognised:

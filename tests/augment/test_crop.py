@@ -1,10 +1,13 @@
 import math
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 
 from raysl.augment.crop import (
     PLANNED_SIDE_PX,
+    Border,
     CropBox,
     Image,
     apply_crop,
@@ -15,6 +18,7 @@ from raysl.augment.crop import (
     part_box,
     plan_crop,
     plan_flip,
+    plan_padded,
     plan_part,
     plan_quarter_turn,
     plan_rotation,
@@ -149,6 +153,39 @@ class TestApplyCrop:
         for size_px in (5, 40, 80):
             result = apply_crop(image, CropBox(1, 2, 30, 45), size_px=size_px)
             np.testing.assert_array_equal(result, np.broadcast_to(image[0, 0], result.shape))
+
+
+class TestPadded:
+    def test_finds_every_place_of_the_image_in_its_border(self) -> None:
+        # torchvision's RandomCrop(32, padding=4): 9 x 9 places, each as likely.
+        rng = np.random.default_rng(0)
+        draw = partial(plan_padded, rng, height=32, width=32, short_side=(1.0, 1.0), pad=0.125)
+        boxes = np.array([draw() for _ in range(DRAWS)])
+        assert (boxes[:, 2:] == 32).all()
+        for column in (0, 1):
+            places, counts = np.unique(boxes[:, column], return_counts=True)
+            np.testing.assert_array_equal(places, np.arange(-4, 5))
+            assert np.abs(counts / DRAWS - 1 / 9).max() < 4 * math.sqrt(8 / 81 / DRAWS)
+
+    @pytest.mark.parametrize(("border", "mode"), [("black", "constant"), ("reflect", "reflect")])
+    @pytest.mark.parametrize("corner", [(-4, -3), (4, 0), (0, 4), (-1, 2)])
+    def test_is_a_part_of_the_padded_image(
+        self, border: Border, mode: Any, corner: tuple[int, int]
+    ) -> None:
+        image = _noise(32, 32)
+        padded = np.pad(image, ((4, 4), (4, 4), (0, 0)), mode=mode)
+        top, left = corner
+        found = apply_crop(image, CropBox(top, left, 32, 32), size_px=32, border=border)
+        np.testing.assert_array_equal(found, padded[top + 4 : top + 36, left + 4 : left + 36])
+
+    def test_of_an_image_that_is_not_square_is_a_square_of_its_shorter_side(self) -> None:
+        rng = np.random.default_rng(0)
+        for _ in range(200):
+            box = plan_padded(rng, height=20, width=30, short_side=(1.0, 1.0), pad=0.1)
+            assert (box.height, box.width) == (20, 20)
+            assert -2 <= box.top <= 2
+            assert -2 <= box.left <= 12
+            assert apply_crop(_noise(20, 30), box, size_px=16).shape == (16, 16, 3)
 
 
 class TestPart:

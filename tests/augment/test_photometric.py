@@ -2,8 +2,10 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from raysl.augment.crop import Image
+from raysl.augment.ops import ColorJitter
 from raysl.augment.photometric import (
     CutoutPlan,
     JitterPlan,
@@ -50,6 +52,27 @@ class TestBrightness:
     def test_is_the_product_clamped_and_rounded(self, factor: float) -> None:
         exact = np.clip(_cube().astype(np.float32) * np.float32(factor), 0, 255)
         np.testing.assert_array_equal(apply_brightness(_cube(), factor), np.rint(exact))
+
+    @pytest.mark.parametrize("value", [-0.4, -0.11, 0.0, 0.03, 0.4])
+    def test_that_is_added_is_the_authors_formula(self, value: float) -> None:
+        # deepmind-research, byol/utils/augmentations.py:239: x + delta, clipped to [0, 1].
+        exact = np.clip(_cube() / 255 + value, 0, 1)
+        found = apply_brightness(_cube(), value, kind="add")
+        np.testing.assert_array_equal(found, np.rint(255 * exact))
+
+    def test_that_is_added_leaves_the_contrast_as_it_is_and_one_that_multiplies_does_not(
+        self,
+    ) -> None:
+        image = np.random.default_rng(0).integers(110, 146, (64, 48, 3), dtype=np.uint8)
+        rng, spread = np.random.default_rng(0), {}
+        for kind in ("add", "multiply"):
+            op = ColorJitter(
+                brightness=0.4, brightness_kind=kind, contrast=0, saturation=0, hue=0, prob=1
+            )
+            ratios = [op.apply(image, op.plan(rng)).std() / image.std() for _ in range(400)]
+            spread[kind] = np.std(ratios)
+        assert spread["add"] < 0.01
+        assert spread["multiply"] == pytest.approx(0.4 / math.sqrt(3), rel=0.06)
 
 
 class TestContrast:
@@ -125,6 +148,14 @@ class TestJitter:
     def test_neutral_factors_give_the_image(self) -> None:
         plan = JitterPlan(1.0, 1.0, 1.0, 0.0, (2, 3, 0, 1))
         np.testing.assert_array_equal(apply_jitter(_noise(), plan), _noise())
+
+    def test_what_is_added_is_uniform_on_both_sides_of_zero(self) -> None:
+        op = ColorJitter(brightness=0.4, brightness_kind="add", prob=1.0)
+        rng = np.random.default_rng(0)
+        plans = [op.plan(rng) for _ in range(DRAWS)]
+        drawn = np.array([plan.brightness for plan in plans if plan is not None])
+        assert stats.kstest(drawn, stats.uniform(-0.4, 0.8).cdf).pvalue > 1e-3
+        assert {plan.brightness_kind for plan in plans if plan is not None} == {"add"}
 
     def test_the_factors_are_independent_of_each_other(self) -> None:
         rng = np.random.default_rng(0)

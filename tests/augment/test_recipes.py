@@ -3,15 +3,20 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from raysl.augment.one_view import (
+    ContextEncoderViews,
+    FinetuneViews,
+    JigsawViews,
+    MAEViews,
+    RotationViews,
+)
 from raysl.augment.ops import Blur, ColorJitter, Flip, Grey, Solarise
 from raysl.augment.pairs import PairViews
 from raysl.augment.pipeline import Crop, View
 from raysl.augment.recipes import (
     BYOLViews,
-    ContextEncoderViews,
     CustomViews,
     DINOViews,
-    MAEViews,
     MoCoV1Views,
     MoCoV2Views,
     SimCLRViews,
@@ -31,12 +36,13 @@ class _Section(Config):
 class TestSimCLRViews:
     def test_has_the_papers_operations_in_the_papers_order(self) -> None:
         # arXiv:2002.05709v3, appendix A: crop of 8 to 100 % with aspect 3/4 to 4/3, flip, colour
-        # distortion of strength 1, blur half the time with sigma in [0.1, 2], kernel a tenth.
+        # distortion of strength 1, blur half the time with sigma in [0.1, 2], kernel a tenth;
+        # tf2/data_util.py: bicubic.
         (view,) = SimCLRViews().views()
         assert view == View(
             count=2,
             size_px=224,
-            crop=Crop(scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)),
+            crop=Crop(scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation="bicubic"),
             ops=(
                 Flip(prob=0.5),
                 ColorJitter(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, prob=0.8),
@@ -110,19 +116,22 @@ class TestMoCoV2Views:
 
 class TestBYOLViews:
     def test_are_two_that_differ_in_blur_and_solarise(self) -> None:
-        # arXiv:2006.07733v3, table 6.
+        # arXiv:2006.07733v3, table 6, and byol/utils: bicubic, brightness added.
         first, second = BYOLViews().views()
-        shared = (
-            Flip(prob=0.5),
-            ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, prob=0.8),
-            Grey(prob=0.2),
+        jitter = ColorJitter(
+            brightness=0.4,
+            brightness_kind="add",
+            contrast=0.4,
+            saturation=0.2,
+            hue=0.1,
+            prob=0.8,
         )
-        assert first == View(
-            size_px=224, crop=Crop(scale=(0.08, 1.0)), ops=(*shared, Blur(prob=1.0))
-        )
+        shared = (Flip(prob=0.5), jitter, Grey(prob=0.2))
+        crop = Crop(scale=(0.08, 1.0), interpolation="bicubic")
+        assert first == View(size_px=224, crop=crop, ops=(*shared, Blur(prob=1.0)))
         assert second == View(
             size_px=224,
-            crop=Crop(scale=(0.08, 1.0)),
+            crop=crop,
             ops=(*shared, Blur(prob=0.1), Solarise(threshold=128, prob=0.2)),
         )
 
@@ -132,15 +141,22 @@ class TestBYOLViews:
         assert [op.op for op in first.ops] == ["flip", "color_jitter", "grey"]
         assert [op.op for op in second.ops] == ["flip", "color_jitter", "grey", "solarise"]
 
+    def test_of_ports_to_torchvision_multiply_the_brightness_and_resize_linearly(self) -> None:
+        first, _ = BYOLViews(brightness_kind="multiply", interpolation="bilinear").views()
+        assert first.crop == Crop(scale=(0.08, 1.0))
+        assert first.ops[1] == ColorJitter(
+            brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, prob=0.8
+        )
+
 
 class TestVICRegViews:
     def test_are_byols_with_the_same_probabilities_in_both(self) -> None:
-        # arXiv:2105.04906v3, appendix C.1.
+        # arXiv:2105.04906v3, appendix C.1, and augmentations.py: bicubic.
         (view,) = VICRegViews().views()
         assert view == View(
             count=2,
             size_px=224,
-            crop=Crop(scale=(0.08, 1.0)),
+            crop=Crop(scale=(0.08, 1.0), interpolation="bicubic"),
             ops=(
                 Flip(prob=0.5),
                 ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, prob=0.8),
@@ -215,7 +231,48 @@ class TestDINOViews:
 
 class TestMAEViews:
     def test_is_one_crop_with_a_flip(self) -> None:
-        assert MAEViews().views() == (View(crop=Crop(scale=(0.2, 1.0)), ops=(Flip(),)),)
+        crop = Crop(scale=(0.2, 1.0), interpolation="bicubic")  # main_pretrain.py:124
+        assert MAEViews().views() == (View(crop=crop, ops=(Flip(),)),)
+
+
+class TestRotationViews:
+    def test_is_a_crop_of_8_percent_or_more_with_a_flip(self) -> None:
+        # rotnet_8gpu_resnet.yaml and the authors' dataloader.py:105: torchvision's own, linear.
+        crop = Crop(scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+        assert RotationViews().views() == (View(crop=crop, ops=(Flip(prob=0.5),)),)
+
+    def test_of_cifar_moves_the_image_within_a_border(self) -> None:
+        # dataloader.py:152: RandomCrop(32, padding=4).
+        (view,) = RotationViews(size_px=32, pad=0.125).views()
+        assert (view.crop.short_side, view.crop.pad, view.crop.border) == ((1, 1), 0.125, "black")
+
+    def test_a_crop_that_a_border_makes_senseless_is_refused(self) -> None:
+        with pytest.raises(ValidationError, match=r"pad=0\.125 .* min_scale=0\.5 has no effect"):
+            RotationViews(pad=0.125, min_scale=0.5)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "interpolation"),
+    [
+        (SimCLRViews, "bicubic"),  # google-research/simclr, tf2/data_util.py:319
+        (BYOLViews, "bicubic"),  # deepmind-research, byol/utils/dataset.py:201
+        (VICRegViews, "bicubic"),  # facebookresearch/vicreg, augmentations.py:42
+        (DINOViews, "bicubic"),  # facebookresearch/dino, main_dino.py:436
+        (MAEViews, "bicubic"),  # facebookresearch/mae, main_pretrain.py:124
+        (FinetuneViews, "bicubic"),  # SimCLR v2's, as SimCLR's
+        (MoCoV1Views, "bilinear"),  # torchvision's default
+        (MoCoV2Views, "bilinear"),
+        (SwAVViews, "bilinear"),  # facebookresearch/swav, multicropdataset.py:42
+        (RotationViews, "bilinear"),  # vissl, RandomResizedCrop without an option
+        (JigsawViews, "bilinear"),
+        (ContextEncoderViews, "bilinear"),
+    ],
+)
+def test_crops_are_resized_as_in_the_authors_code(recipe: Any, interpolation: str) -> None:
+    assert {view.crop.interpolation for view in recipe().views()} == {interpolation}
+    other = "bilinear" if interpolation == "bicubic" else "bicubic"
+    found = {view.crop.interpolation for view in recipe(interpolation=other).views()}
+    assert found == {other}
 
 
 class TestContextEncoderViews:

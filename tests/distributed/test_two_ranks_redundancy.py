@@ -15,13 +15,18 @@ from two_ranks import RANKS, Results, mine
 
 from raysl.config.base import Duration
 from raysl.methods import load_method
-from raysl.methods.barlow import barlow_loss
-from raysl.methods.base import Batch, Progress, TrainingSet
+from raysl.methods.barlow import Barlow, barlow_loss
+from raysl.methods.base import Batch, Method, Progress, TrainingSet
 from raysl.methods.swav import sinkhorn_codes
 from raysl.methods.vicreg import vicreg_loss
 from raysl.nn.backbones import Backbone
-from raysl.nn.batchnorm import set_batch_norm_scope
-from raysl.nn.collectives import mean_over_ranks, rank_and_size
+from raysl.nn.batchnorm import SyncBatchNorm, set_batch_norm_scope
+from raysl.nn.collectives import (
+    average_gradients,
+    mean_over_ranks,
+    rank_and_size,
+    sum_over_ranks,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -71,15 +76,45 @@ def losses() -> Results:
     return found
 
 
-def train_steps(name: str) -> Results:
-    """Take steps, so that the last shows the prototypes' and the queue's."""
+def method_of(name: str) -> Method:
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
     backbone = Backbone(nn.Sequential(*layers, nn.Flatten()), embed_dim=6)
     kind = load_method(name.split("_", maxsplit=1)[0])
     method = kind(kind.Config(**METHODS[name]), backbone, DATA)
     set_batch_norm_scope(method, "sync")
-    method.double()  # in float32, rounding turns a few ReLUs, and with them the gradient
+    return method.double()  # in float32, rounding turns a few ReLUs, and with them the gradient
+
+
+def batch_at(step: int, name: str) -> Batch:
+    views = [
+        mine(numbers(IMAGES, 3, size, size, seed=10 * step + view))
+        for view, size in enumerate(SIZES_PX[name])
+    ]
+    return Batch(views, mine(torch.arange(IMAGES)))
+
+
+def gradients_of_barlow_by_its_authors() -> list[Tensor]:
+    """The first step's, in the arithmetic of the authors' main.py (BarlowTwins.forward).
+
+    Batch norm is synchronised, with its gradient; the correlations of all ranks are added up by an
+    all-reduce in place, which autograd does not see; data-parallel training takes the mean.
+    """
+    method = method_of("barlow")
+    assert isinstance(method, Barlow)
+    norm = SyncBatchNorm(HEAD["projection_dim"], affine=False).double()
+    z0, z1 = (method.projector(method.backbone(view)) for view in batch_at(0, "barlow").views)
+    mine_only = norm(z0).T @ norm(z1) / IMAGES
+    correlation = mine_only + (sum_over_ranks(mine_only.detach()) - mine_only.detach())
+    eye = torch.eye(len(correlation)).bool()
+    ((correlation[eye] - 1).square().sum() + 0.1 * correlation[~eye].square().sum()).backward()
+    average_gradients(method.parameters())
+    return [p.grad for p in method.parameters() if p.grad is not None]
+
+
+def train_steps(name: str) -> Results:
+    """Take steps, so that the last shows the prototypes' and the queue's."""
+    method = method_of(name)
     model: nn.Module = method
     if rank_and_size()[1] > 1:
         model = DistributedDataParallel(method, broadcast_buffers=False)
@@ -87,13 +122,9 @@ def train_steps(name: str) -> Results:
     optimizer = torch.optim.SGD(trainable, lr=0.02)
     found: Results = {"losses": [], "gradients": [], "metrics": []}
     for step in range(STEPS):
-        views = [
-            mine(numbers(IMAGES, 3, size, size, seed=10 * step + view))
-            for view, size in enumerate(SIZES_PX[name])
-        ]
         progress = Progress(step, 10, 5, seed=1)
         optimizer.zero_grad()
-        output = model(Batch(views, mine(torch.arange(IMAGES))), progress)
+        output = model(batch_at(step, name), progress)
         output.loss.backward()
         method.before_optimizer_step(progress)
         found["gradients"].append([p.grad.clone() for p in trainable])
@@ -107,7 +138,8 @@ def train_steps(name: str) -> Results:
 
 def everything() -> Results:
     """Compute what must not depend on how many processes share the work."""
-    return {"losses": losses()} | {name: train_steps(name) for name in METHODS}
+    found = {"losses": losses(), "barlow by its authors": gradients_of_barlow_by_its_authors()}
+    return found | {name: train_steps(name) for name in METHODS}
 
 
 @pytest.mark.parametrize("name", ["barlow", "vicreg"])
@@ -169,6 +201,20 @@ class TestMethod:
     def test_both_ranks_end_with_the_same_buffers(self, ranks: list[Results], name: str) -> None:
         first, second = (found[name]["buffers"] for found in ranks)
         assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+class TestBarlowByItsAuthors:
+    def test_on_one_process_has_the_same_gradient(self, alone: Results) -> None:
+        theirs, ours = alone["barlow by its authors"], alone["barlow"]["gradients"][0]
+        torch.testing.assert_close(theirs, ours, rtol=1e-7, atol=1e-10)
+
+    def test_on_two_ranks_has_half_of_it_which_a_loss_scale_of_a_half_gives(
+        self, ranks: list[Results]
+    ) -> None:
+        for found in ranks:
+            theirs, ours = found["barlow by its authors"], found["barlow"]["gradients"][0]
+            scaled = [gradient / RANKS for gradient in ours]
+            torch.testing.assert_close(theirs, scaled, rtol=1e-7, atol=1e-10)
 
 
 class TestQueue:

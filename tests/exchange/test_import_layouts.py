@@ -18,7 +18,7 @@ from raysl.encoder import load_encoder, load_weights
 from raysl.exchange.import_encoder import ImportConfig, Imported, import_encoder
 from raysl.nn.backbones import build_backbone
 from raysl.nn.vit import sincos_positions
-from raysl.weights.layouts import choose, find_networks
+from raysl.weights.networks import choose, find_networks
 from raysl.weights.read import read_content
 
 SIZE_PX = 32
@@ -397,5 +397,5 @@ def assert_said(imported: Imported, case: Case) -> None:
     assert imported.taken.startswith(f"{case.taken} (")
     unnormalised = case.layout == "simclr"
     assert imported.mean == ((0, 0, 0) if unnormalised else (0.485, 0.456, 0.406))
-    told = "pixels as they are" if unnormalised else "of ImageNet"
-    assert f"mean and std ({told})" in imported.guessed
+    whose = "none, the pixels as they are" if unnormalised else "ImageNet's"
+    assert sum(f"] ({whose}, " in guess for guess in imported.guessed) == 1

@@ -139,6 +139,24 @@ class TestFinetune:
         assert (method.label_smoothing, method.mixup, method.cutmix) == (0.1, 0.8, 1.0)
         assert (run.backbone.drop_path, run.train.epochs) == (0.1, 100)
 
+    def test_of_mae_takes_the_mean_of_the_patches_where_all_of_it_learns(
+        self, pretrained: Make
+    ) -> None:
+        # FINETUNE.md: --global_pool is the default of main_finetune.py:115; main_linprobe.py:73
+        # has the class token.
+        folder = pretrained(*VIT, head_layers=0)
+        assert load_run(folder / "config.yaml", []).backbone.pool == "cls"
+        assert finetune(folder).backbone.pool == "mean_norm"
+        assert finetune(folder, TEN_PERCENT).backbone.pool == "mean_norm"
+        assert finetune(folder, "method.freeze_encoder=true").backbone.pool == "cls"
+        assert finetune(folder, "backbone.pool=mean").backbone.pool == "mean"
+
+    def test_of_other_vits_keeps_the_class_token(self, pretrained: Make) -> None:
+        dino = ["method={name: dino, num_prototypes: 16}", "data.views={recipe: dino, size_px: 32}"]
+        more = ["data.views.local_size_px=16"]
+        run = finetune(pretrained(*VIT[:1], *dino, *more, VIT[-1], head_layers=0))
+        assert run.backbone.pool == "cls"
+
     def test_overrides_win(self, pretrained: Make) -> None:
         run = finetune(
             pretrained(),
@@ -226,6 +244,9 @@ class TestFinetuneData:
         found = self.views(run_yaml, "data.views={recipe: simclr, size_px: 32, min_scale: 0.3}")
         assert "flip_prob" not in found  # the recipe's own
         assert (found["size_px"], found["min_scale"]) == (32, 0.3)
+        assert found["interpolation"] == "bicubic"
+        found = self.views(run_yaml, "data.views={recipe: moco_v2, size_px: 32, antialias: false}")
+        assert (found["interpolation"], found["antialias"]) == ("bilinear", False)
 
     def test_of_several_crops_the_largest_counts(self, run_yaml: Callable[[str], Path]) -> None:
         large = "{count: 2, size_px: 32, crop: {scale: [0.4, 1.0]}}"

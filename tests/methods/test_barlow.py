@@ -147,6 +147,20 @@ class TestBarlow:
         assert output.loss.item() == pytest.approx(expected, rel=1e-4)
         torch.testing.assert_close(output.features, method.encoder(views[0]).detach())
 
+    def test_loss_is_the_papers_unless_scaled(
+        self,
+        tiny_backbone: Callable[..., Backbone],
+        make_views: Callable[..., list[Tensor]],
+        training_set: TrainingSet,
+        progress: Progress,
+    ) -> None:
+        assert BarlowConfig().loss_scale == 1.0
+        method = Barlow(SMALL, tiny_backbone(), training_set)
+        views = make_views()
+        z0, z1 = (method.projector(method.backbone(view)).detach() for view in views)
+        expected = barlow_by_hand(z0, z1, 0.0051).item()
+        assert method(batch_of(views), progress).loss.item() == pytest.approx(expected, rel=1e-4)
+
     def test_metrics_are_the_mean_of_the_diagonal_and_of_what_lies_off_it(
         self,
         tiny_backbone: Callable[..., Backbone],

@@ -196,6 +196,46 @@ class TestMCMC:
             losses.append(method(batch_of(views), progress).loss.item())
         assert losses[1] == pytest.approx(losses[0], abs=2e-4)
 
+    @pytest.mark.parametrize("value_range", [(0.0, 1.0), (-1.0, 1.0), (-2.0, 2.5)])
+    def test_igebms_settings_take_igebms_steps(
+        self,
+        tiny_backbone: Backbones,
+        make_views: Views,
+        progress: Progress,
+        value_range: tuple[float, float],
+    ) -> None:
+        """A step of 10 along gradients clipped at 0.01, for pixels from 0 to 1, is one of 40 here.
+
+        The authors' train.py: line 774 with --step_lr=10 --proj_norm=0.01, clamped to [0, 1].
+        """
+        low, high = value_range
+        settings = {"langevin_step_size": 40.0, "langevin_max_gradient": 0.005}
+        method = build(
+            tiny_backbone(batch_norm=False),
+            value_range=value_range,
+            langevin_steps=1,
+            langevin_noise_std=0.0,
+            input_noise_std=0.0,
+            restart_prob=1.0,
+            restart_from="data",
+            **settings,
+        )
+        with torch.no_grad():
+            method.head[0].weight.mul_(20)  # so that some gradients are clipped and others not
+        (view,) = make_views(num_views=1)
+        pixels = view.sigmoid()
+        images = low + (high - low) * pixels
+        method(batch_of([images]), progress)
+        assert method._ended is not None
+        moved = (method._ended[1] - low) / (high - low)
+        place = pixels.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(
+            method.eval().energy(low + (high - low) * place).sum(), place
+        )
+        expected = (pixels - 10 * gradient.clamp(-0.01, 0.01)).clamp(0, 1)
+        assert 0.05 < (gradient.abs() > 0.01).float().mean() < 0.95
+        torch.testing.assert_close(moved, expected, rtol=0, atol=2e-5)
+
     def test_chains_can_start_at_the_data(
         self, tiny_backbone: Backbones, make_views: Views, progress: Progress
     ) -> None:

@@ -12,6 +12,7 @@ from raysl.methods.base import Batch, Progress, RunShape, TrainingSet
 from raysl.methods.moco import MoCo, MoCoConfig, info_nce_loss
 from raysl.nn.backbones import Backbone, BackboneConfig
 from raysl.nn.batchnorm import set_batch_norm_scope
+from raysl.optim.build import OptimConfig, build_optimizer
 
 Backbones = Callable[..., Backbone]
 Views = Callable[..., list[Tensor]]
@@ -73,6 +74,26 @@ class TestLoss:
         output = method(as_batch(views), at(0))
         assert abs(one_way[0] - one_way[1]) > 1e-4
         assert output.loss.item() == pytest.approx(sum(one_way) / 2, rel=1e-6)
+
+    def test_mean_of_both_directions_trains_as_their_sum_at_half_the_rate_and_twice_the_decay(
+        self, tiny_backbone: Backbones, make_views: Views
+    ) -> None:
+        """Hence the settings of configs/moco_v2_resnet18_cifar10.yaml for the symmetric loss."""
+        trained = []
+        for factor, lr, decay in ((1, 0.12, 2.5e-4), (2, 0.06, 5e-4)):  # ours; the notebook's sum
+            method = moco(tiny_backbone(), symmetric=True)
+            optim = OptimConfig(
+                base_lr=lr, lr_scaling="none", weight_decay=decay, decay_bias_and_norm=True
+            )
+            optimizer = build_optimizer(method.parameters(), optim)
+            for step in range(3):
+                optimizer.zero_grad()
+                (factor * method(as_batch(make_views(seed=step)), at(step)).loss).backward()
+                optimizer.step()
+                method.after_optimizer_step(at(step))
+            trained.append(method.state_dict())
+        for name, value in trained[0].items():
+            torch.testing.assert_close(value, trained[1][name])
 
     def test_partner_top1_is_one_if_every_query_equals_its_key(
         self, tiny_backbone: Backbones, make_views: Views

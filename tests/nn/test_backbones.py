@@ -56,7 +56,13 @@ def test_every_field_reaches_the_residual_network() -> None:
 
 def test_every_field_reaches_the_vision_transformer() -> None:
     net = build(
-        "vit_tiny", patch_size_px=4, depth=2, drop_path=0.1, pool="mean", positions="sincos"
+        "vit_tiny",
+        patch_size_px=4,
+        depth=2,
+        drop_path=0.1,
+        pool="mean",
+        positions="sincos",
+        init="moco_v3",
     ).net
     assert isinstance(net, VisionTransformer)
     assert (net.image_size_px, net.patch_size_px, net.num_patches) == (32, 4, 64)
@@ -64,6 +70,7 @@ def test_every_field_reaches_the_vision_transformer() -> None:
     assert net.blocks[0].attn.num_heads == 3
     assert net.blocks[1].drop_path.prob == 0.1
     assert not net.pos_embed.requires_grad
+    assert 0 < net.cls_token.abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(

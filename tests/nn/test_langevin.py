@@ -32,6 +32,15 @@ class TestLangevin:
         torch.testing.assert_close(x, 1 + (start - 1) * 0.6**2)
         torch.testing.assert_close(lengths, (4 * 0.6 * (start - 1)).flatten(1).norm(dim=1))
 
+    def test_clips_the_gradient_of_each_value_and_tells_its_length_before(self) -> None:
+        start = torch.tensor([3.0, 1.01, -1.0]).repeat(1, 16).view(1, 3, 4, 4)
+        x, lengths = langevin(
+            quadratic, start, num_steps=1, step_size=10.0, noise_std=0.0, max_gradient=0.5
+        )
+        gradient = 4 * (start - 1)
+        torch.testing.assert_close(x, start - 10 * gradient.clamp(-0.5, 0.5))
+        torch.testing.assert_close(lengths, gradient.flatten(1).norm(dim=1))
+
     def test_stays_within_the_range_of_values(self) -> None:
         x, _ = langevin(
             quadratic, torch.zeros(4, 3, 4, 4), num_steps=5, step_size=0.1, noise_std=1.0,

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 from typing import Any, Literal
 
 import pytest
@@ -204,10 +205,78 @@ def test_sizes_that_do_not_divide_are_refused() -> None:
         tiny()(images(1, 32, 36))
 
 
-def test_weights_start_as_small_truncated_normals() -> None:
-    vit = tiny(embed_dim=96)
-    assert float(vit.blocks[0].mlp.fc1.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
-    bound = math.sqrt(6 / (96 + 3 * 8 * 8))
-    weight = vit.patch_embed.proj.weight.detach()
-    assert float(weight.abs().max()) == pytest.approx(bound, rel=0.01)
-    assert not vit.blocks[0].attn.qkv.bias.any()
+def uniform(bound: float, value: Tensor) -> Tensor:
+    """Share of a uniform distribution in [-bound, bound] below each value."""
+    return ((value / bound + 1) / 2).clamp(0, 1)
+
+
+def normal(std: float, value: Tensor) -> Tensor:
+    """Share of a normal distribution below each value."""
+    return torch.special.ndtr(value / std)
+
+
+def distance(drawn: Tensor, share_below: Any) -> float:
+    """Largest gap between the two distribution functions, times the root of the values.
+
+    For values that are of that distribution it is above 1.95 once in a thousand times
+    (Kolmogorov and Smirnov).
+    """
+    values = drawn.detach().flatten().double().sort().values
+    n = len(values)
+    steps = torch.arange(1, n + 1, dtype=torch.float64) / n
+    return float((share_below(values) - steps).abs().max()) * n**0.5
+
+
+class TestInit:
+    """Each against its authors' code; D = 96, patches of 8 px, perceptrons of 4 D."""
+
+    @pytest.mark.parametrize(
+        ("init", "bounds", "class_token_std"),
+        [
+            # models_mae.py, initialize_weights and _init_weights: qkv is one map of D to 3 D.
+            ("mae", {"qkv": 6 / (4 * 96), "proj": 6 / (2 * 96), "fc": 6 / (5 * 96)}, 0.02),
+            # vits.py, VisionTransformerMoCo: queries, keys and values each a map of D to D.
+            ("moco_v3", {"qkv": 6 / (2 * 96), "proj": 6 / (2 * 96), "fc": 6 / (5 * 96)}, 1e-6),
+        ],
+    )
+    def test_of_mae_and_moco_v3_is_that_of_their_authors(
+        self, init: Any, bounds: dict[str, float], class_token_std: float
+    ) -> None:
+        vit = tiny(embed_dim=96, init=init)
+        for block in vit.blocks:
+            named = {"qkv": block.attn.qkv, "proj": block.attn.proj}
+            for part, linear in [*named.items(), ("fc", block.mlp.fc1), ("fc", block.mlp.fc2)]:
+                drawn = partial(uniform, math.sqrt(bounds[part]))
+                assert distance(linear.weight, drawn) < 1.95, part
+                assert not linear.bias.any()
+            assert torch.equal(block.norm1.weight, torch.ones(96))
+        patch = partial(uniform, math.sqrt(6 / (3 * 8 * 8 + 96)))
+        assert distance(vit.patch_embed.proj.weight, patch) < 1.95
+        assert not vit.patch_embed.proj.bias.any()
+        assert distance(vit.cls_token, partial(normal, class_token_std)) < 1.95
+
+    def test_of_moco_v3_draws_queries_keys_and_values_alike_and_apart(self) -> None:
+        qkv = tiny(embed_dim=96, init="moco_v3").blocks[0].attn.qkv.weight.detach()
+        query, key, value = qkv.chunk(3)
+        for part in (query, key, value):
+            assert distance(part, partial(uniform, math.sqrt(6 / (96 + 96)))) < 1.95
+        assert not torch.equal(query, key)
+        # As one map, Xavier-uniform would be narrower by the root of two.
+        assert distance(query, partial(uniform, math.sqrt(6 / (96 + 288)))) > 10
+
+    @pytest.mark.parametrize(
+        ("init", "patch_bound", "has_patch_bias"),
+        # vision_transformer.py: a convolution as torch makes it (126), and normals (161 to 169).
+        [("normal", math.sqrt(6 / (96 + 3 * 8 * 8)), False), ("dino", (3 * 8 * 8) ** -0.5, True)],
+    )
+    def test_is_otherwise_small_truncated_normals(
+        self, init: Any, patch_bound: float, has_patch_bias: bool
+    ) -> None:
+        vit = tiny(embed_dim=96, init=init)
+        for linear in (vit.blocks[0].mlp.fc1, vit.blocks[0].attn.qkv):
+            assert distance(linear.weight, partial(normal, 0.02)) < 1.95
+            assert not linear.bias.any()
+        assert distance(vit.cls_token, partial(normal, 0.02)) < 1.95
+        patch = vit.patch_embed.proj
+        assert distance(patch.weight, partial(uniform, patch_bound)) < 1.95
+        assert bool(patch.bias.any()) == has_patch_bias

@@ -1,6 +1,6 @@
 """What the accelerator does to a batch is what the data workers would have done to each image."""
 
-from typing import get_args
+from typing import Any, get_args
 
 import cv2
 import numpy as np
@@ -21,7 +21,7 @@ from raysl.augment.ops import (
     Solarise,
 )
 from raysl.augment.pipeline import View, device_ops
-from raysl.augment.recipes import SimCLRViews
+from raysl.augment.recipes import BYOLViews, SimCLRViews
 from raysl.data.plan import Plan
 from raysl.data.stream import ItemMaker, Making
 from raysl.sources.source import ArraySource
@@ -29,12 +29,16 @@ from raysl.train.batches import view_converter
 from raysl.train.device_ops import apply_ops
 
 SIDE = 64
+ADDED = ColorJitter(
+    brightness=0.4, brightness_kind="add", contrast=0, saturation=0, hue=0, prob=0.8
+)
 
 OPS = [
     (CropPart(prob=0.8), 0.15, 1),
     (CropPart(scale=(0.01, 0.1), ratio=(0.2, 5.0)), 0.15, 1),
     (Flip(prob=0.5), 0.0, 0),
     (ColorJitter(brightness=0.8, contrast=0, saturation=0, hue=0, prob=1), 0.001, 1),
+    (ADDED, 0.001, 1),
     (ColorJitter(brightness=0, contrast=0.8, saturation=0, hue=0, prob=1), 0.001, 1),
     (ColorJitter(brightness=0, contrast=0, saturation=0.8, hue=0, prob=1), 0.05, 1),
     (ColorJitter(brightness=0, contrast=0, saturation=0, hue=0.5, prob=1), 0.3, 8),
@@ -93,9 +97,10 @@ def test_only_the_last_ops_go_to_the_device() -> None:
     assert device_ops(View(ops=(Grey(), Blur()))) == (Grey(), Blur())
 
 
-def test_a_whole_batch_has_the_views_of_the_cpu(images: np.ndarray) -> None:
+@pytest.mark.parametrize("recipe", [SimCLRViews, BYOLViews])
+def test_a_whole_batch_has_the_views_of_the_cpu(images: np.ndarray, recipe: Any) -> None:
     """From the data worker to the method's input, both ways."""
-    views = SimCLRViews(size_px=48).views()
+    views = recipe(size_px=48).views()
     source = ArraySource("photos", images)
     plan = Plan([len(images)], seed=0, global_batch_size=14, item_size=14, num_steps=1)
     made = [

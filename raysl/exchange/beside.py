@@ -1,0 +1,141 @@
+"""What lies with a file of weights and tells of them: a header, or a file of its folder."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from raysl.encoder import described_backbone
+from raysl.errors import DataError
+from raysl.weights.normalisation import OF_SOLO_LEARN
+from raysl.weights.read import is_safetensors, read_header
+
+_VITS = ("vit", "vit_mae")
+# What transformers' networks may have and ours have not, with the values that ours are of.
+_TRANSFORMERS_FIXED = {
+    "hidden_act": {"vit": "gelu", "vit_mae": "gelu", "resnet": "relu"},
+    "downsample_in_bottleneck": {"resnet": False},
+    "downsample_in_first_stage": {"resnet": False},
+}
+_DINOV2_HEAD_DIM = 64
+
+
+class Beside(NamedTuple):
+    """What is known of an encoder beside its tensors."""
+
+    backbone: Mapping[str, Any] = {}
+    """Keys of :class:`BackboneConfig`."""
+    image_size_px: int | None = None
+    mean: Any = None
+    std: Any = None
+    source: str = ""
+    """Which file tells it; empty for the header of the file itself."""
+
+
+def read_beside(file: Path) -> Beside:
+    """Read what tells of a file of weights.
+
+    That is the header of raysl's exports; else ``config.json`` of timm, ``config.json`` and
+    ``preprocessor_config.json`` of transformers, or ``args.json`` of solo-learn in the same folder.
+
+    Raises:
+        DataError: If raysl's header is damaged, or transformers' config.json describes a network
+            that ours are not.
+    """
+    if is_safetensors(file):
+        header = read_header(file)
+        if "raysl" in header:
+            return _from_header(header["raysl"], file)
+    config = _json(file.with_name("config.json"))
+    if "pretrained_cfg" in config:
+        return _from_timm(config)
+    if "model_type" in config:
+        return _from_transformers(config, _json(file.with_name("preprocessor_config.json")), file)
+    return _from_solo_learn(_json(file.with_name("args.json")))
+
+
+def _from_header(text: str, file: Path) -> Beside:
+    try:
+        known = json.loads(text)
+    except ValueError:
+        known = None
+    if not isinstance(known, dict):
+        raise DataError(f"{file}: an encoder of raysl with a damaged header")
+    section = described_backbone(known, where=file).model_dump(mode="json")
+    section.pop("weights")
+    return Beside(section, known.get("image_size_px"), known.get("mean"), known.get("std"))
+
+
+def _from_timm(config: Mapping[str, Any]) -> Beside:
+    try:
+        pretrained = config["pretrained_cfg"]
+        size = int(pretrained["input_size"][-1])
+        return Beside({}, size, pretrained["mean"], pretrained["std"], "config.json")
+    except (ValueError, KeyError, TypeError, IndexError):
+        return Beside()
+
+
+def _from_transformers(
+    config: Mapping[str, Any], processor: Mapping[str, Any], file: Path
+) -> Beside:
+    """Its heads and its norms; the image processor tells mean and deviation."""
+    kind = str(config["model_type"])
+    for key, allowed in _TRANSFORMERS_FIXED.items():
+        value = config.get(key, allowed.get(kind))
+        if value != allowed.get(kind, value):
+            raise DataError(
+                f"{file}: config.json has {key}={value}, and ours have {allowed[kind]}; export it "
+                "with transformers to ONNX instead"
+            )
+    heads, dim = config.get("num_attention_heads"), config.get("hidden_size")
+    section: dict[str, Any] = {}
+    if kind in _VITS:
+        section = {"num_heads": heads, "norm_eps": config.get("layer_norm_eps", 1e-12)}
+    elif kind.startswith("dinov2") and dim != _DINOV2_HEAD_DIM * (heads or 0):
+        raise DataError(
+            f"{file}: config.json has num_attention_heads={heads} for hidden_size={dim}; timm's "
+            f"DINOv2 has one for {_DINOV2_HEAD_DIM} features"
+        )
+    mean, std = processor.get("image_mean"), processor.get("image_std")
+    if processor.get("do_normalize") is False:
+        mean, std = [0.0] * 3, [1.0] * 3
+    known = {key: value for key, value in section.items() if value is not None}
+    told = "config.json" if mean is None else "config.json and preprocessor_config.json"
+    if not (_is_channels(mean) and _is_channels(std)):
+        mean = std = None
+    return Beside(known, None, mean, std, told)
+
+
+def _from_solo_learn(arguments: Mapping[str, Any]) -> Beside:
+    """What its Checkpointer leaves with every checkpoint."""
+    data = arguments.get("data")
+    name = data.get("dataset") if isinstance(data, dict) else None
+    if name in OF_SOLO_LEARN:
+        known, size = OF_SOLO_LEARN[name], _crop_size(arguments.get("augmentations"))
+        return Beside({}, size, known.mean, known.std, f"args.json (data.dataset: {name})")
+    return Beside()
+
+
+def _crop_size(augmentations: Any) -> int | None:
+    """Side of the largest views in a list of solo-learn's augmentations."""
+    entries = augmentations if isinstance(augmentations, list) else []
+    sizes = [entry.get("crop_size") for entry in entries if isinstance(entry, dict)]
+    return max((size for size in sizes if isinstance(size, int)), default=0) or None
+
+
+def _is_channels(values: Any) -> bool:
+    return (
+        isinstance(values, list | tuple)
+        and len(values) == 3
+        and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A file's mapping, empty if it is not there or holds something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

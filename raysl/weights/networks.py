@@ -1,0 +1,136 @@
+"""The encoders in a file: where they begin, whose layout they have, and which one is taken.
+
+An encoder is found by a name that every network of its kind has (``layer1.0.conv1.weight``); what
+stands before that name, together with the keys that lead to its state dict, is its address, such as
+``state_dict/module.encoder_q.``.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import NamedTuple
+
+from raysl.weights.layouts import ANYWHERE, LAYOUTS, OTHER, Layout, Network, Place
+from raysl.weights.naming import ANCHORS, plainly_named
+from raysl.weights.stored import Content, State, StoredTensor
+
+_DEEPEST = 6
+
+
+class Found(NamedTuple):
+    """A network, and whose layout it was found by."""
+
+    network: Network
+    layout: Layout
+    what: str
+    """What it is called in its paper."""
+    others: tuple[str, ...]
+    """Addresses of the networks of the file that were not taken."""
+
+    @property
+    def taken(self) -> str:
+        """What is taken, in words, and of how many."""
+        at = f"{self.what} ({self.network.address or 'the whole file'})"
+        if not self.others:
+            return at
+        return f"{at}; not {', '.join(other or 'the whole file' for other in self.others)}"
+
+
+def find_networks(content: Content, anchors: Collection[str] = ANCHORS) -> list[Network]:
+    """Return every encoder in a file.
+
+    Args:
+        content: What the file holds.
+        anchors: Names of which an encoder has at least one.
+    """
+    wanted = {*anchors}
+    found = []
+    for keys, state in _state_dicts(content, (), set()):
+        for prefix in sorted({p for name in state for p in _prefixes(name, wanted)}):
+            inner = {
+                name.removeprefix(prefix): value
+                for name, value in state.items()
+                if name.startswith(prefix)
+            }
+            beside = {
+                name.removeprefix("module."): value
+                for name, value in state.items()
+                if not name.startswith(prefix)
+            }
+            address = "".join(f"{key}/" for key in keys) + prefix
+            plain, naming = plainly_named(inner)
+            found.append(Network(address, plain, naming, beside))
+            if plain.keys() != inner.keys():
+                found.append(Network(address, inner, "plain", beside))
+    return found
+
+
+def networks_named(content: Content, wanted: Collection[str]) -> list[Network]:
+    """Return those of a file's networks that have the most of some names, which may be none."""
+    networks = find_networks(content, {*wanted, *ANCHORS})
+    names = {*wanted}
+    most = max((len(network.state.keys() & names) for network in networks), default=0)
+    return [network for network in networks if len(network.state.keys() & names) == most]
+
+
+def choose(
+    networks: list[Network], layout: str = "auto", *, address: str | None = None
+) -> Found | None:
+    """Return the network to take, None if a layout has none of them.
+
+    Args:
+        networks: Not empty.
+        layout: Name of one of :data:`raysl.weights.layouts.LAYOUTS`, or ``auto``.
+        address: Take the network at this address; None takes the one that its layout puts first.
+    """
+    allowed = [n for n in networks if address is None or n.address == address]
+    known = [known for known in LAYOUTS if layout in ("auto", known.name)]
+    places = [(known, place) for known in known for place in known.places]
+    for owner, place in places:
+        fitting = [n for n in _at(place, allowed) if place.sign(n)]
+        if fitting:
+            return Found(fitting[0], owner, place.what, _others(fitting[0], networks))
+    if layout == "auto" and allowed:
+        best = max(allowed, key=lambda network: len(network.state))
+        return Found(best, OTHER, "the network", _others(best, networks))
+    for owner, place in places:  # who names a layout knows better than its signs
+        if layout != "auto" and place.address != ANYWHERE and _at(place, allowed):
+            best = _at(place, allowed)[0]
+            return Found(best, owner, place.what, _others(best, networks))
+    return None
+
+
+def _at(place: Place, networks: list[Network]) -> list[Network]:
+    return [network for network in networks if re.fullmatch(place.address, network.address)]
+
+
+def _others(network: Network, networks: list[Network]) -> tuple[str, ...]:
+    return tuple(sorted({n.address for n in networks} - {network.address}))
+
+
+def _state_dicts(
+    content: Content, keys: tuple[str, ...], seen: set[int]
+) -> Iterator[tuple[tuple[str, ...], State]]:
+    """Every mapping that holds tensors, with the keys that lead to it."""
+    if id(content) in seen or len(keys) > _DEEPEST:  # a pickle's mapping may hold itself
+        return
+    seen.add(id(content))
+    tensors = {
+        name: value
+        for name, value in content.items()
+        if isinstance(name, str) and isinstance(value, StoredTensor)
+    }
+    if tensors:
+        yield keys, tensors
+    for name, value in content.items():
+        if isinstance(name, str) and isinstance(value, Mapping):
+            yield from _state_dicts(value, (*keys, name), seen)
+
+
+def _prefixes(name: str, wanted: Collection[str]) -> Iterator[str]:
+    """What stands before each wanted name that this one ends with."""
+    start = 0
+    while start >= 0:
+        if name[start:] in wanted:
+            yield name[:start]
+        dot = name.find(".", start)
+        start = dot + 1 if dot >= 0 else -1
