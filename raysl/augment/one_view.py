@@ -91,7 +91,7 @@ class RotationViews(Recipe):
 class JigsawViews(Recipe):
     """One view that the method cuts into tiles: nearly the whole image, flip, mostly grey.
 
-    Source: Noroozi and Favaro 2016, arXiv:1603.09246, sec. 4, and VISSL's
+    Source: Noroozi and Favaro 2016, arXiv:1603.09246v3, and VISSL's
     jigsaw_8gpu_resnet.yaml: 255 out of a short side of 256 pixels, grey for two images of three.
     """
 
