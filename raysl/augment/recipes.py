@@ -28,7 +28,9 @@ class SimCLRViews(Recipe):
     blur), and the authors' tf2/data_util.py: bicubic crops (319), brightness that multiplies (36,
     version 2's, which is their default for both).
     Departs: Their resize does not average where it shrinks: antialias=false. It is not the default
-    here, since images of other sizes than ImageNet's would suffer.
+    here, since images of other sizes than ImageNet's would suffer. Their
+    crops' sides are drawn evenly and hold a tenth of the image or more (TensorFlow's
+    sample_distorted_bounding_box with min_object_covered 0.1), ours are even in the area.
     """
 
     recipe: Literal["simclr"] = "simclr"
