@@ -18,7 +18,7 @@ from raysl.nn.backbones import build_backbone
 
 SIZES = {"num_hidden_layers": 2, "image_size": 32, "patch_size": 8}
 TINY = {"hidden_size": 192, "num_attention_heads": 6, "intermediate_size": 768, **SIZES}
-# What transformers' version 4 and save_pretrained of version 5 call what the module calls otherwise.
+# What version 4 and save_pretrained of version 5 call what version 5's modules call otherwise.
 OLD_NAMES = {
     r"^((?:\w+\.)?)layers\.": r"\1encoder.layer.",
     r"\.attention\.q_proj\.": ".attention.attention.query.",
@@ -104,8 +104,8 @@ class TestFolders:
         )
         net = lively(transformers.ResNetForImageClassification(config))
         imported, encoder = bring(saved(net, tmp_path / "resnet"), tmp_path)
-        images = torch.randn(2, 3, 64, 64)
-        close(encoder(images), net.resnet(images).pooler_output.flatten(1))
+        images = torch.randn(2, 3, 64, 64).double()
+        close(encoder.double()(images), net.resnet.double()(images).pooler_output.flatten(1))
         section = {"name": imported.backbone.name, "width": imported.backbone.width}
         assert section == {"name": "resnet18" if basic else "resnet50", "width": 0.125}
 
