@@ -1,6 +1,6 @@
 """Views as papers define them, by name, with the knobs that people turn."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -8,7 +8,7 @@ from raysl.augment.ops import Blur, ColorJitter, Flip, Fraction, Grey, Op, Solar
 from raysl.augment.pairs import PairViews
 from raysl.augment.pipeline import Crop, View
 from raysl.augment.random import MAX_VIEWS
-from raysl.config.base import Config, NonNegativeFloat, PositiveInt, Probability
+from raysl.config.base import Config, Idle, NonNegativeFloat, PositiveInt, Probability
 
 
 class _Recipe(Config):
@@ -27,6 +27,7 @@ class SimCLRViews(_Recipe):
     blur).
     """
 
+    idle: ClassVar[tuple[Idle, ...]] = (Idle(("color_prob",), {"color_strength": (0,)}),)
     recipe: Literal["simclr"] = "simclr"
     min_scale: Fraction = 0.08
     """Smallest area of a crop over the area of the image."""
@@ -139,6 +140,9 @@ class SwAVViews(_Recipe):
     options of scripts/swav_800ep_pretrain.sh: 2 crops of 14 to 100 % of the area, 6 of 5 to 14 %.
     """
 
+    idle: ClassVar[tuple[Idle, ...]] = (
+        Idle(("local_size_px", "local_scale"), {"local_count": (0,)}),
+    )
     recipe: Literal["swav"] = "swav"
     global_scale: tuple[Fraction, Fraction] = (0.14, 1.0)
     """Range of a large crop's area over the image's."""
@@ -170,6 +174,9 @@ class DINOViews(_Recipe):
     Departs: Crops are resized linearly, not bicubically; the blur is a true Gaussian.
     """
 
+    idle: ClassVar[tuple[Idle, ...]] = (
+        Idle(("local_size_px", "local_scale"), {"local_count": (0,)}),
+    )
     recipe: Literal["dino"] = "dino"
     global_scale: tuple[Fraction, Fraction] = (0.4, 1.0)
     """Range of a large crop's area over the image's."""

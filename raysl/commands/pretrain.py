@@ -28,7 +28,6 @@ from raysl.pack.first_look import first_look
 from raysl.recipe import (
     Derived,
     RunConfig,
-    TrackConfig,
     derive_for,
     differences,
     load_run,
@@ -40,6 +39,7 @@ from raysl.runtime.ray_train import pretrain_on_ray
 from raysl.sources.open import open_source
 from raysl.sources.source import Source
 from raysl.sources.subset import whole_source
+from raysl.track.config import TrackConfig
 from raysl.track.follow import Follower, MetricsReader, Record
 from raysl.track.run_folder import (
     RunFolder,

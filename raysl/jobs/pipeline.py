@@ -23,8 +23,9 @@ from raysl.config.load import (
 )
 from raysl.errors import ConfigError
 from raysl.jobs.downstream import Origin, distill_from, finetune_from, origin_of
-from raysl.recipe import RunConfig, TrackConfig, check_run_name, run_from_values
+from raysl.recipe import RunConfig, run_from_values
 from raysl.sources.source import Source
+from raysl.track.config import TrackConfig, check_run_name
 from raysl.track.run_folder import RunFolder
 
 Kind = Literal["pretrain", "finetune", "linear", "scratch", "distill"]

@@ -136,6 +136,19 @@ class MethodConfig(Config):
         """Whether the method wants to be given labels where the source has them."""
         return False
 
+    @property
+    def norms_images(self) -> bool:
+        """Whether batch norm in what the method puts on the encoder normalises over images.
+
+        Each gives one vector (or one a view), so that of a single image nothing would be left.
+        """
+        return False
+
+    @property
+    def has_adversary(self) -> bool:
+        """Whether there is an adversary (:attr:`Method.adversary`) with an optimizer of its own."""
+        return False
+
     def projection_head_layers(self, *, is_vit: bool) -> int:
         """Return how many linear layers :attr:`Method.projection_head` has.
 

@@ -18,14 +18,14 @@ Four ways to train p(x) = exp(-E(x)) / Z, whose Z nobody can compute:
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from raysl.config.base import NonNegativeFloat, PositiveFloat, PositiveInt, Probability
+from raysl.config.base import Idle, NonNegativeFloat, PositiveFloat, PositiveInt, Probability
 from raysl.errors import ConfigError
 from raysl.methods.base import (
     Batch,
@@ -39,12 +39,16 @@ from raysl.methods.base import (
 )
 from raysl.nn.backbones import Backbone
 from raysl.nn.contrastive_divergence import contrastive_divergence_loss
+from raysl.nn.energies import by_row, contrast, mean_where, range_of
 from raysl.nn.langevin import ChainStarts, ReplayBuffer, energy_gradient, langevin, standing_still
 from raysl.nn.noise_contrast import conditional_noise_contrastive_loss, noise_contrastive_loss
 from raysl.nn.perturbation import Perturbation, perturb
 from raysl.nn.precision import at_least_float32
 from raysl.nn.score_matching import denoising_score_loss
 from raysl.nn.spectral_noise import SpectralGaussian
+
+_NO_CHAINS = {"training": ("score_matching", "nce", "conditional_nce")}
+_OF_NOISE, _PERTURBED = ("perturbations", "noise_std_range"), ("mcmc", "conditional_nce")
 
 
 class EBMConfig(MethodConfig):
@@ -53,6 +57,17 @@ class EBMConfig(MethodConfig):
     Steps and deviations are for pixels from -1 to 1, as published; ``value_range`` converts them.
     """
 
+    idle: ClassVar[tuple[Idle, ...]] = (
+        Idle(("langevin_steps", "langevin_step_size", "langevin_noise_std"), _NO_CHAINS),
+        Idle(("input_noise_std", "buffer_length", "energy_regularisation"), _NO_CHAINS),
+        Idle(("restart_prob", "restart_from"), _NO_CHAINS),
+        Idle(("restart_from",), {"training": ("mcmc",), "restart_prob": (0,)}),
+        Idle(("perturbations",), {"training": ("score_matching", "nce")}),
+        Idle(("noise_std_range",), {"training": ("nce",)}),
+        Idle(_OF_NOISE, {"training": ("mcmc",), "restart_from": ("noise", "data")}),
+        Idle(("noise_std_range",), {"training": _PERTURBED, "perturbations": (["turn"],)}),
+        Idle(("num_noise",), {"training": ("mcmc", "score_matching")}),
+    )
     name: Literal["ebm"] = "ebm"
     training: Literal["mcmc", "score_matching", "nce", "conditional_nce"] = "mcmc"
     """How the density is fitted: with samples from Langevin chains, by denoising, by telling data
@@ -211,7 +226,7 @@ class EBM(Method):
         begin = starts.images.to(images)
         if config.restart_from != "noise":
             fresh = data if config.restart_from == "data" else self._perturb(data)[0]
-            begin = torch.where(_by_row(starts.fresh), fresh, begin)
+            begin = torch.where(by_row(starts.fresh), fresh, begin)
         samples, gradients = langevin(
             self.energy,
             begin,
@@ -229,7 +244,7 @@ class EBM(Method):
         features = features[: len(images)].detach()
         if not progress.is_logged:
             return LossOutput(loss, features, {})
-        metrics = _contrast(of_data, of_samples, "samples") | {
+        metrics = contrast(of_data, of_samples, "samples") | {
             "ebm/sample_gradient_norm": gradients.mean() * scale,
             "ebm/sample_moved_rms": (samples - begin).square().mean().sqrt() / scale,
             "ebm/chain_length_steps": starts.num_steps.float().mean() + config.langevin_steps,
@@ -246,7 +261,7 @@ class EBM(Method):
             seen.append(self._energy_and_features(noisy))
             return seen[0][0] / sigma
 
-        noisy = images + _by_row(sigma) * noise
+        noisy = images + by_row(sigma) * noise
         with sdpa_kernel(SDPBackend.MATH):  # the others cannot be differentiated twice
             scores = -energy_gradient(energy, noisy, create_graph=torch.is_grad_enabled())
         energies, features = seen[0]
@@ -254,14 +269,14 @@ class EBM(Method):
         if not progress.is_logged:
             return LossOutput(loss, features.detach(), {})
         with torch.no_grad():
-            left = (_by_row(sigma) * scores + noise).square().flatten(1).mean(dim=1)
+            left = (by_row(sigma) * scores + noise).square().flatten(1).mean(dim=1)
             fine = sigma < math.exp((low + high) / 2)
             metrics = {
                 "ebm/energy_data": energies.mean(),
                 "ebm/energy_std": energies.std(correction=0),
-                "ebm/score_length": (_by_row(sigma) * scores).square().mean().sqrt(),
-                "ebm/noise_left_fine": _mean_where(fine, left),
-                "ebm/noise_left_coarse": _mean_where(~fine, left),
+                "ebm/score_length": (by_row(sigma) * scores).square().mean().sqrt(),
+                "ebm/noise_left_fine": mean_where(fine, left),
+                "ebm/noise_left_coarse": mean_where(~fine, left),
             }
         return LossOutput(loss, features.detach(), metrics)
 
@@ -283,7 +298,7 @@ class EBM(Method):
         self._seen = images
         if not progress.is_logged:
             return LossOutput(loss, features[:n].detach(), {})
-        metrics = _contrast(energies[:n], energies[n:], "noise") | {
+        metrics = contrast(energies[:n], energies[n:], "noise") | {
             "ebm/right_data": (of_data > math.log(count)).float().mean(),
             "ebm/right_noise": (of_noise < math.log(count)).float().mean(),
             "ebm/log_normaliser": self.log_normaliser.clone(),
@@ -305,9 +320,9 @@ class EBM(Method):
         if not progress.is_logged:
             return LossOutput(loss, features[:n].detach(), {})
         right = (of_noise > of_data[:, None]).flatten().float()
-        metrics = _contrast(of_data, of_noise, "noise")
+        metrics = contrast(of_data, of_noise, "noise")
         for name in names:
-            metrics[f"ebm/right_{name}"] = _mean_where(kinds == names.index(name), right)
+            metrics[f"ebm/right_{name}"] = mean_where(kinds == names.index(name), right)
         features = features[:n].detach()
         return LossOutput(loss, features, {key: v.detach() for key, v in metrics.items()})
 
@@ -340,7 +355,7 @@ class EBM(Method):
         caption = (
             f"Samples of the oldest Langevin chains, {int(steps.min()):,} to "
             f"{int(steps.max()):,} steps after their start at {self.config.restart_from}; "
-            f"their energies are {_range_of(energies)}."
+            f"their energies are {range_of(energies)}."
         )
         return ImageGrid(samples.unflatten(0, (side, side)), (), caption)
 
@@ -350,9 +365,9 @@ class EBM(Method):
         sigma = torch.linspace(low, high, len(images)).exp().to(images)
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(images.shape, generator=generator).to(images)
-        noisy = images + _by_row(sigma) * noise
+        noisy = images + by_row(sigma) * noise
         # The energy at noise level sigma is E / sigma, so sigma^2 times its score is:
-        denoised = noisy - _by_row(sigma) * energy_gradient(self.energy, noisy)
+        denoised = noisy - by_row(sigma) * energy_gradient(self.energy, noisy)
         errors = [float((x - images).square().mean().sqrt()) for x in (noisy, denoised)]
         caption = (
             f"One step along the score, x + sigma^2 s(x), from noise of {float(sigma[0]):.2g} to "
@@ -371,30 +386,13 @@ class EBM(Method):
             noise = self.noise.sample(len(images)).to(images)
             which = "Gaussian noise with their spectrum and colours"
         caption = (
-            f"Data, of energies {_range_of(self.energy(images))}, and {which}, "
-            f"of energies {_range_of(self.energy(noise))}."
+            f"Data, of energies {range_of(self.energy(images))}, and {which}, "
+            f"of energies {range_of(self.energy(noise))}."
         )
         return ImageGrid(torch.stack([images, noise], dim=1), ("data", "noise"), caption)
 
 
 _SHOWN_ROWS = 8  # of a picture, at most
-
-
-def _contrast(of_data: Tensor, of_others: Tensor, others: str) -> dict[str, Tensor]:
-    data, rest = of_data.mean(), of_others.mean()
-    return {"ebm/energy_data": data, f"ebm/energy_{others}": rest, "ebm/energy_gap": rest - data}
-
-
-def _by_row(values: Tensor) -> Tensor:
-    return values.view(-1, 1, 1, 1)  # (N, 1, 1, 1)
-
-
-def _mean_where(chosen: Tensor, values: Tensor) -> Tensor:
-    return (values * chosen).sum() / chosen.sum().clamp(min=1)  # 0 where none is
-
-
-def _range_of(energies: Tensor) -> str:
-    return f"{float(energies.min()):.2f} to {float(energies.max()):.2f}"
 
 
 METHOD = EBM

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
-from raysl.config.base import PositiveInt
+from raysl.config.base import Idle, PositiveInt
 from raysl.errors import ConfigError, ShapeError
 from raysl.methods.base import (
     Batch,
@@ -172,6 +172,7 @@ def jigsaw_loss(logits: Tensor, answer: Tensor) -> Tensor:
 class JigsawConfig(MethodConfig):
     """Settings of jigsaw puzzles."""
 
+    idle: ClassVar[tuple[Idle, ...]] = (Idle(("tile_dim",), {"arrangement": ("mosaic",)}),)
     name: Literal["jigsaw"] = "jigsaw"
     grid: Annotated[int, Field(ge=2, le=3)] = 3
     """Tiles along a side: 3 in the paper; 2 is for small images."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from raysl.config.base import Duration, PositiveFloat, PositiveInt
+from raysl.config.base import Duration, Idle, PositiveFloat, PositiveInt
 from raysl.errors import ConfigError, ShapeError
 from raysl.methods.base import (
     Batch,
@@ -116,6 +116,8 @@ class SwAVConfig(MethodConfig):
     """Settings of SwAV."""
 
     takes_more_views: ClassVar[bool] = True
+    compares_images: ClassVar[bool] = True
+    idle: ClassVar[tuple[Idle, ...]] = (Idle(("queue_start",), {"queue_length": (None,)}),)
     name: Literal["swav"] = "swav"
     temperature: PositiveFloat = 0.1
     """Tau of Eq. (2)."""
@@ -138,6 +140,11 @@ class SwAVConfig(MethodConfig):
     a step its scores, about 50 MB a copy."""
     queue_start: Duration = Duration(epochs=15.0)
     """When the queue begins to fill; it is used once it is full."""
+
+    @property
+    def norms_images(self) -> bool:
+        """Always."""
+        return True
 
     def projection_head_layers(self, *, is_vit: bool) -> int:
         """Return those of the projector."""

@@ -3,13 +3,13 @@
 import difflib
 import importlib
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from raysl.config.base import Config, PositiveInt
+from raysl.config.base import Config, Idle, PositiveInt
 from raysl.errors import ConfigError
 from raysl.nn.batchnorm import BatchNormScope
 from raysl.nn.resnet import LAYOUTS, NormName, ResNet, Stem
@@ -52,6 +52,9 @@ NAMES = (*LAYOUTS, *VIT_SIZES, *_CONVNEXTS)
 class BackboneConfig(Config):
     """The encoder that is pretrained."""
 
+    idle: ClassVar[tuple[Idle, ...]] = (
+        Idle(("batch_norm_splits",), {"batch_norm": ("worker", "sync")}),
+    )
     name: str = "resnet50"
     """resnet18 to resnet152, resnext50_32x4d, wide_resnet50_2, wide_resnet101_2; vit_tiny,
     vit_small, vit_base, vit_large, vit_huge; convnext_tiny, convnext_small, convnext_base; any
@@ -89,7 +92,7 @@ class BackboneConfig(Config):
     batch_norm: BatchNormScope = "worker"
     """Images that batch norm takes its statistics from while training: those of this worker, of
     all workers (sync), or of each of batch_norm_splits parts of this worker's batch (split)."""
-    batch_norm_splits: int = 8
+    batch_norm_splits: PositiveInt = 8
     """Parts for batch_norm: split."""
     weights: str | None = None
     """Start from these weights instead of random ones: a run folder, its encoder.safetensors, or a
