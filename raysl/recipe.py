@@ -103,14 +103,11 @@ class RunConfig(Config, Generic[M]):
             return
         if not method.has_adversary:
             yield "adversary_optim", f"with method {method.name} as it is set, without an adversary"
-        if method.classifies:
+        if method.classifies:  # a student's data.labels are those that its teacher saw
             yield "evaluate.finetune", f"with method {method.name}, which trains on labels itself"
-        if not method.uses_labels and get_key(values, "data.labels.only") is not True:
+        elif not method.uses_labels and get_key(values, "data.labels.only") is not True:
             for name in ("fraction", "seed"):
                 yield f"data.labels.{name}", f"with method {method.name}, which sees no labels"
-        if method.needs_labels:
-            why = f"with method {method.name}, which leaves out images without labels in any case"
-            yield "data.labels.only", why
 
     @model_validator(mode="after")
     def _fits_together(self) -> "RunConfig[M]":

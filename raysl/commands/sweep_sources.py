@@ -9,7 +9,8 @@ from raysl.errors import RunFolderError
 from raysl.evaluate.training_source import open_training_source
 from raysl.jobs.run_places import read_run, with_absolute_sources
 from raysl.jobs.run_source import hold_to_source, is_same, source_facts, what_changed
-from raysl.recipe import RunConfig, derive_for, training_set
+from raysl.jobs.start import check_names, check_start
+from raysl.recipe import RunConfig
 from raysl.runtime.tune_trial import source_key
 from raysl.sources.source import Source
 from raysl.sources.subset import whole_source
@@ -35,8 +36,8 @@ class Sources:
     def look(self, config: RunConfig[Any]) -> None:
         """Raise if a run could not start on its images, before any run does."""
         source = self.of(config)
-        derive_for(config, source)
-        config.method.size_defaults(training_set(config, source))
+        check_names(config)
+        check_start(config, source)
 
     def say_notes(self) -> None:
         """Say the notes of each source once, however many trials train on it."""

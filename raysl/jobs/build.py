@@ -1,5 +1,6 @@
 """A run's method, optimizers and precision, built from its configuration."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,23 +20,33 @@ from raysl.sources.pixels import Decoding
 def build_method(config: RunConfig[Any], data: TrainingSet, *, device: torch.device) -> Method:
     """Build the method with weights that are a function of the run's seed, or given ones.
 
+    On the device ``meta`` it has shapes and no numbers; given weights are looked at all the same.
+
     Raises:
         DataError: If the given weights do not fit the backbone.
     """
-    torch.manual_seed(config.seed)
-    backbone = build_backbone(config.backbone, image_size_px=config.image_size_px)
+    if device.type != "meta":
+        torch.manual_seed(config.seed)
+    with _made_on(device):
+        backbone = build_backbone(config.backbone, image_size_px=config.image_size_px)
     if config.backbone.weights is not None:  # first: many methods begin with a copy of it
         load_weights(backbone, config.backbone.weights)
-    method = load_method(config.method.name)(config.method, backbone, data)
-    set_batch_norm_scope(
-        method,
-        config.backbone.batch_norm,
-        num_splits=config.backbone.batch_norm_splits,
-        on_cuda=device.type == "cuda",
-    )
+    with _made_on(device):
+        method = load_method(config.method.name)(config.method, backbone, data)
+        set_batch_norm_scope(
+            method,
+            config.backbone.batch_norm,
+            num_splits=config.backbone.batch_norm_splits,
+            on_cuda=device.type == "cuda",
+        )
     layout = torch.channels_last if config.train.channels_last else torch.preserve_format
     placed: Method = method.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     return placed
+
+
+def _made_on(device: torch.device) -> AbstractContextManager[Any]:
+    """Make tensors without memory on the device meta; elsewhere on the CPU, and move them."""
+    return device if device.type == "meta" else nullcontext()
 
 
 def build_optimizers(

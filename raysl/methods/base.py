@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar, NamedTuple, final
 
 import torch
@@ -123,6 +124,10 @@ class MethodConfig(Config):
     classifies: ClassVar[bool] = False
     """Whether it trains a classifier (:attr:`Method.label_classifier`), whose accuracy is measured
     in place of that of frozen features."""
+    beginnings: ClassVar[tuple[str, ...]] = ()
+    """Settings that are lengths of the beginning of a run, which has to end before the run does."""
+    starts: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Settings that say when in a run something starts, by the one that asks for it."""
     files: ClassVar[tuple[str, ...]] = ()
     """Settings that name a run folder or a file, which every worker has to find."""
 

@@ -121,6 +121,7 @@ def _cross_entropy(
 class DINOConfig(MethodConfig):
     """Settings of DINO."""
 
+    beginnings: ClassVar[tuple[str, ...]] = ("teacher_temperature_warmup", "freeze_last_layer")
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle(("hidden_dim", "head_batch_norm"), {"head_layers": (1,)}),
         Idle(("warmup_teacher_temperature",), {"teacher_temperature_warmup": (0,)}),

@@ -233,7 +233,9 @@ class Jigsaw(Method):
         self.config = config
         self.backbone = backbone
         tiles, classes = config.grid**2, config.num_classes
-        self.register_buffer("permutations", torch.tensor(distant_permutations(tiles, classes)))
+        self.register_buffer("permutations", torch.empty(classes, tiles, dtype=torch.int64))
+        if not self.permutations.is_meta:  # to choose them takes seconds
+            self.permutations.copy_(torch.from_numpy(distant_permutations(tiles, classes)))
         self.tile_head = nn.Sequential()
         width = backbone.embed_dim
         if config.arrangement == "apart":

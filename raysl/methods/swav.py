@@ -4,8 +4,9 @@ M. Caron, I. Misra, J. Mairal, P. Goyal, P. Bojanowski, A. Joulin: "Unsupervised
 Features by Contrasting Cluster Assignments", 2020, arXiv:2006.09882v5.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
+from types import MappingProxyType
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -117,6 +118,8 @@ class SwAVConfig(MethodConfig):
 
     takes_more_views: ClassVar[bool] = True
     compares_images: ClassVar[bool] = True
+    beginnings: ClassVar[tuple[str, ...]] = ("frozen",)
+    starts: ClassVar[Mapping[str, str]] = MappingProxyType({"queue_start": "queue_length"})
     idle: ClassVar[tuple[Idle, ...]] = (Idle(("queue_start",), {"queue_length": (None,)}),)
     name: Literal["swav"] = "swav"
     temperature: PositiveFloat = 0.1

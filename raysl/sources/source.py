@@ -13,6 +13,7 @@ from raysl.augment.crop import Image
 from raysl.augment.pipeline import device_ops
 from raysl.augment.recipes import SimCLRViews, Views
 from raysl.config.base import Config, Idle, PositiveFloat, PositiveInt
+from raysl.errors import DataError
 from raysl.sources.filter import Condition
 from raysl.sources.pixels import PLAIN, ColorProfile, Decoding, Intensity, Pages
 
@@ -285,18 +286,22 @@ class ArraySource:
         return self._labels
 
 
-def idle_settings(config: SourceConfig, what: str) -> tuple[str, ...]:
-    """Return notes of the settings of columns, which do nothing where there are no columns.
+def refuse_columns(config: SourceConfig, what: str) -> None:
+    """Refuse the settings of columns where there are no columns.
 
     Args:
         config: Of the source.
         what: It is, such as "a folder of image files".
+
+    Raises:
+        DataError: If one is given.
     """
-    return tuple(
-        f"data.{name}={value} does nothing here: {what} has no columns"
-        for name in ("image_column", "label_column")
-        if (value := getattr(config, name)) is not None
-    )
+    for name in ("image_column", "label_column"):
+        if (value := getattr(config, name)) is not None:
+            raise DataError(
+                f"data.source={config.source}: data.{name}={value} does nothing, as {what} has no "
+                f"columns; drop data.{name}, or set it to null"
+            )
 
 
 def reading_order(num_files: int, limit: int | None) -> list[int]:
