@@ -17,6 +17,7 @@ from raysl.config.base import GIVEN, Config, Idle
 from raysl.config.load import (
     MISSING,
     Problem,
+    bad_keys,
     drop_key,
     get_key,
     models_in,
@@ -50,6 +51,21 @@ def idle_settings(
     for name, value in values.items():
         if name in model.model_fields:
             yield from _inside(models_in(model.model_fields[name].annotation), value, within, name)
+
+
+def refuse_idle(model: type[BaseModel], values: Mapping[str, Any], *, where: str) -> None:
+    """Refuse settings without effect.
+
+    Args:
+        model: Whose values these are.
+        values: Plain values that somebody gave.
+        where: They stand.
+
+    Raises:
+        ConfigError: Lists all of them.
+    """
+    if found := list(idle_settings(model, values)):
+        raise bad_keys(found, where=where)
 
 
 def without_idle(
@@ -157,9 +173,12 @@ def _because(
     switches = [f"{dots}{key}={shown(_value(model, values, key))}" for key in rule.off]
     others = {key: _others(model, key, off) for key, off in rule.off.items()}
     cures = [
-        f"{dots}{key}={text}" if text else f"another {dots}{key}" for key, text in others.items()
+        f"set {dots}{key}={text}"
+        if text
+        else f"{'give' if rule.off[key] == (None,) else 'change'} {dots}{key}"
+        for key, text in others.items()
     ]
-    cure = f"set {' or '.join(cures)}"
+    cure = " or ".join(cures)
     return f"with {' and '.join(switches)}; drop it, or {cure}"
 
 

@@ -335,7 +335,7 @@ def _describe(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
     given = problem["input"]
     if problem["type"] == "string_type" and isinstance(given, bool | int | float):
         kind = "a truth value" if isinstance(given, bool) else "a number"
-        text = json.dumps(str(given))
+        text = json.dumps(json.dumps(given))
         return (
             f"{key}: takes text, and {json.dumps(given)} without quotes is {kind}; in a file write "
             f"{location[-1]}: {text}, on the command line {key}='{text}'"

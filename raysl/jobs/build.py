@@ -1,10 +1,12 @@
 """A run's method, optimizers and precision, built from its configuration."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from raysl.encoder import load_weights
 from raysl.methods import load_method
@@ -44,9 +46,29 @@ def build_method(config: RunConfig[Any], data: TrainingSet, *, device: torch.dev
     return placed
 
 
-def _made_on(device: torch.device) -> AbstractContextManager[Any]:
-    """Make tensors without memory on the device meta; elsewhere on the CPU, and move them."""
-    return device if device.type == "meta" else nullcontext()
+class _WithoutNumbers(TorchFunctionMode):
+    """Leaves out first weights, some of which load torch's compiler on the device meta.
+
+    That takes two seconds, for numbers that are not there.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if func is torch.Tensor.normal_ or getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
+
+
+@contextmanager
+def _made_on(device: torch.device) -> Iterator[None]:
+    """Make tensors without memory on the device meta; elsewhere on the CPU, to be moved."""
+    if device.type != "meta":
+        yield
+        return
+    with device, _WithoutNumbers():
+        yield
 
 
 def build_optimizers(

@@ -44,11 +44,21 @@ def check_start(config: RunConfig[Any], source: Source) -> Derived:
             its batch norm has too few of them, or no memory holds it.
         DataError: If the given weights do not fit, or the labels are not what the run needs.
     """
+    derived = check_lengths(config, source)
+    labelling_notes(config, source)
+    check_network(config, source, derived)
+    return derived
+
+
+def check_lengths(config: RunConfig[Any], source: Source) -> Derived:
+    """Refuse what would not be over by the end of the run; return what follows from both.
+
+    Raises:
+        ConfigError: Says how long the run is.
+    """
     derived = derive_for(config, source)
     for problem in _lengths(config, derived):
         raise ConfigError(problem)
-    labelling_notes(config, source)
-    check_network(config, source, derived)
     return derived
 
 

@@ -64,8 +64,9 @@ class BackboneConfig(Config):
     """ResNets. imagenet: 7 x 7 convolution of stride 2, then max-pool, as in torchvision. cifar:
     3 x 3 of stride 1, no max-pool (SimCLR, appendix B.9), for images of 32 px or so; 10 to 16 times
     the work on the same image. small: 3 x 3 of stride 2, no max-pool: a quarter of cifar's work."""
-    width: Annotated[float, Field(gt=0, le=16)] = 1.0
-    """ResNets: factor on all channels. SimCLR v2 has 1, 2 and 3 (arXiv:2006.10029v2, table 1)."""
+    width: Annotated[float, Field(ge=0.125, le=16)] = 1.0
+    """ResNets: factor on all channels, rounded to multiples of 8. SimCLR v2 has 1, 2 and 3
+    (arXiv:2006.10029v2, table 1); 0.125 is the least, with 8 channels in the first stage."""
     selective_kernels: bool = False
     """ResNets: selective kernels, ResNet-D's shortcuts and stem, as in SimCLR v2 (table 1, SK)."""
     norm: NormName = "batch"

@@ -71,14 +71,12 @@ def too_few(
     given = f"train.global_batch_size={batch}"
     if num_workers > 1:
         given += f" over cluster.num_train_workers={num_workers}"
-    cures = [f"train.global_batch_size={least * num_workers} or more (a multiple of it)"]
-    if backbone.batch_norm == "sync":
-        cures = [f"train.global_batch_size={_FEWEST} or more"]
+    enough = max(_FEWEST, num_workers) if backbone.batch_norm == "sync" else least * num_workers
+    cures = [f"train.global_batch_size={enough} or more"]
     if micro is not None:
         given = f"train.micro_batch_size={micro}"
         sizes = [n for n in range(least, per_worker + 1) if per_worker % n == 0 and n % splits == 0]
-        cures = [f"train.micro_batch_size={sizes[0]} or null"] if sizes else [*cures, f"{given}"]
-        cures = cures if sizes else cures[:1]
+        cures = [f"train.micro_batch_size={sizes[0]} or null"] if sizes else cures
     if splits > 1 and min(micro or per_worker, per_worker) >= _FEWEST:
         cures.append(f"backbone.batch_norm_splits={(micro or per_worker) // _FEWEST}")
     if backbone.batch_norm == "worker" and num_workers > 1:
