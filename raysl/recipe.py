@@ -1,6 +1,5 @@
 """A whole run: the sections that the rooms define, put together, and what follows from them."""
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
@@ -9,7 +8,17 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from raysl.config.base import Config, PositiveFloat, PositiveInt
-from raysl.config.load import Problem, apply_overrides, bad_keys, read_mapping, validated
+from raysl.config.idle import dotted_keys, idle_settings, without_idle
+from raysl.config.load import (
+    Problem,
+    apply_overrides,
+    bad_keys,
+    get_key,
+    merge,
+    parse_override,
+    read_layers,
+    validated,
+)
 from raysl.data.fragments import images_per_epoch
 from raysl.data.plan import Plan, item_size_for
 from raysl.data.stream import Making
@@ -22,9 +31,10 @@ from raysl.nn.depth import check_layer_decay
 from raysl.optim.build import OptimConfig, peak_lr
 from raysl.sources.place import as_place
 from raysl.sources.source import DataConfig, Source
-from raysl.train.gradient import can_split
+from raysl.track.config import TrackConfig, check_run_name
 from raysl.train.health import HealthConfig
 from raysl.train.loop import TrainConfig
+from raysl.train.sizes import check_sizes
 
 M = TypeVar("M", bound=MethodConfig)
 
@@ -57,30 +67,6 @@ class ClusterConfig(Config):
     checkpoint."""
 
 
-class TrackConfig(Config):
-    """Where MLflow gets the run."""
-
-    mlflow: bool = True
-    tracking_uri: str | None = None
-    """null takes MLFLOW_TRACKING_URI, else a SQLite file in the working directory."""
-    experiment: str = "raysl"
-    log_model: bool = True
-    """Store the encoder as an MLflow model with its signature."""
-    registered_model: str | None = None
-    """Name in MLflow's model registry under which that model becomes the newest version; null
-    registers none."""
-
-
-def check_run_name(name: str) -> str:
-    """Return the name of a run or a sweep; raise ValueError if it cannot be a folder's."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=-]*", name):
-        raise ValueError(
-            f"a name starts with a letter or digit and holds letters, digits, '.', '_', '=' "
-            f"and '-'; got {name!r}"
-        )
-    return name
-
-
 class RunConfig(Config, Generic[M]):
     """One pretraining run."""
 
@@ -106,6 +92,23 @@ class RunConfig(Config, Generic[M]):
     def _is_a_folder_name(cls, name: str) -> str:
         return check_run_name(name)
 
+    @classmethod
+    def idle_by(cls, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """Yield what the method, or the place of an optimizer, puts out of use."""
+        for name in ("layer_decay", "max_grad_norm"):
+            yield f"adversary_optim.{name}", "for an adversary, which is no encoder and not clipped"
+        kind: Any = cls.model_fields["method"].annotation
+        method = validated(kind, values.get("method") or {})
+        if isinstance(method, list | _UnknownMethod):
+            return
+        if not method.has_adversary:
+            yield "adversary_optim", f"with method {method.name} as it is set, without an adversary"
+        if method.classifies:  # a student's data.labels are those that its teacher saw
+            yield "evaluate.finetune", f"with method {method.name}, which trains on labels itself"
+        elif not method.uses_labels and get_key(values, "data.labels.only") is not True:
+            for name in ("fraction", "seed"):
+                yield f"data.labels.{name}", f"with method {method.name}, which sees no labels"
+
     @model_validator(mode="after")
     def _fits_together(self) -> "RunConfig[M]":
         misfits = list(self._misfits())
@@ -118,11 +121,11 @@ class RunConfig(Config, Generic[M]):
         if (self.train.epochs is None) == (self.train.steps is None):
             yield "give exactly one of train.epochs and train.steps"
         checks: list[Callable[[], None]] = [
-            self._check_workers,
+            self._check_sizes,
             lambda: self.backbone.check_view_sizes(self.view_sizes_px),
             lambda: self.method.check_shape(self._shape()),
             self._check_finetune,
-            self._check_layer_decay,
+            lambda: check_layer_decay(self.backbone, self.optim.layer_decay),
             self._check_online,
         ]
         for check in checks:
@@ -131,23 +134,10 @@ class RunConfig(Config, Generic[M]):
             except ConfigError as error:
                 yield str(error)
 
-    def _check_workers(self) -> None:
-        workers, batch = max(1, self.cluster.num_train_workers), self.train.global_batch_size
-        if batch % workers:
-            near = sorted(
-                {max(workers, batch // workers * workers), -(-batch // workers) * workers}
-            )
-            raise ConfigError(
-                f"train.global_batch_size={batch} does not divide over "
-                f"cluster.num_train_workers={workers}; use {' or '.join(map(str, near))}"
-            )
-        per_worker, splits = batch // workers, self.backbone.batch_norm_splits
-        if self.backbone.batch_norm == "split" and per_worker % splits:
-            raise ConfigError(
-                f"a worker's batch of {per_worker} does not divide into "
-                f"backbone.batch_norm_splits={splits}"
-            )
-        self._check_micro_batch(per_worker)
+    def _check_sizes(self) -> None:
+        method = None if isinstance(self.method, _UnknownMethod) else self.method
+        workers = max(1, self.cluster.num_train_workers)
+        check_sizes(self.train, self.backbone, method, num_workers=workers)
 
     def _shape(self) -> RunShape:
         return RunShape(
@@ -156,26 +146,6 @@ class RunConfig(Config, Generic[M]):
             view_sizes_px=self.view_sizes_px,
             backbone=self.backbone,
         )
-
-    def _check_micro_batch(self, per_worker: int) -> None:
-        size = self.train.micro_batch_size
-        if size is None or isinstance(self.method, _UnknownMethod):
-            return
-        if not can_split(load_method(self.method.name)):
-            raise ConfigError(
-                f"train.micro_batch_size={size}: the loss of method {self.method.name} can neither "
-                f"be cached nor accumulated; set it to null and lower train.global_batch_size"
-            )
-        if per_worker % size:
-            raise ConfigError(
-                f"train.micro_batch_size={size} does not divide a worker's batch of {per_worker}"
-            )
-        splits = self.backbone.batch_norm_splits
-        if self.backbone.batch_norm == "split" and size % splits:
-            raise ConfigError(
-                f"train.micro_batch_size={size} does not divide into "
-                f"backbone.batch_norm_splits={splits}"
-            )
 
     def _check_finetune(self) -> None:
         finetune = self.evaluate.finetune
@@ -187,10 +157,6 @@ class RunConfig(Config, Generic[M]):
                 f"evaluate.finetune.head_layers={finetune.head_layers}: the projection head of "
                 f"method {self.method.name} ends at layer {most}; use at most {most}"
             )
-
-    def _check_layer_decay(self) -> None:
-        if self.optim.layer_decay < 1:
-            check_layer_decay(self.backbone)
 
     def _check_online(self) -> None:
         if self.evaluate.online == "background" and self.cluster.num_train_workers == 0:
@@ -317,12 +283,55 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig[Any]:
     """Read a run from a YAML file and dotted overrides; its name defaults to the file's.
 
     Raises:
-        ConfigError: Lists every bad key at once.
+        ConfigError: Lists every bad key at once, and every setting without effect.
     """
-    values = apply_overrides(read_mapping(path), overrides)
+    values = read_run_values(path)
+    given = [parse_override(override)[0] for override in overrides]
+    values = layered(values, apply_overrides(values, overrides), given)
     values.setdefault("name", path.stem)
-    where = " ".join([str(path), *overrides])
-    return run_from_values(values, where=where)
+    return asked_run(values, where=" ".join([str(path), *overrides]))
+
+
+def read_run_values(path: Path) -> dict[str, Any]:
+    """Read the plain values of a run, without what a file makes idle of those it extends.
+
+    Raises:
+        ConfigError: As :func:`raysl.config.load.read_mapping`.
+    """
+    values: dict[str, Any] = {}
+    for layer in read_layers(path):
+        values = layered(values, merge(values, layer), list(dotted_keys(layer)))
+    return values
+
+
+def layered(
+    before: Mapping[str, Any], after: Mapping[str, Any], given: Sequence[str]
+) -> dict[str, Any]:
+    """Return a layer over plain values of a run, without what it makes idle of them.
+
+    Args:
+        before: The lower layers.
+        after: With the layer on top of them.
+        given: The dotted keys that the layer gives.
+    """
+    return without_idle(_model_for(after)[0], before, after, given)
+
+
+def idle_problems(values: Mapping[str, Any]) -> list[Problem]:
+    """Return the settings of a run that are without effect."""
+    return list(idle_settings(_model_for(values)[0], values))
+
+
+def asked_run(values: Mapping[str, Any], *, where: str) -> RunConfig[Any]:
+    """Validate plain values as a run that somebody asks for, in which every setting has an effect.
+
+    Raises:
+        ConfigError: Lists every bad key at once, and every setting without effect.
+    """
+    found, idle = run_or_problems(values), idle_problems(values)
+    if isinstance(found, list) or idle:
+        raise bad_keys([*(found if isinstance(found, list) else []), *idle], where=where)
+    return found
 
 
 def run_from_values(values: Mapping[str, Any], *, where: str) -> RunConfig[Any]:
@@ -339,22 +348,25 @@ def run_from_values(values: Mapping[str, Any], *, where: str) -> RunConfig[Any]:
 
 def run_or_problems(values: Mapping[str, Any]) -> RunConfig[Any] | list[Problem]:
     """Return the run that plain values make, or all that is wrong with them."""
+    model, problem = _model_for(values)
+    if problem is None:
+        return validated(model, values)
+    found = validated(model, dict(values) | {"method": {"name": ""}})
+    return [problem, *(found if isinstance(found, list) else [])]
+
+
+def _model_for(values: Mapping[str, Any]) -> tuple[type[RunConfig[Any]], Problem | None]:
+    """Return the model of a run, and what is wrong with its method if that is not known."""
     section = values.get("method")
     name = section.get("name") if isinstance(section, dict) else None
-    if name is None:
-        text = "method.name: missing; give method: {name: simclr} or another"
-        return [Problem(("method", "name"), text), *_problems_without_method(values)]
-    try:
-        config_type = load_method(str(name)).Config
-    except ConfigError as error:
-        return [Problem(("method", "name"), str(error)), *_problems_without_method(values)]
-    return validated(RunConfig[config_type], values)  # type: ignore[valid-type]
-
-
-def _problems_without_method(values: Mapping[str, Any]) -> list[Problem]:
-    stand_in = dict(values) | {"method": {"name": ""}}
-    found = validated(RunConfig[_UnknownMethod], stand_in)
-    return found if isinstance(found, list) else []
+    text = "method.name: missing; give method: {name: simclr} or another"
+    if name is not None:
+        try:
+            config_type = load_method(str(name)).Config
+            return RunConfig[config_type], None  # type: ignore[valid-type]
+        except ConfigError as error:
+            text = str(error)
+    return RunConfig[_UnknownMethod], Problem(("method", "name"), text)
 
 
 class _UnknownMethod(MethodConfig):

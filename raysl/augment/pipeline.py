@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import islice, takewhile
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -20,12 +20,13 @@ from raysl.augment.crop import (
 )
 from raysl.augment.ops import Fraction, Numbers, Op, check_range
 from raysl.augment.random import MAX_VIEWS, borrow_view_stream
-from raysl.config.base import Config, PositiveFloat, PositiveInt
+from raysl.config.base import GIVEN, Config, Idle, PositiveFloat, PositiveInt
 
 
 class Crop(Config):
     """Random crop, resized to the view's side: of random area and aspect, or a square."""
 
+    idle: ClassVar[tuple[Idle, ...]] = (Idle(("scale", "ratio"), {"short_side": (GIVEN,)}),)
     scale: tuple[Fraction, Fraction] = (0.08, 1.0)
     """Range of the box's area over the image's."""
     ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)

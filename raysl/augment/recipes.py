@@ -1,6 +1,6 @@
 """Views as papers define them, by name, with the knobs that people turn."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,7 +18,7 @@ from raysl.augment.photometric import BrightnessKind
 from raysl.augment.pipeline import View
 from raysl.augment.random import MAX_VIEWS
 from raysl.augment.recipe_base import Recipe
-from raysl.config.base import Config, NonNegativeFloat, PositiveInt, Probability
+from raysl.config.base import Config, Idle, NonNegativeFloat, PositiveInt, Probability
 
 
 class SimCLRViews(Recipe):
@@ -33,6 +33,7 @@ class SimCLRViews(Recipe):
     sample_distorted_bounding_box with min_object_covered 0.1), ours are even in the area.
     """
 
+    idle: ClassVar[tuple[Idle, ...]] = (Idle(("color_prob",), {"color_strength": (0,)}),)
     recipe: Literal["simclr"] = "simclr"
     interpolation: Interpolation = "bicubic"
     min_scale: Fraction = 0.08
@@ -162,6 +163,9 @@ class SwAVViews(Recipe):
     options of scripts/swav_800ep_pretrain.sh: 2 crops of 14 to 100 % of the area, 6 of 5 to 14 %.
     """
 
+    idle: ClassVar[tuple[Idle, ...]] = (
+        Idle(("local_size_px", "local_scale"), {"local_count": (0,)}),
+    )
     recipe: Literal["swav"] = "swav"
     global_scale: tuple[Fraction, Fraction] = (0.14, 1.0)
     """Range of a large crop's area over the image's."""
@@ -193,6 +197,9 @@ class DINOViews(Recipe):
     Departs: The blur is a true Gaussian.
     """
 
+    idle: ClassVar[tuple[Idle, ...]] = (
+        Idle(("local_size_px", "local_scale"), {"local_count": (0,)}),
+    )
     recipe: Literal["dino"] = "dino"
     interpolation: Interpolation = "bicubic"
     global_scale: tuple[Fraction, Fraction] = (0.4, 1.0)

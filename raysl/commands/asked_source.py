@@ -3,6 +3,7 @@
 import argparse
 from typing import TypeVar
 
+from raysl.config.idle import refuse_idle
 from raysl.config.load import apply_overrides, validate
 from raysl.errors import ConfigError
 from raysl.sources.open import open_source
@@ -26,6 +27,7 @@ def open_asked(arguments: argparse.Namespace, model: type[C], *, where: str) -> 
     if values["source"] != arguments.source:
         raise ConfigError(f"give the source once: {arguments.source} or {values['source']}")
     config = absolute_config(validate(model, values, where=where))
+    refuse_idle(model, values, where=where)
     data = DataConfig(
         source=config.source,
         torchvision_root=config.torchvision_root,

@@ -4,11 +4,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from raysl.commands.absolute_files import with_absolute_files
 from raysl.commands.terminal import console, mapping_table, print_json, say_notes
 from raysl.config.load import to_yaml
 from raysl.evaluate.training_source import open_training_source
-from raysl.jobs.run_places import with_absolute_sources
-from raysl.recipe import derive_for, load_run
+from raysl.jobs.start import check_names, check_start
+from raysl.recipe import load_run
+from raysl.track.run_folder import working_folder
 
 HELP = "print a resolved configuration and its derived values"
 
@@ -21,12 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the resolved configuration; open the source to count its images."""
+    """Print the resolved configuration; find all that a start would refuse, but start nothing."""
     config = load_run(arguments.config, arguments.overrides)
-    placed = with_absolute_sources(config)
+    check_names(config)
+    placed = with_absolute_files(config, working_folder())
     source = open_training_source(placed.data, placed.evaluate, placed.method)
     say_notes(source, title=f"{source.name}:")
-    derived = derive_for(config, source)
+    derived = check_start(placed, source)
     values: dict[str, Any] = config.model_dump(mode="json")
     if arguments.json:
         print_json({"config": values, "derived": derived._asdict()})

@@ -7,8 +7,7 @@ import psutil
 
 from raysl.commands.pretrain import train_run
 from raysl.commands.terminal import print_json
-from raysl.jobs.downstream import distill_values
-from raysl.recipe import run_from_values
+from raysl.jobs.downstream import distill_values, run_after
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Distil, or go on with it; what is not said follows SimCLR v2."""
     values = distill_values(arguments.teacher, arguments.overrides)
-    config = run_from_values(values, where=" ".join([str(arguments.teacher), *arguments.overrides]))
+    config = run_after(values, arguments.overrides, where=str(arguments.teacher))
     results = train_run(config, began_at=psutil.Process().create_time(), fresh=arguments.fresh)
     if arguments.json:
         print_json(results)

@@ -19,6 +19,7 @@ from raysl.evaluate.registry import (
     TRANSFER,
     TRANSFERRED,
     check_protocols,
+    refuse_unmeasured,
 )
 from raysl.jobs.embed_source import other_decoding
 from raysl.jobs.embedding import features_here
@@ -46,6 +47,7 @@ from raysl.runtime.ray_evaluate import run_on_ray
 from raysl.runtime.ray_train import pretrain_on_ray
 from raysl.sources.source import Source
 from raysl.track.run_folder import RunFolder, working_folder, write_json
+from raysl.track.uri import check_tracking_uri
 
 _EPILOG = """\
 Protocols (default: {default}); the settings of each are PROTOCOL.KEY=VALUE:
@@ -90,7 +92,10 @@ def run(arguments: argparse.Namespace) -> int:
     overrides = list(arguments.overrides)
     if arguments.name is not None:
         overrides.append(f"name={arguments.name}")
+    refuse_unmeasured(overrides, names or DEFAULT)
     config, origin = load_evaluation(arguments.encoder, overrides, home=home)
+    if config.track.mlflow:
+        check_tracking_uri(config.track.tracking_uri)
     if TRANSFER in (names or ()) and config.transfer is None:
         raise ConfigError("--protocols transfer: on which images? give transfer.source=...")
     folder = EvaluationFolder(evaluation_folder(config, origin))

@@ -8,8 +8,8 @@ import psutil
 from raysl.commands.pretrain import train_run
 from raysl.commands.terminal import print_json
 from raysl.errors import ConfigError
-from raysl.jobs.downstream import finetune_values
-from raysl.recipe import load_run, run_from_values
+from raysl.jobs.downstream import finetune_values, run_after
+from raysl.recipe import load_run
 
 CONFIG_SUFFIXES = (".yaml", ".yml")
 
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
     else:
         values = finetune_values(origin, arguments.overrides)
-        config = run_from_values(values, where=" ".join([str(origin), *arguments.overrides]))
+        config = run_after(values, arguments.overrides, where=str(origin))
     results = train_run(
         config,
         began_at=psutil.Process().create_time(),

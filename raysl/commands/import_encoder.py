@@ -98,7 +98,7 @@ def _say(imported: Imported, output: Path) -> None:
     out = console()
     out.print(mapping_table(f"imported to {output}", shown))
     if imported.guessed:
-        say("what is assumed follows the file on the command line to be set otherwise")
+        say("to set one of these otherwise: raysl import FILE SETTING=VALUE")
     say("nothing in the file was run; its features are finite and the same after loading again")
     place = shlex.quote(str(output))
     out.print(f"next      raysl evaluate {place} data.source=FOLDER", markup=False)

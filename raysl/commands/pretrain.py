@@ -23,14 +23,14 @@ from raysl.jobs.labelled_sets import labelling_notes
 from raysl.jobs.local import pretrain_here
 from raysl.jobs.run_places import started_from, with_absolute_sources
 from raysl.jobs.run_source import hold_to_source, is_same, source_facts, what_changed
-from raysl.nn.backbones import check_model_name
+from raysl.jobs.start import check_names, check_start
 from raysl.pack.first_look import first_look
 from raysl.recipe import (
     Derived,
     RunConfig,
-    TrackConfig,
     derive_for,
     differences,
+    layered,
     load_run,
     run_or_problems,
     size_defaults,
@@ -40,6 +40,7 @@ from raysl.runtime.ray_train import pretrain_on_ray
 from raysl.sources.open import open_source
 from raysl.sources.source import Source
 from raysl.sources.subset import whole_source
+from raysl.track.config import TrackConfig
 from raysl.track.follow import Follower, MetricsReader, Record
 from raysl.track.run_folder import (
     RunFolder,
@@ -142,9 +143,9 @@ def train_run(
 def _open(run: Run) -> Opened:
     """Open the images, and claim the folder for the run and for them, before anything starts."""
     config = run.config
-    check_model_name(config.backbone)
+    check_names(config)
     source = open_training_source(config.data, config.evaluate, config.method)
-    derived = derive_for(config, source)
+    derived = check_start(config, source)
     for line in hold_to_source(run.folder, source, config):
         say(line)
     write_atomically(run.folder.config, to_yaml(config.model_dump(mode="json")))
@@ -175,7 +176,7 @@ def _refuse_others(folder: RunFolder, config: RunConfig[Any]) -> None:
 
 def _with_new_defaults(folder: RunFolder) -> dict[str, Any]:
     """Fill up the settings of an old folder: one that is newer than it has its default there."""
-    values = read_mapping(folder.config)
+    values = layered({}, read_mapping(folder.config), ())  # without what had no effect
     found = run_or_problems(values)
     if isinstance(found, list):
         return values

@@ -41,7 +41,7 @@ from raysl.sweep.trial import (
     write_trial,
 )
 from raysl.track.run_folder import working_folder, write_atomically, write_json
-from raysl.track.uri import tracking_uri, without_password
+from raysl.track.uri import check_tracking_uri, tracking_uri, without_password
 
 # What may change from one start of a sweep to the next.
 _FREE = ("budget", "resources", "retries", "track", "output_dir", "metric")
@@ -66,6 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
     sweep = load_sweep(arguments.config, arguments.overrides)
     home = working_folder()
     folder = SweepFolder(home / Path(sweep.output_dir).expanduser() / sweep.name)
+    if sweep.track.mlflow:
+        check_tracking_uri(sweep.track.tracking_uri)
     candidates = draw(sweep)
     sources = Sources()
     configs = check(sweep, candidates, folder=folder.path, look=sources.look)

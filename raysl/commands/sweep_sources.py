@@ -1,19 +1,22 @@
 """The images of a sweep: opened once for all trials, and the same from its first start on."""
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from raysl.commands.absolute_files import with_absolute_files
 from raysl.commands.terminal import say, say_notes
 from raysl.config.load import read_mapping, to_yaml
 from raysl.errors import RunFolderError
 from raysl.evaluate.training_source import open_training_source
 from raysl.jobs.run_places import read_run, with_absolute_sources
 from raysl.jobs.run_source import hold_to_source, is_same, source_facts, what_changed
-from raysl.recipe import RunConfig, derive_for, training_set
+from raysl.jobs.start import check_lengths, check_names, check_start
+from raysl.recipe import RunConfig
 from raysl.runtime.tune_trial import source_key
 from raysl.sources.source import Source
 from raysl.sources.subset import whole_source
-from raysl.track.run_folder import RunFolder, read_json, write_atomically
+from raysl.track.run_folder import RunFolder, read_json, working_folder, write_atomically
 
 IF_CHANGED = "data.if_changed"
 
@@ -23,6 +26,7 @@ class Sources:
 
     def __init__(self) -> None:
         self.opened: dict[str, Source] = {}
+        self._looked_at: set[str] = set()
 
     def of(self, config: RunConfig[Any]) -> Source:
         """Return the images of a run."""
@@ -34,9 +38,14 @@ class Sources:
 
     def look(self, config: RunConfig[Any]) -> None:
         """Raise if a run could not start on its images, before any run does."""
+        check_names(config)
+        config = with_absolute_files(config, working_folder())
         source = self.of(config)
-        derive_for(config, source)
-        config.method.size_defaults(training_set(config, source))
+        check_lengths(config, source)
+        alike = _shape_of(config)
+        if alike not in self._looked_at:
+            check_start(config, source)
+            self._looked_at.add(alike)
 
     def say_notes(self) -> None:
         """Say the notes of each source once, however many trials train on it."""
@@ -92,3 +101,20 @@ class Sources:
                     f"back as they were, give the sweep another name=..., or {IF_CHANGED}=go_on to "
                     f"go on with those that are there now"
                 )
+
+
+def _shape_of(config: RunConfig[Any]) -> str:
+    """Return what two runs have in common whose networks have the same shapes and images.
+
+    Numbers that are no whole ones change no shape of a method.
+    """
+    method = config.method.model_dump(mode="json")
+    return json.dumps(
+        {
+            "method": {key: v for key, v in method.items() if not isinstance(v, float)},
+            "sizes": [config.view_sizes_px, config.optim.name, config.train.micro_batch_size],
+            "batch": [config.train.global_batch_size, config.cluster.num_train_workers],
+            **config.model_dump(mode="json", include={"backbone", "evaluate"}),
+            "source": source_key(config),
+        }
+    )

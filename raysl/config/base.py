@@ -1,6 +1,7 @@
 """The base class of every configuration section, and the units that sections share."""
 
-from typing import Annotated
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -10,8 +11,25 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 
 
+GIVEN = object()
+"""Stands for every value but null in :class:`Idle`."""
+
+
+class Idle(NamedTuple):
+    """Settings of a section that other settings put to use, and when they do not."""
+
+    settings: tuple[str, ...]
+    """Dotted, from the section."""
+    off: Mapping[str, tuple[Any, ...]]
+    """The other settings, each with the values at which it does not; all of them have to have one
+    of those. A duration of no length is ``0``."""
+
+
 class Config(BaseModel):
     """Strict and frozen: a typo is an error, and nothing is edited after loading."""
+
+    idle: ClassVar[tuple[Idle, ...]] = ()
+    """When which settings are without effect: see :mod:`raysl.config.idle`."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -21,6 +39,15 @@ class Config(BaseModel):
         use_attribute_docstrings=True,
         allow_inf_nan=False,
     )
+
+    @classmethod
+    def idle_by(cls, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """Yield settings without effect, and why, that :attr:`idle` cannot say.
+
+        Args:
+            values: Plain values of the section, perhaps not sound.
+        """
+        yield from ()
 
 
 class Duration(Config):

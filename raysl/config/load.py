@@ -74,6 +74,18 @@ def read_mapping(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: If a file is missing, is not YAML, is not a mapping, or extends itself.
     """
+    merged: dict[str, Any] = {}
+    for layer in read_layers(path):
+        merged = merge(merged, layer)
+    return merged
+
+
+def read_layers(path: Path) -> list[dict[str, Any]]:
+    """Read a YAML file and what it extends, as plain values; each one goes over those before it.
+
+    Raises:
+        ConfigError: As :func:`read_mapping`.
+    """
     chain: list[Path] = []
     layers: list[dict[str, Any]] = []
     following: Path | None = path
@@ -84,11 +96,13 @@ def read_mapping(path: Path) -> dict[str, Any]:
         values = _read_one(following)
         parent = values.pop(EXTENDS, None)
         layers.append(values)
-        following = following.parent / str(parent) if parent is not None else None
-    merged: dict[str, Any] = {}
-    for layer in reversed(layers):
-        merged = _merge(merged, layer)
-    return merged
+        if parent is not None and not isinstance(parent, str):
+            raise ConfigError(
+                f"{following}: 'extends' names one file, as text; got {json.dumps(parent)}. Of "
+                f"several, let each extend the next, and this file the first"
+            )
+        following = following.parent / parent if parent is not None else None
+    return layers[::-1]
 
 
 def _read_one(path: Path) -> dict[str, Any]:
@@ -108,7 +122,8 @@ def _read_one(path: Path) -> dict[str, Any]:
     return values
 
 
-def _merge(parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, Any]:
+def merge(parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a child over its parent's, as :func:`read_mapping` has it."""
     merged = dict(parent)
     for key, value in child.items():
         old = merged.get(key)
@@ -317,6 +332,14 @@ def _describe(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
         return f"{key}: got {given!r}, allowed: {', '.join(allowed)}{hint}"
     if problem["type"] == "value_error":
         return f"{key}: {message}"
+    given = problem["input"]
+    if problem["type"] == "string_type" and isinstance(given, bool | int | float):
+        kind = "a truth value" if isinstance(given, bool) else "a number"
+        text = json.dumps(json.dumps(given))
+        return (
+            f"{key}: takes text, and {json.dumps(given)} without quotes is {kind}; in a file write "
+            f"{location[-1]}: {text}, on the command line {key}='{text}'"
+        )
     return f"{key}: {message}, got {json.dumps(problem['input'], default=str)}"
 
 
@@ -334,22 +357,24 @@ def _follow(
             keyed = False
         elif field is not None:
             shown.append(str(part))
-            current = _models_in(field.annotation)
+            current = models_in(field.annotation)
             keyed = get_origin(field.annotation) is dict
         elif isinstance(part, int):
             shown.append(str(part))
         else:  # the tag of a union: not a key of the file, but it says which member is meant
-            current = [m for m in current if part in _tags(m)] or current
+            current = [m for m in current if part in tags_of(m)] or current
     return (current[0] if current else None), shown
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Return the sections that a field may hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for argument in get_args(annotation) for model in _models_in(argument)]
+    return [model for argument in get_args(annotation) for model in models_in(argument)]
 
 
-def _tags(model: type[BaseModel]) -> list[str]:
+def tags_of(model: type[BaseModel]) -> list[str]:
+    """Return the names by which a member of a union of sections is known."""
     fields = [model.model_fields[t] for t in ("name", "recipe", "op") if t in model.model_fields]
     return [str(value) for field in fields for value in get_args(field.annotation)]
 

@@ -1,12 +1,12 @@
 """The protocols of a run: which images, which measures, with which settings."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from raysl.config.base import Duration, PositiveFloat, PositiveInt
+from raysl.config.base import Duration, Idle, PositiveFloat, PositiveInt
 from raysl.evaluate.features import EvalImages
 from raysl.evaluate.finetune import FinetuneConfig
 from raysl.evaluate.knn import knn_accuracy
@@ -26,6 +26,14 @@ class EvaluateConfig(SourceConfig):
     pretraining.
     """
 
+    idle: ClassVar[tuple[Idle, ...]] = (
+        *SourceConfig.idle,
+        Idle(
+            tuple(name for name in SourceConfig.model_fields if name != "source"),
+            {"source": (None,)},
+        ),
+        Idle(("online",), {"every": (None,)}),
+    )
     source: str | None = None  # type: ignore[assignment]
     color_profile: ColorProfile | None = None  # type: ignore[assignment]
     """Of the images of evaluate.source; null takes data.color_profile."""

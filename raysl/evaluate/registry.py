@@ -6,10 +6,11 @@ its protocol, the version and what stands for the settings: ``knn@1 (k 20, tempe
 
 import difflib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from raysl.config.base import Config
+from raysl.config.load import parse_override
 from raysl.errors import ConfigError
 from raysl.evaluate.probes import (
     FewShotConfig,
@@ -153,3 +154,24 @@ def check_protocols(names: Sequence[str]) -> tuple[str, ...]:
 def settings_digest(settings: Config) -> str:
     """Return 16 hex digits that change when a setting does."""
     return digest(json.dumps(json.loads(settings.model_dump_json()), sort_keys=True))
+
+
+def refuse_unmeasured(overrides: Sequence[str], names: Collection[str]) -> None:
+    """Refuse settings of protocols that are not measured.
+
+    Args:
+        overrides: ``section.key=value``.
+        names: Of the protocols that are.
+
+    Raises:
+        ConfigError: Names the setting, and what would measure it.
+    """
+    measured = {*names, *(TRANSFERRED if TRANSFER in names else ())}
+    for override in overrides:
+        section = parse_override(override)[0].partition(".")[0]
+        if section in {*PROTOCOLS, TRANSFER} - measured:
+            together = ",".join([*names, section])
+            raise ConfigError(
+                f"{override}: does nothing, as protocol {section} is not measured; drop it, or "
+                f"measure it: --protocols {together}"
+            )

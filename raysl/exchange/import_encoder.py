@@ -13,6 +13,7 @@ from raysl.errors import ConfigError, DataError
 from raysl.exchange.beside import Beside, read_beside
 from raysl.nn.backbones import NAMES, Backbone, BackboneConfig, build_backbone
 from raysl.nn.vit import VIT_SIZES
+from raysl.weights.dinov2_names import OF_DINOV2
 from raysl.weights.fit import fill, fitted
 from raysl.weights.layouts import LAYOUTS, Network
 from raysl.weights.networks import Found, choose, find_networks, networks_named
@@ -100,7 +101,7 @@ def import_encoder(path: Path, config: ImportConfig, output: Path, *, layout: st
     if not recognised.section:  # names that the general table does not know
         found = _by_names(file, content, backbone, layout, config.network)
     assert found is not None
-    fill(backbone.net, fitted(found.network.state, backbone.net, where=file))
+    fill(backbone.net, _fitted(found, backbone, file))
     backbone.eval()
     normalisation = found.layout.normalisation(found.network)
     mean = config.mean or beside.mean or normalisation.mean
@@ -119,6 +120,19 @@ def import_encoder(path: Path, config: ImportConfig, output: Path, *, layout: st
     )  # fmt: skip
     _write(output, backbone, imported, file)
     return imported
+
+
+def _fitted(found: Found, backbone: Backbone, file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of the backbone; says what reads a transformer with layer scales."""
+    try:
+        return fitted(found.network.state, backbone.net, where=file)
+    except DataError as error:
+        if OF_DINOV2 not in found.network.state or backbone.net.state_dict().keys() >= {OF_DINOV2}:
+            raise
+        raise DataError(
+            f"{error}. It has layer scales, which timm's networks have: give backbone.name=timm:"
+            "NAME, such as timm:vit_small_patch14_dinov2, whose size is that of the file"
+        ) from None
 
 
 def _address(file: Path, config: ImportConfig, networks: list[Network]) -> str | None:

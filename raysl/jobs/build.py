@@ -1,9 +1,12 @@
 """A run's method, optimizers and precision, built from its configuration."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from raysl.encoder import load_weights
 from raysl.methods import load_method
@@ -19,23 +22,53 @@ from raysl.sources.pixels import Decoding
 def build_method(config: RunConfig[Any], data: TrainingSet, *, device: torch.device) -> Method:
     """Build the method with weights that are a function of the run's seed, or given ones.
 
+    On the device ``meta`` it has shapes and no numbers; given weights are looked at all the same.
+
     Raises:
         DataError: If the given weights do not fit the backbone.
     """
-    torch.manual_seed(config.seed)
-    backbone = build_backbone(config.backbone, image_size_px=config.image_size_px)
+    if device.type != "meta":
+        torch.manual_seed(config.seed)
+    with _made_on(device):
+        backbone = build_backbone(config.backbone, image_size_px=config.image_size_px)
     if config.backbone.weights is not None:  # first: many methods begin with a copy of it
         load_weights(backbone, config.backbone.weights)
-    method = load_method(config.method.name)(config.method, backbone, data)
-    set_batch_norm_scope(
-        method,
-        config.backbone.batch_norm,
-        num_splits=config.backbone.batch_norm_splits,
-        on_cuda=device.type == "cuda",
-    )
+    with _made_on(device):
+        method = load_method(config.method.name)(config.method, backbone, data)
+        set_batch_norm_scope(
+            method,
+            config.backbone.batch_norm,
+            num_splits=config.backbone.batch_norm_splits,
+            on_cuda=device.type == "cuda",
+        )
     layout = torch.channels_last if config.train.channels_last else torch.preserve_format
     placed: Method = method.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     return placed
+
+
+class _WithoutNumbers(TorchFunctionMode):
+    """Leaves out first weights, some of which load torch's compiler on the device meta.
+
+    That takes two seconds, for numbers that are not there.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if func is torch.Tensor.normal_ or getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
+
+
+@contextmanager
+def _made_on(device: torch.device) -> Iterator[None]:
+    """Make tensors without memory on the device meta; elsewhere on the CPU, to be moved."""
+    if device.type != "meta":
+        yield
+        return
+    with device, _WithoutNumbers():
+        yield
 
 
 def build_optimizers(

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raysl.augment.ops import Flip
-from raysl.config.load import apply_overrides, plain_copy, validate, validated
+from raysl.config.load import (
+    apply_overrides,
+    parse_override,
+    plain_copy,
+    validate,
+    validated,
+)
 from raysl.encoder import read_description
 from raysl.errors import ConfigError, DataError
 from raysl.evaluate.protocol import EvaluateConfig
@@ -20,7 +26,7 @@ from raysl.methods import load_method
 from raysl.nn.backbones import BackboneConfig
 from raysl.nn.classifier import CLASSIFIER_FILE, HEAD_FILE, load_classifier, load_head
 from raysl.nn.heads import count_layers
-from raysl.recipe import RunConfig
+from raysl.recipe import RunConfig, asked_run, layered
 from raysl.sources.place import absolute_config
 from raysl.sources.source import DataConfig, Source
 from raysl.track.run_folder import RunFolder
@@ -28,12 +34,13 @@ from raysl.track.run_folder import RunFolder
 _DEEP_HEAD = 3  # layers from which on version 2 keeps the first one
 _FEW_LABELS, _ALL_LABELS = 0.01, 1.0
 _FINETUNE_BATCH, _DISTILL_BATCH = 1024, 4096
+_WARMUP_EPOCHS = 5
 _VIT_OPTIM: dict[str, Any] = {
     "name": "adamw",
     "base_lr": 5e-4,
     "weight_decay": 0.05,
     "layer_decay": 0.65,
-    "warmup": {"epochs": 5},
+    "warmup": {"epochs": _WARMUP_EPOCHS},
 }
 # Shares of a run: few labels make epochs of a few steps.
 _PACE = {"fraction": 0.25}
@@ -123,6 +130,9 @@ def finetune_from(
         )
     if str(backbone.get("name")).startswith("vit_"):
         epochs, optim = 100.0, _VIT_OPTIM
+        train = values.get("train") or {}
+        if train.get("steps") is not None or (train.get("epochs") or epochs) <= _WARMUP_EPOCHS:
+            optim = optim | {"warmup": {"fraction": _WARMUP_EPOCHS / epochs}}
         values["method"] = {"label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0} | method
         if not _is_given(overrides, "backbone.drop_path"):
             backbone["drop_path"] = 0.1
@@ -196,6 +206,21 @@ def distill_from(
     wide = f"-{ours['width']:g}x" if ours["width"] != 1 else ""
     name = f"{teacher.name}-distilled" + ("" if ours == theirs else f"-{ours['name']}{wide}")
     return {"name": name} | values
+
+
+def run_after(values: Mapping[str, Any], overrides: Sequence[str], *, where: str) -> RunConfig[Any]:
+    """Validate what follows from another run: what is of no use to this one stays behind.
+
+    Args:
+        values: Plain values, the overrides among them.
+        overrides: What somebody asked for.
+        where: What they follow from.
+
+    Raises:
+        ConfigError: As :func:`asked_run`.
+    """
+    given = [parse_override(override)[0] for override in overrides]
+    return asked_run(layered({}, values, given), where=" ".join([where, *overrides]))
 
 
 def origin_of(run: RunConfig[Any], folder: Path) -> Origin:

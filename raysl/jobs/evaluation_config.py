@@ -22,11 +22,12 @@ from raysl.evaluate.probes import FewShotConfig, KnnConfig, LbfgsConfig, LinearC
 from raysl.evaluate.training_protocols import FinetuneProtocol, SemiHundredth, SemiTenth
 from raysl.jobs.run_places import started_from
 from raysl.nn.backbones import NAMES, BackboneConfig, build_backbone, check_model_name
-from raysl.recipe import ClusterConfig, TrackConfig, check_run_name
+from raysl.recipe import ClusterConfig
 from raysl.sources.filter import Condition
 from raysl.sources.pixels import ColorProfile, Intensity, Pages
 from raysl.sources.place import absolute_config, place_key
 from raysl.sources.source import DataConfig, LocatedSource, SourceConfig
+from raysl.track.config import TrackConfig, check_run_name
 from raysl.track.run_folder import RunFolder
 
 # What says which images, and how they are decoded. Not data.labels: a pretraining that is to see

@@ -23,8 +23,9 @@ from raysl.config.load import (
 )
 from raysl.errors import ConfigError
 from raysl.jobs.downstream import Origin, distill_from, finetune_from, origin_of
-from raysl.recipe import RunConfig, TrackConfig, check_run_name, run_from_values
+from raysl.recipe import RunConfig, asked_run, layered, read_run_values
 from raysl.sources.source import Source
+from raysl.track.config import TrackConfig, check_run_name
 from raysl.track.run_folder import RunFolder
 
 Kind = Literal["pretrain", "finetune", "linear", "scratch", "distill"]
@@ -247,16 +248,20 @@ class Runs:
         """
         common = _as_overrides(self._config.set)
         overrides = [*common, *step.overrides]
+        given = [parse_override(override)[0] for override in step.overrides]
         if step.kind == "pretrain":
-            values = apply_overrides(read_mapping(Path(self._config.base)), overrides)
+            base = read_run_values(Path(self._config.base))
+            values = layered(base, apply_overrides(base, overrides), given)
         elif step.kind == "distill":
             assert teacher is not None
             values = distill_from(self._origin(teacher), overrides, whole=whole)
         else:
             values = finetune_from(self._origin(_PRETRAIN), overrides, whole=whole)
+        # What is set for all steps, or comes from the one before, may be of no use to this one.
+        values = layered({}, values, given) if step.kind != "pretrain" else values
         track = self._config.track.model_dump(mode="json")
         fixed = {"name": step.name, "output_dir": str(self._folder), "track": track}
-        found = run_from_values(values | fixed, where=f"step {step.name}")
+        found = asked_run(values | fixed, where=f"step {step.name}")
         self._known[step.name] = found
         return found
 

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raysl.config.base import NonNegativeFloat, PositiveFloat, PositiveInt
+from raysl.config.base import Idle, NonNegativeFloat, PositiveFloat, PositiveInt
 from raysl.errors import ShapeError
 from raysl.methods.base import (
     Batch,
@@ -83,6 +83,7 @@ class BarlowConfig(MethodConfig):
     """Settings of Barlow Twins."""
 
     compares_images: ClassVar[bool] = True
+    idle: ClassVar[tuple[Idle, ...]] = (Idle(("hidden_dim",), {"projection_layers": (1,)}),)
     name: Literal["barlow"] = "barlow"
     redundancy: NonNegativeFloat = 0.0051
     """Lambda of Eq. (1): 0.005 in the paper (sec. 2.2), 0.0051 in the authors' main.py."""
@@ -97,6 +98,11 @@ class BarlowConfig(MethodConfig):
     projection_dim: PositiveInt = 8192
     """D, the width of the embeddings (fig. 4: the more the better). About four D x D matrices of
     float32 are held at once: 1 GiB at 8192, 64 MiB at 2048."""
+
+    @property
+    def norms_images(self) -> bool:
+        """After each layer but the last."""
+        return self.projection_layers > 1
 
     def projection_head_layers(self, *, is_vit: bool) -> int:
         """Return those of the projector."""

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar, NamedTuple, final
 
 import torch
@@ -125,6 +126,10 @@ class MethodConfig(Config):
     in place of that of frozen features."""
     finetuned_pool: ClassVar[str | None] = None
     """What ``backbone.pool`` is to be when all of the encoder is fine-tuned; None: as it was."""
+    beginnings: ClassVar[tuple[str, ...]] = ()
+    """Settings that are lengths of the beginning of a run, which has to end before the run does."""
+    starts: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Settings that say when in a run something starts, by the one that asks for it."""
     files: ClassVar[tuple[str, ...]] = ()
     """Settings that name a run folder or a file, which every worker has to find."""
 
@@ -136,6 +141,19 @@ class MethodConfig(Config):
     @property
     def uses_labels(self) -> bool:
         """Whether the method wants to be given labels where the source has them."""
+        return False
+
+    @property
+    def norms_images(self) -> bool:
+        """Whether batch norm in what the method puts on the encoder normalises over images.
+
+        Each gives one vector (or one a view), so that of a single image nothing would be left.
+        """
+        return False
+
+    @property
+    def has_adversary(self) -> bool:
+        """Whether there is an adversary (:attr:`Method.adversary`) with an optimizer of its own."""
         return False
 
     def projection_head_layers(self, *, is_vit: bool) -> int:

@@ -72,6 +72,11 @@ class BYOLConfig(MethodConfig):
     final_ema_momentum: Probability = 1.0
     """tau at the end of the run, reached along half a cosine (sec. 3.3)."""
 
+    @property
+    def norms_images(self) -> bool:
+        """Always."""
+        return True
+
     def projection_head_layers(self, *, is_vit: bool) -> int:
         """Return those of the projector."""
         return 2

@@ -7,7 +7,7 @@ by Inpainting", 2016, arXiv:1604.07379v2. The authors' code: train.lua (centre) 
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from raysl.config.base import NonNegativeFloat, PositiveFloat, PositiveInt
+from raysl.config.base import Idle, NonNegativeFloat, PositiveFloat, PositiveInt
 from raysl.errors import ConfigError, ShapeError
 from raysl.methods.base import (
     Batch,
@@ -146,6 +146,12 @@ def adversarial_loss(made: Tensor) -> Tensor:
 class ContextEncoderConfig(MethodConfig):
     """Settings of context encoders."""
 
+    idle: ClassVar[tuple[Idle, ...]] = (
+        Idle(("num_blocks",), {"mask": ("centre", "region")}),
+        Idle(("overlap", "overlap_weight"), {"mask": ("blocks", "region")}),
+        Idle(("overlap_weight",), {"mask": ("centre",), "overlap": (0,)}),
+        Idle(("discriminator_width",), {"adversarial_weight": (0,)}),
+    )
     name: Literal["context_encoder"] = "context_encoder"
     mask: Literal["centre", "blocks", "region"] = "centre"
     """What is cut out (sec. 3.3): a square in the middle, random squares, or random shapes. The
@@ -170,6 +176,16 @@ class ContextEncoderConfig(MethodConfig):
     """Channels of the decoder's last hidden layer (ngf)."""
     discriminator_width: PositiveInt = 64
     """Channels of the discriminator's first layer (ndf)."""
+
+    @property
+    def has_adversary(self) -> bool:
+        """The discriminator, if it has any weight."""
+        return self.adversarial_weight > 0
+
+    @property
+    def norms_images(self) -> bool:
+        """Always."""
+        return True
 
     @property
     def num_views(self) -> int:

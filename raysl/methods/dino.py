@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from raysl.config.base import Duration, PositiveFloat, PositiveInt, Probability
+from raysl.config.base import Duration, Idle, PositiveFloat, PositiveInt, Probability
 from raysl.errors import ConfigError, ShapeError
 from raysl.methods.base import (
     Batch,
@@ -32,6 +32,7 @@ from raysl.nn.backbones import Backbone
 from raysl.nn.collectives import mean_over_ranks
 from raysl.nn.ema import ema_update_
 from raysl.nn.precision import at_least_float32
+from raysl.nn.prototypes import Prototypes
 from raysl.nn.schedules import cosine
 from raysl.nn.vit import DropPath, VisionTransformer
 
@@ -120,6 +121,11 @@ def _cross_entropy(
 class DINOConfig(MethodConfig):
     """Settings of DINO."""
 
+    beginnings: ClassVar[tuple[str, ...]] = ("teacher_temperature_warmup", "freeze_last_layer")
+    idle: ClassVar[tuple[Idle, ...]] = (
+        Idle(("hidden_dim", "head_batch_norm"), {"head_layers": (1,)}),
+        Idle(("warmup_teacher_temperature",), {"teacher_temperature_warmup": (0,)}),
+    )
     name: Literal["dino"] = "dino"
     takes_more_views: ClassVar[bool] = True
     num_prototypes: PositiveInt | None = None
@@ -160,6 +166,11 @@ class DINOConfig(MethodConfig):
     evaluate_network: Literal["teacher", "student"] = "teacher"
     """Whose backbone is evaluated and exported; the teacher's is the better one (sec. 5.2)."""
 
+    @property
+    def norms_images(self) -> bool:
+        """If it was asked for."""
+        return self.head_batch_norm and self.head_layers > 1
+
     def projection_head_layers(self, *, is_vit: bool) -> int:
         """Return those before the prototypes."""
         return self.head_layers
@@ -199,28 +210,6 @@ def _between(images: int, small: float, large: float) -> SizeDefault:
         f"{small} up to {CIFAR_IMAGES:,} images, {large} from {IMAGENET_IMAGES:,}, linear in their "
         f"logarithm between: {value} for {images:,}",
     )
-
-
-class Prototypes(nn.Module):
-    """Inner products with K directions.
-
-    In float32 also under autocast, as temperatures enlarge rounding errors; length 1, or from 1 on.
-    """
-
-    def __init__(self, in_dim: int, num_prototypes: int, *, learn_length: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_prototypes, in_dim))
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        # A matrix: the authors' weight decay takes it in, and leaves out vectors.
-        self.length = nn.Parameter(torch.ones(num_prototypes, 1)) if learn_length else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``(N, in_dim)`` to ``(N, K)``."""
-        with torch.autocast(x.device.type, enabled=False):
-            directions = F.normalize(self.weight, dim=1)
-            if self.length is not None:
-                directions = directions * self.length
-            return F.linear(at_least_float32(x), directions)
 
 
 class Head(nn.Module):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raysl.config.base import PositiveFloat, Probability
+from raysl.config.base import Idle, PositiveFloat, Probability
 from raysl.errors import ConfigError, DataError, ShapeError
 from raysl.methods.base import (
     Batch,
@@ -89,6 +89,7 @@ def known_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
 class DistillConfig(MethodConfig):
     """Settings of distillation; ``backbone`` is the student."""
 
+    idle: ClassVar[tuple[Idle, ...]] = (Idle(("temperature_squared",), {"temperature": (1,)}),)
     name: Literal["distill"] = "distill"
     classifies: ClassVar[bool] = True
     files: ClassVar[tuple[str, ...]] = ("teacher",)

@@ -18,14 +18,14 @@ Four ways to train p(x) = exp(-E(x)) / Z, whose Z nobody can compute:
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from raysl.config.base import NonNegativeFloat, PositiveFloat, PositiveInt, Probability
+from raysl.config.base import Idle, NonNegativeFloat, PositiveFloat, PositiveInt, Probability
 from raysl.errors import ConfigError
 from raysl.methods.base import (
     Batch,
@@ -47,6 +47,9 @@ from raysl.nn.precision import at_least_float32
 from raysl.nn.score_matching import denoising_score_loss
 from raysl.nn.spectral_noise import SpectralGaussian
 
+_NO_CHAINS = {"training": ("score_matching", "nce", "conditional_nce")}
+_OF_NOISE, _PERTURBED = ("perturbations", "noise_std_range"), ("mcmc", "conditional_nce")
+
 
 class EBMConfig(MethodConfig):
     """Settings of the energy-based model.
@@ -56,6 +59,17 @@ class EBMConfig(MethodConfig):
     gradient of 0.01 one of 0.005, a deviation of 0.005 one of 0.01.
     """
 
+    idle: ClassVar[tuple[Idle, ...]] = (
+        Idle(("langevin_steps", "langevin_step_size", "langevin_noise_std"), _NO_CHAINS),
+        Idle(("input_noise_std", "buffer_length", "energy_regularisation"), _NO_CHAINS),
+        Idle(("restart_prob", "restart_from"), _NO_CHAINS),
+        Idle(("restart_from",), {"training": ("mcmc",), "restart_prob": (0,)}),
+        Idle(("perturbations",), {"training": ("score_matching", "nce")}),
+        Idle(("noise_std_range",), {"training": ("nce",)}),
+        Idle(_OF_NOISE, {"training": ("mcmc",), "restart_from": ("noise", "data")}),
+        Idle(("noise_std_range",), {"training": _PERTURBED, "perturbations": (["turn"],)}),
+        Idle(("num_noise",), {"training": ("mcmc", "score_matching")}),
+    )
     name: Literal["ebm"] = "ebm"
     training: Literal["mcmc", "score_matching", "nce", "conditional_nce"] = "mcmc"
     """How the density is fitted: with samples from Langevin chains, by denoising, by telling data

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
-from raysl.config.base import PositiveInt
+from raysl.config.base import Idle, PositiveInt
 from raysl.errors import ConfigError, ShapeError
 from raysl.methods.base import (
     Batch,
@@ -172,6 +172,7 @@ def jigsaw_loss(logits: Tensor, answer: Tensor) -> Tensor:
 class JigsawConfig(MethodConfig):
     """Settings of jigsaw puzzles."""
 
+    idle: ClassVar[tuple[Idle, ...]] = (Idle(("tile_dim",), {"arrangement": ("mosaic",)}),)
     name: Literal["jigsaw"] = "jigsaw"
     grid: Annotated[int, Field(ge=2, le=3)] = 3
     """Tiles along a side: 3 in the paper; 2 is for small images."""
@@ -232,7 +233,9 @@ class Jigsaw(Method):
         self.config = config
         self.backbone = backbone
         tiles, classes = config.grid**2, config.num_classes
-        self.register_buffer("permutations", torch.tensor(distant_permutations(tiles, classes)))
+        self.register_buffer("permutations", torch.empty(classes, tiles, dtype=torch.int64))
+        if not self.permutations.is_meta:  # to choose them takes seconds
+            self.permutations.copy_(torch.from_numpy(distant_permutations(tiles, classes)))
         self.tile_head = nn.Sequential()
         width = backbone.embed_dim
         if config.arrangement == "apart":

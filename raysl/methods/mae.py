@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from raysl.config.base import PositiveInt
+from raysl.config.base import Idle, PositiveInt
 from raysl.errors import ShapeError
 from raysl.methods.base import (
     Batch,
@@ -150,6 +150,7 @@ def mask_by_noise(noise: Tensor, *, mask_ratio: float) -> Masking:
 class MAEConfig(MethodConfig):
     """Settings of MAE; the backbone is a vision transformer."""
 
+    idle: ClassVar[tuple[Idle, ...]] = (Idle(("decoder_heads",), {"decoder_depth": (0,)}),)
     name: Literal["mae"] = "mae"
     needs_vit: ClassVar[bool] = True
     finetuned_pool: ClassVar[str | None] = "mean_norm"  # the authors' FINETUNE.md: --global_pool

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from raysl.config.base import PositiveFloat, PositiveInt
+from raysl.config.base import Idle, PositiveFloat, PositiveInt
 from raysl.errors import ConfigError, ShapeError
 from raysl.methods.base import (
     Batch,
@@ -76,6 +76,7 @@ def _losses(distance: Tensor, dissimilar: Tensor, *, margin: float) -> Tensor:
 class MarginConfig(MethodConfig):
     """Settings of the margin loss."""
 
+    idle: ClassVar[tuple[Idle, ...]] = (Idle(("hidden_dim",), {"projection_layers": (1,)}),)
     name: Literal["margin"] = "margin"
     margin: PositiveFloat = 1.0
     """m of Eq. (4), a distance: dissimilar pairs further apart than this are left alone. On the

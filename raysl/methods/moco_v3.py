@@ -92,6 +92,11 @@ class MoCoV3Config(MethodConfig):
     """Leave a vision transformer's patch projection as it was drawn, which keeps training stable
     (sec. 4.2). Nothing is frozen in other backbones."""
 
+    @property
+    def norms_images(self) -> bool:
+        """Always."""
+        return True
+
     def projection_head_layers(self, *, is_vit: bool) -> int:
         """Return those of the projector."""
         return self.projection_layers or (3 if is_vit else 2)

@@ -8,13 +8,13 @@ arXiv:1805.01978v1; "the authors' code" is that of the latter.
 
 import math
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raysl.config.base import NonNegativeFloat, PositiveFloat, PositiveInt, Probability
+from raysl.config.base import Idle, NonNegativeFloat, PositiveFloat, PositiveInt, Probability
 from raysl.errors import ConfigError
 from raysl.methods.base import (
     Batch,
@@ -90,6 +90,7 @@ def nce_loss(
 class NCEConfig(MethodConfig):
     """Settings of instance discrimination by noise-contrastive estimation."""
 
+    idle: ClassVar[tuple[Idle, ...]] = (Idle(("class_power",), {"noise": ("uniform", "gaussian")}),)
     name: Literal["nce"] = "nce"
     temperature: PositiveFloat = 0.07
     """Tau of Eq. (2): 0.07 for ImageNet (sec. 4.2), 0.1 for CIFAR-10 in the authors' code."""
@@ -123,6 +124,11 @@ class NCEConfig(MethodConfig):
     start; the paper has none. It helps short runs: untrained embeddings lie in a narrow cone."""
     projection_dim: PositiveInt = 128
     """D, width of embeddings and of the bank."""
+
+    @property
+    def norms_images(self) -> bool:
+        """If it was asked for."""
+        return self.head_batch_norm
 
     @property
     def num_views(self) -> int:

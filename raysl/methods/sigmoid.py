@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from raysl.config.base import PositiveFloat, PositiveInt
+from raysl.config.base import Idle, PositiveFloat, PositiveInt
 from raysl.errors import ShapeError
 from raysl.methods.base import (
     Batch,
@@ -81,6 +81,8 @@ def _sigmoid(
 class SigmoidConfig(MethodConfig):
     """Settings of the sigmoid loss."""
 
+    compares_images: ClassVar[bool] = True
+    idle: ClassVar[tuple[Idle, ...]] = (Idle(("hidden_dim",), {"projection_layers": (1,)}),)
     name: Literal["sigmoid"] = "sigmoid"
     initial_temperature: PositiveFloat = 0.1
     """What similarities are divided by at the start; it is learned from there. The paper's t = 10
@@ -94,6 +96,11 @@ class SigmoidConfig(MethodConfig):
     """Width of the head's hidden layers; null takes the encoder's width."""
     projection_dim: PositiveInt = 128
     """Width of the head's output."""
+
+    @property
+    def norms_images(self) -> bool:
+        """Always."""
+        return True
 
     def projection_head_layers(self, *, is_vit: bool) -> int:
         """Return those of the projector."""

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from raysl.config.base import PositiveFloat, PositiveInt, Probability
+from raysl.config.base import Idle, PositiveFloat, PositiveInt, Probability
 from raysl.errors import ShapeError
 from raysl.methods.base import (
     Batch,
@@ -84,6 +84,11 @@ def _nt_xent(
 class SimCLRConfig(MethodConfig):
     """Settings of SimCLR."""
 
+    compares_images: ClassVar[bool] = True
+    idle: ClassVar[tuple[Idle, ...]] = (
+        Idle(("hidden_dim",), {"projection_layers": (1,)}),
+        Idle(("memory_length", "ema_momentum"), {"memory": (False,)}),
+    )
     name: Literal["simclr"] = "simclr"
     temperature: PositiveFloat = 0.1
     """Tau of Eq. (1): 0.1 for ImageNet at batch 4,096 (table 5), 0.5 for CIFAR-10 (B.9)."""
@@ -101,6 +106,11 @@ class SimCLRConfig(MethodConfig):
     there are images if they are fewer. More than the images is refused."""
     ema_momentum: Probability = 0.999
     """How much of the memory network stays at each step (version 2, as in MoCo)."""
+
+    @property
+    def norms_images(self) -> bool:
+        """Always."""
+        return True
 
     def projection_head_layers(self, *, is_vit: bool) -> int:
         """Return those of the projector."""

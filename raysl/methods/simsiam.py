@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from raysl.config.base import PositiveInt
+from raysl.config.base import Idle, PositiveInt
 from raysl.errors import ShapeError
 from raysl.methods.base import Batch, LossOutput, Method, MethodConfig, Progress, TrainingSet
 from raysl.nn.backbones import Backbone
@@ -54,6 +54,7 @@ def simsiam_loss(prediction: Tensor, projection: Tensor) -> Tensor:
 class SimSiamConfig(MethodConfig):
     """Settings of SimSiam."""
 
+    idle: ClassVar[tuple[Idle, ...]] = (Idle(("hidden_dim",), {"projection_layers": (1,)}),)
     name: Literal["simsiam"] = "simsiam"
     projection_layers: Annotated[int, Field(ge=1, le=8)] = 3
     """Linear layers of the projector: 3 for ImageNet (sec. 3), 2 for CIFAR-10 (appendix D)."""
@@ -66,6 +67,11 @@ class SimSiamConfig(MethodConfig):
     constant_predictor_lr: bool = True
     """Keep the predictor's learning rate at its peak while the others' decays (table 1 (c); the
     authors' option --fix-pred-lr, with which their models were trained)."""
+
+    @property
+    def norms_images(self) -> bool:
+        """Always."""
+        return True
 
     def projection_head_layers(self, *, is_vit: bool) -> int:
         """Return those of the projector."""

@@ -4,8 +4,9 @@ M. Caron, I. Misra, J. Mairal, P. Goyal, P. Bojanowski, A. Joulin: "Unsupervised
 Features by Contrasting Cluster Assignments", 2020, arXiv:2006.09882v5.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
+from types import MappingProxyType
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from raysl.config.base import Duration, PositiveFloat, PositiveInt
+from raysl.config.base import Duration, Idle, PositiveFloat, PositiveInt
 from raysl.errors import ConfigError, ShapeError
 from raysl.methods.base import (
     Batch,
@@ -116,6 +117,10 @@ class SwAVConfig(MethodConfig):
     """Settings of SwAV."""
 
     takes_more_views: ClassVar[bool] = True
+    compares_images: ClassVar[bool] = True
+    beginnings: ClassVar[tuple[str, ...]] = ("frozen",)
+    starts: ClassVar[Mapping[str, str]] = MappingProxyType({"queue_start": "queue_length"})
+    idle: ClassVar[tuple[Idle, ...]] = (Idle(("queue_start",), {"queue_length": (None,)}),)
     name: Literal["swav"] = "swav"
     temperature: PositiveFloat = 0.1
     """Tau of Eq. (2)."""
@@ -138,6 +143,11 @@ class SwAVConfig(MethodConfig):
     a step its scores, about 50 MB a copy."""
     queue_start: Duration = Duration(epochs=15.0)
     """When the queue begins to fill; it is used once it is full."""
+
+    @property
+    def norms_images(self) -> bool:
+        """Always."""
+        return True
 
     def projection_head_layers(self, *, is_vit: bool) -> int:
         """Return those of the projector."""

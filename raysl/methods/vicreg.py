@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from raysl.config.base import NonNegativeFloat, PositiveInt
+from raysl.config.base import Idle, NonNegativeFloat, PositiveInt
 from raysl.errors import ShapeError
 from raysl.methods.base import (
     Batch,
@@ -107,6 +107,7 @@ class VICRegConfig(MethodConfig):
     """Settings of VICReg."""
 
     compares_images: ClassVar[bool] = True
+    idle: ClassVar[tuple[Idle, ...]] = (Idle(("hidden_dim",), {"projection_layers": (1,)}),)
     name: Literal["vicreg"] = "vicreg"
     similarity: NonNegativeFloat = 25.0
     """Lambda of Eq. (6), of the views' squared distance (sec. 4.2)."""
@@ -121,6 +122,11 @@ class VICRegConfig(MethodConfig):
     projection_dim: PositiveInt = 8192
     """D, the width of the embeddings. About five D x D matrices of float32 are held at once, as
     each view has a covariance: 1.25 GiB at 8192, 80 MiB at 2048."""
+
+    @property
+    def norms_images(self) -> bool:
+        """After each layer but the last."""
+        return self.projection_layers > 1
 
     def projection_head_layers(self, *, is_vit: bool) -> int:
         """Return those of the projector."""

@@ -3,13 +3,13 @@
 import difflib
 import importlib
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from raysl.config.base import Config, PositiveInt
+from raysl.config.base import Config, Idle, PositiveInt
 from raysl.errors import ConfigError
 from raysl.nn.batchnorm import BatchNormScope
 from raysl.nn.resnet import LAYOUTS, NormName, ResNet, ShortcutEdge, Stem
@@ -41,6 +41,9 @@ NAMES = (*LAYOUTS, *VIT_SIZES, *_CONVNEXTS)
 class BackboneConfig(Config):
     """The encoder that is pretrained."""
 
+    idle: ClassVar[tuple[Idle, ...]] = (
+        Idle(("batch_norm_splits",), {"batch_norm": ("worker", "sync")}),
+    )
     name: str = "resnet50"
     """resnet18 to resnet152, resnext50_32x4d, wide_resnet50_2, wide_resnet101_2; vit_tiny,
     vit_small, vit_base, vit_large, vit_huge; convnext_tiny, convnext_small, convnext_base; any
@@ -51,8 +54,9 @@ class BackboneConfig(Config):
     3 x 3 of stride 1, no max-pool (SimCLR, appendix B.9), for images of 32 px or so; 10 to 16 times
     the work on the same image. cifar_padded: cifar with two pixels of zeros around the image, as in
     solo-learn. small: 3 x 3 of stride 2, no max-pool: a quarter of cifar's work."""
-    width: Annotated[float, Field(gt=0, le=16)] = 1.0
-    """ResNets: factor on all channels. SimCLR v2 has 1, 2 and 3 (arXiv:2006.10029v2, table 1)."""
+    width: Annotated[float, Field(ge=0.125, le=16)] = 1.0
+    """ResNets: factor on all channels, rounded to multiples of 8. SimCLR v2 has 1, 2 and 3
+    (arXiv:2006.10029v2, table 1); 0.125 is the least, with 8 channels in the first stage."""
     selective_kernels: bool = False
     """ResNets: selective kernels, ResNet-D's shortcuts and stem, as in SimCLR v2 (table 1, SK)."""
     shortcut_edge: ShortcutEdge = "inside"
@@ -90,7 +94,7 @@ class BackboneConfig(Config):
     """Images that batch norm takes its statistics from while training: those of this worker, of
     all workers (sync), or of each of batch_norm_splits parts of this worker's batch (split). The
     ready recipes say sync where the authors do, which is in every method but MoCo v1 and v2."""
-    batch_norm_splits: int = 8
+    batch_norm_splits: PositiveInt = 8
     """Parts for batch_norm: split."""
     weights: str | None = None
     """Start from these weights instead of random ones: a run folder, its encoder.safetensors, or a

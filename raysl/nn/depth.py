@@ -17,13 +17,13 @@ _STAGE = re.compile(r"^layer(\d)\.")
 _STAGES = 4
 
 
-def check_layer_decay(config: BackboneConfig) -> None:
-    """Refuse encoders whose layers have no order that is known here.
+def check_layer_decay(config: BackboneConfig, decay: float) -> None:
+    """Refuse encoders whose layers have no order that is known here, where rates fall with it.
 
     Raises:
         ConfigError: If it is neither a ResNet nor a vision transformer of raysl's.
     """
-    if config.family not in ("vit", "resnet"):
+    if decay < 1 and config.family not in ("vit", "resnet"):
         raise ConfigError(
             f"optim.layer_decay counts the blocks of a vision transformer or the stages of a "
             f"ResNet; backbone.name={config.name} is neither: set it to 1"
@@ -45,7 +45,7 @@ def depth_scales(
     Raises:
         ConfigError: If its layers have no known order.
     """
-    check_layer_decay(config)
+    check_layer_decay(config, decay)
     names = dict(backbone.net.named_parameters())
     if config.family == "resnet":
         last = _STAGES + 1

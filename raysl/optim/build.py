@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from raysl.config.base import (
     Config,
     Duration,
+    Idle,
     NonNegativeFloat,
     PositiveFloat,
     Probability,
@@ -27,6 +28,21 @@ LR_REFERENCE_BATCH = 256
 class OptimConfig(Config):
     """How weights are updated."""
 
+    idle: ClassVar[tuple[Idle, ...]] = (
+        Idle(("sgd_momentum",), {"name": ("adamw",)}),
+        Idle(("nesterov",), {"name": ("adamw", "lars")}),
+        Idle(("adam_betas",), {"name": ("sgd", "lars")}),
+        Idle(("trust_coefficient",), {"name": ("sgd", "adamw")}),
+        Idle(("final_lr_ratio",), {"schedule": ("constant",)}),
+        Idle(
+            ("decay_bias_and_norm",),
+            {
+                "name": ("sgd", "adamw"),  # LARS also adapts their rates then
+                "weight_decay": (0,),
+                "final_weight_decay": (None, 0),
+            },
+        ),
+    )
     name: Literal["sgd", "adamw", "lars"] = "sgd"
     base_lr: PositiveFloat = 0.03
     """Learning rate for a global batch of 256 images (arXiv:1706.02677v2, sec. 2.1)."""
@@ -50,9 +66,11 @@ class OptimConfig(Config):
     sgd_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """Momentum of SGD and LARS."""
     nesterov: bool = False
+    """Of SGD."""
     adam_betas: tuple[
         Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]
     ] = (0.9, 0.999)
+    """Of AdamW."""
     trust_coefficient: PositiveFloat = 0.001
     """LARS: eta."""
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0

@@ -1,10 +1,10 @@
 """What `raysl pack` can be told."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from raysl.config.base import PositiveFloat, PositiveInt, Probability
+from raysl.config.base import Idle, PositiveFloat, PositiveInt, Probability
 from raysl.sources.source import LocatedSource
 
 # What may differ between the start of a pack and its going on: none of it changes a byte.
@@ -14,6 +14,11 @@ _FREE = {"source", "max_bad_share", "num_workers", "torchvision_root"}
 class PackConfig(LocatedSource):
     """A source, and what its shards shall be."""
 
+    idle: ClassVar[tuple[Idle, ...]] = (
+        *LocatedSource.idle,
+        Idle(("quality",), {"re_encode": ("png",)}),
+        Idle(("verify",), {"re_encode": ("jpeg", "png")}),  # every image is decoded then
+    )
     short_side_px: PositiveInt | None = None
     """Shrink images whose shorter side is longer than this; smaller ones stay as they are. null
     keeps all sizes."""

@@ -23,7 +23,7 @@ from raysl.sources.source import (
     SourceConfig,
     Unreadable,
     digest,
-    idle_settings,
+    refuse_columns,
     spread_rows,
 )
 from raysl.sources.storage import (
@@ -74,11 +74,12 @@ class FolderSource:
         splits: Sequence[str] = (),
         notes: Sequence[str] = (),
     ) -> None:
+        refuse_columns(config, "a folder of image files")
         self.name = config.source
         self.filesystem = filesystem
         self.root = root.rstrip("/")
         self.splits = tuple(splits)
-        self.notes: tuple[str, ...] = (*notes, *idle_settings(config, "a folder of image files"))
+        self.notes: tuple[str, ...] = tuple(notes)
         self.label_advice = "put the images into folders, one a class"
         self._decoding = config.decoding()
         if config.filter:

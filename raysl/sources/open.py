@@ -23,7 +23,7 @@ from raysl.sources.source import (
     DataConfig,
     Source,
     SourceConfig,
-    idle_settings,
+    refuse_columns,
     spread_rows,
 )
 from raysl.sources.splits import TRAIN, choose_split, describe_choice, split_shards
@@ -117,6 +117,7 @@ class _Opener:
 
     def _built_in(self) -> ArraySource:
         config = self.config
+        refuse_columns(config, "a set by its name")
         if config.filter:
             raise DataError(f"{self.where}: has nothing that data.filter could look at")
         # By name: data workers import this room, and must load neither torch nor scikit-learn.
@@ -127,9 +128,7 @@ class _Opener:
             if config.source == "digits"
             else builtin.open_torchvision(config.source, split, root=self.data.torchvision_root)
         )
-        source = source if config.limit is None else _some(source, config.limit)
-        source.notes = idle_settings(config, "a set by its name")
-        return source
+        return source if config.limit is None else _some(source, config.limit)
 
     def _choose(self, names: Sequence[str]) -> str | None:
         """Return which of the splits that lie there to read; None if there are none."""

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, ClassVar, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 from raysl.augment.crop import Image
 from raysl.augment.pipeline import device_ops
 from raysl.augment.recipes import SimCLRViews, Views
-from raysl.config.base import Config, PositiveFloat, PositiveInt
+from raysl.config.base import Config, Idle, PositiveFloat, PositiveInt
+from raysl.errors import DataError
 from raysl.sources.filter import Condition
 from raysl.sources.pixels import PLAIN, ColorProfile, Decoding, Intensity, Pages
 
@@ -25,6 +26,13 @@ BUILT_IN = ("digits", "cifar10", "cifar100", "stl10")
 class SourceConfig(Config):
     """A set of images, labelled or not."""
 
+    idle: ClassVar[tuple[Idle, ...]] = (
+        # Sets by their names are pixels in memory, with labels of their own.
+        Idle(
+            ("image_column", "label_column", "intensity", "color_profile", "pages"),
+            {"source": BUILT_IN},
+        ),
+    )
     source: str
     """digits, cifar10, cifar100, stl10; a folder of images (in class folders or not); Parquet files
     or WebDataset's .tar shards: a file, a folder of them, a glob, or a range such as
@@ -69,6 +77,7 @@ class WeightedSource(SourceConfig):
 class BadImagesConfig(Config):
     """What happens to images that are broken, empty, too large, or no images."""
 
+    idle: ClassVar[tuple[Idle, ...]] = (Idle(("max_share",), {"policy": ("fail",)}),)
     policy: Literal["skip", "replace", "fail"] = "replace"
     """skip gives an image's place in the batch to another one of its work item, with other views;
     replace to one drawn from the same file or row group; fail ends the run. Batches stay full."""
@@ -81,6 +90,7 @@ class BadImagesConfig(Config):
 class LabelsConfig(Config):
     """Which labels training may see."""
 
+    idle: ClassVar[tuple[Idle, ...]] = (Idle(("seed",), {"fraction": (1,)}),)
     fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Share of the labels, as many of each class as far as they reach, and at least one of each.
     Test images that are held out of the source (evaluate.source) are never among them."""
@@ -127,7 +137,13 @@ class DataConfig(LocatedSource):
 
     @model_validator(mode="after")
     def _device_has_something_to_do(self) -> "DataConfig":
-        for view in self.views.views() if self.color_on == "device" else ():
+        views = self.views.views() if self.color_on == "device" else ()
+        if views and not any(view.ops for view in views):
+            raise ValueError(
+                "color_on: device runs the last operations of a view on the accelerator, and these "
+                "views have none; set color_on: cpu"
+            )
+        for view in views:
             if view.ops and not device_ops(view):
                 raise ValueError(
                     f"color_on: device runs the last operations of a view on the accelerator, but "
@@ -270,18 +286,22 @@ class ArraySource:
         return self._labels
 
 
-def idle_settings(config: SourceConfig, what: str) -> tuple[str, ...]:
-    """Return notes of the settings of columns, which do nothing where there are no columns.
+def refuse_columns(config: SourceConfig, what: str) -> None:
+    """Refuse the settings of columns where there are no columns.
 
     Args:
         config: Of the source.
         what: It is, such as "a folder of image files".
+
+    Raises:
+        DataError: If one is given.
     """
-    return tuple(
-        f"data.{name}={value} does nothing here: {what} has no columns"
-        for name in ("image_column", "label_column")
-        if (value := getattr(config, name)) is not None
-    )
+    for name in ("image_column", "label_column"):
+        if (value := getattr(config, name)) is not None:
+            raise DataError(
+                f"data.source={config.source}: data.{name}={value} does nothing, as {what} has no "
+                f"columns; drop data.{name}, or set it to null"
+            )
 
 
 def reading_order(num_files: int, limit: int | None) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from raysl.config.base import Config, PositiveFloat, PositiveInt, Probability
-from raysl.recipe import TrackConfig, check_run_name
+from raysl.track.config import TrackConfig, check_run_name
 
 Scalar = str | int | float | bool | None
 Kind = Literal["grid", "choice", "uniform", "log_uniform", "int", "log_int"]

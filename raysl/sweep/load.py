@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from raysl.config.idle import idle_settings
 from raysl.config.load import (
     Problem,
     drop_key,
@@ -50,6 +51,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
     if "base" in values:
         values["base"] = list(_found(values["base"], path.parent))
     found = validated(SweepConfig, values)
+    problems += [problem.text for problem in idle_settings(SweepConfig, values)]
     if isinstance(found, SweepConfig):
         problems += all_problems(found)
         if not problems:

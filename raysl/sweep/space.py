@@ -1,7 +1,7 @@
 """From a sweep to its candidates, and from a candidate to its run."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -13,11 +13,16 @@ from raysl.config.load import (
     bad_keys,
     get_key,
     plain_copy,
-    read_mapping,
     set_key,
 )
 from raysl.errors import ConfigError
-from raysl.recipe import RunConfig, run_from_values
+from raysl.recipe import (
+    RunConfig,
+    idle_problems,
+    layered,
+    read_run_values,
+    run_from_values,
+)
 from raysl.sweep.choices import Choices, Params, Pick, draw_random
 from raysl.sweep.config import CONFIG, SEED, SweepConfig
 from raysl.sweep.problems import MOST_CANDIDATES, problems_error, space_problems
@@ -145,15 +150,17 @@ def run_values(
     Raises:
         ConfigError: If the base file cannot be read.
     """
-    values = plain_copy(read_mapping(Path(candidate.base)))
+    values = plain_copy(read_run_values(Path(candidate.base)))
     problems: list[Problem] = []
     for given in (sweep.set, candidate.values):
+        below = plain_copy(values)
         for key in sorted(given, key=lambda key: key.count(".")):  # a section before what is in it
             try:
                 set_key(values, key, given[key])
             except ConfigError as error:
                 problems.append(Problem(tuple(key.split(".")), f"{key}: {error}"))
-    values = plain_copy(values)
+        values = layered(below, values, list(given))
+    problems += list(_idle(values, candidate))
     for key, value in (_fixed(sweep) | _pace(sweep, candidate, values)).items():
         with suppress(ConfigError):  # a section that is none is an error by itself
             set_key(values, key, value)
@@ -164,6 +171,14 @@ def run_values(
         "track": sweep.track.model_dump(mode="json") | {"mlflow": False},
     }
     return values | own, problems
+
+
+def _idle(values: Mapping[str, Any], candidate: Candidate) -> Iterator[Problem]:
+    """Yield the settings without effect; a dimension may depend on another one."""
+    for problem in idle_problems(values):
+        key = ".".join(problem.place)
+        varied = f", or say when: space.{key}.when" if key in candidate.values else ""
+        yield problem._replace(text=problem.text + varied)
 
 
 def _fixed(sweep: SweepConfig) -> dict[str, Any]:

@@ -1,8 +1,16 @@
 """Where MLflow's records go."""
 
 import os
+from importlib.metadata import entry_points
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
+
+from raysl.errors import ConfigError
+
+# mlflow/tracking/_tracking_service/utils.py and mlflow/store/db/db_types.py of MLflow 3.
+_DATABASES = ("postgresql", "mysql", "sqlite", "mssql")
+_DATABRICKS = ("databricks", "databricks-uc", "uc")
+_SCHEMES = ("file", "http", "https", *_DATABASES)
 
 
 def tracking_uri(configured: str | None, *, folder: Path) -> str:
@@ -14,6 +22,37 @@ def tracking_uri(configured: str | None, *, folder: Path) -> str:
     """
     uri = configured or os.environ.get("MLFLOW_TRACKING_URI")
     return uri or f"sqlite:///{folder.absolute() / 'mlflow.db'}"
+
+
+def check_tracking_uri(configured: str | None) -> None:
+    """Refuse an address of a kind that MLflow does not know; nobody is asked.
+
+    Args:
+        configured: ``track.tracking_uri``; None takes MLFLOW_TRACKING_URI, if that is set.
+
+    Raises:
+        ConfigError: With the kinds that it knows, those of its plugins among them.
+    """
+    uri = configured or os.environ.get("MLFLOW_TRACKING_URI")
+    if uri is None:
+        return
+    key = "track.tracking_uri" if configured else "MLFLOW_TRACKING_URI"
+    scheme = urlsplit(uri).scheme
+    if len(scheme) < 2 or uri in _DATABRICKS:  # a folder; one letter is a drive
+        return
+    plugins = {point.name for point in entry_points(group="mlflow.tracking_store")}
+    known = {*_SCHEMES, *(f"{name}+DRIVER" for name in _DATABASES), *_DATABRICKS, *plugins}
+    name, plus, _ = scheme.partition("+")
+    if scheme not in {*known, *_DATABASES} and not (plus and name in _DATABASES):
+        raise ConfigError(
+            f"{key}={without_password(uri)}: MLflow knows no address that begins with "
+            f"{scheme}:; it may be a folder, or begin with one of {', '.join(sorted(known))}. "
+            f"track.mlflow=false goes without it"
+        )
+    if scheme in ("http", "https") and not urlsplit(uri).hostname:
+        raise ConfigError(
+            f"{key}={without_password(uri)}: names no server; write {scheme}://HOST:PORT"
+        )
 
 
 def without_password(uri: str) -> str:

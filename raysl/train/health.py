@@ -2,17 +2,18 @@
 
 import math
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from raysl.config.base import Config, NonNegativeFloat
+from raysl.config.base import Config, Idle, NonNegativeFloat
 from raysl.errors import CollapsedError, DivergedError
 
 
 class HealthConfig(Config):
     """When a run is stopped because it cannot come to anything."""
 
+    idle: ClassVar[tuple[Idle, ...]] = (Idle(("patience",), {"min_feature_std": (0,)}),)
     min_feature_std: NonNegativeFloat = 0.003
     """A run whose features vary less than this is collapsed; 0 never stops."""
     patience: Annotated[int, Field(gt=0)] = 5

@@ -298,6 +298,7 @@ LAYOUTS = (
             Place(rf"{_STATE}f\.", "the network", _is_leftthomas),
             Place(rf"{_STATE}encoder\.", "the encoder", _is_supcontrast),
         ),
+        told=lambda network: {"stem": "cifar"} if _small_stem(network) else {},
         normalisation=lambda _: CIFAR10_WITHIN,
     ),
     Layout(

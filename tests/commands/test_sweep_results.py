@@ -8,11 +8,12 @@ import pytest
 from raysl.commands.sweep_results import best_run, next_line, results_of, write_best
 from raysl.config.load import to_yaml
 from raysl.jobs.sweep_trial import write_changed
-from raysl.recipe import TrackConfig, load_run
+from raysl.recipe import load_run
 from raysl.sweep.config import SweepConfig
 from raysl.sweep.space import Candidate, run_config
 from raysl.sweep.summary import summarise
 from raysl.sweep.trial import SweepFolder, read_trials, write_trial
+from raysl.track.config import TrackConfig
 from raysl.track.run_folder import MetricsFile, write_json
 
 BASE = """\

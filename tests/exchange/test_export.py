@@ -80,7 +80,7 @@ def by_lines(done: Exported) -> Any:
         ("torchvision", RESNET),
         ("torchvision", CIFAR),
         ("torchvision", {"name": "torchvision:mobilenet_v3_small"}),
-        ("timm", CIFAR),
+        ("timm", {"name": "resnet18", "stem": "cifar_padded"}),
         ("timm", VIT),
         ("timm", NORMED),
         ("timm", {"name": "timm:mobilenetv4_conv_small_035"}),
@@ -281,6 +281,7 @@ class TestRefused:
             ({"name": "resnet18", "norm": "none"}, "timm", "resnet18 with norm=none"),
             (VIT, "torchvision", "torchvision has no vit_tiny .*use --format timm"),
             (CIFAR, "huggingface", "stem cifar; use --format torchvision"),
+            (NORMED | {"norm_eps": 1e-12}, "timm", "vit_tiny with norm_eps=1e-12; use --format on"),
             ({"name": "torchvision:mobilenet_v3_small"}, "timm", "use --format torchvision"),
         ],
     )

@@ -186,6 +186,33 @@ def moco_v3_vit() -> Case:
     return Case("moco_v3", "the base encoder", content, net, section)
 
 
+def moco_v3_positions(dim: int, side: int) -> Tensor:
+    """vits.py: the first half of the features tells the row, the second one the column."""
+    found = torch.zeros(1, 1 + side * side, dim)
+    for row in range(side):
+        for column in range(side):
+            for k in range(dim // 4):
+                rate = 10_000 ** -(k / (dim // 4))
+                angles = torch.tensor([row * rate, row * rate, column * rate, column * rate])
+                values = torch.stack([*angles[:1].sin(), *angles[1:2].cos()])
+                values = torch.cat([values, angles[2:3].sin(), angles[3:].cos()])
+                found[0, 1 + row * side + column, k :: dim // 4] = values
+    return found
+
+
+def moco_v3_alone(*, linear: bool) -> Case:
+    """What convert_to_deit.py and main_lincls.py write: nothing but positions tells the heads."""
+    net = vit(dim=384, heads=12)
+    with torch.no_grad():
+        net.pos_embed.copy_(moco_v3_positions(384, 4))
+    content: dict[str, Any] = {"model": net.state_dict()}
+    if linear:
+        head = {"module.head.weight": torch.ones(10, 384), "module.head.bias": torch.ones(10)}
+        content = {"state_dict": behind("module.", net) | head, "arch": "vit_small", "epoch": 90}
+    section = moco_v3_vit().section
+    return Case("moco_v3", "the encoder", content, net, section)
+
+
 def moco_v3_resnet() -> Case:
     net = thin_resnet()
     state = behind("module.base_encoder.", net)
@@ -275,6 +302,14 @@ def mae_pretrained() -> Case:
     return Case("mae", "the encoder", content, net, section)
 
 
+def mae_released() -> Case:
+    """The released encoders come without the decoder."""
+    case = mae_pretrained()
+    names = ("mask_token", "decoder_")
+    model = {k: v for k, v in case.content["model"].items() if not k.startswith(names)}
+    return case._replace(content={"model": model})
+
+
 def mae_finetuned() -> Case:
     net = vit(mean_then_norm=True)
     content = {"model": net.state_dict() | {"head.weight": torch.ones(1000, 192)}}
@@ -345,6 +380,8 @@ CASES = {
     "moco_v1": lambda: moco(1),
     "moco_v2": lambda: moco(2),
     "moco_v3_vit": moco_v3_vit,
+    "moco_v3_converted": lambda: moco_v3_alone(linear=False),
+    "moco_v3_linear": lambda: moco_v3_alone(linear=True),
     "moco_v3_resnet": moco_v3_resnet,
     "simclr_sthalles": simclr_of_sthalles,
     "simclr_spijkervet": simclr_of_spijkervet,
@@ -354,6 +391,7 @@ CASES = {
     "dino_backbone": dino_backbone,
     "dino_resnet": dino_resnet,
     "mae": mae_pretrained,
+    "mae_released": mae_released,
     "mae_finetuned": mae_finetuned,
     "vissl": vissl,
     "lightly_sequential": lightly_sequential,

@@ -131,10 +131,13 @@ class TestFinetune:
             assert run.optim.warmup.in_steps(steps_per_epoch=10, total_steps=300) == 0
 
     def test_a_vit_is_fine_tuned_as_maes(self, pretrained: Make) -> None:
-        run = finetune(pretrained(*VIT, head_layers=0))
+        origin = pretrained(*VIT, head_layers=0)
+        run = finetune(origin)
         assert (run.optim.name, run.optim.base_lr) == ("adamw", 5e-4)
         assert (run.optim.weight_decay, run.optim.layer_decay) == (0.05, 0.65)
         assert run.optim.warmup.epochs == 5
+        short = finetune(origin, "train.epochs=5")
+        assert short.optim.warmup.fraction == 0.05  # not the whole run
         method = run.method
         assert (method.label_smoothing, method.mixup, method.cutmix) == (0.1, 0.8, 1.0)
         assert (run.backbone.drop_path, run.train.epochs) == (0.1, 100)

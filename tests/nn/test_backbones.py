@@ -41,6 +41,7 @@ def test_every_field_reaches_the_residual_network() -> None:
         stem="small",
         width=0.5,
         selective_kernels=True,
+        shortcut_edge="zeros",
         norm="none",
         zero_init_residual=True,
     )
@@ -52,6 +53,8 @@ def test_every_field_reaches_the_residual_network() -> None:
     assert "bn1.running_mean" not in state
     assert not state["layer1.0.bn2.weight"].any()
     assert isinstance(backbone.net.maxpool, nn.Identity)
+    shortcut = backbone.net.layer2[0].downsample
+    assert shortcut[0].edge == "zeros"  # type: ignore[index, union-attr]
 
 
 def test_every_field_reaches_the_vision_transformer() -> None:
@@ -63,6 +66,7 @@ def test_every_field_reaches_the_vision_transformer() -> None:
         pool="mean",
         positions="sincos",
         init="moco_v3",
+        norm_eps=1e-12,
     ).net
     assert isinstance(net, VisionTransformer)
     assert (net.image_size_px, net.patch_size_px, net.num_patches) == (32, 4, 64)
@@ -71,6 +75,8 @@ def test_every_field_reaches_the_vision_transformer() -> None:
     assert net.blocks[1].drop_path.prob == 0.1
     assert not net.pos_embed.requires_grad
     assert 0 < net.cls_token.abs().max() < 1e-5
+    norms = [module for module in net.modules() if isinstance(module, nn.LayerNorm)]
+    assert {norm.eps for norm in norms} == {1e-12}
 
 
 @pytest.mark.parametrize(
@@ -219,6 +225,7 @@ class TestRefused:
             ({"name": "timm:resnet10t", "width": 2.0}, "width is for resnet; timm:resnet10t"),
             ({"name": "resnext50_32x4d", "width": 2.0}, "not for resnext50_32x4d"),
             ({"name": "wide_resnet50_2", "selective_kernels": True}, "not for wide_resnet50_2"),
+            ({"shortcut_edge": "zeros"}, "shortcut_edge needs selective_kernels: true"),
             ({"width": 0.0}, "greater than 0"),
             ({"name": "vit_tiny", "drop_path": 1.0}, "less than 1"),
         ],

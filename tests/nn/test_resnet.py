@@ -83,7 +83,9 @@ def test_parameters_are_as_many_as_simclr_v2_publishes(
 
 class TestStem:
     @pytest.mark.parametrize("selective", [False, True])
-    @pytest.mark.parametrize(("stem", "side"), [("imagenet", 8), ("cifar", 32), ("small", 16)])
+    @pytest.mark.parametrize(
+        ("stem", "side"), [("imagenet", 8), ("cifar", 32), ("cifar_padded", 34), ("small", 16)]
+    )
     def test_resolution(self, stem: Any, side: int, selective: bool) -> None:
         net = build(stem=stem, selective_kernels=selective)
         assert shape_after_stem(net, images(1)) == (1, 64, side, side)
@@ -140,6 +142,17 @@ class TestShortcutPool:
         maps = torch.arange(4.0).view(1, 1, 2, 2)
         expected = torch.tensor([[1.5, 2.0], [2.5, 3.0]])
         assert torch.equal(ShortcutPool(1)(maps)[0, 0], expected)
+
+    def test_that_counts_zeros_takes_them_for_what_lies_beyond_the_edge(self) -> None:
+        maps = torch.arange(9.0).view(1, 1, 3, 3)
+        expected = torch.tensor([[2.0, 1.75], [3.25, 2.0]])
+        assert torch.equal(ShortcutPool(2, edge="zeros")(maps)[0, 0], expected)
+        expected = torch.tensor([[1.5, 1.0], [1.25, 0.75]])
+        maps = torch.arange(4.0).view(1, 1, 2, 2)
+        assert torch.equal(ShortcutPool(1, edge="zeros")(maps)[0, 0], expected)
+        assert torch.equal(
+            ShortcutPool(2, edge="zeros")(images(1)), ShortcutPool(2)(images(1))
+        )  # of even sides
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])

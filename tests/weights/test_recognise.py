@@ -59,3 +59,30 @@ def test_a_size_without_a_name_has_no_name(dim: int) -> None:
     found = recognise(state)
     assert "name" not in found.section
     assert found.image_size_px == 32
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize(
+    ("dim", "depth", "name"), [(384, 12, "small"), (1024, 24, "large"), (1536, 40, "giant")]
+)
+def test_dinov2_is_timms(dim: int, depth: int, name: str, registers: int) -> None:
+    shapes: dict[str, tuple[int, ...]] = {
+        "patch_embed.proj.weight": (dim, 3, 14, 14),
+        # With registers the class token's position is in the token.
+        "pos_embed": (1, 37**2 + (registers == 0), dim),
+        **{f"blocks.{block}.ls1.gamma": (dim,) for block in range(depth)},
+    }
+    shapes |= {"reg_token": (1, registers, dim)} if registers else {}
+    found = recognise({n: StoredTensor(s, lambda: torch.empty(0)) for n, s in shapes.items()})
+    kind = "_reg4" if registers else ""
+    assert found.section == {"name": f"timm:vit_{name}_patch14{kind}_dinov2"}
+    assert found.image_size_px == 518
+
+
+def test_heads_that_are_assumed_name_what_sets_them_otherwise() -> None:
+    with torch.device("meta"):
+        net = build_backbone(BackboneConfig(name="vit_small", depth=1), image_size_px=32).net
+    state = {n: StoredTensor(tuple(v.shape), v.clone) for n, v in net.state_dict().items()}
+    heads = recognise(state).guessed[1]
+    assert heads.startswith("backbone.num_heads=6 (")
+    assert heads.endswith("; otherwise backbone.num_heads=12")

@@ -1,0 +1,208 @@
+"""Settings without effect: given, but nothing reads them, because of what another setting says.
+
+A setting that has its default is never one: that is what the file of a run folder holds of all that
+nobody gave. Configurations come in layers: a file over the one that it extends, overrides over the
+file, the space of a sweep over its ``set`` over the base. What an upper layer makes idle of a lower
+one leaves with it, as a section does whose ``name`` changes; what a layer gives itself, or finds
+idle already, is a problem.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
+
+from raysl.config.base import GIVEN, Config, Idle
+from raysl.config.load import (
+    MISSING,
+    Problem,
+    bad_keys,
+    drop_key,
+    get_key,
+    models_in,
+    plain_copy,
+    tags_of,
+)
+
+_UNITS = {"steps", "epochs", "fraction"}
+
+
+def idle_settings(
+    model: type[BaseModel], values: Mapping[str, Any], *, within: tuple[str, ...] = ()
+) -> Iterator[Problem]:
+    """Yield the settings without effect.
+
+    Args:
+        model: Whose values these are.
+        values: Plain values, complete or not, sound or not: what cannot be told is not told.
+        within: The keys that lead to them.
+    """
+    if not issubclass(model, Config):
+        return
+    for rule in model.idle:
+        if all(_is_off(model, values, key, off) for key, off in rule.off.items()):
+            for name in rule.settings:
+                if _is_given(model, values, name):
+                    yield _problem(within, name, values, _because(model, values, rule, within))
+    for name, why in model.idle_by(values):
+        if _is_given(model, values, name):
+            yield _problem(within, name, values, f"{why}; drop it")
+    for name, value in values.items():
+        if name in model.model_fields:
+            yield from _inside(models_in(model.model_fields[name].annotation), value, within, name)
+
+
+def refuse_idle(model: type[BaseModel], values: Mapping[str, Any], *, where: str) -> None:
+    """Refuse settings without effect.
+
+    Args:
+        model: Whose values these are.
+        values: Plain values that somebody gave.
+        where: They stand.
+
+    Raises:
+        ConfigError: Lists all of them.
+    """
+    if found := list(idle_settings(model, values)):
+        raise bad_keys(found, where=where)
+
+
+def without_idle(
+    model: type[BaseModel],
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    given: Collection[str],
+) -> dict[str, Any]:
+    """Return the values of a layer over others, without what it made idle of those.
+
+    Args:
+        model: Whose values these are.
+        before: The lower layers.
+        after: With the layer on top of them.
+        given: The dotted keys that the layer gives.
+    """
+    known = {problem.place for problem in idle_settings(model, before)}
+    result = plain_copy(after)
+    for problem in list(idle_settings(model, after)):
+        key = ".".join(problem.place)
+        if problem.place not in known and not any(_covers(each, key) for each in given):
+            drop_key(result, key)
+    return result
+
+
+def dotted_keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of all plain values that are no sections."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from dotted_keys(value, f"{prefix}{key}.")
+        else:
+            yield prefix + str(key)
+
+
+def _covers(given: str, key: str) -> bool:
+    return key == given or key.startswith(given + ".") or given.startswith(key + ".")
+
+
+def _inside(
+    models: list[type[BaseModel]], value: Any, within: tuple[str, ...], name: str
+) -> Iterator[Problem]:
+    """Look into a section, or into a list of sections."""
+    if isinstance(value, list):
+        for place, each in enumerate(value):
+            yield from _inside(models, each, (*within, name), str(place))
+    elif isinstance(value, dict) and models:
+        named = {value[tag] for tag in ("name", "recipe", "op") if isinstance(value.get(tag), str)}
+        fits = [model for model in models if named & set(tags_of(model))]
+        yield from idle_settings((fits or models)[0], value, within=(*within, name))
+
+
+def _value(model: type[BaseModel], values: Mapping[str, Any], key: str) -> Any:
+    """Return a plain value, or what the model has where none is given."""
+    found = get_key(values, key)
+    return _default(model, key) if found is MISSING else found
+
+
+def _default(model: type[BaseModel], key: str) -> Any:
+    name, _, rest = key.partition(".")
+    field = model.model_fields.get(name)
+    if field is None:
+        return MISSING
+    default = MISSING if field.is_required() else field.get_default(call_default_factory=True)
+    if not rest:
+        return default if default is MISSING else to_jsonable_python(default)
+    sections = [type(default)] if isinstance(default, BaseModel) else models_in(field.annotation)
+    return _default(sections[0], rest) if sections else MISSING
+
+
+def _is_off(
+    model: type[BaseModel], values: Mapping[str, Any], key: str, off: tuple[Any, ...]
+) -> bool:
+    value = _value(model, values, key)
+    if value is MISSING:
+        return False
+    if isinstance(value, dict) and _UNITS & set(value) and 0 in off:  # a duration
+        return not any(value.get(unit) for unit in _UNITS)
+    return any(value is not None if each is GIVEN else value == each for each in off)
+
+
+def _is_given(model: type[BaseModel], values: Mapping[str, Any], key: str) -> bool:
+    """Whether a setting has another value than its default."""
+    found = get_key(values, key)
+    if found is MISSING or found is None:
+        return False
+    return _without_null(found) != _without_null(_default(model, key))
+
+
+def _without_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_null(each) for key, each in value.items() if each is not None}
+    return value
+
+
+def _problem(within: tuple[str, ...], name: str, values: Mapping[str, Any], why: str) -> Problem:
+    place = (*within, *name.split("."))
+    value = shown(get_key(values, name))
+    return Problem(place, f"{'.'.join(place)}={value} does nothing {why}")
+
+
+def _because(
+    model: type[BaseModel], values: Mapping[str, Any], rule: Idle, within: tuple[str, ...]
+) -> str:
+    dots = "".join(f"{key}." for key in within)
+    switches = [f"{dots}{key}={shown(_value(model, values, key))}" for key in rule.off]
+    others = {key: _others(model, key, off) for key, off in rule.off.items()}
+    cures = [
+        f"set {dots}{key}={text}"
+        if text
+        else f"{'give' if rule.off[key] == (None,) else 'change'} {dots}{key}"
+        for key, text in others.items()
+    ]
+    cure = " or ".join(cures)
+    return f"with {' and '.join(switches)}; drop it, or {cure}"
+
+
+def _others(model: type[BaseModel], key: str, off: tuple[Any, ...]) -> str:
+    """Return the values that put a setting to use, where they can be told."""
+    field = model.model_fields.get(key)
+    if field is None:
+        return ""
+    kind = field.annotation
+    allowed = [True, False] if kind is bool else list(get_args(kind)) if _is_literal(kind) else []
+    return " or ".join(shown(value) for value in allowed if value not in off)
+
+
+def _is_literal(kind: Any) -> bool:
+    return get_origin(kind) is Literal
+
+
+def shown(value: Any) -> str:
+    """Return a plain value as a person types it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, dict):
+        inside = ", ".join(f"{k}: {shown(v)}" for k, v in value.items() if v is not None)
+        return f"{{{inside}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(shown, value))}]"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,31 @@
+"""Where the records of a run go, and what it may be called."""
+
+import re
+from typing import ClassVar
+
+from raysl.config.base import Config, Idle
+
+
+class TrackConfig(Config):
+    """Where MLflow gets the run."""
+
+    idle: ClassVar[tuple[Idle, ...]] = (Idle(("registered_model",), {"log_model": (False,)}),)
+    mlflow: bool = True
+    tracking_uri: str | None = None
+    """null takes MLFLOW_TRACKING_URI, else a SQLite file in the working directory."""
+    experiment: str = "raysl"
+    log_model: bool = True
+    """Store the encoder as an MLflow model with its signature."""
+    registered_model: str | None = None
+    """Name in MLflow's model registry under which that model becomes the newest version; null
+    registers none."""
+
+
+def check_run_name(name: str) -> str:
+    """Return the name of a run or a sweep; raise ValueError if it cannot be a folder's."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=-]*", name):
+        raise ValueError(
+            f"a name starts with a letter or digit and holds letters, digits, '.', '_', '=' "
+            f"and '-'; got {name!r}"
+        )
+    return name
