@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from raysl.errors import ConfigError
@@ -7,6 +9,7 @@ from raysl.evaluate.registry import (
     PROTOCOLS,
     TRANSFERRED,
     check_protocols,
+    refuse_unmeasured,
     settings_digest,
 )
 from raysl.evaluate.training_protocols import FinetuneProtocol
@@ -67,3 +70,21 @@ def test_names_are_checked() -> None:
         check_protocols(["linaer"])
     with pytest.raises(ConfigError, match="give at least one of knn"):
         check_protocols([])
+
+
+class TestRefuseUnmeasured:
+    @pytest.mark.parametrize(
+        ("override", "names"),
+        [("linear.epochs=3", ["knn"]), ("semi_1={}", ["knn"]), ("transfer.source=x", ["knn"])],
+    )
+    def test_settings_of_a_protocol_that_is_not_measured(
+        self, override: str, names: list[str]
+    ) -> None:
+        section = re.split(r"[.=]", override)[0]
+        wanted = f"does nothing, as protocol {section} is not measured; .*--protocols knn,{section}"
+        with pytest.raises(ConfigError, match=wanted):
+            refuse_unmeasured(["seed=3", override], names)
+
+    def test_those_of_one_that_is_are_fine(self) -> None:
+        refuse_unmeasured(["knn.k=3", "data.source=x", "features.size_px=8"], ["knn"])
+        refuse_unmeasured(["linear.epochs=3", "transfer.source=x"], ["transfer"])

@@ -18,6 +18,7 @@ from raysl.jobs.downstream import (
     finetune_from,
     finetune_values,
     origin_of,
+    run_after,
 )
 from raysl.nn.backbones import build_backbone
 from raysl.nn.classifier import HEAD_FILE, Classifier, save_classifier, save_head
@@ -386,3 +387,18 @@ class TestDistill:
         path.write_bytes(path.read_bytes()[:100])
         with pytest.raises(DataError, match=r"classifier\.safetensors"):
             distill_values(path.parent)
+
+
+class TestRunAfter:
+    def test_what_the_next_run_has_no_use_for_stays_behind(self, pretrained: Make) -> None:
+        given = ("evaluate.finetune={epochs: 3}", "data.bad_images.policy=fail")
+        values = finetune_values(pretrained(*given))
+        values["data"]["bad_images"]["max_share"] = 0.5
+        run = run_after(values, [], where="test")
+        assert (run.evaluate.finetune, run.data.bad_images.max_share) == (None, 0.01)
+
+    def test_what_is_asked_for_has_to_be_of_use(self, pretrained: Make) -> None:
+        override = "optim={name: adamw, sgd_momentum: 0.5}"
+        values = finetune_values(pretrained(), [override])
+        with pytest.raises(ConfigError, match=r"optim\.sgd_momentum=0\.5 does nothing with"):
+            run_after(values, [override], where="test")

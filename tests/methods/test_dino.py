@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from raysl.config.base import Duration
 from raysl.errors import ConfigError, ShapeError
 from raysl.methods.base import Batch, Progress, RunShape, TrainingSet
-from raysl.methods.dino import DINO, DINOConfig, Prototypes, dino_loss
+from raysl.methods.dino import DINO, DINOConfig, dino_loss
 from raysl.nn.backbones import Backbone, BackboneConfig
 from raysl.nn.vit import DropPath, VisionTransformer
 
@@ -301,15 +301,6 @@ class TestDINO:
         single = method(batch, progress).metrics
         assert single["dino/teacher_entropy"].item() == pytest.approx(0, abs=1e-5)
         assert single["dino/prototypes_used"].item() == pytest.approx(1, abs=1e-4)
-
-    def test_prototypes_have_length_1_and_are_exact_under_autocast(self) -> None:
-        layer = Prototypes(5, 7, learn_length=False)
-        x = torch.randn(3, 5)
-        expected = x @ (layer.weight / layer.weight.norm(dim=1, keepdim=True)).T
-        torch.testing.assert_close(layer(x), expected)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(layer(x), layer(x.clone()))
-            torch.testing.assert_close(layer(x), expected)
 
     @pytest.mark.parametrize("network", ["teacher", "student"])
     def test_encoder_is_the_one_that_the_configuration_says(

@@ -138,10 +138,11 @@ class TestLabels:
         assert self._labels(source) == [0, 1, 2]
 
     @pytest.mark.parametrize("name", ["image_column", "label_column"])
-    def test_a_setting_for_columns_is_said_to_do_nothing(self, name: str, tmp_path: Path) -> None:
+    def test_a_setting_for_columns_is_refused(self, name: str, tmp_path: Path) -> None:
         _write(tmp_path, "a/1.png", "b/1.png")
-        (note,) = _open(tmp_path, **{name: "x"}).notes
-        assert note == f"data.{name}=x does nothing here: a folder of image files has no columns"
+        wanted = f"data.{name}=x does nothing, as a folder of image files has no columns; drop"
+        with pytest.raises(DataError, match=wanted):
+            _open(tmp_path, **{name: "x"})
 
 
 class TestReading:

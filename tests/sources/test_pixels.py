@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from raysl.config.load import apply_overrides, validate
-from raysl.errors import ConfigError
+from raysl.errors import ConfigError, DataError
 from raysl.sources.open import open_source
 from raysl.sources.pixels import PLAIN, Bits, Decoding, Percentiles
 from raysl.sources.source import DataConfig, SourceConfig
@@ -44,11 +44,10 @@ def test_settings_that_nobody_gives_are_the_plain_ones() -> None:
     assert _read().decoding() == PLAIN == Decoding(None, "convert", "refuse")
 
 
-def test_a_setting_of_columns_is_said_to_do_nothing_for_a_built_in_set() -> None:
+def test_a_setting_of_columns_is_refused_for_a_built_in_set() -> None:
     config = DataConfig(source="digits", label_column="age")
-    assert open_source(config, data=config).notes == (
-        "data.label_column=age does nothing here: a set by its name has no columns",
-    )
+    with pytest.raises(DataError, match=r"data.label_column=age does nothing, as a set by its"):
+        open_source(config, data=config)
 
 
 def test_sources_are_mixed_into_whichever_split_is_trained_on() -> None:
