@@ -104,7 +104,9 @@ class TestFromARun:
         config, _ = self.loaded(run, mix, "data.source=new")
         data = data_config(config.data)
         assert (data.mix, data.limit, data.filter) == ((), None, ())
-        config, _ = self.loaded(run, mix, f"data.source={run}/../../photos", "data.limit=7")
+        photos = run.parent.parent / "photos"
+        photos.mkdir()
+        config, _ = self.loaded(run, mix, f"data.source={photos}", "data.limit=7")
         assert (len(data_config(config.data).mix), config.data.limit) == (1, 7)
 
     def test_what_was_trained_without_labels_may_be_measured_with_them(self, run: Path) -> None:

@@ -152,9 +152,8 @@ def test_the_cure_of_a_deleted_experiment_is_a_command_that_works(
     assert "the experiment 'mine' was deleted" in tracker.trouble.text
     line = str(tracker.trouble.cure).splitlines()[-1].strip()
     program = shlex.quote(f"{Path(sys.executable).parent}/mlflow")
-    subprocess.run(
-        line.replace("mlflow experiments", f"{program} experiments"), shell=True, check=True
-    )
+    line = line.replace("mlflow experiments", f"{program} experiments")
+    subprocess.run(line, shell=True, check=True)
     MetricsFile(RunFolder(tmp_path).metrics, start_step=0).log({"loss": 1.0}, step=1)
     tracker.finish(status="FINISHED", artifacts=[], log_model=None)
     assert tracker.problem is None
