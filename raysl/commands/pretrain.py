@@ -292,7 +292,7 @@ def _showing(progress: ProgressView, folder: RunFolder) -> Callable[[list[Record
     )
 
 
-def _start_tracker(opened: Opened, facts: dict[str, str]) -> Any:
+def _start_tracker(opened: Opened, facts: dict[str, str], *, ended: bool = False) -> Any:
     track = opened.config.track
     if not track.mlflow:
         return None
@@ -310,6 +310,7 @@ def _start_tracker(opened: Opened, facts: dict[str, str]) -> Any:
             **tags_of_extensions(opened.folder),
             **opened.run.tags,
         },
+        ended=ended,
     )
 
 
@@ -339,7 +340,7 @@ def _send_again(opened: Opened, results: dict[str, Any]) -> dict[str, Any]:
     """Send to MLflow what it could not take when the run ended."""
     if results.get("mlflow_problem") is None:
         return results
-    tracker = _start_tracker(opened, {})
+    tracker = _start_tracker(opened, {}, ended=True)
     results = results | _end_tracker(opened, tracker)
     write_json(opened.folder.results, results)
     return results

@@ -38,6 +38,7 @@ def start_tracker(
     params: Mapping[str, Any],
     tags: Mapping[str, str],
     patience_s: float = _FIRST_ANSWER_S,
+    ended: bool = False,
 ) -> Any:
     """Begin to send a run to MLflow; say it now if MLflow does not take it, and go on.
 
@@ -49,6 +50,7 @@ def start_tracker(
         params: The settings, flat.
         tags: What else is known.
         patience_s: How long to wait for MLflow's first answer.
+        ended: There is no work to do any more; what MLflow does not take is told at the end alone.
 
     Returns:
         A :class:`raysl.track.mlflow_tracker.MlflowTracker` that was started.
@@ -59,7 +61,8 @@ def start_tracker(
     )
     tracker.start()
     tracker.wait_for_run(patience_s)
-    say_trouble(tracker.trouble, uri, ended=False)
+    if not ended:
+        say_trouble(tracker.trouble, uri, ended=False)
     return tracker
 
 

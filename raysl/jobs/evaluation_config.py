@@ -29,10 +29,14 @@ from raysl.sources.place import absolute_config, place_key
 from raysl.sources.source import DataConfig, LocatedSource, WeightedSource
 from raysl.track.run_folder import RunFolder
 
-_NOT_FROM_RUN = ("labels", "if_changed")
+NOT_FROM_RUN = ("data.labels", "data.if_changed")
+"""Settings of a run's images that its evaluation takes over in no case."""
+
 # What says which images, and how they are decoded, of what an evaluation knows. Not data.labels: a
 # pretraining that is to see no labels may well be measured with them.
-_FROM_RUN = tuple(key for key in (*OF_SOURCE, "torchvision_root") if key not in _NOT_FROM_RUN)
+_FROM_RUN = tuple(
+    key for key in (*OF_SOURCE, "torchvision_root") if f"data.{key}" not in NOT_FROM_RUN
+)
 _NOT_IMAGES = {"test_source", "test_limit", "test", "labels"}
 _EVALUATIONS = "evaluations"
 
