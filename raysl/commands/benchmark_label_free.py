@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -120,7 +121,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.figure is not None:
         _draw(arguments.figure, measured, groups["all"])
     if arguments.into is not None:
-        _write(arguments.into, measured, groups, command=" ".join(overrides))
+        _write(arguments.into, measured, groups, command=shlex.join(overrides))
     if not arguments.no_untrained:
         say("encoders with random weights are among them (--no-untrained leaves them out)")
     return {

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from raysl.commands.next_command import command
 from raysl.commands.terminal import console, mapping_table, say
 from raysl.errors import ConfigError, RayslError
 from raysl.jobs.benchmark_methods import (
@@ -74,7 +75,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise RayslError("no run could be compared: " + "; ".join(failed.values()))
     console().print(_table(runs))
     if arguments.into is not None:
-        _write(arguments.into, runs, " ".join(["raysl benchmark methods", *arguments.configs]))
+        _write(arguments.into, runs, command("benchmark methods", *arguments.configs))
     return {"runs": [r._asdict() for r in runs], "failed": failed}
 
 
@@ -90,7 +91,7 @@ def _table(runs: list[MethodRun]) -> Any:
     )
 
 
-def _write(path: Path, runs: list[MethodRun], command: str) -> None:
+def _write(path: Path, runs: list[MethodRun], asked: str) -> None:
     """Put table and pictures into a Markdown file; the pictures lie beside it."""
     curves, gains = (path.with_name(f"methods_{what}.png") for what in ("losses", "gains"))
     draw_loss_curves(curves, runs)
@@ -98,7 +99,7 @@ def _write(path: Path, runs: list[MethodRun], command: str) -> None:
     content = (
         f"{markdown_table(runs)}\n\n"
         f"![Accuracy before and after]({gains.name})\n\n![Loss curves]({curves.name})\n\n"
-        f"`{command}`"
+        f"`{asked}`"
     )
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     write_atomically(path, replace_section(old, name=SECTION, content=content))

@@ -113,7 +113,8 @@ def run(arguments: argparse.Namespace) -> int:
         **summarise(source, facts, cores=cores),
     }
     summary["pack_speedup"] = pack_speedup(source, facts)
-    summary["advice"] = advise(source, summary, speedup=summary["pack_speedup"], uri=config.source)
+    asked = [config.source, *arguments.overrides]
+    summary["advice"] = advise(source, summary, speedup=summary["pack_speedup"], asked=asked)
     _say(summary, cores=cores)
     for note in source.notes:
         say(f"note: {note}")

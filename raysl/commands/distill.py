@@ -5,9 +5,10 @@ from pathlib import Path
 
 import psutil
 
-from raysl.commands.pretrain import train_run
-from raysl.commands.terminal import print_json
+from raysl.commands.pretrain import add_start_arguments, train_run
+from raysl.commands.terminal import print_json, say
 from raysl.jobs.downstream import distill_values, run_after
+from raysl.jobs.run_places import left_with_source
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,16 +20,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="key=value of the student's run, such as backbone.name=resnet18 train.epochs=100",
     )
     parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
-    parser.add_argument(
-        "--fresh", action="store_true", help="start anew; an earlier run's folder is renamed"
-    )
+    add_start_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Distil, or go on with it; what is not said follows SimCLR v2."""
+    note = left_with_source(arguments.teacher, arguments.overrides, test_key="evaluate.source")
+    if note:
+        say(note)
     values = distill_values(arguments.teacher, arguments.overrides)
     config = run_after(values, arguments.overrides, where=str(arguments.teacher))
-    results = train_run(config, began_at=psutil.Process().create_time(), fresh=arguments.fresh)
+    results = train_run(
+        config,
+        began_at=psutil.Process().create_time(),
+        fresh=arguments.fresh,
+        extend=arguments.extend,
+    )
     if arguments.json:
         print_json(results)
     return 0

@@ -1,7 +1,6 @@
 """`raysl embed`: the features of any source into Parquet, over all nodes of a cluster."""
 
 import argparse
-import shlex
 import time
 from collections.abc import Generator
 from contextlib import ExitStack
@@ -11,6 +10,7 @@ import torch
 
 from raysl.commands.asked_source import open_asked
 from raysl.commands.counting import CountView
+from raysl.commands.next_command import command
 from raysl.commands.settings_text import settings_text
 from raysl.commands.terminal import console, mapping_table, print_json, say, say_notes
 from raysl.jobs.embed_source import (
@@ -117,6 +117,6 @@ def _say_result(result: EmbedResult, *, seconds: float) -> None:
     }
     out = console()
     out.print(mapping_table(f"embedded into {result.output}", shown))
-    place = shlex.quote(result.output)
-    out.print(f"next      raysl search {place} --grid neighbours.png", markup=False)
-    out.print(f"          raysl duplicates {place} --contact-sheet duplicates.png", markup=False)
+    search = command("search", result.output, "--grid", "neighbours.png")
+    duplicates = command("duplicates", result.output, "--contact-sheet", "duplicates.png")
+    out.print(f"next      {search}\n          {duplicates}", markup=False)

@@ -25,6 +25,7 @@ from raysl.jobs.embed_source import other_decoding
 from raysl.jobs.embedding import features_here
 from raysl.jobs.evaluation import Asked, Ways, evaluate, run_here, units_of
 from raysl.jobs.evaluation_config import (
+    NOT_FROM_RUN,
     EvaluationConfig,
     Origin,
     evaluation_folder,
@@ -40,6 +41,7 @@ from raysl.jobs.evaluation_sets import (
     too_few_for_few_shot,
 )
 from raysl.jobs.local import pretrain_here
+from raysl.jobs.run_places import left_with_source
 from raysl.recipe import RunConfig
 from raysl.runtime.cluster import connect, disconnect, plan_layout
 from raysl.runtime.ray_embed import features_on_ray
@@ -96,6 +98,11 @@ def run(arguments: argparse.Namespace) -> int:
     config, origin = load_evaluation(arguments.encoder, overrides, home=home)
     if config.track.mlflow:
         check_tracking_uri(config.track.tracking_uri)
+    note = left_with_source(
+        origin.encoder, overrides, test_key="data.test_source", never=NOT_FROM_RUN
+    )
+    if note:
+        say(note)
     if TRANSFER in (names or ()) and config.transfer is None:
         raise ConfigError("--protocols transfer: on which images? give transfer.source=...")
     folder = EvaluationFolder(evaluation_folder(config, origin))

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from raysl.commands.record import git_state
-from raysl.commands.terminal import say
+from raysl.commands.run_tracking import say_trouble
 from raysl.evaluate.registry import PROTOCOLS
 from raysl.jobs.evaluation import Asked
 from raysl.jobs.evaluation_folder import EvaluationFolder
@@ -103,10 +103,9 @@ def send(asked: Asked, record: Mapping[str, Any], *, home: Path) -> None:
             run_name=f"{asked.origin.folder.name}-evaluation",
         )
     except Exception as error:  # a store may raise anything, and the numbers are on the disk
-        say(
-            f"  MLflow did not take it: {mlflow.problem_of(error, uri)}. Nothing is lost: the same "
-            f"command sends it"
-        )
+        problem = importlib.import_module("raysl.track.mlflow_problem")
+        trouble = problem.problem_of(error, uri=uri, experiment=track.experiment)
+        say_trouble(trouble, uri, ended=True)
         return
     write_json(folder.mlflow, {"run_id": run_id, "uri": without_password(uri), "what": what})
 

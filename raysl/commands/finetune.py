@@ -5,10 +5,12 @@ from pathlib import Path
 
 import psutil
 
-from raysl.commands.pretrain import train_run
-from raysl.commands.terminal import print_json
+from raysl.commands.next_command import Typed, command
+from raysl.commands.pretrain import add_start_arguments, train_run
+from raysl.commands.terminal import print_json, say
 from raysl.errors import ConfigError
 from raysl.jobs.downstream import finetune_values, run_after
+from raysl.jobs.run_places import left_with_source
 from raysl.recipe import load_run
 
 CONFIG_SUFFIXES = (".yaml", ".yml")
@@ -27,9 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="key=value of the new run, such as data.labels.fraction=0.1 method.head_layers=1",
     )
     parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
-    parser.add_argument(
-        "--fresh", action="store_true", help="start anew; an earlier run's folder is renamed"
-    )
+    add_start_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -41,16 +41,22 @@ def run(arguments: argparse.Namespace) -> int:
         if not config.method.classifies:
             raise ConfigError(
                 f"{origin}: method {config.method.name} pretrains; give method supervised, or "
-                f"raysl pretrain {origin}"
+                f"{command('pretrain', origin, *arguments.overrides)}"
             )
     else:
+        note = left_with_source(
+            origin, arguments.overrides, test_key="evaluate.source", never=["data.labels"]
+        )
+        if note:
+            say(note)
         values = finetune_values(origin, arguments.overrides)
         config = run_after(values, arguments.overrides, where=str(origin))
     results = train_run(
         config,
         began_at=psutil.Process().create_time(),
-        config_file=origin if is_config else None,
+        typed=Typed(origin, tuple(arguments.overrides)) if is_config else None,
         fresh=arguments.fresh,
+        extend=arguments.extend,
     )
     if arguments.json:
         print_json(results)

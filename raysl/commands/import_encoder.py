@@ -1,9 +1,9 @@
 """`raysl import`: a checkpoint of another training code, as an encoder of raysl."""
 
 import argparse
-import shlex
 from pathlib import Path
 
+from raysl.commands.next_command import command
 from raysl.commands.settings_text import settings_text
 from raysl.commands.terminal import console, mapping_table, print_json, say
 from raysl.config.load import apply_overrides, validate
@@ -100,8 +100,8 @@ def _say(imported: Imported, output: Path) -> None:
     if imported.guessed:
         say("to set one of these otherwise: raysl import FILE SETTING=VALUE")
     say("nothing in the file was run; its features are finite and the same after loading again")
-    place = shlex.quote(str(output))
-    out.print(f"next      raysl evaluate {place} data.source=FOLDER", markup=False)
+    out.print(f"next      {command('evaluate', output, 'data.source=digits')}", markup=False)
+    out.print(f"photos    {command('evaluate', output, 'data.source=FOLDER')}", markup=False)
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from raysl.commands.asked_source import open_asked
 from raysl.commands.counting import CountView
+from raysl.commands.next_command import command
 from raysl.commands.settings_text import settings_text
 from raysl.commands.terminal import console, mapping_table, print_json, say, say_notes
 from raysl.pack.config import PackConfig
@@ -101,7 +102,8 @@ def _say_result(result: PackResult, *, source_images: int, seconds: float) -> No
     out = console()
     out.print(mapping_table(f"packed into {result.output}", shown))
     place = shlex.quote(f"data.source={result.output}")
-    out.print(f"next      raysl pretrain CONFIG {place} name=packed", markup=False)
+    out.print(f"next      {command('data', result.output)}", markup=False)
+    out.print(f"then      raysl pretrain CONFIG {place} name=packed", markup=False)
 
 
 def _values(result: PackResult, *, seconds: float) -> dict[str, Any]:

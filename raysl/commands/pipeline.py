@@ -13,6 +13,7 @@ from rich.table import Table
 from raysl.commands.absolute_files import with_absolute_files
 from raysl.commands.pretrain import set_aside, train_run
 from raysl.commands.record import flat, git_state
+from raysl.commands.run_tracking import say_trouble, start_tracker
 from raysl.commands.terminal import console, print_json, say, say_notes
 from raysl.config.load import read_mapping, to_yaml
 from raysl.errors import RunFolderError
@@ -190,20 +191,18 @@ class _Pipeline:
         settings = config.model_dump(
             mode="json", exclude={"finetune", "distill", "set", "pretrain"}
         )
-        tracker = importlib.import_module("raysl.track.mlflow_tracker").MlflowTracker(
+        return start_tracker(
             self._folder,
+            config.track,
             uri=self._uri,
-            experiment=config.track.experiment,
             run_name=config.name,
             params=flat(settings)
             | {f"set.{key}": value for key, value in config.set.items()}
             | {f"pretrain.{key}": value for key, value in config.pretrain.items()}
             | {"steps": ", ".join(step.name for step in self._steps)},
             tags={"raysl.kind": "pipeline", **git_state()},
+            patience_s=_PATIENCE_S,
         )
-        tracker.start()
-        tracker.wait_for_run(_PATIENCE_S)
-        return tracker
 
     def _end_tracking(self, status: str) -> None:
         if self._tracker is None:
@@ -224,11 +223,7 @@ class _Pipeline:
             log_model=None,
             tags=tags,
         )
-        if self._tracker.problem is not None:
-            say(
-                f"  MLflow did not take everything: {self._tracker.problem}. Nothing is lost: the "
-                f"same command sends the rest"
-            )
+        say_trouble(self._tracker.trouble, self._uri, ended=True)
 
 
 def _row(

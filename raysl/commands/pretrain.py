@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
@@ -12,13 +11,16 @@ from typing import Any, NamedTuple
 import psutil
 
 from raysl.commands.absolute_files import with_absolute_files
+from raysl.commands.next_command import Typed
 from raysl.commands.pretrain_results import Run, say_results, speed
-from raysl.commands.record import flat, packages, tags_of
+from raysl.commands.record import flat, tags_of
+from raysl.commands.run_tracking import end_tracker, load_mlflow, run_artifacts, start_tracker
 from raysl.commands.terminal import ProgressView, print_json, say, say_notes
 from raysl.config.load import read_mapping, to_yaml
-from raysl.encoder import load_encoder, read_description
 from raysl.errors import RayslError, RunFolderError
 from raysl.evaluate.training_source import open_training_source
+from raysl.jobs.extension import extend as extend_run
+from raysl.jobs.extension import other_than_length, tags_of_extensions
 from raysl.jobs.labelled_sets import labelling_notes
 from raysl.jobs.local import pretrain_here
 from raysl.jobs.run_places import started_from, with_absolute_sources
@@ -40,7 +42,6 @@ from raysl.runtime.ray_train import pretrain_on_ray
 from raysl.sources.open import open_source
 from raysl.sources.source import Source
 from raysl.sources.subset import whole_source
-from raysl.track.config import TrackConfig
 from raysl.track.follow import Follower, MetricsReader, Record
 from raysl.track.run_folder import (
     RunFolder,
@@ -52,7 +53,7 @@ from raysl.track.run_folder import (
     write_atomically,
     write_json,
 )
-from raysl.track.uri import tracking_uri, without_password
+from raysl.track.uri import tracking_uri
 
 _PROGRESS_EVERY_S = 0.5
 
@@ -74,23 +75,42 @@ class Opened(NamedTuple):
         """Where it lies."""
         return self.run.folder
 
+    @property
+    def uri(self) -> str:
+        """MLflow's address."""
+        return tracking_uri(self.config.track.tracking_uri, folder=self.run.home)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("config", type=Path, help="a YAML file, such as configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", help="section.key=value, typed as YAML")
     parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
-    parser.add_argument(
+    add_start_arguments(parser)
+
+
+def add_start_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare how a run that is there already is dealt with."""
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
         "--fresh", action="store_true", help="start anew; an earlier run's folder is renamed"
+    )
+    how.add_argument(
+        "--extend",
+        action="store_true",
+        help="go on with an earlier run to the larger train.epochs or train.steps given here",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, or go on with, the run that the configuration names."""
     config = load_run(arguments.config, arguments.overrides)
-    began_at = psutil.Process().create_time()
     results = train_run(
-        config, began_at=began_at, config_file=arguments.config, fresh=arguments.fresh
+        config,
+        began_at=psutil.Process().create_time(),
+        typed=Typed(arguments.config, tuple(arguments.overrides)),
+        fresh=arguments.fresh,
+        extend=arguments.extend,
     )
     if arguments.json:
         print_json(results)
@@ -101,8 +121,9 @@ def train_run(
     config: RunConfig[Any],
     *,
     began_at: float,
-    config_file: Path | None = None,
+    typed: Typed | None = None,
     fresh: bool = False,
+    extend: bool = False,
     tags: Mapping[str, str] | None = None,
     told_of: Collection[str] = (),
 ) -> dict[str, Any]:
@@ -111,8 +132,9 @@ def train_run(
     Args:
         config: The run.
         began_at: What its seconds are counted from, in seconds since 1970.
-        config_file: Where it was read from, if from a file.
+        typed: The file and the overrides that it was asked for with, if it was.
         fresh: Start anew; an earlier run's folder is renamed.
+        extend: Go on with a run of another length, which may be finished, to the length of this.
         tags: For its MLflow run, besides those that every run has.
         told_of: Fingerprints of sources whose notes were said already.
 
@@ -129,24 +151,27 @@ def train_run(
     if fresh and folder.path.exists():
         set_aside(folder)
     with folder.locked():
-        _refuse_others(folder, config)
-        run = Run(config, folder, home, config_file, tags or {}, began_at)
+        shorter = _known_length(folder, config, extend=extend)
+        run = Run(config, folder, home, typed, tags or {}, began_at)
         results = folder.read_results()
-        if results is None or "run_dir" not in results:
-            results = _train(_open(run), told_of)
+        if shorter is not None or results is None or "run_dir" not in results:
+            results = _train(_open(run, shorter), told_of)
         else:
             results = _finished(run, results)
     say_results(run, results)
     return results
 
 
-def _open(run: Run) -> Opened:
+def _open(run: Run, shorter: RunConfig[Any] | None) -> Opened:
     """Open the images, and claim the folder for the run and for them, before anything starts."""
     config = run.config
     check_names(config)
     source = open_training_source(config.data, config.evaluate, config.method)
     derived = check_start(config, source)
-    for line in hold_to_source(run.folder, source, config):
+    lines = hold_to_source(run.folder, source, config)
+    if shorter is not None:
+        lines += extend_run(run.folder, (shorter, derive_for(shorter, source)), (config, derived))
+    for line in lines:
         say(line)
     write_atomically(run.folder.config, to_yaml(config.model_dump(mode="json")))
     return Opened(run, source, derived)
@@ -160,35 +185,53 @@ def set_aside(folder: RunFolder) -> None:
     say(f"the earlier run is now in {aside}")
 
 
-def _refuse_others(folder: RunFolder, config: RunConfig[Any]) -> None:
-    """Refuse a folder of another configuration."""
+def _known_length(
+    folder: RunFolder, config: RunConfig[Any], *, extend: bool
+) -> RunConfig[Any] | None:
+    """Return the run of another length that the folder holds, if this one is to extend it.
+
+    Raises:
+        RunFolderError: If the folder holds another run, or none that could be extended.
+    """
     if not folder.config.exists():
-        return
-    values = config.model_dump(mode="json")
-    changed = differences(_with_new_defaults(folder), values)
-    if changed:
+        if extend:
+            raise RunFolderError(f"{folder.path}: no run to extend; leave --extend out to start it")
+        return None
+    old, values = _with_new_defaults(folder), config.model_dump(mode="json")
+    known = old if isinstance(old, dict) else old.model_dump(mode="json")
+    changed, more = differences(known, values), other_than_length(known, values)
+    if not changed:
+        return None
+    if more or not extend or isinstance(old, dict):
+        length = "" if more else ", or --extend to go on with this one to the new length"
         raise RunFolderError(
             f"{folder.path} holds a run with other settings:\n  "
-            + "\n  ".join(changed)
-            + "\nGive this run another name=..., or --fresh to set the old one aside"
+            + "\n  ".join(more if extend and more else changed)
+            + f"\nGive this run another name=..., or --fresh to set the old one aside{length}"
         )
+    return old
 
 
-def _with_new_defaults(folder: RunFolder) -> dict[str, Any]:
-    """Fill up the settings of an old folder: one that is newer than it has its default there."""
+def _with_new_defaults(folder: RunFolder) -> RunConfig[Any] | dict[str, Any]:
+    """Fill up the settings of an old folder: one that is newer than it has its default there.
+
+    Settings that are no run any more are returned as they are.
+    """
     values = layered({}, read_mapping(folder.config), ())  # without what had no effect
     found = run_or_problems(values)
     if isinstance(found, list):
         return values
-    first = started_from(folder, found.output_dir)
-    return with_absolute_sources(found, first=first).model_dump(mode="json")
+    return with_absolute_sources(found, first=started_from(folder, found.output_dir))
 
 
 def _finished(run: Run, results: dict[str, Any]) -> dict[str, Any]:
     """Tell of a run that is finished, and of its images if they are others by now."""
     folder, config = run.folder, run.config
     write_atomically(folder.config, to_yaml(config.model_dump(mode="json")))
-    say(f"{folder.path}: this run is finished; --fresh starts it anew, name=... another")
+    say(
+        f"{folder.path}: this run is finished; a larger train.epochs or train.steps with --extend "
+        f"goes on with it, --fresh starts it anew, name=... another"
+    )
     try:
         source = open_training_source(config.data, config.evaluate, config.method)
         opened = Opened(run, source, derive_for(config, source))
@@ -206,8 +249,8 @@ def _train(opened: Opened, told_of: Collection[str]) -> dict[str, Any]:
     config, folder, derived = opened.config, opened.folder, opened.derived
     done = latest_step(folder.checkpoints)
     _say_start(opened, done, told_of)
-    if config.track.mlflow:  # while Ray starts
-        threading.Thread(target=_load_mlflow, name="raysl-load-mlflow", daemon=True).start()
+    if config.track.mlflow and config.cluster.num_train_workers > 0:
+        load_mlflow(opened.uri)
     with ExitStack() as stack:
         start: Callable[[], dict[str, Any]] = lambda: pretrain_here(  # noqa: E731
             config, folder=folder, source=opened.source
@@ -250,31 +293,26 @@ def _showing(progress: ProgressView, folder: RunFolder) -> Callable[[list[Record
     )
 
 
-def _by_size(opened: Opened) -> dict[str, float]:
-    found = size_defaults(opened.config, opened.source)
-    return {name: default.value for name, default in found.items()}
-
-
-def _load_mlflow() -> Any:
-    """Return raysl's MLflow module; loading it takes seconds that a start need not wait for."""
-    return importlib.import_module("raysl.track.mlflow_tracker")
-
-
-def _start_tracker(opened: Opened, facts: dict[str, str]) -> Any:
+def _start_tracker(opened: Opened, facts: dict[str, str], *, ended: bool = False) -> Any:
     track = opened.config.track
     if not track.mlflow:
         return None
-    tracker = _load_mlflow().MlflowTracker(
+    found = size_defaults(opened.config, opened.source)
+    by_size = {name: default.value for name, default in found.items()}
+    return start_tracker(
         opened.folder,
-        uri=tracking_uri(track.tracking_uri, folder=opened.run.home),
-        experiment=track.experiment,
+        track,
+        uri=opened.uri,
         run_name=opened.config.name,
         params=flat(opened.config.model_dump(mode="json"))
-        | flat({"derived": opened.derived._asdict() | _by_size(opened)}),
-        tags={**tags_of(opened.config, opened.source, facts), **opened.run.tags},
+        | flat({"derived": opened.derived._asdict() | by_size}),
+        tags={
+            **tags_of(opened.config, opened.source, facts),
+            **tags_of_extensions(opened.folder),
+            **opened.run.tags,
+        },
+        ended=ended,
     )
-    tracker.start()
-    return tracker
 
 
 def _finish(opened: Opened, results: dict[str, Any], tracker: Any) -> dict[str, Any]:
@@ -289,66 +327,22 @@ def _finish(opened: Opened, results: dict[str, Any], tracker: Any) -> dict[str, 
         folder, source=opened.source, config=opened.config, derived=opened.derived
     ):
         say(f"  {picture} could not be drawn: {problem}")
-    results |= _end_tracking(opened, tracker)
+    results |= _end_tracker(opened, tracker)
     write_json(folder.results, results)
     return results
 
 
-def _end_tracking(opened: Opened, tracker: Any) -> dict[str, Any]:
-    if tracker is None:
-        return {"mlflow_run_id": None}
+def _end_tracker(opened: Opened, tracker: Any) -> dict[str, Any]:
     folder = opened.folder
-    artifacts = [
-        folder.config,
-        folder.source,
-        folder.metrics,
-        folder.results,
-        folder.report,
-        folder.encoder,
-    ]
-    artifacts += [folder.bad_images, folder.labels, folder.finetune / "labels.json"]
-    artifacts += [folder.projection_head, folder.classifier]
-    artifacts += sorted(folder.pictures.glob("*.png"))
-    say(f"sending the rest to MLflow ({without_password(tracker.uri)})")
-    tracker.finish(
-        status="FINISHED",
-        artifacts=artifacts,
-        log_model=_model_logger(folder, opened.config.track),
-    )
-    if tracker.problem is not None:
-        say(
-            f"  MLflow did not take everything: {tracker.problem}. Nothing is lost: the same "
-            f"command sends the rest"
-        )
-    return {"mlflow_run_id": tracker.run_id, "mlflow_problem": tracker.problem}
-
-
-def _model_logger(folder: RunFolder, track: TrackConfig) -> Callable[[Any], None] | None:
-    if not track.log_model:
-        return None
-
-    def log(tracker: Any) -> None:
-        description = read_description(folder.encoder)
-        model = importlib.import_module("raysl.track.mlflow_model")  # late, as the tracker is
-        model.log_encoder(
-            load_encoder(folder.encoder),
-            uri=tracker.uri,
-            run_id=tracker.run_id,
-            size_px=description["image_size_px"],
-            embed_dim=description["embed_dim"],
-            packages=packages("torch", "torchvision"),
-            registered_as=track.registered_model,
-        )
-
-    return log
+    return end_tracker(tracker, folder, opened.config.track, artifacts=run_artifacts(folder))
 
 
 def _send_again(opened: Opened, results: dict[str, Any]) -> dict[str, Any]:
     """Send to MLflow what it could not take when the run ended."""
     if results.get("mlflow_problem") is None:
         return results
-    tracker = _start_tracker(opened, {})
-    results = results | _end_tracking(opened, tracker)
+    tracker = _start_tracker(opened, {}, ended=True)
+    results = results | _end_tracker(opened, tracker)
     write_json(opened.folder.results, results)
     return results
 

@@ -5,12 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from raysl.commands.next_command import Typed, command, longer_command
 from raysl.commands.terminal import accuracy_table, classifier_line, console, say
 from raysl.jobs.online import read_failures
 from raysl.recipe import RunConfig
 from raysl.sources.source import BUILT_IN
 from raysl.track.run_folder import RunFolder
-from raysl.track.uri import tracking_uri, without_password
+from raysl.track.uri import compare_line
+
+_LONGER = 2
 
 
 class Run(NamedTuple):
@@ -19,7 +22,7 @@ class Run(NamedTuple):
     config: RunConfig[Any]
     folder: RunFolder
     home: Path  # what relative paths are relative to
-    config_file: Path | None
+    typed: Typed | None  # of one that was asked for by a file
     tags: Mapping[str, str]  # of its MLflow run, besides those that every run has
     began_at: float  # in seconds since 1970
 
@@ -66,23 +69,29 @@ def say_results(run: Run, results: Mapping[str, Any]) -> None:
         f"metrics   {folder.metrics}",
     ]
     if config.track.mlflow:
-        uri = without_password(tracking_uri(config.track.tracking_uri, folder=run.home))
-        lines.append(f"compare   mlflow ui --backend-store-uri {uri}")
-    lines.append(f"next      {_next_command(run)}")
+        lines.append(f"compare   {compare_line(config.track.tracking_uri, folder=run.home)}")
+    lines.append(f"next      {_next_command(run, results)}")
+    if photos := _photos_command(run):
+        lines.append(f"photos    {photos}")
     out.print("\n".join(lines), markup=False)
 
 
-def _next_command(run: Run) -> str:
-    """Return the line that goes one step further with this run."""
-    config, file = run.config, run.config_file
-    if config.method.classifies:
-        return f"raysl distill {run.folder.path}"
-    if file is None:
-        return f"raysl finetune {run.folder.path} data.labels.fraction=0.1"
-    photos = file.with_name("simclr_resnet18_photos.yaml")
-    if config.data.source in BUILT_IN and photos.exists():
-        return f"raysl pretrain {photos} data.source=FOLDER_OF_IMAGES name=mine"
-    train = config.train
-    twice = 2 * (train.steps or train.epochs or 1)
-    longer = f"{'steps' if train.steps else 'epochs'}={twice:g}"
-    return f"raysl pretrain {file} name=longer train.{longer}"
+def _next_command(run: Run, results: Mapping[str, Any]) -> str:
+    """Return the line that goes one step further with this run; it runs as it stands."""
+    if run.config.method.classifies:
+        return command("distill", run.folder.path)
+    if run.typed is not None:
+        return longer_command(run.typed, run.config, times=_LONGER)
+    if "knn_top1" in results:  # there are labels
+        return command("finetune", run.folder.path, "data.labels.fraction=0.1")
+    return command("evaluate", run.folder.path)
+
+
+def _photos_command(run: Run) -> str:
+    """Return how to go from built-in images to one's own; empty for who has them."""
+    if run.typed is None or run.config.data.source not in BUILT_IN:
+        return ""
+    photos = run.typed.config_file.with_name("simclr_resnet18_photos.yaml")
+    if not photos.exists():
+        return ""
+    return command("pretrain", photos, "data.source=FOLDER_OF_IMAGES", "name=mine")

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from raysl.commands.absolute_files import with_absolute_files
 from raysl.commands.record import flat, git_state
+from raysl.commands.run_tracking import say_trouble
 from raysl.commands.sweep_results import next_line, results_of, say_results, write_best
 from raysl.commands.sweep_sources import IF_CHANGED, Sources
 from raysl.commands.sweep_watch import ENDED, SweepTracking, SweepWatch, shown
@@ -268,13 +269,15 @@ class _Sweep:
         track = self.sweep.track
         if not track.mlflow:
             return None
-        return SweepTracking(
+        tracking = SweepTracking(
             self.sweep,
             self.folder,
             uri=self._uri,
             module=importlib.import_module("raysl.track.mlflow_tracker"),
             tags=git_state(),
         )
+        say_trouble(tracking.trouble, self._uri, ended=False)
+        return tracking
 
     def _say_start(self, trials: Sequence[Trial], left: Sequence[int], shares: Shares) -> None:
         sweep = self.sweep
@@ -305,7 +308,7 @@ class _Sweep:
             say(f"  {picture} could not be drawn: {problem}")
         results |= self._end_tracking(results)
         write_json(folder.summary, results)
-        say_results(sweep, folder, trials, summary, tracking_uri=self._uri)
+        say_results(sweep, folder, trials, summary)
         return results
 
     def _end_tracking(self, results: Mapping[str, Any]) -> dict[str, Any]:
@@ -327,11 +330,7 @@ class _Sweep:
         artifacts = [folder.config, folder.summary, folder.best, folder.report]
         artifacts += sorted(folder.pictures.glob("*.png"))
         tracking.finish(status="FINISHED", artifacts=artifacts, tags=tags)
-        if tracking.problem is not None:
-            say(
-                f"  MLflow did not take everything: {tracking.problem}. Nothing is lost: the same "
-                f"command sends the rest"
-            )
+        say_trouble(tracking.trouble, tracking.uri, ended=True)
         return {"parent_run_id": tracking.parent_run_id, "mlflow_problem": tracking.problem}
 
 

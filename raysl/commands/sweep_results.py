@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from raysl.commands.next_command import command
 from raysl.commands.sweep_watch import named, placed_seconds, trials_table
 from raysl.commands.terminal import console
 from raysl.config.load import read_mapping, set_key, to_yaml
@@ -12,8 +13,8 @@ from raysl.recipe import RunConfig, run_from_values
 from raysl.sweep.config import SweepConfig
 from raysl.sweep.summary import Summary
 from raysl.sweep.trial import SweepFolder, Trial
-from raysl.track.run_folder import RunFolder, write_atomically
-from raysl.track.uri import without_password
+from raysl.track.run_folder import RunFolder, working_folder, write_atomically
+from raysl.track.uri import compare_line
 
 _BEST_SHOWN = 10
 _LONGER = 10
@@ -44,7 +45,7 @@ def next_line(sweep: SweepConfig, folder: SweepFolder, summary: Summary) -> str 
         longer = f"train.steps={_LONGER * (train.steps or 1)}"
     best, here = folder.best, Path.cwd()
     path = best.relative_to(here) if best.is_relative_to(here) else best
-    return f"raysl pretrain {path} {longer}"
+    return command("pretrain", path, longer)
 
 
 def results_of(
@@ -77,8 +78,6 @@ def say_results(
     folder: SweepFolder,
     trials: Sequence[Trial],
     summary: Summary,
-    *,
-    tracking_uri: str,
 ) -> None:
     """Show the best trials, why others failed, and what to do next."""
     out = console()
@@ -88,7 +87,7 @@ def say_results(
             out.print(f"trial {trial.number:04d} failed: {trial.error}", markup=False)
     lines = [f"report    {folder.report}"]
     if sweep.track.mlflow:
-        lines.append(f"compare   mlflow ui --backend-store-uri {without_password(tracking_uri)}")
+        lines.append(f"compare   {compare_line(sweep.track.tracking_uri, folder=working_folder())}")
     if summary.best is not None:
         lines.append(f"best      {named(summary.best.params)}")
         lines.append(f"next      {next_line(sweep, folder, summary)}")

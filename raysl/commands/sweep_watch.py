@@ -84,6 +84,11 @@ class SweepTracking:
         found: str | None = self._parent.problem
         return found
 
+    @property
+    def trouble(self) -> Any:
+        """The same with what to do: a :class:`raysl.track.mlflow_problem.MlflowProblem`."""
+        return self._parent.trouble
+
     def start(self, trial: Trial) -> None:
         """Begin to send a trial's metrics."""
         if trial.number in self._children:

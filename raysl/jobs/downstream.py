@@ -13,7 +13,6 @@ from raysl.augment.ops import Flip
 from raysl.config.load import (
     apply_overrides,
     parse_override,
-    plain_copy,
     validate,
     validated,
 )
@@ -27,6 +26,7 @@ from raysl.nn.backbones import BackboneConfig
 from raysl.nn.classifier import CLASSIFIER_FILE, HEAD_FILE, load_classifier, load_head
 from raysl.nn.heads import count_layers
 from raysl.recipe import RunConfig, asked_run, layered
+from raysl.sources.belonging import named_source, without_other_source
 from raysl.sources.place import absolute_config
 from raysl.sources.source import DataConfig, Source
 from raysl.track.run_folder import RunFolder
@@ -110,7 +110,7 @@ def finetune_from(
         overrides: ``section.key=value``, of the new run.
         whole: Its images, if they are open already.
     """
-    values = plain_copy(origin.values)
+    values = _on_images_of(origin, overrides)
     values["method"] = {"name": "supervised"}
     if origin.head_layers:
         values["method"]["head"] = str(origin.folder)
@@ -191,7 +191,7 @@ def distill_from(
         overrides: ``section.key=value``, of the new run.
         whole: Its images, if they are open already.
     """
-    values = plain_copy(teacher.values)
+    values = _on_images_of(teacher, overrides)
     values["backbone"]["weights"] = None
     theirs = _architecture(values["backbone"])
     values["method"] = {"name": "distill", "teacher": str(teacher.folder)}
@@ -251,6 +251,16 @@ def finetune_data(pretrained: RunConfig[Any]) -> dict[str, Any]:
     resized = {"interpolation": largest.crop.interpolation, "antialias": largest.crop.antialias}
     data["views"] = views | resized
     return data
+
+
+def _on_images_of(origin: Origin, overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the settings that a run takes over: of its images only if they are the same."""
+    values, _ = without_other_source(
+        origin.values,
+        source=named_source(overrides, "data.source"),
+        test_source=named_source(overrides, "evaluate.source"),
+    )
+    return values
 
 
 def _of_run(run: RunConfig[Any], folder: Path, weights: Path, head_layers: int) -> Origin:

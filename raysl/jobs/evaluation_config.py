@@ -11,7 +11,6 @@ from pydantic import Field
 from raysl.config.base import Config, PositiveInt
 from raysl.config.load import (
     apply_overrides,
-    parse_override,
     read_mapping,
     validate,
     validated,
@@ -23,16 +22,22 @@ from raysl.evaluate.training_protocols import FinetuneProtocol, SemiHundredth, S
 from raysl.jobs.run_places import started_from
 from raysl.nn.backbones import NAMES, BackboneConfig, build_backbone, check_model_name
 from raysl.recipe import ClusterConfig
+from raysl.sources.belonging import OF_SOURCE, named_source, without_other_source
 from raysl.sources.filter import Condition
 from raysl.sources.pixels import ColorProfile, Intensity, Pages
 from raysl.sources.place import absolute_config, place_key
-from raysl.sources.source import DataConfig, LocatedSource, SourceConfig
+from raysl.sources.source import DataConfig, LocatedSource, WeightedSource
 from raysl.track.config import TrackConfig, check_run_name
 from raysl.track.run_folder import RunFolder
 
-# What says which images, and how they are decoded. Not data.labels: a pretraining that is to see
-# no labels may well be measured with them.
-_FROM_RUN = (*SourceConfig.model_fields, "torchvision_root")
+NOT_FROM_RUN = ("data.labels", "data.if_changed")
+"""Settings of a run's images that its evaluation takes over in no case."""
+
+# What says which images, and how they are decoded, of what an evaluation knows. Not data.labels: a
+# pretraining that is to see no labels may well be measured with them.
+_FROM_RUN = tuple(
+    key for key in (*OF_SOURCE, "torchvision_root") if f"data.{key}" not in NOT_FROM_RUN
+)
 _NOT_IMAGES = {"test_source", "test_limit", "test", "labels"}
 _EVALUATIONS = "evaluations"
 
@@ -56,6 +61,8 @@ class TestingConfig(Config):
 class EvaluationData(LocatedSource):
     """The labelled images: those that train the probes, and those that test them."""
 
+    mix: tuple[WeightedSource, ...] = ()
+    """More images for the probes, as of a run; their weights do nothing here."""
     test_source: str | None = None
     """Test images. null takes the validation split that lies beside the source, else its test
     split; without either, a fifth of the labels is held out for testing. Where the source has no
@@ -135,8 +142,7 @@ def load_evaluation(
         DataError: If there is no such encoder.
     """
     path = _existing(encoder, home)
-    keys = [parse_override(override)[0] for override in overrides]
-    values = _values_of_run(path, keys) if path is not None else {}
+    values = _values_of_run(path, overrides) if path is not None else {}
     values = apply_overrides(values, overrides)
     if path is None:
         section = values.get("backbone") or {}
@@ -215,32 +221,35 @@ def _existing(encoder: str, home: Path) -> Path | None:
     )
 
 
-def _values_of_run(path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    """What a run says of its images; nothing of them where others are given."""
+def _values_of_run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """What a run says of its images; nothing of those that others are given for."""
     folder = path if path.is_dir() else path.parent
     file = RunFolder(folder).config
     if not file.exists():
         return {}
     run = read_mapping(file)
+    first = started_from(RunFolder(folder), str(run.get("output_dir", "runs")))
+    run, _ = without_other_source(
+        run,
+        source=named_source(overrides, "data.source"),
+        test_source=named_source(overrides, "data.test_source"),
+        first=first,
+    )
     data, evaluate = run.get("data") or {}, run.get("evaluate") or {}
-    values: dict[str, Any] = {
+    images = {key: data[key] for key in _FROM_RUN if key in data}
+    if evaluate.get("source") is not None:
+        images["test_source"] = evaluate["source"]
+        names = [name for name in TestingConfig.model_fields if name in evaluate]
+        images["test"] = {name: evaluate[name] for name in names}
+    if "source" in images:
+        found = validated(EvaluationData, images)
+        if not isinstance(found, list):  # what is wrong is told when all of it is looked at
+            images = _absolute(found, first=first).model_dump(mode="json", exclude_unset=True)
+    return {
         "track": run.get("track") or {},
         "features": {"crop_fraction": evaluate.get("crop_fraction", 1.0)},
+        **({"data": images} if images else {}),
     }
-    if "data.source" not in keys and "data" not in keys:
-        values["data"] = {key: data[key] for key in _FROM_RUN if key in data}
-        if evaluate.get("source") is not None:
-            values["data"]["test_source"] = evaluate["source"]
-            names = [name for name in TestingConfig.model_fields if name in evaluate]
-            values["data"]["test"] = {name: evaluate[name] for name in names}
-        found = validated(EvaluationData, values["data"])
-        if not isinstance(found, list):  # what is wrong is told when all of it is looked at
-            first = started_from(RunFolder(folder), str(run.get("output_dir", "runs")))
-            found = _absolute(found, first=first)
-            values["data"] = found.model_dump(mode="json", exclude_unset=True)
-    elif "torchvision_root" in data:
-        values["data"] = {"torchvision_root": data["torchvision_root"]}
-    return values
 
 
 def _origin_of(path: Path, output: Path) -> Origin:

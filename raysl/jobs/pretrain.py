@@ -311,6 +311,8 @@ class _Worker:
         }
 
     def _knn_only(self) -> dict[str, Any]:
+        if self.rank == 0:  # of an earlier end of the run, with another encoder
+            self.folder.features.unlink(missing_ok=True)
         total = derive_for(self.config, self.source).total_steps
         return {"knn_top1": self.measuring.at(total)["eval/knn_top1"]}
 

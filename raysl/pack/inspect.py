@@ -1,6 +1,7 @@
 """What a source holds: sizes, formats, broken images, duplicates, and what an epoch costs."""
 
 import hashlib
+import shlex
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -284,9 +285,10 @@ def _decode_seconds(images: Sequence[Encoded], hows: Sequence[Decoding]) -> floa
 
 
 def advise(
-    source: Source, summary: dict[str, Any], *, speedup: float | None, uri: str
+    source: Source, summary: dict[str, Any], *, speedup: float | None, asked: Sequence[str]
 ) -> list[str]:
     """Return what to do about what was found, in whole sentences."""
+    pack = shlex.join(["raysl", "pack", asked[0], "packed", *asked[1:]])
     advice = []
     total, inspected = summary["images"], summary["inspected"]
     broken = len(summary["broken"])
@@ -302,14 +304,14 @@ def advise(
     if speedup is not None and speedup >= _WORTH_IT:
         side = summary["short_side"]["median"]
         advice.append(
-            f"The median short side is {side:,.0f} px: `raysl pack {uri} OUT "
+            f"The median short side is {side:,.0f} px: `{pack} "
             f"short_side_px={ADVISED_SHORT_SIDE_PX}` makes decoding {speedup:.1f} times faster, "
             f"enough for views of 224 px."
         )
     elif source.window_size is None and total > _MANY_FILES and "pixels" not in summary["formats"]:
         advice.append(
-            f"{total:,} single files are slow to list and to read from a network: `raysl pack "
-            f"{uri} OUT` makes a few large ones of them."
+            f"{total:,} single files are slow to list and to read from a network: "
+            f"`{pack}` makes a few large ones of them."
         )
     if total < _FEW_IMAGES:
         advice.append(

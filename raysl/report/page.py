@@ -78,8 +78,11 @@ def draw_all(
             path, source=source, views=config.data.views.views(), seed=config.seed
         ),
         "curves": lambda path: draw_curves(path, read_metrics(folder.metrics)),
-        "map": lambda path: _draw_map_of(folder, path),
     }
+    if _has_map(folder, config):
+        drawings["map"] = lambda path: _draw_map_of(folder, path)
+    else:
+        (folder.pictures / "map.png").unlink(missing_ok=True)
     if has_accuracy(results):
         drawings["accuracy"] = lambda path: draw_accuracy(path, results)
     failures = []
@@ -94,6 +97,11 @@ def draw_all(
     except Exception as error:
         failures.append(("report", f"{type(error).__name__}: {error}"))
     return failures
+
+
+def _has_map(folder: RunFolder, config: RunConfig[Any]) -> bool:
+    """Whether a run keeps features for a map; one that measures neighbours alone does not."""
+    return folder.features.exists() or config.evaluate.final != "knn"
 
 
 def _draw_map_of(folder: RunFolder, path: Path) -> None:
@@ -128,7 +136,9 @@ def write_report(folder: RunFolder, *, config: RunConfig[Any], derived: Derived)
         section("Training", curves, _CURVES),
         section("What the method saw", shown_picture(pictures, "views", "Images, views"), _VIEWS),
         _method_section(folder),
-        section("Map of the features", shown_picture(pictures, "map", "Map"), _MAP),
+        section("Map of the features", shown_picture(pictures, "map", "Map"), _MAP)
+        if _has_map(folder, config)
+        else "",
         _encoder_section(config),
         _settings_section(config, derived),
         files_section(folder.path, _FILES),

@@ -1,7 +1,5 @@
 """What an evaluation measured, sent to the MLflow run that trained the encoder."""
 
-import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +9,7 @@ from mlflow.entities import LifecycleStage, Metric, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from raysl.track.uri import without_password
+from raysl.track.mlflow_tracker import experiment_id, patient_client
 
 
 class EvaluationRecord(NamedTuple):
@@ -45,13 +43,9 @@ def send_evaluation(
     Raises:
         MlflowException: If the server does not answer or take it; a store may raise others too.
     """
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    client = MlflowClient(uri)
+    client = patient_client(uri)
     if run_id is None or not _is_there(client, run_id):
-        run = client.create_run(_experiment(client, experiment), run_name=run_name)
+        run = client.create_run(experiment_id(client, experiment), run_name=run_name)
         run_id = str(run.info.run_id)
         client.set_terminated(run_id, status="FINISHED")
     now = int(time.time() * 1000)
@@ -68,13 +62,6 @@ def send_evaluation(
     return run_id
 
 
-def problem_of(error: Exception, uri: str) -> str:
-    """Return an error's first line, without the password of the URI."""
-    bare = uri.rstrip("/")
-    text = f"{type(error).__name__}: {error}".replace(bare, without_password(bare))
-    return text.splitlines()[0]
-
-
 def _is_there(client: MlflowClient, run_id: str) -> bool:
     try:
         run = client.get_run(run_id)
@@ -83,8 +70,3 @@ def _is_there(client: MlflowClient, run_id: str) -> bool:
             raise
         return False
     return bool(run.info.lifecycle_stage != LifecycleStage.DELETED)
-
-
-def _experiment(client: MlflowClient, name: str) -> str:
-    found = client.get_experiment_by_name(name)
-    return str(found.experiment_id if found is not None else client.create_experiment(name))

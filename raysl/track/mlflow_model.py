@@ -1,6 +1,5 @@
 """Encoders as MLflow's models: stored with a run, loaded again, registered as versions."""
 
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,8 @@ from mlflow.tracking import MlflowClient
 from mlflow.types import Schema, TensorSpec
 
 from raysl.errors import ExportError, RayslError
-from raysl.track.mlflow_tracker import experiment_id
+from raysl.track.mlflow_problem import problem_of
+from raysl.track.mlflow_tracker import experiment_id, patient_client
 from raysl.track.uri import without_password
 
 _URI_VARIABLE = "MLFLOW_TRACKING_URI"
@@ -102,10 +102,8 @@ def register_encoder(
     Raises:
         ExportError: If MLflow does not take it, or the check fails.
     """
-    for noisy in ("mlflow", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    client = MlflowClient(uri)
     try:
+        client = patient_client(uri)
         run = run_id if _is_there(client, run_id) else _new_run(client, experiment, name)
         assert run is not None
         model_uri = log_encoder(
@@ -117,9 +115,10 @@ def register_encoder(
     except RayslError:
         raise
     except Exception as error:  # a store, or the exporter that MLflow calls, may raise anything
-        text = str(error).replace(uri, without_password(uri)).strip().partition("\n")[0]
+        text, cure = problem_of(error, uri=uri, experiment=experiment)
         raise ExportError(
             f"{without_password(uri)}: MLflow did not take the model: {text}"
+            + ("" if cure is None else f"; {cure}")
         ) from None
     return Registered(name, str(version.version), run, difference)
 

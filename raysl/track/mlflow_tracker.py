@@ -4,6 +4,7 @@ Everything that MLflow gets is on the disk first. A server that is slow or down 
 records, which are sent when it answers again, or by the next start of the same run.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -18,6 +19,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from raysl.track.follow import MetricsReader, Record
+from raysl.track.mlflow_problem import (
+    NO_ANSWER,
+    DeletedExperimentError,
+    MlflowProblem,
+    is_inactive,
+    problem_of,
+)
 from raysl.track.run_folder import RunFolder, read_json, write_json
 from raysl.track.uri import without_password
 
@@ -29,6 +37,26 @@ _LONGEST_PARAM = 6000
 _EVERY_S = 2.0
 _RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 _LAST_CHANCE_S = 15.0
+# Two threads that make one new database at once come into each other's way.
+_OPENING = threading.Lock()
+
+
+def patient_client(uri: str) -> MlflowClient:
+    """Return a client that says little and gives up soon: whoever asks tries again."""
+    # Tables that it makes and versions that it guesses at are not news to who trains.
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # MLflow's own patience is minutes; ours is a loop that goes on for as long as the run.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    with _OPENING:
+        return MlflowClient(uri)
+
+
+def warm_up(uri: str) -> None:
+    """Open a store, which makes a new one; what goes wrong is told by who uses it."""
+    with contextlib.suppress(Exception):
+        patient_client(uri).search_experiments(max_results=1)
 
 
 class MlflowTracker:
@@ -67,28 +95,31 @@ class MlflowTracker:
             kept.get("uri") == without_password(uri) and kept.get("experiment") == experiment
         )
         self.run_id: str | None = kept.get("run_id") if same_place else None
-        self.problem: str | None = None
+        self.trouble: MlflowProblem | None = None
         self._reader = MetricsReader(folder.metrics, kept.get("sent") if same_place else None)
         self._sent: dict[str, int] = dict(self._reader.seen)
         self._waiting: list[Record] = []
         self._client: MlflowClient | None = None
         self._stop = threading.Event()
-        self._made = threading.Event()
+        self._tried = threading.Event()
         self._thread = threading.Thread(target=self._run, name="raysl-mlflow", daemon=True)
 
     def start(self) -> None:
         """Begin to send what is written to the metrics file."""
-        # Tables that it makes and versions that it guesses at are not news to who trains.
-        for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        # MLflow's own patience is minutes; ours is a loop that goes on for as long as the run.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         self._thread.start()
 
+    @property
+    def problem(self) -> str | None:
+        """Why MLflow did not take everything so far, or None."""
+        return None if self.trouble is None else self.trouble.text
+
     def wait_for_run(self, timeout_s: float = _LAST_CHANCE_S) -> str | None:
-        """Wait until the run is made, and return its id; None if nobody answers in time."""
-        self._made.wait(timeout_s)
+        """Wait until the run is made, or could not be, and return its id.
+
+        None, with ``trouble`` set, if nobody answers in time or MLflow does not take it.
+        """
+        if not self._tried.wait(timeout_s):
+            self.trouble = MlflowProblem(f"{NO_ANSWER} within {timeout_s:g} s", None)
         return self.run_id
 
     def finish(
@@ -110,7 +141,7 @@ class MlflowTracker:
         self._stop.set()
         self._thread.join(timeout=_LAST_CHANCE_S)
         if self._thread.is_alive():
-            self.problem = self.problem or "the tracking server does not answer"
+            self.trouble = self.trouble or MlflowProblem(NO_ANSWER, None)
             return
         self._send_pending()
         if self.problem is not None:
@@ -122,6 +153,7 @@ class MlflowTracker:
     def _run(self) -> None:
         failures = 0
         self._send_pending()  # the run is there at once, for those that refer to it
+        self._tried.set()
         while True:
             stopping = self._stop.wait(_RETRY_S[min(failures, 5) - 1] if failures else _EVERY_S)
             if stopping:
@@ -136,11 +168,11 @@ class MlflowTracker:
     def _try(self, work: Callable[[], None]) -> None:
         try:
             work()
-            self.problem = None
+            self.trouble = None
         except Exception as error:  # a store may raise anything, and training goes on
-            uri = self.uri.rstrip("/")  # as MLflow's messages quote it
-            text = f"{type(error).__name__}: {error}".replace(uri, without_password(uri))
-            self.problem = text.splitlines()[0]
+            if is_inactive(error):
+                self._client = None  # deleted meanwhile: looked for, or made, anew
+            self.trouble = problem_of(error, uri=self.uri, experiment=self.experiment)
 
     def _send(self) -> None:
         client = self._ready()
@@ -164,7 +196,7 @@ class MlflowTracker:
         """Return a client with the run made, or found again, and its parameters sent."""
         if self._client is not None:
             return self._client
-        client = MlflowClient(self.uri)
+        client = patient_client(self.uri)
         known: set[str] = set()
         if self.run_id is not None:
             try:
@@ -193,7 +225,6 @@ class MlflowTracker:
             client.log_batch(self.run_id, params=some)
         client.log_batch(self.run_id, tags=[RunTag(k, str(v)) for k, v in self.tags.items()])
         self._client = client
-        self._made.set()
         return client
 
     def _store(
@@ -230,17 +261,22 @@ class MlflowTracker:
 
 
 def experiment_id(client: MlflowClient, name: str) -> str:
-    """Return the id of an experiment, which is made if it is not there."""
+    """Return the id of an experiment, which is made if it is not there.
+
+    Raises:
+        DeletedExperimentError: If it was deleted; MLflow keeps the name.
+    """
     found = client.get_experiment_by_name(name)
-    if found is not None:
-        return str(found.experiment_id)
-    try:
-        return str(client.create_experiment(name))
-    except MlflowException:
-        found = client.get_experiment_by_name(name)  # another run made it in between
-        if found is None:
-            raise
-        return str(found.experiment_id)
+    if found is None:
+        try:
+            return str(client.create_experiment(name))
+        except MlflowException:
+            found = client.get_experiment_by_name(name)  # another run made it in between
+            if found is None:
+                raise
+    if found.lifecycle_stage == LifecycleStage.DELETED:
+        raise DeletedExperimentError(name, str(found.experiment_id))
+    return str(found.experiment_id)
 
 
 def _metrics_of(record: Record) -> list[Metric]:

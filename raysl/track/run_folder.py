@@ -41,6 +41,7 @@ class RunFolder:
         self.path = path.absolute()
         self.config = self.path / "config.yaml"
         self.source = self.path / "source.json"
+        self.extensions = self.path / "extensions.json"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.encoder = self.path / "encoder.safetensors"

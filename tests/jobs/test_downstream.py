@@ -20,6 +20,7 @@ from raysl.jobs.downstream import (
     origin_of,
     run_after,
 )
+from raysl.jobs.run_places import left_with_source
 from raysl.nn.backbones import build_backbone
 from raysl.nn.classifier import HEAD_FILE, Classifier, save_classifier, save_head
 from raysl.nn.heads import projection_mlp
@@ -213,6 +214,25 @@ class TestFinetune:
         assert run.name == "pre-finetuned-10percent-layer1"
         assert Path(run.output_dir) == folder.parent
         assert finetune(folder).name == "pre-finetuned"
+
+    def test_other_images_take_nothing_of_the_old_ones(
+        self, pretrained: Make, photos: Path
+    ) -> None:
+        more = f"data.mix=[{{source: {photos}}}]"
+        rest = ["data.limit=150", "evaluate.limit=9", "evaluate.source=digits", "data.mean=[0,0,0]"]
+        folder = pretrained(more, *rest, "evaluate.split=test")
+        assert len(finetune(folder).data.mix) == 1
+        run = finetune(folder, f"data.source={photos}")
+        assert (run.data.source, run.data.mix, run.data.limit) == (str(photos), (), None)
+        assert (run.evaluate.source, run.evaluate.limit, run.evaluate.split) == (None, None, None)
+        assert run.data.mean == (0, 0, 0)  # as the encoder sees images
+        run = finetune(folder, f"evaluate.source={photos}")
+        assert (run.data.limit, run.evaluate.limit, run.evaluate.split) == (150, None, None)
+        run = finetune(folder, "data.source=digits", "data.limit=100")  # the same images
+        assert (run.data.limit, len(run.data.mix), run.evaluate.limit) == (100, 1, 9)
+        note = left_with_source(folder, [f"data.source={photos}"], test_key="evaluate.source")
+        assert "data.limit=150, data.mix=[{" in note
+        assert "evaluate.source=digits, evaluate.limit=9, evaluate.split=test" in note
 
     def test_a_run_that_is_not_finished_yet_gives_the_same_values(self, pretrained: Make) -> None:
         folder = pretrained("method.projection_layers=3")

@@ -14,6 +14,7 @@ from raysl.errors import DataError
 from raysl.jobs.evaluation_config import (
     EvaluationConfig,
     EvaluationData,
+    TestingConfig,
     data_config,
     labels_note,
     load_evaluation,
@@ -86,6 +87,27 @@ class TestFromARun:
     def test_other_images_take_nothing_of_it(self, run: Path) -> None:
         config, _ = self.loaded(run, {"intensity": {"bits": 12}}, "data.source=x", source="others")
         assert (config.data.intensity, config.data.test_source) == (None, None)
+
+    def test_other_test_images_take_nothing_of_the_runs_own(self, run: Path) -> None:
+        told = {"label_column": "fine", "filter": [["a", ">", 1]], "limit": 9}
+        config, _ = self.loaded(run, {"limit": 50}, "data.test_source=new", source="others", **told)
+        assert Path(str(config.data.test_source)).name == "new"
+        assert config.data.test == TestingConfig()
+        assert config.data.limit == 50
+
+    def test_mixed_in_images_are_the_runs_too_and_leave_with_the_source(self, run: Path) -> None:
+        mix = {"mix": [{"source": "more", "weight": 2.0}], "limit": 50, "filter": [["a", ">", 1]]}
+        config, _ = self.loaded(run, mix)
+        data = data_config(config.data)
+        assert [Path(part.source).name for part in data.mix] == ["more"]
+        assert (data.limit, len(data.filter)) == (50, 1)
+        config, _ = self.loaded(run, mix, "data.source=new")
+        data = data_config(config.data)
+        assert (data.mix, data.limit, data.filter) == ((), None, ())
+        photos = run.parent.parent / "photos"
+        photos.mkdir()
+        config, _ = self.loaded(run, mix, f"data.source={photos}", "data.limit=7")
+        assert (len(data_config(config.data).mix), config.data.limit) == (1, 7)
 
     def test_what_was_trained_without_labels_may_be_measured_with_them(self, run: Path) -> None:
         config, origin = self.loaded(run, {"labels": "none"})
