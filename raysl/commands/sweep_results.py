@@ -1,15 +1,17 @@
 """What a sweep leaves behind: the best run's configuration, the results, what is said of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from raysl.commands.sweep_watch import named, placed_seconds, trials_table
 from raysl.commands.terminal import console
 from raysl.config.load import read_mapping, set_key, to_yaml
+from raysl.errors import DivergedError
 from raysl.jobs.sweep_trial import read_changed
 from raysl.recipe import RunConfig, run_from_values
 from raysl.sweep.config import SweepConfig
+from raysl.sweep.space import trial_name
 from raysl.sweep.summary import Summary
 from raysl.sweep.trial import SweepFolder, Trial
 from raysl.track.run_folder import RunFolder, write_atomically
@@ -17,6 +19,7 @@ from raysl.track.uri import without_password
 
 _BEST_SHOWN = 10
 _LONGER = 10
+_DIVERGED = DivergedError.__name__
 
 
 def write_best(sweep: SweepConfig, folder: SweepFolder, summary: Summary) -> None:
@@ -93,6 +96,37 @@ def say_results(
         lines.append(f"best      {named(summary.best.params)}")
         lines.append(f"next      {next_line(sweep, folder, summary)}")
     out.print("\n".join(lines), markup=False)
+
+
+def what_failed(sweep: SweepConfig, trials: Sequence[Trial], lost: Mapping[int, str]) -> list[str]:
+    """Return what a sweep did not do, a line each; that some trials diverge is what it finds out.
+
+    Args:
+        sweep: The sweep.
+        trials: All of its trials, after it ended.
+        lost: Trials that Ray gave up, and why.
+    """
+    problems = []
+    if lost:
+        problems.append(f"trials were lost: {listed(lost)}; the same command goes on with them")
+    failed = {trial.number: str(trial.error) for trial in trials if trial.status == "failed"}
+    died = {n: error for n, error in failed.items() if not error.startswith(_DIVERGED)}
+    if died:
+        problems.append(f"{len(died)} of {len(trials)} trials failed: {listed(died)}")
+    if all(trial.metric is None or trial.status == "failed" for trial in trials):
+        why = f"no trial has {sweep.metric.name}, so none is the best"
+        if failed and not died:
+            why += f": {len(failed)} of {len(trials)} diverged; lower optim.base_lr"
+        problems.append(why)
+    return problems
+
+
+def listed(reasons: Mapping[int, str]) -> str:
+    """Return trials by their reasons, each reason once."""
+    by_reason: dict[str, list[str]] = {}
+    for number, reason in sorted(reasons.items()):
+        by_reason.setdefault(reason, []).append(trial_name(number))
+    return "; ".join(f"{', '.join(names)} ({why})" for why, names in by_reason.items())
 
 
 def best_run(sweep: SweepConfig, trial: RunFolder) -> RunConfig[Any]:

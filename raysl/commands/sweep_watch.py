@@ -17,7 +17,14 @@ from raysl.commands.terminal import console
 from raysl.config.load import read_mapping
 from raysl.jobs.sweep_trial import read_error
 from raysl.sweep.config import SweepConfig
-from raysl.sweep.trial import SweepFolder, Trial, read_candidate, read_trial, write_trial
+from raysl.sweep.trial import (
+    ENDED,
+    SweepFolder,
+    Trial,
+    read_candidate,
+    read_trial,
+    write_trial,
+)
 from raysl.track.run_folder import MetricsFile, RunFolder, write_json
 
 _LINE_EVERY_S = 10.0
@@ -25,8 +32,6 @@ _ROWS = 20
 # In a trial's folder once MLflow has all of it.
 _TOLD = "told.json"
 _STATUS_IN_MLFLOW = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}
-ENDED = tuple(_STATUS_IN_MLFLOW)
-"""States in which nothing more happens to a trial."""
 
 
 class SweepTracking:
@@ -197,7 +202,7 @@ class SweepWatch:
         self._progress.close()
 
     def started(self, number: int) -> None:
-        """A trial begins, or goes on."""
+        """A trial begins, or goes on after a pause."""
         self._running.add(number)
         self._started_at[number] = time.time()
         trial = self._read(number)
@@ -210,11 +215,18 @@ class SweepWatch:
         self._read(number)
         self._show()
 
+    def paused(self, number: int) -> None:
+        """A trial gave its place away, and may go on later."""
+        self._running.discard(number)
+        self._keep_times(number)
+        self._read(number)
+        self._show()
+
     def ended(self, number: int, *, error: str | None) -> None:
         """A trial ended by itself, was stopped, or failed: its folder and Tune's word say which."""
         self._running.discard(number)
         folder = self._folder.trial(number)
-        self._keep_times(number, folder)
+        self._keep_times(number)
         if folder.read_results() is None:  # else it finished, whatever came after
             candidate = read_candidate(folder)
             assert candidate is not None
@@ -227,10 +239,11 @@ class SweepWatch:
         self._log_progress()
         self._show()
 
-    def _keep_times(self, number: int, folder: RunFolder) -> None:
+    def _keep_times(self, number: int) -> None:
         """One line for each time that the trial had a place on the cluster."""
-        times = {"started": self._started_at.pop(number, time.time()), "ended": time.time()}
-        with open(times_file(folder), "a", encoding="utf-8") as file:
+        now = time.time()
+        times = {"started": self._started_at.pop(number, now), "ended": now}
+        with open(times_file(self._folder.trial(number)), "a", encoding="utf-8") as file:
             file.write(json.dumps(times) + "\n")
 
     def _read(self, number: int) -> Trial:

@@ -17,6 +17,11 @@ from raysl.track.run_folder import (
 )
 from raysl.train.loop import Log
 
+AGAIN = "again"
+"""Told, as 1.0, with an evaluation of an earlier start."""
+LAST = "last"
+"""Told, as 1.0, with the evaluation of the last step: the trial is finished."""
+
 Report = Callable[[Mapping[str, float]], None]
 """Gets ``step``, ``epoch`` and the metrics of an evaluation; may raise to end the trial."""
 
@@ -45,20 +50,20 @@ def run_trial(
     """
     last: list[Mapping[str, float]] = []
 
-    def evaluated(logged: Mapping[str, float], step: int) -> None:
-        told = _told(logged, step, metrics)
+    def tell(logged: Mapping[str, float], step: int, mark: Mapping[str, float]) -> None:
+        told = {**_told(logged, step, metrics), **mark}
         if step < total_steps:
             report(told)
         else:
-            last.append(told)
+            last.append({**told, LAST: 1.0})
 
     error_file(folder).unlink(missing_ok=True)
     done = latest_step(folder.checkpoints)
     for record in read_metrics(folder.metrics):
         if record["step"] <= done and metrics[0] in record:
-            evaluated(record, int(record["step"]))
+            tell(record, int(record["step"]), {AGAIN: 1.0})
     try:
-        train(evaluated)
+        train(lambda logged, step: tell(logged, step, {}))
     except RayslError as error:
         write_json(error_file(folder), {"error": type(error).__name__, "message": str(error)})
         return

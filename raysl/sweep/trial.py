@@ -12,6 +12,8 @@ from raysl.sweep.space import TRIALS, Candidate, trial_name
 from raysl.track.run_folder import RunFolder, read_json, read_metrics, write_json
 
 Status = Literal["waiting", "running", "finished", "stopped", "failed"]
+ENDED: tuple[Status, ...] = ("finished", "stopped", "failed")
+"""States in which nothing more happens to a trial."""
 
 
 class Trial(NamedTuple):

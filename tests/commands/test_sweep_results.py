@@ -5,7 +5,13 @@ from typing import Any
 
 import pytest
 
-from raysl.commands.sweep_results import best_run, next_line, results_of, write_best
+from raysl.commands.sweep_results import (
+    best_run,
+    next_line,
+    results_of,
+    what_failed,
+    write_best,
+)
 from raysl.config.load import to_yaml
 from raysl.jobs.sweep_trial import write_changed
 from raysl.recipe import TrackConfig, load_run
@@ -107,3 +113,29 @@ def test_without_a_measured_trial_there_is_no_best(sweep: SweepConfig, tmp_path:
     assert not empty.best.exists()
     assert next_line(sweep, empty, summary) is None
     assert results_of(sweep, empty, [], summary)["best_params"] is None
+
+
+class TestWhatFailed:
+    def test_is_nothing_if_some_diverged(
+        self, sweep: SweepConfig, outcome: tuple[list[Any], Any]
+    ) -> None:
+        assert what_failed(sweep, outcome[0], {}) == []
+
+    def test_is_trials_that_were_lost(
+        self, sweep: SweepConfig, outcome: tuple[list[Any], Any]
+    ) -> None:
+        assert what_failed(sweep, outcome[0], {2: "no process", 0: "no process"}) == [
+            "trials were lost: 0000, 0002 (no process); the same command goes on with them"
+        ]
+
+    def test_is_trials_that_died(self, sweep: SweepConfig, outcome: tuple[list[Any], Any]) -> None:
+        trials = [*outcome[0][:2], outcome[0][2]._replace(error="MemoryError: no memory")]
+        assert what_failed(sweep, trials, {}) == [
+            "1 of 3 trials failed: 0002 (MemoryError: no memory)"
+        ]
+
+    def test_is_that_all_diverged(self, sweep: SweepConfig, outcome: tuple[list[Any], Any]) -> None:
+        trials = [outcome[0][2]._replace(number=n, metric=0.1) for n in range(2)]
+        assert what_failed(sweep, trials, {}) == [
+            "no trial has eval/knn_top1, so none is the best: 2 of 2 diverged; lower optim.base_lr"
+        ]

@@ -8,6 +8,8 @@ import pytest
 
 from raysl.errors import DivergedError
 from raysl.jobs.sweep_trial import (
+    AGAIN,
+    LAST,
     read_changed,
     read_error,
     run_trial,
@@ -78,7 +80,7 @@ def test_tells_each_evaluation_with_step_epoch_and_the_metrics_asked_for(folder:
     assert scheduler.told == [
         {"step": 2.0, "epoch": 1.0, "eval/knn_top1": 0.2},
         {"step": 4.0, "epoch": 2.0, "eval/knn_top1": 0.4},
-        {"step": 6.0, "epoch": 3.0, "eval/knn_top1": 0.6},
+        {"step": 6.0, "epoch": 3.0, "eval/knn_top1": 0.6, LAST: 1.0},
     ]
 
 
@@ -128,6 +130,8 @@ def test_tells_what_was_measured_before_the_checkpoint_again_and_no_more(
         train=training(folder, start=4),
     )
     assert scheduler.steps == [2, 4, 6]
+    assert [AGAIN in told for told in scheduler.told] == [True, True, False]
+    assert [LAST in told for told in scheduler.told] == [False, False, True]
 
 
 def test_an_error_of_raysl_ends_the_trial_and_is_kept_until_it_runs_again(
