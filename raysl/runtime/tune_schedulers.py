@@ -94,10 +94,12 @@ class Asha(FIFOScheduler):
 
     def tell(self, known: Sequence[Trial]) -> None:
         """Hear of trials that ended in earlier starts: new ones are compared with them."""
+        name = str(self._metric)
         for trial in known:
             for epoch, value in trial.curve:
-                result: dict[str, Any] = {"epoch": epoch, self._metric: value}
-                self.on_trial_result(None, _Known(f"known-{trial.number}"), result)
+                self.on_trial_result(
+                    None, _Known(f"known-{trial.number}"), {"epoch": epoch, name: value}
+                )
 
 
 class _Known(NamedTuple):
