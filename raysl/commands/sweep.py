@@ -31,13 +31,13 @@ from raysl.config.load import to_yaml
 from raysl.errors import ConfigError, RayslError, SweepError
 from raysl.jobs.run_places import read_run
 from raysl.jobs.run_source import hold_to_source
-from raysl.jobs.sweep_trial import read_changed
 from raysl.recipe import RunConfig
 from raysl.runtime.cluster import connect, disconnect
 from raysl.runtime.ray_tune import sweep_on_ray
 from raysl.runtime.trial_shares import Shares, plan_shares
 from raysl.sweep.check import check
 from raysl.sweep.config import SweepConfig
+from raysl.sweep.in_flight import newest_change
 from raysl.sweep.load import load_sweep
 from raysl.sweep.space import Candidate, draw, run_config, samples
 from raysl.sweep.summary import summarise
@@ -100,15 +100,17 @@ class _Drawn:
         self._in_flight = in_flight
 
     def next(self) -> tuple[int, Mapping[str, Any]] | None:
-        """Return the next one; with population based training, its settings as they are now."""
+        """Return the next one; with population based training, its parameters as they are now."""
         if not self._left:
             return None
         number = self._left.popleft()
         folder = self._folder.trial(number)
         candidate = read_candidate(folder)
         assert candidate is not None
-        changing = candidate.values | read_changed(folder) if self._in_flight else {}
-        return number, changing
+        if not self._in_flight:
+            return number, {}
+        change = newest_change(folder)
+        return number, candidate.params if change is None else change.params
 
     def ended(self, number: int) -> None:
         """Nothing follows from it: all trials were drawn beforehand."""

@@ -8,12 +8,12 @@ from raysl.commands.sweep_watch import named, placed_seconds, trials_table
 from raysl.commands.terminal import console
 from raysl.config.load import read_mapping, set_key, to_yaml
 from raysl.errors import DivergedError
-from raysl.jobs.sweep_trial import read_changed
 from raysl.recipe import RunConfig, run_from_values
 from raysl.sweep.config import SweepConfig
+from raysl.sweep.in_flight import change_behind
 from raysl.sweep.space import trial_name
 from raysl.sweep.summary import Summary
-from raysl.sweep.trial import SweepFolder, Trial
+from raysl.sweep.trial import SweepFolder, Trial, last_measured
 from raysl.track.run_folder import RunFolder, write_atomically
 from raysl.track.uri import without_password
 
@@ -130,9 +130,13 @@ def listed(reasons: Mapping[int, str]) -> str:
 
 
 def best_run(sweep: SweepConfig, trial: RunFolder) -> RunConfig[Any]:
-    """Return a trial as a run of its own: tracked, measured in full, beside the sweep's folder."""
+    """Return a trial as a run of its own: tracked, measured in full, beside the sweep's folder.
+
+    With the settings that trained what was measured last, if they changed in flight.
+    """
     values = read_mapping(trial.config)
-    for key, value in read_changed(trial).items():
+    change = change_behind(trial, last_measured(trial, sweep.metric))
+    for key, value in ({} if change is None else change.values).items():
         set_key(values, key, value)
     values |= {
         "name": f"{sweep.name}-best",

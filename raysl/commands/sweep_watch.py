@@ -122,6 +122,10 @@ class SweepTracking:
             tags["stopped_at_epoch"] = f"{trial.epoch:g}"
         if trial.error:
             tags["error"] = trial.error
+        if (drawn := read_candidate(folder)) is not None:  # MLflow's parameters cannot change
+            tags |= {
+                f"changed.{k}": str(v) for k, v in trial.params.items() if v != drawn.params[k]
+            }
 
         def send() -> None:
             tracker.finish(

@@ -55,7 +55,7 @@ class Suggestions(Protocol):
     """Hands out trials, one after the other."""
 
     def next(self) -> tuple[int, Mapping[str, Any]] | None:
-        """Return a trial's number and settings that may change in flight; None at the end.
+        """Return a trial's number and parameters that may change in flight; None at the end.
 
         Its folder holds its configuration by now.
         """
@@ -140,6 +140,7 @@ def _trainable(sweep: SweepConfig, folder: SweepFolder, sources: Mapping[str, So
         shelf=dict(sources),
         metrics=(sweep.metric.name, *sweep.metric.also),
         exchanges=sweep.scheduler.name in ("pbt", "hyperband"),
+        space=dict(sweep.space),
     )
 
 
@@ -192,7 +193,7 @@ def _scheduler(sweep: SweepConfig) -> TrialScheduler:
 def _domain(dimension: Dimension) -> Any:
     """Return a dimension as Tune's, for what population based training draws anew."""
     if dimension.is_listed:
-        return dimension.values()
+        return dimension.labels()
     low, high = dimension.bounds
     if dimension.kind in ("int", "log_int"):
         whole = tune.randint if dimension.kind == "int" else tune.lograndint

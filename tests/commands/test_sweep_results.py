@@ -13,9 +13,9 @@ from raysl.commands.sweep_results import (
     write_best,
 )
 from raysl.config.load import to_yaml
-from raysl.jobs.sweep_trial import write_changed
 from raysl.recipe import TrackConfig, load_run
 from raysl.sweep.config import SweepConfig
+from raysl.sweep.in_flight import Change, write_change
 from raysl.sweep.space import Candidate, run_config
 from raysl.sweep.summary import summarise
 from raysl.sweep.trial import SweepFolder, read_trials, write_trial
@@ -93,8 +93,12 @@ def test_the_best_run_is_the_trial_measured_in_full_and_tracked(
 def test_the_best_run_has_the_settings_that_changed_in_flight(
     sweep: SweepConfig, folder: SweepFolder
 ) -> None:
-    write_changed(folder.trial(1), {"method.temperature": 0.25})
+    key = "method.temperature"
+    for step, value in ((0, 0.2), (3, 0.25), (9, 0.3)):  # measured at step 9, by which 0.3 is new
+        write_change(folder.trial(1), Change(step, {key: value}, {key: value}))
     assert best_run(sweep, folder.trial(1)).method.temperature == 0.25
+    (_, trial, _) = read_trials(folder, sweep.metric)
+    assert trial.params == {key: 0.25}
 
 
 def test_the_next_line_trains_the_best_ten_times_as_long(
