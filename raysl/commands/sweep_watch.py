@@ -17,6 +17,7 @@ from raysl.commands.terminal import console
 from raysl.config.load import read_mapping
 from raysl.jobs.sweep_trial import read_error
 from raysl.sweep.config import SweepConfig
+from raysl.sweep.summary import best_of, ranked
 from raysl.sweep.trial import (
     ENDED,
     SweepFolder,
@@ -261,13 +262,12 @@ class SweepWatch:
     def _log_progress(self) -> None:
         """One line of the sweep's own metrics for each trial that ended."""
         ended = [trial for trial in self._trials.values() if trial.status in _STATUS_IN_MLFLOW]
-        values = [trial.metric for trial in ended if trial.metric is not None]
-        best = (max if self._sweep.metric.mode == "max" else min)(values, default=None)
+        best = best_of(ended, self._sweep.metric)
         counts = {
             f"sweep/{status}": float(sum(trial.status == status for trial in ended))
             for status in _STATUS_IN_MLFLOW
         }
-        known = {} if best is None else {"sweep/best_metric": best}
+        known = {} if best is None or best.metric is None else {"sweep/best_metric": best.metric}
         self._progress.log(counts | known, step=len(ended))
 
     def _show(self) -> None:
@@ -319,17 +319,10 @@ class _View:
         self._last_line = time.monotonic()
         counts = {s: sum(t.status == s for t in trials) for s in ("running", *_STATUS_IN_MLFLOW)}
         told = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
-        best = best_first(self._sweep, trials)
-        if best and best[0].metric is not None:
-            told += f"; best {best[0].metric:.4g} ({named(best[0].params)})"
+        best = best_of(trials, self._sweep.metric)
+        if best is not None:
+            told += f"; best {best.metric:.4g} ({named(best.params)})"
         self._console.print(f"trials: {told}", markup=False)
-
-
-def best_first(sweep: SweepConfig, trials: list[Trial]) -> list[Trial]:
-    """Return the trials that were evaluated, the best value first."""
-    seen = [trial for trial in trials if trial.metric is not None]
-    sign = -1 if sweep.metric.mode == "max" else 1
-    return sorted(seen, key=lambda trial: sign * (trial.metric or 0.0))
 
 
 def named(params: Mapping[str, Any]) -> str:
@@ -343,22 +336,22 @@ def shown(value: Any) -> str:
 
 
 def trials_table(sweep: SweepConfig, trials: list[Trial], *, rows: int) -> Table:
-    """Return trials as a table: those that run, then the best ones."""
+    """Return trials as a table: those that run, then the best ones; in bold the best of all."""
     running = [trial for trial in trials if trial.status == "running"]
-    others = [trial for trial in best_first(sweep, trials) if trial.status != "running"]
-    failed = [t for t in trials if t.status == "failed" and t.metric is None]
+    ended = [trial for trial in ranked(trials, sweep.metric) if trial.status in ENDED]
+    best = best_of(trials, sweep.metric)
     keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
     table = Table(title=f"{sweep.name}: {len(trials)} trials", title_justify="left")
     for title in ("trial", *(key.rsplit(".", 1)[-1] for key in keys), "epoch", "status"):
         table.add_column(title)
     table.add_column(sweep.metric.name, justify="right")
-    for trial in (running + others + failed)[:rows]:
+    for trial in (running + ended)[:rows]:
         table.add_row(
             f"{trial.number:04d}",
             *(escape(shown(trial.params.get(key, ""))) for key in keys),
             f"{trial.epoch:.3g}",
             trial.status if trial.error is None else escape(f"failed: {trial.error[:60]}"),
             "" if trial.metric is None else f"{trial.metric:.4g}",
-            style="bold" if others and trial is others[0] else None,
+            style="bold" if trial is best else None,
         )
     return table
