@@ -186,7 +186,8 @@ def _scheduler(sweep: SweepConfig) -> TrialScheduler:
         return HyperBand(chosen, sweep.metric)
     if chosen.name == "pbt":
         mutations = {key: _domain(dimension) for key, dimension in sweep.space.items()}
-        return Pbt(chosen, sweep.metric, mutations=mutations)
+        ranges = {key: each.bounds for key, each in sweep.space.items() if not each.is_listed}
+        return Pbt(chosen, sweep.metric, mutations=mutations, bounds=ranges)
     return FIFOScheduler()
 
 

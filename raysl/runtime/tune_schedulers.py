@@ -7,7 +7,7 @@ its number and an evaluation by its place, and so decide the same after a resume
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -263,11 +263,21 @@ class Pbt(PopulationBasedTraining):
         chosen: Its settings.
         metric: What decides.
         mutations: What is drawn anew, by the setting's name.
+        bounds: Low and high of those that are numbers of a range: what is changed stays in it.
     """
 
     def __init__(
-        self, chosen: PbtScheduler, metric: MetricConfig, *, mutations: dict[str, Any]
+        self,
+        chosen: PbtScheduler,
+        metric: MetricConfig,
+        *,
+        mutations: dict[str, Any],
+        bounds: Mapping[str, tuple[float, float]],
     ) -> None:
+        def inside(config: dict[str, Any]) -> dict[str, Any]:
+            kept = {k: min(max(config[k], low), high) for k, (low, high) in bounds.items()}
+            return config | kept
+
         super().__init__(
             metric=metric.name,
             mode=metric.mode,
@@ -276,6 +286,7 @@ class Pbt(PopulationBasedTraining):
             quantile_fraction=chosen.quantile,
             resample_probability=chosen.resample_prob,
             hyperparam_mutations=mutations,
+            custom_explore_fn=inside,
             log_config=False,
         )
         self._every_epochs = chosen.perturb_every_epochs

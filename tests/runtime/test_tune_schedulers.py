@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray import tune
 
 from raysl.jobs.sweep_trial import AGAIN, LAST
 from raysl.runtime.tune_schedulers import Asha, HyperBand, Pbt
@@ -20,6 +21,12 @@ class FakeTrial(SimpleNamespace):
 
     __hash__ = object.__hash__
 
+    def set_config(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+    def set_experiment_tag(self, tag: str) -> None:
+        self.experiment_tag = tag
+
     def is_finished(self) -> bool:
         return self.status == "TERMINATED"
 
@@ -33,6 +40,7 @@ class Controller:
         self.scheduler = scheduler
         self.stopped: list[int] = []
         self.saved: list[int] = []
+        self.checkpoint: Any = None
         self.trials = [
             FakeTrial(
                 trial_id=f"t{number}",
@@ -60,9 +68,13 @@ class Controller:
         trial.status = "TERMINATED"
         self.scheduler.on_trial_remove(self, trial)
 
-    def _schedule_trial_save(self, trial: Any, result: Any) -> None:
+    def _schedule_trial_save(self, trial: Any, result: Any) -> Any:
         """What population based training asks for of the best trials when it exchanges."""
         self.saved.append(trial.config["number"])
+        return self.checkpoint
+
+    def pause_trial(self, trial: Any, should_checkpoint: bool) -> None:
+        trial.status = "PAUSED"
 
     def report(self, number: int, epoch: float, value: float, **marks: float) -> str:
         trial = self.trials[number]
@@ -274,8 +286,8 @@ class TestPbt:
     def controller(self) -> Controller:
         """Four trials, of which two are worse."""
         chosen = PbtScheduler(perturb_every_epochs=0.1, quantile=0.5)
-        scheduler = Pbt(chosen, METRIC, mutations={"lr": [1, 2, 3, 4]})
-        controller = Controller(scheduler, 4, settings=(1, 2, 3, 4))
+        scheduler = Pbt(chosen, METRIC, mutations={"lr": tune.uniform(1, 4)}, bounds={"lr": (1, 4)})
+        controller = Controller(scheduler, 4, settings=(1.0, 2.0, 3.0, 4.0))
         controller.add()
         return controller
 
@@ -297,3 +309,15 @@ class TestPbt:
     def test_not_at_the_end(self, controller: Controller) -> None:
         assert self.exchanges(controller, [1, 2]) == 2
         assert self.exchanges(controller, [3], **{LAST: 1.0}) == 0
+
+    def test_what_it_changes_stays_in_its_range(self, controller: Controller) -> None:
+        """Tune multiplies by 0.8 or 1.2, whatever the range."""
+        controller.checkpoint = "of the best"
+        settings = []
+        for step in range(1, 30):
+            for number in range(4):
+                controller.report(number, step / 10, 0.1 * number)
+            settings += [trial.config["lr"] for trial in controller.trials]
+        assert min(settings) >= 1
+        assert max(settings) <= 4
+        assert len(set(settings)) > 8
