@@ -16,6 +16,7 @@ from rich.table import Table
 from raysl.commands.absolute_files import with_absolute_files
 from raysl.commands.record import git_state
 from raysl.commands.sweep_claim import claim
+from raysl.commands.sweep_measured import Measured
 from raysl.commands.sweep_results import (
     listed,
     next_line,
@@ -74,9 +75,16 @@ def run(arguments: argparse.Namespace) -> int:
     home = working_folder()
     folder = SweepFolder(home / Path(sweep.output_dir).expanduser() / sweep.name)
     candidates = draw(sweep)
-    sources = Sources(sweep.metric)
-    configs = check(sweep, candidates, folder=folder.path, look=sources.look)
+    sources = Sources()
+    measured = Measured(sweep.metric)
+
+    def look(config: RunConfig[Any]) -> None:
+        sources.look(config)
+        measured.look(config, sources.of(config))
+
+    configs = check(sweep, candidates, folder=folder.path, look=look)
     sources.say_notes()
+    measured.say_notes()
     if arguments.dry_run:
         _say_candidates(sweep, candidates)
         return 0

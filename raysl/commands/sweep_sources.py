@@ -1,14 +1,11 @@
 """The images of a sweep: opened once for all trials, and the same from its first start on."""
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from raysl.commands.terminal import say, say_notes
 from raysl.config.load import read_mapping, to_yaml
-from raysl.errors import DataError, RunFolderError
-from raysl.evaluate.labelled import Labelling, choose_labelled
-from raysl.evaluate.online import LABEL_FREE
+from raysl.errors import RunFolderError
 from raysl.evaluate.training_source import open_training_source
 from raysl.jobs.run_places import read_run, with_absolute_sources
 from raysl.jobs.run_source import hold_to_source, is_same, source_facts, what_changed
@@ -16,24 +13,16 @@ from raysl.recipe import RunConfig, derive_for, training_set
 from raysl.runtime.tune_trial import source_key
 from raysl.sources.source import Source
 from raysl.sources.subset import whole_source
-from raysl.sweep.config import MetricConfig
 from raysl.track.run_folder import RunFolder, read_json, write_atomically
 
 IF_CHANGED = "data.if_changed"
 
 
 class Sources:
-    """Training images by what their configuration says of them; each is opened once.
+    """Training images by what their configuration says of them; each is opened once."""
 
-    Args:
-        metric: What decides between the sweep's trials.
-    """
-
-    def __init__(self, metric: MetricConfig) -> None:
+    def __init__(self) -> None:
         self.opened: dict[str, Source] = {}
-        self._metric = metric
-        self._labellings: dict[str, Labelling] = {}
-        self._unmeasured: dict[str, None] = {}
 
     def of(self, config: RunConfig[Any]) -> Source:
         """Return the images of a run."""
@@ -44,42 +33,16 @@ class Sources:
         return self.opened[key]
 
     def look(self, config: RunConfig[Any]) -> None:
-        """Raise if a run could not start on its images, or would not measure what decides.
-
-        Raises:
-            RayslError: Before any run starts.
-        """
+        """Raise if a run could not start on its images, before any run does."""
         source = self.of(config)
         derive_for(config, source)
         config.method.size_defaults(training_set(config, source))
-        if not needing_labels((self._metric.name, *self._metric.also)):
-            return
-        labelling = self._labelling(config, source)
-        missing = unmeasured(self._metric.name, labelling)
-        if missing is not None:
-            raise DataError(
-                f"metric.name={self._metric.name}: {missing}\n  Set evaluate.source to labelled "
-                f"images, or metric.name to what needs no labels, such as eval/{LABEL_FREE[0]}"
-            )
-        for name in self._metric.also:
-            if (missing := unmeasured(name, labelling)) is not None:
-                self._unmeasured[f"metric.also: no {name}: {missing}"] = None
-
-    def _labelling(self, config: RunConfig[Any], source: Source) -> Labelling:
-        """Return what a run is measured on; sets that many runs share are looked at once."""
-        key = source_key(config) + json.dumps(config.evaluate.model_dump(mode="json"))
-        if key not in self._labellings:
-            found = choose_labelled(config.evaluate, config.data, whole_source(source))
-            self._labellings[key] = found
-        return self._labellings[key]
 
     def say_notes(self) -> None:
         """Say the notes of each source once, however many trials train on it."""
         wholes = {whole.fingerprint: whole for whole in map(whole_source, self.opened.values())}
         for whole in wholes.values():
             say_notes(whole, title=f"{whole.name}:")
-        for line in self._unmeasured:
-            say(line)
 
     def hold(
         self, left: Iterable[RunFolder], ended: Iterable[RunFolder], settings: Mapping[str, Any]
@@ -129,19 +92,3 @@ class Sources:
                     f"back as they were, give the sweep another name=..., or {IF_CHANGED}=go_on to "
                     f"go on with those that are there now"
                 )
-
-
-def needing_labels(names: Iterable[str]) -> list[str]:
-    """Return those metrics that are measured with labels."""
-    free = tuple(f"eval/{name}" for name in LABEL_FREE)
-    return [n for n in names if n.startswith(("eval/", "final/")) and n not in free]
-
-
-def unmeasured(name: str, labelling: Labelling) -> str | None:
-    """Return why a metric is not measured on the labelled images that there are, or None."""
-    if not needing_labels([name]):
-        return None
-    notes = "; ".join(labelling.notes)
-    if labelling.train is None or ("few_shot" in name and not labelling.few_shot):
-        return notes or "there are no labels"
-    return None

@@ -10,13 +10,10 @@ import pytest
 
 from raysl.commands.sweep_sources import Sources
 from raysl.config.load import read_mapping, to_yaml
-from raysl.errors import DataError, RunFolderError
+from raysl.errors import RunFolderError
 from raysl.jobs.run_source import hold_to_source
 from raysl.recipe import RunConfig, run_from_values
-from raysl.sweep.config import MetricConfig
 from raysl.track.run_folder import RunFolder, checkpoint_path
-
-LABEL_FREE = MetricConfig(name="eval/rankme")
 
 
 def draw(folder: Path, numbers: range) -> None:
@@ -49,14 +46,14 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_one_place_is_opened_once_however_it_is_spelt(home: Path) -> None:
-    sources = Sources(LABEL_FREE)
+    sources = Sources()
     found = {id(sources.of(trial(home, n, source=s)[1])) for n, s in enumerate(("p", "./p/"))}
     assert len(found) == len(sources.opened) == 1
 
 
 def test_trials_of_an_earlier_version_get_absolute_places_that_the_shelf_knows(home: Path) -> None:
     folder, config = trial(home, 0)
-    sources = Sources(LABEL_FREE)
+    sources = Sources()
     sources.look(config)
     sources.hold([folder], [], {})
     assert read_mapping(folder.config)["data"]["source"] == str(home / "p")
@@ -68,12 +65,12 @@ def test_a_trial_that_goes_on_refuses_other_images_unless_asked(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, config = trial(home, 0)
-    hold_to_source(folder, Sources(LABEL_FREE).of(config), config)
+    hold_to_source(folder, Sources().of(config), config)
     checkpoint_path(folder.checkpoints, 1).mkdir(parents=True)
     draw(home / "p" / "dog", range(8, 12))
     with pytest.raises(RunFolderError, match="8 then, 12 now"):
-        Sources(LABEL_FREE).hold([folder], [], {})
-    Sources(LABEL_FREE).hold([folder], [], {"data.if_changed": "go_on"})
+        Sources().hold([folder], [], {})
+    Sources().hold([folder], [], {"data.if_changed": "go_on"})
     assert "trial 0000: the images have changed, and data.if_changed=go_on" in (
         capsys.readouterr().err
     )
@@ -82,40 +79,11 @@ def test_a_trial_that_goes_on_refuses_other_images_unless_asked(
 
 def test_a_trial_that_begins_is_not_compared_with_those_of_other_images(home: Path) -> None:
     ended, config = trial(home, 0)
-    hold_to_source(ended, Sources(LABEL_FREE).of(config), config)
+    hold_to_source(ended, Sources().of(config), config)
     draw(home / "p" / "dog", range(8, 12))
     waiting, _ = trial(home, 1)
     with pytest.raises(RunFolderError, match="since this trial ended") as raised:
-        Sources(LABEL_FREE).hold([waiting], [ended], {})
+        Sources().hold([waiting], [ended], {})
     assert "data.if_changed=go_on" in str(raised.value)
-    Sources(LABEL_FREE).hold([], [ended], {})  # a sweep that is finished only tells its results
-    Sources(LABEL_FREE).hold([waiting], [ended], {"data.if_changed": "go_on"})
-
-
-@pytest.mark.parametrize("name", ["eval/knn_top1", "final/linear_top1"])
-def test_a_metric_that_the_images_have_no_labels_for_is_found_beforehand(
-    home: Path, name: str
-) -> None:
-    _, config = trial(home, 0)  # one folder, so one class
-    with pytest.raises(DataError, match=rf"metric.name={name}: .*has labels of one class only"):
-        Sources(MetricConfig(name=name)).look(config)
-
-
-def test_a_metric_that_is_only_shown_may_be_missing(
-    home: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    _, config = trial(home, 0)
-    sources = Sources(MetricConfig(name="eval/rankme", also=("eval/knn_top1", "eval/uniformity")))
-    sources.look(config)
-    sources.say_notes()
-    said = capsys.readouterr().err
-    assert "metric.also: no eval/knn_top1" in said
-    assert "eval/uniformity" not in said
-
-
-def test_labels_elsewhere_will_do(home: Path) -> None:
-    for name, numbers in (("dog", range(20, 26)), ("cow", range(30, 36))):
-        draw(home / "labelled" / name, numbers)
-    _, config = trial(home, 0)
-    evaluate = config.evaluate.model_copy(update={"source": str(home / "labelled")})
-    Sources(MetricConfig()).look(config.model_copy(update={"evaluate": evaluate}))
+    Sources().hold([], [ended], {})  # a sweep that is finished only tells its results
+    Sources().hold([waiting], [ended], {"data.if_changed": "go_on"})
