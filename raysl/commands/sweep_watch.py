@@ -101,7 +101,7 @@ class SweepTracking:
             uri=self.uri,
             experiment=self._sweep.track.experiment,
             run_name=f"{self._sweep.name}-{trial.number:04d}",
-            params=flat(read_mapping(folder.config)) | _labels(trial),
+            params=_params(trial),
             tags={
                 "raysl.kind": "trial",
                 "sweep": self._sweep.name,
@@ -165,9 +165,16 @@ def _plain_space(sweep: SweepConfig) -> dict[str, Any]:
     }
 
 
-def _labels(trial: Trial) -> dict[str, Any]:
-    """What the sweep varied, where it is not a setting by its own name."""
-    return {f"sweep.{key}": value for key, value in trial.params.items()}
+def _params(trial: Trial) -> dict[str, Any]:
+    """Return a trial's settings, and what the sweep varied where that is no setting by its name.
+
+    MLflow's compare page opens with the first three that differ: a trial's own name and second
+    copies would stand in front of what was varied.
+    """
+    settings = flat(read_mapping(RunFolder(trial.path).config))
+    del settings["name"]
+    labels = {k: v for k, v in trial.params.items() if str(settings.get(k)) != str(v)}
+    return settings | {f"sweep.{key}": value for key, value in labels.items()}
 
 
 class SweepWatch:
