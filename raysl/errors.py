@@ -10,6 +10,7 @@
     +-- ExportError         what was written does not do what it should
     +-- DivergedError       a loss or gradient that is not finite
     +-- CollapsedError      features that are the same for every image
+    +-- SweepError          a sweep whose trials were lost or failed, or that has no best one
 
 Each takes one message: Ray pickles exceptions between processes, and a class whose ``__init__``
 takes more loses its text on the way. A message says where, what was given, what is allowed and
@@ -55,6 +56,10 @@ class DivergedError(RayslError):
 
 class CollapsedError(RayslError):
     """All images have the same features."""
+
+
+class SweepError(RayslError):
+    """A sweep lost trials, or some failed, or none of them is the best."""
 
 
 def counted(number: int, what: str) -> str:

@@ -2,6 +2,8 @@
 
 import argparse
 import importlib
+import math
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -12,28 +14,37 @@ from rich.markup import escape
 from rich.table import Table
 
 from raysl.commands.absolute_files import with_absolute_files
-from raysl.commands.record import flat, git_state
+from raysl.commands.record import git_state
 from raysl.commands.run_tracking import say_trouble
-from raysl.commands.sweep_results import next_line, results_of, say_results, write_best
-from raysl.commands.sweep_sources import IF_CHANGED, Sources
-from raysl.commands.sweep_watch import ENDED, SweepTracking, SweepWatch, shown
+from raysl.commands.sweep_claim import claim
+from raysl.commands.sweep_measured import Measured
+from raysl.commands.sweep_results import (
+    listed,
+    next_line,
+    results_of,
+    say_results,
+    what_failed,
+    write_best,
+)
+from raysl.commands.sweep_sources import Sources
+from raysl.commands.sweep_watch import SweepTracking, SweepWatch, shown
 from raysl.commands.terminal import console, print_json, say
-from raysl.config.load import read_mapping, to_yaml, validate
-from raysl.errors import ConfigError, RayslError, RunFolderError
+from raysl.config.load import to_yaml
+from raysl.errors import ConfigError, RayslError, SweepError
 from raysl.jobs.run_places import read_run
 from raysl.jobs.run_source import hold_to_source
-from raysl.jobs.sweep_trial import read_changed
 from raysl.recipe import RunConfig
 from raysl.runtime.cluster import connect, disconnect
 from raysl.runtime.ray_tune import sweep_on_ray
 from raysl.runtime.trial_shares import Shares, plan_shares
-from raysl.sources.place import as_place
 from raysl.sweep.check import check
 from raysl.sweep.config import SweepConfig
+from raysl.sweep.in_flight import newest_change
 from raysl.sweep.load import load_sweep
 from raysl.sweep.space import Candidate, draw, run_config, samples
 from raysl.sweep.summary import summarise
 from raysl.sweep.trial import (
+    ENDED,
     SweepFolder,
     Trial,
     read_candidate,
@@ -43,9 +54,6 @@ from raysl.sweep.trial import (
 )
 from raysl.track.run_folder import working_folder, write_atomically, write_json
 from raysl.track.uri import check_tracking_uri, tracking_uri, without_password
-
-# What may change from one start of a sweep to the next.
-_FREE = ("budget", "resources", "retries", "track", "output_dir", "metric")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,18 +79,26 @@ def run(arguments: argparse.Namespace) -> int:
         check_tracking_uri(sweep.track.tracking_uri)
     candidates = draw(sweep)
     sources = Sources()
-    configs = check(sweep, candidates, folder=folder.path, look=sources.look)
+    measured = Measured(sweep.metric)
+
+    def look(config: RunConfig[Any]) -> None:
+        sources.look(config)
+        measured.look(config, sources.of(config))
+
+    configs = check(sweep, candidates, folder=folder.path, look=look)
     sources.say_notes()
+    measured.say_notes()
     if arguments.dry_run:
         _say_candidates(sweep, candidates)
         return 0
     runs = [with_absolute_files(config, home) for config in configs]
     with folder.locked():
-        _claim(folder, sweep)
+        claim(folder, sweep)
         going = _Sweep(sweep, folder, home=home, sources=sources)
         results = going.go_on(list(zip(candidates, runs, strict=True)))
     if arguments.json:
         print_json(results)
+    going.raise_problems()
     return 0
 
 
@@ -95,15 +111,17 @@ class _Drawn:
         self._in_flight = in_flight
 
     def next(self) -> tuple[int, Mapping[str, Any]] | None:
-        """Return the next one; with population based training, its settings as they are now."""
+        """Return the next one; with population based training, its parameters as they are now."""
         if not self._left:
             return None
         number = self._left.popleft()
         folder = self._folder.trial(number)
         candidate = read_candidate(folder)
         assert candidate is not None
-        changing = candidate.values | read_changed(folder) if self._in_flight else {}
-        return number, changing
+        if not self._in_flight:
+            return number, {}
+        change = newest_change(folder)
+        return number, candidate.params if change is None else change.params
 
     def ended(self, number: int) -> None:
         """Nothing follows from it: all trials were drawn beforehand."""
@@ -158,6 +176,7 @@ class _Sweep:
         self._sources = sources
         self._uri = tracking_uri(sweep.track.tracking_uri, folder=home)
         self._tracking: SweepTracking | None = None
+        self._lost: dict[int, str] = {}
 
     def go_on(self, candidates: Sequence[tuple[Candidate, RunConfig[Any]]]) -> dict[str, Any]:
         """Run what has not ended; return the results."""
@@ -170,6 +189,16 @@ class _Sweep:
         else:
             say(f"{self.folder.path}: this sweep is finished; name=... starts another")
         return self._conclude()
+
+    def raise_problems(self) -> None:
+        """Raise if the sweep did not give what was asked for, now that all is told and written.
+
+        Raises:
+            SweepError: If trials were lost, failed otherwise than by diverging, or none is best.
+        """
+        problems = what_failed(self.sweep, self._trials(), self._lost)
+        if problems:
+            raise SweepError(f"{self.folder.path}: " + "\n  ".join(problems))
 
     def parzen(self) -> Any:
         """Return Optuna's search, told of every trial that has ended.
@@ -228,36 +257,50 @@ class _Sweep:
         folders = {trial.number: self.folder.trial(trial.number) for trial in trials}
         ended = [folders[number] for number in folders if number not in left]
         self._sources.hold((folders[number] for number in left), ended, self.sweep.set)
+        hours = self.sweep.budget.hours
+        until = math.inf if hours is None else time.monotonic() + hours * 3600
         with ExitStack() as stack:
             if connect():
                 stack.callback(disconnect)
-            asks = self.sweep.search.name == "optuna"
-            in_flight = self.sweep.scheduler.name == "pbt"
-            suggestions = (
-                _Asked(self, left) if asks else _Drawn(self.folder, left, in_flight=in_flight)
-            )
-            most = max(len(left), (self.sweep.budget.trials or 0) - len(trials) + len(left))
-            shares = plan_shares(self.sweep, self._kinds(left), most_trials=most)
+            shares = plan_shares(self.sweep, self._kinds(left), most_trials=self._most(left))
             self._say_start(trials, left, shares)
             self._tracking = self._start_tracking()
             watch = stack.enter_context(
                 SweepWatch(self.sweep, self.folder, tracking=self._tracking, trials=trials)
             )
             try:
-                sweep_on_ray(
-                    self.sweep,
-                    suggestions,
-                    watch,
-                    shares=shares,
-                    most_trials=most,
-                    known=[trial for trial in trials if trial.status in ENDED],
-                    sources=self._sources.opened,
-                    folder=self.folder,
-                )
+                self._go(watch, shares, until=until)
             except BaseException:
                 if self._tracking is not None:
                     self._tracking.finish(status="KILLED", artifacts=[], tags={})
                 raise
+
+    def _go(self, watch: SweepWatch, shares: Shares, *, until: float) -> None:
+        """Run what has not ended, and again what Tune lost, as often as a trial may be retried."""
+        for _ in range(1 + self.sweep.retries):
+            trials = self._trials()
+            left = [trial.number for trial in trials if trial.status not in ENDED]
+            asks = self.sweep.search.name == "optuna"
+            in_flight = self.sweep.scheduler.name == "pbt"
+            self._lost = sweep_on_ray(
+                self.sweep,
+                _Asked(self, left) if asks else _Drawn(self.folder, left, in_flight=in_flight),
+                watch,
+                shares=shares,
+                most_trials=self._most(left),
+                known=trials,
+                sources=self._sources.opened,
+                folder=self.folder,
+                seconds=None if until == math.inf else max(1.0, until - time.monotonic()),
+            )
+            if not self._lost or time.monotonic() >= until:
+                return
+            say(f"going on with what Ray lost: {listed(self._lost)}")
+
+    def _most(self, left: Sequence[int]) -> int:
+        """How many trials are left, with those that Optuna may still suggest."""
+        num_ended = len(self._trials()) - len(left)
+        return max(len(left), (self.sweep.budget.trials or 0) - num_ended)
 
     def _kinds(self, left: Sequence[int]) -> list[RunConfig[Any]]:
         """The runs that are left; before Optuna's first, one of their kind."""
@@ -294,7 +337,7 @@ class _Sweep:
         sweep, folder = self.sweep, self.folder
         trials = self._trials()
         left = sum(trial.status not in ENDED for trial in trials)
-        if left:
+        if left and not self._lost:
             say(f"budget.hours is up; {left} trials have not ended: the same command goes on")
         summary = summarise(trials, sweep.metric)
         write_best(sweep, folder, summary)
@@ -332,37 +375,6 @@ class _Sweep:
         tracking.finish(status="FINISHED", artifacts=artifacts, tags=tags)
         say_trouble(tracking.trouble, tracking.uri, ended=True)
         return {"parent_run_id": tracking.parent_run_id, "mlflow_problem": tracking.problem}
-
-
-def _claim(folder: SweepFolder, sweep: SweepConfig) -> None:
-    """Write the configuration into a new folder; in an old one, refuse another sweep."""
-    values = sweep.model_dump(mode="json")
-    if folder.config.exists():
-        # A setting that is newer than the folder has its default there.
-        kept = validate(SweepConfig, read_mapping(folder.config), where=str(folder.config))
-        old, new = (_without_folders(each) for each in (kept.model_dump(mode="json"), values))
-        changed = [
-            f"{key}: {old.get(key)} -> {new.get(key)}"
-            for key in sorted({*old, *new})
-            if key.split(".")[0] not in _FREE and old.get(key) != new.get(key)
-        ]
-        if changed:
-            raise RunFolderError(
-                f"{folder.path} holds another sweep:\n  "
-                + "\n  ".join(changed)
-                + "\nGive this one another name=..."
-            )
-    write_atomically(folder.config, to_yaml(values))
-
-
-def _without_folders(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings flat, bases by their names, images by their places.
-
-    A job's working folder is another one each time.
-    """
-    found = flat({**values, "base": [Path(base).name for base in values["base"]]})
-    found.pop(f"set.{IF_CHANGED}", None)  # is there to change
-    return {key: as_place(key.rpartition(".")[2], value) for key, value in found.items()}
 
 
 def _say_candidates(sweep: SweepConfig, candidates: Sequence[Candidate]) -> None:

@@ -1,6 +1,6 @@
 """What a sweep leaves behind: the best run's configuration, the results, what is said of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +8,19 @@ from raysl.commands.next_command import command
 from raysl.commands.sweep_watch import named, placed_seconds, trials_table
 from raysl.commands.terminal import console
 from raysl.config.load import read_mapping, set_key, to_yaml
-from raysl.jobs.sweep_trial import read_changed
+from raysl.errors import DivergedError
 from raysl.recipe import RunConfig, run_from_values
 from raysl.sweep.config import SweepConfig
+from raysl.sweep.in_flight import change_behind
+from raysl.sweep.space import trial_name
 from raysl.sweep.summary import Summary
-from raysl.sweep.trial import SweepFolder, Trial
+from raysl.sweep.trial import SweepFolder, Trial, last_measured
 from raysl.track.run_folder import RunFolder, working_folder, write_atomically
 from raysl.track.uri import compare_line
 
 _BEST_SHOWN = 10
 _LONGER = 10
+_DIVERGED = DivergedError.__name__
 
 
 def write_best(sweep: SweepConfig, folder: SweepFolder, summary: Summary) -> None:
@@ -94,10 +97,45 @@ def say_results(
     out.print("\n".join(lines), markup=False)
 
 
+def what_failed(sweep: SweepConfig, trials: Sequence[Trial], lost: Mapping[int, str]) -> list[str]:
+    """Return what a sweep did not do, a line each; that some trials diverge is what it finds out.
+
+    Args:
+        sweep: The sweep.
+        trials: All of its trials, after it ended.
+        lost: Trials that Ray gave up, and why.
+    """
+    problems = []
+    if lost:
+        problems.append(f"trials were lost: {listed(lost)}; the same command goes on with them")
+    failed = {trial.number: str(trial.error) for trial in trials if trial.status == "failed"}
+    died = {n: error for n, error in failed.items() if not error.startswith(_DIVERGED)}
+    if died:
+        problems.append(f"{len(died)} of {len(trials)} trials failed: {listed(died)}")
+    if all(trial.metric is None or trial.status == "failed" for trial in trials):
+        why = f"no trial has {sweep.metric.name}, so none is the best"
+        if failed and not died:
+            why += f": {len(failed)} of {len(trials)} diverged; lower optim.base_lr"
+        problems.append(why)
+    return problems
+
+
+def listed(reasons: Mapping[int, str]) -> str:
+    """Return trials by their reasons, each reason once."""
+    by_reason: dict[str, list[str]] = {}
+    for number, reason in sorted(reasons.items()):
+        by_reason.setdefault(reason, []).append(trial_name(number))
+    return "; ".join(f"{', '.join(names)} ({why})" for why, names in by_reason.items())
+
+
 def best_run(sweep: SweepConfig, trial: RunFolder) -> RunConfig[Any]:
-    """Return a trial as a run of its own: tracked, measured in full, beside the sweep's folder."""
+    """Return a trial as a run of its own: tracked, measured in full, beside the sweep's folder.
+
+    With the settings that trained what was measured last, if they changed in flight.
+    """
     values = read_mapping(trial.config)
-    for key, value in read_changed(trial).items():
+    change = change_behind(trial, last_measured(trial, sweep.metric))
+    for key, value in ({} if change is None else change.values).items():
         set_key(values, key, value)
     values |= {
         "name": f"{sweep.name}-best",

@@ -17,7 +17,15 @@ from raysl.commands.terminal import console
 from raysl.config.load import read_mapping
 from raysl.jobs.sweep_trial import read_error
 from raysl.sweep.config import SweepConfig
-from raysl.sweep.trial import SweepFolder, Trial, read_candidate, read_trial, write_trial
+from raysl.sweep.summary import best_of, ranked
+from raysl.sweep.trial import (
+    ENDED,
+    SweepFolder,
+    Trial,
+    read_candidate,
+    read_trial,
+    write_trial,
+)
 from raysl.track.run_folder import MetricsFile, RunFolder, write_json
 
 _LINE_EVERY_S = 10.0
@@ -25,8 +33,6 @@ _ROWS = 20
 # In a trial's folder once MLflow has all of it.
 _TOLD = "told.json"
 _STATUS_IN_MLFLOW = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}
-ENDED = tuple(_STATUS_IN_MLFLOW)
-"""States in which nothing more happens to a trial."""
 
 
 class SweepTracking:
@@ -100,7 +106,7 @@ class SweepTracking:
             uri=self.uri,
             experiment=self._sweep.track.experiment,
             run_name=f"{self._sweep.name}-{trial.number:04d}",
-            params=flat(read_mapping(folder.config)) | _labels(trial),
+            params=_params(trial),
             tags={
                 "raysl.kind": "trial",
                 "sweep": self._sweep.name,
@@ -122,6 +128,10 @@ class SweepTracking:
             tags["stopped_at_epoch"] = f"{trial.epoch:g}"
         if trial.error:
             tags["error"] = trial.error
+        if (drawn := read_candidate(folder)) is not None:  # MLflow's parameters cannot change
+            tags |= {
+                f"changed.{k}": str(v) for k, v in trial.params.items() if v != drawn.params[k]
+            }
 
         def send() -> None:
             tracker.finish(
@@ -160,9 +170,16 @@ def _plain_space(sweep: SweepConfig) -> dict[str, Any]:
     }
 
 
-def _labels(trial: Trial) -> dict[str, Any]:
-    """What the sweep varied, where it is not a setting by its own name."""
-    return {f"sweep.{key}": value for key, value in trial.params.items()}
+def _params(trial: Trial) -> dict[str, Any]:
+    """Return a trial's settings, and what the sweep varied where that is no setting by its name.
+
+    MLflow's compare page opens with the first three that differ: a trial's own name and second
+    copies would stand in front of what was varied.
+    """
+    settings = flat(read_mapping(RunFolder(trial.path).config))
+    del settings["name"]
+    labels = {k: v for k, v in trial.params.items() if str(settings.get(k)) != str(v)}
+    return settings | {f"sweep.{key}": value for key, value in labels.items()}
 
 
 class SweepWatch:
@@ -202,7 +219,7 @@ class SweepWatch:
         self._progress.close()
 
     def started(self, number: int) -> None:
-        """A trial begins, or goes on."""
+        """A trial begins, or goes on after a pause."""
         self._running.add(number)
         self._started_at[number] = time.time()
         trial = self._read(number)
@@ -215,11 +232,18 @@ class SweepWatch:
         self._read(number)
         self._show()
 
+    def paused(self, number: int) -> None:
+        """A trial gave its place away, and may go on later."""
+        self._running.discard(number)
+        self._keep_times(number)
+        self._read(number)
+        self._show()
+
     def ended(self, number: int, *, error: str | None) -> None:
         """A trial ended by itself, was stopped, or failed: its folder and Tune's word say which."""
         self._running.discard(number)
         folder = self._folder.trial(number)
-        self._keep_times(number, folder)
+        self._keep_times(number)
         if folder.read_results() is None:  # else it finished, whatever came after
             candidate = read_candidate(folder)
             assert candidate is not None
@@ -232,10 +256,11 @@ class SweepWatch:
         self._log_progress()
         self._show()
 
-    def _keep_times(self, number: int, folder: RunFolder) -> None:
+    def _keep_times(self, number: int) -> None:
         """One line for each time that the trial had a place on the cluster."""
-        times = {"started": self._started_at.pop(number, time.time()), "ended": time.time()}
-        with open(times_file(folder), "a", encoding="utf-8") as file:
+        now = time.time()
+        times = {"started": self._started_at.pop(number, now), "ended": now}
+        with open(times_file(self._folder.trial(number)), "a", encoding="utf-8") as file:
             file.write(json.dumps(times) + "\n")
 
     def _read(self, number: int) -> Trial:
@@ -249,13 +274,12 @@ class SweepWatch:
     def _log_progress(self) -> None:
         """One line of the sweep's own metrics for each trial that ended."""
         ended = [trial for trial in self._trials.values() if trial.status in _STATUS_IN_MLFLOW]
-        values = [trial.metric for trial in ended if trial.metric is not None]
-        best = (max if self._sweep.metric.mode == "max" else min)(values, default=None)
+        best = best_of(ended, self._sweep.metric)
         counts = {
             f"sweep/{status}": float(sum(trial.status == status for trial in ended))
             for status in _STATUS_IN_MLFLOW
         }
-        known = {} if best is None else {"sweep/best_metric": best}
+        known = {} if best is None or best.metric is None else {"sweep/best_metric": best.metric}
         self._progress.log(counts | known, step=len(ended))
 
     def _show(self) -> None:
@@ -307,17 +331,10 @@ class _View:
         self._last_line = time.monotonic()
         counts = {s: sum(t.status == s for t in trials) for s in ("running", *_STATUS_IN_MLFLOW)}
         told = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
-        best = best_first(self._sweep, trials)
-        if best and best[0].metric is not None:
-            told += f"; best {best[0].metric:.4g} ({named(best[0].params)})"
+        best = best_of(trials, self._sweep.metric)
+        if best is not None:
+            told += f"; best {best.metric:.4g} ({named(best.params)})"
         self._console.print(f"trials: {told}", markup=False)
-
-
-def best_first(sweep: SweepConfig, trials: list[Trial]) -> list[Trial]:
-    """Return the trials that were evaluated, the best value first."""
-    seen = [trial for trial in trials if trial.metric is not None]
-    sign = -1 if sweep.metric.mode == "max" else 1
-    return sorted(seen, key=lambda trial: sign * (trial.metric or 0.0))
 
 
 def named(params: Mapping[str, Any]) -> str:
@@ -331,22 +348,22 @@ def shown(value: Any) -> str:
 
 
 def trials_table(sweep: SweepConfig, trials: list[Trial], *, rows: int) -> Table:
-    """Return trials as a table: those that run, then the best ones."""
+    """Return trials as a table: those that run, then the best ones; in bold the best of all."""
     running = [trial for trial in trials if trial.status == "running"]
-    others = [trial for trial in best_first(sweep, trials) if trial.status != "running"]
-    failed = [t for t in trials if t.status == "failed" and t.metric is None]
+    ended = [trial for trial in ranked(trials, sweep.metric) if trial.status in ENDED]
+    best = best_of(trials, sweep.metric)
     keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
     table = Table(title=f"{sweep.name}: {len(trials)} trials", title_justify="left")
     for title in ("trial", *(key.rsplit(".", 1)[-1] for key in keys), "epoch", "status"):
         table.add_column(title)
     table.add_column(sweep.metric.name, justify="right")
-    for trial in (running + others + failed)[:rows]:
+    for trial in (running + ended)[:rows]:
         table.add_row(
             f"{trial.number:04d}",
             *(escape(shown(trial.params.get(key, ""))) for key in keys),
             f"{trial.epoch:.3g}",
             trial.status if trial.error is None else escape(f"failed: {trial.error[:60]}"),
             "" if trial.metric is None else f"{trial.metric:.4g}",
-            style="bold" if others and trial is others[0] else None,
+            style="bold" if trial is best else None,
         )
     return table

@@ -17,6 +17,11 @@ from raysl.track.run_folder import (
 )
 from raysl.train.loop import Log
 
+AGAIN = "again"
+"""Told, as 1.0, with an evaluation of an earlier start."""
+LAST = "last"
+"""Told, as 1.0, with the evaluation of the last step: the trial is finished."""
+
 Report = Callable[[Mapping[str, float]], None]
 """Gets ``step``, ``epoch`` and the metrics of an evaluation; may raise to end the trial."""
 
@@ -45,20 +50,20 @@ def run_trial(
     """
     last: list[Mapping[str, float]] = []
 
-    def evaluated(logged: Mapping[str, float], step: int) -> None:
-        told = _told(logged, step, metrics)
+    def tell(logged: Mapping[str, float], step: int, mark: Mapping[str, float]) -> None:
+        told = {**_told(logged, step, metrics), **mark}
         if step < total_steps:
             report(told)
         else:
-            last.append(told)
+            last.append({**told, LAST: 1.0})
 
     error_file(folder).unlink(missing_ok=True)
     done = latest_step(folder.checkpoints)
     for record in read_metrics(folder.metrics):
         if record["step"] <= done and metrics[0] in record:
-            evaluated(record, int(record["step"]))
+            tell(record, int(record["step"]), {AGAIN: 1.0})
     try:
-        train(evaluated)
+        train(lambda logged, step: tell(logged, step, {}))
     except RayslError as error:
         write_json(error_file(folder), {"error": type(error).__name__, "message": str(error)})
         return
@@ -82,18 +87,20 @@ def read_error(folder: RunFolder) -> str | None:
     return None if found is None else f"{found['error']}: {found['message']}"
 
 
-def take_over(folder: RunFolder, donor: RunFolder, *, step: int) -> int:
+def take_over(folder: RunFolder, donor: RunFolder, *, step: int, total_steps: int) -> int:
     """Make a trial go on from another one's checkpoint (population based training).
 
     Args:
         folder: The trial that goes on.
         donor: Whose state it takes.
         step: The checkpoint meant; if it is gone by now, the newest one before it or else any.
+        total_steps: Of a trial: the last checkpoint leaves nothing to train, and is never taken.
 
     Returns:
-        The step it goes on from; 0 if the donor has no checkpoint any more.
+        The step it goes on from; 0 if the donor has no such checkpoint any more, and the trial
+        stays as it is.
     """
-    known = list_checkpoints(donor.checkpoints)
+    known = [each for each in list_checkpoints(donor.checkpoints) if each < total_steps]
     chosen = max((s for s in known if s <= step), default=min(known, default=0))
     if not chosen:
         return 0
@@ -105,14 +112,3 @@ def take_over(folder: RunFolder, donor: RunFolder, *, step: int) -> int:
     folder.checkpoints.mkdir(exist_ok=True)
     arriving.rename(checkpoint_path(folder.checkpoints, chosen))
     return chosen
-
-
-def write_changed(folder: RunFolder, changed: Mapping[str, Any]) -> None:
-    """Keep the settings that population based training changed in flight, if any."""
-    if changed:
-        write_json(folder.path / "changed.json", dict(changed))
-
-
-def read_changed(folder: RunFolder) -> dict[str, Any]:
-    """Return the settings that were changed in flight, by their dotted names."""
-    return read_json(folder.path / "changed.json") or {}

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ray
@@ -18,12 +19,14 @@ from raysl.evaluate.protocol import LabelledSets
 from raysl.evaluate.training_source import open_training_source
 from raysl.jobs.labelled_sets import open_sets
 from raysl.jobs.local import pretrain_here
-from raysl.jobs.sweep_trial import run_trial, take_over, write_changed
+from raysl.jobs.sweep_trial import run_trial, take_over
 from raysl.recipe import RunConfig, derive_for, run_from_values
 from raysl.runtime.background import in_background
 from raysl.runtime.cluster import plan_layout
 from raysl.runtime.ray_train import pretrain_on_ray
 from raysl.sources.source import Source
+from raysl.sweep.config import Dimension
+from raysl.sweep.in_flight import Change, newest_change, write_change
 from raysl.track.follow import MetricsReader
 from raysl.track.run_folder import RunFolder, latest_step, read_json, write_json
 from raysl.train.loop import Log
@@ -57,21 +60,24 @@ def trial_in_process(
     shelf: Mapping[str, Source],
     metrics: tuple[str, ...],
     exchanges: bool,
+    space: Mapping[str, Dimension] = MappingProxyType({}),
 ) -> None:
     """Run one trial in Tune's process.
 
     Args:
-        given: A number, and settings that may have changed in flight.
+        given: A number, and settings that may have changed in flight, as people see them.
         trials: The folder of the trials' folders, which have their names.
         shelf: Training images.
         metrics: What to report, the deciding one first.
         exchanges: Whether trials are paused or take over others' checkpoints.
+        space: The dimensions of those settings.
     """
     folder = RunFolder(trials / str(tune.get_context().get_trial_name()))
+    source = _source_of(_config_of(folder), shelf)
+    total_steps = derive_for(_config_of(folder), source).total_steps
     if exchanges:
-        _arrive(folder)
-    config = _config_of(folder, given)
-    source = _source_of(config, shelf)
+        _exchange(folder, given, space, total_steps=total_steps)
+    config = _config_of(folder)
     cpus = tune.get_context().get_trial_resources().head_cpus or 1.0
 
     def report(told: Mapping[str, float]) -> None:
@@ -101,27 +107,30 @@ def trial_in_process(
         run_trial(
             folder,
             metrics=metrics,
-            total_steps=derive_for(config, source).total_steps,
+            total_steps=total_steps,
             report=report,
             train=train,
         )
     finally:  # the process stays for the next trial, also when this one was stopped
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _free_memory()
 
 
-def _config_of(folder: RunFolder, given: Mapping[str, Any]) -> RunConfig[Any]:
-    """Return a trial's run as it is now, and keep what changed in flight."""
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _config_of(folder: RunFolder) -> RunConfig[Any]:
+    """Return a trial's run as it is now, with what changed in flight."""
     if not folder.config.exists():
         raise ClusterError(
             f"node {ray.util.get_node_ip_address()} does not see {folder.path}: on several nodes "
             f"output_dir must be on a disk that all share"
         )
     values = read_mapping(folder.config)
-    changed = {key: value for key, value in given.items() if key != NUMBER}
-    write_changed(folder, changed)
-    for key, value in changed.items():
+    change = newest_change(folder)
+    for key, value in ({} if change is None else change.values).items():
         set_key(values, key, value)
     return run_from_values(values, where=str(folder.config))
 
@@ -148,16 +157,34 @@ def _sets_of(config: RunConfig[Any], source: Source, *, num_threads: int) -> Lab
     return _SETS[key]
 
 
-def _arrive(folder: RunFolder) -> None:
-    """Take over the checkpoint that Tune sends this trial on from, if it is another trial's."""
-    sent = tune.get_checkpoint()
-    if sent is None:
+def _exchange(
+    folder: RunFolder,
+    given: Mapping[str, Any],
+    space: Mapping[str, Dimension],
+    *,
+    total_steps: int,
+) -> None:
+    """Take over the checkpoint and the settings that Tune sends a trial on with.
+
+    Not where nothing would be trained of them: a trial that is finished stays as it is, and the
+    settings that come with a checkpoint that cannot be had are not this trial's.
+    """
+    if folder.read_results() is not None:
         return
-    with sent.as_directory() as pointer:
-        found = read_json(Path(pointer) / _POINTER) or {}
-    donor = RunFolder(Path(found["folder"]))
-    if donor.path != folder.path:
-        take_over(folder, donor, step=int(found["step"]))
+    sent = tune.get_checkpoint()
+    if sent is not None:
+        with sent.as_directory() as pointer:
+            found = read_json(Path(pointer) / _POINTER) or {}
+        donor = RunFolder(Path(found["folder"]))
+        step = int(found["step"])
+        if donor.path != folder.path and not take_over(
+            folder, donor, step=step, total_steps=total_steps
+        ):
+            return
+    params = {key: value for key, value in given.items() if key != NUMBER}
+    if params:
+        values = {k: space[k].value_of(v) if k in space else v for k, v in params.items()}
+        write_change(folder, Change(latest_step(folder.checkpoints), params, values))
 
 
 def _train_below(

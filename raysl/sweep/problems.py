@@ -205,8 +205,17 @@ def _search_problems(choices: Choices, sweep: SweepConfig) -> Iterator[str]:
 
 def _scheduler_problems(sweep: SweepConfig) -> Iterator[str]:
     scheduler = sweep.scheduler
-    if scheduler.name != "pbt":
-        return
+    if scheduler.name == "pbt":
+        yield from _pbt_problems(sweep)
+    if scheduler.name == "hyperband" and scheduler.reduction_factor > scheduler.max_evaluations:
+        yield (
+            f"scheduler: hyperband with max_evaluations={scheduler.max_evaluations} and "
+            f"reduction_factor={scheduler.reduction_factor:g} compares nobody; raise the first to "
+            f"the second or more"
+        )
+
+
+def _pbt_problems(sweep: SweepConfig) -> Iterator[str]:
     fixed = [key for key in sweep.space if key not in _MUTABLE]
     if fixed:
         yield (

@@ -62,7 +62,7 @@ def summarise(trials: Sequence[Trial], metric: MetricConfig) -> Summary:
     ranking = ranked(trials, metric)
     importance, epoch = _importance(ranking, metric)
     return Summary(
-        best=_best(ranking, metric),
+        best=best_of(trials, metric),
         ranking=ranking,
         importance=importance,
         compared_at_epoch=epoch,
@@ -128,11 +128,12 @@ def _rank(trial: Trial, metric: MetricConfig) -> tuple[float, ...]:
     return place, far, _signed(trial.metric, metric), trial.number
 
 
-def _best(ranking: Sequence[Trial], metric: MetricConfig) -> Trial | None:
-    """Return the best trial; only candidates with the most finished seeds can have it.
+def best_of(trials: Sequence[Trial], metric: MetricConfig) -> Trial | None:
+    """Return :attr:`Summary.best`; only candidates with the most finished seeds can have it.
 
     A mean over one seed that happened to go well would else beat means over three.
     """
+    ranking = ranked(trials, metric)
     means = means_over_seeds(ranking, metric)
     most = max((len(group.trials) for group in means), default=0)
     for group in means:

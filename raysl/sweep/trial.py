@@ -8,10 +8,13 @@ from typing import Any, Literal, NamedTuple
 
 from raysl.errors import RunFolderError
 from raysl.sweep.config import MetricConfig
+from raysl.sweep.in_flight import change_behind
 from raysl.sweep.space import TRIALS, Candidate, trial_name
 from raysl.track.run_folder import RunFolder, read_json, read_metrics, write_json
 
 Status = Literal["waiting", "running", "finished", "stopped", "failed"]
+ENDED: tuple[Status, ...] = ("finished", "stopped", "failed")
+"""States in which nothing more happens to a trial."""
 
 
 class Trial(NamedTuple):
@@ -19,7 +22,8 @@ class Trial(NamedTuple):
 
     number: int
     params: dict[str, Any]
-    """What people see and compare: setting (or ``config``, ``seed``) to a scalar."""
+    """What people see and compare: setting (or ``config``, ``seed``) to a scalar. With population
+    based training, what trained the weights that were measured last."""
     status: Status
     """running: begun and not ended, whether a process is at it right now or not."""
     curve: tuple[tuple[float, float], ...]
@@ -129,12 +133,13 @@ def read_trial(folder: RunFolder, metric: MetricConfig) -> Trial | None:
     measured = _curve(records, metric.name)
     also = {name: [value for _, value in _curve(records, name)] for name in metric.also}
     epochs = [epoch for epoch, _ in _curve(records, "train/epoch")]
+    change = change_behind(folder, last_measured(folder, metric))
     status: Status = kept.get("status") or ("running" if records else "waiting")
     if folder.results.exists():
         status = "finished"
     return Trial(
         number=candidate.number,
-        params=candidate.params,
+        params=candidate.params | ({} if change is None else change.params),
         status=status,
         curve=measured,
         metric=measured[-1][1] if measured else None,
@@ -145,6 +150,11 @@ def read_trial(folder: RunFolder, metric: MetricConfig) -> Trial | None:
         path=folder.path,
         mlflow_run_id=(read_json(folder.mlflow) or {}).get("run_id"),
     )
+
+
+def last_measured(folder: RunFolder, metric: MetricConfig) -> int:
+    """Return the last step at which a trial was measured, 0 if it never was."""
+    return max((r["step"] for r in read_metrics(folder.metrics) if metric.name in r), default=0)
 
 
 def read_trials(folder: SweepFolder, metric: MetricConfig) -> list[Trial]:

@@ -186,7 +186,7 @@ class MlflowTracker:
                     break
                 records.append(record)
                 metrics += points
-            client.log_batch(self.run_id, metrics=metrics)
+            client.log_batch(self.run_id, metrics=metrics, tags=_tags_of(records))
             for record in records:
                 self._sent.update({k: record["step"] for k in record if k not in ("step", "time")})
             del self._waiting[: len(records)]
@@ -280,13 +280,32 @@ def experiment_id(client: MlflowClient, name: str) -> str:
 
 
 def _metrics_of(record: Record) -> list[Metric]:
+    """Return what a chart can show: MLflow stores infinity as 1.8e308, beside which all is flat."""
     timestamp = int(record["time"] * 1000)
     return [
-        Metric(name, float(value), timestamp, int(record["step"]))
-        for name, value in record.items()
-        # Clocks and stop-watches are for the results; as metrics they only fill the UI's plots.
-        if name not in ("step", "time") and not name.startswith("time/") and not math.isnan(value)
+        Metric(name, value, timestamp, int(record["step"]))
+        for name, value in _values(record)
+        if math.isfinite(value)
     ]
+
+
+def _tags_of(records: list[Record]) -> list[RunTag]:
+    """Return a tag for each metric that is not finite somewhere: where it was so last."""
+    found = {
+        name: f"{value} at step {record['step']}"
+        for record in records
+        for name, value in _values(record)
+        if not math.isfinite(value)
+    }
+    return [RunTag(f"not_finite.{name}", text) for name, text in found.items()]
+
+
+def _values(record: Record) -> Iterator[tuple[str, float]]:
+    """Yield the metrics of a record."""
+    for name, value in record.items():
+        # Clocks and stop-watches are for the results; as metrics they only fill the UI's plots.
+        if name not in ("step", "time") and not name.startswith("time/"):
+            yield name, float(value)
 
 
 def _chunks(items: list[T], size: int) -> Iterator[list[T]]:

@@ -5,11 +5,17 @@ from typing import Any
 
 import pytest
 
-from raysl.commands.sweep_results import best_run, next_line, results_of, write_best
+from raysl.commands.sweep_results import (
+    best_run,
+    next_line,
+    results_of,
+    what_failed,
+    write_best,
+)
 from raysl.config.load import to_yaml
-from raysl.jobs.sweep_trial import write_changed
 from raysl.recipe import load_run
 from raysl.sweep.config import SweepConfig
+from raysl.sweep.in_flight import Change, write_change
 from raysl.sweep.space import Candidate, run_config
 from raysl.sweep.summary import summarise
 from raysl.sweep.trial import SweepFolder, read_trials, write_trial
@@ -88,8 +94,12 @@ def test_the_best_run_is_the_trial_measured_in_full_and_tracked(
 def test_the_best_run_has_the_settings_that_changed_in_flight(
     sweep: SweepConfig, folder: SweepFolder
 ) -> None:
-    write_changed(folder.trial(1), {"method.temperature": 0.25})
+    key = "method.temperature"
+    for step, value in ((0, 0.2), (3, 0.25), (9, 0.3)):  # measured at step 9, by which 0.3 is new
+        write_change(folder.trial(1), Change(step, {key: value}, {key: value}))
     assert best_run(sweep, folder.trial(1)).method.temperature == 0.25
+    (_, trial, _) = read_trials(folder, sweep.metric)
+    assert trial.params == {key: 0.25}
 
 
 def test_the_next_line_trains_the_best_ten_times_as_long(
@@ -108,3 +118,29 @@ def test_without_a_measured_trial_there_is_no_best(sweep: SweepConfig, tmp_path:
     assert not empty.best.exists()
     assert next_line(sweep, empty, summary) is None
     assert results_of(sweep, empty, [], summary)["best_params"] is None
+
+
+class TestWhatFailed:
+    def test_is_nothing_if_some_diverged(
+        self, sweep: SweepConfig, outcome: tuple[list[Any], Any]
+    ) -> None:
+        assert what_failed(sweep, outcome[0], {}) == []
+
+    def test_is_trials_that_were_lost(
+        self, sweep: SweepConfig, outcome: tuple[list[Any], Any]
+    ) -> None:
+        assert what_failed(sweep, outcome[0], {2: "no process", 0: "no process"}) == [
+            "trials were lost: 0000, 0002 (no process); the same command goes on with them"
+        ]
+
+    def test_is_trials_that_died(self, sweep: SweepConfig, outcome: tuple[list[Any], Any]) -> None:
+        trials = [*outcome[0][:2], outcome[0][2]._replace(error="MemoryError: no memory")]
+        assert what_failed(sweep, trials, {}) == [
+            "1 of 3 trials failed: 0002 (MemoryError: no memory)"
+        ]
+
+    def test_is_that_all_diverged(self, sweep: SweepConfig, outcome: tuple[list[Any], Any]) -> None:
+        trials = [outcome[0][2]._replace(number=n, metric=0.1) for n in range(2)]
+        assert what_failed(sweep, trials, {}) == [
+            "no trial has eval/knn_top1, so none is the best: 2 of 2 diverged; lower optim.base_lr"
+        ]

@@ -172,6 +172,26 @@ def test_trials_of_two_workers_run_below_ray_train(folder: Path) -> None:
     assert config["cluster"]["num_train_workers"] == 2
 
 
+def test_a_sweep_whose_trials_all_diverge_says_so_and_fails(folder: Path) -> None:
+    done = subprocess.run(
+        command(
+            "space={optim.base_lr: {grid: [1.0e+30, 1.0e+31]}}",
+            "scheduler={name: none}",
+            "track.mlflow=false",
+        ),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 1
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert (results["failed"], results["best_trial"]) == (2, None)
+    assert "SweepError" in done.stderr
+    assert "no trial has eval/knn_top1, so none is the best: 2 of 2 diverged" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("scheduler", "search"),
     [
@@ -197,4 +217,6 @@ def test_every_scheduler_and_search_brings_all_trials_to_an_end(
     assert results["trials"] == 4
     assert results["finished"] + results["stopped_early"] == 4
     assert results["finished"] >= 1
+    if "hyperband" in scheduler:  # one bracket of four: at each rung one of two goes on
+        assert (results["finished"], results["stopped_early"]) == (1, 3)
     assert 1e-4 <= results["best_params"]["optim.base_lr"] <= 1e-2

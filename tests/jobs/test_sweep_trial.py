@@ -8,11 +8,11 @@ import pytest
 
 from raysl.errors import DivergedError
 from raysl.jobs.sweep_trial import (
-    read_changed,
+    AGAIN,
+    LAST,
     read_error,
     run_trial,
     take_over,
-    write_changed,
 )
 from raysl.track.run_folder import (
     MetricsFile,
@@ -78,7 +78,7 @@ def test_tells_each_evaluation_with_step_epoch_and_the_metrics_asked_for(folder:
     assert scheduler.told == [
         {"step": 2.0, "epoch": 1.0, "eval/knn_top1": 0.2},
         {"step": 4.0, "epoch": 2.0, "eval/knn_top1": 0.4},
-        {"step": 6.0, "epoch": 3.0, "eval/knn_top1": 0.6},
+        {"step": 6.0, "epoch": 3.0, "eval/knn_top1": 0.6, LAST: 1.0},
     ]
 
 
@@ -128,6 +128,8 @@ def test_tells_what_was_measured_before_the_checkpoint_again_and_no_more(
         train=training(folder, start=4),
     )
     assert scheduler.steps == [2, 4, 6]
+    assert [AGAIN in told for told in scheduler.told] == [True, True, False]
+    assert [LAST in told for told in scheduler.told] == [False, False, True]
 
 
 def test_an_error_of_raysl_ends_the_trial_and_is_kept_until_it_runs_again(
@@ -171,7 +173,7 @@ class TestTakeOver:
         self, folder: RunFolder, donor: RunFolder
     ) -> None:
         checkpoint_path(folder.checkpoints, 60).mkdir(parents=True)
-        assert take_over(folder, donor, step=40) == 40
+        assert take_over(folder, donor, step=40, total_steps=80) == 40
         assert list_checkpoints(folder.checkpoints) == [40]
         state = checkpoint_path(folder.checkpoints, 40) / "state.pt"
         assert state.read_text() == "donor 40"
@@ -180,19 +182,19 @@ class TestTakeOver:
     def test_takes_the_newest_before_a_checkpoint_that_is_gone(
         self, folder: RunFolder, donor: RunFolder
     ) -> None:
-        assert take_over(folder, donor, step=30) == 20
+        assert take_over(folder, donor, step=30, total_steps=80) == 20
         assert list_checkpoints(folder.checkpoints) == [20]
 
     def test_leaves_the_trial_as_it_is_if_the_donor_has_none(
         self, folder: RunFolder, tmp_path: Path
     ) -> None:
         checkpoint_path(folder.checkpoints, 60).mkdir(parents=True)
-        assert take_over(folder, RunFolder(tmp_path / "empty"), step=30) == 0
+        assert take_over(folder, RunFolder(tmp_path / "empty"), step=30, total_steps=80) == 0
         assert list_checkpoints(folder.checkpoints) == [60]
 
-
-def test_settings_changed_in_flight_are_kept(folder: RunFolder) -> None:
-    assert read_changed(folder) == {}
-    write_changed(folder, {"optim.base_lr": 0.2})
-    write_changed(folder, {})  # nothing new does not forget what was
-    assert read_changed(folder) == {"optim.base_lr": 0.2}
+    def test_never_takes_what_leaves_nothing_to_train(
+        self, folder: RunFolder, donor: RunFolder
+    ) -> None:
+        assert take_over(folder, donor, step=40, total_steps=40) == 20
+        assert take_over(folder, donor, step=40, total_steps=20) == 0
+        assert list_checkpoints(folder.checkpoints) == [20]

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ray
 
 from raysl.errors import ClusterError
 from raysl.recipe import load_run
-from raysl.runtime.cluster import plan_layout
+from raysl.runtime.cluster import connect, plan_layout
 
 pytestmark = pytest.mark.ray
 
@@ -45,3 +46,17 @@ class TestPlanLayout:
         overrides = ["cluster={num_train_workers: 2, device: cuda}"]
         with pytest.raises(ClusterError, match=r"needs 2 GPUs.*has 0"):
             plan_layout(load_run(run_yaml("gpus"), overrides))
+
+
+def test_whatever_keeps_ray_from_starting_is_told_as_what_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray 2.60 raises a bare Exception where its start takes more than 30 s."""
+
+    def init(**_: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ClusterError, match=r"cannot connect to Ray.*timed out during startup"):
+        connect()

@@ -233,6 +233,17 @@ class TestSpaceProblems:
                 "that is measured on the way, such as eval/knn_top1",
             ),
             (
+                {
+                    "scheduler": {
+                        "name": "hyperband",
+                        "max_evaluations": 2,
+                        "reduction_factor": 3.0,
+                    }
+                },
+                "scheduler: hyperband with max_evaluations=2 and reduction_factor=3 compares "
+                "nobody; raise the first to the second or more",
+            ),
+            (
                 {"metric": {"also": ["final/linear_top1"]}},
                 "final/linear_top1: final=knn leaves it unmeasured; set final=full",
             ),

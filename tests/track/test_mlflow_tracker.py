@@ -151,10 +151,11 @@ def test_sends_more_metrics_and_params_than_one_call_takes(
     assert [step for step, _ in losses_of(run, store)] == list(range(1, 2101))
 
 
-def test_leaves_out_a_value_that_is_not_a_number(folder: RunFolder, store: str) -> None:
+def test_what_is_not_finite_is_a_tag_and_no_metric(folder: RunFolder, store: str) -> None:
     file = MetricsFile(folder.metrics, start_step=0)
     file.log({"loss": float("nan"), "norm": 1.0}, step=1)
-    file.log({"loss": 2.0}, step=2)
+    file.log({"loss": 2.0, "norm": float("inf")}, step=2)
+    file.log({"loss": float("-inf"), "time/x": float("inf")}, step=3)
     file.close()
     tracker = tracker_of(folder, store)
     tracker.start()
@@ -163,6 +164,8 @@ def test_leaves_out_a_value_that_is_not_a_number(folder: RunFolder, store: str) 
     (run,) = runs_of(folder, store)
     assert losses_of(run, store) == [(2, 2.0)]
     assert run.data.metrics == {"loss": 2.0, "norm": 1.0}
+    tags = {k: v for k, v in run.data.tags.items() if k.startswith("not_finite.")}
+    assert tags == {"not_finite.loss": "-inf at step 3", "not_finite.norm": "inf at step 2"}
 
 
 def test_a_resumed_run_goes_on_with_its_mlflow_run_and_sends_nothing_twice(

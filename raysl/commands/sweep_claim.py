@@ -1,0 +1,52 @@
+"""A sweep's folder is for one sweep: another one of the same name is refused."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from raysl.commands.record import flat
+from raysl.commands.sweep_sources import IF_CHANGED
+from raysl.config.load import read_mapping, to_yaml, validate
+from raysl.errors import RunFolderError
+from raysl.sources.place import as_place
+from raysl.sweep.config import SweepConfig
+from raysl.sweep.trial import SweepFolder
+from raysl.track.run_folder import write_atomically
+
+# What may change from one start of a sweep to the next.
+_FREE = ("budget", "resources", "retries", "track", "output_dir", "metric")
+
+
+def claim(folder: SweepFolder, sweep: SweepConfig) -> None:
+    """Write the configuration into a new folder, or what may change into the sweep's own.
+
+    Raises:
+        RunFolderError: If the folder holds another sweep.
+    """
+    values = sweep.model_dump(mode="json")
+    if folder.config.exists():
+        # A setting that is newer than the folder has its default there.
+        kept = validate(SweepConfig, read_mapping(folder.config), where=str(folder.config))
+        old, new = (_without_folders(each) for each in (kept.model_dump(mode="json"), values))
+        changed = [
+            f"{key}: {old.get(key)} -> {new.get(key)}"
+            for key in sorted({*old, *new})
+            if key.split(".")[0] not in _FREE and old.get(key) != new.get(key)
+        ]
+        if changed:
+            raise RunFolderError(
+                f"{folder.path} holds another sweep:\n  "
+                + "\n  ".join(changed)
+                + "\nGive this one another name=..."
+            )
+    write_atomically(folder.config, to_yaml(values))
+
+
+def _without_folders(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings flat, bases by their names, images by their places.
+
+    A job's working folder is another one each time.
+    """
+    found = flat({**values, "base": [Path(base).name for base in values["base"]]})
+    found.pop(f"set.{IF_CHANGED}", None)  # is there to change
+    return {key: as_place(key.rpartition(".")[2], value) for key, value in found.items()}

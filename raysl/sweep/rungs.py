@@ -1,0 +1,76 @@
+"""When a scheduler judges a trial: at its evaluation nearest to a rung, counted in whole ones.
+
+Trials of different batch sizes are evaluated at different fractions of an epoch, as evaluations lie
+at whole steps. So a rung is an epoch, and each trial meets it at the evaluation nearest to it.
+"""
+
+import math
+from fractions import Fraction
+from typing import NamedTuple
+
+# Epochs of evaluations are steps over steps per epoch: exact again below this denominator.
+_MOST_STEPS_PER_EPOCH = 10**6
+
+
+def exact(value: float) -> Fraction:
+    """Return the simple fraction that a float stands for: 0.1 is 1/10."""
+    return Fraction(value).limit_denominator(_MOST_STEPS_PER_EPOCH)
+
+
+def nearest(value: Fraction) -> int:
+    """Return the nearest whole number, of two the larger."""
+    return math.floor(value + Fraction(1, 2))
+
+
+class Evaluations:
+    """Numbers the evaluations of one trial: 1, 2, ...; evenly spaced, but perhaps for the last.
+
+    Args:
+        first_epoch: Where the first one lies.
+    """
+
+    def __init__(self, first_epoch: float) -> None:
+        self._spacing = exact(first_epoch)
+
+    def number(self, epoch: float) -> int:
+        """Return the number of the evaluation at an epoch; an odd one at the end is the next."""
+        return math.ceil(exact(epoch) / self._spacing)
+
+    def nearest_to(self, epoch: Fraction) -> int:
+        """Return the number of the evaluation nearest to an epoch, of two the later; at least 1."""
+        return max(1, nearest(epoch / self._spacing))
+
+    def periods(self, epoch: float, period: float) -> int:
+        """Return how many multiples of a period have had their nearest evaluation by an epoch."""
+        behind = (self.number(epoch) + Fraction(1, 2)) * self._spacing  # the next one's begin there
+        return math.ceil(behind / exact(period)) - 1
+
+
+class BracketPlan(NamedTuple):
+    """One successive halving of HyperBand."""
+
+    size: int
+    """Trials that begin in it."""
+    rungs: tuple[int, ...]
+    """Evaluations at whose number trials are compared; the last evaluation is none."""
+
+
+def hyperband(max_evaluations: int, reduction_factor: float) -> list[BracketPlan]:
+    """Return the brackets of one round, the one that halves most often first.
+
+    Source: Li et al. 2016, arXiv:1603.06560v4, Algorithm 1.
+
+    Args:
+        max_evaluations: R, evaluations of a trial that is never stopped.
+        reduction_factor: eta.
+    """
+    factor = exact(reduction_factor)
+    most = 0
+    while factor ** (most + 1) <= max_evaluations:
+        most += 1
+    plans = []
+    for halvings in range(most, -1, -1):
+        size = math.ceil(Fraction(most + 1, halvings + 1) * factor**halvings)
+        rungs = (nearest(max_evaluations / factor ** (halvings - i)) for i in range(halvings))
+        plans.append(BracketPlan(size, tuple(dict.fromkeys(r for r in rungs if r))))
+    return plans
