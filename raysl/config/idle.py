@@ -151,7 +151,7 @@ def _is_given(model: type[BaseModel], values: Mapping[str, Any], key: str) -> bo
     found = get_key(values, key)
     if found is MISSING or found is None:
         return False
-    return _without_null(found) != _without_null(_default(model, key))
+    return bool(_without_null(found) != _without_null(_default(model, key)))
 
 
 def _without_null(value: Any) -> Any:

@@ -48,6 +48,7 @@ from raysl.nn.score_matching import denoising_score_loss
 from raysl.nn.spectral_noise import SpectralGaussian
 
 _NO_CHAINS = {"training": ("score_matching", "nce", "conditional_nce")}
+_SHOWN_ROWS = 8  # of a picture, at most
 _OF_NOISE, _PERTURBED = ("perturbations", "noise_std_range"), ("mcmc", "conditional_nce")
 
 
@@ -163,10 +164,9 @@ class EBM(Method):
         super().__init__(config, backbone, data)
         self.config = config
         self.backbone = backbone
+        width = config.hidden_dim
         self.head = nn.Sequential(
-            nn.Linear(backbone.embed_dim, config.hidden_dim),
-            nn.SiLU(),
-            nn.Linear(config.hidden_dim, 1, bias=False),
+            nn.Linear(backbone.embed_dim, width), nn.SiLU(), nn.Linear(width, 1, bias=False)
         )
         self._has_batch_norm = any(
             isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.modules()
@@ -367,8 +367,7 @@ class EBM(Method):
 
     def _picture_of_denoising(self, images: Tensor) -> ImageGrid:
         images = images[:_SHOWN_ROWS]
-        low, high = self._log_noise_range
-        sigma = torch.linspace(low, high, len(images)).exp().to(images)
+        sigma = torch.linspace(*self._log_noise_range, len(images)).exp().to(images)
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(images.shape, generator=generator).to(images)
         noisy = images + by_row(sigma) * noise
@@ -396,9 +395,6 @@ class EBM(Method):
             f"of energies {range_of(self.energy(noise))}."
         )
         return ImageGrid(torch.stack([images, noise], dim=1), ("data", "noise"), caption)
-
-
-_SHOWN_ROWS = 8  # of a picture, at most
 
 
 METHOD = EBM

@@ -226,7 +226,7 @@ class TestRefused:
             ({"name": "resnext50_32x4d", "width": 2.0}, "not for resnext50_32x4d"),
             ({"name": "wide_resnet50_2", "selective_kernels": True}, "not for wide_resnet50_2"),
             ({"shortcut_edge": "zeros"}, "shortcut_edge needs selective_kernels: true"),
-            ({"width": 0.0}, "greater than 0"),
+            ({"width": 0.0}, "greater than or equal to 0.125"),
             ({"name": "vit_tiny", "drop_path": 1.0}, "less than 1"),
         ],
     )
