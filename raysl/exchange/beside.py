@@ -13,7 +13,7 @@ from raysl.weights.read import is_safetensors, read_header
 
 _VITS = ("vit", "vit_mae")
 # What transformers' networks may have and ours have not, with the values that ours are of.
-_TRANSFORMERS_FIXED = {
+_TRANSFORMERS_FIXED: dict[str, dict[str, Any]] = {
     "hidden_act": {"vit": "gelu", "vit_mae": "gelu", "resnet": "relu"},
     "downsample_in_bottleneck": {"resnet": False},
     "downsample_in_first_stage": {"resnet": False},
