@@ -166,7 +166,7 @@ def _lead(summary: Summary, metric: MetricConfig) -> str:
         )
     return (
         f"{tried} {what}: trial {best.number}, {_lower(shown.words)} {value} after "
-        f"{best.epoch:.4g} epochs{seeds}."
+        f"{best.epoch:.4g} epoch{'' if best.epoch == 1 else 's'}{seeds}."
     )
 
 
