@@ -9,7 +9,7 @@ from typing import Any
 from raysl.commands.record import packages
 from raysl.commands.terminal import say
 from raysl.encoder import load_encoder, read_description
-from raysl.recipe import TrackConfig
+from raysl.track.config import TrackConfig
 from raysl.track.run_folder import RunFolder
 from raysl.track.uri import without_password
 

@@ -143,7 +143,7 @@ def _is_off(
         return False
     if isinstance(value, dict) and _UNITS & set(value) and 0 in off:  # a duration
         return not any(value.get(unit) for unit in _UNITS)
-    return any(value is not None if each is GIVEN else value == each for each in off)
+    return any(value is not None if each is GIVEN else bool(value == each) for each in off)
 
 
 def _is_given(model: type[BaseModel], values: Mapping[str, Any], key: str) -> bool:

@@ -63,7 +63,7 @@ class EBMConfig(MethodConfig):
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle(("langevin_steps", "langevin_step_size", "langevin_noise_std"), _NO_CHAINS),
         Idle(("input_noise_std", "buffer_length", "energy_regularisation"), _NO_CHAINS),
-        Idle(("restart_prob", "restart_from"), _NO_CHAINS),
+        Idle(("langevin_max_gradient", "restart_prob", "restart_from"), _NO_CHAINS),
         Idle(("restart_from",), {"training": ("mcmc",), "restart_prob": (0,)}),
         Idle(("perturbations",), {"training": ("score_matching", "nce")}),
         Idle(("noise_std_range",), {"training": ("nce",)}),
