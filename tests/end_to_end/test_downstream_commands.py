@@ -22,7 +22,7 @@ from raysl.sources.builtin import open_digits
 from raysl.sources.source import spread_rows
 from raysl.track.run_folder import RunFolder, list_checkpoints, read_metrics
 
-SMALL = ["backbone={name: resnet18, stem: small, width: 0.125}", "method.projection_layers=3"]
+SMALL = ["backbone={name: resnet18, stem: small, width: 0.25}", "method.projection_layers=3"]
 SHORT = ["train.steps=2", "evaluate.every=null", "evaluate.final=knn"]
 FAST = "optim={name: adamw, base_lr: 0.003}"
 TUNE = ["data.labels.fraction=0.25", "train.epochs=2", "train.global_batch_size=10", FAST]
@@ -34,7 +34,7 @@ PIPELINE = """\
 base: base.yaml
 pretrain:
   backbone.stem: small
-  backbone.width: 0.125
+  backbone.width: 0.25
   method.projection_layers: 3
   train.steps: 2
   evaluate.final: knn
@@ -49,7 +49,7 @@ distill:
   - {name: same, set: {train.epochs: null, train.steps: 2, train.global_batch_size: 40}}
   - name: smaller
     teacher: same
-    set: {backbone.width: 0.0625, train.epochs: null, train.steps: 2, train.global_batch_size: 40}
+    set: {backbone.width: 0.125, train.epochs: null, train.steps: 2, train.global_batch_size: 40}
 """
 STEPS = [
     "pretrain",
@@ -115,10 +115,10 @@ class TestFinetuneThenDistill:
         assert accuracy(teacher) == pytest.approx(tuned["top1"], abs=NEARLY)
         assert read_metrics(folder.metrics)[-1]["final/top1"] == tuned["top1"]
 
-        more = ["backbone.width=0.0625", "train.steps=3", "train.epochs=null"]
+        more = ["backbone.width=0.125", "train.steps=3", "train.epochs=null"]
         more += ["train.global_batch_size=40", EACH_STEP, FAST, ALL_TEST_IMAGES]
         student = do("distill", str(folder.path), *more)
-        assert Path(student["run_dir"]).name == f"{folder.path.name}-distilled-resnet18-0.0625x"
+        assert Path(student["run_dir"]).name == f"{folder.path.name}-distilled-resnet18-0.125x"
         model = raysl.load_classifier(student["run_dir"])
         assert accuracy(model) == pytest.approx(student["top1"], abs=NEARLY)
         assert count(model) < count(teacher)

@@ -24,12 +24,11 @@ FAST = [
     "data.source=digits",
     "data.limit=203",
     "data.test_limit=101",
-    "linear.epochs=2",
-    "linear.base_lrs=[0.1,1.0]",
-    "few_shot.draws=2",
     HERE,
     "cluster.threads_per_train_worker=1",
 ]
+LINEAR = ["linear.epochs=2", "linear.base_lrs=[0.1,1.0]"]
+FEW_SHOT = "few_shot.draws=2"
 NO_MLFLOW = "track.mlflow=false"
 
 
@@ -66,7 +65,7 @@ def test_prints_writes_and_goes_on(
         return [("map", "no room")]
 
     monkeypatch.setattr("raysl.report.evaluation_page.draw_evaluation", draw)
-    status, text, _ = call(capsys, "resnet18", *FAST, NO_MLFLOW, "--json")
+    status, text, _ = call(capsys, "resnet18", *FAST, *LINEAR, FEW_SHOT, NO_MLFLOW, "--json")
     assert status == 0
     found = last_json(text)
     assert list(found) == ["knn", "linear", "few_shot"]
@@ -127,7 +126,7 @@ def test_goes_on_after_a_crash(
         return measure(unit, *words, **more)
 
     monkeypatch.setattr(evaluation, "measure_unit", breaks)
-    words = ["resnet18", *FAST, NO_MLFLOW, "--protocols", "knn,linear", "--json"]
+    words = ["resnet18", *FAST, *LINEAR, NO_MLFLOW, "--protocols", "knn,linear", "--json"]
     with pytest.raises(RuntimeError):
         main(["evaluate", *words])
     folder = tmp_path / "runs" / "untrained-resnet18-seed0" / "evaluations" / "digits"
@@ -242,7 +241,8 @@ def test_transfer_is_measured_on_images_of_its_own(
         place.mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 100, (16, 16, 3), dtype=np.uint8) + 150 * (number % 2)
         cv2.imwrite(str(place / f"{number}.png"), pixels)
-    words = [*FAST, NO_MLFLOW, "--protocols", "knn,transfer", "transfer.source=photos", "--json"]
+    words = [*FAST, *LINEAR, NO_MLFLOW, "--json"]
+    words += ["--protocols", "knn,transfer", "transfer.source=photos"]
     status, text, _ = call(capsys, "resnet18", *words)
     assert status == 0
     found = last_json(text)
@@ -258,8 +258,9 @@ def test_transfer_is_measured_on_images_of_its_own(
 def test_on_ray_gives_the_same(
     ray_cluster: None, capsys: pytest.CaptureFixture[str], undrawn: None
 ) -> None:
-    here = last_json(call(capsys, "resnet18", *FAST, NO_MLFLOW, "--json")[1])
-    words = [*(word for word in FAST if word != HERE), NO_MLFLOW, "--json", "--name", "ray"]
+    here = last_json(call(capsys, "resnet18", *FAST, *LINEAR, FEW_SHOT, NO_MLFLOW, "--json")[1])
+    words = [*(word for word in FAST if word != HERE), *LINEAR, FEW_SHOT, NO_MLFLOW, "--json"]
+    words += ["--name", "ray"]
     status, text, said = call(capsys, "resnet18", *words)
     assert status == 0, said
     there = last_json(text)
