@@ -28,7 +28,8 @@ OPS = [
     "{op: flip, prob: 1.0}",
     "{op: rotate, prob: 1.0, max_deg: 70.0}",
     "{op: quarter_turn, prob: 1.0}",
-    "{op: color_jitter, prob: 1.0, brightness: 0.5, contrast: 0.6, saturation: 0.7, hue: 0.3}",
+    "{op: color_jitter, prob: 1.0, brightness: 0.5, contrast: 0.6, saturation: 0.7, hue: 0.3, "
+    "brightness_kind: add}",
     "{op: grey, prob: 1.0}",
     "{op: blur, prob: 1.0, sigma_px: [1.0, 2.5], kernel_fraction: 0.3}",
     "{op: solarise, prob: 1.0, threshold: 90}",
