@@ -31,6 +31,12 @@ def _percent(words: str) -> Measure:
 _KNOWN = {
     "train/loss": Measure("Loss"),
     "eval/knn_top1": _percent("Nearest-neighbour accuracy"),
+    "eval/top1": _percent("Accuracy"),
+    "final/knn_top1": _percent("Nearest-neighbour accuracy at the end"),
+    "final/linear_top1": _percent("Accuracy of a linear probe"),
+    "final/few_shot_top1": _percent("Accuracy by a few labels"),
+    "final/finetune_top1": _percent("Accuracy after fine-tuning"),
+    "final/top1": _percent("Accuracy at the end"),
     "eval/rankme": Measure("RankMe when evaluated", "dimensions"),
     "eval/alpha_req": Measure("Decay of the spectrum (alpha-ReQ)"),
     "eval/alignment": Measure("Alignment when evaluated (0: equal)"),

@@ -8,6 +8,7 @@ class TestMeasure:
         shown = measure("eval/knn_top1")
         assert shown.title == "Nearest-neighbour accuracy, %"
         assert shown.text(0.91234) == "91.2"
+        assert measure("final/finetune_top1").title == "Accuracy after fine-tuning, %"
 
     def test_a_metric_of_a_method_has_its_section_and_name(self) -> None:
         shown = measure("moco/queue_age")
@@ -15,7 +16,7 @@ class TestMeasure:
         assert shown.text(-2.34567) == "-2.346"
 
     def test_an_unknown_share_or_accuracy_is_percent_too(self) -> None:
-        assert measure("final/linear_top1").title == "final: linear, %"
+        assert measure("final/untrained_linear_top1").title == "final: untrained linear, %"
         assert measure("swav/used_share").text(0.5) == "50.0"
 
 
