@@ -79,8 +79,8 @@ def send(asked: Asked, record: Mapping[str, Any], *, home: Path) -> None:
     trained_in = asked.origin.run and read_json(RunFolder(asked.origin.run).mlflow)
     sent = read_json(folder.mlflow) or {}
     uri = tracking_uri(track.tracking_uri, folder=home)
-    if trained_in and trained_in["uri"] != without_password(uri) and "***" not in trained_in["uri"]:
-        uri = trained_in["uri"]
+    if trained_in and "***" not in trained_in["uri"]:
+        uri = tracking_uri(trained_in["uri"], folder=home)
     run_id = (trained_in or sent).get("run_id")
     metrics = metrics_of(record)
     what = digest(repr(sorted(metrics.items())), without_password(uri))

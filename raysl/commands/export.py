@@ -17,7 +17,7 @@ from raysl.errors import ConfigError, ExportError, RayslError
 from raysl.exchange.export import FORMATS, ExportConfig, Exported, export
 from raysl.exchange.exportable import Exportable, largest_difference, open_exportable
 from raysl.track.run_folder import RunFolder, read_json
-from raysl.track.uri import tracking_uri, without_password
+from raysl.track.uri import same_store, tracking_uri, without_password
 
 _MLFLOW = "mlflow"
 _NAMES = (*FORMATS, _MLFLOW)
@@ -184,13 +184,12 @@ def _register(
 
 def _address(kept: dict[str, Any], config: ExportConfig) -> tuple[str, str | None]:
     """Return MLflow's address, and the run that trained the encoder if it is there."""
-    uri = config.tracking_uri
-    if uri is None:
-        asked, known = tracking_uri(None, folder=Path.cwd()), kept.get("uri")
-        # A password is not kept; an environment that knows it speaks for itself.
-        use_kept = known is not None and not re.search(r":\*\*\*@", known)
-        uri = known if use_kept and known is not None else asked
-    return uri, kept.get("run_id") if kept.get("uri") == without_password(uri) else None
+    asked, known = config.tracking_uri, kept.get("uri")
+    # A password is not kept; an environment that knows it speaks for itself.
+    if asked is None and known is not None and not re.search(r":\*\*\*@", known):
+        asked = known
+    uri = tracking_uri(asked, folder=Path.cwd())
+    return uri, kept.get("run_id") if same_store(known, uri) else None
 
 
 def _values(done: Exported) -> dict[str, Any]:

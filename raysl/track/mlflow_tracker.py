@@ -27,7 +27,7 @@ from raysl.track.mlflow_problem import (
     problem_of,
 )
 from raysl.track.run_folder import RunFolder, read_json, write_json
-from raysl.track.uri import without_password
+from raysl.track.uri import same_store, without_password
 
 T = TypeVar("T")
 
@@ -91,9 +91,7 @@ class MlflowTracker:
         self.params = params
         self.tags = tags
         kept = read_json(folder.mlflow) or {}
-        same_place = (
-            kept.get("uri") == without_password(uri) and kept.get("experiment") == experiment
-        )
+        same_place = same_store(kept.get("uri"), uri) and kept.get("experiment") == experiment
         self.run_id: str | None = kept.get("run_id") if same_place else None
         self.trouble: MlflowProblem | None = None
         self._reader = MetricsReader(folder.metrics, kept.get("sent") if same_place else None)

@@ -1,6 +1,7 @@
 """Where MLflow's records go."""
 
 import os
+import re
 import shlex
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -11,6 +12,8 @@ from raysl.errors import ConfigError
 # mlflow/tracking/_tracking_service/utils.py and mlflow/store/db/db_types.py of MLflow 3.
 _DATABASES = ("postgresql", "mysql", "sqlite", "mssql")
 _DATABRICKS = ("databricks", "databricks-uc", "uc")
+# Neither absolute (a fourth slash, a drive) nor a name of SQLite's own (":memory:", "file:...").
+_RELATIVE_SQLITE = re.compile(r"(sqlite(?:\+\w+)?:///)(?!/|:|file:|[A-Za-z]:)(.+)")
 _SCHEMES = ("file", "http", "https", *_DATABASES)
 
 
@@ -19,10 +22,25 @@ def tracking_uri(configured: str | None, *, folder: Path) -> str:
 
     Args:
         configured: ``track.tracking_uri``.
-        folder: The working directory; the URI is absolute, since others run elsewhere.
+        folder: The working directory. A SQLite file is named absolutely: other processes run
+            elsewhere, and MLflow keeps one connection an address in a process, so that a relative
+            one goes on into the folder in which it was opened first.
     """
     uri = configured or os.environ.get("MLFLOW_TRACKING_URI")
-    return uri or f"sqlite:///{folder.absolute() / 'mlflow.db'}"
+    if not uri:
+        return f"sqlite:///{folder.absolute() / 'mlflow.db'}"
+    relative = _RELATIVE_SQLITE.fullmatch(uri)
+    return f"{relative[1]}{folder.absolute()}/{relative[2]}" if relative else uri
+
+
+def same_store(kept: str | None, uri: str) -> bool:
+    """Return whether an address that a run folder keeps, without its password, is this one.
+
+    Args:
+        kept: As written; a relative SQLite file of an earlier version lies in this folder.
+        uri: An absolute address, as ``tracking_uri`` gives.
+    """
+    return bool(kept) and tracking_uri(kept, folder=Path.cwd()) == without_password(uri)
 
 
 def check_tracking_uri(configured: str | None) -> None:
