@@ -19,10 +19,11 @@ from raysl.commands.terminal import ProgressView, print_json, say, say_notes
 from raysl.config.load import read_mapping, to_yaml
 from raysl.errors import RayslError, RunFolderError
 from raysl.evaluate.training_source import open_training_source
+from raysl.jobs.build import precision_note
 from raysl.jobs.extension import extend as extend_run
 from raysl.jobs.extension import other_than_length, tags_of_extensions
 from raysl.jobs.labelled_sets import labelling_notes
-from raysl.jobs.local import pretrain_here
+from raysl.jobs.local import pretrain_here, uses_gpu
 from raysl.jobs.run_places import started_from, with_absolute_sources
 from raysl.jobs.run_source import hold_to_source, is_same, source_facts, what_changed
 from raysl.jobs.start import check_names, check_start
@@ -256,10 +257,12 @@ def _train(opened: Opened, told_of: Collection[str]) -> dict[str, Any]:
             config, folder=folder, source=opened.source
         )
         facts: dict[str, str] = {}
+        use_gpu = uses_gpu(config.cluster)
         if config.cluster.num_train_workers > 0:
             if connect():
                 stack.callback(disconnect)
             layout = plan_layout(config)
+            use_gpu = layout.use_gpu
             facts = describe_cluster()
             say(
                 f"  {layout.num_train_workers} train worker(s) on "
@@ -269,6 +272,8 @@ def _train(opened: Opened, told_of: Collection[str]) -> dict[str, Any]:
             start = lambda: pretrain_on_ray(  # noqa: E731
                 config, folder=folder, source=opened.source, layout=layout
             )
+        if note := precision_note(config, use_gpu=use_gpu):
+            say(f"  {note}")
         tracker = _start_tracker(opened, facts)
         progress = ProgressView(total_steps=derived.total_steps, done=done)
         reader = MetricsReader(folder.metrics, dict.fromkeys((), done))

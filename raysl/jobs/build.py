@@ -14,9 +14,13 @@ from raysl.methods.base import Method, TrainingSet
 from raysl.nn.backbones import build_backbone
 from raysl.nn.batchnorm import set_batch_norm_scope
 from raysl.nn.depth import depth_scales
+from raysl.nn.precision import bf16_slowdown_on_cpu
 from raysl.optim.build import ScheduledOptimizer, Special, scheduled_optimizer
 from raysl.recipe import Derived, RunConfig
 from raysl.sources.pixels import Decoding
+
+# Instructions for bfloat16 make it faster than float32; twice as slow is no noise.
+_SLOWDOWN_WORTH_SAYING = 2.0
 
 
 def build_method(config: RunConfig[Any], data: TrainingSet, *, device: torch.device) -> Method:
@@ -106,6 +110,19 @@ def precision_on(config: RunConfig[Any], device: torch.device) -> Any:
     if config.train.precision == "by_device":
         return "bf16" if device.type == "cuda" else "fp32"
     return config.train.precision
+
+
+def precision_note(config: RunConfig[Any], *, use_gpu: bool) -> str | None:
+    """Return a warning if this machine's CPU emulates the precision of a run, else None."""
+    if use_gpu or config.train.precision != "bf16":
+        return None
+    slowdown = bf16_slowdown_on_cpu()
+    if slowdown < _SLOWDOWN_WORTH_SAYING:
+        return None
+    return (
+        f"train.precision=bf16: this CPU has no instructions for it; a matrix product takes "
+        f"{slowdown:.0f} times as long as with train.precision=fp32"
+    )
 
 
 def describe(config: RunConfig[Any]) -> dict[str, Any]:

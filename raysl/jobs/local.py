@@ -9,10 +9,15 @@ from raysl.evaluate.protocol import LabelledSets
 from raysl.jobs.local_stream import open_local
 from raysl.jobs.measuring import Place
 from raysl.jobs.pretrain import pretrain
-from raysl.recipe import RunConfig
+from raysl.recipe import ClusterConfig, RunConfig
 from raysl.sources.source import Source
 from raysl.track.run_folder import RunFolder, latest_step
 from raysl.train.loop import Log
+
+
+def uses_gpu(cluster: ClusterConfig) -> bool:
+    """Return whether a run in this process trains on a GPU."""
+    return cluster.device != "cpu" and torch.cuda.is_available()
 
 
 def pretrain_here(
@@ -43,14 +48,14 @@ def pretrain_here(
     """
     cluster = config.cluster
     cpus = num_cpus or os.cpu_count() or 1
-    on_gpu = cluster.device != "cpu" and torch.cuda.is_available()
     start_step = latest_step(folder.checkpoints)
     return pretrain(
         config,
         folder=folder,
         source=source,
         place=Place(
-            torch.device("cuda" if on_gpu else "cpu"), cluster.threads_per_train_worker or cpus
+            torch.device("cuda" if uses_gpu(cluster) else "cpu"),
+            cluster.threads_per_train_worker or cpus,
         ),
         start_step=start_step,
         open_batches=lambda _: open_local(
