@@ -2,12 +2,12 @@
 
 import argparse
 import importlib
-import os
 import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
+from raysl.commands.threads import let_waiting_threads_sleep
 from raysl.errors import RayslError
 
 VERBS = {
@@ -34,15 +34,16 @@ _MODULES = {"import": "import_encoder"}
 _DESCRIPTION = """\
 raysl pretrains image encoders without labels, on Ray.
 
-  raysl pretrain configs/quickstart.yaml           an encoder in minutes, on any laptop
+  raysl pretrain quickstart                        an encoder in minutes, on any laptop
   raysl pretrain CONFIG data.source=FOLDER         your own images: a folder, Parquet, s3://...
   raysl pretrain CONFIG optim.base_lr=0.1          any setting, by its dotted name
   raysl finetune RUN data.labels.fraction=0.1      the encoder of a run, on a tenth of the labels
   raysl distill FINETUNED_RUN backbone.width=0.5   what it has learnt, in a smaller network
-  raysl pipeline configs/pipelines/NAME.yaml       all three steps in one
-  raysl sweep configs/sweeps/NAME.yaml             many settings side by side, the best one kept
+  raysl pipeline simclr_v2_cifar10                 all three steps in one
+  raysl sweep simclr_temperature_batch             many settings side by side, the best one kept
   raysl evaluate RUN [data.source=...]             how good its encoder is, by fixed protocols
   raysl config CONFIG [overrides]                  what a run would do, before it does it
+  raysl config --list                              the configurations that come with raysl
   raysl benchmark input CONFIG [overrides]         images/s that the CPUs can feed, and why
   raysl data SOURCE                                what is there, and what to do about it
   raysl pack SOURCE OUT short_side_px=256          shuffled Parquet shards that stream fast
@@ -52,7 +53,7 @@ raysl pretrains image encoders without labels, on Ray.
   raysl export RUN --format onnx                   the encoder in a format of others, checked
   raysl import CHECKPOINT                          an encoder that other training code wrote
 
-On a cluster, the same as a job:
+CONFIG is a YAML file, or one of raysl's by name. On a cluster, the same as a job:
   ray job submit --working-dir . -- python pipelines/pretrain.py CONFIG [overrides]
 
 The same command again goes on where a run stopped. Runs are compared in MLflow's UI:
@@ -87,11 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 after an error of raysl's own (one message, no traceback), 2 for
         arguments that are off, 130 after Ctrl-C.
     """
-    # Before torch is loaded: threads that wait must sleep, or they take the cores from the data
-    # workers (65 against 245 images a second on two busy cores).
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # But not at once: bfloat16 on CPU waits so often that it runs 50 times slower (ADR 5).
-    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+    let_waiting_threads_sleep()
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="raysl", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter

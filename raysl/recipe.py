@@ -19,6 +19,7 @@ from raysl.config.load import (
     read_layers,
     validated,
 )
+from raysl.config.shipped import find_config
 from raysl.data.fragments import images_per_epoch
 from raysl.data.plan import Plan, item_size_for
 from raysl.data.stream import Making
@@ -280,12 +281,12 @@ def making_of(data: DataConfig) -> Making:
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig[Any]:
-    """Read a run from a YAML file and dotted overrides; its name defaults to the file's.
+    """Read a run from a YAML file, or a shipped one by name; the run's name defaults to the file's.
 
     Raises:
         ConfigError: Lists every bad key at once, and every setting without effect.
     """
-    values = read_run_values(path)
+    values = read_run_values(find_config(path))
     given = [parse_override(override)[0] for override in overrides]
     values = layered(values, apply_overrides(values, overrides), given)
     values.setdefault("name", path.stem)

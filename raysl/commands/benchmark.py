@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     text = "making views: one core, all cores, through Ray Data, and a torch DataLoader"
     stream = kinds.add_parser("input", help=text, description=f"raysl benchmark input: {text}")
-    stream.add_argument("config", type=Path, help="a YAML file, such as configs/quickstart.yaml")
+    stream.add_argument("config", type=Path, help="a YAML file or a name: quickstart")
     stream.add_argument("overrides", nargs="*", help="section.key=value, typed as YAML")
     stream.add_argument("--repeats", type=_whole, default=3, help="of all, in turns (3)")
     stream.add_argument(

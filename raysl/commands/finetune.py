@@ -8,6 +8,7 @@ import psutil
 from raysl.commands.next_command import Typed, command
 from raysl.commands.pretrain import add_start_arguments, train_run
 from raysl.commands.terminal import print_json, say
+from raysl.config.shipped import find_config
 from raysl.errors import ConfigError
 from raysl.jobs.downstream import finetune_values, run_after
 from raysl.jobs.run_places import left_with_source
@@ -35,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Fine-tune, or go on with it; what is not said follows SimCLR v2, or MAE for a ViT."""
     origin: Path = arguments.origin
-    is_config = origin.suffix in CONFIG_SUFFIXES
+    is_shipped = not origin.exists() and find_config(origin).is_file()
+    is_config = is_shipped or origin.suffix in CONFIG_SUFFIXES
     if is_config:
         config = load_run(origin, arguments.overrides)
         if not config.method.classifies:

@@ -34,7 +34,7 @@ _PATIENCE_S = 45.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument(
-        "config", type=Path, help="a YAML file, such as configs/pipelines/simclr_v2_cifar10.yaml"
+        "config", type=Path, help="a YAML file, or the name of one of raysl's: simclr_v2_cifar10"
     )
     parser.add_argument(
         "overrides",

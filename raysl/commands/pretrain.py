@@ -84,7 +84,7 @@ class Opened(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("config", type=Path, help="a YAML file, such as configs/quickstart.yaml")
+    parser.add_argument("config", type=Path, help="a YAML file or a name: quickstart")
     parser.add_argument("overrides", nargs="*", help="section.key=value, typed as YAML")
     parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
     add_start_arguments(parser)

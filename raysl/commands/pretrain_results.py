@@ -14,6 +14,7 @@ from raysl.track.run_folder import RunFolder
 from raysl.track.uri import compare_line
 
 _LONGER = 2
+_PHOTOS = "simclr_resnet18_photos"
 
 
 class Run(NamedTuple):
@@ -91,7 +92,7 @@ def _photos_command(run: Run) -> str:
     """Return how to go from built-in images to one's own; empty for who has them."""
     if run.typed is None or run.config.data.source not in BUILT_IN:
         return ""
-    photos = run.typed.config_file.with_name("simclr_resnet18_photos.yaml")
+    photos = run.typed.config_file.with_name(f"{_PHOTOS}.yaml")
     if not photos.exists():
-        return ""
+        photos = Path(_PHOTOS)  # raysl ships it
     return command("pretrain", photos, "data.source=FOLDER_OF_IMAGES", "name=mine")

@@ -58,7 +58,7 @@ from raysl.track.uri import check_tracking_uri, tracking_uri, without_password
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("config", type=Path, help="a YAML file, such as configs/sweeps/NAME.yaml")
+    parser.add_argument("config", type=Path, help="a YAML file, or the name of one of raysl's")
     parser.add_argument(
         "overrides",
         nargs="*",

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from raysl.config.shipped import find_config, near_names
 from raysl.errors import ConfigError
 
 EXTENDS = "extends"
@@ -67,9 +68,9 @@ def parse_yaml(text: str, *, where: str) -> Any:
 def read_mapping(path: Path) -> dict[str, Any]:
     """Read a YAML file and what it extends into one mapping of plain values.
 
-    ``extends: other.yaml`` names at most one parent, relative to the file. Sections of parent and
-    child merge key by key; a value inside a section is replaced whole, and so is a section whose
-    ``name`` or ``recipe`` changes.
+    ``extends: other.yaml`` names at most one parent, relative to the file, or a shipped
+    configuration by its name. Sections of parent and child merge key by key; a value inside a
+    section is replaced whole, and so is a section whose ``name`` or ``recipe`` changes.
 
     Raises:
         ConfigError: If a file is missing, is not YAML, is not a mapping, or extends itself.
@@ -101,7 +102,7 @@ def read_layers(path: Path) -> list[dict[str, Any]]:
                 f"{following}: 'extends' names one file, as text; got {json.dumps(parent)}. Of "
                 f"several, let each extend the next, and this file the first"
             )
-        following = following.parent / parent if parent is not None else None
+        following = find_config(parent, beside=following.parent) if parent is not None else None
     return layers[::-1]
 
 
@@ -109,9 +110,7 @@ def _read_one(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 3)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ConfigError(f"{path}: no such file{hint}") from None
+        raise ConfigError(f"{path}: no such file{_near(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     values = parse_yaml(text, where=str(path))
@@ -120,6 +119,18 @@ def _read_one(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected 'key: value' lines, got {type(values).__name__}")
     return values
+
+
+def _near(path: Path) -> str:
+    """Return what else may be meant by a file that is not there: its neighbours come first."""
+    beside = [file.name for file in path.parent.glob("*.yaml")]
+    if near := difflib.get_close_matches(path.name, beside, 1):
+        return f"; did you mean {path.parent / near[0]}?"
+    if path.is_absolute():  # that is no name
+        return ""
+    if names := near_names(path):
+        return f"; did you mean {' or '.join(names)}, which raysl ships?"
+    return "; `raysl config --list` names those that raysl ships"
 
 
 def merge(parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from raysl.config.load import (
     set_key,
     validate,
 )
+from raysl.config.shipped import find_config
 from raysl.errors import ConfigError
 from raysl.jobs.downstream import Origin, distill_from, finetune_from, origin_of
 from raysl.recipe import RunConfig, asked_run, layered, read_run_values
@@ -118,13 +119,15 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
     Raises:
         ConfigError: Lists every bad key at once.
     """
+    where = " ".join([str(path), *overrides])
+    path = find_config(path, kind="pipelines")
     values = read_mapping(path)
     values.setdefault("name", path.stem)
     for text in overrides:
         _override(values, text)
     if isinstance(values.get("base"), str):
-        values["base"] = str((path.parent / values["base"]).absolute())
-    return validate(PipelineConfig, values, where=" ".join([str(path), *overrides]))
+        values["base"] = str(find_config(values["base"], beside=path.parent).absolute())
+    return validate(PipelineConfig, values, where=where)
 
 
 def _override(values: dict[str, Any], text: str) -> None:

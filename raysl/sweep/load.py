@@ -16,6 +16,7 @@ from raysl.config.load import (
     set_key,
     validated,
 )
+from raysl.config.shipped import find_config
 from raysl.errors import ConfigError
 from raysl.recipe import RunConfig
 from raysl.sweep.check import all_problems
@@ -37,7 +38,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
     as ``data.source=FOLDER``, goes into ``set``.
 
     Args:
-        path: The YAML file.
+        path: The YAML file, or the name of a shipped one.
         overrides: Dotted settings.
 
     Raises:
@@ -45,6 +46,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
             runs that it leads to, as far as it can be made out from the sound parts.
     """
     where = " ".join([str(path), *overrides])
+    path = find_config(path, kind="sweeps")
     values = read_mapping(path)
     values.setdefault("name", path.stem)
     problems = [problem for text in overrides for problem in _override(values, text)]
@@ -108,7 +110,7 @@ def _found(given: Any, folder: Path) -> Iterator[Any]:
             matches = sorted((folder / each).parent.glob(Path(each).name))
             yield from (os.path.abspath(match) for match in matches or [folder / each])
         else:
-            yield os.path.abspath(folder / each)
+            yield os.path.abspath(find_config(each, beside=folder))
 
 
 def _behind(values: dict[str, Any], problems: Sequence[Problem]) -> list[str]:

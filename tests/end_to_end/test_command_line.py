@@ -24,7 +24,7 @@ def losses(name: str) -> dict[int, float]:
 
 
 class TestPretrain:
-    def test_leaves_everything_the_readme_names(
+    def test_leaves_everything_that_the_documents_name(
         self, run_yaml: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert main(["pretrain", str(run_yaml("all")), "track.mlflow=true", "--json"]) == 0

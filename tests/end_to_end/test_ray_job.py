@@ -1,4 +1,4 @@
-"""`ray job submit` against a cluster of two raylets on this machine, as the README has it."""
+"""`ray job submit` against a cluster of two raylets on this machine, as docs/cluster.md has it."""
 
 import json
 import os

@@ -250,9 +250,9 @@ def run_offline(script: str, folder: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_the_script_in_the_readme_loads_the_encoder_without_raysl(tmp_path: Path) -> None:
-    section = (ROOT / "README.md").read_text().split("## Using the encoder")[1].split("\n## ")[0]
-    block = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+def test_the_script_in_the_documents_loads_the_encoder_without_raysl(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "import_and_export.md").read_text()
+    block = re.search(r"```python\n(.*?)```", page, re.DOTALL)
     assert block is not None
     folder = write_at(tmp_path / "runs" / "quickstart", RESNET)
     torch.save(images(), tmp_path / "images.pt")

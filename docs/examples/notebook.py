@@ -1,0 +1,46 @@
+# %% [markdown]
+# # raysl from Python
+#
+# Cells of a notebook, as a script: Jupyter (with jupytext) and editors open it cell by cell, and
+# `python docs/examples/notebook.py` runs it all. A test does.
+
+# %% Pretrain: a YAML file, the name of a shipped configuration, or a mapping of settings.
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+
+import raysl
+from raysl.encoder import read_description
+from raysl.evaluate.knn import knn_accuracy
+
+results = raysl.pretrain(
+    {"extends": "quickstart", "name": "notebook"},
+    [
+        "train.epochs=2",
+        "backbone.width=0.25",
+        "evaluate.final=knn",
+        "cluster.num_train_workers=0",  # without Ray, in this process
+        "track.mlflow=false",
+    ],
+)
+print(f"nearest neighbours: {results['knn_top1']:.1%}, in {results['run_dir']}")
+
+# %% The encoder: an nn.Module in evaluation mode, from normalised images to features.
+encoder = raysl.load_encoder(results["run_dir"])
+known = read_description(results["run_dir"] + "/encoder.safetensors")
+
+# %% Features of a few images.
+digits = load_digits()
+labels = torch.tensor(digits.target[:600])
+images = torch.tensor(digits.images[:600], dtype=torch.float32)[:, None] / 16  # (N, 1, 8, 8)
+images = F.interpolate(images, size=known["image_size_px"], mode="bilinear").expand(-1, 3, -1, -1)
+mean, std = (torch.tensor(known[name])[:, None, None] for name in ("mean", "std"))
+with torch.no_grad():
+    features = encoder((images - mean) / std)
+print("features", tuple(features.shape))
+
+# %% Nearest neighbours among them: the first 500 vote for the last 100.
+top1 = knn_accuracy(
+    features[:500], labels[:500], features[500:], labels[500:], k=20, temperature=0.07
+)
+print(f"nearest neighbours of the last 100: {top1:.1%}")

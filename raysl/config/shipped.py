@@ -1,0 +1,55 @@
+"""Configurations that come with raysl, by their names: ``quickstart``, ``ten_minutes/simclr``."""
+
+import difflib
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parents[1]
+# pyproject.toml puts the repository's configs/ there in a wheel.
+_OF_WHEEL = _PACKAGE / "shipped_configs"
+_OF_CHECKOUT = _PACKAGE.parent / "configs"
+_SUFFIX = ".yaml"
+_MOST_NEAR = 3
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Return the files by name: the path below ``configs`` without its ending."""
+    folder = _OF_WHEEL if _OF_WHEEL.is_dir() else _OF_CHECKOUT
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for path in sorted(folder.rglob(f"*{_SUFFIX}"))
+    }
+
+
+def find_config(given: str | Path, *, beside: Path = Path(), kind: str = "") -> Path:
+    """Return the file that is meant: one that exists, else a shipped one of that name.
+
+    Args:
+        given: A path, or a name with or without ``.yaml``.
+        beside: What a relative path is relative to.
+        kind: The folder of shipped ones whose names need no folder, such as ``sweeps``.
+
+    Returns:
+        A file; if there is none, the path as it was given.
+    """
+    file = beside / given
+    if file.exists() and not file.is_dir():
+        return file
+    name = Path(given).as_posix().removesuffix(_SUFFIX)
+    shipped = shipped_configs()
+    return shipped.get(f"{kind}/{name}" if kind else name) or shipped.get(name) or file
+
+
+def near_names(given: Path) -> list[str]:
+    """Return names of shipped configurations that are like a path's, the nearest first."""
+    by_last: dict[str, list[str]] = {}
+    for name in shipped_configs():
+        by_last.setdefault(name.rpartition("/")[2], []).append(name)
+    wanted = given.name.removesuffix(_SUFFIX)
+    near = difflib.get_close_matches(wanted, list(by_last), _MOST_NEAR)
+    return [name for last in near for name in by_last[last]]
+
+
+def first_comment_line(path: Path) -> str:
+    """Return what a file's first line says of it."""
+    with path.open(encoding="utf-8") as lines:
+        return lines.readline().lstrip("# ").rstrip()
