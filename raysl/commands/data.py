@@ -1,7 +1,6 @@
 """`raysl data`: what a source of images holds, and what to do about it."""
 
 import argparse
-import importlib
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -222,8 +221,10 @@ def _draw(
     if labels is not None:
         captions = [names[labels[row]] if labels[row] >= 0 else "no label" for row in rows[order]]
     classes = f", {summary['classes']['count']:,} classes" if summary["classes"] else ""
-    page = importlib.import_module("raysl.report.contact_sheet")  # late: matplotlib takes a second
-    page.draw_contact_sheet(
+    # Matplotlib takes a second.
+    from raysl.report.contact_sheet import draw_contact_sheet  # noqa: PLC0415
+
+    draw_contact_sheet(
         path,
         [images[place] for place in order],
         captions=captions,

@@ -1,7 +1,6 @@
 """`raysl evaluate`: measure an encoder by protocols that are frozen, versioned and comparable."""
 
 import argparse
-import importlib
 import os
 import time
 from contextlib import ExitStack
@@ -249,8 +248,10 @@ def _set_aside(folder: EvaluationFolder) -> None:
 
 def _draw(asked: Asked) -> None:
     say("drawing the report")
-    page = importlib.import_module("raysl.report.evaluation_page")  # late: matplotlib is slow
-    for picture, problem in page.draw_evaluation(
+    # Matplotlib takes a second.
+    from raysl.report.evaluation_page import draw_evaluation  # noqa: PLC0415
+
+    for picture, problem in draw_evaluation(
         asked.folder.path,
         encoder=asked.origin.encoder,
         train=asked.sets.train,

@@ -1,6 +1,5 @@
 """An evaluation as a person and as MLflow get it."""
 
-import importlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -86,11 +85,14 @@ def send(asked: Asked, record: Mapping[str, Any], *, home: Path) -> None:
     what = digest(repr(sorted(metrics.items())), without_password(uri))
     if sent.get("what") == what:
         return
-    mlflow = importlib.import_module("raysl.track.mlflow_evaluation")  # late: it takes seconds
+    # MLflow takes seconds to load.
+    from raysl.track.mlflow_evaluation import EvaluationRecord, send_evaluation  # noqa: PLC0415
+    from raysl.track.mlflow_problem import problem_of  # noqa: PLC0415
+
     texts = {f"evaluate.{name}": v["text"] for name, v in record["protocols"].items()}
     try:
-        run_id = mlflow.send_evaluation(
-            mlflow.EvaluationRecord(
+        run_id = send_evaluation(
+            EvaluationRecord(
                 metrics=metrics,
                 tags=texts | {f"evaluate.{key}": value for key, value in git_state().items()},
                 artifacts=_artifacts(folder),
@@ -103,8 +105,7 @@ def send(asked: Asked, record: Mapping[str, Any], *, home: Path) -> None:
             run_name=f"{asked.origin.folder.name}-evaluation",
         )
     except Exception as error:  # a store may raise anything, and the numbers are on the disk
-        problem = importlib.import_module("raysl.track.mlflow_problem")
-        trouble = problem.problem_of(error, uri=uri, experiment=track.experiment)
+        trouble = problem_of(error, uri=uri, experiment=track.experiment)
         say_trouble(trouble, uri, ended=True)
         return
     write_json(folder.mlflow, {"run_id": run_id, "uri": without_password(uri), "what": what})

@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import importlib
 import re
 import shlex
 import time
@@ -155,8 +154,9 @@ def _register(
             raise ExportError(f"--format mlflow: the stored model differs by {difference:.2g}")
         return difference
 
-    model = importlib.import_module("raysl.track.mlflow_model")  # late: mlflow takes seconds
-    registered = model.register_encoder(
+    from raysl.track.mlflow_model import register_encoder  # noqa: PLC0415 - mlflow takes seconds
+
+    registered = register_encoder(
         exportable.model,
         uri=uri,
         name=arguments.name,

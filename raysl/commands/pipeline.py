@@ -1,12 +1,11 @@
 """`raysl pipeline`: pretrain, fine-tune and distil as one configuration says, and compare."""
 
 import argparse
-import importlib
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 
@@ -26,6 +25,9 @@ from raysl.sources.place import absolute_config, as_place
 from raysl.sources.subset import whole_source
 from raysl.track.run_folder import RunFolder, working_folder, write_atomically, write_json
 from raysl.track.uri import tracking_uri, without_password
+
+if TYPE_CHECKING:  # MLflow takes seconds to load, and not every pipeline needs it
+    from raysl.track.mlflow_tracker import MlflowTracker
 
 # For MLflow's run of the pipeline, which those of its steps refer to; a new database takes a while.
 _PATIENCE_S = 45.0
@@ -174,8 +176,10 @@ class _Pipeline:
             "mlflow_run_id": None if self._tracker is None else self._tracker.run_id,
         }
         write_json(self._folder.path / "pipeline.json", results)
-        page = importlib.import_module("raysl.report.pipeline_page")  # late: loads matplotlib
-        for picture, problem in page.draw_pipeline(
+        # Matplotlib takes a second.
+        from raysl.report.pipeline_page import draw_pipeline  # noqa: PLC0415
+
+        for picture, problem in draw_pipeline(
             self._folder.path,
             name=self._config.name,
             rows=self._rows,
@@ -184,7 +188,7 @@ class _Pipeline:
             say(f"  {picture} could not be drawn: {problem}")
         return results
 
-    def _start_tracker(self) -> Any:
+    def _start_tracker(self) -> "MlflowTracker | None":
         config = self._config
         if not config.track.mlflow:
             return None

@@ -1,12 +1,11 @@
 """`raysl pretrain`: open the run folder, start the workers, follow them, report."""
 
 import argparse
-import importlib
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 
@@ -55,6 +54,9 @@ from raysl.track.run_folder import (
     write_json,
 )
 from raysl.track.uri import tracking_uri
+
+if TYPE_CHECKING:  # MLflow takes seconds to load, and not every run needs it
+    from raysl.track.mlflow_tracker import MlflowTracker
 
 _PROGRESS_EVERY_S = 0.5
 
@@ -298,7 +300,9 @@ def _showing(progress: ProgressView, folder: RunFolder) -> Callable[[list[Record
     )
 
 
-def _start_tracker(opened: Opened, facts: dict[str, str], *, ended: bool = False) -> Any:
+def _start_tracker(
+    opened: Opened, facts: dict[str, str], *, ended: bool = False
+) -> "MlflowTracker | None":
     track = opened.config.track
     if not track.mlflow:
         return None
@@ -320,15 +324,18 @@ def _start_tracker(opened: Opened, facts: dict[str, str], *, ended: bool = False
     )
 
 
-def _finish(opened: Opened, results: dict[str, Any], tracker: Any) -> dict[str, Any]:
+def _finish(
+    opened: Opened, results: dict[str, Any], tracker: "MlflowTracker | None"
+) -> dict[str, Any]:
     """Draw the report, end the MLflow run, and write the results with all that is known now."""
     folder = opened.folder
     records = read_metrics(folder.metrics)
     results = {"run_dir": str(folder.path), **results, **speed(records, opened.run.began_at)}
     write_json(folder.results, {k: v for k, v in results.items() if k != "run_dir"})
     say("drawing the report")
-    report = importlib.import_module("raysl.report.page")  # late: matplotlib takes a second
-    for picture, problem in report.draw_all(
+    from raysl.report.page import draw_all  # noqa: PLC0415 - matplotlib takes a second
+
+    for picture, problem in draw_all(
         folder, source=opened.source, config=opened.config, derived=opened.derived
     ):
         say(f"  {picture} could not be drawn: {problem}")
@@ -337,7 +344,7 @@ def _finish(opened: Opened, results: dict[str, Any], tracker: Any) -> dict[str, 
     return results
 
 
-def _end_tracker(opened: Opened, tracker: Any) -> dict[str, Any]:
+def _end_tracker(opened: Opened, tracker: "MlflowTracker | None") -> dict[str, Any]:
     folder = opened.folder
     return end_tracker(tracker, folder, opened.config.track, artifacts=run_artifacts(folder))
 

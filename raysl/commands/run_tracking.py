@@ -1,10 +1,9 @@
 """A run's MLflow side, as a command sees it: begun, looked at before any work, ended."""
 
-import importlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raysl.commands.record import packages
 from raysl.commands.terminal import say
@@ -12,6 +11,10 @@ from raysl.encoder import load_encoder, read_description
 from raysl.track.config import TrackConfig
 from raysl.track.run_folder import RunFolder
 from raysl.track.uri import without_password
+
+if TYPE_CHECKING:  # MLflow takes seconds to load, and not every run needs it
+    from raysl.track.mlflow_problem import MlflowProblem
+    from raysl.track.mlflow_tracker import MlflowTracker
 
 # A store that is made anew takes some 6 s on two busy cores, and no start waits longer.
 _FIRST_ANSWER_S = 15.0
@@ -21,8 +24,9 @@ def load_mlflow(uri: str) -> threading.Thread:
     """Load MLflow and open its store in the background, which takes seconds, while Ray starts."""
 
     def load() -> None:
-        module = importlib.import_module("raysl.track.mlflow_tracker")
-        module.warm_up(uri)
+        from raysl.track.mlflow_tracker import warm_up  # noqa: PLC0415 - as the name says
+
+        warm_up(uri)
 
     thread = threading.Thread(target=load, name="raysl-load-mlflow", daemon=True)
     thread.start()
@@ -39,7 +43,7 @@ def start_tracker(
     tags: Mapping[str, str],
     patience_s: float = _FIRST_ANSWER_S,
     ended: bool = False,
-) -> Any:
+) -> "MlflowTracker":
     """Begin to send a run to MLflow; say it now if MLflow does not take it, and go on.
 
     Args:
@@ -53,10 +57,11 @@ def start_tracker(
         ended: There is no work to do any more; what MLflow does not take is told at the end alone.
 
     Returns:
-        A :class:`raysl.track.mlflow_tracker.MlflowTracker` that was started.
+        What sends it; it was started.
     """
-    module = importlib.import_module("raysl.track.mlflow_tracker")
-    tracker = module.MlflowTracker(
+    from raysl.track.mlflow_tracker import MlflowTracker  # noqa: PLC0415 - mlflow takes seconds
+
+    tracker = MlflowTracker(
         folder, uri=uri, experiment=track.experiment, run_name=run_name, params=params, tags=tags
     )
     tracker.start()
@@ -66,11 +71,11 @@ def start_tracker(
     return tracker
 
 
-def say_trouble(trouble: Any, uri: str, *, ended: bool) -> None:
+def say_trouble(trouble: "MlflowProblem | None", uri: str, *, ended: bool) -> None:
     """Say what MLflow does not take, whether waiting helps, and if not, what does.
 
     Args:
-        trouble: A :class:`raysl.track.mlflow_problem.MlflowProblem`, or None.
+        trouble: None says nothing.
         uri: MLflow's address.
         ended: Whether the work is done; otherwise it goes on untracked.
     """
@@ -87,7 +92,11 @@ def say_trouble(trouble: Any, uri: str, *, ended: bool) -> None:
 
 
 def end_tracker(
-    tracker: Any, folder: RunFolder, track: TrackConfig, *, artifacts: Sequence[Path]
+    tracker: "MlflowTracker | None",
+    folder: RunFolder,
+    track: TrackConfig,
+    *,
+    artifacts: Sequence[Path],
 ) -> dict[str, Any]:
     """Send the rest of a finished run, its files and its encoder; return what to keep of it."""
     if tracker is None:
@@ -119,14 +128,17 @@ def run_artifacts(folder: RunFolder) -> list[Path]:
     ]
 
 
-def _model_logger(folder: RunFolder, track: TrackConfig) -> Callable[[Any], None] | None:
+def _model_logger(
+    folder: RunFolder, track: TrackConfig
+) -> "Callable[[MlflowTracker], None] | None":
     if not track.log_model:
         return None
 
-    def log(tracker: Any) -> None:
+    def log(tracker: "MlflowTracker") -> None:
+        from raysl.track.mlflow_model import log_encoder  # noqa: PLC0415 - late, as the tracker is
+
         description = read_description(folder.encoder)
-        model = importlib.import_module("raysl.track.mlflow_model")  # late, as the tracker is
-        model.log_encoder(
+        log_encoder(
             load_encoder(folder.encoder),
             uri=tracker.uri,
             run_id=tracker.run_id,

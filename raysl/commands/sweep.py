@@ -1,14 +1,13 @@
 """`raysl sweep`: draw the trials, check them all, run them on Ray Tune, compare them."""
 
 import argparse
-import importlib
 import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -54,6 +53,9 @@ from raysl.sweep.trial import (
 )
 from raysl.track.run_folder import working_folder, write_atomically, write_json
 from raysl.track.uri import check_tracking_uri, tracking_uri, without_password
+
+if TYPE_CHECKING:  # Optuna is an extra
+    from raysl.sweep.tpe import ParzenSearch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -200,20 +202,20 @@ class _Sweep:
         if problems:
             raise SweepError(f"{self.folder.path}: " + "\n  ".join(problems))
 
-    def parzen(self) -> Any:
+    def parzen(self) -> "ParzenSearch":
         """Return Optuna's search, told of every trial that has ended.
 
         Raises:
             ConfigError: If Optuna is not installed.
         """
         try:
-            module = importlib.import_module("raysl.sweep.tpe")  # few sweeps need it
+            from raysl.sweep.tpe import ParzenSearch  # noqa: PLC0415 - few sweeps need Optuna
         except ModuleNotFoundError as error:
             raise ConfigError(
                 f"search.name=optuna needs a package that is not installed ({error.name}): "
                 f"pip install raysl[optuna], or use search.name=random"
             ) from None
-        search = module.ParzenSearch(self.sweep, self.folder.optuna)
+        search = ParzenSearch(self.sweep, self.folder.optuna)
         for trial in self._trials():
             if trial.status in ENDED:
                 search.tell(trial.number, trial.curve, status=trial.status)
@@ -316,7 +318,6 @@ class _Sweep:
             self.sweep,
             self.folder,
             uri=self._uri,
-            module=importlib.import_module("raysl.track.mlflow_tracker"),
             tags=git_state(),
         )
         say_trouble(tracking.trouble, self._uri, ended=False)
@@ -344,8 +345,9 @@ class _Sweep:
         results = results_of(sweep, folder, trials, summary)
         write_json(folder.summary, results)
         say("drawing the report")
-        page = importlib.import_module("raysl.report.sweep_page")  # late: matplotlib takes a second
-        for picture, problem in page.draw_sweep(
+        from raysl.report.sweep_page import draw_sweep  # noqa: PLC0415 - matplotlib takes a second
+
+        for picture, problem in draw_sweep(
             folder, sweep, trials, summary, next_line=next_line(sweep, folder, summary)
         ):
             say(f"  {picture} could not be drawn: {problem}")

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.live import Live
@@ -28,6 +28,10 @@ from raysl.sweep.trial import (
 )
 from raysl.track.run_folder import MetricsFile, RunFolder, write_json
 
+if TYPE_CHECKING:  # MLflow takes seconds to load, and not every sweep needs it
+    from raysl.track.mlflow_problem import MlflowProblem
+    from raysl.track.mlflow_tracker import MlflowTracker
+
 _LINE_EVERY_S = 10.0
 _ROWS = 20
 # In a trial's folder once MLflow has all of it.
@@ -44,7 +48,6 @@ class SweepTracking:
         sweep: The sweep.
         folder: Its folder.
         uri: MLflow's tracking URI.
-        module: :mod:`raysl.track.mlflow_tracker`, which takes seconds to load.
         tags: What is known of code and machine.
     """
 
@@ -54,22 +57,18 @@ class SweepTracking:
         folder: SweepFolder,
         *,
         uri: str,
-        module: Any,
         tags: Mapping[str, str],
     ) -> None:
         self.uri = uri
         self._sweep = sweep
         self._folder = folder
-        self._module = module
         self._tags = dict(tags)
-        self._children: dict[int, Any] = {}
+        self._children: dict[int, MlflowTracker] = {}
         # Trials must not wait for what a server takes to store the last one's files.
         self._ending = ThreadPoolExecutor(1, thread_name_prefix="raysl-sweep-mlflow")
-        self._parent = module.MlflowTracker(
+        self._parent = self._tracker(
             RunFolder(folder.path),
-            uri=uri,
-            experiment=sweep.track.experiment,
-            run_name=sweep.name,
+            sweep.name,
             params=flat(sweep.model_dump(mode="json", exclude={"space", "set"}))
             | {f"space.{key}": str(value) for key, value in _plain_space(sweep).items()}
             | {f"set.{key}": value for key, value in sweep.set.items()},
@@ -81,18 +80,16 @@ class SweepTracking:
     @property
     def parent_run_id(self) -> str | None:
         """The sweep's run in MLflow; None if the server has not answered yet."""
-        run_id: str | None = self._parent.run_id
-        return run_id
+        return self._parent.run_id
 
     @property
     def problem(self) -> str | None:
         """Why MLflow did not take everything, or None."""
-        found: str | None = self._parent.problem
-        return found
+        return self._parent.problem
 
     @property
-    def trouble(self) -> Any:
-        """The same with what to do: a :class:`raysl.track.mlflow_problem.MlflowProblem`."""
+    def trouble(self) -> "MlflowProblem | None":
+        """The same with what to do."""
         return self._parent.trouble
 
     def start(self, trial: Trial) -> None:
@@ -101,11 +98,9 @@ class SweepTracking:
             return
         folder = RunFolder(trial.path)
         parent = self.parent_run_id
-        tracker = self._module.MlflowTracker(
+        tracker = self._tracker(
             folder,
-            uri=self.uri,
-            experiment=self._sweep.track.experiment,
-            run_name=f"{self._sweep.name}-{trial.number:04d}",
+            f"{self._sweep.name}-{trial.number:04d}",
             params=_params(trial),
             tags={
                 "raysl.kind": "trial",
@@ -150,6 +145,25 @@ class SweepTracking:
         for trial in trials:
             if trial.status in ENDED and not self._is_told(trial):
                 self.end(trial)
+
+    def _tracker(
+        self,
+        folder: RunFolder,
+        run_name: str,
+        *,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+    ) -> "MlflowTracker":
+        from raysl.track.mlflow_tracker import MlflowTracker  # noqa: PLC0415 - mlflow takes seconds
+
+        return MlflowTracker(
+            folder,
+            uri=self.uri,
+            experiment=self._sweep.track.experiment,
+            run_name=run_name,
+            params=params,
+            tags=tags,
+        )
 
     def _is_told(self, trial: Trial) -> bool:
         return (trial.path / _TOLD).exists()

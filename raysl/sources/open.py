@@ -1,6 +1,5 @@
 """Open a source by what a configuration says."""
 
-import importlib
 import re
 from collections.abc import Sequence
 
@@ -120,13 +119,18 @@ class _Opener:
         refuse_columns(config, "a set by its name")
         if config.filter:
             raise DataError(f"{self.where}: has nothing that data.filter could look at")
-        # By name: data workers import this room, and must load neither torch nor scikit-learn.
-        builtin = importlib.import_module("raysl.sources.builtin")
-        split = self._choose(builtin.SPLITS) or TRAIN
+        # Late: data workers import this room, and must load neither torch nor scikit-learn.
+        from raysl.sources.builtin import (  # noqa: PLC0415
+            SPLITS,
+            open_digits,
+            open_torchvision,
+        )
+
+        split = self._choose(SPLITS) or TRAIN
         source: ArraySource = (
-            builtin.open_digits(split)
+            open_digits(split)
             if config.source == "digits"
-            else builtin.open_torchvision(config.source, split, root=self.data.torchvision_root)
+            else open_torchvision(config.source, split, root=self.data.torchvision_root)
         )
         return source if config.limit is None else _some(source, config.limit)
 
