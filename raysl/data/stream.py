@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -27,32 +27,14 @@ from raysl.augment.pipeline import (
     shrink_plan,
 )
 from raysl.augment.random import replacement_stream
+from raysl.data.block import BAD, FLAW, INDEX, STEP, Block, numbers_column, view_column
 from raysl.data.decode import JPEG_SHRINKS, Flaw, decode_or_flaw, flaw_error
 from raysl.data.plan import Plan
 from raysl.errors import DataError
 from raysl.sources.source import BadImagesConfig, Encoded, Source
 
-Block = dict[str, Any]
-"""Columns by name: arrays of one length."""
-
-INDEX, STEP, BAD, FLAW = "index", "step", "bad", "flaw"
 # After so many bad images in a row the source is at fault, not an image.
 _MOST_DRAWS = 100
-
-
-def view_column(kind: int) -> str:
-    """Return the name of a block's column for a kind of view."""
-    return f"views_{kind}"
-
-
-def is_view_column(name: str) -> bool:
-    """Return whether a column holds views."""
-    return name.startswith("views_")
-
-
-def numbers_column(kind: int) -> str:
-    """Return the name of a block's column for the plans that the device is to carry out."""
-    return f"numbers_{kind}"
 
 
 @dataclass(frozen=True)

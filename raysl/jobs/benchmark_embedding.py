@@ -28,7 +28,7 @@ from raysl.jobs.embedding import (
 from raysl.jobs.own_process import answer, ask
 from raysl.jobs.throughput import measure_batches
 from raysl.sources.source import Source
-from raysl.train.batches import view_converter
+from raysl.train.batches import input_converter
 
 LOOPS = {
     "torch": "torch DataLoader, torchvision on PIL, forward with all threads",
@@ -99,7 +99,7 @@ def _loader(task: LoopTask, batch_size: int) -> Iterator[Features]:
     device = torch.device("cuda" if on_gpu else "cpu")
     mean, std = normalisation(embedding.encoder)
     network = load_encoder(embedding.encoder).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    convert = view_converter(device=device, mean=mean, std=std, channels_last=True)
+    to_input = input_converter(device=device, mean=mean, std=std, channels_last=True)
     dataset: Dataset[Any] = _Decoded(task.source, embedding)
     if task.loop == "torch":
         side = round(embedding.size_px / embedding.crop_fraction)
@@ -122,7 +122,7 @@ def _loader(task: LoopTask, batch_size: int) -> Iterator[Features]:
         if task.loop == "torch":
             images = batch.to(device, memory_format=torch.channels_last, non_blocking=True)
         else:
-            images = convert({"views_0": batch[:, None].numpy()})[0]
+            images = to_input(batch.numpy())
         with torch.autocast(device.type, torch.bfloat16, enabled=embedding.precision == "bf16"):
             yield network(images).float().cpu().numpy()
 

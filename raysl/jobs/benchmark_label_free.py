@@ -26,7 +26,7 @@ from raysl.recipe import training_set
 from raysl.sources.open import open_source
 from raysl.sources.source import DataConfig
 from raysl.track.run_folder import RunFolder, checkpoint_path, list_checkpoints
-from raysl.train.batches import view_converter
+from raysl.train.batches import input_converter
 from raysl.train.checkpoint import load_checkpoint
 
 UNTRAINED = "untrained"
@@ -246,12 +246,9 @@ class Study:
         began = time.monotonic()
         sets = self.sets(subject.size_px)
         encoder = subject.encoder.to(self.device)
-        to_views = view_converter(
+        to_input = input_converter(
             device=self.device, mean=subject.mean, std=subject.std, channels_last=False
         )
-
-        def to_input(pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
-            return to_views({"views_0": pixels[:, None]})[0]
 
         def features_of(images: EvalImages) -> torch.Tensor:
             return embed(encoder, images, to_input=to_input)

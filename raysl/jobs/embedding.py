@@ -18,7 +18,7 @@ from raysl.encoder import load_encoder, read_description
 from raysl.errors import DataError, DivergedError
 from raysl.evaluate.features import square
 from raysl.sources.source import Source, digest
-from raysl.train.batches import view_converter
+from raysl.train.batches import input_converter
 
 Rows = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]
@@ -159,7 +159,7 @@ class Encode:
         self._device = device
         network = load_encoder(embedding.encoder)
         self._network = network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._to_views = view_converter(device=device, mean=mean, std=std, channels_last=True)
+        self._to_input = input_converter(device=device, mean=mean, std=std, channels_last=True)
         self._bf16 = embedding.precision == "bf16"
         per_image = 4 * _CHANNELS * embedding.size_px**2
         self._batch = max(1, num_threads * _FORWARD_BYTES // per_image)
@@ -183,7 +183,7 @@ class Encode:
         try:
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
                 parts = [
-                    self._network(self._to_views({"views_0": pixels[at : at + step, None]})[0])
+                    self._network(self._to_input(pixels[at : at + step]))
                     for at in range(0, len(pixels), step)
                 ]
         except (RuntimeError, AssertionError) as error:  # a ViT of timm asserts its image size

@@ -9,7 +9,7 @@ from raysl.evaluate.features import EvalImages
 from raysl.evaluate.label_free import label_free, positive_pairs
 from raysl.jobs.embedding import normalisation
 from raysl.jobs.evaluation_config import Origin
-from raysl.train.batches import view_converter
+from raysl.train.batches import input_converter
 
 
 def measure_label_free(
@@ -26,10 +26,9 @@ def measure_label_free(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     mean, std = normalisation(origin.encoder)
-    to_views = view_converter(device=device, mean=mean, std=std, channels_last=False)
     pairs = positive_pairs(
         load_encoder(origin.encoder).to(device),
         images,
-        to_input=lambda pixels: to_views({"views_0": pixels[:, None]})[0],
+        to_input=input_converter(device=device, mean=mean, std=std, channels_last=False),
     )
     return label_free(torch.from_numpy(features), pairs)

@@ -23,7 +23,7 @@ from raysl.nn.collectives import rank_and_size
 from raysl.recipe import RunConfig, derive_for
 from raysl.sources.source import Source
 from raysl.track.run_folder import MetricsFile, RunFolder, list_waiting, read_metrics
-from raysl.train.batches import view_converter
+from raysl.train.batches import input_converter
 
 ToInput = Callable[[npt.NDArray[np.uint8]], Tensor]
 
@@ -181,16 +181,12 @@ def measure_file(
     """
     layout = torch.channels_last if config.train.channels_last else torch.preserve_format
     encoder = load_encoder(path).to(device=device, memory_format=layout)  # type: ignore[call-overload]
-    to_views = view_converter(
+    to_input = input_converter(
         device=device,
         mean=config.data.mean,
         std=config.data.std,
         channels_last=config.train.channels_last,
     )
-
-    def to_input(pixels: npt.NDArray[np.uint8]) -> Tensor:
-        return to_views({"views_0": pixels[:, None]})[0]
-
     return _measure(
         lambda images: embed_alone(encoder, images, to_input=to_input, num_ranks=num_ranks),
         sets,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from raysl.augment.pipeline import View, make_views
+from raysl.data.block import INDEX, view_column
 from raysl.data.decode import Flaw, decode_or_flaw
 from raysl.methods.base import Batch, ImageGrid, Method, Progress
 from raysl.sources.source import Source
@@ -74,8 +75,8 @@ def _sample(source: Source, views: Sequence[View], *, seed: int) -> dict[str, An
         kept.append(row)
     if not kept:
         return None
-    arrays = {f"views_{number}": np.stack(column) for number, column in enumerate(columns)}
-    return {**arrays, "index": np.array(kept, dtype=np.int64)}
+    arrays = {view_column(number): np.stack(column) for number, column in enumerate(columns)}
+    return {**arrays, INDEX: np.array(kept, dtype=np.int64)}
 
 
 def _write(

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -33,7 +32,7 @@ from raysl.recipe import Derived, RunConfig, derive_for, training_set
 from raysl.sources.source import Source
 from raysl.track.bad_images import BadImages
 from raysl.track.run_folder import MetricsFile, RunFolder, write_json
-from raysl.train.batches import NumpyBatch, batch_converter, view_converter
+from raysl.train.batches import NumpyBatch, batch_converter, input_converter, view_converter
 from raysl.train.checkpoint import load_checkpoint, load_state, save_checkpoint
 from raysl.train.health import HealthCheck
 from raysl.train.loop import Hooks, Log, Schedule, Trainer
@@ -143,6 +142,12 @@ class _Worker:
         self.data = training_set(config, source)
         self.method = build_method(config, self.data, device=place.device)
         self.optimizers = build_optimizers(self.method, config, derive_for(config, source))
+        self.to_input = input_converter(
+            device=place.device,
+            mean=config.data.mean,
+            std=config.data.std,
+            channels_last=config.train.channels_last,
+        )
         self.to_views = view_converter(
             device=place.device,
             mean=config.data.mean,
@@ -163,7 +168,7 @@ class _Worker:
         self.classified: Classified | None = None
         if self.method.label_classifier is not None and self.sets is not None:
             model = self.method.label_classifier
-            self.classified = Classified(model, self.sets, to_input=self._to_input)
+            self.classified = Classified(model, self.sets, to_input=self.to_input)
         seen = labels_record(source, config.data.labels)
         if self.rank == 0 and seen is not None:
             write_json(folder.labels, seen)
@@ -173,7 +178,7 @@ class _Worker:
             folder=folder,
             source=source,
             labelled=self.sets,
-            to_input=self._to_input,
+            to_input=self.to_input,
             place=place,
         )
 
@@ -262,7 +267,7 @@ class _Worker:
         total = derive_for(self.config, self.source).total_steps
         found = classified.results(total, self.source)
         assert self.sets is not None
-        features = embed(self.method.encoder, self.sets.test, to_input=self._to_input)
+        features = embed(self.method.encoder, self.sets.test, to_input=self.to_input)
         if self.rank == 0:
             _write_features(self.folder, features, self.sets.test, self.sets.class_names)
         return found
@@ -345,11 +350,8 @@ class _Worker:
         )
 
     def _embed(self, encoder: Backbone, sets: LabelledSets) -> tuple[Tensor, Tensor]:
-        train = embed(encoder, sets.train, to_input=self._to_input)
-        return train, embed(encoder, sets.test, to_input=self._to_input)
-
-    def _to_input(self, pixels: npt.NDArray[np.uint8]) -> Tensor:
-        return self.to_views({"views_0": pixels[:, None]})[0]
+        train = embed(encoder, sets.train, to_input=self.to_input)
+        return train, embed(encoder, sets.test, to_input=self.to_input)
 
     def _write_unlabelled_features(self) -> None:
         rows = np.arange(min(_MAP_IMAGES, int(self.source.group_sizes.sum())))
@@ -361,7 +363,7 @@ class _Worker:
             crop_fraction=self.config.evaluate.crop_fraction,
             num_threads=self.place.threads,
         )
-        features = embed(self.method.encoder, images, to_input=self._to_input)
+        features = embed(self.method.encoder, images, to_input=self.to_input)
         if self.rank == 0:
             _write_features(self.folder, features, images, [])
 

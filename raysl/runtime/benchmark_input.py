@@ -15,8 +15,9 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raysl.data.block import Block
 from raysl.data.plan import Plan
-from raysl.data.stream import Block, ItemMaker, Making
+from raysl.data.stream import ItemMaker, Making
 from raysl.errors import ClusterError
 from raysl.jobs.benchmark_function import time_whole_items
 from raysl.jobs.throughput import Throughput, measure_batches

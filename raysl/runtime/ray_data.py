@@ -15,8 +15,9 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset, ExecutionOptions
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
+from raysl.data.block import INDEX, Block, is_view_column
 from raysl.data.plan import Plan
-from raysl.data.stream import INDEX, Block, ItemMaker, Making, concatenate, is_view_column
+from raysl.data.stream import ItemMaker, Making, concatenate
 from raysl.runtime.background import in_background
 from raysl.runtime.cluster import READ_CPUS, Layout
 from raysl.track.run_folder import latest_step

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from raysl.augment.ops import Op
+from raysl.data.block import INDEX, is_view_column, kind_of, numbers_column, view_column
 from raysl.methods.base import Batch
 from raysl.train.device_ops import apply_ops
 
@@ -32,7 +33,7 @@ def batch_converter(
     """
 
     def to_batch(batch: NumpyBatch) -> Batch:
-        rows = np.asarray(batch["index"], dtype=np.int64)
+        rows = np.asarray(batch[INDEX], dtype=np.int64)
         known = None if labels is None else torch.from_numpy(labels[rows]).to(device)
         return Batch(to_views(batch), as_tensor(rows).to(device), known)
 
@@ -66,19 +67,45 @@ def view_converter(
 
     def to_views(batch: NumpyBatch) -> list[Tensor]:
         views: list[Tensor] = []
-        for name in sorted((name for name in batch if name.startswith("views_")), key=_view_number):
-            arrays = batch[name] if isinstance(batch[name], tuple) else (batch[name],)
+        for kind in sorted(kind_of(name) for name in batch if is_view_column(name)):
+            column = batch[view_column(kind)]
+            arrays = column if isinstance(column, tuple) else (column,)
             parts = [as_tensor(array).to(device, non_blocking=True) for array in arrays]
-            plans = batch.get(f"numbers_{_view_number(name)}")
+            plans = batch.get(numbers_column(kind))
             for number in range(parts[0].shape[1]):
                 image = _join([part[:, number] for part in parts], layout)
                 if plans is not None:
-                    image = apply_ops(image, device_ops[_view_number(name)], plans[:, number])
+                    image = apply_ops(image, device_ops[kind], plans[:, number])
                     image = image.contiguous(memory_format=layout)
                 views.append((image - center).mul_(scale))
         return views
 
     return to_views
+
+
+def input_converter(
+    *,
+    device: torch.device,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    channels_last: bool,
+) -> Callable[[npt.NDArray[np.uint8]], Tensor]:
+    """Return the function that turns pixels into what an encoder takes, as training does.
+
+    ``(N, S, S, 3)`` uint8 become ``(N, 3, S, S)`` float32 on the device, normalised there.
+
+    Args:
+        device: Where the images go.
+        mean: Of red, green and blue in [0, 1].
+        std: Likewise.
+        channels_last: Memory layout of the images.
+    """
+    to_views = view_converter(device=device, mean=mean, std=std, channels_last=channels_last)
+
+    def to_input(pixels: npt.NDArray[np.uint8]) -> Tensor:
+        return to_views({view_column(0): pixels[:, None]})[0]
+
+    return to_input
 
 
 def _join(parts: list[Tensor], layout: torch.memory_format) -> Tensor:
@@ -93,10 +120,6 @@ def _join(parts: list[Tensor], layout: torch.memory_format) -> Tensor:
         floats[start : start + len(part)] = part.permute(0, 3, 1, 2)
         start += len(part)
     return floats
-
-
-def _view_number(column: str) -> int:
-    return int(column.removeprefix("views_"))
 
 
 def as_tensor(array: npt.NDArray[Any]) -> Tensor:

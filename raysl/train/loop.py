@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from raysl.config.base import Config, Duration, PositiveInt
+from raysl.data.block import BAD, FLAW, INDEX, STEP
 from raysl.errors import RayslError
 from raysl.methods.base import Batch, Method, Progress
 from raysl.nn.collectives import mean_over_ranks, rank_and_size
@@ -150,7 +151,7 @@ class Trainer:
             metrics, features = self._step(
                 self.to_batch(batch), schedule.progress(step, is_logged=reads)
             )
-            meter.count(len(batch["index"]))
+            meter.count(len(batch[INDEX]))
             if done == start_step + 1:
                 self._synchronize()
                 hooks.log({"time/first_step_at": time.time()}, done)
@@ -272,7 +273,7 @@ class _Meter:
 
 def _check_place(batch: NumpyBatch, step: int) -> None:
     """Refuse a batch of another step: the stream and the model would have parted ways."""
-    found = np.unique(batch["step"])
+    found = np.unique(batch[STEP])
     if len(found) != 1 or found[0] != step:
         raise RayslError(
             f"expected the batch of step {step}, got one of step {found.tolist()}: the stream "
@@ -282,10 +283,10 @@ def _check_place(batch: NumpyBatch, step: int) -> None:
 
 def _bad_images(batch: NumpyBatch) -> dict[int, int]:
     """Return the rows that others stand in for, because they are bad, and each one's flaw."""
-    if "bad" not in batch:
+    if BAD not in batch:
         return {}
-    places = np.flatnonzero(batch["bad"] >= 0)
-    return dict(zip(batch["bad"][places].tolist(), batch["flaw"][places].tolist(), strict=True))
+    places = np.flatnonzero(batch[BAD] >= 0)
+    return dict(zip(batch[BAD][places].tolist(), batch[FLAW][places].tolist(), strict=True))
 
 
 def _seed_step(seed: int, step: int, rank: int) -> None:

@@ -10,9 +10,10 @@ import pytest
 
 from raysl.augment.ops import ColorJitter, Flip
 from raysl.augment.pipeline import Crop, View, make_views
+from raysl.data.block import Block, view_column
 from raysl.data.decode import Flaw, decode_or_flaw
 from raysl.data.plan import Plan
-from raysl.data.stream import Block, ItemMaker, Making, concatenate, iterate, view_column
+from raysl.data.stream import ItemMaker, Making, concatenate, iterate
 from raysl.errors import DataError, DecodeError
 from raysl.sources.pixels import PLAIN
 from raysl.sources.source import ArraySource, BadImagesConfig

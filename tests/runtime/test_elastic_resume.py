@@ -28,8 +28,9 @@ from ray.train.torch import TorchTrainer
 
 from raysl.augment.ops import Blur, ColorJitter, Flip
 from raysl.augment.pipeline import Crop, View
+from raysl.data.block import Block
 from raysl.data.plan import Plan
-from raysl.data.stream import Block, ItemMaker, Making, iterate, joined
+from raysl.data.stream import ItemMaker, Making, iterate, joined
 from raysl.runtime.cluster import Layout
 from raysl.runtime.ray_data import OpenRest, execution_options, iterate_shard
 from raysl.sources.source import ArraySource

@@ -16,8 +16,9 @@ from raysl.augment.pipeline import View
 from raysl.augment.random import view_stream
 from raysl.augment.recipes import CustomViews
 from raysl.config.load import parse_yaml, validate
+from raysl.data.block import Block, view_column
 from raysl.data.plan import Plan
-from raysl.data.stream import Block, ItemMaker, Making, iterate, joined, view_column
+from raysl.data.stream import ItemMaker, Making, iterate, joined
 from raysl.runtime.cluster import Layout
 from raysl.runtime.ray_data import execution_options, iterate_shard, open_dataset
 from raysl.sources.source import ArraySource

@@ -8,8 +8,9 @@ import pytest
 
 from raysl.augment.ops import Blur, ColorJitter, Flip
 from raysl.augment.pipeline import Crop, View
+from raysl.data.block import Block
 from raysl.data.plan import Plan
-from raysl.data.stream import Block, ItemMaker, Making, iterate, joined
+from raysl.data.stream import ItemMaker, Making, iterate, joined
 from raysl.runtime.cluster import Layout
 from raysl.runtime.ray_data import (
     Packing,

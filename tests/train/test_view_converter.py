@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from raysl.train.batches import as_tensor, view_converter
+from raysl.train.batches import as_tensor, input_converter, view_converter
 
 MEAN = (0.4, 0.5, 0.6)
 STD = (0.2, 0.25, 0.3)
@@ -41,6 +41,19 @@ def test_views_have_the_layout_that_was_asked_for(channels_last: bool) -> None:
     for view in convert({"views_0": pixels()}, channels_last=channels_last):
         assert view.dtype == torch.float32
         assert view.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_what_an_encoder_takes_is_the_same_to_the_bit_as_a_view_of_training(
+    channels_last: bool,
+) -> None:
+    array = pixels(1)[:, 0]
+    device = torch.device("cpu")
+    to_input = input_converter(device=device, mean=MEAN, std=STD, channels_last=channels_last)
+    (view,) = convert({"views_0": array[:, None]}, channels_last=channels_last)
+    found = to_input(array)
+    assert torch.equal(found, view)
+    assert found.stride() == view.stride()
 
 
 def test_groups_of_views_follow_each_other() -> None:
