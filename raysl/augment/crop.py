@@ -59,8 +59,8 @@ def plan_crop(
         ratio: Range of width over height, drawn uniformly in log space.
         attempts: Rejected draws before falling back to the largest centred box.
 
-    Source: Szegedy et al. 2015, arXiv:1409.4842, sec. 6. Departs: Same distribution as
-    torchvision's RandomResizedCrop, not the same numbers.
+    Source: Szegedy et al. 2015, arXiv:1409.4842, sec. 6.
+    Departs: Same distribution as torchvision's RandomResizedCrop, not the same numbers.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(attempts):

@@ -69,8 +69,7 @@ class RotationViews(Recipe):
     """Smallest area of a crop over the area of the image."""
     pad: Fraction | None = None
     """Instead of cropping by area: add a black border of this width over the image's short side,
-    and crop a square of that side anywhere (0.125 for CIFAR-10: 4 of 32 px).
-    """
+    and crop a square of that side anywhere (0.125 for CIFAR-10: 4 of 32 px)."""
 
     @model_validator(mode="after")
     def _one_kind_of_crop(self) -> "RotationViews":
@@ -119,8 +118,7 @@ class ContextEncoderViews(Recipe):
     size_px: PositiveInt = 128
     short_side: tuple[Fraction, Fraction] = (128 / 350, 128 / 350)
     """Range of the square's side over the image's short side; (1, 1) for images as small as
-    CIFAR-10's.
-    """
+    CIFAR-10's."""
 
     def views(self) -> tuple[View, ...]:
         """Return the view's definition."""

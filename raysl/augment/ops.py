@@ -146,8 +146,7 @@ class ColorJitter(Config):
     brightness: NonNegativeFloat = 0.8
     brightness_kind: BrightnessKind = "multiply"
     """multiply: a factor from 1 - brightness to 1 + brightness, as in torchvision. add: a value
-    from -brightness to +brightness, for pixels in [0, 1], as in the code of BYOL's authors.
-    """
+    from -brightness to +brightness, for pixels in [0, 1], as in the code of BYOL's authors."""
     contrast: NonNegativeFloat = 0.8
     saturation: NonNegativeFloat = 0.8
     hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.2

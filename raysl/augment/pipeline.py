@@ -35,14 +35,12 @@ class Crop(Config):
     """Crop a square instead: range of its side over the image's short side."""
     pad: Fraction | None = None
     """Add a border to the image before cropping the square: its width over the image's short side
-    (0.125: 4 px on each side of CIFAR-10's 32). Requires short_side.
-    """
+    (0.125: 4 px on each side of CIFAR-10's 32). Requires short_side."""
     border: Border = "black"
     """The border: black, or the image's mirror image (reflect)."""
     interpolation: Interpolation = "bilinear"
     """Interpolation of the resize. bicubic keeps more fine detail; for shrinking it uses Pillow and
-    takes three times as long.
-    """
+    takes three times as long."""
     antialias: bool = True
     """Average over the pixels when the crop shrinks; false interpolates, which is faster."""
 

@@ -115,8 +115,7 @@ class BYOLViews(Recipe):
     interpolation: Interpolation = "bicubic"
     brightness_kind: BrightnessKind = "add"
     """Whether brightness is added, or multiplies as in the ports to torchvision (Barlow Twins,
-    VICReg, MoCo v3, lightly), where it also changes the contrast.
-    """
+    VICReg, MoCo v3, lightly), where it also changes the contrast."""
     min_scale: Fraction = 0.08
     blur_probs: tuple[Probability, Probability] = (1.0, 0.1)
     """Of the first and the second view; use zeros for images as small as CIFAR-10's."""

@@ -26,8 +26,7 @@ class Samples(NamedTuple):
     """The meaning of the channels; in CMYK, 0 means no ink."""
     full: tuple[float, float] | None = None
     """The declared values of black and white. None means the full range of an integer type, and 0
-    to 1 for floating point numbers.
-    """
+    to 1 for floating point numbers."""
     orientation: int = 1
     """The EXIF orientation still to be applied."""
     profile: bytes = b""

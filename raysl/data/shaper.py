@@ -39,8 +39,7 @@ class Shaper(NamedTuple):
 
     curves: npt.NDArray[np.uint16]
     """``(1, 256)``, or ``(1, 256, 3)`` for one curve a channel: linear light of a level; 65,535 is
-    white.
-    """
+    white."""
     matrix: npt.NDArray[np.float32]
     """``(3, 3)``: to linear sRGB."""
 

@@ -16,13 +16,11 @@ from raysl.sources.source import DataConfig, SourceConfig
 OF_SOURCE = (*SourceConfig.model_fields, "mix", "labels", "if_changed")
 """Of the section ``data``. The other settings describe how the method and its encoder see images,
 or how this machine reads them, and are kept: views, mean, std, the policy for bad images, folders,
-memory.
-"""
+memory."""
 
 OF_TEST_SOURCE = tuple(SourceConfig.model_fields)
 """Of the section ``evaluate``: how its ``source`` is read. Dropped together with the training
-images as well, because test images of another data set have other classes.
-"""
+images as well, because test images of another data set have other classes."""
 
 _SECTIONS = {"data": OF_SOURCE, "evaluate": OF_TEST_SOURCE}
 

@@ -28,8 +28,7 @@ class Columns(NamedTuple):
     """``image``, or ``image.bytes`` of a struct."""
     paths: str | None
     """Column of paths to read where an image is null; the image column itself if it holds only
-    paths.
-    """
+    paths."""
     label: str | None
     label_in_path: bool
     """Whether the label is only in a folder's name: ``label=cat/part-0.parquet``."""

@@ -22,8 +22,7 @@ class Classes(NamedTuple):
 
     labels: Labels | None
     """A class number for each value, ``(num_values,)``, -1 for null; None if the column holds no
-    classes.
-    """
+    classes."""
     names: list[str]
     """Class names, by number."""
     note: str = ""

@@ -36,8 +36,7 @@ class SourceConfig(Config):
     source: str
     """digits, cifar10, cifar100, stl10; a folder of images (with or without class folders); Parquet
     files or WebDataset .tar shards: a file, a folder of them, a glob, or a range such as
-    DIR/{000..099}.tar. A path, or a URI such as s3://bucket/folder.
-    """
+    DIR/{000..099}.tar. A path, or a URI such as s3://bucket/folder."""
     image_column: str | None = None
     """Parquet: column of encoded images; null takes 'image', or the only binary column. Tar shards:
     suffix of the image in samples that hold several."""
@@ -46,26 +45,22 @@ class SourceConfig(Config):
     shards: key in a sample's .json; null takes its .cls, or the key 'label'."""
     filter: tuple[Condition, ...] = ()
     """Keep only the images for which all conditions hold, each [column, comparison, value]: columns
-    of a Parquet file; for files and tar members, their path and bytes.
-    """
+    of a Parquet file; for files and tar members, their path and bytes."""
     limit: PositiveInt | None = None
     """Use only this many images (of those that the filter keeps), spread over the source."""
     split: str | None = None
     """Built-in sets: train or test. Sources with splits, as folders or in the names of shards: the
-    split to use; null takes train.
-    """
+    split to use; null takes train."""
     intensity: Intensity | None = None
     """The values that become black and white in images of more than 8 bits: [low, high], {bits:
     12}, or {percentile: [0.5, 99.5]} of each image. null takes the full range of integers, and 0 to
-    1 for floating point numbers; 8-bit images stay as they are.
-    """
+    1 for floating point numbers; 8-bit images stay as they are."""
     color_profile: ColorProfile = "convert"
     """Images with a colour profile (Display P3, Adobe RGB, CMYK): convert them to sRGB, or ignore
     the profile, as torchvision and OpenCV do."""
     pages: Pages = "refuse"
     """TIFF files with several pages, or with channels that are not colours: refuse them as bad
-    images, take the first page or channel, or up to three channels as red, green and blue.
-    """
+    images, take the first page or channel, or up to three channels as red, green and blue."""
 
     def decoding(self) -> Decoding:
         """Return the settings that the decoder needs."""
@@ -77,8 +72,7 @@ class WeightedSource(SourceConfig):
 
     weight: PositiveFloat = 1.0
     """How often an epoch reads each image of this source, relative to data.source: 0.5 reads it
-    every other epoch.
-    """
+    every other epoch."""
 
 
 class BadImagesConfig(Config):
@@ -87,8 +81,7 @@ class BadImagesConfig(Config):
     idle: ClassVar[tuple[Idle, ...]] = (Idle(("max_share",), {"policy": ("fail",)}),)
     policy: Literal["skip", "replace", "fail"] = "replace"
     """skip fills an image's slot in the batch with another image of its item, with other views;
-    replace with one drawn from the same file or row group; fail ends the run. Batches stay full.
-    """
+    replace with one drawn from the same file or row group; fail ends the run. Batches stay full."""
     max_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
     """End the run once more than this share of the source turns out to be bad."""
     max_megapixels: Annotated[float, Field(gt=0.0, le=178.0)] = 100.0
@@ -101,14 +94,12 @@ class LabelsConfig(Config):
     idle: ClassVar[tuple[Idle, ...]] = (Idle(("seed",), {"fraction": (1,)}),)
     fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Share of the labels, balanced over the classes as far as possible, at least one of each. Test
-    images that are held out of the source (evaluate.source) are never among them.
-    """
+    images that are held out of the source (evaluate.source) are never among them."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the draw; with the same seed a smaller share is part of a larger one."""
     only: bool = False
     """Train on these images alone. Otherwise the others are kept without a label, for distillation.
-    Supervised training always leaves them out.
-    """
+    Supervised training always leaves them out."""
 
 
 class LocatedSource(SourceConfig):
@@ -127,27 +118,23 @@ class DataConfig(LocatedSource):
     """What to do with images that cannot be used."""
     if_changed: Literal["stop", "go_on"] = "stop"
     """If the images have changed since the run began: stop and report what changed, or go on. Order
-    and length then follow the current images.
-    """
+    and length then follow the current images."""
     labels: LabelsConfig | Literal["none"] | None = None
     """Labels for methods that learn from labels; null: all of them. The run folder's labels.json
     lists the rows used. none: treat the source as unlabelled, whatever its folders or columns are
-    called; nothing is measured with its labels.
-    """
+    called; nothing is measured with its labels."""
     views: Views = SimCLRViews()
     """The views of an image that a method receives: a named recipe, or composed."""
     color_on: Literal["cpu", "device"] = "cpu"
     """Where the last operations of the views run: in the data workers, or batched on the
-    accelerator of the train workers, which leaves the CPUs to decode and crop.
-    """
+    accelerator of the train workers, which leaves the CPUs to decode and crop."""
     mean: tuple[_Channel, _Channel, _Channel] = (0.485, 0.456, 0.406)
     """Mean of the red, green and blue pixels in [0, 1], subtracted once on the device."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
     """Their standard deviation."""
     shuffle_window_mib: PositiveInt = 512
     """Encoded images that a data worker holds to shuffle across row groups of Parquet files; a
-    smaller source is shuffled fully.
-    """
+    smaller source is shuffled fully."""
 
     @model_validator(mode="after")
     def _device_has_something_to_do(self) -> "DataConfig":
@@ -195,8 +182,7 @@ class Source(Protocol):
     """16 hex digits that change with the images."""
     notes: tuple[str, ...]
     """What is at the source but skipped, mixed in or used in an unexpected way: how many and why, a
-    line each. Printed by `raysl data` and at the start of a run.
-    """
+    line each. Printed by `raysl data` and at the start of a run."""
     splits: tuple[str, ...]
     """Splits that the place holds, including this one: train, validation, test, ..."""
     label_advice: str

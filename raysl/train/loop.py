@@ -37,8 +37,7 @@ class TrainConfig(Config):
     """Images of one forward pass of a worker; null takes all. Contrastive methods cache their
     gradient (GradCache), so that every image of the global batch is still compared with every
     other; methods whose loss is a mean over images accumulate. The gradient equals that of the
-    whole batch, except that batch norm takes its statistics from each micro-batch.
-    """
+    whole batch, except that batch norm takes its statistics from each micro-batch."""
     precision: Literal["by_device", "fp32", "bf16"] = "by_device"
     """bf16 autocasts to bfloat16; by_device takes bf16 on GPUs and fp32 on CPUs, where bf16 is
     often slower."""
