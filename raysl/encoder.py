@@ -134,7 +134,7 @@ def load_weights(backbone: Backbone, path: str | Path, *, layout: str = "auto") 
 
 def _check_told(net: nn.Module, found: Found, path: Path) -> None:
     """Refuse what the file's code had otherwise, and its tensors do not tell."""
-    told = found.layout.told(found.network)
+    told = found.layout.fixed(found.network)
     own: dict[str, tuple[Any, str]] = {}
     if isinstance(net, VisionTransformer):
         own = {"num_heads": (net.blocks[0].attn.num_heads, "{} attention heads")}  # type: ignore[union-attr]

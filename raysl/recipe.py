@@ -22,7 +22,7 @@ from raysl.config.load import (
 from raysl.config.shipped import find_config
 from raysl.data.fragments import images_per_epoch
 from raysl.data.plan import Plan, item_size_for
-from raysl.data.stream import Making
+from raysl.data.stream import BlockSpec
 from raysl.errors import ConfigError
 from raysl.evaluate.protocol import EvaluateConfig
 from raysl.methods import load_method
@@ -275,9 +275,9 @@ def plan_of(config: RunConfig[Any], source: Source) -> Plan:
     )
 
 
-def making_of(data: DataConfig) -> Making:
-    """Return what a run makes of each image."""
-    return Making(data.views.views(), color_on=data.color_on, bad_images=data.bad_images)
+def block_spec(data: DataConfig) -> BlockSpec:
+    """Return how a run makes blocks of views."""
+    return BlockSpec(data.views.views(), color_on=data.color_on, bad_images=data.bad_images)
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig[Any]:

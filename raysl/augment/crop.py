@@ -1,4 +1,4 @@
-"""Random resized crop, centre crop, flip and rotations: where the pixels of a view come from."""
+"""Crop, flip and rotate: geometric operations of a view."""
 
 import math
 from typing import Literal, NamedTuple
@@ -13,17 +13,17 @@ from raysl.augment.random import uniform
 Image = npt.NDArray[np.uint8]
 Interpolation = Literal["bilinear", "bicubic"]
 Border = Literal["black", "reflect"]
-"""What lies beyond an image: nothing, or its mirror image without the outermost row again."""
+"""The pixels beyond an image: black, or the mirror image without repeating the outermost row."""
 
-# Beyond so many samples a pixel and direction, area averaging at once is the quicker way to shrink.
+# Above this many samples a pixel and direction, direct area averaging is the faster way to shrink.
 _MOST_SAMPLES = 3
-# Shrunk by so little, plain interpolation is nearer to an antialiased resize than two samples are
-# (mean difference at 1.1: 0.7 levels both; at 1.05 0.4 against 0.7), and quicker.
+# Below this factor, plain interpolation is faster than two samples and as close to an antialiased
+# resize or closer (mean difference at 1.1: 0.7 levels both; at 1.05: 0.4 against 0.7).
 _BARELY = 1.1
-# OpenCV's cubic has a = -0.75, Pillow's and TensorFlow's -0.5. The kernel is linear in a: so much
-# of a = -0.75 and the rest of a = 0, which is nearly linear interpolation, make -0.5.
+# OpenCV's cubic kernel has a = -0.75, Pillow's and TensorFlow's -0.5. The kernel is linear in a, so
+# this share of a = -0.75 and the rest of a = 0 (nearly linear interpolation) give -0.5.
 _CUBIC_SHARE = 2 / 3
-# Pillow first averages over whole pixels what is shrunk by more than so much again: it looks the
+# When shrinking further than this, Pillow first averages over whole pixels: the result looks the
 # same, and a frame of 2,000 pixels takes milliseconds instead of tens of them.
 _REDUCING_GAP = 3.0
 
@@ -31,7 +31,7 @@ _REDUCING_GAP = 3.0
 class CropBox(NamedTuple):
     """A rectangle in pixels of the source image; ``top`` and ``left`` are inclusive.
 
-    One of :func:`plan_padded` may reach beyond the image.
+    A box by :func:`plan_padded` may reach beyond the image.
     """
 
     top: int
@@ -52,7 +52,7 @@ def plan_crop(
     """Draw an Inception-style crop box that lies inside the image.
 
     Args:
-        rng: The stream of this (seed, epoch, image, view); nothing else is random.
+        rng: The random stream of this view.
         height: Source height in pixels, > 0.
         width: Source width in pixels, > 0.
         scale: Range of crop area over image area, 0 < low <= high <= 1.
@@ -75,7 +75,7 @@ def plan_crop(
     return CropBox((height - h) // 2, (width - w) // 2, h, w)
 
 
-# A part of a view is planned before its size is known: on a view of so many pixels a side.
+# A crop of a view is planned before the view's size is known, for a nominal side of this length.
 PLANNED_SIDE_PX = 1 << 16
 
 
@@ -86,10 +86,10 @@ def plan_part(
     ratio: tuple[float, float],
     prob: float,
 ) -> CropBox | None:
-    """Draw a part of a square view, or None with probability 1 - prob.
+    """Draw a crop of a square view, or None with probability 1 - prob.
 
     Returns:
-        A box, as :func:`plan_crop` draws it, of a view of ``PLANNED_SIDE_PX``.
+        A box as drawn by :func:`plan_crop`, for a view of ``PLANNED_SIDE_PX``.
     """
     if rng.random() >= prob:
         return None
@@ -98,14 +98,14 @@ def plan_part(
 
 
 def part_box(part: CropBox, *, size_px: int) -> CropBox:
-    """Return what :func:`plan_part` drew as a box of a view of ``size_px``."""
+    """Scale a box drawn by :func:`plan_part` to a view of ``size_px``."""
     return shrink_box(part, PLANNED_SIDE_PX / size_px, height=size_px, width=size_px)
 
 
 def plan_square(
     rng: np.random.Generator, *, height: int, width: int, short_side: tuple[float, float]
 ) -> CropBox:
-    """Draw a square anywhere in the image, its side over the image's shorter one in a range."""
+    """Draw a square anywhere in the image; its side is a fraction of the image's short side."""
     side = max(1, round(min(height, width) * uniform(rng, *short_side)))
     top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
     return CropBox(int(top), int(left), side, side)
@@ -119,14 +119,14 @@ def plan_padded(
     short_side: tuple[float, float],
     pad: float,
 ) -> CropBox:
-    """Draw a square anywhere in an image that a border was added to on all four sides.
+    """Draw a square anywhere in an image with a border on all four sides.
 
     Args:
-        rng: The stream of this view.
-        height: Of the image without the border, in pixels.
+        rng: The random stream of this view.
+        height: Height of the image without the border, in pixels.
         width: Likewise.
-        short_side: Range of the square's side over the image's shorter one.
-        pad: Width of the border over the image's shorter side.
+        short_side: Range of the square's side over the image's short side.
+        pad: Width of the border over the image's short side.
     """
     border = round(min(height, width) * pad)
     side = max(1, round(min(height, width) * uniform(rng, *short_side)))
@@ -150,18 +150,18 @@ def apply_crop(
     antialias: bool = True,
     border: Border = "black",
 ) -> Image:
-    """Cut ``box`` out of an image and resize it to a square.
+    """Crop ``box`` from an image and resize it to a square.
 
     Args:
         image: ``(H, W, 3)`` uint8.
         box: A rectangle, inside the image or beyond it by less than the image's sides.
         size_px: Side of the result in pixels, > 0.
-        interpolation: As of :func:`resize`.
+        interpolation: See :func:`resize`.
         antialias: Whether shrinking averages over the source pixels.
-        border: What the box finds beyond the image.
+        border: The pixels beyond the image.
 
     Returns:
-        ``(size_px, size_px, 3)`` uint8, a new array unless nothing had to change.
+        ``(size_px, size_px, 3)`` uint8; shares memory with the image only if nothing changes.
     """
     patch = _cut(image, box, border)
     return resize(patch, size_px=size_px, interpolation=interpolation, antialias=antialias)
@@ -192,14 +192,14 @@ def resize(
     Args:
         patch: ``(H, W, 3)`` uint8.
         size_px: Side of the result in pixels, > 0.
-        interpolation: ``bilinear``, torchvision's default, or ``bicubic``: Keys' kernel with
-            a = -0.5, as Pillow and TensorFlow have it; it keeps more of what is fine.
-        antialias: Whether shrinking averages over the source pixels, each direction by itself, as
-            Pillow does. Without, as in ``tf.image.resize``, and for enlarging, it interpolates
-            between the nearest two or four pixels.
+        interpolation: ``bilinear``, the default of torchvision, or ``bicubic``: Keys' kernel with a
+            = -0.5, as in Pillow and TensorFlow, which keeps more fine detail.
+        antialias: Whether shrinking averages over the source pixels, in each direction separately,
+            as Pillow does. Without it, as in ``tf.image.resize``, and for enlarging, it
+            interpolates between the nearest two or four pixels.
 
     Returns:
-        ``(size_px, size_px, 3)`` uint8, a new array unless nothing had to change.
+        ``(size_px, size_px, 3)`` uint8; shares memory with the input only if nothing changes.
 
     Source: R. Keys 1981, "Cubic Convolution Interpolation for Digital Image Processing", for the
     cubic kernel.
@@ -220,8 +220,9 @@ def _bilinear(patch: Image, size_px: int, *, antialias: bool) -> Image:
         return cv2.resize(patch, size, interpolation=cv2.INTER_LINEAR)  # type: ignore[return-value]
     if factor > _MOST_SAMPLES and min(height, width) >= size_px:
         return cv2.resize(patch, size, interpolation=cv2.INTER_AREA)  # type: ignore[return-value]
-    # Area averaging is quick only by one whole factor both ways: 0.32 ms this way against 0.75 ms
-    # at once for a frame of 500 x 375 (and 0.45 by 1 x 2), and nearer to an antialiased resize.
+    # Area averaging is only fast by one integer factor in both directions. For a frame of 500 x
+    # 375, this takes 0.32 ms against 0.75 ms directly (0.45 ms by 1 x 2), and is closer to an
+    # antialiased resize.
     fine = (factor * size_px, factor * size_px)
     samples = cv2.resize(patch, fine, interpolation=cv2.INTER_LINEAR)
     return cv2.resize(samples, size, interpolation=cv2.INTER_AREA)  # type: ignore[return-value]
@@ -230,8 +231,8 @@ def _bilinear(patch: Image, size_px: int, *, antialias: bool) -> Image:
 def _bicubic(patch: Image, size_px: int, *, averages: bool) -> Image:
     size = (size_px, size_px)
     if averages:
-        # OpenCV has no such kernel, and what can be put together of those it has stays 0.6 levels
-        # or more away where a side is shrunk by 1.3 to 2, more than half as far as linear does.
+        # OpenCV has no such kernel. Combinations of its kernels are off by 0.6 levels or more when
+        # shrinking by 1.3 to 2, more than half as far as linear interpolation.
         pixels = PillowImage.fromarray(np.ascontiguousarray(patch))
         kernel = PillowImage.Resampling.BICUBIC
         return np.asarray(pixels.resize(size, kernel, reducing_gap=_REDUCING_GAP))
@@ -241,12 +242,12 @@ def _bicubic(patch: Image, size_px: int, *, averages: bool) -> Image:
 
 
 def shrink_box(box: CropBox, factor: float, *, height: int, width: int) -> CropBox:
-    """Return a box of an image in the same image at 1/factor of its size.
+    """Convert a box to the coordinates of the same image at 1/factor of its size.
 
     Args:
         box: The box.
-        factor: > 0.
-        height: Of the smaller image in pixels; the box is kept inside.
+        factor: Downscaling factor, > 0.
+        height: Height of the smaller image in pixels; the box is kept inside.
         width: Likewise.
     """
     h = min(height, max(1, round(box.height / factor)))
@@ -267,7 +268,7 @@ def apply_flip(image: Image) -> Image:
 
 
 def plan_rotation(rng: np.random.Generator, *, max_deg: float, prob: float) -> float | None:
-    """Draw an angle in degrees, uniform in [-max_deg, max_deg], or None with 1 - prob."""
+    """Draw an angle, uniform in [-max_deg, max_deg], or None with probability 1 - prob."""
     if rng.random() >= prob:
         return None
     return uniform(rng, -max_deg, max_deg)
@@ -276,7 +277,7 @@ def plan_rotation(rng: np.random.Generator, *, max_deg: float, prob: float) -> f
 def apply_rotation(image: Image, angle_deg: float) -> Image:
     """Rotate ``(H, W, 3)`` uint8 counter-clockwise about its centre.
 
-    The border pixels are repeated outwards, so that no black wedge tells the network the angle.
+    Border pixels are repeated outwards: black corners would reveal the angle to the network.
     """
     height, width = image.shape[:2]
     matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), angle_deg, 1.0)
@@ -286,12 +287,12 @@ def apply_rotation(image: Image, angle_deg: float) -> Image:
 
 
 def plan_quarter_turn(rng: np.random.Generator, *, prob: float) -> int | None:
-    """Draw 1, 2 or 3 quarter turns, each as likely, or None with probability 1 - prob."""
+    """Draw 1, 2 or 3 quarter turns, equally likely, or None with probability 1 - prob."""
     if rng.random() >= prob:
         return None
     return int(rng.integers(1, 4))
 
 
 def apply_quarter_turn(image: Image, turns: int) -> Image:
-    """Turn a square image counter-clockwise by 90 degrees times ``turns``; no pixel is lost."""
+    """Rotate a square image counter-clockwise by ``turns`` times 90 degrees, without loss."""
     return np.ascontiguousarray(np.rot90(image, turns))

@@ -1,4 +1,4 @@
-"""Recipes of a single view: for methods that compare nothing, and to learn from labels."""
+"""View recipes with a single view, for methods that compare none and for supervised training."""
 
 from typing import Literal
 
@@ -15,7 +15,7 @@ class MAEViews(Recipe):
     """One view: crop and flip.
 
     Source: He et al. 2021, arXiv:2111.06377v3, appendix A.1, table 8, and the authors'
-    main_pretrain.py:124: bicubic.
+    main_pretrain.py:124 (bicubic).
     """
 
     recipe: Literal["mae"] = "mae"
@@ -29,7 +29,7 @@ class MAEViews(Recipe):
 
 
 class FinetuneViews(Recipe):
-    """One view, to learn from labels or a teacher: crop and flip.
+    """One view for training with labels or a teacher: crop and flip.
 
     Source: Chen et al. 2020, arXiv:2006.10029v2 (SimCLR v2), sec. 3.1, for fine-tuning and
     distillation; the crops are those of pretraining, 8 to 100 % of the area, bicubic (the authors'
@@ -41,7 +41,7 @@ class FinetuneViews(Recipe):
     min_scale: Fraction = 0.08
     """Smallest area of a crop over the area of the image."""
     flip_prob: Probability = 0.5
-    """How often an image is mirrored: 0 where left and right matter, as in digits."""
+    """Probability of mirroring an image: 0 where left and right matter, as for digits."""
 
     def views(self) -> tuple[View, ...]:
         """Return the view's definition."""
@@ -51,24 +51,25 @@ class FinetuneViews(Recipe):
 
 
 class RotationViews(Recipe):
-    """One upright view: a random crop, or the image moved within a border, and flip.
+    """One upright view: a random crop, or a shifted image with a border, and flip.
 
-    The method turns it by quarters itself, on the device: that loses nothing, and gives it labels.
+    The method rotates it by quarter turns itself, on the device: this is lossless and yields the
+    labels.
 
     Source: Gidaris et al. 2018, arXiv:1803.07728v1, and the authors' FeatureLearningRotNet: crops
-    of 8 to 100 % for ImageNet (config/ImageNet_RotNet_AlexNet.py:9, dataloader.py:105), a border
-    of 4 pixels for CIFAR-10 (dataloader.py:152). VISSL's rotnet_8gpu_resnet.yaml:21 crops as they
-    do on ImageNet.
-    Departs: VISSL turns first and mirrors then, which makes turns to the left and to the right
-    look alike; here, as in the authors' code, what is turned has been mirrored.
+    of 8 to 100 % for ImageNet (config/ImageNet_RotNet_AlexNet.py:9, dataloader.py:105), a border of
+    4 pixels for CIFAR-10 (dataloader.py:152). VISSL's rotnet_8gpu_resnet.yaml:21 crops in the same
+    way on ImageNet.
+    Departs: VISSL rotates before it mirrors, so left and right turns look alike; here, as in the
+    authors' code, the image is mirrored first.
     """
 
     recipe: Literal["rotation"] = "rotation"
     min_scale: Fraction = 0.08
     """Smallest area of a crop over the area of the image."""
     pad: Fraction | None = None
-    """Instead of cropping by area: add a black border, this share of the image's shorter side wide,
-    and cut a square of that side out anywhere (0.125 for CIFAR-10: 4 of 32 px)."""
+    """Instead of cropping by area: add a black border of this width over the image's short side,
+    and crop a square of that side anywhere (0.125 for CIFAR-10: 4 of 32 px)."""
 
     @model_validator(mode="after")
     def _one_kind_of_crop(self) -> "RotationViews":
@@ -91,8 +92,8 @@ class RotationViews(Recipe):
 class JigsawViews(Recipe):
     """One view that the method cuts into tiles: nearly the whole image, flip, mostly grey.
 
-    Source: Noroozi and Favaro 2016, arXiv:1603.09246v3, and VISSL's
-    jigsaw_8gpu_resnet.yaml: 255 out of a short side of 256 pixels, grey for two images of three.
+    Source: Noroozi and Favaro 2016, arXiv:1603.09246v3, and VISSL's jigsaw_8gpu_resnet.yaml: 255
+    pixels of a short side of 256, and two images of three are grey.
     """
 
     recipe: Literal["jigsaw"] = "jigsaw"
@@ -107,16 +108,16 @@ class JigsawViews(Recipe):
 
 
 class ContextEncoderViews(Recipe):
-    """One view out of which the method cuts a part: a small square of the image, and flip.
+    """One view from which the method removes a region: a small square of the image, and flip.
 
-    Source: Pathak et al. 2016, arXiv:1604.07379, and the authors' train.lua: a square of 128 out
-    of a short side of 350 pixels.
+    Source: Pathak et al. 2016, arXiv:1604.07379, and the authors' train.lua: a square of 128 pixels
+    from a short side of 350.
     """
 
     recipe: Literal["context_encoder"] = "context_encoder"
     size_px: PositiveInt = 128
     short_side: tuple[Fraction, Fraction] = (128 / 350, 128 / 350)
-    """Range of the square's side over the image's shorter one; (1, 1) for images as small as
+    """Range of the square's side over the image's short side; (1, 1) for images as small as
     CIFAR-10's."""
 
     def views(self) -> tuple[View, ...]:

@@ -1,6 +1,6 @@
-"""Operations on a view's pixels as a YAML names them: planned first, then applied.
+"""Operations on the pixels of a view, configurable in YAML; planned first, then applied.
 
-An operation that can also run on the accelerator gives its plan as numbers: see
+An operation that can also run on the accelerator exports its plan as numbers: see
 :mod:`raysl.train.device_ops`.
 """
 
@@ -55,15 +55,15 @@ def check_range(name: str, bounds: tuple[float, float]) -> None:
 
 
 class CropPart(Config):
-    """Cut out a random part of the view and enlarge it to the view's side.
+    """Crop a random part of the view and enlarge it to the view's side.
 
-    Every view begins with a crop of the image; this one is of the view, wherever it stands among
-    the operations.
+    Every view starts with a crop of the image; this one crops the view, at any point of the
+    sequence.
     """
 
     op: Literal["crop"] = "crop"
     scale: tuple[Fraction, Fraction] = (0.08, 1.0)
-    """Range of the part's area over the view's."""
+    """Range of the crop's area over the view's."""
     ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
     """Range of width over height."""
     prob: Probability = 1.0
@@ -75,17 +75,17 @@ class CropPart(Config):
         return self
 
     def plan(self, rng: np.random.Generator) -> CropBox | None:
-        """Draw the part."""
+        """Draw the crop."""
         return plan_part(rng, scale=self.scale, ratio=self.ratio, prob=self.prob)
 
     def apply(self, image: Image, plan: CropBox | None) -> Image:
-        """Cut out the planned part."""
+        """Apply the planned crop."""
         if plan is None:
             return image
         return apply_crop(image, part_box(plan, size_px=len(image)), size_px=len(image))
 
     def numbers(self, plan: CropBox | None, *, size_px: int) -> Numbers:
-        """Return 1 or 0 and the part's top, left, height and width in pixels."""
+        """Return 1 or 0, and the crop's top, left, height and width in pixels."""
         return (0.0,) * 5 if plan is None else (1.0, *part_box(plan, size_px=size_px))
 
 
@@ -100,7 +100,7 @@ class Flip(Config):
         return plan_flip(rng, prob=self.prob)
 
     def apply(self, image: Image, plan: bool) -> Image:
-        """Mirror if the plan says so."""
+        """Mirror if planned."""
         return apply_flip(image) if plan else image
 
     def numbers(self, plan: bool, *, size_px: int) -> Numbers:
@@ -135,7 +135,7 @@ class QuarterTurn(Config):
         return plan_quarter_turn(rng, prob=self.prob)
 
     def apply(self, image: Image, plan: int | None) -> Image:
-        """Turn as planned."""
+        """Rotate as planned."""
         return image if plan is None else apply_quarter_turn(image, plan)
 
 
@@ -145,8 +145,8 @@ class ColorJitter(Config):
     op: Literal["color_jitter"] = "color_jitter"
     brightness: NonNegativeFloat = 0.8
     brightness_kind: BrightnessKind = "multiply"
-    """multiply: a factor of 1 - brightness to 1 + brightness, as torchvision's. add: -brightness to
-    +brightness is added to pixels in [0, 1], as in the BYOL authors' code."""
+    """multiply: a factor from 1 - brightness to 1 + brightness, as in torchvision. add: a value
+    from -brightness to +brightness, for pixels in [0, 1], as in the code of BYOL's authors."""
     contrast: NonNegativeFloat = 0.8
     saturation: NonNegativeFloat = 0.8
     hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.2
@@ -174,21 +174,21 @@ class ColorJitter(Config):
 
 
 class Grey(Config):
-    """Drop the colour."""
+    """Convert to grey."""
 
     op: Literal["grey"] = "grey"
     prob: Probability = 0.2
 
     def plan(self, rng: np.random.Generator) -> bool:
-        """Draw whether to drop the colour."""
+        """Draw whether to convert to grey."""
         return plan_chance(rng, prob=self.prob)
 
     def apply(self, image: Image, plan: bool) -> Image:
-        """Drop the colour if the plan says so."""
+        """Convert to grey if planned."""
         return apply_grey(image) if plan else image
 
     def numbers(self, plan: bool, *, size_px: int) -> Numbers:
-        """Return 1 to drop the colour, else 0."""
+        """Return 1 to convert to grey, else 0."""
         return (float(plan),)
 
 
@@ -197,9 +197,9 @@ class Blur(Config):
 
     op: Literal["blur"] = "blur"
     sigma_px: tuple[PositiveFloat, PositiveFloat] = (0.1, 2.0)
-    """Range of the standard deviation in pixels of the view."""
+    """Range of the standard deviation, in pixels of the view."""
     kernel_fraction: Fraction | None = 0.1
-    """Longest kernel over the view's side (SimCLR: a tenth); null: three standard deviations."""
+    """Largest kernel over the view's side (SimCLR: a tenth); null: three standard deviations."""
     prob: Probability = 0.5
 
     def plan(self, rng: np.random.Generator) -> float | None:
@@ -211,7 +211,7 @@ class Blur(Config):
         return image if plan is None else apply_blur(image, plan, taps=self._taps(plan, len(image)))
 
     def numbers(self, plan: float | None, *, size_px: int) -> Numbers:
-        """Return the standard deviation in pixels and the kernel's taps; zeros for no blur."""
+        """Return the standard deviation in pixels and the number of taps; zeros for no blur."""
         return (0.0, 0.0) if plan is None else (plan, float(self._taps(plan, size_px)))
 
     def _taps(self, sigma_px: float, size_px: int) -> int:
@@ -233,7 +233,7 @@ class Solarise(Config):
         return plan_chance(rng, prob=self.prob)
 
     def apply(self, image: Image, plan: bool) -> Image:
-        """Invert if the plan says so."""
+        """Invert if planned."""
         return apply_solarise(image, threshold=self.threshold) if plan else image
 
     def numbers(self, plan: bool, *, size_px: int) -> Numbers:
@@ -248,7 +248,7 @@ class Noise(Config):
     sigma: tuple[
         Annotated[float, Field(ge=0.0, le=1.0)], Annotated[float, Field(ge=0.0, le=1.0)]
     ] = (0.02, 0.1)
-    """Range of the standard deviation, of pixels in [0, 1]."""
+    """Range of the standard deviation, for pixels in [0, 1]."""
     prob: Probability = 0.5
 
     @model_validator(mode="after")
@@ -257,16 +257,16 @@ class Noise(Config):
         return self
 
     def plan(self, rng: np.random.Generator) -> NoisePlan | None:
-        """Draw the strength, and the seed of the field."""
+        """Draw the strength and the seed of the noise."""
         return plan_noise(rng, sigma=self.sigma, prob=self.prob)
 
     def apply(self, image: Image, plan: NoisePlan | None) -> Image:
-        """Add the planned field."""
+        """Add the planned noise."""
         return image if plan is None else apply_noise(image, plan)
 
 
 class Sobel(Config):
-    """Edges instead of the image."""
+    """Replace the image by its edges."""
 
     op: Literal["sobel"] = "sobel"
     prob: Probability = 0.5
@@ -276,7 +276,7 @@ class Sobel(Config):
         return plan_chance(rng, prob=self.prob)
 
     def apply(self, image: Image, plan: bool) -> Image:
-        """Filter if the plan says so."""
+        """Filter if planned."""
         return apply_sobel(image) if plan else image
 
     def numbers(self, plan: bool, *, size_px: int) -> Numbers:
@@ -285,13 +285,13 @@ class Sobel(Config):
 
 
 class Cutout(Config):
-    """Erase a square."""
+    """Fill a square with one level."""
 
     op: Literal["cutout"] = "cutout"
     side: tuple[Fraction, Fraction] = (0.25, 0.5)
     """Range of the square's side over the view's."""
     fill: Annotated[int, Field(ge=0, le=255)] = 124
-    """Level that it is filled with; 124 is near zero once ImageNet's mean is taken off."""
+    """Fill level; 124 is near zero after ImageNet's mean is subtracted."""
     prob: Probability = 0.5
 
     @model_validator(mode="after")
@@ -304,7 +304,7 @@ class Cutout(Config):
         return plan_cutout(rng, side=self.side, prob=self.prob)
 
     def apply(self, image: Image, plan: CutoutPlan | None) -> Image:
-        """Erase the planned square."""
+        """Fill the planned square."""
         return image if plan is None else apply_cutout(image, plan, fill=self.fill)
 
     def numbers(self, plan: CutoutPlan | None, *, size_px: int) -> Numbers:

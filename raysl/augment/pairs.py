@@ -1,4 +1,4 @@
-"""Views that show what one augmentation, or two in order, do by themselves."""
+"""The view recipe of SimCLR's study of single augmentations and pairs of them."""
 
 from typing import Literal
 
@@ -31,24 +31,24 @@ _OPS: dict[Augmentation, tuple[Op, ...]] = {
 
 
 class PairViews(Config):
-    """One view after one augmentation or two, and one plain view: SimCLR's study of pairs.
+    """One view with one or two augmentations, and one plain view: SimCLR's study of pairs.
 
     Source: Chen et al. 2020, arXiv:2002.05709v3, sec. 3.1 with figures 4 and 5: both branches get
     the same image, and only one is transformed. Cropping includes a flip, colour distortion is
     jitter and grey, rotation is by 90, 180 or 270 degrees.
-    Departs: The plain view is the image's largest square; the authors crop each image once at
-    random for both branches, as ImageNet's images have many shapes. Images and their parts are
-    resized linearly, theirs bicubically. Strengths of noise and cutout are not published.
+    Departs: The plain view is the largest centred square; the authors crop each image once at
+    random for both branches, because the shapes of ImageNet's images vary. Images and crops are
+    resized bilinearly, theirs bicubically. The strengths of noise and cutout are not published.
     """
 
     recipe: Literal["simclr_pair"] = "simclr_pair"
     size_px: PositiveInt = 224
     """Side of both views in pixels."""
     antialias: bool = True
-    """Average over the pixels when an image shrinks; false is quicker."""
+    """Average over the pixels when an image shrinks; false is faster."""
     first: Augmentation = "crop"
     second: Augmentation = "color"
-    """Comes after the first; the same one as the first: that one alone."""
+    """Applied after the first; the same as the first applies it once."""
 
     def views(self) -> tuple[View, ...]:
         """Return the transformed view and the plain one."""

@@ -1,7 +1,7 @@
-"""Colour jitter, grey, blur, solarise, noise, Sobel, cutout: what happens to a view's pixels.
+"""Change the pixels of a view: colour jitter, grey, blur, solarise, noise, Sobel, cutout.
 
-The definitions are torchvision's on uint8 images (clamped and rounded after each step), because
-the SimCLR and MoCo v2 recipes were tuned with them.
+The definitions are torchvision's on uint8 images (clamped and rounded after each step), because the
+SimCLR and MoCo v2 recipes were tuned with them.
 """
 
 from typing import Literal, NamedTuple
@@ -13,18 +13,18 @@ import numpy.typing as npt
 from raysl.augment.crop import Image
 from raysl.augment.random import uniform
 
-# ITU-R 601-2 luma, as PIL's convert("L") and OpenCV's RGB2GRAY have it.
+# ITU-R 601-2 luma, as in PIL's convert("L") and OpenCV's RGB2GRAY.
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 _IDENTITY = np.eye(3, 4, dtype=np.float32)
 _LEVELS = np.arange(256, dtype=np.float32)
 
 
 BrightnessKind = Literal["multiply", "add"]
-"""Whether brightness multiplies the pixels, which changes the contrast too, or is added to them."""
+"""Whether brightness multiplies the pixels, which also changes the contrast, or is added."""
 
 
 class JitterPlan(NamedTuple):
-    """Factors of one colour jitter and the order in which they act."""
+    """Factors of one colour jitter, and their order."""
 
     brightness: float  # multiplies the pixels, or is added to pixels in [0, 1]
     contrast: float  # 0 is the mean grey level everywhere, 1 the image
@@ -47,17 +47,17 @@ def plan_jitter(
     """Draw the factors of a colour jitter, or None with probability 1 - prob.
 
     Args:
-        rng: The stream of this view.
-        brightness: b >= 0; the factor is uniform in [max(0, 1 - b), 1 + b]. Of the kind ``add``
-            what is added is uniform in [-b, b], for pixels in [0, 1].
+        rng: The random stream of this view.
+        brightness: b >= 0; the factor is uniform in [max(0, 1 - b), 1 + b]. For the kind ``add``,
+            the added value is uniform in [-b, b], for pixels in [0, 1].
         contrast: c >= 0; the factor is uniform in [max(0, 1 - c), 1 + c].
         saturation: Likewise.
         hue: h in [0, 0.5]; the shift is uniform in [-h, h] turns.
-        prob: Probability that the jitter happens at all.
+        prob: Probability that the jitter is applied.
         brightness_kind: Whether brightness multiplies or is added.
 
-    Source: Chen et al. 2020, arXiv:2002.05709v3, appendix A; torchvision's ColorJitter. What is
-    added: the authors' code of BYOL (deepmind-research, byol/utils/augmentations.py).
+    Source: Chen et al. 2020, arXiv:2002.05709v3, appendix A; torchvision's ColorJitter. Added
+    brightness: the code of BYOL's authors (deepmind-research, byol/utils/augmentations.py).
     """
     if rng.random() >= prob:
         return None
@@ -107,15 +107,15 @@ def apply_saturation(image: Image, factor: float) -> Image:
 
 
 def _mix_channels(image: Image, matrix: npt.NDArray[np.float32]) -> Image:
-    """Apply a (3, 4) matrix to (R, G, B, 1); rounds and clamps. A third of a table's time."""
+    """Apply a (3, 4) matrix to (R, G, B, 1); rounds and clamps. Three times as fast as a table."""
     return cv2.transform(image, matrix)  # type: ignore[return-value]
 
 
 def apply_hue(image: Image, shift: float) -> Image:
-    """Turn the hue by ``shift`` turns in [-0.5, 0.5]; value and saturation stay."""
+    """Shift the hue by ``shift`` turns in [-0.5, 0.5]; value and saturation stay."""
     if shift == 0:
         return image
-    # A full turn is 256 levels in OpenCV's way there and 255 on its way back.
+    # OpenCV maps a full turn to 256 levels in one direction and to 255 in the other.
     turned = np.rint((_LEVELS / 256 + shift) % 1 * 255).astype(np.uint8)
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
     hsv[..., 0] = cv2.LUT(hsv[..., 0], turned)
@@ -137,10 +137,10 @@ def plan_blur(
 
 
 def blur_taps(sigma_px: float, *, longest: int | None = None) -> int:
-    """Return the number of taps of a Gaussian's kernel, odd.
+    """Return the number of taps of a Gaussian kernel, odd.
 
-    A kernel beyond three standard deviations on each side changes nothing and costs time, so it
-    ends there, or at ``longest``: SimCLR cuts it at a tenth of the image's side.
+    Taps beyond three standard deviations cost time and change nothing, so the kernel ends there, or
+    at ``longest``: SimCLR limits it to a tenth of the image's side.
 
     Source: Chen et al. 2020, arXiv:2002.05709v3, appendix A.
     """
@@ -150,7 +150,7 @@ def blur_taps(sigma_px: float, *, longest: int | None = None) -> int:
 
 def apply_blur(image: Image, sigma_px: float, *, taps: int) -> Image:
     """Blur ``(H, W, 3)`` uint8 with a Gaussian of standard deviation ``sigma_px`` > 0."""
-    # Two passes with one kernel: half the time of cv2.GaussianBlur, at most one level apart.
+    # Two passes with one kernel: twice as fast as cv2.GaussianBlur, at most one level apart.
     kernel = cv2.getGaussianKernel(taps, sigma_px, ktype=cv2.CV_32F)
     return cv2.sepFilter2D(image, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)  # type: ignore[return-value]
 
@@ -165,21 +165,21 @@ def apply_solarise(image: Image, *, threshold: int = 128) -> Image:
 
 
 def plan_chance(rng: np.random.Generator, *, prob: float) -> bool:
-    """Draw whether an operation without parameters happens."""
+    """Draw whether to apply an operation without parameters."""
     return bool(rng.random() < prob)
 
 
 class NoisePlan(NamedTuple):
-    """A field of Gaussian noise: its strength, and the seed that it is drawn from."""
+    """Gaussian noise: its strength, and the seed that it is drawn from."""
 
-    sigma: float  # of pixels in [0, 1]
+    sigma: float  # for pixels in [0, 1]
     seed: int
 
 
 def plan_noise(
     rng: np.random.Generator, *, sigma: tuple[float, float], prob: float
 ) -> NoisePlan | None:
-    """Draw the strength and the seed of a noise field, or None with probability 1 - prob."""
+    """Draw the strength and the seed of the noise, or None with probability 1 - prob."""
     if rng.random() >= prob:
         return None
     return NoisePlan(uniform(rng, *sigma), int(rng.integers(1 << 62)))
@@ -198,7 +198,7 @@ def apply_noise(image: Image, plan: NoisePlan) -> Image:
 def apply_sobel(image: Image) -> Image:
     """Replace ``(H, W, 3)`` uint8 RGB by the magnitude of its luma's Sobel gradient.
 
-    The 3 x 3 operator's largest response to an edge between 0 and 255 is 4 * 255; dividing by
+    The largest response of the 3 x 3 operator to an edge between 0 and 255 is 4 * 255; dividing by
     four keeps the edge's height.
 
     Source: Chen et al. 2020, arXiv:2002.05709v3, figure 4.
@@ -211,7 +211,7 @@ def apply_sobel(image: Image) -> Image:
 
 
 class CutoutPlan(NamedTuple):
-    """A square to erase, in fractions of the view's side."""
+    """A square to fill, in fractions of the view's side."""
 
     row: float  # of its centre, in [0, 1)
     column: float
@@ -228,7 +228,7 @@ def plan_cutout(
 
 
 def apply_cutout(image: Image, plan: CutoutPlan, *, fill: int) -> Image:
-    """Fill a square of ``(H, W, 3)`` uint8 with ``fill``; at the border it is cut off.
+    """Fill a square of ``(H, W, 3)`` uint8 with ``fill``; it is cut off at the border.
 
     Source: DeVries and Taylor 2017, arXiv:1708.04552v2, sec. 3.2.
     """

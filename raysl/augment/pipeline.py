@@ -1,4 +1,4 @@
-"""A view as a YAML composes it: a crop, then operations in order; planned first, then applied."""
+"""Define a view as a crop and a sequence of operations; plan it, then apply it."""
 
 from collections.abc import Sequence
 from itertools import islice, takewhile
@@ -24,25 +24,25 @@ from raysl.config.base import GIVEN, Config, Idle, PositiveFloat, PositiveInt
 
 
 class Crop(Config):
-    """Random crop, resized to the view's side: of random area and aspect, or a square."""
+    """Random crop, resized to the view's side: of random area and aspect ratio, or a square."""
 
     idle: ClassVar[tuple[Idle, ...]] = (Idle(("scale", "ratio"), {"short_side": (GIVEN,)}),)
     scale: tuple[Fraction, Fraction] = (0.08, 1.0)
-    """Range of the box's area over the image's."""
+    """Range of the crop's area over the image's."""
     ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
     """Range of width over height."""
     short_side: tuple[Fraction, Fraction] | None = None
-    """Cut a square instead: range of its side over the image's shorter one."""
+    """Crop a square instead: range of its side over the image's short side."""
     pad: Fraction | None = None
-    """Add a border to the image before the square is cut: its width over the image's shorter side
-    (0.125: 4 px on each side of CIFAR-10's 32). It goes with short_side."""
+    """Add a border to the image before cropping the square: its width over the image's short side
+    (0.125: 4 px on each side of CIFAR-10's 32). Requires short_side."""
     border: Border = "black"
-    """The added border: black, or the image's mirror image (reflect)."""
+    """The border: black, or the image's mirror image (reflect)."""
     interpolation: Interpolation = "bilinear"
-    """How the crop is resized. bicubic keeps more of what is fine; where it shrinks, it is Pillow's
-    own and takes three times as long."""
+    """Interpolation of the resize. bicubic keeps more fine detail; for shrinking it uses Pillow and
+    takes three times as long."""
     antialias: bool = True
-    """Average over the pixels when the crop shrinks; false interpolates, which is quicker."""
+    """Average over the pixels when the crop shrinks; false interpolates, which is faster."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "Crop":
@@ -74,7 +74,7 @@ class Crop(Config):
         )
 
     def apply(self, image: Image, box: CropBox, *, size_px: int) -> Image:
-        """Cut out the planned box and resize it to a square."""
+        """Crop the planned box and resize it to a square."""
         return apply_crop(
             image,
             box,
@@ -86,7 +86,7 @@ class Crop(Config):
 
 
 class View(Config):
-    """One kind of view; ``count`` of them are drawn independently from each image."""
+    """The settings of one kind of view, drawn ``count`` times from each image."""
 
     count: Annotated[int, Field(gt=0, le=MAX_VIEWS)] = 1
     size_px: PositiveInt = 224
@@ -96,29 +96,29 @@ class View(Config):
 
 
 class ViewPlan(NamedTuple):
-    """All that is random about one view; pixels follow from it and the image alone."""
+    """All random choices of one view: the image and this plan determine its pixels."""
 
     box: CropBox
-    steps: tuple[Any, ...]  # one entry an op of the view
+    steps: tuple[Any, ...]  # one entry for each op of the view
 
 
 def plan_view(view: View, rng: np.random.Generator, *, height: int, width: int) -> ViewPlan:
-    """Draw a view of an image of ``height`` x ``width`` pixels from its own stream."""
+    """Draw the plan of a view for an image of ``height`` x ``width`` pixels."""
     box = view.crop.plan(rng, height=height, width=width)
     return ViewPlan(box, tuple(op.plan(rng) for op in view.ops))
 
 
 def apply_view(view: View, image: Image, plan: ViewPlan, *, num_ops: int | None = None) -> Image:
-    """Make the planned view.
+    """Apply a plan to an image.
 
     Args:
-        view: The kind of view the plan was drawn for.
+        view: The kind of view that the plan was drawn for.
         image: ``(H, W, 3)`` uint8 RGB.
-        plan: What :func:`plan_view` drew.
-        num_ops: Stop after so many operations; None for all.
+        plan: The result of :func:`plan_view`.
+        num_ops: Stop after this many operations; None for all.
 
     Returns:
-        ``(size_px, size_px, 3)`` uint8; may share memory with ``image`` if nothing had to change.
+        ``(size_px, size_px, 3)`` uint8; may share memory with ``image`` if nothing changes.
     """
     result = view.crop.apply(image, plan.box, size_px=view.size_px)
     for op, step in islice(zip(view.ops, plan.steps, strict=True), num_ops):
@@ -129,9 +129,9 @@ def apply_view(view: View, image: Image, plan: ViewPlan, *, num_ops: int | None 
 def plan_views(
     views: Sequence[View], *, seed: int, epoch: int, index: int, height: int, width: int
 ) -> list[list[ViewPlan]]:
-    """Draw all views of one image: a list a kind of view, with ``count`` entries each.
+    """Draw the plans of all views of one image: one list of ``count`` plans for each kind of view.
 
-    A view is a function of (seed, epoch, index, number of the view) and the image's size alone.
+    A plan is a function of (seed, epoch, index, number of the view) and the image's size alone.
     """
     result: list[list[ViewPlan]] = []
     number = 0
@@ -148,7 +148,7 @@ def plan_views(
 def make_views(
     image: Image, views: Sequence[View], *, seed: int, epoch: int, index: int
 ) -> list[list[Image]]:
-    """Make all views of one image: a list a kind of view, with ``count`` entries each."""
+    """Make all views of one image: one list of ``count`` images for each kind of view."""
     height, width = image.shape[:2]
     plans = plan_views(views, seed=seed, epoch=epoch, index=index, height=height, width=width)
     return [
@@ -160,10 +160,10 @@ def make_views(
 def largest_shrink(
     views: Sequence[View], plans: Sequence[Sequence[ViewPlan]], allowed: Sequence[int]
 ) -> int:
-    """Return the largest of the allowed factors by which the image may be shrunk beforehand.
+    """Return the largest of the allowed factors to downscale an image by before cropping.
 
-    Every crop must keep at least as many pixels as its view has, in both directions. A border that
-    is to be added keeps the image as it is: at another size it would be another border.
+    Every crop must keep at least as many pixels as its view has, in both directions. Images with a
+    border to add are not downscaled: the border's width in pixels would change.
     """
     factor = max(allowed)
     for view, planned in zip(views, plans, strict=True):
@@ -177,23 +177,23 @@ def largest_shrink(
 
 
 def shrink_plan(plan: ViewPlan, factor: int, *, height: int, width: int) -> ViewPlan:
-    """Return a plan for the same image at 1/factor of its size, ``height`` x ``width`` pixels."""
+    """Convert a plan to the same image at 1/factor of its size, ``height`` x ``width`` pixels."""
     return ViewPlan(shrink_box(plan.box, factor, height=height, width=width), plan.steps)
 
 
 def device_ops(view: View) -> tuple[Op, ...]:
-    """Return the last operations of a view, as many as the accelerator can do.
+    """Return the longest suffix of a view's operations that the accelerator can run.
 
-    An operation can run there if it has ``numbers``.
+    An operation can run there if it has a method ``numbers``.
     """
     return tuple(takewhile(lambda op: hasattr(op, "numbers"), reversed(view.ops)))[::-1]
 
 
 def device_numbers(ops: Sequence[Op], plan: ViewPlan, *, size_px: int) -> Numbers:
-    """Return the plans of a view's last ops as numbers, in the order of the ops.
+    """Return the plans of a view's last operations as numbers, concatenated.
 
     Args:
-        ops: The last ops of the view, as :func:`device_ops` returns them.
+        ops: The last operations of the view, from :func:`device_ops`.
         plan: The plan of the whole view.
         size_px: Side of the view.
     """

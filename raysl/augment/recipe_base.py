@@ -1,4 +1,4 @@
-"""What all recipes of views have: their size, and how their crops are resized."""
+"""The base class of view recipes: their size and the interpolation of crops."""
 
 from raysl.augment.crop import Interpolation
 from raysl.augment.pipeline import Crop
@@ -6,14 +6,14 @@ from raysl.config.base import Config, PositiveInt
 
 
 class Recipe(Config):
-    """What all recipes have."""
+    """Settings that all recipes share."""
 
     size_px: PositiveInt = 224
-    """Side of the views in pixels; of the large ones, where there are several sizes."""
+    """Side of the views in pixels; of the large ones, if there are several sizes."""
     interpolation: Interpolation = "bilinear"
-    """How crops are resized. bicubic keeps more of what is fine, and is slower where it shrinks."""
+    """Interpolation of crops. bicubic keeps more fine detail, and is slower where it shrinks."""
     antialias: bool = True
-    """Average over the pixels when a crop shrinks, as torchvision does; false is quicker."""
+    """Average over the pixels when a crop shrinks, as torchvision does; false is faster."""
 
     def crop(
         self,
@@ -22,7 +22,7 @@ class Recipe(Config):
         short_side: tuple[float, float] | None = None,
         pad: float | None = None,
     ) -> Crop:
-        """Return a crop that is resized as the recipe says."""
+        """Return a crop with the recipe's interpolation."""
         return Crop(
             scale=scale,
             short_side=short_side,

@@ -1,4 +1,4 @@
-"""Views as papers define them, by name, with the knobs that people turn."""
+"""View recipes of papers with several views, by name, with the usual settings to change."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -25,12 +25,12 @@ class SimCLRViews(Recipe):
     """Two views of SimCLR: crop, flip, colour distortion, blur.
 
     Source: Chen et al. 2020, arXiv:2002.05709v3, appendix A (for CIFAR-10 B.9: strength 0.5, no
-    blur), and the authors' tf2/data_util.py: bicubic crops (319), brightness that multiplies (36,
-    version 2's, which is their default for both).
-    Departs: Their resize does not average where it shrinks: antialias=false. It is not the default
-    here, since images of other sizes than ImageNet's would suffer. Their
-    crops' sides are drawn evenly and hold a tenth of the image or more (TensorFlow's
-    sample_distorted_bounding_box with min_object_covered 0.1), ours are even in the area.
+    blur), and the authors' tf2/data_util.py: bicubic crops (319), multiplied brightness (36,
+    version 2's, which is the default for both).
+    Departs: The authors' resize does not average when it shrinks: antialias=false. This is not the
+    default here, because images of other sizes than ImageNet's would suffer. The sides of their
+    crops are uniform and contain a tenth of the image or more (TensorFlow's
+    sample_distorted_bounding_box with min_object_covered 0.1); ours are uniform in the area.
     """
 
     idle: ClassVar[tuple[Idle, ...]] = (Idle(("color_prob",), {"color_strength": (0,)}),)
@@ -46,7 +46,7 @@ class SimCLRViews(Recipe):
     flip_prob: Probability = 0.5
 
     def views(self) -> tuple[View, ...]:
-        """Return the two views' definition."""
+        """Return the definition of the two views."""
         ops = _simclr_ops(
             self.color_strength,
             color_prob=self.color_prob,
@@ -68,7 +68,7 @@ class MoCoV1Views(Recipe):
     min_scale: Fraction = 0.2
 
     def views(self) -> tuple[View, ...]:
-        """Return the two views' definition."""
+        """Return the definition of the two views."""
         jitter = ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4, prob=1.0)
         crop = self.crop((self.min_scale, 1.0))
         ops: tuple[Op, ...] = (Grey(prob=0.2), jitter, Flip())
@@ -88,7 +88,7 @@ class MoCoV2Views(Recipe):
     flip_prob: Probability = 0.5
 
     def views(self) -> tuple[View, ...]:
-        """Return the two views' definition."""
+        """Return the definition of the two views."""
         ops: list[Op] = [
             ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, prob=0.8),
             Grey(prob=0.2),
@@ -101,7 +101,7 @@ class MoCoV2Views(Recipe):
 
 
 class BYOLViews(Recipe):
-    """Two views of BYOL that differ: one always blurred, one at times solarised.
+    """Two views of BYOL: the first always blurred, the second sometimes solarised.
 
     Source: Grill et al. 2020, arXiv:2006.07733v3, appendix B, table 6, and the authors' code
     (deepmind-research, byol/utils): bicubic crops (dataset.py:201), brightness that is added
@@ -115,10 +115,10 @@ class BYOLViews(Recipe):
     interpolation: Interpolation = "bicubic"
     brightness_kind: BrightnessKind = "add"
     """Whether brightness is added, or multiplies as in the ports to torchvision (Barlow Twins,
-    VICReg, MoCo v3, lightly), where it changes the contrast too."""
+    VICReg, MoCo v3, lightly), where it also changes the contrast."""
     min_scale: Fraction = 0.08
     blur_probs: tuple[Probability, Probability] = (1.0, 0.1)
-    """Of the first and the second view; zeros for images as small as CIFAR-10's."""
+    """Of the first and the second view; use zeros for images as small as CIFAR-10's."""
 
     def views(self) -> tuple[View, ...]:
         """Return the definitions of the two views."""
@@ -134,12 +134,12 @@ class BYOLViews(Recipe):
 
 
 class VICRegViews(Recipe):
-    """Two views of VICReg: BYOL's, with the same probabilities in both.
+    """Two views of VICReg: BYOL's, with equal probabilities in both.
 
-    Source: Bardes et al. 2021, arXiv:2105.04906v3, appendix C.1: blur half the time with a kernel
-    of 23 pixels, which cuts nothing off, and solarise one time in ten. Bicubic crops and
-    torchvision's colours as in the authors' augmentations.py (41 to 80).
-    Departs: That code takes BYOL's two different views; for that use the recipe byol with
+    Source: Bardes et al. 2021, arXiv:2105.04906v3, appendix C.1: blur with probability 0.5 and a
+    kernel of 23 pixels, which does not truncate it, and solarise with probability 0.1. Bicubic
+    crops and torchvision's colours as in the authors' augmentations.py (41 to 80).
+    Departs: That code uses BYOL's two different views; for that use the recipe byol with
     brightness_kind=multiply.
     """
 
@@ -150,14 +150,14 @@ class VICRegViews(Recipe):
     solarise_prob: Probability = 0.1
 
     def views(self) -> tuple[View, ...]:
-        """Return the two views' definition."""
+        """Return the definition of the two views."""
         crop = self.crop((self.min_scale, 1.0))
         ops = _distort(self.blur_prob, self.solarise_prob, kernel_fraction=None)
         return (View(count=2, size_px=self.size_px, crop=crop, ops=ops),)
 
 
 class SwAVViews(Recipe):
-    """Two large crops and several small ones, all distorted alike.
+    """Two large crops and several small ones, all with the same distortions.
 
     Source: Caron et al. 2020, arXiv:2006.09882v5, and the authors' multicropdataset.py with the
     options of scripts/swav_800ep_pretrain.sh: 2 crops of 14 to 100 % of the area, 6 of 5 to 14 %.
@@ -241,7 +241,7 @@ def _simclr_ops(
     blur: Blur,
     flip_prob: float = 0.5,
 ) -> tuple[Op, ...]:
-    """Return the operations that SimCLR and SwAV share; a blur that never happens is left out."""
+    """Return the operations that SimCLR and SwAV share; a blur with probability 0 is left out."""
     jitter = ColorJitter(
         brightness=0.8 * strength,
         contrast=0.8 * strength,
@@ -262,7 +262,7 @@ def _distort(
     kernel_fraction: float | None,
     brightness_kind: BrightnessKind = "multiply",
 ) -> tuple[Op, ...]:
-    """Return the operations that BYOL, VICReg and DINO share; what never happens is left out."""
+    """Return the operations that BYOL, VICReg and DINO share, without those of probability 0."""
     ops: list[Op] = [
         Flip(),
         ColorJitter(
@@ -297,7 +297,7 @@ class CustomViews(Config):
         return self
 
     def views(self) -> tuple[View, ...]:
-        """Return the kinds as they stand."""
+        """Return the configured kinds."""
         return self.kinds
 
 

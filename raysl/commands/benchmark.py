@@ -14,7 +14,7 @@ from raysl.commands.benchmark_tables import input_tables, plan_table, sizing
 from raysl.commands.terminal import console, print_json, say, say_notes
 from raysl.data.fragments import images_per_epoch
 from raysl.data.plan import Plan
-from raysl.data.stream import Making
+from raysl.data.stream import BlockSpec
 from raysl.errors import ConfigError
 from raysl.evaluate.training_source import open_training_source
 from raysl.jobs.benchmark_function import (
@@ -31,7 +31,7 @@ from raysl.jobs.benchmark_function import (
 from raysl.jobs.benchmark_peer import PEERS, PeerTask, is_installed, run_peer
 from raysl.jobs.benchmark_plan import KINDS, measure_in_own_process
 from raysl.jobs.run_places import with_absolute_sources
-from raysl.recipe import RunConfig, load_run, making_of, plan_of
+from raysl.recipe import RunConfig, block_spec, load_run, plan_of
 from raysl.report.plan_scale import draw_plan_scale
 from raysl.runtime.benchmark_input import (
     cores_of,
@@ -135,9 +135,9 @@ class _Bench(NamedTuple):
     seconds: float
     peers: list[str]
 
-    def making(self) -> Making:
-        """Return what the run makes of each image."""
-        return making_of(self.config.data)
+    def spec(self) -> BlockSpec:
+        """Return how the run makes blocks of views."""
+        return block_spec(self.config.data)
 
     @property
     def num_images(self) -> int:
@@ -248,30 +248,30 @@ def _measure(
     bench: _Bench, layout: Layout, reference: Any, *, label: str, number: int
 ) -> dict[str, float | None]:
     """Measure everything once, one after the other, and return the figures."""
-    making, seconds = bench.making(), bench.seconds
+    spec, seconds = bench.spec(), bench.seconds
     endless = bench.plan(steps=_LONG)
     start = number * 10_000  # other images each time, where there are as many
     say(f"measuring the function on one core, {label}")
-    function = time_function(bench.source, endless, making, seconds=seconds, start=start)
+    function = time_function(bench.source, endless, spec, seconds=seconds, start=start)
     say(f"measuring decoding on one core, {label}")
     decode_images_per_s = time_decode(bench.source, seconds=seconds / 2)
     say(f"measuring the function on all cores, {label}")
     busy = function_on_all_cores(
-        reference, endless, making, layout=layout, seconds=seconds, start=start
+        reference, endless, spec, layout=layout, seconds=seconds, start=start
     )
     say(f"measuring the stream through Ray Data, {label}")
     images = busy * cores_of(layout) * seconds
     dealt = bench.plan(steps=_LONG, num_consumers=bench.num_consumers)
     task = stream_task(
         dealt,
-        making,
+        spec,
         layout=layout,
         num_consumers=bench.num_consumers,
         prefetch=bench.config.cluster.prefetch_batches,
         images=images,
     )
     dealt = bench.plan(steps=steps_needed(task), num_consumers=bench.num_consumers)
-    ray = stream(reference, dealt, making, layout=layout, task=task)
+    ray = stream(reference, dealt, spec, layout=layout, task=task)
     figures: dict[str, float | None] = {
         **{f"function_{name}": value for name, value in function._asdict().items()},
         "decode_images_per_s": decode_images_per_s,

@@ -1,1 +1,1 @@
-"""From encoded images to blocks of uint8 views: order, decoding, making; no Ray and no torch."""
+"""Turn encoded images into blocks of uint8 views; no Ray and no torch."""

@@ -1,4 +1,4 @@
-"""Why an image is bad, as fully as it can be told."""
+"""Explain in words why a row of a source is bad."""
 
 import numpy as np
 
@@ -8,10 +8,11 @@ from raysl.sources.source import Source, Unreadable
 
 
 def reason_of(source: Source, row: int, flaw: Flaw) -> str:
-    """Return why a row is bad.
+    """Return the reason why a row is bad, as a sentence fragment.
 
-    A flaw travels as a number. What a disk said of a file that cannot be read does not fit in, and
-    such files are few: the file is asked once more.
+    A block carries a flaw as one byte, which has no room for the operating system's error message.
+    So
+    a file that cannot be read is opened once more to get that message; such files are rare.
     """
     if flaw != Flaw.UNREADABLE:
         return flaw.reason

@@ -1,4 +1,4 @@
-"""Colours of any kind to sRGB, by the image's ICC profile where it has one."""
+"""Convert grey, CMYK, CIELab and ICC-profiled colours to sRGB."""
 
 import importlib
 import io
@@ -16,24 +16,24 @@ from raysl.sources.pixels import ColorProfile
 _KEPT_TRANSFORMS = 64
 _MODES = {"grey": "L", "rgb": "RGB", "cmyk": "CMYK"}
 _SPACES = {"grey": "GRAY", "rgb": "RGB", "cmyk": "CMYK"}
-_LATTICE = 9  # steps of each channel at which a profile is compared with sRGB
+_LATTICE = 9  # grid points per channel at which a profile is compared with sRGB
 _SAME_LEVELS = 1
 _LONGEST_NAME = 60
 BROKEN = "broken"
 
 
 def to_rgb(image: Image, color: Color, profile: bytes, how: ColorProfile) -> Image:
-    """Return an image's colours as RGB.
+    """Convert an image to sRGB.
 
     Args:
-        image: ``(H, W)`` or ``(H, W, C)`` uint8, which may be overwritten; of cmyk, 0 is no ink.
-        color: What its channels are.
-        profile: An ICC profile, or nothing.
-        how: Convert to sRGB, or ignore the profile.
+        image: ``(H, W)`` or ``(H, W, C)`` uint8; may be overwritten. In CMYK, 0 means no ink.
+        color: The meaning of the channels.
+        profile: An ICC profile, or empty bytes.
+        how: Convert by the profile, or ignore it.
 
     Returns:
-        ``(H, W, 3)`` uint8. A profile that is damaged, or of another kind of colour than the image,
-        counts as none. Perceptual intent, by LittleCMS.
+        ``(H, W, 3)`` uint8. A damaged profile, or one for another colour space than the image's, is
+        ignored. Perceptual intent, by LittleCMS.
     """
     if profile and how == "convert" and color in _MODES:
         change = _transform(bytes(profile), color)
@@ -49,14 +49,14 @@ def to_rgb(image: Image, color: Color, profile: bytes, how: ColorProfile) -> Ima
 
 
 def lab_to_rgb(picture: Any) -> Image:
-    """Return a picture of Pillow's in CIELab as sRGB ``(H, W, 3)``."""
+    """Convert a Pillow image in CIELab to sRGB ``(H, W, 3)``."""
     cms = importlib.import_module("PIL.ImageCms")
     lab, srgb = cms.createProfile("LAB"), cms.createProfile("sRGB")
     return np.array(cms.profileToProfile(picture, lab, srgb, outputMode="RGB"))
 
 
 def profile_name(profile: bytes) -> str:
-    """Return the name that a profile gives itself, or ``broken`` where LittleCMS refuses it."""
+    """Return the profile's description, or ``broken`` if LittleCMS rejects it."""
     return _profile_name(bytes(profile))
 
 
@@ -66,15 +66,15 @@ def _profile_name(profile: bytes) -> str:
     try:
         opened = cms.ImageCmsProfile(io.BytesIO(profile))
         name = str(opened.profile.profile_description or "without a name")
-    except Exception:  # what a damaged profile raises is not documented
+    except Exception:  # damaged profiles raise undocumented exceptions
         return BROKEN
     return " ".join(name.split())[:_LONGEST_NAME]
 
 
 @lru_cache(_KEPT_TRANSFORMS)
 def _transform(profile: bytes, color: Color) -> Any | None:
-    """Return the change to sRGB; None where there is nothing to do or to trust."""
-    cms = importlib.import_module("PIL.ImageCms")  # late: most images carry no profile
+    """Return the transform to sRGB, or None if the profile is unusable or already sRGB."""
+    cms = importlib.import_module("PIL.ImageCms")  # imported lazily: most images have no profile
     try:
         opened = cms.ImageCmsProfile(io.BytesIO(profile))
         if opened.profile.xcolor_space.strip() != _SPACES[color]:
@@ -88,12 +88,12 @@ def _transform(profile: bytes, color: Color) -> Any | None:
             return None
         quick = read_shaper(profile) if color == "rgb" else None
         return quick if quick is not None and _same(quick.apply(before.copy()), after) else change
-    except Exception:  # as above: a damaged profile makes no bad image
+    except Exception:  # as above: a damaged profile does not make an image bad
         return None
 
 
 def _lattice(color: Color) -> Image:
-    """Return all greys, and of RGB a lattice of colours: ``(1, N)`` or ``(1, N, 3)``."""
+    """Return sample colours: all greys ``(1, N)``, or a grid of RGB colours ``(1, N, 3)``."""
     levels = np.arange(256, dtype=np.uint8)
     if color == "grey":
         return np.ascontiguousarray(levels[None])

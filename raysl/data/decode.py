@@ -1,6 +1,7 @@
-"""Encoded bytes to uint8 RGB pixels: the one place that decides.
+"""Decode an image file to uint8 RGB pixels.
 
-What is read, turned, scaled, converted and refused stands in docs/formats.md, a row a format.
+Every conversion is decided here. docs/formats.md lists, by format, what is read, rotated, scaled,
+converted and refused.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,10 +37,10 @@ __all__ = ["JPEG_SHRINKS", "Flaw", "decode", "decode_or_flaw", "flaw_error", "va
 
 _SIGNATURE_BYTES = 4
 _JPEG = b"\xff\xd8\xff"
-# Factors by which libjpeg-turbo shrinks while it decodes, in quick code.
+# Factors by which libjpeg-turbo can downscale while decoding.
 JPEG_SHRINKS = (2, 4, 8)
 _CUT_SHORT = "premature end"
-# From this short side on, the halved colour of a JPEG is enlarged by repetition: 0.1 ms less.
+# From this short side on, JPEG chroma is upsampled by repetition, which saves 0.1 ms.
 _COARSE_COLOR_FROM_PX = 256
 
 Shrink = Callable[[int, int], int]
@@ -49,15 +50,15 @@ def decode(encoded: Encoded | memoryview, how: Decoding = PLAIN, *, where: str) 
     """Decode one image, or raise.
 
     Args:
-        encoded: As for :func:`decode_or_flaw`.
-        how: As for the same.
-        where: Name of the image for the error message.
+        encoded: See :func:`decode_or_flaw`.
+        how: See :func:`decode_or_flaw`.
+        where: The image's name in the error message.
 
     Returns:
         ``(H, W, 3)`` uint8 RGB.
 
     Raises:
-        DecodeError: If the bytes are not a whole image.
+        DecodeError: If the bytes are not a complete, supported image.
     """
     result = decode_or_flaw(encoded, how)
     if isinstance(result, Flaw):
@@ -66,7 +67,7 @@ def decode(encoded: Encoded | memoryview, how: Decoding = PLAIN, *, where: str) 
 
 
 def flaw_error(flaw: Flaw, encoded: Encoded | memoryview, *, where: str) -> DecodeError:
-    """Return the error that names a bad image and says what is wrong with it."""
+    """Build the error that names a bad image and its flaw."""
     if isinstance(encoded, Unreadable):
         return DecodeError(f"{where}: {encoded.reason}; remove it, or set data.bad_images.policy")
     begins = bytes(encoded[:_SIGNATURE_BYTES]).hex() or "nothing"
@@ -83,22 +84,21 @@ def decode_or_flaw(
     max_pixels: float = float("inf"),
     shrink: Shrink | None = None,
 ) -> Image | Flaw:
-    """Decode one image, or say why not.
+    """Decode one image, or return the reason why it cannot be decoded.
 
     Args:
-        encoded: The bytes of an image file, or pixels that need no decoding, ``(H, W)`` or
-            ``(H, W, 3)`` uint8.
-        how: What the source's settings say of its images.
-        max_pixels: An image of more pixels is not decoded.
-        shrink: Called with a JPEG's height and width, upright; returns 1 or one of
-            ``JPEG_SHRINKS``, by which it is decoded to smaller sides, rounded up, in less time.
+        encoded: The bytes of an image file, or decoded pixels, ``(H, W)`` or ``(H, W, 3)`` uint8.
+        how: The decoding settings of the source.
+        max_pixels: Images with more pixels are refused.
+        shrink: Called with the height and width of an upright JPEG; returns 1 or one of
+            ``JPEG_SHRINKS``, the factor to downscale by while decoding (sides are rounded up).
 
     Returns:
-        ``(H, W, 3)`` uint8 RGB, upright, or the flaw. Grey, palette and CMYK images are converted,
-        an alpha channel is dropped and the colour below it kept; more than 8 bits are scaled as
-        ``how.intensity`` says, colours with a profile converted to sRGB as ``how.color_profile``
-        says. A JPEG that is cut short is damaged; one with other oddities that decoders forgive is
-        not. Of an animation, the first frame.
+        ``(H, W, 3)`` uint8 RGB, upright, or the flaw. Grey, palette and CMYK images are converted;
+        an alpha channel is dropped and the colour below it kept; more than 8 bits are scaled by
+        ``how.intensity``; colours with a profile are converted as ``how.color_profile`` says. Of an
+        animation, the first frame is used. A truncated JPEG is bad; one with other defects that
+        decoders tolerate is not.
     """
     if isinstance(encoded, Unreadable):
         return Flaw.UNREADABLE
@@ -114,11 +114,11 @@ def decode_or_flaw(
 def value_range(
     encoded: Encoded | memoryview, how: Decoding, *, max_pixels: float = float("inf")
 ) -> tuple[float, float, float, float] | None:
-    """Return what an image of more than 8 bits has for values, before any scaling.
+    """Return the value range of an image with more than 8 bits, before any scaling.
 
     Returns:
-        Its lowest and highest value, and the values that are black and white without a setting;
-        None for other images and bad ones.
+        Its lowest and highest value, and the values that map to black and white by default. None
+        for 8-bit and bad images.
     """
     if isinstance(encoded, Unreadable | np.ndarray) or not len(encoded):
         return None
@@ -137,9 +137,9 @@ def value_range(
 def _decode_jpeg(
     encoded: bytes | memoryview, how: Decoding, max_pixels: float, shrink: Shrink | None
 ) -> Image | Flaw:
-    """Decode a JPEG of three channels or one by libjpeg-turbo itself, any other as other files.
+    """Decode a JPEG of one or three channels with libjpeg-turbo, and any other like other files.
 
-    It is a fifth quicker than through OpenCV, and says what is cut short.
+    Calling the library directly is a fifth faster than OpenCV and detects truncated files.
     """
     header = read_jpeg(encoded)
     if not (header.height and header.width):
@@ -155,7 +155,7 @@ def _decode_jpeg(
         image: Image = simplejpeg.decode_jpeg(
             encoded,
             "GRAY" if as_grey else "RGB",
-            # Views shrink large images, which smooths their colour enough.
+            # Above this size the views downscale the image, which smooths the chroma anyway.
             fastupsample=min(header.height, header.width) >= _COARSE_COLOR_FROM_PX,
             min_height=size[0],
             min_width=size[1],
@@ -182,7 +182,7 @@ def _of_jpeg(image: Image, header: Header) -> Samples:
 def _forgiven_jpeg(
     encoded: bytes | memoryview, header: Header, how: Decoding, size: tuple[int, int]
 ) -> Image | Flaw:
-    """Decode with other libraries what libjpeg-turbo refuses, to the size that was asked of it."""
+    """Decode a JPEG that libjpeg-turbo rejects with other libraries, to the given size."""
     samples = _read(encoded, header, how.pages, float("inf"))
     if isinstance(samples, Flaw):
         return samples
@@ -193,7 +193,7 @@ def _forgiven_jpeg(
 
 
 def _upright(header: Header) -> tuple[int, int]:
-    """Return height and width once it is turned."""
+    """Return height and width after the EXIF rotation."""
     if header.orientation >= SWAPS_SIDES_FROM:
         return header.width, header.height
     return header.height, header.width
@@ -209,7 +209,7 @@ def _decode_file(
 def _read(
     encoded: bytes | memoryview, header: Header, pages: Pages, max_pixels: float
 ) -> Samples | Flaw:
-    """Decode any file to its values."""
+    """Decode a file of any format to its stored values."""
     if header.format == "unknown":
         other = kind_of_other_file(encoded)
         if other is not Flaw.NOT_AN_IMAGE:
@@ -220,7 +220,7 @@ def _read(
     if header.width * header.height > max_pixels:
         return Flaw.TOO_LARGE
     if not header.width:
-        # Some headers only the format's library can follow, such as an AVIF of nothing but tracks.
+        # Only the format's own library reads some headers, such as an AVIF with tracks alone.
         size = size_by_pillow(encoded)
         if size is not None and size[0] * size[1] > max_pixels:
             return Flaw.TOO_LARGE
@@ -246,10 +246,10 @@ def _read_by_format(encoded: bytes | memoryview, header: Header, pages: Pages) -
 
 
 def _libraries(header: Header) -> Sequence[Callable[..., Samples | None]]:
-    """Return who decodes a file, first the one that makes least of it otherwise than it is.
+    """Return the decoders to try, the most faithful one first.
 
-    OpenCV exchanges red and blue of an AVIF with alpha, takes the sYCC of a JPEG 2000 for RGB, and
-    has no inks to convert by their profile; it is quicker, and reads the values above 8 bits.
+    OpenCV swaps red and blue of an AVIF with alpha, takes the sYCC of a JPEG 2000 for RGB and
+    cannot convert CMYK by its profile; it is faster, and keeps more than 8 bits.
     """
     if header.format == "jpeg 2000" and header.bits > 8:
         return _deep_jpeg_2000, with_pillow
@@ -261,7 +261,7 @@ def _libraries(header: Header) -> Sequence[Callable[..., Samples | None]]:
 
 
 def _deep_jpeg_2000(encoded: bytes | memoryview, header: Header) -> Samples | None:
-    """Decode more than 8 bits of a JPEG 2000: the values as they are, of so many bits."""
+    """Decode a JPEG 2000 of more than 8 bits; the values keep their bit depth."""
     values = stored_values(encoded)
     if values is None or values.dtype != np.uint16:
         return None
@@ -275,7 +275,7 @@ def _deep_jpeg_2000(encoded: bytes | memoryview, header: Header) -> Samples | No
 
 
 def _finish(samples: Samples, how: Decoding) -> Image | Flaw:
-    """Scale, turn, convert: in this order, for every format."""
+    """Scale, rotate, convert colours: in this order, for every format."""
     image = to_8_bits(samples, how.intensity)
     if isinstance(image, Flaw):
         return image

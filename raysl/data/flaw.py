@@ -1,10 +1,10 @@
-"""Why an image is bad, in words for a person."""
+"""List the reasons why an image can be bad, with a message for each."""
 
 import enum
 
 
 class Flaw(enum.IntEnum):
-    """Why an image is bad; below 256, since blocks of views carry it as a byte."""
+    """The reason why an image is bad. Values stay below 256: a block stores one byte an image."""
 
     EMPTY = 1
     NOT_AN_IMAGE = 2
@@ -34,7 +34,7 @@ class Flaw(enum.IntEnum):
 
     @property
     def reason(self) -> str:
-        """Say it to a person."""
+        """The reason in words."""
         return _REASONS[self]
 
 

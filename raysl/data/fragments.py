@@ -1,4 +1,8 @@
-"""Which rows an epoch reads: ranges of rows, all once, or as often as weights say."""
+"""Choose the rows that an epoch reads: every row once, or as often as its weight says.
+
+The terms are defined in ``plan.py``. A *span* is a run of neighbouring groups with equal weight; a
+*pass* reads every row of a span once.
+"""
 
 import itertools
 from typing import Any, NamedTuple
@@ -8,67 +12,68 @@ import numpy.typing as npt
 
 from raysl.data.permute import Indices
 
-# Second word of the Philox keys of passes; the plan's own stages have others.
+# Second word of the Philox keys of passes, distinct from those in ``plan.py``.
 _PASSES = (1 << 62) + (1 << 60)
-# A weighted source of few groups is cut so that a part of a pass is a sample of all of it.
-_FEWEST_PIECES = 4096
+# A weighted span of few groups is cut so finely that part of a pass is a fair sample of it.
+_MIN_FRAGMENTS = 4096
 
 
 class Fragments(NamedTuple):
-    """Ranges of rows that are quick to read as a whole, each ``(num_fragments,)``."""
+    """Contiguous ranges of rows, read as a whole; every array is ``(num_fragments,)``."""
 
     starts: Indices  # first row
     sizes: Indices
-    repeats: Indices  # 0 where a row comes up first in an epoch, 1 where it does again, ...
+    repeats: Indices  # 0 the first time a row occurs in an epoch, 1 the second time, ...
 
     def take(self, which: npt.NDArray[np.integer[Any]]) -> "Fragments":
-        """Return some of them, in that order."""
+        """Return the selected fragments, in the given order."""
         return Fragments(self.starts[which], self.sizes[which], self.repeats[which])
 
 
 def images_per_epoch(group_sizes: Indices, weights: npt.NDArray[np.float64] | None) -> int:
-    """Return the number of images in one pass over weighted groups."""
+    """Return the number of images in one epoch."""
     if weights is None:
         return int(np.sum(group_sizes))
-    return sum(_share(group_sizes[part], weights[part]) for part in _parts(weights))
+    return sum(_share(group_sizes[span], weights[span]) for span in _spans(weights))
 
 
 def fragments_of(
     group_sizes: Indices, weights: npt.NDArray[np.float64] | None, *, seed: int, epoch: int
 ) -> Fragments:
-    """Return what an epoch reads.
+    """Return the fragments that an epoch reads, before the shuffle of ``plan.py``.
 
-    Groups that follow each other with one weight w, n images, are read in passes without end, each
-    in an order of its own; an epoch takes round(w * n) images and the next one goes on from there.
-    So every image comes up equally often whatever w is.
+    A span with weight w and n images is read in endless passes, each shuffled anew. An epoch takes
+    the next round(w * n) images of that sequence, so that every image occurs equally often for any
+    w.
 
     Args:
         group_sizes: Images in each group, in the order of the rows.
-        weights: How often an image of each group is seen in an epoch; None for once.
+        weights: How often an epoch reads each image of a group; None means once.
         seed: The run's seed.
-        epoch: Pass over the images.
+        epoch: Number of the epoch, from 0.
     """
     starts = np.cumsum(group_sizes) - group_sizes
     if weights is None:
-        none = np.broadcast_to(np.int64(0), group_sizes.shape)  # takes no memory
+        none = np.broadcast_to(np.int64(0), group_sizes.shape)  # a broadcast view: takes no memory
         return Fragments(starts, group_sizes, none)
-    found = []
-    for number, part in enumerate(_parts(weights)):
-        pieces = _pieces(starts[part], group_sizes[part])
-        rows, share = int(pieces.sizes.sum()), _share(group_sizes[part], weights[part])
+    chosen = []
+    for number, span in enumerate(_spans(weights)):
+        fragments = _cut(starts[span], group_sizes[span])
+        rows, share = int(fragments.sizes.sum()), _share(group_sizes[span], weights[span])
         first, last = epoch * share, (epoch + 1) * share
-        for repeat, turn in enumerate(range(first // rows, -(-last // rows))):
-            key = np.array([seed, _PASSES + turn], dtype=np.uint64)
+        for repeat, pass_number in enumerate(range(first // rows, -(-last // rows))):
+            key = np.array([seed, _PASSES + pass_number], dtype=np.uint64)
             counter = np.array([0, 0, 0, number], dtype=np.uint64)
             rng = np.random.Generator(np.random.Philox(key=key, counter=counter))
-            shuffled = pieces.take(rng.permutation(len(pieces.sizes)))
-            low, high = max(0, first - turn * rows), min(rows, last - turn * rows)
-            found.append(_between(shuffled, low, high, repeat))
-    return Fragments(*(np.concatenate(column) for column in zip(*found, strict=True)))
+            shuffled = fragments.take(rng.permutation(len(fragments.sizes)))
+            offset = pass_number * rows
+            low, high = max(0, first - offset), min(rows, last - offset)
+            chosen.append(_between(shuffled, low, high, repeat))
+    return Fragments(*(np.concatenate(column) for column in zip(*chosen, strict=True)))
 
 
-def _parts(weights: npt.NDArray[np.float64]) -> list[slice]:
-    """Return the runs of groups that have one weight."""
+def _spans(weights: npt.NDArray[np.float64]) -> list[slice]:
+    """Return the spans: runs of neighbouring groups with equal weight."""
     cuts = [0, *(np.flatnonzero(np.diff(weights)) + 1).tolist(), len(weights)]
     return [slice(low, high) for low, high in itertools.pairwise(cuts)]
 
@@ -77,13 +82,13 @@ def _share(sizes: Indices, weights: npt.NDArray[np.float64]) -> int:
     return max(1, round(float(weights[0]) * int(sizes.sum())))
 
 
-def _pieces(starts: Indices, sizes: Indices) -> Fragments:
-    """Cut the groups of a part into at least some thousand pieces, or into single images."""
-    longest = max(1, int(sizes.sum()) // _FEWEST_PIECES)
+def _cut(starts: Indices, sizes: Indices) -> Fragments:
+    """Cut a span's groups into at least ``_MIN_FRAGMENTS`` fragments, or single images."""
+    longest = max(1, int(sizes.sum()) // _MIN_FRAGMENTS)
     counts = -(-sizes // longest)
     group = np.repeat(np.arange(len(sizes)), counts)
-    place = np.arange(len(group)) - np.repeat(np.cumsum(counts) - counts, counts)
-    offsets = place * longest
+    number_in_group = np.arange(len(group)) - np.repeat(np.cumsum(counts) - counts, counts)
+    offsets = number_in_group * longest
     return Fragments(
         starts[group] + offsets,
         np.minimum(longest, sizes[group] - offsets),
@@ -91,14 +96,14 @@ def _pieces(starts: Indices, sizes: Indices) -> Fragments:
     )
 
 
-def _between(pieces: Fragments, low: int, high: int, repeat: int) -> Fragments:
-    """Return the images [low, high) of the pieces' sequence; the first and last may be cut."""
-    ends = np.cumsum(pieces.sizes)
-    begins = ends - pieces.sizes
+def _between(fragments: Fragments, low: int, high: int, repeat: int) -> Fragments:
+    """Return images [low, high) of a sequence of fragments; may cut the first and the last."""
+    ends = np.cumsum(fragments.sizes)
+    begins = ends - fragments.sizes
     first, last = np.maximum(begins, low), np.minimum(ends, high)
     inside = last > first
     return Fragments(
-        (pieces.starts + first - begins)[inside],
+        (fragments.starts + first - begins)[inside],
         (last - first)[inside],
         np.full(int(inside.sum()), repeat, dtype=np.int64),
     )

@@ -1,6 +1,6 @@
-"""What the first bytes of an image file say: format, size, colours, turn, profile, pages.
+"""Read an image file's header: format, size, colours, orientation, profile, pages.
 
-The only reader of these: the decoder follows what `raysl data` counts. Decodes nothing.
+The only header reader: the decoder and ``raysl data`` both use it. Decodes no pixels.
 """
 
 import struct
@@ -35,7 +35,7 @@ _NETPBM = (*(b"P%d" % kind for kind in range(1, 8)), b"PF", b"Pf")
 
 _PNG_COLORS = {0: "grey", 2: "rgb", 3: "palette", 4: "grey alpha", 6: "rgb alpha"}
 _JPEG_COLORS = {1: "grey", 3: "rgb", 4: "cmyk"}
-# Start-of-frame markers: C0 to CF but the tables C4, C8 and CC, and JPEG-LS; progressive ones.
+# Start-of-frame markers: C0 to CF without the tables C4, C8 and CC, and JPEG-LS.
 _FRAMES = (frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}) | {0xF7}
 _PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 _JPEG_LS = 0xF7
@@ -48,10 +48,10 @@ def read_header(data: bytes | memoryview) -> Header:
     """Read the header of an image file.
 
     Args:
-        data: The file's bytes, or enough of its beginning.
+        data: The file's bytes, or a sufficient prefix.
 
     Returns:
-        What is known. A damaged header gives the format alone.
+        The known fields. A damaged header yields the format alone.
     """
     kind = _format_of(data)
     if kind is None:
@@ -77,7 +77,7 @@ def _format_of(data: bytes | memoryview) -> str | None:
 
 
 def _format_of_brands(data: bytes | memoryview) -> str | None:
-    """Return the format of the first brand, or where that says little, of a compatible one."""
+    """Return the format of the major brand, or if that is generic, of a compatible one."""
     size = min(int.from_bytes(data[:4], "big"), 256)
     first = bytes(data[8:12])
     others = [bytes(data[at : at + 4]) for at in range(16, size - 3, 4)]
@@ -87,21 +87,22 @@ def _format_of_brands(data: bytes | memoryview) -> str | None:
 
 
 def read_jpeg(data: bytes | memoryview) -> Header:
-    """Walk a JPEG's segments to its frame header: Exif's turn, the profile, size and colours.
+    """Walk a JPEG's segments up to its frame header: orientation, profile, size and colours.
 
-    Source: ITU-T T.81, annex B; the profile's parts as the ICC specification has them, annex B.4.
+    Source: ITU-T T.81, annex B; the chunks of the profile: ICC specification, annex B.4.
     """
     at, end, orientation = 2, len(data), 1
     parts: list[tuple[int, bytes]] = []
     while at + 4 <= end:
-        if data[at] != 0xFF:  # bytes that belong to no segment: decoders skip them
+        if data[at] != 0xFF:  # stray bytes between segments: decoders skip them
             skipped = bytes(data[at : at + _SEARCHED_BYTES]).find(b"\xff")
             if skipped < 0:
                 break
             at += skipped
             continue
         marker = data[at + 1]
-        if marker in (0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # fill bytes, marks without a length
+        # Fill bytes and markers without length.
+        if marker in (0x01, 0xFF) or 0xD0 <= marker <= 0xD8:
             at += 1 if marker == 0xFF else 2
             continue
         length = data[at + 2] << 8 | data[at + 3]
@@ -146,7 +147,7 @@ def _png(data: memoryview) -> Header:
 
 
 def _unpacked_profile(chunk: bytes) -> bytes:
-    """Return the profile of a PNG's chunk: a name, a zero, the method, and deflated bytes."""
+    """Return the profile in a PNG's iCCP chunk: a name, a zero, the method, deflated bytes."""
     try:
         return zlib.decompressobj().decompress(chunk[chunk.index(0) + 2 :], _MOST_PROFILE_BYTES)
     except (ValueError, zlib.error):
@@ -179,7 +180,7 @@ def _webp_chunks(data: memoryview) -> tuple[int, bytes]:
             case b"ICCP":
                 profile = bytes(content)
             case b"EXIF":
-                named = bytes(content[:6]) == _EXIF  # some writers keep JPEG's name before it
+                named = bytes(content[:6]) == _EXIF  # some writers keep JPEG's prefix
                 orientation = exif_orientation(content[6:] if named else content)
         at += 8 + length + length % 2
     return orientation, profile
@@ -187,7 +188,7 @@ def _webp_chunks(data: memoryview) -> tuple[int, bytes]:
 
 def _bmp(data: memoryview) -> Header:
     (size,) = struct.unpack_from("<I", data, 14)
-    if size == 12:  # OS/2's
+    if size == 12:  # the OS/2 variant
         width, height, _, bits = struct.unpack_from("<HHHH", data, 18)
     else:
         width, height, _, bits = struct.unpack_from("<iiHH", data, 18)

@@ -1,13 +1,13 @@
-"""Headers of formats that are made of boxes: AVIF and HEIC, JPEG 2000, JPEG XL."""
+"""Read the headers of formats made of ISO boxes: AVIF and HEIC, JPEG 2000, JPEG XL."""
 
 import struct
 from collections.abc import Iterator
 
 from raysl.data.header_fields import Header
 
-_FULL = 4  # bytes of version and flags that a "full" box has before its content
-# Exif's numbers for a turn of so many quarters against the clock (irot), then for a mirror (imir)
-# that exchanges top and bottom (0) or left and right (1) after it.
+_FULL = 4  # bytes of version and flags at the start of a "full" box
+# EXIF orientations for a rotation by so many quarter turns counter-clockwise (irot), then for a
+# mirror (imir) that swaps top and bottom (0) or left and right (1) after it.
 _TURNS = {0: 1, 1: 8, 2: 3, 3: 6}
 _MIRRORED = {
     0: {1: 4, 8: 5, 3: 2, 6: 7},
@@ -16,7 +16,7 @@ _MIRRORED = {
 
 
 def _boxes(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
-    """Yield the name and the content of each box. Source: ISO 14496-12, sec. 4.2."""
+    """Yield the name and content of each box. Source: ISO 14496-12, sec. 4.2."""
     at = 0
     while at + 8 <= len(data):
         (size,) = struct.unpack_from(">I", data, at)
@@ -39,7 +39,7 @@ def _box(data: memoryview, name: bytes) -> memoryview:
 
 
 def read_heif(data: memoryview, kind: str) -> Header:
-    """Read the header of an AVIF or HEIC: the properties of its primary item.
+    """Read the header of an AVIF or HEIC from the properties of its primary item.
 
     Source: ISO 23008-12 (HEIF), sec. 6.5, 9.3 and 9.2.4 to 9.2.6.
     """
@@ -55,7 +55,7 @@ def read_heif(data: memoryview, kind: str) -> Header:
         match name:
             case b"ispe":
                 width, height = struct.unpack_from(">II", content, _FULL)
-            case b"clap" if kind == "heic":  # what is seen of a padded picture
+            case b"clap" if kind == "heic":  # the visible part of a padded picture
                 width_n, width_d, height_n, height_d = struct.unpack_from(">4I", content)
                 aperture = width_n // width_d, height_n // height_d
             case b"pixi":
@@ -66,7 +66,7 @@ def read_heif(data: memoryview, kind: str) -> Header:
                 mirror = content[0] & 1
             case b"colr" if bytes(content[:4]) in (b"prof", b"rICC"):
                 profile = bytes(content[4:])
-    orientation = _TURNS[turns]  # which comes before the mirror, however they are listed
+    orientation = _TURNS[turns]  # applied before the mirror, whatever their order in the list
     orientation = orientation if mirror is None else _MIRRORED[mirror][orientation]
     color = "rgb alpha" if _has_alpha(listed) else "rgb"
     width, height = aperture or (width, height)
@@ -74,7 +74,7 @@ def read_heif(data: memoryview, kind: str) -> Header:
 
 
 def _associated(table: memoryview, wanted: int) -> list[int]:
-    """Return the numbers, from 1, of the properties that an item has, in their order."""
+    """Return the numbers of an item's properties, from 1, in order."""
     version, wide = table[0], table[3] & 1
     (count,) = struct.unpack_from(">I", table, _FULL)
     at = _FULL + 4
@@ -128,14 +128,14 @@ def read_jxl(data: memoryview) -> Header:
         data = _jxl_codestream(data)
     bits = _Bits(data[2:66])
     height, width = _jxl_size(bits)
-    if bits.take(1):  # all by default
+    if bits.take(1):  # all fields at their defaults
         return Header("jpeg xl", width, height, "rgb")
     orientation = 1
     if bits.take(1):  # extra fields
         orientation = 1 + bits.take(3)
         if bits.take(1):
-            _jxl_size(bits)  # the size that it is meant to be shown at
-        if bits.take(2):  # a preview or an animation, whose fields come before the depth
+            _jxl_size(bits)  # the intrinsic size, for display
+        if bits.take(2):  # a preview or an animation; their fields come before the bit depth
             return Header("jpeg xl", width, height, "rgb", orientation=orientation)
     is_float = bool(bits.take(1))
     depth = bits.choice((32, 16, 24), 6) if is_float else bits.choice((8, 10, 12), 6)
@@ -169,7 +169,7 @@ def _jxl_size(bits: "_Bits") -> tuple[int, int]:
 
 
 class _Bits:
-    """Bits from the lowest of each byte on."""
+    """Read bits from the lowest bit of each byte upwards."""
 
     def __init__(self, data: memoryview) -> None:
         self._value = int.from_bytes(data, "little")

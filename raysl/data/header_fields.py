@@ -1,4 +1,4 @@
-"""The fields of an image file's header, and the turn that Exif gives."""
+"""The fields of an image file's header, and how EXIF stores the orientation."""
 
 import struct
 from typing import NamedTuple
@@ -7,32 +7,32 @@ _ORIENTATION, _SHORT = 274, 3
 
 
 class Header(NamedTuple):
-    """What a file's header says; 0 or "" is what it does not say, or where it is damaged."""
+    """The header of an image file. A field is 0 or "" if the file omits it or is damaged."""
 
     format: str
     """jpeg, png, webp, bmp, tiff, gif, avif, heic, jpeg xl, jpeg 2000, netpbm, camera raw, or
     unknown."""
     width: int = 0
-    """Pixels, as stored: before the turn."""
+    """In pixels, as stored: before the rotation."""
     height: int = 0
     color: str = ""
-    """grey, rgb, palette, cmyk, lab or channels, and "alpha" behind it."""
+    """grey, rgb, palette, cmyk, lab or channels, followed by "alpha" if there is one."""
     bits: int = 8
-    """Of one channel, at least 8."""
+    """Bits a channel, at least 8."""
     orientation: int = 1
-    """The turn by Exif's numbers, 1 to 8; 1 is upright."""
+    """The EXIF orientation, 1 to 8; 1 is upright."""
     progressive: bool = False
-    """A JPEG in several passes, which takes some three times as long to decode."""
+    """Whether it is a progressive JPEG, which takes about three times as long to decode."""
     is_float: bool = False
-    """Of floating point numbers."""
+    """Whether the values are floating point numbers."""
     pages: int = 1
-    """Of a TIFF: pictures that are not marked as smaller copies of others."""
+    """Pages of a TIFF that are not marked as smaller copies of others."""
     profile: bytes = b""
-    """The ICC profile of its colours."""
+    """The ICC profile."""
 
 
 def exif_orientation(exif: memoryview) -> int:
-    """Return the orientation of Exif data; damaged ones say nothing, and the image stands.
+    """Return the orientation in EXIF data; 1 if the data are damaged.
 
     Source: CIPA DC-008 (Exif 2.32), sec. 4.5.4 and 4.6.4: a TIFF header and its first directory.
     """

@@ -1,4 +1,4 @@
-"""The header of the Netpbm formats (PBM, PGM, PPM, PAM) and of PFM, and where the pixels begin.
+"""Read the header of Netpbm files (PBM, PGM, PPM, PAM) and of PFM.
 
 Source: the Netpbm manual's pages pbm(5), pgm(5), ppm(5), pam(5) and pfm(5).
 """
@@ -14,21 +14,21 @@ _CHANNELS = {1: 1, 2: 1, 3: 3, 4: 1, 5: 1, 6: 3}
 
 
 class Netpbm(NamedTuple):
-    """What the header says."""
+    """The parsed header."""
 
     kind: str
-    """The digit or letter behind the P."""
+    """The digit or letter after the P."""
     width: int
     height: int
     channels: int
     maximum: float
-    """The value that is white; of PFM the scale, negative for the lower byte first."""
+    """The value of white. For PFM the scale, which is negative for little-endian values."""
     start: int
-    """Of the pixels."""
+    """Offset of the first pixel, in bytes."""
 
 
 def read_netpbm_header(data: memoryview) -> Header:
-    """Read the header."""
+    """Return the fields that all formats share."""
     head = netpbm_header(data)
     is_float = head.kind in "fF"
     bits = 32 if is_float else 16 if head.maximum > 255 else 8
@@ -38,7 +38,7 @@ def read_netpbm_header(data: memoryview) -> Header:
 
 
 def netpbm_header(data: bytes | memoryview) -> Netpbm:
-    """Read the header.
+    """Parse the header.
 
     Raises:
         ValueError: If it is damaged.

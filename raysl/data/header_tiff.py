@@ -1,4 +1,4 @@
-"""The directories of a TIFF file: which pages it holds, and what they are made of."""
+"""Read the directories of a TIFF file: its pages and their layout."""
 
 import re
 import struct
@@ -19,7 +19,7 @@ _KEPT = frozenset(
     }
 )
 
-# Sizes and codes of the types of values, TIFF 6.0 sec. 2 and BigTIFF's 16 to 18.
+# Sizes and codes of the value types: TIFF 6.0 sec. 2, and 16 to 18 of BigTIFF.
 _TYPES = {1: "B", 2: "c", 3: "H", 4: "I", 6: "b", 7: "c", 8: "h", 9: "i", 13: "I", 16: "Q", 18: "Q"}
 _MOST_VALUES = 64
 _MOST_BYTES = 8 << 20
@@ -36,29 +36,29 @@ Tags = dict[int, tuple[int, ...] | bytes]
 
 
 class Page(NamedTuple):
-    """One picture of a TIFF file."""
+    """One page of a TIFF file."""
 
     offset: int
-    """Of its directory."""
+    """Offset of its directory, in bytes."""
     width: int
     height: int
     color: str
-    """grey, rgb, palette, cmyk, lab, or channels: samples that are no colours."""
+    """grey, rgb, palette, cmyk, lab, or channels for samples that are not colours."""
     bits: int
     kind: int
-    """Of numbers: ``UNSIGNED``, ``SIGNED`` or ``FLOAT``."""
+    """``UNSIGNED``, ``SIGNED`` or ``FLOAT``."""
     samples: int
     alpha: int
     """``ASSOCIATED``, ``UNASSOCIATED``, or 0 without alpha."""
     photometric: int
     planar: bool
-    """Its samples lie apart, one plane after the other."""
+    """Whether the samples are stored plane after plane."""
     orientation: int
     profile: bytes
 
 
 def tiff_header(data: memoryview) -> Header:
-    """Read the header of a TIFF by its first page."""
+    """Read the header of a TIFF from its first page."""
     pages, raw = read_pages(data)
     if raw:
         return Header("camera raw")
@@ -79,14 +79,14 @@ def tiff_header(data: memoryview) -> Header:
 
 
 def read_pages(data: memoryview) -> tuple[list[Page], bool]:
-    """Return the pages that are no smaller copies or masks, and whether a camera wrote raw data.
+    """Return the pages except smaller copies and masks, and whether the file is camera raw.
 
     Raises:
         ValueError, struct.error, IndexError: If there is no page, or its directory is damaged.
     """
     pages: list[Page] = []
     small: list[Page] = []
-    raw = bytes(data[8:10]) == b"CR"  # Canon's
+    raw = bytes(data[8:10]) == b"CR"  # Canon's raw format
     for offset, tags in _directories(data):
         raw = raw or _is_raw(data, tags)
         (small if _is_small(tags) else pages).append(_page(offset, tags))
@@ -96,7 +96,7 @@ def read_pages(data: memoryview) -> tuple[list[Page], bool]:
 
 
 def as_first(encoded: bytes | memoryview, page: Page) -> bytes | memoryview:
-    """Return a file whose first directory is the page's, for readers that take the first."""
+    """Return the file with this page first, for libraries that only read the first page."""
     order = _order(memoryview(encoded))
     code, at = (order + "Q", 8) if _is_big(memoryview(encoded)) else (order + "I", 4)
     if struct.unpack_from(code, encoded, at)[0] == page.offset:
@@ -115,7 +115,7 @@ def _is_big(data: memoryview) -> bool:
 
 
 def _directories(data: memoryview) -> Iterator[tuple[int, Tags]]:
-    """Yield the offset and the tags of each directory; a damaged one after the first ends them."""
+    """Yield offset and tags of each directory; stops at a damaged one after the first."""
     order, big = _order(data), _is_big(data)
     (at,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
     seen: set[int] = set()
@@ -132,7 +132,7 @@ def _directories(data: memoryview) -> Iterator[tuple[int, Tags]]:
 
 
 def _directory(data: memoryview, at: int, order: str, *, big: bool) -> tuple[Tags, int]:
-    """Return the tags of a directory that matter, and the offset of the following one."""
+    """Return the relevant tags of a directory, and the offset of the next one."""
     count_code, entry_code, size, inline = ("Q", "HHQ", 20, 8) if big else ("H", "HHI", 12, 4)
     (count,) = struct.unpack_from(order + count_code, data, at)
     begin = at + struct.calcsize(count_code)
@@ -144,7 +144,7 @@ def _directory(data: memoryview, at: int, order: str, *, big: bool) -> tuple[Tag
     offset = order + ("Q" if big else "I")
     try:
         return tags, int(struct.unpack_from(offset, data, begin + size * count)[0])
-    except struct.error:  # cut off behind the last entry: the page itself may be whole
+    except struct.error:  # truncated after the last entry: the page itself may be intact
         return tags, 0
 
 
@@ -152,7 +152,7 @@ def _values(
     data: memoryview, place: int, order: str, code: str, number: int, inline: int
 ) -> tuple[int, ...] | bytes:
     number = min(number, _MOST_BYTES if code == "c" else _MOST_VALUES)
-    if number * struct.calcsize(code) > inline:  # too long for the entry: it says where they lie
+    if number * struct.calcsize(code) > inline:  # the entry holds an offset instead
         (place,) = struct.unpack_from(order + ("Q" if inline == 8 else "I"), data, place)
     if code == "c":
         return bytes(data[place : place + number])
@@ -169,7 +169,7 @@ def _is_small(tags: Tags) -> bool:
 
 
 def _is_raw(data: memoryview, tags: Tags) -> bool:
-    """Return whether a directory, or one below it, holds a sensor's values."""
+    """Return whether a directory, or one below it, holds sensor values."""
     if DNG_VERSION in tags or _first(tags, PHOTOMETRIC, -1) in (_SENSOR, _LINEAR_SENSOR):
         return True
     for offset in tags.get(SUB_DIRECTORIES, ())[:8]:
@@ -189,7 +189,7 @@ def _page(offset: int, tags: Tags) -> Page:
     more = samples - _OF_COLOR.get(color, samples)
     alpha = int(extra[0]) if len(extra) else 0
     alpha = alpha if more and alpha in (ASSOCIATED, UNASSOCIATED) else 0
-    # A colour stays one whatever lies beside it; of grey, only alpha is known not to be a channel.
+    # Extra samples next to colours are ignored; next to grey, any but alpha makes it channels.
     if color and (more < 0 or (color == "grey" and more > (1 if alpha else 0))):
         color = "channels"
     orientation = _first(tags, ORIENTATION, 1)
@@ -211,7 +211,7 @@ def _page(offset: int, tags: Tags) -> Page:
 
 
 def _images_of_imagej(data: memoryview) -> int:
-    """Return how many images ImageJ put behind one directory, as it does with large stacks."""
+    """Return how many images ImageJ stored behind one directory, as it does for large stacks."""
     _, tags = next(_directories(data))
     text = tags.get(DESCRIPTION, b"")
     found = _IMAGEJ_IMAGES.search(text) if isinstance(text, bytes) else None

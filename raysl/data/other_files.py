@@ -1,4 +1,4 @@
-"""Files that stand among images and are none that is read: told by their first bytes."""
+"""Recognise files that are not images, such as videos and archives, by their first bytes."""
 
 from raysl.data.flaw import Flaw
 
@@ -9,7 +9,7 @@ _AT_START = (
     (b"version https://git-lfs", Flaw.GIT_LFS),
     (b"\x93NUMPY", Flaw.NUMPY),
     (b"\x89HDF\r\n\x1a\n", Flaw.NUMPY),
-    (b"\x5c\x01\0\0", Flaw.NUMPY),  # NIfTI-1: its header's 348 bytes
+    (b"\x5c\x01\0\0", Flaw.NUMPY),  # NIfTI-1: the 348 bytes of its header
     (b"PK\x03\x04", Flaw.ARCHIVE),
     (b"\x1f\x8b", Flaw.ARCHIVE),
     (b"Rar!", Flaw.ARCHIVE),
@@ -35,7 +35,7 @@ _LOOKED_AT = 1024
 
 
 def kind_of_other_file(data: bytes | memoryview) -> Flaw:
-    """Return what a file is that has no signature of an image."""
+    """Return the kind of a file without an image signature."""
     head = bytes(data[:_LOOKED_AT])
     for start, flaw in _AT_START:
         if head.startswith(start):

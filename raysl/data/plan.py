@@ -1,13 +1,24 @@
-"""The order of data as arithmetic: (seed, position) -> which images, of which epoch.
+"""The order of data as arithmetic: (seed, position) -> the images of one item.
 
-A run is a sequence of *items*. An item is a fixed number of images that one data worker reads,
-decodes and augments in one go; a fixed number of items makes a global batch. Nothing here has
-state: where a run stands is one integer, the number of global batches consumed.
+The plan has no state. Where a run stands is one integer, the number of global batches consumed.
 
-Images are shuffled in two stages, because a source may only be quick to read in groups (the row
-groups of a Parquet file): the groups are permuted, cut into windows that fit into memory, and the
-images of a window are permuted together. A source that fits into one window is shuffled fully.
-Memory grows with the number of groups, not with that of images.
+Terms, used with these meanings in ``data/`` and ADR 1:
+
+- row: the number of an image in the source, in [0, number of images).
+- group: consecutive rows that are quick to read together, such as a Parquet row group.
+- fragment: consecutive rows as an epoch reads them: a group, or a part of one in a weighted source.
+- window: fragments whose images are shuffled together in memory.
+- slot: the index of an image in the order of one epoch.
+- item: the images, of a fixed number, that a data worker reads, decodes and augments in one call.
+- position: the index of an item in the whole run.
+- step: the index of a global batch in the whole run; a batch is a fixed number of items.
+- key: the number that an image's views are drawn by: its row, unless the epoch repeats the row.
+- block: the arrays that an item becomes, one row an image.
+
+Images are shuffled in two stages, because some sources are only quick to read by group. First the
+fragments are permuted and cut into windows that fit into memory; then the images of each window are
+permuted. A source that fits into one window is shuffled fully. Memory grows with the number of
+groups, not of images.
 """
 
 import threading
@@ -21,7 +32,7 @@ from raysl.data.fragments import Fragments, fragments_of, images_per_epoch
 from raysl.data.permute import Indices, Permutation
 from raysl.errors import ConfigError
 
-# Second words of the Philox keys below: they keep the two stages and the views apart.
+# Second words of the Philox keys of the two stages, distinct from those of the views.
 _GROUPS, _WINDOWS = 1 << 62, (1 << 62) + (1 << 61)
 _CACHED_WINDOWS = 4
 _ITEM_IMAGES, _ITEM_BYTES = 128, 96 << 20
@@ -29,13 +40,13 @@ _SMALL_ITEM_IMAGES, _SMALL_ITEM_BYTES = 1024, 8 << 20
 
 
 class Item(NamedTuple):
-    """The work of one data worker for one position of the plan."""
+    """The images of one position of the plan."""
 
-    position: int  # number of the item in the run
+    position: int  # index of the item in the run
     step: int  # global batch, counted from 0 over the whole run
     epoch: int
     indices: Indices  # rows of the source, ``(item_size,)``
-    keys: Indices  # what their views are drawn by: the rows, or beyond all rows for a repeated one
+    keys: Indices  # the row, or for a repeated row a number beyond all rows
 
 
 class Plan:
@@ -48,8 +59,8 @@ class Plan:
         item_size: Images of one item; divides the global batch.
         num_steps: Optimizer steps of the whole run.
         window_size: Most images that are shuffled together; a larger group is a window by itself.
-            None for all.
-        weights: How often an image of each group is seen in an epoch; None for once.
+            None means all images.
+        weights: How often an epoch reads each image of a group; None means once.
 
     Raises:
         ConfigError: If the batch is larger than the source or the item does not divide it.
@@ -87,7 +98,7 @@ class Plan:
             )
         self._layouts: dict[int, _Layout] = {}
         self._windows: dict[tuple[int, int], _Window] = {}
-        self._lock = threading.Lock()  # items are asked for by several threads
+        self._lock = threading.Lock()  # several threads ask for items
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_layouts": {}, "_windows": {}, "_lock": None}
@@ -97,57 +108,57 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole global batches in one pass; the rest is left out, another rest each epoch."""
+        """Whole global batches in one epoch. The images left over are different ones each epoch."""
         return self.num_images // self.global_batch_size
 
     @property
     def items_per_step(self) -> int:
-        """Items in a global batch."""
+        """Number of items in a global batch."""
         return self.global_batch_size // self.item_size
 
     @property
     def num_items(self) -> int:
-        """Items of the whole run."""
+        """Number of items in the whole run."""
         return self.num_steps * self.items_per_step
 
     def item(self, position: int) -> Item:
-        """Return the work item at a position in [0, num_items)."""
-        step, part = divmod(position, self.items_per_step)
+        """Return the item at a position in [0, num_items)."""
+        step, item_in_step = divmod(position, self.items_per_step)
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        start = step_in_epoch * self.global_batch_size + part * self.item_size
+        start = step_in_epoch * self.global_batch_size + item_in_step * self.item_size
         rows, repeats = self._rows(epoch, start, start + self.item_size)
         return Item(position, step, epoch, rows, rows + repeats * self._num_rows)
 
     def indices(self, epoch: int, start: int, stop: int) -> Indices:
-        """Return places [start, stop) of an epoch's order as rows of the source."""
+        """Return the rows at slots [start, stop) of an epoch."""
         return self._rows(epoch, start, stop)[0]
 
     def _rows(self, epoch: int, start: int, stop: int) -> tuple[Indices, Indices]:
         with self._lock:
             bounds = self._layout(epoch).bounds
             number = int(np.searchsorted(bounds, start, side="right")) - 1
-            parts = []
+            pieces = []
             while start < stop:
                 low, end = int(bounds[number]), min(stop, int(bounds[number + 1]))
-                parts.append(self._window(epoch, number).rows(start - low, end - low))
+                pieces.append(self._window(epoch, number).rows(start - low, end - low))
                 start, number = end, number + 1
-        rows, repeats = zip(*parts, strict=True)
+        rows, repeats = zip(*pieces, strict=True)
         return np.concatenate(rows), np.concatenate(repeats)
 
     def _layout(self, epoch: int) -> "_Layout":
         if epoch not in self._layouts:
-            found = fragments_of(self.group_sizes, self.weights, seed=self.seed, epoch=epoch)
+            fragments = fragments_of(self.group_sizes, self.weights, seed=self.seed, epoch=epoch)
             rng = _stream(self.seed, _GROUPS + epoch, 0)
-            order = rng.permutation(len(found.sizes)).astype(np.int32)
-            ends = np.cumsum(found.sizes[order])
+            order = rng.permutation(len(fragments.sizes)).astype(np.int32)
+            ends = np.cumsum(fragments.sizes[order])
             cuts, taken = [0], 0
             while cuts[-1] < len(ends):
-                # The last group that still fits, but always at least one.
+                # Take all fragments that still fit, but at least one.
                 stop = int(np.searchsorted(ends, taken + self.window_size, side="right"))
                 cuts.append(max(stop, cuts[-1] + 1))
                 taken = int(ends[cuts[-1] - 1])
             bounds = np.array([0, *(int(ends[cut - 1]) for cut in cuts[1:])], dtype=np.int64)
-            _keep(self._layouts, epoch, _Layout(found, order, np.array(cuts), bounds))
+            _keep(self._layouts, epoch, _Layout(fragments, order, np.array(cuts), bounds))
         return self._layouts[epoch]
 
     def _window(self, epoch: int, number: int) -> "_Window":
@@ -163,16 +174,16 @@ class Plan:
 
 
 class _Layout(NamedTuple):
-    """How an epoch's groups are ordered and cut into windows."""
+    """The fragments of an epoch, permuted and cut into windows."""
 
     fragments: Fragments
-    order: npt.NDArray[np.int32]  # of the fragments, permuted
+    order: npt.NDArray[np.int32]  # permuted indices of the fragments
     cuts: Indices  # window w holds order[cuts[w] : cuts[w + 1]]
-    bounds: Indices  # and places [bounds[w], bounds[w + 1]) of the epoch
+    bounds: Indices  # window w covers slots [bounds[w], bounds[w + 1])
 
 
 class _Window:
-    """Images that are permuted together."""
+    """One window: fragments whose images are permuted together."""
 
     def __init__(self, fragments: Fragments, rng: np.random.Generator) -> None:
         self.fragments = fragments
@@ -180,11 +191,11 @@ class _Window:
         self.order = Permutation(rng, int(self.ends[-1]))
 
     def rows(self, start: int, stop: int) -> tuple[Indices, Indices]:
-        """Return the rows, and their repeats, at places [start, stop) of the window."""
-        places = self.order[start:stop]
-        which = np.searchsorted(self.ends, places, side="right")
+        """Return rows and repeats at indices [start, stop) of the shuffled window."""
+        numbers = self.order[start:stop]
+        which = np.searchsorted(self.ends, numbers, side="right")
         starts, sizes, repeats = self.fragments.take(which)
-        return starts + places - self.ends[which] + sizes, repeats
+        return starts + numbers - self.ends[which] + sizes, repeats
 
 
 def _stream(seed: int, stage: int, counter: int) -> np.random.Generator:
@@ -195,21 +206,21 @@ def _stream(seed: int, stage: int, counter: int) -> np.random.Generator:
 
 
 def _keep(cache: dict[Any, Any], key: Any, value: Any) -> None:
-    """Add to a cache that forgets its oldest entry: items are asked for almost in order."""
+    """Add to a cache that drops its oldest entry: items are requested almost in order."""
     if len(cache) >= _CACHED_WINDOWS:
         del cache[next(iter(cache))]
     cache[key] = value
 
 
 def item_size_for(batch_size_per_worker: int, *, bytes_per_image: int) -> int:
-    """Return the largest divisor of a worker's batch that makes a good item.
+    """Return the largest divisor of a worker's batch that is a good item size.
 
-    An item costs a fixed 15 ms in Ray Data, so it should hold many images, as many as 1,024 if they
-    are small; a block of Ray Data should stay below 128 MiB, and a short item keeps the first step
-    early, which is why it holds at most 128 large ones.
+    An item costs a fixed 15 ms in Ray Data, so it should hold many images: up to 1,024 small ones.
+    A block in Ray Data should stay below 128 MiB, and a short item makes the first step start
+    early: at most 128 large images.
 
     Args:
-        batch_size_per_worker: Images a train worker takes in one step.
+        batch_size_per_worker: Images that a train worker takes in one step.
         bytes_per_image: Bytes of all views of one image.
     """
     size = max(1, bytes_per_image)

@@ -1,6 +1,6 @@
-"""Pixels of the Netpbm formats and PFM, in plain text or bytes.
+"""Read the pixels of Netpbm and PFM files, in text or binary form.
 
-Read here, since libraries differ in what they make of a maximum that is not 255 or 65,535.
+Not left to a library: libraries disagree if the maximum is neither 255 nor 65,535.
 """
 
 import re
@@ -22,10 +22,10 @@ def read_netpbm(encoded: bytes | memoryview) -> Samples | Flaw:
         head = netpbm_header(encoded)
         data = bytes(encoded[head.start :])
         values = _text(head, data) if head.kind in _TEXT else _binary(head, data)
-    except ValueError:  # a header of no sense, or too few values
+    except ValueError:  # an invalid header, or too few values
         return Flaw.DAMAGED
     if head.kind in "fF":
-        # The lowest row comes first, and the scale's size is the value of white.
+        # The lowest row is stored first; the magnitude of the scale is the value of white.
         return Samples(np.ascontiguousarray(values[::-1]), _color(head), (0.0, abs(head.maximum)))
     if values.max(initial=0) > head.maximum:
         return Flaw.DAMAGED
@@ -40,14 +40,14 @@ def _color(head: Netpbm) -> Color:
 
 def _text(head: Netpbm, data: bytes) -> Values:
     data = _COMMENT.sub(b" ", data)
-    if head.kind == "1":  # its digits need no space between them
+    if head.kind == "1":  # digits need no space between them
         digits = np.frombuffer(b"".join(data.split()), np.uint8)
         return 1 - _shaped(head, digits.astype(np.int64) - ord("0"))
     return _shaped(head, np.array(data.split()[: _count(head)], dtype=np.int64))
 
 
 def _binary(head: Netpbm, data: bytes) -> Values:
-    if head.kind == "4":  # a bit a pixel, rows begin with a byte, 1 is black
+    if head.kind == "4":  # one bit a pixel, rows start at a byte, 1 is black
         row = -(-head.width // 8)
         packed = np.frombuffer(data, np.uint8, row * head.height).reshape(head.height, row)
         return 1 - np.unpackbits(packed, axis=1)[:, : head.width].astype(np.int64)
@@ -65,6 +65,6 @@ def _count(head: Netpbm) -> int:
 
 
 def _shaped(head: Netpbm, values: Values) -> Values:
-    """Return ``(H, W)`` or ``(H, W, 3)``: an alpha is dropped."""
+    """Return ``(H, W)`` or ``(H, W, 3)`` without alpha."""
     shaped = values[: _count(head)].reshape(head.height, head.width, head.channels)
     return shaped[..., 0] if head.channels < 3 else np.ascontiguousarray(shaped[..., :3])

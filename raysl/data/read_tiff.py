@@ -1,4 +1,4 @@
-"""The values of a TIFF's page, or of several as channels."""
+"""Read the values of one TIFF page, or of several pages as channels."""
 
 import importlib
 import io
@@ -32,7 +32,7 @@ Encoded = bytes | memoryview
 
 
 def read_tiff(encoded: Encoded, header: Header, pages: Pages) -> Samples | Flaw:
-    """Return the values that the setting ``data.pages`` asks for."""
+    """Return the values of the page or pages that the setting ``data.pages`` selects."""
     try:
         found, _ = read_pages(memoryview(encoded))
     except (struct.error, ValueError, IndexError):
@@ -58,7 +58,7 @@ def _pages_as_channels(encoded: Encoded, pages: list[Page]) -> Samples | Flaw:
             return samples
         read.append(samples)
     if len({(samples.values.shape, samples.values.dtype) for samples in read}) > 1:
-        return Flaw.PAGES  # they are no channels of one picture
+        return Flaw.PAGES  # the pages are not channels of one image
     values = _as_colors([samples.values for samples in read])
     return read[0]._replace(values=values, color="channels", profile=b"")
 
@@ -75,13 +75,13 @@ def _channels_of_page(encoded: Encoded, page: Page, count: int) -> Samples | Fla
 
 
 def _as_colors(channels: list[Values]) -> Values:
-    """Return channels as red, green and blue; the third of two is black."""
+    """Return channels as red, green and blue; of two channels, blue is zero."""
     black = np.zeros_like(channels[0])
     return np.dstack([*channels, *[black] * (_MOST_CHANNELS - len(channels))])
 
 
 def _one_page(encoded: Encoded, page: Page) -> Samples | Flaw:
-    """Decode a page with the first library that reads its kind as it is stored."""
+    """Decode a page with the first library that keeps its values as stored."""
     first = as_first(encoded, page)
     if page.color == "channels":
         return Flaw.CHANNELS
@@ -89,7 +89,7 @@ def _one_page(encoded: Encoded, page: Page) -> Samples | Flaw:
         read = with_pillow(first, _header(page))
         if read is not None:
             return _with_declared_range(read, page)
-        # Such as JPEG 2000 inside, which only OpenCV reads.
+        # Only OpenCV reads some pages, such as those with JPEG 2000 inside.
         values = stored_values(first) if page.color in ("grey", "rgb") and not page.alpha else None
         if values is not None and values.dtype == np.uint8:
             return _finished(values, page)
@@ -116,7 +116,7 @@ def _header(page: Page) -> Header:
 
 
 def _deep(encoded: Encoded, page: Page) -> Values | None:
-    """Decode more than 8 bits with OpenCV, whose answer is checked: it misreads some kinds."""
+    """Decode more than 8 bits with OpenCV, and check the result: it misreads some kinds."""
     values = stored_values(encoded)
     channels = 1 if values is None or values.ndim == 2 else values.shape[2]
     if values is None or channels != page.samples:
@@ -130,13 +130,13 @@ def _deep(encoded: Encoded, page: Page) -> Values | None:
 def _with_tifffile(encoded: Encoded, page: Page) -> Values | Flaw:
     """Decode a page of any kind with tifffile: ``(H, W)`` or ``(H, W, C)``."""
     try:
-        library = importlib.import_module("tifffile")  # late, and perhaps not there
+        library = importlib.import_module("tifffile")  # optional dependency, imported lazily
     except ImportError:
         return Flaw.NEEDS_TIFFFILE
     try:
         with library.TiffFile(io.BytesIO(as_first(encoded, page))) as file:
             values: Any = file.pages.first.asarray()
-    except Exception as error:  # what a damaged file raises is not documented
+    except Exception as error:  # damaged files raise undocumented exceptions
         return Flaw.NEEDS_CODECS if "imagecodecs" in str(error) else Flaw.DAMAGED
     values = np.moveaxis(values, 0, -1) if page.planar and values.ndim == 3 else values
     expected = (page.height, page.width)
@@ -164,19 +164,19 @@ def _finished(values: Values, page: Page) -> Samples:
 
 
 def _declared(page: Page) -> tuple[float, float] | None:
-    """Return the range of numbers of bits that no type of ours has."""
+    """Return the value range of a bit depth that no NumPy type has, such as 12."""
     if page.kind == UNSIGNED and page.bits not in (8, 16, 32, 64) and page.bits > 1:
         return 0.0, 2.0**page.bits - 1
     return None
 
 
 def _with_declared_range(read: Samples, page: Page) -> Samples:
-    """Of fewer than 8 bits Pillow makes 8; what it leaves is said by the page."""
+    """Set the page's value range: Pillow widens fewer than 8 bits to 8 without scaling them."""
     return read if page.bits <= 8 else read._replace(full=_declared(page))
 
 
 def _divided(values: Values) -> Values:
-    """Return colours that were multiplied by their alpha, the last channel, as they were."""
+    """Undo the premultiplication of colours by alpha, the last channel."""
     alpha = values[..., -1:].astype(np.float64)
     white = 1.0 if values.dtype.kind == "f" else float(np.iinfo(values.dtype).max)
     result = values.astype(np.float64)
@@ -195,7 +195,7 @@ def _inverted(values: Values, page: Page, declared: tuple[float, float] | None) 
 
 
 def _upper_byte(values: Values) -> Values:
-    """Return inks in 8 bits; no setting of intensity is meant for them."""
+    """Reduce CMYK to 8 bits; ``data.intensity`` does not apply to it."""
     if values.dtype.kind == "f":
         values = np.clip(np.rint(values * 255), 0, 255)
         return values.astype(np.uint8)

@@ -1,6 +1,6 @@
-"""The libraries that decode, one function each: bytes to values, or None where one refuses.
+"""Call the decoding libraries: bytes to values, or None if a library refuses the file.
 
-What one library refuses another may read, so none of them is the verdict.
+One library may read what another one refuses, so a single refusal does not make an image bad.
 """
 
 import importlib
@@ -16,8 +16,8 @@ from raysl.data.flaw import Flaw
 from raysl.data.header_fields import Header
 from raysl.data.samples import Color, Samples, Values
 
-# Formats that are asked of Pillow where no signature is known. Not among them: PostScript, which
-# Pillow gives to another program.
+# Formats that Pillow may open if the signature is unknown. PostScript is left out: Pillow would
+# start another program.
 _RARE = ("PSD", "ICO", "ICNS", "TGA", "PCX", "SGI", "DDS", "SUN", "QOI", "XPM", "BLP", "DIB")
 _ORIENTATION = 0x0112
 _GREY_MODES = ("1", "L", "LA", "La")
@@ -27,7 +27,7 @@ Encoded = bytes | memoryview
 
 
 def with_opencv(encoded: Encoded, header: Header) -> Samples | None:
-    """Decode with OpenCV: three channels, alpha dropped, of up to 16 bits."""
+    """Decode with OpenCV: three channels without alpha, up to 16 bits."""
     values = _imdecode(encoded, _FLAGS | cv2.IMREAD_COLOR_RGB)
     if values is None or values.ndim != 3 or values.shape[2] != 3:
         return None
@@ -38,7 +38,7 @@ def with_opencv(encoded: Encoded, header: Header) -> Samples | None:
 
 
 def stored_values(encoded: Encoded) -> Values | None:
-    """Decode with OpenCV to what is stored, of any type; colours in the order RGB(A)."""
+    """Decode with OpenCV to the stored values of any type; channel order RGB(A)."""
     values = _imdecode(encoded, cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
     if values is not None and values.ndim == 3 and values.shape[2] >= 3:
         order = [2, 1, 0, *range(3, values.shape[2])]
@@ -49,7 +49,7 @@ def stored_values(encoded: Encoded) -> Values | None:
 def _imdecode(encoded: Encoded, flags: int) -> Values | None:
     try:
         return cv2.imdecode(np.frombuffer(encoded, dtype=np.uint8), flags)
-    except Exception:  # what a damaged file makes a decoder raise is not documented
+    except Exception:  # damaged files raise undocumented exceptions
         return None
 
 
@@ -60,7 +60,7 @@ def with_pillow(encoded: Encoded, header: Header) -> Samples | None:
 
 
 def rare_with_pillow(encoded: Encoded, header: Header, max_pixels: float) -> Samples | Flaw:
-    """Decode a file of no known signature, if Pillow knows it."""
+    """Decode a file with an unknown signature, if Pillow supports it."""
     picture = _opened(encoded, _RARE)
     if isinstance(picture, Flaw):
         return picture
@@ -70,13 +70,13 @@ def rare_with_pillow(encoded: Encoded, header: Header, max_pixels: float) -> Sam
 
 
 def size_by_pillow(encoded: Encoded) -> tuple[int, int] | None:
-    """Return width and height of a file whose header we cannot follow."""
+    """Return width and height of a file whose header ``header.py`` cannot read."""
     picture = _opened(encoded)
     return None if isinstance(picture, Flaw) else picture.size
 
 
 def _opened(encoded: Encoded, formats: tuple[str, ...] | None = None) -> Any | Flaw:
-    pil = importlib.import_module("PIL.Image")  # late: JPEGs, most images by far, do without
+    pil = importlib.import_module("PIL.Image")  # imported lazily: JPEGs do not need it
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -85,12 +85,12 @@ def _opened(encoded: Encoded, formats: tuple[str, ...] | None = None) -> Any | F
         return Flaw.TOO_LARGE
     except pil.UnidentifiedImageError:
         return Flaw.NOT_AN_IMAGE
-    except Exception:  # on bytes that only begin like a format
+    except Exception:  # the bytes only start like a known format
         return Flaw.DAMAGED
 
 
 def of_pillow(picture: Any, header: Header) -> Samples | None:
-    """Return the values of a picture that Pillow opened, or None if it does not load."""
+    """Return the values of an image that Pillow opened, or None if it does not load."""
     values: Values
     color: Color
     try:
@@ -112,22 +112,22 @@ def of_pillow(picture: Any, header: Header) -> Samples | None:
     except Exception:  # as above
         return None
     profile = b"" if mode == "LAB" else header.profile
-    # Pillow has turned a TIFF by now and leaves its tag out, where its version does so.
+    # Newer versions of Pillow have rotated a TIFF by now and removed its orientation tag.
     left = picture.getexif().get(_ORIENTATION, 1) if header.format == "tiff" else header.orientation
     return Samples(values, color, orientation=left, profile=profile)
 
 
 def _without_alpha(picture: Any, mode: str) -> Any:
-    """Return a picture without its alpha; one that is multiplied by it is divided again."""
+    """Return an image without alpha; premultiplied colours are divided by it."""
     if picture.mode in ("RGBa", "La"):
         picture = picture.convert({"RGBa": "RGBA", "La": "LA"}[picture.mode])
     return picture.convert(mode)
 
 
 def with_heif(encoded: Encoded, header: Header) -> Samples | Flaw:
-    """Decode a HEIC with pillow-heif, which turns it and makes 8 bits of more."""
+    """Decode a HEIC with pillow-heif, which rotates it and reduces it to 8 bits."""
     try:
-        library = importlib.import_module("pillow_heif")  # late, and perhaps not there
+        library = importlib.import_module("pillow_heif")  # optional dependency, imported lazily
     except ImportError:
         return Flaw.NEEDS_HEIF
     try:
@@ -141,9 +141,9 @@ def with_heif(encoded: Encoded, header: Header) -> Samples | Flaw:
 
 
 def with_jxl(encoded: Encoded, header: Header) -> Samples | Flaw:
-    """Decode a JPEG XL with pillow-jxl-plugin, which says what colours it made."""
+    """Decode a JPEG XL with pillow-jxl-plugin, and read the colour space of its output."""
     try:
-        importlib.import_module("pillow_jxl")  # late, and perhaps not there; tells Pillow of itself
+        importlib.import_module("pillow_jxl")  # optional; registers the format with Pillow
     except ImportError:
         return Flaw.NEEDS_JXL
     picture = _opened(encoded)

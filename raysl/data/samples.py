@@ -1,4 +1,4 @@
-"""An image's values as its file holds them, and the one way from them to 8 bits."""
+"""Hold an image's values as stored, and scale them to 8 bits."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -12,29 +12,29 @@ from raysl.sources.pixels import Bits, Intensity, Percentiles
 Values = npt.NDArray[Any]
 Color = Literal["grey", "rgb", "cmyk", "channels"]
 
-# Half a level of 8 bits: what interpolation and compression add to [0, 1].
+# Half a level of 8 bits: how far interpolation and compression may leave [0, 1].
 _OVERSHOOT = 0.5 / 255
 _WHITE = 255.0
 
 
 class Samples(NamedTuple):
-    """Values and what they mean."""
+    """Stored values and their meaning."""
 
     values: Values
     """``(H, W)`` or ``(H, W, C)``: integers or floating point numbers."""
     color: Color
-    """What the channels are; of cmyk, 0 is no ink."""
+    """The meaning of the channels; in CMYK, 0 means no ink."""
     full: tuple[float, float] | None = None
-    """What the file declares as black and white; None: the whole range of its integers, and 0 to 1
-    of floating point numbers."""
+    """The declared values of black and white. None means the full range of an integer type, and 0
+    to 1 for floating point numbers."""
     orientation: int = 1
-    """The turn that is still to be made."""
+    """The EXIF orientation still to be applied."""
     profile: bytes = b""
-    """The ICC profile of the colours."""
+    """The ICC profile."""
 
 
 def full_range(samples: Samples) -> tuple[float, float]:
-    """Return what becomes black and white where no setting says otherwise."""
+    """Return the values that map to black and white by default."""
     if samples.full is not None:
         return samples.full
     if samples.values.dtype.kind == "f":
@@ -44,23 +44,23 @@ def full_range(samples: Samples) -> tuple[float, float]:
 
 
 def to_8_bits(samples: Samples, intensity: Intensity | None) -> Image | Flaw:
-    """Return values of more than 8 bits as uint8; those of 8 bits stay as they are.
+    """Scale values of more than 8 bits to uint8; 8-bit values are returned unchanged.
 
-    Without a setting, integers that fill their type keep their upper eight bits. Everything else is
-    ``255 (v - low) / (high - low)`` in float32, rounded and clipped; what is no number is black.
+    By default, integers that fill their type keep their upper eight bits. All others become ``255
+    (v - low) / (high - low)`` in float32, rounded and clipped; NaN becomes black.
 
     Args:
         samples: ``(H, W)`` or ``(H, W, C)`` of any type.
         intensity: The setting ``data.intensity``.
 
     Returns:
-        uint8 of the same shape, or the flaw of floating point numbers that need the setting.
+        uint8 of the same shape, or the flaw of floating point values that need the setting.
     """
     values = samples.values
     if values.dtype == np.uint8 and samples.full is None:
         return values
     if intensity is not None and values.dtype != np.uint8:
-        return _scaled(values, *_asked(samples, intensity))
+        return _scaled(values, *_range_by_setting(samples, intensity))
     low, high = full_range(samples)
     if values.dtype.kind == "f":
         finite = values[np.isfinite(values)]
@@ -72,12 +72,12 @@ def to_8_bits(samples: Samples, intensity: Intensity | None) -> Image | Flaw:
     return _scaled(values, low, high)
 
 
-def _asked(samples: Samples, intensity: Intensity) -> tuple[Any, Any]:
-    """Return the values that become black and white: numbers, or one of each channel."""
+def _range_by_setting(samples: Samples, intensity: Intensity) -> tuple[Any, Any]:
+    """Return the values of black and white by the setting: scalars, or one value a channel."""
     if isinstance(intensity, Bits):
         return 0.0, 2.0**intensity.bits - 1
     if isinstance(intensity, Percentiles):
-        # Channels that are no colours have ranges of their own; scaling colours apart tints them.
+        # Unrelated channels get a range each; separate ranges for colours would tint them.
         axes = (0, 1) if samples.color == "channels" else None
         with np.errstate(all="ignore"):
             low, high = np.nanpercentile(samples.values, intensity.percentile, axis=axes)
@@ -88,13 +88,13 @@ def _asked(samples: Samples, intensity: Intensity) -> tuple[Any, Any]:
 def _upper_eight(values: Values) -> Image:
     limits = np.iinfo(values.dtype)
     shift = limits.bits - 8
-    if limits.min < 0:  # the lowest value is black
+    if limits.min < 0:  # signed: the lowest value is black
         return ((values >> shift) + 128).astype(np.uint8)
     return (values >> shift).astype(np.uint8)
 
 
 def _scaled(values: Values, low: Any, high: Any) -> Image:
-    # 32-bit integers and float64 lose in float32 what a narrow range far from zero would show.
+    # float32 is too coarse for 32-bit integers and float64 in a narrow range far from zero.
     exact = values.dtype.itemsize > 2 and values.dtype != np.float32
     kind = np.float64 if exact else np.float32
     span = np.subtract(high, low, dtype=np.float64)

@@ -1,7 +1,7 @@
-"""Colours through a profile of three curves and a matrix, in a fraction of LittleCMS's time.
+"""Apply ICC profiles made of three curves and a matrix much faster than LittleCMS.
 
-Most profiles of photos are such: Adobe RGB, Display P3, those of cameras and screens. What is read
-here is only used once LittleCMS has been found to say the same (``color.py``).
+Most photo profiles are of this kind: Adobe RGB, Display P3, cameras, screens. ``color.py`` uses the
+result only after LittleCMS confirmed it.
 """
 
 import struct
@@ -17,9 +17,9 @@ _Floats = npt.NDArray[np.float64]
 
 _TAGS_AT, _FIRST_TAG = 128, 132
 _CURVES, _COLORANTS = (b"rTRC", b"gTRC", b"bTRC"), (b"rXYZ", b"gXYZ", b"bXYZ")
-_BY_TABLE = b"A2B0"  # a table that goes before curves and matrix
-# sRGB's red, green and blue as XYZ at the D50 of profiles. Source: IEC 61966-2-1, adapted by
-# Bradford's matrix, as the sRGB profile of the ICC has them.
+_BY_TABLE = b"A2B0"  # a table that takes precedence over curves and matrix
+# XYZ of sRGB's red, green and blue under the profile illuminant D50. Source: IEC 61966-2-1, adapted
+# with Bradford's matrix, as in the ICC's sRGB profile.
 _SRGB = np.array(
     [
         [0.4360747, 0.3850649, 0.1430804],
@@ -28,22 +28,23 @@ _SRGB = np.array(
     ]
 )
 _TOP = 65_535
-# Strips whose light stays in the cache, in memory that is used again: four times as quick as whole.
+# Strips small enough for the cache, in a reused buffer: four times as fast as whole images.
 _STRIP_PIXELS = 16_384
-# Parameters of each kind of "para" curve, ICC.1:2010 sec. 10.16: g, a, b, c, d, e, f.
+# Number of parameters (g, a, b, c, d, e, f) of each "para" curve type, ICC.1:2010 sec. 10.16.
 _NUM_PARAMETERS = (1, 3, 4, 5, 7)
 
 
 class Shaper(NamedTuple):
-    """The way from stored colours to sRGB."""
+    """The transform from stored colours to sRGB."""
 
     curves: npt.NDArray[np.uint16]
-    """``(1, 256)``, or ``(1, 256, 3)`` of each channel: the light of a level; 65,535 is white."""
+    """``(1, 256)``, or ``(1, 256, 3)`` for one curve a channel: linear light of a level; 65,535 is
+    white."""
     matrix: npt.NDArray[np.float32]
-    """``(3, 3)``: to the light of sRGB."""
+    """``(3, 3)``: to linear sRGB."""
 
     def apply(self, image: Image) -> Image:
-        """Return an image ``(H, W, 3)`` uint8 in sRGB, in the memory of the one that is given."""
+        """Convert an image ``(H, W, 3)`` uint8 to sRGB in place and return it."""
         rows = max(1, _STRIP_PIXELS // image.shape[1])
         for top in range(0, len(image), rows):
             image[top : top + rows] = self._apply(image[top : top + rows])
@@ -53,12 +54,12 @@ class Shaper(NamedTuple):
         light: Any = cv2.transform(cv2.LUT(image, self.curves), self.matrix)  # rounds and clips
         try:
             return cv2.LUT(light, _ENCODED[None])
-        except cv2.error:  # before OpenCV 5 its tables end at 256
+        except cv2.error:  # lookup tables end at 256 before OpenCV 5
             return np.take(_ENCODED, light)
 
 
 def read_shaper(profile: bytes) -> Shaper | None:
-    """Return the curves and the matrix of an ICC profile of RGB, or None if it has others."""
+    """Return curves and matrix of an RGB profile, or None if it is of another kind."""
     try:
         tags = _tags(profile)
         if _BY_TABLE in tags:
@@ -68,7 +69,7 @@ def read_shaper(profile: bytes) -> Shaper | None:
     except (KeyError, struct.error, ValueError):
         return None
     light = np.rint(np.clip(curves, 0, 1) * _TOP).astype(np.uint16)[None]
-    if (light == light[..., :1]).all():  # a third quicker than one of each channel
+    if (light == light[..., :1]).all():  # one shared table is a third faster than one a channel
         light = np.ascontiguousarray(light[..., 0])
     return Shaper(light, (np.linalg.inv(_SRGB) @ colorants).astype(np.float32))
 
@@ -84,7 +85,7 @@ def _xyz(tag: bytes) -> _Floats:
 
 
 def _curve(tag: bytes) -> _Floats:
-    """Return the light of the levels 0 to 255."""
+    """Return the linear light of levels 0 to 255."""
     levels = np.arange(256) / 255
     if tag[:4] == b"para":
         return _parametric(tag, levels)
@@ -106,7 +107,7 @@ def _parametric(tag: bytes, levels: _Floats) -> _Floats:
     number = _NUM_PARAMETERS[kind]
     values = [value / 65_536 for value in struct.unpack_from(f">{number}i", tag, 12)]
     g, a, b, c, d, e, f = values + [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0][number:]
-    if kind in (1, 2):  # black up to -b/a, of height c
+    if kind in (1, 2):  # black up to -b/a, then an offset of c
         d, e, f, c = -b / a if a else 0.0, c, c, 0.0
         e = f = e if kind == 2 else 0.0
     power = np.maximum(a * levels + b, 0) ** g + e
@@ -115,7 +116,7 @@ def _parametric(tag: bytes, levels: _Floats) -> _Floats:
 
 
 def _encoded() -> npt.NDArray[np.uint8]:
-    """Return the level of sRGB for each of 65,536 steps of light."""
+    """Return the sRGB level of each of 65,536 steps of linear light."""
     light = np.arange(_TOP + 1) / _TOP
     levels = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
     encoded: npt.NDArray[np.uint8] = np.rint(255 * levels).astype(np.uint8)

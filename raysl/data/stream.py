@@ -1,7 +1,7 @@
-"""Items of the plan to blocks of views: the function that every data worker calls.
+"""Make blocks of views from items of the plan.
 
-Ray Data calls :class:`ItemMaker` in its actors, :func:`iterate` in threads of this process. Both
-give the same pixels.
+Every data worker does this through :class:`ItemMaker`: Ray Data calls it in actors, :func:`iterate`
+in threads of this process. The pixels are the same.
 """
 
 from collections import deque
@@ -33,13 +33,13 @@ from raysl.data.plan import Plan
 from raysl.errors import DataError
 from raysl.sources.source import BadImagesConfig, Encoded, Source
 
-# After so many bad images in a row the source is at fault, not an image.
+# After so many bad images in a row, assume that the source itself is broken.
 _MOST_DRAWS = 100
 
 
 @dataclass(frozen=True)
-class Making:
-    """What to make of each image.
+class BlockSpec:
+    """How to make a block from images.
 
     Args:
         views: The kinds of view.
@@ -53,25 +53,25 @@ class Making:
 
 
 class ItemMaker:
-    """Reads, decodes and augments one item of the plan.
+    """Read, decode and augment one item of the plan.
 
     Args:
-        source: Where the images are.
+        source: The images.
         plan: Their order.
-        making: What to make of them.
+        spec: The views to make.
     """
 
-    def __init__(self, source: Source, plan: Plan, making: Making) -> None:
+    def __init__(self, source: Source, plan: Plan, spec: BlockSpec) -> None:
         self.source = source
         self.plan = plan
-        self.making = making
-        self.views = making.views
-        on_device = making.color_on == "device"
-        self._on_device = [device_ops(view) if on_device else () for view in making.views]
-        self._max_pixels = 1e6 * making.bad_images.max_megapixels
-        # Parallel over items; OpenCV's own threads would fight over the same cores.
+        self.spec = spec
+        self.views = spec.views
+        on_device = spec.color_on == "device"
+        self._on_device = [device_ops(view) if on_device else () for view in spec.views]
+        self._max_pixels = 1e6 * spec.bad_images.max_megapixels
+        # Items already run in parallel; OpenCV's own threads would compete for the same cores.
         cv2.setNumThreads(1)
-        # What is wrong with an image is counted and listed, not printed a million times.
+        # Bad images are counted and listed elsewhere; OpenCV would print a line for each.
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
     def __call__(self, position: int) -> Block:
@@ -80,15 +80,15 @@ class ItemMaker:
         Returns:
             ``views_0``, ``views_1``, ...: ``(item_size, V, S, S, 3)`` uint8 RGB, one column a kind
             of view; ``numbers_0``, ...: ``(item_size, V, P)`` float32, only with ``color_on:
-            device``, the plans of the ops that are left to it; ``index``: ``(item_size,)`` int64,
-            rows of the source; ``step``: ``(item_size,)`` int64, the optimizer step that this
-            block belongs to; ``bad``: ``(item_size,)`` int64, the row whose place the image took
-            because it is bad, else -1; ``flaw``: ``(item_size,)`` uint8, what is wrong with it. A
-            position after the end of the run gives empty pixels: it only fills the last read task.
+            device``, the parameters of the ops left to the device; ``index``: ``(item_size,)``
+            int64, rows of the source; ``step``: ``(item_size,)`` int64, the optimizer step that the
+            block belongs to; ``bad``: ``(item_size,)`` int64, the bad row that this image replaces,
+            else -1; ``flaw``: ``(item_size,)`` uint8, the flaw of that row. A position past the end
+            of the run yields zeros, to fill the last read task.
 
         Raises:
             DecodeError: If an image is bad and the policy is ``fail``.
-            DataError: If there is nothing good to take a bad image's place.
+            DataError: If no good image is found to replace a bad one.
         """
         block = self._empty()
         if position < self.plan.num_items:
@@ -101,11 +101,11 @@ class ItemMaker:
                     block, row, data, index=int(indices[row]), epoch=epoch, key=int(keys[row])
                 )
                 if flaw is not None:
-                    if self.making.bad_images.policy == "fail":
+                    if self.spec.bad_images.policy == "fail":
                         raise flaw_error(flaw, data, where=self.source.where(int(indices[row])))
                     block[BAD][row], block[FLAW][row] = indices[row], flaw
             for row in np.flatnonzero(block[BAD] >= 0).tolist():
-                self._take_its_place(block, row, encoded, epoch, int(keys[row]))
+                self._replace(block, row, encoded, epoch, int(keys[row]))
         return block
 
     def _empty(self) -> Block:
@@ -116,7 +116,7 @@ class ItemMaker:
             )
             for kind, view in enumerate(self.views)
         }
-        if self.making.color_on == "device":
+        if self.spec.color_on == "device":
             for kind, view in enumerate(self.views):
                 shape = (size, view.count, _numbers_width(view, self._on_device[kind]))
                 block[numbers_column(kind)] = np.zeros(shape, dtype=np.float32)
@@ -130,14 +130,14 @@ class ItemMaker:
     def _fill(
         self, block: Block, row: int, encoded: Encoded, *, index: int, epoch: int, key: int
     ) -> Flaw | None:
-        """Make the views of one image into a row of the block, or return what is wrong with it."""
-        made = _Planned(self.views, seed=self.plan.seed, epoch=epoch, key=key)
+        """Write the views of one image into a row of the block, or return the image's flaw."""
+        planner = _Planner(self.views, seed=self.plan.seed, epoch=epoch, key=key)
         image = decode_or_flaw(
-            encoded, self.source.decoding(index), max_pixels=self._max_pixels, shrink=made.shrink
+            encoded, self.source.decoding(index), max_pixels=self._max_pixels, shrink=planner.shrink
         )
         if isinstance(image, Flaw):
             return image
-        for kind, planned in enumerate(made.for_image(image)):
+        for kind, planned in enumerate(planner.for_image(image)):
             view, ops = self.views[kind], self._on_device[kind]
             num_ops = len(view.ops) - len(ops)
             pixels = block[view_column(kind)]
@@ -148,25 +148,24 @@ class ItemMaker:
                     block[numbers_column(kind)][row, number] = numbers
         return None
 
-    def _take_its_place(
+    def _replace(
         self, block: Block, row: int, encoded: Sequence[Encoded], epoch: int, key: int
     ) -> None:
-        """Fill the row of a bad image with another, a function of the seed and the key alone.
+        """Fill a bad image's row with another image, chosen by seed, epoch and key alone.
 
-        The views are drawn by the bad image's key, so they are not those that the other image has
-        in its own place.
+        Its views are drawn by the bad image's key, so they differ from those in its own row.
         """
         rng = replacement_stream(seed=self.plan.seed, epoch=epoch, key=key)
         bad = int(block[BAD][row])
         good = np.flatnonzero(block[BAD] < 0)
-        if self.making.bad_images.policy == "skip" and good.size:
+        if self.spec.bad_images.policy == "skip" and good.size:
             other = int(good[rng.integers(good.size)])
             block[INDEX][row] = block[INDEX][other]
             index = int(block[INDEX][other])
             self._fill(block, row, encoded[other], index=index, epoch=epoch, key=key)
             return
         sizes = self.source.group_sizes
-        ends = np.cumsum(sizes)  # rare enough not to be kept
+        ends = np.cumsum(sizes)  # too rare to be cached
         group = int(np.searchsorted(ends, bad, side="right"))
         low, high = int(ends[group] - sizes[group]), int(ends[group])
         for draw in range(_MOST_DRAWS):
@@ -183,8 +182,8 @@ class ItemMaker:
         )
 
 
-class _Planned:
-    """The plans of one image's views, drawn once the image's size is known."""
+class _Planner:
+    """The view plans of one image, drawn once its size is known."""
 
     def __init__(self, views: Sequence[View], *, seed: int, epoch: int, key: int) -> None:
         self.views = views
@@ -193,13 +192,13 @@ class _Planned:
         self._factor = 1
 
     def shrink(self, height: int, width: int) -> int:
-        """Return by which factor the decoder may shrink an image of this size."""
+        """Draw the plans for an image of this size and return the factor to decode it at."""
         self._plans = plan_views(self.views, height=height, width=width, **self._stream)
         self._factor = largest_shrink(self.views, self._plans, JPEG_SHRINKS)
         return self._factor
 
     def for_image(self, image: Image) -> list[list[ViewPlan]]:
-        """Return the plans for the image as it was decoded."""
+        """Return the plans, scaled to the size at which the image was decoded."""
         height, width = image.shape[:2]
         if self._plans is None:
             return plan_views(self.views, height=height, width=width, **self._stream)
@@ -212,7 +211,7 @@ class _Planned:
 
 
 def _numbers_width(view: View, ops: Sequence[Op]) -> int:
-    """Return how many numbers the plan of a view is for the device."""
+    """Return the number of op parameters that the device needs for one view."""
     (planned,) = plan_views([view], seed=0, epoch=0, index=0, height=1, width=1)
     return len(device_numbers(ops, planned[0], size_px=view.size_px))
 
@@ -226,18 +225,18 @@ def iterate(
     num_threads: int,
     prefetch_steps: int = 2,
 ) -> Iterator[Block]:
-    """Yield this rank's batch of each step, made by threads of this process, in order.
+    """Yield this rank's batch of each step in order, made by threads of this process.
 
     Args:
-        make: What makes an item.
-        start_step: Global batches already consumed.
+        make: Makes the block of an item.
+        start_step: Number of global batches already consumed.
         rank: This worker, in [0, world_size).
-        world_size: Workers that share a global batch.
-        num_threads: Threads that make items, > 0.
-        prefetch_steps: Batches to make ahead of the one in use.
+        world_size: Number of workers that share a global batch.
+        num_threads: Number of threads that make items, > 0.
+        prefetch_steps: Number of batches to make ahead of the current one.
     """
     plan = make.plan
-    # Item by item round the ranks, as Ray's streaming split deals out its blocks.
+    # Deal out items round-robin over the ranks, as Ray's streaming split does with blocks.
     items = range(start_step * plan.items_per_step + rank, plan.num_items, world_size)
     per_batch = plan.items_per_step // world_size
     waiting: deque[Future[Block]] = deque()
@@ -257,12 +256,12 @@ def iterate(
 
 
 def concatenate(blocks: Sequence[Block]) -> Block:
-    """Join the blocks of one batch; a single block is passed on without a copy."""
+    """Concatenate the blocks of one batch; a single block is returned without a copy."""
     if len(blocks) == 1:
         return blocks[0]
     return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
 
 def joined(batch: Block) -> Block:
-    """Return a batch whose columns are all arrays, also those that came in parts."""
+    """Return a batch whose columns are all arrays; a column may come as a tuple of chunks."""
     return {n: np.concatenate(c) if isinstance(c, tuple) else c for n, c in batch.items()}

@@ -1,19 +1,19 @@
-"""Turning pixels as an orientation says: exact, nothing is interpolated."""
+"""Rotate and mirror pixels by their EXIF orientation, without interpolation."""
 
 import cv2
 
 from raysl.augment.crop import Image
 
 SWAPS_SIDES_FROM = 5
-"""Orientations from here on swap width and height."""
+"""Orientations from this one on swap width and height."""
 
 
 def turn(pixels: Image, orientation: int) -> Image:
     """Return uint8 pixels ``(H, W)`` or ``(H, W, C)`` upright.
 
     Args:
-        pixels: As they are stored.
-        orientation: 1 to 8 by Exif's numbers; any other leaves them.
+        pixels: The pixels as stored.
+        orientation: An EXIF orientation, 1 to 8; any other value changes nothing.
 
     Source: CIPA DC-008 (Exif 2.32), sec. 4.6.4, tag 0x0112.
     """

@@ -1,1 +1,1 @@
-"""How good frozen features are: protocols that never see how they were trained."""
+"""Measure the quality of frozen features, independent of how they were trained."""

@@ -1,4 +1,4 @@
-"""Images without augmentation, and the features that an encoder or the bare pixels give them."""
+"""Load images without augmentation; compute features of an encoder or of the bare pixels."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,12 +23,12 @@ _BLANK_SIDE = 32
 
 
 def square(image: Image, *, size_px: int, crop_fraction: float) -> Image:
-    """Cut an image to its centred square and resize it: what an encoder is evaluated on.
+    """Crop an image to its centred square and resize it, as for evaluation.
 
     Args:
         image: ``(H, W, 3)`` uint8.
         size_px: Side of the result, S.
-        crop_fraction: Side of the centred square over the shorter side of the image, in (0, 1].
+        crop_fraction: Side of the centred square over the image's short side, in (0, 1].
 
     Returns:
         ``(S, S, 3)`` uint8.
@@ -38,15 +38,15 @@ def square(image: Image, *, size_px: int, crop_fraction: float) -> Image:
 
 
 class EvalImages:
-    """Labelled images, decoded, cut to a centred square and resized; the same every time.
+    """Labelled images, decoded, cropped to a centred square and resized; deterministic.
 
     Args:
-        source: Where they are.
-        rows: Which of them, ``(M,)``.
+        source: The source of the images.
+        rows: Their rows, ``(M,)``.
         labels: Their class numbers, ``(M,)``.
         size_px: Side of the square given to the encoder.
-        crop_fraction: Side of the centred square over the shorter side of the image.
-        num_threads: Threads that decode.
+        crop_fraction: Side of the centred square over the image's short side.
+        num_threads: Number of decoding threads.
     """
 
     def __init__(
@@ -65,17 +65,17 @@ class EvalImages:
         self.size_px = size_px
         self.crop_fraction = crop_fraction
         self.num_threads = num_threads
-        self.bad: set[int] = set()  # places found to be bad; they are shown as black
-        self._cache: dict[bytes, npt.NDArray[np.uint8]] = {}  # by the places of a batch
+        self.bad: set[int] = set()  # indices of bad images, which are shown as black
+        self._cache: dict[bytes, npt.NDArray[np.uint8]] = {}  # by the indices of a batch
         self._caches = len(rows) * size_px * size_px * 3 <= _CACHE_BYTES
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def image(self, place: int) -> Image:
-        """Return the original image at ``place`` in [0, M).
+        """Return the original image at index ``place`` in [0, M).
 
-        A bad one is black and noted in ``bad``: it still counts, since every image does.
+        A bad image is black and recorded in ``bad``: it still counts, because every image does.
         """
         row = int(self.rows[place])
         image = decode_or_flaw(self.source.read([row])[0], self.source.decoding(row))
@@ -85,7 +85,7 @@ class EvalImages:
         return image
 
     def batches(self, places: Rows) -> Iterator[npt.NDArray[np.uint8]]:
-        """Yield ``(B, S, S, 3)`` uint8 for these places in order."""
+        """Yield ``(B, S, S, 3)`` uint8 for these indices in order."""
         with ThreadPoolExecutor(self.num_threads, thread_name_prefix="raysl-eval") as pool:
             for start in range(0, len(places), _BATCH):
                 wanted = places[start : start + _BATCH]
@@ -131,14 +131,14 @@ def outputs(
     *,
     to_input: Callable[[npt.NDArray[np.uint8]], Tensor],
 ) -> Tensor:
-    """Return what a network makes of some images, in this process alone.
+    """Return a network's outputs for some images, computed by this process alone.
 
     Args:
         network: Maps ``(B, 3, S, S)`` to ``(B, D)``. It runs in evaluation mode, with the running
-            statistics of batch norm, and is left in the mode it was in.
-        images: Where they are.
-        places: Which, ``(N,)``.
-        to_input: Turns ``(B, S, S, 3)`` uint8 into the network's input on its device.
+            statistics of batch norm; its mode is restored.
+        images: The images.
+        places: Indices of the images, ``(N,)``.
+        to_input: Converts ``(B, S, S, 3)`` uint8 to the network's input on its device.
 
     Returns:
         ``(N, D)`` float32 on that device.
@@ -159,8 +159,8 @@ def embed(
 
     Args:
         encoder: Maps ``(B, 3, S, S)`` to ``(B, D)``, as in :func:`outputs`.
-        images: What to embed.
-        to_input: Turns ``(B, S, S, 3)`` uint8 into the encoder's input on its device.
+        images: The images.
+        to_input: Converts ``(B, S, S, 3)`` uint8 to the encoder's input on its device.
 
     Returns:
         ``(M, D)`` float32 on the CPU, the same on every rank.
@@ -177,10 +177,10 @@ def embed_alone(
     to_input: Callable[[npt.NDArray[np.uint8]], Tensor],
     num_ranks: int,
 ) -> Tensor:
-    """Return what :func:`embed` returns on so many ranks, computed by this process alone.
+    """Return the result of :func:`embed` on ``num_ranks`` ranks, computed by this process alone.
 
-    The images pass through in the same batches, since the last bits of a feature may depend on
-    what is beside it.
+    It uses the same batches, because the last bits of a feature may depend on the other images of
+    its batch.
     """
     parts = (_share(len(images), rank, num_ranks) for rank in range(num_ranks))
     features = [outputs(encoder, images, part, to_input=to_input) for part in parts]
@@ -188,6 +188,6 @@ def embed_alone(
 
 
 def _share(num_images: int, rank: int, size: int) -> Rows:
-    """Return the places that a rank embeds: as many on each; the last ones repeat an image."""
+    """Return the indices that a rank embeds: equally many each; the last ones repeat images."""
     share = -(-num_images // size)
     return np.minimum(np.arange(rank * share, (rank + 1) * share), num_images - 1)

@@ -1,4 +1,4 @@
-"""Weighted nearest neighbours on frozen features.
+"""Weighted k-nearest-neighbour classification of frozen features.
 
 Z. Wu, Y. Xiong, S. Yu, D. Lin: "Unsupervised Feature Learning via Non-Parametric Instance
 Discrimination", 2018, arXiv:1805.01978v1, sec. 3.4.
@@ -13,7 +13,7 @@ from torch import Tensor
 from raysl.errors import ShapeError
 
 _ROWS_AT_ONCE = 1024
-_MOST_SIMILARITIES = 1 << 27  # held at once: 512 MiB
+_MOST_SIMILARITIES = 1 << 27  # computed at once: 512 MiB
 
 
 @torch.no_grad()
@@ -26,7 +26,7 @@ def knn_accuracy(
     k: int,
     temperature: float,
 ) -> float:
-    """Return the share of test images whose weighted nearest neighbours vote for their class.
+    """Return the accuracy of the weighted vote of each test image's nearest neighbours.
 
     Each of the k nearest training images by cosine similarity s votes with exp(s / temperature).
 
@@ -35,7 +35,7 @@ def knn_accuracy(
         train_labels: ``(M,)`` int64, class numbers >= 0.
         test_features: ``(N, D)`` float.
         test_labels: ``(N,)`` int64.
-        k: Neighbours, > 0; at most M are used.
+        k: Number of neighbours, > 0; at most M are used.
         temperature: > 0.
 
     Returns:
@@ -60,11 +60,11 @@ def knn_predictions(
     ks: Sequence[int],
     temperature: float,
 ) -> dict[int, Tensor]:
-    """Return what the neighbours of each test image vote for, for several k in one pass.
+    """Return the votes of each test image's neighbours, for several k in one pass.
 
     Args:
         train_features: ``(M, D)`` float, not normalised.
-        train_labels: ``(M,)`` int64 class numbers; memory goes with those that occur.
+        train_labels: ``(M,)`` int64 class numbers; memory grows with the number of distinct ones.
         test_features: ``(N, D)`` float, on the same device.
         ks: Numbers of neighbours, each > 0; at most M are used.
         temperature: > 0.
@@ -79,7 +79,7 @@ def knn_predictions(
     for rows in test_features.split(at_once):
         similarity = F.normalize(rows.float(), dim=1) @ bank.T  # (rows, M)
         nearest, places = similarity.topk(min(max(ks), len(bank)), dim=1)  # nearest first
-        # Relative to the nearest: a low temperature cannot overflow, and the vote is the same.
+        # Relative to the nearest one: the vote is the same, and a low temperature cannot overflow.
         weights = ((nearest - nearest[:, :1]) / temperature).exp()
         voted = numbers[places]
         for k, parts in found.items():

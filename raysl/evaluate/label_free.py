@@ -1,7 +1,6 @@
-"""How good features may be, told without labels: what runs can be compared by.
+"""Measure features without labels: RankMe, alpha-ReQ, alignment, uniformity, deviation.
 
-None of these numbers is an accuracy. How well each ranks encoders is measured by
-``raysl benchmark label_free``.
+None of these is an accuracy. ``raysl benchmark label_free`` measures how well each ranks encoders.
 """
 
 import math
@@ -27,7 +26,7 @@ from raysl.nn.geometry import (
 )
 
 VERSION = 1
-"""Of the measures and of the pairs: numbers of one version can be compared."""
+"""Version of the measures and of the view pairs: only numbers of equal version are comparable."""
 
 PAIR_CROP_SCALE = (0.2, 1.0)
 
@@ -42,32 +41,32 @@ def label_free(
 ) -> dict[str, float]:
     """Measure features without labels.
 
-    What is measured are the encoder's features, before the projection head, of images without
-    augmentation: every method and every file has them.
+    These are the encoder's features, before the projection head, of images without augmentation:
+    every method and every weight file has them.
 
     Args:
-        features: ``(M, D)`` float, not normalised. RankMe stands still from some 25,000 images on
-            and cannot exceed M: compare encoders on the same images.
-        positives: Two ``(P, D)``, features of two views of the same images, as
-            :func:`positive_pairs` makes them; None leaves ``alignment`` out.
+        features: ``(M, D)`` float, not normalised. RankMe cannot exceed M and levels off from some
+            25,000 images on: compare encoders on the same images.
+        positives: Two ``(P, D)``, features of two views of the same images, from
+            :func:`positive_pairs`; None omits ``alignment``.
 
     Returns:
         ``rankme``, in [1, min(M, D)], higher is better: the exponential of the entropy of the
-        normalised singular values. ``alpha_req``, better near 1: how fast the eigenvalues of the
-        covariance fall. ``alignment``, in [0, 4], lower is better: squared distance between the
-        directions of two views. ``uniformity``, in [-8, 0], lower is better: over at most 2,048
-        images, spread evenly. ``feature_std``, in [0, 1]: 0 is collapse. What cannot be computed is
-        left out; nothing can if a feature is not finite.
+        normalised singular values. ``alpha_req``, better near 1: the decay exponent of the
+        covariance's eigenvalues. ``alignment``, in [0, 4], lower is better: squared distance
+        between the directions of two views. ``uniformity``, in [-8, 0], lower is better: over at
+        most 2,048 images, spread evenly. ``feature_std``, in [0, 1]: 0 is collapse. Values that
+        cannot be computed are omitted; that is all of them if a feature is not finite.
 
     Raises:
         ShapeError: If the shapes do not fit.
 
     Source: RankMe: Garrido et al. 2022, arXiv:2210.02885v3, eq. (1). alpha-ReQ: Agrawal et al.
-        2022, NeurIPS 35. Alignment and uniformity: Wang and Isola 2020, arXiv:2005.10242v10.
-        ``feature_std``: Chen and He 2020, arXiv:2011.10566v1, sec. 4.1.
-    Departs: RankMe's authors take the projector's outputs on 25,600 images and add 1e-7 to each
-        share, which their float32 needs; here float64 does without. Wang and Isola measure
-        uniformity on augmented images.
+    2022, NeurIPS 35. Alignment and uniformity: Wang and Isola 2020, arXiv:2005.10242v10.
+    ``feature_std``: Chen and He 2020, arXiv:2011.10566v1, sec. 4.1.
+    Departs: RankMe's authors use the projector's outputs on 25,600 images and add 1e-7 to each
+    share, which their float32 needs and our float64 does not. Wang and Isola measure uniformity on
+    augmented images.
     """
     shapes = [tuple(x.shape) for x in (features, *(positives or ()))]
     fits = all(len(shape) == 2 and shape[0] > 0 for shape in shapes) and all(
@@ -93,8 +92,8 @@ def label_free(
 def pair_views(size_px: int) -> tuple[View, ...]:
     """Return the views of :func:`positive_pairs`: crops of 20 to 100 % of the area, and flips.
 
-    The same for every encoder, whatever it was trained with. Crops and flips are what the recipes
-    of nearly all methods share; distorting colours too would favour those that trained on it.
+    They are the same for every encoder, however it was trained. Nearly all recipes include crops
+    and flips; colour distortions would favour encoders trained on them.
     """
     return (View(count=2, size_px=size_px, crop=Crop(scale=PAIR_CROP_SCALE), ops=(Flip(),)),)
 
@@ -107,18 +106,18 @@ def positive_pairs(
     to_input: Callable[[npt.NDArray[np.uint8]], Tensor],
     num_images: int = 1024,
 ) -> tuple[Tensor, Tensor]:
-    """Return the features of two views of some images, in this process alone.
+    """Return the features of two views of some images, computed by this process alone.
 
     Args:
-        encoder: Maps ``(B, 3, S, S)`` to ``(B, D)``; runs in evaluation mode and is left in the
-            mode it was in.
-        images: Where they are. A view is a function of the image's row alone, so that all encoders
-            see the same.
-        to_input: Turns ``(B, S, S, 3)`` uint8 into the encoder's input on its device.
-        num_images: At most so many, spread evenly.
+        encoder: Maps ``(B, 3, S, S)`` to ``(B, D)``; runs in evaluation mode, and its mode is
+            restored.
+        images: The images. A view is a function of the image's row alone, so all encoders see the
+            same.
+        to_input: Converts ``(B, S, S, 3)`` uint8 to the encoder's input on its device.
+        num_images: Maximal number of images, evenly spaced.
 
     Returns:
-        Two ``(P, D)`` float32 on the CPU; row i of both is of one image.
+        Two ``(P, D)`` float32 on the CPU; row i of both is from one image.
     """
     spread = np.linspace(0, len(images) - 1, min(len(images), num_images))
     places = np.unique(spread.astype(np.int64))

@@ -1,8 +1,8 @@
-"""Which labelled images train the probes of a run, and which test them.
+"""Choose the labelled images that train the probes of a run, and those that test them.
 
-No label decides whether a pretraining may start: what the labels do not reach for is left out, and
-a note says so. Only what was asked for by name (``evaluate.source``, ``evaluate.finetune``) is
-refused where it cannot be.
+Labels never decide whether a pretraining may start: measurements without enough labels are skipped,
+with a note. Only explicit requests (``evaluate.source``, ``evaluate.finetune``) are errors if they
+cannot be fulfilled.
 """
 
 import re
@@ -21,7 +21,7 @@ from raysl.sources.splits import HELD_OUT, TRAIN, canonical
 _SUBSET_SEED = 0
 _FEWEST_CLASSES = 2
 _SHOWN = 5
-# Keys of the data section where evaluate.source is opened, not paths.
+# Keys of the data section in errors about evaluate.source, but not paths.
 _DATA = re.compile(rf"(?<![\w/.-])data(?=\.({'|'.join(SourceConfig.model_fields)})\b)")
 
 
@@ -32,15 +32,15 @@ class Part(NamedTuple):
     labels: Labels
     """A class number for each row of the source, ``(num_images,)``."""
     rows: Rows
-    """Those that are used."""
+    """The rows in use."""
 
     @property
     def known(self) -> Labels:
-        """The class numbers of the rows that are used."""
+        """The class numbers of the rows in use."""
         return self.labels[self.rows]
 
     def cut(self, most: int) -> "Part":
-        """Return at most so many of the rows, a random subset that is always the same."""
+        """Return at most ``most`` of the rows, as a fixed random subset."""
         if len(self.rows) <= most:
             return self
         order = np.random.default_rng(_SUBSET_SEED).permutation(self.rows)
@@ -48,23 +48,23 @@ class Part(NamedTuple):
 
 
 class Labelling(NamedTuple):
-    """The labelled images of a run; nothing of them is read yet."""
+    """The labelled images of a run, before any is read."""
 
     train: Part | None
-    """None where nothing can be measured; then ``test`` is too."""
+    """None if nothing can be measured; then ``test`` is None too."""
     test: Part | None
     class_names: list[str]
-    """By number, of both parts."""
+    """Class names by number, for both parts."""
     few_shot: bool
-    """Whether the few-shot probe has labels enough."""
+    """Whether there are enough labels for the few-shot probe."""
     within: bool
-    """Whether both parts are images of ``evaluate.source``, and none are training images."""
+    """Whether both parts are images of ``evaluate.source``, none of them training images."""
     notes: tuple[str, ...]
-    """What is left out or taken otherwise than one may think, a line each."""
+    """What is skipped or used in an unexpected way, a line each."""
 
 
-class _Found(NamedTuple):
-    """The two parts before they are cut and looked at."""
+class _Candidates(NamedTuple):
+    """The two parts before they are cut and checked."""
 
     train: Part
     test: Part
@@ -74,17 +74,16 @@ class _Found(NamedTuple):
 
 
 def choose_labelled(config: EvaluateConfig, data: DataConfig, source: Source) -> Labelling:
-    """Choose the labelled images of a run; nothing is decoded.
+    """Choose the labelled images of a run, without decoding any.
 
     Args:
-        config: What to evaluate on.
-        data: The training data's configuration.
-        source: The training images, all of them.
+        config: The evaluation settings.
+        data: The settings of the training data.
+        source: All training images.
 
     Raises:
-        DataError: If a test source is given but has no labels, or some classes that the training
-            images do not have besides others that they have, or if there are no labels to
-            fine-tune with although ``evaluate.finetune`` asks for it.
+        DataError: If a given test source has no labels, or shares only some of its classes with the
+            training images, or if ``evaluate.finetune`` is set and there are no labels for it.
     """
     numbers = source.labels()
     labels = np.empty(0, np.int64) if numbers is None else numbers
@@ -114,14 +113,14 @@ def choose_labelled(config: EvaluateConfig, data: DataConfig, source: Source) ->
 def open_labelled(
     config: EvaluateConfig, data: DataConfig, source: Source, *, size_px: int, num_threads: int
 ) -> LabelledSets | None:
-    """Open the labelled images of a run, or return None if nothing can be measured on them.
+    """Open the labelled images of a run; None if nothing can be measured on them.
 
     Args:
-        config: What to evaluate on.
-        data: The training data's configuration.
-        source: The training images, all of them.
+        config: The evaluation settings.
+        data: The settings of the training data.
+        source: All training images.
         size_px: Side of the encoder's input.
-        num_threads: Threads that decode.
+        num_threads: Number of decoding threads.
 
     Raises:
         DataError: As :func:`choose_labelled`.
@@ -151,20 +150,21 @@ def open_chosen(
 
 
 def has_test_set(config: EvaluateConfig, data: DataConfig, source: Source) -> bool:
-    """Whether test images lie apart from the training images, so that none need be held out.
+    """Return whether the test images are separate from the training images.
 
-    It says what :func:`choose_labelled` does: whoever trains on labels asks here which are free.
+    Otherwise some training images are held out. The answer agrees with :func:`choose_labelled`, so
+    supervised training asks here which labels it may use.
 
     Args:
-        config: What to evaluate on.
-        data: The training data's configuration.
-        source: The training images, all of them.
+        config: The evaluation settings.
+        data: The settings of the training data.
+        source: All training images.
     """
     return config.source is not None or _held_out_split(data, source)[0] is not None
 
 
-def _given(config: EvaluateConfig, data: DataConfig, source: Source, labels: Labels) -> _Found:
-    """Take ``evaluate.source`` for testing, or for both where the training images are no help."""
+def _given(config: EvaluateConfig, data: DataConfig, source: Source, labels: Labels) -> _Candidates:
+    """Test on ``evaluate.source``; also train probes on it if the training images cannot."""
     where = f"evaluate.source={config.source}"
     try:
         test = open_source(config.test_images(data), held_out=True, data=data)
@@ -185,7 +185,7 @@ def _given(config: EvaluateConfig, data: DataConfig, source: Source, labels: Lab
     if not unknown and _num_classes(labels) >= _FEWEST_CLASSES:
         there = Part(source, labels, np.flatnonzero(labels >= 0))
         numbers = _numbers_like(test, test_labels, source)
-        return _Found(there, Part(test, numbers, known), source.class_names)
+        return _Candidates(there, Part(test, numbers, known), source.class_names)
     classes = _num_classes(labels)
     why = ("no labels", "labels of one class only", "no labels of its classes")[min(classes, 2)]
     train_rows, test_rows = hold_out(known)
@@ -194,30 +194,30 @@ def _given(config: EvaluateConfig, data: DataConfig, source: Source, labels: Lab
         f"{len(train_rows):,} of its labelled images train them and {len(test_rows):,} test them"
     )
     parts = Part(test, test_labels, train_rows), Part(test, test_labels, test_rows)
-    return _Found(*parts, test.class_names, within=True, notes=(note,))
+    return _Candidates(*parts, test.class_names, within=True, notes=(note,))
 
 
-def _beside(data: DataConfig, source: Source, labels: Labels) -> _Found:
-    """Take a split that lies beside the training images for testing, or hold a fifth out."""
+def _beside(data: DataConfig, source: Source, labels: Labels) -> _Candidates:
+    """Test on a split beside the training images, or on a held-out fifth of them."""
     rows = np.flatnonzero(labels >= 0)
     test, note = _held_out_split(data, source)
     if test is None:
         train_rows, test_rows = hold_out(rows)
         parts = Part(source, labels, train_rows), Part(source, labels, test_rows)
-        return _Found(*parts, source.class_names, notes=(note,) if note else ())
+        return _Candidates(*parts, source.class_names, notes=(note,) if note else ())
     test_labels = test.labels()
-    assert test_labels is not None  # a split without is not taken
+    assert test_labels is not None  # a split without labels is not used
     numbers = _numbers_like(test, test_labels, source)
     known = np.flatnonzero(numbers >= 0)
     parts = Part(source, labels, rows), Part(test, numbers, known)
-    return _Found(*parts, source.class_names, notes=(note,) if note else ())
+    return _Candidates(*parts, source.class_names, notes=(note,) if note else ())
 
 
 def _held_out_split(data: DataConfig, source: Source) -> tuple[Source | None, str]:
-    """Open the split that tests, if there is one with labels of the training images' classes.
+    """Open the test split if it has labels of the training images' classes.
 
     Returns:
-        The split or None, and a note of one that lies there.
+        The split or None, and a note about an unused split.
     """
     name = _split_beside(data, source)
     if name is None:
@@ -233,14 +233,14 @@ def _held_out_split(data: DataConfig, source: Source) -> tuple[Source | None, st
             f"{source.name}: {_some(unknown)} of the split {name} not among the classes of the "
             f"training images; {instead}"
         )
-    if data.source in BUILT_IN:  # whose test split everybody tests on
+    if data.source in BUILT_IN:  # everybody tests on their test split
         return test, ""
     tested = counted(int((labels >= 0).sum()), "labelled image")
     return test, f"{source.name}: accuracy is measured on the split {name} ({tested})"
 
 
 def _split_beside(data: DataConfig, source: Source) -> str | None:
-    """Return the name of the split that tests: never the one that is trained on."""
+    """Return the name of the split to test on; never the training split."""
     asked = data.split
     if asked is None:
         trained = source.splits[0] if len(source.splits) == 1 else TRAIN
@@ -250,9 +250,9 @@ def _split_beside(data: DataConfig, source: Source) -> str | None:
 
 
 def _compare(test: Source, labels: Labels, train: Source) -> tuple[list[str], int]:
-    """Return the classes of test images that the training images do not have, and how many both.
+    """Return the test classes missing in the training images, and the number of shared classes.
 
-    Classes count that occur: a source may have names that none of its images bears.
+    Only classes with images count: a source may have names without images.
     """
     names = [test.class_names[number] for number in np.unique(labels[labels >= 0]).tolist()]
     ours = set(train.class_names)
@@ -261,15 +261,15 @@ def _compare(test: Source, labels: Labels, train: Source) -> tuple[list[str], in
 
 
 def _numbers_like(test: Source, labels: Labels, train: Source) -> Labels:
-    """Return the test images' labels as the training source numbers its classes."""
+    """Renumber the test images' labels by the training source's classes."""
     numbers = {name: number for number, name in enumerate(train.class_names)}
-    # One place more: -1, an image without a label, stays what it is.
+    # One more entry, so that -1 (no label) maps to -1.
     places = np.array([*(numbers.get(name, -1) for name in test.class_names), -1], dtype=np.int64)
     return places[np.maximum(labels, -1)]
 
 
 def _few_shot(config: EvaluateConfig, labels: Labels, names: list[str]) -> tuple[bool, str]:
-    """Return whether each class has the labels of the few-shot probe, and what to say if not."""
+    """Return whether each class has enough labels for the few-shot probe, and a note if not."""
     numbers, counts = np.unique(labels, return_counts=True)
     wanted = config.few_shot_labels
     few = int((counts < wanted).sum())

@@ -1,4 +1,4 @@
-"""Logistic regression on frozen features, on all labels and on a few a class."""
+"""Logistic regression on frozen features, with all labels or a few for each class."""
 
 from typing import NamedTuple
 
@@ -57,7 +57,7 @@ def few_shot_accuracy(
     seed: int = 0,
     inverse_penalty: float = 1.0,
 ) -> Score:
-    """Return the mean test accuracy of linear classifiers that saw a few labels of each class.
+    """Return the mean test accuracy of linear classifiers trained on a few labels of each class.
 
     Args:
         train_features: ``(M, D)`` float; all of them, unlabelled, set the scale.
@@ -85,10 +85,10 @@ def few_shot_accuracy(
 
 
 def scaled(train: Features, test: Features) -> tuple[Features, Features]:
-    """Centre features by the training set's mean and divide by one number, their overall deviation.
+    """Centre features by the training set's mean and divide by their overall deviation.
 
-    One number for all dimensions, because dimensions of little variance are mostly noise: with a
-    few labels, giving each the same variance costs bare pixels two points on the digits.
+    One divisor for all dimensions, because those of little variance are mostly noise: with few
+    labels, scaling each to unit variance costs bare pixels two points on the digits.
     """
     center = train.mean(axis=0)
     deviation = float(np.sqrt(np.mean((train - center) ** 2))) or 1.0
@@ -98,7 +98,7 @@ def scaled(train: Features, test: Features) -> tuple[Features, Features]:
 def scaled_on(
     train: Features, test: Features, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Do the same as :func:`scaled` with the result on a device."""
+    """Scale features as :func:`scaled` does, on a device."""
     first, second = scaled(train, test)
     return torch.from_numpy(first).to(device), torch.from_numpy(second).to(device)
 

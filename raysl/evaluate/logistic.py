@@ -1,4 +1,4 @@
-"""Multinomial logistic regression by L-BFGS, on the device where the features are.
+"""Multinomial logistic regression by L-BFGS, on the features' device.
 
 The loss is scikit-learn's, LogisticRegression(solver="lbfgs"): the mean cross-entropy plus the
 squared weights over 2 C M; the intercepts are not penalised. So is the stopping rule.
@@ -26,14 +26,14 @@ class LogisticRegression(NamedTuple):
     """A linear classifier."""
 
     classes: Tensor
-    """``(C,)`` int64: the class numbers that it was shown, in order."""
+    """``(C,)`` int64: the class numbers that occur in training, in order."""
     weights: Tensor
     """``(D, C)`` float32."""
     biases: Tensor
     """``(C,)`` float32."""
 
     def predict(self, features: Tensor) -> Tensor:
-        """Return the class numbers ``(N,)`` int64 of features ``(N, D)``."""
+        """Return the class numbers ``(N,)`` int64 predicted for features ``(N, D)``."""
         return self.classes[(features @ self.weights + self.biases).argmax(dim=1)]
 
 
@@ -49,19 +49,19 @@ def fit_logistic(
     """Fit a linear classifier.
 
     Args:
-        features: ``(M, D)`` float32, scaled as the penalty wants it.
-        labels: ``(M,)`` int64 class numbers on the same device; classes that do not occur are
-            never predicted.
+        features: ``(M, D)`` float32, scaled to suit the penalty.
+        labels: ``(M,)`` int64 class numbers on the same device; classes that do not occur are never
+            predicted.
         inverse_penalty: C of scikit-learn, > 0.
-        max_iterations: Most steps of L-BFGS.
-        start: Where to begin, a classifier of the same classes; None begins at zero.
+        max_iterations: Maximal number of L-BFGS steps.
+        start: Initial classifier, for the same classes; None starts at zero.
 
     Returns:
         The classifier, on the device of the features.
     """
     classes, numbers = torch.unique(labels, return_inverse=True)
     width, count = features.shape[1], len(classes)
-    # Of two classes scikit-learn has one vector of weights, their difference: half the penalty.
+    # For two classes scikit-learn has a single weight vector, their difference: half the penalty.
     penalty = (2 if count == 2 else 1) / (inverse_penalty * len(features))
 
     def loss_and_gradient(flat: Parameters) -> tuple[float, Parameters]:
@@ -94,8 +94,8 @@ def fit_logistic(
 def _cross_entropy(features: Tensor, numbers: Tensor, parameters: Tensor) -> tuple[float, Tensor]:
     """Return the mean cross-entropy and its gradient, ``(D + 1, C)`` float64 on the CPU.
 
-    The products with the features are float32, all else float64: the loss must fall from step to
-    step by less than float32 can tell.
+    Products with the features are float32, everything else float64: near the minimum, the loss
+    falls by less than float32 resolves.
     """
     device, count = features.device, parameters.shape[1]
     weights = parameters[:-1].float().to(device)

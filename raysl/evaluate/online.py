@@ -1,4 +1,4 @@
-"""What is measured of an encoder while it trains: nearest neighbours, and what needs no labels."""
+"""Measure an encoder during training: nearest neighbours, and measures without labels."""
 
 from typing import NamedTuple
 
@@ -14,28 +14,28 @@ from raysl.evaluate.protocol import EvaluateConfig, LabelledSets, knn_top1
 from raysl.sources.source import Source
 
 NUM_PAIRS = 512
-"""Images whose two views measure the alignment."""
+"""Number of images with two views, for the alignment."""
 NUM_UNLABELLED = 2048
-"""Most images that are measured where there are no labels: the cost of an evaluation is bounded
-whatever the size of the source."""
+"""Maximal number of images measured without labels, which bounds the cost of an evaluation for any
+source."""
 LABEL_FREE = ("rankme", "alpha_req", "alignment", "uniformity")
-"""What :func:`online_metrics` measures with labels or without, under ``eval/``."""
+"""The metrics of :func:`online_metrics` with or without labels, under ``eval/``."""
 
 _SEED = 0
 _GROUPS_READ = 32
 
 
 class ViewPairs(EvalImages):
-    """The two views of each of some images that alignment is measured on, the same every time.
+    """Two fixed views of each of some images, for the alignment.
 
-    The first views of all come first, then the second ones: 2P places for P rows. Bad images give
-    two black views.
+    The first views of all images come first, then the second ones: 2P entries for P rows. A bad
+    image yields two black views.
 
     Args:
-        source: Where the images are.
-        rows: Which of them, ``(P,)``.
+        source: The source of the images.
+        rows: Their rows, ``(P,)``.
         size_px: Side of a view.
-        num_threads: Threads that decode.
+        num_threads: Number of decoding threads.
     """
 
     def __init__(self, source: Source, rows: Rows, *, size_px: int, num_threads: int) -> None:
@@ -56,19 +56,19 @@ class ViewPairs(EvalImages):
 
 
 class OnlineSets(NamedTuple):
-    """The images that a run is measured on while it trains."""
+    """The images that a run is measured on during training."""
 
     train: EvalImages
-    """Labelled images that train the probes, or a few of the training images where there are none;
-    measured without labels."""
+    """Labelled images that train the probes, also measured without labels; some training images if
+    there are no labels."""
     pairs: ViewPairs
     """Two views of some of these."""
     labelled: LabelledSets | None
-    """With the test images; None where there are no labels."""
+    """Includes the test images; None without labels."""
 
 
 class OnlineFeatures(NamedTuple):
-    """What an encoder makes of :class:`OnlineSets`, float32."""
+    """The features of :class:`OnlineSets`, float32."""
 
     train: Tensor
     """``(M, D)``"""
@@ -86,14 +86,14 @@ def open_online(
     size_px: int,
     num_threads: int,
 ) -> OnlineSets:
-    """Choose the images that a run is measured on while it trains.
+    """Choose the images that a run is measured on during training.
 
     Args:
-        config: How it is evaluated.
-        labelled: Its labelled images; None takes a few of the source's, always the same.
+        config: The evaluation settings.
+        labelled: The run's labelled images; None takes a fixed selection of the source's images.
         source: The training images.
         size_px: Side of the encoder's input.
-        num_threads: Threads that decode.
+        num_threads: Number of decoding threads.
     """
     train = labelled.train if labelled is not None else None
     if train is None:
@@ -106,21 +106,22 @@ def open_online(
             crop_fraction=config.crop_fraction,
             num_threads=num_threads,
         )
-    # Evenly spaced: rows are often sorted by class.
+    # Evenly spaced, because rows are often sorted by class.
     places = np.linspace(0, len(train) - 1, min(NUM_PAIRS, len(train))).astype(np.int64)
-    # Of the source whose rows they are: a part of it, or evaluate.source, numbers its own.
+    # Open the source that the rows belong to: a subset or evaluate.source has its own row numbers.
     pairs = ViewPairs(train.source, train.rows[places], size_px=size_px, num_threads=num_threads)
     return OnlineSets(train, pairs, labelled)
 
 
 def spread_rows(group_sizes: npt.NDArray[np.int64], most: int) -> Rows:
-    """Return at most ``most`` rows of a source, ascending, that are quick to read.
+    """Return at most ``most`` ascending rows of a source that are quick to read.
 
-    They lie in few groups where groups are large: a row of a Parquet file costs its row group.
+    Few groups are used if groups are large, because reading one Parquet row reads its whole row
+    group.
 
     Args:
-        group_sizes: Rows of each group that is read as a whole, ``(G,)``.
-        most: How many.
+        group_sizes: Rows in each group that is read as a whole, ``(G,)``.
+        most: Maximal number of rows.
     """
     starts = np.concatenate([[0], np.cumsum(group_sizes, dtype=np.int64)])
     if starts[-1] <= most:
@@ -144,7 +145,7 @@ def spread_rows(group_sizes: npt.NDArray[np.int64], most: int) -> Rows:
 def online_metrics(
     config: EvaluateConfig, sets: OnlineSets, features: OnlineFeatures
 ) -> dict[str, float]:
-    """Return what an evaluation during training logs, by the names of the metrics file."""
+    """Return the metrics of an evaluation during training, by their names in the metrics file."""
     half = len(features.pairs) // 2
     free = label_free(features.train, (features.pairs[:half], features.pairs[half:]))
     metrics = {f"eval/{name}": free[name] for name in LABEL_FREE if name in free}

@@ -1,7 +1,7 @@
-"""The probes of frozen features: their settings, and what each makes of features and a seed.
+"""The probes of frozen features: their settings, and their measurement for a seed.
 
-The defaults belong to a version and never change with it: other defaults are another version. See
-:mod:`raysl.evaluate.registry`.
+The defaults belong to a version and never change within it: other defaults need another version.
+See :mod:`raysl.evaluate.registry`.
 """
 
 from typing import Annotated, Any, NamedTuple
@@ -20,7 +20,7 @@ from raysl.evaluate.logistic import LogisticRegression, fit_logistic
 from raysl.evaluate.sgd_probe import SgdSettings, train_classifiers
 from raysl.sources.source import Labels
 
-_HELD_OUT = 3  # what the held-out rows are drawn by, besides the seed
+_HELD_OUT = 3  # second word of the seed for the held-out rows
 _Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 _FEWEST_ROWS = 2
 
@@ -31,15 +31,15 @@ class KnnConfig(Config):
     """Weighted nearest neighbours (InstDisc, arXiv:1805.01978v1, sec. 3.4)."""
 
     k: PositiveInt = 20
-    """Neighbours that vote (DINO's 20; InstDisc has 200)."""
+    """Number of voting neighbours (DINO: 20, InstDisc: 200)."""
     also_k: tuple[PositiveInt, ...] = (10, 200)
-    """More numbers of neighbours, given beside the result; they cost nothing."""
+    """Further numbers of neighbours to report; they cost nothing."""
     temperature: PositiveFloat = 0.07
     """A neighbour of cosine similarity s votes with exp(s / temperature)."""
 
 
 class LinearConfig(Config):
-    """A linear classifier by SGD, as SimCLR has it, its rate chosen on held-out training images."""
+    """A linear classifier by SGD, as in SimCLR; the rate is chosen on held-out training images."""
 
     base_lrs: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (
         0.001,
@@ -50,20 +50,20 @@ class LinearConfig(Config):
         0.3,
         1.0,
     )
-    """Learning rates for a batch of 256, in proportion to the batch; all are trained in one
+    """Learning rates for a batch of 256, scaled linearly with the batch; trained together in one
     pass."""
     epochs: PositiveInt = 100
     """Passes over the training features (MoCo: 100; SimCLR: 90)."""
     batch_size: PositiveInt = 256
-    """Rows of a step; the last step of an epoch takes what is left."""
+    """Rows of a step; the last step of an epoch takes the remainder."""
     sgd_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    """Without Nesterov's look ahead, and no weight decay."""
+    """Momentum without Nesterov; there is no weight decay."""
     held_out_share: _Share = 0.1
-    """Share of the training rows that the rate is chosen on; the test images never are."""
+    """Share of the training rows used to choose the rate; test images are never used."""
 
 
 class LbfgsConfig(Config):
-    """Logistic regression by L-BFGS, its penalty chosen on held-out training images."""
+    """Logistic regression by L-BFGS; the penalty is chosen on held-out training images."""
 
     inverse_penalties: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (
         0.001,
@@ -72,19 +72,19 @@ class LbfgsConfig(Config):
         1.0,
         10.0,
     )
-    """C of scikit-learn's LogisticRegression, rising; one is taken as it is."""
+    """C of scikit-learn's LogisticRegression, ascending; a single one is used without a choice."""
     max_iterations: PositiveInt = 200
-    """Most steps of L-BFGS for each."""
+    """Maximal number of L-BFGS steps for each."""
     held_out_share: _Share = 0.1
-    """Share of the training rows that C is chosen on."""
+    """Share of the training rows used to choose C."""
 
 
 class FewShotConfig(Config):
-    """Logistic regression on a few labels a class."""
+    """Logistic regression on a few labels for each class."""
 
     labels_per_class: PositiveInt = 5
     draws: PositiveInt = 5
-    """Random draws of these labels; draw i is the same for every encoder."""
+    """Number of random draws of these labels; draw i is the same for every encoder."""
     inverse_penalty: PositiveFloat = 1.0
     """C of the logistic regressions."""
 
@@ -103,18 +103,18 @@ class ProbeSets(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What one seed of a protocol gave."""
+    """The result of a protocol for one seed."""
 
     top1: float
     """Accuracy on the test images in [0, 1]; every row counts."""
     predictions: Numbers | None
-    """``(N,)`` class numbers, where they are known."""
+    """``(N,)`` predicted class numbers, if known."""
     facts: dict[str, Any]
-    """What else is worth knowing, such as the chosen learning rate; as JSON."""
+    """Further details, such as the chosen learning rate; JSON values."""
 
 
 def measure_knn(config: KnnConfig, sets: ProbeSets, *, seed: int, device: str) -> Measured:
-    """Let neighbours vote; nothing is random, whatever the seed."""
+    """Measure nearest neighbours; deterministic, whatever the seed."""
     train, labels, test = (
         torch.from_numpy(x).to(device) for x in (sets.train, sets.train_labels, sets.test)
     )
@@ -126,7 +126,7 @@ def measure_knn(config: KnnConfig, sets: ProbeSets, *, seed: int, device: str) -
 
 
 def measure_linear(config: LinearConfig, sets: ProbeSets, *, seed: int, device: str) -> Measured:
-    """Train classifiers of all rates, choose one on the held-out rows, train it on all rows.
+    """Train classifiers of all rates, choose one on the held-out rows, retrain it on all rows.
 
     Raises:
         DataError: If every rate diverges.
@@ -161,7 +161,7 @@ def measure_linear(config: LinearConfig, sets: ProbeSets, *, seed: int, device: 
 
 
 def measure_lbfgs(config: LbfgsConfig, sets: ProbeSets, *, seed: int, device: str) -> Measured:
-    """Fit classifiers of all penalties, choose one on the held-out rows, fit it on all rows."""
+    """Fit classifiers of all penalties, choose one on the held-out rows, refit it on all rows."""
     train, test = scaled_on(sets.train, sets.test, device)
     labels = torch.from_numpy(sets.train_labels).to(device)
     penalties = config.inverse_penalties
@@ -170,7 +170,7 @@ def measure_lbfgs(config: LbfgsConfig, sets: ProbeSets, *, seed: int, device: st
     if len(penalties) > 1:
         held_out, rest = held_out_rows(len(train), share=config.held_out_share, seed=seed)
         classifier: LogisticRegression | None = None
-        for penalty in penalties:  # each begins where the one before it ended
+        for penalty in penalties:  # each starts from the previous solution
             classifier = fit_logistic(
                 train[rest],
                 labels[rest],
@@ -190,7 +190,7 @@ def measure_lbfgs(config: LbfgsConfig, sets: ProbeSets, *, seed: int, device: st
 
 
 def measure_few_shot(config: FewShotConfig, sets: ProbeSets, *, seed: int, device: str) -> Measured:
-    """Fit a classifier to draw number ``seed`` of a few labels a class.
+    """Fit a classifier to draw number ``seed`` of a few labels for each class.
 
     Raises:
         DataError: If a class has fewer.
@@ -207,7 +207,7 @@ def measure_few_shot(config: FewShotConfig, sets: ProbeSets, *, seed: int, devic
 
 
 def held_out_rows(count: int, *, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split rows [0, count) at random into those that are held out and the rest, each in order.
+    """Split rows [0, count) at random into held-out rows and the others, each sorted.
 
     Raises:
         DataError: If there are fewer than two.

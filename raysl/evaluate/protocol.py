@@ -1,4 +1,4 @@
-"""The protocols of a run: which images, which measures, with which settings."""
+"""The evaluation settings of a run, and the measurement of its labelled images."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -16,13 +16,13 @@ from raysl.sources.source import DataConfig, SourceConfig
 
 
 class EvaluateConfig(SourceConfig):
-    """How frozen features are measured, where there are labels.
+    """How to measure frozen features, where there are labels.
 
-    ``source`` names the labelled test images. Null takes the validation split that lies beside
-    data.source, else its test split; without either, a fifth of the labels is held out from the
-    probes. (Pretraining sees those images, without labels.) Where the training images have no
-    labels, or none of the same classes, a fifth of the labelled images tests, and the others train
-    the probes. What cannot be measured is left out, with a line at the start; no labels stop a
+    ``source`` names the labelled test images. Null takes the validation split beside data.source,
+    else its test split; without either, a fifth of the labels is held out from the probes.
+    (Pretraining sees those images, without labels.) If the training images have no labels, or none
+    of the same classes, a fifth of the labelled images tests, and the others train the probes. What
+    cannot be measured is skipped, with a note at the start; missing labels do not stop a
     pretraining.
     """
 
@@ -36,44 +36,43 @@ class EvaluateConfig(SourceConfig):
     )
     source: str | None = None  # type: ignore[assignment]
     color_profile: ColorProfile | None = None  # type: ignore[assignment]
-    """Of the images of evaluate.source; null takes data.color_profile."""
+    """For the images of evaluate.source; null takes data.color_profile."""
     pages: Pages | None = None  # type: ignore[assignment]
-    """Likewise, as intensity: null takes what data says, for an encoder is to see the same
-    pixels."""
+    """As color_profile, and likewise intensity: null takes the value of data, so that an encoder
+    sees the same pixels."""
     every: Duration | None = Duration(epochs=5.0)
-    """From one measurement during training to the next; null: none. Nearest neighbours where there
-    are labels, and measures that need none (RankMe, alpha-ReQ, alignment, uniformity)."""
+    """Interval between measurements during training; null: none. Nearest neighbours if there are
+    labels, and measures without labels (RankMe, alpha-ReQ, alignment, uniformity)."""
     online: Literal["auto", "background", "blocking"] = "auto"
     """Who measures during training. background: a process beside the train workers, which do not
-    wait; values arrive later, under the step they belong to. blocking: the train workers. auto
-    takes background on Ray where the workers train on CPUs or a GPU is left beside theirs, else
-    blocking."""
+    wait; values arrive later, under their own step. blocking: the train workers. auto takes
+    background on Ray if the workers train on CPUs or a GPU is free beside theirs, else blocking."""
     final: Literal["full", "knn"] = "full"
-    """What is measured at the end. full: all probes, on the trained and on the untrained encoder.
-    knn: the nearest neighbours of the trained one alone, seconds instead of most of a minute, as
-    the trials of a sweep want it."""
+    """What to measure at the end. full: all probes, on the trained and on the untrained encoder.
+    knn: only the nearest neighbours of the trained one, which takes seconds instead of most of a
+    minute, as for the trials of a sweep."""
     knn_k: PositiveInt = 20
     knn_temperature: PositiveFloat = 0.07
     few_shot_labels: PositiveInt = 5
-    """Labels a class of the few-shot probe; it is left out if a class has fewer."""
+    """Labels for each class of the few-shot probe; skipped if a class has fewer."""
     few_shot_draws: PositiveInt = 5
-    """Random draws of these labels; the mean is reported."""
+    """Number of random draws of these labels; the mean is reported."""
     inverse_penalty: PositiveFloat = 1.0
     """C of the logistic regressions."""
     pixel_baseline: bool = True
-    """Measure the bare pixels too: what an encoder has to beat. It takes as long as an encoder."""
+    """Also measure the bare pixels, a baseline for the encoder. It takes as long as an encoder."""
     max_train_images: PositiveInt = 10_000
-    """Most labelled training images used, a random subset that is always the same."""
+    """Maximal number of labelled training images, a fixed random subset."""
     max_test_images: PositiveInt = 10_000
-    """Most test images used."""
+    """Maximal number of test images."""
     crop_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Side of the centred square over the image's shorter side (0.875 is usual for ImageNet)."""
+    """Side of the centred square over the image's short side (0.875 is usual for ImageNet)."""
     finetune: FinetuneConfig | None = None
-    """At the end of the run, also fine-tune encoder and head on a part of the labels; null does
-    not. It takes as long as so much training."""
+    """Also fine-tune encoder and head at the end of the run, with part of the labels; null does
+    not. It takes as long as training for that many epochs."""
 
     def test_images(self, data: DataConfig) -> SourceConfig:
-        """Return what opens ``source``, with the pixels of the training images where it is silent.
+        """Return the settings that open ``source``; unset pixel settings are the training images'.
 
         Args:
             data: The training images.
@@ -88,10 +87,10 @@ class LabelledSets:
     """The labelled images that train the probes and those that test them.
 
     Args:
-        train: Of two classes or more.
-        test: At least one.
-        class_names: By number, of both.
-        few_shot: Whether the few-shot probe has labels enough.
+        train: Images of at least two classes.
+        test: At least one image.
+        class_names: Class names by number, for both.
+        few_shot: Whether there are enough labels for the few-shot probe.
     """
 
     def __init__(
@@ -125,7 +124,7 @@ def all_protocols(
 ) -> dict[str, float]:
     """Return ``knn_top1``, ``linear_top1``, ``few_shot_top1`` and ``few_shot_top1_std``.
 
-    The last two only where there are labels enough.
+    The last two only with enough labels.
     """
     labels = sets.train.labels, sets.test.labels
     arrays = train.numpy(), labels[0], test.numpy(), labels[1]

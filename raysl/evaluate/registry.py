@@ -1,7 +1,7 @@
-"""The protocols by name: each has a version, and settings that never change within it.
+"""The evaluation protocols by name, each with a version and settings fixed within it.
 
-A number is only comparable with another if both were measured the same way, so it is printed with
-its protocol, the version and what stands for the settings: ``knn@1 (k 20, temperature 0.07)``.
+Numbers are only comparable if they were measured the same way, so each is printed with its
+protocol, the version and the settings that matter: ``knn@1 (k 20, temperature 0.07)``.
 """
 
 import difflib
@@ -32,19 +32,19 @@ class Protocol(NamedTuple):
 
     name: str
     version: int
-    """Counts up when the defaults or the computation change."""
+    """Increased when the defaults or the computation change."""
     settings: type[Config]
     title: str
-    """What a table calls it."""
+    """Its name in tables."""
     summary: Callable[[Any], str]
-    """Of its settings, what identifies a number."""
+    """Maps its settings to the text that identifies a number."""
     seeds: Callable[[Any, Sequence[int]], tuple[int, ...]]
-    """Of its settings and the seeds asked for, those that are run; empty if nothing is random."""
+    """Maps its settings and the requested seeds to those to run; empty if nothing is random."""
     measure: Callable[..., Measured] | None
-    """Of settings, features, seed and device; None for those that train the whole network."""
+    """Takes settings, features, seed and device; None for protocols that train the network."""
 
     def text(self, settings: Config) -> str:
-        """Return the name, the version, and the settings with those that are not the default."""
+        """Return the name, the version, and the settings that identify it or were changed."""
         own = json.loads(self.settings().model_dump_json())
         given = json.loads(settings.model_dump_json())
         changed = [f"{name}={json.dumps(given[name])}" for name in own if own[name] != given[name]]
@@ -133,10 +133,10 @@ DEFAULT = ("knn", "linear", "few_shot")
 
 
 def check_protocols(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names, each once.
+    """Return the names without duplicates.
 
     Raises:
-        ConfigError: If one is not known, with the nearest that is, or if there is none.
+        ConfigError: If one is unknown, with the most similar known name, or if there is none.
     """
     known = [*PROTOCOLS, TRANSFER]
     for name in names:
@@ -152,19 +152,19 @@ def check_protocols(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def settings_digest(settings: Config) -> str:
-    """Return 16 hex digits that change when a setting does."""
+    """Return 16 hex digits that change with any setting."""
     return digest(json.dumps(json.loads(settings.model_dump_json()), sort_keys=True))
 
 
 def refuse_unmeasured(overrides: Sequence[str], names: Collection[str]) -> None:
-    """Refuse settings of protocols that are not measured.
+    """Reject settings of protocols that are not measured.
 
     Args:
         overrides: ``section.key=value``.
-        names: Of the protocols that are.
+        names: The protocols to be measured.
 
     Raises:
-        ConfigError: Names the setting, and what would measure it.
+        ConfigError: Names the setting, and the option that would measure it.
     """
     measured = {*names, *(TRANSFERRED if TRANSFER in names else ())}
     for override in overrides:

@@ -1,15 +1,15 @@
-"""Linear classifiers by stochastic gradient descent on frozen features, many rates in one pass.
+"""Train linear classifiers by SGD on frozen features, for many learning rates in one pass.
 
 The linear evaluation of T. Chen et al. 2020, arXiv:2002.05709v3 (SimCLR), appendix B.6: SGD with
 momentum, no regularisation, the rate falling along half a cosine. The learning rate is searched for
 as in M. Oquab et al. 2023, arXiv:2304.07193v2 (DINOv2): classifiers of all rates see the same
 batches at the same time.
 
-Departs: features are taken once, from centred crops, not of random crops and flips in each epoch:
-a hundred epochs cost as much as one. They are scaled by one number, which only changes the unit of
-the rate. DINOv2 chooses the rate on the images that it reports; here they are held out of the
-training images, and the classifier of the chosen rate is then trained on all of them (S. Kornblith
-et al. 2019, arXiv:1805.08974v3, appendix A.4).
+Departs: features are computed once, from centred crops, not from random crops and flips in each
+epoch: a hundred epochs cost as much as one. They are scaled by one number, which only changes the
+unit of the rate. DINOv2 chooses the rate on the images that it reports; here they are held out of
+the training images, and the classifier of the chosen rate is then trained on all of them (S.
+Kornblith et al. 2019, arXiv:1805.08974v3, appendix A.4).
 """
 
 import math
@@ -25,11 +25,11 @@ from raysl.config.base import PositiveFloat
 
 _FIRST_STD = 0.01
 _BASE_BATCH = 256
-_ORDER = 2  # what the order of rows is drawn by, besides the seed
+_ORDER = 2  # second word of the seed for the order of rows
 
 
 class SgdSettings(NamedTuple):
-    """How the classifiers learn."""
+    """How to train the classifiers."""
 
     epochs: int
     batch_size: int
@@ -37,7 +37,7 @@ class SgdSettings(NamedTuple):
 
 
 class LinearClassifiers(NamedTuple):
-    """As many linear classifiers as there are rates."""
+    """One linear classifier for each rate."""
 
     weights: Tensor
     """``(D, L, C)`` float32."""
@@ -45,7 +45,7 @@ class LinearClassifiers(NamedTuple):
     """``(L, C)`` float32."""
 
     def predict(self, features: Tensor) -> Tensor:
-        """Return class numbers ``(N, L)`` of features ``(N, D)``; -1 where one has diverged."""
+        """Predict class numbers ``(N, L)`` of features ``(N, D)``; -1 if one has diverged."""
         parts = [self._logits(some) for some in features.split(_rows_at_once(self.biases))]
         return torch.cat([torch.where(x.isfinite().all(dim=2), x.argmax(dim=2), -1) for x in parts])
 
@@ -64,18 +64,18 @@ def train_classifiers(
     settings: SgdSettings,
     seed: int,
 ) -> LinearClassifiers:
-    """Train a linear classifier for each learning rate; all see the same batches.
+    """Train a linear classifier for each learning rate, all on the same batches.
 
-    The loss is the mean cross-entropy of each, and its gradient is written out: they share one
-    product with the features forwards and one backwards.
+    The loss is the mean cross-entropy of each. The gradient is computed explicitly, so that all
+    share one product with the features in each direction.
 
     Args:
-        features: ``(M, D)`` float32, scaled. Every row is seen once an epoch.
+        features: ``(M, D)`` float32, scaled. An epoch sees every row once.
         labels: ``(M,)`` int64 on the same device.
-        base_lrs: For a batch of 256; in proportion to the batch.
-        num_classes: C, above every label.
+        base_lrs: Learning rates for a batch of 256; scaled linearly with the batch.
+        num_classes: C, larger than every label.
         settings: Epochs, batch and momentum.
-        seed: Of the first weights and the order of rows.
+        seed: Seed of the initial weights and the order of rows.
 
     Returns:
         The classifiers, in the order of the rates.
@@ -108,7 +108,7 @@ def train_classifiers(
 
 
 def _batches(count: int, batch: int, *, epochs: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Yield the rows of each step: a new order an epoch, and the last step takes what is left."""
+    """Yield the rows of each step: a new order each epoch; the last step takes the remainder."""
     rng = np.random.default_rng([seed, _ORDER])
     for _ in range(epochs):
         order = rng.permutation(count)

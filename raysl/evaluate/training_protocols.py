@@ -1,9 +1,9 @@
 """The protocols that train the whole network: on all labels, on a tenth, on a hundredth.
 
-They follow SimCLR, arXiv:2002.05709v3, appendix B.5, where the network is no vision transformer:
-random crops and flips, SGD with Nesterov momentum, no weight decay. Vision transformers take the
-settings that MAE has for ViT-Base (arXiv:2111.06377v3, and the authors' FINETUNE.md), without
-RandAugment and erasing; MAE's own also its mean of patches instead of the class token.
+Networks other than vision transformers follow SimCLR, arXiv:2002.05709v3, appendix B.5: random
+crops and flips, SGD with Nesterov momentum, no weight decay. Vision transformers use MAE's settings
+for ViT-Base (arXiv:2111.06377v3, and the authors' FINETUNE.md), without RandAugment and erasing;
+those trained by MAE also use its mean of patches instead of the class token.
 """
 
 import json
@@ -18,53 +18,53 @@ class FinetuneProtocol(Config):
     """Train the pretrained encoder and a new classifier on labels."""
 
     label_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Share of the labels, as many of each class as far as they reach; drawn by the seed."""
+    """Share of the labels, balanced over the classes as far as possible; drawn by the seed."""
     epochs: PositiveInt = 30
-    """Passes over these images, of all but vision transformers."""
+    """Passes over these images, except for vision transformers."""
     batch_size: Annotated[int, Field(ge=2)] = 256
-    """Images of a step, at most as many as there are."""
+    """Images of a step, at most all images."""
     base_lr: PositiveFloat = 0.05
-    """Of SGD, for a batch of 256."""
+    """Learning rate of SGD, for a batch of 256."""
     weight_decay: NonNegativeFloat = 0.0
-    """Of weights, not of biases and norms, with SGD."""
+    """Weight decay of weights, not of biases and norms, with SGD."""
     vit_epochs: PositiveInt = 100
-    """Vision transformers."""
+    """Vision transformers: passes over these images."""
     vit_base_lr: PositiveFloat = 5e-4
-    """Vision transformers: of AdamW, for a batch of 256."""
+    """Vision transformers: learning rate of AdamW, for a batch of 256."""
     vit_weight_decay: NonNegativeFloat = 0.05
-    """Vision transformers."""
+    """Vision transformers: weight decay."""
     vit_layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.65
     """Vision transformers: factor on the learning rate from a block to the one below it."""
     vit_warmup_epochs: Annotated[int, Field(ge=0)] = 5
-    """Vision transformers: over which the learning rate rises."""
+    """Vision transformers: epochs of warm-up."""
     vit_drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Vision transformers: stochastic depth."""
     vit_label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
-    """Vision transformers."""
+    """Vision transformers: label smoothing."""
     vit_mixup: NonNegativeFloat = 0.8
     """Vision transformers: alpha of mixup."""
     vit_cutmix: NonNegativeFloat = 1.0
     """Vision transformers: alpha of cutmix."""
     head_layers: Annotated[int, Field(ge=0)] = 0
-    """Layers of the projection head that stay on the encoder; 0 is plain fine-tuning."""
+    """Number of layers of the projection head to keep on the encoder; 0 is plain fine-tuning."""
     min_scale: Annotated[float, Field(gt=0.0, le=1.0)] = 0.08
-    """Least area of a random crop over the image's."""
+    """Smallest area of a random crop over the image's."""
     flip_prob: Probability = 0.5
-    """How often an image is mirrored: 0 where left and right matter, as in digits."""
+    """Probability of mirroring an image: 0 where left and right matter, as for digits."""
 
     def text(self) -> str:
-        """Return what identifies a number."""
+        """Return the text that identifies a number."""
         share = "all" if self.label_fraction == 1 else f"{100 * self.label_fraction:g} % of the"
         return f"whole network, {self.epochs} epochs, {share} labels"
 
     def overrides(self, *, is_vit: bool, size_px: int, num_images: int, seed: int) -> list[str]:
-        """Return the settings of the run that trains the network, but for where it lies.
+        """Return the settings of the run that trains the network, without its paths.
 
         Args:
             is_vit: Whether it is a vision transformer.
             size_px: Side of its images.
-            num_images: Labelled training images that there are.
-            seed: Of labels, views, order and classifier.
+            num_images: Number of labelled training images.
+            seed: Seed of labels, views, order and classifier.
         """
         used = max(1, round(self.label_fraction * num_images))
         sgd = {

@@ -1,4 +1,4 @@
-"""The images that a run trains on: with the labels that its method may see, and no others."""
+"""Open the training images of a run, with only the labels that its method may see."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -20,16 +20,16 @@ def open_training_source(
 ) -> Source:
     """Open the training images of a run.
 
-    Where test images are held out of them, for want of a test set, no method sees their labels.
+    If test images are held out of them, for lack of a test set, no method sees their labels.
 
     Args:
-        data: Which images, and which labels.
-        evaluate: Where the test images are.
-        method: Who learns.
+        data: The settings of images and labels.
+        evaluate: The settings of the test images.
+        method: The method to train.
 
     Raises:
         DataError: If there is nothing usable, or there are no labels although the method or
-            ``data.labels`` asks for them.
+            ``data.labels`` requires them.
     """
     return seen_part(open_source(data, data=data), data, evaluate, method)
 
@@ -37,7 +37,7 @@ def open_training_source(
 def seen_part(
     source: Source, data: DataConfig, evaluate: EvaluateConfig, method: MethodConfig
 ) -> Source:
-    """Return of a source that is open already what :func:`open_training_source` returns."""
+    """Return the part of an opened source that :func:`open_training_source` would return."""
     config = None if data.labels == "none" else data.labels
     if config is None and not method.uses_labels:
         return source
@@ -69,10 +69,10 @@ def _chosen(labels: Rows, seen: Rows, config: LabelsConfig) -> Rows:
 def labels_record(
     source: Source, config: LabelsConfig | Literal["none"] | None
 ) -> Mapping[str, Any] | None:
-    """Return which labels a run sees, for ``labels.json``; None if it sees all or none.
+    """Return the labels that a run sees, for ``labels.json``; None if it sees all or none.
 
     Args:
-        source: What :func:`open_training_source` returned.
+        source: The result of :func:`open_training_source`.
         config: The section ``data.labels``.
     """
     if config is None or config == "none" or not isinstance(source, SubsetSource):

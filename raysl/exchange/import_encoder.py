@@ -150,7 +150,7 @@ def _guessed(
     recognised: Recognised, found: Found, config: ImportConfig, given: set[str]
 ) -> list[str]:
     """What of the network and the backbone neither tensors nor layout nor user tell."""
-    told = {f"backbone.{key}" for key in found.layout.told(found.network)} | given
+    told = {f"backbone.{key}" for key in found.layout.fixed(found.network)} | given
     guessed = [g for g in recognised.guessed if g.partition("=")[0] not in told]
     if config.network is None and found.others:
         others = " or ".join(f"network={address or repr('')}" for address in found.others)
@@ -189,7 +189,7 @@ def _backbone_config(
     section = {**recognised.section}
     size = VIT_SIZES.get(str(section.get("name")))
     if found is not None and section:
-        section |= found.layout.told(found.network)
+        section |= found.layout.fixed(found.network)
     section |= {**beside.backbone, **config.backbone}
     if size is not None and section.get("num_heads") == size.num_heads:
         del section["num_heads"]  # what the name says

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from raysl.data.decode import decode
 from raysl.data.plan import Plan
-from raysl.data.stream import ItemMaker, Making
+from raysl.data.stream import BlockSpec, ItemMaker
 from raysl.errors import DecodeError
 from raysl.sources.source import Encoded, Source, size_of
 
@@ -74,7 +74,7 @@ def default_batch_size(batch_size_per_worker: int, *, num_images: int, num_consu
 
 
 def time_function(
-    source: Source, plan: Plan, making: Making, *, seconds: float, start: int
+    source: Source, plan: Plan, spec: BlockSpec, *, seconds: float, start: int
 ) -> FunctionTime:
     """Time the function of the data workers in this process, on one core.
 
@@ -84,14 +84,14 @@ def time_function(
     Args:
         source: Where the images are.
         plan: Their order.
-        making: What to make of them.
+        spec: The views to make.
         seconds: How long to measure; at least one item is made.
         start: Position of the plan to begin at.
     """
     timed = TimedSource(source)
-    crops = tuple(view.model_copy(update={"ops": ()}) for view in making.views)
-    make = ItemMaker(cast(Source, timed), plan, making)
-    make_crops = ItemMaker(cast(Source, timed), plan, replace(making, views=crops))
+    crops = tuple(view.model_copy(update={"ops": ()}) for view in spec.views)
+    make = ItemMaker(cast(Source, timed), plan, spec)
+    make_crops = ItemMaker(cast(Source, timed), plan, replace(spec, views=crops))
     make(start % plan.num_items)
     timed.num_bytes = 0
     total = read = cropped = 0.0

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from raysl.data.stream import ItemMaker, iterate
-from raysl.recipe import RunConfig, making_of, plan_of
+from raysl.recipe import RunConfig, block_spec, plan_of
 from raysl.sources.source import Source
 from raysl.train.batches import NumpyBatch
 
@@ -21,7 +21,7 @@ def open_local(
         num_threads: That read, decode and augment.
     """
     return iterate(
-        ItemMaker(source, plan_of(config, source), making_of(config.data)),
+        ItemMaker(source, plan_of(config, source), block_spec(config.data)),
         start_step=start_step,
         rank=0,
         world_size=1,

@@ -1,4 +1,4 @@
-"""Self-supervised methods: one file a paper. The file's name is the method's name."""
+"""Self-supervised methods, one file a paper; the file's name is the method's name."""
 
 import importlib
 import pkgutil
@@ -10,7 +10,7 @@ _NOT_METHODS = ("base",)
 
 
 def method_names() -> list[str]:
-    """Return the names of the methods that raysl carries."""
+    """Return the names of the built-in methods."""
     found = (module.name for module in pkgutil.iter_modules(__path__))
     return sorted(name for name in found if name not in _NOT_METHODS)
 
@@ -39,5 +39,5 @@ def load_method(name: str) -> type[Method]:
 
 
 def pretraining_method_names() -> list[str]:
-    """Return the names of the methods that pretrain: all but those that learn a classifier."""
+    """Return the names of the methods for pretraining: all except those that train a classifier."""
     return [name for name in method_names() if not load_method(name).Config.classifies]

@@ -26,11 +26,11 @@ from raysl.nn.geometry import off_diagonal
 from raysl.nn.heads import projection_mlp
 from raysl.nn.precision import at_least_float32
 
-_EPSILON = 1e-5  # of the variance, as in torch's batch norm, which the authors normalise with
+_EPSILON = 1e-5  # added to the variance, as in torch's batch norm, which the authors normalise with
 
 
 def barlow_loss(z0: Tensor, z1: Tensor, *, redundancy: float) -> Tensor:
-    r"""How far the correlation of two views' embeddings is from the identity.
+    r"""Compute the distance of the two views' cross-correlation matrix from the identity.
 
     .. math::
         L = \sum_i (1 - C_{ii})^2 + \lambda \sum_i \sum_{j \ne i} C_{ij}^2
@@ -44,8 +44,8 @@ def barlow_loss(z0: Tensor, z1: Tensor, *, redundancy: float) -> Tensor:
         redundancy: Lambda, >= 0.
 
     Returns:
-        Scalar float32 (float64 if the embeddings are) >= 0. Views that do not depend on each other
-        give about D + lambda D (D - 1) / RN, collapsed ones D.
+        Scalar float32 (float64 if the embeddings are) >= 0. Independent views give about D + lambda
+        D (D - 1) / RN, collapsed ones D.
 
     Raises:
         ShapeError: If the two shapes differ or are not ``(N, D)``, or there is only one image.
@@ -58,7 +58,7 @@ def barlow_loss(z0: Tensor, z1: Tensor, *, redundancy: float) -> Tensor:
 
 
 def _cross_correlation(z0: Tensor, z1: Tensor) -> Tensor:
-    """Return C, ``(D, D)``: the only thing of its size that ranks exchange."""
+    """Return C, ``(D, D)``: the only tensor of this size that ranks exchange."""
     if z0.ndim != 2 or z0.shape != z1.shape:
         raise ShapeError(f"z0 and z1 must both be (N, D); got {tuple(z0.shape)}, {tuple(z1.shape)}")
     n, d = z0.shape
@@ -66,7 +66,7 @@ def _cross_correlation(z0: Tensor, z1: Tensor) -> Tensor:
     if total < 2:
         raise ShapeError(f"a correlation needs 2 images or more; z0 and z1 are {tuple(z0.shape)}")
     with torch.autocast(z0.device.type, enabled=False):
-        z = torch.cat([z0, z1], dim=1)  # (N, 2D), so that ranks exchange both views' sums at once
+        z = torch.cat([z0, z1], dim=1)  # (N, 2D): ranks exchange both views' sums at once
         z = at_least_float32(z)
         z = z - sum_over_ranks(z.sum(dim=0)) / total
         variance = sum_over_ranks(z.square().sum(dim=0)) / total
@@ -88,37 +88,37 @@ class BarlowConfig(MethodConfig):
     redundancy: NonNegativeFloat = 0.0051
     """Lambda of Eq. (1): 0.005 in the paper (sec. 2.2), 0.0051 in the authors' main.py."""
     loss_scale: PositiveFloat = 1.0
-    """Factor of the loss; 1 is the paper's. It acts on what an optimizer does not adapt to the size
-    of its gradient: everything under SGD, biases and norms under LARS, weight decay under both. To
-    step as the authors' code does on R GPUs, take 1 / R: :class:`Barlow` says why."""
+    """Factor of the loss; 1 is the paper's. It affects what an optimizer does not scale to its
+    gradient: everything under SGD, biases and norms under LARS, weight decay under both. For the
+    steps of the authors' code on R GPUs, use 1 / R; :class:`Barlow` explains why."""
     projection_layers: Annotated[int, Field(ge=1, le=8)] = 3
     """Linear layers of the projector; batch norm and ReLU follow all but the last."""
     hidden_dim: PositiveInt = 8192
     """Width of the projector's hidden layers."""
     projection_dim: PositiveInt = 8192
-    """D, the width of the embeddings (fig. 4: the more the better). About four D x D matrices of
+    """D, the width of the embeddings (fig. 4: larger is better). About four D x D matrices of
     float32 are held at once: 1 GiB at 8192, 64 MiB at 2048."""
 
     @property
     def norms_images(self) -> bool:
-        """After each layer but the last."""
+        """True with hidden layers: batch norm follows each layer but the last."""
         return self.projection_layers > 1
 
     def projection_head_layers(self, *, is_vit: bool) -> int:
-        """Return those of the projector."""
+        """Return the number of layers of the projector."""
         return self.projection_layers
 
 
 class Barlow(SiameseMethod):
-    """Each entry of an embedding is to be the same in both views, and unlike all other entries.
+    """Make each entry of an embedding agree between views and uncorrelated with other entries.
 
     Departs: The gradient is that of the loss of all images, whatever the number of workers. In the
-        authors' main.py it is that over R on R GPUs: each GPU adds up the correlations of all by an
-        all-reduce that autograd does not see, so its gradient is the share of its own images, and
-        data-parallel training takes the mean of the R shares. Their learning rates (for 256 images
-        0.2 for weights, 0.0048 for biases and norms) and decay (1e-6, weights only) go with such a
-        gradient; here method.loss_scale 1 / R with optim.base_lr 0.2 and bias_and_norm_lr_ratio
-        0.024 does the same. They had 16 GPUs (their README).
+        authors' main.py it is divided by R on R GPUs: each GPU adds up the correlations of all by
+        an all-reduce that autograd does not see, so its gradient is the share of its own images,
+        and data-parallel training takes the mean of the R shares. Their learning rates (for 256
+        images 0.2 for weights, 0.0048 for biases and norms) and decay (1e-6, weights only) assume
+        such a gradient; here method.loss_scale 1 / R with optim.base_lr 0.2 and
+        bias_and_norm_lr_ratio 0.024 does the same. They had 16 GPUs (their README).
     """
 
     Config = BarlowConfig
@@ -131,7 +131,7 @@ class Barlow(SiameseMethod):
             config.projection_dim,
             num_layers=config.projection_layers,
             last_norm="none",
-            last_bias=False,  # the correlation does not see it
+            last_bias=False,  # the correlation does not depend on it
         )
         super().__init__(config, backbone, data, projector=projector)
         self.config = config
@@ -139,7 +139,7 @@ class Barlow(SiameseMethod):
     def loss_of(
         self, embeddings: tuple[Tensor, ...], batch: Batch, progress: Progress
     ) -> LossOutput:
-        """Return the scaled loss, and how far both parts of it have come."""
+        """Return the scaled loss, and the size of both of its terms."""
         features, z0, z1 = embeddings
         correlation = _cross_correlation(z0, z1)
         distance = _distance_to_identity(correlation, redundancy=self.config.redundancy)

@@ -1,4 +1,4 @@
-"""What a method is: views in, a loss and metrics out; no Ray, no tracker, no optimizer."""
+"""The interface of a method: views in, loss and metrics out; no Ray, no tracker, no optimizer."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -20,16 +20,16 @@ class Batch:
     """This rank's images of one optimizer step, on the device."""
 
     views: Sequence[Tensor]
-    """One ``(N, 3, S, S)`` float tensor a view, normalised; row i of each comes from one image."""
+    """One normalised ``(N, 3, S, S)`` float tensor a view; row i of all views is the same image."""
     index: Tensor
     """``(N,)`` int64: the rows of the training source that the images come from."""
     labels: Tensor | None = None
     """``(N,)`` int64 class numbers, -1 where unknown; None if the source has none or the method
-    does not ask for them (:attr:`MethodConfig.uses_labels`)."""
+    does not use them (:attr:`MethodConfig.uses_labels`)."""
 
 
 class Progress(NamedTuple):
-    """Where training stands; schedules and random numbers are functions of it."""
+    """The state of training at a step; schedules and random numbers depend on it alone."""
 
     step: int  # optimizer steps done
     total_steps: int
@@ -39,22 +39,22 @@ class Progress(NamedTuple):
 
     @property
     def epoch(self) -> float:
-        """Passes over the training images done."""
+        """Number of epochs done."""
         return self.step / self.steps_per_epoch
 
     def in_steps(self, duration: Duration) -> int:
-        """Return a part of this run in optimizer steps."""
+        """Convert a duration to optimizer steps of this run."""
         return duration.in_steps(steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
 
     def shared_generator(self) -> torch.Generator:
-        """Return a CPU generator that gives every rank the same numbers at this step."""
+        """Return a CPU generator with the same numbers on every rank at this step."""
         generator = torch.Generator()
         generator.manual_seed((self.seed * 1_000_003 + self.step) % (1 << 63))
         return generator
 
 
 class RunShape(NamedTuple):
-    """What a configuration alone says of a run; methods refuse what they cannot do with it."""
+    """The properties of a run that follow from its configuration; methods check them."""
 
     global_batch_size: int
     num_workers: int
@@ -64,90 +64,91 @@ class RunShape(NamedTuple):
 
 
 class TrainingSet(NamedTuple):
-    """What a method may know beforehand of the images it will be trained on."""
+    """What a method knows of its training images in advance."""
 
     num_images: int
-    """Rows of the source; ``Batch.index`` is smaller."""
+    """Number of rows of the source; ``Batch.index`` is smaller."""
     global_batch_size: int
     view_sizes_px: tuple[int, ...]
     class_counts: tuple[int, ...] | None = None
-    """Images of each class, where there are labels and the method asks for them."""
+    """Number of images of each class, if there are labels and the method uses them."""
     class_names: tuple[str, ...] = ()
-    """Their names, by number."""
+    """Class names, by number."""
     mean: tuple[float, ...] | None = None
-    """What was taken off the channels of the views; None if it is not known."""
+    """The mean subtracted from the channels of the views; None if unknown."""
     std: tuple[float, ...] | None = None
-    """What they were divided by then."""
+    """The deviation that divides them afterwards."""
 
 
 class SizeDefault(NamedTuple):
-    """A setting that was left to the size of the data set, and how it follows from it."""
+    """A setting derived from the size of the data set, and its formula."""
 
     value: float
     formula: str  # such as "min(65,536, images) = 10,000"
 
 
 class LossOutput(NamedTuple):
-    """What one batch gives; all of it stays on the device."""
+    """The results of one batch; all tensors stay on the device."""
 
     loss: Tensor  # scalar to minimise
-    features: Tensor  # (N, embed_dim) of one view, detached: health metrics are taken from it
-    metrics: dict[str, Tensor]  # detached scalars by name; none where the step is not logged
+    features: Tensor  # (N, embed_dim) of one view, detached; input of the health metrics
+    metrics: dict[str, Tensor]  # detached scalars by name; empty if the step is not logged
     adversary_loss: Tensor | None = None
-    """Scalar that the adversary minimises, where there is one (:attr:`Method.adversary`)."""
+    """Scalar that the adversary minimises, if there is one (:attr:`Method.adversary`)."""
 
 
 class ImageGrid(NamedTuple):
-    """A picture that a method makes of a batch; the report draws it."""
+    """A picture of a batch by a method, drawn in the report."""
 
     images: Tensor
     """``(rows, columns, 3, S, S)`` float, normalised like the views, or in [0, 1]."""
     columns: tuple[str, ...]
-    """A title a column; empty for none."""
+    """A title for each column; empty for none."""
     caption: str
     normalised: bool = True
-    """False if the values are colours in [0, 1] already, such as those of a heat map."""
+    """False if the values are colours in [0, 1], such as those of a heat map."""
 
 
 class MethodConfig(Config):
-    """The settings of a method; its ``name`` is the name of its file."""
+    """The settings of a method; ``name`` is the name of its file."""
 
     name: str
     takes_more_views: ClassVar[bool] = False
-    """Whether views beyond :attr:`num_views` are welcome (the small ones of multi-crop)."""
+    """Whether it accepts views beyond :attr:`num_views` (the small ones of multi-crop)."""
     needs_vit: ClassVar[bool] = False
-    """Whether only a vision transformer will do as the backbone."""
+    """Whether the backbone must be a vision transformer."""
     compares_images: ClassVar[bool] = False
-    """Whether the loss compares the images of a batch, so that a batch of one will not do."""
+    """Whether the loss compares the images of a batch, so that a batch of one is useless."""
     needs_labels: ClassVar[bool] = False
-    """Whether an image without a label is of no use to it; such images are left out."""
+    """Whether it only uses labelled images; others are left out."""
     classifies: ClassVar[bool] = False
-    """Whether it trains a classifier (:attr:`Method.label_classifier`), whose accuracy is measured
-    in place of that of frozen features."""
+    """Whether it trains a classifier (:attr:`Method.label_classifier`), whose accuracy is then
+    measured instead of that of frozen features."""
     finetuned_pool: ClassVar[str | None] = None
-    """What ``backbone.pool`` is to be when all of the encoder is fine-tuned; None: as it was."""
+    """Value of ``backbone.pool`` for fine-tuning all of the encoder; None keeps it."""
     beginnings: ClassVar[tuple[str, ...]] = ()
-    """Settings that are lengths of the beginning of a run, which has to end before the run does."""
+    """Settings that are durations of an initial phase, which must end before the run does."""
     starts: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """Settings that say when in a run something starts, by the one that asks for it."""
+    """Settings that are start times within a run, by the setting that enables each."""
     files: ClassVar[tuple[str, ...]] = ()
-    """Settings that name a run folder or a file, which every worker has to find."""
+    """Settings that name a run folder or a file, which every worker must be able to read."""
 
     @property
     def num_views(self) -> int:
-        """Views of an image that the method takes."""
+        """Number of views of an image that the method takes."""
         return 2
 
     @property
     def uses_labels(self) -> bool:
-        """Whether the method wants to be given labels where the source has them."""
+        """Whether the method receives labels if the source has them."""
         return False
 
     @property
     def norms_images(self) -> bool:
-        """Whether batch norm in what the method puts on the encoder normalises over images.
+        """Whether batch norm in the method's heads normalises over images.
 
-        Each gives one vector (or one a view), so that of a single image nothing would be left.
+        Each image yields one vector (or one a view), so a single image would be normalised to
+        nothing.
         """
         return False
 
@@ -157,7 +158,7 @@ class MethodConfig(Config):
         return False
 
     def projection_head_layers(self, *, is_vit: bool) -> int:
-        """Return how many linear layers :attr:`Method.projection_head` has.
+        """Return the number of linear layers of :attr:`Method.projection_head`.
 
         Args:
             is_vit: Whether the backbone is one of raysl's vision transformers.
@@ -165,18 +166,18 @@ class MethodConfig(Config):
         return 0
 
     def check(self, shape: RunShape) -> None:
-        """Raise ConfigError if the method cannot run in this shape."""
+        """Raise ConfigError if the method cannot train in this run."""
 
     def size_defaults(self, data: TrainingSet) -> Mapping[str, SizeDefault]:
-        """Return the settings that were left null and follow from the data set, by field."""
+        """Return the null settings that follow from the data set, by field."""
         return {}
 
     @final
     def check_shape(self, shape: RunShape) -> None:
-        """Check what all methods have in common, then :meth:`check`.
+        """Check the rules that all methods share, then :meth:`check`.
 
         Raises:
-            ConfigError: If the method cannot run in this shape.
+            ConfigError: If the method cannot train in this run.
         """
         views, least = len(shape.view_sizes_px), self.num_views
         if views < least or (views > least and not self.takes_more_views):
@@ -198,20 +199,20 @@ class MethodConfig(Config):
 
 
 class Method(nn.Module, ABC):
-    """A self-supervised method around a backbone.
+    """A self-supervised method with a backbone.
 
-    Data-parallel training synchronises gradients in ``forward``, so the loop calls the module, and
-    the module only calls :meth:`loss`.
+    Data-parallel training synchronises gradients in ``forward``, so the loop calls the module,
+    which only calls :meth:`loss`.
 
     Args:
         config: The method's settings.
         backbone: The encoder to train.
-        data: What is known of the training images.
+        data: Properties of the training images.
     """
 
     Config: ClassVar[type[MethodConfig]]
     loss_is_mean_over_images: ClassVar[bool] = False
-    """Whether the loss of a batch is the mean of its parts' losses (batch norm aside), so that
+    """Whether the loss of a batch is the mean of its parts' losses (apart from batch norm), so that
     gradients may be accumulated over micro-batches."""
 
     @abstractmethod
@@ -221,7 +222,7 @@ class Method(nn.Module, ABC):
     @property
     @abstractmethod
     def encoder(self) -> Backbone:
-        """The backbone that is evaluated and exported."""
+        """The backbone to evaluate and export."""
 
     @property
     def projection_head(self) -> nn.Sequential | None:
@@ -230,26 +231,26 @@ class Method(nn.Module, ABC):
 
     @property
     def label_classifier(self) -> Classifier | None:
-        """What tells classes apart, around :attr:`encoder`; None for methods without one."""
+        """The classifier around :attr:`encoder`; None for methods without one."""
         return None
 
     @property
     def adversary(self) -> nn.Module | None:
-        """The submodule that an optimizer of its own trains, on ``LossOutput.adversary_loss``.
+        """The submodule that has an optimizer of its own, for ``LossOutput.adversary_loss``.
 
-        The method sees to it that neither loss has a gradient in the other's parameters: both are
+        The method ensures that neither loss has a gradient in the other's parameters: both are
         differentiated in one backward pass.
         """
         return None
 
     @property
     def constant_lr_modules(self) -> Sequence[nn.Module]:
-        """Submodules whose learning rate stays at its peak (the predictor of SimSiam)."""
+        """Submodules whose learning rate stays at its peak (SimSiam's predictor)."""
         return ()
 
     @property
     def unadapted_modules(self) -> Sequence[nn.Module]:
-        """Submodules that LARS treats like biases: as they are, without decay (classifiers)."""
+        """Submodules that LARS treats like biases: unadapted and without decay (classifiers)."""
         return ()
 
     @abstractmethod
@@ -258,21 +259,21 @@ class Method(nn.Module, ABC):
 
         Args:
             batch: The images.
-            progress: Where training stands.
+            progress: The state of training.
         """
 
     def before_optimizer_step(self, progress: Progress) -> None:
-        """Change gradients after the backward pass (a last layer that is frozen at first)."""
+        """Change gradients after the backward pass (such as a last layer frozen at first)."""
 
     def after_optimizer_step(self, progress: Progress) -> None:
-        """Update what gradients do not: moving averages, queues."""
+        """Update state that gradients do not: moving averages, queues."""
 
     def pictures(self, batch: Batch, progress: Progress) -> Mapping[str, ImageGrid]:
         """Return pictures that show what the method does, by name; called in evaluation mode.
 
         Args:
             batch: A few training images.
-            progress: The end of the run.
+            progress: The state at the end of the run.
         """
         return {}
 
@@ -286,16 +287,16 @@ class EmbeddingMethod(Method):
     """A method whose loss compares images through one embedding each.
 
     Its gradient can be cached: the loop embeds a large batch in parts, differentiates the loss of
-    all embeddings once, and embeds each part again to carry the gradient on.
+    all embeddings once, and embeds each part again to propagate the gradient.
     """
 
     @abstractmethod
     def embeddings(self, batch: Batch, progress: Progress) -> tuple[Tensor, ...]:
-        """Return the features of one view, detached, then what the loss compares.
+        """Return the features of one view, detached, followed by the inputs of the loss.
 
-        Each is ``(N, ...)`` with one row an image. Whatever is random or changes state here must
-        come out the same when the same part of the batch is embedded twice in one step (torch's
-        global generator is set back for it).
+        Each is ``(N, ...)`` with one row an image. Random numbers and state changes must be the
+        same if the same part of the batch is embedded twice in one step (torch's global generator
+        is restored for this).
         """
 
     @abstractmethod
@@ -310,17 +311,17 @@ class EmbeddingMethod(Method):
 
 
 class SiameseMethod(EmbeddingMethod):
-    """A method that compares what one backbone and one projector make of two views.
+    """A method that compares the projections of two views by one backbone and one projector.
 
     Args:
         config: The method's settings.
         backbone: The encoder to train.
-        data: What is known of the training images.
+        data: Properties of the training images.
         projector: The head on the backbone, ``(N, embed_dim)`` -> ``(N, D)``.
     """
 
     norms_views_together: ClassVar[bool]
-    """Whether batch norm takes its statistics from both views at once, or from one at a time."""
+    """Whether batch norm computes its statistics over both views together, or over each."""
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ from raysl.nn.schedules import cosine
 
 
 def byol_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    r"""Mean squared distance of two directions, in one order of the views.
+    r"""Compute the mean squared distance of two directions, for one order of the views.
 
     .. math::
         \left\| \bar q_\theta(z_\theta) - \bar z'_\xi \right\|_2^2
@@ -33,9 +33,10 @@ def byol_loss(prediction: Tensor, target: Tensor) -> Tensor:
                             {\| q_\theta(z_\theta) \|_2 \, \| z'_\xi \|_2}
 
     Args:
-        prediction: Of one view's online projection, ``(N, D)``, any float dtype, not normalised.
-        target: The target network's projection of the other view, same shape, not normalised. No
-            gradient goes into it.
+        prediction: The prediction from one view's online projection, ``(N, D)``, any float dtype,
+            not normalised.
+        target: The target network's projection of the other view, same shape, not normalised. It
+            gets no gradient.
 
     Returns:
         Scalar in [0, 4], the mean over the N images; float32, or float64 for float64 predictions.
@@ -43,8 +44,8 @@ def byol_loss(prediction: Tensor, target: Tensor) -> Tensor:
     Raises:
         ShapeError: If the two shapes differ or are not ``(N, D)``.
 
-    Source: Eq. (2). It is computed as the distance, not from the cosine, as in the authors' code
-        (regression_loss), so that it is exact near 0; in float32 also under autocast.
+    Source: Eq. (2). Computed as a distance, not from the cosine, as in the authors' code
+        (regression_loss), so that it is accurate near 0; in float32 also under autocast.
     """
     if prediction.ndim != 2 or prediction.shape != target.shape:
         raise ShapeError(
@@ -66,32 +67,32 @@ class BYOLConfig(MethodConfig):
     projection_dim: PositiveInt = 256
     """Width of projections and predictions."""
     ema_momentum: Probability = 0.996
-    """tau_base: how much of the target network stays at the first step; the shorter the run, the
-    less. The authors take 0.97 for 40 epochs of ImageNet at batch 4,096 (12,500 steps), 0.99 for
-    100 and 300, 0.996 for 1,000 (310,000 steps)."""
+    """tau_base: share of the target network kept at the first step; less for shorter runs. The
+    authors use 0.97 for 40 epochs of ImageNet at batch 4,096 (12,500 steps), 0.99 for 100 and 300,
+    0.996 for 1,000 (310,000 steps)."""
     final_ema_momentum: Probability = 1.0
-    """tau at the end of the run, reached along half a cosine (sec. 3.3)."""
+    """tau at the end of the run, approached along half a cosine (sec. 3.3)."""
 
     @property
     def norms_images(self) -> bool:
-        """Always."""
+        """True."""
         return True
 
     def projection_head_layers(self, *, is_vit: bool) -> int:
-        """Return those of the projector."""
+        """Return the number of layers of the projector."""
         return 2
 
 
 class BYOL(Method):
-    """An online network learns to predict what its own moving average says of the other view.
+    """An online network learns to predict its moving average's projection of the other view.
 
-    The target's batch norm is in training mode, as in the authors' code: it takes the statistics
-    of each batch of views, as the online network's does, and its running statistics, which are of
-    its own passes, are never used.
+    The target's batch norm is in training mode, as in the authors' code: it uses the statistics of
+    each batch of views, as the online network's does, and its own running statistics are never
+    used.
 
     Departs: The target starts as a copy of the online network; the authors' code draws its weights
         anew and says that it makes no difference. Hidden layers have no bias, which batch norm
-        would take away again. The last layers have none either, as in the authors' code.
+        would cancel. The last layers have none either, as in the authors' code.
     """
 
     Config = BYOLConfig
@@ -123,7 +124,7 @@ class BYOL(Method):
         return projector
 
     def loss(self, batch: Batch, progress: Progress) -> LossOutput:
-        """Return the loss of both orders of the views, added; each view is normed on its own."""
+        """Return the summed loss of both orders of the views; batch norm is separate for each."""
         features = [self.online[0](view) for view in batch.views]
         z0, z1 = (self.online[1](feature) for feature in features)
         with torch.no_grad():
@@ -139,7 +140,7 @@ class BYOL(Method):
         return LossOutput(loss, features[0].detach(), metrics)
 
     def after_optimizer_step(self, progress: Progress) -> None:
-        """Move the target network: xi becomes tau xi + (1 - tau) theta (Eq. (1))."""
+        """Update the target network: xi becomes tau xi + (1 - tau) theta (Eq. (1))."""
         ema_update_(self.target, self.online, momentum=self._momentum(progress))
 
     def _momentum(self, progress: Progress) -> float:

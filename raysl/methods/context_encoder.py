@@ -58,7 +58,7 @@ def block_mask(
     """Return ``(N, 1, S, S)`` bool, true in random squares that may overlap.
 
     Each covers ``share / num_blocks`` of the view (rounded down to pixels), so that together they
-    cover at most ``share``. The places come from torch's global generator.
+    cover at most ``share``. Their positions are drawn from torch's global generator.
 
     Source: Sec. 3.3 (b): "up to 1/4 of the image".
     """
@@ -89,7 +89,7 @@ def region_mask(n: int, size_px: int, *, share: float, device: torch.device) -> 
 
 
 def reconstruction_loss(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    r"""Squared error where a weight asks for it, over the number of such places.
+    r"""Compute the weighted squared error over the number of positions with a weight.
 
     .. math::
         L_{rec}(x) = \| \hat M \odot (x - F((1 - \hat M) \odot x)) \|_2^2
@@ -97,7 +97,7 @@ def reconstruction_loss(prediction: Tensor, target: Tensor, weight: Tensor) -> T
     Args:
         prediction: ``(N, C, S, S)``, any float dtype.
         target: Same shape.
-        weight: ``(N, 1, S, S)``: M, 0 where nothing is asked for; 10 in the overlap.
+        weight: ``(N, 1, S, S)``: M, 0 outside of the prediction; 10 in the overlap.
 
     Returns:
         Scalar >= 0, float32 (float64 for float64 inputs), the mean over images. Where all weights
@@ -154,22 +154,22 @@ class ContextEncoderConfig(MethodConfig):
     )
     name: Literal["context_encoder"] = "context_encoder"
     mask: Literal["centre", "blocks", "region"] = "centre"
-    """What is cut out (sec. 3.3): a square in the middle, random squares, or random shapes. The
-    paper found features from random ones to serve other tasks better."""
+    """The region to remove (sec. 3.3): a central square, random squares, or random shapes. In the
+    paper, features from random regions transfer better."""
     masked_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.25
-    """Share of the view's area that is cut out: 1/4 in the paper."""
+    """Share of the view's area that is removed: 1/4 in the paper."""
     num_blocks: PositiveInt = 4
-    """Squares for mask: blocks, which share masked_share among them; the paper gives no number."""
+    """Number of squares for mask: blocks, which share masked_share; not stated in the paper."""
     overlap: Annotated[float, Field(ge=0.0, lt=0.25)] = 4 / 128
-    """How far the predicted square reaches over the hole on each side, over the view's side, for
-    mask: centre; there the network sees what it has to say (overlapPred=4 at 128 px)."""
+    """For mask: centre, how far the predicted square extends beyond the hole on each side, over the
+    view's side; there the network sees its target (overlapPred=4 at 128 px)."""
     overlap_weight: PositiveFloat = 10.0
     """Weight of the squared error in that ring (train.lua)."""
     reconstruction_weight: NonNegativeFloat = 0.999
     """lambda_rec of eq. (3)."""
     adversarial_weight: NonNegativeFloat = 0.001
-    """lambda_adv of eq. (3); 0 leaves the discriminator out. Views here are normalised, about twice
-    as wide as the authors' [-1, 1], which makes their squared error four times as large."""
+    """lambda_adv of eq. (3); 0 removes the discriminator. Views here are normalised, about twice as
+    wide as the authors' [-1, 1], so their squared error is four times as large."""
     bottleneck_dim: PositiveInt = 4000
     """Width between encoder and decoder (README of the authors' code)."""
     decoder_width: PositiveInt = 64
@@ -179,21 +179,21 @@ class ContextEncoderConfig(MethodConfig):
 
     @property
     def has_adversary(self) -> bool:
-        """The discriminator, if it has any weight."""
+        """Whether the discriminator's loss has a weight."""
         return self.adversarial_weight > 0
 
     @property
     def norms_images(self) -> bool:
-        """Always."""
+        """True."""
         return True
 
     @property
     def num_views(self) -> int:
-        """One; the method cuts the hole."""
+        """One; the method removes the region."""
         return 1
 
     def check(self, shape: RunShape) -> None:
-        """Refuse views that are too small for a hole and what is around it, and no loss at all."""
+        """Reject views too small for a hole and its surroundings, and settings without any loss."""
         view = shape.view_sizes_px[0]
         if view < MIN_VIEW_PX:
             raise ConfigError(
@@ -214,21 +214,21 @@ class ContextEncoderConfig(MethodConfig):
 
 
 class _Hole(NamedTuple):
-    """What is cut out of each view and what is to be said of it."""
+    """The region removed from each view, and the region to predict."""
 
-    masked: Tensor  # (N, 1, S, S) bool: the network does not see this
+    masked: Tensor  # (N, 1, S, S) bool: hidden from the network
     weight: Tensor  # (N, 1, s, s) float: weight of the squared error in the predicted window
     start: int  # first row and column of the predicted window in the view
     size: int  # its side s
 
 
 class ContextEncoder(Method):
-    """What is in the hole? An encoder sees the rest, a decoder paints, a discriminator judges.
+    """An encoder sees a view with a hole, a decoder fills it, a discriminator judges the result.
 
     Departs: The encoder is any backbone, so its pooled features go to the decoder; the paper's
-    AlexNet has a channel-wise layer there. Both networks step at the same time, each in the
-    gradient of the same forward pass; train.lua steps the discriminator first. For random masks
-    the squared error counts in the hole, as eq. (1) says; train_random.lua takes the whole image.
+    AlexNet has a channel-wise layer there. Both networks step at the same time, each by the
+    gradient of the same forward pass; train.lua steps the discriminator first. For random masks the
+    squared error is over the hole, as eq. (1) says; train_random.lua takes the whole image.
     """
 
     Config = ContextEncoderConfig
@@ -265,9 +265,9 @@ class ContextEncoder(Method):
         return self.discriminator
 
     def loss(self, batch: Batch, progress: Progress) -> LossOutput:
-        """Cut holes, fill them, and score what is in them (eq. (3)).
+        """Remove regions, predict them, and compute the loss (eq. (3)).
 
-        The features are those of the views with their holes.
+        The features are those of the views with holes.
         """
         images = batch.views[0]
         hole = self._hole(images)
@@ -287,8 +287,8 @@ class ContextEncoder(Method):
         loss = self.config.reconstruction_weight * rebuilt
         if self.discriminator is None:
             return LossOutput(loss, features.detach(), metrics)
-        # The discriminator judges what is asked for alone (with the context it would look at the
-        # border of the hole only, sec. 3.2); around random shapes, real and painted are both 0.
+        # The discriminator only sees the predicted region (with context it would only look at the
+        # border of the hole, sec. 3.2); around random shapes, real and generated images are both 0.
         fake = painted * asked
         adversarial = adversarial_loss(_judge_frozen(self.discriminator, fake))
         real_logits = self.discriminator(target * asked)
@@ -330,14 +330,14 @@ class ContextEncoder(Method):
         return _Hole(masked, weight[:, :, start:end, start:end].to(images.dtype), start, side)
 
     def _paint(self, images: Tensor, hole: _Hole) -> tuple[Tensor, Tensor]:
-        """Return the features of the views with holes, and what is painted into the window."""
+        """Return the features of the views with holes, and the prediction for the window."""
         # 0 is the mean colour of normalised views.
         features = self.backbone(images.masked_fill(hole.masked, 0.0))
         return features, self.decoder(self.bottleneck(features), hole.size)
 
     @torch.no_grad()
     def pictures(self, batch: Batch, progress: Progress) -> Mapping[str, ImageGrid]:
-        """Show views, what the network sees of them, and what it paints into the holes."""
+        """Show views, views with holes, and the predictions in the holes."""
         images = batch.views[0]
         hole = self._hole(images)
         _, painted = self._paint(images, hole)
@@ -351,7 +351,7 @@ class ContextEncoder(Method):
 
 
 def _window(images: Tensor, hole: _Hole) -> Tensor:
-    """Return the window of the views that is predicted, ``(N, 3, s, s)``."""
+    """Crop the predicted window from the views, ``(N, 3, s, s)``."""
     inside = slice(hole.start, hole.start + hole.size)
     return images[:, :, inside, inside]
 
@@ -359,7 +359,7 @@ def _window(images: Tensor, hole: _Hole) -> Tensor:
 def _judge_frozen(discriminator: nn.Module, images: Tensor) -> Tensor:
     """Return the discriminator's logits with gradients to the images, not to its parameters.
 
-    Its buffers (batch norm) are copies, so that this pass leaves no trace in it.
+    Its buffers (batch norm) are copied, so that this pass does not change them.
     """
     state = {name: p.detach() for name, p in discriminator.named_parameters()}
     state |= {name: b.clone() for name, b in discriminator.named_buffers()}

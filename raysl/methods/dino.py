@@ -51,7 +51,7 @@ def dino_loss(
     student_temperature: float,
     teacher_temperature: float,
 ) -> Tensor:
-    r"""Cross entropy of the student's view of an image with the teacher's other views of it.
+    r"""Compute the cross entropy of the student's views with the teacher's other views.
 
     .. math::
         \min_\theta \sum_{t} \sum_{s \ne t} H(P_t, P_s), \quad
@@ -95,7 +95,7 @@ def _check_outputs(student: Sequence[Tensor], teacher: Sequence[Tensor], center:
 def _teacher_probs(
     teacher: Sequence[Tensor], center: Tensor, *, temperature: float
 ) -> list[Tensor]:
-    """Center, then sharpen: what the student is to find, ``(N, K)`` a view."""
+    """Center, then sharpen: the student's targets, ``(N, K)`` a view."""
     centred = (at_least_float32(output) - center for output in teacher)
     return [(output / temperature).softmax(dim=1) for output in centred]
 
@@ -129,54 +129,55 @@ class DINOConfig(MethodConfig):
     name: Literal["dino"] = "dino"
     takes_more_views: ClassVar[bool] = True
     num_prototypes: PositiveInt | None = None
-    """K, outputs of the head: 65,536 on ImageNet, 2,048 on CIFAR-10 (lightly's benchmark). null
-    takes the power of two nearest to images / 20, which gives both, within 256 and 65,536."""
+    """K, number of outputs of the head: 65,536 on ImageNet, 2,048 on CIFAR-10 (lightly's
+    benchmark). null takes the power of two nearest to images / 20, which gives both, between 256
+    and 65,536."""
     head_layers: Annotated[int, Field(ge=1, le=8)] = 3
-    """Linear layers before the prototypes (appendix C)."""
+    """Number of linear layers before the prototypes (appendix C)."""
     hidden_dim: PositiveInt = 2048
     """Width of the head's hidden layers."""
     bottleneck_dim: PositiveInt = 256
     """Width before the prototypes."""
     head_batch_norm: bool = False
-    """Batch norm in the head; off, so that a vision transformer has none at all (sec. 3.1)."""
+    """Batch norm in the head; off, so that vision transformers have none at all (sec. 3.1)."""
     norm_last_layer: bool = True
-    """Hold each prototype's length at 1; false learns it: better for small transformers, less
-    stable (the authors' --norm_last_layer)."""
+    """Fix each prototype's length to 1; false learns it: better for small transformers, less stable
+    (the authors' --norm_last_layer)."""
     student_temperature: PositiveFloat = 0.1
     """tau_s of Eq. (1) (sec. 3.2)."""
     teacher_temperature: PositiveFloat | None = None
-    """After its warm-up: 0.04 to 0.07; higher is unstable (appendix D). null goes from 0.04 for
-    50,000 images (lightly's CIFAR-10 benchmark) to 0.07 for ImageNet's (the authors' best runs): on
-    few images a softer target ends in the uniform one."""
+    """Value after its warm-up: 0.04 to 0.07; higher is unstable (appendix D). null goes from 0.04
+    for 50,000 images (lightly's CIFAR-10 benchmark) to 0.07 for ImageNet's (the authors' best
+    runs): on few images a softer target collapses to the uniform one."""
     warmup_teacher_temperature: PositiveFloat = 0.04
-    """At step 0."""
+    """Value at step 0."""
     teacher_temperature_warmup: Duration = Duration(fraction=0.1)
-    """Linear from the one to the other: the authors' 30 epochs of 300."""
+    """Duration of the linear warm-up: the authors' 30 epochs of 300."""
     center_momentum: Probability = 0.9
-    """m of Eq. (4): how much of the center stays at each step."""
+    """m of Eq. (4): share of the center kept at each step."""
     ema_momentum: Probability | None = None
-    """lambda at step 0, how much of the teacher stays at each step. null goes from 0.99 for 50,000
-    images (lightly's CIFAR-10 benchmark) to 0.996 for ImageNet's (sec. 3.1): few images make short
-    epochs, and a teacher that moves too slowly for them teaches its random start. The authors
-    advise more, 0.9995, for ImageNet at batch 256."""
+    """lambda at step 0, the share of the teacher kept at each step. null goes from 0.99 for 50,000
+    images (lightly's CIFAR-10 benchmark) to 0.996 for ImageNet's (sec. 3.1): with few images,
+    epochs are short, and a teacher that moves too slowly teaches its random initialisation. The
+    authors advise a larger value, 0.9995, for ImageNet at batch 256."""
     final_ema_momentum: Probability = 1.0
-    """lambda at the end; half a cosine leads there."""
+    """lambda at the end, approached along half a cosine."""
     freeze_last_layer: Duration = Duration(epochs=1.0)
-    """How long the prototypes stay as they began (the authors' --freeze_last_layer)."""
+    """How long to freeze the prototypes at the start (the authors' --freeze_last_layer)."""
     evaluate_network: Literal["teacher", "student"] = "teacher"
-    """Whose backbone is evaluated and exported; the teacher's is the better one (sec. 5.2)."""
+    """The network to evaluate and export; the teacher is better (sec. 5.2)."""
 
     @property
     def norms_images(self) -> bool:
-        """If it was asked for."""
+        """As configured."""
         return self.head_batch_norm and self.head_layers > 1
 
     def projection_head_layers(self, *, is_vit: bool) -> int:
-        """Return those before the prototypes."""
+        """Return the number of layers before the prototypes."""
         return self.head_layers
 
     def check(self, shape: RunShape) -> None:
-        """Refuse views in the wrong order: the teacher is to see the large ones."""
+        """Reject views in the wrong order: the teacher sees the first two, the large ones."""
         sizes = shape.view_sizes_px
         if max(sizes) > min(sizes[:NUM_LARGE]):
             raise ConfigError(
@@ -185,7 +186,7 @@ class DINOConfig(MethodConfig):
             )
 
     def size_defaults(self, data: TrainingSet) -> Mapping[str, SizeDefault]:
-        """Return prototypes, teacher temperature and momentum where they were left null."""
+        """Return prototypes, teacher temperature and momentum where they are null."""
         images = data.num_images
         power = round(math.log2(max(1.0, images / IMAGES_PER_PROTOTYPE)))
         prototypes = 2 ** min(max(power, 8), 16)
@@ -202,7 +203,7 @@ class DINOConfig(MethodConfig):
 
 
 def _between(images: int, small: float, large: float) -> SizeDefault:
-    """Interpolate in the logarithm of the number of images, between CIFAR's and ImageNet's."""
+    """Interpolate between CIFAR's and ImageNet's value, in the log of the number of images."""
     share = math.log(max(images, 1) / CIFAR_IMAGES) / math.log(IMAGENET_IMAGES / CIFAR_IMAGES)
     value = round(small + (large - small) * min(max(share, 0.0), 1.0), 4)
     return SizeDefault(
@@ -239,7 +240,7 @@ class Head(nn.Module):
 
 
 class Network(nn.Module):
-    """A backbone and its head: a student, or a teacher."""
+    """A backbone and its head: the student or the teacher."""
 
     def __init__(self, backbone: Backbone, head: Head) -> None:
         super().__init__()
@@ -249,7 +250,7 @@ class Network(nn.Module):
     def forward(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return features ``(VN, embed_dim)`` and outputs ``(VN, K)``, in the order of views.
 
-        Neighbouring views of one size go through the backbone together.
+        Consecutive views of equal size pass through the backbone together.
         """
         groups = [list(group) for _, group in groupby(views, key=lambda view: view.shape[-2:])]
         features = torch.cat([self.backbone(torch.cat(group)) for group in groups])
@@ -257,7 +258,7 @@ class Network(nn.Module):
 
 
 class DINO(Method):
-    """A student finds, from any view, what the average of its past selves makes of another."""
+    """A student predicts, from any view, the output of its moving average for another view."""
 
     Config = DINOConfig
     loss_is_mean_over_images = True
@@ -275,10 +276,11 @@ class DINO(Method):
         self.student = Network(backbone, head)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         for module in self.teacher.modules():
-            if isinstance(module, DropPath):  # the authors' teacher drops nothing
+            if isinstance(module, DropPath):  # the authors' teacher has no stochastic depth
                 module.prob = 0.0
         self.register_buffer("center", torch.zeros(num_prototypes))
-        self._teacher_outputs = (torch.zeros(num_prototypes), 0)  # sum, rows: of this step
+        # Sum and number of rows in this step.
+        self._teacher_outputs = (torch.zeros(num_prototypes), 0)
 
     @property
     def encoder(self) -> Backbone:
@@ -288,14 +290,14 @@ class DINO(Method):
 
     @property
     def projection_head(self) -> nn.Sequential:
-        """The layers before the prototypes, of the network that is evaluated."""
+        """The layers before the prototypes, of the evaluated network."""
         teacher = self.config.evaluate_network == "teacher"
         return (self.teacher if teacher else self.student).head.mlp
 
     def temperature_at(self, progress: Progress) -> float:
         """Return the teacher's temperature at a step.
 
-        Departs: It moves at each step, in the authors' code at each epoch.
+        Departs: It changes at each step, in the authors' code at each epoch.
         """
         steps = progress.in_steps(self.config.teacher_temperature_warmup)
         share = min(progress.step / steps, 1.0) if steps else 1.0
@@ -304,7 +306,7 @@ class DINO(Method):
         )
 
     def momentum_at(self, progress: Progress) -> float:
-        """Return how much of the teacher stays at a step (sec. 3.1)."""
+        """Return the share of the teacher kept at a step (sec. 3.1)."""
         end = self.config.final_ema_momentum
         return cosine(progress.step, progress.total_steps, start=self.ema_momentum, end=end)
 
@@ -318,7 +320,7 @@ class DINO(Method):
         targets = _teacher_probs(teacher.split(n), self.center, temperature=cold)
         loss = _cross_entropy(student.split(n), targets, temperature=warm)
         if self.training and torch.is_grad_enabled():
-            total, rows = self._teacher_outputs  # of the parts of the batch so far
+            total, rows = self._teacher_outputs  # over the parts of the batch so far
             self._teacher_outputs = teacher.sum(dim=0) + total.to(teacher), rows + len(teacher)
         metrics: dict[str, Tensor] = {}
         if progress.is_logged:
@@ -330,25 +332,25 @@ class DINO(Method):
 
     @torch.no_grad()
     def _health(self, loss: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Both ways of collapsing: uniform targets, and one prototype for every image."""
+        """Return metrics of both kinds of collapse: uniform targets, and a single prototype."""
         entropy = torch.special.entr(targets).sum(dim=1).mean()
         return {
             "dino/teacher_entropy": entropy,  # log(K): uniform
             "dino/student_teacher_kl": loss - entropy,
-            # From 1, one for all of this worker's images, to the least of K and 2N.
+            # Between 1, one prototype for all images of this worker, and the smaller of K and 2N.
             "dino/prototypes_used": torch.special.entr(targets.mean(dim=0)).sum().exp(),
             "dino/center_norm": self.center.norm(),
         }
 
     def before_optimizer_step(self, progress: Progress) -> None:
-        """Leave the prototypes as they are at first (the authors' --freeze_last_layer)."""
+        """Freeze the prototypes at first (the authors' --freeze_last_layer)."""
         if progress.step < progress.in_steps(self.config.freeze_last_layer):
             for parameter in self.student.head.last_layer.parameters():
                 parameter.grad = None
 
     @torch.no_grad()
     def after_optimizer_step(self, progress: Progress) -> None:
-        """Move the teacher, and the center by the outputs of all workers' images (Eq. (4))."""
+        """Update the teacher, and the center by the outputs for all workers' images (Eq. (4))."""
         ema_update_(self.teacher, self.student, momentum=self.momentum_at(progress))
         total, rows = self._teacher_outputs
         if rows:
@@ -358,7 +360,7 @@ class DINO(Method):
 
     @torch.no_grad()
     def pictures(self, batch: Batch, progress: Progress) -> Mapping[str, ImageGrid]:
-        """Return what each head of the last block looks at, where there are heads."""
+        """Return the attention maps of the heads of the last block; none for other backbones."""
         net = self.encoder.net
         if not isinstance(net, VisionTransformer):
             return {}
@@ -377,7 +379,7 @@ class DINO(Method):
 
 
 def _stretch(maps: Tensor, images: Tensor) -> Tensor:
-    """Spread each map ``(n, maps, S, S)`` over its image's values: ``(n, maps, 3, S, S)`` grey."""
+    """Scale each map ``(n, maps, S, S)`` to its image's range: ``(n, maps, 3, S, S)`` grey."""
     low, high = maps.amin(dim=(2, 3), keepdim=True), maps.amax(dim=(2, 3), keepdim=True)
     share = (maps - low) / (high - low).clamp_min(torch.finfo(maps.dtype).tiny)
     dark, bright = (x.view(-1, 1, 1, 1) for x in (images.amin((1, 2, 3)), images.amax((1, 2, 3))))

@@ -29,13 +29,13 @@ from raysl.nn.geometry import entropy
 from raysl.nn.precision import at_least_float32
 
 _CHANNELS = 3
-_TOLERANCE = 1e-6  # of mean and deviation of the pixels
+_TOLERANCE = 1e-6  # for mean and deviation of the pixels
 
 
 def distillation_loss(
     student: Tensor, teacher: Tensor, *, temperature: float, hard: bool = False
 ) -> Tensor:
-    r"""Cross entropy of the student's predictions and the teacher's.
+    r"""Compute the cross entropy of the student's predictions with the teacher's.
 
     .. math::
         L = -\frac{1}{N} \sum_i \sum_y P^T(y | x_i; \tau) \log P^S(y | x_i; \tau), \quad
@@ -43,9 +43,9 @@ def distillation_loss(
 
     Args:
         student: Logits ``(N, C)``, any float dtype.
-        teacher: Likewise; no gradient goes there.
+        teacher: Likewise; gets no gradient.
         temperature: tau, > 0, of both.
-        hard: Learn the teacher's best class alone (pseudo-labels).
+        hard: Use the teacher's best class as the target (pseudo-labels).
 
     Returns:
         Scalar, float32 (float64 for float64 logits); at least the entropy of the teacher.
@@ -69,7 +69,7 @@ def distillation_loss(
 
 
 def known_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross entropy of the labels that are known, over the batch of all ranks.
+    """Compute the mean cross entropy of the known labels, over the batch of all ranks.
 
     Args:
         logits: ``(N, C)``, any float dtype.
@@ -77,7 +77,7 @@ def known_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
     Returns:
         Scalar whose mean over ranks, which data-parallel training minimises, is the mean over the
-        labelled images of all of them; 0 if there are none.
+        labelled images of all ranks; 0 if there are none.
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits = at_least_float32(logits)
@@ -94,33 +94,33 @@ class DistillConfig(MethodConfig):
     classifies: ClassVar[bool] = True
     files: ClassVar[tuple[str, ...]] = ("teacher",)
     teacher: str | None = None
-    """The folder of a run of method supervised or distill, or its classifier.safetensors. It stays
-    as it is, in evaluation mode."""
+    """The folder of a run of method supervised or distill, or its classifier.safetensors. The
+    teacher is not trained, and runs in evaluation mode."""
     temperature: PositiveFloat = 1.0
     """tau of teacher and student: 0.1 for a student of the same architecture, 1 for a smaller one;
     the paper finds little difference (sec. 3.1)."""
     targets: Literal["soft", "hard"] = "soft"
     """soft: the teacher's probabilities. hard: its best class (pseudo-labels)."""
     distillation_weight: Probability = 1.0
-    """alpha of Eq. (3): 1 uses no labels, the paper's default; below it, those that data.labels
-    lets training see count with 1 - alpha."""
+    """alpha of Eq. (3): 1, the paper's default, uses no labels; below it, the labels that
+    data.labels allows are weighted with 1 - alpha."""
     temperature_squared: bool = False
-    """Multiply the distillation by tau squared, which keeps the size of its gradient where tau
-    changes (Hinton et al. 2015, arXiv:1503.02531v1, sec. 2; so does the authors' notebook, at tau =
-    1). The paper's Eq. (2) does not, and LARS and AdamW hardly notice."""
+    """Multiply the distillation loss by tau squared, which keeps the size of its gradient for any
+    tau (Hinton et al. 2015, arXiv:1503.02531v1, sec. 2; so does the authors' notebook, at tau = 1).
+    The paper's Eq. (2) does not; LARS and AdamW are barely affected."""
 
     @property
     def num_views(self) -> int:
-        """One, which teacher and student both see: a crop and a flip (sec. 3.1)."""
+        """One, seen by teacher and student: a crop and a flip (sec. 3.1)."""
         return 1
 
     @property
     def uses_labels(self) -> bool:
-        """If they count."""
+        """True if they have a weight."""
         return self.distillation_weight < 1
 
     def check(self, shape: RunShape) -> None:
-        """Ask for a teacher."""
+        """Reject settings without a teacher."""
         if self.teacher is None:
             raise ConfigError(
                 "method.teacher: missing; give the folder of a fine-tuned run, such as "
@@ -131,7 +131,7 @@ class DistillConfig(MethodConfig):
 class Distill(EmbeddingMethod):
     """A student, an encoder and a linear classifier, imitates a teacher.
 
-    The teacher is no part of the module: it is in no checkpoint and in no exported file.
+    The teacher is not a submodule: it is in no checkpoint and in no exported file.
     """
 
     Config = DistillConfig
@@ -143,18 +143,18 @@ class Distill(EmbeddingMethod):
             raise ConfigError("method.teacher: missing; give the folder of a fine-tuned run")
         teacher = load_classifier(config.teacher).requires_grad_(False)
         _check_fit(teacher, config.teacher, data)
-        # In a tuple, so that torch does not take it for a part of this module.
+        # In a tuple, so that torch does not register it as a submodule.
         self._teacher = (teacher,)
         self.network = Classifier(backbone, nn.Sequential(), teacher.class_names)
 
     @property
     def teacher(self) -> Classifier:
-        """What the student imitates."""
+        """The teacher."""
         return self._teacher[0]
 
     @property
     def encoder(self) -> Backbone:
-        """The student's, without its classifier."""
+        """The student's encoder, without its classifier."""
         return self.network.encoder
 
     @property
@@ -168,7 +168,7 @@ class Distill(EmbeddingMethod):
         return (self.network.linear,)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Take the teacher along to another device, dtype or memory layout."""
+        """Also move the teacher to another device, dtype or memory layout."""
         self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
@@ -183,10 +183,10 @@ class Distill(EmbeddingMethod):
     def loss_of(
         self, embeddings: tuple[Tensor, ...], batch: Batch, progress: Progress
     ) -> LossOutput:
-        """Weigh the teacher's predictions and the labels.
+        """Combine the losses of the teacher's predictions and of the labels.
 
         Source: Eq. (3). Departs: means over images, where the paper has sums over the two data
-        sets; their ratio is then in the weight.
+        sets; the weight then includes their ratio.
         """
         features, ours, theirs = embeddings
         config = self.config
@@ -207,14 +207,14 @@ class Distill(EmbeddingMethod):
             metrics |= {
                 "distill/agreement": (ours.argmax(1) == theirs.argmax(1)).float().mean(),
                 "distill/teacher_confidence": sure.mean(),
-                # What the loss cannot fall below with soft targets.
+                # Lower bound of the loss with soft targets.
                 "distill/teacher_entropy": entropy(softened),
             }
         return LossOutput(loss, features, metrics)
 
 
 def _check_fit(teacher: Classifier, path: str, data: TrainingSet) -> None:
-    """Refuse a teacher of other classes, or one that was shown pixels in another way."""
+    """Reject a teacher with other classes, or one trained with another normalisation."""
     if data.class_names and list(data.class_names) != teacher.class_names:
         raise ConfigError(
             f"method.teacher={path}: knows the classes {_some(teacher.class_names)}, the training "

@@ -1,19 +1,18 @@
 """Energy-based model: a Boltzmann density over images, its energy a head on the encoder.
 
-Four ways to train p(x) = exp(-E(x)) / Z, whose Z nobody can compute:
+Four ways to train p(x) = exp(-E(x)) / Z with an intractable Z:
 
 - ``mcmc``, maximum likelihood with samples from Langevin chains. Y. Du, I. Mordatch: "Implicit
-  Generation and Modeling with Energy-Based Models", 2019, arXiv:1903.08689v6 (IGEBM);
-  W. Grathwohl et al.: "Your Classifier is Secretly an Energy Based Model and You Should Treat it
-  Like One", 2019, arXiv:1912.03263v3 (JEM).
+  Generation and Modeling with Energy-Based Models", 2019, arXiv:1903.08689v6 (IGEBM); W. Grathwohl
+  et al.: "Your Classifier is Secretly an Energy Based Model and You Should Treat it Like One",
+  2019, arXiv:1912.03263v3 (JEM).
 - ``score_matching``, by denoising, at many noise levels: see :mod:`raysl.nn.score_matching`. As in
   Y. Song, S. Ermon: "Improved Techniques for Training Score-Based Generative Models", 2020,
   arXiv:2006.09011v2, technique 3, the level only scales the model: E(x) / sigma.
-- ``nce``, against a density that is known. M. Gutmann, A. Hyvarinen, 2010 and 2012: see
+- ``nce``, against a known density. M. Gutmann, A. Hyvarinen, 2010 and 2012: see
   :mod:`raysl.nn.noise_contrast`.
-- ``conditional_nce``, against noise that is made of the data and so is near it. C. Ceylan,
-  M. Gutmann: "Conditional Noise-Contrastive Estimation of Unnormalised Models", 2018,
-  arXiv:1806.03664v1: see the same.
+- ``conditional_nce``, against noise derived from the data. C. Ceylan, M. Gutmann: "Conditional
+  Noise-Contrastive Estimation of Unnormalised Models", 2018, arXiv:1806.03664v1: see the same.
 """
 
 import math
@@ -48,7 +47,7 @@ from raysl.nn.score_matching import denoising_score_loss
 from raysl.nn.spectral_noise import SpectralGaussian
 
 _NO_CHAINS = {"training": ("score_matching", "nce", "conditional_nce")}
-_SHOWN_ROWS = 8  # of a picture, at most
+_SHOWN_ROWS = 8  # limit for a picture
 _OF_NOISE, _PERTURBED = ("perturbations", "noise_std_range"), ("mcmc", "conditional_nce")
 
 
@@ -73,21 +72,21 @@ class EBMConfig(MethodConfig):
     )
     name: Literal["ebm"] = "ebm"
     training: Literal["mcmc", "score_matching", "nce", "conditional_nce"] = "mcmc"
-    """How the density is fitted: with samples from Langevin chains, by denoising, by telling data
-    from Gaussian noise of their spectrum, or by telling each image from what ``perturbations``
-    make of it."""
+    """How to fit the density: with samples from Langevin chains, by denoising, by classification
+    against Gaussian noise of the data's spectrum, or of each image against its ``perturbations``.
+    """
     hidden_dim: PositiveInt = 256
     """Width of the energy's head on the features."""
     value_range: tuple[float, float] = (-2.7, 2.7)
-    """Lowest and highest normalised value of a pixel; chains start and stay within. The default is
-    what black and white are with ImageNet's mean and deviation, at most."""
+    """Lowest and highest normalised pixel value; chains stay in this range. The default covers
+    black and white with ImageNet's mean and deviation."""
     langevin_steps: PositiveInt = 20
     """mcmc: steps of each chain in a training step (JEM 20, IGEBM 60)."""
     langevin_step_size: PositiveFloat = 1.0
     """mcmc: factor of the energy's gradient in a step (JEM 1, IGEBM 40)."""
     langevin_max_gradient: PositiveFloat | None = None
-    """mcmc: most of a pixel's gradient in a step, either way; null: no limit (JEM none, IGEBM
-    0.005, so that a step of 40 moves a pixel by a tenth of its range at most)."""
+    """mcmc: bound on the absolute value of a pixel's gradient in a step; null: none (JEM none,
+    IGEBM 0.005, so that a step of 40 moves a pixel by at most a tenth of its range)."""
     langevin_noise_std: NonNegativeFloat = 0.01
     """mcmc: deviation of the noise in a step (JEM and IGEBM 0.01)."""
     input_noise_std: NonNegativeFloat = 0.03
@@ -96,21 +95,21 @@ class EBMConfig(MethodConfig):
     """mcmc: chains in the replay buffer (JEM and IGEBM 10,000). It takes 6 bytes a pixel in memory
     and in every checkpoint: 61 MB for 10,000 images of 32 px."""
     restart_prob: Probability = 0.05
-    """mcmc: probability of a chain to start again from noise (JEM and IGEBM 0.05)."""
+    """mcmc: probability that a chain restarts from noise (JEM and IGEBM 0.05)."""
     restart_from: Literal["noise", "data", "perturbed_data"] = "noise"
     """mcmc: where such a chain starts; data with a restart_prob of 1 is contrastive divergence.
-    perturbed_data: at data that ``perturbations`` were applied to."""
+    perturbed_data: at data changed by ``perturbations``."""
     energy_regularisation: NonNegativeFloat = 0.0
     """mcmc: alpha, weight of squared energies (IGEBM 1, JEM none)."""
     noise_std_range: tuple[PositiveFloat, PositiveFloat] = (0.02, 2.0)
     """score_matching, gaussian perturbations: least and largest deviation of the noise (Song and
     Ermon: 0.01 and 1 for pixels from 0 to 1); an image's is drawn uniformly in its logarithm."""
     perturbations: Annotated[tuple[Perturbation, ...], Field(min_length=1)] = ("gaussian",)
-    """conditional_nce and chains that start from perturbed data: what is done to an image, one of
-    these, each as often. gaussian: noise is added (Ceylan and Gutmann). turn: it is turned by one,
-    two or three quarters. Name one twice to have it more often."""
+    """conditional_nce, and chains from perturbed data: how to change an image; each is equally
+    likely. gaussian: add noise (Ceylan and Gutmann). turn: rotate by one, two or three quarter
+    turns. A repeated name is more likely."""
     num_noise: PositiveInt = 1
-    """nce and conditional_nce: nu or kappa, noise images for one of the data."""
+    """nce and conditional_nce: nu or kappa, number of noise images for each data image."""
 
     @model_validator(mode="after")
     def _ranges_rise(self) -> "EBMConfig":
@@ -128,7 +127,7 @@ class EBMConfig(MethodConfig):
         return 1
 
     def check(self, shape: RunShape) -> None:
-        """Refuse a buffer that cannot give each image of a step a chain of its own."""
+        """Reject a buffer too small for a separate chain for each image of a step."""
         if self.training == "mcmc" and self.buffer_length < shape.global_batch_size:
             raise ConfigError(
                 f"method.buffer_length={self.buffer_length} is shorter than "
@@ -137,25 +136,25 @@ class EBMConfig(MethodConfig):
 
 
 class EBM(Method):
-    """An encoder whose features say how probable an image is.
+    """An encoder whose features determine the density of an image.
 
     The energy is a perceptron on the features with one smooth hidden layer: where the encoder is
     piecewise linear, its biases reach the gradient of the energy, and with it the score, through
-    the curvature of the head alone. It ends without a bias, which no score depends on and which
-    NCE learns as the normaliser.
+    the curvature of the head alone. The last layer has no bias: no score depends on it, and NCE
+    learns it as the normaliser.
 
-    An energy is a function of one image. Batch norm, if there is any, therefore stands still in it
-    and takes its averages from one more pass over the data, never from samples.
+    An energy is a function of one image. Batch norm, if any, is therefore in evaluation mode, and
+    its averages come from an extra pass over the data, never over samples.
 
     Departs:
-        mcmc: JEM's settings, but for a scalar head instead of class scores; samples are kept within
-        the range of pixels, as in IGEBM, whose noise comes before the gradient, not after.
+        mcmc: JEM's settings, with a scalar head instead of class scores; samples are clamped to the
+        range of pixels, as in IGEBM, which adds noise before the gradient step, not after.
         nce: the model is p_n(x) exp(-E(x) - c), relative to the noise's density, so its energy over
-        images is E - log p_n. Else the network would first have to learn log p_n to within a nat:
-        3,610 +- 870 for CIFAR-10 images, 3,150 +- 40 for the noise.
+        images is E - log p_n. Otherwise the network would first have to learn log p_n to within a
+        nat: 3,610 +- 870 for CIFAR-10 images, 3,150 +- 40 for the noise.
         conditional_nce: Gaussian noise of many deviations, as in score matching, and turns: the
-        conditional density of either is symmetric, which is all that the loss asks for. Turns alone
-        fit the ratios of p(x) among the four turns of an image and nothing else.
+        conditional density of either is symmetric, as the loss requires. Turns alone only fit the
+        ratios of p(x) among the four turns of an image.
     """
 
     Config = EBMConfig
@@ -172,7 +171,7 @@ class EBM(Method):
             isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.modules()
         )
         size_px = data.view_sizes_px[0]
-        # A score is as long as the noise, sqrt(D): the head need not grow by that first.
+        # A score has the length of the noise, sqrt(D): the head need not grow to that first.
         self._gain = math.sqrt(3) * size_px if config.training == "score_matching" else 1.0
         self.buffer: ReplayBuffer | None = None
         self.noise: SpectralGaussian | None = None
@@ -199,10 +198,11 @@ class EBM(Method):
             return self.head(at_least_float32(features)).squeeze(1) * self._gain, features
 
     def loss(self, batch: Batch, progress: Progress) -> LossOutput:
-        """Return the loss of the chosen training; features are those of the data it saw."""
+        """Return the loss of the configured training; the features are those of its data."""
         images = batch.views[0]
         if self._has_batch_norm and self.training:
-            self.backbone(images)  # for its averages; with gradients, as autocast keeps its casts
+            # Updates its averages; with gradients, as autocast keeps its casts.
+            self.backbone(images)
         with standing_still(self.backbone):
             if self.buffer is not None:
                 return self._mcmc(images, self.buffer, progress)
@@ -214,7 +214,7 @@ class EBM(Method):
 
     @property
     def _scale(self) -> float:
-        """Normalised values for 1 of the settings, which are for values in [-1, 1]."""
+        """Normalised units for 1 unit of the settings, which assume values in [-1, 1]."""
         low, high = self.config.value_range
         return (high - low) / 2
 
@@ -268,7 +268,7 @@ class EBM(Method):
             return seen[0][0] / sigma
 
         noisy = images + by_row(sigma) * noise
-        with sdpa_kernel(SDPBackend.MATH):  # the others cannot be differentiated twice
+        with sdpa_kernel(SDPBackend.MATH):  # others have no second derivative
             scores = -energy_gradient(energy, noisy, create_graph=torch.is_grad_enabled())
         energies, features = seen[0]
         loss = denoising_score_loss(scores, noise, sigma)
@@ -334,7 +334,7 @@ class EBM(Method):
 
     @torch.no_grad()
     def after_optimizer_step(self, progress: Progress) -> None:
-        """Put the samples of all ranks into the buffer, or their images into the noise's fit."""
+        """Put all ranks' samples into the buffer, or fit the noise to their images."""
         if self.buffer is not None and self._ended is not None:
             starts, samples = self._ended
             self.buffer.put(starts, samples, num_steps=self.config.langevin_steps)
@@ -343,7 +343,7 @@ class EBM(Method):
         self._ended = self._seen = None
 
     def pictures(self, batch: Batch, progress: Progress) -> Mapping[str, ImageGrid]:
-        """Show samples of the chains, images with noise and without it, or data and noise."""
+        """Show samples of the chains, denoised images, or data and noise."""
         with torch.inference_mode(False), standing_still(self.backbone):
             images = batch.views[0].clone()
             if self.buffer is not None:

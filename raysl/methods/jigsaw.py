@@ -3,9 +3,9 @@
 M. Noroozi, P. Favaro: "Unsupervised Learning of Visual Representations by Solving Jigsaw Puzzles",
 2016, arXiv:1603.09246v3. The head for residual networks is that of P. Goyal, D. Mahajan, A. Gupta,
 I. Misra: "Scaling and Benchmarking Self-Supervised Visual Representation Learning", 2019,
-arXiv:1905.01235v2, as VISSL has it (jigsaw_8gpu_resnet.yaml). Or one image made of the shuffled
-tiles: F. M. Carlucci, A. D'Innocente, S. Bucci, B. Caputo, T. Tommasi: "Domain Generalization by
-Solving Jigsaw Puzzles", 2019, arXiv:1903.06864 (JiGen).
+arXiv:1905.01235v2, as VISSL has it (jigsaw_8gpu_resnet.yaml). Optionally, one image made of the
+shuffled tiles: F. M. Carlucci, A. D'Innocente, S. Bucci, B. Caputo, T. Tommasi: "Domain
+Generalization by Solving Jigsaw Puzzles", 2019, arXiv:1903.06864 (JiGen).
 """
 
 import itertools
@@ -38,23 +38,23 @@ from raysl.nn.geometry import entropy
 from raysl.nn.precision import at_least_float32
 
 MIN_TILE_PX = 8
-TILE_SHARE = 64 / 85  # VISSL: tiles of 64 px out of cells of 85; the paper: of 75
+TILE_SHARE = 64 / 85  # VISSL: tiles of 64 px from cells of 85; the paper: of 75
 
 
 @cache
 def distant_permutations(num_tiles: int, num_permutations: int) -> NDArray[np.int64]:
-    """Choose permutations that are far from each other, one after the other.
+    """Choose distant permutations greedily.
 
     The first is drawn; each next one has the largest mean Hamming distance to those before it.
 
     Args:
-        num_tiles: T, at most 9 (all T! candidates are looked at).
+        num_tiles: T, at most 9 (all T! candidates are examined).
         num_permutations: P, at most T!.
 
     Returns:
-        ``(P, T)`` with a permutation of 0 .. T - 1 a row, all different; always the same. The
-        first T rows, the next T, ... have each tile once in each place, unless a permutation that
-        it takes was chosen before.
+        ``(P, T)`` with a permutation of 0 .. T - 1 a row, all different; deterministic. In the
+        first T rows, the next T, ... each tile is once in each slot, unless the required
+        permutation was chosen before.
 
     Source: Algorithm 1.
     Departs: Of candidates with the same mean distance, the one whose nearest chosen permutation is
@@ -65,8 +65,8 @@ def distant_permutations(num_tiles: int, num_permutations: int) -> NDArray[np.in
     candidates = np.fromiter(flat, np.uint8, count * num_tiles).reshape(count, num_tiles)
     candidates = candidates[np.random.default_rng(0).permutation(count)]
     places = np.ascontiguousarray(candidates.T)  # (T, T!)
-    same_as_all = np.zeros(count, np.int32)  # places in common, summed over the chosen
-    same_as_one = np.zeros(count, np.int32)  # with the chosen one that has most in common
+    same_as_all = np.zeros(count, np.int32)  # slots in common, summed over the chosen
+    same_as_one = np.zeros(count, np.int32)  # with the most similar chosen one
     chosen = [0]
     while len(chosen) < num_permutations:
         same = np.zeros(count, np.uint8)
@@ -80,27 +80,28 @@ def distant_permutations(num_tiles: int, num_permutations: int) -> NDArray[np.in
 
 
 def tile_size_px(view_px: int, grid: int) -> int:
-    """Return the side of a tile: a share of its cell, so that neighbours have a gap."""
+    """Return the side of a tile: smaller than its cell, so that neighbours have a gap."""
     return max(1, round(view_px // grid * TILE_SHARE))
 
 
 def cut_tiles(images: Tensor, cells: Tensor, offsets: Tensor, *, grid: int) -> Tensor:
-    """Cut square tiles out of the cells of a grid.
+    """Crop square tiles from the cells of a grid.
 
     Args:
         images: ``(N, C, S, S)``.
-        cells: Which cell each tile is cut from, ``(N, T)`` int64; cells are counted by rows.
-        offsets: Where in its cell each tile lies, down and right, ``(N, T, 2)`` in [0, 1]: 0 is
-            the cell's upper or left end, 1 the lower or right.
+        cells: The cell of each tile, ``(N, T)`` int64, numbered by rows.
+        offsets: Position of each tile in its cell, vertical and horizontal, ``(N, T, 2)`` in [0,
+            1]: 0 is the cell's upper or left end, 1 the lower or right.
         grid: Cells along a side.
 
     Returns:
-        ``(N, T, C, t, t)``, t as :func:`tile_size_px` has it.
+        ``(N, T, C, t, t)``, t from :func:`tile_size_px`.
 
     Raises:
         ShapeError: If the images are not square or too small for the grid.
 
-    Source: Sec. 4, "Implementation details": random gaps keep edges from telling neighbours.
+    Source: Sec. 4, "Implementation details": random gaps prevent recognising neighbours by their
+    edges.
     """
     if images.ndim != 4 or images.shape[2] != images.shape[3] or images.shape[2] < grid:
         raise ShapeError(
@@ -108,7 +109,7 @@ def cut_tiles(images: Tensor, cells: Tensor, offsets: Tensor, *, grid: int) -> T
         )
     cell, tile = images.shape[2] // grid, tile_size_px(images.shape[2], grid)
     starts = torch.stack([cells // grid, cells % grid], dim=2) * cell  # (N, T, 2)
-    # Each of the cell - tile + 1 places has the same share of [0, 1].
+    # Each of the cell - tile + 1 positions has an equal share of [0, 1].
     starts += (offsets * (cell - tile + 1)).long().clamp_max(cell - tile)
     along = torch.arange(tile, device=images.device)
     down = starts[:, :, :1, None] + along[:, None]  # (N, T, t, 1)
@@ -131,7 +132,7 @@ def normalise_tiles(tiles: Tensor) -> Tensor:
 
 
 def mosaic(tiles: Tensor) -> Tensor:
-    """Lay tiles side by side, row by row.
+    """Arrange tiles side by side, row by row.
 
     Args:
         tiles: ``(N, T, C, t, t)``, T a square number.
@@ -146,7 +147,7 @@ def mosaic(tiles: Tensor) -> Tensor:
 
 
 def jigsaw_loss(logits: Tensor, answer: Tensor) -> Tensor:
-    """Cross entropy of the permutation by which the tiles were shuffled.
+    """Compute the cross entropy of the permutation that shuffled the tiles.
 
     Args:
         logits: ``(N, P)``, any float dtype.
@@ -177,29 +178,29 @@ class JigsawConfig(MethodConfig):
     grid: Annotated[int, Field(ge=2, le=3)] = 3
     """Tiles along a side: 3 in the paper; 2 is for small images."""
     num_permutations: PositiveInt | None = None
-    """P, the classes. Null takes the paper's 1,000, or all if there are fewer (24 for grid 2).
-    VISSL has 100, 2,000 and 10,000."""
+    """P, the number of classes. null takes the paper's 1,000, or all if there are fewer (24 for
+    grid 2). VISSL has 100, 2,000 and 10,000."""
     arrangement: Literal["apart", "mosaic"] = "apart"
-    """apart: the encoder sees one tile at a time, and a head all their features (the paper).
-    mosaic: it sees the shuffled tiles side by side, as one image, and so what it will see later,
-    whole images; its features are classified without a head (JiGen)."""
+    """apart: the encoder sees one tile at a time, and a head sees all their features (the paper).
+    mosaic: it sees the shuffled tiles side by side, as one image, which is closer to the whole
+    images it sees later; its features are classified without a head (JiGen)."""
     normalise_tiles: bool = True
     """Give each tile mean 0 and deviation 1 (the paper; JiGen does not)."""
     tile_dim: PositiveInt = 1000
-    """apart: width of a tile's features before they are put side by side (VISSL)."""
+    """apart: width of a tile's features before concatenation (VISSL)."""
 
     @property
     def num_views(self) -> int:
-        """One; the method cuts it."""
+        """One; the method cuts it into tiles."""
         return 1
 
     @property
     def num_classes(self) -> int:
-        """Permutations to tell apart."""
+        """Number of permutations to classify."""
         return self.num_permutations or min(1000, math.factorial(self.grid**2))
 
     def check(self, shape: RunShape) -> None:
-        """Refuse tiles that are too small to show anything, and more permutations than exist."""
+        """Reject tiles too small to be useful, and more permutations than exist."""
         most = math.factorial(self.grid**2)
         if self.num_classes > most:
             raise ConfigError(
@@ -217,11 +218,11 @@ class JigsawConfig(MethodConfig):
 
 
 class Jigsaw(Method):
-    """Tiles of an image: in which of P orders were they shuffled?
+    """Classify in which of P orders the tiles of an image were shuffled.
 
     Departs:
-        mosaic: the tiles keep the gaps of the paper, and every order is drawn as often as any
-        other; JiGen leaves no gaps and keeps most images in order.
+        mosaic: the tiles keep the gaps of the paper, and all orders are equally likely; JiGen has
+        no gaps and keeps most images in order.
     """
 
     Config = JigsawConfig
@@ -234,7 +235,7 @@ class Jigsaw(Method):
         self.backbone = backbone
         tiles, classes = config.grid**2, config.num_classes
         self.register_buffer("permutations", torch.empty(classes, tiles, dtype=torch.int64))
-        if not self.permutations.is_meta:  # to choose them takes seconds
+        if not self.permutations.is_meta:  # the choice takes seconds
             self.permutations.copy_(torch.from_numpy(distant_permutations(tiles, classes)))
         self.tile_head = nn.Sequential()
         width = backbone.embed_dim
@@ -249,11 +250,11 @@ class Jigsaw(Method):
 
     @property
     def encoder(self) -> Backbone:
-        """The backbone that sees tiles or mosaics in training and whole images afterwards."""
+        """The backbone; it sees tiles or mosaics in training and whole images afterwards."""
         return self.backbone
 
     def loss(self, batch: Batch, progress: Progress) -> LossOutput:
-        """Shuffle the tiles of each image by one of P permutations and classify which it was.
+        """Shuffle the tiles of each image by one of P permutations and classify which one.
 
         The features are the mosaic's, or the mean over an image's tiles: no whole image passes
         through the backbone here.
@@ -272,7 +273,7 @@ class Jigsaw(Method):
             metrics = {
                 "jigsaw/accuracy": (guess == answer).float().mean(),
                 "jigsaw/tiles_in_place": placed.float().mean(),
-                # log P while it has no idea.
+                # log P at chance level.
                 "jigsaw/entropy": entropy(logits.softmax(dim=1)),
             }
         return LossOutput(loss, features, metrics)
@@ -297,10 +298,10 @@ class Jigsaw(Method):
 
     @torch.no_grad()
     def pictures(self, batch: Batch, progress: Progress) -> Mapping[str, ImageGrid]:
-        """Show views, their tiles as the network gets them, and as it would put them back."""
+        """Show views, their tiles as the network sees them, and as it would rearrange them."""
         images = batch.views[0]
         n, device = len(images), images.device
-        # No random numbers: permutations from the first Latin squares, tiles amid their cells.
+        # Not random: permutations from the first Latin squares, tiles in the middle of their cells.
         answer = torch.arange(n, device=device) * 7 % len(self.permutations)
         offsets = torch.full((n, self.permutations.shape[1], 2), 0.5, device=device)
         tiles = self._cut(images, answer, offsets)

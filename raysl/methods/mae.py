@@ -31,7 +31,7 @@ MAX_PICTURES = 8
 
 
 def patchify(images: Tensor, *, patch_size: int) -> Tensor:
-    """Cut images into patches, in reading order.
+    """Split images into patches, in reading order.
 
     Args:
         images: ``(N, 3, H, W)``, any dtype.
@@ -57,7 +57,7 @@ def patchify(images: Tensor, *, patch_size: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, *, patch_size: int, rows: int) -> Tensor:
-    """Put patches together again, the inverse of :func:`patchify`.
+    """Reassemble images from patches, the inverse of :func:`patchify`.
 
     Args:
         patches: ``(N, L, P * P * 3)``.
@@ -73,7 +73,7 @@ def unpatchify(patches: Tensor, *, patch_size: int, rows: int) -> Tensor:
 
 
 def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor, *, normalize: bool) -> Tensor:
-    r"""Mean squared error over the patches that were removed.
+    r"""Compute the mean squared error over the removed patches.
 
     .. math::
         L = \frac{1}{\sum_{n,l} m_{nl}} \sum_{n,l} m_{nl} \frac{1}{D} \|\hat x_{nl} - x_{nl}\|^2
@@ -82,11 +82,11 @@ def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor, *, normalize: b
         prediction: ``(N, L, D)``, any float dtype.
         target: The patches, ``(N, L, D)``.
         mask: ``(N, L)``, 1 where a patch was removed, 0 where the encoder saw it.
-        normalize: Take from each target patch its mean and divide by its standard deviation.
+        normalize: Subtract each target patch's mean and divide by its standard deviation.
 
     Returns:
-        Scalar float32 >= 0 (float64 for float64). Predicting 0 for normalised patches gives
-        (D - 1) / D, as their variance is the unbiased one.
+        Scalar float32 >= 0 (float64 for float64). Predicting 0 for normalised patches gives (D - 1)
+        / D, as their variance is the unbiased one.
 
     Raises:
         ShapeError: If the shapes do not fit.
@@ -120,12 +120,12 @@ def _normalised(patches: Tensor) -> Tensor:
 
 
 class Masking(NamedTuple):
-    """Which patches of each image stay."""
+    """The visible and the removed patches of each image."""
 
     visible: Tensor
-    """``(N, T)`` int64: places of the patches that stay, in random order."""
+    """``(N, T)`` int64: indices of the visible patches, in random order."""
     restore: Tensor
-    """``(N, L)`` int64: where each patch stands in the sequence of visible, then removed ones."""
+    """``(N, L)`` int64: each patch's index in the sequence of visible, then removed ones."""
     mask: Tensor
     """``(N, L)`` float32: 1 removed, 0 visible."""
 
@@ -137,10 +137,11 @@ def mask_by_noise(noise: Tensor, *, mask_ratio: float) -> Masking:
         noise: ``(N, L)``, uniform.
         mask_ratio: Share of patches to remove, above 0 and below 1; at least one stays.
 
-    Source: Sec. 3, "Simple implementation"; the number that stays is rounded down, as there.
+    Source: Sec. 3, "Simple implementation"; the number of visible patches is rounded down, as
+    there.
     """
     length = noise.shape[1]
-    # The small number: 100 * (1 - 0.9) is 9.999999999999998.
+    # Guards against rounding: 100 * (1 - 0.9) is 9.999999999999998.
     keep = max(1, int(length * (1 - mask_ratio) + 1e-9))
     order = noise.argsort(dim=1)
     restore = order.argsort(dim=1)
@@ -155,15 +156,15 @@ class MAEConfig(MethodConfig):
     needs_vit: ClassVar[bool] = True
     finetuned_pool: ClassVar[str | None] = "mean_norm"  # the authors' FINETUNE.md: --global_pool
     mask_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.75
-    """Share of patches that are removed (sec. 4.1, fig. 5)."""
+    """Share of patches to remove (sec. 4.1, fig. 5)."""
     normalize_targets: bool = True
-    """Predict each patch's pixels less their mean, over their standard deviation (table 1d)."""
+    """Predict each patch's pixels minus their mean, divided by their deviation (table 1d)."""
     decoder_dim: PositiveInt = 512
     """Width of the decoder, a multiple of 4 and of decoder_heads (table 1b)."""
     decoder_depth: Annotated[int, Field(ge=0)] = 8
     """Blocks of the decoder (table 1a)."""
     decoder_heads: PositiveInt = 16
-    """Attention heads of a block (the authors' models_mae.py)."""
+    """Number of attention heads of a block (the authors' models_mae.py)."""
 
     @model_validator(mode="after")
     def _width_fits(self) -> "MAEConfig":
@@ -181,7 +182,7 @@ class MAEConfig(MethodConfig):
 
 
 class Decoder(nn.Module):
-    """Small transformer that sees all places: encoded patches, and one token for what is missing.
+    """A small transformer over all patches, with a mask token for each removed one.
 
     Args:
         config: Its size.
@@ -230,7 +231,7 @@ class Decoder(nn.Module):
         return self.predict(self.norm(everything))[:, 1:]  # type: ignore[no-any-return]
 
     def _positions_of(self, rows: int, columns: int) -> Tensor:
-        """Return positions on the device; they follow from the size, so nothing saves them."""
+        """Return positions on the device; computed from the size, so they are not saved."""
         device = self.mask_token.device
         known = self._positions.get((rows, columns))
         if known is None or known.device != device:
@@ -240,15 +241,14 @@ class Decoder(nn.Module):
 
 
 def _take(tokens: Tensor, places: Tensor) -> Tensor:
-    """Return each image's tokens at its places: ``(N, L, D)``, ``(N, T)`` to ``(N, T, D)``."""
+    """Gather each image's tokens by index: ``(N, L, D)``, ``(N, T)`` to ``(N, T, D)``."""
     return tokens.gather(1, places[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
 class MAE(Method):
-    """An encoder of few patches and a decoder of all rebuild the pixels of the rest.
+    """An encoder of few patches and a decoder of all predict the pixels of the removed ones.
 
-    Departs: The encoder begins as its own configuration says; the authors' begins as with
-        backbone.init mae.
+    Departs: The encoder is initialised as configured; the authors' as with backbone.init mae.
     """
 
     Config = MAEConfig
@@ -278,7 +278,7 @@ class MAE(Method):
         return net
 
     def loss(self, batch: Batch, progress: Progress) -> LossOutput:
-        """Return the error of the removed patches; which those are is random for each image."""
+        """Return the error on the removed patches, which are random for each image."""
         images = batch.views[0]
         target = patchify(images, patch_size=self.transformer.patch_size_px)
         noise = torch.rand(target.shape[:2], device=images.device)
@@ -313,7 +313,7 @@ class MAE(Method):
     def _health(
         self, loss: Tensor, prediction: Tensor, target: Tensor, mask: Tensor
     ) -> dict[str, Tensor]:
-        """Say how much better than a flat grey it is, and whether it differs by place and image."""
+        """Return the improvement over constant grey, and the variation over patches and images."""
         wanted = at_least_float32(target)
         if self.config.normalize_targets:
             wanted = _normalised(wanted)
@@ -334,7 +334,7 @@ class MAE(Method):
 
     @torch.no_grad()
     def pictures(self, batch: Batch, progress: Progress) -> Mapping[str, ImageGrid]:
-        """Return images, what the encoder saw of them, and what the decoder made of that."""
+        """Show images, what the encoder saw of them, and the decoder's prediction."""
         images = batch.views[0][:MAX_PICTURES].float()
         size = self.transformer.patch_size_px
         patches = patchify(images, patch_size=size)

@@ -29,18 +29,18 @@ from raysl.nn.precision import at_least_float32
 
 
 def margin_loss(z0: Tensor, z1: Tensor, dissimilar: Tensor, *, margin: float) -> Tensor:
-    r"""Draw similar pairs together, push dissimilar ones apart until a margin lies between them.
+    r"""Attract similar pairs, and repel dissimilar ones up to a distance, the margin.
 
     .. math::
         L(Y, d) = (1 - Y) \tfrac{1}{2} d^2 + Y \tfrac{1}{2} \max(0, m - d)^2, \qquad
         d = \lVert z_0 - z_1 \rVert_2
 
     Args:
-        z0: One embedding of each pair, ``(N, D)``, any float dtype, used as it is.
+        z0: One embedding of each pair, ``(N, D)``, any float dtype, not normalised here.
         z1: The other embedding, same shape.
         dissimilar: Y, ``(N,)`` of 0 (similar) or 1 (dissimilar), any dtype.
-        margin: m, > 0, in the units of the embeddings: dissimilar pairs that are further apart
-            have no gradient.
+        margin: m, > 0, in the units of the embeddings: dissimilar pairs that are further apart have
+            no gradient.
 
     Returns:
         Scalar >= 0, the mean over pairs; float32, or float64 if given that. Pairs at distance 0
@@ -62,7 +62,7 @@ def margin_loss(z0: Tensor, z1: Tensor, dissimilar: Tensor, *, margin: float) ->
 
 
 def _distance(z0: Tensor, z1: Tensor) -> Tensor:
-    """Return Euclidean distances of the rows; torch gives this norm the gradient 0 at 0."""
+    """Return Euclidean distances of the rows; torch defines this norm's gradient at 0 as 0."""
     distance: Tensor = torch.linalg.vector_norm(at_least_float32(z0) - at_least_float32(z1), dim=-1)
     return distance
 
@@ -79,25 +79,25 @@ class MarginConfig(MethodConfig):
     idle: ClassVar[tuple[Idle, ...]] = (Idle(("hidden_dim",), {"projection_layers": (1,)}),)
     name: Literal["margin"] = "margin"
     margin: PositiveFloat = 1.0
-    """m of Eq. (4), a distance: dissimilar pairs further apart than this are left alone. On the
-    unit sphere at most 2; directions at random lie sqrt(2) apart."""
+    """m of Eq. (4), a distance: dissimilar pairs further apart have no loss. On the unit sphere at
+    most 2; random directions are sqrt(2) apart."""
     normalize: bool = False
-    """Put embeddings on the unit sphere. The paper does not: its distances are free, and the margin
-    alone sets their scale."""
+    """Put embeddings on the unit sphere. The paper does not: its distances are unbounded, and only
+    the margin sets their scale."""
     pairs: Literal["views", "labels"] = "views"
-    """Which of the drawn pairs are similar. views: none, only two views of one image are. labels:
-    also two images of one class (the paper's neighbours, sec. 2); an image of unknown class is
-    similar to itself alone. Needs a source with labels."""
+    """Which of the drawn pairs are similar. views: only two views of one image. labels: also two
+    images of one class (the paper's neighbours, sec. 2); an image of unknown class is only similar
+    to itself. Needs a source with labels."""
     num_others: PositiveInt = 8
-    """Other images of the batch, of all workers', that each image is paired with; besides, its two
-    views are a pair. The loss is the mean over all pairs, so this also is how much dissimilar
-    pairs weigh. The paper's digits have 5 similar partners and all others as dissimilar ones."""
+    """Number of other images of the global batch that each image is paired with, in addition to the
+    pair of its two views. The loss is the mean over all pairs, so this also sets the weight of
+    dissimilar pairs. The paper's digits have 5 similar partners, and all others are dissimilar."""
     projection_layers: Annotated[int, Field(ge=1, le=8)] = 2
-    """Linear layers of the head that makes embeddings; 1 is the paper's, a last linear layer."""
+    """Number of linear layers of the head; 1 is the paper's, a last linear layer."""
     hidden_dim: PositiveInt | None = None
     """Width of the head's hidden layers; null takes the encoder's width."""
     projection_dim: PositiveInt = 128
-    """Width of embeddings; 2 or 3 in the paper, which draws them."""
+    """Width of embeddings; 2 or 3 in the paper, which plots them."""
 
     @property
     def uses_labels(self) -> bool:
@@ -105,11 +105,11 @@ class MarginConfig(MethodConfig):
         return self.pairs == "labels"
 
     def projection_head_layers(self, *, is_vit: bool) -> int:
-        """Return those of the projector."""
+        """Return the number of layers of the projector."""
         return self.projection_layers
 
     def check(self, shape: RunShape) -> None:
-        """Refuse more partners than a batch has, and a margin that no pair can keep."""
+        """Reject more partners than a batch has, and a margin that no pair can reach."""
         if self.num_others >= shape.global_batch_size:
             raise ConfigError(
                 f"method.num_others={self.num_others}: an image has "
@@ -124,7 +124,7 @@ class MarginConfig(MethodConfig):
 
 
 class Margin(SiameseMethod):
-    """Two views of an image attract each other, other images repel as far as the margin."""
+    """Attract two views of an image, and repel other images up to a margin."""
 
     Config = MarginConfig
     norms_views_together: ClassVar[bool] = True
@@ -139,11 +139,11 @@ class Margin(SiameseMethod):
             config.hidden_dim or backbone.embed_dim,
             config.projection_dim,
             num_layers=config.projection_layers,
-            batch_norm=False,  # it would set the scale of distances, which is the margin's part
+            batch_norm=False,  # would fix the scale of distances, which the margin sets
         )
         last = projector[-1]
         assert isinstance(last, nn.Linear)
-        nn.init.zeros_(last.bias)  # distances do not see where the origin is
+        nn.init.zeros_(last.bias)  # distances do not depend on the origin
         last.bias.requires_grad_(False)
         super().__init__(config, backbone, data, projector=projector)
         self.config = config
@@ -178,15 +178,15 @@ class Margin(SiameseMethod):
 
 
 def _partners(n: int, num_others: int, *, generator: torch.Generator) -> Tensor:
-    """Draw different other images for each image of this rank, equal parts of all ranks' batch.
+    """Draw distinct partners, from all ranks' batch, for each image of this rank.
 
-    All images are put into a random circle, where each one's partners come next: a partner is never
-    the image itself, none comes twice, and who is drawn does not depend on the number of ranks.
+    All images are arranged in a random circle, and an image's partners are the next ones. So no
+    partner is the image itself or repeated, and the draw does not depend on the number of ranks.
 
     Args:
         n: N, images of this rank.
         num_others: Partners of an image; fewer if there are not so many.
-        generator: Random numbers that all ranks share.
+        generator: Generator in the same state on all ranks.
 
     Returns:
         ``(N, K)`` rows of the batch of all ranks.
@@ -202,7 +202,7 @@ def _partners(n: int, num_others: int, *, generator: torch.Generator) -> Tensor:
 
 
 def _health(distance: Tensor, dissimilar: Tensor, config: MarginConfig) -> dict[str, Tensor]:
-    """Return mean distances of both kinds of pairs, and how many of the pushed ones are too near.
+    """Return mean distances of both kinds of pairs, and the share of dissimilar ones too close.
 
     Both means near 0, and a share of 1, are a collapse.
     """

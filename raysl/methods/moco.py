@@ -35,7 +35,7 @@ from raysl.nn.heads import projection_mlp
 
 
 def info_nce_loss(query: Tensor, key: Tensor, queue: Tensor, *, temperature: float) -> Tensor:
-    r"""Cross entropy of a query's own key against the keys of a queue.
+    r"""Compute the cross entropy of a query's own key against the keys of a queue.
 
     .. math::
         L_q = -\log \frac{\exp(q \cdot k_+/\tau)}
@@ -60,7 +60,7 @@ def info_nce_loss(query: Tensor, key: Tensor, queue: Tensor, *, temperature: flo
 
 
 def _info_nce(query: Tensor, key: Tensor, negatives: Tensor, *, temperature: float) -> Contrast:
-    """Contrast queries and their keys, not normalised, with negatives of length 1."""
+    """Compare queries and keys, not normalised, with negatives of length 1."""
     fits = query.ndim == 2 and query.shape == key.shape and negatives.ndim == 2
     if not fits or negatives.shape[1] != query.shape[1]:
         raise ShapeError(
@@ -85,31 +85,31 @@ class MoCoConfig(MethodConfig):
     projection_dim: PositiveInt = 128
     """Width of queries and keys."""
     queue_length: PositiveInt | None = None
-    """K, the negatives, in keys; null takes the paper's 65,536, or as many as there are images if
-    they are fewer. More than the images is refused, as old keys of the query's own image would be
-    among its negatives. It need not be a multiple of the batch."""
+    """K, number of negative keys; null takes the paper's 65,536, or the number of images if it is
+    smaller. A longer queue than that is rejected: it would hold old keys of the query's own image
+    as negatives. It need not be a multiple of the batch."""
     ema_momentum: Probability = 0.999
-    """m of Eq. (2): how much of the key encoder stays at each step."""
+    """m of Eq. (2): share of the key encoder kept at each step."""
     shuffle_batch_norm: bool = True
-    """Give the key encoder the images in another order over all workers (sec. 3.3), so that batch
-    norm statistics do not tell which key belongs to which query. It matters with batch norm over
-    each worker's own images (on several workers) or over splits; not with sync."""
+    """Shuffle the key encoder's images over all workers (sec. 3.3), so that batch norm statistics
+    do not reveal which key belongs to which query. Relevant if batch norm is over each worker's own
+    images (on several workers) or over splits; not with sync."""
     symmetric: bool = False
-    """Also use view 1 as the query and view 0 as the key, and take the mean: twice the work a step.
-    The authors' CIFAR-10 demonstration adds both up instead, which under SGD is this with twice
-    their learning rate and half their weight decay."""
+    """Also use view 1 as the query and view 0 as the key, and take the mean: twice the work for a
+    step. The authors' CIFAR-10 demonstration takes the sum instead, which under SGD equals the mean
+    with twice their learning rate and half their weight decay."""
 
     @property
     def keys_per_image(self) -> int:
-        """Keys that an image gives at a step."""
+        """Number of keys of an image in a step."""
         return 2 if self.symmetric else 1
 
     def projection_head_layers(self, *, is_vit: bool) -> int:
-        """Return 1 or 2, as the paper's version has it."""
+        """Return 1 or 2, depending on the paper's version."""
         return 1 if self.head == "linear" else 2
 
     def check(self, shape: RunShape) -> None:
-        """Refuse a queue shorter than the keys of one step."""
+        """Reject a queue shorter than the keys of one step."""
         if self.queue_length is not None:
             check_queue_length(
                 "method.queue_length",
@@ -118,7 +118,7 @@ class MoCoConfig(MethodConfig):
             )
 
     def size_defaults(self, data: TrainingSet) -> Mapping[str, SizeDefault]:
-        """Let the queue be as long as the paper's, and at most the data set."""
+        """Use the paper's queue length, limited to the size of the data set."""
         if self.queue_length is not None:
             return {}
         return {"queue_length": at_most_dataset(_PAPER_QUEUE, data)}
@@ -140,7 +140,7 @@ class MoCoConfig(MethodConfig):
 
 
 class MoCo(Method):
-    """A query encoder learns to find its key, made by its moving average, in a queue of keys."""
+    """A query encoder learns to find its key, by its moving average, in a queue of keys."""
 
     Config = MoCoConfig
 
@@ -223,7 +223,7 @@ class MoCo(Method):
 
     @torch.no_grad()
     def after_optimizer_step(self, progress: Progress) -> None:
-        """Move the key encoder (Eq. (2)) and put all ranks' keys into the queue."""
+        """Update the key encoder (Eq. (2)) and put all ranks' keys into the queue."""
         ema_update_(self.key_encoder, self.query_encoder, momentum=self.config.ema_momentum)
         assert self._new_keys is not None
         self.queue.put(gather_batch_no_grad(self._new_keys), step=progress.step)

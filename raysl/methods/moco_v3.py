@@ -32,16 +32,16 @@ from raysl.nn.vit import VisionTransformer
 
 
 def moco_v3_loss(query: Tensor, key: Tensor, *, temperature: float) -> Tensor:
-    r"""InfoNCE over the keys of all ranks, times 2 tau, in one order of the views.
+    r"""Compute InfoNCE over the keys of all ranks, times 2 tau, for one order of the views.
 
     .. math::
         L_q = -2 \tau \log \frac{\exp(q \cdot k^+/\tau)}
                                 {\exp(q \cdot k^+/\tau) + \sum_{k^-} \exp(q \cdot k^-/\tau)}
 
     Args:
-        query: Of one view, ``(N, D)``, any float dtype, not normalised.
-        key: Of the other view, same shape on every rank, not normalised; row i comes from the same
-            image as ``query[i]``. No gradient goes into it.
+        query: Queries of one view, ``(N, D)``, any float dtype, not normalised.
+        key: Keys of the other view, same shape on every rank, not normalised; row i comes from the
+            same image as ``query[i]``. It gets no gradient.
         temperature: Tau, > 0.
 
     Returns:
@@ -57,7 +57,7 @@ def moco_v3_loss(query: Tensor, key: Tensor, *, temperature: float) -> Tensor:
 
 
 def _compare(query: Tensor, key: Tensor, *, temperature: float) -> Contrast:
-    """Return InfoNCE, not yet times 2 tau, and how often a query's own key is the nearest."""
+    """Return InfoNCE without the factor 2 tau, and how often a query's own key is the nearest."""
     if query.ndim != 2 or query.shape != key.shape:
         raise ShapeError(
             f"query and key must both be (N, D); got {tuple(query.shape)}, {tuple(key.shape)}"
@@ -77,28 +77,28 @@ class MoCoV3Config(MethodConfig):
     temperature: PositiveFloat = 0.2
     """Tau: 0.2 for vision transformers, 1.0 for ResNet-50 (the authors' CONFIG.md)."""
     projection_layers: Annotated[int, Field(ge=1, le=8)] | None = None
-    """Linear layers of the projector; null takes 3 for a vision transformer and 2 for others, as
-    the authors' code."""
+    """Number of linear layers of the projector; null takes 3 for a vision transformer and 2 for
+    others, as in the authors' code."""
     hidden_dim: PositiveInt = 4096
     """Width of the hidden layers of projector and predictor."""
     projection_dim: PositiveInt = 256
     """Width of queries and keys."""
     ema_momentum: Probability = 0.99
-    """m: how much of the key encoder stays at the first step; 0.996 for 1,000 epochs of ImageNet
-    with ResNet-50 (the authors' CONFIG.md)."""
+    """m: share of the key encoder kept at the first step; 0.996 for 1,000 epochs of ImageNet with
+    ResNet-50 (the authors' CONFIG.md)."""
     final_ema_momentum: Probability = 1.0
-    """m at the end of the run, reached along half a cosine."""
+    """m at the end of the run, approached along half a cosine."""
     freeze_patch_projection: bool = True
-    """Leave a vision transformer's patch projection as it was drawn, which keeps training stable
+    """Freeze a vision transformer's patch projection at its initialisation, for stable training
     (sec. 4.2). Nothing is frozen in other backbones."""
 
     @property
     def norms_images(self) -> bool:
-        """Always."""
+        """True."""
         return True
 
     def projection_head_layers(self, *, is_vit: bool) -> int:
-        """Return those of the projector."""
+        """Return the number of layers of the projector."""
         return self.projection_layers or (3 if is_vit else 2)
 
 
@@ -110,10 +110,10 @@ class MoCoV3(EmbeddingMethod):
     sync.
 
     Departs: Whether the predictor ends in batch norm follows the backbone, as in the authors' code
-        (a vision transformer's does, a ResNet's does not), not the paper, which knows one design.
-        A transformer's weights and positions are drawn as its own configuration says; theirs are
-        backbone.init moco_v3 and backbone.positions sincos. Their AdamW decays biases and norms,
-        too: optim.decay_bias_and_norm.
+        (a vision transformer's does, a ResNet's does not), not the paper, which describes one
+        design. A transformer's weights and positions are initialised as configured; theirs are
+        backbone.init moco_v3 and backbone.positions sincos. Their AdamW also decays biases and
+        norms: optim.decay_bias_and_norm.
     """
 
     Config = MoCoV3Config
@@ -179,14 +179,14 @@ class MoCoV3(EmbeddingMethod):
         return LossOutput(loss, features, metrics)
 
     def after_optimizer_step(self, progress: Progress) -> None:
-        """Move the key encoder: theta_k becomes m theta_k + (1 - m) theta_q."""
+        """Update the key encoder: theta_k becomes m theta_k + (1 - m) theta_q."""
         ema_update_(self.key_encoder, self.query_encoder, momentum=self._momentum(progress))
 
     def _momentum(self, progress: Progress) -> float:
         """Return m of the update that follows this step.
 
-        The authors' code moves the key encoder at the start of a step, before the keys are made;
-        that is the end of the step before, with the momentum of the step to come.
+        The authors' code updates the key encoder at the start of a step, before the keys are
+        computed; that equals the end of the previous step, with the momentum of the next one.
         """
         return cosine(
             progress.step + 1,

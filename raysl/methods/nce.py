@@ -37,11 +37,10 @@ from raysl.nn.precision import at_least_float32
 
 NUM_NOISE = 4096  # Wu et al., secs. 4.1 and 4.2
 FULL_PRODUCT = 16
-"""Rows of the bank for each noise sample up to which the product of the batch with the whole bank
-is the quicker and smaller way to the logits of the sampled rows."""
+"""Rows of the bank for each noise sample up to which the product with the whole bank is faster."""
 MOMENT_MOMENTUM = 0.99
 ISOTROPIC_SHARE = 0.05
-"""Share of the uniform direction in the Gaussian noise, so that it has a density everywhere."""
+"""Share of the uniform direction in the Gaussian noise, for a density everywhere."""
 
 
 def nce_loss(
@@ -52,14 +51,14 @@ def nce_loss(
     noise_log_noise: Tensor,
     num_noise: float,
 ) -> Tensor:
-    r"""Binary classification of data against samples of a known noise distribution.
+    r"""Classify data against samples of a known noise distribution.
 
     .. math::
         J = -\frac{1}{N} \sum_i \Big[ \log h(x_i) + \sum_{k=1}^{K} \log(1 - h(y_{ik})) \Big],
         \qquad h(x) = \frac{p_m(x)}{p_m(x) + \nu p_n(x)}
 
     Args:
-        data_logits: log p_m of the data: the log of the unnormalised model less that of its
+        data_logits: log p_m of the data: the log of the unnormalised model minus that of its
             normaliser, ``(N,)``.
         noise_logits: Likewise of each datum's K noise samples, ``(N, K)``.
         data_log_noise: log p_n, the noise distribution, of the data, ``(N,)``.
@@ -75,8 +74,8 @@ def nce_loss(
 
     Source: Wu et al., Eqs. (6) and (7); Gutmann and Hyvarinen 2012, Eq. (8). Logits are float32
     also under autocast.
-    Departs: Of the sum over noise; Wu et al. write m times an expectation, and sum in their code.
-        No 1e-7 in denominators, which that code needs as it leaves the log domain.
+    Departs: A sum over noise; Wu et al. write m times an expectation, and sum in their code. No
+        1e-7 in denominators, which that code needs outside of the log domain.
     """
     return noise_contrastive_loss(
         data_logits,
@@ -95,39 +94,39 @@ class NCEConfig(MethodConfig):
     temperature: PositiveFloat = 0.07
     """Tau of Eq. (2): 0.07 for ImageNet (sec. 4.2), 0.1 for CIFAR-10 in the authors' code."""
     num_noise: PositiveInt | None = None
-    """m of Eq. (6), noise samples an image; null takes 4,096 (sec. 4.1), at most as many as there
-    are images."""
+    """m of Eq. (6), number of noise samples an image; null takes 4,096 (sec. 4.1), at most the
+    number of images."""
     noise: Literal["uniform", "labels", "gaussian"] = "uniform"
-    """Where noise comes from. uniform: any row of the bank (the paper). labels: a class by its
-    number of images to :attr:`class_power`, then any row of it; rows whose class is not known yet
-    (a label is learnt when its image is first seen) or at all have the mean weight. gaussian: the
-    directions of a Gaussian with zero mean and the second moments of recent embeddings; its samples
-    are not rows of the bank but points of the sphere, shared by a worker's images."""
+    """Distribution of noise. uniform: any row of the bank (the paper). labels: a class by its
+    number of images to :attr:`class_power`, then any row of it; rows of unknown class (a label is
+    learnt when its image is first seen) have the mean weight. gaussian: directions of a Gaussian
+    with zero mean and the second moments of recent embeddings; samples are points on the sphere,
+    not rows of the bank, and are shared by a worker's images."""
     class_power: Probability = 0.75
-    """With ``noise: labels``: 1 is uniform over images, 0 over classes; 0.75 as for the unigrams of
-    word2vec (Mikolov et al. 2013, arXiv:1310.4546v1, sec. 2.2)."""
+    """With ``noise: labels``: 1 is uniform over images, 0 over classes; 0.75 as for word2vec's
+    unigrams (Mikolov et al. 2013, arXiv:1310.4546v1, sec. 2.2)."""
     normalizer: Literal["first_batch", "learned", "exact"] = "first_batch"
     """Z of Eq. (4). first_batch: estimated once and kept (Eq. (8)). learned: log Z is a parameter
-    (Gutmann and Hyvarinen). exact: the sum over the whole bank for each image, which NCE is there
-    to avoid but the steadiest in short runs; with ``noise: gaussian`` a constant known in closed
-    form."""
+    (Gutmann and Hyvarinen). exact: the sum over the whole bank for each image, which NCE is meant
+    to avoid, but the most stable in short runs; with ``noise: gaussian`` a constant in closed form.
+    """
     bank_momentum: Probability = 0.5
-    """How much of an image's row stays when it is seen again (the authors' code; the paper
-    replaces it). When it is first seen its random row is replaced."""
+    """Share of an image's row kept when it is seen again (the authors' code; the paper replaces
+    it). The first embedding replaces the random row."""
     proximal_weight: NonNegativeFloat = 0.0
-    """Lambda of Eq. (10): how strongly an embedding is held to its image's row, once that has been
+    """Lambda of Eq. (10): weight of the distance between an embedding and its image's row, once
     seen; the authors' code has none."""
     head: Literal["linear", "mlp"] = "linear"
     """linear as in the paper; mlp has a hidden layer with ReLU."""
     head_batch_norm: bool = False
-    """Batch norm after each linear layer, so that embeddings of all images have mean 0 from the
-    start; the paper has none. It helps short runs: untrained embeddings lie in a narrow cone."""
+    """Batch norm after each linear layer, which centres embeddings from the start; the paper has
+    none. It helps short runs: untrained embeddings are in a narrow cone."""
     projection_dim: PositiveInt = 128
     """D, width of embeddings and of the bank."""
 
     @property
     def norms_images(self) -> bool:
-        """If it was asked for."""
+        """As configured."""
         return self.head_batch_norm
 
     @property
@@ -141,11 +140,11 @@ class NCEConfig(MethodConfig):
         return self.noise == "labels"
 
     def projection_head_layers(self, *, is_vit: bool) -> int:
-        """Return those of the projector."""
+        """Return the number of layers of the projector."""
         return 1 if self.head == "linear" else 2
 
     def check(self, shape: RunShape) -> None:
-        """Refuse a sphere of one dimension, which has no directions."""
+        """Reject a sphere of one dimension, which has no directions."""
         if self.projection_dim == 1:
             raise ConfigError("method.projection_dim=1: the sphere of 1 dimension is two points")
 
@@ -155,7 +154,7 @@ class NCEConfig(MethodConfig):
 
 
 class _Noise(NamedTuple):
-    """Noise of one step; densities are relative to the same measure as the model's."""
+    """The noise of one step; densities are relative to the same measure as the model's."""
 
     logits: Tensor  # (N, K): cosine over temperature
     log_noise: Tensor  # (N, K)
@@ -163,7 +162,7 @@ class _Noise(NamedTuple):
 
 
 class NCE(EmbeddingMethod):
-    """Each image is a class of its own, told from noise by its row in a memory bank.
+    """Treat each image as a class of its own, distinguished from noise by its memory bank row.
 
     The model of an image with embedding v is p(i | v) = exp(v . bank[i] / temperature) / Z over the
     rows of the bank or, with Gaussian noise, the density p(u | v) = exp(v . u / temperature) / Z
@@ -173,8 +172,9 @@ class NCE(EmbeddingMethod):
     on each device and in each checkpoint.
 
     Departs: The authors' code starts rows as random vectors of about unit length and mixes them
-        into the first embedding; ours have unit length, as in the paper, and are replaced. It has
-        the data in the mean that estimates Z; ours is importance sampling, from the noise alone.
+        into the first embedding; ours have unit length, as in the paper, and are replaced. It
+        includes the data in the mean that estimates Z; ours is importance sampling from the noise
+        alone.
     """
 
     Config = NCEConfig
@@ -206,7 +206,7 @@ class NCE(EmbeddingMethod):
             self.register_buffer("class_weight", weight, persistent=False)
         if config.noise == "gaussian":
             self.register_buffer("second_moment", torch.eye(dim) / dim)
-        # What random rows give; the start of a learnt one.
+        # Value for random rows; the start of a learnt one.
         log_z = log_mean_exp_on_sphere(dim, 1 / config.temperature)
         if config.noise != "gaussian":
             log_z += math.log(data.num_images)
@@ -271,7 +271,7 @@ class NCE(EmbeddingMethod):
         return LossOutput(loss, features, metrics)
 
     def _rows(self, v: Tensor, batch: Batch) -> _Noise:
-        """Draw rows of the bank for each image; densities are relative to counting rows."""
+        """Draw rows of the bank for each image; densities are relative to the counting measure."""
         n, m = len(v), self.num_noise
         weight = self._row_weight()
         if weight is None:
@@ -292,10 +292,10 @@ class NCE(EmbeddingMethod):
         return _Noise(logits / self.config.temperature, log_noise, data_log_noise)
 
     def _row_weight(self) -> Tensor | None:
-        """Return how likely each row is as noise, times a constant; None if all are alike."""
+        """Return the weight of each row as noise, up to a constant; None if all are equal."""
         if self.config.noise == "uniform":
             return None
-        # The last weight, at -1, is that of rows whose class is not known.
+        # The last weight, at -1, is for rows of unknown class.
         return self.class_weight[self.bank_label]
 
     def _gaussian(self, v: Tensor, own: Tensor) -> _Noise:
@@ -319,7 +319,7 @@ class NCE(EmbeddingMethod):
         return _Noise(v @ u.T / self.config.temperature, log_noise, log_density(own))
 
     def _log_normalizer(self, v: Tensor, noise: _Noise) -> Tensor:
-        """Return log Z: a scalar, or one an image if it is summed exactly."""
+        """Return log Z: a scalar, or one value an image if it is summed exactly."""
         config = self.config
         if config.normalizer == "exact" and config.noise != "gaussian":
             return log_sum_exp(v, self.bank.to(v.dtype), temperature=config.temperature)
@@ -335,14 +335,14 @@ class NCE(EmbeddingMethod):
         return self.log_normalizer.to(v.dtype)
 
     def _age_epochs(self, progress: Progress) -> Tensor:
-        """Return how long ago rows that have been seen were written, on average."""
+        """Return the mean age of the rows that have been seen, in epochs."""
         seen = self.bank_step >= 0
         age = (progress.step - self.bank_step) * seen
         return age.sum() / seen.sum().clamp_min(1) / progress.steps_per_epoch
 
     @torch.no_grad()
     def after_optimizer_step(self, progress: Progress) -> None:
-        """Move the rows of all ranks' images, and what is known of them."""
+        """Update the rows of all ranks' images, and their metadata."""
         assert self._new is not None
         index, v, labels = self._new
         self._new = None
@@ -361,10 +361,10 @@ class NCE(EmbeddingMethod):
 
 
 def _class_weight(data: TrainingSet, *, power: float) -> Tensor:
-    """Return how likely a row of each class is as noise, and last the mean of all rows, (C + 1,).
+    """Return the noise weight of a row by its class, and last the mean of all rows, (C + 1,).
 
-    A class is drawn with its count to ``power`` and then one of its rows, so a row's weight is the
-    count to ``power - 1``; float64, since many of them are summed.
+    A class is drawn by its count to ``power`` and then one of its rows, so a row's weight is the
+    count to ``power - 1``; float64, because many are summed.
 
     Raises:
         ConfigError: If the classes are not known.
@@ -379,10 +379,10 @@ def _class_weight(data: TrainingSet, *, power: float) -> Tensor:
 
 
 def _first_of_each(index: Tensor) -> Tensor:
-    """Return where each entry's value stands first, ``(N,)``.
+    """Return the index of the first entry with each entry's value, ``(N,)``.
 
-    An image may be twice in a batch: then its first embedding is written both times, so that the
-    outcome does not depend on the order of writes, and ranks agree.
+    An image may occur twice in a batch: then its first embedding is written twice, so that the
+    result does not depend on the order of writes, and ranks agree.
     """
     value, order = index.sort(stable=True)
     place = torch.arange(len(index), device=index.device)

@@ -28,7 +28,7 @@ from raysl.nn.rotations import NUM_ROTATIONS, rotate
 
 
 def rotation_loss(logits: Tensor, turns: Tensor) -> Tensor:
-    r"""Cross entropy of the rotation that was applied.
+    r"""Compute the cross entropy of the applied rotation.
 
     .. math::
         L = -\frac{1}{N} \sum_i \log F^{y_i}(g(X_i | y_i))
@@ -59,16 +59,16 @@ class RotationConfig(MethodConfig):
     name: Literal["rotation"] = "rotation"
     rotations: Literal["all", "one"] = "all"
     """all: the four turns of every image in the same batch, as in the paper, which found it better
-    (sec. 3.1): four times the work on an image. one: a random turn of each (VISSL)."""
+    (sec. 3.1): four times the work for an image. one: a random turn of each (VISSL)."""
 
     @property
     def num_views(self) -> int:
-        """One, upright; the method turns it."""
+        """One, upright; the method rotates it."""
         return 1
 
 
 class Rotation(Method):
-    """Which way up is the image? Telling needs to know what is in it."""
+    """Classify by how many quarter turns an image was rotated, which requires its content."""
 
     Config = RotationConfig
     loss_is_mean_over_images = True
@@ -85,10 +85,10 @@ class Rotation(Method):
         return self.backbone
 
     def loss(self, batch: Batch, progress: Progress) -> LossOutput:
-        """Turn the images, classify the turns.
+        """Rotate the images and classify the rotations.
 
-        The features are those of the upright images with ``rotations="all"``, else of the images
-        as they were turned.
+        The features are those of the upright images with ``rotations="all"``, else of the images as
+        they were turned.
         """
         images = batch.views[0]
         n, device = len(images), images.device
@@ -105,14 +105,14 @@ class Rotation(Method):
         with torch.no_grad():
             metrics = {
                 "rotation/accuracy": (logits.argmax(dim=1) == turns).float().mean(),
-                # log 4 = 1.386 while it has no idea.
+                # log 4 = 1.386 at chance level.
                 "rotation/entropy": entropy(logits.float().softmax(dim=1)),
             }
         return LossOutput(loss, features, metrics)
 
     @torch.no_grad()
     def pictures(self, batch: Batch, progress: Progress) -> Mapping[str, ImageGrid]:
-        """Show each image in its four turns, and how surely each turn is told."""
+        """Show each image in its four turns, with the probability of the correct class."""
         images = batch.views[0]
         columns, titles = [], []
         for k in range(NUM_ROTATIONS):

@@ -31,7 +31,7 @@ from raysl.nn.heads import projection_mlp
 def sigmoid_loss(
     z0: Tensor, z1: Tensor, *, temperature: Tensor | float, bias: Tensor | float
 ) -> Tensor:
-    r"""Binary cross entropy of every pair of a view 0 and a view 1, over all ranks.
+    r"""Compute the binary cross entropy of all pairs of a view 0 and a view 1, over all ranks.
 
     .. math::
         L = -\frac{1}{N} \sum_i \sum_j \log \frac{1}{1 + \exp(z_{ij}(-t\, x_i \cdot y_j - b))}
@@ -42,9 +42,9 @@ def sigmoid_loss(
     Args:
         z0: Projections of view 0, ``(N, D)``, any float dtype, not normalised.
         z1: Projections of view 1, same shape; row i comes from the same image as ``z0[i]``.
-        temperature: > 0, what similarities are divided by, as elsewhere; SigLIP's t multiplies. A
-            scalar tensor gets its gradient.
-        bias: b, added to all logits. A scalar tensor gets its gradient.
+        temperature: > 0, divides similarities, as elsewhere; SigLIP's t multiplies. A scalar tensor
+            gets a gradient.
+        bias: b, added to all logits. A scalar tensor gets a gradient.
 
     Returns:
         Scalar float32 (float64 for such embeddings) >= 0. With bias 0, uniform embeddings at
@@ -55,7 +55,7 @@ def sigmoid_loss(
 
     Source: Sec. 3.2 and Algorithm 1. Similarities are float32, also under autocast.
     Departs: The paper passes embeddings from device to device (sec. 3.3); here they are gathered,
-    and the pairs are made in tiles: memory grows with RN, and no rank holds the N x RN logits.
+    and pairs are computed in tiles: memory grows with RN, and no rank holds the N x RN logits.
     """
     return _sigmoid(z0, z1, temperature=temperature, bias=bias).loss
 
@@ -85,13 +85,12 @@ class SigmoidConfig(MethodConfig):
     idle: ClassVar[tuple[Idle, ...]] = (Idle(("hidden_dim",), {"projection_layers": (1,)}),)
     name: Literal["sigmoid"] = "sigmoid"
     initial_temperature: PositiveFloat = 0.1
-    """What similarities are divided by at the start; it is learned from there. The paper's t = 10
-    (sec. 3.2) is its inverse."""
+    """Initial temperature, which is then learnt. The paper's t = 10 (sec. 3.2) is its inverse."""
     initial_bias: float = -10.0
-    """b at the start; it is learned too. As nearly all pairs are no partners, a bias of 0 would
-    begin with a large correction to all of them (sec. 3.2)."""
+    """Initial b, which is then learnt. Nearly all pairs are negative, so a bias of 0 would start
+    with a large correction to all of them (sec. 3.2)."""
     projection_layers: Annotated[int, Field(ge=1, le=8)] = 2
-    """Linear layers of the head; the paper's encoders have none, SimCLR's two."""
+    """Number of linear layers of the head; the paper's encoders have none, SimCLR two."""
     hidden_dim: PositiveInt | None = None
     """Width of the head's hidden layers; null takes the encoder's width."""
     projection_dim: PositiveInt = 128
@@ -99,19 +98,19 @@ class SigmoidConfig(MethodConfig):
 
     @property
     def norms_images(self) -> bool:
-        """Always."""
+        """True."""
         return True
 
     def projection_head_layers(self, *, is_vit: bool) -> int:
-        """Return those of the projector."""
+        """Return the number of layers of the projector."""
         return self.projection_layers
 
 
 class Sigmoid(SiameseMethod):
-    """Each pair of views is judged on its own: of one image, or not.
+    """Classify each pair of views separately: of one image, or not.
 
     Departs: The paper's two towers see an image and its text; here one encoder and SimCLR's head
-    see two views, and view 0 stands for the images and view 1 for the texts.
+    see two views, with view 0 in the role of the image and view 1 of the text.
     """
 
     Config = SigmoidConfig

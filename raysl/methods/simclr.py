@@ -38,7 +38,7 @@ _PAPER_MEMORY = 65536
 
 
 def nt_xent_loss(z0: Tensor, z1: Tensor, *, temperature: float) -> Tensor:
-    r"""Normalised temperature-scaled cross entropy over the views of all ranks.
+    r"""Compute the normalised temperature-scaled cross entropy over the views of all ranks.
 
     .. math::
         \ell_{i,j} = -\log \frac{\exp(s_{i,j}/\tau)}{\sum_{k \ne i} \exp(s_{i,k}/\tau)}
@@ -57,7 +57,7 @@ def nt_xent_loss(z0: Tensor, z1: Tensor, *, temperature: float) -> Tensor:
     Raises:
         ShapeError: If the two shapes differ or are not ``(N, D)``.
 
-    Source: Eq. (1) and Algorithm 1. Similarities are float32, also under autocast, and made in
+    Source: Eq. (1) and Algorithm 1. Similarities are float32, also under autocast, and computed in
     tiles: memory grows with RN, not with its square.
     """
     return _nt_xent(z0, z1, temperature=temperature).loss
@@ -74,7 +74,7 @@ def _nt_xent(
     place = torch.arange(2 * n, device=z0.device)
     own = place + rank_and_size()[0] * 2 * n
     partner = own.roll(n)
-    # The sum in Eq. (1) skips k = i; the partner is there as the positive.
+    # The sum in Eq. (1) skips k = i; the partner is already included as the positive.
     excluded = torch.stack([own, partner], dim=1)
     return contrast(
         rows, rows.roll(n, 0), keys, temperature=temperature, excluded=excluded, memory=memory
@@ -93,7 +93,7 @@ class SimCLRConfig(MethodConfig):
     temperature: PositiveFloat = 0.1
     """Tau of Eq. (1): 0.1 for ImageNet at batch 4,096 (table 5), 0.5 for CIFAR-10 (B.9)."""
     projection_layers: Annotated[int, Field(ge=1, le=8)] = 2
-    """Linear layers of the head: 2 in version 1, 3 in version 2."""
+    """Number of linear layers of the head: 2 in version 1, 3 in version 2."""
     hidden_dim: PositiveInt | None = None
     """Width of the head's hidden layers; null takes the encoder's width, as in the paper."""
     projection_dim: PositiveInt = 128
@@ -102,22 +102,22 @@ class SimCLRConfig(MethodConfig):
     """Add earlier outputs of a memory network, the moving average of encoder and head, to the
     negatives (version 2, sec. 2 and appendix D: about one point of linear accuracy there)."""
     memory_length: PositiveInt | None = None
-    """Embeddings in the memory; null takes the authors' 64K (version 2, sec. 3.1), or as many as
-    there are images if they are fewer. More than the images is refused."""
+    """Number of embeddings in the memory; null takes the authors' 64K (version 2, sec. 3.1), or the
+    number of images if it is smaller. A longer memory than that is rejected."""
     ema_momentum: Probability = 0.999
-    """How much of the memory network stays at each step (version 2, as in MoCo)."""
+    """Share of the memory network kept at each step (version 2, as in MoCo)."""
 
     @property
     def norms_images(self) -> bool:
-        """Always."""
+        """True."""
         return True
 
     def projection_head_layers(self, *, is_vit: bool) -> int:
-        """Return those of the projector."""
+        """Return the number of layers of the projector."""
         return self.projection_layers
 
     def size_defaults(self, data: TrainingSet) -> Mapping[str, SizeDefault]:
-        """Let the memory be as long as the paper's, and at most the data set."""
+        """Use the paper's memory length, limited to the size of the data set."""
         if not self.memory or self.memory_length is not None:
             return {}
         return {"memory_length": at_most_dataset(_PAPER_MEMORY, data)}
@@ -139,11 +139,11 @@ class SimCLRConfig(MethodConfig):
 
 
 class SimCLR(SiameseMethod):
-    """Two views of an image attract each other, all other images of the batch repel.
+    """Attract two views of an image, and repel all other images of the batch.
 
     Departs: Version 2 describes its memory in two sentences, and the authors' code has none. Here
-    the outputs that the memory network gives for view 1 are "buffered as negative examples" of
-    both views from the next step on; positives and the batch's own negatives are those of version
+    the memory network's outputs for view 1 are "buffered as negative examples" of both views from
+    the next step on; positives and the batch's own negatives are those of version
     1. As no memory output is a positive, batch norm is not shuffled.
     """
 
@@ -169,7 +169,7 @@ class SimCLR(SiameseMethod):
             self.memory = KeyQueue(config.length_for(data), config.projection_dim)
 
     def embeddings(self, batch: Batch, progress: Progress) -> tuple[Tensor, ...]:
-        """Return features, the projections of both views, and what the memory is to hold."""
+        """Return features, the projections of both views, and the new entries of the memory."""
         found = super().embeddings(batch, progress)
         if self.memory_network is None:
             return found
@@ -198,7 +198,7 @@ class SimCLR(SiameseMethod):
 
     @torch.no_grad()
     def after_optimizer_step(self, progress: Progress) -> None:
-        """Move the memory network and put all ranks' outputs of it into the memory."""
+        """Update the memory network and put all ranks' outputs of it into the memory."""
         if self.memory is None or self.memory_network is None:
             return
         online = nn.Sequential(self.backbone, self.projector)

@@ -22,15 +22,15 @@ from raysl.nn.precision import at_least_float32
 
 
 def simsiam_loss(prediction: Tensor, projection: Tensor) -> Tensor:
-    r"""Negative cosine similarity, in one order of the views.
+    r"""Compute the negative cosine similarity, for one order of the views.
 
     .. math::
         D(p_1, z_2) = - \frac{p_1}{\|p_1\|_2} \cdot \frac{z_2}{\|z_2\|_2}
 
     Args:
-        prediction: Of one view, ``(N, D)``, any float dtype, not normalised.
-        projection: Of the other view, same shape, not normalised. No gradient goes into it: the
-            stop-gradient without which everything collapses (sec. 4.1).
+        prediction: Predictions from one view, ``(N, D)``, any float dtype, not normalised.
+        projection: Projections of the other view, same shape, not normalised. It gets no gradient;
+            without this stop-gradient training collapses (sec. 4.1).
 
     Returns:
         Scalar in [-1, 1], the mean over the N images; float32, or float64 for float64 predictions.
@@ -65,25 +65,25 @@ class SimSiamConfig(MethodConfig):
     predictor_hidden_dim: PositiveInt = 512
     """Width of the predictor's hidden layer: a bottleneck, a quarter of its ends (sec. 3)."""
     constant_predictor_lr: bool = True
-    """Keep the predictor's learning rate at its peak while the others' decays (table 1 (c); the
-    authors' option --fix-pred-lr, with which their models were trained)."""
+    """Keep the predictor's learning rate at its peak while the others decay (table 1 (c); the
+    authors' option --fix-pred-lr, used for their models)."""
 
     @property
     def norms_images(self) -> bool:
-        """Always."""
+        """True."""
         return True
 
     def projection_head_layers(self, *, is_vit: bool) -> int:
-        """Return those of the projector."""
+        """Return the number of layers of the projector."""
         return self.projection_layers
 
 
 class SimSiam(Method):
-    """A network learns to predict its own projection of the other view, with stopped gradients.
+    """A network learns to predict its own projection of the other view, with a stop-gradient.
 
     Departs: The hidden layers are hidden_dim wide, as the paper says (2,048); the authors' code
         takes the encoder's width, which is the same for ResNet-50. The projector's last batch norm
-        has no scale and no bias, as in the authors' code; the paper does not say.
+        has no scale and no bias, as in the authors' code; not stated in the paper.
     """
 
     Config = SimSiamConfig
@@ -119,7 +119,7 @@ class SimSiam(Method):
         return (self.predictor,) if self.config.constant_predictor_lr else ()
 
     def loss(self, batch: Batch, progress: Progress) -> LossOutput:
-        """Return the mean of both orders of the views (Eq. (4)); each view is normed on its own."""
+        """Return the mean of both orders of the views (Eq. (4)); batch norm is per view."""
         features = [self.backbone(view) for view in batch.views]
         z0, z1 = (self.projector(feature) for feature in features)
         p0, p1 = self.predictor(z0), self.predictor(z1)

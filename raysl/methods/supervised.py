@@ -30,7 +30,7 @@ from raysl.nn.precision import at_least_float32
 
 
 def supervised_loss(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-    r"""Cross entropy of the classes.
+    r"""Compute the cross entropy of the classes.
 
     .. math::
         L = -\frac{1}{N} \sum_i \sum_y q_i(y) \log P(y | x_i), \quad
@@ -57,7 +57,7 @@ def supervised_loss(logits: Tensor, targets: Tensor, *, label_smoothing: float =
 
 
 class SupervisedConfig(MethodConfig):
-    """Settings of supervised training; ``backbone.weights`` says what it starts from."""
+    """Settings of supervised training; ``backbone.weights`` sets the initial weights."""
 
     name: Literal["supervised"] = "supervised"
     needs_labels: ClassVar[bool] = True
@@ -66,13 +66,14 @@ class SupervisedConfig(MethodConfig):
     head: str | None = None
     """A pretrained run folder, or its projection_head.safetensors; null for none."""
     head_layers: Annotated[int, Field(ge=0)] = 0
-    """Layers of the projection head that stay on the encoder, with batch norm and nonlinearity: 0
-    is SimCLR's fine-tuning, 1 that of version 2 with few labels and a head of three layers."""
+    """Number of layers of the projection head to keep on the encoder, with batch norm and
+    nonlinearity: 0 is SimCLR's fine-tuning, 1 that of version 2 with few labels and a head of three
+    layers."""
     freeze_encoder: bool = False
-    """Train the classifier and the kept layers alone, on features of an encoder in evaluation mode:
+    """Only train the classifier and the kept layers, on features of an encoder in evaluation mode:
     with head_layers 0, linear evaluation with random crops."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Share of the target that all classes have in common."""
+    """Share of the target that is spread evenly over all classes."""
     mixup: NonNegativeFloat = 0.0
     """alpha of mixup (MAE fine-tunes ViTs with 0.8); 0 is off."""
     cutmix: NonNegativeFloat = 0.0
@@ -85,7 +86,7 @@ class SupervisedConfig(MethodConfig):
 
     @property
     def uses_labels(self) -> bool:
-        """Always."""
+        """True."""
         return True
 
     @model_validator(mode="after")
@@ -98,7 +99,7 @@ class SupervisedConfig(MethodConfig):
         return self
 
     def check(self, shape: RunShape) -> None:
-        """Refuse to leave a random encoder as it is."""
+        """Reject freezing a random encoder."""
         if self.freeze_encoder and shape.backbone.weights is None:
             raise ConfigError(
                 "method.freeze_encoder=true trains a classifier on random features; set "
@@ -107,10 +108,10 @@ class SupervisedConfig(MethodConfig):
 
 
 class Supervised(Method):
-    """An encoder and a linear classifier learn from labels.
+    """Train an encoder and a linear classifier on labels.
 
-    Everything learns, unless ``freeze_encoder``. The classifier begins with normals of deviation
-    0.01, and LARS leaves it unadapted, as in the SimCLR authors' code.
+    All parameters are trained, unless ``freeze_encoder``. The classifier is initialised with
+    normals of deviation 0.01, and LARS does not adapt it, as in the SimCLR authors' code.
     """
 
     Config = SupervisedConfig
@@ -164,7 +165,7 @@ class Supervised(Method):
     def _features(self, images: Tensor) -> Tensor:
         if not self.config.freeze_encoder:
             return self.encoder(images)  # type: ignore[no-any-return]
-        self.encoder.eval()  # whatever mode the loop has put the method in
+        self.encoder.eval()  # whatever mode the loop has set
         with torch.no_grad():
             return self.encoder(images)  # type: ignore[no-any-return]
 

@@ -34,7 +34,7 @@ _NUM_LARGE = 2  # views whose codes the others predict
 
 
 def swav_loss(scores: Sequence[Tensor], codes: Sequence[Tensor], *, temperature: float) -> Tensor:
-    r"""Cross entropy of each view's prediction with the codes of the other views.
+    r"""Compute the cross entropy of each view's prediction with the codes of the other views.
 
     .. math::
         L = \frac{1}{C (V - 1)} \sum_{i=1}^{C} \sum_{v \ne i} \ell(z_v, q_i), \quad
@@ -42,13 +42,13 @@ def swav_loss(scores: Sequence[Tensor], codes: Sequence[Tensor], *, temperature:
 
     Args:
         scores: Cosines of the V views' features with the K prototypes, each ``(N, K)``, any float
-            dtype; those views that have codes come first.
+            dtype; views with codes come first.
         codes: Codes of the first C views, each ``(N, K)`` with rows that sum to 1, 0 < C <= V.
         temperature: Tau, > 0.
 
     Returns:
-        Scalar float32 (float64 if the scores are) >= 0, the mean over this rank's images. Scores
-        that are the same for all prototypes give log K.
+        Scalar float32 (float64 if the scores are) >= 0, the mean over this rank's images. Equal
+        scores for all prototypes give log K.
 
     Raises:
         ShapeError: If shapes differ, or there are fewer than 2 views or no codes.
@@ -78,18 +78,18 @@ def swav_loss(scores: Sequence[Tensor], codes: Sequence[Tensor], *, temperature:
 def sinkhorn_codes(
     scores: Tensor, *, epsilon: float, iterations: int, queue_scores: Tensor | None = None
 ) -> Tensor:
-    r"""Assign images to prototypes, softly, so that every prototype gets as many.
+    r"""Assign images to prototypes, softly and in equal shares.
 
     .. math::
         Q^* = \mathrm{Diag}(u) \exp(S / \epsilon) \mathrm{Diag}(v)
 
-    u and v are found in turns: each prototype's weights over the images of all ranks (and of the
-    queue) are made to sum to the same, then each image's over the prototypes.
+    u and v are computed alternately: each prototype's weights over the images of all ranks (and of
+    the queue) are normalised to equal sums, then each image's over the prototypes.
 
     Args:
         scores: ``(N, K)``, any float dtype.
         epsilon: Weight of the entropy, > 0: the smaller, the harder the codes.
-        iterations: Turns, >= 0; none gives softmax(S / epsilon).
+        iterations: Number of iterations, >= 0; 0 gives softmax(S / epsilon).
         queue_scores: Scores of features of earlier steps, ``(L, K)``, the same on every rank.
 
     Returns:
@@ -97,8 +97,8 @@ def sinkhorn_codes(
         without gradient.
 
     Source: Eq. (3) to (5) and the authors' distributed_sinkhorn; float32, also under autocast.
-    Departs: Computed in logarithms, so that no epsilon makes it overflow. The queue is not shared
-    out over ranks, so that it does not depend on how many they are.
+    Departs: Computed in logarithms, so that no epsilon makes it overflow. The queue is not split
+    over ranks, so that it does not depend on their number.
     """
     with torch.autocast(scores.device.type, enabled=False):
         log_codes = at_least_float32(scores) / epsilon
@@ -127,7 +127,7 @@ class SwAVConfig(MethodConfig):
     epsilon: PositiveFloat = 0.05
     """Epsilon of Eq. (3)."""
     sinkhorn_iterations: Annotated[int, Field(ge=0)] = 3
-    """Turns of Sinkhorn-Knopp (sec. 3.1)."""
+    """Number of Sinkhorn-Knopp iterations (sec. 3.1)."""
     num_prototypes: PositiveInt = 3000
     """K: 3000 for the 1,000 classes of ImageNet; lightly's benchmark has 512 for CIFAR-10."""
     hidden_dim: PositiveInt = 2048
@@ -135,26 +135,26 @@ class SwAVConfig(MethodConfig):
     projection_dim: PositiveInt = 128
     """Width of the features and the prototypes."""
     frozen: Duration = Duration(epochs=1.0)
-    """How long the prototypes stay as they began: one epoch in the authors' scripts."""
+    """How long to freeze the prototypes at the start: one epoch in the authors' scripts."""
     queue_length: PositiveInt | None = None
-    """Features of earlier images of each large view that help to share out the prototypes, for
-    batches that are small beside their number: 3840 for 256 images and 3000 prototypes in the
-    authors' swav_200ep_bs256_pretrain.sh; null has none. Each rank holds all of it, 4 MB there, and
-    a step its scores, about 50 MB a copy."""
+    """Number of stored features of earlier images, for each large view, that take part in the
+    assignment, for batches that are small relative to the number of prototypes: 3840 for 256 images
+    and 3000 prototypes in the authors' swav_200ep_bs256_pretrain.sh; null has none. Each rank holds
+    all of it, 4 MB there, and its scores in a step, about 50 MB a copy."""
     queue_start: Duration = Duration(epochs=15.0)
-    """When the queue begins to fill; it is used once it is full."""
+    """When the queue starts to fill; it is used once it is full."""
 
     @property
     def norms_images(self) -> bool:
-        """Always."""
+        """True."""
         return True
 
     def projection_head_layers(self, *, is_vit: bool) -> int:
-        """Return those of the projector."""
+        """Return the number of layers of the projector."""
         return 2
 
     def check(self, shape: RunShape) -> None:
-        """Refuse large views that are not the first two, and a queue shorter than the batch."""
+        """Reject large views that are not the first two, and a queue shorter than the batch."""
         sizes = shape.view_sizes_px
         if max(sizes[_NUM_LARGE:], default=0) > min(sizes[:_NUM_LARGE]):
             raise ConfigError(
@@ -169,7 +169,7 @@ class SwAVConfig(MethodConfig):
 
 
 class SwAV(Method):
-    """Every view of an image predicts to which prototypes another view was assigned."""
+    """Predict from every view of an image to which prototypes another view was assigned."""
 
     Config = SwAVConfig
     queue: Tensor
@@ -191,7 +191,7 @@ class SwAV(Method):
                 )
             queue = torch.zeros(config.queue_length, _NUM_LARGE, config.projection_dim)
             self.register_buffer("queue", queue)
-        self._new_features: Tensor | None = None  # (N, 2, D) of the step being taken
+        self._new_features: Tensor | None = None  # (N, 2, D) of the current step
 
     @property
     def encoder(self) -> Backbone:
@@ -204,7 +204,7 @@ class SwAV(Method):
         return self.projector
 
     def loss(self, batch: Batch, progress: Progress) -> LossOutput:
-        """Return the loss of all views; batch norm sees views of one size together."""
+        """Return the loss of all views; batch norm is over all views of equal size."""
         n = len(batch.views[0])
         features = torch.cat([self.backbone(torch.cat(list(g))) for g in _by_size(batch.views)])
         projected = at_least_float32(self.projector(features))  # (VN, D)
@@ -218,13 +218,13 @@ class SwAV(Method):
         return LossOutput(loss, features[:n].detach(), metrics)
 
     def before_optimizer_step(self, progress: Progress) -> None:
-        """Drop the prototypes' gradient at first, so that no optimizer moves them."""
+        """Drop the prototypes' gradient at first, so that no optimizer changes them."""
         if progress.step < progress.in_steps(self.config.frozen):
             self.prototypes.weight.grad = None
 
     @torch.no_grad()
     def after_optimizer_step(self, progress: Progress) -> None:
-        """Give prototypes length 1 again, and put all ranks' features into the queue."""
+        """Normalise the prototypes to length 1, and put all ranks' features into the queue."""
         self._normalize_prototypes()
         steps = progress.step - progress.in_steps(self.config.queue_start)
         if self.config.queue_length is not None and steps >= 0:
@@ -239,7 +239,7 @@ class SwAV(Method):
         self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
 
     def _codes(self, scores: Tensor, view: int, progress: Progress) -> Tensor:
-        """Return the codes of a large view, ``(N, K)``, with the queue's help if it is full."""
+        """Return the codes of a large view, ``(N, K)``, using the queue if it is full."""
         queue_scores = None
         length = self.config.queue_length
         steps = progress.step - progress.in_steps(self.config.queue_start)
@@ -255,20 +255,20 @@ class SwAV(Method):
 
 
 def _by_size(views: Sequence[Tensor]) -> Iterator[Iterator[Tensor]]:
-    """Group neighbouring views of one size."""
+    """Group consecutive views of equal size."""
     return (group for _, group in groupby(views, key=lambda view: view.shape[-2:]))
 
 
 @torch.no_grad()
 def _metrics(scores: Tensor, codes: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return how hard the codes are, how many prototypes are near an image, how views agree."""
+    """Return how hard the codes are, how many prototypes are in use, and how views agree."""
     nearest = F.one_hot(scores.argmax(dim=1), scores.shape[1]).to(scores.dtype)
     use = mean_over_ranks(nearest.mean(dim=0))  # (K)
     agree = codes[0].argmax(dim=1) == codes[1].argmax(dim=1)
     return {
-        # In nats: log K at most, 0 for codes that are one prototype each.
+        # In nats: at most log K; 0 if every code is a single prototype.
         "swav/code_entropy": torch.special.entr(torch.cat(list(codes))).sum(dim=1).mean(),
-        # Of the share of a batch's images that are nearest to each prototype; 0 is a collapse.
+        # Over the share of a batch's images nearest to each prototype; 0 is a collapse.
         "swav/prototype_entropy": torch.special.entr(use).sum(),
         "swav/code_agreement": agree.to(scores.dtype).mean(),
     }

@@ -33,7 +33,7 @@ _EPSILON = 1e-4  # under the root of the variance: sec. 4.2
 def vicreg_loss(
     z0: Tensor, z1: Tensor, *, similarity: float, variance: float, covariance: float
 ) -> Tensor:
-    r"""Views alike, each entry spread out, no two entries correlated.
+    r"""Compute the variance-invariance-covariance loss.
 
     .. math::
         L = \lambda \frac{1}{N D} \sum_i \|z_i - z'_i\|^2
@@ -53,8 +53,8 @@ def vicreg_loss(
         covariance: Nu, >= 0.
 
     Returns:
-        Scalar float32 (float64 if the embeddings are) >= 0. Collapsed embeddings give
-        0.99 variance.
+        Scalar float32 (float64 if the embeddings are) >= 0. Collapsed embeddings give 0.99
+        variance.
 
     Raises:
         ShapeError: If the two shapes differ or are not ``(N, D)``, or there is only one image.
@@ -70,12 +70,12 @@ def vicreg_loss(
 
 
 class _Terms(NamedTuple):
-    """The three terms without their weights, scalars, and what is worth watching."""
+    """The three terms without their weights, scalars, and a metric."""
 
     invariance: Tensor
     variance: Tensor
     covariance: Tensor
-    std: Tensor  # of the entries, their mean over both views; detached
+    std: Tensor  # mean standard deviation of the entries, over both views; detached
 
 
 def _terms(z0: Tensor, z1: Tensor) -> _Terms:
@@ -110,31 +110,31 @@ class VICRegConfig(MethodConfig):
     idle: ClassVar[tuple[Idle, ...]] = (Idle(("hidden_dim",), {"projection_layers": (1,)}),)
     name: Literal["vicreg"] = "vicreg"
     similarity: NonNegativeFloat = 25.0
-    """Lambda of Eq. (6), of the views' squared distance (sec. 4.2)."""
+    """Lambda of Eq. (6), weight of the views' squared distance (sec. 4.2)."""
     variance: NonNegativeFloat = 25.0
-    """Mu, of the hinge that keeps every entry's standard deviation above 1."""
+    """Mu, weight of the hinge that keeps every entry's standard deviation above 1."""
     covariance: NonNegativeFloat = 1.0
-    """Nu, of the squared covariances between entries."""
+    """Nu, weight of the squared covariances between entries."""
     projection_layers: Annotated[int, Field(ge=1, le=8)] = 3
     """Linear layers of the expander; batch norm and ReLU follow all but the last."""
     hidden_dim: PositiveInt = 8192
     """Width of the expander's hidden layers."""
     projection_dim: PositiveInt = 8192
-    """D, the width of the embeddings. About five D x D matrices of float32 are held at once, as
-    each view has a covariance: 1.25 GiB at 8192, 80 MiB at 2048."""
+    """D, the width of the embeddings. About five D x D matrices of float32 are held at once,
+    because each view has a covariance: 1.25 GiB at 8192, 80 MiB at 2048."""
 
     @property
     def norms_images(self) -> bool:
-        """After each layer but the last."""
+        """True with hidden layers: batch norm follows each layer but the last."""
         return self.projection_layers > 1
 
     def projection_head_layers(self, *, is_vit: bool) -> int:
-        """Return those of the projector."""
+        """Return the number of layers of the projector."""
         return self.projection_layers
 
 
 class VICReg(SiameseMethod):
-    """Two views of an image get the same embedding, whose entries vary and are not redundant.
+    """Give two views of an image the same embedding, with varying, uncorrelated entries.
 
     The projector is the paper's expander.
     """
@@ -149,7 +149,7 @@ class VICReg(SiameseMethod):
             config.projection_dim,
             num_layers=config.projection_layers,
             last_norm="none",
-            last_bias=False,  # no term sees it
+            last_bias=False,  # no term depends on it
         )
         super().__init__(config, backbone, data, projector=projector)
         self.config = config

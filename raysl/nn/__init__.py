@@ -1,1 +1,1 @@
-"""Torch parts that more than one method or stage needs."""
+"""Torch modules and functions that more than one method or stage uses."""

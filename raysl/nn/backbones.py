@@ -1,4 +1,4 @@
-"""Encoders by name: ResNets, vision transformers, ConvNeXt, all of torchvision and timm."""
+"""Build encoders by name: ResNets, vision transformers, ConvNeXt, torchvision, timm."""
 
 import difflib
 import importlib
@@ -17,7 +17,7 @@ from raysl.nn.vit import VIT_SIZES, Init, VisionTransformer
 
 Family = Literal["resnet", "vit", "convnext", "torchvision", "timm"]
 
-# What only some families have; everything else holds for all.
+# The settings that only some families have; all other settings hold for all families.
 _FIELDS: dict[Family, tuple[str, ...]] = {
     "resnet": (
         *("stem", "width", "selective_kernels", "shortcut_edge", "norm", "zero_init_residual"),
@@ -35,11 +35,11 @@ _FIELDS: dict[Family, tuple[str, ...]] = {
 _CONVNEXTS = ("convnext_tiny", "convnext_small", "convnext_base")
 
 NAMES = (*LAYOUTS, *VIT_SIZES, *_CONVNEXTS)
-"""Every name but those of ``torchvision:`` and ``timm:``."""
+"""All built-in names; ``torchvision:`` and ``timm:`` names are not listed."""
 
 
 class BackboneConfig(Config):
-    """The encoder that is pretrained."""
+    """The encoder to pretrain."""
 
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle(("batch_norm_splits",), {"batch_norm": ("worker", "sync")}),
@@ -55,55 +55,55 @@ class BackboneConfig(Config):
     the work on the same image. cifar_padded: cifar with two pixels of zeros around the image, as in
     solo-learn. small: 3 x 3 of stride 2, no max-pool: a quarter of cifar's work."""
     width: Annotated[float, Field(ge=0.125, le=16)] = 1.0
-    """ResNets: factor on all channels, rounded to multiples of 8. SimCLR v2 has 1, 2 and 3
-    (arXiv:2006.10029v2, table 1); 0.125 is the least, with 8 channels in the first stage."""
+    """ResNets: factor on all channels, rounded to multiples of 8. SimCLR v2 uses 1, 2 and 3
+    (arXiv:2006.10029v2, table 1); the minimum is 0.125, with 8 channels in the first stage."""
     selective_kernels: bool = False
     """ResNets: selective kernels, ResNet-D's shortcuts and stem, as in SimCLR v2 (table 1, SK)."""
     shortcut_edge: ShortcutEdge = "inside"
-    """ResNets with selective kernels: the pools of the shortcuts leave out what lies beyond the
-    edge, or count it as zeros, as in Separius/SimCLRv2-Pytorch."""
+    """ResNets with selective kernels: whether the pools of the shortcuts ignore pixels beyond the
+    edge (inside), or count them as zeros, as in Separius/SimCLRv2-Pytorch."""
     norm: NormName = "batch"
-    """ResNets. group: group norm of 32 groups. none: a learnt scale and shift for each channel,
+    """ResNets. group: group norm with 32 groups. none: a learnt scale and shift for each channel,
     for energy-based models, which train without batch norm (JEM, arXiv:1912.03263v3); best with
-    zero_init_residual, as nothing else holds the size of the features."""
+    zero_init_residual, because nothing else limits the features."""
     zero_init_residual: bool = False
     """ResNets: start each residual branch at zero (Goyal et al. 2017, arXiv:1706.02677v2, sec.
     5.1)."""
     patch_size_px: PositiveInt = 16
-    """ViT: side of a patch; divides the side of every view."""
+    """ViT: side of a patch; must divide the side of every view."""
     depth: Annotated[int, Field(gt=0, le=200)] | None = None
-    """ViT: blocks; null is 12, in vit_large 24, in vit_huge 32."""
+    """ViT: number of blocks; null is 12, in vit_large 24, in vit_huge 32."""
     num_heads: Annotated[int, Field(gt=0, le=64)] | None = None
-    """ViT: attention heads, which divide the features; null is one for 64 features, in vit_huge for
-    80. MoCo v3's small one has 12."""
+    """ViT: number of attention heads, a divisor of the features; null is one for 64 features, in
+    vit_huge for 80. MoCo v3's small model has 12."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """ViT and ConvNeXt: stochastic depth of the last block, rising linearly from 0 at the first."""
+    """ViT and ConvNeXt: stochastic depth of the last block, rising linearly from 0 in the first."""
     pool: Literal["cls", "mean", "mean_norm"] = "cls"
-    """ViT: an image's features are its class token, or the mean of its patches' tokens; mean_norm
-    takes the mean before the last norm, as MAE does in fine-tuning; from weights with the norm
-    before, that norm begins anew."""
+    """ViT: the features of an image are its class token, or the mean of its patch tokens; mean_norm
+    takes the mean before the last norm, as MAE does in fine-tuning. If the loaded weights have that
+    norm before the mean, it is reinitialised."""
     positions: Literal["learned", "sincos"] = "learned"
     """ViT: learnt positions, or fixed sines and cosines (MAE, MoCo v3)."""
     init: Init = "normal"
-    """ViT: how weights are drawn: dino, mae and moco_v3 as their authors do. normal and dino:
-    truncated normals of 0.02; with dino the patch projection as a convolution. mae and moco_v3:
-    Xavier-uniform; the class token begins at 0.02 and 1e-6."""
+    """ViT: initialisation; dino, mae and moco_v3 follow their authors. normal and dino: truncated
+    normals of 0.02; with dino the patch projection as a convolution. mae and moco_v3:
+    Xavier-uniform; the class token has a deviation of 0.02 and 1e-6."""
     norm_eps: Annotated[float, Field(gt=0, le=1e-2)] = 1e-6
-    """ViT: what the norms add to a token's variance; 1e-12 in transformers."""
+    """ViT: epsilon added to a token's variance in the norms; 1e-12 in transformers."""
     batch_norm: BatchNormScope = "worker"
-    """Images that batch norm takes its statistics from while training: those of this worker, of
+    """Images over which batch norm computes its statistics in training: those of this worker, of
     all workers (sync), or of each of batch_norm_splits parts of this worker's batch (split). The
-    ready recipes say sync where the authors do, which is in every method but MoCo v1 and v2."""
+    shipped configs say sync where the authors do, which is every method except MoCo v1 and v2."""
     batch_norm_splits: PositiveInt = 8
-    """Parts for batch_norm: split."""
+    """Number of parts for batch_norm: split."""
     weights: str | None = None
     """Start from these weights instead of random ones: a run folder, its encoder.safetensors, or a
-    .safetensors, .pth or .pt file of the same layout, the classifier left out. Before
-    training (``untrained_...`` in results) is then the encoder with these weights."""
+    .safetensors, .pth or .pt file of the same layout, without the classifier. The results before
+    training (``untrained_...``) then refer to the encoder with these weights."""
 
     @property
     def family(self) -> Family:
-        """What kind of backbone the name is."""
+        """The family that the name belongs to."""
         library, colon, _ = self.name.partition(":")
         if colon:
             return "timm" if library == "timm" else "torchvision"
@@ -113,7 +113,7 @@ class BackboneConfig(Config):
 
     @property
     def is_vit(self) -> bool:
-        """Whether it is one of raysl's vision transformers."""
+        """Whether it is one of raysl's own vision transformers."""
         return self.name.startswith("vit_")
 
     @model_validator(mode="after")
@@ -157,10 +157,10 @@ class BackboneConfig(Config):
         return self
 
     def check_view_sizes(self, sizes_px: Iterable[int]) -> None:
-        """Refuse views that do not divide into patches.
+        """Reject views that do not divide into patches.
 
         Raises:
-            ConfigError: If a vision transformer is to see such a view.
+            ConfigError: If a vision transformer would receive such a view.
         """
         for size in sizes_px:
             if self.is_vit and size % self.patch_size_px:
@@ -173,8 +173,8 @@ class BackboneConfig(Config):
 class Backbone(nn.Module):
     """An encoder without its classifier: images to features.
 
-    ``net`` is a ResNet or VisionTransformer of raysl, whose state dicts load into torchvision's and
-    timm's own classes, or a module of those with the identity in the classifier's place.
+    ``net`` is a ResNet or VisionTransformer of raysl, whose state dict loads into the classes of
+    torchvision and timm, or one of their modules with its classifier replaced by the identity.
     """
 
     def __init__(self, net: nn.Module, *, embed_dim: int) -> None:
@@ -191,12 +191,11 @@ def build_backbone(config: BackboneConfig, *, image_size_px: int = 224) -> Backb
     """Build an encoder with random weights from the global generator.
 
     Args:
-        config: The encoder; its ``weights`` and ``batch_norm`` are for the caller to apply.
-        image_size_px: Side of the images that it is to see; a vision transformer's positions are
-            laid out for it.
+        config: The encoder; the caller applies ``weights`` and ``batch_norm``.
+        image_size_px: Side of its images; sets the grid of a vision transformer's positions.
 
     Raises:
-        ConfigError: If a model of torchvision or timm is not known, timm is missing, or the model
+        ConfigError: If a model of torchvision or timm is unknown, timm is missing, or the model
             cannot take such images.
     """
     if config.family == "resnet":
@@ -237,7 +236,7 @@ def build_backbone(config: BackboneConfig, *, image_size_px: int = 224) -> Backb
 
 
 def check_model_name(config: BackboneConfig) -> None:
-    """Refuse names that torchvision or timm do not know; cheap, but loads that library.
+    """Reject names that torchvision or timm do not know; fast, but loads that library.
 
     Raises:
         ConfigError: If the name is unknown, or timm is not installed.
@@ -246,7 +245,7 @@ def check_model_name(config: BackboneConfig) -> None:
         return
     name = library_name(config)
     if config.family == "timm":
-        # A tag behind a dot names pretrained weights; ours are random.
+        # A tag after a dot selects pretrained weights; here weights are random.
         known, name = timm_library().list_models(), name.partition(".")[0]
     else:
         models = _torchvision_models()
@@ -259,7 +258,7 @@ def check_model_name(config: BackboneConfig) -> None:
 
 
 def library_name(config: BackboneConfig) -> str:
-    """Return the name that torchvision or timm knows a model by."""
+    """Return a model's name in torchvision or timm."""
     return config.name.partition(":")[2] or config.name
 
 
@@ -269,18 +268,18 @@ def _near(name: str, known: Iterable[str]) -> str:
 
 
 def _torchvision_models() -> Any:
-    # Late: torchvision loads torch's compiler, and a driver, which builds nothing, can do without.
+    # Imported lazily: torchvision loads torch's compiler, which a driver does not need.
     return importlib.import_module("torchvision.models")
 
 
 def timm_library() -> Any:
-    """Load timm, which is an extra.
+    """Import timm, an optional dependency.
 
     Raises:
         ConfigError: If it is not installed.
     """
     try:
-        return importlib.import_module("timm")  # an extra
+        return importlib.import_module("timm")  # optional dependency
     except ModuleNotFoundError as error:
         if error.name != "timm":
             raise
@@ -288,7 +287,7 @@ def timm_library() -> Any:
 
 
 def torchvision_options(config: BackboneConfig, image_size_px: int) -> dict[str, Any]:
-    """Return what torchvision's function of a model is called with, beside its name."""
+    """Return the arguments of torchvision's constructor for a model, beside its name."""
     name = library_name(config)
     if config.family == "convnext":
         return {"stochastic_depth_prob": config.drop_path}
@@ -302,14 +301,14 @@ def torchvision_options(config: BackboneConfig, image_size_px: int) -> dict[str,
 
 
 def torchvision_classifier(net: nn.Module) -> str:
-    """Return the path of a model's last layer, in SqueezeNet a convolution."""
+    """Return the path of a model's last layer, a convolution in SqueezeNet."""
     layers = (nn.Linear, nn.Conv2d)
     paths: list[str] = [path for path, layer in net.named_modules() if isinstance(layer, layers)]
     return paths[-1]
 
 
 def whole_torchvision_model(config: BackboneConfig, image_size_px: int) -> nn.Module:
-    """Build a model of torchvision with its classifier.
+    """Build a torchvision model with its classifier.
 
     Raises:
         ConfigError: If it cannot take such images.
@@ -317,28 +316,28 @@ def whole_torchvision_model(config: BackboneConfig, image_size_px: int) -> nn.Mo
     options = torchvision_options(config, image_size_px)
     try:
         return _torchvision_models().get_model(library_name(config), weights=None, **options)  # type: ignore[no-any-return]
-    except (AssertionError, ValueError, RuntimeError) as error:  # laid out for one size
+    except (AssertionError, ValueError, RuntimeError) as error:  # built for one size only
         raise _wrong_size(config, image_size_px, error) from None
 
 
 def _torchvision_model(config: BackboneConfig, image_size_px: int) -> nn.Module:
-    """A model of torchvision with the identity where its last layer was."""
+    """Build a torchvision model with its last layer replaced by the identity."""
     net = whole_torchvision_model(config, image_size_px)
     net.set_submodule(torchvision_classifier(net), nn.Identity())
     return net
 
 
 def timm_model(config: BackboneConfig, image_size_px: int) -> tuple[nn.Module, dict[str, Any]]:
-    """Build a model of timm without its classifier, laid out for the size if it depends on one.
+    """Build a timm model without its classifier, for the given size if it depends on one.
 
     Returns:
-        The model, and what ``timm.create_model`` was given for the size.
+        The model, and the size arguments passed to ``timm.create_model``.
 
     Raises:
         ConfigError: If timm is not installed, or the model cannot take such images.
     """
     create, name = timm_library().create_model, library_name(config)
-    # Transformers take both, some networks only the first, convolutional ones none.
+    # Transformers accept both, some networks only the first, convolutional ones neither.
     sized: list[dict[str, Any]] = [
         {"img_size": image_size_px, "dynamic_img_size": True},
         {"img_size": image_size_px},
@@ -358,7 +357,7 @@ def timm_model(config: BackboneConfig, image_size_px: int) -> tuple[nn.Module, d
 
 
 def _refuse_special_batch_norms(net: nn.Module, config: BackboneConfig) -> None:
-    """Refuse batch norms that do more than normalise: replacing them would lose the rest."""
+    """Reject batch norms with extra functions, which a replacement would lose."""
     plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in plain:
@@ -370,7 +369,7 @@ def _refuse_special_batch_norms(net: nn.Module, config: BackboneConfig) -> None:
 
 @torch.no_grad()
 def _features_of(net: nn.Module, config: BackboneConfig, image_size_px: int) -> int:
-    """How many features a model has, told by one black image."""
+    """Count a model's features by passing one black image."""
     training = net.training
     device = next(net.parameters()).device
     image = torch.zeros(1, 3, image_size_px, image_size_px, device=device)

@@ -1,4 +1,4 @@
-"""Batch normalisation over all workers, over this worker, or over parts of its batch."""
+"""Batch norm with statistics of all workers, of this worker, or of parts of its batch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +19,9 @@ _BatchNorm = nn.modules.batchnorm._BatchNorm
 class SyncBatchNorm(_BatchNorm):
     """Batch normalisation with the statistics of all ranks, on any device.
 
-    Torch's own SyncBatchNorm has kernels for accelerators only and refuses CPU tensors. This one
-    is made of two sums over ranks (mean, then centred squares, so that nothing cancels) whose
-    gradients are sums over ranks too. On CUDA the torch module is used instead.
+    Torch's own SyncBatchNorm only has kernels for accelerators and rejects CPU tensors. This one
+    sums over ranks twice (the mean, then centred squares, to avoid cancellation); the gradients are
+    sums over ranks too. On CUDA the torch module is used instead.
 
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167v3, Algorithm 1, with the batch of all workers.
     """
@@ -73,10 +73,10 @@ class SyncBatchNorm(_BatchNorm):
 
 
 class SplitBatchNorm(_BatchNorm):
-    """Batch normalisation over equal parts of a worker's batch, as if each were a GPU of its own.
+    """Batch normalisation over equal parts of a worker's batch, as if each were on its own GPU.
 
-    MoCo needs statistics of small groups; with one worker this stands in for many. The running
-    statistics are the mean of the parts'.
+    MoCo needs statistics of small groups; this provides them on a single worker. The running
+    statistics are the mean over the parts.
 
     Source: The MoCo authors' CIFAR-10 demonstration (moco_cifar10_demo.ipynb).
     """
@@ -88,7 +88,7 @@ class SplitBatchNorm(_BatchNorm):
             raise ShapeError(f"expected (N, C, ...); got {tuple(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise ``(N, C, ...)`` part by part while training; N must divide by the parts."""
+        """Normalise ``(N, C, ...)`` part by part in training; the number of parts must divide N."""
         self._check_input_dim(input)
         if not self.training:
             return super().forward(input)
@@ -96,8 +96,8 @@ class SplitBatchNorm(_BatchNorm):
         parts = self.num_splits
         if n % parts:
             raise ShapeError(f"a batch of {n} does not divide into {parts} batch-norm splits")
-        # Part p takes the contiguous rows p * n / parts and on, and its channels become channels
-        # of their own, so that one call normalises all parts.
+        # Part p takes n / parts contiguous rows from p * n / parts. Its channels become separate
+        # channels, so that one call normalises all parts.
         folded = input.view(parts, n // parts, channels, *rest).transpose(0, 1)
         folded = folded.reshape(n // parts, parts * channels, *rest)
         mean = cast(Tensor, self.running_mean).repeat(parts)
@@ -125,24 +125,24 @@ class SplitBatchNorm(_BatchNorm):
 def set_batch_norm_scope(
     module: nn.Module, scope: BatchNormScope, *, num_splits: int = 1, on_cuda: bool = False
 ) -> nn.Module:
-    """Replace every batch norm in ``module`` by the one of the given scope; parameters are shared.
+    """Replace every batch norm in ``module`` by the given scope's; parameters are shared.
 
     Args:
-        module: Any module; changed in place where it has children.
-        scope: ``worker`` undoes the others and leaves ordinary batch norm as it is, ``sync`` uses
-            the batch of all workers, ``split`` uses ``num_splits`` parts of the worker's batch.
-        num_splits: Parts for ``split``, > 0.
+        module: Any module; changed in place if it has children.
+        scope: ``worker`` restores ordinary batch norm, ``sync`` uses the batch of all workers,
+            ``split`` uses ``num_splits`` parts of the worker's batch.
+        num_splits: Number of parts for ``split``, > 0.
         on_cuda: Whether the module will run on CUDA, where torch's own SyncBatchNorm is faster.
 
     Raises:
-        ConfigError: If the scope is not known.
+        ConfigError: If the scope is unknown.
     """
     if scope not in ("worker", "sync", "split"):
         raise ConfigError(f"batch norm scope {scope!r}; allowed: worker, sync, split")
     if scope == "sync" and on_cuda:
         return cast(nn.Module, nn.SyncBatchNorm.convert_sync_batchnorm(module))
     if isinstance(module, _BatchNorm):
-        if scope == "worker":  # one part of the batch is all of it
+        if scope == "worker":  # one part is the whole batch
             ours = isinstance(module, SyncBatchNorm | nn.SyncBatchNorm | SplitBatchNorm)
             return _converted(module, SplitBatchNorm, 1) if ours else module
         return _converted(module, SyncBatchNorm if scope == "sync" else SplitBatchNorm, num_splits)
@@ -173,7 +173,7 @@ def _converted(old: Any, kind: type[Any], num_splits: int) -> nn.Module:
 
 @contextmanager
 def untracked_statistics(module: nn.Module) -> Iterator[None]:
-    """Leave the running statistics alone within the block; training still takes the batch's."""
+    """Freeze the running statistics within the block; training still uses the batch's."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False
@@ -186,10 +186,10 @@ def untracked_statistics(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def average_statistics(module: nn.Module) -> None:
-    """Give every rank the mean of the ranks' batch-norm statistics.
+    """Average the running batch-norm statistics over ranks.
 
     Each rank's running statistics come from its own images. They never enter the training loss, so
-    this changes only what is evaluated and saved.
+    this only changes evaluation and saved encoders.
     """
     for norm in module.modules():
         if isinstance(norm, _BatchNorm) and norm.track_running_stats:

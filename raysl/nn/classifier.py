@@ -1,4 +1,4 @@
-"""Classifiers: an encoder, the layers of its projection head that stayed, a linear layer."""
+"""Classifiers: an encoder, the first layers of its projection head and a linear layer."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,19 +17,19 @@ CLASSIFIER_FILE = "classifier.safetensors"
 HEAD_FILE = "projection_head.safetensors"
 
 _CLASSIFIER, _HEAD = "raysl-classifier-1", "raysl-projection-head-1"
-_CLASSIFIER_STD = 0.01  # of its first weights, as in the SimCLR authors' code
+_CLASSIFIER_STD = 0.01  # of the initial weights, as in the SimCLR authors' code
 _KEPT = "projection_head."
-# Under which names torchvision and timm keep their classifiers.
+# The names of the classifier in torchvision and timm.
 _NAMES = {"resnet": "fc", "vit": "head", "convnext": "classifier.2"}
 
 
 class Classifier(nn.Module):
-    """An encoder that tells classes apart.
+    """An encoder with a classification layer.
 
     Args:
         encoder: Images to features.
-        head: What of the projection head stays on it, maybe nothing.
-        class_names: By number.
+        head: The layers kept from the projection head, possibly none.
+        class_names: Class names, by number.
 
     Source: T. Chen et al. 2020, arXiv:2006.10029v2, sec. 2: f_task(x) = W_task sigma(W_1 f(x)) for
     a head of one layer.
@@ -56,11 +56,11 @@ class Classifier(nn.Module):
 
 
 def save_classifier(path: Path, model: Classifier, *, description: Mapping[str, Any]) -> None:
-    """Write a classifier; without a kept head, torchvision's or timm's own model loads it.
+    """Write a classifier; without a head, the original torchvision or timm model loads it.
 
     Args:
-        path: A ``.safetensors`` file; it appears complete or not at all.
-        model: What to write.
+        path: A ``.safetensors`` file, written atomically.
+        model: The classifier.
         description: ``backbone`` (its section of the configuration), ``image_size_px``, ``mean``,
             ``std`` and whatever else is worth knowing.
     """
@@ -87,8 +87,8 @@ def load_classifier(path: str | Path) -> Classifier:
         path: ``classifier.safetensors``, or the run folder that holds it.
 
     Returns:
-        A module in evaluation mode on the CPU: ``(N, 3, H, W)`` float, normalised -> logits
-        ``(N, classes)``, with ``class_names`` and ``description``. No code from the file is run.
+        A module in evaluation mode on the CPU: ``(N, 3, H, W)`` float, normalised -> logits ``(N,
+        classes)``, with ``class_names`` and ``description``. No code from the file is run.
 
     Raises:
         DataError: If it is not a classifier that raysl wrote, or its weights do not fit.
@@ -135,7 +135,7 @@ def _build(description: Mapping[str, Any], path: Path) -> Classifier:
         return Classifier(encoder, head, names)
     except (ConfigError, DataError) as error:
         raise type(error)(f"{path}: {error}") from None
-    except RuntimeError as error:  # no memory holds the positions of such images
+    except RuntimeError as error:  # not enough memory for the positions of such images
         raise DataError(f"{path}: its header has image_size_px={size}: {error}") from None
 
 
@@ -175,13 +175,13 @@ def _file_in(path: str | Path, name: str) -> Path:
 
 
 def _name_in_library(config: BackboneConfig, net: nn.Module) -> str:
-    """Return under which name the encoder's own library keeps its classifier."""
+    """Return the classifier's name in the encoder's own library."""
     if config.family in _NAMES:
         return _NAMES[config.family]
     if config.family == "timm":
         known = getattr(net, "pretrained_cfg", None) or getattr(net, "default_cfg", None) or {}
         name = known.get("classifier") if isinstance(known, Mapping) else None
         return name if isinstance(name, str) else "classifier"
-    # raysl puts the identity where the classifier was, the last layer of all.
+    # raysl replaced the classifier, the last layer, by the identity.
     names = [path for path, layer in net.named_modules() if isinstance(layer, nn.Identity)]
     return names[-1] if names else "classifier"

@@ -1,9 +1,9 @@
-"""What workers exchange, with gradients that are right.
+"""Exchange tensors and objects between workers, with correct gradients.
 
-The only ``torch.distributed`` that methods see. Everything works, and costs nothing, in a process
-that has no process group. The rule for gradients: each rank holds a loss of its own, and what is
-differentiated is the sum of these losses over ranks. Data-parallel training then divides by the
-number of ranks, so the mean of the per-rank losses is what is minimised.
+The only ``torch.distributed`` that methods see. In a process without a process group everything
+works at no cost. Rule for gradients: each rank has its own loss, and the sum of these losses over
+ranks is differentiated. Data-parallel training then divides by the number of ranks, so it minimises
+the mean of the per-rank losses.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
-_ALONE: list[bool] = []  # an entry for each block of :func:`on_its_own` that this process is in
+_ALONE: list[bool] = []  # one entry for each enclosing :func:`on_its_own` block
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -30,7 +30,7 @@ def rank_and_size() -> tuple[int, int]:
 def on_its_own() -> Iterator[None]:
     """Let this process work as if it were the only one, while the others wait at a barrier.
 
-    Nothing in the block is exchanged, by this module's functions, with the ranks outside.
+    Within the block, the functions of this module exchange nothing with other ranks.
     """
     _ALONE.append(True)
     try:
@@ -40,7 +40,7 @@ def on_its_own() -> Iterator[None]:
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' rows; the gradient of a row is summed over the ranks that used it."""
+    """Concatenate all ranks' rows; a row's gradient is summed over the ranks that used it."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        # Without this sum the loss is right and every gradient is wrong: a rank's rows also stand
+        # Without this sum the loss is right and every gradient is wrong: a rank's rows also appear
         # in the denominators of the other ranks' losses.
         total = gradients[0].contiguous().clone()
         dist.all_reduce(total)
@@ -62,7 +62,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum of a tensor over ranks; so is its gradient."""
+    """Sum a tensor over ranks; its gradient is summed too."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -124,7 +124,8 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace each parameter's gradient by its mean over ranks, as data-parallel training does.
 
-    All gradients of a dtype travel together; a parameter without one has none on any rank.
+    All gradients of a dtype are sent together. A parameter without a gradient must have none on any
+    rank.
     """
     _, size = rank_and_size()
     if size == 1:
@@ -159,6 +160,6 @@ def gather_objects(value: T) -> list[T]:
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait for all ranks."""
     if rank_and_size()[1] > 1:
         dist.barrier()

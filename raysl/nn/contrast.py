@@ -1,8 +1,8 @@
-"""Losses of rows against keys without the matrix of all pairs, and the queue that keys wait in.
+"""Contrastive losses without the matrix of all pairs, and the queue of negative keys.
 
 NT-Xent, InfoNCE and the sigmoid loss compare each of M rows with each of K keys. Here the M x K
-similarities are made a tile at a time and made again for the gradient, so that memory grows with
-M + K; gradients, of rows and of keys, are exact. What fits into one tile is kept instead.
+similarities are computed tile by tile, and again for the gradient, so that memory grows with M + K.
+Gradients of rows and keys are exact. If one tile holds everything, it is kept.
 """
 
 from collections.abc import Iterator
@@ -16,21 +16,21 @@ from raysl.errors import ConfigError, ShapeError
 from raysl.nn.precision import at_least_float32
 
 CPU_TILE, DEVICE_TILE = 1024, 4096
-"""Side of a tile: 4 MiB of float32 that stay in a CPU's cache; on a GPU 64 MiB, as each tile costs
-a few launches there. Where there are fewer rows, more keys make up for them."""
+"""Side of a tile: 4 MiB of float32 stay in a CPU's cache; on a GPU 64 MiB, because each tile costs
+a few kernel launches there. With fewer rows, a tile takes more keys."""
 
 
 class Contrast(NamedTuple):
-    """How well rows are told from their negatives."""
+    """How well rows are distinguished from their negatives."""
 
     loss: Tensor
     """Scalar, the mean over rows."""
     partner_top1: Tensor
-    """Share of rows whose positive is nearer than every negative; detached."""
+    """Share of rows whose positive is closer than every negative; detached."""
 
 
 def unit_rows(z: Tensor) -> Tensor:
-    """Return rows of length 1 in float32, or in float64 if they come so, also under autocast."""
+    """Scale rows to length 1, in float32 (float64 stays), also under autocast."""
     with torch.autocast(z.device.type, enabled=False):
         return F.normalize(at_least_float32(z), dim=-1)
 
@@ -53,18 +53,18 @@ def contrast(
 
     Args:
         rows: ``(M, D)`` from :func:`unit_rows`.
-        positives: ``(M, D)`` likewise, the key that each row should find.
-        keys: ``(K, D)`` likewise, the negatives; those of other workers come from
-            ``gather_batch``, which brings their gradient home.
+        positives: ``(M, D)`` likewise, the key that matches each row.
+        keys: ``(K, D)`` likewise, the negatives; those of other workers come from ``gather_batch``,
+            which returns their gradient to them.
         temperature: Tau, > 0.
-        excluded: ``(M, E)`` int64: the keys of each row that are no negatives of it (itself, its
-            positive). None if all keys are.
+        excluded: ``(M, E)`` int64: for each row, the keys that are not its negatives (itself, its
+            positive). None if all are.
         memory: ``(K', D)`` more negatives, from :func:`unit_rows`.
         tile: Side of a tile; None takes :data:`CPU_TILE` or :data:`DEVICE_TILE`.
 
     Returns:
-        The loss, >= 0 and 0 for a row without negatives, with gradients for whichever of rows,
-        positives, keys and memory want them; and how often the positive ranks first.
+        The loss, >= 0 and 0 for a row without negatives, with gradients for those of rows,
+        positives, keys and memory that require them; and how often the positive ranks first.
 
     Raises:
         ShapeError: If the shapes do not fit.
@@ -79,7 +79,7 @@ def contrast(
             more, nearer = _LogSumExp.apply(scaled, memory.to(rows.dtype), None, tile)  # type: ignore[no-untyped-call]
             negative = torch.logaddexp(negative, more)
             nearest = torch.maximum(nearest, nearer)
-        # -log(e^p / (e^p + e^n)), which keeps its digits where p is much larger than n.
+        # -log(e^p / (e^p + e^n)), accurate even if p is much larger than n.
         loss = -F.logsigmoid(positive - negative).mean()
     return Contrast(loss, (positive.detach() > nearest).float().mean())
 
@@ -90,7 +90,7 @@ def log_sum_exp(
     """Return each row's log of the sum of exp(row . key / temperature) over the keys, ``(M,)``.
 
     Args:
-        rows: ``(M, D)``; they and the keys get exact gradients if they want them.
+        rows: ``(M, D)``; gradients of rows and keys are exact.
         keys: ``(K, D)``.
         temperature: > 0.
         tile: Side of a tile; None takes :data:`CPU_TILE` or :data:`DEVICE_TILE`.
@@ -111,7 +111,7 @@ def pairwise_sigmoid(
     excluded: Tensor,
     tile: int | None = None,
 ) -> Contrast:
-    r"""Binary cross entropy of every row with every key: its positive is a pair, the others not.
+    r"""Binary cross entropy of every row with every key; only its positive is a matching pair.
 
     .. math::
         \ell_i = \log(1 + \exp(-(s\, r_i \cdot p_i + b)))
@@ -121,9 +121,9 @@ def pairwise_sigmoid(
         rows: ``(M, D)`` from :func:`unit_rows`.
         positives: ``(M, D)`` likewise.
         keys: ``(K, D)`` likewise, the negatives.
-        scale: Scalar that similarities are multiplied by; it gets its gradient.
-        bias: Scalar that is added then; it gets its gradient.
-        excluded: ``(M, E)`` int64: the keys of each row that are no negatives of it.
+        scale: Scalar factor on similarities, with gradient.
+        bias: Scalar added after scaling, with gradient.
+        excluded: ``(M, E)`` int64: for each row, the keys that are not its negatives.
         tile: Side of a tile; None takes :data:`CPU_TILE` or :data:`DEVICE_TILE`.
 
     Raises:
@@ -134,7 +134,7 @@ def pairwise_sigmoid(
     with torch.autocast(rows.device.type, enabled=False):
         scaled = rows * scale
         positive = (scaled * positives).sum(dim=1)
-        # One more column carries the bias, and its gradient: [s r, b] . [k, 1] = s r . k + b.
+        # An extra column carries the bias and its gradient: [s r, b] . [k, 1] = s r . k + b.
         wide = torch.cat([scaled, bias.to(rows.dtype).expand(len(rows), 1)], dim=1)
         with_one = torch.cat([keys, keys.new_ones(len(keys), 1)], dim=1)
         negative, nearest = _SoftplusSum.apply(wide, with_one, excluded, tile)  # type: ignore[no-untyped-call]
@@ -164,9 +164,9 @@ class _Tile(NamedTuple):
 
 
 def _tiles(rows: Tensor, keys: Tensor, excluded: Tensor | None, tile: int) -> Iterator[_Tile]:
-    """Yield the similarities of rows and keys; excluded pairs are -inf, values may be written."""
+    """Yield the similarities of rows and keys; excluded pairs are -inf. Writable."""
     height = max(1, min(tile, len(rows)))
-    width = tile**2 // height  # few rows get more keys at once
+    width = tile**2 // height  # with few rows, more keys at once
     for first_row in range(0, len(rows), height):
         here = slice(first_row, first_row + height)
         for first_key in range(0, len(keys), width):
@@ -178,7 +178,7 @@ def _tiles(rows: Tensor, keys: Tensor, excluded: Tensor | None, tile: int) -> It
 
 
 def _exclude(values: Tensor, column: Tensor) -> None:
-    """Write -inf at each row's column, where the tile has it; no wait for the device."""
+    """Write -inf at each row's column if the tile contains it, without waiting for the device."""
     last = values.shape[1] - 1
     place = column.clamp(0, last)[:, None]
     inside = (column >= 0) & (column <= last)
@@ -191,9 +191,9 @@ def _gradients(
     """Sum up the gradients of rows and keys.
 
     Args:
-        ctx: Says which gradients are wanted.
-        tiles: The gradient of the similarities, each row of it still to be multiplied ...
-        weights: ... by its weight, ``(M,)``: cheaper on what comes out than on all pairs.
+        ctx: Says which gradients are required.
+        tiles: The gradient of the similarities, without each row's factor.
+        weights: That factor, ``(M,)``: cheaper to apply to the result than to all pairs.
         rows: ``(M, D)``.
         keys: ``(K, D)``.
     """
@@ -219,10 +219,10 @@ class _LogSumExp(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         total = rows.new_full((len(rows),), float("-inf"))
         largest = total.clone()
-        powers, sums = None, total  # kept where one tile holds all pairs
+        powers, sums = None, total  # kept if one tile holds all pairs
         for part in _tiles(rows, keys, excluded, tile):
             top = part.values.amax(dim=1)
-            shift = top.masked_fill(top == float("-inf"), 0.0)  # no key at all: log 0, not nan
+            shift = top.masked_fill(top == float("-inf"), 0.0)  # without any key: log 0, not nan
             powers = part.values.sub_(shift[:, None]).exp_()
             sums = powers.sum(dim=1)
             total[part.rows] = torch.logaddexp(total[part.rows], sums.log() + shift)
@@ -279,7 +279,7 @@ class _SoftplusSum(torch.autograd.Function):
 
 
 class KeyQueue(nn.Module):
-    """The newest K keys of all workers, as negatives; the same on every one.
+    """The newest K keys of all workers, used as negatives; identical on every worker.
 
     Args:
         length: K.
@@ -307,7 +307,7 @@ class KeyQueue(nn.Module):
 
     @torch.no_grad()
     def age_steps(self, step: int) -> Tensor:
-        """Return how many steps ago the oldest key was put in, as float32; 0 while it is empty."""
+        """Return how many steps ago the oldest key was added, as float32; 0 while it is empty."""
         put = self.put_at_step
         return (step - torch.where(put >= 0, put, step).amin()).float()
 
@@ -315,7 +315,7 @@ class KeyQueue(nn.Module):
 def check_queue_length(
     field: str, length: int, *, keys_per_step: int, num_images: int | None = None
 ) -> None:
-    """Refuse a queue that cannot hold one step's keys, or holds keys of the image at hand.
+    """Reject a queue too short for a step's keys, or so long that it holds keys of one image.
 
     Args:
         field: Its name in the configuration, such as ``method.queue_length``.

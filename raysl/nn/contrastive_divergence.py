@@ -1,4 +1,4 @@
-"""Maximum likelihood of an energy: down at the data, up at the model's samples.
+"""Contrastive divergence: lower the energy of data, raise that of the model's samples.
 
 Y. Du, I. Mordatch: "Implicit Generation and Modeling with Energy-Based Models", 2019,
 arXiv:1903.08689v6 (IGEBM).
@@ -20,11 +20,11 @@ def contrastive_divergence_loss(
             + \alpha \frac1N \sum_n \big( E(x_n^+)^2 + E(x_n^-)^2 \big)
 
     Without the second term, and with exact samples, its gradient is that of the negative
-    log-likelihood; its value says nothing.
+    log-likelihood; its value is meaningless.
 
     Args:
         data_energies: ``(N,)``.
-        sample_energies: Of samples that carry no gradient themselves, ``(M,)``.
+        sample_energies: ``(M,)``, of samples without gradient.
         regularisation: Alpha, >= 0.
 
     Returns:

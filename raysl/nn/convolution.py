@@ -1,9 +1,9 @@
-"""A convolution that computes small maps on CPU as matrix products; elsewhere it is torch's own.
+"""Compute convolutions on small maps on CPU as matrix products; use torch's otherwise.
 
 The last stages of a ResNet on 32 px images work on maps of 4 x 4 and 2 x 2 pixels with hundreds of
-channels. oneDNN, which torch calls, loops over their pixels and leaves most of a core unused: for
-the weights' gradient of 512 channels on 2 x 2 pixels it takes 111 ms where nine matrix products
-take 3 (256 images, bfloat16 with AMX; docs/results.md).
+channels. oneDNN, which torch calls, loops over their pixels and leaves most of a core unused: the
+weights' gradient of 512 channels on 2 x 2 pixels takes 111 ms, nine matrix products take 3 ms (256
+images, bfloat16 with AMX; docs/results.md).
 """
 
 from typing import Any
@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-# Largest side of an output map for which products were quicker, for all channels tried (64 to 512).
+# Largest side of an output map for which products were faster, for 64 to 512 channels.
 FORWARD_SIDE_PX = 2
 BACKWARD_SIDE_PX = {torch.bfloat16: 4, torch.float32: 2, torch.float64: 2}
 
 
 class Conv2d(nn.Conv2d):
-    """``nn.Conv2d`` with the same parameters and, but for the order of sums, the same results."""
+    """``nn.Conv2d`` with the same parameters and, up to the order of sums, the same results."""
 
     def forward(self, maps: Tensor) -> Tensor:
         """Map ``(N, C, H, W)`` to ``(N, C', H', W')``."""
@@ -35,20 +35,20 @@ class Conv2d(nn.Conv2d):
         return result
 
     def _is_small(self, maps: Tensor) -> bool:
-        """Whether this is a plain square convolution whose output map is small."""
+        """Return whether this is a plain square convolution whose output map is small."""
         limit = BACKWARD_SIDE_PX.get(maps.dtype, 0)
         side, size = max(maps.shape[-2:]), self.kernel_size[0]
         if side > limit * self.stride[0] or size == 1:
             return False
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-            return False  # what leaves as a graph is one convolution
+            return False  # an exported graph needs a single convolution
         plain = self.groups == 1 and self.bias is None and self.dilation == (1, 1)
         square = self.kernel_size == (size, size) and self.stride == _pair(self.stride[0])
         return plain and square and self.padding == _pair(self.padding[0])
 
 
 class _SmallConvolution(torch.autograd.Function):
-    """The convolution and its two gradients; maps lie channels last in memory."""
+    """The convolution and its two gradients; maps are channels last in memory."""
 
     @staticmethod
     def forward(ctx: Any, maps: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
@@ -70,7 +70,7 @@ class _SmallConvolution(torch.autograd.Function):
 
 
 def _convolve(maps: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    """One product of the weights with all patches, if the output map is small enough."""
+    """Multiply the weights with all patches at once, if the output map is small enough."""
     size = weight.shape[-1]
     height, width = (((side + 2 * padding - size) // stride) + 1 for side in maps.shape[-2:])
     if max(height, width) > FORWARD_SIDE_PX:
@@ -83,7 +83,7 @@ def _convolve(maps: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor
 
 
 def _maps_gradient(grad: Tensor, maps: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    """At stride 1 this is the convolution of the gradient with the turned weights."""
+    """At stride 1, convolve the gradient with the rotated weights."""
     turned = weight.shape[-1] - 1 - padding
     if stride == 1 and turned >= 0:
         return _convolve(grad, weight.flip(2, 3).transpose(0, 1), 1, turned)
@@ -96,7 +96,7 @@ def _maps_gradient(grad: Tensor, maps: Tensor, weight: Tensor, stride: int, padd
 
 
 def _weight_gradient(grad: Tensor, maps: Tensor, size: int, stride: int, padding: int) -> Tensor:
-    """One product for each weight's place in the kernel, over the pixels that it touches."""
+    """Compute one product for each weight of the kernel, over the pixels that it touches."""
     inputs, outputs = maps.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1)
     channels, out_channels = inputs.shape[-1], outputs.shape[-1]
     products = []

@@ -1,8 +1,8 @@
-"""Networks that make images out of features, and that tell made images from real ones.
+"""Networks that generate images from features, and that tell generated images from real ones.
 
-Their layers are those of A. Radford, L. Metz, S. Chintala: "Unsupervised Representation Learning
-with Deep Convolutional Generative Adversarial Networks", 2015, arXiv:1511.06434v2, as the context
-encoder's train.lua has them.
+The layers follow A. Radford, L. Metz, S. Chintala: "Unsupervised Representation Learning with Deep
+Convolutional Generative Adversarial Networks", 2015, arXiv:1511.06434v2, as in the context
+encoder's train.lua.
 """
 
 import math
@@ -11,24 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NATIVE_SIDE_PX = 4  # of the smallest map; each layer doubles or halves it
+NATIVE_SIDE_PX = 4  # side of the smallest map; each layer doubles or halves it
 MAX_WIDENING = 8
 LEAK = 0.2
 INIT_STD = 0.02
 
 
 def num_doublings(size_px: int) -> int:
-    """Return how often 4 px must double to come closest to a size; at least once."""
+    """Return how many doublings of 4 px come closest to a size; at least one."""
     return max(1, round(math.log2(size_px / NATIVE_SIDE_PX)))
 
 
 class UpConvDecoder(nn.Module):
-    """Features to square images by up-convolutions that double 4 px to the size asked for.
+    """Map features to square images by up-convolutions that double 4 px until the size is reached.
 
     Args:
-        in_dim: Width of the features.
-        size_px: Side of the images, from which the number of layers follows. Images of other sizes
-            than 4 times a power of two are resized from the nearest of those.
+        in_dim: Number of features.
+        size_px: Side of the images; determines the number of layers. Sizes other than 4 times a
+            power of two are resized from the nearest of those.
         width: Channels of the last hidden layer; each one before it has twice as many, up to 8
             times.
 
@@ -58,11 +58,11 @@ class UpConvDecoder(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Square images to one logit each: above 0 for real ones.
+    """Map square images to one logit each, positive for real images.
 
     Args:
-        size_px: Side of the images, from which the number of layers follows; images of another size
-            than 4 times a power of two are resized to the nearest of those.
+        size_px: Side of the images; determines the number of layers. Sizes other than 4 times a
+            power of two are resized to the nearest of those.
         width: Channels of the first layer; each one after it has twice as many, up to 8 times.
     """
 
@@ -73,7 +73,7 @@ class Discriminator(nn.Module):
         layers: list[nn.Module] = [nn.Conv2d(3, width, 4, 2, 1, bias=False)]
         layers.append(nn.LeakyReLU(LEAK, inplace=True))
         channels = width
-        # As in train_random.lua, where 128 px need one layer more, the first ones do not widen.
+        # As in train_random.lua, where 128 px need one more layer: the first layers do not widen.
         for halving in range(1, halvings):
             widening = 2 ** max(0, halving - max(0, halvings - 4))
             layers.append(nn.Conv2d(channels, width * widening, 4, 2, 1, bias=False))
@@ -89,7 +89,7 @@ class Discriminator(nn.Module):
 
 
 def resize(images: Tensor, size_px: int) -> Tensor:
-    """Resize ``(N, C, S, S)`` linearly, averaging where it shrinks; as it is if it fits."""
+    """Resize ``(N, C, S, S)`` linearly, averaging when it shrinks; unchanged if the size fits."""
     if images.shape[-1] == size_px:
         return images
     if images.dtype != torch.float64:
@@ -98,7 +98,7 @@ def resize(images: Tensor, size_px: int) -> Tensor:
 
 
 def init_dcgan_(module: nn.Module) -> None:
-    """Draw weights with deviation 0.02, around 0 for convolutions and 1 for batch norm."""
+    """Draw weights with a deviation of 0.02, around 0 for convolutions and 1 for batch norm."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
             nn.init.normal_(layer.weight, 0.0, INIT_STD)

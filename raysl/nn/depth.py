@@ -1,4 +1,4 @@
-"""How deep in an encoder each parameter lies, for learning rates that fall with depth.
+"""Layer-wise learning rate decay: scale a parameter's rate by its depth in the encoder.
 
 H. Bao, L. Dong, S. Piao, F. Wei: "BEiT: BERT Pre-Training of Image Transformers", 2021,
 arXiv:2106.08254v2; MAE (arXiv:2111.06377v3, appendix A.1) fine-tunes with it.
@@ -18,10 +18,10 @@ _STAGES = 4
 
 
 def check_layer_decay(config: BackboneConfig, decay: float) -> None:
-    """Refuse encoders whose layers have no order that is known here, where rates fall with it.
+    """Reject layer decay for encoders whose layers have no known order.
 
     Raises:
-        ConfigError: If it is neither a ResNet nor a vision transformer of raysl's.
+        ConfigError: If it is neither a ResNet nor a vision transformer of raysl.
     """
     if decay < 1 and config.family not in ("vit", "resnet"):
         raise ConfigError(
@@ -33,13 +33,13 @@ def check_layer_decay(config: BackboneConfig, decay: float) -> None:
 def depth_scales(
     backbone: Backbone, config: BackboneConfig, *, decay: float
 ) -> dict[nn.Parameter, float]:
-    """Return what the learning rate of each parameter of an encoder is multiplied by.
+    """Return the factor on the learning rate of each parameter of an encoder.
 
     Args:
         backbone: The encoder.
-        config: What it is. A vision transformer of L blocks has L + 2 layers: patches, class token
-            and positions are layer 0, blocks 1 to L, the last norm is L + 1, like all that is put
-            on the encoder. A ResNet has 6: its stem, four stages, and what is put on it.
+        config: Its settings. A vision transformer of L blocks has L + 2 layers: patches, class
+            token and positions are layer 0, blocks 1 to L, the last norm L + 1, like everything on
+            top of the encoder. A ResNet has 6: its stem, four stages, and everything on top.
         decay: In (0, 1]. Layer l gets ``decay ** (last - l)``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Exponential moving averages of modules."""
+"""Update the exponential moving average of a module's parameters."""
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 def ema_update_(target: nn.Module, online: nn.Module, *, momentum: float) -> None:
     """Set each parameter of ``target`` to momentum * target + (1 - momentum) * online.
 
-    Buffers are left alone: each network's batch norm keeps the statistics of its own passes.
+    Buffers are unchanged: each network's batch norm keeps the statistics of its own passes.
     """
     averages = [parameter.data for parameter in target.parameters()]
     currents = [parameter.data for parameter in online.parameters()]

@@ -1,4 +1,4 @@
-"""How embeddings lie on the sphere: numbers that tell learning from collapse, without labels."""
+"""Measure without labels how embeddings are distributed: alignment, uniformity, rank, spectrum."""
 
 import math
 from typing import NamedTuple
@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _MOST_ROWS = 512
-_ROWS_AT_ONCE = 8192  # as float64, of features that may be many
-_NO_VARIANCE = 1e-12  # over the largest eigenvalue: what rounding leaves of a missing dimension
+_ROWS_AT_ONCE = 8192  # converted to float64 at a time
+# Relative to the largest eigenvalue: rounding errors of a dimension without variance.
+_NO_VARIANCE = 1e-12
 _FIRST_FITTED, _LAST_FITTED = 4, 100
 
 
@@ -22,7 +23,7 @@ def alignment(z0: Tensor, z1: Tensor) -> Tensor:
         z1: Likewise; row i comes from the same image as ``z0[i]``.
 
     Returns:
-        Scalar float32 in [0, 4]: 0 if the views of every image have one direction.
+        Scalar float32 in [0, 4]: 0 if both views of every image have the same direction.
 
     Source: Wang and Isola 2020, arXiv:2005.10242v10, sec. 4.1.1, with alpha = 2.
     """
@@ -35,11 +36,12 @@ def uniformity(z: Tensor, *, most_rows: int = _MOST_ROWS) -> Tensor:
 
     Args:
         z: ``(N, D)``, any float dtype, not normalised; a single row gives 0.
-        most_rows: So many of the first rows are compared, as pairs grow with the square of N.
+        most_rows: Only this many first rows are compared, because the number of pairs grows with N
+            squared.
 
     Returns:
-        Scalar float32 in [-8, 0]: 0 if all images have one direction, lower the more evenly they
-        are spread.
+        Scalar float32 in [-8, 0]: 0 if all images have the same direction, lower if they are spread
+        more evenly.
 
     Source: Wang and Isola 2020, arXiv:2005.10242v10, sec. 4.1.2, with t = 2.
     """
@@ -65,7 +67,7 @@ def feature_std(features: Tensor) -> Tensor:
 
     Returns:
         Scalar float32 in [0, 1]: 0 if all images have the same direction, about 1 if directions are
-        spread evenly over the sphere.
+        uniform on the sphere.
 
     Source: Chen and He 2020, arXiv:2011.10566v1, sec. 4.1.
     """
@@ -78,7 +80,7 @@ def effective_rank(features: Tensor) -> Tensor:
     """Return the exponential of the entropy of the normalised singular values.
 
     Args:
-        features: ``(N, D)``, any float dtype; large N goes through in parts.
+        features: ``(N, D)``, any float dtype; a large N is processed in parts.
 
     Returns:
         Scalar float32 in [1, min(N, D)]; 0 if all features are zero, nan if one is not finite.
@@ -87,7 +89,7 @@ def effective_rank(features: Tensor) -> Tensor:
     Departs: From the Gram matrix of the shorter side, whose eigenvalues are the squared singular
         values: several times faster than a decomposition of the features.
     """
-    if not features.isfinite().all():  # eigvalsh would raise before the loss is looked at
+    if not features.isfinite().all():  # eigvalsh would raise before the loss is checked
         return features.new_tensor(math.nan, dtype=torch.float32)
     values = torch.linalg.eigvalsh(_gram(features)).clamp_min(0).sqrt()
     total = values.sum()
@@ -113,33 +115,33 @@ def covariance_spectrum(features: Tensor) -> Tensor:
 
 
 class PowerLaw(NamedTuple):
-    """An eigenvalue of rank n as ``scale * n ** -exponent``."""
+    """A power law: the eigenvalue of rank n is ``scale * n ** -exponent``."""
 
     exponent: float
     scale: float
     first: int
-    """Rank of the first eigenvalue it was fitted to, counted from 1."""
+    """Rank of the first fitted eigenvalue, from 1."""
     last: int
-    """Of the last one."""
+    """Rank of the last fitted eigenvalue."""
 
 
 @torch.no_grad()
 def fit_power_law(
     eigenvalues: Tensor, *, first: int = _FIRST_FITTED, last: int = _LAST_FITTED
 ) -> PowerLaw | None:
-    """Fit a straight line to eigenvalues over their ranks, both as logarithms.
+    """Fit a straight line to the logarithm of eigenvalues over the logarithm of their ranks.
 
     Args:
         eigenvalues: ``(K,)`` float64 >= 0, the largest first.
-        first: Rank of the first one that counts, from 1.
-        last: Of the last one; those that rounding alone made are left out before.
+        first: Rank of the first one to fit, from 1.
+        last: Rank of the last one; eigenvalues that are only rounding errors are left out.
 
     Returns:
-        The line, or None if fewer than two eigenvalues are left.
+        The power law, or None if fewer than two eigenvalues remain.
 
-    Source: Agrawal et al. 2022, "alpha-ReQ", NeurIPS 35. The paper's text names neither range nor
-        weights: ranks 4 to 100, each weighted by 1 / rank so that decades count alike, are those of
-        the authors' code.
+    Source: Agrawal et al. 2022, "alpha-ReQ", NeurIPS 35. The paper states neither range nor
+    weights: ranks 4 to 100, weighted by 1 / rank so that decades count equally, are from the
+    authors' code.
     """
     if not len(eigenvalues) or not eigenvalues.isfinite().all():
         return None
@@ -154,7 +156,7 @@ def fit_power_law(
 
 
 def _gram(features: Tensor, *, center: Tensor | None = None) -> Tensor:
-    """Products of ``(M, D)`` features in float64, of the shorter side: ``(min(M, D),) * 2``."""
+    """Return the Gram matrix of ``(M, D)`` features in float64: ``(min(M, D),) * 2``."""
 
     def rows(part: Tensor) -> Tensor:
         return part.double() if center is None else part.double() - center
@@ -173,7 +175,7 @@ def _gram(features: Tensor, *, center: Tensor | None = None) -> Tensor:
 def off_diagonal(square: Tensor) -> Tensor:
     """Return a view of a ``(D, D)`` matrix without its diagonal, ``(D - 1, D)``."""
     d = len(square)
-    # Read row by row from entry 1 on, every (D + 1)th entry is one of the diagonal.
+    # Flattened from entry 1 on, every (D + 1)th entry is on the diagonal.
     return square.flatten()[1:].view(d - 1, d + 1)[:, :-1]
 
 
@@ -188,7 +190,7 @@ def log_mean_exp_on_sphere(dim: int, concentration: float) -> float:
         concentration: kappa, > 0.
     """
     half, x = dim / 2, 2 * math.log(concentration / 2)
-    terms = int(2 * concentration) + 100  # they fall like those of exp(kappa / 2) beyond kappa
+    terms = int(2 * concentration) + 100  # terms fall like those of exp(kappa / 2) beyond kappa
     logs = [
         k * x + math.lgamma(half) - math.lgamma(k + half) - math.lgamma(k + 1) for k in range(terms)
     ]

@@ -1,4 +1,4 @@
-"""Heads that methods put on an encoder."""
+"""Build, cut, describe and rebuild the projection heads on an encoder."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -7,7 +7,8 @@ from torch import nn
 
 from raysl.errors import ConfigError, DataError
 
-_MOST_FEATURES = 1 << 20  # of a layer in a file: more is damage, and would take all memory
+# Limit for a layer read from a file: more means damage, and would take all memory.
+_MOST_FEATURES = 1 << 20
 
 
 def projection_mlp(
@@ -22,18 +23,18 @@ def projection_mlp(
 ) -> nn.Sequential:
     """Build a perceptron of ``num_layers`` linear layers with ReLU in between.
 
-    A linear layer that batch norm follows has no bias, which batch norm would take away again.
+    A linear layer followed by batch norm has no bias, which batch norm would cancel.
 
     Args:
-        in_dim: Features in.
-        hidden_dim: Features of every hidden layer.
-        out_dim: Features out.
-        num_layers: Linear layers, > 0; 1 is a single linear map.
-        batch_norm: Put batch norm after each linear layer.
-        last_norm: That of the last layer, if there is batch norm: ``scaled`` has a scale, but its
-            bias, which would only shift the origin, stays zero (SimCLR's authors' code); ``plain``
-            has neither (SimSiam's and MoCo v3's); ``none`` leaves it out (BYOL's).
-        last_bias: Whether the last linear layer has a bias, where no batch norm follows it.
+        in_dim: Number of input features.
+        hidden_dim: Number of features of every hidden layer.
+        out_dim: Number of output features.
+        num_layers: Number of linear layers, > 0; 1 is a single linear map.
+        batch_norm: Add batch norm after each linear layer.
+        last_norm: Norm after the last layer, with ``batch_norm``: ``scaled`` has a scale, but its
+            bias stays zero, because it would only shift the origin (SimCLR's authors' code);
+            ``plain`` has neither (SimSiam's and MoCo v3's); ``none`` omits it (BYOL's).
+        last_bias: Whether the last linear layer has a bias, if no batch norm follows it.
     """
     layers: list[nn.Module] = []
     for _ in range(num_layers - 1):
@@ -61,8 +62,8 @@ def first_layers(head: nn.Sequential, num_layers: int) -> nn.Sequential:
     """Return the first linear layers of a head, each with its batch norm and nonlinearity.
 
     Args:
-        head: What begins with a linear layer, such as :func:`projection_mlp`.
-        num_layers: Linear layers to keep; 0 keeps nothing, all of them the whole head.
+        head: A head that starts with a linear layer, such as :func:`projection_mlp`.
+        num_layers: Number of linear layers to keep, from 0 to all.
 
     Returns:
         The same modules, not copies of them.
@@ -77,10 +78,10 @@ def first_layers(head: nn.Sequential, num_layers: int) -> nn.Sequential:
 
 
 def describe_layers(head: nn.Sequential) -> list[dict[str, Any]]:
-    """Return what a head is made of as plain data, from which :func:`build_layers` makes it again.
+    """Describe a head's layers as plain data, from which :func:`build_layers` rebuilds it.
 
     Raises:
-        ConfigError: If it has a layer of another kind than linear, batch norm, ReLU and GELU.
+        ConfigError: If a layer is not linear, batch norm, ReLU or GELU.
     """
     found: list[dict[str, Any]] = []
     for layer in head:
@@ -105,14 +106,14 @@ def describe_layers(head: nn.Sequential) -> list[dict[str, Any]]:
 def build_layers(
     layers: Sequence[Mapping[str, Any]], *, inputs: int | None = None
 ) -> nn.Sequential:
-    """Make a head of what :func:`describe_layers` returned, with random weights.
+    """Build a head from the result of :func:`describe_layers`, with random weights.
 
     Args:
         layers: Its layers.
-        inputs: Features that it is to take; None leaves that to its first layer.
+        inputs: Expected number of input features; None accepts any.
 
     Raises:
-        DataError: If the data describe no head, or one that takes other features.
+        DataError: If the data do not describe a head, or one for another number of features.
     """
     try:
         head = nn.Sequential(*(_build_layer(layer) for layer in layers))
@@ -135,7 +136,7 @@ def _build_layer(layer: Mapping[str, Any]) -> nn.Module:
 
 
 def _check_widths(head: nn.Sequential, inputs: int | None) -> None:
-    """Refuse a layer that cannot take what comes before it."""
+    """Reject a layer whose width does not match the one before it."""
     for layer in head:
         takes = gives = inputs
         if isinstance(layer, nn.Linear):

@@ -1,4 +1,4 @@
-"""Energies of images: their gradients, Langevin dynamics, and the buffer its chains go on from."""
+"""Gradients of an image's energy, Langevin dynamics, and the replay buffer of its chains."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ Energy = Callable[[Tensor], Tensor]
 
 @contextmanager
 def standing_still(network: nn.Module) -> Iterator[None]:
-    """Make a network a function of one image: batch norm as it is, no dropout, for the moment."""
+    """Make a network a function of single images in the block: batch norm in eval, no dropout."""
     before = network.training
     network.eval()
     try:
@@ -26,14 +26,14 @@ def standing_still(network: nn.Module) -> Iterator[None]:
 
 
 def energy_gradient(energy: Energy, images: Tensor, *, create_graph: bool = False) -> Tensor:
-    """Return the gradient of each image's energy in its own pixels, ``(N, 3, S, S)``.
+    """Return the gradient of each image's energy with respect to its pixels, ``(N, 3, S, S)``.
 
-    No parameter's ``grad`` is touched, and data-parallel training does not take notice.
+    No parameter's ``grad`` changes, and data-parallel training is not triggered.
 
     Args:
         energy: Each image's energy.
-        images: Where; not changed.
-        create_graph: Whether the gradient is to be differentiated in turn.
+        images: Where to evaluate the gradient; not changed.
+        create_graph: Whether the gradient will itself be differentiated.
     """
     with torch.enable_grad():
         place = images.detach().requires_grad_()
@@ -52,13 +52,13 @@ def langevin(
     max_gradient: float = math.inf,
     value_range: tuple[float, float] = (-math.inf, math.inf),
 ) -> tuple[Tensor, Tensor]:
-    r"""Walk down the energy with noise.
+    r"""Run Langevin dynamics: gradient descent on the energy with noise.
 
     .. math::
         x \leftarrow \mathrm{clamp}(x - a\, \mathrm{clip}(\nabla_x E(x)) + s\, n),
         \qquad n \sim N(0, 1)
 
-    With s = sqrt(2 a), small a and nothing clipped the walk ends in samples of exp(-E) / Z.
+    With s = sqrt(2 a), small a and no clipping, the chains converge to samples of exp(-E) / Z.
 
     Args:
         energy: Each image's energy.
@@ -66,16 +66,16 @@ def langevin(
         num_steps: Steps, >= 0.
         step_size: a, > 0.
         noise_std: s, >= 0.
-        max_gradient: Most of a pixel's gradient in each direction, > 0.
+        max_gradient: Bound on the absolute value of each pixel's gradient, > 0.
         value_range: Lowest and highest value of a pixel.
 
     Returns:
-        The samples, detached, and the length of each one's gradient at the last step, ``(N,)``,
-        before it is clipped.
+        The samples, detached, and the norm of each one's gradient at the last step, ``(N,)``,
+        before clipping.
 
-    Source: Welling and Teh, ICML 2011, eq. (4), with a step and a noise that need not belong
-    together, as in arXiv:1903.08689v6 and arXiv:1912.03263v3; the clipping is that of the former's
-    code (openai/ebm_code_release, train.py:760).
+    Source: Welling and Teh, ICML 2011, eq. (4), with independent step and noise, as in
+    arXiv:1903.08689v6 and arXiv:1912.03263v3; the clipping is that of the former's code
+    (openai/ebm_code_release, train.py:760).
     """
     lengths = images.new_zeros(len(images))
     for _ in range(num_steps):
@@ -89,26 +89,26 @@ def langevin(
 
 
 class ChainStarts(NamedTuple):
-    """Where the chains of a step begin."""
+    """The starting points of a step's chains."""
 
-    images: Tensor  # (N, 3, S, S): this rank's
-    fresh: Tensor  # (N,) bool: which of them are noise
-    slots: Tensor  # (R * N,) int64: the buffer's rows that all ranks' samples go to
-    restarted: Tensor  # (R * N,) bool: which of them begin at noise
-    num_steps: Tensor  # (R * N,) int32: steps that each chain has behind it
+    images: Tensor  # (N, 3, S, S): of this rank
+    fresh: Tensor  # (N,) bool: which start from noise
+    slots: Tensor  # (R * N,) int64: buffer rows for all ranks' samples
+    restarted: Tensor  # (R * N,) bool: which start from noise
+    num_steps: Tensor  # (R * N,) int32: steps done by each chain
 
 
 class ReplayBuffer(nn.Module):
-    """The last samples of many chains, the same on every rank.
+    """The last samples of many chains, identical on every rank.
 
-    Which chains go on, which start again and from which noise follow from the generator alone,
-    however many ranks share them. It takes ``2 * length * 3 * size_px ** 2`` bytes, also in a
-    checkpoint: 61 MB for 10,000 images of 32 px, 3 GB for 224 px.
+    The generator alone determines which chains continue, which restart and from which noise, for
+    any number of ranks. It takes ``2 * length * 3 * size_px ** 2`` bytes, also in a checkpoint: 61
+    MB for 10,000 images of 32 px, 3 GB for 224 px.
 
     Args:
-        length: Chains.
+        length: Number of chains.
         size_px: Side of the images.
-        value_range: Uniform noise that chains start from.
+        value_range: Range of the uniform noise that chains start from.
     """
 
     samples: Tensor
@@ -122,11 +122,11 @@ class ReplayBuffer(nn.Module):
         self.register_buffer("num_steps", torch.zeros(length, dtype=torch.int32))
 
     def starts(self, count: int, *, restart_prob: float, generator: torch.Generator) -> ChainStarts:
-        """Draw a rank's chains, each from another slot.
+        """Draw a rank's chains, each from a different slot.
 
         Args:
             count: N, chains of this rank, the same on every rank; R * N at most the length.
-            restart_prob: Probability of a chain to start again from noise.
+            restart_prob: Probability that a chain restarts from noise.
             generator: On the CPU, in the same state on every rank.
         """
         rank, size = rank_and_size()
@@ -147,6 +147,6 @@ class ReplayBuffer(nn.Module):
 
     @torch.no_grad()
     def put(self, starts: ChainStarts, samples: Tensor, *, num_steps: int) -> None:
-        """Store where this rank's chains, ``(N, 3, S, S)``, ended after so many steps more."""
+        """Store this rank's samples, ``(N, 3, S, S)``, after ``num_steps`` more steps."""
         self.samples[starts.slots] = gather_batch_no_grad(samples.to(self.samples.dtype))
         self.num_steps[starts.slots] = starts.num_steps + num_steps

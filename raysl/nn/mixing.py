@@ -1,4 +1,4 @@
-"""Mixing the images of a batch, and their labels, in pairs.
+"""Mix pairs of images of a batch and their labels: mixup and cutmix.
 
 mixup: H. Zhang, M. Cisse, Y. Dauphin, D. Lopez-Paz, 2017, arXiv:1710.09412v2. cutmix: S. Yun et
 al., 2019, arXiv:1905.04899v2.
@@ -13,16 +13,16 @@ from torch import Tensor
 def mix_batch(
     images: Tensor, targets: Tensor, *, mixup: float, cutmix: float
 ) -> tuple[Tensor, Tensor]:
-    """Mix each image with that at the other end of the batch, by one ratio for all of them.
+    """Mix each image with its counterpart in the reversed batch, by one ratio for the batch.
 
     Args:
         images: ``(N, 3, H, W)``.
         targets: Class probabilities ``(N, C)``.
-        mixup: alpha of the ratio's Beta(alpha, alpha) for a mean of pixels; 0 never takes it.
+        mixup: alpha of the ratio's Beta(alpha, alpha) for a mean of pixels; 0 disables it.
         cutmix: Likewise for a rectangle of the other image. With both, one of them is drawn.
 
     Returns:
-        New images and targets; what is drawn comes from torch's global CPU generator.
+        New images and targets; drawn from torch's global CPU generator.
 
     Source: arXiv:1710.09412v2, sec. 2; arXiv:1905.04899v2, Eqs. (1) and (2). Images are paired as
     in timm, which MAE's fine-tuning uses.
@@ -39,7 +39,7 @@ def mix_batch(
 
 
 def _with_rectangle(images: Tensor, others: Tensor, share: float) -> tuple[Tensor, float]:
-    """Put a rectangle of the others into the images; return also what is left of the latter."""
+    """Paste a rectangle of the other images; also return the share of the original image left."""
     height, width = images.shape[2:]
     side = math.sqrt(1 - share)
     half_height, half_width = int(height * side) // 2, int(width * side) // 2

@@ -1,4 +1,4 @@
-"""safetensors files of networks: tensors by name, and a header that says what they make up."""
+"""Write and read networks as safetensors files, with a description in the header."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from raysl.errors import DataError
 
 
 class NetworkFile(NamedTuple):
-    """What a file holds."""
+    """The content of a file."""
 
     description: dict[str, Any]
     state: dict[str, Tensor]
@@ -23,25 +23,25 @@ class NetworkFile(NamedTuple):
 def write_network(
     path: Path, state: Mapping[str, Tensor], *, kind: str, description: Mapping[str, Any]
 ) -> None:
-    """Write tensors with a description in the header; the file appears complete or not at all."""
+    """Write tensors with a description in the header, atomically."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     header = {"format": kind, "raysl": json.dumps(description)}
     temporary = path.with_name(f".{path.name}.tmp")
-    # Through a plain open: safetensors' own writer makes files that only their owner can read.
+    # Written by open(): files of safetensors' own writer are only readable by their owner.
     temporary.write_bytes(save(tensors, metadata=header))
     temporary.replace(path)
 
 
 def read_network(path: Path, *, kind: str, what: str) -> NetworkFile:
-    """Read a file of :func:`write_network`; no code from the file is run.
+    """Read a file written by :func:`write_network`, without running any code from it.
 
     Args:
         path: The file.
         kind: The format that its header must name.
-        what: What that is, for error messages.
+        what: Name of that kind, for error messages.
 
     Raises:
-        DataError: If it is not there, damaged, of another format, or not finite.
+        DataError: If it is missing, damaged, of another format, or has values that are not finite.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file; it should be {what}")
@@ -56,7 +56,7 @@ def read_network(path: Path, *, kind: str, what: str) -> NetworkFile:
         raise DataError(f"{path}: safetensors, but not {what}")
     try:
         description = json.loads(header["raysl"])
-    except (KeyError, ValueError, RecursionError):  # the last: a thousand brackets
+    except (KeyError, ValueError, RecursionError):  # the last one: deeply nested brackets
         description = None
     if not isinstance(description, dict):
         raise DataError(f"{path}: {what} with a damaged header")
@@ -67,7 +67,7 @@ def read_network(path: Path, *, kind: str, what: str) -> NetworkFile:
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], *, path: Path) -> None:
-    """Load a state dict strictly, as one of this version of the module: files keep no versions.
+    """Load a state dict strictly, without checking module versions, which files do not store.
 
     Raises:
         DataError: If names or shapes do not fit.

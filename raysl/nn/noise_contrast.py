@@ -1,10 +1,10 @@
-"""Noise-contrastive estimation: an unnormalised density learnt by telling data from noise.
+"""Noise-contrastive estimation: learn an unnormalised density by classifying data against noise.
 
-M. Gutmann, A. Hyvarinen: "Noise-contrastive estimation: A new estimation principle for
-unnormalized statistical models", AISTATS 2010; the same, with any number of noise samples:
-"Noise-Contrastive Estimation of Unnormalized Statistical Models, with Applications to Natural Image
-Statistics", JMLR 13:307-361, 2012. With noise made of the data: C. Ceylan, M. Gutmann: "Conditional
-Noise-Contrastive Estimation of Unnormalised Models", 2018, arXiv:1806.03664v1.
+M. Gutmann, A. Hyvarinen: "Noise-contrastive estimation: A new estimation principle for unnormalized
+statistical models", AISTATS 2010; the same, with any number of noise samples: "Noise-Contrastive
+Estimation of Unnormalized Statistical Models, with Applications to Natural Image Statistics", JMLR
+13:307-361, 2012. With noise made of the data: C. Ceylan, M. Gutmann: "Conditional Noise-Contrastive
+Estimation of Unnormalised Models", 2018, arXiv:1806.03664v1.
 """
 
 import math
@@ -68,18 +68,18 @@ def noise_contrastive_loss(
 
 
 def conditional_noise_contrastive_loss(data_logits: Tensor, noise_logits: Tensor) -> Tensor:
-    r"""Tell each datum from noise that was made of it, by a symmetric conditional density.
+    r"""Classify each datum against noise derived from it by a symmetric conditional density.
 
     .. math::
         L = \frac{2}{N K} \sum_n \sum_{k=1}^{K} \mathrm{softplus}(-G(x_n, y_{nk})), \qquad
         G(x, y) = \log p_m(x) + \log p_c(y | x) - \log p_m(y) - \log p_c(x | y)
 
-    With p_c(y | x) = p_c(x | y) only the model is left of G, and no normaliser. At its minimum
-    p_m is that of the data up to a factor, among images that the noise takes into each other.
+    With p_c(y | x) = p_c(x | y) only the model remains in G, and no normaliser. At its minimum p_m
+    is the data's density up to a factor, among images that the noise connects.
 
     Args:
         data_logits: log p_m of the data up to a constant, ``(N,)``.
-        noise_logits: The same of the noise made of each datum, ``(N, K)``.
+        noise_logits: The same for the noise derived from each datum, ``(N, K)``.
 
     Returns:
         Scalar >= 0, float32, or float64 if given that. Where data and noise are equally probable it
@@ -88,8 +88,8 @@ def conditional_noise_contrastive_loss(data_logits: Tensor, noise_logits: Tensor
     Raises:
         ShapeError: If the shapes do not fit.
 
-    Source: The objective of arXiv:1806.03664v1 with symmetric conditional noise.
-    Computed in float32 also under autocast.
+    Source: The objective of arXiv:1806.03664v1 with symmetric conditional noise. Computed in
+    float32 also under autocast.
     """
     if data_logits.ndim != 1 or noise_logits.shape[:-1] != data_logits.shape:
         raise ShapeError(

@@ -1,4 +1,4 @@
-"""Noise made of an image by a symmetric conditional density: doing is as likely as undoing."""
+"""Perturb images by a symmetric conditional density, for conditional NCE."""
 
 import math
 from collections.abc import Sequence
@@ -16,22 +16,22 @@ Perturbation = Literal["gaussian", "turn"]
 def perturb(
     images: Tensor, perturbations: Sequence[Perturbation], noise_std_range: tuple[float, float]
 ) -> tuple[Tensor, Tensor]:
-    """Make noise of images, of each by one of the perturbations.
+    """Derive noise from images, each by one of the perturbations.
 
-    gaussian adds noise whose deviation is drawn uniformly in its logarithm; turn turns by one, two
-    or three quarters. Either takes x to y as often as y to x, and so does a mixture of them, as
-    which one is taken does not depend on the image.
+    gaussian adds noise whose deviation is log-uniform; turn rotates by one, two or three quarter
+    turns. Both are symmetric: x to y is as likely as y to x. So is their mixture, because the
+    choice does not depend on the image.
 
     Args:
         images: ``(N, C, S, S)``.
-        perturbations: At least one; each is as likely.
+        perturbations: At least one; all are equally likely.
         noise_std_range: Smallest and largest deviation, both > 0.
 
     Returns:
-        The noise ``(N, C, S, S)`` and the place of its perturbation in the list, ``(N,)``, which is
-        the first of equal names. All draws are from torch's global generator.
+        The noise ``(N, C, S, S)`` and the index of its perturbation in the list, ``(N,)``, the
+        first one of equal names. Drawn from torch's global generator.
 
-    Source: arXiv:1806.03664v1 for Gaussian noise and for what symmetry is good for.
+    Source: arXiv:1806.03664v1 for Gaussian noise and for the use of symmetry.
     """
     n, device = len(images), images.device
     low, high = (math.log(std) for std in noise_std_range)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Return a tensor as float32, or as the float64 that it is."""
+    """Convert a tensor to float32; float64 is unchanged."""
     return x if x.dtype == torch.float64 else x.float()
 
 

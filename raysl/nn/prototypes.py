@@ -1,4 +1,4 @@
-"""Prototypes: directions that an embedding is compared with (DINO, appendix C)."""
+"""Prototypes: learnt directions that embeddings are compared with (DINO, appendix C)."""
 
 import math
 
@@ -12,14 +12,15 @@ from raysl.nn.precision import at_least_float32
 class Prototypes(nn.Module):
     """Inner products with K directions.
 
-    In float32 also under autocast, as temperatures enlarge rounding errors; length 1, or from 1 on.
+    Computed in float32 also under autocast, because temperatures amplify rounding errors.
+    Directions have length 1, or a learnt length that starts at 1.
     """
 
     def __init__(self, in_dim: int, num_prototypes: int, *, learn_length: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_prototypes, in_dim))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        # A matrix: the authors' weight decay takes it in, and leaves out vectors.
+        # A matrix, because the authors' weight decay includes matrices and excludes vectors.
         self.length = nn.Parameter(torch.ones(num_prototypes, 1)) if learn_length else None
 
     def forward(self, x: Tensor) -> Tensor:

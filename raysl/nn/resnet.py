@@ -1,7 +1,8 @@
-"""Residual networks under torchvision's names, with a width, selective kernels, stems and norms.
+"""Residual networks with torchvision's parameter names, and options for width, stem and norms.
 
-He et al. 2016, Deep Residual Learning for Image Recognition, arXiv:1512.03385v1; the stride sits in
-the 3 x 3 convolution, as in torchvision and in Chen et al. 2020 (SimCLR v2), arXiv:2006.10029v2.
+He et al. 2016, Deep Residual Learning for Image Recognition, arXiv:1512.03385v1; the 3 x 3
+convolution has the stride, as in torchvision and in Chen et al. 2020 (SimCLR v2),
+arXiv:2006.10029v2.
 """
 
 import math
@@ -26,7 +27,7 @@ _SQUEEZE_MIN = 32
 
 
 class Layout(NamedTuple):
-    """What tells one residual network from another."""
+    """The blocks and groups of one residual network."""
 
     bottleneck: bool
     blocks: tuple[int, int, int, int]
@@ -47,7 +48,7 @@ LAYOUTS = {
 
 
 class ChannelAffine(nn.Module):
-    """A scale and a shift for each channel, in the place of a norm; no statistics."""
+    """A scale and a shift for each channel in place of a norm, without statistics."""
 
     def __init__(self, num_channels: int) -> None:
         super().__init__()
@@ -60,10 +61,10 @@ class ChannelAffine(nn.Module):
 
 
 def norm_of(name: NormName) -> Norm:
-    """Return what makes a norm for a number of channels."""
+    """Return a function that builds a norm for a number of channels."""
     norms: dict[NormName, Norm] = {
         "batch": nn.BatchNorm2d,
-        # 32 groups (Wu and He 2018, arXiv:1803.08494v3), fewer where 32 does not divide them.
+        # 32 groups (Wu and He 2018, arXiv:1803.08494v3), fewer if 32 does not divide the channels.
         "group": lambda channels: nn.GroupNorm(math.gcd(32, channels), channels),
         "none": ChannelAffine,
     }
@@ -71,7 +72,7 @@ def norm_of(name: NormName) -> Norm:
 
 
 class SelectiveKernel(nn.Module):
-    """Two 3 x 3 convolutions, mixed channel by channel with weights that the image decides.
+    """Two 3 x 3 convolutions, mixed per channel with weights computed from the image.
 
     Source: Li et al. 2019, arXiv:1903.06586v2, in the form of the SimCLR v2 authors' resnet.py.
     Departs: from Li et al., as those authors do: both kernels are 3 x 3 and not grouped.
@@ -83,7 +84,7 @@ class SelectiveKernel(nn.Module):
         self.conv = _conv(in_channels, 2 * channels, 3, stride=stride)
         self.bn = norm(2 * channels)
         self.squeeze = _conv(channels, hidden, 1)
-        # Of one pixel, a group of one channel would normalise to nothing.
+        # A group of one channel and one pixel would normalise to zero.
         grouped = isinstance(self.bn, nn.GroupNorm)
         self.squeeze_bn = nn.GroupNorm(1, hidden) if grouped else norm(hidden)
         self.mix = _conv(hidden, 2 * channels, 1)
@@ -99,15 +100,15 @@ class SelectiveKernel(nn.Module):
 
 
 class ShortcutPool(nn.Module):
-    """The mean of 2 x 2 pixels, at any stride.
+    """The mean of 2 x 2 pixels, at stride 1 or 2.
 
     Source: ResNet-D (He et al. 2018, arXiv:1812.01187v2), in the form of the SimCLR v2 authors'
-    resnet.py, which pools at stride 1 too. Departs: where a side is odd, they count zeros.
+    resnet.py, which pools at stride 1 too. Departs: for odd sides, they count zeros.
 
     Args:
         stride: 1 or 2.
-        edge: inside: what lies beyond the edge does not count. zeros: it counts as zeros, as in
-            Separius/SimCLRv2-Pytorch, at stride 1 and where a side is odd.
+        edge: inside: ignore pixels beyond the edge. zeros: count them as zeros, as in
+            Separius/SimCLRv2-Pytorch, at stride 1 and for odd sides.
     """
 
     def __init__(self, stride: int, *, edge: ShortcutEdge = "inside") -> None:
@@ -126,7 +127,7 @@ class ShortcutPool(nn.Module):
 
 
 class _Style(NamedTuple):
-    """What all blocks of a network share."""
+    """The options that all blocks of a network share."""
 
     norm: Norm
     selective_kernels: bool
@@ -135,7 +136,7 @@ class _Style(NamedTuple):
     shortcut_edge: ShortcutEdge
 
     def kernel(self, in_channels: int, channels: int, stride: int) -> tuple[nn.Module, nn.Module]:
-        """A 3 x 3 convolution and its norm; selective kernels hold their norm themselves."""
+        """Return a 3 x 3 convolution and its norm; selective kernels contain their norm."""
         if self.selective_kernels:
             selective = SelectiveKernel(in_channels, channels, stride=stride, norm=self.norm)
             return selective, nn.Identity()
@@ -143,7 +144,7 @@ class _Style(NamedTuple):
         return conv, self.norm(channels)
 
     def shortcut(self, in_channels: int, channels: int, stride: int) -> nn.Sequential | None:
-        """Whatever makes the input as wide and small as the output."""
+        """Return the layers that match the input's shape to the output's; None if they agree."""
         if stride == 1 and in_channels == channels:
             return None
         if self.selective_kernels:
@@ -201,7 +202,7 @@ class ResNet(nn.Module):
     """A residual network without its classifier.
 
     With width 1, batch norm and no selective kernels, its state dict is that of torchvision's
-    network of the same name without ``fc``, and so are its features.
+    network of the same name without ``fc``, and its features agree.
 
     Args:
         layout: Blocks and groups.
@@ -210,7 +211,7 @@ class ResNet(nn.Module):
             of zeros around the image instead of one. small: 3 x 3 of stride 2.
         width: Factor on all channels, which are rounded to a multiple of 8.
         selective_kernels: In every block (in basic blocks the first convolution, as in timm).
-        shortcut_edge: What the pools of selective kernels' shortcuts do at the edge.
+        shortcut_edge: How the pools of selective kernels' shortcuts treat the edge.
         norm: batch, group, or none: a learnt scale and shift for each channel.
         zero_init_residual: Start each residual branch at zero.
     """
@@ -248,7 +249,7 @@ class ResNet(nn.Module):
         self._init_weights(zero_init_residual)
 
     def _init_weights(self, zero_init_residual: bool) -> None:
-        """He's normals for convolutions, as in torchvision; norms start as the identity."""
+        """Draw convolutions from He's normal, as torchvision does; norms start as the identity."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -266,7 +267,7 @@ class ResNet(nn.Module):
 def _conv(
     in_channels: int, channels: int, size: int, *, stride: int = 1, groups: int = 1, more: int = 0
 ) -> Conv2d:
-    """A convolution that keeps the resolution but for its stride; what follows has a bias."""
+    """Return a convolution that keeps the resolution up to its stride, without bias."""
     padding = size // 2 + more
     return Conv2d(
         in_channels, channels, size, stride=stride, padding=padding, groups=groups, bias=False
@@ -300,7 +301,7 @@ def _group(
     num_blocks: int,
     stride: int,
 ) -> nn.Sequential:
-    """The blocks of one resolution; the first one has the stride."""
+    """Return the blocks of one resolution; the first one has the stride."""
     first = block(in_channels, channels, stride=stride, style=style)
     inner = channels * block.expansion
     rest = (block(inner, channels, stride=1, style=style) for _ in range(num_blocks - 1))

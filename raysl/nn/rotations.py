@@ -1,4 +1,4 @@
-"""Turns of images by quarters.
+"""Rotate images by quarter turns.
 
 S. Gidaris, P. Singh, N. Komodakis: "Unsupervised Representation Learning by Predicting Image
 Rotations", 2018, arXiv:1803.07728v1.
@@ -13,11 +13,11 @@ NUM_ROTATIONS = 4
 
 
 def rotate(images: Tensor, turns: Tensor) -> Tensor:
-    """Turn each image by its own number of quarters; every pixel is kept, none interpolated.
+    """Rotate each image by its own number of quarter turns, without interpolation.
 
     Args:
         images: ``(N, C, S, S)``, any dtype.
-        turns: Quarters counter-clockwise, ``(N,)`` integers; 4 is a full turn.
+        turns: Quarter turns counter-clockwise, ``(N,)`` integers; 4 is a full turn.
 
     Returns:
         ``(N, C, S, S)``.

@@ -1,10 +1,10 @@
-"""Schedules as pure functions of the step, so that nothing has to be saved for them."""
+"""Schedules as pure functions of the step, which need no saved state."""
 
 import math
 
 
 def cosine(step: int, total_steps: int, *, start: float, end: float) -> float:
-    """Go from ``start`` at step 0 to ``end`` at ``total_steps`` along half a cosine."""
+    """Return the value of half a cosine from ``start`` at step 0 to ``end`` at ``total_steps``."""
     share = min(max(step / max(1, total_steps), 0.0), 1.0)
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * share))
 
@@ -12,14 +12,14 @@ def cosine(step: int, total_steps: int, *, start: float, end: float) -> float:
 def warmup_cosine(
     step: int, *, peak: float, final: float, warmup_steps: int, total_steps: int
 ) -> float:
-    """Rise linearly to ``peak`` over the warm-up, then fall to ``final`` along half a cosine.
+    """Return the value of a linear warm-up to ``peak``, followed by half a cosine to ``final``.
 
     Args:
-        step: Optimizer step, counted from 0; the value is that of the step about to be taken.
+        step: Optimizer step, counted from 0; the value is for the step about to be taken.
         peak: Value at the end of the warm-up.
-        final: Value that the end of the run approaches.
-        warmup_steps: Steps of the rise; step 0 takes peak / warmup_steps.
-        total_steps: Steps of the whole run.
+        final: Value approached at the end of the run.
+        warmup_steps: Number of warm-up steps; step 0 has peak / warmup_steps.
+        total_steps: Number of steps of the whole run.
 
     Source: Loshchilov and Hutter 2016, arXiv:1608.03983v5, eq. (5), without restarts.
     """

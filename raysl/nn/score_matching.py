@@ -1,4 +1,4 @@
-"""Denoising score matching: a density's gradient learnt by taking noise off.
+"""Denoising score matching: learn the gradient of a log density by denoising.
 
 P. Vincent: "A Connection Between Score Matching and Denoising Autoencoders", Neural Computation
 23(7), 2011. At several noise levels: Y. Song, S. Ermon: "Generative Modeling by Estimating

@@ -1,4 +1,4 @@
-"""A Gaussian over images that looks the same everywhere: what is left of images without phases."""
+"""A stationary Gaussian over images, fitted to their power spectrum."""
 
 import math
 
@@ -11,17 +11,17 @@ from raysl.nn.collectives import mean_over_ranks, rank_and_size
 class SpectralGaussian(nn.Module):
     r"""Gaussian images with a given mean and, for each spatial frequency, covariance of colours.
 
-    A covariance between pixels that depends on their distance alone is diagonal in the Fourier
-    domain, up to a 3 x 3 block for each frequency k. With the unitary transform F, and
-    L_k the Cholesky factor of the block C_k,
+    A covariance of pixels that only depends on their displacement is diagonal in the Fourier
+    domain, up to a 3 x 3 block for each frequency k. With the unitary transform F, and L_k the
+    Cholesky factor of the block C_k,
 
     .. math::
         x = m + F^{-1} (L_k (F z)_k)_k, \quad z \sim N(0, 1), \qquad
         \log p(x) = -\tfrac12 \sum_k \big( \|L_k^{-1} (F (x - m))_k\|^2 + \log\det C_k \big)
                     - \tfrac{3 S^2}{2} \log 2\pi
 
-    Mean and covariances are averages over all images seen, equal on every rank, and over one
-    made-up image of mean 0 and covariance 1, which keeps them positive.
+    Mean and covariances are averages over all images seen, identical on every rank, and over one
+    pseudo-image of mean 0 and covariance 1, which keeps them positive definite.
 
     Args:
         size_px: S, side of the images.
@@ -38,12 +38,12 @@ class SpectralGaussian(nn.Module):
         columns = size_px // 2 + 1
         white = torch.eye(3, dtype=torch.complex64).repeat(size_px, columns, 1, 1)
         self.register_buffer("mean", torch.zeros(3, size_px, size_px))
-        # (S, S // 2 + 1, 18): 3 x 3 of real and imaginary parts, as not everything takes complex
-        # numbers, and nothing puts channels last in three dimensions.
+        # (S, S // 2 + 1, 18): 3 x 3 of real and imaginary parts. Not complex, which some code does
+        # not support; three dimensions, which no code converts to channels last.
         self.register_buffer("covariance", torch.view_as_real(white).flatten(2))
         self.register_buffer("count", torch.ones(()))
-        # The half plane holds each frequency and stands for its negative too, but for two columns
-        # that hold both themselves.
+        # The half plane also stands for the negative frequencies, except in two columns that
+        # contain both.
         weight = torch.full((columns,), 2.0)
         weight[0] = 1.0
         if size_px % 2 == 0:
@@ -52,7 +52,7 @@ class SpectralGaussian(nn.Module):
 
     @torch.no_grad()
     def fit_(self, images: Tensor) -> None:
-        """Take the images of all ranks, ``(N, 3, S, S)`` on each, into the averages."""
+        """Add the images of all ranks, ``(N, 3, S, S)`` on each, to the averages."""
         images = images.to(self.mean.dtype)
         new = len(images) * rank_and_size()[1]
         share = new / (self.count + new)

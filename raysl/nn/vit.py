@@ -1,4 +1,4 @@
-"""Vision transformers, with the parameter names of timm and of the official DINO and MAE files.
+"""Vision transformers with the parameter names of timm and of the official DINO and MAE files.
 
 Dosovitskiy et al. 2021, An Image is Worth 16x16 Words, arXiv:2010.11929v2.
 """
@@ -13,11 +13,11 @@ from raysl.errors import ShapeError
 
 Init = Literal["normal", "dino", "mae", "moco_v3"]
 
-_CLASS_TOKEN_STD = {"mae": 0.02, "moco_v3": 1e-6}  # of those that are Xavier-uniform
+_CLASS_TOKEN_STD = {"mae": 0.02, "moco_v3": 1e-6}  # of the Xavier-uniform initialisations
 
 
 class ViTSize(NamedTuple):
-    """What tells one vision transformer from another."""
+    """The dimensions of one vision transformer."""
 
     embed_dim: int
     num_heads: int
@@ -37,15 +37,16 @@ VIT_SIZES = {
 class DropPath(nn.Module):
     """Stochastic depth: drop a residual branch for some images of the batch.
 
-    What is kept is divided by the share that is kept, so the mean stays. Off in evaluation mode.
+    Kept branches are divided by the keep probability, so the mean is unchanged. Off in evaluation
+    mode.
 
-    Source: Huang et al. 2016, arXiv:1603.09382v3, for each image as in timm and DINO.
+    Source: Huang et al. 2016, arXiv:1603.09382v3, per image as in timm and DINO.
     """
 
     def __init__(self, prob: float) -> None:
         super().__init__()
         self.prob = prob
-        """Chance that an image's branch is dropped, in [0, 1)."""
+        """Probability that an image's branch is dropped, in [0, 1)."""
 
     def forward(self, branch: Tensor) -> Tensor:
         """Map ``(N, ...)`` to the same shape."""
@@ -74,13 +75,13 @@ class Attention(nn.Module):
         return self.proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def weights(self, tokens: Tensor) -> Tensor:
-        """Return how much each token looks at each: ``(N, heads, T, T)``, rows add up to 1."""
+        """Return the attention weights: ``(N, heads, T, T)``, rows add up to 1."""
         query, key, _value = self._heads(tokens)
         logits: Tensor = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
         return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
     def _heads(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each ``(N, heads, T, D / heads)``."""
+        """Return queries, keys and values, each ``(N, heads, T, D / heads)``."""
         n, length, dim = tokens.shape
         qkv = self.qkv(tokens).view(n, length, 3, self.num_heads, dim // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -101,14 +102,14 @@ class Mlp(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and perceptron, each normalised before and added to its input (Eq. (2), (3)).
+    """Attention and perceptron, each with pre-norm and a residual connection (Eq. (2), (3)).
 
     Args:
         dim: Features of a token.
         num_heads: Attention heads; divides ``dim``.
         mlp_ratio: Hidden features of the perceptron for each feature of a token.
-        drop_path: Chance that a branch is dropped for an image while training, in [0, 1).
-        norm_eps: What the norms add to a token's variance, > 0.
+        drop_path: Probability that a branch is dropped for an image while training, in [0, 1).
+        norm_eps: Epsilon added to a token's variance in the norms, > 0.
     """
 
     def __init__(
@@ -146,24 +147,24 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Image to features by a transformer over patches (sec. 3.1).
+    """Map images to features by a transformer over patches (sec. 3.1).
 
     Args:
-        image_size_px: Side of the images that ``pos_embed`` is laid out for; others are
-            interpolated to.
-        patch_size_px: Side P of a patch; divides every image's sides.
+        image_size_px: Side of the images that ``pos_embed`` is made for; it is interpolated for
+            other sizes.
+        patch_size_px: Side P of a patch; must divide every image's sides.
         embed_dim: Features D of a token.
         depth: Blocks.
         num_heads: Attention heads of a block.
         mlp_ratio: Hidden features of the perceptrons for each feature of a token.
         drop_path: Stochastic depth of the last block; rises linearly from 0 at the first.
         pool: Features of an image: its class token, or the mean of its patches' tokens. The class
-            token takes part in the attention either way. mean_norm normalises the mean instead of
-            the tokens (MAE's fine-tuned models), by ``fc_norm`` as in timm.
+            token takes part in attention in any case. mean_norm normalises the mean instead of the
+            tokens (MAE's fine-tuned models), by ``fc_norm`` as in timm.
         positions: learned, or fixed sines and cosines (MAE, MoCo v3).
-        init: How weights are drawn: normals of 0.02 with a patch projection to go with them, or as
-            the authors of DINO, MAE or MoCo v3 do.
-        norm_eps: What the norms add to a token's variance, > 0.
+        init: Initialisation: truncated normals of 0.02 with a matching patch projection, or as the
+            authors of DINO, MAE or MoCo v3 do.
+        norm_eps: Epsilon added to a token's variance in the norms, > 0.
 
     Departs: no dropout; DINO, MAE and MoCo v3 use none.
     """
@@ -216,11 +217,11 @@ class VisionTransformer(nn.Module):
             self.pos_embed.requires_grad_(False)
 
     def _init_weights(self, init: Init) -> None:
-        """Draw the weights; biases begin at zero, learnt positions as truncated normals of 0.02.
+        """Draw the weights; biases start at zero, learnt positions as truncated normals of 0.02.
 
-        ``patch_embed.proj`` is drawn as the linear map that it is, Xavier-uniform (MAE, MoCo v3).
-        With dino, and in timm, it stays as a convolution is made, in +-1 / sqrt(3 P^2) with its
-        bias, which depends on the patch alone, not on D.
+        ``patch_embed.proj`` is drawn like a linear map, Xavier-uniform (MAE, MoCo v3). With dino,
+        and in timm, it keeps the default of a convolution, +-1 / sqrt(3 P^2) with its bias, which
+        depends on the patch alone, not on D.
 
         Source: the authors' vision_transformer.py for dino, models_mae.py (initialize_weights) for
         mae, and vits.py (VisionTransformerMoCo) for moco_v3, where queries, keys and values are
@@ -245,7 +246,7 @@ class VisionTransformer(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def embed_patches(self, images: Tensor) -> Tensor:
-        """Turn images into patch tokens with their positions added, without the class token.
+        """Convert images to patch tokens with positions, without the class token.
 
         Args:
             images: ``(N, 3, H, W)`` float, normalised; H and W are multiples of P.
@@ -266,9 +267,9 @@ class VisionTransformer(nn.Module):
         return grid.flatten(2).transpose(1, 2) + self._positions(*grid.shape[-2:])  # type: ignore[no-any-return]
 
     def with_class_token(self, tokens: Tensor) -> Tensor:
-        """Put the class token and its position in front: ``(N, T, D)`` to ``(N, 1 + T, D)``."""
+        """Prepend the class token and its position: ``(N, T, D)`` to ``(N, 1 + T, D)``."""
         token = self.cls_token + self.pos_embed[:, :1]
-        batch = tokens.shape[0]  # traced as the size of any batch, which len() is not
+        batch = tokens.shape[0]  # traced as a dynamic batch size, unlike len()
         return torch.cat([token.to(tokens.dtype).expand(batch, -1, -1), tokens], dim=1)
 
     def encode(self, tokens: Tensor) -> Tensor:
@@ -285,9 +286,9 @@ class VisionTransformer(nn.Module):
         return self.fc_norm(tokens[:, 1:].mean(dim=1))  # type: ignore[no-any-return]
 
     def last_attention(self, images: Tensor) -> Tensor:
-        """Return what the class token looks at in the last block: ``(N, heads, L')``, >= 0.
+        """Return the class token's attention in the last block: ``(N, heads, L')``, >= 0.
 
-        The rest of each row, up to 1, is what the class token gives to itself.
+        The rest of each row, up to 1, is its attention to itself.
         """
         tokens = self.with_class_token(self.embed_patches(images))
         for block in self.blocks[:-1]:
@@ -296,14 +297,16 @@ class VisionTransformer(nn.Module):
         return last.attn.weights(last.norm1(tokens))[:, :, 0, 1:]
 
     def _positions(self, rows: int, columns: int) -> Tensor:
-        """Positions of a grid of patches, ``(1, rows * columns, D)``.
+        """Return the positions of a grid of patches, ``(1, rows * columns, D)``.
 
-        Departs: DINO's code resamples with a scale that is off by 0.1 / rows, against rounding.
+        Departs: DINO's code resamples with a scale that is off by 0.1 / rows, to guard against
+        rounding.
         """
         patches = self.pos_embed[:, 1:]
         if rows == self.side and columns == self.side:
             return patches
-        # Bicubic and separable, as products: F.interpolate has no deterministic gradient on CUDA.
+        # Separable bicubic, as matrix products: F.interpolate has no deterministic gradient on
+        # CUDA.
         grid = patches.reshape(self.side, self.side, self.embed_dim)
         down = _bicubic_weights(self.side, rows).to(grid)
         across = _bicubic_weights(self.side, columns).to(grid)
@@ -313,7 +316,7 @@ class VisionTransformer(nn.Module):
 
 
 def sincos_positions(dim: int, rows: int, columns: int) -> Tensor:
-    """Fixed positions on a grid; half the features tell the column, half the row.
+    """Return fixed positions on a grid; half the features encode the column, half the row.
 
     Each half holds the sines, then the cosines, of the coordinate over ``10000**(4k / dim)``.
 
@@ -348,6 +351,6 @@ def sincos_positions(dim: int, rows: int, columns: int) -> Tensor:
 
 
 def _bicubic_weights(size: int, new_size: int) -> Tensor:
-    """Weights ``(new_size, size)`` that resample a line of ``size`` samples; rows add up to 1."""
+    """Return weights ``(new_size, size)`` that resample ``size`` samples; rows add up to 1."""
     line = torch.eye(size)[None, None]
     return F.interpolate(line, size=(new_size, size), mode="bicubic", align_corners=False)[0, 0]

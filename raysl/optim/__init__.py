@@ -1,1 +1,1 @@
-"""Optimizers, parameter groups and the learning rate."""
+"""Optimizers, parameter groups and learning rate schedules."""

@@ -1,4 +1,4 @@
-"""The optimizers of a run, and their learning rate and weight decay as functions of the step."""
+"""Build the optimizers of a run, with learning rate and weight decay as functions of the step."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -26,7 +26,7 @@ LR_REFERENCE_BATCH = 256
 
 
 class OptimConfig(Config):
-    """How weights are updated."""
+    """The settings of the optimizer and its schedules."""
 
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle(("sgd_momentum",), {"name": ("adamw",)}),
@@ -37,7 +37,7 @@ class OptimConfig(Config):
         Idle(
             ("decay_bias_and_norm",),
             {
-                "name": ("sgd", "adamw"),  # LARS also adapts their rates then
+                "name": ("sgd", "adamw"),  # because LARS also adapts their rates
                 "weight_decay": (0,),
                 "final_weight_decay": (None, 0),
             },
@@ -47,35 +47,35 @@ class OptimConfig(Config):
     base_lr: PositiveFloat = 0.03
     """Learning rate for a global batch of 256 images (arXiv:1706.02677v2, sec. 2.1)."""
     lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
-    """How it grows with the global batch B: by B / 256, by sqrt(B / 256), or not."""
+    """Scaling of the learning rate with the global batch B: B / 256, sqrt(B / 256), or none."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """What follows the warm-up."""
+    """Schedule after the warm-up."""
     warmup: Duration = Duration(epochs=0.0)
     """Linear rise to the peak learning rate."""
     final_lr_ratio: Probability = 0.0
-    """Learning rate at the end over the peak, for the cosine."""
+    """Learning rate at the end over the peak, for the cosine schedule."""
     weight_decay: NonNegativeFloat = 1e-4
     final_weight_decay: NonNegativeFloat | None = None
-    """Weight decay that the end of the run approaches along half a cosine; null keeps it as it is
+    """Weight decay at the end of the run, approached along half a cosine; null keeps it constant
     (DINO goes from 0.04 to 0.4)."""
     decay_bias_and_norm: bool = False
     """Also decay biases and batch norm (MoCo's and many SGD recipes do; LARS recipes do not)."""
     bias_and_norm_lr_ratio: PositiveFloat = 1.0
-    """Learning rate of biases and norms over that of weights. Barlow Twins' authors give 0.0048 to
-    the ones and 0.2 to the others (their --learning-rate-biases and --learning-rate-weights)."""
+    """Learning rate of biases and norms over that of weights. Barlow Twins' authors use 0.0048 and
+    0.2 (their --learning-rate-biases and --learning-rate-weights)."""
     sgd_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """Momentum of SGD and LARS."""
     nesterov: bool = False
-    """Of SGD."""
+    """Nesterov momentum, for SGD."""
     adam_betas: tuple[
         Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]
     ] = (0.9, 0.999)
-    """Of AdamW."""
+    """Betas of AdamW."""
     trust_coefficient: PositiveFloat = 0.001
     """LARS: eta."""
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Learning rate of an encoder's layer over that of the layer above it: of the blocks of a ViT
-    (MAE fine-tunes ViT-Base with 0.65), of the stages of a ResNet. 1 treats all alike."""
+    """Learning rate of an encoder's layer over that of the layer above it: blocks of a ViT (MAE
+    fine-tunes ViT-Base with 0.65), stages of a ResNet. 1 treats all alike."""
     max_grad_norm: PositiveFloat | None = None
     """Clip the gradient to this norm; null never clips."""
 
@@ -110,14 +110,14 @@ def weight_decay_at(config: OptimConfig, step: int, *, total_steps: int) -> floa
 
 
 class Special(NamedTuple):
-    """Parameters that an optimizer treats in another way than the rest."""
+    """Parameters with a special treatment by the optimizer."""
 
     constant_lr: AbstractSet[nn.Parameter] = frozenset()
-    """Those whose learning rate stays at the peak."""
+    """Parameters whose learning rate stays at the peak."""
     unadapted: AbstractSet[nn.Parameter] = frozenset()
-    """Those that LARS treats like biases."""
+    """Parameters that LARS treats like biases."""
     lr_scales: Mapping[nn.Parameter, float] = MappingProxyType({})
-    """What the learning rate is multiplied by, where it is not 1."""
+    """Factors on the learning rate, where not 1."""
 
 
 NOTHING_SPECIAL = Special()
@@ -126,12 +126,12 @@ NOTHING_SPECIAL = Special()
 def param_groups(
     parameters: Iterable[nn.Parameter], config: OptimConfig, *, special: Special = NOTHING_SPECIAL
 ) -> list[dict[str, Any]]:
-    """Split trainable parameters into weights, and biases and norms (all that are vectors).
+    """Split trainable parameters into weights, and biases and norms (all vectors).
 
     Args:
-        parameters: Those that this optimizer updates; ones without gradient are left out.
+        parameters: The parameters of this optimizer; those without gradient are left out.
         config: Which of them decay.
-        special: Those that get groups of their own.
+        special: Parameters that get groups of their own.
     """
     is_lars = config.name == "lars"
     members: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
@@ -162,7 +162,7 @@ def param_groups(
 def build_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimConfig, *, special: Special = NOTHING_SPECIAL
 ) -> Optimizer:
-    """Build a torch optimizer; :class:`ScheduledOptimizer` sets the rates of every step."""
+    """Build a torch optimizer; :class:`ScheduledOptimizer` sets its rates at every step."""
     groups = param_groups(parameters, config, special=special)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.base_lr, betas=config.adam_betas)
@@ -180,20 +180,20 @@ def build_optimizer(
 
 
 class Rates(NamedTuple):
-    """What an optimizer is told before each step."""
+    """The rates of one optimizer step."""
 
     lr: float
-    peak_lr: float  # of parameter groups whose learning rate is constant
+    peak_lr: float  # for groups with a constant learning rate
     weight_decay: float
 
 
 class ScheduledOptimizer:
-    """An optimizer together with its rates as a function of the step.
+    """An optimizer with its rates as a function of the step.
 
     Args:
-        optimizer: Its groups may say ``constant_lr``, ``lr_scale`` and ``decays``, as
-            :func:`param_groups` does.
-        rates: Step, counted from 0, to rates.
+        optimizer: Its groups may have ``constant_lr``, ``lr_scale`` and ``decays``, as set by
+            :func:`param_groups`.
+        rates: Maps a step, counted from 0, to its rates.
     """
 
     def __init__(self, optimizer: Optimizer, rates: Callable[[int], Rates]) -> None:
@@ -201,7 +201,7 @@ class ScheduledOptimizer:
         self.rates = rates
 
     def prepare(self, step: int) -> None:
-        """Set the rates of a step and forget the gradients of the one before."""
+        """Set the rates of a step and clear the previous gradients."""
         rates = self.rates(step)
         for group in self.optimizer.param_groups:
             lr = rates.peak_lr if group.get("constant_lr") else rates.lr

@@ -1,4 +1,4 @@
-"""Layer-wise adaptive rate scaling.
+"""LARS: layer-wise adaptive rate scaling.
 
 Y. You, I. Gitman, B. Ginsburg: "Large Batch Training of Convolutional Networks", 2017,
 arXiv:1708.03888v3, with the details of SimCLR's authors' code (lars_optimizer.py).
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 
 class LARS(Optimizer):
-    r"""SGD with momentum whose step is scaled, layer by layer, to the size of the weights.
+    r"""SGD with momentum, with each layer's step scaled to the norm of its weights.
 
     .. math::
         g \leftarrow g + \lambda w, \quad
@@ -35,8 +35,8 @@ class LARS(Optimizer):
         ValueError: If a value is out of its range.
 
     Source: Algorithm 1.
-    Departs: The norm of g is taken after the weight decay is added, as SimCLR's authors do; the
-        paper divides by the sum of the two norms.
+    Departs: The norm of g includes the weight decay, as in SimCLR's authors' code; the paper
+        divides by the sum of the two norms.
     """
 
     def __init__(
@@ -91,6 +91,6 @@ class LARS(Optimizer):
         state = self.state[weight]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(weight)
-        # The learning rate is inside the momentum, so a change of it acts on new gradients only.
+        # The learning rate is inside the momentum: changing it only affects new gradients.
         update = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient, alpha=group["lr"])
         weight.sub_(update)

@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysl.data.block import Block
 from raysl.data.plan import Plan
-from raysl.data.stream import ItemMaker, Making
+from raysl.data.stream import BlockSpec, ItemMaker
 from raysl.errors import ClusterError
 from raysl.jobs.benchmark_function import time_whole_items
 from raysl.jobs.throughput import Throughput, measure_batches
@@ -88,7 +88,7 @@ def share_source(source: Any) -> Any:
 
 
 def function_on_all_cores(
-    source: Any, plan: Plan, making: Making, *, layout: Layout, seconds: float, start: int
+    source: Any, plan: Plan, spec: BlockSpec, *, layout: Layout, seconds: float, start: int
 ) -> float:
     """Return the images a second a core of the function with every core at work, without Ray Data.
 
@@ -98,7 +98,7 @@ def function_on_all_cores(
     Args:
         source: Reference of the source.
         plan: The order of the images.
-        making: What to make of them.
+        spec: The views to make.
         layout: One process a data worker.
         seconds: How long to measure.
         start: Position of the plan to begin at.
@@ -109,7 +109,7 @@ def function_on_all_cores(
     """
     wait_for_cpus(layout)
     many = [
-        _actor(_Function, num_cpus=layout.cpus_per_data_worker).remote(source, plan, making)
+        _actor(_Function, num_cpus=layout.cpus_per_data_worker).remote(source, plan, spec)
         for _ in range(layout.num_data_workers)
     ]
     with own_errors("the stream"):
@@ -134,9 +134,9 @@ def _on(node: Any) -> NodeAffinitySchedulingStrategy:
 class _Function:
     """The function of a data worker, on a CPU of its own."""
 
-    def __init__(self, source: Any, plan: Plan, making: Making) -> None:
+    def __init__(self, source: Any, plan: Plan, spec: BlockSpec) -> None:
         # Ray has put the source in its reference's place.
-        self._make = ItemMaker(source, plan, making)
+        self._make = ItemMaker(source, plan, spec)
 
     def ready(self) -> None:
         """Return once the process is up."""
@@ -157,10 +157,10 @@ class StreamTask(NamedTuple):
 
 
 def stream_task(
-    plan: Plan, making: Making, *, layout: Layout, num_consumers: int, prefetch: int, images: float
+    plan: Plan, spec: BlockSpec, *, layout: Layout, num_consumers: int, prefetch: int, images: float
 ) -> StreamTask:
     """Return how to measure about so many images, in whole rounds; the plan has to hold them."""
-    packing = packing_for(plan, making, start_step=0, num_workers=num_consumers)
+    packing = packing_for(plan, spec, start_step=0, num_workers=num_consumers)
     block_images = packing.steps_per_block * plan.item_size
     round_batches = math.ceil(layout.num_data_workers * block_images / plan.global_batch_size)
     rounds = max(2, math.ceil(images / (plan.global_batch_size * round_batches)))
@@ -178,7 +178,7 @@ def steps_needed(task: StreamTask) -> int:
     return task.num_batches + 3 * task.round_batches + task.prefetch_batches
 
 
-def stream(source: Any, plan: Plan, making: Making, *, layout: Layout, task: StreamTask) -> Stream:
+def stream(source: Any, plan: Plan, spec: BlockSpec, *, layout: Layout, task: StreamTask) -> Stream:
     """Stream a plan through Ray Data into consumers that do nothing, as training has it.
 
     Raises:
@@ -193,7 +193,7 @@ def stream(source: Any, plan: Plan, making: Making, *, layout: Layout, task: Str
         dataset = open_dataset(
             source,
             plan,
-            making,
+            spec,
             start_step=0,
             layout=layout._replace(num_train_workers=task.num_consumers),
         )

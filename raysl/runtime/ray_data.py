@@ -17,7 +17,7 @@ from ray.data.datasource import Datasource, ReadTask
 
 from raysl.data.block import INDEX, Block, is_view_column
 from raysl.data.plan import Plan
-from raysl.data.stream import ItemMaker, Making, concatenate
+from raysl.data.stream import BlockSpec, ItemMaker, concatenate
 from raysl.runtime.background import in_background
 from raysl.runtime.cluster import READ_CPUS, Layout
 from raysl.track.run_folder import latest_step
@@ -113,9 +113,9 @@ class Packing(NamedTuple):
         ]
 
 
-def packing_for(plan: Plan, making: Making, *, start_step: int, num_workers: int) -> Packing:
+def packing_for(plan: Plan, spec: BlockSpec, *, start_step: int, num_workers: int) -> Packing:
     """Return how to pack the rest of a plan for so many train workers."""
-    bytes_per_image = sum(3 * view.count * view.size_px**2 for view in making.views)
+    bytes_per_image = sum(3 * view.count * view.size_px**2 for view in spec.views)
     steps = 1
     if plan.items_per_step == num_workers:
         images = min(_BLOCK_IMAGES, _BLOCK_BYTES // bytes_per_image)
@@ -127,9 +127,9 @@ def packing_for(plan: Plan, making: Making, *, start_step: int, num_workers: int
 class MakeItems:
     """A data worker: an actor that reads, decodes and augments items."""
 
-    def __init__(self, source: Any, plan: Plan, making: Making, packing: Packing) -> None:
+    def __init__(self, source: Any, plan: Plan, spec: BlockSpec, packing: Packing) -> None:
         # The source is one object in the store of each node, shared by its data workers.
-        self._make = ItemMaker(ray.get(source), plan, making)
+        self._make = ItemMaker(ray.get(source), plan, spec)
         self._packing = packing
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Block:
@@ -144,14 +144,14 @@ def execution_options() -> ExecutionOptions:
 
 
 def open_dataset(
-    source: Any, plan: Plan, making: Making, *, start_step: int, layout: Layout
+    source: Any, plan: Plan, spec: BlockSpec, *, start_step: int, layout: Layout
 ) -> Dataset:
     """Describe the rest of a run, from ``start_step`` on, as one dataset.
 
     Args:
         source: Reference of the source in the object store.
         plan: The order of the images.
-        making: What to make of them.
+        spec: The views to make.
         start_step: Global batches already consumed.
         layout: How many data workers and train workers there are.
 
@@ -159,13 +159,13 @@ def open_dataset(
         Blocks of one constant number of rows with the columns of :class:`ItemMaker`: an item, or
         the items of several steps of one train worker.
     """
-    packing = packing_for(plan, making, start_step=start_step, num_workers=layout.num_train_workers)
+    packing = packing_for(plan, spec, start_step=start_step, num_workers=layout.num_train_workers)
     numbers = PlanSource(packing.num_blocks(plan))
     dataset: Dataset = ray.data.read_datasource(
         numbers, override_num_blocks=numbers.num_blocks, num_cpus=READ_CPUS, concurrency=1
     ).map_batches(
         MakeItems,
-        fn_constructor_args=(source, plan, making, packing),
+        fn_constructor_args=(source, plan, spec, packing),
         batch_size=1,
         compute=ActorPoolStrategy(size=layout.num_data_workers),
         num_cpus=layout.cpus_per_data_worker,
@@ -179,7 +179,7 @@ class OpenRest:
     Args:
         source: Reference of the source in the object store.
         plan: The order of the images.
-        making: What to make of them.
+        spec: The views to make.
         checkpoints: Folder whose newest complete checkpoint says where to begin.
         layout: How many data workers there are.
     """
@@ -188,14 +188,14 @@ class OpenRest:
         self,
         source: Any,
         plan: Plan,
-        making: Making,
+        spec: BlockSpec,
         *,
         checkpoints: Path,
         layout: Layout,
     ) -> None:
         self.source = source
         self.plan = plan
-        self.making = making
+        self.spec = spec
         self.checkpoints = checkpoints
         self.layout = layout
 
@@ -204,7 +204,7 @@ class OpenRest:
         return open_dataset(
             self.source,
             self.plan,
-            self.making,
+            self.spec,
             start_step=latest_step(self.checkpoints),
             layout=self.layout,
         )

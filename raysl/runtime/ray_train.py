@@ -18,7 +18,7 @@ from raysl.errors import ClusterError, RayslError
 from raysl.jobs.measuring import Place
 from raysl.jobs.pretrain import pretrain
 from raysl.nn.collectives import broadcast_object, rank_and_size
-from raysl.recipe import RunConfig, making_of, plan_of, run_from_values
+from raysl.recipe import RunConfig, block_spec, plan_of, run_from_values
 from raysl.runtime.background import in_background
 from raysl.runtime.cluster import Layout, worker_runtime_env
 from raysl.runtime.ray_data import OpenRest, execution_options, iterate_shard
@@ -81,7 +81,7 @@ def _trainer(
             "train": OpenRest(
                 reference,
                 plan_of(config, source),
-                making_of(config.data),
+                block_spec(config.data),
                 checkpoints=folder.checkpoints,
                 layout=layout,
             )

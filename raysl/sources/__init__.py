@@ -1,1 +1,1 @@
-"""Where encoded images come from, and how to read some of them: no Ray and no torch."""
+"""Find and read encoded images in folders, Parquet, tar and built-in sets; no Ray, no torch."""

@@ -1,7 +1,7 @@
-"""Which settings belong to one source of images, and leave with it when another one is named.
+"""Drop settings that only make sense for the previous source when a run names another one.
 
-`raysl finetune RUN`, `distill` and `evaluate` begin with the settings of a run. What says which of
-the source's images are meant, and how they are read, would mean something else, or nothing, of
+`raysl finetune RUN`, `distill` and `evaluate` start from the settings of a run. Settings that
+select images of the source, or say how to read them, would mean something else, or nothing, for
 another source.
 """
 
@@ -14,22 +14,23 @@ from raysl.sources.place import absolute_source, place_key
 from raysl.sources.source import DataConfig, SourceConfig
 
 OF_SOURCE = (*SourceConfig.model_fields, "mix", "labels", "if_changed")
-"""Of the section ``data``. The rest says how a method and its encoder see images, or how this
-machine reads them, and stays: views, mean, std, the policy for bad images, folders, memory."""
+"""Of the section ``data``. The other settings describe how the method and its encoder see images,
+or how this machine reads them, and are kept: views, mean, std, the policy for bad images, folders,
+memory."""
 
 OF_TEST_SOURCE = tuple(SourceConfig.model_fields)
-"""Of the section ``evaluate``: how its ``source`` is read. They leave with the training images too:
-the test images of others are of other classes."""
+"""Of the section ``evaluate``: how its ``source`` is read. Dropped together with the training
+images as well, because test images of another data set have other classes."""
 
 _SECTIONS = {"data": OF_SOURCE, "evaluate": OF_TEST_SOURCE}
 
 
 def named_source(overrides: Sequence[str], key: str) -> str | None:
-    """Return the source that overrides name, the last one of them; None if they name none.
+    """Return the source named by the last override that names one; None if there is none.
 
     Args:
         overrides: ``section.key=value``.
-        key: Of the source, such as ``data.source``; a whole section may be given, too.
+        key: The setting, such as ``data.source``; an override may also set its whole section.
     """
     section, _, name = key.partition(".")
     named: str | None = None
@@ -50,17 +51,17 @@ def without_other_source(
     test_source: str | None,
     first: Sequence[Path] = (),
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the settings of a run without those of a source that another one takes the place of.
+    """Drop the settings of a run that belong to a source which is being replaced.
 
     Args:
         values: Plain values with the sections ``data`` and ``evaluate``.
-        source: The training images that are named now, or None. One that lies at the same place as
-            before is no other one.
-        test_source: The test images that are named now, or None.
-        first: Folders to look for the run's own relative sources in, before the current one.
+        source: The new training images, or None. A source at the same place as before is not a new
+            one.
+        test_source: The new test images, or None.
+        first: Folders to resolve the run's relative sources in, before the current one.
 
     Returns:
-        The settings, and ``key=value`` of each that was left out and said something.
+        The remaining settings, and ``key=value`` of each dropped one that was not at its default.
     """
     kept = plain_copy(values)
     left: list[str] = []
@@ -83,7 +84,7 @@ def _is_other(
 
 
 def _drop(values: dict[str, Any], name: str) -> list[str]:
-    """Take out of a section what belongs to its source; return what of it said something."""
+    """Remove a section's settings of its source; return those that were not at their default."""
     section = values.get(name)
     if not isinstance(section, dict):
         return []

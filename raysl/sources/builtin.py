@@ -1,6 +1,6 @@
-"""Data sets by name: scikit-learn's digits, torchvision's CIFAR-10, CIFAR-100 and STL-10.
+"""Open built-in data sets: scikit-learn's digits, torchvision's CIFAR-10, CIFAR-100 and STL-10.
 
-Only the driver and the evaluation open these; data workers get the pixels.
+Only the driver and the evaluation open these; data workers receive the pixels.
 """
 
 import importlib
@@ -15,14 +15,14 @@ from raysl.errors import DataError
 from raysl.sources.source import ArraySource
 
 SPLITS = ("train", "test")
-_DIGIT_LEVELS = 16  # the digits count inked pixels of a 4 x 4 cell
+_DIGIT_LEVELS = 16  # a digit's level counts the inked pixels of a 4 x 4 cell
 _DIGITS_TEST_IMAGES = 450
 
 
 def open_digits(split: str) -> ArraySource:
-    """Open the 1,797 handwritten digits of 8 x 8 pixels that scikit-learn carries.
+    """Open the 1,797 handwritten digits of 8 x 8 pixels in scikit-learn.
 
-    The 450 test images are drawn once, with as many of each class as the classes have.
+    The 450 test images are a fixed draw, stratified by class.
 
     Source: Alpaydin and Kaynak 1998, "Optical recognition of handwritten digits", UCI.
     """
@@ -44,15 +44,15 @@ def open_digits(split: str) -> ArraySource:
 def open_torchvision(name: str, split: str, *, root: str) -> ArraySource:
     """Open one of torchvision's data sets, downloading it if it is not below ``root``.
 
-    STL-10's training split is its 105,000 images with and without labels; those without have
-    label -1.
+    The training split of STL-10 has 105,000 images; those without a label have label -1.
 
     Raises:
-        DataError: If it is not there and cannot be downloaded.
+        DataError: If it is missing and cannot be downloaded.
     """
     folder = Path(root).expanduser()
     train = split == "train"
-    datasets = importlib.import_module("torchvision.datasets")  # late: the digits do without
+    # Imported lazily: the digits do not need it.
+    datasets = importlib.import_module("torchvision.datasets")
     dataset: Any
     try:
         folder.mkdir(parents=True, exist_ok=True)

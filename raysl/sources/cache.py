@@ -1,4 +1,4 @@
-"""What was read lately, up to so many bytes."""
+"""Cache recently read values up to a size in bytes."""
 
 import threading
 from collections import OrderedDict
@@ -10,14 +10,14 @@ T = TypeVar("T")
 
 
 class ByteCache(Generic[T]):
-    """Values that were read, the longest unused forgotten first, for several threads.
+    """A thread-safe cache that evicts the least recently used value.
 
-    Threads that ask for the same value wait for one reading of it; others do not wait. It holds
-    ``budget_bytes``, or one value if that is larger, and beside it what threads just now read.
-    A pickled cache is empty.
+    Threads that request the same value wait for a single read; others are not blocked. It holds
+    ``budget_bytes``, or one value if that is larger, in addition to values being read. A pickled
+    cache is empty.
 
     Args:
-        budget_bytes: What it may hold.
+        budget_bytes: Total size of the cached values.
     """
 
     def __init__(self, budget_bytes: int) -> None:
@@ -35,11 +35,12 @@ class ByteCache(Generic[T]):
             return key in self._held
 
     def get(self, key: Hashable, read: Callable[[], tuple[T, int]]) -> T:
-        """Return the value of a key, reading it if it is not held.
+        """Return the value of a key, reading it if it is not cached.
 
         Args:
-            key: Of the value.
-            read: Returns the value and its size in bytes; what it raises reaches all that wait.
+            key: The value's key.
+            read: Returns the value and its size in bytes; its exception reaches all waiting
+                threads.
         """
         with self._lock:
             if key in self._held:

@@ -1,4 +1,4 @@
-"""Which columns of a Parquet file hold the images and the labels, and what kind they are of."""
+"""Find the image and label columns of a Parquet file by name and type."""
 
 import json
 import re
@@ -15,25 +15,25 @@ from raysl.errors import DataError
 from raysl.sources.labels import number_classes
 from raysl.sources.source import SourceConfig
 
-# Columns of names of image files are called so by Hugging Face, img2dataset and many exports.
+# Names that Hugging Face, img2dataset and many exports use for columns of file names.
 _PATHS = ("image", "path", "file_name")
 _NULL = "__HIVE_DEFAULT_PARTITION__"
 _MOST_NAMED = 20
 
 
 class Columns(NamedTuple):
-    """Where a file's images and labels are. Columns as Parquet names their values."""
+    """The image and label columns of a file, named as Parquet names their values."""
 
     image: str
     """``image``, or ``image.bytes`` of a struct."""
     paths: str | None
-    """Column of paths to read where there are no bytes; the image column itself if it holds nothing
-    else."""
+    """Column of paths to read where an image is null; the image column itself if it holds only
+    paths."""
     label: str | None
     label_in_path: bool
-    """The label stands in the name of a folder alone: ``label=cat/part-0.parquet``."""
+    """Whether the label is only in a folder's name: ``label=cat/part-0.parquet``."""
     class_names: tuple[str, ...]
-    """Of the integer labels 0, 1, ... as Hugging Face writes them into the schema."""
+    """Names of the integer labels 0, 1, ..., from the schema that Hugging Face writes."""
 
 
 def find_columns(
@@ -42,13 +42,13 @@ def find_columns(
     """Return the columns that hold images and labels.
 
     Args:
-        schema: Of a file.
-        config: Of the source.
-        path: Of the file, for messages.
-        in_path: Columns that its folders' names hold.
+        schema: The file's schema.
+        config: The source's settings.
+        path: The file's path, for messages.
+        in_path: Columns whose values are in the names of the file's folders.
 
     Raises:
-        DataError: If there is no column of images or several, or a named one is not there.
+        DataError: If no column or several could hold images, or a named column is missing.
     """
     image, paths = _image_column(schema, config, path)
     names = [*schema.names, *(name for name in in_path if name not in schema.names)]
@@ -59,11 +59,12 @@ def find_columns(
 
 
 def partition_values(path: str) -> dict[str, int | str | None]:
-    """Return the columns that stand in the names of a file's folders, ``label=cat/0.parquet``.
+    """Return the columns encoded in the names of a file's folders, ``label=cat/0.parquet``.
 
-    Spark, Hive, DuckDB and Delta split tables so and leave those columns out of the files.
+    Spark, Hive, DuckDB and Delta partition tables this way and omit those columns from the files.
 
-    Source: Hive's layout of partitions: signs are percent-encoded, and null has a name of its own.
+    Source: Hive's partition layout: special characters are percent-encoded; null has a name of its
+    own.
     """
     values: dict[str, int | str | None] = {}
     for folder in path.split("/")[:-1]:
@@ -85,7 +86,7 @@ def _image_column(schema: pa.Schema, config: SourceConfig, path: str) -> tuple[s
         encoded = ["image"]
     if config.image_column is None:
         candidates = encoded or [name for name in _PATHS if name in texts] or lists
-        # A column of images may be one of several; which of several holds their paths is a guess.
+        # One of several columns of images may be guessed by its name, but not its column of paths.
         preferred = "image" in encoded
         name = "image" if preferred else candidates[0] if len(candidates) == 1 else None
     else:
@@ -135,9 +136,9 @@ def _label_column(names: Sequence[str], config: SourceConfig, path: str) -> str 
     return name
 
 
-@lru_cache(maxsize=64)  # the files of a data set say the same: they share one tuple of names
+@lru_cache(maxsize=64)  # the files of a data set share one tuple of names
 def _class_label_names(metadata: bytes, label: str | None) -> tuple[str, ...]:
-    """Return the names of a ``ClassLabel`` of Hugging Face's ``datasets``; of a list of them, none.
+    """Return the names of a ``ClassLabel`` of Hugging Face's ``datasets``; () for a list of labels.
 
     Source: the schema's metadata, ``huggingface: {"info": {"features": {NAME: {"names": [...],
     "_type": "ClassLabel"}}}}``.
@@ -151,12 +152,12 @@ def _class_label_names(metadata: bytes, label: str | None) -> tuple[str, ...]:
 
 
 def label_advice(schema: pa.Schema | None, columns: Columns, in_path: Collection[str] = ()) -> str:
-    """Return what to do to have other labels, naming the columns that could hold classes.
+    """Return advice on how to use other labels, naming the columns that could hold classes.
 
     Args:
-        schema: Of one of the files; None where none was opened.
-        columns: Those in use.
-        in_path: Columns that the file's folders' names hold.
+        schema: The schema of one of the files; None if none was opened.
+        columns: The columns in use.
+        in_path: Columns whose values are in the names of the file's folders.
     """
     if schema is None:
         return "set data.label_column to a column of classes"
@@ -173,7 +174,7 @@ def label_advice(schema: pa.Schema | None, columns: Columns, in_path: Collection
 
 
 def no_classes(column: str | None, why: str) -> str:
-    """Return the line that says why a column gives no labels."""
+    """Return the note that says why a column yields no labels."""
     return (
         f"the column {column!r} {why}; no accuracy is measured with it (data.label_column names "
         f"another column)"
@@ -181,11 +182,11 @@ def no_classes(column: str | None, why: str) -> str:
 
 
 def why_no_classes(kind: pa.DataType, first: pa.ChunkedArray) -> str:
-    """Return why a column holds no classes, as far as its type shows; empty if it may hold some.
+    """Return why a column holds no classes, judging by its type; "" if it may hold some.
 
     Args:
-        kind: Of the column.
-        first: Some of its values: in lists of zeros and ones, they are what to look at.
+        kind: The column's type.
+        first: Some of its values, to recognise lists of zeros and ones.
     """
     if not (note := number_classes([pa.array([], kind)]).note):
         return ""
@@ -201,7 +202,7 @@ def why_no_classes(kind: pa.DataType, first: pa.ChunkedArray) -> str:
 
 
 def leaf_of(metadata: pq.FileMetaData, column: str) -> int | None:
-    """Return the number of the values of a column in a footer; a list's lie below its name."""
+    """Return a column's index in a footer; the values of a list have a longer name."""
     paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
     if column in paths:
         return paths.index(column)
@@ -209,7 +210,7 @@ def leaf_of(metadata: pq.FileMetaData, column: str) -> int | None:
 
 
 def as_bytes(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return encoded images as binary where they are lists of bytes, as Spark and pandas write."""
+    """Convert images stored as lists of bytes, as Spark and pandas write them, to binary."""
     if not _is_byte_list(column.type):
         return column
     return pa.chunked_array(
@@ -232,7 +233,7 @@ def is_encoded(kind: pa.DataType) -> bool:
     """Return whether a column of this type may hold encoded images."""
     if pa.types.is_struct(kind):  # Hugging Face: {"bytes": binary, "path": string}
         place = kind.get_field_index("bytes")
-        # Without a single value, pyarrow and pandas write the type null.
+        # pyarrow and pandas write the type null if no value is present.
         return place >= 0 and (
             _is_binary(kind.field(place).type)
             or _is_byte_list(kind.field(place).type)

@@ -1,4 +1,4 @@
-"""What lies below a folder: images, Parquet files, tar shards, and what is left out and why."""
+"""List a folder by kind: images, Parquet files, tar shards, and what is skipped and why."""
 
 import re
 from collections.abc import Sequence
@@ -25,19 +25,19 @@ _SHOWN = 5
 
 
 class Contents(NamedTuple):
-    """Files below a folder by kind: tables of ``path`` (relative to it) and ``bytes``."""
+    """The files below a folder, by kind: tables of ``path`` (relative to it) and ``bytes``."""
 
     images: pa.Table
     parquet: pa.Table
     tars: pa.Table
     compressed: pa.Table
-    """Tar shards that are compressed."""
+    """Compressed tar shards."""
     notes: tuple[str, ...]
-    """What is none of these, and images for which a library is missing."""
+    """One line each about other files, and about images whose library is missing."""
 
 
 def look_into(filesystem: pafs.FileSystem, root: str) -> Contents:
-    """List a folder and all below it; names that begin with a dot are no part of it.
+    """List a folder recursively. Names that start with a dot are skipped.
 
     Raises:
         DataError: If a folder cannot be listed.
@@ -46,7 +46,7 @@ def look_into(filesystem: pafs.FileSystem, root: str) -> Contents:
 
 
 def sort_by_kind(files: pa.Table) -> Contents:
-    """Sort files by what the ends of their names say.
+    """Sort files into kinds by suffix.
 
     Args:
         files: ``path`` (large_binary) and ``bytes``.
@@ -64,22 +64,22 @@ def sort_by_kind(files: pa.Table) -> Contents:
 
 
 def ending(files: pa.Table, suffixes: Sequence[str]) -> pa.Table:
-    """Return the files whose names end in one of the suffixes, in any case."""
+    """Return the files with one of the suffixes, ignoring case."""
     return files.filter(_ends(files, suffixes))
 
 
 def paths_below(files: pa.Table, root: str) -> list[str]:
-    """Return whole paths of files that are listed relative to a folder."""
+    """Prefix the paths of listed files with their folder."""
     return [f"{root.rstrip('/')}/{name}" for name in names_of(files)]
 
 
 def names_of(files: pa.Table) -> list[str]:
-    """Return the paths of files as text, as they are listed."""
+    """Return the relative paths of files as text."""
     return [readable(path) for path in files.column("path").to_pylist()]
 
 
 def count_suffixes(files: pa.Table) -> dict[str, int]:
-    """Return how many files end how, the most frequent first; "" counts those without a dot."""
+    """Count files by suffix, the most frequent first; "" stands for names without a dot."""
     base = pc.extract_regex(files.column("path").cast(pa.large_binary()), r"(?P<base>[^/]*)$")
     end = pc.extract_regex(pc.struct_field(base, "base"), r"(?P<end>(?:\.[^.]{1,8})?\.[^.]+)$")
     counts: dict[str, int] = {}
@@ -115,10 +115,10 @@ def _unread_images(files: pa.Table) -> list[str]:
 
 
 def _about(files: pa.Table) -> list[str]:
-    """Say what other files there are: a line for each kind that may hold images, one for all else.
+    """Describe other files: one line for each kind that may hold images, one for the rest.
 
-    What tools leave beside data (_SUCCESS, .crc) and what describes them (.json, .txt) is one
-    count.
+    Files that tools leave beside data (_SUCCESS, .crc) and metadata (.json, .txt) are counted
+    together.
     """
     kinds: dict[str, dict[str, int]] = {}
     rest: dict[str, int] = {}

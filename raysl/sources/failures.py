@@ -1,16 +1,16 @@
-"""What could not be read a moment ago."""
+"""Remember for a minute which places could not be read."""
 
 import time
 from collections.abc import Hashable
 
 
 class Failures:
-    """Remembers failures for a while: rows of one bad place do not each try it again.
+    """Remember recent failures, so that the rows of one bad place do not each retry it.
 
-    A pickled one is empty.
+    Empty after unpickling.
 
     Args:
-        seconds: After which a place is tried again.
+        seconds: Time after which a place is retried.
     """
 
     def __init__(self, seconds: float = 60.0) -> None:
@@ -21,10 +21,10 @@ class Failures:
         return type(self), (self.seconds,)
 
     def get(self, place: Hashable) -> str | None:
-        """Return why a place could not be read, if that was lately."""
+        """Return why a place could not be read recently, or None."""
         until, reason = self._until.get(place, (0.0, ""))
         return reason if time.monotonic() < until else None
 
     def add(self, place: Hashable, reason: str) -> None:
-        """Remember a failure."""
+        """Record a failure."""
         self._until[place] = time.monotonic() + self.seconds, reason

@@ -1,4 +1,4 @@
-"""Which rows of a source to keep, by what is known of them: columns, paths, sizes."""
+"""Select the rows of a source by their columns, paths and sizes."""
 
 import fnmatch
 import re
@@ -34,17 +34,17 @@ _COMPARE = {
 
 
 def columns_of(conditions: Sequence[Condition]) -> list[str]:
-    """Return the columns that the conditions ask for, each once."""
+    """Return the columns that the conditions read, without duplicates."""
     return list(dict.fromkeys(column for column, _, _ in conditions))
 
 
 def is_list_file(comparison: str) -> bool:
-    """Return whether the value of a condition is the name of a file of values."""
+    """Return whether a condition's value is the name of a file of values."""
     return comparison in ("in file", "not in file")
 
 
 def describe_filter(conditions: Sequence[Condition]) -> list[Any]:
-    """Return what tells a filter from others: of list files what they hold, not where they lie."""
+    """Describe a filter so that any change shows; list files count by content, not by name."""
     return [
         [column, comparison, "\n".join(_read_lines(str(value)))]
         if is_list_file(comparison)
@@ -54,17 +54,17 @@ def describe_filter(conditions: Sequence[Condition]) -> list[Any]:
 
 
 class RowFilter:
-    """The conditions of a source, which may be looked at in parts: by file, by shard.
+    """The conditions of a source, applied part by part: by file or by shard.
 
-    It remembers which lines of list files a row was found for: a list that names nothing would
-    otherwise drop nothing without a word. Threads may share it.
+    It records which lines of list files matched a row: otherwise a list that matches nothing would
+    go unnoticed. Thread-safe.
 
     Args:
-        conditions: All must hold.
+        conditions: A row must fulfil all of them.
         where: Name of the source for error messages.
 
     Raises:
-        DataError: If a list file cannot be read, or names nothing to keep.
+        DataError: If a list file cannot be read, or is an empty list of rows to keep.
     """
 
     def __init__(self, conditions: Sequence[Condition], *, where: str) -> None:
@@ -78,7 +78,7 @@ class RowFilter:
         """Return which rows of a table fulfil all conditions, ``(num_rows,)``.
 
         Args:
-            table: Has at least the columns that the conditions ask for.
+            table: Has at least the columns that the conditions read.
             where: Name of the table for the error message.
 
         Raises:
@@ -93,7 +93,7 @@ class RowFilter:
         return kept
 
     def notes(self) -> tuple[str, ...]:
-        """Return what there is to say once all of the source was looked at: a line each."""
+        """Return notes for the whole filtered source, such as unmatched lines of list files."""
         lines = [note for each in self._lists.values() if (note := each.note())]
         if out := self._rows - self._kept:
             lines.insert(0, f"{out:,} of {self._rows:,} images are left out by data.filter")
@@ -125,7 +125,7 @@ class RowFilter:
             ) from None
 
     def _listed(self, listed: "_List", column: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
-        """Return which rows have a value that stands, or does not stand, on a line of the file."""
+        """Return which rows have a value that the file lists, or for ``not in file`` does not."""
         lines = listed.lines.cast(column.type)
         found = pc.is_in(column, value_set=lines)
         with self._lock:
@@ -143,7 +143,7 @@ def keep(
 
 
 class _List:
-    """The lines of a list file, and which of them some row has."""
+    """The lines of a list file, and which of them matched a row."""
 
     def __init__(self, condition: Condition, *, where: str) -> None:
         self.column, self.comparison, self.path = condition[0], condition[1], str(condition[2])
@@ -159,7 +159,7 @@ class _List:
         self._example: str | None = None
 
     def take(self, lines: pa.Array, column: pa.ChunkedArray) -> None:
-        """Take note of the lines, cast to the column's type, that are among its values."""
+        """Record the lines, cast to the column's type, that occur in the column."""
         if not self._matched.all():
             self._matched |= pc.is_in(lines, value_set=column.combine_chunks()).to_numpy(
                 zero_copy_only=False
@@ -168,7 +168,7 @@ class _List:
             self._example = str(column[0].as_py())
 
     def note(self) -> str:
-        """Say which lines no row has; empty if all are of use."""
+        """Describe the lines that matched no row; "" if all did."""
         total, missed = len(self.lines), np.flatnonzero(~self._matched)
         if not total:
             return f"0 lines are in {self.path}: data.filter {self.comparison!r} drops nothing"
@@ -193,7 +193,7 @@ class _List:
 
 
 def _read_lines(path: str) -> list[str]:
-    """Return the lines of a text file that hold something, each once, in order."""
+    """Return the distinct non-empty lines of a text file, in order."""
     text = read_file(*resolve(path)).decode("utf-8-sig", errors="backslashreplace")
     return list(dict.fromkeys(line for line in re.split(r"\r?\n", text) if line))
 

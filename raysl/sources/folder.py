@@ -1,4 +1,4 @@
-"""A folder of image files, in class folders or not."""
+"""Read a folder of image files, with or without class folders."""
 
 import os
 import re
@@ -36,28 +36,28 @@ from raysl.sources.storage import (
 
 
 class ClassFolders(NamedTuple):
-    """Where the names of classes stand in the paths of images."""
+    """Which folder names in the paths of images are classes."""
 
     above: tuple[str, ...] = ("",)
-    """Folders, with a slash behind, whose folders are classes; an empty text is the root."""
+    """Parents of the class folders, with a trailing slash; "" is the root."""
     are_classes: bool = True
-    """Whether those folders are classes at all."""
+    """False if there are no class folders."""
 
 
 class FolderSource:
     """Image files below a folder, sorted by path; the first folder level names the class.
 
-    An image that lies beside the class folders has no label. It takes some tens of bytes a file:
-    the paths are one Arrow column.
+    An image beside the class folders has no label. Paths are one Arrow column of some tens of bytes
+    a file.
 
     Args:
-        config: What to open.
-        filesystem: Where the folder lies.
+        config: The source's settings.
+        filesystem: The file system of the folder.
         images: ``path``, relative to ``root``, and ``bytes`` of its files, sorted by path.
         root: The folder.
-        classes: Which level of folders names the class.
-        splits: That lie in the folder, the one of these images among them.
-        notes: What lies there besides.
+        classes: Which folder level names the class.
+        splits: The splits of the folder, including this one.
+        notes: Remarks about other content of the folder.
 
     Raises:
         DataError: If the filter leaves no image.
@@ -103,10 +103,10 @@ class FolderSource:
         found = pc.extract_regex(self._paths, f"^(?:{above})(?P<folder>[^/]+)/")
         folders = pc.struct_field(found, "folder")
         labels, names, _ = number_classes([folders])
-        assert labels is not None  # folders have names
+        assert labels is not None  # every folder has a name
         if not names:
             return
-        # Class numbers are few: a byte or two a file on the way to the workers.
+        # There are few classes: a byte or two a file keeps pickles small.
         self._labels = labels.astype(np.min_scalar_type(-len(names)))
         self.class_names = names
         if beside := int((labels < 0).sum()):
@@ -114,7 +114,7 @@ class FolderSource:
 
     @property
     def group_sizes(self) -> npt.NDArray[np.int64]:
-        """Any file is as quick to read as any other."""
+        """Every file is a group of its own."""
         return np.array([len(self._paths)], dtype=np.int64)
 
     def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
@@ -140,35 +140,35 @@ class FolderSource:
         return os.fsencode(self.root) + b"/" + bytes(self._paths[index].as_py())
 
     def decoding(self, index: int) -> Decoding:
-        """Return what the source's settings say of its files."""
+        """Return the decoding settings of the source."""
         return self._decoding
 
     def row_id(self, index: int) -> str:
-        """Name a row by its path below the folder."""
+        """Return the path below the folder."""
         return readable(self._paths[index].as_py())
 
     def where(self, index: int) -> str:
-        """Name a row by its file."""
+        """Return the path of a row's file."""
         return readable(self._path(index))
 
     def labels(self) -> Labels | None:
-        """Return the number of each file's class folder, -1 for a file in none, or None."""
+        """Return each file's class number, -1 for a file in no class folder; None if no classes."""
         return None if self._labels is None else self._labels.astype(np.int64)
 
 
 def _files_kept(files: pa.Table, conditions: RowFilter) -> npt.NDArray[np.bool_]:
-    """Return which files fulfil all conditions, ``(num_files,)``; the id of a file is its path."""
+    """Return which files fulfil all conditions, ``(num_files,)``; a file's row_id is its path."""
     texts = pa.array([readable(path) for path in files.column("path").to_pylist()], pa.string())
     return conditions.keep(files.set_column(0, "path", texts).append_column("row_id", texts))
 
 
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
-    """Return a column as one array that holds its own rows only, so that it pickles small."""
+    """Return a column as one array without unused rows, so that its pickle is small."""
     return pa.concat_arrays([pa.array([], column.type), *column.chunks])
 
 
 def _buffers(paths: pa.Array) -> tuple[memoryview, memoryview]:
-    """Return the lengths of the paths, and all of them one after another."""
+    """Return the lengths of the paths, and all paths concatenated."""
     if len(paths) == 0:
         return memoryview(b""), memoryview(b"")
     _, offsets, values = paths.buffers()

@@ -1,4 +1,4 @@
-"""What Parquet footers, or the manifest of a packed folder, say of the images in the files."""
+"""Read Parquet footers, or a packed folder's manifest, to learn what the files hold."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -25,34 +25,34 @@ T = TypeVar("T")
 
 Ints = npt.NDArray[np.int64]
 
-# Of each file and row: what ``row_id`` of the source says. It is there whatever the file holds.
+# The value of the source's ``row_id``, offered to filters as a column of every file.
 ROW_ID = "row_id"
 
-_FIRST_FILES, _FILES_AT_ONCE = 16, 256  # a limit or an error ends the reading within so many
+_FIRST_FILES, _FILES_AT_ONCE = 16, 256  # bounds what a limit or an error reads ahead
 _NAMED_FILES = 5
 
 
 class DamagedError(DataError):
-    """A file that is not Parquet, or no longer; copying it again may help, waiting will not."""
+    """The file is not Parquet or is damaged. A new copy may help; waiting will not."""
 
 
 class Footer(NamedTuple):
-    """One Parquet file."""
+    """What is known of one Parquet file."""
 
     path: str
     columns: Columns
     schema: pa.Schema | None
-    """None where the file was not opened."""
+    """None if the file was not opened."""
     rows: Ints
-    """Of each row group."""
+    """Rows in each row group."""
     bytes: Ints
-    """Images of each row group."""
+    """Bytes of the images in each row group."""
     identity: str
-    """Changes with the file; empty where a manifest's fingerprint stands for all."""
+    """Changes with the file; "" if a manifest's fingerprint stands for all files."""
     nulls: int | None = None
-    """Rows without an image; None where the footer does not say."""
+    """Rows without an image; None if the footer does not tell."""
     kept: Ints | None = None
-    """Rows of the file that the filter keeps; None without a filter."""
+    """Row numbers that the filter keeps; None without a filter."""
 
 
 def open_parquet(
@@ -77,7 +77,7 @@ def open_parquet(
 def open_footer(
     filesystem: pafs.FileSystem, path: str, footer: pq.FileMetaData | None = None
 ) -> pq.ParquetFile:
-    """Open a Parquet file; what goes wrong is pyarrow's error."""
+    """Open a Parquet file; errors are pyarrow's."""
     return patiently(
         filesystem,
         lambda: pq.ParquetFile(path, filesystem=filesystem, metadata=footer, pre_buffer=True),
@@ -91,18 +91,18 @@ def read_footers(
     root: str,
     filtered: RowFilter,
 ) -> Iterator[Footer]:
-    """Read footers, and the columns of the filter, several files at a time; yield them in order.
+    """Read footers, and the columns of the filter, of several files at a time; yield in order.
 
-    One damaged file among many is an error, not a bad image: a third of a data set that is not
-    there would be nothing that training shows, and the rows of all other files would be other ones
-    once it is mended. So that they can be mended at once, all damaged files are found first.
+    One damaged file is an error, not a bad image: a third of a data set could be missing without
+    training showing it, and the rows of all other files would shift once the file is repaired. All
+    damaged files are collected first, so that they can be repaired together.
 
     Args:
-        filesystem: Where they lie.
+        filesystem: The file system of the files.
         files: Their paths.
-        config: Of the source.
-        root: What ``row_id`` names the files below.
-        filtered: The filter of the source.
+        config: The source's settings.
+        root: The folder that ``row_id`` is relative to.
+        filtered: The source's filter.
 
     Raises:
         DataError: If files are not Parquet, or their columns do not fit.
@@ -127,7 +127,7 @@ def read_footers(
             yield footer
             continue
         damaged.append(footer)
-        if config.limit is not None:  # the reading may end before all files are seen
+        if config.limit is not None:  # may stop before the last file
             break
     if damaged:
         raise _all_damaged(damaged, len(files))
@@ -150,15 +150,15 @@ def manifest_footers(
     order: Sequence[int],
     filtered: RowFilter,
 ) -> Iterator[Footer]:
-    """Return what a manifest says of its files, without opening them unless there is a filter.
+    """Yield what a manifest says of its files; they are only opened for a filter.
 
     Args:
-        filesystem: Where they lie.
+        filesystem: The file system of the files.
         root: Their folder.
-        manifest: Of the folder.
-        config: Of the source.
-        order: Places in the manifest of the files to return.
-        filtered: The filter of the source.
+        manifest: The folder's manifest.
+        config: The source's settings.
+        order: Indices of the files to return.
+        filtered: The source's filter.
     """
     known = {f"{root.rstrip('/')}/{file.path}": file for file in manifest.files}
     files = list(known)
@@ -208,7 +208,7 @@ def check_manifest(manifest: Manifest, files: pa.Table, root: str) -> None:
 
 
 def describe_choice(config: SourceConfig) -> str:
-    """Return a text that changes with the filter and the limit; empty without them."""
+    """Return a text that changes with the filter and the limit; "" without them."""
     if not config.filter and config.limit is None:
         return ""
     return json.dumps([describe_filter(config.filter), config.limit])
@@ -233,11 +233,11 @@ def _kept(parquet: pq.ParquetFile, filtered: RowFilter, path: str, root: str) ->
     added = {c: v for c, v in partition_values(name).items() if c not in there and c != ROW_ID}
     columns = [column for column in asked if column in there]
     try:
-        # Columns whose names go on behind a dot come along.
+        # A column name also selects columns whose names continue after a dot.
         table = parquet.read(columns=columns).select(columns)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
-    if not {*asked} <= {*there, *added, ROW_ID}:  # name all that could have been asked for
+    if not {*asked} <= {*there, *added, ROW_ID}:  # list every column that exists
         table = parquet.schema_arrow.empty_table().select(there)
     for column, value in added.items():
         table = table.append_column(column, pa.repeat(pa.scalar(value), table.num_rows))
@@ -247,7 +247,7 @@ def _kept(parquet: pq.ParquetFile, filtered: RowFilter, path: str, root: str) ->
 
 
 def _row_groups(metadata: pq.FileMetaData, image_column: str) -> tuple[Ints, Ints, int | None]:
-    """Return the rows and the bytes of images of each row group, and the rows without an image."""
+    """Return rows and image bytes of each row group, and the number of rows without an image."""
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     leaf = leaf_of(metadata, image_column)
     rows = np.array([group.num_rows for group in groups], dtype=np.int64)
@@ -255,10 +255,10 @@ def _row_groups(metadata: pq.FileMetaData, image_column: str) -> tuple[Ints, Int
         return rows, np.zeros_like(rows), None
     chunks = [group.column(leaf) for group in groups]
     sizes = np.array([chunk.total_uncompressed_size for chunk in chunks], dtype=np.int64)
-    # Of a list, the footer counts the values that are missing, not the rows.
+    # For lists, the footer counts missing values, not rows.
     if metadata.schema.column(leaf).max_repetition_level > 0:
         return rows, sizes, None
-    if metadata.schema.column(leaf).physical_type == "INT32":  # the type null, not bytes
+    if metadata.schema.column(leaf).physical_type == "INT32":  # type null, not bytes
         return rows, sizes, int(rows.sum())
     found = [chunk.statistics for chunk in chunks]
     known = all(each is not None and each.has_null_count for each in found)
@@ -266,7 +266,7 @@ def _row_groups(metadata: pq.FileMetaData, image_column: str) -> tuple[Ints, Int
 
 
 def has_images(filesystem: pafs.FileSystem, path: str, config: SourceConfig) -> bool:
-    """Return whether a Parquet file holds encoded images, or the column that is asked for.
+    """Return whether a Parquet file holds encoded images, or the column named by the settings.
 
     Raises:
         DataError: If it cannot be read or is not Parquet.

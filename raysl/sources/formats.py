@@ -1,4 +1,4 @@
-"""What the ends of files' names say: images, shards of images, and what neither is nor is read."""
+"""Tell by a file's suffix whether it is an image, a shard, or a format that is not read."""
 
 import importlib.util
 
@@ -7,7 +7,7 @@ PLAIN_SUFFIXES = (
     *(".avif", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".pam", ".pfm"),
     *(".psd", ".tga", ".pcx", ".sgi", ".dds", ".qoi", ".ico"),
 )
-# Read by a library that raysl[formats] installs: its module, and what people call the format.
+# Formats read by a library of raysl[formats]: its module, and the format's common name.
 OPTIONAL_SUFFIXES = {
     ".heic": ("pillow_heif", "HEIC"),
     ".heif": ("pillow_heif", "HEIC"),
@@ -24,7 +24,7 @@ _VIDEO = "videos; write their frames as JPEG first"
 _RECORDS = "records of another library; write them as Parquet or tar shards first"
 _ARCHIVE = "archives; unpack them first"
 _ARRAYS = "arrays; write them as PNG or TIFF first"
-# Kinds that hold images and are not read, by suffix: what they are and what to do.
+# Image formats that are not read, by suffix: what they are and what to do.
 _OTHERS = {
     **dict.fromkeys((".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".srw"), _RAW),
     **dict.fromkeys((".dcm", ".dicom"), "DICOM; write them as PNG or TIFF first"),
@@ -42,7 +42,7 @@ _OTHERS = {
 
 
 def missing_package(suffix: str) -> str | None:
-    """Return what people call the format of a suffix if the library that reads it is missing."""
+    """Return the common name of a suffix's format if the library that reads it is missing."""
     module, name = OPTIONAL_SUFFIXES.get(suffix.lower(), ("", ""))
     return name if module and importlib.util.find_spec(module) is None else None
 
@@ -53,7 +53,7 @@ def about_others(suffix: str) -> str | None:
 
 
 def suffix_of(name: str) -> str:
-    """Return the lower-case end of a file's name from its last dot on; empty without one."""
+    """Return the lower-case suffix from the last dot on; "" without one."""
     base = name.rpartition("/")[2].lower()
     stem, dot, end = base.rpartition(".")
     if not dot or not stem:

@@ -1,4 +1,4 @@
-"""Which rows of which row groups a source of Parquet files has: those kept, up to a limit."""
+"""Select the row groups, and the rows in them, that a Parquet source uses."""
 
 import math
 from collections.abc import Iterable
@@ -12,26 +12,26 @@ from raysl.sources.columns import Columns
 from raysl.sources.footers import Footer, Ints
 from raysl.sources.source import digest, spread_rows
 
-# A limit takes rows of so many row groups, and of so many files, where there are as many: files
-# that are sorted by class, or by day, give several.
+# A limit spreads over so many row groups, and so many files, if available: files may be sorted by
+# class or by day.
 _FAR_APART = 16
 
 
 class Groups(NamedTuple):
-    """The row groups that hold kept rows, in order. One number each, so that a million are small.
+    """The row groups that hold kept rows, in order, as columns: compact for a million of them.
 
-    ``file``, ``number`` (in the file) and ``rows`` (that are kept) are ``(num_groups,)``.
+    ``file``, ``number`` (in the file) and ``rows`` (kept ones) are ``(num_groups,)``.
     """
 
     file: npt.NDArray[np.int32]
     number: npt.NDArray[np.int32]
     rows: Ints
     places: npt.NDArray[np.int32] | None
-    """Place in its row group of each kept row, ``(num_images,)``; None if all are kept."""
+    """Index within its row group of each kept row, ``(num_images,)``; None if all are kept."""
     firsts: Ints | None
-    """Place in its file of each row group's first row, ``(num_groups,)``; None if all are kept."""
+    """Index within its file of each group's first row, ``(num_groups,)``; None if all are kept."""
     num_bytes: int
-    """Images of these row groups."""
+    """Bytes of the images in these row groups."""
 
 
 class _Part(NamedTuple):
@@ -48,17 +48,17 @@ class _Part(NamedTuple):
 def gather(
     footers: Iterable[tuple[int, Footer]], limit: int | None
 ) -> tuple[list[Footer], Groups, str]:
-    """Cut files into row groups of kept rows.
+    """Collect the row groups of all files, reduced to the kept rows.
 
-    With a limit, looking ends once enough files are known; of their row groups few are taken, at
-    even distances, and of each as many rows, at even distances too.
+    With a limit, it stops once enough files are known, then takes a few row groups at even
+    distances, and as many rows of each, also at even distances.
 
     Args:
-        footers: Files with their place among all, in ``reading_order``.
-        limit: Rows to take; None for all.
+        footers: Files with their index among all, in ``reading_order``.
+        limit: Number of rows to take; None for all.
 
     Returns:
-        The files that were looked at (the schema of one of them) and the groups, in the files'
+        The footers that were read (with the schema kept in one of them), the groups in the files'
         order, and a fingerprint of both.
 
     Raises:
@@ -96,7 +96,7 @@ def _cut(footer: Footer) -> _Part:
 
 
 def _join(parts: list[_Part], limit: int | None) -> Groups:
-    """Put the row groups of all files into columns, and cut them to the limit if there is one."""
+    """Concatenate the row groups of all files, and cut them to the limit."""
     none = np.empty(0, np.int64)
     file = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.number) for part in parts])
     number = np.concatenate([none, *(part.number for part in parts)]).astype(np.int32)
@@ -117,11 +117,11 @@ def _join(parts: list[_Part], limit: int | None) -> Groups:
 def _share_out(rows: Ints, limit: int) -> Ints:
     """Return how many rows to take of each row group.
 
-    Of about as many row groups as hold ``limit`` rows, or ``_FAR_APART`` if that is more.
+    Uses about as many row groups as hold ``limit`` rows, or ``_FAR_APART`` if that is more.
 
     Args:
-        rows: ``(num_groups,)``, none empty, of more than ``limit`` in all.
-        limit: Rows to take.
+        rows: ``(num_groups,)``, all positive, more than ``limit`` in total.
+        limit: Number of rows to take.
     """
     total = int(rows.sum())
     count = min(len(rows), max(_FAR_APART, math.ceil(limit * len(rows) / total)), limit)
@@ -129,7 +129,7 @@ def _share_out(rows: Ints, limit: int) -> Ints:
         count = min(len(rows), count + 1 + count // 8)
     taken = np.zeros(len(rows), dtype=np.int64)
     left = limit
-    # What a small group lacks, the larger ones give.
+    # Larger groups make up for small ones.
     for done, group in enumerate(used[np.argsort(rows[used], kind="stable")].tolist()):
         taken[group] = min(int(rows[group]), left // (len(used) - done))
         left -= int(taken[group])
@@ -137,7 +137,7 @@ def _share_out(rows: Ints, limit: int) -> Ints:
 
 
 def _take(rows: Ints, places: npt.NDArray[np.int32] | None, taken: Ints) -> npt.NDArray[np.int32]:
-    """Return places in their row groups of as many rows as are taken, at even distances."""
+    """Return indices of the taken rows within their row groups, at even distances."""
     starts = np.cumsum(rows) - rows
     parts = []
     for group in np.flatnonzero(taken).tolist():
@@ -150,7 +150,7 @@ def _check_alike(footer: Footer, first: Footer) -> None:
     ours, theirs = footer.columns, first.columns
     if ours[:4] != theirs[:4]:
         mine, others = _describe(ours), _describe(theirs)
-    # Names may be missing where another program wrote a file anew; those there are must agree.
+    # Names may be missing where another program rewrote a file; existing ones must agree.
     elif ours.class_names == theirs.class_names or not (ours.class_names and theirs.class_names):
         return
     else:

@@ -1,4 +1,4 @@
-"""Folders of image files as people keep them: of classes, of splits, of images beside masks."""
+"""Open image folders in common layouts: class folders, split folders, images beside masks."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -28,12 +28,12 @@ def open_images(
     """Open the images below a folder, or those of one of its splits.
 
     Args:
-        config: What to open.
-        filesystem: Where the folder lies.
+        config: The source's settings.
+        filesystem: The file system of the folder.
         images: ``path``, relative to the folder, and ``bytes`` of all images below it.
         root: The folder.
-        choose: Says which of the splits that lie there to read; gets their names.
-        notes: What lies there besides.
+        choose: Selects one of the given splits.
+        notes: Remarks about other content of the folder.
 
     Raises:
         DataError: If there is no such split, or the filter leaves no image.
@@ -63,7 +63,7 @@ def open_images(
 
 
 def _folders_below(images: pa.Table, folder: str) -> list[str]:
-    """Return the folders in a folder that images lie in; "" too if some lie in itself."""
+    """Return the subfolders that hold images, and "" if the folder itself does."""
     found = pc.extract_regex(images.column("path"), f"^{re.escape(folder)}(?:(?P<name>[^/]+)/)?")
     names = pc.unique(pc.struct_field(found.filter(pc.is_valid(found)), "name"))
     return [readable(name or b"") for name in names.to_pylist()]

@@ -1,4 +1,4 @@
-"""What img2dataset writes beside its images: tables of what was downloaded and what failed."""
+"""Report from img2dataset's tables how many downloads succeeded and failed."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -21,20 +21,20 @@ _SUCCESS = "success"
 
 
 class _Rows(NamedTuple):
-    """Rows of one or more files by what became of them."""
+    """Download results of the rows of one or more files."""
 
     status: Counter[str]
     errors: Counter[str]
 
 
 def failed_rows(filesystem: pafs.FileSystem, parquet_files: Sequence[str]) -> tuple[str, ...]:
-    """Return notes of how many images were downloaded, how many were not, and why.
+    """Return notes of how many images were downloaded, how many failed, and why.
 
-    It reads two columns, of at most 200 of the files at even distances. A file that has no such
-    columns or cannot be read is counted.
+    Reads two columns of at most 200 files, evenly spaced. Files without these columns, or
+    unreadable ones, are counted.
 
     Args:
-        filesystem: Where the files lie.
+        filesystem: The file system of the files.
         parquet_files: Their paths.
     """
     chosen = spread_rows(len(parquet_files), _MOST_FILES).tolist()
@@ -48,7 +48,7 @@ def failed_rows(filesystem: pafs.FileSystem, parquet_files: Sequence[str]) -> tu
             status.update(rows.status)
             errors.update(rows.errors)
         part = f" ({len(chosen):,} of the {len(parquet_files):,} tables looked at)"
-        notes.append(_told(status, errors) + (part if len(chosen) < len(parquet_files) else ""))
+        notes.append(_summary(status, errors) + (part if len(chosen) < len(parquet_files) else ""))
     if lost := len(read) - len(found):
         notes.append(
             f"{counted(lost, 'Parquet file')} of {len(read):,} beside the images cannot be read or "
@@ -73,7 +73,7 @@ def _read(filesystem: pafs.FileSystem, path: str) -> _Rows | None:
             errors = _count(table.column("error_message"))
             errors.pop("", None)
         return _Rows(status, errors)
-    except (OSError, ValueError, pa.ArrowException):  # text that is no UTF-8 is a ValueError
+    except (OSError, ValueError, pa.ArrowException):  # invalid UTF-8 is a ValueError
         return None
 
 
@@ -82,7 +82,7 @@ def _count(column: pa.ChunkedArray) -> Counter[str]:
     return Counter({each["values"]: each["counts"] for each in pc.value_counts(texts).to_pylist()})
 
 
-def _told(status: Counter[str], errors: Counter[str]) -> str:
+def _summary(status: Counter[str], errors: Counter[str]) -> str:
     total, good = status.total(), status[_SUCCESS]
     line = f"{good:,} of {counted(total, 'row')} of the metadata downloaded"
     if good == total:

@@ -1,4 +1,4 @@
-"""From a column of labels to class numbers and names, and to the part of them that is used."""
+"""Turn a column of labels into class numbers and names, and draw subsets of labelled rows."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,27 +18,26 @@ _HELD_OUT_SHARE = 0.2
 
 
 class Classes(NamedTuple):
-    """What a column of labels says."""
+    """The classes in a column of labels."""
 
     labels: Labels | None
-    """A class number for each value, ``(num_values,)``, -1 where there is none; None if the column
-    holds no classes."""
+    """A class number for each value, ``(num_values,)``, -1 for null; None if the column holds no
+    classes."""
     names: list[str]
-    """Of the classes, by number."""
+    """Class names, by number."""
     note: str = ""
-    """Why the column holds no classes; empty if it does."""
+    """Why the column holds no classes; "" if it does."""
 
 
 def number_classes(chunks: Sequence[pa.Array], *, named: Sequence[str] = ()) -> Classes:
-    """Number the classes of a column: those that occur, in sorted order.
+    """Number the classes that occur in a column, in sorted order.
 
-    Integers, and floating point numbers that are all whole (as pandas writes integers beside
-    nulls), are sorted as numbers; negative ones are no labels. All else is sorted as text.
+    Integers, and floating point numbers that are all whole (pandas writes integers with nulls that
+    way), are sorted as numbers; negative ones are not labels. Everything else is sorted as text.
 
     Args:
-        chunks: The column; its parts may differ in type.
-        named: Names of the integers 0, 1, ..., where they are known; others are called by their
-            number.
+        chunks: The column; chunks may differ in type.
+        named: Names of the integers 0, 1, ..., if known; other integers are named by their number.
     """
     chunks = [_plain(chunk) for chunk in chunks]
     kinds = [chunk.type for chunk in chunks if not pa.types.is_null(chunk.type)]
@@ -74,7 +73,7 @@ def _number_integers(chunks: Sequence[pa.Array], named: Sequence[str]) -> Classe
 
 
 def _plain(chunk: pa.Array) -> pa.Array:
-    """Return a column's values themselves; integers beyond 63 bits, of hashes, as text."""
+    """Decode dictionary columns; integers beyond 63 bits, such as hashes, become text."""
     if pa.types.is_dictionary(chunk.type):
         chunk = chunk.dictionary_decode()
     if pa.types.is_uint64(chunk.type) and (pc.max(chunk).as_py() or 0) > np.iinfo(np.int64).max:
@@ -83,7 +82,7 @@ def _plain(chunk: pa.Array) -> pa.Array:
 
 
 def _numbers(chunk: pa.Array) -> npt.NDArray[np.float64]:
-    """Return numbers as floating point, NaN for null."""
+    """Return numbers as float64, NaN for null."""
     return np.asarray(chunk.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False))
 
 
@@ -109,23 +108,23 @@ def _names(chunk: pa.Array) -> pa.Array:
 
 
 def balanced_subset(labels: Labels, *, fraction: float, seed: int) -> Rows:
-    """Return the places of a part of the labels, the same number of each class.
+    """Draw a class-balanced subset of the labels and return its indices.
 
-    Where a class has too few, the others fill up; 1 takes all. With the same seed a smaller part
-    lies within a larger one.
+    If a class has too few, others fill up; 1 takes all. With the same seed, a smaller subset is
+    part of a larger one.
 
     Args:
         labels: ``(M,)`` class numbers.
         fraction: Share of the M labels, in (0, 1]; at least one of each class is taken.
-        seed: Of the draw.
+        seed: Seed of the draw.
 
     Returns:
-        Places in [0, M), in order.
+        Sorted indices in [0, M).
     """
     rng = np.random.default_rng(seed)
     classes = np.unique(labels)
     members = [rng.permutation(np.flatnonzero(labels == number)) for number in classes]
-    # In turns, one of each class; who comes first in a turn is random too.
+    # Round-robin over the classes, in a random order within each round.
     turn = np.concatenate([np.arange(len(each)) for each in members])
     within = np.repeat(rng.permutation(len(classes)), [len(each) for each in members])
     order = np.concatenate(members)[np.lexsort((within, turn))]
@@ -133,9 +132,9 @@ def balanced_subset(labels: Labels, *, fraction: float, seed: int) -> Rows:
 
 
 def hold_out(rows: Rows) -> tuple[Rows, Rows]:
-    """Split labelled rows for want of a test set: those to learn from, and a fifth to test on.
+    """Split labelled rows, for lack of a test set, into four fifths to train and a fifth to test.
 
-    The same rows give the same fifth, in every run and for every measure.
+    The same rows always give the same split, for every run and measurement.
     """
     order = np.random.default_rng(_HELD_OUT_SEED).permutation(rows)
     held_out = max(1, round(len(order) * _HELD_OUT_SHARE))

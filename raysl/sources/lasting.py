@@ -1,4 +1,4 @@
-"""Whether a failure to read will pass: what lasts is a bad image, what passes ends a run."""
+"""Tell lasting read errors (a bad image) from passing ones (which end a run)."""
 
 import errno
 import re
@@ -8,7 +8,8 @@ import pyarrow.fs as pafs
 
 from raysl.sources.storage import is_local
 
-# Of a disk: no more file handles or memory, or a disk of the network that does not answer.
+# Errors of a local disk that may pass: no free file handles or memory, a network disk that does not
+# answer.
 _PASSING = frozenset(
     {
         errno.EMFILE,
@@ -35,17 +36,17 @@ _REFUSED = re.compile("ACCESS_DENIED|NO_SUCH_KEY")
 def is_lasting(
     filesystem: pafs.FileSystem, error: Exception, path: str, *, start: int = 0, count: int = 1
 ) -> bool:
-    """Return whether what reading raised would be raised again however long one waited.
+    """Return whether a read error would recur however long one waits.
 
-    Of a disk, by the error's number. A store's errors carry none, and damage looks like a broken
-    connection: if the bytes themselves can be had, it is they that are damaged.
+    On a local disk, the error number tells. Errors of object stores have none, and damaged files
+    look like broken connections: if the raw bytes can be read, the file is damaged.
 
     Args:
-        filesystem: Where the file lies.
-        error: What reading raised.
-        path: Of the file.
-        start: First byte of what was read.
-        count: Bytes of what was read.
+        filesystem: The file system of the file.
+        error: The exception raised by the read.
+        path: The file's path.
+        start: First byte of the range that was read.
+        count: Length of the range.
     """
     if isinstance(error, MemoryError):
         return False

@@ -1,4 +1,4 @@
-"""Images that a table names by their paths instead of holding them."""
+"""Read images that a table refers to by path."""
 
 import os
 import posixpath
@@ -17,18 +17,18 @@ from raysl.sources.storage import REMOTE_READERS, is_local, patiently
 
 
 class Link(NamedTuple):
-    """A path that stands in a table."""
+    """A path found in a table."""
 
     folder: str
-    """Of the file that the table is: what a relative path begins at."""
+    """The folder of the table's file; relative paths start there."""
     path: str
 
 
 def read_links(filesystem: pafs.FileSystem, links: Sequence[Link]) -> list[Encoded]:
-    """Return the bytes of the files that the paths name, or why there are none.
+    """Return the bytes of the linked files, or the reason why there are none.
 
-    Paths are relative to the folder, with forward slashes; of this machine's disks they may be
-    absolute. URLs and paths out of the file system are ``Unreadable``.
+    Paths are relative to the folder, with forward slashes; on local disks they may be absolute.
+    URLs and paths outside of the file system become ``Unreadable``.
 
     Raises:
         DataError: If a store does not answer.
@@ -58,7 +58,7 @@ def _read(filesystem: pafs.FileSystem, link: Link) -> Encoded:
 
 
 def _out_of_reach(link: Link, *, on_disk: bool) -> str:
-    """Return why a path cannot be followed; empty if it can."""
+    """Return why a path cannot be followed; "" if it can."""
     if not link.path:
         return "is empty"
     if "://" in link.path:
@@ -67,7 +67,7 @@ def _out_of_reach(link: Link, *, on_disk: bool) -> str:
         return ""
     if link.path.startswith("/"):
         return "is absolute; in a store, only paths relative to the Parquet file are read"
-    # The first part of a place in a store is its bucket, or what stands for it.
+    # The first component of a path in a store is its bucket or container.
     bucket = link.folder.partition("/")[0]
     place = posixpath.normpath(posixpath.join(link.folder, link.path))
     out = place.startswith("../") or (bucket and not place.startswith(f"{bucket}/"))
@@ -75,7 +75,7 @@ def _out_of_reach(link: Link, *, on_disk: bool) -> str:
 
 
 def _read_from_disk(place: str) -> bytes:
-    # A pipe or a device would be waited for, or never end.
+    # Reading a pipe or a device would block or never end.
     if not stat.S_ISREG(os.stat(place).st_mode):
         raise ValueError("not a file")
     with open(place, "rb", buffering=0) as file:

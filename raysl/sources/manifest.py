@@ -1,7 +1,7 @@
-"""The file that says what a packed folder holds, so that opening it reads no footers.
+"""Read and write the manifest of a packed folder, which makes reading its footers unnecessary.
 
-``raysl pack`` writes ``manifest.json`` beside its Parquet shards: of each shard its size, and of
-each row group its rows and the bytes of its encoded images.
+``raysl pack`` writes ``manifest.json`` beside its Parquet shards: each shard's size, and the rows
+and image bytes of each row group.
 """
 
 import json
@@ -18,13 +18,13 @@ from raysl.errors import DataError
 from raysl.sources.storage import read_file
 
 MANIFEST_NAME = "manifest.json"
-# What a pack has in its folder from its start on.
+# The file that a pack creates first in its folder.
 CLAIM_NAME = "pack.json"
 VERSION = 1
 
 
 def is_half_packed(filesystem: pafs.FileSystem, folder: str) -> bool:
-    """Return whether a pack into this folder began and has not finished."""
+    """Return whether a pack into this folder started but did not finish."""
     claim, manifest = filesystem.get_file_info(
         [f"{folder}/{CLAIM_NAME}", f"{folder}/{MANIFEST_NAME}"]
     )
@@ -38,17 +38,17 @@ class ManifestFile(NamedTuple):
     """Relative to the folder, with forward slashes."""
     size_bytes: int
     rows: tuple[int, ...]
-    """Of each row group."""
+    """Rows in each row group."""
     bytes: tuple[int, ...]
-    """Encoded images of each row group."""
+    """Bytes of the images in each row group."""
 
 
 class Manifest(NamedTuple):
-    """What a folder of Parquet files holds."""
+    """The content of a folder of Parquet files."""
 
     images: int
     bytes: int
-    """Encoded images in all."""
+    """Total bytes of the encoded images."""
     fingerprint: str
     """16 hex digits that change with the images."""
     image_column: str
@@ -57,7 +57,7 @@ class Manifest(NamedTuple):
     files: tuple[ManifestFile, ...]
     """In the order of their rows."""
     packed: dict[str, Any]
-    """What it was made from, and with which settings."""
+    """The source it was packed from, and the settings."""
 
 
 def read_manifest(filesystem: pafs.FileSystem, folder: str) -> Manifest | None:
@@ -89,13 +89,13 @@ def read_manifest(filesystem: pafs.FileSystem, folder: str) -> Manifest | None:
 
 
 def write_manifest(filesystem: pafs.FileSystem, folder: str, manifest: Manifest) -> None:
-    """Write a folder's manifest: whoever reads it sees the old one or the new one.
+    """Write a folder's manifest atomically.
 
-    A local disk gets it under another name first; an object store shows an object only once it is
-    complete.
+    On a local disk it is written under a temporary name and renamed; an object store shows an
+    object only once it is complete.
 
     Raises:
-        DataError: If the folder cannot be written to.
+        DataError: If the folder is not writable.
     """
     path = f"{folder.rstrip('/')}/{MANIFEST_NAME}"
     files = [file._asdict() for file in manifest.files]
@@ -112,7 +112,7 @@ def write_manifest(filesystem: pafs.FileSystem, folder: str, manifest: Manifest)
 
 
 def _replace(path: Path, text: bytes) -> None:
-    # A hidden name: nothing lists it if the process dies half-way.
+    # A hidden name: no listing shows it if the process dies half-way.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("wb") as stream:
@@ -148,7 +148,7 @@ def _parse(values: dict[str, Any]) -> Manifest:
 
 
 def _check(manifest: Manifest, path: str) -> None:
-    """Refuse what would read wrong rows later, or files outside the folder."""
+    """Reject a manifest that would yield wrong rows, or files outside of the folder."""
     if not re.fullmatch("[0-9a-f]{16}", manifest.fingerprint):
         raise _damaged(path, f"fingerprint {manifest.fingerprint!r} is not 16 hex digits")
     for file in manifest.files:

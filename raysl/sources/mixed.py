@@ -1,4 +1,4 @@
-"""Several sources as one."""
+"""Concatenate several weighted sources into one."""
 
 from collections.abc import Sequence
 
@@ -12,12 +12,11 @@ from raysl.sources.source import Encoded, Labels, Source, digest
 class MixedSource:
     """The rows of several sources, one source after another.
 
-    Classes of the same name are one class. Where some sources have labels and others none, the
-    images of the others are without.
+    Classes of equal name are merged. If some sources have no labels, their images are unlabelled.
 
     Args:
         parts: The sources.
-        weights: How often an image of each is seen in a pass.
+        weights: How often an epoch reads each image of a source.
     """
 
     def __init__(self, parts: Sequence[Source], weights: Sequence[float]) -> None:
@@ -44,11 +43,11 @@ class MixedSource:
 
     @property
     def group_sizes(self) -> npt.NDArray[np.int64]:
-        """Images in each group of each part."""
+        """Images in each group of each source."""
         return self._group_sizes
 
     def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
-        """Return the images of these rows, each part asked once."""
+        """Return the images of these rows, with one read per source."""
         rows = np.asarray(indices, dtype=np.int64)
         of = np.searchsorted(self._starts, rows, side="right") - 1
         found: list[Encoded] = [b""] * len(rows)
@@ -60,17 +59,17 @@ class MixedSource:
         return found
 
     def decoding(self, index: int) -> Decoding:
-        """Return what the settings of the row's part say."""
+        """Return the decoding settings of the row's source."""
         part, row = self._part_of(index)
         return part.decoding(row)
 
     def where(self, index: int) -> str:
-        """Name a row as its part does; that names a file, or the part itself."""
+        """Name a row as its source does."""
         part, row = self._part_of(index)
         return part.where(row)
 
     def row_id(self, index: int) -> str:
-        """Name a row by its part and as that does."""
+        """Name a row by its source and that source's ``row_id``."""
         part, row = self._part_of(index)
         return f"{part.name}/{part.row_id(row)}"
 
@@ -79,7 +78,7 @@ class MixedSource:
         return self.parts[number], index - int(self._starts[number])
 
     def labels(self) -> Labels | None:
-        """Return class numbers over all parts, -1 for images without; None if no part has any."""
+        """Return class numbers over all sources, -1 for unlabelled images; None without labels."""
         numbers = {name: number for number, name in enumerate(self.class_names)}
         found, labelled = [], False
         for part, size in zip(self.parts, np.diff(self._starts), strict=True):
@@ -88,12 +87,12 @@ class MixedSource:
                 found.append(np.full(size, -1, dtype=np.int64))
                 continue
             labelled = True
-            # One place more: -1, an image without a label, stays what it is.
+            # One more entry, so that -1 (no label) maps to -1.
             number_of = np.array([*(numbers[name] for name in part.class_names), -1], np.int64)
             found.append(number_of[np.maximum(labels, -1)])
         return np.concatenate(found) if labelled else None
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes by number, in the order in which the parts name them."""
+        """Class names by number, in the order of the sources."""
         return list(dict.fromkeys(name for part in self.parts for name in part.class_names))

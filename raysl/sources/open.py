@@ -1,4 +1,4 @@
-"""Open a source by what a configuration says."""
+"""Open the source that a configuration names."""
 
 import re
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ from raysl.sources.tables import (
 from raysl.sources.tar import TarSource, expand_braces
 from raysl.sources.tar_members import compressed
 
-# Keys of the data section in an error message, not in a path.
+# Finds the settings of the data section in an error message, but not in a path.
 _KEY = re.compile(
     r"(?<![\w/.-])data(?=\.(source|image_column|label_column|filter|limit|split|pages)\b)"
 )
@@ -57,15 +57,15 @@ def open_source(
     """Open the images that ``config.source`` names.
 
     Args:
-        config: What to open; of a ``DataConfig``, the training split has ``data.mix`` mixed in, and
-            with ``data.labels: none`` there are no labels.
-        split: Which part of it, where it has several; None takes ``config.split``.
-        held_out: Whether images to test on are wanted, where no split is named: the validation
-            split, else the test split, else the one for training. Without it, the one for training.
-        data: Where torchvision's sets lie and how much to hold for shuffling.
+        config: The source's settings. For a ``DataConfig``, the training split includes
+            ``data.mix``, and ``data.labels: none`` removes the labels.
+        split: The split to open; None takes ``config.split``.
+        held_out: If no split is named, prefer images to test on: the validation split, then the
+            test split, then the training split. Without it, the training split.
+        data: Provides the folder of torchvision's sets and the memory for shuffling.
 
     Raises:
-        DataError: If there is nothing, or nothing usable, under that name.
+        DataError: If there is nothing, or nothing usable, at that place.
     """
     found = _open_mixed(config, split, held_out, data)
     unlabelled = isinstance(config, DataConfig) and config.labels == "none"
@@ -93,7 +93,7 @@ def _open_mixed(
 
 
 class _Opener:
-    """Opens one source."""
+    """Open one source; a namespace for the arguments of :func:`open_source`."""
 
     def __init__(
         self, config: SourceConfig, split: str | None, held_out: bool, data: DataConfig
@@ -102,7 +102,7 @@ class _Opener:
         self.where = f"data.source={config.source}"
 
     def open(self) -> Source:
-        """Open what the configuration names."""
+        """Open the source that the configuration names."""
         if self.config.source in BUILT_IN:
             return self._built_in()
         self.filesystem, path = resolve(self.config.source)
@@ -119,7 +119,7 @@ class _Opener:
         refuse_columns(config, "a set by its name")
         if config.filter:
             raise DataError(f"{self.where}: has nothing that data.filter could look at")
-        # Late: data workers import this room, and must load neither torch nor scikit-learn.
+        # Late: data workers import this package and must load neither torch nor scikit-learn.
         from raysl.sources.builtin import (  # noqa: PLC0415
             SPLITS,
             open_digits,
@@ -135,14 +135,14 @@ class _Opener:
         return source if config.limit is None else _some(source, config.limit)
 
     def _choose(self, names: Sequence[str]) -> str | None:
-        """Return which of the splits that lie there to read; None if there are none."""
+        """Return which of the existing splits to read; None if there are none."""
         asked = self.config.split
-        if names and self.split is not None:  # what a caller asks of any source
+        if names and self.split is not None:  # the caller's choice, for any source
             asked = self.split
         return choose_split(names, asked, held_out=self.held_out, where=self.where)
 
     def _listed(self, path: str, *, is_file: bool) -> Source:
-        """Open a file, or those that a glob or a range names."""
+        """Open a file, or the files that a glob or a range matches."""
         root, files = self._matching(path, is_file=is_file)
         found = sort_by_kind(files)
         if found.compressed.num_rows:
@@ -252,7 +252,7 @@ class _Opener:
     def _shards(
         self, shards: pa.Table, root: str, notes: Sequence[str], *, by_name: bool = False
     ) -> Source:
-        """Open Parquet or tar shards: those of one split, unless they were named one by one."""
+        """Open the Parquet or tar shards of one split; all of them if each was named."""
         names = names_of(shards)
         parts = split_shards(names)
         counts = {name: parts.split_of.count(name) for name in parts.names}

@@ -1,4 +1,4 @@
-"""Parquet files with a column of encoded images, or of their paths."""
+"""Read Parquet files with a column of encoded images or of paths to them."""
 
 import posixpath
 from collections.abc import Sequence
@@ -39,27 +39,25 @@ from raysl.sources.storage import (
 )
 
 _MIB = 1 << 20
-_FOOTER_BYTES = 32 * _MIB  # of files that are read from again and again
-_FAILURE_BYTES = 1 << 10  # what is kept instead of a row group that cannot be read
+_FOOTER_BYTES = 32 * _MIB  # for footers of files that are read repeatedly
+_FAILURE_BYTES = 1 << 10  # cache size of an unreadable row group
 
 
 class ParquetSource:
     """Rows of Parquet files in the order of the files' names.
 
-    Row groups are read whole, the image column alone, and kept while they are likely to be asked
-    for again: the plan shuffles within windows that fit into this memory. An image that the column
-    does not hold, but a path of, is read from there.
+    Reads whole row groups, but the image column alone, and caches them: the plan shuffles within
+    windows that fit into this cache. An image that is null in the column is read from its path.
 
     Args:
-        config: What to open.
-        filesystem: Where the files lie.
+        config: The source's settings.
+        filesystem: The file system of the files.
         files: Their paths, sorted; with a manifest, in its order.
-        window_mib: Encoded images to hold for shuffling.
-        manifest: What ``raysl pack`` wrote of these files: their footers are not read then.
-        root: The folder of the source, which rows are named from; empty takes the one that holds
-            all files.
-        splits: That lie there, the one of these files among them.
-        notes: What lies there besides.
+        window_mib: MiB of encoded images to hold for shuffling.
+        manifest: The manifest by ``raysl pack``; if given, no footers are read.
+        root: The folder that rows are named from; "" takes the common folder of all files.
+        splits: The splits at this place, including this one.
+        notes: Remarks about other content of the folder.
 
     Raises:
         DataError: If a file is not Parquet, the column is missing or ambiguous, files differ, or
@@ -102,13 +100,13 @@ class ParquetSource:
         self.fingerprint = digest(manifest.fingerprint if manifest else "", fingerprint, choice)
         if manifest is not None and not choice:
             self.fingerprint = manifest.fingerprint
-        # One Arrow column instead of as many Python strings to send to every worker.
+        # One Arrow column is cheaper to send to every worker than as many Python strings.
         self._files = pa.array([footer.path for footer in looked], pa.large_string())
         self._file, self._number, self._rows, self._places, self._firsts, num_bytes = groups
         self._starts = _starts(self._rows)
         per_image = max(1, num_bytes // int(self._starts[-1]))
         self.window_size: int | None = max(1, window_mib * _MIB // per_image)
-        # Two windows: items near the border of two windows ask for row groups of both.
+        # Two windows: items near a border need row groups of both.
         self._cache: ByteCache[Images | Unreadable] = ByteCache(2 * window_mib * _MIB)
         self._footers: ByteCache[pq.FileMetaData] = ByteCache(_FOOTER_BYTES)
         self._named = next(
@@ -131,7 +129,7 @@ class ParquetSource:
 
     @property
     def group_sizes(self) -> npt.NDArray[np.int64]:
-        """Rows of each row group that are kept."""
+        """Number of kept rows in each row group."""
         return self._rows
 
     def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
@@ -170,7 +168,7 @@ class ParquetSource:
         return found
 
     def _instead(self, images: Images | Unreadable, group: int, place: int) -> Unreadable | Link:
-        """Return what stands for an image that a row group does not hold."""
+        """Return what replaces an image that is null in its row group."""
         if isinstance(images, Unreadable):
             return images
         path = None if images.paths is None else images.paths[place].as_py()
@@ -189,7 +187,7 @@ class ParquetSource:
         return self._cache.get(group, lambda: self._read_group(group))
 
     def _open(self, path: str) -> pq.ParquetFile:
-        """Open a file; its footer is kept for its other row groups. Errors are pyarrow's."""
+        """Open a file; its footer is cached for its other row groups. Errors are pyarrow's."""
         opened: list[pq.ParquetFile] = []
 
         def read() -> tuple[pq.FileMetaData, int]:
@@ -211,7 +209,7 @@ class ParquetSource:
         except (OSError, pa.ArrowException) as error:
             if not is_lasting(self.filesystem, error, path, start=span[0], count=span[1]):
                 raise DataError(f"{where}: cannot be read: {error}") from None
-            # Kept like a row group, or each of its rows would have it read again.
+            # Cached like a row group; otherwise each of its rows would retry the read.
             return Unreadable(f"{where} cannot be read: {error}"), _FAILURE_BYTES
         return images, images.nbytes
 
@@ -219,21 +217,21 @@ class ParquetSource:
         return str(self._files[int(self._file[group])].as_py())
 
     def decoding(self, index: int) -> Decoding:
-        """Return what the source's settings say of its images."""
+        """Return the decoding settings of the source."""
         return self._decoding
 
     def row_id(self, index: int) -> str:
-        """Name a row FILE:ROW: by its file below the source, and its place in it from 0."""
+        """Name a row FILE:ROW: its file's path below the source, and its index in the file."""
         group, row = self._place(index)
         return f"{below(self._path(group), self._root)}:{row}"
 
     def where(self, index: int) -> str:
-        """Name a row by its file and its place in it, and by its row group."""
+        """Name a row by its file, its index in the file and its row group."""
         group, row = self._place(index)
         return f"{self._path(group)} row {row} (row group {self._number[group]})"
 
     def _place(self, index: int) -> tuple[int, int]:
-        """Return a row's group, and its place in its file, whatever is left out before it."""
+        """Return a row's group and its index in the file, counting rows that are left out."""
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
         if self._places is None or self._firsts is None:
             first = int(np.searchsorted(self._file, self._file[group]))
@@ -251,12 +249,12 @@ class ParquetSource:
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes, by number."""
+        """Class names, by number."""
         self._read_labels()
         return self._class_names
 
     def _look_at_label_type(self, schema: pa.Schema | None) -> None:
-        """Say what the label column holds, where its type shows that they are no classes."""
+        """Note what the label column holds, if its type shows that these are not classes."""
         column = self._columns.label
         if schema is None or column is None or self._columns.label_in_path:
             return
@@ -267,7 +265,7 @@ class ParquetSource:
                 parquet, numbers = self._open(self._path(0)), [int(self._number[0])]
                 first = read_column(self.filesystem, parquet, numbers, column)
             except (OSError, KeyError, pa.ArrowException):
-                pass  # its type has to do; reading the images will say what is wrong
+                pass  # judge by the type alone; reading the images will report the error
         if why := why_no_classes(kind, first):
             self.notes += (no_classes(column, why),)
             self._labels_read = True
@@ -312,7 +310,7 @@ class ParquetSource:
 
 
 def _notes(looked: Sequence[Footer]) -> tuple[str, ...]:
-    """Say what the footers show of files and images that are not there, or lie elsewhere."""
+    """Return notes about images that the footers show to be missing or stored elsewhere."""
     image, paths, *_ = looked[0].columns
     empty = sum(not footer.rows.sum() for footer in looked)
     notes = [f"{empty:,} of {len(looked):,} Parquet files hold no rows"] if empty else []
@@ -338,5 +336,5 @@ def _notes(looked: Sequence[Footer]) -> tuple[str, ...]:
 
 
 def _starts(sizes: Sequence[int] | Ints) -> Ints:
-    """Return where each part begins when they follow one another, and where the last one ends."""
+    """Return the offset at which each part starts when concatenated, and the total."""
     return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])

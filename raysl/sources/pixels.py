@@ -1,4 +1,4 @@
-"""How a source's files become 8-bit RGB pixels, where the files leave a choice."""
+"""The settings of how a source's files become 8-bit RGB pixels, where files leave a choice."""
 
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -17,13 +17,13 @@ _Percent = Annotated[float, Field(ge=0.0, le=100.0)]
 
 
 class Bits(Config):
-    """The lowest so many bits are in use, as of detectors that write 12 bits into 16."""
+    """Only the lowest bits are used, as by detectors that write 12 bits into 16."""
 
     bits: Annotated[int, Field(ge=1, le=32)]
 
 
 class Percentiles(Config):
-    """From one percentile of each image's own values to another, as of microscopes."""
+    """Scale between two percentiles of each image's own values, as for microscopes."""
 
     percentile: tuple[_Percent, _Percent]
 
@@ -41,7 +41,7 @@ def _rising(levels: tuple[float, float]) -> tuple[float, float]:
 
 
 def _in_one_line(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
-    """Say once what is allowed, not what each of the three kinds finds wrong."""
+    """Report once what is allowed, not the errors of each of the three kinds."""
     try:
         return validate(_with_tuples(value))
     except ValidationError:
@@ -52,7 +52,7 @@ def _in_one_line(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
 
 
 def _with_tuples(value: Any) -> Any:
-    """Return plain values with tuples for lists, as the strict types want them."""
+    """Turn lists in plain values into tuples, as the strict types require."""
     if isinstance(value, dict):
         return {key: _with_tuples(each) for key, each in value.items()}
     return tuple(value) if isinstance(value, list) else value
@@ -67,7 +67,7 @@ Pages = Literal["refuse", "first", "channels"]
 
 
 class Decoding(NamedTuple):
-    """What the decoder has to be told besides the bytes; the settings of ``SourceConfig``."""
+    """The settings of ``SourceConfig`` that the decoder needs."""
 
     intensity: Intensity | None = None
     color_profile: ColorProfile = "convert"

@@ -1,4 +1,7 @@
-"""Where a source lies, whatever folder one stands in: the one owner of relative paths of images."""
+"""Resolve relative paths of sources, so that a source has the same name from every folder.
+
+All code that interprets a relative path of images is here.
+"""
 
 import os
 import re
@@ -25,20 +28,20 @@ _IN_JOB = re.compile(rf"^.*{JOB_FOLDER}[^/]+/[^/]+/")
 
 
 def absolute_source(source: str, *, first: Sequence[Path] = ()) -> str:
-    """Return a source by a name that is the same from every folder.
+    """Return a source's absolute name.
 
-    Built-in sets and URIs stay, ``file://`` becomes a path. A relative path is looked for in
-    ``first``, in the current folder, then where runs are; if it is nowhere, it is meant to lie in
-    the current folder. Globs and ranges keep their pattern.
+    Built-in sets and URIs are unchanged; ``file://`` becomes a path. A relative path is looked up
+    in ``first``, in the current folder, then where runs are; if it does not exist, it is taken
+    relative to the current folder. Globs and ranges keep their pattern.
 
     Args:
-        source: As of a configuration.
-        first: Folders to look in before.
+        source: The source as configured.
+        first: Folders to look in first.
     """
     if source.startswith("file://"):
         try:
             return _tidy(resolve(source)[1])
-        except DataError:  # told when it is opened
+        except DataError:  # reported when it is opened
             return source
     if source in BUILT_IN or "://" in source:
         return _without_slash(source)
@@ -52,7 +55,7 @@ def absolute_source(source: str, *, first: Sequence[Path] = ()) -> str:
 def absolute_conditions(
     conditions: Iterable[Condition], *, first: Sequence[Path] = ()
 ) -> tuple[Condition, ...]:
-    """Return the conditions of a filter with the files they name by absolute paths."""
+    """Return the conditions of a filter with absolute paths of their list files."""
     return tuple(
         (column, comparison, absolute_source(str(value), first=first))
         if is_list_file(comparison)
@@ -62,15 +65,15 @@ def absolute_conditions(
 
 
 def absolute_config(config: C, *, first: Sequence[Path] = ()) -> C:
-    """Return a section that names sources with all of them as :func:`absolute_source` does.
+    """Return a section with every source in it made absolute by :func:`absolute_source`.
 
-    These are the fields ``source``, ``test_source``, ``torchvision_root``, the list files of
-    ``filter``, and the same in ``mix``; a section has those that it has.
+    This covers the fields ``source``, ``test_source``, ``torchvision_root``, the list files of
+    ``filter``, and the same in ``mix``, as far as the section has them.
     """
     changed: dict[str, Any] = {}
     for name in _SOURCES:
         given = getattr(config, name, None)
-        # A home folder is where it is from every folder, though another one for each user.
+        # A home folder does not depend on the current folder.
         if given is not None and not (name == _ROOT and given.startswith("~")):
             changed[name] = absolute_source(given, first=first)
     if given := getattr(config, "filter", ()):
@@ -82,10 +85,10 @@ def absolute_config(config: C, *, first: Sequence[Path] = ()) -> C:
 
 
 def place_key(source: str) -> str:
-    """Return a text that two names of one place have in common.
+    """Return a text that is equal for two names of the same place.
 
-    Links are followed. The folder that Ray unpacks a job's files into is another one at each start
-    of the same job: what lies in it is known by its path below it.
+    Follows symbolic links. The folder into which Ray unpacks a job's files changes with every start
+    of the job, so files in it are identified by the path below it.
     """
     place = absolute_source(source)
     if not place.startswith("/"):
@@ -94,11 +97,11 @@ def place_key(source: str) -> str:
 
 
 def as_place(key: str, value: Any) -> Any:
-    """Return a plain setting to compare: one that names sources with them as places.
+    """Return a setting for comparison: sources in it are replaced by their :func:`place_key`.
 
     Args:
-        key: Of the setting in its section.
-        value: The setting.
+        key: The setting's name in its section.
+        value: Its plain value.
     """
     if key in _SOURCES and isinstance(value, str):
         return place_key(value)
@@ -130,10 +133,10 @@ def _is_there(path: Path) -> bool:
 
 
 def _tidy(path: str) -> str:
-    """Return a path without what does not change the place: a last slash, ``.``, and ``..``."""
+    """Normalise a path: remove a trailing slash, ``.`` and ``..``."""
     plain = os.path.normpath(path)
-    plain = "/" + plain.lstrip("/")  # POSIX leaves two slashes in front
-    # Behind a link, the folder above is another one.
+    plain = "/" + plain.lstrip("/")  # POSIX keeps two leading slashes
+    # The parent of a symbolic link's target is another folder.
     same = ".." not in Path(path).parts or os.path.realpath(plain) == os.path.realpath(path)
     return plain if same else str(Path(path))
 

@@ -1,4 +1,4 @@
-"""The images of one row group of a Parquet file."""
+"""Read the images of one row group of a Parquet file."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,14 +12,14 @@ from raysl.sources.storage import patiently
 
 
 class Images(NamedTuple):
-    """Encoded images of a row group, or the paths of those that are null."""
+    """The encoded images of a row group, and the paths of those that are null."""
 
     encoded: pa.ChunkedArray
     paths: pa.ChunkedArray | None
 
     @property
     def nbytes(self) -> int:
-        """What they take in memory."""
+        """Size in memory."""
         return int(self.encoded.nbytes + (0 if self.paths is None else self.paths.nbytes))
 
 
@@ -46,7 +46,7 @@ def read_images(
 def read_column(
     filesystem: pafs.FileSystem, parquet: pq.ParquetFile, numbers: Sequence[int], column: str
 ) -> pa.ChunkedArray:
-    """Read a column, or a part of a struct, of some row groups.
+    """Read a column, or a field of a struct, of some row groups.
 
     Raises:
         KeyError: If the file has no such column.
@@ -56,7 +56,7 @@ def read_column(
     if max(numbers) >= parquet.metadata.num_row_groups:
         raise IndexError(max(numbers))
     table = patiently(filesystem, lambda: parquet.read_row_groups(numbers, columns=[column]))
-    if column in table.column_names:  # beside it, columns whose names go on with a dot
+    if column in table.column_names:  # also read: columns whose names continue after a dot
         return table.column(column)
     name, _, part = column.rpartition(".")
     if name not in table.column_names or not pa.types.is_struct(table.schema.field(name).type):
@@ -67,7 +67,7 @@ def read_column(
 
 
 def span_of(metadata: pq.FileMetaData, number: int, columns: Columns) -> tuple[int, int]:
-    """Return where the images of a row group begin in the file and how many bytes they take."""
+    """Return the offset in the file of a row group's images, and their length in bytes."""
     leaf = leaf_of(metadata, columns.image)
     if leaf is None or number >= metadata.num_row_groups:
         return 0, 1

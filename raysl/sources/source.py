@@ -1,4 +1,4 @@
-"""Where images come from: one small protocol, and the settings that name a source."""
+"""The protocol of a source of images, and the settings that name one."""
 
 import hashlib
 from collections.abc import Sequence
@@ -27,15 +27,15 @@ class SourceConfig(Config):
     """A set of images, labelled or not."""
 
     idle: ClassVar[tuple[Idle, ...]] = (
-        # Sets by their names are pixels in memory, with labels of their own.
+        # Built-in sets are pixels in memory, with their own labels.
         Idle(
             ("image_column", "label_column", "intensity", "color_profile", "pages"),
             {"source": BUILT_IN},
         ),
     )
     source: str
-    """digits, cifar10, cifar100, stl10; a folder of images (in class folders or not); Parquet files
-    or WebDataset's .tar shards: a file, a folder of them, a glob, or a range such as
+    """digits, cifar10, cifar100, stl10; a folder of images (with or without class folders); Parquet
+    files or WebDataset .tar shards: a file, a folder of them, a glob, or a range such as
     DIR/{000..099}.tar. A path, or a URI such as s3://bucket/folder."""
     image_column: str | None = None
     """Parquet: column of encoded images; null takes 'image', or the only binary column. Tar shards:
@@ -45,94 +45,95 @@ class SourceConfig(Config):
     shards: key in a sample's .json; null takes its .cls, or the key 'label'."""
     filter: tuple[Condition, ...] = ()
     """Keep only the images for which all conditions hold, each [column, comparison, value]: columns
-    of a Parquet file, or of files and tar members their path and bytes."""
+    of a Parquet file; for files and tar members, their path and bytes."""
     limit: PositiveInt | None = None
-    """Use only so many images (of those that the filter keeps), spread over the source."""
+    """Use only this many images (of those that the filter keeps), spread over the source."""
     split: str | None = None
-    """Of a built-in set: train or test. Of a source that holds splits, as folders or in the names
-    of shards: which of them; null takes train."""
+    """Built-in sets: train or test. Sources with splits, as folders or in the names of shards: the
+    split to use; null takes train."""
     intensity: Intensity | None = None
-    """What becomes black and white of images of more than 8 bits: [low, high] in their own values,
-    {bits: 12}, or {percentile: [0.5, 99.5]} of each image. null takes the whole range of integers,
-    and 0 to 1 of floating point numbers; 8-bit images stay as they are."""
+    """The values that become black and white in images of more than 8 bits: [low, high], {bits:
+    12}, or {percentile: [0.5, 99.5]} of each image. null takes the full range of integers, and 0 to
+    1 for floating point numbers; 8-bit images stay as they are."""
     color_profile: ColorProfile = "convert"
     """Images with a colour profile (Display P3, Adobe RGB, CMYK): convert them to sRGB, or ignore
     the profile, as torchvision and OpenCV do."""
     pages: Pages = "refuse"
-    """TIFF files of several pages or of channels that are no colours: refuse them as bad images,
-    take the first page or channel, or up to three channels as red, green and blue."""
+    """TIFF files with several pages, or with channels that are not colours: refuse them as bad
+    images, take the first page or channel, or up to three channels as red, green and blue."""
 
     def decoding(self) -> Decoding:
-        """Return what the decoder is told."""
+        """Return the settings that the decoder needs."""
         return Decoding(self.intensity, self.color_profile, self.pages)
 
 
 class WeightedSource(SourceConfig):
-    """Images to mix in."""
+    """A source to mix in."""
 
     weight: PositiveFloat = 1.0
-    """How often an image of this source is seen for once of data.source's: 0.5 every other pass."""
+    """How often an epoch reads each image of this source, relative to data.source: 0.5 reads it
+    every other epoch."""
 
 
 class BadImagesConfig(Config):
-    """What happens to images that are broken, empty, too large, or no images."""
+    """What to do with images that are broken, empty, too large, or not images."""
 
     idle: ClassVar[tuple[Idle, ...]] = (Idle(("max_share",), {"policy": ("fail",)}),)
     policy: Literal["skip", "replace", "fail"] = "replace"
-    """skip gives an image's place in the batch to another one of its work item, with other views;
-    replace to one drawn from the same file or row group; fail ends the run. Batches stay full."""
+    """skip fills an image's slot in the batch with another image of its item, with other views;
+    replace with one drawn from the same file or row group; fail ends the run. Batches stay full."""
     max_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
-    """End the run once more than this share of the source is found to be bad."""
+    """End the run once more than this share of the source turns out to be bad."""
     max_megapixels: Annotated[float, Field(gt=0.0, le=178.0)] = 100.0
-    """An image of more pixels is bad: small files can unfold into gigabytes."""
+    """An image with more pixels is bad: small files can expand into gigabytes."""
 
 
 class LabelsConfig(Config):
-    """Which labels training may see."""
+    """The labels that training may use."""
 
     idle: ClassVar[tuple[Idle, ...]] = (Idle(("seed",), {"fraction": (1,)}),)
     fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Share of the labels, as many of each class as far as they reach, and at least one of each.
-    Test images that are held out of the source (evaluate.source) are never among them."""
+    """Share of the labels, balanced over the classes as far as possible, at least one of each. Test
+    images that are held out of the source (evaluate.source) are never among them."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Of the draw; with the same seed a smaller share lies within a larger one."""
+    """Seed of the draw; with the same seed a smaller share is part of a larger one."""
     only: bool = False
-    """Train on these images alone. Otherwise the others stay, without a label: for distillation.
-    Supervised training leaves them out in any case."""
+    """Train on these images alone. Otherwise the others are kept without a label, for distillation.
+    Supervised training always leaves them out."""
 
 
 class LocatedSource(SourceConfig):
-    """A source that may be one of torchvision's."""
+    """A source that may be one of torchvision's data sets."""
 
     torchvision_root: str = "~/.cache/raysl"
-    """Folder of torchvision's data sets; they are downloaded there if they are missing."""
+    """Folder of torchvision's data sets; missing ones are downloaded there."""
 
 
 class DataConfig(LocatedSource):
-    """The training images and what is made of them."""
+    """The training images and their views."""
 
     mix: tuple[WeightedSource, ...] = ()
     """More sources, mixed with data.source by their weights."""
     bad_images: BadImagesConfig = BadImagesConfig()
     """What to do with images that cannot be used."""
     if_changed: Literal["stop", "go_on"] = "stop"
-    """If the images have changed since the run began: stop and say what changed, or go on. Order
-    and length are then those of the images that are there now."""
+    """If the images have changed since the run began: stop and report what changed, or go on. Order
+    and length then follow the current images."""
     labels: LabelsConfig | Literal["none"] | None = None
-    """Which labels methods that learn from labels may see; null: all of them. The rows of those
-    that they saw stand in the run folder's labels.json. none: the source has no labels, whatever
-    its folders or columns are called; nothing is measured with them."""
+    """Labels for methods that learn from labels; null: all of them. The run folder's labels.json
+    lists the rows used. none: treat the source as unlabelled, whatever its folders or columns are
+    called; nothing is measured with its labels."""
     views: Views = SimCLRViews()
-    """The views of an image that a method sees: a recipe by name, or composed."""
+    """The views of an image that a method receives: a named recipe, or composed."""
     color_on: Literal["cpu", "device"] = "cpu"
-    """Where the last operations of the views run: by the data workers, or batched on the
-    accelerator of the train workers, which leaves the CPUs decoding and cropping."""
+    """Where the last operations of the views run: in the data workers, or batched on the
+    accelerator of the train workers, which leaves the CPUs to decode and crop."""
     mean: tuple[_Channel, _Channel, _Channel] = (0.485, 0.456, 0.406)
-    """Mean of the red, green and blue pixels in [0, 1], taken off once on the device."""
+    """Mean of the red, green and blue pixels in [0, 1], subtracted once on the device."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
     """Their standard deviation."""
     shuffle_window_mib: PositiveInt = 512
-    """Encoded images a data worker holds to shuffle across the row groups of Parquet files; a
+    """Encoded images that a data worker holds to shuffle across row groups of Parquet files; a
     smaller source is shuffled fully."""
 
     @model_validator(mode="after")
@@ -155,17 +156,17 @@ class DataConfig(LocatedSource):
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Stands for an image that lies there and cannot be read: a bad image like others."""
+    """Stands for an image that exists but cannot be read; treated as a bad image."""
 
     reason: str
 
 
 Encoded = bytes | Image | Unreadable
-"""A file's bytes, or pixels that need no decoding, or why there are none."""
+"""A file's bytes, decoded pixels, or the reason why there are none."""
 
 
 def size_of(encoded: Encoded) -> int:
-    """Return the bytes of a file, or of pixels in memory."""
+    """Return the size in bytes of a file, or of pixels in memory."""
     if isinstance(encoded, Unreadable):
         return 0
     return encoded.nbytes if isinstance(encoded, np.ndarray) else len(encoded)
@@ -176,36 +177,36 @@ class Source(Protocol):
 
     name: str
     weights: npt.NDArray[np.float64] | None
-    """How often an image of each group is seen in a pass; None: each once."""
+    """How often an epoch reads each image of a group; None: once."""
     fingerprint: str
-    """Changes when the images do: 16 hex digits."""
+    """16 hex digits that change with the images."""
     notes: tuple[str, ...]
-    """What lies there and is left out, mixed in or taken otherwise than one may think: how many and
-    why, a line each. Said by `raysl data` and at the start of a run."""
+    """What is at the source but skipped, mixed in or used in an unexpected way: how many and why, a
+    line each. Printed by `raysl data` and at the start of a run."""
     splits: tuple[str, ...]
-    """Splits that the place holds, this one among them: train, validation, test, ..."""
+    """Splits that the place holds, including this one: train, validation, test, ..."""
     label_advice: str
-    """What to do to have (other) labels in a source of this kind; part of error messages."""
+    """How to get (other) labels from a source of this kind; used in error messages."""
 
     @property
     def group_sizes(self) -> npt.NDArray[np.int64]:
-        """Images in each group that is quick to read as a whole."""
+        """Images in each group of rows that is quick to read as a whole."""
         ...
 
     @property
     def window_size(self) -> int | None:
-        """Most images that a data worker can hold at once; None for no limit."""
+        """Most images that a data worker can hold to shuffle; None for no limit."""
         ...
 
     def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
-        """Return the encoded bytes, or the pixels, of these rows, in their order.
+        """Return the encoded bytes, or the pixels, of these rows, in the given order.
 
-        One that cannot be read, and never could be by waiting, is ``Unreadable``.
+        An image whose read error is lasting is returned as ``Unreadable``.
         """
         ...
 
     def decoding(self, index: int) -> Decoding:
-        """Return what the decoder is to be told of a row."""
+        """Return the decoding settings of a row."""
         ...
 
     def where(self, index: int) -> str:
@@ -213,10 +214,10 @@ class Source(Protocol):
         ...
 
     def row_id(self, index: int) -> str:
-        """Name a row by its place below the source, wherever that lies; unique in it.
+        """Return a row's unique name within the source, independent of where the source is.
 
-        A file by its path, a tar member by SHARD/MEMBER, a row of Parquet by FILE:ROW. It is the
-        column ``row_id`` of filters and the id of embeddings.
+        A file's path, SHARD/MEMBER for tar, FILE:ROW for Parquet. It is the column ``row_id`` of
+        filters and the id of embeddings.
         """
         ...
 
@@ -226,19 +227,19 @@ class Source(Protocol):
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes, by number; empty without labels."""
+        """Class names, by number; empty without labels."""
         ...
 
 
 class ArraySource:
-    """Images that lie in memory as pixels.
+    """Images in memory, as pixels.
 
     Args:
-        name: For messages.
+        name: Name for messages.
         images: ``(M, H, W)`` or ``(M, H, W, 3)`` uint8.
-        labels: ``(M,)`` class numbers or None; negative for an image without one.
-        class_names: By number.
-        splits: That the set has.
+        labels: ``(M,)`` class numbers or None; negative for an unlabelled image.
+        class_names: Class names, by number.
+        splits: The splits of the data set.
     """
 
     def __init__(
@@ -262,7 +263,7 @@ class ArraySource:
 
     @property
     def group_sizes(self) -> npt.NDArray[np.int64]:
-        """All images are quick to read."""
+        """Every image is a group of its own."""
         return np.array([len(self.images)], dtype=np.int64)
 
     def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
@@ -270,7 +271,7 @@ class ArraySource:
         return [self.images[index] for index in indices]
 
     def decoding(self, index: int) -> Decoding:
-        """Pixels need no decoding."""
+        """Return the defaults: pixels need no decoding."""
         return PLAIN
 
     def where(self, index: int) -> str:
@@ -287,14 +288,14 @@ class ArraySource:
 
 
 def refuse_columns(config: SourceConfig, what: str) -> None:
-    """Refuse the settings of columns where there are no columns.
+    """Reject settings about columns for a source without columns.
 
     Args:
-        config: Of the source.
-        what: It is, such as "a folder of image files".
+        config: The source's settings.
+        what: The kind of source, such as "a folder of image files".
 
     Raises:
-        DataError: If one is given.
+        DataError: If one of these settings is given.
     """
     for name in ("image_column", "label_column"):
         if (value := getattr(config, name)) is not None:
@@ -305,9 +306,9 @@ def refuse_columns(config: SourceConfig, what: str) -> None:
 
 
 def reading_order(num_files: int, limit: int | None) -> list[int]:
-    """Return in which order to look at files: with a limit, any first few are far apart.
+    """Return the order in which to read files; with a limit, any first few are far apart.
 
-    Halves, then quarters, then eighths of the way (van der Corput's sequence).
+    Halves, then quarters, then eighths of the way (van der Corput sequence).
     """
     if limit is None:
         return list(range(num_files))
@@ -317,14 +318,14 @@ def reading_order(num_files: int, limit: int | None) -> list[int]:
 
 
 def spread_rows(total: int, limit: int | None) -> npt.NDArray[np.int64]:
-    """Return ``limit`` of ``total`` rows at even distances, in order; all without a limit."""
+    """Return ``limit`` of ``total`` row numbers, evenly spaced and sorted; all without a limit."""
     if limit is None or limit >= total:
         return np.arange(total, dtype=np.int64)
     return np.arange(limit, dtype=np.int64) * total // limit
 
 
 def digest(*parts: bytes | memoryview | str) -> str:
-    """Return 16 hex digits that change when any part does."""
+    """Return 16 hex digits that change with any of the parts."""
     total = hashlib.blake2b(digest_size=8)
     for part in parts:
         total.update(part.encode() if isinstance(part, str) else part)

@@ -1,9 +1,9 @@
-"""Which part of a source a file belongs to: train, validation or test, by the names people use.
+"""Assign files to splits (train, validation, test) by the names that people use.
 
-Shards (Parquet, tar) are told apart as Hugging Face's `datasets` does (version 5.2, data_files.py):
-``NAME-00000-of-00005``, else a word in the name of a folder, else a word in the file's own name. Of
-image folders the first level that branches is looked at, and only if it has a folder for training:
-below it, folders are classes, and a class may be called anything.
+Shards (Parquet, tar) follow the rules of Hugging Face's `datasets` (version 5.2, data_files.py):
+``NAME-00000-of-00005``, else a word in a folder's name, else a word in the file's name. For image
+folders, only the first level with several folders counts, and only if it has a training folder:
+folders below it are classes, which may have any name.
 """
 
 import re
@@ -23,12 +23,12 @@ _WORDS = {
 _SEPARATORS = "-._ 0-9"
 _ANY = "|".join(_WORDS)
 _WORD = re.compile(rf"(?:^|[{_SEPARATORS}])({_ANY})(?=$|[{_SEPARATORS}])", re.IGNORECASE)
-# Stricter of folders of images, where "bullet train" is a class.
+# Stricter for image folders, where "bullet train" is a class.
 _FOLDER = re.compile(
     rf"({_ANY})([{_SEPARATORS}]*(images|imgs|set|data))?[{_SEPARATORS}]*", re.IGNORECASE
 )
 _SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
-# Folders of images whose neighbours say something of them, pixel by pixel.
+# Image folders whose siblings annotate their images pixel by pixel.
 _PICTURES = {"images", "image", "imgs", "img", "photos", "rgb", "jpegimages"}
 _ANNOTATIONS = {
     *("masks", "mask", "labels", "label", "annotations", "segmentation", "segmentations", "seg"),
@@ -40,33 +40,33 @@ class Parts(NamedTuple):
     """Files by split."""
 
     split_of: list[str | None]
-    """Of each file; None where it belongs to none."""
+    """The split of each file; None if it belongs to none."""
     names: tuple[str, ...]
-    """Of the splits: train, validation, test, then others. Empty if the files are one set."""
+    """Split names: train, validation, test, then others. Empty if all files are one set."""
 
 
 class FolderLayout(NamedTuple):
-    """What the folders above images are."""
+    """The meaning of the folders above images."""
 
     above: str
-    """Path of the folder that branches, with a slash behind; empty for the root."""
+    """Path of the first folder with several subfolders, with a trailing slash; "" for the root."""
     splits: dict[str, list[str]]
-    """Folders below it by split, in the order of names; empty if they are no splits."""
+    """Its subfolders by split, sorted by name; empty if they are not splits."""
     annotations: list[str]
-    """Folders that look like masks of the images in others."""
+    """Folders that look like masks of the images in other folders."""
     doubtful: list[str]
-    """Folders that are called like splits and are taken for classes."""
+    """Folders named like splits but taken for classes."""
 
 
 def canonical(word: str) -> str | None:
-    """Return the split that a word means; None if it means none."""
+    """Return the split that a word stands for, or None."""
     return _WORDS.get(word.lower())
 
 
 def split_shards(paths: Sequence[str]) -> Parts:
-    """Tell shards apart by their paths below the source.
+    """Assign shards to splits by their paths below the source.
 
-    They are splits only if one is for training, or each file belongs to one.
+    They are splits only if one is for training, or if every file belongs to one.
     """
     for rule in (_by_count, _by_folder, _by_name):
         found = [rule(path) for path in paths]
@@ -85,7 +85,7 @@ def _by_count(path: str) -> str | None:
 
 
 def _by_folder(path: str) -> str | None:
-    # Of Spark's and pyarrow's partitions the value counts: split=train.
+    # In a partition such as split=train, the value counts.
     folders = (part.rpartition("=")[2] for part in path.split("/")[:-1])
     return next((word for folder in folders if (word := _word_in(folder))), None)
 
@@ -105,12 +105,12 @@ def _in_order(names: Sequence[str | None] | set[str | None]) -> tuple[str, ...]:
 
 
 def folder_layout(folders_below: Callable[[str], Sequence[str]]) -> FolderLayout:
-    """Say what the folders of a source are, from the first level on that branches.
+    """Describe the folders of a source, at the first level with several folders.
 
     Args:
-        folders_below: Returns the names of the folders with images somewhere in them that lie in a
-            folder: the root (an empty text) or a path with a slash behind. Where images lie in that
-            folder itself, an empty name is among them.
+        folders_below: Returns the names of a folder's subfolders that contain images at any depth.
+            A folder is "" (the root) or a path with a trailing slash. If the folder itself contains
+            images, the names include "".
     """
     above, level = "", list(folders_below(""))
     while len(level) == 1 and level[0] and canonical(level[0]) is None:
@@ -146,16 +146,16 @@ def _splits_of(names: Sequence[str]) -> dict[str, list[str]]:
 def choose_split(
     names: Sequence[str], asked: str | None, *, held_out: bool, where: str
 ) -> str | None:
-    """Return the split to read; None where there are none to choose from.
+    """Return the split to read; None if there are none.
 
     Args:
-        names: Of the splits that lie there.
-        asked: What the configuration says.
-        held_out: Whether images to test on are wanted.
+        names: The existing splits.
+        asked: The configured split, or None.
+        held_out: Whether to prefer images to test on.
         where: Name of the source for the error message.
 
     Raises:
-        DataError: If the one that is asked for is not there, or it is not clear which to take.
+        DataError: If the configured split does not exist, or the choice is ambiguous.
     """
     there = ", ".join(names) or "none"
     if asked is not None:
@@ -172,12 +172,12 @@ def choose_split(
 
 
 def describe_choice(chosen: str, counts: Mapping[str, int], what: str) -> str:
-    """Return the line that says which split is read and what lies beside it.
+    """Return the note that names the split in use and the other ones.
 
     Args:
         chosen: The split.
-        counts: Files of each split.
-        what: What is counted, such as "image".
+        counts: Number of files of each split.
+        what: The unit counted, such as "image".
     """
     others = [f"{name} ({count:,})" for name, count in counts.items() if name != chosen]
     line = f"the split {chosen} is read ({counted(counts[chosen], what)})"

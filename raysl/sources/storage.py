@@ -1,4 +1,4 @@
-"""Local disks and object stores behind one face: from a URI to a listing and to bytes."""
+"""Access local disks and object stores alike: resolve a URI, list files, read bytes."""
 
 import errno
 import fnmatch
@@ -21,13 +21,13 @@ from raysl.errors import DataError
 T = TypeVar("T")
 
 HIDDEN = "._"
-"""How the names of files begin that tools leave beside the data: .crc, _SUCCESS, _temporary."""
+"""Prefixes of files that tools leave beside data: .crc, _SUCCESS, _temporary."""
 
-# Object stores are waited for, not computed with; a disk is kept busy by a few.
+# Reading from object stores is waiting, so many threads help; a disk is busy with a few.
 REMOTE_READERS = 16
 LOCAL_READERS = 4
 
-# By pyarrow itself; fsspec knows the others.
+# Schemes that pyarrow supports; fsspec handles others.
 _NATIVE = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 _PACKAGES = {"az": "adlfs", "adl": "adlfs", "hf": "huggingface_hub", "oci": "ocifs", "oss": "ossfs"}
 _HELP = {
@@ -42,27 +42,26 @@ _HELP = {
 }
 _HELP |= {"gcs": _HELP["gs"], "abfss": _HELP["abfs"], "viewfs": _HELP["hdfs"]}
 _LONGEST_ERROR = 400
-_GCS_PATIENCE_S = 15  # its own limit is a quarter of an hour
+_GCS_PATIENCE_S = 15  # pyarrow's own limit is a quarter of an hour
 
 _PAUSES_S = (0.5, 2.0, 5.0)
-# What waiting does not mend: the words of the stores' own errors.
+# Words in the stores' errors that a retry cannot fix.
 _FINAL = re.compile("ACCESS_DENIED|NO_SUCH|INVALID_|SIGNATURE|NOT_FOUND|PERMISSION|UNAUTHENTICATED")
 
 
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     """Return the pyarrow file system and the path of a local path or a URI.
 
-    ``s3://BUCKET/PATH``, ``gs://``, ``abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH``,
-    ``hdfs://`` and ``file://`` are pyarrow's; ``az://CONTAINER/PATH`` and every other scheme are
-    fsspec's, if the package that it needs is installed. Credentials come from where each store's
-    own tools look for them. Of S3, ``AWS_ENDPOINT_URL`` or ``AWS_ENDPOINT_URL_S3`` in the
-    environment names another store that speaks its language, such as MinIO; it is read here, and
-    the file system carries it to the workers. The path is taken as it stands, spaces and globs too,
-    except after ``file://``, where %20 is a space.
+    pyarrow handles ``s3://BUCKET/PATH``, ``gs://``,
+    ``abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH``, ``hdfs://`` and ``file://``; fsspec
+    handles ``az://CONTAINER/PATH`` and every other scheme, if the required package is installed.
+    Credentials come from where each store's own tools look for them. For S3, ``AWS_ENDPOINT_URL``
+    or ``AWS_ENDPOINT_URL_S3`` in the environment selects a compatible store such as MinIO; it is
+    read here, and the file system carries it to the workers. The path is taken literally, including
+    spaces and globs, except after ``file://``, where %20 is a space.
 
     Raises:
-        DataError: If the scheme is not known, its package is missing, or the store cannot be
-            reached.
+        DataError: If the scheme is unknown, its package is missing, or the store cannot be reached.
     """
     scheme, found, rest = uri.partition("://")
     if not found:
@@ -73,7 +72,7 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
         if scheme == "file":
             return pafs.FileSystem.from_uri(uri.replace(" ", "%20"))  # type: ignore[no-any-return]
         place, _, path = rest.partition("/")
-        # A question mark begins the store's settings or is the sign of a glob.
+        # A question mark starts the store's settings, or is part of a glob.
         path, _, settings = path.rpartition("?") if re.search(r"\?\w+=", path) else (path, "", "")
         place, _, more = place.partition("?")
         settings = settings or more
@@ -91,14 +90,14 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 def _from_fsspec(uri: str) -> tuple[pafs.FileSystem, str]:
-    # Late: most sources need no fsspec.
+    # Imported lazily: most sources do not need fsspec.
     core = importlib.import_module("fsspec.core")
     filesystem, path = core.url_to_fs(uri)
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), str(path).rstrip("/")
 
 
 def unreachable(uri: str, error: Exception) -> DataError:
-    """Return the error that names a source which could not be opened, and says what to check."""
+    """Build the error for a source that could not be opened, with advice on what to check."""
     hint = _HELP.get(uri.partition("://")[0], "") if "://" in uri else ""
     text = " ".join(str(error).split())
     if len(text) > _LONGEST_ERROR:  # libhdfs lists every place where it looked for Java
@@ -107,23 +106,23 @@ def unreachable(uri: str, error: Exception) -> DataError:
 
 
 def is_local(filesystem: pafs.FileSystem) -> bool:
-    """Return whether a file system is this machine's own."""
+    """Return whether a file system is on this machine."""
     if isinstance(filesystem, pafs.SubTreeFileSystem):
         return is_local(filesystem.base_fs)
     return isinstance(filesystem, pafs.LocalFileSystem)
 
 
 def num_readers(filesystem: pafs.FileSystem) -> int:
-    """Return how many threads are worth while to read with."""
+    """Return how many threads should read in parallel."""
     return LOCAL_READERS if is_local(filesystem) else REMOTE_READERS
 
 
 def patiently(filesystem: pafs.FileSystem, read: Callable[[], T]) -> T:
-    """Return what ``read`` returns; of an object store, ask again after a passing error.
+    """Call ``read``; on an object store, retry after a passing error.
 
     Raises:
-        OSError: What the last attempt raised, or the first of a local disk, or one that will not
-            pass: a missing object, no permission.
+        OSError: The last attempt's error. Errors on a local disk, and lasting ones such as a
+            missing object or missing permission, are raised at once.
     """
     for pause in () if is_local(filesystem) else _PAUSES_S:
         try:
@@ -141,8 +140,8 @@ def read_file(filesystem: pafs.FileSystem, path: str | bytes) -> bytes:
     """Return the bytes of a file.
 
     Args:
-        filesystem: Where it lies.
-        path: Its path; as bytes, it may be a local name that is not UTF-8.
+        filesystem: The file system of the file.
+        path: Its path; bytes for a local name that is not UTF-8.
 
     Raises:
         DataError: If it cannot be read.
@@ -157,9 +156,9 @@ def read_bytes(filesystem: pafs.FileSystem, path: str | bytes) -> bytes:
     """Return the bytes of a file, as :func:`read_file` does.
 
     Raises:
-        OSError: If it cannot be read; :func:`raysl.sources.lasting.is_lasting` says whether
-            waiting could help.
-        pa.ArrowException: The same.
+        OSError: If it cannot be read; :func:`raysl.sources.lasting.is_lasting` says whether waiting
+            could help.
+        pa.ArrowException: Likewise.
     """
     if isinstance(filesystem, pafs.LocalFileSystem):
         with open(path, "rb", buffering=0) as file:
@@ -174,7 +173,7 @@ def read_bytes(filesystem: pafs.FileSystem, path: str | bytes) -> bytes:
 
 
 def why_unread(error: Exception) -> str:
-    """Return what is said of a file that raised an error."""
+    """Describe a read error in words."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return f"cannot be read: {reason}"
 
@@ -185,20 +184,20 @@ def below(path: str, root: str) -> str:
 
 
 def readable(path: str | bytes) -> str:
-    r"""Return a path as text that prints anywhere; bytes that are no UTF-8 look like \xff."""
+    r"""Return a path as printable text; bytes that are not UTF-8 become \xff escapes."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def list_files(
     filesystem: pafs.FileSystem, root: str, suffixes: Sequence[str], *, hidden: str = "."
 ) -> pa.Table:
-    """List the files below a folder, those in folders below it too, sorted by path.
+    """List the files below a folder recursively, sorted by path.
 
     Args:
-        filesystem: Where the folder lies.
+        filesystem: The file system of the folder.
         root: The folder.
-        suffixes: Lower-case endings of the files to take; the files' own may be of any case.
-        hidden: Files and folders below ``root`` whose names begin with one of these are left out.
+        suffixes: Lower-case suffixes of the files to list; matched ignoring case.
+        hidden: Names below ``root`` that start with one of these characters are skipped.
 
     Returns:
         ``path``: large_binary, relative to ``root`` (local names need not be UTF-8); ``bytes``:
@@ -207,7 +206,7 @@ def list_files(
     Raises:
         DataError: If a folder cannot be listed.
     """
-    # A million files must not become a million Python objects: one Arrow column a folder.
+    # One Arrow column a folder, because a million files must not become a million Python objects.
     if isinstance(filesystem, pafs.LocalFileSystem):
         parts = _list_local(root, suffixes, hidden)
     else:
@@ -220,14 +219,14 @@ def list_files(
 def list_glob(filesystem: pafs.FileSystem, pattern: str) -> list[str]:
     """List the files that a path with ``*``, ``?`` or ``[...]`` matches, sorted.
 
-    The signs also stand for slashes; hidden names (``HIDDEN``) are left out.
+    Wildcards also match slashes; hidden names (``HIDDEN``) are skipped.
     """
     root, files = match_glob(filesystem, pattern)
     return [f"{root}/{readable(name)}" for name in files.column("path").to_pylist()]
 
 
 def match_glob(filesystem: pafs.FileSystem, pattern: str) -> tuple[str, pa.Table]:
-    """Return the folder of a glob, and the files below it that match, as ``list_files`` does."""
+    """Return a glob's folder, and the files below it that match, as ``list_files`` does."""
     root, rest = existing_part(filesystem, pattern)
     if not any(sign in rest for sign in "*?["):
         return root, _table([], [])
@@ -237,9 +236,9 @@ def match_glob(filesystem: pafs.FileSystem, pattern: str) -> tuple[str, pa.Table
 
 
 def existing_part(filesystem: pafs.FileSystem, pattern: str) -> tuple[str, str]:
-    """Split a path into the folder above its first name that is a pattern, and the rest.
+    """Split a path into the folder above its first component with wildcards, and the rest.
 
-    A folder that exists is itself, whatever signs of patterns are in its name: "set [2020]".
+    A folder that exists is taken literally, even with wildcards in its name: "set [2020]".
     """
     parts = pattern.split("/")
     number = 0
@@ -256,7 +255,7 @@ def existing_part(filesystem: pafs.FileSystem, pattern: str) -> tuple[str, str]:
 
 
 def file_table(names: Sequence[str]) -> pa.Table:
-    """Return files that are named, in their order, as ``list_files`` returns what it finds."""
+    """Return a table of the named files in their order, like the result of ``list_files``."""
     return _table([os.fsencode(name) for name in names], [0] * len(names))
 
 
@@ -267,8 +266,8 @@ def _table(paths: list[bytes], sizes: list[int]) -> pa.Table:
 
 class _Folder(NamedTuple):
     path: bytes
-    prefix: bytes  # of the files in it, relative to the root
-    entered: frozenset[bytes]  # real folders that links led to on the way: no endless circles
+    prefix: bytes  # of its files, relative to the root
+    entered: frozenset[bytes]  # resolved folders entered through links, to stop at cycles
 
 
 def _list_local(root: str, suffixes: Sequence[str], hidden: str) -> Iterable[pa.Table]:
@@ -317,9 +316,9 @@ def _enter(folder: _Folder, entry: os.DirEntry[bytes]) -> list[_Folder]:
 
 
 def _size(entry: os.DirEntry[bytes]) -> int | None:
-    """Return the size of a regular file, also behind a link; None if it is none, or gone by now.
+    """Return the size of a regular file, following links; None if it is none or gone by now.
 
-    A link that leads nowhere is a file of no bytes: whoever reads it finds out, and says so.
+    A dangling link counts as a file of zero bytes, so that reading it reports the error.
     """
     try:
         status = entry.stat()
@@ -354,7 +353,7 @@ def _list_remote(
                 sizes.append(int(info.size or 0))
         return _table(paths, sizes), folders
 
-    # A store lists a thousand names a request, one after another: ask for many folders at once.
+    # A store lists a thousand names a request, one after another: list many folders in parallel.
     table, folders = below(root, recursive=False)
     yield table
     with ThreadPoolExecutor(REMOTE_READERS) as pool:

@@ -1,4 +1,4 @@
-"""A source seen otherwise: a part of its images or of its labels, or none of its labels."""
+"""Wrap a source to show part of its images or labels, or no labels."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from raysl.sources.source import Encoded, Labels, Source, digest
 
 
 class SeenSource:
-    """All that a source has, passed on; what is below says what it does otherwise.
+    """Forward everything to another source; base class of the wrappers below.
 
     Args:
         whole: The source.
@@ -29,7 +29,7 @@ class SeenSource:
 
     @property
     def group_sizes(self) -> npt.NDArray[np.int64]:
-        """Images in each group that is quick to read as a whole."""
+        """Images in each group of rows that is quick to read as a whole."""
         return self.whole.group_sizes
 
     def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
@@ -37,7 +37,7 @@ class SeenSource:
         return self.whole.read(self._rows(indices))
 
     def decoding(self, index: int) -> Decoding:
-        """Return what the whole source says of the row."""
+        """Return the decoding settings of the row."""
         return self.whole.decoding(self._row(index))
 
     def where(self, index: int) -> str:
@@ -54,7 +54,7 @@ class SeenSource:
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes, by number."""
+        """Class names, by number."""
         return self.whole.class_names
 
     def _row(self, index: int) -> int:
@@ -65,9 +65,9 @@ class SeenSource:
 
 
 class UnlabelledSource(SeenSource):
-    """A source without its labels, as ``data.labels: none`` wants it; its images are the same.
+    """A source without its labels, for ``data.labels: none``; its images are the same.
 
-    The labels are never read: a column that holds none costs nothing.
+    Labels are never read, so an unusable label column costs nothing.
 
     Args:
         whole: The source.
@@ -83,19 +83,19 @@ class UnlabelledSource(SeenSource):
 
     @property
     def class_names(self) -> list[str]:
-        """None are named."""
+        """Return no names."""
         return []
 
 
 class SubsetSource(SeenSource):
-    """A source of which training sees some labels, and all images or those with a label alone.
+    """A source that shows some of its labels, and all images or only those labelled ones.
 
-    Memory grows with the labels that are seen, not with the images.
+    Memory grows with the number of visible labels, not of images.
 
     Args:
         whole: The source.
-        known: Rows of the source whose labels are seen, in order.
-        only: Leave out the images without a label that is seen.
+        known: Rows whose labels are visible, in order.
+        only: Leave out the images without a visible label.
     """
 
     def __init__(self, whole: Source, known: Rows, *, only: bool) -> None:
@@ -116,19 +116,19 @@ class SubsetSource(SeenSource):
         if whole.weights is not None:
             self.weights = whole.weights[kept]
         if whole.window_size is not None:
-            # A group is read whole for the few of its images that are kept.
+            # A group is read whole even if only a few of its images are kept.
             share = len(known) / max(1, int(sizes.sum()))
             self.window_size = max(1, round(whole.window_size * share))
 
     @property
     def group_sizes(self) -> npt.NDArray[np.int64]:
-        """Images that are kept of each group that has any."""
+        """Number of kept images in each group that has any."""
         return self._group_sizes
 
     def labels(self) -> Labels | None:
-        """Return the class numbers that may be seen, -1 for the others."""
+        """Return the visible class numbers, -1 for the others."""
         labels = self.whole.labels()
-        assert labels is not None  # of whom else would the known ones be
+        assert labels is not None  # visible labels exist, so the source has labels
         if self.only:
             return labels[self.known]
         seen = np.full(len(labels), -1, dtype=np.int64)
@@ -144,5 +144,5 @@ class SubsetSource(SeenSource):
 
 
 def whole_source(source: Source) -> Source:
-    """Return the source with all its images and the labels that evaluation may see."""
+    """Return the underlying source with all images, and the labels that evaluation may use."""
     return source.whole if isinstance(source, SubsetSource) else source

@@ -1,7 +1,7 @@
-"""Folders of Parquet files that are tables: a log, not the listing, says which files are current.
+"""Open table formats (Delta Lake, Iceberg, Hudi), whose log says which files are current.
 
-Delta Lake, Iceberg and Hudi write rows anew and leave the old files where they are, so that a
-listing holds what was overwritten or deleted beside what replaced it.
+These formats rewrite rows and leave the old files in place, so a listing mixes overwritten or
+deleted rows with their replacements.
 """
 
 import importlib
@@ -23,7 +23,7 @@ _NAMES = {"delta": "Delta", "iceberg": "Iceberg", "hudi": "Hudi"}
 _PACKAGES = {"delta": "deltalake", "iceberg": "pyiceberg"}
 _MARKS = {"_delta_log": "delta", "metadata": "iceberg", ".hoodie": "hudi"}
 _ICEBERG_VERSION = re.compile(r"v?(\d+)(-[^/]*)?(\.gz)?\.metadata\.json(\.gz)?")
-_MOST_FOLDERS = 64  # a lake keeps its tables side by side: few enough to ask for each
+_MOST_FOLDERS = 64  # lakes keep tables side by side: few enough to check each
 _REWRITE = {
     "delta": "run OPTIMIZE or REORG TABLE ... APPLY (PURGE), which writes its files anew",
     "iceberg": "run rewrite_data_files, which writes its files anew",
@@ -31,9 +31,9 @@ _REWRITE = {
 
 
 def table_kind(filesystem: pafs.FileSystem, root: str) -> TableKind | None:
-    """Return what kind of table a folder is: by ``_delta_log``, ``metadata/*.metadata.json``.
+    """Return a folder's table format, recognised by ``_delta_log`` or ``metadata/*.metadata.json``.
 
-    None if it is none; ``hudi`` is known by name only.
+    None if it is not a table; ``hudi`` is recognised but not supported.
     """
     root = root.rstrip("/")
     infos = filesystem.get_file_info([f"{root}/{mark}" for mark in _MARKS])
@@ -46,11 +46,11 @@ def table_kind(filesystem: pafs.FileSystem, root: str) -> TableKind | None:
 
 
 def check_no_tables_below(filesystem: pafs.FileSystem, root: str, files: Iterable[str]) -> None:
-    """Refuse a folder that holds a table among others, or beside other files.
+    """Reject a folder that contains a table among others, or beside other files.
 
     Args:
-        filesystem: Where it lies.
-        root: The folder; no table itself.
+        filesystem: The file system of the folder.
+        root: The folder, not a table itself.
         files: Paths of its Parquet files relative to it.
 
     Raises:
@@ -72,7 +72,7 @@ def check_no_tables_below(filesystem: pafs.FileSystem, root: str, files: Iterabl
 
 
 def table_note(filesystem: pafs.FileSystem, folder: str) -> str:
-    """Return the line that says that files lie in a table and may be old; empty if they do not."""
+    """Return a note if files are part of a table and may be outdated; "" if they are not."""
     for root in (folder, folder.rpartition("/")[0]):
         if root and (kind := table_kind(filesystem, root)):
             return (
@@ -83,20 +83,20 @@ def table_note(filesystem: pafs.FileSystem, folder: str) -> str:
 
 
 def current_files(filesystem: pafs.FileSystem, root: str, kind: TableKind, uri: str) -> list[str]:
-    """Return the paths of the files whose rows a table holds now, sorted.
+    """Return the paths of a table's current files, sorted.
 
-    Its log is read by ``deltalake`` or ``pyiceberg``. Of Iceberg it is the newest metadata file: a
-    catalog's own pointer is not asked for.
+    ``deltalake`` or ``pyiceberg`` reads the log. For Iceberg this is the newest metadata file;
+    catalogs are not consulted.
 
     Args:
-        filesystem: Where the table lies.
+        filesystem: The file system of the table.
         root: Its folder.
-        kind: As ``table_kind`` returns it.
-        uri: What the user gave, for messages and for the store's settings.
+        kind: The result of ``table_kind``.
+        uri: The user's URI, for messages and the store's settings.
 
     Raises:
-        DataError: If the library is not installed or cannot read the table, the store is none that
-            it is asked in, some rows of a file are removed, or files lie elsewhere.
+        DataError: If the library is not installed or cannot read the table, the store is not
+            supported, some rows of a file are deleted, or files are outside of the folder.
     """
     what = (
         f"data.source={uri}: is a {_NAMES[kind]} table, and rows that it has removed lie among its "
@@ -122,7 +122,7 @@ def current_files(filesystem: pafs.FileSystem, root: str, kind: TableKind, uri: 
         files = find(filesystem, place, what)
     except DataError:
         raise
-    except Exception as error:  # the libraries have a dozen kinds each, without a common one
+    except Exception as error:  # the libraries raise a dozen types without a common base
         raise DataError(f"{what}; {_PACKAGES[kind]} cannot read its log: {error}") from None
     below = _below(files, root, what)
     if not below:
@@ -161,7 +161,7 @@ def _delta_files(filesystem: pafs.FileSystem, place: str, what: str) -> list[str
             f"{what}. Its columns have other names in the files (column mapping: {logical!r} is "
             f"{physical!r} there). {_export('its current rows')}"
         )
-    # file_uris() would give names that are encoded in part: of the folder, not of what is below.
+    # file_uris() would return partly encoded names: of the folder, but not of what is below.
     paths = pa.table(table.get_add_actions()).column("path").to_pylist()
     return [path if ":/" in path else f"{place}/{unquote(path)}" for path in paths]
 
@@ -193,7 +193,7 @@ def _in_part(what: str, kind: str, how: str, file: str) -> str:
 
 
 def _iceberg_versions(filesystem: pafs.FileSystem, root: str) -> dict[str, int]:
-    """Return the metadata files of a table by name, with their versions."""
+    """Return the versions of a table's metadata files, by name."""
     selector = pafs.FileSelector(f"{root.rstrip('/')}/metadata")
     names = [info.base_name for info in filesystem.get_file_info(selector)]
     matches = {name: _ICEBERG_VERSION.fullmatch(name) for name in names}
@@ -203,7 +203,7 @@ def _iceberg_versions(filesystem: pafs.FileSystem, root: str) -> dict[str, int]:
 def _newest_metadata(filesystem: pafs.FileSystem, root: str, what: str) -> str:
     versions = _iceberg_versions(filesystem, root)
     folder = f"{root.rstrip('/')}/metadata"
-    hint = f"{folder}/version-hint.text"  # of tables without a catalog
+    hint = f"{folder}/version-hint.text"  # written by tables without a catalog
     newest = max(versions.values())
     if filesystem.get_file_info(hint).type == pafs.FileType.File:
         text = read_file(filesystem, hint).decode(errors="replace").strip()
@@ -218,10 +218,10 @@ def _newest_metadata(filesystem: pafs.FileSystem, root: str, what: str) -> str:
 
 
 def _below(files: Iterable[str], root: str, what: str) -> list[str]:
-    """Return paths of the source's file system, all below the table's folder."""
+    """Return paths in the source's file system, all below the table's folder."""
     found = []
     top = root.rstrip("/") + "/"
-    for file in files:  # of Iceberg, not percent-encoded, whatever the scheme
+    for file in files:  # Iceberg does not percent-encode them, for any scheme
         path = re.sub("^file:/+", "/", file)
         path = re.sub("^s3[an]?://", "", path)
         if not path.startswith(top):

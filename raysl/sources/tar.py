@@ -1,4 +1,4 @@
-"""WebDataset shards: tar files of images."""
+"""Read images from WebDataset shards (tar files)."""
 
 import itertools
 import posixpath
@@ -33,17 +33,17 @@ from raysl.sources.tar_index import index_shard
 from raysl.sources.tar_notes import Looked, tar_notes
 
 _MIB = 1 << 20
-_GROUP_BYTES = 8 * _MIB  # read at once: few requests, and little in vain
-_NAMES_BYTES = 16 * _MIB  # of members, of shards that were asked for lately
+_GROUP_BYTES = 8 * _MIB  # one read: few requests, little waste
+_NAMES_BYTES = 16 * _MIB  # cached member names of recently used shards
 _MOST_SHARDS = 1 << 20
 
 
 class _LostError(Exception):
-    """Bytes cannot be read that were there when the source was opened."""
+    """Bytes that existed when the source was opened cannot be read any more."""
 
 
 class _Names(NamedTuple):
-    """Members of a shard that are images: both ``(num_images,)``, by their places."""
+    """The images among a shard's members; both ``(num_images,)``, sorted by offset."""
 
     offsets: npt.NDArray[np.int64]
     names: pa.Array
@@ -52,27 +52,26 @@ class _Names(NamedTuple):
 class TarSource:
     """Images of tar shards in the order of the shards' names and of their members.
 
-    The headers are read once, at opening; of an object store that reads most of the shards (so
-    ``raysl pack`` pays there). After that, runs of about 8 MiB are read whole and kept while they
-    are likely to be asked for again. It takes 17 bytes an image, and no path: members' names are
-    read again from a shard's headers when a row is named.
+    Opening reads the headers once; on an object store this reads most of the shards (``raysl pack``
+    avoids that). Later, ranges of about 8 MiB are read whole and cached. It takes 17 bytes an image
+    and stores no path: to name a row, the headers of its shard are read again.
 
-    Shards that are empty, damaged, cut short, compressed, without images or not to be read are
-    counted and named in ``notes``; what is whole in them is read. If no image is left, the first
-    of them is an error.
+    Shards that are empty, damaged, truncated, compressed, without images or unreadable are counted
+    and named in ``notes``; intact images in them are used. If no image is left, the first problem
+    is raised as an error.
 
     Args:
-        config: What to open.
-        filesystem: Where the shards lie.
+        config: The source's settings.
+        filesystem: The file system of the shards.
         files: Their paths, in order.
-        window_mib: Encoded images to hold for shuffling.
-        splits: That the place holds.
-        notes: What is to be said of the place besides.
-        root: Folder that the names of rows begin below; empty for the one that holds all files.
+        window_mib: MiB of encoded images to hold for shuffling.
+        splits: The splits at this place.
+        notes: Remarks about other content of the place.
+        root: Folder that row names are relative to; "" takes the common folder of all files.
 
     Raises:
         DataError: If a shard is missing, its store does not answer, a sample holds several images
-            and none is chosen, or there are no images.
+            and none is selected, or there are no images.
     """
 
     def __init__(
@@ -105,15 +104,15 @@ class TarSource:
         if len(self._offsets) == 0:
             raise DataError(_nothing(config, files, looked, self.notes))
         shard = np.repeat(np.arange(len(shards)), [len(s.offsets) for s in shards])
-        # Neighbours of one shard whose images begin in the same stretch of 8 MiB.
-        stretch = self._offsets // _GROUP_BYTES
-        new = (np.diff(shard, prepend=-1) != 0) | (np.diff(stretch, prepend=-1) != 0)
+        # A group: images of one shard that start in the same 8 MiB.
+        chunk = self._offsets // _GROUP_BYTES
+        new = (np.diff(shard, prepend=-1) != 0) | (np.diff(chunk, prepend=-1) != 0)
         self._starts = np.append(np.flatnonzero(new), len(shard))
         self._shard = shard[self._starts[:-1]].astype(np.int32)
         spans = self._ends(self._starts[1:] - 1) - self._offsets[self._starts[:-1]]
         per_image = max(1, int(spans.sum()) // len(shard))
         self.window_size: int | None = max(1, window_mib * _MIB // per_image)
-        # Two windows, as of Parquet.
+        # Two windows, as for Parquet.
         self._cache: ByteCache[bytes] = ByteCache(2 * window_mib * _MIB)
         self._names: ByteCache[_Names] = ByteCache(_NAMES_BYTES)
         self._failures = Failures()
@@ -140,14 +139,14 @@ class TarSource:
 
     @property
     def group_sizes(self) -> npt.NDArray[np.int64]:
-        """Images in each run that is read at once."""
+        """Images in each 8 MiB group."""
         return np.diff(self._starts)
 
     def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
         """Return the encoded images of these rows.
 
-        Those of a run that cannot be read for good (missing, cut short, a broken disk) are
-        ``Unreadable``; it is tried again after a minute.
+        Images of a group that cannot be read (missing, truncated, a broken disk) are
+        ``Unreadable``; the group is retried after a minute.
 
         Raises:
             DataError: If a store does not answer.
@@ -204,14 +203,14 @@ class TarSource:
         return str(self._files[int(self._shard[group])].as_py())
 
     def decoding(self, index: int) -> Decoding:
-        """Return what the source's settings say of its images."""
+        """Return the decoding settings of the source."""
         return self._config.decoding()
 
     def row_id(self, index: int) -> str:
-        """Name a row SHARD/MEMBER, the shard by its path below the source's folder.
+        """Name a row SHARD/MEMBER, with the shard's path below the source's folder.
 
-        The headers of a shard are read again for its first row that is asked for; ask in order. A
-        member that is not there any more is called by its place, as the shard has changed.
+        The first request for a row of a shard reads the shard's headers again; ask in order. If the
+        member is gone because the shard has changed, the row is named by its byte offset.
 
         Raises:
             DataError: If a store does not answer.
@@ -227,7 +226,7 @@ class TarSource:
 
     def _names_of(self, shard: int) -> "_Names":
         path = str(self._files[shard].as_py())
-        lost = "names", shard  # a run's place is its number alone
+        lost = "names", shard  # distinct from a group's key, a plain number
 
         def read() -> tuple[_Names, int]:
             found = index_shard(self.filesystem, path, self._config, names=True, labels=False)
@@ -249,7 +248,7 @@ class TarSource:
         return f"{self._path(group)} image at byte {self._offsets[index]}"
 
     def labels(self) -> Labels | None:
-        """Return class numbers, -1 for an image without one; None if none has one."""
+        """Return class numbers, -1 for an unlabelled image; None if no image has a label."""
         return None if self._labels is None else self._labels.astype(np.int64)
 
 
@@ -276,12 +275,12 @@ def _nothing(
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Return what a path with ``{0000..0099}`` or ``{a,b}`` stands for, in order.
+    """Expand a path with ``{0000..0099}`` or ``{a,b}``, in order.
 
-    Numbers are padded with zeros as the first one is.
+    Numbers are zero-padded to the width of the first one.
 
     Raises:
-        DataError: If a range is empty, or it is more than a million paths.
+        DataError: If a range is empty, or there are more than a million paths.
     """
     parts: list[list[str]] = []
     total = 1

@@ -1,4 +1,4 @@
-"""Which images of which tar shards a source has: those that a filter keeps, up to a limit."""
+"""Select images of tar shards by filter and limit."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,41 +17,41 @@ from raysl.sources.storage import below, num_readers, readable
 from raysl.sources.tar_index import MISSING, ShardIndex, index_shard
 from raysl.sources.tar_notes import Looked
 
-# A limit takes rows of so many shards, if there are as many: a shard is often of one class.
+# A limit spreads over so many shards, if available: a shard often holds one class.
 _FAR_APART = 16
 
 
 class Choice(NamedTuple):
-    """What is taken of tar shards."""
+    """The selection from a set of tar shards."""
 
     shards: list[ShardIndex]
-    """With the images that are taken, in the files' order."""
+    """The shards, reduced to the selected images, in the files' order."""
     looked: list[Looked]
-    """What was looked at, in the same order."""
+    """The indexed shards, in the same order."""
     filtered: RowFilter
-    """The filter, which has seen all of it."""
+    """The filter, after it was applied to all of them."""
 
 
 def choose(
     filesystem: pafs.FileSystem, files: Sequence[str], config: SourceConfig, root: str
 ) -> Choice:
-    """Find the images of shards that the filter keeps, up to the limit, and what was looked at.
+    """Select the images of shards that the filter keeps, up to the limit.
 
-    With a limit, looking ends once there are enough images of enough shards; of all that were
-    found, rows at even distances are taken.
+    With a limit, indexing stops once enough shards yield enough images; of these, evenly spaced
+    images are taken.
 
     Args:
-        filesystem: Where the shards lie.
+        filesystem: The file system of the shards.
         files: Their paths, in order.
-        config: Has the filter and the limit.
-        root: Folder that the names of rows begin below.
+        config: Provides the filter and the limit.
+        root: Folder that row names are relative to.
 
     Returns:
-        What is taken, and what is to be said of it.
+        The selection, and the records for notes about it.
 
     Raises:
         DataError: If a shard is missing, its store does not answer, a sample holds several images
-            and none is chosen, or the filter does not fit.
+            and none is selected, or the filter does not fit.
     """
     order = reading_order(len(files), config.limit)
     filtered = RowFilter(config.filter, where=f"data.source={config.source}")
@@ -81,7 +81,7 @@ def _index_all(
     filesystem: pafs.FileSystem, files: Sequence[str], config: SourceConfig
 ) -> Iterator[ShardIndex]:
     readers = num_readers(filesystem)
-    # Not all at once: a limit may need only the first.
+    # Not all at once: a limit may need only the first shards.
     at_once = 4 * readers if config.limit is None else _FAR_APART
     waiting = iter(files)
     with ThreadPoolExecutor(readers) as pool:
@@ -99,7 +99,7 @@ def _filtered(shard: ShardIndex, conditions: RowFilter, name: str) -> ShardIndex
     )
     table = pa.table({"path": ids, "row_id": ids, "bytes": shard.sizes})
     kept = np.flatnonzero(conditions.keep(table, where=shard.path))
-    # The list of a filter may have changed where its name has not.
+    # A list file may have changed while its name has not.
     return _rows(shard, kept)._replace(names=None, digest=digest(shard.digest, kept.tobytes()))
 
 

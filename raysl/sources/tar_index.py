@@ -1,8 +1,8 @@
-"""Where the images lie in a tar shard and what belongs to them, found from its headers.
+"""Index a tar shard from its headers: where each image is, and its label.
 
-A shard in WebDataset's layout: members whose names are the same up to the first dot of the base
-name are one sample; what comes after that dot says what the member is. They need not lie together.
-A leading ``./`` is no part of a name.
+WebDataset's layout: members with equal names up to the first dot of the base name are one sample;
+the rest of the name is the member's suffix. Members of a sample need not be adjacent. A leading
+``./`` is ignored.
 """
 
 import hashlib
@@ -26,59 +26,60 @@ from raysl.sources.source import SourceConfig
 from raysl.sources.storage import is_local, patiently, readable, why_unread
 from raysl.sources.tar_members import Flaw, Member, members
 
-# A disk is asked for a header and the small members after it. Of an object store, asking costs as
-# much time as some MiB, so what lies between the headers is read along.
+# On a disk, read a header and the small members after it. On an object store, a request takes as
+# long as some MiB, so the data between headers are read as well.
 _LOCAL_READ_BYTES, _REMOTE_READ_BYTES = 8 << 10, 4 << 20
 _MOST_ENDS = 10
 OTHERS = ""
-"""Stands for all rarer ends of names in a ``Tally``."""
-# What describes an image, so that it is not what a sample without one holds instead.
+"""Stands for all rarer suffixes in a ``Tally``."""
+# Metadata of an image; not what a sample without an image holds instead.
 _TEXTS = {"cls", "json", "txt"}
 _NO_IMAGE, _DOTTED, _PLAIN = range(3)
 
 MISSING = Flaw("missing", "cannot be read: no such file", may_pass=True)
 
 _Label = int | float | str | list[Any] | dict[str, Any] | None
-_Sample = dict[bytes, int]  # of each suffix, which of the shard's images it is, or that it is none
+# For each suffix, an image's number in the shard, or a marker for another member.
+_Sample = dict[bytes, int]
 _NONE = -1
 
 
 class Tally(NamedTuple):
-    """What of a shard is not taken, or not as one may think: how many, by the ends of the names."""
+    """Counts, by suffix, of what is skipped in a shard or used in an unexpected way."""
 
     repeated: int
-    """Members that stand there again, further on."""
+    """Members that occur again further on."""
     hidden: int
-    """Images whose names begin with a dot."""
+    """Images whose names start with a dot."""
     links: int
     """Images that are links."""
     bad_json: int
-    """.json members that are none."""
+    """.json members that are not valid JSON."""
     without: int
     """Samples without an image."""
     without_ends: Counter[str]
-    """Members that such samples hold."""
+    """Members of such samples."""
     left_out: Counter[str]
     """Images with a dot in their suffix, beside a plain one of the same sample."""
     one_by_one: Counter[str]
-    """Images with a dot in their suffix, several of a sample without a plain one."""
+    """Images with a dot in their suffix, several in a sample without a plain one."""
 
 
 class ShardIndex(NamedTuple):
-    """The images of one shard, in their order; all arrays are ``(num_images,)``."""
+    """The images of one shard, in order; all arrays are ``(num_images,)``."""
 
     path: str
     offsets: npt.NDArray[np.int64]
     """First byte of each image in the file."""
     sizes: npt.NDArray[np.int64]
     labels: pa.Array
-    """Integers, floating point numbers, texts, or lists; null where a sample has none."""
+    """Integers, floating point numbers, texts, or lists; null for an unlabelled sample."""
     names: pa.Array | None
-    """Names of the members, large_binary; only if asked for."""
+    """Names of the members, large_binary; only on request."""
     digest: str
     tally: Tally
     flaw: Flaw | None
-    """What is wrong with the file."""
+    """The file's flaw, or None."""
 
 
 def index_shard(
@@ -89,32 +90,32 @@ def index_shard(
     names: bool = False,
     labels: bool = True,
 ) -> ShardIndex:
-    """Find the images of a shard without reading them, where that is quicker.
+    """Index the images of a shard, without reading them if that is faster.
 
-    Of members of the same full name the last counts, as when tar unpacks them. A sample has one
-    image: the member with a plain suffix (``cat.jpg``); without one, the only member that ends in
-    an image suffix (``cat.v2.jpg``). If several do (``photo.2021.05.jpg``, ``photo.2021.06.jpg``),
-    they are names with dots in them, not columns of a sample, and each is an image of its own.
-    ``image_column`` stands for the image suffixes in all of this.
+    If several members have the same full name, the last counts, as when tar unpacks them. A sample
+    has one image: the member with a plain suffix (``cat.jpg``); without one, the only member that
+    ends in an image suffix (``cat.v2.jpg``). If several do (``photo.2021.05.jpg``,
+    ``photo.2021.06.jpg``), the dots are part of their names, and each is an image of its own.
+    ``image_column`` replaces the image suffixes in these rules.
 
     A label belongs to the image whose name it shares up to the last dot, or else to those of its
     sample.
 
-    A damaged shard does not end the run: what is whole before the damage is taken, and ``flaw``
-    says the rest. One of ten thousand downloads may be cut short, and finding that out one start
-    after another is no use to anyone; nor is leaving it out unsaid.
+    A damaged shard does not end the run: intact images before the damage are used, and ``flaw``
+    reports the rest. One of ten thousand downloads may be truncated; users should neither discover
+    this one run at a time nor miss it.
 
     Args:
-        filesystem: Where the shard lies.
-        path: Of an uncompressed tar file.
-        config: ``image_column`` takes the image of that suffix, ``label_column`` the label of that
-            key of the sample's .json; else a label is its .cls, or the key ``label``.
+        filesystem: The file system of the shard.
+        path: An uncompressed tar file.
+        config: ``image_column`` selects the image with that suffix, ``label_column`` the label
+            under that key of the sample's .json; else a label is its .cls, or the key ``label``.
         names: Return the members' names.
         labels: Return the labels.
 
     Raises:
         DataError: If its store does not answer, or a sample holds several images and none is
-            chosen.
+            selected.
     """
     samples, flaw, size = _Samples(path, config, with_labels=labels), None, 0
     try:
@@ -138,14 +139,14 @@ def index_shard(
 
 
 def _unread(error: Exception) -> Flaw:
-    number = getattr(error, "errno", None)  # pyarrow's own words hold the path
+    number = getattr(error, "errno", None)  # pyarrow's message contains the path
     reason = os.strerror(number) if number else "refused"
     kind = f"that cannot be read, or not to the end ({reason})"
     return Flaw(kind, why_unread(error), may_pass=True)
 
 
 class _ReadAhead:
-    """Reads at least so many bytes at once, forwards."""
+    """Read forwards in steps of a minimal size."""
 
     def __init__(self, read: Callable[[int, int], bytes], step: int) -> None:
         self._read, self._step = read, step
@@ -160,15 +161,15 @@ class _ReadAhead:
 
 
 class _Suffix(NamedTuple):
-    """What follows the first dot of a member's base name."""
+    """The part of a member's base name after its first dot."""
 
-    text: bytes  # one object for all members
+    text: bytes  # shared by all members
     end: str  # after the last dot, in lower case
     rank: int
 
 
 class _Samples:
-    """Gathers the members of a shard into samples, and samples into columns."""
+    """Collect the members of a shard into samples, and samples into columns."""
 
     def __init__(self, path: str, config: SourceConfig, *, with_labels: bool) -> None:
         self._path = path
@@ -182,7 +183,7 @@ class _Samples:
         # By key, the name up to the first dot.
         self._samples: dict[bytes, _Sample] = {}
         self._offsets, self._sizes = array("q"), array("q")
-        # By the end of their names and what comes before it.
+        # By suffix, then by the name before it.
         self._labels: dict[str, dict[bytes, _Label]] = {"cls": {}, "json": {}}
         self._suffixes: dict[bytes, _Suffix] = {}
         self._repeated = self._hidden = self._links = self._bad_json = self._without = 0
@@ -234,7 +235,7 @@ class _Samples:
             values: Any = json.loads(text)
         except (ValueError, RecursionError):
             self._bad_json += 1
-            return None  # an image without a label: only the evaluation asks for one
+            return None  # unlabelled: only evaluation needs labels
         value = values.get(self._label_key) if isinstance(values, dict) else None
         if isinstance(value, bool) or (isinstance(value, int) and abs(value) > _MOST_INT):
             return str(value)
@@ -270,10 +271,10 @@ class _Samples:
         return key + b"." + text
 
     def _images(self, key: bytes, sample: _Sample) -> _Sample:
-        """Return the images of a sample, and count what is not as one may think."""
+        """Return the images of a sample, and count unexpected cases."""
         images = {text: number for text, number in sample.items() if number != _NONE}
         plain = [text for text in images if self._suffixes[text].rank == _PLAIN]
-        if len(plain) > 1:  # .jpg and .JPG: the setting tells them apart
+        if len(plain) > 1:  # .jpg and .JPG: ``image_column`` tells them apart
             exact = [text for text in plain if text == self._column.encode()]
             if not exact:
                 raise self._several(key, plain)
@@ -319,7 +320,7 @@ class _Samples:
 
 
 def few(counts: Counter[str]) -> Counter[str]:
-    """Return the most frequent ones and ``OTHERS``, so that many shards' counts stay small."""
+    """Return the most frequent counts and ``OTHERS``, so that sums over many shards stay small."""
     common = Counter(dict(counts.most_common(_MOST_ENDS)))
     if rest := counts.total() - common.total():
         common[OTHERS] += rest
@@ -335,7 +336,7 @@ def _number_or_text(text: str) -> int | str:
 
 
 def _label_array(labels: list[_Label]) -> pa.Array:
-    """Return labels as one column that says what they are; of lists, only that they are."""
+    """Return labels as one column whose type tells what they are; lists become a placeholder."""
     kinds = {type(label) for label in labels if label is not None}
     if kinds & {list, dict}:
         return pa.array([None if label is None else [] for label in labels], pa.list_(pa.string()))

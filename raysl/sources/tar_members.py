@@ -1,4 +1,4 @@
-"""The files in a tar file, found from its headers, and what is wrong with it."""
+"""Walk the headers of a tar file: its members, and what is wrong with the file."""
 
 import re
 import zlib
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 _BLOCK = 512
 _END = bytes(_BLOCK)
-_RECORD = 20 * _BLOCK  # what tar rounds a file's size up to
+_RECORD = 20 * _BLOCK  # tar pads files to a multiple of this
 _SPACES = 8 * b" "
 _ADLER_MODULUS = 65521
 _BASE_256 = 0x80
@@ -37,22 +37,22 @@ class Flaw(NamedTuple):
     """What is wrong with a tar file."""
 
     kind: str
-    """As a note has it, after "3 tar shards"."""
+    """Worded for a note, after "3 tar shards"."""
     detail: str
-    """As an error has it, after the file's name."""
+    """Worded for an error, after the file's name."""
     may_pass: bool = False
-    """It is the place's, not the file's: reading it again may help."""
+    """Whether the storage is at fault and another attempt may succeed."""
 
 
 def members(at: Callable[[int, int], bytes], size: int) -> Iterator[Member | Flaw]:
-    """Yield the files and links of a tar file in their order, and at the end what is wrong with it.
+    """Yield the files and links of a tar file in order, and finally its flaw, if any.
 
     Args:
-        at: Returns bytes from a place on, so many as are there.
-        size: Of the tar file in bytes.
+        at: Returns the bytes at an offset, fewer at the end of the file.
+        size: Size of the tar file in bytes.
     """
     place = 0
-    said: dict[bytes, bytes] = {}  # of the next file, by headers before its own
+    said: dict[bytes, bytes] = {}  # fields for the next file, from preceding headers
     if size == 0:
         yield Flaw("left out: 0 bytes", "0 bytes: nothing is in it. Copy it again")
         return
@@ -81,7 +81,7 @@ def members(at: Callable[[int, int], bytes], size: int) -> Iterator[Member | Fla
 
 
 def compressed(path: str, how: str) -> str:
-    """Return what is to be said of a compressed shard."""
+    """Return the advice for a compressed shard."""
     return f"{path}: {_compressed(how).detail}"
 
 
@@ -131,7 +131,7 @@ def _content_size(header: bytes, place: int, said: dict[bytes, bytes]) -> int | 
 
 
 def _checked_size(header: bytes, place: int) -> int | Flaw:
-    """Return the size that a header states, if it is one."""
+    """Return the size that a header states, if it is a valid header."""
     if place == 0:
         for magic, name in _COMPRESSED.items():
             if header.startswith(magic):
@@ -141,7 +141,8 @@ def _checked_size(header: bytes, place: int) -> int | Flaw:
             return _NOT_TAR
         where = f"cut short at byte {place + len(header):,}. Copy it again"
         return Flaw("cut short, read up to there", where)
-    # Adler's first half is the sum of the bytes, in C; the sum's own field counts as spaces.
+    # The lower half of Adler-32 is a sum of bytes, computed in C; the checksum field counts as
+    # spaces.
     total = zlib.adler32(header[156:], zlib.adler32(_SPACES, zlib.adler32(header[:148]))) & 0xFFFF
     try:
         if total == (_number(header[148:156]) + 1) % _ADLER_MODULUS:
@@ -162,20 +163,20 @@ def _damaged(place: int) -> Flaw:
 
 
 def _number(field: bytes) -> int:
-    if field[0] == _BASE_256:  # how sizes from 8 GiB on are written
+    if field[0] == _BASE_256:  # encoding of sizes from 8 GiB on
         return int.from_bytes(field[1:], "big")
     return int(field.strip(b" \0") or b"0", 8)
 
 
 def _name(header: bytes) -> bytes:
     name = header[:100].split(b"\0", 1)[0]
-    # The old GNU format keeps times where POSIX keeps the front of a long path.
+    # Old GNU headers store times where POSIX stores the first part of a long path.
     prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
     return prefix + b"/" + name if prefix else name
 
 
 def _extended(kind: bytes, text: bytes) -> dict[bytes, bytes]:
-    """Return what a header says of the file after it."""
+    """Return the fields that a header sets for the file after it."""
     if kind == b"L":
         return {b"path": text.rstrip(b"\0")}
     return _pax(text) if kind == b"x" else {}

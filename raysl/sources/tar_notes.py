@@ -1,4 +1,4 @@
-"""What is said of tar shards: what is left out of them, or taken otherwise than one may think."""
+"""Write notes about tar shards: what is skipped, and what is used in an unexpected way."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,18 +13,18 @@ _SHOWN = 3
 
 
 class Looked(NamedTuple):
-    """A shard that was looked at."""
+    """An indexed shard."""
 
     shard: str
     """Its path below the source's folder."""
     num_images: int
-    """Before any filter."""
+    """Number of images before any filter."""
     tally: Tally
     flaw: Flaw | None
 
 
 def tar_notes(looked: Sequence[Looked]) -> tuple[str, ...]:
-    """Return a line for each thing that is wrong with shards, and for each that is not taken."""
+    """Return a line for each kind of problem with shards, and for each kind of skipped member."""
     return (*_of_shards(looked), *_of_samples([shard.tally for shard in looked], looked))
 
 
@@ -86,7 +86,7 @@ def _taken_one_by_one(ends: Counter[str]) -> str:
         f"taken one by one: {_ends(ends)}"
     )
     commonest = _commonest(ends)
-    # cat.0.jpg, cat.1.jpg are names with dots in them, not columns of a sample.
+    # In cat.0.jpg, cat.1.jpg the dots are part of the names; they are not columns of a sample.
     if ends[commonest] == 1 or commonest.partition(".")[0].isdigit():
         return line
     return f"{line}; data.image_column={commonest} takes one of each sample"

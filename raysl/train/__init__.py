@@ -1,1 +1,1 @@
-"""The training loop and what it needs: torch only."""
+"""The training loop, checkpoints, health checks and device operations; torch only."""

@@ -1,4 +1,4 @@
-"""What the stream gives, turned into what a method takes: floats on the device."""
+"""Convert batches of the data stream into the float tensors that methods take."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from raysl.methods.base import Batch
 from raysl.train.device_ops import apply_ops
 
 NumpyBatch = Mapping[str, Any]
-"""Arrays of one length by name; columns of views may be tuples of arrays, one after the other."""
+"""Arrays of equal length by name; a column of views may be a tuple of arrays to concatenate."""
 
 
 def batch_converter(
@@ -24,12 +24,13 @@ def batch_converter(
     device: torch.device,
     labels: npt.NDArray[np.int64] | None = None,
 ) -> Callable[[NumpyBatch], Batch]:
-    """Return the function that turns a batch of the stream into what methods take.
+    """Return a function that converts a batch of the stream to a method's batch.
 
     Args:
-        to_views: What :func:`view_converter` returns.
-        device: Where rows and labels go.
-        labels: Of every row of the source, -1 where unknown; None if the method wants none.
+        to_views: The result of :func:`view_converter`.
+        device: Destination of rows and labels.
+        labels: The label of every row of the source, -1 where unknown; None if the method uses
+            none.
     """
 
     def to_batch(batch: NumpyBatch) -> Batch:
@@ -48,18 +49,18 @@ def view_converter(
     channels_last: bool,
     device_ops: Sequence[Sequence[Op]] = (),
 ) -> Callable[[NumpyBatch], list[Tensor]]:
-    """Return the function that turns a batch's uint8 views into normalised float tensors.
+    """Return a function that converts a batch's uint8 views to normalised float tensors.
 
     Each view of ``(N, V, S, S, 3)`` uint8 becomes ``(N, 3, S, S)`` float32 on the device. Pixels
-    travel as uint8 and are normalised once, there.
+    are transferred as uint8 and normalised there, once.
 
     Args:
-        device: Where the views go.
+        device: Destination of the views.
         mean: Of red, green and blue in [0, 1].
         std: Likewise.
         channels_last: Memory layout of the views.
-        device_ops: For each kind of view the operations that the data workers left to the device;
-            they act where the batch has the plans for them.
+        device_ops: For each kind of view, the operations that the data workers left to the device;
+            applied if the batch contains their plans.
     """
     center = torch.tensor(mean, device=device).mul_(255).view(1, 3, 1, 1)
     scale = torch.tensor(std, device=device).mul_(255).reciprocal_().view(1, 3, 1, 1)
@@ -109,7 +110,7 @@ def input_converter(
 
 
 def _join(parts: list[Tensor], layout: torch.memory_format) -> Tensor:
-    """Turn ``(N, S, S, 3)`` uint8 into ``(sum of N, 3, S, S)`` float32, each pixel copied once."""
+    """Convert ``(N, S, S, 3)`` uint8 to ``(sum of N, 3, S, S)`` float32, copying pixels once."""
     floats = torch.empty(
         (sum(len(part) for part in parts), parts[0].shape[3], *parts[0].shape[1:3]),
         device=parts[0].device,
@@ -123,7 +124,7 @@ def _join(parts: list[Tensor], layout: torch.memory_format) -> Tensor:
 
 
 def as_tensor(array: npt.NDArray[Any]) -> Tensor:
-    """Wrap an array without a copy, a read-only one too: nothing here writes to it."""
+    """Wrap an array without a copy, even a read-only one: the tensor is never written to."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written beside, synced, renamed; a folder that is there is complete."""
+"""Write and read checkpoints. A checkpoint folder that exists is complete."""
 
 import contextlib
 import os
@@ -18,16 +18,16 @@ _SHOWN = 3
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], *, step: int, keep: int) -> Path:
-    """Write a checkpoint that is either complete or not there, then delete old ones.
+    """Write a checkpoint atomically, then delete old ones.
 
-    The state goes to a temporary folder, is synced to the disk, and the folder is renamed; a
-    process killed at any moment, or a full disk, leaves the earlier checkpoints as they were.
+    The state goes to a temporary folder, is synced to disk, and the folder is renamed. A process
+    killed at any moment, or a full disk, leaves earlier checkpoints intact.
 
     Args:
         folder: The run's checkpoint folder.
         state: Tensors, numbers, strings, and lists and dicts of them.
-        step: Optimizer steps done.
-        keep: Newest checkpoints to keep, > 0.
+        step: Number of optimizer steps done.
+        keep: Number of newest checkpoints to keep, > 0.
 
     Raises:
         RunFolderError: If it cannot be written; earlier checkpoints are untouched.
@@ -40,11 +40,11 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, step: int, keep: int
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        if final.exists():  # the same step again, after a resume from an earlier one
+        if final.exists():  # the same step again, after resuming from an earlier one
             _set_aside(final)
         temporary.rename(final)
         _sync_folder(folder)
-    except (OSError, RuntimeError) as error:  # torch's writer wraps a full disk in a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunFolderError(
             f"{final}: the checkpoint cannot be written: {_reason(error)}. Earlier checkpoints are "
@@ -59,7 +59,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, step: int, keep: int
 
 
 def load_checkpoint(folder: Path, *, step: int, device: torch.device) -> dict[str, Any]:
-    """Read the checkpoint of a step; no code in the file is ever run.
+    """Read the checkpoint of a step, without running any code in the file.
 
     Raises:
         RunFolderError: If it is damaged.
@@ -76,16 +76,15 @@ def load_checkpoint(folder: Path, *, step: int, device: torch.device) -> dict[st
 
 
 def load_state(module: nn.Module, state: Mapping[str, Any], *, owner: str) -> None:
-    """Load a checkpoint's state into a module that may have been built for other images.
+    """Load a checkpoint's state into a module, whose sizes may depend on the training images.
 
     Args:
-        module: Of the run as it is now.
-        state: What ``module.state_dict()`` was.
-        owner: Names the module for the error message.
+        module: A module of the current run.
+        state: The saved ``module.state_dict()``.
+        owner: Names the module in the error message.
 
     Raises:
-        RunFolderError: If something is of another size, such as a memory bank of one entry an
-            image.
+        RunFolderError: If a size differs, such as that of a memory bank with one entry an image.
     """
     here = module.state_dict()
     others = [
@@ -107,7 +106,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _set_aside(checkpoint: Path) -> None:
-    """Give up the name before the files, so that a folder half deleted is not taken for whole."""
+    """Rename before deleting, so that a half-deleted folder is not mistaken for a checkpoint."""
     aside = checkpoint.with_name(f".tmp-old-{checkpoint.name}")
     shutil.rmtree(aside, ignore_errors=True)
     checkpoint.rename(aside)

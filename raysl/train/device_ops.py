@@ -1,9 +1,9 @@
-"""The last operations of a view on the accelerator, a batch at a time, as data workers planned it.
+"""Run the last operations of a view on the accelerator, a batch at a time.
 
-Data workers then only decode and crop the image. What is done to which image is the plan that they
-drew, so the views are those of ``data.color_on: cpu`` up to rounding: each operation here rounds to
-whole levels as its uint8 counterpart does and differs from it by 0.03 levels on average, the hue,
-which OpenCV quantises to 256 steps, by 0.2.
+Data workers then only decode and crop. They still draw the plans, so the views equal those of
+``data.color_on: cpu`` up to rounding: each operation rounds to whole levels like its uint8
+counterpart and differs from it by 0.03 levels on average; the hue, which OpenCV quantises to 256
+steps, by 0.2.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,12 +34,12 @@ _LUMA = (0.299, 0.587, 0.114)
 
 
 def apply_ops(images: Tensor, ops: Sequence[Op], numbers: Plans) -> Tensor:
-    """Carry out the planned operations.
+    """Apply the planned operations.
 
     Args:
         images: ``(N, 3, S, S)`` float32 on the device, whole levels in [0, 255].
         ops: The operations, in order.
-        numbers: ``(N, P)`` float32 on the CPU: the plans of all ops side by side.
+        numbers: ``(N, P)`` float32 on the CPU: the plans of all ops, concatenated.
 
     Returns:
         ``(N, 3, S, S)`` float32, whole levels in [0, 255].
@@ -57,13 +57,13 @@ def apply_ops(images: Tensor, ops: Sequence[Op], numbers: Plans) -> Tensor:
 
 
 def _crop(op: CropPart, images: Tensor, plan: Plans) -> Tensor:
-    """Enlarge a part of each image linearly, one direction after the other."""
+    """Enlarge a part of each image by linear interpolation, one direction after the other."""
     rows = _enlarge(images, 2, first=plan[:, 1], length=plan[:, 3])
     return _levels(_enlarge(rows, 3, first=plan[:, 2], length=plan[:, 4]))
 
 
 def _enlarge(images: Tensor, dim: int, *, first: Column, length: Column) -> Tensor:
-    """Stretch ``length`` rows or columns from ``first`` on to the whole side, each image's own."""
+    """Stretch ``length`` rows or columns, starting at ``first``, to the full side, per image."""
     size = images.shape[dim]
     place = (np.arange(size) + 0.5) * (length / size)[:, None] - 0.5  # (N, S), 0: the first one
     place = np.clip(place, 0, length[:, None] - 1)
@@ -86,7 +86,7 @@ def _flip(op: Flip, images: Tensor, plan: Plans) -> Tensor:
 
 
 def _jitter(op: ColorJitter, images: Tensor, plan: Plans) -> Tensor:
-    """Apply the four factors in each image's own order."""
+    """Apply the four factors in the order planned for each image."""
     factors = torch.from_numpy(np.ascontiguousarray(plan[:, 1:5])).to(images.device)
     order = plan[:, 5:9].astype(np.int64)
     brightness = _brightness if op.brightness_kind == "multiply" else _added_brightness
@@ -118,7 +118,7 @@ def _saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def _hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue and keep saturation and value.
+    """Shift the hue; saturation and value stay.
 
     Source: Smith 1978, "Color gamut transform pairs" (the hexcone model).
     """
@@ -185,7 +185,7 @@ def _cutout(op: Cutout, images: Tensor, plan: Plans) -> Tensor:
     return torch.where(square, float(op.fill), images)
 
 
-# For each op: how many numbers its plan is, and what applies it to the images that it acts on.
+# For each op: the number of its parameters, and the function for the images it applies to.
 _OPS: dict[type, tuple[int, Callable[[Any, Tensor, Plans], Tensor]]] = {
     CropPart: (5, _crop),
     Flip: (1, _flip),

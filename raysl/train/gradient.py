@@ -1,4 +1,4 @@
-"""The gradient of a batch: at once, accumulated over its parts, or cached for contrastive losses.
+"""Compute a batch's gradient: at once, accumulated over micro-batches, or cached (GradCache).
 
 L. Gao, Y. Zhang, J. Han, J. Callan: "Scaling Deep Contrastive Learning Batch Size under Memory
 Limited Setup", 2021, arXiv:2101.06983v2 (gradient caching).
@@ -20,7 +20,7 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 def can_split(method: type[Method]) -> bool:
-    """Return whether a method's batch may be cut into micro-batches."""
+    """Return whether a method's batch may be split into micro-batches."""
     return issubclass(method, EmbeddingMethod) or method.loss_is_mean_over_images
 
 
@@ -33,21 +33,21 @@ def backward(
     autocast: Autocast,
     micro_batch_size: int | None = None,
 ) -> LossOutput:
-    """Put the gradient of a batch's loss into the parameters, averaged over ranks.
+    """Compute the gradient of a batch's loss, averaged over ranks, into the parameters.
 
     Args:
         method: The method.
-        batch: All of this rank's images of the step.
-        progress: Where training stands.
-        model: The method, or its data-parallel wrapper: what is called for a whole batch.
+        batch: All images of this rank in the step.
+        progress: The state of training at this step.
+        model: The method, or its data-parallel wrapper; called for a whole batch.
         autocast: Opens the context of forward passes.
-        micro_batch_size: Images of one forward pass; None or no fewer than the batch takes all.
+        micro_batch_size: Images of one forward pass; None, or at least the batch size, takes all.
 
     Returns:
-        The output of the whole batch, detached.
+        The output for the whole batch, detached.
 
     Raises:
-        ConfigError: If the method's batch cannot be cut.
+        ConfigError: If the method's batch cannot be split.
     """
     if micro_batch_size is None:
         with autocast():
@@ -55,7 +55,7 @@ def backward(
         _total(output).backward()  # type: ignore[no-untyped-call]
         return _detached(output)
     parts = _split(batch, micro_batch_size)
-    # The data-parallel wrapper averages at the end of each backward pass; here it is done once.
+    # The data-parallel wrapper averages at the end of every backward pass; average once instead.
     if isinstance(method, EmbeddingMethod):
         output = _cached(method, batch, parts, progress, autocast)
     elif method.loss_is_mean_over_images:
@@ -76,10 +76,10 @@ def _cached(
     progress: Progress,
     autocast: Autocast,
 ) -> LossOutput:
-    """Embed all parts, differentiate the loss by the embeddings, embed again to go on from there.
+    """Embed all parts, differentiate the loss by the embeddings, then embed again with gradients.
 
-    The second pass must see what the first one saw: its random numbers are set back, and running
-    statistics move in the second pass only.
+    The second pass must equal the first: the random state is restored, and running statistics are
+    only updated in the second pass.
     """
     device = parts[0].index.device
     states: list[_RandomState] = []
@@ -113,7 +113,7 @@ def _cached(
 def _accumulated(
     method: Method, parts: Sequence[Batch], progress: Progress, autocast: Autocast
 ) -> LossOutput:
-    """Add up the gradients of the parts, each by its share of the images."""
+    """Add up the gradients of the parts, weighted by their share of the images."""
     total = sum(len(part.index) for part in parts)
     shares, outputs = [], []
     for part in parts:
@@ -137,7 +137,7 @@ def _accumulated(
 
 
 class _RandomState:
-    """The state of torch's global generators, of the CPU and of the device."""
+    """The state of torch's global random generators, of the CPU and of the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -161,7 +161,7 @@ def _split(batch: Batch, size: int) -> list[Batch]:
 
 
 def _total(output: LossOutput) -> Tensor:
-    """Return both losses together: neither has a gradient in the other's parameters."""
+    """Return the sum of both losses: neither has a gradient in the other's parameters."""
     if output.adversary_loss is None:
         return output.loss
     return output.loss + output.adversary_loss

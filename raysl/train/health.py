@@ -1,4 +1,4 @@
-"""Is the encoder learning anything? Numbers that need no labels, and the alarms on them."""
+"""Check without labels whether training still works, and stop runs that diverged or collapsed."""
 
 import math
 from collections.abc import Mapping
@@ -11,17 +11,17 @@ from raysl.errors import CollapsedError, DivergedError
 
 
 class HealthConfig(Config):
-    """When a run is stopped because it cannot come to anything."""
+    """When to stop a run that has diverged or collapsed."""
 
     idle: ClassVar[tuple[Idle, ...]] = (Idle(("patience",), {"min_feature_std": (0,)}),)
     min_feature_std: NonNegativeFloat = 0.003
-    """A run whose features vary less than this is collapsed; 0 never stops."""
+    """A run whose features vary less than this has collapsed; 0 never stops."""
     patience: Annotated[int, Field(gt=0)] = 5
-    """Logging steps in a row before it is stopped."""
+    """Number of consecutive logging steps before the run is stopped."""
 
 
 class HealthCheck:
-    """Looks at the metrics of each logging step, which are the same on every rank.
+    """Check the metrics of each logging step, which are the same on every rank.
 
     Args:
         config: When to stop.
@@ -32,11 +32,11 @@ class HealthCheck:
         self._collapsed_for = 0
 
     def __call__(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Raise if training cannot come to anything.
+        """Raise if the run has diverged or collapsed.
 
         Raises:
             DivergedError: If the loss or the gradient norm is not finite.
-            CollapsedError: If the features have been the same for all images for too long.
+            CollapsedError: If the features of all images have been equal for too long.
         """
         for name in ("train/loss", "train/grad_norm"):
             if not math.isfinite(metrics[name]):

@@ -1,4 +1,4 @@
-"""The training loop: batches in, one optimizer step each, metrics and checkpoints out."""
+"""The training loop: one optimizer step for each batch, with metrics and checkpoints."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,52 +26,51 @@ _NEW_BAD = "data/new_bad_images"
 
 
 class TrainConfig(Config):
-    """How long, with which batches, in which precision."""
+    """Length of training, batch sizes and precision."""
 
     epochs: Annotated[float, Field(gt=0.0)] | None = None
-    """Passes over the training images; give this or steps."""
+    """Number of epochs; set this or steps."""
     steps: PositiveInt | None = None
-    """Optimizer steps; give this or epochs."""
+    """Number of optimizer steps; set this or epochs."""
     global_batch_size: PositiveInt = 256
     """Images of one optimizer step, over all workers."""
     micro_batch_size: PositiveInt | None = None
-    """Images of one forward pass of a worker; null takes them all. Contrastive methods cache their
+    """Images of one forward pass of a worker; null takes all. Contrastive methods cache their
     gradient (GradCache), so that every image of the global batch is still compared with every
-    other; methods whose loss is a mean over images accumulate. The gradient is that of the whole
-    batch, but batch norm takes its statistics from each micro-batch."""
+    other; methods whose loss is a mean over images accumulate. The gradient equals that of the
+    whole batch, except that batch norm takes its statistics from each micro-batch."""
     precision: Literal["by_device", "fp32", "bf16"] = "by_device"
     """bf16 autocasts to bfloat16; by_device takes bf16 on GPUs and fp32 on CPUs, where bf16 is
     often slower."""
     channels_last: bool = True
     """Memory layout of images and convolutions; faster on GPUs and on CPUs."""
     log_every: PositiveInt = 10
-    """Optimizer steps from one line of metrics to the next; each checkpoint has a line too."""
+    """Optimizer steps between two lines of metrics; each checkpoint has a line too."""
     checkpoint_every: Duration = Duration(epochs=1.0)
-    """From one checkpoint to the next; there is always one at the end."""
+    """Interval between checkpoints; the end always has one."""
     keep_checkpoints: PositiveInt = 2
-    """Newest checkpoints to keep."""
+    """Number of newest checkpoints to keep."""
 
 
 Log = Callable[[Mapping[str, float], int], None]
-"""Gets metrics and their step."""
+"""Receives metrics and their step."""
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop calls outside of itself, all collectively: every rank at the same step."""
+    """Callbacks of the loop. All are collective: every rank calls them at the same step."""
 
     log: Log
     checkpoint: Callable[[int], None]  # steps done
     evaluate: Callable[[int], Mapping[str, float]]  # steps done -> metrics
     bad_images: Callable[[Mapping[int, int], int], float]  # {row: flaw} since the last call, step
-    # What a step's evaluation found, once the step's checkpoint is written; may end the run by
-    # raising.
+    # Receives a step's evaluation results after the step's checkpoint; may raise to end the run.
     evaluated: Log | None = None
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """When things happen, in optimizer steps; all of it follows from the configuration."""
+    """When to log, save and evaluate, in optimizer steps; derived from the configuration."""
 
     total_steps: int
     steps_per_epoch: int
@@ -81,23 +80,23 @@ class Schedule:
     seed: int
 
     def progress(self, step: int, *, is_logged: bool) -> Progress:
-        """Return where training stands before a step."""
+        """Return the state of training before a step."""
         return Progress(step, self.total_steps, self.steps_per_epoch, self.seed, is_logged)
 
 
 class Trainer:
-    """Trains a method on batches that someone else makes.
+    """Train a method on an iterator of batches.
 
     Args:
         method: The method, on its device.
-        optimizers: That of the method's parameters, then that of its adversary, if it has one.
-        model: What is called: the method, or its data-parallel wrapper.
-        schedule: When what happens.
-        to_batch: Turns a batch of the stream into the method's.
+        optimizers: The optimizer of the method's parameters, then that of its adversary, if any.
+        model: What the loop calls: the method, or its data-parallel wrapper.
+        schedule: When to log, save and evaluate.
+        to_batch: Converts a batch of the stream to the method's.
         precision: ``fp32`` or ``bf16``.
         max_grad_norm: Clip the gradient of the first optimizer's parameters to this norm, or None.
         micro_batch_size: Images of one forward pass, or None for all.
-        health: Raises when the run cannot come to anything.
+        health: Raises if the run has diverged or collapsed.
     """
 
     def __init__(
@@ -123,17 +122,17 @@ class Trainer:
         self.health = health
         self.micro_batch_size = micro_batch_size
         self.device = next(method.parameters()).device
-        self._bad: dict[int, int] = {}  # {row: flaw} of this rank since the last report
+        self._bad: dict[int, int] = {}  # {row: flaw} on this rank since the last report
 
     def run(
         self, batches: Iterator[NumpyBatch], *, start_step: int, rank: int, hooks: Hooks
     ) -> None:
-        """Train from ``start_step`` to the end; the number of steps is known beforehand.
+        """Train from ``start_step`` to the last step, which is known beforehand.
 
         Raises:
-            RayslError: If a batch is not the one that belongs to the step.
+            RayslError: If a batch does not belong to the step.
             DivergedError: If a loss is not finite at a logging step.
-            CollapsedError: If the features are the same for all images.
+            CollapsedError: If the features of all images are equal.
         """
         schedule = self.schedule
         meter = _Meter()
@@ -144,7 +143,7 @@ class Trainer:
             self._bad.update(_bad_images(batch))
             done = step + 1
             saves = self._due(done, schedule.checkpoint_every) or done == schedule.total_steps
-            # Also before each checkpoint: what is not finite must not replace what is.
+            # Also check before each checkpoint: a diverged state must not replace a good one.
             evaluates = self._evaluates(done)
             reads = saves or evaluates or self._due(done, schedule.log_every)
             _seed_step(schedule.seed, step, rank)
@@ -201,7 +200,7 @@ class Trainer:
     def _read(
         self, metrics: dict[str, Tensor], features: Tensor, meter: "_Meter"
     ) -> dict[str, float]:
-        """Wait for the device and return the means over ranks (of images a second, the sum)."""
+        """Wait for the device and return the means over ranks (for images a second, the sum)."""
         metrics = metrics | {
             "train/feature_std": feature_std(features),
             "train/effective_rank": effective_rank(features),
@@ -222,7 +221,7 @@ class Trainer:
         return nullcontext()
 
     def _evaluates(self, done: int) -> bool:
-        """Whether a step is evaluated: every so often, and the last one always."""
+        """Return whether to evaluate a step: at intervals, and always the last one."""
         every = self.schedule.evaluate_every
         return self._due(done, every) or (every is not None and done == self.schedule.total_steps)
 
@@ -235,7 +234,7 @@ class Trainer:
 
 
 class _Meter:
-    """Counts images and the time spent waiting for them, from one logging step to the next."""
+    """Count images, and the time spent waiting for them, between logging steps."""
 
     def __init__(self) -> None:
         self._reset()
@@ -257,14 +256,14 @@ class _Meter:
         self._images += images
 
     def pause(self, work: Callable[[], Any]) -> Any:
-        """Do something whose time is not training time."""
+        """Run something whose time does not count as training time."""
         before = time.perf_counter()
         result = work()
         self._start += time.perf_counter() - before
         return result
 
     def read(self) -> tuple[int, float, float]:
-        """Return this worker's images, its seconds of training and those spent waiting."""
+        """Return this worker's images, its seconds of training and of waiting for data."""
         elapsed_s = max(time.perf_counter() - self._start, 1e-9)
         result = self._images, elapsed_s, self._waited_s
         self._reset()
@@ -272,7 +271,7 @@ class _Meter:
 
 
 def _check_place(batch: NumpyBatch, step: int) -> None:
-    """Refuse a batch of another step: the stream and the model would have parted ways."""
+    """Reject a batch of another step: stream and model would be out of sync."""
     found = np.unique(batch[STEP])
     if len(found) != 1 or found[0] != step:
         raise RayslError(
@@ -282,7 +281,7 @@ def _check_place(batch: NumpyBatch, step: int) -> None:
 
 
 def _bad_images(batch: NumpyBatch) -> dict[int, int]:
-    """Return the rows that others stand in for, because they are bad, and each one's flaw."""
+    """Return the bad rows that were replaced in the batch, and the flaw of each."""
     if BAD not in batch:
         return {}
     places = np.flatnonzero(batch[BAD] >= 0)
@@ -290,10 +289,9 @@ def _bad_images(batch: NumpyBatch) -> dict[int, int]:
 
 
 def _seed_step(seed: int, step: int, rank: int) -> None:
-    """Make whatever is random inside a network (dropout) a function of seed, step and rank.
+    """Seed everything random inside a network (dropout) by seed, step and rank.
 
-    So there is no generator state to save: a run that goes on from a checkpoint draws what it
-    would have drawn.
+    No generator state needs saving: a run resumed from a checkpoint draws the same numbers.
     """
     sequence = np.random.SeedSequence([seed, step, rank])
     torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))

@@ -1,4 +1,4 @@
-"""Batches, workers and micro-batches: which sizes fit each other."""
+"""Check that batch, workers and micro-batches fit each other."""
 
 from typing import Any
 
@@ -9,22 +9,22 @@ from raysl.nn.backbones import BackboneConfig
 from raysl.train.gradient import can_split
 from raysl.train.loop import TrainConfig
 
-_FEWEST = 2  # images that statistics can be taken of
+_FEWEST = 2  # fewest images to compute statistics over
 
 
 def check_sizes(
     train: TrainConfig, backbone: BackboneConfig, method: MethodConfig | None, *, num_workers: int
 ) -> None:
-    """Refuse a batch that cannot be shared out, or whose parts are too small for the method.
+    """Reject a batch that the workers cannot share equally, or with parts too small for the method.
 
     Args:
         train: The batch and its micro-batches.
-        backbone: Over which images batch norm takes its statistics.
-        method: None if it is not known.
-        num_workers: That share the batch.
+        backbone: Over which images batch norm computes its statistics.
+        method: The method's settings; None if unknown.
+        num_workers: Number of workers that share the batch.
 
     Raises:
-        ConfigError: With the sizes that would do.
+        ConfigError: With sizes that would work.
     """
     batch = train.global_batch_size
     if batch % num_workers:
@@ -47,7 +47,7 @@ def check_sizes(
 
 
 def images_of_a_norm(train: TrainConfig, backbone: BackboneConfig, *, num_workers: int) -> int:
-    """Return how many images batch norm takes its statistics of in a forward pass."""
+    """Return over how many images batch norm computes its statistics in a forward pass."""
     size = train.micro_batch_size or train.global_batch_size // num_workers
     if backbone.batch_norm == "sync":
         return size * num_workers
@@ -57,13 +57,13 @@ def images_of_a_norm(train: TrainConfig, backbone: BackboneConfig, *, num_worker
 def too_few(
     train: TrainConfig, backbone: BackboneConfig, what: str, *, num_workers: int
 ) -> ConfigError:
-    """Return the error for statistics of one image, with the sizes that work.
+    """Build the error for statistics over a single image, with sizes that work.
 
     Args:
         train: The batch and its micro-batches.
-        backbone: Over which images batch norm takes its statistics.
-        what: Takes the statistics, such as "method byol".
-        num_workers: That share the batch.
+        backbone: Over which images batch norm computes its statistics.
+        what: What computes the statistics, such as "method byol".
+        num_workers: Number of workers that share the batch.
     """
     splits = backbone.batch_norm_splits if backbone.batch_norm == "split" else 1
     least, per_worker = _FEWEST * splits, train.global_batch_size // num_workers

@@ -1,1 +1,1 @@
-"""Files of weights, of raysl and of others: read without running code, told apart."""
+"""Read weight files of raysl and of other projects without running code, and recognise them."""

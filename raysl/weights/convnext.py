@@ -1,4 +1,4 @@
-"""ConvNeXt under timm's names and under torchvision's, which are of the same network.
+"""Convert ConvNeXt between timm's and torchvision's names for the same network.
 
 Liu et al. 2022, A ConvNet for the 2020s, arXiv:2201.03545v2.
 """
@@ -8,9 +8,9 @@ import re
 from raysl.weights.stored import State, StoredTensor
 
 OF_TIMM = "stages.0.blocks.0.conv_dw.weight"
-"""A name that only timm's have."""
+"""A name that occurs in timm's files only."""
 
-# Layers of a block, by torchvision's index in it.
+# Layers of a block, by their index in torchvision.
 _BLOCK = {"0": "conv_dw", "2": "norm", "3": "mlp.fc1", "5": "mlp.fc2"}
 _STEM = {"features.0.0.": "stem.0.", "features.0.1.": "stem.1.", "classifier.0.": "head.norm."}
 

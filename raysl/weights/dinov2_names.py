@@ -1,4 +1,4 @@
-"""DINOv2 under its authors' names, made into timm's.
+"""Convert DINOv2 from its authors' names to timm's.
 
 Oquab et al. 2023, DINOv2, arXiv:2304.07193v2; Darcet et al. 2023, Vision Transformers Need
 Registers, arXiv:2309.16588v2. Source: dinov2/models/vision_transformer.py and layers/swiglu_ffn.py.
@@ -12,7 +12,7 @@ from torch import Tensor
 from raysl.weights.stored import State, StoredTensor
 
 OF_DINOV2 = "blocks.0.ls1.gamma"
-"""A name of networks with layer scales, under timm's names."""
+"""A name of networks with layer scales, in timm's naming."""
 
 
 def is_dinov2(state: State) -> bool:
@@ -23,7 +23,7 @@ def is_dinov2(state: State) -> bool:
 def dinov2_to_timm(state: State) -> State:
     """Return the tensors under timm's names.
 
-    With registers timm's positions are of the patches alone: the class token holds its own.
+    With registers, timm's positions cover the patches alone; the class token includes its own.
     """
     named = {_name(name): value for name, value in state.items() if name != "mask_token"}
     token, positions = named.get("cls_token"), named.get("pos_embed")
@@ -42,6 +42,6 @@ def _patches(positions: StoredTensor) -> Tensor:
 
 
 def _name(name: str) -> str:
-    # In chunks a block keeps its number in the whole network, behind that of its chunk.
+    # In chunks, a block's number in the whole network follows the number of its chunk.
     name = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)
     return name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")

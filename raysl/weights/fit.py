@@ -1,4 +1,4 @@
-"""Whether the tensors of a file are those of a network, and getting them into it."""
+"""Check that the tensors of a file fit a network, and load them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from raysl.errors import DataError
 from raysl.weights.stored import State, StoredTensor, stored
 
-# What stands beside an encoder behind the same prefix: classifiers, heads, decoders.
+# Stored beside an encoder under the same prefix: classifiers, heads, decoders.
 _BESIDE = (
     *("fc.", "head.", "heads.", "classifier.", "head_dist.", "linear.", "mask_token", "decoder_"),
     *("projection_head.", "projector.", "predictor.", "prototypes.", "pooler."),
 )
-# The norm of a vision transformer's tokens, and that of their mean.
+# The norm of a vision transformer's tokens, and the norm of their mean.
 _NORM_BEFORE, _NORM_AFTER = ("norm.weight", "norm.bias"), ("fc_norm.weight", "fc_norm.bias")
 _NAMES_SHOWN = 5
 
@@ -23,15 +23,14 @@ def fitted(state: State, net: nn.Module, *, where: str | Path) -> dict[str, Tens
 
     Args:
         state: Tensors of a file under the network's names.
-        net: What they are for; not changed.
+        net: The network; not changed.
         where: The file, for messages.
 
     Raises:
-        DataError: If tensors are missing, left over or of another shape, or hold numbers that are
-            not finite.
+        DataError: If tensors are missing, left over, of another shape, or not finite.
     """
     wanted = net.state_dict()
-    # Files from before torch 0.4 count no batches, and nothing that raysl does reads the count.
+    # Files from before torch 0.4 have no batch counts, and raysl never reads the counts.
     counts = {name: wanted[name] for name in wanted if name.endswith("num_batches_tracked")}
     kept = {n: v for n, v in state.items() if n in wanted or not n.startswith(_BESIDE)}
     problems = _misfits(kept, wanted, may_lack=counts)
@@ -45,16 +44,17 @@ def fitted(state: State, net: nn.Module, *, where: str | Path) -> dict[str, Tens
 
 
 def pooled_anew(state: State, net: nn.Module) -> State:
-    """Return a vision transformer's tensors for a network that takes the mean before its norm.
+    """Adapt a vision transformer's tensors to a network that takes the mean before its norm.
 
-    The norm of a file's tokens says nothing of the mean of tokens: it is left out, and the norm of
-    the mean keeps the values that it has in the network. Whatever else is asked for stays as it is.
+    The file's norm of tokens does not apply to the mean of tokens: it is dropped, and the norm of
+    the mean keeps the network's values. All other tensors are unchanged.
 
     Args:
         state: Tensors of a file under the network's names.
-        net: What they are for; not changed.
+        net: The network; not changed.
 
-    Source: facebookresearch/mae, main_finetune.py:252, which loads all but ``fc_norm`` so.
+    Source: facebookresearch/mae, main_finetune.py:252, which loads everything but ``fc_norm`` in
+    this way.
     """
     wanted = net.state_dict()
     after, before = set(_NORM_AFTER), set(_NORM_BEFORE)
@@ -65,7 +65,7 @@ def pooled_anew(state: State, net: nn.Module) -> State:
 
 
 def fill(net: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load a state dict strictly, as one of this version of the module: files keep no versions."""
+    """Load a state dict strictly, without checking module versions, which files do not store."""
     own = net.state_dict()
     versioned = type(own)(state)
     if hasattr(own, "_metadata"):
@@ -76,7 +76,7 @@ def fill(net: nn.Module, state: Mapping[str, Tensor]) -> None:
 def _read(value: StoredTensor, name: str, where: str | Path) -> Tensor:
     try:
         return value.read()
-    except Exception as error:  # sizes and strides that do not go with the numbers
+    except Exception as error:  # sizes and strides that do not match the storage
         reason = str(error).strip().partition("\n")[0]
         raise DataError(f"{where}: {name} cannot be read: {reason}") from None
 
@@ -84,7 +84,7 @@ def _read(value: StoredTensor, name: str, where: str | Path) -> Tensor:
 def _misfits(
     state: State, wanted: Mapping[str, Tensor], *, may_lack: Mapping[str, Tensor]
 ) -> list[str]:
-    """What keeps a state dict from being loaded, a phrase for each kind; empty if nothing."""
+    """Describe why a state dict does not fit, one phrase for each reason; empty if it fits."""
     shapes = [
         f"{name} {state[name].shape} for {tuple(wanted[name].shape)}"
         for name in wanted

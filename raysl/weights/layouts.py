@@ -1,15 +1,15 @@
-"""Where the training codes of others keep an encoder in their files: one table.
+"""Describe in one table where other projects' training code stores an encoder.
 
-A layout says which addresses are its own, the best one first, what tells it from others that use
-the same ones, and what its code fixes but no tensor shows: attention heads, the padding of a stem,
-the normalisation of the images.
+A layout lists its addresses, the best one first, how to distinguish it from others with the same
+addresses, and what its code fixes without storing it: attention heads, the padding of a stem, the
+normalisation of images.
 
-The facts are those of the authors' repositories: main_moco.py, main_lincls.py and
-convert_to_deit.py of moco-v3, main_moco.py of moco, main_dino.py of dino, train/train.py of
-dinov2, main_pretrain.py and main_finetune.py of mae, main.py of barlowtwins, main_vicreg.py of
-vicreg, simsiam/builder.py, solo/methods/base.py of solo-learn, simclr.py of sthalles/SimCLR,
-simclr/simclr.py of Spijkervet/SimCLR, model.py of leftthomas/SimCLR, networks/resnet_big.py of
-SupContrast, convert.py of Separius/SimCLRv2-Pytorch, the checkpoints of VISSL (converted by its
+The facts are from the authors' repositories: main_moco.py, main_lincls.py and convert_to_deit.py of
+moco-v3, main_moco.py of moco, main_dino.py of dino, train/train.py of dinov2, main_pretrain.py and
+main_finetune.py of mae, main.py of barlowtwins, main_vicreg.py of vicreg, simsiam/builder.py,
+solo/methods/base.py of solo-learn, simclr.py of sthalles/SimCLR, simclr/simclr.py of
+Spijkervet/SimCLR, model.py of leftthomas/SimCLR, networks/resnet_big.py of SupContrast, convert.py
+of Separius/SimCLRv2-Pytorch, the checkpoints of VISSL (converted by its
 extra_scripts/convert_vissl_to_torchvision.py), the examples and benchmarks of lightly, and
 lightly-train.
 """
@@ -31,46 +31,46 @@ from raysl.weights.positions import fixed_positions
 from raysl.weights.stored import State
 
 ANYWHERE = r".*"
-"""The address of layouts that are told by their names alone."""
+"""The address of layouts that are recognised by parameter names alone."""
 
 _STATE = r"((state_dict|model|model_state|model_state_dict)/)?(module\.)?"
 _TRAIN = r"wrapped_model\.(_model|_features)\."
 
 
 class Network(NamedTuple):
-    """An encoder in a file, with what stands beside it."""
+    """An encoder in a file, and the tensors beside it."""
 
     address: str
     state: State
-    """Under torchvision's or timm's names."""
+    """The encoder's tensors, under torchvision's or timm's names."""
     naming: NamingName
-    """Whose names the file has for it."""
+    """The naming that the file uses for it."""
     beside: State
-    """The other tensors of the same state dict, without ``module.`` before their names."""
+    """The other tensors of the same state dict, with ``module.`` removed from their names."""
 
 
 class Place(NamedTuple):
-    """Where a layout keeps a network."""
+    """An address where a layout stores a network."""
 
     address: str
     """A regular expression."""
     what: str
-    """What the network there is called in its paper."""
+    """The network's name in its paper."""
     sign: Callable[[Network], bool] = lambda _: True
-    """Whether a network at such an address is really of this layout."""
+    """Tells whether a network at such an address really has this layout."""
 
 
 class Layout(NamedTuple):
-    """How one training code writes its files."""
+    """How one project's training code writes its files."""
 
     name: str
     whose: str
     places: tuple[Place, ...]
-    """Of several networks the first one's is taken."""
-    told: Callable[[Network], Mapping[str, Any]] = lambda _: {}
-    """Keys of :class:`BackboneConfig` that the code fixes and no tensor shows."""
+    """The first one that a file contains is used."""
+    fixed: Callable[[Network], Mapping[str, Any]] = lambda _: {}
+    """Keys of :class:`BackboneConfig` that the code fixes but does not store."""
     normalisation: Callable[[Network], Normalisation] = lambda _: IMAGENET
-    """Of its training images."""
+    """The normalisation of its training images."""
 
 
 def _has(*names: str) -> Callable[[Network], bool]:
@@ -78,13 +78,13 @@ def _has(*names: str) -> Callable[[Network], bool]:
 
 
 def _stands_beside(network: Network, *names: str) -> bool:
-    """Whether any name beside the network is one of these, or below one that ends with a dot."""
+    """Return whether a tensor beside the network has one of these names or prefixes."""
     prefixes = tuple(name for name in names if name.endswith("."))
     return any(name in names or name.startswith(prefixes or ("\0",)) for name in network.beside)
 
 
 def _is_lightly(network: Network) -> bool:
-    """Children of a Sequential, heads or addresses that only lightly has."""
+    """Recognised by children of a Sequential, heads or addresses that only lightly uses."""
     return (
         network.naming == "sequential"
         or ".vit." in network.address
@@ -94,23 +94,23 @@ def _is_lightly(network: Network) -> bool:
 
 
 def _is_solo_learn(network: Network) -> bool:
-    """It trains a linear classifier beside every method."""
+    """Recognised by the linear classifier that it trains beside every method."""
     return "classifier.weight" in network.beside
 
 
 def _is_mae(network: Network) -> bool:
-    """By its decoder or its norm of the mean; by its positions in the released files."""
+    """Recognised by its decoder or its norm of the mean; in released files, by its positions."""
     known = ("mask_token", "decoder_embed.weight", "fc_norm.weight")
     return _has(*known)(network) or fixed_positions(network.state) == "mae"
 
 
 def _is_simsiam(network: Network) -> bool:
-    """The projector in the place of the classifier, a predictor beside."""
+    """Recognised by the projector in place of the classifier, and a predictor."""
     return "fc.0.weight" in network.state and _stands_beside(network, "predictor.")
 
 
 def _is_leftthomas(network: Network) -> bool:
-    """Children of a Sequential, a head called g."""
+    """Recognised by children of a Sequential, and a head named g."""
     return network.naming == "sequential" and _stands_beside(network, "g.")
 
 
@@ -119,20 +119,20 @@ def _is_barlow(network: Network) -> bool:
 
 
 def _is_vicreg(network: Network) -> bool:
-    """A projector with norms beside, and neither predictor nor classifier."""
+    """Recognised by a projector with norms, without predictor or classifier."""
     others = ("predictor.", "classifier.", "bn.", "momentum_")
     normalised = "projector.1.running_mean" in network.beside
     return normalised and not any(n.startswith(others) for n in network.beside)
 
 
 def _is_sthalles(network: Network) -> bool:
-    """The head of two layers without norms sits in the backbone itself."""
+    """Recognised by the head of two layers without norms inside of the backbone."""
     head = {"fc.0.weight", "fc.2.weight"} <= network.state.keys()
     return head and not any(name.startswith("fc.1.") for name in network.state)
 
 
 def _is_spijkervet(network: Network) -> bool:
-    """A head without norms and without biases, and nothing else."""
+    """Recognised by a head without norms and biases, and nothing else."""
     head = "projector.0.weight" in network.beside
     others = ("projector.1.", "projector.0.bias", "predictor.", "classifier.", "momentum_")
     return head and not any(name.startswith(others) for name in network.beside)
@@ -153,26 +153,26 @@ def _width(network: Network) -> int:
 
 
 def _deit_heads(network: Network) -> dict[str, Any]:
-    """Heads of the DeiT paper, which DINO's and MAE's codes have for the sizes that they name."""
+    """Return the heads of the DeiT paper, which DINO and MAE use for the sizes that they name."""
     heads = {size.embed_dim: size.num_heads for size in VIT_SIZES.values()}.get(_width(network))
     return {"num_heads": heads} if heads else {}
 
 
-def _told_by_moco_v3(network: Network) -> dict[str, Any]:
-    """vits.py: both sizes have 12 heads, where DeiT's small one has 6."""
+def _fixed_by_moco_v3(network: Network) -> dict[str, Any]:
+    """Source: vits.py: both sizes have 12 heads, where DeiT's small one has 6."""
     if "patch_embed.proj.weight" not in network.state:
         return {}
     return {"num_heads": 12, "positions": "sincos"}
 
 
-def _told_by_mae(network: Network) -> dict[str, Any]:
-    """models_mae.py names base, large and huge; smaller ones are other people's."""
+def _fixed_by_mae(network: Network) -> dict[str, Any]:
+    """Source: models_mae.py names base, large and huge; smaller models are by others."""
     named = _width(network) >= VIT_SIZES["vit_base"].embed_dim
     fixed = {} if "fc_norm.weight" in network.state else {"positions": "sincos"}
     return fixed | (_deit_heads(network) if named else {})
 
 
-def _told_by_solo_learn(network: Network) -> dict[str, Any]:
+def _fixed_by_solo_learn(network: Network) -> dict[str, Any]:
     """For CIFAR it pads its 3 x 3 stem by 2; tiny and small have 12 heads in MAE and MoCo v3."""
     if _small_stem(network):
         return {"stem": "cifar_padded"}
@@ -184,15 +184,15 @@ def _told_by_solo_learn(network: Network) -> dict[str, Any]:
 
 
 def _normalised_by_solo_learn(network: Network) -> Normalisation:
-    """By the data set, which stem and classes tell."""
+    """Return the normalisation of its data set, derived from the stem and the number of classes."""
     classes = network.beside["classifier.weight"].shape[0] if _is_solo_learn(network) else 0
     if _small_stem(network):
         return OF_SOLO_LEARN["cifar100" if classes == 100 else "cifar10"]
     return IMAGENET
 
 
-def _told_by_simclr_v2(network: Network) -> dict[str, Any]:
-    """Its resnet.py pads the pools of the shortcuts with zeros, and counts them."""
+def _fixed_by_simclr_v2(network: Network) -> dict[str, Any]:
+    """Its resnet.py pads the pools of the shortcuts with zeros and counts them."""
     selective = any(".squeeze." in name for name in network.state)
     return {"shortcut_edge": "zeros"} if selective else {}
 
@@ -215,7 +215,7 @@ LAYOUTS = (
         "simclr_v2",
         "SimCLR v2, converted by Separius/SimCLRv2-Pytorch",
         (Place(ANYWHERE, "the network", lambda network: network.naming == "simclr_v2"),),
-        told=_told_by_simclr_v2,
+        fixed=_fixed_by_simclr_v2,
         normalisation=lambda _: PIXELS,
     ),
     Layout(
@@ -234,7 +234,7 @@ LAYOUTS = (
             Place(r"teacher/(module\.)?(backbone\.)?", "the teacher"),
             Place(r"student/(module\.)?(backbone\.)?", "the student"),
         ),
-        told=_deit_heads,
+        fixed=_deit_heads,
     ),
     Layout(
         "moco_v3",
@@ -248,7 +248,7 @@ LAYOUTS = (
             ),
             Place(rf"{_STATE}momentum_encoder\.", "the momentum encoder"),
         ),
-        told=_told_by_moco_v3,
+        fixed=_fixed_by_moco_v3,
     ),
     Layout(
         "moco",
@@ -262,7 +262,7 @@ LAYOUTS = (
         "mae",
         "MAE, pretrained or fine-tuned",
         (Place(_STATE, "the encoder", _is_mae),),
-        told=_told_by_mae,
+        fixed=_fixed_by_mae,
     ),
     Layout(
         "barlow",
@@ -288,7 +288,7 @@ LAYOUTS = (
                 rf"{_STATE}momentum_(backbone|encoder)\.", "the momentum backbone", _is_solo_learn
             ),
         ),
-        told=_told_by_solo_learn,
+        fixed=_fixed_by_solo_learn,
         normalisation=_normalised_by_solo_learn,
     ),
     Layout(
@@ -298,7 +298,7 @@ LAYOUTS = (
             Place(rf"{_STATE}f\.", "the network", _is_leftthomas),
             Place(rf"{_STATE}encoder\.", "the encoder", _is_supcontrast),
         ),
-        told=lambda network: {"stem": "cifar"} if _small_stem(network) else {},
+        fixed=lambda network: {"stem": "cifar"} if _small_stem(network) else {},
         normalisation=lambda _: CIFAR10_WITHIN,
     ),
     Layout(
@@ -334,7 +334,7 @@ LAYOUTS = (
             Place(rf"{_STATE}backbone\.", "the backbone", _is_sthalles),
             Place(rf"{_STATE}encoder\.", "the encoder", _is_spijkervet),
         ),
-        normalisation=lambda _: PIXELS,  # both train on the pixels of ToTensor as they are
+        normalisation=lambda _: PIXELS,  # both train on the unnormalised pixels of ToTensor
     ),
     Layout(
         "torchvision",
@@ -347,6 +347,6 @@ LAYOUTS = (
         (Place(rf"{_STATE}(timm_model\.)?", "the network"),),
     ),
 )
-"""In the order in which ``auto`` tries them: the first one that has an address of the file."""
+"""In the order in which ``auto`` tries them; the first one with an address in the file is used."""
 
 OTHER = Layout("other", "none of the known ones", (Place(ANYWHERE, "the network"),))

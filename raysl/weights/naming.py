@@ -1,4 +1,4 @@
-"""An encoder under whatever names its code gives it, and under those that raysl's networks have."""
+"""Convert an encoder's parameter names from other conventions to those of raysl's networks."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -23,12 +23,12 @@ OF_TORCHVISION = (
 )
 OF_TIMMS_VIT = ("patch_embed.proj.weight",)
 
-# torchvision's children in an nn.Sequential; the same without the pooling of the stem, as in
-# leftthomas/SimCLR; and those of lightly's ResNetGenerator, which has no ReLU among them either.
+# torchvision's children in an nn.Sequential; the same without the stem's pooling, as in
+# leftthomas/SimCLR; and those of lightly's ResNetGenerator, which also has no ReLU there.
 _SEQUENTIAL = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 _UNPOOLED = {"0": "conv1", "1": "bn1", "3": "layer1", "4": "layer2", "5": "layer3", "6": "layer4"}
 _GENERATED = {"0": "conv1", "1": "bn1", "2": "layer1", "3": "layer2", "4": "layer3", "5": "layer4"}
-# By the first stage's place; the later stages of one are at the places of another one's first.
+# By the index of the first stage; indices of later stages are those of another variant's first.
 _CHILDREN = {
     "2.0.conv1.weight": _GENERATED,
     "3.0.conv1.weight": _UNPOOLED,
@@ -39,7 +39,7 @@ ANCHORS = (
     *(*OF_TORCHVISION, *OF_TIMMS_VIT, OF_TIMM, *_CHILDREN),
     *(OF_VIT, OF_RESNET, OF_SIMCLR_V2),
 )
-"""Names that tell where an encoder begins."""
+"""Names that mark the start of an encoder."""
 
 
 class Named(NamedTuple):
@@ -47,7 +47,7 @@ class Named(NamedTuple):
 
     state: State
     naming: NamingName
-    """Whose names it had; plain if it had these."""
+    """Its original naming; plain if the names were not changed."""
 
 
 _BY_NAME: dict[str, tuple[NamingName, Callable[[State], State]]] = {

@@ -1,7 +1,7 @@
-"""The encoders in a file: where they begin, whose layout they have, and which one is taken.
+"""Find the encoders in a weight file, recognise their layout, and choose one.
 
-An encoder is found by a name that every network of its kind has (``layer1.0.conv1.weight``); what
-stands before that name, together with the keys that lead to its state dict, is its address, such as
+An encoder is found by a name that every network of its kind has (``layer1.0.conv1.weight``). What
+precedes that name, together with the keys that lead to its state dict, is its address, such as
 ``state_dict/module.encoder_q.``.
 """
 
@@ -17,18 +17,18 @@ _DEEPEST = 6
 
 
 class Found(NamedTuple):
-    """A network, and whose layout it was found by."""
+    """The chosen network, and the layout that it was recognised by."""
 
     network: Network
     layout: Layout
     what: str
-    """What it is called in its paper."""
+    """The network's name in its paper."""
     others: tuple[str, ...]
-    """Addresses of the networks of the file that were not taken."""
+    """Addresses of the other networks in the file."""
 
     @property
     def taken(self) -> str:
-        """What is taken, in words, and of how many."""
+        """The choice in words, and from how many networks."""
         at = f"{self.what} ({self.network.address or 'the whole file'})"
         if not self.others:
             return at
@@ -39,7 +39,7 @@ def find_networks(content: Content, anchors: Collection[str] = ANCHORS) -> list[
     """Return every encoder in a file.
 
     Args:
-        content: What the file holds.
+        content: The content of the file.
         anchors: Names of which an encoder has at least one.
     """
     wanted = {*anchors}
@@ -65,7 +65,7 @@ def find_networks(content: Content, anchors: Collection[str] = ANCHORS) -> list[
 
 
 def networks_named(content: Content, wanted: Collection[str]) -> list[Network]:
-    """Return those of a file's networks that have the most of some names, which may be none."""
+    """Return the networks with the largest number of the wanted names; possibly none."""
     networks = find_networks(content, {*wanted, *ANCHORS})
     names = {*wanted}
     most = max((len(network.state.keys() & names) for network in networks), default=0)
@@ -75,12 +75,12 @@ def networks_named(content: Content, wanted: Collection[str]) -> list[Network]:
 def choose(
     networks: list[Network], layout: str = "auto", *, address: str | None = None
 ) -> Found | None:
-    """Return the network to take, None if a layout has none of them.
+    """Choose a network; None if a named layout has none of them.
 
     Args:
         networks: Not empty.
         layout: Name of one of :data:`raysl.weights.layouts.LAYOUTS`, or ``auto``.
-        address: Take the network at this address; None takes the one that its layout puts first.
+        address: Choose the network at this address; None takes the one that its layout prefers.
     """
     allowed = [n for n in networks if address is None or n.address == address]
     known = [known for known in LAYOUTS if layout in ("auto", known.name)]
@@ -92,7 +92,7 @@ def choose(
     if layout == "auto" and allowed:
         best = max(allowed, key=lambda network: len(network.state))
         return Found(best, OTHER, "the network", _others(best, networks))
-    for owner, place in places:  # who names a layout knows better than its signs
+    for owner, place in places:  # a named layout overrides its ``sign``
         if layout != "auto" and place.address != ANYWHERE and _at(place, allowed):
             best = _at(place, allowed)[0]
             return Found(best, owner, place.what, _others(best, networks))
@@ -110,8 +110,8 @@ def _others(network: Network, networks: list[Network]) -> tuple[str, ...]:
 def _state_dicts(
     content: Content, keys: tuple[str, ...], seen: set[int]
 ) -> Iterator[tuple[tuple[str, ...], State]]:
-    """Every mapping that holds tensors, with the keys that lead to it."""
-    if id(content) in seen or len(keys) > _DEEPEST:  # a pickle's mapping may hold itself
+    """Yield every mapping that holds tensors, with the keys that lead to it."""
+    if id(content) in seen or len(keys) > _DEEPEST:  # a pickled mapping may contain itself
         return
     seen.add(id(content))
     tensors = {
@@ -127,7 +127,7 @@ def _state_dicts(
 
 
 def _prefixes(name: str, wanted: Collection[str]) -> Iterator[str]:
-    """What stands before each wanted name that this one ends with."""
+    """Yield the prefix before each wanted name that this name ends with."""
     start = 0
     while start >= 0:
         if name[start:] in wanted:

@@ -1,4 +1,4 @@
-"""Means and deviations of the images that others train on, which no file of weights holds."""
+"""List the channel means and deviations that other projects train with; files omit them."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ Channels = tuple[float, float, float]
 
 
 class Normalisation(NamedTuple):
-    """What is taken from the channels of an image in [0, 1], and what they are divided by."""
+    """The values subtracted from the channels of an image in [0, 1], and those that divide them."""
 
     mean: Channels
     std: Channels

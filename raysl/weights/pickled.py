@@ -1,10 +1,10 @@
-"""Files of ``torch.save`` as data: tensors and plain values are read, nothing else is made or run.
+"""Read ``torch.save`` files as data: tensors and plain values only; no code is run.
 
-A pickle is a small program that names functions for its reader to call. This reader knows the few
-that put tensors and dictionaries together, in its own form. Every other name, whoever's class or
-function it is, becomes a placeholder that swallows what it is given: nothing is imported, nothing
-called. So checkpoints whose trainers left options, loggers or whole modules in them can be read.
-Names that make sense only in an attack are an error, as nobody should use the rest of such a file.
+A pickle is a small program that names functions for its reader to call. This reader has its own
+versions of the few that build tensors and dictionaries. Any other name, class or function, becomes
+a placeholder that ignores its arguments: nothing is imported or called. So checkpoints that contain
+options, loggers or whole modules can be read. Names that only make sense in an attack are an error,
+because the rest of such a file should not be used either.
 """
 
 import pickle
@@ -22,9 +22,9 @@ from raysl.weights.stored import StoredTensor
 
 # torch/serialization.py: the first number of a file from before torch 1.6.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_LEGACY_PARTS = 3  # that number, the version, what the machine was
+_LEGACY_PARTS = 3  # the magic number, the version, the machine's properties
 _LENGTH_BYTES = 8
-_LOCAL_HEADER_BYTES = 30  # of a file in a zip archive, up to its name
+_LOCAL_HEADER_BYTES = 30  # of a zip archive's member, up to its name
 
 _STORAGES = {
     "FloatStorage": torch.float32,
@@ -50,11 +50,11 @@ _BUILTINS = ("builtins", "__builtin__", "io", "_io")
 
 
 class AttackError(Exception):
-    """A file asks its reader to run code."""
+    """A file tries to run code in its reader."""
 
 
 class _Storage(NamedTuple):
-    """Numbers in the file, in a row."""
+    """A storage in the file: consecutive numbers."""
 
     key: str
     dtype: torch.dtype
@@ -67,25 +67,25 @@ class _StorageType(NamedTuple):
 
 
 class Placeholder:
-    """What stands for everything that is neither a tensor nor plain data."""
+    """Stands for everything that is neither a tensor nor plain data."""
 
     name = "?"
 
     def __new__(cls, *_: object, **__: object) -> "Placeholder":
-        """Take whatever the real class would have been given."""
+        """Accept the arguments of the real class."""
         return object.__new__(cls)
 
     def __init__(self, *_: object, **__: object) -> None:
         pass
 
     def _swallow(self, *_: object, **__: object) -> None:
-        """Take in whatever a pickle puts into an object."""
+        """Accept any state that a pickle sets on an object."""
 
     __call__ = __setstate__ = __setitem__ = append = extend = add = _swallow
 
 
 class _Reader:
-    """Unpickles, and knows where the file keeps a storage's numbers."""
+    """Unpickle a file, reading the storages of its tensors on demand."""
 
     def __init__(self, numbers: Callable[[_Storage], bytes], *, swapped: bool = False) -> None:
         self.numbers = numbers
@@ -104,7 +104,7 @@ class _Reader:
         stride: tuple[int, ...],
         *rest: Any,
     ) -> StoredTensor:
-        """Stand for ``torch._utils._rebuild_tensor`` and its later versions."""
+        """Replace ``torch._utils._rebuild_tensor`` and its later versions."""
         if not isinstance(storage, _Storage):
             raise pickle.UnpicklingError("a tensor without numbers")
         dtypes = [value for value in rest if isinstance(value, torch.dtype)]
@@ -131,10 +131,10 @@ class _Reader:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Resolves names to this file's own things; what it makes belongs to one file alone."""
+    """Resolve names to this module's replacements only; one instance reads one file."""
 
     def __init__(self, file: BinaryIO, reader: _Reader) -> None:
-        # As torch.load reads the files of Python 2.
+        # As torch.load does for files of Python 2.
         super().__init__(file, encoding="utf-8", errors="surrogateescape")
         self._reader = reader
         self._made: dict[tuple[str, str], type] = {}
@@ -149,7 +149,7 @@ class _Unpickler(pickle.Unpickler):
             "_rebuild_tensor_v3": reader.tensor,
             "_rebuild_parameter": lambda data, *_: data,
             "_rebuild_parameter_with_state": lambda data, *_: data,
-            # Of a tensor with attributes; the function is one of these.
+            # For tensors with attributes; the function is one of these.
             "_rebuild_from_type_v2": lambda function, _type, values, _state: function(*values),
         }
 
@@ -157,7 +157,7 @@ class _Unpickler(pickle.Unpickler):
         """Return the storage that a tensor refers to."""
         if not isinstance(saved, tuple) or not saved:
             raise pickle.UnpicklingError("a reference to nothing known")
-        if saved[0] == "module":  # a class with its source code, of old files
+        if saved[0] == "module":  # a class with its source code, in old files
             return saved[1]
         kind, key, count = saved[1], str(saved[2]), int(saved[4])
         if saved[0] != "storage" or not isinstance(kind, _StorageType):
@@ -170,7 +170,7 @@ class _Unpickler(pickle.Unpickler):
         return storage
 
     def find_class(self, module: str, name: str, /) -> Any:
-        """Return what stands for a name; never what the name means in Python."""
+        """Return the replacement for a name, never the object it names in Python."""
         root = module.partition(".")[0]
         if root in _ATTACKS or (module in _BUILTINS and name in _BUILTIN_ATTACKS):
             raise AttackError(f"{module}.{name}")
@@ -189,11 +189,11 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_pickled(path: Path) -> Any:
-    """Return what ``torch.save`` wrote, with :class:`StoredTensor` for tensors.
+    """Read what ``torch.save`` wrote, with :class:`StoredTensor` for tensors.
 
     Raises:
-        AttackError: If the file asks its reader to run code.
-        Exception: Whatever else a file that is damaged or not torch's may lead to.
+        AttackError: If the file tries to run code.
+        Exception: Any other error caused by a damaged file or one of another format.
     """
     if zipfile.is_zipfile(path):
         return _read_zip(path)
@@ -229,7 +229,7 @@ def _read_zip(path: Path) -> Any:
 
 
 def _record(path: Path, info: zipfile.ZipInfo) -> bytes:
-    """Read one file of an archive, which need not be searched for it again."""
+    """Read one member of an archive at its known offset."""
     with open(path, "rb") as file:
         file.seek(info.header_offset)
         header = file.read(_LOCAL_HEADER_BYTES)
@@ -247,7 +247,7 @@ def _part(data: bytes, storage: _Storage) -> bytes:
 
 
 def _read_legacy(path: Path) -> Any:
-    """Files from before torch 1.6: five pickles, then the storages one after the other."""
+    """Read a file from before torch 1.6: five pickles, then the storages one after the other."""
     places: dict[str, int] = {}
 
     def numbers(storage: _Storage) -> bytes:

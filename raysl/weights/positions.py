@@ -1,4 +1,4 @@
-"""Fixed sines and cosines among learnt positions, and whose order they have."""
+"""Recognise fixed sine-cosine positions among learnt ones, and the order of their features."""
 
 import math
 from typing import Literal
@@ -8,16 +8,16 @@ import torch
 from raysl.nn.vit import sincos_positions
 from raysl.weights.stored import State
 
-# Half precision keeps sines to 5e-4; learnt positions are nowhere near.
+# Half precision keeps sines to 5e-4; learnt positions are much further away.
 _CLOSE = 2e-3
 
 
 def fixed_positions(state: State) -> Literal["mae", "moco_v3"] | None:
-    """Return whose fixed positions a vision transformer has, None if it has learnt ones.
+    """Return whose fixed positions a vision transformer has; None if they are learnt.
 
-    MAE's first half of the features tells the column, MoCo v3's the row: its vits.py lays its
-    grid out by ``torch.meshgrid`` with the first index down the image, MAE's pos_embed.py by
-    numpy's with the first index across. The class token's row is 0 in both.
+    In MAE's positions the first half of the features encodes the column, in MoCo v3's the row: its
+    vits.py builds the grid with ``torch.meshgrid``, whose first index runs down the image; MAE's
+    pos_embed.py uses numpy's, whose first index runs across. The class token's row is 0 in both.
 
     Args:
         state: An encoder under timm's names; ``pos_embed`` is ``(1, 1 + side**2, D)``.
@@ -28,12 +28,12 @@ def fixed_positions(state: State) -> Literal["mae", "moco_v3"] | None:
     if len(stored.shape) != 3 or stored.shape[0] != 1 or stored.shape[2] % 4:
         return None
     side, dim = math.isqrt(max(stored.shape[1] - 1, 0)), stored.shape[2]
-    # One patch has the same position in either order.
+    # A single patch has the same position in either order.
     if side < 2 or stored.shape[1] != 1 + side**2:
         return None
     try:
         found = stored.read().float()
-    except Exception:  # damaged in whatever way; who loads the network reads it again and says so
+    except Exception:  # damaged in some way; loading the network will report it
         return None
     of_mae = sincos_positions(dim, side, side)
     of_moco = torch.cat([of_mae[..., dim // 2 :], of_mae[..., : dim // 2]], dim=-1)

@@ -1,4 +1,4 @@
-"""Any file of weights: safetensors, or what ``torch.save`` wrote in any version since 0.4."""
+"""Read any weight file: safetensors, or ``torch.save`` in any version since 0.4."""
 
 import pickle
 import tarfile
@@ -17,17 +17,17 @@ _SHOWN_BYTES = 8
 
 
 def read_content(path: Path) -> Content:
-    """Read what a file of weights holds; tensors stay in the file until they are asked for.
+    """Read the content of a weight file; tensors stay in the file until they are requested.
 
     Args:
-        path: A ``.safetensors`` file, or one of ``torch.save`` by whatever name.
+        path: A ``.safetensors`` file, or one by ``torch.save`` under any name.
 
     Returns:
-        Mappings of mappings, with :class:`StoredTensor` for tensors.
+        Nested mappings, with :class:`StoredTensor` for tensors.
 
     Raises:
-        DataError: If the file cannot be read, is damaged, holds no mapping, or asks for code to
-            be run. None of its code is run, whatever it holds.
+        DataError: If the file cannot be read, is damaged, holds no mapping, or tries to run code.
+            None of its code is ever run.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file; give a run folder or a file of weights")
@@ -49,7 +49,7 @@ def read_content(path: Path) -> Content:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Return whether a file is of safetensors, by its name or its first bytes."""
+    """Return whether a file is in the safetensors format, by its name or its first bytes."""
     return path.suffix == ".safetensors" or _start(path)[_SHOWN_BYTES:] == b"{"
 
 
@@ -81,7 +81,7 @@ def read_safetensors(path: Path) -> State:
 
 
 def read_header(path: Path) -> dict[str, str]:
-    """Return the texts in a safetensors file's header.
+    """Return the metadata in a safetensors file's header.
 
     Raises:
         DataError: If it is not one, or damaged.
@@ -94,7 +94,7 @@ def read_header(path: Path) -> dict[str, str]:
 
 
 def not_safetensors(path: Path, error: Exception) -> DataError:
-    """Return the error for what is no safetensors file, or is not there."""
+    """Build the error for a file that is missing or not in the safetensors format."""
     if not path.exists():
         return DataError(
             f"{path}: no such file or folder; give a finished run, or a file of weights"
@@ -110,7 +110,7 @@ def _read_pickled(path: Path, start: bytes) -> Any:
             f"{path}: not a file of tensors alone, and code in it is not run: it asks for {error}; "
             "do not load it with anything else"
         ) from None
-    except Exception as error:  # a damaged or hostile pickle raises whatever it likes
+    except Exception as error:  # a damaged or hostile pickle may raise anything
         if isinstance(error, pickle.UnpicklingError | UnicodeDecodeError) and start[0] != 0x80:
             reason = f"neither safetensors nor of torch.save; it starts with {start[:-1]!r}"
         else:

@@ -1,4 +1,4 @@
-"""Which backbone a state dict is of, told by its names and shapes."""
+"""Recognise a backbone by the names and shapes of its tensors."""
 
 import math
 import re
@@ -11,13 +11,13 @@ from raysl.weights.dinov2_names import OF_DINOV2
 from raysl.weights.stored import State
 
 _STAGES = (1, 2, 3, 4)
-# Blocks of each stage, and channels of the first one.
+# Number of blocks of each stage, and channels of the first one.
 _CONVNEXTS = {
     "convnext_tiny": ((3, 3, 9, 3), 96),
     "convnext_small": ((3, 3, 27, 3), 96),
     "convnext_base": ((3, 3, 27, 3), 128),
 }
-# DINOv2's by features and blocks, as timm calls them: arXiv:2304.07193v2, table 17.
+# DINOv2's sizes by features and blocks, with timm's names: arXiv:2304.07193v2, table 17.
 _DINOV2 = {(384, 12): "small", (768, 12): "base", (1024, 24): "large", (1536, 40): "giant"}
 _DINOV2_PATCH_PX, _DINOV2_REGISTERS = 14, 4
 _IMAGENET_STEM_PX = 7
@@ -25,29 +25,29 @@ _CHANNELS = 64  # of the first stage at width 1
 
 
 class Recognised(NamedTuple):
-    """What is known of a backbone."""
+    """The settings of a recognised backbone."""
 
     section: dict[str, Any]
-    """Keys of :class:`BackboneConfig`; no name if it is none that raysl knows by name."""
+    """Keys of :class:`BackboneConfig`; without a name if raysl does not know the backbone."""
     image_size_px: int | None
-    """Side of the images that its positions are for; None if it takes any."""
+    """Side of the images that its positions were made for; None if it takes any size."""
     guessed: tuple[str, ...]
-    """What the tensors do not tell, and was assumed: see :func:`assumed`."""
+    """Settings that were assumed because tensors do not show them; see :func:`assumed`."""
 
 
 def assumed(setting: str, because: str, *, otherwise: str) -> str:
-    """Return one assumption in words.
+    """Describe one assumption in words.
 
     Args:
-        setting: What was assumed, as an override: ``backbone.pool=cls``.
-        because: Why.
-        otherwise: The overrides that set it otherwise.
+        setting: The assumption, as an override: ``backbone.pool=cls``.
+        because: The reason.
+        otherwise: The overrides to set it otherwise.
     """
     return f"{setting} ({because}); otherwise {otherwise}"
 
 
 def recognise(state: State) -> Recognised:
-    """Return what the names and shapes of an encoder's tensors tell."""
+    """Derive a backbone's settings from the names and shapes of its tensors."""
     if "layer1.0.conv1.weight" in state or "layer1.0.conv1.conv.weight" in state:
         return _resnet(state)
     if "patch_embed.proj.weight" in state:
@@ -64,7 +64,7 @@ def _resnet(state: State) -> Recognised:
     deep_stem = "conv1.6.weight" in state
     stem = _shape(state, "conv1.6.weight" if deep_stem else "conv1.weight")
     channels = stem[0] if stem else 0
-    # Selective kernels and basic blocks are of plain networks only, the first ones in the table.
+    # Selective kernels and basic blocks only occur in plain networks, the first in the table.
     inner = _shape(state, "layer1.0.conv2.weight") if bottleneck else None
     names = [
         name
@@ -98,7 +98,7 @@ def _resnet(state: State) -> Recognised:
 
 
 def _fits(group_width: int, groups: int, inner: tuple[int, ...], channels: int) -> bool:
-    """Whether a bottleneck's 3 x 3 convolution is one of a layout."""
+    """Return whether a bottleneck's 3 x 3 convolution matches a layout."""
     expected = channels * group_width // _CHANNELS * groups
     return inner[0] == expected and inner[1] * groups == expected
 
@@ -139,7 +139,7 @@ def _heads(size: str) -> str:
 
 
 def _side(positions: tuple[int, ...] | None) -> int:
-    """How many patches an image has at a side: a square of them, perhaps after a class token."""
+    """Return the number of patches at a side: a square of them, after an optional class token."""
     count = positions[1] if positions else 0
     side = math.isqrt(count)
     return side if side**2 == count else math.isqrt(count - 1)
@@ -153,7 +153,7 @@ def _convnext(state: State) -> Recognised:
 
 
 def _count(names: Iterable[str], pattern: str) -> int:
-    """How many different numbers a pattern finds at the beginning of names."""
+    """Count the different numbers that a pattern finds at the start of names."""
     return len({match[1] for name in names if (match := re.match(pattern, name))})
 
 

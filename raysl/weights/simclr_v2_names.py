@@ -1,4 +1,4 @@
-"""SimCLR v2's networks under the names of Separius/SimCLRv2-Pytorch, made into ours.
+"""Convert SimCLR v2's networks from the names of Separius/SimCLRv2-Pytorch to ours.
 
 Source: resnet.py and convert.py there; with selective kernels they have ResNet-D's stem and
 shortcuts.
@@ -9,9 +9,9 @@ import re
 from raysl.weights.stored import State
 
 OF_SIMCLR_V2 = "net.1.blocks.0.net.0.weight"
-"""A name that only these have."""
+"""A name that only occurs in these files."""
 
-# In a sequence, a norm with its ReLU is one entry, and the norm that entry's first.
+# In a sequence, a norm and its ReLU are one entry, with the norm as its first child.
 _STEM = {"0": "conv1", "1.0": "bn1"}
 _SELECTIVE_STEM = {
     **{"0": "conv1.0", "1.0": "conv1.1", "2": "conv1.3", "3.0": "conv1.4", "4": "conv1.6"},

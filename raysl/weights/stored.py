@@ -7,19 +7,19 @@ from torch import Tensor
 
 
 class StoredTensor(NamedTuple):
-    """What a file says of a tensor, and how to get it."""
+    """The shape of a tensor in a file, and how to read it."""
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
-    """Returns it on the CPU, in memory of its own."""
+    """Reads the tensor to memory of its own, on the CPU."""
 
 
-# What a file holds: mappings of mappings, at whose ends are stored tensors and other things.
+# Nested mappings, with stored tensors and other objects as leaves.
 Content = Mapping[str, Any]
 # The tensors of one network, by name.
 State = dict[str, StoredTensor]
 
 
 def stored(tensor: Tensor) -> StoredTensor:
-    """Return a tensor in memory as one in a file."""
+    """Wrap a tensor in memory as a stored one."""
     return StoredTensor(tuple(tensor.shape), lambda: tensor)

@@ -1,4 +1,4 @@
-"""ViT, ViTMAE, DINOv2 and ResNet under the names of Hugging Face's transformers.
+"""Convert ViT, ViTMAE, DINOv2 and ResNet from the names of Hugging Face's transformers.
 
 Source: transformers' modeling_vit.py, modeling_vit_mae.py, modeling_dinov2.py,
 modeling_dinov2_with_registers.py and modeling_resnet.py; ``save_pretrained`` of version 5 keeps the
@@ -21,7 +21,7 @@ _TOP = {
     "embeddings.": "",
     "layernorm.": "norm.",
 }
-# Version 4's names of a layer's parts, then version 5's.
+# Version 4's names of a layer's modules, then version 5's.
 _LAYER = {
     "attention.attention.query": "attn.q",
     "attention.attention.key": "attn.k",
@@ -44,7 +44,7 @@ _LAYER = {
     "mlp.down_proj": "mlp.fc2",
 }
 _JOINED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.fc1": ("mlp.gate", "mlp.up")}
-"""What timm keeps in one layer, in the order of its rows."""
+"""The tensors that timm keeps in one layer, in the order of its rows."""
 
 
 def vit_from_transformers(state: State) -> State:
@@ -74,7 +74,7 @@ def _vit_name(name: str) -> str:
 
 
 def _join(named: State, block: str, whole: str, rest: str) -> None:
-    """Put layers that are apart one below the other; if one is missing, leave them apart."""
+    """Concatenate layers that are stored separately; if one is missing, leave them separate."""
     names = [f"{block}{part}.{rest}" for part in _JOINED[whole]]
     if all(name in named for name in names):
         parts = [named.pop(name) for name in names]
@@ -83,7 +83,7 @@ def _join(named: State, block: str, whole: str, rest: str) -> None:
 
 
 class _Rows:
-    """Reads tensors that are apart as one."""
+    """Read several tensors as one."""
 
     def __init__(self, parts: list[StoredTensor]) -> None:
         self.parts = parts

@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all."""
+"""Write files and folders atomically."""
 
 import os
 import shutil
@@ -9,16 +9,16 @@ from pathlib import Path
 
 @contextmanager
 def appears_whole(path: Path) -> Iterator[Path]:
-    """Give a place beside ``path`` to write to; what is there at the end takes its name.
+    """Provide a temporary path to write to, and rename it to ``path`` at the end.
 
-    Whatever goes wrong inside, a full disk too, leaves ``path`` as it was and nothing beside it; a
-    process that is killed leaves a hidden file, which the next one of its kind replaces.
+    Any error in the block, including a full disk, leaves ``path`` as it was, and nothing beside it.
+    A killed process leaves a hidden file, which the next one of its kind replaces.
 
     Args:
-        path: A file, or a folder. A folder that is there already is exchanged as a whole.
+        path: A file, or a folder. An existing folder is replaced as a whole.
 
     Yields:
-        Where to write; a folder has to be made.
+        The path to write to; a folder has to be created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp.{path.name}")

@@ -13,7 +13,7 @@ from raysl.augment.pipeline import Crop, View, make_views
 from raysl.data.block import Block, view_column
 from raysl.data.decode import Flaw, decode_or_flaw
 from raysl.data.plan import Plan
-from raysl.data.stream import ItemMaker, Making, concatenate, iterate
+from raysl.data.stream import BlockSpec, ItemMaker, concatenate, iterate
 from raysl.errors import DataError, DecodeError
 from raysl.sources.pixels import PLAIN
 from raysl.sources.source import ArraySource, BadImagesConfig
@@ -67,7 +67,7 @@ def _maker(
         window_size=30,
     )
     bad_images = BadImagesConfig.model_validate({"policy": policy})
-    return ItemMaker(source or _source(), plan, Making(VIEWS, bad_images=bad_images))
+    return ItemMaker(source or _source(), plan, BlockSpec(VIEWS, bad_images=bad_images))
 
 
 def _iterate(make: ItemMaker, **changes: Any) -> list[Block]:
@@ -198,7 +198,7 @@ class TestBadImages:
 
     def test_replace_draws_from_the_same_group(self) -> None:
         source = _Encoded("toy", _source().images)
-        make = ItemMaker(_Grouped(source), _maker().plan, _maker(policy="replace").making)
+        make = ItemMaker(_Grouped(source), _maker().plan, _maker(policy="replace").spec)
         source.broken = tuple(range(20, 50, 3))
         drawn = [
             (int(bad), int(index))
@@ -230,7 +230,7 @@ class TestBadImages:
     def test_a_group_of_nothing_else_is_replaced_from_the_others(self) -> None:
         source = _Encoded("toy", _source().images)
         source.broken = tuple(range(20))
-        make = ItemMaker(_Grouped(source), _maker().plan, _maker(policy="replace").making)
+        make = ItemMaker(_Grouped(source), _maker().plan, _maker(policy="replace").spec)
         indices = np.concatenate([make(position)["index"] for position in range(24)])
         assert indices.min() >= 20
 
@@ -248,7 +248,7 @@ class TestLargeJpegs:
 
         source = Photos("photos", np.zeros((8, 1, 1), dtype=np.uint8))
         plan = Plan([8], seed=0, global_batch_size=8, item_size=8, num_steps=1)
-        block = ItemMaker(source, plan, Making(views))(0)
+        block = ItemMaker(source, plan, BlockSpec(views))(0)
         sizes = []
         for row, index in enumerate(block["index"].tolist()):
             decode_or_flaw(encoded.tobytes(), PLAIN, shrink=lambda h, w: sizes.append((h, w)) or 1)
@@ -264,8 +264,8 @@ class TestColorOnTheDevice:
         whole = (View(count=2, size_px=12, ops=ops), View(size_px=8))
         crops = (View(count=2, size_px=12), View(size_px=8))
         plan = _maker(4).plan
-        device = ItemMaker(_source(), plan, Making(whole, color_on="device"))(5)
-        bare = ItemMaker(_source(), plan, Making(crops))(5)
+        device = ItemMaker(_source(), plan, BlockSpec(whole, color_on="device"))(5)
+        bare = ItemMaker(_source(), plan, BlockSpec(crops))(5)
         np.testing.assert_array_equal(device["views_0"], bare["views_0"])
         np.testing.assert_array_equal(device["views_1"], bare["views_1"])
         assert device["numbers_0"].shape == (4, 2, 10)
@@ -363,7 +363,7 @@ class TestIterate:
                 return super().__call__(position)
 
         base = _maker()
-        make = Slow(base.source, base.plan, base.making)
+        make = Slow(base.source, base.plan, base.spec)
         batches = iterate(
             make, start_step=0, rank=0, world_size=1, num_threads=1, prefetch_steps=100
         )
@@ -385,7 +385,7 @@ class TestIterate:
                 return super().__call__(position)
 
         base = _maker()
-        make = Counting(base.source, base.plan, base.making)
+        make = Counting(base.source, base.plan, base.spec)
         batches = iterate(
             make, start_step=0, rank=0, world_size=1, num_threads=2, prefetch_steps=prefetch_steps
         )

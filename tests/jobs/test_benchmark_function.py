@@ -8,7 +8,7 @@ import pytest
 from raysl.augment.crop import Image
 from raysl.augment.pipeline import View
 from raysl.data.plan import Plan
-from raysl.data.stream import Making
+from raysl.data.stream import BlockSpec
 from raysl.jobs import benchmark_function
 from raysl.jobs.benchmark_function import (
     cost_of,
@@ -46,7 +46,7 @@ def plan() -> Plan:
     return Plan([20], seed=0, global_batch_size=8, item_size=4, num_steps=5)
 
 
-MAKING = Making((View(size_px=8),))
+MAKING = BlockSpec((View(size_px=8),))
 
 
 class TestTimeFunction:
@@ -65,8 +65,8 @@ class TestTimeFunction:
         class Maker:
             """Takes 3 seconds an item, and 13 with operations."""
 
-            def __init__(self, source: ArraySource, plan: Plan, making: Making) -> None:
-                self.source, self.has_ops = source, bool(making.views[0].ops)
+            def __init__(self, source: ArraySource, plan: Plan, spec: BlockSpec) -> None:
+                self.source, self.has_ops = source, bool(spec.views[0].ops)
 
             def __call__(self, position: int) -> None:
                 made.append(self.has_ops)
@@ -76,7 +76,7 @@ class TestTimeFunction:
         monkeypatch.setattr(benchmark_function, "ItemMaker", Maker)
         view = View.model_validate({"size_px": 8, "ops": ({"op": "flip"},)})
         slow = Slow("slow", pixels())
-        found = time_function(slow, plan(), Making((view,)), seconds=100, start=0)
+        found = time_function(slow, plan(), BlockSpec((view,)), seconds=100, start=0)
         assert found.images_per_s == pytest.approx(4 / 17)
         assert found.read_share == pytest.approx(4 / 17)
         assert found.decode_share == pytest.approx(3 / 17)

@@ -9,7 +9,7 @@ import pytest
 from raysl.augment.pipeline import View
 from raysl.config.load import read_mapping
 from raysl.data.plan import Plan
-from raysl.data.stream import Making
+from raysl.data.stream import BlockSpec
 from raysl.errors import ClusterError, DecodeError
 from raysl.recipe import run_from_values
 from raysl.runtime import benchmark_input
@@ -28,7 +28,7 @@ from raysl.sources.source import ArraySource, BadImagesConfig
 
 pytestmark = pytest.mark.ray
 
-MAKING = Making((View(count=2, size_px=16),))
+MAKING = BlockSpec((View(count=2, size_px=16),))
 TWO = Layout(0, 0.0, 2, 0.9, False, 1, 1)
 ALL = Layout(0, 0.0, 4, 0.99, False, 1, 1)
 

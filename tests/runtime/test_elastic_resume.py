@@ -30,7 +30,7 @@ from raysl.augment.ops import Blur, ColorJitter, Flip
 from raysl.augment.pipeline import Crop, View
 from raysl.data.block import Block
 from raysl.data.plan import Plan
-from raysl.data.stream import ItemMaker, Making, iterate, joined
+from raysl.data.stream import BlockSpec, ItemMaker, iterate, joined
 from raysl.runtime.cluster import Layout
 from raysl.runtime.ray_data import OpenRest, execution_options, iterate_shard
 from raysl.sources.source import ArraySource
@@ -102,7 +102,7 @@ def rest(
     return OpenRest(
         ray.put(images),
         plan(item_size),
-        Making(VIEWS),
+        BlockSpec(VIEWS),
         checkpoints=folder / "checkpoints",
         layout=Layout(num_workers, CPUS_PER_TRAIN_WORKER, num_data_workers, 0.5, False, 1, 1),
     )
@@ -110,7 +110,7 @@ def rest(
 
 def bare(item_size: int = BATCH) -> Iterator[Block]:
     """Return the batches of a run without Ray."""
-    make = ItemMaker(source(), plan(item_size), Making(VIEWS))
+    make = ItemMaker(source(), plan(item_size), BlockSpec(VIEWS))
     return iterate(make, start_step=0, rank=0, world_size=1, num_threads=1)
 
 

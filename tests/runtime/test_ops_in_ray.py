@@ -18,7 +18,7 @@ from raysl.augment.recipes import CustomViews
 from raysl.config.load import parse_yaml, validate
 from raysl.data.block import Block, view_column
 from raysl.data.plan import Plan
-from raysl.data.stream import ItemMaker, Making, iterate, joined
+from raysl.data.stream import BlockSpec, ItemMaker, iterate, joined
 from raysl.runtime.cluster import Layout
 from raysl.runtime.ray_data import execution_options, iterate_shard, open_dataset
 from raysl.sources.source import ArraySource
@@ -82,14 +82,16 @@ def plan() -> Plan:
 
 
 def in_this_process(views: tuple[View, ...]) -> Iterator[Block]:
-    make = ItemMaker(source(), plan(), Making(views))
+    make = ItemMaker(source(), plan(), BlockSpec(views))
     return iterate(make, start_step=0, rank=0, world_size=1, num_threads=1)
 
 
 def in_ray() -> Iterator[Block]:
     ray.data.DataContext.get_current().execution_options = execution_options()
     layout = Layout(1, 1.0, 2, 0.9, False, 1, 1)
-    dataset = open_dataset(ray.put(source()), plan(), Making(kinds()), start_step=0, layout=layout)
+    dataset = open_dataset(
+        ray.put(source()), plan(), BlockSpec(kinds()), start_step=0, layout=layout
+    )
     return map(joined, iterate_shard(dataset.iterator, batch_size=BATCH, prefetch_batches=2))
 
 

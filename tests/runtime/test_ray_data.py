@@ -10,7 +10,7 @@ from raysl.augment.ops import Blur, ColorJitter, Flip
 from raysl.augment.pipeline import Crop, View
 from raysl.data.block import Block
 from raysl.data.plan import Plan
-from raysl.data.stream import ItemMaker, Making, iterate, joined
+from raysl.data.stream import BlockSpec, ItemMaker, iterate, joined
 from raysl.runtime.cluster import Layout
 from raysl.runtime.ray_data import (
     Packing,
@@ -60,12 +60,16 @@ class TestPlanSource:
 class TestPacking:
     def test_a_small_batch_of_one_item_shares_a_block_with_those_of_later_steps(self) -> None:
         long = Plan([50], seed=3, global_batch_size=8, item_size=8, num_steps=100_000)
-        assert packing_for(long, Making(VIEWS), start_step=0, num_workers=1).steps_per_block == 512
-        packing = packing_for(long, Making(VIEWS), start_step=99_900, num_workers=1)
+        assert (
+            packing_for(long, BlockSpec(VIEWS), start_step=0, num_workers=1).steps_per_block == 512
+        )
+        packing = packing_for(long, BlockSpec(VIEWS), start_step=99_900, num_workers=1)
         assert packing == Packing(99_900, 1, 3)  # so that there are at least 32 blocks
         assert packing.num_blocks(long) == 34
         assert packing.positions(1, long) == [99_903, 99_904, 99_905]
-        assert packing_for(plan(8), Making(VIEWS), start_step=4, num_workers=1).steps_per_block == 1
+        assert (
+            packing_for(plan(8), BlockSpec(VIEWS), start_step=4, num_workers=1).steps_per_block == 1
+        )
 
     @pytest.mark.parametrize("start_step", [0, 4])
     @pytest.mark.parametrize("steps_per_block", [1, 2, 4, 100])
@@ -84,9 +88,11 @@ class TestPacking:
             assert mine[: len(real)] == real
 
     def test_large_blocks_and_batches_of_several_items_are_not_packed(self) -> None:
-        large = Making((View(count=2, size_px=1000),))
+        large = BlockSpec((View(count=2, size_px=1000),))
         assert packing_for(plan(8), large, start_step=0, num_workers=1).steps_per_block == 1
-        assert packing_for(plan(2), Making(VIEWS), start_step=0, num_workers=2).steps_per_block == 1
+        assert (
+            packing_for(plan(2), BlockSpec(VIEWS), start_step=0, num_workers=2).steps_per_block == 1
+        )
 
 
 class TestStream:
@@ -104,13 +110,13 @@ class TestStream:
         dataset = open_dataset(
             ray.put(source()),
             plan(item_size),
-            Making(VIEWS),
+            BlockSpec(VIEWS),
             start_step=start_step,
             layout=layout(num_data_workers),
         )
         found = iterate_shard(dataset.iterator, batch_size=8, prefetch_batches=2)
         expected = iterate(
-            ItemMaker(source(), plan(item_size), Making(VIEWS)),
+            ItemMaker(source(), plan(item_size), BlockSpec(VIEWS)),
             start_step=start_step,
             rank=0,
             world_size=1,

@@ -23,7 +23,7 @@ from raysl.augment.ops import (
 from raysl.augment.pipeline import View, device_ops
 from raysl.augment.recipes import BYOLViews, SimCLRViews
 from raysl.data.plan import Plan
-from raysl.data.stream import ItemMaker, Making
+from raysl.data.stream import BlockSpec, ItemMaker
 from raysl.sources.source import ArraySource
 from raysl.train.batches import view_converter
 from raysl.train.device_ops import apply_ops
@@ -110,7 +110,7 @@ def test_a_whole_batch_has_the_views_of_the_cpu(images: np.ndarray, recipe: Any)
             std=(1 / 255,) * 3,
             channels_last=True,
             device_ops=[device_ops(view) for view in views],
-        )(ItemMaker(source, plan, Making(views, color_on=where))(0))
+        )(ItemMaker(source, plan, BlockSpec(views, color_on=where))(0))
         for where in ("cpu", "device")
     ]
     assert [tuple(view.shape) for view in made[1]] == [(14, 3, 48, 48)] * 2
