@@ -14,8 +14,10 @@
 
 Each takes one message: Ray pickles exceptions between processes, and a class whose ``__init__``
 takes more loses its text on the way. A message says where, what was given, what is allowed and
-what to do.
+what to do. Where an error has to cross as plain values it goes as an :class:`ErrorRecord`.
 """
+
+from typing import TypedDict, final
 
 
 class RayslError(Exception):
@@ -60,6 +62,28 @@ class CollapsedError(RayslError):
 
 class SweepError(RayslError):
     """A sweep lost trials, or some failed, or none of them is the best."""
+
+
+@final
+class ErrorRecord(TypedDict):
+    """An error of raysl's own, as it goes to another process or lies on the disk."""
+
+    error: str
+    """Its class."""
+    message: str
+
+
+def to_record(error: RayslError) -> ErrorRecord:
+    """Return an error as plain values."""
+    return {"error": type(error).__name__, "message": str(error)}
+
+
+def from_record(record: ErrorRecord) -> RayslError:
+    """Return the error again; one of a class that is not known here as its parent."""
+    kind = globals().get(record["error"])
+    if not (isinstance(kind, type) and issubclass(kind, RayslError)):
+        kind = RayslError
+    return kind(record["message"])
 
 
 def counted(number: int, what: str) -> str:

@@ -12,6 +12,7 @@ from raysl.commands.counting import CountView
 from raysl.commands.evaluation_record import evaluation_table, json_of, send
 from raysl.commands.terminal import console, mapping_table, print_json, say, say_notes
 from raysl.errors import ConfigError
+from raysl.evaluate.record import EvaluationResult, write_evaluation_result
 from raysl.evaluate.registry import (
     DEFAULT,
     PROTOCOLS,
@@ -47,7 +48,8 @@ from raysl.runtime.ray_embed import features_on_ray
 from raysl.runtime.ray_evaluate import run_on_ray
 from raysl.runtime.ray_train import pretrain_on_ray
 from raysl.sources.source import Source
-from raysl.track.run_folder import RunFolder, working_folder, write_json
+from raysl.track.results import Results
+from raysl.track.run_folder import RunFolder, working_folder
 from raysl.track.uri import check_tracking_uri
 
 _EPILOG = """\
@@ -170,7 +172,7 @@ def _open(config: EvaluationConfig, origin: Origin) -> EvaluationSets:
     return sets
 
 
-def _evaluate(asked: Asked, transfer: Asked | None) -> dict[str, Any]:
+def _evaluate(asked: Asked, transfer: Asked | None) -> EvaluationResult:
     view = CountView()
     with ExitStack() as stack:
         stack.callback(view.close)
@@ -179,12 +181,12 @@ def _evaluate(asked: Asked, transfer: Asked | None) -> dict[str, Any]:
             found = _one(transfer, view, stack)
             for name, values in found["protocols"].items():
                 key = TRANSFER if name == "linear" else f"{TRANSFER}_{name}"
-                record["protocols"][key] = values | {"source": found["source"]}
-            write_json(asked.folder.record, record)
+                record["protocols"][key] = {**values, "source": found["source"]}
+            write_evaluation_result(asked.folder.record, record)
     return record
 
 
-def _one(asked: Asked, view: CountView, stack: ExitStack) -> dict[str, Any]:
+def _one(asked: Asked, view: CountView, stack: ExitStack) -> EvaluationResult:
     sets = asked.sets
     say(
         f"evaluating {asked.origin.encoder} on {len(sets.train):,} training and "
@@ -226,7 +228,7 @@ def _ways(asked: Asked, view: CountView, stack: ExitStack) -> Ways:
         start_ray()
         yield from run_on_ray(units, sets, device=cluster.device)
 
-    def train(config: RunConfig[Any], folder: RunFolder, source: Source) -> dict[str, Any]:
+    def train(config: RunConfig[Any], folder: RunFolder, source: Source) -> Results:
         view.close()
         say(f"training {folder.path.name}: {folder.path}")
         if not on_ray:
@@ -260,7 +262,7 @@ def _draw(asked: Asked) -> None:
         say(f"  {picture} could not be drawn: {problem}")
 
 
-def _say_results(asked: Asked, record: dict[str, Any]) -> None:
+def _say_results(asked: Asked, record: EvaluationResult) -> None:
     out = console()
     if record["protocols"]:
         out.print(evaluation_table(record))

@@ -1,7 +1,6 @@
 """An evaluation as a person and as MLflow get it."""
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +9,24 @@ from rich.table import Table
 
 from raysl.commands.record import git_state
 from raysl.commands.run_tracking import say_trouble
+from raysl.evaluate.record import EvaluationResult
 from raysl.evaluate.registry import PROTOCOLS
 from raysl.jobs.evaluation import Asked
 from raysl.jobs.evaluation_folder import EvaluationFolder
 from raysl.sources.source import digest
-from raysl.track.run_folder import RunFolder, read_json, write_json
+from raysl.track.mlflow_record import (
+    TrackedEvaluation,
+    read_tracked_evaluation,
+    read_tracked_run,
+    write_tracked_evaluation,
+)
+from raysl.track.run_folder import RunFolder
 from raysl.track.uri import tracking_uri, without_password
 
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._ -]+")
 
 
-def evaluation_table(record: Mapping[str, Any]) -> Table:
+def evaluation_table(record: EvaluationResult) -> Table:
     """Return the table of protocols."""
     features = record["features"]
     table = Table(
@@ -50,14 +56,14 @@ def evaluation_table(record: Mapping[str, Any]) -> Table:
     return table
 
 
-def json_of(record: Mapping[str, Any]) -> dict[str, Any]:
+def json_of(record: EvaluationResult) -> dict[str, Any]:
     """Return protocol -> what it gave; without labels, what needs none."""
     if record["protocols"]:
         return dict(record["protocols"])
     return {"label_free": record["label_free"]}
 
 
-def metrics_of(record: Mapping[str, Any]) -> dict[str, float]:
+def metrics_of(record: EvaluationResult) -> dict[str, float]:
     """Return the metrics that MLflow gets: ``evaluate/SOURCE/PROTOCOL``."""
     place = f"evaluate/{_mlflow_name(record['source'])}"
     metrics = {}
@@ -70,20 +76,20 @@ def metrics_of(record: Mapping[str, Any]) -> dict[str, float]:
     return metrics | {f"{place}/{name}": value for name, value in record["label_free"].items()}
 
 
-def send(asked: Asked, record: Mapping[str, Any], *, home: Path) -> None:
+def send(asked: Asked, record: EvaluationResult, *, home: Path) -> None:
     """Send an evaluation to the MLflow run that trained the encoder; say it if that fails."""
     track, folder = asked.config.track, asked.folder
     if not track.mlflow:
         return
-    trained_in = asked.origin.run and read_json(RunFolder(asked.origin.run).mlflow)
-    sent = read_json(folder.mlflow) or {}
-    uri = tracking_uri(track.tracking_uri, folder=home)
-    if trained_in and "***" not in trained_in["uri"]:
-        uri = tracking_uri(trained_in["uri"], folder=home)
-    run_id = (trained_in or sent).get("run_id")
+    run = asked.origin.run
+    trained_in = None if run is None else read_tracked_run(RunFolder(run).mlflow)
+    sent = read_tracked_evaluation(folder.mlflow)
+    known = trained_in and trained_in.whole_uri
+    uri = tracking_uri(track.tracking_uri if known is None else known, folder=home)
+    tracked = trained_in or sent
     metrics = metrics_of(record)
     what = digest(repr(sorted(metrics.items())), without_password(uri))
-    if sent.get("what") == what:
+    if sent is not None and sent.what == what:
         return
     # MLflow takes seconds to load.
     from raysl.track.mlflow_evaluation import EvaluationRecord, send_evaluation  # noqa: PLC0415
@@ -100,7 +106,7 @@ def send(asked: Asked, record: Mapping[str, Any], *, home: Path) -> None:
                 place=f"evaluations/{folder.path.name}",
             ),
             uri=uri,
-            run_id=run_id,
+            run_id=None if tracked is None else tracked.run_id,
             experiment=track.experiment,
             run_name=f"{asked.origin.folder.name}-evaluation",
         )
@@ -108,7 +114,7 @@ def send(asked: Asked, record: Mapping[str, Any], *, home: Path) -> None:
         trouble = problem_of(error, uri=uri, experiment=track.experiment)
         say_trouble(trouble, uri, ended=True)
         return
-    write_json(folder.mlflow, {"run_id": run_id, "uri": without_password(uri), "what": what})
+    write_tracked_evaluation(folder.mlflow, TrackedEvaluation(run_id, without_password(uri), what))
 
 
 def _artifacts(folder: EvaluationFolder) -> list[Path]:

@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import re
 import shlex
 import time
 from pathlib import Path
@@ -15,7 +14,8 @@ from raysl.config.load import apply_overrides, validate
 from raysl.errors import ConfigError, ExportError, RayslError
 from raysl.exchange.export import FORMATS, ExportConfig, Exported, export
 from raysl.exchange.exportable import Exportable, largest_difference, open_exportable
-from raysl.track.run_folder import RunFolder, read_json
+from raysl.track.mlflow_record import TrackedRun, read_tracked_run
+from raysl.track.run_folder import RunFolder
 from raysl.track.uri import same_store, tracking_uri, without_password
 
 _MLFLOW = "mlflow"
@@ -144,8 +144,8 @@ def _place(exportable: Exportable, output: Path | None, name: str, *, alone: boo
 def _register(
     exportable: Exportable, arguments: argparse.Namespace, config: ExportConfig
 ) -> dict[str, Any]:
-    kept = read_json(RunFolder(exportable.path.parent).mlflow) or {}
-    uri, run_id = _address(kept, config)
+    trained_in = read_tracked_run(RunFolder(exportable.path.parent).mlflow)
+    uri, run_id = _address(trained_in, config)
     size = exportable.size_px
 
     def check(model: Any) -> float:
@@ -161,7 +161,7 @@ def _register(
         uri=uri,
         name=arguments.name,
         run_id=run_id,
-        experiment=kept.get("experiment", "raysl"),
+        experiment=(trained_in and trained_in.experiment) or "raysl",
         size_px=size,
         embed_dim=exportable.width,
         packages=packages("torch", "torchvision"),
@@ -182,14 +182,13 @@ def _register(
     }
 
 
-def _address(kept: dict[str, Any], config: ExportConfig) -> tuple[str, str | None]:
+def _address(trained_in: TrackedRun | None, config: ExportConfig) -> tuple[str, str | None]:
     """Return MLflow's address, and the run that trained the encoder if it is there."""
-    asked, known = config.tracking_uri, kept.get("uri")
-    # A password is not kept; an environment that knows it speaks for itself.
-    if asked is None and known is not None and not re.search(r":\*\*\*@", known):
-        asked = known
-    uri = tracking_uri(asked, folder=Path.cwd())
-    return uri, kept.get("run_id") if same_store(known, uri) else None
+    asked = config.tracking_uri
+    if trained_in is None:
+        return tracking_uri(asked, folder=Path.cwd()), None
+    uri = tracking_uri(trained_in.whole_uri if asked is None else asked, folder=Path.cwd())
+    return uri, trained_in.run_id if same_store(trained_in.uri, uri) else None
 
 
 def _values(done: Exported) -> dict[str, Any]:

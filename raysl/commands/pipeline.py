@@ -2,7 +2,7 @@
 
 import argparse
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +23,7 @@ from raysl.runtime.cluster import connect, disconnect
 from raysl.sources.open import open_source
 from raysl.sources.place import absolute_config, as_place
 from raysl.sources.subset import whole_source
+from raysl.track.results import PipelineResults, Results, StepResult
 from raysl.track.run_folder import RunFolder, working_folder, write_atomically, write_json
 from raysl.track.uri import tracking_uri, without_password
 
@@ -122,11 +123,11 @@ class _Pipeline:
         self._runs = Runs(config, folder.path)
         self._home = home
         self._told_of = told_of
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[StepResult] = []
         self._uri = tracking_uri(config.track.tracking_uri, folder=home)
         self._tracker = self._start_tracker()
 
-    def go_on(self, *, needs_ray: bool) -> dict[str, Any]:
+    def go_on(self, *, needs_ray: bool) -> PipelineResults:
         """Run the steps that are not finished; return the results of all."""
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         try:
@@ -147,7 +148,7 @@ class _Pipeline:
         console().print(f"report    {self._folder.report}", markup=False)
         return results
 
-    def _run(self, step: Step, number: int) -> dict[str, Any]:
+    def _run(self, step: Step, number: int) -> StepResult:
         teacher = self._teacher(step)
         config = self._runs.config(step, teacher)
         say(f"\nstep {number} of {len(self._steps)}: {step.name}")
@@ -166,13 +167,13 @@ class _Pipeline:
         of = [row for row in self._rows if row["step"] in step.teachers]
         return max(of, key=lambda row: row["top1"] or 0.0)["step"] if of else None
 
-    def _write(self) -> dict[str, Any]:
+    def _write(self) -> PipelineResults:
         """Write what is known by now: table, picture, page."""
         finished = len(self._rows)
-        results = {
+        results: PipelineResults = {
             "pipeline_dir": str(self._folder.path),
             "finished": finished,
-            "steps": [dict(row) for row in self._rows],
+            "steps": list(self._rows),
             "mlflow_run_id": None if self._tracker is None else self._tracker.run_id,
         }
         write_json(self._folder.path / "pipeline.json", results)
@@ -230,12 +231,10 @@ class _Pipeline:
         say_trouble(self._tracker.trouble, self._uri, ended=True)
 
 
-def _row(
-    step: Step, teacher: str | None, config: RunConfig[Any], results: Mapping[str, Any]
-) -> dict[str, Any]:
+def _row(step: Step, teacher: str | None, config: RunConfig[Any], results: Results) -> StepResult:
     """Return what the table says of a finished step."""
-    measured = ("top1", "linear_top1", "knn_top1")
-    top1 = next((results[name] for name in measured if name in results), None)
+    found = results.get("top1"), results.get("linear_top1"), results.get("knn_top1")
+    top1 = next((value for value in found if value is not None), None)
     width = f" {config.backbone.width:g}x" if config.backbone.width != 1 else ""
     return {
         "step": step.name,
@@ -253,7 +252,7 @@ def _row(
     }
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def _table(rows: Sequence[StepResult]) -> Table:
     table = Table(title="Accuracy on the test images")
     table.add_column("step")
     for column in ("labels", "head layer", "network", "top-1", "seconds"):

@@ -43,6 +43,7 @@ from raysl.sources.open import open_source
 from raysl.sources.source import Source
 from raysl.sources.subset import whole_source
 from raysl.track.follow import Follower, MetricsReader, Record
+from raysl.track.results import Results
 from raysl.track.run_folder import (
     RunFolder,
     latest_step,
@@ -51,7 +52,6 @@ from raysl.track.run_folder import (
     read_metrics,
     working_folder,
     write_atomically,
-    write_json,
 )
 from raysl.track.uri import tracking_uri
 
@@ -129,7 +129,7 @@ def train_run(
     extend: bool = False,
     tags: Mapping[str, str] | None = None,
     told_of: Collection[str] = (),
-) -> dict[str, Any]:
+) -> Results:
     """Train a run in its folder, or go on with it; one that is finished only tells its results.
 
     Args:
@@ -227,7 +227,7 @@ def _with_new_defaults(folder: RunFolder) -> RunConfig[Any] | dict[str, Any]:
     return with_absolute_sources(found, first=started_from(folder, found.output_dir))
 
 
-def _finished(run: Run, results: dict[str, Any]) -> dict[str, Any]:
+def _finished(run: Run, results: Results) -> Results:
     """Tell of a run that is finished, and of its images if they are others by now."""
     folder, config = run.folder, run.config
     write_atomically(folder.config, to_yaml(config.model_dump(mode="json")))
@@ -248,14 +248,14 @@ def _finished(run: Run, results: dict[str, Any]) -> dict[str, Any]:
     return _send_again(opened, results)
 
 
-def _train(opened: Opened, told_of: Collection[str]) -> dict[str, Any]:
+def _train(opened: Opened, told_of: Collection[str]) -> Results:
     config, folder, derived = opened.config, opened.folder, opened.derived
     done = latest_step(folder.checkpoints)
     _say_start(opened, done, told_of)
     if config.track.mlflow and config.cluster.num_train_workers > 0:
         load_mlflow(opened.uri)
     with ExitStack() as stack:
-        start: Callable[[], dict[str, Any]] = lambda: pretrain_here(  # noqa: E731
+        start: Callable[[], Results] = lambda: pretrain_here(  # noqa: E731
             config, folder=folder, source=opened.source
         )
         facts: dict[str, str] = {}
@@ -324,14 +324,12 @@ def _start_tracker(
     )
 
 
-def _finish(
-    opened: Opened, results: dict[str, Any], tracker: "MlflowTracker | None"
-) -> dict[str, Any]:
+def _finish(opened: Opened, results: Results, tracker: "MlflowTracker | None") -> Results:
     """Draw the report, end the MLflow run, and write the results with all that is known now."""
     folder = opened.folder
     records = read_metrics(folder.metrics)
-    results = {"run_dir": str(folder.path), **results, **speed(records, opened.run.began_at)}
-    write_json(folder.results, {k: v for k, v in results.items() if k != "run_dir"})
+    results = results | speed(records, opened.run.began_at)
+    folder.write_results(results)
     say("drawing the report")
     from raysl.report.page import draw_all  # noqa: PLC0415 - matplotlib takes a second
 
@@ -339,23 +337,24 @@ def _finish(
         folder, source=opened.source, config=opened.config, derived=opened.derived
     ):
         say(f"  {picture} could not be drawn: {problem}")
-    results |= _end_tracker(opened, tracker)
-    write_json(folder.results, results)
+    place: Results = {"run_dir": str(folder.path)}
+    results = place | results | _end_tracker(opened, tracker)
+    folder.write_results(results)
     return results
 
 
-def _end_tracker(opened: Opened, tracker: "MlflowTracker | None") -> dict[str, Any]:
+def _end_tracker(opened: Opened, tracker: "MlflowTracker | None") -> Results:
     folder = opened.folder
     return end_tracker(tracker, folder, opened.config.track, artifacts=run_artifacts(folder))
 
 
-def _send_again(opened: Opened, results: dict[str, Any]) -> dict[str, Any]:
+def _send_again(opened: Opened, results: Results) -> Results:
     """Send to MLflow what it could not take when the run ended."""
     if results.get("mlflow_problem") is None:
         return results
     tracker = _start_tracker(opened, {}, ended=True)
     results = results | _end_tracker(opened, tracker)
-    write_json(opened.folder.results, results)
+    opened.folder.write_results(results)
     return results
 
 

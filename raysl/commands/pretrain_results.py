@@ -10,6 +10,7 @@ from raysl.commands.terminal import accuracy_table, classifier_line, console, sa
 from raysl.jobs.online import read_failures
 from raysl.recipe import RunConfig
 from raysl.sources.source import BUILT_IN
+from raysl.track.results import Results
 from raysl.track.run_folder import RunFolder
 from raysl.track.uri import compare_line
 
@@ -28,7 +29,7 @@ class Run(NamedTuple):
     began_at: float  # in seconds since 1970
 
 
-def speed(records: list[dict[str, Any]], began_at: float) -> dict[str, float]:
+def speed(records: list[dict[str, Any]], began_at: float) -> Results:
     """Return images a second and the share of waiting from the first to the last step."""
     timed = [r for r in records if r.get("time/train_s")]
     seconds = sum(r["time/train_s"] for r in timed)
@@ -36,15 +37,17 @@ def speed(records: list[dict[str, Any]], began_at: float) -> dict[str, float]:
     waited = sum(r["data/wait_share"] * r["time/train_s"] for r in timed)
     firsts = [r["time/first_step_at"] for r in records if "time/first_step_at" in r]
     recent = [first - began_at for first in firsts if first >= began_at]
-    return {
+    results: Results = {
         "images_per_s": images / seconds if seconds else 0.0,
         "data_wait": waited / seconds if seconds else 0.0,
-        **({"seconds_to_first_step": recent[0]} if recent else {}),
-        "seconds": time.time() - began_at,
     }
+    if recent:
+        results["seconds_to_first_step"] = recent[0]
+    results["seconds"] = time.time() - began_at
+    return results
 
 
-def say_results(run: Run, results: Mapping[str, Any]) -> None:
+def say_results(run: Run, results: Results) -> None:
     """Tell what a run gave, where it lies, and what may come next."""
     folder, config = run.folder, run.config
     out = console()
@@ -77,7 +80,7 @@ def say_results(run: Run, results: Mapping[str, Any]) -> None:
     out.print("\n".join(lines), markup=False)
 
 
-def _next_command(run: Run, results: Mapping[str, Any]) -> str:
+def _next_command(run: Run, results: Results) -> str:
     """Return the line that goes one step further with this run; it runs as it stands."""
     if run.config.method.classifies:
         return command("distill", run.folder.path)

@@ -9,6 +9,7 @@ from raysl.commands.record import packages
 from raysl.commands.terminal import say
 from raysl.encoder import load_encoder, read_description
 from raysl.track.config import TrackConfig
+from raysl.track.results import Results
 from raysl.track.run_folder import RunFolder
 from raysl.track.uri import without_password
 
@@ -97,7 +98,7 @@ def end_tracker(
     track: TrackConfig,
     *,
     artifacts: Sequence[Path],
-) -> dict[str, Any]:
+) -> Results:
     """Send the rest of a finished run, its files and its encoder; return what to keep of it."""
     if tracker is None:
         return {"mlflow_run_id": None}

@@ -51,6 +51,7 @@ from raysl.sweep.trial import (
     read_trials,
     write_trial,
 )
+from raysl.track.results import SweepResults
 from raysl.track.run_folder import working_folder, write_atomically, write_json
 from raysl.track.uri import check_tracking_uri, tracking_uri, without_password
 
@@ -180,7 +181,7 @@ class _Sweep:
         self._tracking: SweepTracking | None = None
         self._lost: dict[int, str] = {}
 
-    def go_on(self, candidates: Sequence[tuple[Candidate, RunConfig[Any]]]) -> dict[str, Any]:
+    def go_on(self, candidates: Sequence[tuple[Candidate, RunConfig[Any]]]) -> SweepResults:
         """Run what has not ended; return the results."""
         for candidate, config in candidates:
             self.write(candidate, config)
@@ -333,7 +334,7 @@ class _Sweep:
             f"  {shares.why}\n  {self.folder.path}"
         )
 
-    def _conclude(self) -> dict[str, Any]:
+    def _conclude(self) -> SweepResults:
         """Compare the trials; write summary, pictures, page and the best one's configuration."""
         sweep, folder = self.sweep, self.folder
         trials = self._trials()
@@ -351,15 +352,16 @@ class _Sweep:
             folder, sweep, trials, summary, next_line=next_line(sweep, folder, summary)
         ):
             say(f"  {picture} could not be drawn: {problem}")
-        results |= self._end_tracking(results)
+        self._end_tracking(results)
         write_json(folder.summary, results)
         say_results(sweep, folder, trials, summary)
         return results
 
-    def _end_tracking(self, results: Mapping[str, Any]) -> dict[str, Any]:
+    def _end_tracking(self, results: SweepResults) -> None:
+        """Send the rest to MLflow, and put into the results where it is."""
         folder = self.folder
         if not self.sweep.track.mlflow:
-            return {"parent_run_id": None}
+            return
         tracking = self._tracking or self._start_tracking()
         assert tracking is not None
         say(f"sending the rest to MLflow ({without_password(tracking.uri)})")
@@ -376,7 +378,8 @@ class _Sweep:
         artifacts += sorted(folder.pictures.glob("*.png"))
         tracking.finish(status="FINISHED", artifacts=artifacts, tags=tags)
         say_trouble(tracking.trouble, tracking.uri, ended=True)
-        return {"parent_run_id": tracking.parent_run_id, "mlflow_problem": tracking.problem}
+        results["parent_run_id"] = tracking.parent_run_id
+        results["mlflow_problem"] = tracking.problem
 
 
 def _say_candidates(sweep: SweepConfig, candidates: Sequence[Candidate]) -> None:

@@ -15,6 +15,7 @@ from raysl.sweep.in_flight import change_behind
 from raysl.sweep.space import trial_name
 from raysl.sweep.summary import Summary
 from raysl.sweep.trial import SweepFolder, Trial, last_measured
+from raysl.track.results import SweepResults
 from raysl.track.run_folder import RunFolder, working_folder, write_atomically
 from raysl.track.uri import compare_line
 
@@ -53,7 +54,7 @@ def next_line(sweep: SweepConfig, folder: SweepFolder, summary: Summary) -> str 
 
 def results_of(
     sweep: SweepConfig, folder: SweepFolder, trials: Sequence[Trial], summary: Summary
-) -> dict[str, Any]:
+) -> SweepResults:
     """Return what `--json` prints and ``summary.json`` keeps."""
     best = summary.best
     placed = sum(placed_seconds(trial) for trial in trials)

@@ -15,7 +15,7 @@ from rich.table import Table
 from raysl.commands.record import flat
 from raysl.commands.terminal import console
 from raysl.config.load import read_mapping
-from raysl.jobs.sweep_trial import read_error
+from raysl.jobs.run_error import read_error
 from raysl.sweep.config import SweepConfig
 from raysl.sweep.summary import best_of, ranked
 from raysl.sweep.trial import (
@@ -261,7 +261,8 @@ class SweepWatch:
         if folder.read_results() is None:  # else it finished, whatever came after
             candidate = read_candidate(folder)
             assert candidate is not None
-            error = error or read_error(folder)
+            told = read_error(folder)
+            error = error or (told and f"{told['error']}: {told['message']}")
             status: Literal["failed", "stopped"] = "failed" if error else "stopped"
             write_trial(folder, candidate, status=status, error=error)
         trial = self._read(number)

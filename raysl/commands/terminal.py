@@ -14,6 +14,7 @@ from rich.table import Table
 
 from raysl.sources.source import Source
 from raysl.track.follow import Record
+from raysl.track.results import Features, Results, scores_of
 
 _LINE_EVERY_S = 10.0
 _PLAIN_WIDTH = 110
@@ -144,7 +145,7 @@ class ProgressView:
         return f"{count} evaluation{'s' if count > 1 else ''}"
 
 
-def accuracy_table(results: Mapping[str, Any]) -> Table:
+def accuracy_table(results: Results) -> Table:
     """Return the table of what pretraining gave, against its start and bare pixels.
 
     Without a column of few labels where there were too few for it.
@@ -157,15 +158,23 @@ def accuracy_table(results: Mapping[str, Any]) -> Table:
     if has_few:
         few = f"{results['few_shot_labels']} labels a class"
         table.add_column(f"{few} (mean of {results['few_shot_draws']})", justify="right")
-    rows = (("pretrained", ""), ("before training", "untrained_"), ("pixels", "pixels_"))
-    for label, prefix in rows:
-        if f"{prefix}knn_top1" not in results:
+    rows: dict[Features, str] = {
+        "": "pretrained",
+        "untrained_": "before training",
+        "pixels_": "pixels",
+    }
+    for features, label in rows.items():
+        scores = scores_of(results, features)
+        if scores.knn_top1 is None or scores.linear_top1 is None:
             continue
-        cells = [f"{results[prefix + name]:.1%}" for name in ("knn_top1", "linear_top1")]
+        cells = [f"{scores.knn_top1:.1%}", f"{scores.linear_top1:.1%}"]
         if has_few:
-            spread = results[f"{prefix}few_shot_top1_std"]
-            cells.append(f"{results[prefix + 'few_shot_top1']:.1%} +- {100 * spread:.1f}")
-        table.add_row(label, *cells, style="bold" if not prefix else None)
+            mean, spread = scores.few_shot_top1, scores.few_shot_top1_std
+            if mean is None or spread is None:
+                cells.append("")
+            else:
+                cells.append(f"{mean:.1%} +- {100 * spread:.1f}")
+        table.add_row(label, *cells, style="bold" if not features else None)
     if "finetune_top1" in results:
         labels, top1 = results["finetune_labels"], results["finetune_top1"]
         table.caption = f"fine-tuned on {labels:,} labels: {top1:.1%}"
@@ -180,7 +189,7 @@ def mapping_table(title: str, values: Mapping[str, Any]) -> Table:
     return table
 
 
-def classifier_line(results: Mapping[str, Any]) -> str:
+def classifier_line(results: Results) -> str:
     """Return what a run says that trained a classifier."""
     return (
         f"right in {results['top1']:.1%} of {results['num_test_labels']:,} test images of "

@@ -13,6 +13,7 @@ from raysl.evaluate.knn import knn_accuracy
 from raysl.evaluate.linear import few_shot_accuracy, linear_accuracy
 from raysl.sources.pixels import ColorProfile, Pages
 from raysl.sources.source import DataConfig, SourceConfig
+from raysl.track.results import Probed
 
 
 class EvaluateConfig(SourceConfig):
@@ -121,14 +122,14 @@ def knn_top1(config: EvaluateConfig, sets: LabelledSets, train: Tensor, test: Te
 
 def all_protocols(
     config: EvaluateConfig, sets: LabelledSets, train: Tensor, test: Tensor
-) -> dict[str, float]:
+) -> Probed:
     """Return ``knn_top1``, ``linear_top1``, ``few_shot_top1`` and ``few_shot_top1_std``.
 
     The last two only with enough labels.
     """
     labels = sets.train.labels, sets.test.labels
     arrays = train.numpy(), labels[0], test.numpy(), labels[1]
-    measured = {
+    measured: Probed = {
         "knn_top1": knn_top1(config, sets, train, test),
         "linear_top1": linear_accuracy(*arrays, inverse_penalty=config.inverse_penalty),
     }

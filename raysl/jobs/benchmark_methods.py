@@ -4,12 +4,13 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from raysl.config.load import read_mapping
 from raysl.errors import RayslError
+from raysl.track.results import Results
 from raysl.track.run_folder import RunFolder, read_metrics
 
 _ACCURACIES = ("untrained_knn_top1", "knn_top1", "untrained_linear_top1", "linear_top1")
@@ -73,7 +74,7 @@ def train_in_own_process(
     if process.returncode != 0:
         raise RayslError(f"{config}: the run failed:\n" + "\n".join(said))
     try:
-        results: Mapping[str, Any] = json.loads(last)
+        results: Results = json.loads(last)
         return Path(results["run_dir"])
     except (ValueError, KeyError):
         raise RayslError(f"{config}: the run gave no results; it said: {last[:200]}") from None
@@ -86,7 +87,7 @@ def read_run(path: Path) -> MethodRun:
         RayslError: If it is not finished, or was measured without labels.
     """
     folder = RunFolder(path)
-    results = folder.read_results() or {}
+    results = folder.read_results() or Results()
     missing = [key for key in (*_ACCURACIES, "seconds", "steps") if key not in results]
     if missing:
         raise RayslError(
@@ -106,7 +107,10 @@ def read_run(path: Path) -> MethodRun:
         images_seen=results["steps"] * config["train"]["global_batch_size"],
         seconds=results["seconds"],
         images_per_s=results["images_per_s"],
-        **{key: results[key] for key in _ACCURACIES},
+        untrained_knn_top1=results["untrained_knn_top1"],
+        knn_top1=results["knn_top1"],
+        untrained_linear_top1=results["untrained_linear_top1"],
+        linear_top1=results["linear_top1"],
         steps=tuple(step for step, _ in losses),
         losses=tuple(loss for _, loss in losses),
     )

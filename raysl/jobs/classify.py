@@ -1,7 +1,6 @@
 """How often a classifier is right, during its training and at the end of it."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +14,7 @@ from raysl.nn.batchnorm import average_statistics
 from raysl.nn.classifier import Classifier
 from raysl.sources.source import Source
 from raysl.sources.subset import SubsetSource
+from raysl.track.results import Results
 
 
 class Classified:
@@ -56,7 +56,7 @@ class Classified:
             self._newest = step, float(right.double().mean())
         return {"eval/top1": self._newest[1]}
 
-    def results(self, step: int, source: Source) -> dict[str, Any]:
+    def results(self, step: int, source: Source) -> Results:
         """Return the accuracy after the last step, and on how many images it stands."""
         top1 = self.evaluate(step)["eval/top1"]
         return {

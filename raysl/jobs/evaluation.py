@@ -15,6 +15,12 @@ import torch
 from raysl.config.load import validate
 from raysl.errors import DataError
 from raysl.evaluate.probes import Measured, ProbeSets
+from raysl.evaluate.record import (
+    EvaluationResult,
+    ProtocolResult,
+    read_evaluation_result,
+    write_evaluation_result,
+)
 from raysl.evaluate.registry import PROTOCOLS, Protocol, settings_digest
 from raysl.jobs.embedding import Embedding, encoder_digest
 from raysl.jobs.evaluation_config import EvaluationConfig, Origin
@@ -22,7 +28,6 @@ from raysl.jobs.evaluation_folder import EvaluationFolder
 from raysl.jobs.evaluation_label_free import measure_label_free
 from raysl.jobs.evaluation_sets import EvaluationSets
 from raysl.sources.source import digest
-from raysl.track.run_folder import read_json, write_json
 
 Embed = Callable[..., tuple[npt.NDArray[np.float32], dict[int, str]]]
 """``(source, rows, embedding, *, advance)`` -> features ``(M, D)`` and the bad rows' reasons."""
@@ -69,7 +74,7 @@ class Ways(NamedTuple):
     say: Callable[[str], None]
 
 
-def evaluate(asked: Asked, ways: Ways) -> dict[str, Any]:
+def evaluate(asked: Asked, ways: Ways) -> EvaluationResult:
     """Evaluate an encoder, or go on with it, and return the record: ``evaluation.json``.
 
     Raises:
@@ -218,26 +223,32 @@ def _keep(
     say(f"{unit.protocol}{seed}: {measured.top1:.2%} in {seconds:.1f} s")
 
 
-def _write_record(asked: Asked, about: Mapping[str, Any]) -> dict[str, Any]:
+def _write_record(asked: Asked, about: Mapping[str, Any]) -> EvaluationResult:
     """Write what is known by now, with what earlier commands measured on the same features."""
     sets = asked.sets
     before = _kept_protocols(asked)
-    record = {
+    record: EvaluationResult = {
         "encoder": str(asked.origin.encoder),
         "source": asked.config.data.source,
         "test_source": sets.test.source.name,
         "protocols": before | dict(_protocols(asked)),
         "label_free": about["label_free"],
-        "features": {k: about[k] for k in ("seconds", "images_per_s", "train", "test", "width")},
+        "features": {
+            "seconds": about["seconds"],
+            "images_per_s": about["images_per_s"],
+            "train": about["train"],
+            "test": about["test"],
+            "width": about["width"],
+        },
         "classes": sets.class_names,
         "bad_images": about["bad_images"],
     }
-    write_json(asked.folder.record, record)
+    write_evaluation_result(asked.folder.record, record)
     return record
 
 
-def _kept_protocols(asked: Asked) -> dict[str, Any]:
-    from_before = _read_record(asked.folder).get("protocols") or {}
+def _kept_protocols(asked: Asked) -> dict[str, ProtocolResult]:
+    from_before = _read_protocols(asked.folder)
     return {
         name: values
         for name, values in from_before.items()
@@ -245,11 +256,12 @@ def _kept_protocols(asked: Asked) -> dict[str, Any]:
     }
 
 
-def _read_record(folder: EvaluationFolder) -> dict[str, Any]:
-    return read_json(folder.record) or {}
+def _read_protocols(folder: EvaluationFolder) -> dict[str, ProtocolResult]:
+    record = read_evaluation_result(folder.record)
+    return {} if record is None else record.get("protocols") or {}
 
 
-def _protocols(asked: Asked) -> Iterator[tuple[str, dict[str, Any]]]:
+def _protocols(asked: Asked) -> Iterator[tuple[str, ProtocolResult]]:
     """Yield each protocol that all seeds of are done."""
     images = len(asked.sets.train) + len(asked.sets.test)
     for name in asked.protocols:
@@ -266,7 +278,7 @@ def _summary(
     done: Sequence[Mapping[str, Any]],
     *,
     images: int,
-) -> dict[str, Any]:
+) -> ProtocolResult:
     protocol = PROTOCOLS[units[0].protocol]
     settings = getattr(config, protocol.name)
     values = [each["top1"] for each in done]
@@ -288,8 +300,7 @@ def _summary(
 
 def _predictions(asked: Asked) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
     """Yield the predictions of the first seed of every protocol in the record."""
-    measured = _read_record(asked.folder).get("protocols") or {}
-    for name, values in measured.items():
+    for name, values in _read_protocols(asked.folder).items():
         if name not in PROTOCOLS:
             continue
         seed = next(iter(values["seeds"]), None)

@@ -16,9 +16,10 @@ from raysl.jobs.evaluation_sets import evaluate_config
 from raysl.nn.backbones import BackboneConfig
 from raysl.recipe import RunConfig, run_from_values
 from raysl.sources.source import Source
+from raysl.track.results import Results
 from raysl.track.run_folder import RunFolder, write_atomically
 
-Train = Callable[[RunConfig[Any], RunFolder, Source], dict[str, Any]]
+Train = Callable[[RunConfig[Any], RunFolder, Source], Results]
 """Trains a run, or goes on with it, and returns its results."""
 
 

@@ -13,10 +13,11 @@ from raysl.nn.collectives import on_its_own
 from raysl.recipe import Derived, RunConfig, run_from_values
 from raysl.sources.source import Source
 from raysl.sources.subset import whole_source
+from raysl.track.results import Results
 from raysl.track.run_folder import RunFolder, latest_step
 from raysl.train.batches import NumpyBatch
 
-Train = Callable[..., dict[str, Any]]
+Train = Callable[..., Results]
 
 
 def finetune_copy(
@@ -27,7 +28,7 @@ def finetune_copy(
     source: Source,
     threads: int,
     train: Train,
-) -> dict[str, Any]:
+) -> Results:
     """Run a fine-tuning in this process alone, from the files of a run whose weights are written.
 
     It is a run like any other, of method ``supervised``, in ``finetune`` of the run's folder: one

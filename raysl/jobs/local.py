@@ -11,6 +11,7 @@ from raysl.jobs.measuring import Place
 from raysl.jobs.pretrain import pretrain
 from raysl.recipe import ClusterConfig, RunConfig
 from raysl.sources.source import Source
+from raysl.track.results import Results
 from raysl.track.run_folder import RunFolder, latest_step
 from raysl.train.loop import Log
 
@@ -28,7 +29,7 @@ def pretrain_here(
     num_cpus: int | None = None,
     evaluated: Log | None = None,
     sets: LabelledSets | None = None,
-) -> dict[str, Any]:
+) -> Results:
     """Train, or go on from the newest checkpoint, with threads of this process making the views.
 
     Args:

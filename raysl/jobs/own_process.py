@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raysl.errors import DataError, RayslError
+from raysl.errors import DataError, RayslError, to_record
 
 
 def environment() -> dict[str, str]:
@@ -48,7 +48,7 @@ def ask(module: str, task: object, *, name: str) -> dict[str, Any]:
         what = lines[-1] if lines else f"exit status {done.returncode}"
         raise DataError(f"{name}: failed: {what}") from None
     if "error" in said:
-        raise DataError(f"{name}: {said['error']}")
+        raise DataError(f"{name}: {said['message']}")
     return said
 
 
@@ -63,5 +63,5 @@ def answer(measure: Callable[[Any], Any]) -> None:
     try:
         said: dict[str, Any] = measure(task)._asdict()
     except RayslError as error:
-        said = {"error": str(error)}
+        said = {**to_record(error)}
     sys.stdout.write(json.dumps(said) + "\n")

@@ -31,6 +31,7 @@ from raysl.nn.collectives import barrier, broadcast_object, gather_objects, rank
 from raysl.recipe import Derived, RunConfig, derive_for, training_set
 from raysl.sources.source import Source
 from raysl.track.bad_images import BadImages
+from raysl.track.results import Features, Results, accuracies_of, with_prefix
 from raysl.track.run_folder import MetricsFile, RunFolder, write_json
 from raysl.train.batches import NumpyBatch, batch_converter, input_converter, view_converter
 from raysl.train.checkpoint import load_checkpoint, load_state, save_checkpoint
@@ -52,7 +53,7 @@ def pretrain(
     evaluated: Log | None = None,
     sets: LabelledSets | None = None,
     begin: Begin | None = None,
-) -> dict[str, Any]:
+) -> Results:
     """Run one worker of a pretraining, from ``start_step`` to the written encoder.
 
     Every rank calls it with the same arguments but ``place``. Rank 0 writes into the folder.
@@ -95,7 +96,7 @@ def pretrain(
     if metrics is not None:  # before anything else can go wrong
         save_networks(folder, worker.method, config)
         worker.draw(derived)
-    counts = {"steps": derived.total_steps, "num_bad_images": len(worker.bad_images)}
+    counts: Results = {"steps": derived.total_steps, "num_bad_images": len(worker.bad_images)}
     results = worker.results() | counts
     if metrics is not None:
         _write_results(folder, metrics, results, worker.measuring)
@@ -113,13 +114,13 @@ def _log_into(metrics: MetricsFile | None, measuring: Measuring) -> Log:
 
 
 def _write_results(
-    folder: RunFolder, metrics: MetricsFile, results: dict[str, Any], measuring: Measuring
+    folder: RunFolder, metrics: MetricsFile, results: Results, measuring: Measuring
 ) -> None:
     results["num_failed_evaluations"] = measuring.finish()
-    accuracies = {f"final/{k}": v for k, v in results.items() if "top1" in k}
+    accuracies = {f"final/{k}": v for k, v in accuracies_of(results).items()}
     metrics.log(accuracies, step=results["steps"])
     metrics.close()
-    write_json(folder.results, results)
+    folder.write_results(results)
 
 
 class _Worker:
@@ -256,14 +257,14 @@ class _Worker:
             return self.classified.evaluate(step)
         return self.measuring.evaluate(step)
 
-    def results(self) -> dict[str, Any]:
+    def results(self) -> Results:
         """Return all that is measured at the end; on rank 0, the others have nothing to add."""
         if self.classified is not None:
             return self._classified(self.classified)
         self.measuring.measure_last()
         return self._probed() | self._finetuned()
 
-    def _classified(self, classified: Classified) -> dict[str, Any]:
+    def _classified(self, classified: Classified) -> Results:
         total = derive_for(self.config, self.source).total_steps
         found = classified.results(total, self.source)
         assert self.sets is not None
@@ -272,7 +273,7 @@ class _Worker:
             _write_features(self.folder, features, self.sets.test, self.sets.class_names)
         return found
 
-    def _probed(self) -> dict[str, Any]:
+    def _probed(self) -> Results:
         """Measure the encoder, the same encoder before training, and the bare pixels.
 
         Rank 0 measures; every rank takes part in embedding.
@@ -290,8 +291,8 @@ class _Worker:
             return {}
         _write_features(self.folder, trained[1], self.sets.test, self.sets.class_names)
         evaluate = self.config.evaluate
-        measured: dict[str, Any] = {}
-        features = {"": trained, "untrained_": before}
+        measured: Results = {}
+        features: dict[Features, tuple[Tensor, Tensor]] = {"": trained, "untrained_": before}
         if evaluate.pixel_baseline:
             sets = self.sets.train, self.sets.test
             features["pixels_"] = (
@@ -300,7 +301,7 @@ class _Worker:
             )
         for prefix, (train, test) in features.items():
             scores = all_protocols(evaluate, self.sets, train, test)
-            measured |= {prefix + name: value for name, value in scores.items()}
+            measured |= with_prefix(prefix, scores)
         if self.sets.few_shot:
             measured |= {
                 "few_shot_labels": evaluate.few_shot_labels,
@@ -315,7 +316,7 @@ class _Worker:
             "knn_temperature": evaluate.knn_temperature,
         }
 
-    def _knn_only(self) -> dict[str, Any]:
+    def _knn_only(self) -> Results:
         if self.rank == 0:  # of an earlier end of the run, with another encoder
             self.folder.features.unlink(missing_ok=True)
         total = derive_for(self.config, self.source).total_steps
@@ -335,7 +336,7 @@ class _Worker:
             std=self.config.data.std,
         )
 
-    def _finetuned(self) -> dict[str, Any]:
+    def _finetuned(self) -> Results:
         """Fine-tune a copy of encoder and head on rank 0, if asked; keep which labels it saw."""
         finetune = self.config.evaluate.finetune
         if finetune is None or self.sets is None or self.rank != 0:

@@ -2,18 +2,16 @@
 
 import shutil
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
 
 from raysl.errors import RayslError
+from raysl.jobs.run_error import forget_error, write_error
+from raysl.track.results import Results
 from raysl.track.run_folder import (
     RunFolder,
     checkpoint_path,
     latest_step,
     list_checkpoints,
-    read_json,
     read_metrics,
-    write_json,
 )
 from raysl.train.loop import Log
 
@@ -32,7 +30,7 @@ def run_trial(
     metrics: tuple[str, ...],
     total_steps: int,
     report: Report,
-    train: Callable[[Log], dict[str, Any]],
+    train: Callable[[Log], Results],
 ) -> None:
     """Run a trial from wherever it stands to its end.
 
@@ -57,7 +55,7 @@ def run_trial(
         else:
             last.append({**told, LAST: 1.0})
 
-    error_file(folder).unlink(missing_ok=True)
+    forget_error(folder)
     done = latest_step(folder.checkpoints)
     for record in read_metrics(folder.metrics):
         if record["step"] <= done and metrics[0] in record:
@@ -65,7 +63,7 @@ def run_trial(
     try:
         train(lambda logged, step: tell(logged, step, {}))
     except RayslError as error:
-        write_json(error_file(folder), {"error": type(error).__name__, "message": str(error)})
+        write_error(folder, error)
         return
     for told in last[-1:]:
         report(told)
@@ -74,17 +72,6 @@ def run_trial(
 def _told(logged: Mapping[str, float], step: int, metrics: tuple[str, ...]) -> dict[str, float]:
     known = {name: float(logged[name]) for name in metrics if name in logged}
     return {"step": float(step), "epoch": float(logged.get("train/epoch", 0.0)), **known}
-
-
-def error_file(folder: RunFolder) -> Path:
-    """Return where a trial that failed says why."""
-    return folder.path / "error.json"
-
-
-def read_error(folder: RunFolder) -> str | None:
-    """Return why a trial failed, or None."""
-    found = read_json(error_file(folder))
-    return None if found is None else f"{found['error']}: {found['message']}"
 
 
 def take_over(folder: RunFolder, donor: RunFolder, *, step: int, total_steps: int) -> int:

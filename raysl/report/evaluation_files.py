@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from raysl.errors import DataError
 from raysl.evaluate.features import EvalImages
+from raysl.evaluate.record import EvaluationResult, ProtocolResult, read_evaluation_result
 from raysl.sources.source import Labels
-from raysl.track.run_folder import read_json
 
 RECORD = "evaluation.json"
 ARRAYS = "evaluation.npz"
@@ -54,7 +54,7 @@ class Part(NamedTuple):
 class Evaluation(NamedTuple):
     """An evaluation, read back."""
 
-    record: Mapping[str, Any]
+    record: EvaluationResult
     """``evaluation.json``."""
     train: Part
     test: Part
@@ -63,7 +63,7 @@ class Evaluation(NamedTuple):
     class_names: list[str]
 
     @property
-    def protocols(self) -> Mapping[str, Mapping[str, Any]]:
+    def protocols(self) -> Mapping[str, ProtocolResult]:
         """Name to what was measured."""
         found = self.record.get("protocols")
         return found if isinstance(found, Mapping) else {}
@@ -85,7 +85,7 @@ def read_evaluation(folder: Path, *, train: EvalImages, test: EvalImages) -> Eva
     Raises:
         DataError: If a file is missing or damaged, or the two do not fit.
     """
-    record = read_json(folder / RECORD)
+    record = read_evaluation_result(folder / RECORD)
     if record is None:
         raise DataError(f"{folder / RECORD}: missing or damaged; raysl evaluate writes it")
     path = folder / ARRAYS

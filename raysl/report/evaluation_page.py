@@ -7,6 +7,7 @@ from typing import Any
 
 from raysl.errors import DataError, RayslError
 from raysl.evaluate.features import EvalImages
+from raysl.evaluate.record import ProtocolResult
 from raysl.report.document import (
     draw_each,
     escape,
@@ -160,7 +161,7 @@ def _name(protocol: str, *, lower: bool = False) -> str:
     return escape(words[:1].lower() + words[1:] if lower else words)
 
 
-def _percent(measured: Mapping[str, Any]) -> str:
+def _percent(measured: ProtocolResult) -> str:
     mean, deviation = _number(measured.get("mean")), _number(measured.get("deviation"))
     if mean is None:
         return "&ndash;"
@@ -199,8 +200,9 @@ def _about_protocols(evaluation: Evaluation) -> str:
         "classes. Mean &plusmn; standard deviation over seeds or draws (see the settings); every "
         "test image counts."
     )
-    embedding = evaluation.record.get("features") or {}
-    speed, seconds = (_number(embedding.get(key)) for key in ("images_per_s", "seconds"))
+    embedding = evaluation.record.get("features")
+    speed = _number(embedding and embedding.get("images_per_s"))
+    seconds = _number(embedding and embedding.get("seconds"))
     if speed and seconds:
         text += f" Features took {_seconds(seconds)}, {speed:,.0f} images/s."
     means = [_number(measured.get("mean")) for measured in evaluation.protocols.values()]
@@ -266,10 +268,10 @@ def _label_free(evaluation: Evaluation) -> str:
 def _settings_section(evaluation: Evaluation) -> str:
     parts = []
     for name, measured in evaluation.protocols.items():
-        settings = {"version": measured.get("version"), **(measured.get("settings") or {})}
-        for key in ("seeds", "values"):
-            if measured.get(key):
-                settings[key] = measured[key]
+        settings: dict[str, Any] = {"version": measured.get("version")}
+        settings |= measured.get("settings") or {}
+        several = {"seeds": measured.get("seeds"), "values": measured.get("values")}
+        settings |= {key: values for key, values in several.items() if values}
         rows = "\n".join(
             f"<tr><th scope=row>{escape(key)}<td>{escape(_value(value))}"
             for key, value in settings.items()
@@ -280,13 +282,13 @@ def _settings_section(evaluation: Evaluation) -> str:
         parts.append(folded(f"{_name(name)}, version {version}", table))
     record = evaluation.record
     rows = "\n".join(
-        f"<tr><th scope=row>{words}<td class=path>{escape(record[key])}"
-        for key, words in (
-            ("encoder", "Encoder"),
-            ("source", "Training images"),
-            ("test_source", "Test images"),
+        f"<tr><th scope=row>{words}<td class=path>{escape(value)}"
+        for words, value in (
+            ("Encoder", record.get("encoder")),
+            ("Training images", record.get("source")),
+            ("Test images", record.get("test_source")),
         )
-        if record.get(key)
+        if value
     )
     where = f"<table>\n{rows}\n</table>" if rows else ""
     return section("Settings", where + "\n".join(parts))

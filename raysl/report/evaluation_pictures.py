@@ -84,7 +84,8 @@ def labelled_points(evaluation: Evaluation) -> list[Labelled]:
 
 def knn_settings(evaluation: Evaluation) -> tuple[int, float]:
     """Return k and temperature of the nearest-neighbour protocol, or DINO's."""
-    settings = (evaluation.protocols.get("knn") or {}).get("settings") or {}
+    knn = evaluation.protocols.get("knn")
+    settings = (knn and knn.get("settings")) or {}
     k, temperature = settings.get("k"), settings.get("temperature")
     return int(k or KNN_K), float(temperature or KNN_TEMPERATURE)
 

@@ -1,7 +1,7 @@
 """The report of a run: one HTML file that holds everything and asks the network for nothing."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from raysl.report.document import (
 )
 from raysl.report.pictures import (
     ENCODERS,
+    Probe,
     accuracy,
     draw_accuracy,
     draw_curves,
@@ -31,10 +32,12 @@ from raysl.report.pictures import (
     draw_views,
     has_accuracy,
     measured_probes,
+    percent,
     probe_name,
     read_method_pictures,
 )
 from raysl.sources.source import Source
+from raysl.track.results import Features, Results
 from raysl.track.run_folder import RunFolder, read_metrics
 
 _FILES = (
@@ -72,7 +75,7 @@ def draw_all(
     Returns:
         The name and the error of each picture that was not drawn, or of ``report``.
     """
-    results = folder.read_results() or {}
+    results = folder.read_results() or Results()
     drawings: dict[str, Callable[[Path], None]] = {
         "views": lambda path: draw_views(
             path, source=source, views=config.data.views.views(), seed=config.seed
@@ -128,7 +131,7 @@ def write_report(folder: RunFolder, *, config: RunConfig[Any], derived: Derived)
     Returns:
         The file, which is either old or new, never half.
     """
-    results = folder.read_results() or {}
+    results = folder.read_results() or Results()
     pictures = folder.pictures
     curves = shown_picture(pictures, "curves", "Metrics over the optimizer step")
     sections = [
@@ -159,7 +162,7 @@ _MAP = (
 )
 
 
-def _summary(config: RunConfig[Any], derived: Derived, results: Mapping[str, Any]) -> str:
+def _summary(config: RunConfig[Any], derived: Derived, results: Results) -> str:
     epochs = derived.total_steps / derived.steps_per_epoch
     if config.method.classifies:
         return _classifier_summary(config, derived, results)
@@ -168,7 +171,7 @@ def _summary(config: RunConfig[Any], derived: Derived, results: Mapping[str, Any
         f"{epochs:,.4g} epoch{'' if epochs == 1 else 's'} on {derived.num_images:,} images of "
         f"{escape(config.data.source)}, without labels"
     )
-    linear = accuracy(results, "linear_top1")
+    linear = percent(results.get("linear_top1"))
     if linear is None:
         known = (
             "there are no labels to measure it with, or too few"
@@ -176,37 +179,35 @@ def _summary(config: RunConfig[Any], derived: Derived, results: Mapping[str, Any
             else "the run has no results yet"
         )
         return f"{sentence}; its accuracy is not known: {known}."
-    untrained = accuracy(results, "untrained_linear_top1")
-    than = "" if untrained is None else f", against {untrained[0]:.1f} % before training"
-    return f"{sentence}; a linear classifier on its features is right in {linear[0]:.1f} %{than}."
+    untrained = percent(results.get("untrained_linear_top1"))
+    than = "" if untrained is None else f", against {untrained:.1f} % before training"
+    return f"{sentence}; a linear classifier on its features is right in {linear:.1f} %{than}."
 
 
-def _classifier_summary(
-    config: RunConfig[Any], derived: Derived, results: Mapping[str, Any]
-) -> str:
+def _classifier_summary(config: RunConfig[Any], derived: Derived, results: Results) -> str:
     epochs = derived.total_steps / derived.steps_per_epoch
     sentence = (
         f"A {escape(config.backbone.name)} learnt to tell classes apart (method "
         f"{escape(config.method.name)}) in {epochs:,.4g} epoch{'' if epochs == 1 else 's'} of "
         f"{derived.num_images:,} images of {escape(config.data.source)}"
     )
-    found = accuracy(results, "top1")
+    found = percent(results.get("top1"))
     if found is None:
         return f"{sentence}; how often it is right is not known."
     return (
-        f"{sentence}; it is right in {found[0]:.1f} % of {_number(results.get('num_test_labels'))} "
+        f"{sentence}; it is right in {found:.1f} % of {_number(results.get('num_test_labels'))} "
         f"test images."
     )
 
 
-def _accuracy_section(folder: RunFolder, config: RunConfig[Any], results: Mapping[str, Any]) -> str:
+def _accuracy_section(folder: RunFolder, config: RunConfig[Any], results: Results) -> str:
     if not has_accuracy(results):
         return ""
     probes = measured_probes(results)
     heads = "".join(f"<th scope=col>{escape(probe_name(probe, results))}" for probe in probes)
     rows = [f"<tr><th scope=col>Top-1, %{heads}"]
-    for prefix, name in ENCODERS:
-        cells = "".join(f"<td>{_accuracy_cell(results, prefix + probe)}" for probe in probes)
+    for features, name in ENCODERS:
+        cells = "".join(f"<td>{_accuracy_cell(results, features, probe)}" for probe in probes)
         rows.append(f"<tr><th scope=row>{escape(name)}{cells}")
     table = "<div class=scroll><table class=numbers>\n" + "\n".join(rows) + "\n</table></div>"
     bars = shown_picture(folder.pictures, "accuracy", "Accuracies as bars")
@@ -229,54 +230,62 @@ def _method_section(folder: RunFolder) -> str:
     )
 
 
-def _accuracy_cell(results: Mapping[str, Any], key: str) -> str:
-    found = accuracy(results, key)
+def _accuracy_cell(results: Results, features: Features, probe: Probe) -> str:
+    found = accuracy(results, features, probe)
     if found is None:
         return "&ndash;"
     value, deviation = found
     return f"{value:.1f}" if deviation is None else f"{value:.1f} &plusmn; {deviation:.1f}"
 
 
-def _protocol(config: RunConfig[Any], results: Mapping[str, Any]) -> str:
+def _protocol(config: RunConfig[Any], results: Results) -> str:
     """Say with which settings and on how many images the accuracies were measured."""
     evaluate = config.evaluate
-    settings: dict[str, Any] = {
-        "num_train_labels": None,
-        "num_test_labels": None,
-        "num_classes": None,
+    # Older runs did not keep what they were measured with.
+    known: Results = {
         "knn_k": evaluate.knn_k,
         "knn_temperature": evaluate.knn_temperature,
         "few_shot_labels": evaluate.few_shot_labels,
         "few_shot_draws": evaluate.few_shot_draws,
     }
-    known = {key: _number(results.get(key, value)) for key, value in settings.items()}
+    known |= results
+    num_train, num_test, num_classes, knn_k, temperature = map(
+        _number,
+        (
+            known.get("num_train_labels"),
+            known.get("num_test_labels"),
+            known.get("num_classes"),
+            known["knn_k"],
+            known["knn_temperature"],
+        ),
+    )
     weights = config.backbone.weights
     start = "random weights" if weights is None else f"the weights of {escape(weights)}"
     text = (
         f"Before training, the same network has {start}. Networks are frozen and see centred "
-        f"images of {config.image_size_px} px. {known['num_train_labels']} labelled images train "
-        f"the probes, {known['num_test_labels']} others of {known['num_classes']} classes test "
-        f"them. Nearest neighbours: k = {known['knn_k']}, temperature {known['knn_temperature']}, "
-        f"cosine similarity. Linear: logistic regression, C = {evaluate.inverse_penalty:g}."
+        f"images of {config.image_size_px} px. {num_train} labelled images train the probes, "
+        f"{num_test} others of {num_classes} classes test them. Nearest neighbours: k = {knn_k}, "
+        f"temperature {temperature}, cosine similarity. Linear: logistic regression, "
+        f"C = {evaluate.inverse_penalty:g}."
     )
     if "few_shot_top1" in measured_probes(results):
         text += (
-            f" Few labels: {known['few_shot_labels']} a class, mean &plusmn; standard deviation of "
-            f"{known['few_shot_draws']} draws."
+            f" Few labels: {_number(known['few_shot_labels'])} a class, mean &plusmn; standard "
+            f"deviation of {_number(known['few_shot_draws'])} draws."
         )
-    tuned = accuracy(results, "finetune_top1")
+    tuned = percent(results.get("finetune_top1"))
     if tuned is not None and evaluate.finetune is not None:
         text += (
             f" Fine-tuned on {_number(results.get('finetune_labels'))} of the labels, from layer "
             f"{evaluate.finetune.head_layers} of the projection head (0: the encoder alone), it is "
-            f"right in {tuned[0]:.1f} %."
+            f"right in {tuned:.1f} %."
         )
-    linear, num_test = accuracy(results, "linear_top1"), results.get("num_test_labels")
-    if linear is None or not num_test:
+    linear, count = percent(results.get("linear_top1")), results.get("num_test_labels")
+    if linear is None or not count:
         return text
-    share = linear[0] / 100
-    error = 100 * math.sqrt(share * (1 - share) / num_test)
-    return f"{text} With so many test images, the standard error of {linear[0]:.1f} is {error:.1f}."
+    share = linear / 100
+    error = 100 * math.sqrt(share * (1 - share) / count)
+    return f"{text} With so many test images, the standard error of {linear:.1f} is {error:.1f}."
 
 
 def _encoder_section(config: RunConfig[Any]) -> str:

@@ -1,9 +1,9 @@
 """The pictures of a run: its views, its curves, its accuracy and the map of its features."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
@@ -31,19 +31,20 @@ from raysl.report.figure import (
     style_axes,
 )
 from raysl.sources.source import Source
+from raysl.track.results import Features, Results, scores_of
 
 __all__ = ["draw_accuracy", "draw_curves", "draw_grid", "draw_map", "draw_views"]
 
-Record = Mapping[str, Any]
+Probe = Literal["knn_top1", "linear_top1", "few_shot_top1"]
 
-ENCODERS = (
+ENCODERS: tuple[tuple[Features, str], ...] = (
     ("", "Pretrained"),
     ("untrained_", "Before training"),
     ("pixels_", "Bare pixels"),
 )
-"""Prefix of the keys of ``results.json``, and what is measured under it."""
+"""What is measured, and its name."""
 
-PROBES = ("knn_top1", "linear_top1", "few_shot_top1")
+PROBES: tuple[Probe, ...] = ("knn_top1", "linear_top1", "few_shot_top1")
 
 _CELL_IN = 1.1
 _GAP = 0.04  # around an image, over a cell
@@ -154,7 +155,7 @@ def _put_image(axes: Axes, image: Image, *, left: float, top: float) -> None:
     show_pixels(axes, image, extent=(x, x + wide, y + high, y), room_px=_CELL_IN * DPI)
 
 
-def draw_accuracy(path: Path, results: Record) -> None:
+def draw_accuracy(path: Path, results: Results) -> None:
     """Draw the accuracy of the network after and before training and of bare pixels as bars.
 
     Args:
@@ -171,8 +172,8 @@ def draw_accuracy(path: Path, results: Record) -> None:
     style_axes(axes, title="", grid="y")
     drawn = list(zip(ENCODERS, (BLUE, ORANGE, GREY), strict=True))
     probes = measured_probes(results)
-    for number, ((prefix, _), color) in enumerate(drawn):
-        values = [accuracy(results, prefix + probe) for probe in probes]
+    for number, ((features, _), color) in enumerate(drawn):
+        values = [accuracy(results, features, probe) for probe in probes]
         _draw_bars(axes, values, color=color, shift=0.27 * (number - 1))
     handles: list[Artist] = [Patch(color=color, label=name) for (_, name), color in drawn]
     if results.get("num_classes"):
@@ -188,29 +189,43 @@ def draw_accuracy(path: Path, results: Record) -> None:
     save_png(figure, path)
 
 
-def has_accuracy(results: Record) -> bool:
+def has_accuracy(results: Results) -> bool:
     """Return whether any accuracy was measured."""
     return bool(measured_probes(results))
 
 
-def measured_probes(results: Record) -> list[str]:
+def measured_probes(results: Results) -> list[Probe]:
     """Return the probes of which there is an accuracy of any encoder."""
     return [
         probe
         for probe in PROBES
-        if any(accuracy(results, prefix + probe) is not None for prefix, _ in ENCODERS)
+        if any(accuracy(results, features, probe) is not None for features, _ in ENCODERS)
     ]
 
 
-def accuracy(results: Record, key: str) -> tuple[float, float | None] | None:
+def accuracy(
+    results: Results, features: Features, probe: Probe
+) -> tuple[float, float | None] | None:
     """Return an accuracy in percent and its deviation over draws if it has one; None if missing."""
-    value, deviation = results.get(key), results.get(f"{key}_std")
+    scores = scores_of(results, features)
+    deviation = None
+    if probe == "few_shot_top1":
+        value, deviation = percent(scores.few_shot_top1), scores.few_shot_top1_std
+    else:
+        value = percent(scores.knn_top1 if probe == "knn_top1" else scores.linear_top1)
+    if value is None:
+        return None
+    return value, None if deviation is None else 100 * deviation
+
+
+def percent(value: float | None) -> float | None:
+    """Return an accuracy of [0, 1] in percent; None if it is missing or no number."""
     if not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
-    return 100 * value, None if deviation is None else 100 * deviation
+    return 100 * value
 
 
-def probe_name(probe: str, results: Record) -> str:
+def probe_name(probe: Probe, results: Results) -> str:
     """Name a probe for a reader."""
     labels = results.get("few_shot_labels", "few")
     few = f"Linear, {labels} label{'' if labels == 1 else 's'} a class"

@@ -1,8 +1,8 @@
 """The report of a pipeline: how right each of its networks is, as a picture and a table."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from matplotlib.lines import Line2D
 
@@ -26,8 +26,7 @@ from raysl.report.figure import (
     style_axes,
 )
 from raysl.report.measure import duration_text
-
-Row = Mapping[str, Any]
+from raysl.track.results import StepResult
 
 _KINDS = {
     "scratch": ("from random weights", GREY),
@@ -45,16 +44,21 @@ _FILES = (
 _ROW_IN = 0.27  # height of a row of the picture
 
 
+class _Measured(NamedTuple):
+    row: StepResult
+    labels: float
+    top1: float
+
+
 def draw_pipeline(
-    folder: Path, *, name: str, rows: Sequence[Row], settings: str
+    folder: Path, *, name: str, rows: Sequence[StepResult], settings: str
 ) -> list[tuple[str, str]]:
     """Draw the picture of a pipeline, then the page that holds it.
 
     Args:
         folder: Gets ``pictures/accuracy.png`` and ``report.html``.
         name: Of the pipeline.
-        rows: One a finished step: ``step``, ``kind``, ``labels`` (share or None), ``num_labels``,
-            ``head_layers``, ``teacher``, ``backbone``, ``top1``, ``seconds``.
+        rows: One a finished step.
         settings: The configuration as YAML.
 
     Returns:
@@ -86,7 +90,7 @@ _NOTE = (
 )
 
 
-def draw_accuracies(path: Path, rows: Sequence[Row]) -> None:
+def draw_accuracies(path: Path, rows: Sequence[StepResult]) -> None:
     """Draw a dot for each network, by share of the labels from the top.
 
     Args:
@@ -94,9 +98,9 @@ def draw_accuracies(path: Path, rows: Sequence[Row]) -> None:
         rows: As of :func:`draw_pipeline`; at least one of a network that learnt from labels.
     """
     shown = _measured(rows)
-    shares = sorted({row["labels"] for row in shown})
+    shares = sorted({each.labels for each in shown})
     figure = new_figure(height_in=1.4 + _ROW_IN * (len(shown) + 1.6 * len(shares)))
-    heights = [sum(row["labels"] == share for row in shown) for share in shares]
+    heights = [sum(each.labels == share for each in shown) for share in shares]
     grid = figure.subplots(
         len(shares),
         1,
@@ -105,12 +109,14 @@ def draw_accuracies(path: Path, rows: Sequence[Row]) -> None:
         gridspec_kw={"height_ratios": heights},
     )
     for axes, share in zip(grid[:, 0], shares, strict=True):
-        group = [row for row in shown if row["labels"] == share]
-        style_axes(axes, title=_share_text(share, group[0].get("num_labels")), grid="x")
-        for place, row in enumerate(reversed(group)):
-            value = 100 * row["top1"]
+        group = [each for each in shown if each.labels == share]
+        style_axes(axes, title=_share_text(share, group[0].row["num_labels"]), grid="x")
+        for place, each in enumerate(reversed(group)):
+            value = 100 * each.top1
             axes.plot([0, value], [place, place], color="#D9D9D9", linewidth=1.2, zorder=1)
-            axes.plot([value], [place], "o", color=_KINDS[row["kind"]][1], markersize=6, zorder=2)
+            axes.plot(
+                [value], [place], "o", color=_KINDS[each.row["kind"]][1], markersize=6, zorder=2
+            )
             axes.annotate(
                 f"{value:.1f}",
                 (value, place),
@@ -119,11 +125,13 @@ def draw_accuracies(path: Path, rows: Sequence[Row]) -> None:
                 va="center",
                 fontsize=8,
             )
-        axes.set_yticks(range(len(group)), [_row_text(row) for row in reversed(group)], fontsize=8)
+        axes.set_yticks(
+            range(len(group)), [_row_text(each.row) for each in reversed(group)], fontsize=8
+        )
         axes.set_ylim(-0.6, len(group) - 0.4)
-        axes.set_xlim(0, 1.12 * max(1.0, *(100 * row["top1"] for row in shown)))
+        axes.set_xlim(0, 1.12 * max(1.0, *(100 * each.top1 for each in shown)))
     grid[-1, 0].set_xlabel("top-1 accuracy, %", fontsize=8)
-    kinds = [kind for kind in _KINDS if any(row["kind"] == kind for row in shown)]
+    kinds = [kind for kind in _KINDS if any(each.row["kind"] == kind for each in shown)]
     handles = [
         Line2D([], [], marker="o", linestyle="", color=_KINDS[kind][1], label=_KINDS[kind][0])
         for kind in kinds
@@ -132,12 +140,16 @@ def draw_accuracies(path: Path, rows: Sequence[Row]) -> None:
     save_png(figure, path)
 
 
-def _measured(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if row["kind"] in _KINDS and row["top1"] is not None]
+def _measured(rows: Sequence[StepResult]) -> list[_Measured]:
+    return [
+        _Measured(row, row["labels"], row["top1"])
+        for row in rows
+        if row["kind"] in _KINDS and row["top1"] is not None and row["labels"] is not None
+    ]
 
 
-def _row_text(row: Row) -> str:
-    text = {"scratch": "random weights", "distill": f"student {row.get('student', '')}".strip()}
+def _row_text(row: StepResult) -> str:
+    text = {"scratch": "random weights", "distill": f"student {row['student']}"}
     if row["kind"] in text:
         return text[row["kind"]]
     layer = row["head_layers"]
@@ -145,26 +157,24 @@ def _row_text(row: Row) -> str:
     return f"linear, {where}" if row["kind"] == "linear" else where
 
 
-def _share_text(share: float | None, num_labels: int | None) -> str:
-    if share is None:
-        return "no labels"
+def _share_text(share: float, num_labels: int | None) -> str:
     count = "" if num_labels is None else f" ({num_labels:,})"
     return f"{100 * share:g} % of the labels{count}"
 
 
-def _lead(rows: Sequence[Row]) -> str:
+def _lead(rows: Sequence[StepResult]) -> str:
     known = _measured(rows)
     if not known:
         return "No step that learns from labels has finished yet."
-    best = max(known, key=lambda row: row["top1"])
+    best = max(known, key=lambda each: each.top1)
     return (
-        f"Best of {len(known)} networks: <code>{escape(best['step'])}</code>, right in "
-        f"{100 * best['top1']:.1f} % of the test images with {100 * best['labels']:g} % of the "
+        f"Best of {len(known)} networks: <code>{escape(best.row['step'])}</code>, right in "
+        f"{100 * best.top1:.1f} % of the test images with {100 * best.labels:g} % of the "
         f"labels."
     )
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _table(rows: Sequence[StepResult]) -> str:
     heads = ("Step", "Labels", "Layer", "Teacher", "Network", "Top-1, %", "Time")
     lines = ["<tr>" + "".join(f"<th scope=col>{head}" for head in heads)]
     for row in rows:

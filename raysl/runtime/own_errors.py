@@ -7,8 +7,7 @@ from typing import TypeVar
 
 import ray
 
-import raysl.errors
-from raysl.errors import ClusterError, RayslError
+from raysl.errors import ClusterError, RayslError, from_record
 
 T = TypeVar("T")
 
@@ -19,7 +18,7 @@ _OWN_ERROR = re.compile(r"^raysl\.errors\.(\w+): (.+?)(?=\n\s*\n|\Z)", re.MULTIL
 def own_errors(what: str) -> Iterator[None]:
     """Raise raysl's own error in place of those that Ray wrapped around it.
 
-    What caused an error is lost on its way between processes; its text, a traceback, is not.
+    Ray Data loses the error itself between its processes, but not its text, a traceback.
 
     Args:
         what: Failed, if it is an error of Ray's.
@@ -30,13 +29,22 @@ def own_errors(what: str) -> Iterator[None]:
         found = _OWN_ERROR.findall(str(error))
         if found:
             name, message = found[-1]
-            raise getattr(raysl.errors, name, RayslError)(message) from None
+            raise from_record({"error": name, "message": message}) from None
         last = str(error).strip().splitlines()[-1]
         raise ClusterError(f"{what} failed: {type(error).__name__}: {last}") from None
 
 
+def wrapped_in(error: BaseException | None) -> Iterator[RayslError]:
+    """Yield raysl's own errors among those that Ray wrapped around them, the outermost first."""
+    while error is not None:
+        # Ray makes classes that are both its own and the cause's; their text is a traceback.
+        if isinstance(error, RayslError) and not isinstance(error, ray.exceptions.RayError):
+            yield error
+        error = getattr(error, "cause", None) or error.__cause__
+
+
 def result_of(reference: "ray.ObjectRef[T]", *, lost: str) -> T:
-    """Return what a task returned, or raise what it raised.
+    """Return what a task returned, or raise what it raised, which Ray hands on as it was.
 
     Args:
         reference: Of the task.

@@ -13,32 +13,32 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.config import RunConfig as RayRunConfig
 
-import raysl.errors
-from raysl.errors import ClusterError, RayslError
+from raysl.errors import ClusterError, ErrorRecord, RayslError, from_record, to_record
 from raysl.jobs.measuring import Place
 from raysl.jobs.pretrain import pretrain
+from raysl.jobs.run_error import forget_error, read_error, write_error
 from raysl.nn.collectives import broadcast_object, rank_and_size
 from raysl.recipe import RunConfig, block_spec, plan_of, run_from_values
 from raysl.runtime.background import in_background
 from raysl.runtime.cluster import Layout, worker_runtime_env
+from raysl.runtime.own_errors import wrapped_in
 from raysl.runtime.ray_data import OpenRest, execution_options, iterate_shard
 from raysl.runtime.ray_validate import Evaluator, Share, share_beside
 from raysl.sources.source import Source
-from raysl.track.run_folder import RunFolder, latest_step, read_json, write_json
-
-_ERROR = "error"
+from raysl.track.results import Results
+from raysl.track.run_folder import RunFolder, latest_step
 
 
 def pretrain_on_ray(
     config: RunConfig[Any], *, folder: RunFolder, source: Source, layout: Layout
-) -> dict[str, Any]:
+) -> Results:
     """Run a pretraining on the connected cluster and return its results.
 
     Raises:
         RayslError: What a worker raised, as it raised it.
         ClusterError: If workers were lost more often than ``cluster.max_failures``.
     """
-    (folder.path / "error.json").unlink(missing_ok=True)
+    forget_error(folder)
     for name in ("ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -47,13 +47,11 @@ def pretrain_on_ray(
         # In the main thread Ray would take Ctrl-C for itself and end the process with an error of
         # its own; here it interrupts the wait, and the caller leaves the cluster.
         fitted = in_background(trainer.fit, name="raysl-train").result()
-        outcome = fitted.return_value  # type: ignore[attr-defined] # Train V2 has it
+        outcome: Results | ErrorRecord = fitted.return_value  # type: ignore[attr-defined] # of V2
     except ray.train.TrainingFailedError as error:
         raise _as_cluster_error(error, config) from None
-    assert isinstance(outcome, dict)
-    if _ERROR in outcome:
-        kind = getattr(raysl.errors, outcome[_ERROR], RayslError)
-        raise kind(outcome["message"])
+    if "error" in outcome:
+        raise from_record(outcome)
     return outcome
 
 
@@ -96,11 +94,12 @@ def _trainer(
     )
 
 
-def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
+def _train_worker(settings: dict[str, Any]) -> Results | ErrorRecord:
     """Run one worker; an error that a restart would not mend is returned, not raised.
 
-    One that only this rank met is left in the folder and raised, so that Ray ends the others, which
-    wait for this rank; at the restart that follows every rank returns it.
+    What it raises makes Ray Train start all workers anew. An error that only this rank met is left
+    in the folder and raised, so that Ray ends the others, which wait for this rank; at the restart
+    that follows every rank returns it.
     """
     folder = RunFolder(Path(settings["folder"]))
     if not folder.config.exists():
@@ -108,7 +107,7 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
             f"node {ray.util.get_node_ip_address()} does not see the run folder {folder.path}: on "
             f"several nodes output_dir must be on a disk that all share"
         )
-    told = read_json(folder.path / "error.json")
+    told = read_error(folder)
     if told is not None:
         return told
     config = run_from_values(settings["config"], where="the run")
@@ -134,26 +133,17 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
             begin=evaluator,
         )
     except (RayslError, ray.exceptions.RayTaskError) as error:
-        found = _raysl_error(error)
+        # Another cluster, after a restart, may do what this one cannot.
+        found = next((e for e in wrapped_in(error) if not isinstance(e, ClusterError)), None)
         if found is None:
             raise
-        told = {_ERROR: type(found).__name__, "message": str(found)}
         if rank_and_size()[1] == 1:
-            return told
-        write_json(folder.path / "error.json", told)
+            return to_record(found)
+        write_error(folder, found)
         raise
     finally:
         if evaluator is not None:
             evaluator.close()
-
-
-def _raysl_error(error: BaseException | None) -> RayslError | None:
-    """Return raysl's own error inside those that Ray wrapped around it."""
-    while error is not None:
-        if isinstance(error, RayslError) and not isinstance(error, ClusterError):
-            return error
-        error = getattr(error, "cause", None) or error.__cause__
-    return None
 
 
 def _as_cluster_error(error: Any, config: RunConfig[Any]) -> ClusterError:

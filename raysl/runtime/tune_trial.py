@@ -28,6 +28,7 @@ from raysl.sources.source import Source
 from raysl.sweep.config import Dimension
 from raysl.sweep.in_flight import Change, newest_change, write_change
 from raysl.track.follow import MetricsReader
+from raysl.track.results import Results
 from raysl.track.run_folder import RunFolder, latest_step, read_json, write_json
 from raysl.train.loop import Log
 
@@ -90,7 +91,7 @@ def trial_in_process(
             )
             tune.report(dict(told), checkpoint=tune.Checkpoint.from_directory(pointer))
 
-    def train(evaluated: Log) -> dict[str, Any]:
+    def train(evaluated: Log) -> Results:
         if config.cluster.num_train_workers > 1:
             return _train_below(config, folder, source, evaluated, metrics)
         threads = max(1, int(cpus))
@@ -193,7 +194,7 @@ def _train_below(
     source: Source,
     evaluated: Log,
     metrics: tuple[str, ...],
-) -> dict[str, Any]:
+) -> Results:
     """Run Ray Train inside the trial, and pass on what its first worker writes down."""
     work = in_background(
         lambda: pretrain_on_ray(config, folder=folder, source=source, layout=plan_layout(config)),

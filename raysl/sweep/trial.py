@@ -10,6 +10,7 @@ from raysl.errors import RunFolderError
 from raysl.sweep.config import MetricConfig
 from raysl.sweep.in_flight import change_behind
 from raysl.sweep.space import TRIALS, Candidate, trial_name
+from raysl.track.mlflow_record import read_tracked_run
 from raysl.track.run_folder import RunFolder, read_json, read_metrics, write_json
 
 Status = Literal["waiting", "running", "finished", "stopped", "failed"]
@@ -129,6 +130,7 @@ def read_trial(folder: RunFolder, metric: MetricConfig) -> Trial | None:
     if candidate is None:
         return None
     kept = read_json(trial_file(folder)) or {}
+    tracked = read_tracked_run(folder.mlflow)
     records = read_metrics(folder.metrics)
     measured = _curve(records, metric.name)
     also = {name: [value for _, value in _curve(records, name)] for name in metric.also}
@@ -148,7 +150,7 @@ def read_trial(folder: RunFolder, metric: MetricConfig) -> Trial | None:
         seconds=sum(value for _, value in _curve(records, "time/train_s")),
         error=kept.get("error") if status == "failed" else None,
         path=folder.path,
-        mlflow_run_id=(read_json(folder.mlflow) or {}).get("run_id"),
+        mlflow_run_id=None if tracked is None else tracked.run_id,
     )
 
 

@@ -26,7 +26,8 @@ from raysl.track.mlflow_problem import (
     is_inactive,
     problem_of,
 )
-from raysl.track.run_folder import RunFolder, read_json, write_json
+from raysl.track.mlflow_record import TrackedRun, read_tracked_run, write_tracked_run
+from raysl.track.run_folder import RunFolder
 from raysl.track.uri import same_store, without_password
 
 T = TypeVar("T")
@@ -90,11 +91,12 @@ class MlflowTracker:
         self.run_name = run_name
         self.params = params
         self.tags = tags
-        kept = read_json(folder.mlflow) or {}
-        same_place = same_store(kept.get("uri"), uri) and kept.get("experiment") == experiment
-        self.run_id: str | None = kept.get("run_id") if same_place else None
+        kept = read_tracked_run(folder.mlflow)
+        if kept is not None and not (same_store(kept.uri, uri) and kept.experiment == experiment):
+            kept = None
+        self.run_id: str | None = None if kept is None else kept.run_id
         self.trouble: MlflowProblem | None = None
-        self._reader = MetricsReader(folder.metrics, kept.get("sent") if same_place else None)
+        self._reader = MetricsReader(folder.metrics, None if kept is None else kept.sent)
         self._sent: dict[str, int] = dict(self._reader.seen)
         self._waiting: list[Record] = []
         self._client: MlflowClient | None = None
@@ -247,15 +249,9 @@ class MlflowTracker:
         client.set_terminated(self.run_id, status=status)
 
     def _keep(self) -> None:
-        write_json(
-            self.folder.mlflow,
-            {
-                "run_id": self.run_id,
-                "uri": without_password(self.uri),
-                "experiment": self.experiment,
-                "sent": self._sent,
-            },
-        )
+        uri = without_password(self.uri)
+        tracked = TrackedRun(self.run_id, uri, self.experiment, self._sent)
+        write_tracked_run(self.folder.mlflow, tracked)
 
 
 def experiment_id(client: MlflowClient, name: str) -> str:

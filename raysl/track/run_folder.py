@@ -7,9 +7,10 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from raysl.track.folder_lock import held
+from raysl.track.results import Results
 
 JOB_FOLDER = "/runtime_resources/"
 """Below such a folder Ray unpacks the working directory of a job, and deletes it afterwards."""
@@ -67,9 +68,13 @@ class RunFolder:
         """
         return held(self.path, doing="training", instead="give this run another name=...")
 
-    def read_results(self) -> dict[str, Any] | None:
+    def read_results(self) -> Results | None:
         """Return the results of a finished run, or None."""
-        return read_json(self.results)
+        return cast(Results | None, read_json(self.results))
+
+    def write_results(self, results: Results) -> None:
+        """Write the results; a run is finished once its place, ``run_dir``, is among them."""
+        write_json(self.results, results)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

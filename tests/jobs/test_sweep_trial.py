@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from raysl.errors import DivergedError
+from raysl.jobs.run_error import read_error
 from raysl.jobs.sweep_trial import (
     AGAIN,
     LAST,
-    read_error,
     run_trial,
     take_over,
 )
@@ -139,7 +139,10 @@ def test_an_error_of_raysl_ends_the_trial_and_is_kept_until_it_runs_again(
         raise DivergedError("train/loss is nan at step 3")
 
     run_trial(folder, metrics=METRICS, total_steps=6, report=Scheduler(), train=diverge)
-    assert read_error(folder) == "DivergedError: train/loss is nan at step 3"
+    assert read_error(folder) == {
+        "error": "DivergedError",
+        "message": "train/loss is nan at step 3",
+    }
     run_trial(
         folder,
         metrics=METRICS,
