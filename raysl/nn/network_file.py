@@ -11,6 +11,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from raysl.errors import DataError
+from raysl.folder.whole import appears_whole
 
 
 class NetworkFile(NamedTuple):
@@ -26,10 +27,9 @@ def write_network(
     """Write tensors with a description in the header; the file appears complete or not at all."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     header = {"format": kind, "raysl": json.dumps(description)}
-    temporary = path.with_name(f".{path.name}.tmp")
     # Through a plain open: safetensors' own writer makes files that only their owner can read.
-    temporary.write_bytes(save(tensors, metadata=header))
-    temporary.replace(path)
+    with appears_whole(path) as temporary:
+        temporary.write_bytes(save(tensors, metadata=header))
 
 
 def read_network(path: Path, *, kind: str, what: str) -> NetworkFile:
