@@ -12,10 +12,11 @@ from rich.table import Table
 from raysl.commands.record import git_state
 from raysl.commands.run_tracking import say_trouble
 from raysl.evaluate.registry import PROTOCOLS
+from raysl.folder.whole import read_json, write_json
 from raysl.jobs.evaluation import Asked
 from raysl.jobs.evaluation_folder import EvaluationFolder
 from raysl.sources.source import digest
-from raysl.track.run_folder import RunFolder, read_json, write_json
+from raysl.track.run_folder import RunFolder
 from raysl.track.uri import tracking_uri, without_password
 
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._ -]+")

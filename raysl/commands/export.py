@@ -16,7 +16,8 @@ from raysl.config.load import apply_overrides, validate
 from raysl.errors import ConfigError, ExportError, RayslError
 from raysl.exchange.export import FORMATS, ExportConfig, Exported, export
 from raysl.exchange.exportable import Exportable, largest_difference, open_exportable
-from raysl.track.run_folder import RunFolder, read_json
+from raysl.folder.whole import read_json
+from raysl.track.run_folder import RunFolder
 from raysl.track.uri import same_store, tracking_uri, without_password
 
 _MLFLOW = "mlflow"

@@ -16,13 +16,13 @@ from raysl.config.load import validate
 from raysl.errors import DataError
 from raysl.evaluate.probes import Measured, ProbeSets
 from raysl.evaluate.registry import PROTOCOLS, Protocol, settings_digest
+from raysl.folder.whole import read_json, write_json
 from raysl.jobs.embedding import Embedding, encoder_digest
 from raysl.jobs.evaluation_config import EvaluationConfig, Origin
 from raysl.jobs.evaluation_folder import EvaluationFolder
 from raysl.jobs.evaluation_label_free import measure_label_free
 from raysl.jobs.evaluation_sets import EvaluationSets
 from raysl.sources.source import digest
-from raysl.track.run_folder import read_json, write_json
 
 Embed = Callable[..., tuple[npt.NDArray[np.float32], dict[int, str]]]
 """``(source, rows, embedding, *, advance)`` -> features ``(M, D)`` and the bad rows' reasons."""

@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from raysl.errors import DataError
 from raysl.evaluate.features import EvalImages
+from raysl.folder.whole import read_json
 from raysl.sources.source import Labels
-from raysl.track.run_folder import read_json
 
 RECORD = "evaluation.json"
 ARRAYS = "evaluation.npz"

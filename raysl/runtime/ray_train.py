@@ -15,6 +15,7 @@ from ray.train.v2.api.config import RunConfig as RayRunConfig
 
 import raysl.errors
 from raysl.errors import ClusterError, RayslError
+from raysl.folder.whole import read_json, write_json
 from raysl.jobs.measuring import Place
 from raysl.jobs.pretrain import pretrain
 from raysl.nn.collectives import broadcast_object, rank_and_size
@@ -24,7 +25,7 @@ from raysl.runtime.cluster import Layout, worker_runtime_env
 from raysl.runtime.ray_data import OpenRest, execution_options, iterate_shard
 from raysl.runtime.ray_validate import Evaluator, Share, share_beside
 from raysl.sources.source import Source
-from raysl.track.run_folder import RunFolder, latest_step, read_json, write_json
+from raysl.track.run_folder import RunFolder, latest_step
 
 _ERROR = "error"
 

@@ -18,6 +18,7 @@ from mlflow.entities import LifecycleStage, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from raysl.folder.whole import read_json, write_json
 from raysl.track.follow import MetricsReader, Record
 from raysl.track.mlflow_problem import (
     NO_ANSWER,
@@ -26,7 +27,7 @@ from raysl.track.mlflow_problem import (
     is_inactive,
     problem_of,
 )
-from raysl.track.run_folder import RunFolder, read_json, write_json
+from raysl.track.run_folder import RunFolder
 from raysl.track.uri import same_store, without_password
 
 T = TypeVar("T")
