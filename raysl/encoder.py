@@ -11,6 +11,7 @@ from safetensors.torch import save
 from torch import nn
 
 from raysl.errors import ConfigError, DataError
+from raysl.folder.whole import appears_whole
 from raysl.nn.backbones import Backbone, BackboneConfig, build_backbone
 from raysl.nn.resnet import ResNet
 from raysl.nn.vit import VisionTransformer
@@ -18,7 +19,6 @@ from raysl.weights.fit import fill, fitted, pooled_anew
 from raysl.weights.layouts import Network
 from raysl.weights.networks import Found, choose, networks_named
 from raysl.weights.read import read_content, read_header, read_safetensors
-from raysl.weights.whole import appears_whole
 
 _FORMAT = "raysl-encoder-1"
 _FILE = "encoder.safetensors"

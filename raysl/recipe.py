@@ -25,6 +25,7 @@ from raysl.data.plan import Plan, item_size_for
 from raysl.data.stream import BlockSpec
 from raysl.errors import ConfigError
 from raysl.evaluate.protocol import EvaluateConfig
+from raysl.folder.claim import changes
 from raysl.methods import load_method
 from raysl.methods.base import MethodConfig, RunShape, SizeDefault, TrainingSet
 from raysl.nn.backbones import BackboneConfig
@@ -385,13 +386,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
     Sources are compared as places, not as texts.
     """
-    lines = []
+    lines: list[str] = []
     for section in sorted({*old, *new} - set(FREE_SECTIONS)):
         before, after = old.get(section), new.get(section)
         if isinstance(before, dict) and isinstance(after, dict):
-            for key in sorted({*before, *after} - set(FREE_KEYS.get(section, ()))):
-                if as_place(key, before.get(key)) != as_place(key, after.get(key)):
-                    lines.append(f"{section}.{key}: {before.get(key)} -> {after.get(key)}")
-        elif before != after:
-            lines.append(f"{section}: {before} -> {after}")
+            keys = sorted({*before, *after} - set(FREE_KEYS.get(section, ())))
+            found = changes(before, after, keys=keys, compared=as_place)
+            lines += [f"{section}.{line}" for line in found]
+        else:
+            lines += changes(old, new, keys=[section])
     return lines

@@ -14,7 +14,7 @@ TESTS = ROOT / "tests"
 # A room (a folder or a file of raysl/) may import from lower floors and from itself.
 FLOORS = [
     ["errors"],
-    ["config"],
+    ["config", "folder"],
     ["nn", "augment", "track"],
     ["methods", "sources", "optim", "weights"],
     ["data"],

@@ -14,6 +14,7 @@ from raysl.commands.terminal import console, say, say_notes
 from raysl.config.load import apply_overrides, validate
 from raysl.errors import ConfigError, RayslError
 from raysl.evaluate.label_free import VERSION
+from raysl.folder.whole import write_text
 from raysl.jobs.benchmark_label_free import (
     DEFAULTS,
     DIRECTIONS,
@@ -33,7 +34,6 @@ from raysl.jobs.benchmark_label_free import (
 from raysl.jobs.benchmark_methods import replace_section
 from raysl.report.label_free import draw_label_free
 from raysl.sources.place import absolute_config
-from raysl.track.run_folder import write_atomically
 
 SECTION = "label_free"
 
@@ -209,5 +209,5 @@ def _write(
         f"`raysl benchmark label_free RUN ... {command}`"
     )
     old = path.read_text(encoding="utf-8") if path.exists() else ""
-    write_atomically(path, replace_section(old, name=SECTION, content=content))
+    write_text(path, replace_section(old, name=SECTION, content=content))
     say(f"written: {path}")

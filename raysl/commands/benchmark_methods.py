@@ -8,6 +8,7 @@ from typing import Any
 from raysl.commands.next_command import command
 from raysl.commands.terminal import console, mapping_table, say
 from raysl.errors import ConfigError, RayslError
+from raysl.folder.whole import write_text
 from raysl.jobs.benchmark_methods import (
     MethodRun,
     markdown_table,
@@ -17,7 +18,6 @@ from raysl.jobs.benchmark_methods import (
 )
 from raysl.recipe import load_run
 from raysl.report.methods import draw_gains, draw_loss_curves
-from raysl.track.run_folder import write_atomically
 
 SECTION = "methods"
 
@@ -102,5 +102,5 @@ def _write(path: Path, runs: list[MethodRun], asked: str) -> None:
         f"`{asked}`"
     )
     old = path.read_text(encoding="utf-8") if path.exists() else ""
-    write_atomically(path, replace_section(old, name=SECTION, content=content))
+    write_text(path, replace_section(old, name=SECTION, content=content))
     say(f"written: {path}, {curves.name}, {gains.name}")

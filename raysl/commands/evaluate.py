@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import time
 from contextlib import ExitStack
 from typing import Any
 
@@ -21,6 +20,7 @@ from raysl.evaluate.registry import (
     check_protocols,
     refuse_unmeasured,
 )
+from raysl.folder.claim import set_aside
 from raysl.jobs.embed_source import other_decoding
 from raysl.jobs.embedding import features_here
 from raysl.jobs.evaluation import Asked, Ways, evaluate, run_here, units_of
@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--protocols transfer: on which images? give transfer.source=...")
     folder = EvaluationFolder(evaluation_folder(config, origin))
     if arguments.fresh and folder.path.exists():
-        _set_aside(folder)
+        say(f"the earlier evaluation is now in {set_aside(folder)}")
     with folder.locked():
         asked = _asked(config, origin, folder, names)
         transfer = _transfer(asked) if TRANSFER in (names or ()) else None
@@ -239,13 +239,6 @@ def _ways(asked: Asked, view: CountView, stack: ExitStack) -> Ways:
     return Ways(
         embed, run_units, lambda unit: train_unit(asked, unit, train=train), view.advance, say
     )
-
-
-def _set_aside(folder: EvaluationFolder) -> None:
-    with folder.locked():
-        aside = folder.path.with_name(f"{folder.path.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-        folder.path.rename(aside)
-    say(f"the earlier evaluation is now in {aside}")
 
 
 def _draw(asked: Asked) -> None:

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.table import Table
 
 from raysl.commands.absolute_files import with_absolute_files
-from raysl.commands.pretrain import set_aside, train_run
+from raysl.commands.pretrain import train_run
 from raysl.commands.record import flat, git_state
 from raysl.commands.run_tracking import say_trouble, start_tracker
 from raysl.commands.terminal import console, print_json, say, say_notes
 from raysl.config.load import read_mapping, to_yaml
 from raysl.errors import RunFolderError
 from raysl.evaluate.training_source import seen_part
+from raysl.folder.claim import changes, refusal, set_aside
+from raysl.folder.whole import write_json, write_text
 from raysl.jobs.pipeline import PipelineConfig, Runs, Step, load_pipeline, plan_steps
 from raysl.recipe import RunConfig, derive_for
 from raysl.runtime.cluster import connect, disconnect
@@ -24,7 +26,7 @@ from raysl.sources.open import open_source
 from raysl.sources.place import absolute_config, as_place
 from raysl.sources.subset import whole_source
 from raysl.track.results import PipelineResults, Results, StepResult
-from raysl.track.run_folder import RunFolder, working_folder, write_atomically, write_json
+from raysl.track.run_folder import RunFolder, working_folder
 from raysl.track.uri import tracking_uri, without_password
 
 if TYPE_CHECKING:  # MLflow takes seconds to load, and not every pipeline needs it
@@ -32,6 +34,8 @@ if TYPE_CHECKING:  # MLflow takes seconds to load, and not every pipeline needs 
 
 # For MLflow's run of the pipeline, which those of its steps refer to; a new database takes a while.
 _PATIENCE_S = 45.0
+# What may not change from one start of a pipeline to the next, but for what is there to change.
+_LASTING, _FREE = ("base", "pretrain"), "pretrain.data.if_changed"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         _say_steps(steps)
         return 0
     if arguments.fresh and folder.path.exists():
-        set_aside(folder)
+        say(f"the earlier pipeline is now in {set_aside(folder)}")
     with folder.locked():
         _claim(folder, config)
         pipeline = _Pipeline(config, folder, steps, home=home, told_of=told_of)
@@ -292,20 +296,15 @@ def _claim(folder: RunFolder, config: PipelineConfig) -> None:
     values = config.model_dump(mode="json")
     if path.exists():
         old = read_mapping(path)
-        changed = [
-            key for key in ("base", "pretrain") if _placed(old.get(key)) != _placed(values[key])
-        ]
+        before, after = (flat({key: each.get(key) for key in _LASTING}) for each in (old, values))
+        keys = [key for key in {**before, **after} if key != _FREE]
+        changed = changes(before, after, keys=keys, compared=_as_place)
+        which = [key for key in _LASTING if any(line.startswith(key) for line in changed)]
         if changed:
-            raise RunFolderError(
-                f"{folder.path} holds a pipeline with another {' and '.join(changed)}; give this "
-                f"one another name=..., or --fresh to set the old one aside"
-            )
-    write_atomically(path, to_yaml(values))
+            holds = f"holds a pipeline with another {' and '.join(which)}"
+            raise RunFolderError(refusal(folder.path, holds, changed))
+    write_text(path, to_yaml(values))
 
 
-def _placed(settings: Any) -> Any:
-    """Return dotted settings with images by their places, without what is there to change."""
-    if not isinstance(settings, dict):
-        return settings
-    kept = {key: value for key, value in settings.items() if key != "data.if_changed"}
-    return {key: as_place(key.rpartition(".")[2], value) for key, value in kept.items()}
+def _as_place(key: str, value: Any) -> Any:
+    return as_place(key.rpartition(".")[2], value)

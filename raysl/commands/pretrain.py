@@ -1,7 +1,6 @@
 """`raysl pretrain`: open the run folder, start the workers, follow them, report."""
 
 import argparse
-import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +17,8 @@ from raysl.commands.terminal import ProgressView, print_json, say, say_notes
 from raysl.config.load import read_mapping, to_yaml
 from raysl.errors import RayslError, RunFolderError
 from raysl.evaluate.training_source import open_training_source
+from raysl.folder.claim import OR_FRESH, refusal, set_aside
+from raysl.folder.whole import read_json, write_text
 from raysl.jobs.build import precision_note
 from raysl.jobs.extension import extend as extend_run
 from raysl.jobs.extension import other_than_length, tags_of_extensions
@@ -48,10 +49,8 @@ from raysl.track.run_folder import (
     RunFolder,
     latest_step,
     list_waiting,
-    read_json,
     read_metrics,
     working_folder,
-    write_atomically,
 )
 from raysl.track.uri import tracking_uri
 
@@ -152,7 +151,7 @@ def train_run(
     config = with_absolute_files(config, home)
     folder = RunFolder(home / Path(config.output_dir).expanduser() / config.name)
     if fresh and folder.path.exists():
-        set_aside(folder)
+        say(f"the earlier run is now in {set_aside(folder)}")
     with folder.locked():
         shorter = _known_length(folder, config, extend=extend)
         run = Run(config, folder, home, typed, tags or {}, began_at)
@@ -176,16 +175,8 @@ def _open(run: Run, shorter: RunConfig[Any] | None) -> Opened:
         lines += extend_run(run.folder, (shorter, derive_for(shorter, source)), (config, derived))
     for line in lines:
         say(line)
-    write_atomically(run.folder.config, to_yaml(config.model_dump(mode="json")))
+    write_text(run.folder.config, to_yaml(config.model_dump(mode="json")))
     return Opened(run, source, derived)
-
-
-def set_aside(folder: RunFolder) -> None:
-    """Rename a folder that something else is to take the place of."""
-    with folder.locked():
-        aside = folder.path.with_name(f"{folder.path.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-        folder.path.rename(aside)
-    say(f"the earlier run is now in {aside}")
 
 
 def _known_length(
@@ -207,11 +198,11 @@ def _known_length(
         return None
     if more or not extend or isinstance(old, dict):
         length = "" if more else ", or --extend to go on with this one to the new length"
-        raise RunFolderError(
-            f"{folder.path} holds a run with other settings:\n  "
-            + "\n  ".join(more if extend and more else changed)
-            + f"\nGive this run another name=..., or --fresh to set the old one aside{length}"
+        shown = more if extend and more else changed
+        text = refusal(
+            folder.path, "holds a run with other settings", shown, instead=OR_FRESH + length
         )
+        raise RunFolderError(text)
     return old
 
 
@@ -230,7 +221,7 @@ def _with_new_defaults(folder: RunFolder) -> RunConfig[Any] | dict[str, Any]:
 def _finished(run: Run, results: Results) -> Results:
     """Tell of a run that is finished, and of its images if they are others by now."""
     folder, config = run.folder, run.config
-    write_atomically(folder.config, to_yaml(config.model_dump(mode="json")))
+    write_text(folder.config, to_yaml(config.model_dump(mode="json")))
     say(
         f"{folder.path}: this run is finished; a larger train.epochs or train.steps with --extend "
         f"goes on with it, --fresh starts it anew, name=... another"

@@ -30,6 +30,7 @@ from raysl.commands.sweep_watch import SweepTracking, SweepWatch, shown
 from raysl.commands.terminal import console, print_json, say
 from raysl.config.load import to_yaml
 from raysl.errors import ConfigError, RayslError, SweepError
+from raysl.folder.whole import write_json, write_text
 from raysl.jobs.run_places import read_run
 from raysl.jobs.run_source import hold_to_source
 from raysl.recipe import RunConfig
@@ -52,7 +53,7 @@ from raysl.sweep.trial import (
     write_trial,
 )
 from raysl.track.results import SweepResults
-from raysl.track.run_folder import working_folder, write_atomically, write_json
+from raysl.track.run_folder import working_folder
 from raysl.track.uri import check_tracking_uri, tracking_uri, without_password
 
 if TYPE_CHECKING:  # Optuna is an extra
@@ -237,7 +238,7 @@ class _Sweep:
         trial = self.folder.trial(candidate.number)
         if read_candidate(trial) is None:
             trial.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(trial.config, to_yaml(config.model_dump(mode="json")))
+            write_text(trial.config, to_yaml(config.model_dump(mode="json")))
             hold_to_source(trial, self._sources.of(config), config)
             write_trial(trial, candidate)
 

@@ -8,10 +8,11 @@ from raysl.commands.record import flat
 from raysl.commands.sweep_sources import IF_CHANGED
 from raysl.config.load import read_mapping, to_yaml, validate
 from raysl.errors import RunFolderError
+from raysl.folder.claim import ANOTHER_NAME, changes, refusal
+from raysl.folder.whole import write_text
 from raysl.sources.place import as_place
 from raysl.sweep.config import SweepConfig
 from raysl.sweep.trial import SweepFolder
-from raysl.track.run_folder import write_atomically
 
 # What may change from one start of a sweep to the next.
 _FREE = ("budget", "resources", "retries", "track", "output_dir", "metric")
@@ -28,18 +29,12 @@ def claim(folder: SweepFolder, sweep: SweepConfig) -> None:
         # A setting that is newer than the folder has its default there.
         kept = validate(SweepConfig, read_mapping(folder.config), where=str(folder.config))
         old, new = (_without_folders(each) for each in (kept.model_dump(mode="json"), values))
-        changed = [
-            f"{key}: {old.get(key)} -> {new.get(key)}"
-            for key in sorted({*old, *new})
-            if key.split(".")[0] not in _FREE and old.get(key) != new.get(key)
-        ]
+        keys = [key for key in sorted({*old, *new}) if key.split(".")[0] not in _FREE]
+        changed = changes(old, new, keys=keys)
         if changed:
-            raise RunFolderError(
-                f"{folder.path} holds another sweep:\n  "
-                + "\n  ".join(changed)
-                + "\nGive this one another name=..."
-            )
-    write_atomically(folder.config, to_yaml(values))
+            text = refusal(folder.path, "holds another sweep", changed, instead=ANOTHER_NAME)
+            raise RunFolderError(text)
+    write_text(folder.config, to_yaml(values))
 
 
 def _without_folders(values: Mapping[str, Any]) -> dict[str, Any]:

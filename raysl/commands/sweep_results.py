@@ -9,6 +9,7 @@ from raysl.commands.sweep_watch import named, placed_seconds, trials_table
 from raysl.commands.terminal import console
 from raysl.config.load import read_mapping, set_key, to_yaml
 from raysl.errors import DivergedError
+from raysl.folder.whole import write_text
 from raysl.recipe import RunConfig, run_from_values
 from raysl.sweep.config import SweepConfig
 from raysl.sweep.in_flight import change_behind
@@ -16,7 +17,7 @@ from raysl.sweep.space import trial_name
 from raysl.sweep.summary import Summary
 from raysl.sweep.trial import SweepFolder, Trial, last_measured
 from raysl.track.results import SweepResults
-from raysl.track.run_folder import RunFolder, working_folder, write_atomically
+from raysl.track.run_folder import RunFolder, working_folder
 from raysl.track.uri import compare_line
 
 _BEST_SHOWN = 10
@@ -35,7 +36,7 @@ def write_best(sweep: SweepConfig, folder: SweepFolder, summary: Summary) -> Non
         f"# Train it for long: {next_line(sweep, folder, summary)}",
     ]
     text = "\n".join(lines) + "\n" + to_yaml(config.model_dump(mode="json"))
-    write_atomically(folder.best, text)
+    write_text(folder.best, text)
 
 
 def next_line(sweep: SweepConfig, folder: SweepFolder, summary: Summary) -> str | None:

@@ -9,6 +9,7 @@ from raysl.commands.terminal import say, say_notes
 from raysl.config.load import read_mapping, to_yaml
 from raysl.errors import RunFolderError
 from raysl.evaluate.training_source import open_training_source
+from raysl.folder.whole import read_json, write_text
 from raysl.jobs.run_places import read_run, with_absolute_sources
 from raysl.jobs.run_source import hold_to_source, is_same, source_facts, what_changed
 from raysl.jobs.start import check_lengths, check_names, check_start
@@ -16,7 +17,7 @@ from raysl.recipe import RunConfig
 from raysl.runtime.tune_trial import source_key
 from raysl.sources.source import Source
 from raysl.sources.subset import whole_source
-from raysl.track.run_folder import RunFolder, read_json, working_folder, write_atomically
+from raysl.track.run_folder import RunFolder, working_folder
 
 IF_CHANGED = "data.if_changed"
 
@@ -80,7 +81,7 @@ class Sources:
             config = config.model_copy(update={"data": data})
             values = config.model_dump(mode="json")
             if values != read_mapping(folder.config):
-                write_atomically(folder.config, to_yaml(values))
+                write_text(folder.config, to_yaml(values))
             lines = hold_to_source(folder, self.of(config), config)
             for line in lines:
                 if line not in said:

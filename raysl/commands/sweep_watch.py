@@ -15,6 +15,7 @@ from rich.table import Table
 from raysl.commands.record import flat
 from raysl.commands.terminal import console
 from raysl.config.load import read_mapping
+from raysl.folder.whole import write_json
 from raysl.jobs.run_error import read_error
 from raysl.sweep.config import SweepConfig
 from raysl.sweep.summary import best_of, ranked
@@ -26,7 +27,7 @@ from raysl.sweep.trial import (
     read_trial,
     write_trial,
 )
-from raysl.track.run_folder import MetricsFile, RunFolder, write_json
+from raysl.track.run_folder import MetricsFile, RunFolder
 
 if TYPE_CHECKING:  # MLflow takes seconds to load, and not every sweep needs it
     from raysl.track.mlflow_problem import MlflowProblem

@@ -27,7 +27,7 @@ from raysl.exchange.library_files import (
     write_plain,
 )
 from raysl.exchange.library_lines import library_lines
-from raysl.weights.whole import appears_whole
+from raysl.folder.whole import appears_whole
 
 Run = Callable[[Tensor], Tensor]
 

@@ -11,6 +11,7 @@ from raysl.config.load import validate
 from raysl.encoder import encoder_file, load_encoder, save_encoder
 from raysl.errors import ConfigError, DataError
 from raysl.exchange.beside import Beside, read_beside
+from raysl.folder.whole import appears_whole
 from raysl.nn.backbones import NAMES, Backbone, BackboneConfig, build_backbone
 from raysl.nn.vit import VIT_SIZES
 from raysl.weights.dinov2_names import OF_DINOV2
@@ -20,7 +21,6 @@ from raysl.weights.networks import Found, choose, find_networks, networks_named
 from raysl.weights.normalisation import IMAGENET, PIXELS
 from raysl.weights.read import read_content
 from raysl.weights.recognise import Recognised, assumed, recognise
-from raysl.weights.whole import appears_whole
 
 _SIZE_PX, _SMALL_PX = 224, 32
 # Layouts of names that many training codes share.

@@ -6,7 +6,6 @@ was stopped. Memory: the shards that are being filled, two or three of them.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
@@ -39,16 +38,16 @@ from raysl.retrieval.shards import (
     write_shard,
 )
 from raysl.sources.pixels import Decoding
-from raysl.sources.place import absolute_source, as_place
+from raysl.sources.place import absolute_source
 from raysl.sources.source import Source, SourceConfig
 
 _MIB = 1 << 20
-_SHOWN = 3
 _ID_BYTES = 40  # of a row beside its features, about
 _FILE = "encoder.safetensors"
 _DEFAULT_SIZE_PX = 224
 # Known only at the end, or of no use to who holds a single shard.
 _NOT_IN_SHARDS = {"settings", "images", "bad_images", "class_names"}
+_OTHERS = "holds embeddings of another encoder or source, or with other settings"
 _TINY = np.finfo(np.float32).tiny
 
 MakeChunks = Callable[[Source, Chunks, Embedding], Generator[Chunk, None, None]]
@@ -168,7 +167,7 @@ def embed_source(
             }
             folder.write_claim(about)
         else:
-            _refuse_others(folder, about["wanted"], wanted)
+            folder.refuse_others(about["wanted"], wanted, holds=_OTHERS)
         folder.sweep()
         writer = _Writer(source, config, folder, about)
         complete = not writer.missing and "images" in about
@@ -212,24 +211,6 @@ def _encoder_facts(encoder: Path, embedding: Embedding) -> dict[str, Any]:
     }
 
 
-def _refuse_others(folder: PackFolder, old: dict[str, Any], new: dict[str, Any]) -> None:
-    named = {
-        "encoder": "the encoder (digest of its weights)",
-        "fingerprint": "the source's fingerprint",
-    }
-    changed = [
-        f"{named.get(key, key)}: {old.get(key)!r} there, {new.get(key)!r} here"
-        for key in {**old, **new}
-        if as_place(key, old.get(key)) != as_place(key, new.get(key))
-    ]
-    if changed:
-        raise DataError(
-            f"{folder.uri} holds embeddings of another encoder or source, or with other settings:"
-            + "".join(f"\n  {line}" for line in changed)
-            + "\nGive the same ones to go on, or another folder"
-        )
-
-
 class _Writer:
     """Fills the shards that are missing."""
 
@@ -257,7 +238,7 @@ class _Writer:
         """Write all missing shards; return how many images were embedded."""
         bounds = [self.plan.bounds(shard) for shard in self.missing]
         todo = sum(stop - start for start, stop in bounds)
-        self._check_room(todo)
+        self.folder.check_room(todo * (self._width + _ID_BYTES), instead="store=float16")
         if not todo:
             return 0
         starts = np.concatenate([np.arange(*each, self.chunk, dtype=np.int64) for each in bounds])
@@ -324,30 +305,13 @@ class _Writer:
         )
 
     def _refuse_bad(self) -> None:
-        bad = [entry for shard in sorted(self.bad) for entry in self.bad[shard]]
-        if len(bad) <= self.config.max_bad_share * self.plan.num_rows:
-            return
-        where = self.source.where
-        self.folder.write_bad(bad, name=where, file=BAD_IMAGES)
-        shown = "\n  ".join(f"{where(each.row)}: {each.reason}" for each in bad[:_SHOWN])
-        raise DataError(
-            f"{len(bad):,} of {self.plan.num_rows:,} images are bad so far, more than "
-            f"max_bad_share={self.config.max_bad_share:g}; such as\n  {shown}\nAll are in "
-            f"{self.folder.uri}/{BAD_IMAGES}. Set max_bad_share higher to leave them out: the same "
-            f"command then goes on"
+        self.folder.refuse_bad(
+            [entry for shard in sorted(self.bad) for entry in self.bad[shard]],
+            num_images=self.plan.num_rows,
+            most=self.config.max_bad_share,
+            name=self.source.where,
+            file=BAD_IMAGES,
         )
-
-    def _check_room(self, todo: int) -> None:
-        """Refuse what cannot fit on a local disk, before hours of work."""
-        if not self.folder.is_local:
-            return
-        needed, free = todo * (self._width + _ID_BYTES), shutil.disk_usage(self.folder.root).free
-        if needed > free:
-            raise DataError(
-                f"{self.folder.root}: some {needed / _MIB:,.0f} MiB are needed, "
-                f"{free / _MIB:,.0f} MiB are free; make room, give another folder, or set "
-                f"store=float16"
-            )
 
 
 class _Filling:

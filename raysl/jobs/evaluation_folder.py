@@ -1,7 +1,6 @@
 """The folder of an evaluation: what it is an evaluation of, and what of it is done."""
 
 import json
-import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from raysl.errors import RunFolderError
-from raysl.track.folder_lock import held
-from raysl.track.run_folder import read_json, write_json
+from raysl.folder.claim import changes, refusal
+from raysl.folder.lock import held
+from raysl.folder.whole import appears_whole, read_json, write_json
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -44,7 +44,8 @@ class EvaluationFolder:
         Raises:
             RunFolderError: On entering, if another process holds it, or it cannot be made.
         """
-        return held(self.path, doing="evaluating", instead="give this evaluation another name=...")
+        instead = "give this evaluation another name=..."
+        return held(self.path, doing="is evaluating in", instead=instead)
 
     def claim(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return what is known of the features if they are there; refuse those of something else.
@@ -58,17 +59,10 @@ class EvaluationFolder:
         about = read_json(self.about)
         if about is None:
             return None
-        changed = [
-            f"{name}: {about['identity'].get(name)} -> {identity[name]}"
-            for name in identity
-            if about["identity"].get(name) != identity[name]
-        ]
+        changed = changes(about["identity"], identity, keys=identity)
         if changed:
-            raise RunFolderError(
-                f"{self.path} holds an evaluation of something else:\n  "
-                + "\n  ".join(changed)
-                + "\nGive this one another name=..., or --fresh to set the old one aside"
-            )
+            holds = "holds an evaluation of something else"
+            raise RunFolderError(refusal(self.path, holds, changed))
         return about if self.arrays.exists() else None
 
     def read_arrays(self) -> Arrays | None:
@@ -108,16 +102,13 @@ class EvaluationFolder:
         self, key: str, values: Mapping[str, Any], predictions: npt.NDArray[np.int64] | None
     ) -> None:
         """Keep what a protocol gave for a seed."""
-        self.units.mkdir(parents=True, exist_ok=True)
         if predictions is not None:
-            temporary = self.units / f".{key}.{os.getpid()}.npy"
-            np.save(temporary, predictions)
-            temporary.replace(self.units / f"{key}.npy")
+            with appears_whole(self.units / f"{key}.npy") as temporary:
+                np.save(temporary, predictions)
         kept = dict(values) | {"has_predictions": predictions is not None}
         write_json(self.units / f"{key}.json", json.loads(json.dumps(kept)))
 
 
 def _save(path: Path, arrays: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
-    np.savez(temporary, **arrays)
-    temporary.replace(path)
+    with appears_whole(path) as temporary:
+        np.savez(temporary, **arrays)

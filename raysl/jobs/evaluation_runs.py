@@ -9,6 +9,7 @@ from raysl.encoder import read_description
 from raysl.evaluate.probes import Measured
 from raysl.evaluate.registry import PROTOCOLS
 from raysl.evaluate.training_source import open_training_source
+from raysl.folder.whole import write_text
 from raysl.jobs.downstream import finetune_values
 from raysl.jobs.evaluation import Asked, Unit, key_of
 from raysl.jobs.evaluation_config import images_of
@@ -17,7 +18,7 @@ from raysl.nn.backbones import BackboneConfig
 from raysl.recipe import RunConfig, run_from_values
 from raysl.sources.source import Source
 from raysl.track.results import Results
-from raysl.track.run_folder import RunFolder, write_atomically
+from raysl.track.run_folder import RunFolder
 
 Train = Callable[[RunConfig[Any], RunFolder, Source], Results]
 """Trains a run, or goes on with it, and returns its results."""
@@ -31,7 +32,7 @@ def train_unit(asked: Asked, unit: Unit, *, train: Train) -> Measured:
     config = run_of(asked, unit)
     folder = RunFolder(asked.folder.runs / key_of(unit))
     with folder.locked():
-        write_atomically(folder.config, to_yaml(config.model_dump(mode="json")))
+        write_text(folder.config, to_yaml(config.model_dump(mode="json")))
         results = folder.read_results()
         if results is None:
             source = open_training_source(config.data, config.evaluate, config.method)

@@ -12,6 +12,7 @@ from torch import Tensor
 from raysl.augment.pipeline import View, make_views
 from raysl.data.block import INDEX, view_column
 from raysl.data.decode import Flaw, decode_or_flaw
+from raysl.folder.whole import appears_whole
 from raysl.methods.base import Batch, ImageGrid, Method, Progress
 from raysl.sources.source import Source
 from raysl.train.batches import NumpyBatch
@@ -87,8 +88,8 @@ def _write(
         arrays[name] = _pixels(picture, mean=mean, std=std)
         arrays[f"{name}.columns"] = np.array(picture.columns, dtype=np.str_)
         arrays[f"{name}.caption"] = np.array(picture.caption, dtype=np.str_)
-    with open(path, "wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type] # its stub knows no keywords
+    with appears_whole(path) as temporary:
+        np.savez(temporary, **arrays)  # type: ignore[arg-type] # its stub knows no keywords
 
 
 def _pixels(

@@ -15,13 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from raysl.evaluate.online import OnlineSets
-from raysl.track.run_folder import (
-    RunFolder,
-    list_waiting,
-    read_metrics,
-    waiting_path,
-    write_atomically,
-)
+from raysl.folder.whole import write_text
+from raysl.track.run_folder import RunFolder, list_waiting, read_metrics, waiting_path
 from raysl.train.loop import Log
 
 Begin = Callable[[Path, OnlineSets], "Future[Mapping[str, float]]"]
@@ -69,7 +64,7 @@ class OnlineEvaluations:
         if folder.failed_evaluations.exists():
             known = [r for r in read_failures(folder) if r["step"] <= start_step]
             text = "".join(json.dumps(record) + "\n" for record in known)
-            write_atomically(folder.failed_evaluations, text)
+            write_text(folder.failed_evaluations, text)
         self.collect()
 
     def add(self, step: int, write: Callable[[Path], None]) -> None:

@@ -16,6 +16,7 @@ from raysl.errors import RunFolderError
 from raysl.evaluate.features import EvalImages, embed
 from raysl.evaluate.protocol import LabelledSets, all_protocols
 from raysl.evaluate.training_source import labels_record
+from raysl.folder.whole import appears_whole, write_json
 from raysl.jobs.build import build_method, build_optimizers, precision_on
 from raysl.jobs.classify import Classified
 from raysl.jobs.finetune_copy import finetune_copy
@@ -32,7 +33,7 @@ from raysl.recipe import Derived, RunConfig, derive_for, training_set
 from raysl.sources.source import Source
 from raysl.track.bad_images import BadImages
 from raysl.track.results import Features, Results, accuracies_of, with_prefix
-from raysl.track.run_folder import MetricsFile, RunFolder, write_json
+from raysl.track.run_folder import MetricsFile, RunFolder
 from raysl.train.batches import NumpyBatch, batch_converter, input_converter, view_converter
 from raysl.train.checkpoint import load_checkpoint, load_state, save_checkpoint
 from raysl.train.health import HealthCheck
@@ -386,10 +387,11 @@ def _write_features(
     """Keep the features that the map of the report is drawn from."""
     count = min(len(images), _MAP_IMAGES)
     pixels = np.concatenate(list(images.batches(np.arange(count))))
-    np.savez(
-        folder.features,
-        features=features[:count].numpy(),
-        labels=images.labels[:count],
-        thumbnails=pixels,
-        class_names=np.array(class_names, dtype=np.str_),
-    )
+    with appears_whole(folder.features) as temporary:
+        np.savez(
+            temporary,
+            features=features[:count].numpy(),
+            labels=images.labels[:count],
+            thumbnails=pixels,
+            class_names=np.array(class_names, dtype=np.str_),
+        )

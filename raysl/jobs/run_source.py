@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from raysl.errors import RunFolderError
+from raysl.folder.whole import read_json, write_json
 from raysl.recipe import RunConfig, derive_for
 from raysl.sources.source import Source
 from raysl.sources.subset import whole_source
-from raysl.track.run_folder import RunFolder, latest_step, read_json, write_json
+from raysl.track.run_folder import RunFolder, latest_step
 
 FROM_STEP = "from_step"
 """Of a record: the step after which training saw these images."""

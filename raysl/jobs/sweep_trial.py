@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Mapping
 
 from raysl.errors import RayslError
+from raysl.folder.whole import appears_whole
 from raysl.jobs.run_error import forget_error, write_error
 from raysl.track.results import Results
 from raysl.track.run_folder import (
@@ -91,11 +92,8 @@ def take_over(folder: RunFolder, donor: RunFolder, *, step: int, total_steps: in
     chosen = max((s for s in known if s <= step), default=min(known, default=0))
     if not chosen:
         return 0
-    arriving = folder.path / "arriving"
-    shutil.rmtree(arriving, ignore_errors=True)
-    shutil.copytree(checkpoint_path(donor.checkpoints, chosen), arriving)
-    for own in list_checkpoints(folder.checkpoints):
-        shutil.rmtree(checkpoint_path(folder.checkpoints, own))
-    folder.checkpoints.mkdir(exist_ok=True)
-    arriving.rename(checkpoint_path(folder.checkpoints, chosen))
+    with appears_whole(checkpoint_path(folder.checkpoints, chosen)) as arriving:
+        shutil.copytree(checkpoint_path(donor.checkpoints, chosen), arriving)
+        for own in list_checkpoints(folder.checkpoints):
+            shutil.rmtree(checkpoint_path(folder.checkpoints, own))
     return chosen

@@ -11,6 +11,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from raysl.errors import DataError
+from raysl.folder.whole import appears_whole
 
 
 class NetworkFile(NamedTuple):
@@ -26,10 +27,9 @@ def write_network(
     """Write tensors with a description in the header, atomically."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     header = {"format": kind, "raysl": json.dumps(description)}
-    temporary = path.with_name(f".{path.name}.tmp")
-    # Written by open(): files of safetensors' own writer are only readable by their owner.
-    temporary.write_bytes(save(tensors, metadata=header))
-    temporary.replace(path)
+    # Through a plain open: safetensors' own writer makes files that only their owner can read.
+    with appears_whole(path) as temporary:
+        temporary.write_bytes(save(tensors, metadata=header))
 
 
 def read_network(path: Path, *, kind: str, what: str) -> NetworkFile:

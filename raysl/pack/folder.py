@@ -6,9 +6,10 @@ lasting name is a complete one, whenever and however the process ends.
 
 import errno
 import json
+import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +17,20 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from raysl.errors import DataError
+from raysl.folder.claim import changes, refusal
+from raysl.folder.lock import LOCK, held
 from raysl.sources.manifest import CLAIM_NAME
+from raysl.sources.place import as_place
 from raysl.sources.source import BUILT_IN
 from raysl.sources.storage import resolve
-from raysl.track.folder_lock import folder_lock
 
 CLAIM, BAD_IMAGES, BUCKETS = CLAIM_NAME, "bad_images.jsonl", "_buckets"
+_MIB = 1 << 20
+_SHOWN = 3
+_NAMED = {
+    "encoder": "the encoder (digest of its weights)",
+    "fingerprint": "the source's fingerprint",
+}
 
 
 class Bad(NamedTuple):
@@ -95,17 +104,13 @@ class PackFolder:
             yield
             return
 
-        def busy(process: str) -> DataError:
-            return DataError(
-                f"{self.root}: process {process} writes into this folder; wait for it, or give "
-                f"another folder"
-            )
-
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(folder_lock(Path(self.root), busy=busy))
-            except OSError as error:
-                raise DataError(f"{self.root}: cannot be written: {error.strerror}") from None
+        with held(
+            Path(self.root),
+            doing="writes into",
+            instead="give another folder",
+            elsewhere="give a folder that can",
+            error=DataError,
+        ):
             yield
 
     def listed(self, below: str = "") -> dict[str, int]:
@@ -179,6 +184,23 @@ class PackFolder:
             ) from None
         return values
 
+    def refuse_others(self, old: Mapping[str, Any], new: Mapping[str, Any], *, holds: str) -> None:
+        """Refuse to go on with what was begun with other settings.
+
+        Args:
+            old: What decides of the content, as the claim has it.
+            new: As this command has it.
+            holds: Says what the folder holds, for the message.
+
+        Raises:
+            DataError: If they differ.
+        """
+        line = "{key}: {old!r} there, {new!r} here"
+        changed = changes(old, new, compared=as_place, named=_NAMED, line=line)
+        if changed:
+            instead = "Give the same ones to go on, or another folder"
+            raise DataError(refusal(self.uri, holds, changed, instead=instead))
+
     def write_claim(self, values: Mapping[str, Any]) -> None:
         """Claim the folder."""
         with self.writing(self.claim_name) as stream:
@@ -199,11 +221,69 @@ class PackFolder:
                 line = {"row": each.row, "id": each.id, "name": name(each.row)}
                 stream.write(json.dumps(line | {"reason": each.reason}).encode() + b"\n")
 
+    def refuse_bad(
+        self,
+        bad: Sequence[Bad],
+        *,
+        num_images: int,
+        most: float,
+        name: Callable[[int], str],
+        file: str = BAD_IMAGES,
+    ) -> None:
+        """List the images that are left out and end, once they are too many.
+
+        Args:
+            bad: They, so far.
+            num_images: Of the source.
+            most: The share that may be bad.
+            name: Names a row for a person.
+            file: Where they are listed.
+
+        Raises:
+            DataError: If they are more than that.
+        """
+        if len(bad) <= most * num_images:
+            return
+        self.write_bad(bad, name=name, file=file)
+        shown = "\n  ".join(f"{name(each.row)}: {each.reason}" for each in sorted(bad)[:_SHOWN])
+        raise DataError(
+            f"{len(bad):,} of {num_images:,} images are bad so far, more than max_bad_share="
+            f"{most:g}; such as\n  {shown}\nAll are in {self.uri}/{file}. Set max_bad_share higher "
+            f"to leave them out: the same command then goes on"
+        )
+
+    def check_room(
+        self, needed: float, *, instead: str, remark: str = "", doubt: float = 0.0
+    ) -> str | None:
+        """Refuse what cannot fit on a local disk, before hours of work.
+
+        Args:
+            needed: In bytes.
+            instead: What else to set, for the message.
+            remark: About what is needed.
+            doubt: The share by which ``needed`` may be wrong.
+
+        Returns:
+            What to say if it is tight, else None.
+
+        Raises:
+            DataError: If there is too little.
+        """
+        if not self.is_local:
+            return None
+        free = shutil.disk_usage(self.root).free
+        what = f"some {needed / _MIB:,.0f} MiB are needed, {free / _MIB:,.0f} MiB are free{remark}"
+        if (1 - doubt) * needed > free:
+            raise DataError(
+                f"{self.root}: {what}; make room, give another folder, or set {instead}"
+            )
+        return f"{self.root}: {what}; it may not do" if (1 + doubt) * needed > free else None
+
     def sweep(self, *, buckets: bool = False) -> None:
         """Delete what an earlier process left half-written, and with ``buckets`` the buckets."""
         for below in ("", f"{BUCKETS}/"):
             for name in self.listed(below):
-                if name.startswith(".") and name != ".lock":
+                if name.startswith(".") and name != LOCK:
                     self.delete(below + name)
         if buckets:
             with suppress(OSError):

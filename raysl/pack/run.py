@@ -7,7 +7,6 @@ Memory: a worker holds about two shards and one group of the source; the caller 
 
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -32,15 +31,14 @@ from raysl.pack.shards import (
 )
 from raysl.pack.threads import map_in_threads
 from raysl.sources.manifest import Manifest, ManifestFile, read_manifest, write_manifest
-from raysl.sources.place import absolute_source, as_place
+from raysl.sources.place import absolute_source
 from raysl.sources.source import Source, digest
 
 _MIB = 1 << 20
 _ESTIMATE_IMAGES = 256
 _ESTIMATE_GROUPS = 8
-_SHOWN = 3
 # The estimate is of a sample: refuse what is clearly too little, warn of what may be.
-_TOO_LITTLE, _TIGHT = 0.9, 1.1
+_DOUBT = 0.1
 
 Facts = BucketFacts | ShardFacts
 Unit = Callable[..., Facts]
@@ -133,7 +131,8 @@ def pack(source: Source, config: PackConfig, output: str, *, run: Runner, view: 
         wanted = {"fingerprint": source.fingerprint, **config.lasting()}
         claim = folder.claim()
         if claim is not None:
-            _refuse_others(folder, claim["wanted"], wanted)
+            holds = "was packed from another source or with other settings"
+            folder.refuse_others(claim["wanted"], wanted, holds=holds)
             manifest = _manifest(folder)
             if manifest is not None:
                 folder.sweep(buckets=True)
@@ -164,21 +163,6 @@ def _manifest(folder: PackFolder) -> Manifest | None:
         return read_manifest(folder.filesystem, folder.root)
     except DataError:  # damaged: it is made again from the shards' footers
         return None
-
-
-def _refuse_others(folder: PackFolder, old: dict[str, Any], new: dict[str, Any]) -> None:
-    named = {"fingerprint": "the source's fingerprint"}
-    changed = [
-        f"{named.get(key, key)}: {old.get(key)!r} there, {new.get(key)!r} here"
-        for key in {**old, **new}
-        if as_place(key, old.get(key)) != as_place(key, new.get(key))
-    ]
-    if changed:
-        raise DataError(
-            f"{folder.uri} was packed from another source or with other settings:\n  "
-            + "\n  ".join(changed)
-            + "\nGive the same ones to go on, or another folder"
-        )
 
 
 def _size_up(source: Source, config: PackConfig) -> dict[str, int]:
@@ -276,36 +260,23 @@ class _Shards:
             yield made
 
     def _refuse_bad(self, bad: list[Bad]) -> None:
-        most = self.job.config.max_bad_share
-        if len(bad) <= most * self.job.num_images:
-            return
-        where = self.source.where
-        self.folder.write_bad(bad, name=where)
-        shown = "\n  ".join(f"{where(each.row)}: {each.reason}" for each in sorted(bad)[:_SHOWN])
-        raise DataError(
-            f"{len(bad):,} of {self.job.num_images:,} images are bad so far, more than "
-            f"max_bad_share={most:g}; such as\n  {shown}\nAll are in {self.folder.uri}/"
-            f"bad_images.jsonl. Set max_bad_share higher to leave them out: the same command then "
-            f"goes on"
+        self.folder.refuse_bad(
+            bad,
+            num_images=self.job.num_images,
+            most=self.job.config.max_bad_share,
+            name=self.source.where,
         )
 
     def _check_room(self, needed: int, *, in_groups: bool) -> None:
-        """Refuse what cannot fit on a local disk, before hours of work."""
-        if not self.folder.is_local:
-            return
-        there = sum(self.folder.listed(BUCKETS).values())
-        needed = max(0, 2 * needed - there) if in_groups else needed
-        free = shutil.disk_usage(self.folder.root).free
-        what = f"some {needed / _MIB:,.0f} MiB are needed, {free / _MIB:,.0f} MiB are free"
-        if in_groups:
-            what += " (the images twice while they are shuffled)"
-        if _TOO_LITTLE * needed > free:
-            raise DataError(
-                f"{self.folder.root}: {what}; make room, give another folder, or set "
-                f"short_side_px or quality lower"
-            )
-        if _TIGHT * needed > free:
-            self.view.note(f"{self.folder.root}: {what}; it may not do")
+        remark = ""
+        if in_groups and self.folder.is_local:
+            needed = max(0, 2 * needed - sum(self.folder.listed(BUCKETS).values()))
+            remark = " (the images twice while they are shuffled)"
+        tight = self.folder.check_room(
+            needed, instead="short_side_px or quality lower", remark=remark, doubt=_DOUBT
+        )
+        if tight is not None:
+            self.view.note(tight)
 
 
 def _describe(

@@ -6,8 +6,8 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from raysl.folder.whole import write_text
 from raysl.report.style import STYLE
-from raysl.track.run_folder import write_atomically
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -53,7 +53,7 @@ def write_page(path: Path, *, name: str, lead: str, sections: Iterable[str]) -> 
         + "\n".join(shown)
         + "\n</main>\n</body>\n</html>\n"
     )
-    write_atomically(path, page)
+    write_text(path, page)
 
 
 def section(title: str, content: str, note: str = "") -> str:

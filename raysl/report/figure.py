@@ -3,8 +3,6 @@
 Figures are made without pyplot, which keeps global state and belongs to the main thread.
 """
 
-import os
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from raysl.folder.whole import appears_whole
 from raysl.report.measure import number_text
 
 DPI = 200  # the page shows two pixels of a picture as one, so 1 inch is 100 px of the page
@@ -55,13 +54,8 @@ def new_figure(*, width_in: float = WIDTH_IN, height_in: float) -> Figure:
 
 def save_png(figure: Figure, path: Path) -> None:
     """Write a figure so that the file is either old or new, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
+    with appears_whole(path, shared=True, synced=False) as temporary:
         figure.savefig(temporary, format="png", dpi=DPI)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def style_axes(axes: Axes, *, title: str, grid: str = "both") -> None:

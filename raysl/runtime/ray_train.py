@@ -28,6 +28,8 @@ from raysl.sources.source import Source
 from raysl.track.results import Results
 from raysl.track.run_folder import RunFolder, latest_step
 
+_ERROR = "error"
+
 
 def pretrain_on_ray(
     config: RunConfig[Any], *, folder: RunFolder, source: Source, layout: Layout

@@ -17,6 +17,7 @@ from raysl.config.load import read_mapping, set_key
 from raysl.errors import ClusterError
 from raysl.evaluate.protocol import LabelledSets
 from raysl.evaluate.training_source import open_training_source
+from raysl.folder.whole import read_json, write_json
 from raysl.jobs.labelled_sets import open_sets
 from raysl.jobs.local import pretrain_here
 from raysl.jobs.sweep_trial import run_trial, take_over
@@ -29,7 +30,7 @@ from raysl.sweep.config import Dimension
 from raysl.sweep.in_flight import Change, newest_change, write_change
 from raysl.track.follow import MetricsReader
 from raysl.track.results import Results
-from raysl.track.run_folder import RunFolder, latest_step, read_json, write_json
+from raysl.track.run_folder import RunFolder, latest_step
 from raysl.train.loop import Log
 
 NUMBER = "number"

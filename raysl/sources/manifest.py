@@ -5,9 +5,7 @@ and image bytes of each row group.
 """
 
 import json
-import os
 import re
-import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +13,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from raysl.errors import DataError
+from raysl.folder.whole import write_bytes
 from raysl.sources.storage import read_file
 
 MANIFEST_NAME = "manifest.json"
@@ -103,25 +102,12 @@ def write_manifest(filesystem: pafs.FileSystem, folder: str, manifest: Manifest)
     text = json.dumps(values, separators=(",", ":")).encode()
     try:
         if isinstance(filesystem, pafs.LocalFileSystem):
-            _replace(Path(path), text)
+            write_bytes(Path(path), text)
         else:
             with filesystem.open_output_stream(path) as stream:
                 stream.write(text)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: cannot be written: {error}") from None
-
-
-def _replace(path: Path, text: bytes) -> None:
-    # A hidden name: no listing shows it if the process dies half-way.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _parse(values: dict[str, Any]) -> Manifest:

@@ -6,7 +6,8 @@ nor of those given to it with which no step was trained yet.
 
 from typing import Any, NamedTuple
 
-from raysl.track.run_folder import RunFolder, read_json, write_json
+from raysl.folder.whole import read_json, write_json
+from raysl.track.run_folder import RunFolder
 
 
 class Change(NamedTuple):

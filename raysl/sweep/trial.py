@@ -1,17 +1,19 @@
 """The trials of a sweep as their folders tell them: the folders are the truth, nothing else is."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from raysl.errors import RunFolderError
+from raysl.folder.lock import held
+from raysl.folder.whole import read_json, write_json
 from raysl.sweep.config import MetricConfig
 from raysl.sweep.in_flight import change_behind
 from raysl.sweep.space import TRIALS, Candidate, trial_name
 from raysl.track.mlflow_record import read_tracked_run
-from raysl.track.run_folder import RunFolder, read_json, read_metrics, write_json
+from raysl.track.run_folder import RunFolder, read_metrics
 
 Status = Literal["waiting", "running", "finished", "stopped", "failed"]
 ENDED: tuple[Status, ...] = ("finished", "stopped", "failed")
@@ -66,15 +68,14 @@ class SweepFolder:
         """Return the run folder of a trial."""
         return RunFolder(self.trials / trial_name(number))
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Hold the folder for one process; the lock goes with the process, however it ends.
 
         Raises:
-            RunFolderError: If another process holds it, or it cannot be made.
+            RunFolderError: On entering, if another process holds it, or it cannot be made.
         """
-        with RunFolder(self.path).locked():
-            yield
+        instead = "give this sweep another name=..."
+        return held(self.path, doing="is training in", instead=instead)
 
 
 def trial_file(folder: RunFolder) -> Path:

@@ -9,8 +9,29 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
-from raysl.track.folder_lock import held
+from raysl.folder.lock import held
+from raysl.folder.whole import read_json, write_json, write_text
 from raysl.track.results import Results
+
+# Reading and writing small files is raysl.folder.whole's; scripts import it from here too.
+__all__ = [
+    "JOB_FOLDER",
+    "MetricsFile",
+    "RunFolder",
+    "checkpoint_path",
+    "follow_metrics",
+    "latest_step",
+    "list_checkpoints",
+    "list_waiting",
+    "read_json",
+    "read_metrics",
+    "waiting_path",
+    "working_folder",
+    "write_atomically",
+    "write_json",
+]
+
+write_atomically = write_text
 
 JOB_FOLDER = "/runtime_resources/"
 """Below such a folder Ray unpacks the working directory of a job, and deletes it afterwards."""
@@ -66,7 +87,7 @@ class RunFolder:
         Raises:
             RunFolderError: On entering, if another process holds it, or it cannot be made.
         """
-        return held(self.path, doing="training", instead="give this run another name=...")
+        return held(self.path, doing="is training in", instead="give this run another name=...")
 
     def read_results(self) -> Results | None:
         """Return the results of a finished run, or None."""
@@ -121,7 +142,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, *, start_step: int) -> None:
         kept = [record for record in read_metrics(path) if record["step"] <= start_step]
-        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
@@ -155,28 +176,3 @@ def follow_metrics(path: Path, offset: int) -> Iterator[tuple[dict[str, Any], in
             except ValueError:
                 continue  # a line that a crash of the machine left half on the disk
             yield record, offset
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that it is either old or new, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Return a JSON file's object, or None if it is not there or not whole."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file so that it is either old or new."""
-    write_atomically(path, json.dumps(value, indent=1) + "\n")

@@ -1,8 +1,6 @@
 """Write and read checkpoints. A checkpoint folder that exists is complete."""
 
 import contextlib
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from raysl.errors import RunFolderError
+from raysl.folder.whole import appears_whole, clear_unfinished, give_up_name
 from raysl.track.run_folder import checkpoint_path, list_checkpoints
 
 _STATE = "state.pt"
@@ -33,28 +32,22 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, step: int, keep: int
         RunFolderError: If it cannot be written; earlier checkpoints are untouched.
     """
     final = checkpoint_path(folder, step)
-    temporary = folder / f".tmp-{final.name}-{os.getpid()}"
     try:
-        temporary.mkdir(parents=True, exist_ok=True)
-        with open(temporary / _STATE, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if final.exists():  # the same step again, after resuming from an earlier one
-            _set_aside(final)
-        temporary.rename(final)
-        _sync_folder(folder)
-    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
-        shutil.rmtree(temporary, ignore_errors=True)
+        # Shared: a worker that is thought dead may write the same step. One that is there already
+        # is of a run that resumed from an earlier one.
+        with appears_whole(final, shared=True, lasting=True) as temporary:
+            temporary.mkdir()
+            with open(temporary / _STATE, "wb") as file:
+                torch.save(state, file)
+    except (OSError, RuntimeError) as error:  # torch's writer wraps a full disk in a RuntimeError
         raise RunFolderError(
             f"{final}: the checkpoint cannot be written: {_reason(error)}. Earlier checkpoints are "
             f"untouched; free space or set output_dir to another disk, then run the same command"
         ) from None
     for old in list_checkpoints(folder)[:-keep]:
         with contextlib.suppress(OSError):
-            _set_aside(checkpoint_path(folder, old))
-    for leftover in folder.glob(".tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+            give_up_name(checkpoint_path(folder, old))
+    clear_unfinished(folder)
     return final
 
 
@@ -103,18 +96,3 @@ def load_state(module: nn.Module, state: Mapping[str, Any], *, owner: str) -> No
 
 def _reason(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _set_aside(checkpoint: Path) -> None:
-    """Rename before deleting, so that a half-deleted folder is not mistaken for a checkpoint."""
-    aside = checkpoint.with_name(f".tmp-old-{checkpoint.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    checkpoint.rename(aside)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

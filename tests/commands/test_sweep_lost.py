@@ -9,8 +9,9 @@ import pytest
 
 from raysl.commands import sweep as verb
 from raysl.errors import SweepError
+from raysl.folder.whole import write_json
 from raysl.runtime.trial_shares import Shares
-from raysl.track.run_folder import MetricsFile, write_json
+from raysl.track.run_folder import MetricsFile
 
 BASE = """\
 data: {source: digits, limit: 64}

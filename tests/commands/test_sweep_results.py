@@ -13,6 +13,7 @@ from raysl.commands.sweep_results import (
     write_best,
 )
 from raysl.config.load import to_yaml
+from raysl.folder.whole import write_json
 from raysl.recipe import load_run
 from raysl.sweep.config import SweepConfig
 from raysl.sweep.in_flight import Change, write_change
@@ -20,7 +21,7 @@ from raysl.sweep.space import Candidate, run_config
 from raysl.sweep.summary import summarise
 from raysl.sweep.trial import SweepFolder, read_trials, write_trial
 from raysl.track.config import TrackConfig
-from raysl.track.run_folder import MetricsFile, write_json
+from raysl.track.run_folder import MetricsFile
 
 BASE = """\
 data: {source: digits}

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from raysl.errors import DivergedError
+from raysl.folder.whole import write_json
 from raysl.jobs.run_error import read_error
 from raysl.jobs.sweep_trial import (
     AGAIN,
@@ -14,13 +15,7 @@ from raysl.jobs.sweep_trial import (
     run_trial,
     take_over,
 )
-from raysl.track.run_folder import (
-    MetricsFile,
-    RunFolder,
-    checkpoint_path,
-    list_checkpoints,
-    write_json,
-)
+from raysl.track.run_folder import MetricsFile, RunFolder, checkpoint_path, list_checkpoints
 from raysl.train.loop import Log
 
 METRICS = ("eval/knn_top1", "train/loss")

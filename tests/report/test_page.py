@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from raysl.data.decode import decode
+from raysl.folder.whole import write_json
 from raysl.recipe import Derived, RunConfig, derive, run_from_values
 from raysl.report.page import draw_all, write_report
 from raysl.sources.source import ArraySource
-from raysl.track.run_folder import RunFolder, write_json
+from raysl.track.run_folder import RunFolder
 
 RESULTS = {
     "knn_top1": 0.9123,

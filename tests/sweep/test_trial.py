@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from raysl.errors import RunFolderError
+from raysl.folder.whole import write_json
 from raysl.sweep.config import MetricConfig
 from raysl.sweep.space import Candidate
 from raysl.sweep.trial import (
@@ -17,7 +18,7 @@ from raysl.sweep.trial import (
     trial_file,
     write_trial,
 )
-from raysl.track.run_folder import RunFolder, write_json
+from raysl.track.run_folder import RunFolder
 
 METRIC = MetricConfig(also=("train/loss", "train/effective_rank"))
 CANDIDATE = Candidate(3, {"method": "moco"}, {"method": {"name": "moco"}}, "base.yaml")

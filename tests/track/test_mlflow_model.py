@@ -11,9 +11,9 @@ from mlflow.tracking import MlflowClient
 from raysl.cli import main
 from raysl.encoder import save_encoder
 from raysl.errors import ExportError
+from raysl.folder.whole import write_json
 from raysl.nn.backbones import BackboneConfig, build_backbone
 from raysl.track.mlflow_model import Registered, addressed, register_encoder
-from raysl.track.run_folder import write_json
 
 
 def test_storing_an_encoder_leaves_no_address_behind_for_the_next_run(

@@ -9,9 +9,10 @@ import torch
 from mlflow.entities import Metric, Run
 from mlflow.tracking import MlflowClient
 
+from raysl.folder.whole import read_json
 from raysl.track.mlflow_model import log_encoder
 from raysl.track.mlflow_tracker import MlflowTracker
-from raysl.track.run_folder import MetricsFile, RunFolder, read_json, read_metrics
+from raysl.track.run_folder import MetricsFile, RunFolder, read_metrics
 
 PARAMS: dict[str, Any] = {"optim.base_lr": 0.1, "method.name": "simclr", "data.limit": None}
 TAGS = {"host": "here"}

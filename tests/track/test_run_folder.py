@@ -4,20 +4,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from raysl.errors import RunFolderError
-from raysl.track.run_folder import (
-    MetricsFile,
-    RunFolder,
-    follow_metrics,
-    read_json,
-    read_metrics,
-    write_atomically,
-    write_json,
-)
+from raysl.folder.whole import write_json
+from raysl.track.run_folder import MetricsFile, RunFolder, follow_metrics, read_metrics
 
 HOLD = """
 import sys
@@ -183,35 +175,3 @@ class TestFollow:
         with open(path, "a") as file:
             file.write('ep": 3}\n')
         assert list(follow_metrics(path, offset)) == [({"step": 3}, path.stat().st_size)]
-
-
-class TestAtomicFiles:
-    def test_json_comes_back(self, tmp_path: Path) -> None:
-        value = {"a": 1, "b": [1.5, None], "c": {"d": "é"}}
-        write_json(tmp_path / "new" / "x.json", value)
-        assert read_json(tmp_path / "new" / "x.json") == value
-
-    @pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b"\xff\xfe", b'"text"'])
-    def test_what_is_not_a_whole_object_is_none(self, tmp_path: Path, content: bytes) -> None:
-        (tmp_path / "x.json").write_bytes(content)
-        assert read_json(tmp_path / "x.json") is None
-
-    @pytest.mark.parametrize("function", ["os.fsync", "pathlib.Path.replace"])
-    def test_a_write_that_fails_leaves_the_old_file(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
-    ) -> None:
-        path = tmp_path / "x.json"
-        write_json(path, {"old": True})
-
-        def fail(*_: Any) -> None:
-            raise OSError("No space left on device")
-
-        monkeypatch.setattr(function, fail)
-        with pytest.raises(OSError, match="No space left"):
-            write_json(path, {"new": True})
-        assert read_json(path) == {"old": True}
-
-    def test_nothing_but_the_file_is_left(self, tmp_path: Path) -> None:
-        write_atomically(tmp_path / "a.txt", "one")
-        write_atomically(tmp_path / "a.txt", "two")
-        assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.txt": "two"}

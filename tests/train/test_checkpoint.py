@@ -159,7 +159,7 @@ def test_a_file_that_cannot_be_synced_is_no_checkpoint(
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(RunFolderError, match="Disk quota exceeded"):
             save(tmp_path, 2)
     assert list(tmp_path.iterdir()) == []
