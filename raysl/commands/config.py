@@ -11,9 +11,10 @@ from raysl.config.load import to_yaml
 from raysl.config.shipped import first_comment_line, shipped_configs
 from raysl.errors import ConfigError
 from raysl.evaluate.training_source import open_training_source
+from raysl.folder.whole import write_text
 from raysl.jobs.start import check_names, check_start
 from raysl.recipe import load_run
-from raysl.track.run_folder import working_folder, write_atomically
+from raysl.track.run_folder import working_folder
 
 HELP = "print a resolved configuration and its derived values"
 
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.reference is not None:
         # Late: it loads every method and every verb's settings.
         text = import_module("raysl.commands.config_reference").reference()
-        write_atomically(arguments.reference, text)
+        write_text(arguments.reference, text)
         say(f"written: {arguments.reference}")
         return 0
     if arguments.config is None:

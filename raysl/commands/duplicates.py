@@ -18,7 +18,7 @@ from rich.table import Table
 from raysl.commands.counting import CountView
 from raysl.commands.terminal import console, print_json, say, say_notes
 from raysl.errors import ConfigError
-from raysl.report.retrieval_pictures import Shown, draw_duplicate_sheet
+from raysl.report.retrieval_pictures import GridImage, draw_duplicate_sheet
 from raysl.retrieval.duplicates import Choice, Duplicates, choose, find_duplicates
 from raysl.retrieval.embeddings import Embeddings
 from raysl.retrieval.images import open_again, squares
@@ -212,7 +212,7 @@ def _draw(
         notes = [embeddings.label_name(int(p)) or n for p, n in zip(places, names, strict=True)]
         rows.append(
             [
-                Shown(image, None, float(value), note)
+                GridImage(image, None, float(value), note)
                 for image, value, note in zip(
                     images, choice.similarity[members], notes, strict=True
                 )

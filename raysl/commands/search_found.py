@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from raysl.report.retrieval_pictures import Shown, draw_neighbor_grid
+from raysl.report.retrieval_pictures import GridImage, draw_neighbor_grid
 from raysl.retrieval.embeddings import Embeddings
 from raysl.retrieval.images import open_again, squares
 from raysl.retrieval.search import Neighbors
@@ -44,9 +44,9 @@ def draw_found(path: Path, embeddings: Embeddings, found: Found) -> None:
         places = places[:_GRID_COLUMNS]
         images = squares(source, embeddings.rows[places].tolist())
         names = embeddings.ids(places)
-        line = [Shown(query_images[number], found.labels[number], note=found.names[number])]
+        line = [GridImage(query_images[number], found.labels[number], note=found.names[number])]
         line += [
-            Shown(image, embeddings.label_name(int(place)), similarity, name)
+            GridImage(image, embeddings.label_name(int(place)), similarity, name)
             for image, place, similarity, name in zip(
                 images, places, similarities, names, strict=False
             )

@@ -3,7 +3,8 @@
 from typing import cast
 
 from raysl.errors import ErrorRecord, RayslError, to_record
-from raysl.track.run_folder import RunFolder, read_json, write_json
+from raysl.folder.whole import read_json, write_json
+from raysl.track.run_folder import RunFolder
 
 _NAME = "error.json"
 

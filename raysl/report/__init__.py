@@ -1,1 +1,1 @@
-"""What a run looks like: its pictures, and one page that holds them."""
+"""Draw the pictures and HTML pages that report on runs, sweeps, pipelines and evaluations."""

@@ -1,4 +1,4 @@
-"""What a vision transformer looks at in images: its last block's attention, head by head."""
+"""Draw the attention maps of a vision transformer's last block, head by head."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +25,7 @@ MOST_HEADS = 4
 NUM_IMAGES = 6
 
 _HEAD_IN = 0.3
-_OVERLAY = 0.6  # weight of the colours over the image, in grey
+_OVERLAY = 0.6  # weight of the colour map over the grey image
 _COLORS = colormaps["inferno"]
 
 
@@ -34,11 +34,11 @@ def attention_maps(net: VisionTransformer, images: Tensor) -> npt.NDArray[np.flo
     """Return each head's attention from the class token to the patches.
 
     Args:
-        net: In evaluation mode.
+        net: The network, in evaluation mode.
         images: ``(N, 3, H, W)`` float, normalised.
 
     Returns:
-        ``(N, heads, H / P, W / P)``, each map stretched from its least (0) to its most (1).
+        ``(N, heads, H / P, W / P)``, each map scaled from its minimum (0) to its maximum (1).
     """
     rows, columns = (side // net.patch_size_px for side in images.shape[-2:])
     maps = net.last_attention(images).float().unflatten(2, (rows, columns)).cpu().numpy()
@@ -59,13 +59,13 @@ def draw_attention(
     *,
     to_input: Callable[[npt.NDArray[np.uint8]], Tensor],
 ) -> None:
-    """Draw images, the mean attention of all heads, and the first heads one by one.
+    """Draw images, the mean attention of all heads, and the first heads separately.
 
     Args:
         path: PNG to write.
         net: The encoder's network, in evaluation mode.
-        pixels: ``(N, S, S, 3)`` uint8 as the encoder takes them.
-        to_input: Turns them into ``(N, 3, S, S)``, normalised.
+        pixels: ``(N, S, S, 3)`` uint8, at the encoder's size.
+        to_input: Converts them to ``(N, 3, S, S)``, normalised.
     """
     maps = attention_maps(net, to_input(pixels))
     num_heads = maps.shape[1]
@@ -94,7 +94,7 @@ def draw_attention(
 def _overlaid(
     image: npt.NDArray[np.uint8], attention: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.uint8]:
-    """Colour a grey image by a map: dark is least, bright yellow most."""
+    """Overlay a grey image with a colour map, from dark (low) to bright yellow (high)."""
     height, width = image.shape[:2]
     grown = cv2.resize(attention, (width, height), interpolation=cv2.INTER_NEAREST)
     grey = image.mean(axis=2, keepdims=True).repeat(3, axis=2)

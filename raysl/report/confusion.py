@@ -1,4 +1,4 @@
-"""Which classes are taken for which: a matrix of few classes, the worst pairs of many."""
+"""Draw which classes are confused: a matrix for few classes, the worst pairs for many."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ _SHADES = LinearSegmentedColormap.from_list("white to blue", ["#FFFFFF", BLUE])
 
 
 def confusion_matrix(labels: Labels, predictions: Labels, *, num_classes: int) -> Labels:
-    """Count ``(C, C)`` test images by true class (row) and told class (column).
+    """Count ``(C, C)`` test images by true class (row) and predicted class (column).
 
     Args:
         labels: ``(N,)`` class numbers; images of label -1 are not counted.
@@ -50,7 +50,7 @@ def draw_confusion(
         path: PNG to write.
         labels: ``(N,)`` class numbers, -1 unknown.
         predictions: ``(N,)`` class numbers.
-        class_names: By number; classes beyond it are called by their number.
+        class_names: By number; other classes are named by their number.
 
     Raises:
         DataError: If there are no labels.
@@ -114,26 +114,26 @@ def _percent_text(value: float) -> str:
 
 
 class Confusion(NamedTuple):
-    """Two classes that are taken for one another."""
+    """A true class and a wrong class predicted for some of its images."""
 
     true: int
     told: int
     images: int
-    """Of the one class that are told to be of the other."""
+    """Number of images of the true class with that prediction."""
     total: int
-    """Images of the true class."""
+    """Number of images of the true class."""
 
 
 def worst_pairs(labels: Labels, predictions: Labels, *, most: int = _NUM_PAIRS) -> list[Confusion]:
-    """Return the pairs of two classes that are confused most often.
+    """Return the pairs of classes that are confused most often.
 
-    By the share of the true class's images; of equal shares the pair of more images. Memory goes
-    with the images, not with the classes, of which there may be hundreds of thousands.
+    Sorted by the share of the true class's images, then by the number of images. Memory grows with
+    the images, not with the classes, of which there may be hundreds of thousands.
 
     Args:
         labels: ``(N,)`` class numbers; images of label -1 are not counted.
         predictions: ``(N,)`` class numbers.
-        most: How many pairs at most.
+        most: Maximal number of pairs.
     """
     known = labels >= 0
     told = np.stack([labels[known], predictions[known]], axis=1)

@@ -1,4 +1,4 @@
-"""A contact sheet: images of a source at a glance, with the names of their classes."""
+"""Draw a contact sheet: sample images of a source with the names of their classes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +11,13 @@ from raysl.errors import DataError
 from raysl.report.figure import DPI, GREY, INK, drawable_name, new_figure, save_png, show_pixels
 
 WIDTH_IN = 9.0
-_ROW_IN = 1.0  # height of a row that is not yet stretched to the sheet's width
+_ROW_IN = 1.0  # height of a row before it is scaled to the sheet's width
 _GAP_IN = 0.06
 _CAPTION_IN = 0.16
 _HEAD_IN = 0.62
 _MARGIN_IN = 0.18
-_MAX_ASPECT = 2.5  # a wider or taller image gets a cell of this shape, and stands in its middle
+# The cell of a wider or taller image has this aspect ratio, with the image centred.
+_MAX_ASPECT = 2.5
 _CAPTION_LETTERS_PER_IN = 16
 
 
@@ -33,13 +34,13 @@ def draw_contact_sheet(
     title: str,
     subtitle: str = "",
 ) -> None:
-    """Draw images in rows of equal height, each whole and in its own shape.
+    """Draw images in rows of equal height, uncropped and in their own aspect ratio.
 
     Args:
         path: PNG to write.
         images: ``(H, W, 3)`` uint8 RGB, of any size.
-        captions: One an image, such as the name of its class; None for none.
-        title: Of the sheet.
+        captions: One for each image, such as its class; None for none.
+        title: Title of the sheet.
         subtitle: Second line.
 
     Raises:
@@ -72,7 +73,7 @@ def draw_contact_sheet(
                 axes.text(*place, text, fontsize=6.5, color=INK, **texts)
             left += width + _GAP_IN
         top += row.height_in + caption_in + _GAP_IN
-    # Setting an image moves the limits.
+    # Drawing an image changes the limits.
     axes.set(xlim=(0, WIDTH_IN), ylim=(height_in, 0))
     try:
         save_png(figure, path)
@@ -87,7 +88,7 @@ def _cell_aspect(image: Image) -> float:
 
 
 def _arrange(aspects: Sequence[float]) -> list[_Row]:
-    """Fill rows and stretch each to the sheet's width; the last one is as high as the others."""
+    """Fill rows and scale each to the sheet's width; the last one has the height of the others."""
     room = WIDTH_IN - 2 * _MARGIN_IN
     rows: list[_Row] = []
     waiting: list[int] = []
@@ -117,7 +118,7 @@ def _put(axes: Axes, image: Image, *, left: float, top: float, width: float, hei
 
 
 def _caption(name: str, width_in: float) -> str:
-    """Shorten a name to what fits below an image."""
+    """Shorten a name to fit below an image."""
     most = max(4, int(width_in * _CAPTION_LETTERS_PER_IN))
     short = drawable_name(name, otherwise="?")
     return short if len(short) <= most else short[: most - 2].rstrip(" .") + ".."

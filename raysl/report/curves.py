@@ -1,4 +1,4 @@
-"""The curves of a run: every metric over the optimizer step, each in a panel of its own."""
+"""Draw the curves of a run: every metric over the optimizer step, each in its own panel."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -26,12 +26,12 @@ from raysl.report.measure import measure
 
 Record = Mapping[str, Any]
 
-_SMOOTH_FROM = 60  # records from which a noisy curve gets a running mean
-_SMOOTH_SHARE = 30  # its window: one part in so many of the records
+_SMOOTH_FROM = 60  # number of records from which a noisy curve gets a running mean
+_SMOOTH_SHARE = 30  # its window: this fraction of the records
 
 
 class _Panel(NamedTuple):
-    """A curve to draw."""
+    """One curve to draw."""
 
     key: str
     color: str = BLUE
@@ -61,12 +61,12 @@ _NOT_CURVES = ("final", "time")
 
 
 def draw_curves(path: Path, records: list[dict[str, Any]]) -> None:
-    """Draw every metric that has numbers over the optimizer step, each in a panel of its own.
+    """Draw every metric with values over the optimizer step, each in its own panel.
 
     Args:
         path: PNG to write.
         records: Lines of ``metrics.jsonl``; any key but ``step`` may be missing. Values that are
-            not finite are marked by a cross at the foot of the panel.
+            not finite are marked by a cross at the bottom of the panel.
 
     Raises:
         DataError: If there is nothing to draw.
@@ -88,7 +88,7 @@ def draw_curves(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def _panels(records: Sequence[Record]) -> list[_Panel]:
-    """List the known panels, with those of the method after the ones about learning."""
+    """List the known panels; those of the method follow the ones about learning."""
     known = {panel.key for panel in (*_LEARNING, *_LABEL_FREE, *_HEALTH)} | {
         "step",
         "time",
@@ -136,7 +136,7 @@ def _draw_panel(axes: Axes, panel: _Panel, records: Sequence[Record]) -> None:
 
 
 def _draw_references(axes: Axes, records: Sequence[Record]) -> None:
-    """Draw what the network before training and the bare pixels reach, if it was measured."""
+    """Draw the accuracy of the untrained network and of the bare pixels, if it was measured."""
     for key, text in (("untrained", "before training"), ("pixels", "bare pixels")):
         values = [r[f"final/{key}_knn_top1"] for r in records if f"final/{key}_knn_top1" in r]
         if values:
@@ -147,7 +147,7 @@ def _draw_references(axes: Axes, records: Sequence[Record]) -> None:
 
 
 def _running_mean(values: npt.NDArray[Any], window: int) -> npt.NDArray[Any]:
-    """Return the mean of the values around each, fewer at the ends."""
+    """Return a centred running mean; its window is shorter at the ends."""
     kernel = np.ones(2 * (window // 2) + 1)
     sums = np.convolve(values, kernel, mode="same")
     result: npt.NDArray[Any] = sums / np.convolve(np.ones_like(values), kernel, mode="same")

@@ -1,4 +1,4 @@
-"""What every page of raysl is made of: one HTML file that asks the network for nothing."""
+"""Building blocks of HTML pages: self-contained files that load nothing from the network."""
 
 import base64
 import html
@@ -15,28 +15,28 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 def draw_each(
     pictures: Path, drawings: Mapping[str, Callable[[Path], None]]
 ) -> list[tuple[str, str]]:
-    """Draw pictures by name; what cannot be drawn does not keep the rest from being drawn.
+    """Draw pictures by name; one that fails does not stop the others.
 
     Args:
-        pictures: Folder that gets ``NAME.png``; an old one of a picture that fails is removed.
-        drawings: Name to what draws it into a file.
+        pictures: Folder for ``NAME.png``; the previous file of a picture that fails is removed.
+        drawings: For each name, a function that draws into a file.
 
     Returns:
-        The name and the error of each picture that was not drawn.
+        The name and the error of each picture that failed.
     """
     failures = []
     for name, draw in drawings.items():
         path = pictures / f"{name}.png"
         try:
             draw(path)
-        except Exception as error:  # a run is not lost for the sake of a picture
+        except Exception as error:  # a failed picture must not end a run
             path.unlink(missing_ok=True)
             failures.append((name, f"{type(error).__name__}: {error}"))
     return failures
 
 
 def write_page(path: Path, *, name: str, lead: str, sections: Iterable[str]) -> None:
-    """Write a page, so that the file is either old or new, never half.
+    """Write a page atomically.
 
     Args:
         path: The file.
@@ -57,22 +57,22 @@ def write_page(path: Path, *, name: str, lead: str, sections: Iterable[str]) -> 
 
 
 def section(title: str, content: str, note: str = "") -> str:
-    """Return a part of a page; all three are HTML."""
+    """Return a section of a page; all arguments are HTML."""
     after = f"\n<p class=note>{note}</p>" if note else ""
     return f"<section>\n<h2>{title}</h2>\n{content}{after}\n</section>"
 
 
 def shown_picture(folder: Path, name: str, alt: str) -> str:
-    """Return a picture inside the page, two of its pixels as one of the page.
+    """Return a picture embedded in the page, at half of its pixel size.
 
     Args:
-        folder: Holds ``NAME.png``; a word stands for one that is missing or damaged.
-        name: Of the picture.
-        alt: HTML of what it shows, for those who cannot see it.
+        folder: Holds ``NAME.png``; a missing or damaged file is replaced by a note.
+        name: The picture's name.
+        alt: HTML of the alternative text.
     """
     try:
         data = (folder / f"{name}.png").read_bytes()
-        width, height = struct.unpack(">II", data[16:24])  # of the PNG's first chunk
+        width, height = struct.unpack(">II", data[16:24])  # in the PNG's first chunk
     except (OSError, struct.error):
         return f"<p class=note>This picture was not drawn ({folder.name}/{name}.png).</p>"
     encoded = base64.b64encode(data).decode("ascii")
@@ -83,11 +83,11 @@ def shown_picture(folder: Path, name: str, alt: str) -> str:
 
 
 def files_section(folder: Path, files: Iterable[tuple[str, str]]) -> str:
-    """Return the list of a folder's files.
+    """Return a list of a folder's files.
 
     Args:
         folder: The folder.
-        files: Name and what it holds; those that are not there are left out.
+        files: Name and description; missing files are left out.
     """
     rows = "\n".join(
         f"<tr><th scope=row><code>{name}</code><td>{what}"
@@ -99,10 +99,10 @@ def files_section(folder: Path, files: Iterable[tuple[str, str]]) -> str:
 
 
 def folded(summary: str, content: str) -> str:
-    """Return HTML that opens on a click."""
+    """Return collapsible HTML that opens on a click."""
     return f"<details><summary>{summary}</summary>{content}</details>"
 
 
 def escape(value: object) -> str:
-    """Return a value as HTML text."""
+    """Escape a value as HTML text."""
     return html.escape(str(value))

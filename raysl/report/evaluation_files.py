@@ -1,4 +1,4 @@
-"""What an evaluation left in its folder: the numbers, the features, and the images behind them."""
+"""Read back an evaluation from its folder: results, features, predictions, images."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +28,7 @@ class Part(NamedTuple):
     labels: Labels
     """``(M,)``, -1 where unknown."""
     images: EvalImages
-    """Row i of the features is the image at place i."""
+    """Row i of the features belongs to image i."""
 
     @property
     def is_labelled(self) -> bool:
@@ -36,12 +36,12 @@ class Part(NamedTuple):
         return bool((self.labels >= 0).any())
 
     def subset(self, most: int, *, seed: int = 0) -> npt.NDArray[np.int64]:
-        """Return at most so many places with finite features: in random order, always the same."""
+        """Return at most ``most`` indices with finite features, in a fixed random order."""
         finite = np.flatnonzero(np.isfinite(self.features).all(axis=1))
         return np.random.default_rng(seed).permutation(finite)[:most]
 
     def thumbnails(self, places: npt.NDArray[np.int64], *, most_px: int) -> npt.NDArray[np.uint8]:
-        """Return what the encoder saw at these places, shrunk to ``(B, S, S, 3)`` uint8."""
+        """Return the encoder's view of these images, downscaled to ``(B, S, S, 3)`` uint8."""
         side = min(self.images.size_px, most_px)
         shrunk = [
             cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
@@ -52,19 +52,19 @@ class Part(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """An evaluation, read back."""
+    """The files of an evaluation."""
 
     record: EvaluationResult
     """``evaluation.json``."""
     train: Part
     test: Part
     predictions: Mapping[str, Labels]
-    """Protocol to the class numbers ``(N,)`` that it gave the test images."""
+    """For each protocol, the predicted class numbers ``(N,)`` of the test images."""
     class_names: list[str]
 
     @property
     def protocols(self) -> Mapping[str, ProtocolResult]:
-        """Name to what was measured."""
+        """The results of each protocol, by name."""
         found = self.record.get("protocols")
         return found if isinstance(found, Mapping) else {}
 
@@ -78,12 +78,12 @@ def read_evaluation(folder: Path, *, train: EvalImages, test: EvalImages) -> Eva
     """Read ``evaluation.json`` and ``evaluation.npz``.
 
     Args:
-        folder: Of the evaluation.
-        train: Labelled training images; which rows of their source were used is in the file.
+        folder: Folder of the evaluation.
+        train: Labelled training images; the file contains the rows that were used.
         test: Test images, likewise.
 
     Raises:
-        DataError: If a file is missing or damaged, or the two do not fit.
+        DataError: If a file is missing or damaged, or the two do not match.
     """
     record = read_evaluation_result(folder / RECORD)
     if record is None:

@@ -1,4 +1,4 @@
-"""The report of an evaluation: one HTML file with its table of protocols and its pictures."""
+"""Write the report of an evaluation: one HTML file with its table of protocols and its pictures."""
 
 import math
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ PROTOCOLS = {
     "semi_10": "Fine-tuned, 10\u00a0%",
     "transfer": "Transfer, linear",
 }
-"""Names of the protocols in words; others are called by their own."""
+"""Titles of the protocols; others are titled by their name."""
 
 _IN_LEAD = ("knn", "linear", "finetune")
 
@@ -80,21 +80,21 @@ _BY_LABELS = (
 def draw_evaluation(
     folder: Path, *, encoder: Path, train: EvalImages, test: EvalImages
 ) -> list[tuple[str, str]]:
-    """Draw the pictures of an evaluation, then the page that holds them.
+    """Draw the pictures of an evaluation, then write its page.
 
-    What cannot be drawn does not keep the rest from being drawn: its picture is missing from the
-    page, and an old one is removed.
+    A picture that fails is missing from the page, and its previous file is removed; the others are
+    still drawn.
 
     Args:
-        folder: Holds ``evaluation.json`` and ``evaluation.npz``; gets ``pictures/*.png`` and
+        folder: Contains ``evaluation.json`` and ``evaluation.npz``; receives ``pictures/*.png`` and
             ``report.html``.
-        encoder: ``encoder.safetensors``. If it lies in a run folder whose method left pictures
-            (reconstructions, attention), the page shows them too.
+        encoder: ``encoder.safetensors``. If it is in a run folder with pictures by its method
+            (reconstructions, attention), the page includes them.
         train: The training images of the evaluation, at the encoder's size.
         test: The test images.
 
     Returns:
-        The name and the error of each picture that was not drawn, or of ``report``.
+        The name and the error of each picture, or of ``report``, that failed.
     """
     pictures = folder / PICTURES
     try:
@@ -110,7 +110,7 @@ def draw_evaluation(
         shown = _sections(folder, evaluation, encoder, drawings)
         name = f"{encoder.absolute().parent.name}: {folder.absolute().name}"
         write_page(folder / REPORT, name=name, lead=_lead(evaluation), sections=shown)
-    except Exception as error:  # an evaluation is not lost for the sake of its page
+    except Exception as error:  # a failed page must not end an evaluation
         failures.append(("report", f"{type(error).__name__}: {error}"))
     return failures
 
@@ -192,7 +192,7 @@ def _protocol_section(evaluation: Evaluation) -> str:
 
 
 def _about_protocols(evaluation: Evaluation) -> str:
-    """Say what was measured on how many images, and how sure the accuracies are."""
+    """Describe the images that were measured, and the uncertainty of the accuracies."""
     num_train, num_test = len(evaluation.train.labels), len(evaluation.test.labels)
     classes = len(evaluation.class_names)
     text = (
@@ -235,10 +235,10 @@ def _about_confusions(evaluation: Evaluation) -> str:
 
 
 def _method_sections(folder: Path, encoder: Path) -> list[str]:
-    """Show what pretraining left of its method: reconstructions, attention, pretext tasks."""
+    """Return the pictures that pretraining saved for its method, such as reconstructions."""
     try:
         pictures = read_method_pictures(RunFolder(encoder.parent).method_pictures)
-    except DataError:  # told when it could not be drawn
+    except DataError:  # reported when it was drawn
         return []
     return [
         section(

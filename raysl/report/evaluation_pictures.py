@@ -1,4 +1,4 @@
-"""Which pictures an evaluation has, and how each is drawn."""
+"""Choose the pictures of an evaluation and draw each."""
 
 from collections.abc import Callable
 from functools import partial
@@ -24,24 +24,24 @@ from raysl.report.spectrum import draw_spectrum
 from raysl.track.run_folder import RunFolder
 
 KNN_K, KNN_TEMPERATURE = 20, 0.07
-"""Of the neighbours that vote where the evaluation names none (DINO's)."""
+"""Number of voting neighbours if the evaluation does not name one (DINO's)."""
 
 NUM_CLUSTERS = 10
 
 _MAP_IMAGES = 1500
 _MAP_PX = 96
-_BEST_FIRST = ("linear", "finetune", "knn")  # whose confusions are shown
+_BEST_FIRST = ("linear", "finetune", "knn")  # order of preference for the confusions
 
 Drawings = dict[str, Callable[[Path], None]]
 
 
 def drawings_of(evaluation: Evaluation, *, encoder: Path) -> tuple[Drawings, list[tuple[str, str]]]:
-    """Return what can be drawn of an evaluation, by name, and what went wrong in finding out.
+    """Return the drawing functions of an evaluation's pictures, by name, and early errors.
 
     Args:
         evaluation: The evaluation.
-        encoder: ``encoder.safetensors``; a run folder around it may hold what its method made of a
-            few training images.
+        encoder: ``encoder.safetensors``; its run folder, if any, may contain pictures by its
+            method.
     """
     labelled = evaluation.test.is_labelled and evaluation.train.is_labelled
     drawings: Drawings = {}
@@ -64,7 +64,7 @@ def drawings_of(evaluation: Evaluation, *, encoder: Path) -> tuple[Drawings, lis
             drawings["attention"] = partial(
                 _draw_attention, evaluation=evaluation, encoder=encoder, net=network
             )
-    except Exception as error:  # the page does without
+    except Exception as error:  # the page is written without it
         problems.append(("attention", f"{type(error).__name__}: {error}"))
     try:
         for name, grid in read_method_pictures(RunFolder(encoder.parent).method_pictures).items():
@@ -91,7 +91,7 @@ def knn_settings(evaluation: Evaluation) -> tuple[int, float]:
 
 
 def confused_protocol(evaluation: Evaluation) -> str | None:
-    """Return the protocol whose confusions are shown: the first of linear, finetune, knn."""
+    """Return the protocol whose confusions to draw: the first of linear, finetune, knn."""
     named = [name for name in _BEST_FIRST if name in evaluation.predictions]
     return next(iter([*named, *evaluation.predictions]), None)
 

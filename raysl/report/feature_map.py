@@ -1,4 +1,4 @@
-"""The map of a run: images laid out so that those with like features lie together."""
+"""Draw a map of a run's images, with similar features close together."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +35,7 @@ _PCA_DIMS = 50
 _TSNE_ITERATIONS = 500
 _ALIKE = 1e-5
 _THUMBNAIL = 0.055  # side over the map's side
-_NUM_THUMBNAILS = {True: 40, False: 110}  # with labels, without
+_NUM_THUMBNAILS = {True: 40, False: 110}  # with labels, without labels
 # Tol 2021, "Colour schemes", SRON/EPS/TN/09-002, scheme "muted", and black.
 _CLASS_COLORS = (
     "#CC6677", "#332288", "#DDCC77", "#117733", "#88CCEE",
@@ -44,7 +44,7 @@ _CLASS_COLORS = (
 
 
 class Mark(NamedTuple):
-    """How the points of a class look."""
+    """Colour and shape of a class's points."""
 
     color: str
     shape: str
@@ -59,11 +59,11 @@ def draw_map(
     thumbnails: npt.NDArray[np.uint8],
     colors: str = "",
 ) -> None:
-    """Draw a flat map of features, on which images that the encoder finds alike lie together.
+    """Draw a two-dimensional map of features, with images similar to the encoder close together.
 
-    Directions of the features, as the nearest-neighbour probe sees them, by PCA and t-SNE; by PCA
-    alone under 20 images. At most 1,500 images are drawn, a random choice that is always the same;
-    images whose features are not finite are left out.
+    The features' directions, as used by the nearest-neighbour probe, are projected by PCA and
+    t-SNE; by PCA alone for fewer than 20 images. At most 1,500 images are drawn, a fixed random
+    choice; images with features that are not finite are left out.
 
     Args:
         path: PNG to write.
@@ -71,7 +71,7 @@ def draw_map(
         labels: ``(M,)`` class numbers; -1 without.
         class_names: By number; up to 20 classes are named.
         thumbnails: ``(M, S, S, 3)`` uint8.
-        colors: What the colours are, if not the labels; ends the title.
+        colors: The meaning of the colours, if not the labels; appended to the title.
 
     Raises:
         DataError: If no feature is finite.
@@ -100,14 +100,14 @@ def draw_map(
 
 
 def cluster_labels(features: npt.NDArray[Any], *, num_clusters: int) -> Labels:
-    """Return the cluster of each image, the largest cluster first: by k-means on the directions.
+    """Cluster images by k-means on their features' directions; the largest cluster is 0.
 
     Args:
-        features: ``(M, D)`` float; images whose features are not finite get -1.
-        num_clusters: Most clusters; fewer if there are fewer different directions.
+        features: ``(M, D)`` float; images with features that are not finite get -1.
+        num_clusters: Maximal number of clusters; fewer if there are fewer distinct directions.
 
     Returns:
-        ``(M,)`` int64, the same every time.
+        ``(M,)`` int64, deterministic.
     """
     rows = np.flatnonzero(np.isfinite(features).all(axis=1))
     labels = np.full(len(features), -1, dtype=np.int64)
@@ -129,7 +129,7 @@ def _directions(features: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 
 
 def _flatten(features: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], str]:
-    """Place ``(M, D)`` features in the unit square, ``(M, 2)``; also say how it was done."""
+    """Project ``(M, D)`` features to the unit square, ``(M, 2)``; also name the projection."""
     directions = _directions(features)
     if np.ptp(directions, axis=0).max() < _ALIKE:
         return np.full((len(features), 2), 0.5), "all the same"
@@ -143,14 +143,14 @@ def _flatten(features: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], str]:
     perplexity = min(30.0, (len(points) - 1) / 3)
     tsne = TSNE(perplexity=perplexity, init="pca", random_state=0, max_iter=_TSNE_ITERATIONS)
     flat = tsne.fit_transform(points)
-    # Its distances mean nothing across the map, so that each axis may be stretched to fill it.
+    # Distances across the map have no meaning, so each axis may be stretched.
     return (flat - flat.min(axis=0)) / np.maximum(np.ptp(flat, axis=0), _ALIKE), "t-SNE"
 
 
 def mark_of(label: int, classes: Sequence[int]) -> Mark:
-    """Return how to draw one of these classes: ten colours, then the same with another shape.
+    """Return the mark of one of these classes: ten colours, then the same with another shape.
 
-    Below 0 is no class, and grey.
+    A negative label means no class and is grey.
     """
     if label < 0:
         return Mark(GREY, "o")
@@ -159,7 +159,7 @@ def mark_of(label: int, classes: Sequence[int]) -> Mark:
 
 
 def _names(labels: Labels, classes: Sequence[int], class_names: Sequence[str]) -> dict[Mark, str]:
-    """Return what the legend says of each mark; nothing if there are no classes or too many."""
+    """Return the legend's text for each mark; empty without classes or with too many."""
     if not 0 < len(classes) <= MAX_NAMED_CLASSES:
         return {}
     names = {}
@@ -182,7 +182,7 @@ def _draw_legend(figure: Figure, names: dict[Mark, str], columns: int) -> None:
         for mark in names
     ]
     place: dict[str, Any] = {"loc": "outside lower left", "frameon": False, "fontsize": 8.5}
-    # Stand-ins first: matplotlib drops labels that begin with "_", and reads "$" as mathematics.
+    # Use placeholders first: matplotlib drops labels that start with "_" and parses "$".
     stand_ins = [str(number) for number in range(len(names))]
     legend = figure.legend(handles, stand_ins, ncols=columns, handletextpad=0.2, **place)
     for text, name in zip(legend.get_texts(), names.values(), strict=True):
@@ -198,9 +198,9 @@ def _draw_thumbnails(
     *,
     most: int,
 ) -> None:
-    """Draw images where they lie, as many as fit without covering each other, up to a number."""
+    """Draw thumbnails at their points, up to a number, without overlaps."""
     chosen: list[int] = []
-    for row, point in enumerate(points):  # rows are in random order already
+    for row, point in enumerate(points):  # rows are already in random order
         if (np.abs(points[chosen] - point).max(axis=1) > 1.2 * _THUMBNAIL).all():
             chosen.append(row)
         if len(chosen) == most:

@@ -1,6 +1,6 @@
-"""What all pictures share: paper, ink, letters that can be drawn, and how a PNG gets to the disk.
+"""Shared style of all pictures: size, colours, fonts, and writing a PNG.
 
-Figures are made without pyplot, which keeps global state and belongs to the main thread.
+Figures are created without pyplot, whose global state belongs to the main thread.
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from raysl.folder.whole import appears_whole
 from raysl.report.measure import number_text
 
-DPI = 200  # the page shows two pixels of a picture as one, so 1 inch is 100 px of the page
+DPI = 200  # the page shows a picture at half size, so 1 inch is 100 px of the page
 WIDTH_IN = 6.6
-NARROW_IN = 5.2  # of pictures whose text is still to be read on a phone, 390 px wide
+NARROW_IN = 5.2  # for pictures whose text must be readable on a phone, 390 px wide
 _PAD_IN = 0.08  # around axes
 
-# Okabe and Ito 2008, "Color universal design": told apart with every kind of colour blindness.
+# Okabe and Ito 2008, "Color universal design": distinguishable with any colour blindness.
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 GREY, LIGHT_GREY, INK = "#7A7A7A", "#D9D9D9", "#222222"
 
@@ -41,11 +41,11 @@ _LEGEND: dict[str, Any] = {
     "columnspacing": 1.4,
     "handletextpad": 0.5,
 }
-_LETTER_IN = 0.062  # width of a letter of a tick's label
+_LETTER_IN = 0.062  # width of a letter of a tick label
 
 
 def new_figure(*, width_in: float = WIDTH_IN, height_in: float) -> Figure:
-    """Return an empty white figure with a layout that keeps texts apart."""
+    """Return an empty white figure with a layout that separates texts."""
     figure = Figure(figsize=(width_in, height_in), dpi=DPI, facecolor="white")
     figure.set_layout_engine(ConstrainedLayoutEngine(h_pad=_PAD_IN, w_pad=_PAD_IN))
     FigureCanvasAgg(figure)
@@ -53,13 +53,13 @@ def new_figure(*, width_in: float = WIDTH_IN, height_in: float) -> Figure:
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Write a figure so that the file is either old or new, never half."""
+    """Write a figure atomically."""
     with appears_whole(path, shared=True, synced=False) as temporary:
         figure.savefig(temporary, format="png", dpi=DPI)
 
 
 def style_axes(axes: Axes, *, title: str, grid: str = "both") -> None:
-    """Give axes a title at the left, a light grid behind the data and no box."""
+    """Give axes a left-aligned title, a light grid behind the data and no box."""
     axes.set_title(title, loc="left", fontsize=9.5, color=INK, parse_math=False)
     axes.set_axisbelow(True)
     axes.grid(True, axis=grid, color=LIGHT_GREY, linewidth=0.6)  # type: ignore[arg-type]
@@ -70,20 +70,20 @@ def style_axes(axes: Axes, *, title: str, grid: str = "both") -> None:
 
 
 def tick_text(value: float, _: float = 0) -> str:
-    """Return the number at a tick, as matplotlib asks for it."""
+    """Format the number at a tick, with matplotlib's signature."""
     return number_text(value)
 
 
 def legend_above(figure: Figure, handles: Sequence[Artist], *, title: str) -> None:
-    """Put a title, and below it a legend in one line, on top of a figure."""
+    """Put a title, and below it a legend in one line, above a figure."""
     figure.legend(handles=handles, title=title, **_LEGEND)
 
 
 def turned_in(texts: Sequence[str], room_in: float) -> float:
-    """Return the height in inches of tick labels that must stand upright, 0 if they need not.
+    """Return the height in inches of tick labels if they must be vertical, else 0.
 
     Args:
-        texts: Of the labels, evenly along an axis.
+        texts: The labels, evenly spaced along an axis.
         room_in: Length of the axis in inches.
     """
     longest_in = _LETTER_IN * max(map(len, texts))
@@ -91,9 +91,9 @@ def turned_in(texts: Sequence[str], room_in: float) -> float:
 
 
 def drawable_name(name: str, *, otherwise: str) -> str:
-    """Return a name on one line and not too long, or ``otherwise`` if the font lacks its letters.
+    """Return a short name on one line, or ``otherwise`` if the font lacks some of its letters.
 
-    A class may be called anything; matplotlib brings one font and warns of each missing letter.
+    Classes may have any name; matplotlib has one font and warns about each missing letter.
     """
     short = " ".join(name.split())
     if len(short) > _MAX_NAME:
@@ -110,7 +110,7 @@ def show_pixels(
     extent: tuple[float, float, float, float],
     room_px: float,
 ) -> None:
-    """Show an image with square pixels when it is enlarged, and averaged when it shrinks."""
+    """Show an image with square pixels if it is enlarged, and averaged if it shrinks."""
     enlarged = max(image.shape[:2]) <= room_px
     kind = "nearest" if enlarged else "hanning"
     axes.imshow(image, extent=extent, interpolation=kind, interpolation_stage="data", zorder=3)

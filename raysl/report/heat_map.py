@@ -1,4 +1,4 @@
-"""Heat maps of a sweep: its metric over two parameters, in panels by a third."""
+"""Draw heat maps of a sweep: its metric over two parameters, in panels by a third."""
 
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -33,24 +33,24 @@ from raysl.sweep.summary import visible_range
 from raysl.sweep.trial import Trial
 
 _Y, _X, _PANEL = "temperature", "global_batch_size", "queue_length"
-_CELLS_PER_TRIAL = 3  # more cells than this would be empty for the most part
-_CELL_IN = 0.46  # narrowest cell that holds its number
+_CELLS_PER_TRIAL = 3  # with more cells, most would be empty
+_CELL_IN = 0.46  # narrowest cell with room for its number
 _WIDEST_IN = 1.0
 _ROW_IN = 0.4
 _HEAD_IN = 0.3  # title of a row of panels
 _GAP_IN = 0.15
 _AROUND_IN = 1.6  # label, ticks and colour bar beside the cells
-_OUTSIDE_IN = 0.9  # title and name of the parameter below
+_OUTSIDE_IN = 0.9  # title, and the parameter's name below
 _TICKS_IN = 0.15
 _TITLE_LETTER_IN = 0.075
 _MOST_COLUMNS = 4
 _LUMINANCE = (0.2126, 0.7152, 0.0722)
-_DARK = 0.5  # luminance below which white letters read better
+_DARK = 0.5  # luminance below which white letters are more readable
 _EMPTY = "#F0F0F0"
 
 
 class HeatAxes(NamedTuple):
-    """Which parameters a heat map shows."""
+    """The parameters of a heat map."""
 
     x: Parameter
     y: Parameter
@@ -58,7 +58,7 @@ class HeatAxes(NamedTuple):
 
 
 class _Cell(NamedTuple):
-    """What the trials of a cell came to."""
+    """The results of the trials in a cell."""
 
     value: float | None = None
     is_partial: bool = False
@@ -75,11 +75,11 @@ _Cells = dict[tuple[int, int, int], _Cell]  # by panel, row and column
 def heat_axes(
     trials: Sequence[Trial], parameters: Sequence[Parameter], importance: Mapping[str, float]
 ) -> HeatAxes | None:
-    """Choose the axes of a sweep's heat map, or return None for fewer than two parameters.
+    """Choose the axes of a sweep's heat map; None for fewer than two parameters.
 
-    Temperature over batch size in panels by queue length where a sweep has them; else the two
-    parameters that matter most, in the space's order, and the third in panels unless most cells
-    would be empty. Parameters that only some trials have are left out.
+    Temperature over batch size in panels by queue length, if a sweep has them; else the two most
+    important parameters, in the space's order, and the third in panels unless most cells would be
+    empty. Parameters that only some trials have are left out.
     """
     shared = [p for p in parameters if all(p.key in trial.params for trial in trials)]
     last = {parameter.key.rpartition(".")[2]: parameter for parameter in shared}
@@ -101,17 +101,17 @@ def heat_axes(
 def draw_heat_map(
     path: Path, trials: Sequence[Trial], metric: MetricConfig, axes: HeatAxes
 ) -> None:
-    """Draw the metric over two parameters, a panel a value of a third.
+    """Draw the metric over two parameters, with a panel for each value of a third.
 
-    A cell is the mean of the trials in it that finished; if none did, the mean of what the others
-    came to, hatched. Its number stands in it, the best cell is framed, and a cell all of whose
-    trials failed has a cross. Trials that lack one of the parameters are left out.
+    A cell is the mean of its finished trials; if none finished, the mean of the others' last
+    values, hatched. It contains its number, the best cell is framed, and a cell with only failed
+    trials has a cross. Trials that lack one of the parameters are left out.
 
     Args:
         path: PNG to write.
-        trials: Of the sweep.
-        metric: What is shown.
-        axes: Over what.
+        trials: The trials of the sweep.
+        metric: The metric to draw.
+        axes: The parameters.
 
     Raises:
         DataError: If no trial with these parameters was measured.
@@ -168,7 +168,7 @@ def _cell(trials: Sequence[Trial]) -> _Cell:
 
 
 def _best(cells: _Cells, metric: MetricConfig) -> tuple[int, int, int]:
-    """Return where the best cell is: of those with finished trials, if there are any."""
+    """Return the position of the best cell, among those with finished trials if there are any."""
     measured = {key: cell for key, cell in cells.items() if cell.value is not None}
     whole = {key: cell for key, cell in measured.items() if not cell.is_partial} or measured
     sign = 1 if metric.mode == "max" else -1
@@ -178,9 +178,9 @@ def _best(cells: _Cells, metric: MetricConfig) -> tuple[int, int, int]:
 def _colors(
     values: Sequence[float | None], shown: Measure, metric: MetricConfig
 ) -> tuple[ScalarMappable, str]:
-    """Return the colours of values in the title's unit, and the side on which some lie beyond.
+    """Return the colours of values in the title's unit, and the side with values out of range.
 
-    The brighter, the better.
+    Brighter is better.
     """
     known = [value for value in values if value is not None]
     low, high = visible_range(known, metric)
@@ -192,14 +192,14 @@ def _colors(
 
 
 class _Layout(NamedTuple):
-    """How panels are arranged."""
+    """The arrangement of panels."""
 
     columns: int
     num_rows: int
     wide_in: float
     high_in: float
     is_turned: bool
-    """Whether the labels below have to stand upright."""
+    """Whether the labels below must be vertical."""
 
     @property
     def panel_in(self) -> float:
@@ -208,10 +208,10 @@ class _Layout(NamedTuple):
 
 
 def _layout(axes: HeatAxes, num_panels: int) -> _Layout:
-    """Return how many panels stand side by side, and the size that cells and labels need."""
+    """Return the number of panels side by side, and the size that cells and labels need."""
     fit = int((WIDTH_IN - _AROUND_IN) // (_CELL_IN * axes.x.num_places + _GAP_IN))
     num_rows = -(-num_panels // max(1, min(fit, _MOST_COLUMNS)))
-    columns = -(-num_panels // num_rows)  # rows alike
+    columns = -(-num_panels // num_rows)  # rows of equal length
     wide = min(columns * (_WIDEST_IN * axes.x.num_places + _GAP_IN) + _AROUND_IN, WIDTH_IN)
     turned = turned_in(axes.x.tick_texts(), (wide - _AROUND_IN) / columns - _GAP_IN)
     high = num_rows * (_ROW_IN * axes.y.num_places + (_HEAD_IN if axes.panel else 0.0))
@@ -234,7 +234,7 @@ def _panels(layout: _Layout, num_panels: int) -> tuple[Figure, list[Axes]]:
 
 
 def _titles(panel: Parameter, layout: _Layout) -> list[str]:
-    """Return a title a panel: its value, with the parameter's name where that has room."""
+    """Return the title of each panel: its value, with the parameter's name if it fits."""
     if panel is _ONE_PANEL:
         return [""]
     named = [f"{panel.name} {text}" for text in panel.drawable_texts()]
@@ -245,7 +245,7 @@ def _titles(panel: Parameter, layout: _Layout) -> list[str]:
 def _set_ticks(where: Axes, axes: HeatAxes) -> None:
     for parameter, set_ticks in ((axes.x, where.set_xticks), (axes.y, where.set_yticks)):
         texts = parameter.tick_texts()
-        shift = 0.5 if parameter.is_binned else 0.0  # bins have their numbers at the edges
+        shift = 0.5 if parameter.is_binned else 0.0  # the numbers of bins are at their edges
         places = [number - shift for number in range(len(texts))]
         set_ticks(places, texts, fontsize=8, parse_math=False)
     where.set(xlim=(-0.5, axes.x.num_places - 0.5), ylim=(-0.5, axes.y.num_places - 0.5))
@@ -274,7 +274,7 @@ def _draw_cell(
 
 
 def _legend(cells: _Cells) -> list[Artist]:
-    """Return what explains the marks that are there."""
+    """Return legend entries for the marks in use."""
     handles: list[Artist] = [
         Patch(facecolor="none", edgecolor=RED, linewidth=2, label="best mean"),
     ]

@@ -1,4 +1,4 @@
-"""Accuracy over how many labels were used: what a protocol gives with a few, and with all."""
+"""Draw accuracy over the number of labels that a protocol used."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,10 +26,10 @@ _LINES = {
 
 
 class Labelled(NamedTuple):
-    """What a protocol reached with a number of labels."""
+    """The accuracy of a protocol with a number of labels."""
 
     kind: str
-    """Line of the picture."""
+    """Name of its line in the picture."""
     num_labels: int
     mean: float
     """In [0, 1]."""
@@ -39,15 +39,16 @@ class Labelled(NamedTuple):
 def by_labels(
     protocols: Mapping[str, Mapping[str, Any]], *, num_train: int, num_classes: int
 ) -> list[Labelled]:
-    """Return the protocols whose number of labels is known, fewest labels first.
+    """Return the protocols with a known number of labels, in ascending order.
 
     Args:
-        protocols: Of ``evaluation.json``. A protocol says how many labels it saw: ``num_labels`` in
-            its ``settings`` or ``facts``, or ``labels_per_class`` or ``label_fraction`` in its
-            settings. One with ``by_labels``, ``{labels: {mean, deviation}}``, gives several points.
-            Those that say nothing saw all, and semi_1 and semi_10 that many percent.
-        num_train: Labelled training images.
-        num_classes: Of them.
+        protocols: The section of ``evaluation.json``. The number of labels is ``num_labels`` in a
+            protocol's ``settings`` or ``facts``, or follows from ``labels_per_class`` or
+            ``label_fraction`` in its settings. ``by_labels``, ``{labels: {mean, deviation}}``,
+            gives several points. Without any of these, semi_1 and semi_10 use that many percent,
+            other protocols all labels.
+        num_train: Number of labelled training images.
+        num_classes: Number of their classes.
     """
     found = []
     for name, measured in protocols.items():
@@ -90,14 +91,14 @@ def _num_labels(name: str, settings: Mapping[str, Any], *, num_train: int, num_c
 
 
 def draw_by_labels(path: Path, points: Sequence[Labelled]) -> None:
-    """Draw accuracy over the number of labels, as a logarithm, a line a way to use them.
+    """Draw accuracy over the logarithm of the number of labels, one line for each kind.
 
     Args:
         path: PNG to write.
-        points: What :func:`by_labels` returns.
+        points: The result of :func:`by_labels`.
 
     Raises:
-        DataError: If all were measured with one number of labels.
+        DataError: If all used the same number of labels.
     """
     if len({point.num_labels for point in points}) < 2:
         raise DataError("one number of labels alone: there is no curve to draw")

@@ -1,4 +1,4 @@
-"""Measures without labels beside the accuracy that they are to promise: a panel a measure."""
+"""Draw accuracy over each label-free measure, to show how well the measure predicts it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,23 +24,23 @@ _SHOWN = {
 
 
 class Point(Protocol):
-    """What of an encoder is drawn."""
+    """The interface of an encoder to draw."""
 
     @property
     def method(self) -> str:
-        """Colours it."""
+        """Sets the colour."""
 
     @property
     def measures(self) -> Mapping[str, float]:
-        """By name."""
+        """The values, by the measure's name."""
 
     @property
     def linear_top1(self) -> float:
-        """In [0, 1]."""
+        """Accuracy in [0, 1]."""
 
 
 class Relation(Protocol):
-    """How a measure goes with accuracy."""
+    """The rank correlation of a measure with accuracy."""
 
     @property
     def measure(self) -> str:
@@ -48,11 +48,11 @@ class Relation(Protocol):
 
     @property
     def spearman(self) -> float:
-        """Signed so that 1 is what the measure promises."""
+        """Spearman's coefficient, signed so that 1 means a perfect prediction."""
 
     @property
     def spearman_interval(self) -> tuple[float, float]:
-        """Of 95 %."""
+        """The 95 % confidence interval."""
 
 
 def draw_label_free(
@@ -63,13 +63,13 @@ def draw_label_free(
     direction: Mapping[str, str],
     is_untrained: Callable[[Point], bool],
 ) -> None:
-    """Draw accuracy over each measure, a point an encoder, and how well the measure ranks them.
+    """Draw accuracy over each measure, one point for each encoder, with the rank correlation.
 
     Args:
         path: PNG to write.
-        points: Encoders; those without training are drawn as crosses.
-        relations: A panel each, in this order.
-        direction: What each measure promises, by its name.
+        points: The encoders; untrained ones are crosses.
+        relations: One panel each, in this order.
+        direction: The direction of each measure that predicts better accuracy, by name.
         is_untrained: Whether an encoder has random weights.
 
     Raises:

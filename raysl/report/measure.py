@@ -1,4 +1,4 @@
-"""Metrics, parameters and times as a reader meets them: titles with units, short numbers."""
+"""Format metrics, parameters and times for readers: titles with units, short numbers."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -7,20 +7,20 @@ _PERCENT = ("_top1", "_share")
 
 
 class Measure(NamedTuple):
-    """How a metric is shown."""
+    """How to print a metric."""
 
     words: str
     unit: str = ""
     scale: float = 1.0
-    """What its value is multiplied by for that unit."""
+    """Factor from the metric's value to that unit."""
 
     @property
     def title(self) -> str:
-        """The words with the unit."""
+        """The name with the unit."""
         return f"{self.words}, {self.unit}" if self.unit else self.words
 
     def text(self, value: float) -> str:
-        """Return a value in the unit, without it."""
+        """Format a value in the unit, without the unit's name."""
         return f"{self.scale * value:.1f}" if self.scale == 100 else number_text(value)
 
 
@@ -51,7 +51,7 @@ _KNOWN = {
 
 
 def measure(key: str) -> Measure:
-    """Return how to show a metric of the metrics file, also one of a method's own."""
+    """Return the format of a metric, including those of a method."""
     if key in _KNOWN:
         return _KNOWN[key]
     section, _, name = key.partition("/")
@@ -62,9 +62,9 @@ def measure(key: str) -> Measure:
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
-    """Return a name in words for each dotted key: its last part, or more where two share that.
+    """Return a short name for each dotted key: its last part, or more if two keys share it.
 
-    What is chosen by name, as ``backbone.name``, is called by its section.
+    Keys such as ``backbone.name`` are named by their section.
     """
     given = {key: key.removesuffix(".name").split(".") for key in keys}
     names = {}
@@ -76,7 +76,7 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
 
 
 def value_text(value: object) -> str:
-    """Return a parameter's value; None is ``none``, as where a setting is off."""
+    """Format a parameter's value; None is ``none``."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (int, float)):
@@ -85,12 +85,12 @@ def value_text(value: object) -> str:
 
 
 def number_text(value: float) -> str:
-    """Return a number as a reader can take it in: whole from 1,000 to 10 million, else 4 digits."""
+    """Format a number for readers: as an integer from 1,000 to 10 million, else with 4 digits."""
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
 
 
 def duration_text(seconds: float) -> str:
-    """Return a time in seconds, minutes or hours."""
+    """Format a time in seconds, minutes or hours."""
     if seconds < 120:
         return f"{seconds:,.1f} s"
     return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"

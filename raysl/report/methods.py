@@ -1,4 +1,4 @@
-"""Methods side by side: their loss curves, and what training gave each encoder."""
+"""Compare methods: draw their loss curves, and the accuracy that training gained."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +14,12 @@ _ROW_IN = 1.35
 _BAR_IN = 0.26
 
 
-class Shown(Protocol):
-    """What of a run is drawn."""
+class RunCurve(Protocol):
+    """The interface of a run to draw."""
 
     @property
     def name(self) -> str:
-        """Of the run."""
+        """Name of the run."""
 
     @property
     def steps(self) -> Sequence[int]:
@@ -27,7 +27,7 @@ class Shown(Protocol):
 
     @property
     def losses(self) -> Sequence[float]:
-        """Loss at each of them."""
+        """The loss at each of these steps."""
 
     @property
     def untrained_knn_top1(self) -> float:
@@ -35,11 +35,11 @@ class Shown(Protocol):
 
     @property
     def knn_top1(self) -> float:
-        """Accuracy after it."""
+        """Accuracy after training, in [0, 1]."""
 
 
-def draw_loss_curves(path: Path, runs: Sequence[Shown]) -> None:
-    """Draw the loss of each run over its optimizer steps, a panel a run.
+def draw_loss_curves(path: Path, runs: Sequence[RunCurve]) -> None:
+    """Draw the loss of each run over its optimizer steps, one panel for each run.
 
     Raises:
         DataError: If there is no run.
@@ -61,8 +61,8 @@ def draw_loss_curves(path: Path, runs: Sequence[Shown]) -> None:
     save_png(figure, path)
 
 
-def draw_gains(path: Path, runs: Sequence[Shown]) -> None:
-    """Draw nearest-neighbour accuracy before and after training, a line a run, best first.
+def draw_gains(path: Path, runs: Sequence[RunCurve]) -> None:
+    """Draw nearest-neighbour accuracy before and after training, one line for each run, best first.
 
     Raises:
         DataError: If there is no run.

@@ -1,4 +1,4 @@
-"""Images beside their nearest neighbours, and the mistakes that neighbours agree on."""
+"""Draw images beside their nearest neighbours, and the mistakes that neighbours agree on."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +29,7 @@ NUM_NEIGHBOURS = 5
 NUM_QUERIES = 6
 
 _ROWS_AT_ONCE = 512
-_MOST_QUERIES = 2000  # among which the mistakes are looked for
+_MOST_QUERIES = 2000  # the test images searched for mistakes
 _MOST_PX = 224
 _CELL_IN = NARROW_IN / (NUM_NEIGHBOURS + 1)
 _TEXT_IN = 0.36  # two lines under an image
@@ -38,16 +38,16 @@ _HEAD_IN = 0.34
 
 
 class Nearest(NamedTuple):
-    """The nearest training images of some test images, the nearest first."""
+    """The nearest training images of some test images, in descending similarity."""
 
     places: npt.NDArray[np.int64]
-    """``(Q, k)``, among the training images."""
+    """``(Q, k)``, indices of training images."""
     similarities: npt.NDArray[np.float32]
-    """``(Q, k)``, cosines."""
+    """``(Q, k)``, cosine similarities."""
 
 
 class Cell(NamedTuple):
-    """An image of the grid."""
+    """One framed image of the grid."""
 
     image: Image
     lines: tuple[str, ...]
@@ -59,7 +59,7 @@ def nearest(train: npt.NDArray[np.float32], queries: npt.NDArray[np.float32], *,
     """Return the k nearest rows of ``train`` by cosine similarity; all of them if it has fewer.
 
     Args:
-        train: ``(M, D)``, M > 0; rows that are not finite are never near.
+        train: ``(M, D)``, M > 0; rows that are not finite are never neighbours.
         queries: ``(Q, D)``.
         k: > 0.
     """
@@ -81,11 +81,11 @@ def nearest(train: npt.NDArray[np.float32], queries: npt.NDArray[np.float32], *,
 def vote(
     labels: npt.NDArray[np.int64], close: Nearest, *, temperature: float
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """Return the class that weighted neighbours give each query, and its share of the votes.
+    """Return the class that each query's weighted neighbours vote for, and its share of the votes.
 
     Args:
-        labels: Of the training images, ``(M,)``, >= 0.
-        close: Their neighbours.
+        labels: Labels of the training images, ``(M,)``, >= 0.
+        close: The neighbours.
         temperature: A neighbour of similarity s votes with exp(s / temperature).
 
     Returns:
@@ -93,7 +93,7 @@ def vote(
     """
     relative = close.similarities - close.similarities[:, :1]
     weights = np.exp(relative.astype(np.float64) / temperature)
-    # One number for each query and class that got a vote: classes may be many.
+    # One number for each query and class with a vote, because there may be many classes.
     classes, numbers = np.unique(labels[close.places], return_inverse=True)
     queries = np.arange(len(weights))
     pairs = queries[:, None] * len(classes) + numbers.reshape(weights.shape)
@@ -116,8 +116,8 @@ def draw_neighbours(path: Path, evaluation: Evaluation, *, seed: int = 0) -> Non
 
     Args:
         path: PNG to write.
-        evaluation: With or without labels.
-        seed: Of the choice.
+        evaluation: An evaluation with or without labels.
+        seed: Seed of the choice.
 
     Raises:
         DataError: If no feature is finite.
@@ -131,13 +131,14 @@ def draw_neighbours(path: Path, evaluation: Evaluation, *, seed: int = 0) -> Non
 
 
 def draw_mistakes(path: Path, evaluation: Evaluation, *, k: int, temperature: float) -> None:
-    """Draw the wrongly told test images whose neighbours agree most, with the nearest of them.
+    """Draw the misclassified test images whose neighbours agree most, with the nearest neighbours.
 
     Args:
         path: PNG to write.
-        evaluation: With labels. Of more than 2,000 test images a random part is looked through.
-        k: Neighbours that vote.
-        temperature: Of their votes.
+        evaluation: An evaluation with labels. Of more than 2,000 test images, a random subset is
+            searched.
+        k: Number of voting neighbours.
+        temperature: Temperature of their votes.
 
     Raises:
         DataError: If there are no labels, or no mistakes.
@@ -153,7 +154,7 @@ def draw_mistakes(path: Path, evaluation: Evaluation, *, k: int, temperature: fl
     wrong = np.flatnonzero(told != test.labels[queries])
     if not len(wrong):
         raise DataError("no mistakes among the test images that were looked at")
-    # Of equal shares, the nearer neighbours.
+    # Ties are sorted by the similarity of the nearest neighbour.
     order = np.lexsort((-close.similarities[wrong, 0], -share[wrong]))
     worst = wrong[order][:NUM_QUERIES]
     shown = Nearest(
@@ -208,13 +209,13 @@ def _short(name: str) -> str:
 def save_grid(
     path: Path, rows: Sequence[Sequence[Cell]], *, cell_in: float = _CELL_IN, head: str = ""
 ) -> None:
-    """Draw framed images in rows, two lines of text under each.
+    """Draw framed images in rows, with two lines of text under each.
 
     Args:
         path: PNG to write.
-        rows: As long as one another, or shorter than the first.
+        rows: The rows; none is longer than the first.
         cell_in: Width of a cell in inches.
-        head: A line above all.
+        head: A line at the top.
     """
     row_in = cell_in + _TEXT_IN
     top = _HEAD_IN if head else 0.0
@@ -230,7 +231,7 @@ def save_grid(
         for column, cell in enumerate(row):
             place = {"left": column * cell_in, "top": top + number * row_in}
             _put(axes, cell, side=cell_in, **place)
-    axes.set(xlim=(0, width), ylim=(height, 0))  # setting an image moves the limits
+    axes.set(xlim=(0, width), ylim=(height, 0))  # drawing an image changes the limits
     save_png(figure, path)
 
 

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that holds everything and asks the network for nothing."""
+"""Write the report of a run: one self-contained HTML file that loads nothing from the network."""
 
 import math
 from collections.abc import Callable
@@ -60,20 +60,20 @@ _FILES = (
 def draw_all(
     folder: RunFolder, *, source: Source, config: RunConfig[Any], derived: Derived
 ) -> list[tuple[str, str]]:
-    """Draw the pictures of a run, then the page that holds them.
+    """Draw the pictures of a run, then write its page.
 
-    Safe in a thread beside others. What cannot be drawn does not keep the rest from being drawn:
-    its picture is missing from the page, and an old one is removed.
+    Thread-safe. A picture that fails is missing from the page, and its previous file is removed;
+    the others are still drawn.
 
     Args:
-        folder: Holds ``metrics.jsonl``, and of a finished run ``results.json`` and
-            ``features.npz``; gets ``pictures/*.png`` and ``report.html``.
+        folder: Contains ``metrics.jsonl``, and for a finished run ``results.json`` and
+            ``features.npz``; receives ``pictures/*.png`` and ``report.html``.
         source: The training images.
         config: The run.
-        derived: What follows from it.
+        derived: Its derived values.
 
     Returns:
-        The name and the error of each picture that was not drawn, or of ``report``.
+        The name and the error of each picture, or of ``report``, that failed.
     """
     results = folder.read_results() or Results()
     drawings: dict[str, Callable[[Path], None]] = {
@@ -103,7 +103,7 @@ def draw_all(
 
 
 def _has_map(folder: RunFolder, config: RunConfig[Any]) -> bool:
-    """Whether a run keeps features for a map; one that measures neighbours alone does not."""
+    """Return whether a run saves features for a map; one that only measures neighbours does not."""
     return folder.features.exists() or config.evaluate.final != "knn"
 
 
@@ -124,12 +124,12 @@ def write_report(folder: RunFolder, *, config: RunConfig[Any], derived: Derived)
     """Write ``report.html``: summary, accuracy, pictures, settings, how to use the encoder.
 
     Args:
-        folder: The run; a picture or result that is not there is left out, with a word about it.
+        folder: The run; missing pictures and results are replaced by a note.
         config: The run.
-        derived: What follows from it.
+        derived: Its derived values.
 
     Returns:
-        The file, which is either old or new, never half.
+        The file, written atomically.
     """
     results = folder.read_results() or Results()
     pictures = folder.pictures
@@ -215,10 +215,10 @@ def _accuracy_section(folder: RunFolder, config: RunConfig[Any], results: Result
 
 
 def _method_section(folder: RunFolder) -> str:
-    """Show what the method makes of a few images, where it has something to show."""
+    """Return the pictures by the method, if it has any."""
     try:
         pictures = read_method_pictures(folder.method_pictures)
-    except DataError:  # told when it could not be drawn
+    except DataError:  # reported when it was drawn
         return ""
     return "\n".join(
         section(
@@ -239,7 +239,7 @@ def _accuracy_cell(results: Results, features: Features, probe: Probe) -> str:
 
 
 def _protocol(config: RunConfig[Any], results: Results) -> str:
-    """Say with which settings and on how many images the accuracies were measured."""
+    """Describe the settings and the images of the accuracies."""
     evaluate = config.evaluate
     # Older runs did not keep what they were measured with.
     known: Results = {

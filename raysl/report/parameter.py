@@ -1,4 +1,4 @@
-"""A sweep's parameters as axes: listed values side by side, ranges on their own scale."""
+"""Turn a sweep's parameters into axes: values side by side, ranges on their own scale."""
 
 import math
 from bisect import bisect_right
@@ -14,62 +14,62 @@ from raysl.sweep.config import SEED, Dimension
 from raysl.sweep.summary import is_number, varied
 from raysl.sweep.trial import Trial
 
-_MOST_LISTED = 8  # numbers of a range that are shown one by one
+_MOST_LISTED = 8  # range values up to which each is shown separately
 _MOST_BINS = 6
 _FEWEST_BINS = 3
-_TRIALS_PER_BIN = 3  # where two parameters have as many bins each
+_TRIALS_PER_BIN = 3  # if two parameters have the same number of bins
 _LOG_FROM = 10.0  # largest over smallest number
 
 
 class Parameter(NamedTuple):
-    """One parameter as an axis of places: its values, or bins of its range."""
+    """One parameter as an axis of slots: one for each value, or bins of its range."""
 
     key: str
     name: str
-    """In words, short."""
+    """A short name in words."""
     values: tuple[Any, ...] = ()
-    """One a place, in order; empty if it is binned."""
+    """One for each slot, in order; empty if it is binned."""
     edges: tuple[float, ...] = ()
-    """Of the bins, one more than there are places."""
+    """Edges of the bins, one more than slots."""
     is_log: bool = False
     """Whether the bins are even in the logarithm."""
 
     @property
     def is_binned(self) -> bool:
-        """Whether its places are bins."""
+        """Whether its slots are bins."""
         return bool(self.edges)
 
     @property
     def is_label(self) -> bool:
-        """Whether its values have no size."""
+        """Whether its values are not numbers."""
         return any(value is not None and not is_number(value) for value in self.values)
 
     @property
     def num_places(self) -> int:
-        """How many places the axis has."""
+        """Number of slots of the axis."""
         return len(self.edges) - 1 if self.edges else len(self.values)
 
     def place(self, value: Any) -> int:
-        """Return the place of a value, from 0."""
+        """Return the slot of a value, from 0."""
         if not self.edges:
             return self.values.index(value)
         return min(bisect_right(self.edges, value, 1) - 1, self.num_places - 1)
 
     def texts(self) -> list[str]:
-        """Return what stands at each place."""
+        """Return the text of each slot."""
         if not self.edges:
             return [value_text(value) for value in self.values]
         texts = self._edge_texts()
         return [f"{low} to {high}" for low, high in pairwise(texts)]
 
     def drawable_texts(self) -> list[str]:
-        """Return the same for a picture: short, and in letters that its font has."""
+        """Return the texts for a picture: short, and in letters that its font has."""
         return [
             drawable_name(text, otherwise=f"value {n}") for n, text in enumerate(self.texts(), 1)
         ]
 
     def tick_texts(self) -> list[str]:
-        """Return what stands at the ticks of a picture: at each place, of bins at each edge."""
+        """Return the tick labels of a picture: of each slot, or of each edge of bins."""
         return self._edge_texts() if self.is_binned else self.drawable_texts()
 
     def _edge_texts(self) -> list[str]:
@@ -80,9 +80,9 @@ def parameters(trials: Sequence[Trial], space: Mapping[str, Dimension]) -> list[
     """Return the parameters that differ between trials, in the space's order, without the seed.
 
     Args:
-        trials: Whose values make the axes.
-        space: Of the sweep: listed values keep its order, ranges its scale. Numbers of a range are
-            binned, whole ones if there are more than a few.
+        trials: The trials whose values make the axes.
+        space: The sweep's space: listed values keep its order, ranges its scale. Range values are
+            binned, whole numbers only if there are more than a few.
     """
     chosen = [key for key in varied(trials) if key != SEED]
     names = short_names(chosen)
@@ -102,7 +102,7 @@ def _parameter(
         return Parameter(key, name, values=tuple(_ordered(seen, listed)))
     low, high = float(numbers[0]), float(numbers[-1])
     is_log = dimension is not None and dimension.kind in ("log_uniform", "log_int")
-    if listed:  # population based training leaves the list
+    if listed:  # population based training may leave the list
         is_log = low > 0 and high / low >= _LOG_FROM
     num_bins = round(math.sqrt(len(trials) / _TRIALS_PER_BIN))
     num_bins = min(max(num_bins, _FEWEST_BINS), _MOST_BINS)
@@ -113,7 +113,7 @@ def _parameter(
 
 
 def _ordered(seen: Sequence[Any], listed: Sequence[Any]) -> list[Any]:
-    """Sort numbers by size, and labels as the space lists them; None comes first."""
+    """Sort numbers by size, and labels in the order of the space; None comes first."""
     if all(value is None or is_number(value) for value in seen):
         return sorted(seen, key=lambda value: -math.inf if value is None else value)
     return [v for v in listed if v in seen] + [v for v in seen if v not in listed]

@@ -1,4 +1,4 @@
-"""What the trials of a sweep came to over each parameter, a panel a parameter."""
+"""Draw the results of a sweep's trials over each parameter, one panel for each."""
 
 import math
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ from raysl.sweep.trial import Trial
 
 _COLUMNS = 3
 _ROW_IN = 1.75
-_JITTER = 0.22  # trials of one place lie side by side within it
-_GOLDEN = 0.618034  # its multiples spread evenly, however many there are
+_JITTER = 0.22  # trials of one slot are spread within it
+_GOLDEN = 0.618034  # its multiples are evenly spread for any number of them
 _FEW_DECADES = 1.8  # up to which a logarithmic axis has ticks at 2 and 5 too
 
 
@@ -41,18 +41,18 @@ def draw_parameters(
     *,
     best: Trial | None,
 ) -> None:
-    """Draw what every trial came to over each parameter, a panel a parameter.
+    """Draw the result of every trial over each parameter, one panel for each.
 
-    Listed values stand side by side, labels best first, their trials spread a little and a bar at
-    the median of those that finished; ranges have their own scale. Failed trials are crosses at the
-    foot, and values far worse than the rest lie at the edge.
+    Values are side by side, labels best first, with their trials spread horizontally and a bar at
+    the median of finished ones; ranges have their own scale. Failed trials are crosses at the
+    bottom, and outliers on the bad side are drawn at the edge.
 
     Args:
         path: PNG to write.
-        trials: Of the sweep.
-        metric: What is shown.
+        trials: The trials of the sweep.
+        metric: The metric to draw.
         parameters: In the order of the panels.
-        best: Marked; None marks none.
+        best: The trial to mark; None marks none.
 
     Raises:
         DataError: If no trial was measured or no parameter differs.
@@ -86,7 +86,7 @@ def draw_parameters(
 
 
 def _by_median(parameter: Parameter, trials: Sequence[Trial], metric: MetricConfig) -> Parameter:
-    """Put labels in the order of their finished trials, best first; numbers have their own."""
+    """Sort labels by the median of their finished trials, best first; numbers keep their order."""
     if not parameter.is_label:
         return parameter
 
@@ -110,7 +110,7 @@ def _is_shown(trial: Trial) -> bool:
 
 
 def _turned_in(parameter: Parameter, wide_in: float) -> float:
-    """Return the height of labels that have to stand upright, 0 if they fit side by side."""
+    """Return the height of labels if they must be vertical, 0 if they fit side by side."""
     return 0.0 if parameter.is_binned else turned_in(parameter.tick_texts(), wide_in)
 
 
@@ -160,5 +160,5 @@ def _draw_trials(
 
 
 def _spread(trial: Trial, place: int) -> float:
-    """Return where a trial stands at a place: moved a little, always in the same way."""
+    """Return a trial's horizontal position within a slot, with a fixed jitter."""
     return place + _JITTER * (2 * (trial.number * _GOLDEN % 1) - 1)

@@ -1,4 +1,4 @@
-"""The pictures of a run: its views, its curves, its accuracy and the map of its features."""
+"""Draw the pictures of a run: its views, its curves, its accuracy and the map of its features."""
 
 import math
 from collections.abc import Sequence
@@ -42,29 +42,29 @@ ENCODERS: tuple[tuple[Features, str], ...] = (
     ("untrained_", "Before training"),
     ("pixels_", "Bare pixels"),
 )
-"""What is measured, and its name."""
+"""Prefix of keys in ``results.json``, and the measured encoder."""
 
 PROBES: tuple[Probe, ...] = ("knn_top1", "linear_top1", "few_shot_top1")
 
 _CELL_IN = 1.1
-_GAP = 0.04  # around an image, over a cell
+_GAP = 0.04  # around an image, relative to a cell
 _MAX_VIEWS = 11
 
 
 def draw_views(
     path: Path, *, source: Source, views: Sequence[View], seed: int, num_images: int = 8
 ) -> None:
-    """Draw images and what the method saw of them in epoch 0.
+    """Draw images and the views of them that the method saw in epoch 0.
 
-    One row an image, spread evenly over the source; the original first, then its views. At most 11
+    One row an image, evenly spaced over the source; the original first, then its views. At most 11
     views are drawn.
 
     Args:
         path: PNG to write.
         source: The training images.
         views: The kinds of view.
-        seed: Of the run: with it the views are those that were trained on.
-        num_images: Rows of the picture.
+        seed: The run's seed, which reproduces the views of training.
+        num_images: Number of rows.
 
     Raises:
         DecodeError: If none of the images tried can be decoded; single bad ones are left out.
@@ -95,7 +95,7 @@ def _size_of(images: Sequence[Image]) -> str:
 
 
 class Grid(NamedTuple):
-    """Pixels in rows and columns, as ``method_pictures.npz`` keeps them."""
+    """Images in rows and columns, as stored in ``method_pictures.npz``."""
 
     pixels: npt.NDArray[np.uint8]  # (rows, columns, S, S, 3)
     columns: list[str]
@@ -103,7 +103,7 @@ class Grid(NamedTuple):
 
 
 def read_method_pictures(path: Path) -> dict[str, Grid]:
-    """Return the pictures that a method left, by name; none if there is no such file.
+    """Return the pictures that a method saved, by name; empty if there is no such file.
 
     Raises:
         DataError: If the file is damaged.
@@ -124,13 +124,13 @@ def read_method_pictures(path: Path) -> dict[str, Grid]:
 
 
 def draw_grid(path: Path, grid: Grid) -> None:
-    """Draw a method's picture, a title over each column."""
+    """Draw a method's picture, with a title over each column."""
     heads = grid.columns or [""] * grid.pixels.shape[1]
     save_png(_image_grid([list(row) for row in grid.pixels], heads), path)
 
 
 def _image_grid(grid: Sequence[Sequence[Image]], heads: Sequence[str]) -> Figure:
-    """Lay images of any size into square cells; row by row, with a head over each column."""
+    """Arrange images of any size in square cells, row by row, with a heading for each column."""
     num_rows, num_columns = len(grid), len(heads)
     head = 0.45
     figure = new_figure(width_in=num_columns * _CELL_IN, height_in=(num_rows + head) * _CELL_IN)
@@ -156,14 +156,14 @@ def _put_image(axes: Axes, image: Image, *, left: float, top: float) -> None:
 
 
 def draw_accuracy(path: Path, results: Results) -> None:
-    """Draw the accuracy of the network after and before training and of bare pixels as bars.
+    """Draw accuracies as bars: the network after and before training, and the bare pixels.
 
     Args:
         path: PNG to write.
-        results: Of ``results.json``: accuracies in [0, 1]; those that are missing are left out.
+        results: The content of ``results.json``: accuracies in [0, 1]; missing ones are left out.
 
     Raises:
-        DataError: If it holds no accuracy.
+        DataError: If it contains no accuracy.
     """
     if not has_accuracy(results):
         raise DataError("the results hold no accuracy to draw")
@@ -195,7 +195,7 @@ def has_accuracy(results: Results) -> bool:
 
 
 def measured_probes(results: Results) -> list[Probe]:
-    """Return the probes of which there is an accuracy of any encoder."""
+    """Return the probes with an accuracy of any encoder."""
     return [
         probe
         for probe in PROBES
@@ -206,7 +206,7 @@ def measured_probes(results: Results) -> list[Probe]:
 def accuracy(
     results: Results, features: Features, probe: Probe
 ) -> tuple[float, float | None] | None:
-    """Return an accuracy in percent and its deviation over draws if it has one; None if missing."""
+    """Return an accuracy in percent and its deviation over draws, if any; None if missing."""
     scores = scores_of(results, features)
     deviation = None
     if probe == "few_shot_top1":
@@ -226,7 +226,7 @@ def percent(value: float | None) -> float | None:
 
 
 def probe_name(probe: Probe, results: Results) -> str:
-    """Name a probe for a reader."""
+    """Return a probe's name for readers."""
     labels = results.get("few_shot_labels", "few")
     few = f"Linear, {labels} label{'' if labels == 1 else 's'} a class"
     return {"knn_top1": "Nearest neighbours", "linear_top1": "Linear, all labels"}.get(probe, few)

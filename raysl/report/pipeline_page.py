@@ -1,4 +1,4 @@
-"""The report of a pipeline: how right each of its networks is, as a picture and a table."""
+"""Write the report of a pipeline: the accuracy of each of its networks, as picture and table."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,16 +53,16 @@ class _Measured(NamedTuple):
 def draw_pipeline(
     folder: Path, *, name: str, rows: Sequence[StepResult], settings: str
 ) -> list[tuple[str, str]]:
-    """Draw the picture of a pipeline, then the page that holds it.
+    """Draw the picture of a pipeline, then write its page.
 
     Args:
-        folder: Gets ``pictures/accuracy.png`` and ``report.html``.
-        name: Of the pipeline.
-        rows: One a finished step.
+        folder: Receives ``pictures/accuracy.png`` and ``report.html``.
+        name: Name of the pipeline.
+        rows: One for each finished step.
         settings: The configuration as YAML.
 
     Returns:
-        The name and the error of each picture that was not drawn, or of ``report``.
+        The name and the error of each picture, or of ``report``, that failed.
     """
     pictures = folder / "pictures"
     failures: list[tuple[str, str]] = []
@@ -77,7 +77,7 @@ def draw_pipeline(
     ]
     try:
         write_page(folder / "report.html", name=name, lead=_lead(rows), sections=sections)
-    except Exception as error:  # the runs are not lost for the sake of a page
+    except Exception as error:  # a failed page must not end the runs
         failures.append(("report", f"{type(error).__name__}: {error}"))
     return failures
 
@@ -91,11 +91,11 @@ _NOTE = (
 
 
 def draw_accuracies(path: Path, rows: Sequence[StepResult]) -> None:
-    """Draw a dot for each network, by share of the labels from the top.
+    """Draw a dot for each network, sorted by share of the labels.
 
     Args:
-        path: The file.
-        rows: As of :func:`draw_pipeline`; at least one of a network that learnt from labels.
+        path: PNG to write.
+        rows: As for :func:`draw_pipeline`; at least one of a network trained on labels.
     """
     shown = _measured(rows)
     shares = sorted({each.labels for each in shown})

@@ -1,4 +1,4 @@
-"""Memory and start time of the plan over the number of images."""
+"""Draw memory and start time of the plan over the number of images."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,8 +31,8 @@ def draw_plan_scale(path: Path, plans: Sequence[Mapping[str, Any]]) -> None:
 
     Args:
         path: PNG to write.
-        plans: As :class:`raysl.jobs.benchmark_plan.PlanCost` has them; those that did not fit have
-            None and are left out.
+        plans: Records like :class:`raysl.jobs.benchmark_plan.PlanCost`; plans that did not fit into
+            memory have None and are left out.
 
     Raises:
         DataError: If no plan fitted.

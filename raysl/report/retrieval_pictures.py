@@ -1,4 +1,4 @@
-"""Pictures of what a search or a hunt for duplicates found."""
+"""Draw the results of a search for neighbours or duplicates."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,26 +13,26 @@ _CELL_IN = 0.92
 _NAME_LETTERS = 12
 
 
-class Shown(NamedTuple):
-    """An image of a picture, and what is known of it."""
+class GridImage(NamedTuple):
+    """An image of a row, with its label and similarity."""
 
     image: Image  # (S, S, 3) uint8, all of one size
     label: str | None = None
     similarity: float | None = None
-    """To the first of its row."""
+    """Similarity to the first image of its row."""
     note: str = ""
 
 
-def draw_neighbor_grid(path: Path, rows: Sequence[Sequence[Shown]], *, title: str) -> None:
-    """Draw queries at the left, each with its neighbours, the nearest first.
+def draw_neighbor_grid(path: Path, rows: Sequence[Sequence[GridImage]], *, title: str) -> None:
+    """Draw queries at the left, each followed by its neighbours, the nearest first.
 
-    A neighbour of the query's class has a blue frame, of another one a dashed red one, and a grey
-    one where a label is missing.
+    A neighbour of the query's class has a blue frame, one of another class a dashed red one, and a
+    grey one if a label is missing.
 
     Args:
         path: PNG to write.
-        rows: The query and its neighbours.
-        title: Above all.
+        rows: Each is a query and its neighbours.
+        title: Title of the picture.
 
     Raises:
         DataError: If there is no row, or the file cannot be written.
@@ -45,13 +45,13 @@ def draw_neighbor_grid(path: Path, rows: Sequence[Sequence[Shown]], *, title: st
     _save(path, cells, title)
 
 
-def draw_duplicate_sheet(path: Path, groups: Sequence[Sequence[Shown]], *, title: str) -> None:
-    """Draw a row for each group: at the left what is kept, then what is near it.
+def draw_duplicate_sheet(path: Path, groups: Sequence[Sequence[GridImage]], *, title: str) -> None:
+    """Draw a row for each group of duplicates: the kept image, then the others.
 
     Args:
         path: PNG to write.
-        groups: The kept image, then the others.
-        title: Above all.
+        groups: Each is the kept image, then the others.
+        title: Title of the picture.
 
     Raises:
         DataError: If there is no group, or the file cannot be written.
@@ -67,7 +67,7 @@ def draw_duplicate_sheet(path: Path, groups: Sequence[Sequence[Shown]], *, title
     _save(path, cells, title)
 
 
-def _neighbor(wanted: str | None, shown: Shown) -> Cell:
+def _neighbor(wanted: str | None, shown: GridImage) -> Cell:
     similarity = f"{shown.similarity or 0.0:.3f}"
     if shown.label is None or wanted is None:
         return Cell(shown.image, (similarity, _short(shown.label or shown.note)), GREY)
@@ -77,7 +77,7 @@ def _neighbor(wanted: str | None, shown: Shown) -> Cell:
 
 
 def _short(name: str) -> str:
-    """Shorten a name from its beginning: of a path, and of a row of a shard, the end tells more."""
+    """Shorten a name at its start: the end of a path, or of a row in a shard, says more."""
     end = name if len(name) <= _NAME_LETTERS else ".." + name[2 - _NAME_LETTERS :]
     return drawable_name(end, otherwise="") if end else ""
 

@@ -1,4 +1,4 @@
-"""How the variance of features is spread over directions, and the power law that describes it."""
+"""Draw the eigenvalue spectrum of features, and a power law fitted to it."""
 
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from raysl.report.figure import (
     style_axes,
 )
 
-_ROUNDING = 1e-12  # over the largest eigenvalue: directions without variance
+_ROUNDING = 1e-12  # relative to the largest eigenvalue: directions without variance
 
 
 def draw_spectrum(path: Path, features: npt.NDArray[np.float32]) -> None:
-    """Draw the eigenvalues of the features' covariance over their rank, both as logarithms.
+    """Draw the eigenvalues of the features' covariance over their rank, both logarithmic.
 
     Args:
         path: PNG to write.

@@ -1,4 +1,4 @@
-"""How the report looks: one column, on a phone as on a desk, by day and by night."""
+"""The CSS of the reports: one column, for phones and desktops, light and dark."""
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2327; --soft: #5b666e; --line: #d9dee2;

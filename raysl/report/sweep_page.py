@@ -1,4 +1,4 @@
-"""The report of a sweep: its pictures, and one page with the best trial and all the others."""
+"""Write the report of a sweep: its pictures, and a page with the best trial and all others."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -62,20 +62,21 @@ def draw_sweep(
     *,
     next_line: str | None,
 ) -> list[tuple[str, str]]:
-    """Draw the pictures of a sweep, then the page that holds them.
+    """Draw the pictures of a sweep, then write its page.
 
-    Safe in a thread beside others. What cannot be drawn does not keep the rest from being drawn:
-    its picture is missing from the page, and an old one is removed.
+    Thread-safe. A picture that fails is missing from the page, and its previous file is removed;
+    the others are still drawn.
 
     Args:
-        folder: Gets ``pictures/*.png`` and ``report.html``.
+        folder: Receives ``pictures/*.png`` and ``report.html``.
         sweep: The sweep.
-        trials: All of them, in any order and state.
-        summary: Of these trials.
-        next_line: The command that trains the best trial's run for long; None if there is no best.
+        trials: All trials, in any order and state.
+        summary: The summary of these trials.
+        next_line: The command for a long run with the settings of the best trial; None if there is
+            none.
 
     Returns:
-        The name and the error of each picture that was not drawn, or of ``report``.
+        The name and the error of each picture, or of ``report``, that failed.
     """
     drawings = _drawings(sweep, trials, summary)
     failures = draw_each(folder.pictures, drawings)
@@ -84,7 +85,7 @@ def draw_sweep(
             old.unlink()
     try:
         _write_page(folder, sweep, trials, summary, next_line=next_line, pictures=list(drawings))
-    except Exception as error:  # the trials are not lost for the sake of a page
+    except Exception as error:  # a failed page must not end the sweep
         failures.append(("report", f"{type(error).__name__}: {error}"))
     return failures
 
@@ -92,7 +93,7 @@ def draw_sweep(
 def _drawings(
     sweep: SweepConfig, trials: Sequence[Trial], summary: Summary
 ) -> dict[str, Callable[[Path], None]]:
-    """Return what there is to draw, in the order of the page."""
+    """Return the drawing functions by name, in the order of the page."""
     metric, best = sweep.metric, summary.best
     known = parameters(trials, sweep.space)
     axes = heat_axes(trials, known, summary.importance)
@@ -144,7 +145,7 @@ def _write_page(
 
 
 def _lead(summary: Summary, metric: MetricConfig) -> str:
-    """Say in two sentences what was tried and what came out."""
+    """Summarise the trials and the result in two sentences."""
     trials, best, shown = summary.ranking, summary.best, measure(metric.name)
     counts = ", ".join(
         f"{summary.counts[status]} {text}"
@@ -190,7 +191,7 @@ def _best_section(summary: Summary, shown: Measure, next_line: str | None) -> st
 
 
 def _seeds_section(trials: Sequence[Trial], sweep: SweepConfig, shown: Measure) -> str:
-    """Return the means over seeds as a table, where there is more than one."""
+    """Return a table of means over seeds, if there are several seeds."""
     means = means_over_seeds(trials, sweep.metric)
     if all(len(group.trials) < 2 for group in means):
         return ""
@@ -238,7 +239,7 @@ def _known(shown: Measure, value: float | None) -> str:
 
 
 class _Column(NamedTuple):
-    """One column of a table; its texts are not HTML yet."""
+    """One column of a table; its texts are not escaped yet."""
 
     head: str
     texts: Sequence[str]
@@ -246,7 +247,7 @@ class _Column(NamedTuple):
 
 
 def _parameter_columns(rows: Sequence[Mapping[str, Any]]) -> list[_Column]:
-    """Return a column a parameter; empty where a trial lacks it."""
+    """Return a column for each parameter; empty where a trial lacks it."""
     names = short_names(dict.fromkeys(key for row in rows for key in row))
     return [
         _Column(
@@ -259,7 +260,7 @@ def _parameter_columns(rows: Sequence[Mapping[str, Any]]) -> list[_Column]:
 
 
 def _table(columns: Sequence[_Column], *, marked: int | None = None) -> str:
-    """Return a table that scrolls sideways, its first column staying; one row may be marked."""
+    """Return a table that scrolls sideways with a fixed first column; one row may be marked."""
     kinds = ["" if column.is_text else " class=n" for column in columns]
     heads = zip(kinds, columns, strict=True)
     lines = ["<tr>" + "".join(f"<th scope=col{kind}>{escape(c.head)}" for kind, c in heads)]

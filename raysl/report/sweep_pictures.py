@@ -1,4 +1,4 @@
-"""The pictures of a sweep: learning curves, what matters, heat maps, each parameter by itself."""
+"""Draw the pictures of a sweep: learning curves, importance of parameters."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,14 +41,14 @@ def draw_trial_curves(
 ) -> None:
     """Draw the metric of every trial over its epochs.
 
-    Finished ones are coloured by where they end, the brighter the better; stopped ones are grey and
-    dashed up to where they were stopped, failed ones end in a cross; the best one lies on top.
+    Finished trials are coloured by their final value, brighter is better; stopped ones are grey and
+    dashed, failed ones end in a cross; the best one is on top.
 
     Args:
         path: PNG to write.
-        trials: Of the sweep.
-        metric: What is shown.
-        best: Marked; None marks none.
+        trials: The trials of the sweep.
+        metric: The metric to draw.
+        best: The trial to mark; None marks none.
 
     Raises:
         DataError: If no trial was measured.
@@ -93,11 +93,11 @@ def _draw_curve(axes: Axes, trial: Trial, look: Look, *, color: Any, scale: floa
 
 
 def draw_importance(path: Path, importance: Mapping[str, float]) -> None:
-    """Draw each parameter's share as a bar, largest first.
+    """Draw each parameter's importance as a bar, largest first.
 
     Args:
         path: PNG to write.
-        importance: Of :class:`raysl.sweep.summary.Summary`.
+        importance: From :class:`raysl.sweep.summary.Summary`.
 
     Raises:
         DataError: If there is none.

@@ -1,4 +1,4 @@
-"""How trials are marked in the pictures of a sweep, and the legend that says so."""
+"""The marks of trials in the pictures of a sweep, and their legend."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,13 +18,13 @@ STATUS_TEXTS: dict[Status, str] = {
     "waiting": "waiting",
     "failed": "failed",
 }
-"""What a reader sees of a trial's status."""
+"""A trial's status, in words for readers."""
 
-_BRIGHTEST = 0.8  # of the colour map: what is brighter is lost on white paper
+_BRIGHTEST = 0.8  # of the colour map: brighter colours are invisible on white
 
 
 class Look(NamedTuple):
-    """How a trial is drawn."""
+    """The mark of a trial."""
 
     color: str
     shape: str
@@ -43,12 +43,12 @@ BEST = Look(ORANGE, "*", True, "-", size_pt=11)
 
 
 def look_of(trial: Trial, best: Trial | None) -> Look:
-    """Return how to draw a trial; the best one has a look of its own."""
+    """Return the mark of a trial; the best one has its own."""
     return BEST if best is not None and trial == best else LOOKS[trial.status]
 
 
 def bright(share: float) -> Any:
-    """Return a colour that can be seen on white paper, the brighter the larger the share.
+    """Return a colour visible on white, brighter for a larger share.
 
     Args:
         share: Clipped to [0, 1].
@@ -57,7 +57,7 @@ def bright(share: float) -> Any:
 
 
 def marker(look: Look) -> dict[str, Any]:
-    """Return what matplotlib draws a mark with."""
+    """Return matplotlib's arguments for a mark."""
     return {
         "marker": look.shape,
         "markersize": look.size_pt,
@@ -77,12 +77,12 @@ def draw_legend(
     *,
     has_lines: bool,
 ) -> None:
-    """Draw the metric's title and, below it, the best trial and each status that is there.
+    """Draw the metric's title and, below it, entries for the best trial and each status in use.
 
     Args:
-        figure: Gets it on top.
-        trials: Those that are drawn.
-        best: Marked among them; None for none.
+        figure: The legend is placed above it.
+        trials: The trials in the picture.
+        best: The marked trial; None for none.
         shown: The metric.
         has_lines: Whether trials are curves, which end in their mark.
     """

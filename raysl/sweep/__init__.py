@@ -1,1 +1,1 @@
-"""Sweeps: many runs over a space of settings, what each is, and where it lies."""
+"""Sweeps: many runs over a space of settings, their candidates, folders and results."""

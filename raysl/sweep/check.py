@@ -1,4 +1,4 @@
-"""Everything that is wrong with a sweep and its runs, in one answer, before anything starts."""
+"""Check a sweep and all its runs before anything starts, and report all problems at once."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,7 +32,7 @@ from raysl.sweep.space import (
 Look = Callable[[RunConfig[Any]], None]
 """Raises RayslError if a run cannot start on its images."""
 
-# Times that a run is mended to see what else is wrong with it.
+# How often bad keys are removed from a run to find further problems.
 _MENDINGS = 3
 
 
@@ -41,21 +41,21 @@ def check(
 ) -> list[RunConfig[Any]]:
     """Check a sweep and all its runs.
 
-    Besides the candidates, each value of each dimension and both ends of each range are tried once;
-    where there are no candidates beforehand, so are some random ones.
+    In addition to the candidates, each value of each dimension and both ends of each range are
+    checked once; if there are no candidates in advance, some random ones too.
 
     Args:
         sweep: The sweep.
-        candidates: What :func:`raysl.sweep.space.draw` returned.
+        candidates: The result of :func:`raysl.sweep.space.draw`.
         folder: The sweep's folder.
-        look: Looks at the images of each run; None does not.
+        look: Checks the images of each run; None skips this.
 
     Returns:
         The runs of the candidates.
 
     Raises:
-        ConfigError: Lists every problem of the sweep and of its runs, each once, with how many of
-            the candidates meet it and the parameters of one.
+        ConfigError: Lists every distinct problem of the sweep and of its runs, with the number of
+            affected candidates and the parameters of one.
     """
     problems = space_problems(sweep)
     found, runs = _run_problems(sweep, candidates or samples(sweep), folder=folder, look=look)
@@ -65,10 +65,10 @@ def check(
 
 
 def all_problems(sweep: SweepConfig, *, known: Iterable[str] = ()) -> list[str]:
-    """List what is wrong with a sweep and with the runs that can be drawn from it.
+    """List the problems of a sweep and of the runs that can be drawn from it.
 
     Args:
-        sweep: The sweep, perhaps without the parts of its file that are wrong in themselves.
+        sweep: The sweep, possibly without the invalid parts of its file.
         known: The dimensions that were left out of it.
     """
     found, _ = _run_problems(sweep, samples(sweep), folder=Path(), look=None)
@@ -84,7 +84,7 @@ class _Seen:
         self.count = 0
 
     def line(self, total: int) -> str:
-        """Say it in one line."""
+        """Describe it in one line."""
         example = " ".join(f"{key}={value}" for key, value in self.example.items())
         if not example or (total == 1 and self.count == 1):
             return self.text
@@ -97,7 +97,7 @@ class _Seen:
 def _run_problems(
     sweep: SweepConfig, candidates: Sequence[Candidate], *, folder: Path, look: Look | None
 ) -> tuple[list[str], list[RunConfig[Any]]]:
-    """Return what is wrong with the runs, a line each, and the runs that are sound."""
+    """Return the problems of the runs, a line each, and the valid runs."""
     unreadable = {str(base) for base in sweep.bases.values() if not _can_be_read(base)}
     runs: list[RunConfig[Any]] = []
     seen: dict[tuple[Any, ...], _Seen] = {}
@@ -109,7 +109,7 @@ def _run_problems(
         if run is not None and is_candidate:
             runs.append(run)
         for problem in problems:
-            # The same problem with another number is the same problem.
+            # The same problem with another number counts as the same.
             key = (problem.place, re.sub(r"\d[\d.,e+-]*", "#", problem.text))
             entry = seen.setdefault(key, _Seen(problem.text, candidate.params))
             entry.count += is_candidate
@@ -117,7 +117,7 @@ def _run_problems(
 
 
 def _probes(sweep: SweepConfig, candidates: Sequence[Candidate]) -> Iterator[Candidate]:
-    """Yield candidates that between them have what the others lack: values, ends of ranges."""
+    """Yield candidates for what the others lack: further values, ends of ranges."""
     choices = Choices(sweep)
     for name, dimension in choices.dimensions.items():
         ends = dimension.labels() if dimension.is_listed else list(dimension.bounds)
@@ -147,7 +147,7 @@ def _can_be_read(base: Path) -> bool:
 def _problems_of(
     sweep: SweepConfig, candidate: Candidate, *, folder: Path, look: Look | None
 ) -> tuple[list[Problem], RunConfig[Any] | None]:
-    """Return what is wrong with a run, and the run if it can be made."""
+    """Return the problems of a run, and the run if it can be built."""
     values, own = run_values(sweep, candidate, folder=folder)
     own += [Problem((), text) for text in _trial_problems(sweep, candidate, values)]
     found = run_or_problems(values)
@@ -162,7 +162,7 @@ def _problems_of(
 
 
 def _behind(problems: Sequence[Problem], values: dict[str, Any]) -> list[Problem]:
-    """Return what is also wrong once bad keys are left out: combinations of the others."""
+    """Return further problems once bad keys are removed: invalid combinations of the others."""
     values, bad = plain_copy(values), list(problems)
     for _ in range(_MENDINGS):
         places = [problem.place for problem in bad if problem.place]
@@ -184,7 +184,7 @@ def _behind(problems: Sequence[Problem], values: dict[str, Any]) -> list[Problem
 def _trial_problems(
     sweep: SweepConfig, candidate: Candidate, values: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Yield what does not fit between a run and the sweep's scheduler and metric."""
+    """Yield mismatches between a run and the sweep's scheduler and metric."""
     period, epochs = decision_period(sweep), length_epochs(sweep, values)
     name = "grace_epochs" if sweep.scheduler.name == "asha" else "perturb_every_epochs"
     if period is not None and epochs is None:
@@ -209,10 +209,10 @@ def _trial_problems(
 
 
 def _classifier_problems(sweep: SweepConfig, method: str) -> Iterator[str]:
-    """Refuse the accuracy of features where a classifier is trained, and the other way round."""
+    """Reject metrics of features if a classifier is trained, and vice versa."""
     try:
         classifies = load_method(method).Config.classifies
-    except ConfigError:  # an unknown method is a problem of the run, which says so
+    except ConfigError:  # an unknown method is already a problem of the run
         return
     for name in (sweep.metric.name, *sweep.metric.also):
         if name in OF_CLASSIFIERS and not classifies:
@@ -222,7 +222,7 @@ def _classifier_problems(sweep: SweepConfig, method: str) -> Iterator[str]:
 
 
 def _pace_problems(sweep: SweepConfig, values: Mapping[str, Any]) -> Iterator[str]:
-    """Refuse evaluations that the sweep itself asks for at other times than it needs them."""
+    """Reject evaluation intervals in the sweep that do not match its scheduler."""
     every, period = get_key(values, EVERY), decision_period(sweep)
     if sweep.scheduler.name == "hyperband":
         yield f"{EVERY}: hyperband spaces evaluations by scheduler.max_evaluations; leave it out"

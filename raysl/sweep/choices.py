@@ -1,4 +1,4 @@
-"""A sweep's dimensions and their conditions: which combinations there are, and draws from them."""
+"""Enumerate and draw combinations of a sweep's dimensions, respecting their conditions."""
 
 import hashlib
 import json
@@ -15,22 +15,22 @@ from raysl.recipe import RunConfig, run_or_problems
 from raysl.sweep.config import CONFIG, Dimension, Scalar, SweepConfig
 
 Params = dict[str, Any]
-"""Dimension to what people see of its value: a scalar, or a label."""
+"""For each dimension, its displayed value: a scalar, or a label."""
 Pick = Callable[[str, Dimension], Scalar]
-"""Chooses what people see of a value of a dimension."""
+"""Chooses the displayed value of a dimension."""
 
-# A draw that would be the second of its kind is repeated; where so many in a row are, there is
-# nothing new left, or so little that it is quicker to look for it in order.
+# A draw that repeats an earlier one is retried. After so many failures in a row, few or no new
+# combinations are left, and enumerating them is faster.
 _ATTEMPTS = 32
 _DIGITS = 4
-_ORDER = "\0order"  # names the stream of no dimension
+_ORDER = "\0order"  # a stream name that no dimension has
 
 
 class Choices:
-    """The dimensions of a sweep, in an order in which each condition can be answered.
+    """The dimensions of a sweep, sorted so that each condition only depends on earlier ones.
 
     Args:
-        sweep: Its base files need not be there; conditions on them then do not hold.
+        sweep: The sweep; conditions on missing base files do not hold.
     """
 
     def __init__(self, sweep: SweepConfig) -> None:
@@ -43,16 +43,16 @@ class Choices:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all combinations could be listed."""
+        """Whether all combinations can be listed."""
         return all(each.is_listed or each.is_whole for each in self.dimensions.values())
 
     def targets(self, name: str) -> list[str]:
-        """Return the dimensions that a dimension's condition asks about."""
+        """Return the dimensions that a dimension's condition depends on."""
         keys = self.dimensions[name].when
         return [other for other in self.dimensions if any(_covers(other, key) for key in keys)]
 
     def choose(self, pick: Pick) -> Params:
-        """Return what ``pick`` chooses for each dimension that exists, given the choices before."""
+        """Return the choice of ``pick`` for each dimension that exists, given earlier choices."""
         params: Params = {}
         for name in self.order:
             if self.exists(name, params):
@@ -60,11 +60,11 @@ class Choices:
         return self._in_given_order(params)
 
     def combinations(self, names: Iterable[str] | None = None) -> Iterator[Params]:
-        """Yield every combination of finite dimensions, the last one changing fastest.
+        """Yield every combination of finite dimensions; the last one changes fastest.
 
         Args:
-            names: Leave out all other dimensions, and what the sweep excludes with regard to them;
-                None for all.
+            names: Restrict the combinations, and the sweep's exclusions, to these dimensions; None
+                for all.
         """
         wanted = set(self.order if names is None else names)
         kept = [name for name in self.order if name in wanted]
@@ -82,22 +82,22 @@ class Choices:
         return extend({}, kept)
 
     def values(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the real values to what people see."""
+        """Convert displayed values to real values."""
         return {name: self.dimensions[name].value_of(label) for name, label in params.items()}
 
     def exists(self, name: str, params: Mapping[str, Any]) -> bool:
-        """Whether a dimension's condition holds, given choices for those that it asks about."""
+        """Return whether a dimension's condition holds, given choices for what it depends on."""
         return all(
             self.holds(key, wanted, params) for key, wanted in self.dimensions[name].when.items()
         )
 
     def holds(self, key: str, wanted: Any, params: Mapping[str, Any]) -> bool:
-        """Whether a setting is what a condition wants: a value, or one of a list."""
+        """Return whether a setting has the value, or one of the values, that a condition names."""
         found = self._seen_as(key, params)
         return any(value in found for value in (wanted if isinstance(wanted, list) else [wanted]))
 
     def is_excluded(self, params: Mapping[str, Any], *, names: Iterable[str] | None = None) -> bool:
-        """Whether the sweep leaves a combination out.
+        """Return whether the sweep excludes a combination.
 
         Args:
             params: The combination.
@@ -112,7 +112,7 @@ class Choices:
         )
 
     def demands(self, name: str) -> Params | None:
-        """Return choices for others with which a dimension exists; None if it never does."""
+        """Return choices for other dimensions under which this one exists, else None."""
         for start in self.combinations([CONFIG]):
             demanded = self._demands(name, start)
             if self.exists(name, demanded):
@@ -120,7 +120,7 @@ class Choices:
         return None
 
     def _demands(self, name: str, start: Params) -> Params:
-        """Choose for the dimensions that a condition asks about, and for those they ask about."""
+        """Choose values for the dimensions that a condition depends on, recursively."""
         demanded = dict(start)
         conditions = list(self.dimensions[name].when.items())
         for key, wanted in conditions:
@@ -135,14 +135,14 @@ class Choices:
         return demanded
 
     def settings(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what a run has where the space says nothing: of its base, ``set``, defaults."""
+        """Return a run's settings outside of the space: of its base, ``set``, defaults."""
         label = str(params.get(CONFIG, next(iter(self._sweep.bases))))
         if label not in self._settings:
             self._settings[label] = self._read_settings(label)
         return self._settings[label]
 
     def _read_settings(self, label: str) -> dict[str, Any]:
-        """Read a base; of one that is not sound, or that ``set`` spoils, as much as there is."""
+        """Read a base; if it, or ``set``, is invalid, as much as possible."""
         try:
             values = plain_copy(read_mapping(self._sweep.bases[label]))
         except ConfigError:
@@ -154,7 +154,7 @@ class Choices:
         return with_set(self._sweep, values)
 
     def _seen_as(self, key: str, params: Mapping[str, Any]) -> list[Any]:
-        """Return what a setting may be called in a condition."""
+        """Return the names of a setting's value in a condition."""
         if key in params:
             return [params[key], self.dimensions[key].value_of(params[key])]
         for name, label in params.items():
@@ -167,7 +167,7 @@ class Choices:
         return [] if found is MISSING else [found]
 
     def _sorted(self) -> tuple[list[str], list[str]]:
-        """Return the dimensions, those first that others ask about, and those in a circle."""
+        """Return the dimensions in dependency order, and those in a cycle."""
         order: list[str] = []
         rest = list(self.dimensions)
         while rest:
@@ -186,22 +186,22 @@ def with_set(sweep: SweepConfig, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a run's plain values with those of ``set``, as far as they can be set."""
     result = plain_copy(values)
     for key, value in sweep.set.items():
-        with suppress(ConfigError):  # said where the runs are checked
+        with suppress(ConfigError):  # reported when the runs are checked
             set_key(result, key, value)
     return plain_copy(result)
 
 
 def draw_random(choices: Choices, *, seed: int, count: int) -> list[Params]:
-    """Draw different combinations.
+    """Draw distinct combinations.
 
-    Each combination of the grids comes equally often; the rest is drawn. A number depends on the
-    seed, on how many were drawn before, and on its dimension's name alone: with another dimension
-    beside it the others stay as they were, and more draws begin with the same ones.
+    Each combination of the grids occurs equally often; the rest is drawn. A number only depends on
+    the seed, on how many were drawn before, and on its dimension's name: adding a dimension leaves
+    the others unchanged, and more draws start with the same ones.
 
     Args:
-        choices: What there is.
+        choices: The dimensions.
         seed: 0 <= seed < 2**63.
-        count: How many; where there are fewer combinations, each comes once.
+        count: Number of draws; if there are fewer combinations, each occurs once.
     """
     cycle = list(choices.combinations(_cycled(choices)))
     drawn: dict[str, Params] = {}
@@ -223,7 +223,7 @@ def draw_random(choices: Choices, *, seed: int, count: int) -> list[Params]:
 def _new_one(
     choices: Choices, drawn: Mapping[str, Params], fixed: Params, *, seed: int, place: int
 ) -> dict[str, Params]:
-    """Draw one that is not among those drawn, by its text; empty if that does not succeed."""
+    """Draw a combination that was not drawn before, by its text; empty if that fails."""
     for attempt in range(_ATTEMPTS):
 
         def pick(name: str, dimension: Dimension, attempt: int = attempt) -> Scalar:
@@ -238,7 +238,7 @@ def _new_one(
 
 
 def sample(dimension: Dimension, share: float) -> Scalar:
-    """Return what people see of the value that lies at a share in [0, 1) of a dimension."""
+    """Return the displayed value at a fraction in [0, 1) of a dimension."""
     if dimension.is_listed:
         labels = dimension.labels()
         return labels[int(share * len(labels))]
@@ -250,11 +250,11 @@ def sample(dimension: Dimension, share: float) -> Scalar:
         value = low + share * (end - low)
     if dimension.is_whole:
         return min(max(math.floor(value), int(low)), int(high))
-    return min(max(float(f"{value:.{_DIGITS}g}"), low), high)  # short enough to be typed
+    return min(max(float(f"{value:.{_DIGITS}g}"), low), high)  # short enough to type
 
 
 def _cycled(choices: Choices) -> list[str]:
-    """Return the grids that depend on no draw."""
+    """Return the grids that do not depend on drawn dimensions."""
     names: list[str] = []
     for name in choices.order:
         if choices.dimensions[name].kind == "grid" and set(choices.targets(name)) <= set(names):
@@ -263,7 +263,7 @@ def _cycled(choices: Choices) -> list[str]:
 
 
 def options(dimension: Dimension) -> Sequence[Scalar]:
-    """Return what people see of each value; of a range of real numbers, of its ends."""
+    """Return the displayed values; of a range of real numbers, its ends."""
     if dimension.is_listed:
         return dimension.labels()
     low, high = dimension.bounds
@@ -271,7 +271,7 @@ def options(dimension: Dimension) -> Sequence[Scalar]:
 
 
 def _covers(name: str, key: str) -> bool:
-    """Whether a dimension sets a setting: it is that setting, or a section that holds it."""
+    """Return whether a dimension sets a setting or a section that contains it."""
     return key == name or key.startswith(name + ".")
 
 

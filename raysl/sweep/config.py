@@ -1,4 +1,4 @@
-"""A sweep as a YAML names it: base runs, a space over their settings, a metric and a budget."""
+"""The configuration of a sweep: base runs, a space over their settings, a metric and a budget."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -14,15 +14,15 @@ Scalar = str | int | float | bool | None
 Kind = Literal["grid", "choice", "uniform", "log_uniform", "int", "log_int"]
 
 CONFIG = "config"
-"""The parameter that tells the runs of several base files apart."""
+"""The parameter that distinguishes the runs of several base files."""
 SEED = "seed"
-"""The parameter that tells repeats of one candidate apart."""
+"""The parameter that distinguishes repeats of one candidate."""
 
 _KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 def _check_values(given: Any) -> Any:
-    """Refuse what is no list of different scalars and no section of labels."""
+    """Reject anything but a list of distinct scalars or a section of labels."""
     if isinstance(given, dict) and given:
         return given
     if not isinstance(given, list | tuple):
@@ -39,7 +39,7 @@ def _check_values(given: Any) -> Any:
 
 
 def _check_range(given: Any, *, whole: bool, log: bool) -> Any:
-    """Refuse what is not [low, high] with low < high, positive for a logarithm."""
+    """Reject anything but [low, high] with low < high, positive for a logarithm."""
     kind = "whole numbers" if whole else "numbers"
     allowed = (int,) if whole else (int, float)
     is_pair = isinstance(given, list | tuple) and len(given) == 2
@@ -60,30 +60,31 @@ def _range_check(*, whole: bool = False, log: bool = False) -> BeforeValidator:
 _Values = Annotated[tuple[Any, ...] | dict[str, Any], BeforeValidator(_check_values)]
 _Uniform = Annotated[tuple[float, float], _range_check()]
 _LogUniform = Annotated[tuple[float, float], _range_check(log=True)]
-# By name: in a class with a field `int`, `int` is the field.
+# An alias: inside of a class with a field `int`, `int` means the field.
 _Int = Annotated[tuple[int, int], _range_check(whole=True)]
 _LogInt = Annotated[tuple[int, int], _range_check(whole=True, log=True)]
 
 
 class Dimension(Config):
-    """One setting that a sweep varies: exactly one kind, and perhaps a condition."""
+    """One setting that a sweep varies: exactly one kind, and optionally a condition."""
 
     grid: _Values | None = None
-    """Values, or a label to each. A random search goes through the combinations of all grids
+    """Values, or a value for each label. A random search covers the combinations of all grids
     evenly."""
     choice: _Values | None = None
-    """Values, or a label to each. A random search draws one."""
+    """Values, or a value for each label. A random search draws one."""
     uniform: _Uniform | None = None
     """[low, high] of a real number."""
     log_uniform: _LogUniform | None = None
-    """[low, high] of a positive real number, even in its logarithm."""
+    """[low, high] of a positive real number, log-uniform."""
     int: _Int | None = None
     """[low, high] of a whole number, both ends included."""
     log_int: _LogInt | None = None
-    """[low, high] of a positive whole number, both ends included, even in its logarithm."""
+    """[low, high] of a positive whole number, both ends included, log-uniform."""
     when: dict[str, Any] = Field(default_factory=dict)
-    """Other settings and the value, or list of values, with which this dimension exists. Another
-    dimension is asked for its value or its label, anything else for what the run would have."""
+    """Other settings with the value, or list of values, for which this dimension exists. For
+    another dimension, use its value or its label; for anything else, the value that the run would
+    have."""
 
     @model_validator(mode="after")
     def _exactly_one_kind(self) -> "Dimension":
@@ -94,12 +95,12 @@ class Dimension(Config):
 
     @property
     def kind(self) -> Kind:
-        """The one kind that was given."""
+        """The kind that was given."""
         return next(kind for kind in _KINDS if getattr(self, kind) is not None)
 
     @property
     def is_listed(self) -> bool:
-        """Whether it is a list of values, no range."""
+        """Whether it is a list of values, not a range."""
         return self.kind in ("grid", "choice")
 
     @property
@@ -109,7 +110,7 @@ class Dimension(Config):
 
     @property
     def is_log(self) -> bool:
-        """Whether it is a range that is even in the logarithm."""
+        """Whether it is a log-uniform range."""
         return self.kind in ("log_uniform", "log_int")
 
     @property
@@ -119,7 +120,7 @@ class Dimension(Config):
         return low, high
 
     def labels(self) -> list[Scalar]:
-        """Return what people see of each value of a listed dimension."""
+        """Return the displayed values of a listed dimension."""
         return list(self._listed())
 
     def values(self) -> list[Any]:
@@ -128,7 +129,7 @@ class Dimension(Config):
         return list(listed.values()) if isinstance(listed, dict) else list(listed)
 
     def value_of(self, label: Scalar) -> Any:
-        """Return the value to a label; a number of a range stands for itself."""
+        """Return the value of a label; numbers of a range are returned unchanged."""
         return self.values()[self.labels().index(label)] if self.is_listed else label
 
     def _listed(self) -> tuple[Any, ...] | dict[str, Any]:
@@ -137,26 +138,26 @@ class Dimension(Config):
 
 
 class MetricConfig(Config):
-    """What decides between trials."""
+    """The metric by which trials are compared."""
 
     name: str = "eval/knn_top1"
     """Key of ``metrics.jsonl``."""
     mode: Literal["max", "min"] = "max"
     also: tuple[str, ...] = ()
-    """Further keys to show beside it."""
+    """Further keys to report."""
 
 
 class BudgetConfig(Config):
-    """How much a sweep may take."""
+    """Limits of a sweep."""
 
     trials: PositiveInt | None = None
-    """Points of the space that are tried, each ``repeats`` times; null takes all of a grid."""
+    """Number of points of the space to try, each ``repeats`` times; null takes all of a grid."""
     hours: PositiveFloat | None = None
-    """Wall time, in hours, after which no trial goes on."""
+    """Wall time, in hours, after which all trials end."""
     epochs: PositiveFloat | None = None
-    """Length of a trial, instead of the base's train.epochs and train.steps."""
+    """Epochs of a trial, instead of the base's train.epochs and train.steps."""
     steps: PositiveInt | None = None
-    """Length of a trial in optimizer steps, instead of the base's."""
+    """Optimizer steps of a trial, instead of the base's."""
 
 
 class NoScheduler(Config):
@@ -166,16 +167,16 @@ class NoScheduler(Config):
 
 
 class AshaScheduler(Config):
-    """Successive halving: at each rung only the best of the trials so far go on.
+    """Successive halving: at each rung only the best trials so far continue.
 
     Source: Li et al. 2018, arXiv:1810.05934v5.
     """
 
     name: Literal["asha"] = "asha"
     grace_epochs: PositiveFloat = 1.0
-    """The first rung; the next ones are at this times reduction_factor, its square, and so on."""
+    """The first rung; the next ones are this times reduction_factor, its square, and so on."""
     reduction_factor: Annotated[float, Field(gt=1.0)] = 3.0
-    """Of so many trials at a rung one goes on."""
+    """One of this many trials continues at each rung."""
 
 
 class HyperBandScheduler(Config):
@@ -186,12 +187,12 @@ class HyperBandScheduler(Config):
 
     name: Literal["hyperband"] = "hyperband"
     max_evaluations: Annotated[int, Field(gt=1)] = 9
-    """Evaluations of a trial that is never stopped (R): evenly over its length."""
+    """R: number of evaluations of a trial that is never stopped, evenly spaced over its length."""
     reduction_factor: Annotated[float, Field(gt=1.0)] = 3.0
 
 
 class PbtScheduler(Config):
-    """Population based training: the worst go on from the best, with settings changed a little.
+    """Population based training: the worst trials copy the best, with perturbed settings.
 
     Source: Jaderberg et al. 2017, arXiv:1711.09846v2.
     """
@@ -199,9 +200,9 @@ class PbtScheduler(Config):
     name: Literal["pbt"] = "pbt"
     perturb_every_epochs: PositiveFloat = 1.0
     quantile: Annotated[float, Field(gt=0.0, le=0.5)] = 0.25
-    """Share of the trials that are worst, and of those that are best."""
+    """Share of the trials that count as worst, and as best."""
     resample_prob: Probability = 0.25
-    """Probability that a setting is drawn anew instead of changed a little."""
+    """Probability that a setting is redrawn instead of perturbed."""
 
 
 SchedulerConfig = Annotated[
@@ -210,7 +211,7 @@ SchedulerConfig = Annotated[
 
 
 class RandomSearch(Config):
-    """All candidates are drawn beforehand, from the sweep's seed."""
+    """All candidates are drawn in advance, from the sweep's seed."""
 
     name: Literal["random"] = "random"
 
@@ -222,68 +223,68 @@ class GridSearch(Config):
 
 
 class OptunaSearch(Config):
-    """Optuna's tree-structured Parzen estimator suggests one candidate after the other."""
+    """Optuna's tree-structured Parzen estimator suggests one candidate after another."""
 
     name: Literal["optuna"] = "optuna"
     startup_trials: PositiveInt = 10
-    """Candidates drawn at random before the first one is suggested."""
+    """Number of random candidates before the first suggestion."""
 
 
 SearchConfig = Annotated[RandomSearch | GridSearch | OptunaSearch, Field(discriminator="name")]
 
 
 class ResourcesConfig(Config):
-    """What the trials take of the cluster."""
+    """Resources of the trials."""
 
     trials_at_a_time: PositiveInt | None = None
-    """null: as many as fit."""
+    """Number of concurrent trials; null: as many as fit."""
     cpus_per_trial: PositiveFloat | None = None
-    """Of a trial of one train worker; null follows from the cluster."""
+    """CPUs of a trial with one train worker; null derives it from the cluster."""
     gpus_per_trial: PositiveFloat | None = None
-    """Of a trial of one train worker; 0.25 lets four share a GPU."""
+    """GPUs of a trial with one train worker; 0.25 lets four share a GPU."""
 
 
 def _all_of(given: Any) -> Any:
-    """Return one word as all there are, and a list as what strict validation takes."""
+    """Convert one word to all values it stands for, and a list to a tuple for strict validation."""
     return (
         tuple(given) if isinstance(given, list) else (given,) if isinstance(given, str) else given
     )
 
 
 class SweepConfig(Config):
-    """One sweep."""
+    """The settings of one sweep."""
 
     name: str
-    """The sweep's folder is output_dir/name; the same name goes on with the same sweep."""
+    """The sweep's folder is output_dir/name; starting the same name again resumes the sweep."""
     output_dir: str = "runs"
     base: Annotated[
         tuple[str, ...],
         BeforeValidator(_all_of),
         Field(min_length=1),
     ]
-    """Run configurations, relative to the sweep's file; ``*`` stands for any name. Several make a
-    first dimension ``config`` of file stems, every one tried with every combination."""
+    """Run configurations, relative to the sweep's file; ``*`` matches any name. Several of them
+    form a first dimension ``config`` of file stems, each tried with every combination."""
     set: dict[str, Any] = Field(default_factory=dict)
-    """Dotted setting to value, for all trials."""
+    """Dotted settings and their values, for all trials."""
     space: dict[str, Dimension] = Field(default_factory=dict)
-    """Dotted setting to dimension."""
+    """Dotted settings and their dimensions."""
     exclude: tuple[dict[str, Any], ...] = ()
-    """Combinations to leave out: those in which each setting named has its value, or one of its
-    list. Settings are named as in a dimension's ``when``."""
+    """Combinations to exclude: those in which each named setting has its value, or one of its list.
+    Settings are named as in a dimension's ``when``."""
     metric: MetricConfig = MetricConfig()
     budget: BudgetConfig = BudgetConfig()
     scheduler: SchedulerConfig = NoScheduler()
     search: SearchConfig = RandomSearch()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Of the draws; the runs' is that of their base."""
+    """Seed of the draws; the runs use the seed of their base."""
     repeats: PositiveInt = 1
-    """Seeds that each candidate is trained with: that of its base, and the ones after it."""
+    """Number of seeds for each candidate: the base's seed and the ones after it."""
     retries: Annotated[int, Field(ge=0)] = 2
-    """Of a trial whose process or node died. An error of raysl's own would come again."""
+    """Retries of a trial whose process or node died. Errors of raysl itself are not retried."""
     resources: ResourcesConfig = ResourcesConfig()
     track: TrackConfig = TrackConfig()
     final: Literal["knn", "full"] = "knn"
-    """What is measured at a trial's end: its nearest neighbours, or all protocols."""
+    """What to measure at the end of a trial: its nearest neighbours, or all protocols."""
 
     @field_validator("name")
     @classmethod
@@ -292,5 +293,5 @@ class SweepConfig(Config):
 
     @property
     def bases(self) -> Mapping[str, Path]:
-        """The base files by their stems."""
+        """The base files by stem."""
         return {Path(path).stem: Path(path) for path in self.base}

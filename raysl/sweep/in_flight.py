@@ -1,7 +1,7 @@
-"""What population based training changed of a trial while it was under way, and from where on.
+"""Record the settings that population based training changes during a trial.
 
-A trial's weights are those of the settings that trained them, not of those drawn for it at first,
-nor of those given to it with which no step was trained yet.
+A trial's weights belong to the settings that trained them, not to those drawn for it at first, nor
+to new ones with which no step was trained yet.
 """
 
 from typing import Any, NamedTuple
@@ -14,15 +14,15 @@ class Change(NamedTuple):
     """Settings from a step on."""
 
     after_step: int
-    """The next step is the first that they train."""
+    """They apply to all steps after this one."""
     params: dict[str, Any]
-    """Dotted setting to what people see of its value."""
+    """Dotted settings and their displayed values."""
     values: dict[str, Any]
-    """Dotted setting to its value."""
+    """Dotted settings and their values."""
 
 
 def write_change(folder: RunFolder, change: Change) -> None:
-    """Keep settings that a trial trains with from here on; later ones that were kept are void."""
+    """Record the settings that a trial trains with from here on; later records are dropped."""
     kept = [each for each in _read(folder) if each.after_step < change.after_step]
     if not kept or kept[-1].params != change.params:
         kept.append(change)
@@ -30,12 +30,12 @@ def write_change(folder: RunFolder, change: Change) -> None:
 
 
 def newest_change(folder: RunFolder) -> Change | None:
-    """Return the settings that a trial goes on with, or None if it has those drawn for it."""
+    """Return the settings that a trial continues with; None if they are those drawn for it."""
     return next(reversed(_read(folder)), None)
 
 
 def change_behind(folder: RunFolder, step: int) -> Change | None:
-    """Return the settings that trained a step, or None if they are those drawn for the trial."""
+    """Return the settings that trained a step; None if they are those drawn for the trial."""
     return next((each for each in reversed(_read(folder)) if each.after_step < step), None)
 
 

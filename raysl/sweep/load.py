@@ -1,4 +1,4 @@
-"""From a YAML file and dotted overrides to a sweep; one answer to everything that is wrong."""
+"""Load a sweep from a YAML file and dotted overrides, and report all problems at once."""
 
 import difflib
 import os
@@ -23,15 +23,15 @@ from raysl.sweep.check import all_problems
 from raysl.sweep.config import SweepConfig
 from raysl.sweep.problems import problems_error
 
-# Sections whose keys are dotted themselves.
+# Sections whose keys are dotted.
 _DOTTED = ("set", "space")
-# Sections that another name replaces whole, as in a file that extends another.
+# Sections that are replaced as a whole if their name changes, as with ``extends``.
 _NAMED = ("scheduler", "search")
 _MENDINGS = 5
 
 
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
-    """Read a sweep; its name defaults to the file's, and its base files are found.
+    """Load a sweep; its name defaults to the file's, and its base files are resolved.
 
     An override whose first part is a field of the sweep changes the sweep, such as
     ``budget.trials=20`` or ``space.optim.base_lr={log_uniform: [1e-4, 1e-1]}``; one of a run, such
@@ -42,8 +42,8 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
         overrides: Dotted settings.
 
     Raises:
-        ConfigError: Lists everything that is wrong: with the overrides, with the file, and with the
-            runs that it leads to, as far as it can be made out from the sound parts.
+        ConfigError: Lists all problems of the overrides, of the file, and of the runs, as far as
+            the valid parts allow to check them.
     """
     where = " ".join([str(path), *overrides])
     path = find_config(path, kind="sweeps")
@@ -51,7 +51,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
     values.setdefault("name", path.stem)
     problems = [problem for text in overrides for problem in _override(values, text)]
     if "base" in values:
-        values["base"] = list(_found(values["base"], path.parent))
+        values["base"] = list(_base_files(values["base"], path.parent))
     found = validated(SweepConfig, values)
     problems += [problem.text for problem in idle_settings(SweepConfig, values)]
     if isinstance(found, SweepConfig):
@@ -65,7 +65,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
 
 
 def _override(values: dict[str, Any], text: str) -> Iterator[str]:
-    """Apply an override in place; yield what is wrong with it."""
+    """Apply an override in place; yield its problems."""
     try:
         key, value = parse_override(text)
         first, _, rest = key.partition(".")
@@ -93,15 +93,15 @@ def _override(values: dict[str, Any], text: str) -> Iterator[str]:
 
 
 def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return a section to change; of one that is none, which is an error by itself, a spare."""
+    """Return a section to change; a temporary one if it is invalid, reported elsewhere."""
     section = values.setdefault(name, {})
     return section if isinstance(section, dict) else {}
 
 
-def _found(given: Any, folder: Path) -> Iterator[Any]:
-    """Yield the base files, found from the sweep's own folder; ``*`` for every name that is there.
+def _base_files(given: Any, folder: Path) -> Iterator[Any]:
+    """Yield the base files, relative to the sweep's own folder; ``*`` matches existing names.
 
-    A name with ``*`` that matches nothing stays as it is, and is then no file.
+    A pattern without a match is yielded unchanged, and reported later as a missing file.
     """
     for each in [given] if isinstance(given, str) else given:
         if not isinstance(each, str):
@@ -114,7 +114,7 @@ def _found(given: Any, folder: Path) -> Iterator[Any]:
 
 
 def _behind(values: dict[str, Any], problems: Sequence[Problem]) -> list[str]:
-    """Return what is also wrong with a sweep once the parts with problems are left out."""
+    """Return further problems of a sweep once its invalid parts are left out."""
     values = plain_copy(values)
     left_out: list[str] = []
     for _ in range(_MENDINGS):
@@ -128,7 +128,7 @@ def _behind(values: dict[str, Any], problems: Sequence[Problem]) -> list[str]:
 
 
 def _leave_out(values: dict[str, Any], place: tuple[str, ...]) -> list[str]:
-    """Remove what a problem is about; return the dimension that goes with it."""
+    """Remove the subject of a problem; return the dimension that is removed with it."""
     if place[0] == "space" and len(place) > 1:
         values["space"].pop(place[1], None)
         return [place[1]]

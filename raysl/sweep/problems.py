@@ -1,4 +1,4 @@
-"""What is wrong with a sweep itself, before any candidate is drawn."""
+"""Find the problems of a sweep itself, before any candidate is drawn."""
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from raysl.evaluate.online import LABEL_FREE
 from raysl.sweep.choices import Choices
 from raysl.sweep.config import CONFIG, SweepConfig
 
-# Settings of a run that are the sweep's own, and what to use instead.
+# Settings of a run that the sweep controls, and what to use instead.
 _OF_THE_SWEEP = {
     "name": "a trial is named after its number; set name",
     "output_dir": "set output_dir",
@@ -25,8 +25,8 @@ _LENGTHS = ("train.epochs", "train.steps")
 # Folders of trials are named 0000 to 9999.
 MOST_CANDIDATES = 10_000
 
-# What may change while a trial is under way: read anew from the configuration at each step, in no
-# checkpoint, and of no influence on a shape.
+# Settings that may change during a trial: read from the configuration at each step, not stored in
+# checkpoints, and without influence on shapes.
 _MUTABLE = (
     *(f"optim.{key}" for key in ("base_lr", "final_lr_ratio", "max_grad_norm")),
     *(f"optim.{key}" for key in ("weight_decay", "final_weight_decay")),
@@ -49,20 +49,20 @@ _ALWAYS = (
     *("train/images_per_s", "data/wait_share", "time/train_s", "time/evaluate_s"),
 )
 MEASURED_SECTIONS = ("eval", "train", "data", "time", "final")
-"""First parts of metrics that every method has; other ones are named after the method."""
+"""Prefixes of metrics that every method has; others start with the method's name."""
 OF_CLASSIFIERS = ("eval/top1", "final/top1")
-"""What methods that train a classifier measure, in place of nearest neighbours and probes."""
+"""Metrics of methods that train a classifier, instead of nearest neighbours and probes."""
 METRICS = (*_ALWAYS, "train/adversary_loss", *_FINAL, *OF_CLASSIFIERS)
-"""What a run writes whatever its method; there is more where there are labels."""
+"""Metrics of every run whatever its method; there are more with labels."""
 
 
 def space_problems(sweep: SweepConfig, *, known: Iterable[str] = ()) -> list[str]:
-    """List what is wrong with a sweep itself: its base files, space, conditions, budget, search.
+    """List the problems of a sweep itself: its base files, space, conditions, budget, search.
 
     Args:
         sweep: The sweep.
-        known: Names that conditions may ask about although the space lacks them: dimensions that
-            are known to be wrong already.
+        known: Names that conditions may use although the space lacks them: dimensions already
+            reported as invalid.
     """
     choices = Choices(sweep)
     checks: list[Callable[[], Iterator[str]]] = [
@@ -79,7 +79,7 @@ def space_problems(sweep: SweepConfig, *, known: Iterable[str] = ()) -> list[str
 
 
 def problems_error(problems: Sequence[str], *, where: str) -> ConfigError:
-    """Return the error that lists problems, a line each."""
+    """Build the error that lists problems, a line each."""
     heading = f"{where}: {len(problems)} problem{'s' if len(problems) > 1 else ''}"
     return ConfigError("\n".join([heading, *(f"  {problem}" for problem in problems)]))
 
@@ -97,7 +97,7 @@ def _base_problems(sweep: SweepConfig) -> Iterator[str]:
 
 
 def _key_problems(sweep: SweepConfig) -> Iterator[str]:
-    """Refuse settings that are the sweep's own, and what is no setting."""
+    """Reject settings that the sweep controls, and unknown ones."""
     for section, keys in (("set", sweep.set), ("space", sweep.space)):
         for key in keys:
             own = next((k for k in _OF_THE_SWEEP if key == k or key.startswith(k + ".")), None)
@@ -110,7 +110,7 @@ def _key_problems(sweep: SweepConfig) -> Iterator[str]:
 
 
 def _twice_problems(sweep: SweepConfig) -> Iterator[str]:
-    """Refuse settings that are given in two places."""
+    """Reject settings that are given twice."""
     for key in sweep.space:
         if key in sweep.set:
             yield f"set.{key}: the space varies it; drop one of the two"
@@ -157,7 +157,7 @@ def _exclude_problems(choices: Choices, sweep: SweepConfig, known: set[str]) -> 
 def _one_condition(
     choices: Choices, sweep: SweepConfig, key: str, wanted: Any, *, known: set[str]
 ) -> Iterator[str]:
-    """Refuse a condition on what is not there, or on a value that it cannot have."""
+    """Reject a condition on something missing, or on a value that it cannot have."""
     if key in known or key == CONFIG:
         return
     dimension = choices.dimensions.get(key)

@@ -1,43 +1,44 @@
-"""When a scheduler judges a trial: at its evaluation nearest to a rung, counted in whole ones.
+"""Compute when a scheduler judges a trial: at the evaluation nearest to a rung.
 
-Trials of different batch sizes are evaluated at different fractions of an epoch, as evaluations lie
-at whole steps. So a rung is an epoch, and each trial meets it at the evaluation nearest to it.
+Trials of different batch sizes are evaluated at different fractions of an epoch, because
+evaluations are at whole steps. So a rung is an epoch, and each trial reaches it at the evaluation
+nearest to it.
 """
 
 import math
 from fractions import Fraction
 from typing import NamedTuple
 
-# Epochs of evaluations are steps over steps per epoch: exact again below this denominator.
+# Epochs of evaluations are steps over steps per epoch: exact below this denominator.
 _MOST_STEPS_PER_EPOCH = 10**6
 
 
 def exact(value: float) -> Fraction:
-    """Return the simple fraction that a float stands for: 0.1 is 1/10."""
+    """Return the simple fraction that a float represents: 0.1 is 1/10."""
     return Fraction(value).limit_denominator(_MOST_STEPS_PER_EPOCH)
 
 
 def nearest(value: Fraction) -> int:
-    """Return the nearest whole number, of two the larger."""
+    """Return the nearest whole number, rounding halves up."""
     return math.floor(value + Fraction(1, 2))
 
 
 class Evaluations:
-    """Numbers the evaluations of one trial: 1, 2, ...; evenly spaced, but perhaps for the last.
+    """Number the evaluations of one trial: 1, 2, ...; evenly spaced, except perhaps the last.
 
     Args:
-        first_epoch: Where the first one lies.
+        first_epoch: Epoch of the first evaluation.
     """
 
     def __init__(self, first_epoch: float) -> None:
         self._spacing = exact(first_epoch)
 
     def number(self, epoch: float) -> int:
-        """Return the number of the evaluation at an epoch; an odd one at the end is the next."""
+        """Return the number of the evaluation at an epoch; an irregular last one is the next."""
         return math.ceil(exact(epoch) / self._spacing)
 
     def nearest_to(self, epoch: Fraction) -> int:
-        """Return the number of the evaluation nearest to an epoch, of two the later; at least 1."""
+        """Return the number of the evaluation nearest to an epoch, >= 1, rounding halves up."""
         return max(1, nearest(epoch / self._spacing))
 
     def periods(self, epoch: float, period: float) -> int:
@@ -50,18 +51,18 @@ class BracketPlan(NamedTuple):
     """One successive halving of HyperBand."""
 
     size: int
-    """Trials that begin in it."""
+    """Number of trials that start in it."""
     rungs: tuple[int, ...]
-    """Evaluations at whose number trials are compared; the last evaluation is none."""
+    """Numbers of the evaluations at which trials are compared, without the last one."""
 
 
 def hyperband(max_evaluations: int, reduction_factor: float) -> list[BracketPlan]:
-    """Return the brackets of one round, the one that halves most often first.
+    """Return the brackets of one round, the one with most rungs first.
 
     Source: Li et al. 2016, arXiv:1603.06560v4, Algorithm 1.
 
     Args:
-        max_evaluations: R, evaluations of a trial that is never stopped.
+        max_evaluations: R, number of evaluations of a trial that is never stopped.
         reduction_factor: eta.
     """
     factor = exact(reduction_factor)

@@ -1,4 +1,4 @@
-"""From a sweep to its candidates, and from a candidate to its run."""
+"""Draw the candidates of a sweep, and build the run of a candidate."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -28,10 +28,10 @@ from raysl.sweep.config import CONFIG, SEED, SweepConfig
 from raysl.sweep.problems import MOST_CANDIDATES, problems_error, space_problems
 
 TRIALS = "trials"
-"""The folder of the trials, in the sweep's."""
+"""The folder of the trials, within the sweep's."""
 EVERY = "evaluate.every"
 
-# Candidates of a search that has none beforehand, drawn to be checked.
+# Number of random candidates to check for a search without candidates in advance.
 _SAMPLES = 50
 
 
@@ -39,12 +39,12 @@ class Candidate(NamedTuple):
     """One point of a sweep's space."""
 
     number: int
-    """0, 1, ...; the trial's folder is named after it."""
+    """0, 1, ...; also the name of the trial's folder."""
     params: dict[str, Any]
-    """What people see and compare: dotted setting (or ``config``, ``seed``) to a scalar, the label
-    of a value that is none."""
+    """Displayed and compared: dotted setting (or ``config``, ``seed``) to a scalar, or to the label
+    of another value."""
     values: dict[str, Any]
-    """Dotted setting to its real value, for the run; without ``config``."""
+    """Dotted setting to its real value in the run; without ``config``."""
     base: str
     """Its base file."""
 
@@ -55,13 +55,13 @@ def trial_name(number: int) -> str:
 
 
 def draw(sweep: SweepConfig) -> list[Candidate]:
-    """Return all candidates of a grid or random search; none of one that suggests as it goes.
+    """Return all candidates of a grid or random search; none for a search that suggests them later.
 
-    It is a function of the sweep alone. Repeats of a candidate follow each other, and a larger
-    ``budget.trials`` adds candidates after those that there were.
+    A function of the sweep alone. Repeats of a candidate are adjacent, and a larger
+    ``budget.trials`` appends candidates to the previous ones.
 
     Raises:
-        ConfigError: Lists what is wrong with the space.
+        ConfigError: Lists the problems of the space.
     """
     problems = space_problems(sweep)
     if problems:
@@ -77,13 +77,13 @@ def draw(sweep: SweepConfig) -> list[Candidate]:
 
 
 def candidate_of(sweep: SweepConfig, number: int, pick: Pick, *, repeat: int = 0) -> Candidate:
-    """Return the candidate that someone picks.
+    """Build a candidate from external choices.
 
     Args:
         sweep: The sweep.
-        number: Of the candidate.
-        pick: Gets each dimension that exists, given those picked before, with its name; returns the
-            label of one of its values, or a number of its range.
+        number: The candidate's number.
+        pick: Called with each existing dimension and its name, in dependency order; returns the
+            label of one of its values, or a number in its range.
         repeat: Which of its repeats, from 0.
     """
     choices = Choices(sweep)
@@ -91,9 +91,9 @@ def candidate_of(sweep: SweepConfig, number: int, pick: Pick, *, repeat: int = 0
 
 
 def samples(sweep: SweepConfig) -> list[Candidate]:
-    """Return candidates as :func:`draw` does, some random ones of a search that has none yet.
+    """Return the candidates of :func:`draw`, or random ones for a search without any.
 
-    Also of a sweep that is not sound, as far as it goes: they are there to be checked.
+    Also works, as far as possible, for an invalid sweep: the candidates are to be checked.
     """
     choices = Choices(sweep)
     return [
@@ -125,7 +125,7 @@ def _candidate(
 
 
 def run_config(sweep: SweepConfig, candidate: Candidate, *, folder: Path) -> RunConfig[Any]:
-    """Return the run of a candidate; its run folder is ``folder/trials/NUMBER``.
+    """Build the run of a candidate; its run folder is ``folder/trials/NUMBER``.
 
     Args:
         sweep: The sweep.
@@ -145,7 +145,7 @@ def run_config(sweep: SweepConfig, candidate: Candidate, *, folder: Path) -> Run
 def run_values(
     sweep: SweepConfig, candidate: Candidate, *, folder: Path
 ) -> tuple[dict[str, Any], list[Problem]]:
-    """Return the plain values of a candidate's run, not validated yet, and what cannot be set.
+    """Return the plain, unvalidated values of a candidate's run, and settings that failed.
 
     Raises:
         ConfigError: If the base file cannot be read.
@@ -154,7 +154,7 @@ def run_values(
     problems: list[Problem] = []
     for given in (sweep.set, candidate.values):
         below = plain_copy(values)
-        for key in sorted(given, key=lambda key: key.count(".")):  # a section before what is in it
+        for key in sorted(given, key=lambda key: key.count(".")):  # a section before its keys
             try:
                 set_key(values, key, given[key])
             except ConfigError as error:
@@ -162,19 +162,19 @@ def run_values(
         values = layered(below, values, list(given))
     problems += list(_idle(values, candidate))
     for key, value in (_fixed(sweep) | _pace(sweep, candidate, values)).items():
-        with suppress(ConfigError):  # a section that is none is an error by itself
+        with suppress(ConfigError):  # an invalid section is reported separately
             set_key(values, key, value)
     own = {
         "name": trial_name(candidate.number),
         "output_dir": str(folder / TRIALS),
-        # The sweep's own process tells MLflow of all trials.
+        # The sweep's own process reports all trials to MLflow.
         "track": sweep.track.model_dump(mode="json") | {"mlflow": False},
     }
     return values | own, problems
 
 
 def _idle(values: Mapping[str, Any], candidate: Candidate) -> Iterator[Problem]:
-    """Yield the settings without effect; a dimension may depend on another one."""
+    """Yield settings without effect; a dimension may depend on another one."""
     for problem in idle_problems(values):
         key = ".".join(problem.place)
         varied = f", or say when: space.{key}.when" if key in candidate.values else ""
@@ -182,7 +182,7 @@ def _idle(values: Mapping[str, Any], candidate: Candidate) -> Iterator[Problem]:
 
 
 def _fixed(sweep: SweepConfig) -> dict[str, Any]:
-    """Return what the sweep says of the length of trials and of what is measured at their end."""
+    """Return the sweep's settings for the length of trials and the final measurement."""
     budget = sweep.budget
     length = {"train.epochs": budget.epochs, "train.steps": budget.steps}
     has_length = budget.epochs is not None or budget.steps is not None
@@ -196,7 +196,7 @@ def _fixed(sweep: SweepConfig) -> dict[str, Any]:
 
 
 def _pace(sweep: SweepConfig, candidate: Candidate, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how often a trial is evaluated, and saved where trials go on from each other."""
+    """Return the intervals of evaluations, and of checkpoints if trials continue from others."""
     scheduler, period = sweep.scheduler, decision_period(sweep)
     every = get_key(values, EVERY)
     if not gives_every(sweep, candidate):
@@ -213,7 +213,7 @@ def _pace(sweep: SweepConfig, candidate: Candidate, values: Mapping[str, Any]) -
 
 
 def decision_period(sweep: SweepConfig) -> float | None:
-    """Return the epochs at whose multiples the scheduler decides; None if it counts otherwise."""
+    """Return the epochs between the scheduler's decisions; None if it counts otherwise."""
     scheduler = sweep.scheduler
     if scheduler.name == "asha":
         return scheduler.grace_epochs
@@ -221,24 +221,24 @@ def decision_period(sweep: SweepConfig) -> float | None:
 
 
 def gives_every(sweep: SweepConfig, candidate: Candidate) -> bool:
-    """Whether the sweep itself, not a base file, says how often a trial is evaluated."""
+    """Return whether the sweep itself, not a base file, sets the evaluation interval."""
     keys = (*sweep.set, *candidate.values)
     return any(key == EVERY or key.startswith(EVERY + ".") for key in keys)
 
 
 def length_epochs(sweep: SweepConfig, values: Mapping[str, Any]) -> float | None:
-    """Return the epochs of a run of the sweep; None if its length is given in steps, or wrongly."""
+    """Return the epochs of a run; None if its length is in steps, or invalid."""
     whole = sweep.budget.epochs or get_key(values, "train.epochs")
     return None if sweep.budget.steps or not isinstance(whole, int | float) else whole
 
 
 def meets(every: Any, period: float, *, whole: float | None) -> bool:
-    """Whether evaluations come at the multiples of a period.
+    """Return whether evaluations include the multiples of a period.
 
     Args:
-        every: From one evaluation to the next, as a plain value.
+        every: The evaluation interval, as a plain value.
         period: In epochs.
-        whole: Epochs of the run, if that is known.
+        whole: Epochs of the run, if known.
     """
     each = every.get("epochs") if isinstance(every, dict) else None
     if isinstance(every, dict) and "fraction" in every and whole is not None:

@@ -1,4 +1,4 @@
-"""What a sweep found: the best trial, the order of all, and how much each parameter matters."""
+"""Summarise a sweep: the best trial, the ranking, and the importance of each parameter."""
 
 import math
 import statistics
@@ -16,48 +16,48 @@ from raysl.sweep.trial import Status, Trial
 _FEWEST_TRIALS = 4
 _NUM_TREES = 200
 _NUM_SHUFFLES = 3
-_SAME_EPOCH = 1.05  # batch sizes do not divide an epoch alike, so evaluations lie a step apart
+_SAME_EPOCH = 1.05  # batch sizes divide an epoch differently, so evaluations may be a step apart
 _FAR_OUT = 3.0
 _PLACES = ("finished", "running", "stopped", "waiting", "failed")
 
 
 class SeedMean(NamedTuple):
-    """A candidate over its seeds."""
+    """The mean of a candidate over its seeds."""
 
     params: dict[str, Any]
     """Without the seed."""
     mean: float
     deviation: float | None
-    """Of a sample (over n - 1); None for one seed."""
+    """Sample standard deviation (over n - 1); None for one seed."""
     trials: tuple[Trial, ...]
-    """Those that finished, best first."""
+    """The finished ones, best first."""
 
 
 class Summary(NamedTuple):
-    """What is known of a sweep, whether it has ended or not."""
+    """The results of a sweep, whether it has ended or not."""
 
     best: Trial | None
-    """Of the candidate with the best mean over its seeds, the best one. Of trials that have not
-    finished, the one that came furthest, if none has; None if nothing was measured."""
+    """The best trial of the candidate with the best mean over seeds. If no trial has finished, the
+    one that came furthest; None if nothing was measured."""
     ranking: list[Trial]
-    """Finished ones by their metric, then running and stopped ones by how far they came and by
-    their metric, then waiting ones, then failed ones."""
+    """Finished trials by their metric, then running and stopped ones by progress and metric, then
+    waiting ones, then failed ones."""
     importance: dict[str, float]
-    """Parameter to its share of what the parameters explain, in [0, 1], largest first; sums to 1.
-    Empty if fewer than four trials can be compared or the parameters explain nothing."""
+    """Each parameter's share of the variance that the parameters explain, in [0, 1], largest first;
+    sums to 1. Empty if fewer than four trials are comparable or the parameters explain nothing."""
     compared_at_epoch: float | None
-    """Where trials are compared for their importance if some were stopped; None for the end."""
+    """Epoch at which trials are compared for importance if some were stopped; None for the end."""
     counts: dict[Status, int]
 
 
 def summarise(trials: Sequence[Trial], metric: MetricConfig) -> Summary:
-    """Return what a sweep's trials say.
+    """Summarise a sweep's trials.
 
-    A trial that failed is never the best, whatever it reached before.
+    A failed trial is never the best, whatever it reached before.
 
     Args:
         trials: In any order.
-        metric: What decides.
+        metric: The metric to compare by.
     """
     ranking = ranked(trials, metric)
     importance, epoch = _importance(ranking, metric)
@@ -76,9 +76,9 @@ def ranked(trials: Sequence[Trial], metric: MetricConfig) -> list[Trial]:
 
 
 def means_over_seeds(trials: Sequence[Trial], metric: MetricConfig) -> list[SeedMean]:
-    """Return the mean of each candidate over the seeds that finished, best mean first.
+    """Return the mean of each candidate over its finished seeds, best mean first.
 
-    Trials without a parameter ``seed`` are candidates of one seed each.
+    Trials without a parameter ``seed`` are candidates with one seed each.
     """
     groups: dict[tuple[Any, ...], list[Trial]] = {}
     for trial in ranked(trials, metric):
@@ -100,10 +100,10 @@ def _mean_of(group: Sequence[Trial]) -> SeedMean:
 
 
 def visible_range(values: Sequence[float], metric: MetricConfig) -> tuple[float, float]:
-    """Return the range to show of values: bad ones far from the rest may lie outside.
+    """Return the range of values to draw; outliers on the bad side may be outside.
 
-    Source: Tukey 1977, "Exploratory data analysis", sec. 2D: "far out" is what lies three times the
-    distance of the quartiles beyond them.
+    Source: Tukey 1977, "Exploratory data analysis", sec. 2D: "far out" is more than three times the
+    interquartile range beyond the quartiles.
     """
     lower, upper = np.percentile(values, [25, 75])
     low, high = min(values), max(values)
@@ -116,7 +116,7 @@ def visible_range(values: Sequence[float], metric: MetricConfig) -> tuple[float,
 
 
 def _signed(value: float | None, metric: MetricConfig) -> float:
-    """Return a number that is the smaller the better; unknown ones come last."""
+    """Return a number that is smaller for better values; unknown ones come last."""
     if value is None:
         return math.inf
     return -value if metric.mode == "max" else value
@@ -129,9 +129,9 @@ def _rank(trial: Trial, metric: MetricConfig) -> tuple[float, ...]:
 
 
 def best_of(trials: Sequence[Trial], metric: MetricConfig) -> Trial | None:
-    """Return :attr:`Summary.best`; only candidates with the most finished seeds can have it.
+    """Return :attr:`Summary.best`; only candidates with the most finished seeds qualify.
 
-    A mean over one seed that happened to go well would else beat means over three.
+    Otherwise a lucky single seed would beat means over three.
     """
     ranking = ranked(trials, metric)
     means = means_over_seeds(ranking, metric)
@@ -148,9 +148,9 @@ def _importance(
 ) -> tuple[dict[str, float], float | None]:
     """Return the share of each parameter, and the epoch at which trials were compared.
 
-    Where trials were stopped, those that finished were chosen by their metric: alone they would
-    hide what matters most. All are then compared at the last epoch that each of them reached. One
-    collapsed trial does not outweigh the rest: values far worse count as the worst of the others.
+    If trials were stopped, the finished ones were selected by their metric, and would hide what
+    matters most. All are then compared at the last epoch that each of them reached. Outliers on the
+    bad side count as the worst of the others, so that one collapsed trial does not dominate.
     """
     compared = [t for t in trials if t.status in ("finished", "stopped") and t.curve]
     epoch = None
@@ -164,7 +164,7 @@ def _importance(
 
 
 def _value_at(trial: Trial, epoch: float | None) -> float:
-    """Return a trial's last value up to an epoch; its first one if they all came later."""
+    """Return a trial's last value up to an epoch; its first one if all are later."""
     reached = [value for at, value in trial.curve if epoch is None or at <= epoch * _SAME_EPOCH]
     return reached[-1] if reached else trial.curve[0][1]
 
@@ -172,8 +172,8 @@ def _value_at(trial: Trial, epoch: float | None) -> float:
 def _shares(trials: Sequence[Trial], values: npt.NDArray[np.float64]) -> dict[str, float]:
     """Return each parameter's share of the variance that a random forest explains.
 
-    A parameter matters as much as the forest's error on trials that a tree has not seen grows when
-    the parameter's values are shuffled among them.
+    A parameter's importance is the increase of the forest's error on unseen trials if its values
+    are shuffled among them.
 
     Source: Breiman 2001, "Random forests", sec. 10.
     """
@@ -194,10 +194,10 @@ def _shares(trials: Sequence[Trial], values: npt.NDArray[np.float64]) -> dict[st
 
 
 def _column(trials: Sequence[Trial], key: str) -> npt.NDArray[np.float64]:
-    """Return a parameter as ``(trials, columns)``: one of numbers, or one for each label.
+    """Return a parameter as ``(trials, columns)``: one column of numbers, or one for each label.
 
-    Trials that lack it get a usual value, so that the lack itself tells nothing: what it depends on
-    does.
+    Trials that lack it get a typical value, so that the lack itself carries no information: the
+    parameter it depends on does.
     """
     known = [trial.params[key] for trial in trials if key in trial.params]
     if all(map(is_number, known)):
@@ -217,7 +217,7 @@ def varied(trials: Sequence[Trial]) -> list[str]:
 
 
 def is_number(value: object) -> bool:
-    """Return whether a parameter's value has a size; true and false have none."""
+    """Return whether a parameter's value is a number; booleans are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -227,7 +227,7 @@ def _grown_error(
     values: npt.NDArray[np.float64],
     columns: npt.NDArray[np.int64],
 ) -> float:
-    """Return by how much shuffling some columns raises the squared error on unseen rows."""
+    """Return the increase of the squared error on unseen rows if some columns are shuffled."""
     rng = np.random.default_rng(0)
     grown = []
     for tree, drawn in zip(forest.estimators_, forest.estimators_samples_, strict=True):

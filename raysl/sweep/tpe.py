@@ -1,7 +1,7 @@
-"""Candidates from Optuna's tree-structured Parzen estimator, one after the other.
+"""Get candidates one by one from Optuna's tree-structured Parzen estimator.
 
-Akiba et al. 2019, Optuna, arXiv:1907.10902v1. The study lies in a journal in the sweep's folder, so
-a sweep that was interrupted goes on with all that it has learnt.
+Akiba et al. 2019, Optuna, arXiv:1907.10902v1. The study is a journal in the sweep's folder, so that
+an interrupted sweep continues with everything it has learnt.
 """
 
 import logging
@@ -21,11 +21,11 @@ _STUDY = "raysl"
 
 
 class ParzenSearch:
-    """Asks Optuna for candidates and tells it what they gave.
+    """Get candidates from Optuna, and report their results to it.
 
     Args:
         sweep: The sweep.
-        journal: Where the study lies.
+        journal: The file of the study.
     """
 
     def __init__(self, sweep: SweepConfig, journal: Path) -> None:
@@ -39,18 +39,18 @@ class ParzenSearch:
             load_if_exists=True,
             direction="maximize" if sweep.metric.mode == "max" else "minimize",
         )
-        # A sampler with the same seed would begin with the same draws again.
+        # A sampler with the same seed would repeat the first draws.
         self._study.sampler = optuna.samplers.TPESampler(
             n_startup_trials=sweep.search.startup_trials, seed=(sweep.seed + self.num_asked) % 2**32
         )
 
     @property
     def num_asked(self) -> int:
-        """Candidates asked for so far, in earlier starts too."""
+        """Number of candidates so far, including earlier starts."""
         return len(self._study.get_trials(deepcopy=False))
 
     def ask(self) -> Candidate:
-        """Return the next candidate; its number is that of Optuna's trial."""
+        """Return the next candidate, with the number of Optuna's trial."""
         trial = self._study.ask()
 
         def pick(key: str, dimension: Dimension) -> Any:
@@ -64,10 +64,10 @@ class ParzenSearch:
         return candidate_of(self._sweep, trial.number, pick)
 
     def tell(self, number: int, curve: tuple[tuple[float, float], ...], *, status: str) -> None:
-        """Tell what a candidate gave; more than once does no harm.
+        """Report the results of a candidate; idempotent.
 
         Args:
-            number: Of the candidate.
+            number: The candidate's number.
             curve: Its evaluations, (epoch, metric).
             status: ``finished``, ``stopped`` or ``failed``.
         """

@@ -1,4 +1,4 @@
-"""The trials of a sweep as their folders tell them: the folders are the truth, nothing else is."""
+"""Read and write the trials of a sweep; their folders are the only record."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,40 +17,40 @@ from raysl.track.run_folder import RunFolder, read_metrics
 
 Status = Literal["waiting", "running", "finished", "stopped", "failed"]
 ENDED: tuple[Status, ...] = ("finished", "stopped", "failed")
-"""States in which nothing more happens to a trial."""
+"""Final states of a trial."""
 
 
 class Trial(NamedTuple):
-    """One trial as its folder tells it."""
+    """The state of one trial, read from its folder."""
 
     number: int
     params: dict[str, Any]
-    """What people see and compare: setting (or ``config``, ``seed``) to a scalar. With population
-    based training, what trained the weights that were measured last."""
+    """Displayed and compared: setting (or ``config``, ``seed``) to a scalar. With population based
+    training, the settings that trained the last measured weights."""
     status: Status
-    """running: begun and not ended, whether a process is at it right now or not."""
+    """running: started and not ended, whether or not a process is working on it."""
     curve: tuple[tuple[float, float], ...]
-    """(epoch, metric) wherever the metric was measured and finite."""
+    """(epoch, metric) wherever the metric was measured and is finite."""
     metric: float | None
-    """The last of the curve."""
+    """The last value of the curve."""
     also: dict[str, float]
     """The last finite values of the metric's ``also`` keys."""
     epoch: float
-    """How far it came."""
+    """The last epoch reached."""
     seconds: float
-    """Of training, without start, evaluation and pauses."""
+    """Seconds of training, without start, evaluation and pauses."""
     error: str | None
-    """Why it failed."""
+    """The reason if it failed."""
     path: Path
     """Its run folder."""
     mlflow_run_id: str | None
 
 
 class SweepFolder:
-    """``OUTPUT_DIR/NAME``: the paths in it.
+    """The paths in ``OUTPUT_DIR/NAME``.
 
     Args:
-        path: The folder; absolute, since trials have other working directories.
+        path: The folder; absolute, because trials have other working directories.
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,17 +69,17 @@ class SweepFolder:
         return RunFolder(self.trials / trial_name(number))
 
     def locked(self) -> AbstractContextManager[None]:
-        """Hold the folder for one process; the lock goes with the process, however it ends.
+        """Lock the folder for one process; the lock ends with the process.
 
         Raises:
-            RunFolderError: On entering, if another process holds it, or it cannot be made.
+            RunFolderError: On entering, if another process holds it, or it cannot be created.
         """
         instead = "give this sweep another name=..."
         return held(self.path, doing="is training in", instead=instead)
 
 
 def trial_file(folder: RunFolder) -> Path:
-    """Return where the driver keeps what a trial is, and how it ended if it did not finish."""
+    """Return the file of a trial's candidate and, unless it finished, its outcome."""
     return folder.path / "trial.json"
 
 
@@ -90,21 +90,21 @@ def write_trial(
     status: Literal["stopped", "failed"] | None = None,
     error: str | None = None,
 ) -> None:
-    """Write what a trial is; only the driver does, so that there are never two writers.
+    """Write a trial's candidate and status; only the driver does, so there is a single writer.
 
     Args:
-        folder: The trial's run folder; made if it is not there.
-        candidate: What is tried.
-        status: How it ended without finishing; None while it may still go on. That a trial waits,
-            runs or has finished follows from the other files of its folder.
-        error: Why it failed.
+        folder: The trial's run folder; created if missing.
+        candidate: The candidate.
+        status: How it ended without finishing; None while it may continue. Whether it waits, runs
+            or has finished follows from other files of its folder.
+        error: The reason if it failed.
     """
     ended = {key: value for key, value in (("status", status), ("error", error)) if value}
     write_json(trial_file(folder), candidate._asdict() | ended)
 
 
 def read_candidate(folder: RunFolder) -> Candidate | None:
-    """Return what is tried in a trial's folder, or None if it is not a trial's.
+    """Return the candidate of a trial's folder; None if it is not one.
 
     Raises:
         RunFolderError: If the file is of another version of raysl.
@@ -122,7 +122,7 @@ def read_candidate(folder: RunFolder) -> Candidate | None:
 
 
 def read_trial(folder: RunFolder, metric: MetricConfig) -> Trial | None:
-    """Read a trial from its folder, or return None if it is not a trial's.
+    """Read a trial from its folder; None if it is not one.
 
     Raises:
         RunFolderError: If ``trial.json`` is of another version of raysl.
@@ -156,7 +156,7 @@ def read_trial(folder: RunFolder, metric: MetricConfig) -> Trial | None:
 
 
 def last_measured(folder: RunFolder, metric: MetricConfig) -> int:
-    """Return the last step at which a trial was measured, 0 if it never was."""
+    """Return the last step at which a trial was measured; 0 if it never was."""
     return max((r["step"] for r in read_metrics(folder.metrics) if metric.name in r), default=0)
 
 
@@ -171,8 +171,8 @@ def read_trials(folder: SweepFolder, metric: MetricConfig) -> list[Trial]:
 def _curve(records: Sequence[Mapping[str, Any]], name: str) -> tuple[tuple[float, float], ...]:
     """Return the (epoch, value) of a metric where it is finite.
 
-    A line that evaluation alone wrote has no epoch; it follows from the step and any line that has
-    both.
+    A line written by evaluation alone has no epoch; it is derived from the step and another line
+    that has both.
     """
     known = [r for r in records if r.get("train/epoch", 0.0) > 0]
     if not known:

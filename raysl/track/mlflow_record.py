@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from raysl.track.run_folder import read_json, write_json
+from raysl.folder.whole import read_json, write_json
 
 _HIDDEN = ":***@"
 

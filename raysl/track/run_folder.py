@@ -10,28 +10,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from raysl.folder.lock import held
-from raysl.folder.whole import read_json, write_json, write_text
+from raysl.folder.whole import read_json, write_json
 from raysl.track.results import Results
-
-# Reading and writing small files is raysl.folder.whole's; scripts import it from here too.
-__all__ = [
-    "JOB_FOLDER",
-    "MetricsFile",
-    "RunFolder",
-    "checkpoint_path",
-    "follow_metrics",
-    "latest_step",
-    "list_checkpoints",
-    "list_waiting",
-    "read_json",
-    "read_metrics",
-    "waiting_path",
-    "working_folder",
-    "write_atomically",
-    "write_json",
-]
-
-write_atomically = write_text
 
 JOB_FOLDER = "/runtime_resources/"
 """Below such a folder Ray unpacks the working directory of a job, and deletes it afterwards."""
