@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from raysl.folder.lock import held
-from raysl.folder.whole import read_json, write_json
+from raysl.folder.whole import read_json, write_json, write_text
 from raysl.track.results import Results
 
 JOB_FOLDER = "/runtime_resources/"
