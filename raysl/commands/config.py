@@ -1,7 +1,6 @@
 """`raysl config`: the resolved run, and what follows from it; what there is to configure."""
 
 import argparse
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +48,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.list:
         return _list(as_json=arguments.json)
     if arguments.reference is not None:
-        # Late: it loads every method and every verb's settings.
-        text = import_module("raysl.commands.config_reference").reference()
-        write_text(arguments.reference, text)
+        # It loads every method and every verb's settings.
+        from raysl.commands.config_reference import reference  # noqa: PLC0415
+
+        write_text(arguments.reference, reference())
         say(f"written: {arguments.reference}")
         return 0
     if arguments.config is None:
