@@ -53,7 +53,7 @@ def reference() -> str:
     """Return the page, in Markdown."""
     seen: set[type[BaseModel]] = set()
     lines = [_HEAD, "## A run\n", "`raysl pretrain`, `finetune` and `distill`.\n"]
-    lines += _tables(RunConfig[load_method("simclr").Config], seen, without=("method",))
+    lines += _tables(RunConfig, seen, without=("method",))
     lines.append("## Methods\n")
     for name in method_names():
         lines += _tables(load_method(name).Config, seen, key="method", title=f"method: {name}")
@@ -81,7 +81,7 @@ def _tables(
             yield f"### {section.title}\n"
         yield "| key | type | default | |"
         yield "|---|---|---|---|"
-        below = []
+        below: list[_Section] = []
         for name, field in section.model.model_fields.items():
             if name in without and section.model is model:
                 continue
