@@ -1,4 +1,4 @@
-"""`raysl config`: the resolved run, and what follows from it."""
+"""`raysl config`: print a run's resolved configuration and derived values."""
 
 import argparse
 from pathlib import Path

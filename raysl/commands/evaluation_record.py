@@ -1,4 +1,4 @@
-"""An evaluation as a person and as MLflow get it."""
+"""Report an evaluation as a table, as JSON and to MLflow."""
 
 import importlib
 import re
@@ -12,7 +12,7 @@ from rich.table import Table
 from raysl.commands.record import git_state
 from raysl.commands.run_tracking import say_trouble
 from raysl.evaluate.registry import PROTOCOLS
-from raysl.jobs.evaluation import Asked
+from raysl.jobs.evaluation import EvaluationRequest
 from raysl.jobs.evaluation_folder import EvaluationFolder
 from raysl.sources.source import digest
 from raysl.track.run_folder import RunFolder, read_json, write_json
@@ -71,12 +71,12 @@ def metrics_of(record: Mapping[str, Any]) -> dict[str, float]:
     return metrics | {f"{place}/{name}": value for name, value in record["label_free"].items()}
 
 
-def send(asked: Asked, record: Mapping[str, Any], *, home: Path) -> None:
+def send(request: EvaluationRequest, record: Mapping[str, Any], *, home: Path) -> None:
     """Send an evaluation to the MLflow run that trained the encoder; say it if that fails."""
-    track, folder = asked.config.track, asked.folder
+    track, folder = request.config.track, request.folder
     if not track.mlflow:
         return
-    trained_in = asked.origin.run and read_json(RunFolder(asked.origin.run).mlflow)
+    trained_in = request.origin.run and read_json(RunFolder(request.origin.run).mlflow)
     sent = read_json(folder.mlflow) or {}
     uri = tracking_uri(track.tracking_uri, folder=home)
     if trained_in and "***" not in trained_in["uri"]:
@@ -100,7 +100,7 @@ def send(asked: Asked, record: Mapping[str, Any], *, home: Path) -> None:
             uri=uri,
             run_id=run_id,
             experiment=track.experiment,
-            run_name=f"{asked.origin.folder.name}-evaluation",
+            run_name=f"{request.origin.folder.name}-evaluation",
         )
     except Exception as error:  # a store may raise anything, and the numbers are on the disk
         problem = importlib.import_module("raysl.track.mlflow_problem")
