@@ -1,20 +1,17 @@
-"""Every error that raysl raises on purpose.
+"""The exceptions that raysl raises on purpose.
 
-    RayslError
-    +-- ConfigError         a key, a value or a combination in a YAML file or an override
-    +-- DataError           a source that cannot be opened or does not hold what was asked for
-    |   +-- DecodeError     bytes that are not an image
-    +-- ShapeError          a tensor of the wrong shape (also a ValueError)
-    +-- ClusterError        too few CPUs or GPUs, a folder that a node does not see
-    +-- RunFolderError      a run folder in use, damaged, or of another configuration
-    +-- ExportError         what was written does not do what it should
-    +-- DivergedError       a loss or gradient that is not finite
-    +-- CollapsedError      features that are the same for every image
-    +-- SweepError          a sweep whose trials were lost or failed, or that has no best one
+    RayslError +-- ConfigError         a key, a value or a combination in a YAML file or an override
+    +-- DataError           a source that cannot be opened or does not hold what was asked for |
+    +-- DecodeError     bytes that are not an image +-- ShapeError          a tensor of the wrong
+    shape (also a ValueError) +-- ClusterError        too few CPUs or GPUs, a folder that a node
+    does not see +-- RunFolderError      a run folder in use, damaged, or of another configuration
+    +-- ExportError         what was written does not do what it should +-- DivergedError       a
+    loss or gradient that is not finite +-- CollapsedError      features that are the same for every
+    image +-- SweepError          a sweep whose trials were lost or failed, or that has no best one
 
 Each takes one message: Ray pickles exceptions between processes, and a class whose ``__init__``
-takes more loses its text on the way. A message says where, what was given, what is allowed and
-what to do.
+takes more loses its text on the way. A message says where, what was given, what is allowed and what
+to do.
 """
 
 

@@ -112,7 +112,7 @@ class Choices:
         )
 
     def demands(self, name: str) -> Params | None:
-        """Return choices for other dimensions under which this one exists; None if there are none."""
+        """Return choices for other dimensions under which this one exists, or None."""
         for start in self.combinations([CONFIG]):
             demanded = self._demands(name, start)
             if self.exists(name, demanded):

@@ -9,18 +9,18 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
-from raysl.weights.layouts import ANYWHERE, LAYOUTS, OTHER, Layout, Network, Place
+from raysl.weights.layouts import ANYWHERE, LAYOUTS, OTHER, FileLayout, Network, Place
 from raysl.weights.naming import ANCHORS, plainly_named
 from raysl.weights.stored import Content, State, StoredTensor
 
 _DEEPEST = 6
 
 
-class Found(NamedTuple):
+class ChosenNetwork(NamedTuple):
     """The chosen network, and the layout that it was recognised by."""
 
     network: Network
-    layout: Layout
+    layout: FileLayout
     what: str
     """The network's name in its paper."""
     others: tuple[str, ...]
@@ -74,7 +74,7 @@ def networks_named(content: Content, wanted: Collection[str]) -> list[Network]:
 
 def choose(
     networks: list[Network], layout: str = "auto", *, address: str | None = None
-) -> Found | None:
+) -> ChosenNetwork | None:
     """Choose a network; None if a named layout has none of them.
 
     Args:
@@ -88,14 +88,14 @@ def choose(
     for owner, place in places:
         fitting = [n for n in _at(place, allowed) if place.sign(n)]
         if fitting:
-            return Found(fitting[0], owner, place.what, _others(fitting[0], networks))
+            return ChosenNetwork(fitting[0], owner, place.what, _others(fitting[0], networks))
     if layout == "auto" and allowed:
         best = max(allowed, key=lambda network: len(network.state))
-        return Found(best, OTHER, "the network", _others(best, networks))
+        return ChosenNetwork(best, OTHER, "the network", _others(best, networks))
     for owner, place in places:  # a named layout overrides its ``sign``
         if layout != "auto" and place.address != ANYWHERE and _at(place, allowed):
             best = _at(place, allowed)[0]
-            return Found(best, owner, place.what, _others(best, networks))
+            return ChosenNetwork(best, owner, place.what, _others(best, networks))
     return None
 
 
