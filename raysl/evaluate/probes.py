@@ -119,10 +119,10 @@ def measure_knn(config: KnnConfig, sets: ProbeSets, *, seed: int, device: str) -
         torch.from_numpy(x).to(device) for x in (sets.train, sets.train_labels, sets.test)
     )
     ks = sorted({config.k, *config.also_k})
-    found = knn_predictions(train, labels, test, ks=ks, temperature=config.temperature)
-    accuracies = {k: _top1(predictions, sets.test_labels) for k, predictions in found.items()}
+    predicted = knn_predictions(train, labels, test, ks=ks, temperature=config.temperature)
+    accuracies = {k: _top1(predictions, sets.test_labels) for k, predictions in predicted.items()}
     others = {f"top1_of_k_{k}": accuracies[k] for k in ks if k != config.k}
-    return ProbeResult(accuracies[config.k], found[config.k].cpu().numpy(), others)
+    return ProbeResult(accuracies[config.k], predicted[config.k].cpu().numpy(), others)
 
 
 def measure_linear(config: LinearConfig, sets: ProbeSets, *, seed: int, device: str) -> ProbeResult:
@@ -132,8 +132,8 @@ def measure_linear(config: LinearConfig, sets: ProbeSets, *, seed: int, device: 
         DataError: If every rate diverges.
     """
     train, test = scaled_on(sets.train, sets.test, device)
-    known = torch.from_numpy(sets.train_labels).to(device)
-    classes, labels = torch.unique(known, return_inverse=True)
+    all_labels = torch.from_numpy(sets.train_labels).to(device)
+    classes, labels = torch.unique(all_labels, return_inverse=True)
     shared: dict[str, Any] = {
         "num_classes": len(classes),
         "settings": SgdSettings(config.epochs, config.batch_size, config.sgd_momentum),

@@ -190,12 +190,12 @@ def _classifier_summary(
         f"{escape(config.method.name)}) in {epochs:,.4g} epoch{'' if epochs == 1 else 's'} of "
         f"{derived.num_images:,} images of {escape(config.data.source)}"
     )
-    found = accuracy(results, "top1")
-    if found is None:
+    result = accuracy(results, "top1")
+    if result is None:
         return f"{sentence}; how often it is right is not known."
     return (
-        f"{sentence}; it is right in {found[0]:.1f} % of {_number(results.get('num_test_labels'))} "
-        f"test images."
+        f"{sentence}; it is right in {result[0]:.1f} % of "
+        f"{_number(results.get('num_test_labels'))} test images."
     )
 
 
@@ -230,10 +230,10 @@ def _method_section(folder: RunFolder) -> str:
 
 
 def _accuracy_cell(results: Mapping[str, Any], key: str) -> str:
-    found = accuracy(results, key)
-    if found is None:
+    result = accuracy(results, key)
+    if result is None:
         return "&ndash;"
-    value, deviation = found
+    value, deviation = result
     return f"{value:.1f}" if deviation is None else f"{value:.1f} &plusmn; {deviation:.1f}"
 
 
@@ -249,20 +249,20 @@ def _protocol(config: RunConfig[Any], results: Mapping[str, Any]) -> str:
         "few_shot_labels": evaluate.few_shot_labels,
         "few_shot_draws": evaluate.few_shot_draws,
     }
-    known = {key: _number(results.get(key, value)) for key, value in settings.items()}
+    texts = {key: _number(results.get(key, value)) for key, value in settings.items()}
     weights = config.backbone.weights
     start = "random weights" if weights is None else f"the weights of {escape(weights)}"
     text = (
         f"Before training, the same network has {start}. Networks are frozen and see centred "
-        f"images of {config.image_size_px} px. {known['num_train_labels']} labelled images train "
-        f"the probes, {known['num_test_labels']} others of {known['num_classes']} classes test "
-        f"them. Nearest neighbours: k = {known['knn_k']}, temperature {known['knn_temperature']}, "
+        f"images of {config.image_size_px} px. {texts['num_train_labels']} labelled images train "
+        f"the probes, {texts['num_test_labels']} others of {texts['num_classes']} classes test "
+        f"them. Nearest neighbours: k = {texts['knn_k']}, temperature {texts['knn_temperature']}, "
         f"cosine similarity. Linear: logistic regression, C = {evaluate.inverse_penalty:g}."
     )
     if "few_shot_top1" in measured_probes(results):
         text += (
-            f" Few labels: {known['few_shot_labels']} a class, mean &plusmn; standard deviation of "
-            f"{known['few_shot_draws']} draws."
+            f" Few labels: {texts['few_shot_labels']} a class, mean &plusmn; standard deviation of "
+            f"{texts['few_shot_draws']} draws."
         )
     tuned = accuracy(results, "finetune_top1")
     if tuned is not None and evaluate.finetune is not None:

@@ -100,8 +100,8 @@ def _is_solo_learn(network: Network) -> bool:
 
 def _is_mae(network: Network) -> bool:
     """Recognised by its decoder or its norm of the mean; in released files, by its positions."""
-    known = ("mask_token", "decoder_embed.weight", "fc_norm.weight")
-    return _has(*known)(network) or fixed_positions(network.state) == "mae"
+    names = ("mask_token", "decoder_embed.weight", "fc_norm.weight")
+    return _has(*names)(network) or fixed_positions(network.state) == "mae"
 
 
 def _is_simsiam(network: Network) -> bool:

@@ -43,7 +43,7 @@ def find_networks(content: Content, anchors: Collection[str] = ANCHORS) -> list[
         anchors: Names of which an encoder has at least one.
     """
     wanted = {*anchors}
-    found = []
+    networks = []
     for keys, state in _state_dicts(content, (), set()):
         for prefix in sorted({p for name in state for p in _prefixes(name, wanted)}):
             inner = {
@@ -58,10 +58,10 @@ def find_networks(content: Content, anchors: Collection[str] = ANCHORS) -> list[
             }
             address = "".join(f"{key}/" for key in keys) + prefix
             plain, naming = plainly_named(inner)
-            found.append(Network(address, plain, naming, beside))
+            networks.append(Network(address, plain, naming, beside))
             if plain.keys() != inner.keys():
-                found.append(Network(address, inner, "plain", beside))
-    return found
+                networks.append(Network(address, inner, "plain", beside))
+    return networks
 
 
 def networks_named(content: Content, wanted: Collection[str]) -> list[Network]:
@@ -83,8 +83,8 @@ def choose(
         address: Choose the network at this address; None takes the one that its layout prefers.
     """
     allowed = [n for n in networks if address is None or n.address == address]
-    known = [known for known in LAYOUTS if layout in ("auto", known.name)]
-    places = [(known, place) for known in known for place in known.places]
+    layouts = [layouts for layouts in LAYOUTS if layout in ("auto", layouts.name)]
+    places = [(layouts, place) for layouts in layouts for place in layouts.places]
     for owner, place in places:
         fitting = [n for n in _at(place, allowed) if place.sign(n)]
         if fitting:
