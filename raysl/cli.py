@@ -1,4 +1,4 @@
-"""The `raysl` command: one verb a module of raysl.commands."""
+"""The `raysl` command: each verb is a module of raysl.commands."""
 
 import argparse
 import importlib
@@ -14,21 +14,21 @@ VERBS = {
     "pretrain": "train an encoder on unlabelled images, measure it, write it",
     "finetune": "train a pretrained encoder on labels, from any layer of its projection head",
     "distill": "train a student, as large or smaller, on the predictions of a fine-tuned teacher",
-    "pipeline": "pretrain, fine-tune and distil as one configuration says, and compare",
+    "pipeline": "pretrain, fine-tune and distil by one configuration, and compare",
     "sweep": "try many settings of a run on Ray Tune, compare them, write the best one",
     "evaluate": "measure an encoder: nearest neighbours, linear, few labels, fine-tuning, transfer",
-    "benchmark": "measure the input on this machine or cluster, to size it",
-    "config": "print a resolved configuration and what follows from it",
-    "data": "look at a source of images: counts, sizes, formats, broken files, a contact sheet",
+    "benchmark": "measure input, loss and methods on this machine or cluster, to size it",
+    "config": "print a resolved configuration and its derived values",
+    "data": "inspect a source of images: counts, sizes, formats, broken files, a contact sheet",
     "export": "write an encoder for torchvision, timm, ONNX, TorchScript, Hugging Face, MLflow",
-    "import": "make an encoder of a checkpoint of MoCo, SimCLR, DINO, MAE, VISSL or lightly",
+    "import": "convert a checkpoint of MoCo, SimCLR, DINO, MAE, VISSL or lightly to an encoder",
     "pack": "turn any source of images into shuffled Parquet shards that stream fast",
-    "embed": "features of any source of images to Parquet, over a whole cluster",
-    "search": "images near given ones, or near each other, among embeddings; a grid of them",
-    "duplicates": "groups of near-duplicates among embeddings, a list of what to drop, a sheet",
+    "embed": "write the features of any source of images to Parquet, on a whole cluster",
+    "search": "find the images nearest to given ones, or to each other, among embeddings",
+    "duplicates": "find near-duplicates among embeddings, and list which to drop",
 }
 
-# Where a verb is no name of a module.
+# Verbs whose module has another name.
 _MODULES = {"import": "import_encoder"}
 
 _DESCRIPTION = """\
@@ -38,31 +38,31 @@ raysl pretrains image encoders without labels, on Ray.
   raysl pretrain CONFIG data.source=FOLDER         your own images: a folder, Parquet, s3://...
   raysl pretrain CONFIG optim.base_lr=0.1          any setting, by its dotted name
   raysl finetune RUN data.labels.fraction=0.1      the encoder of a run, on a tenth of the labels
-  raysl distill FINETUNED_RUN backbone.width=0.5   what it has learnt, in a smaller network
+  raysl distill FINETUNED_RUN backbone.width=0.5   train a smaller network on its predictions
   raysl pipeline simclr_v2_cifar10                 all three steps in one
   raysl sweep simclr_temperature_batch             many settings side by side, the best one kept
-  raysl evaluate RUN [data.source=...]             how good its encoder is, by fixed protocols
-  raysl config CONFIG [overrides]                  what a run would do, before it does it
+  raysl evaluate RUN [data.source=...]             accuracy of its encoder, by fixed protocols
+  raysl config CONFIG [overrides]                  check a run without starting it
   raysl config --list                              the configurations that come with raysl
-  raysl benchmark input CONFIG [overrides]         images/s that the CPUs can feed, and why
-  raysl data SOURCE                                what is there, and what to do about it
+  raysl benchmark input CONFIG [overrides]         images/s that the CPUs can feed, by stage
+  raysl data SOURCE                                content and problems of a source
   raysl pack SOURCE OUT short_side_px=256          shuffled Parquet shards that stream fast
   raysl embed SOURCE RUN OUT                       features to Parquet; then:
   raysl search OUT --query FILE --grid grid.png    the images nearest to one
   raysl duplicates OUT --contact-sheet dup.png     near-duplicates, and what to drop
-  raysl export RUN --format onnx                   the encoder in a format of others, checked
-  raysl import CHECKPOINT                          an encoder that other training code wrote
+  raysl export RUN --format onnx                   the encoder in another format, checked
+  raysl import CHECKPOINT                          an encoder from other training code
 
 CONFIG is a YAML file, or one of raysl's by name. On a cluster, the same as a job:
   ray job submit --working-dir . -- python pipelines/pretrain.py CONFIG [overrides]
 
-The same command again goes on where a run stopped. Runs are compared in MLflow's UI:
+The same command again resumes a stopped run. Compare runs in MLflow's UI:
   mlflow ui --backend-store-uri sqlite:///mlflow.db
 """
 
 _INTERRUPTED = 130
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
-# What to say after Ctrl-C to who wants to go on.
+# How to resume after Ctrl-C.
 _GOES_ON = {
     "pretrain": "; the same command goes on from the last checkpoint",
     "finetune": "; the same command goes on from the last checkpoint",
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, 1 after an error of raysl's own (one message, no traceback), 2 for
-        arguments that are off, 130 after Ctrl-C.
+        invalid arguments, 130 after Ctrl-C.
     """
     let_waiting_threads_sleep()
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen: argparse.ArgumentParser | None = None
     for verb, text in VERBS.items():
         subparser = verbs.add_parser(verb, help=text, description=f"raysl {verb}: {text}")
-        if arguments[:1] == [verb]:  # only the verb asked for is loaded: --help answers at once
+        if arguments[:1] == [verb]:  # load only this verb, so that --help is fast
             module = importlib.import_module(_module_of(verb))
             module.add_arguments(subparser)
             chosen = subparser
@@ -120,9 +120,9 @@ def _module_of(verb: str) -> str:
 def _parse(
     parser: argparse.ArgumentParser, chosen: argparse.ArgumentParser | None, arguments: list[str]
 ) -> argparse.Namespace:
-    """Parse, with overrides before and after options alike."""
+    """Parse arguments, with overrides before or after options."""
     if chosen is not None:
-        with suppress(TypeError):  # argparse itself cannot mix them where a verb has verbs below it
+        with suppress(TypeError):  # argparse cannot intermix them if the verb has subcommands
             parsed = chosen.parse_intermixed_args(arguments[1:])
             parsed.verb = arguments[0]
             return parsed

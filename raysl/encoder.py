@@ -1,4 +1,4 @@
-"""The encoder file: weights under their library's names, and what is needed to use them."""
+"""Write and load the encoder file: weights under their library's names, and metadata."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from raysl.nn.resnet import ResNet
 from raysl.nn.vit import VisionTransformer
 from raysl.weights.fit import fill, fitted, pooled_anew
 from raysl.weights.layouts import Network
-from raysl.weights.networks import Found, choose, networks_named
+from raysl.weights.networks import ChosenNetwork, choose, networks_named
 from raysl.weights.read import read_content, read_header, read_safetensors
 
 _FORMAT = "raysl-encoder-1"
@@ -132,7 +132,7 @@ def load_weights(backbone: Backbone, path: str | Path, *, layout: str = "auto") 
     return found.taken
 
 
-def _check_told(net: nn.Module, found: Found, path: Path) -> None:
+def _check_told(net: nn.Module, found: ChosenNetwork, path: Path) -> None:
     """Refuse what the file's code had otherwise, and its tensors do not tell."""
     told = found.layout.fixed(found.network)
     own: dict[str, tuple[Any, str]] = {}

@@ -1,4 +1,4 @@
-"""Every error that raysl raises on purpose.
+"""The exceptions that raysl raises on purpose.
 
     RayslError
     +-- ConfigError         a key, a value or a combination in a YAML file or an override

@@ -1,4 +1,4 @@
-"""A whole run: the sections that the rooms define, put together, and what follows from them."""
+"""The configuration of a run, composed of the rooms' sections, and its derived values."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The files and images that a run begins with, by names that every worker understands."""
+"""Resolve the files that a run starts from to absolute paths, for the workers."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The source that a verb about images is given, with the settings beside it."""
+"""Open the source named on the command line, with the settings beside it."""
 
 import argparse
 from typing import TypeVar

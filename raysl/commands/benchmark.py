@@ -1,4 +1,4 @@
-"""`raysl benchmark`: what input and loss cost on this machine, and what each method gives."""
+"""`raysl benchmark`: measure the cost of input, plan and loss, and compare methods."""
 
 import argparse
 import math
@@ -52,19 +52,24 @@ _LONG = 1_000_000  # steps: a plan that no measurement in one process comes to t
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what can be measured, and the arguments of each."""
+    """Declare the benchmarks and the arguments of each."""
     kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     text = "making views: one core, all cores, through Ray Data, and a torch DataLoader"
     stream = kinds.add_parser("input", help=text, description=f"raysl benchmark input: {text}")
     stream.add_argument("config", type=Path, help="a YAML file or a name: quickstart")
     stream.add_argument("overrides", nargs="*", help="section.key=value, typed as YAML")
-    stream.add_argument("--repeats", type=_whole, default=3, help="of all, in turns (3)")
+    stream.add_argument("--repeats", type=_whole, default=3, help="number of rounds (3)")
     stream.add_argument(
-        "--seconds", type=_positive, default=10.0, help="of each measurement, after its start (10)"
+        "--seconds",
+        type=_positive,
+        default=10.0,
+        help="seconds of each measurement after warm-up (10)",
     )
-    stream.add_argument("--batch-size", type=_whole, help="images of a batch of each consumer")
+    stream.add_argument("--batch-size", type=_whole, help="batch size of each consumer")
     stream.add_argument(
-        "--consumers", type=_whole, help="processes that take batches (cluster.num_train_workers)"
+        "--consumers",
+        type=_whole,
+        help="processes that consume batches (cluster.num_train_workers)",
     )
     stream.add_argument(
         "--compare",
@@ -75,13 +80,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     stream.add_argument(
         "--gpu-images-per-s",
         type=_positive,
-        help="what one GPU trains at (see raysl pretrain's img/s): how many cores feed it",
+        help="training speed of one GPU (the img/s of raysl pretrain), to size the CPUs",
     )
     stream.add_argument("--json", action="store_true", help="end with one JSON object of results")
     text = "memory and start time of the plan (the order of a run) over the number of images"
     plan = kinds.add_parser("plan", help=text, description=f"raysl benchmark plan: {text}")
     plan.add_argument(
-        "--images", type=_numbers, default=[10**6, 10**8, 10**9], help="1e6,1e8,1e9: sizes"
+        "--images",
+        type=_numbers,
+        default=[10**6, 10**8, 10**9],
+        help="numbers of images (1e6,1e8,1e9)",
     )
     plan.add_argument("--figure", type=Path, help="PNG to draw")
     plan.add_argument("--json", action="store_true", help="end with one JSON object of results")

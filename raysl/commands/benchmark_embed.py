@@ -1,4 +1,4 @@
-"""`raysl benchmark embed`: embedding on Ray beside plain torch loops, and what a billion takes."""
+"""`raysl benchmark embed`: compare embedding on Ray with plain torch loops; plan a billion."""
 
 import argparse
 import os
@@ -20,7 +20,7 @@ from raysl.errors import ConfigError
 from raysl.jobs.benchmark_embedding import LOOPS, LoopTask, run_loop
 from raysl.jobs.embed_source import embedding_of, encoder_file
 from raysl.jobs.embedding import Embedding, chunk_images, read_pixels
-from raysl.jobs.embedding_plan import Given, Line, plan_embedding
+from raysl.jobs.embedding_plan import EmbeddingCosts, PlanLine, plan_embedding
 from raysl.retrieval.config import EmbedConfig
 from raysl.runtime.benchmark_embedding import embedding_pools, measure_on_ray
 from raysl.runtime.cluster import connect, disconnect
@@ -49,13 +49,15 @@ def add_arguments(
         whole: Reads a number above 0.
         positive: Likewise, with a fraction.
     """
-    text = "embedding on Ray beside plain torch loops on the same cores, and the plan of a billion"
+    text = "compare embedding on Ray with plain torch loops, and plan a billion images"
     embed = kinds.add_parser("embed", help=text, description=f"raysl benchmark embed: {text}")
-    embed.add_argument("source", help="as of raysl embed")
+    embed.add_argument("source", help="a source, as for raysl embed")
     embed.add_argument("encoder", metavar="run", help="a run folder, or an encoder.safetensors")
     embed.add_argument("overrides", nargs="*", help="settings of raysl embed: key=value")
-    embed.add_argument("--repeats", type=whole, default=3, help="of all, in turns (3)")
-    embed.add_argument("--seconds", type=positive, default=20.0, help="of each measurement (20)")
+    embed.add_argument("--repeats", type=whole, default=3, help="number of rounds (3)")
+    embed.add_argument(
+        "--seconds", type=positive, default=20.0, help="seconds of each measurement (20)"
+    )
     embed.add_argument(
         "--compare",
         default=",".join(LOOPS),
@@ -63,13 +65,18 @@ def add_arguments(
         help=f"{', '.join(LOOPS)} or {_NONE} (all)",
     )
     embed.add_argument(
-        "--images", type=lambda given: whole(str(int(float(given)))), default=10**9, help="1e9"
+        "--images",
+        type=lambda given: whole(str(int(float(given)))),
+        default=10**9,
+        help="images of the plan (1e9)",
     )
     embed.add_argument(
-        "--workers", type=whole, help="of the plan: GPUs, or CPUs where there are none (100)"
+        "--workers", type=whole, help="workers of the plan: GPUs, or CPUs without GPUs (100)"
     )
     embed.add_argument(
-        "--worker-images-per-s", type=positive, help="of the plan; else what was measured here"
+        "--worker-images-per-s",
+        type=positive,
+        help="speed of a worker in the plan (as measured here)",
     )
     embed.add_argument("--json", action="store_true", help="end with one JSON object of results")
 
@@ -188,11 +195,11 @@ def _given(
     source: Source,
     embedding: Embedding,
     results: Mapping[str, Any],
-) -> Given:
+) -> EmbeddingCosts:
     rows = np.arange(min(_DECODED, int(source.group_sizes.sum())), dtype=np.int64)
     sizes = [size_of(each) for each in source.read(rows)]
     workers = results["gpus"] or results["actors"]
-    return Given(
+    return EmbeddingCosts(
         num_images=arguments.images,
         embed_dim=int(read_description(embedding.encoder)["embed_dim"]),
         bytes_per_feature=int(np.dtype(config.store).itemsize),
@@ -223,7 +230,7 @@ def _multiplications_per_s() -> float:
     return float(_MATRIX**3 / min(times))
 
 
-def _print_plan(given: Given, *, gpus: int) -> list[dict[str, Any]]:
+def _print_plan(given: EmbeddingCosts, *, gpus: int) -> list[dict[str, Any]]:
     kind = "GPUs" if gpus else "CPUs"
     lines = plan_embedding(given)
     table = Table(
@@ -248,7 +255,7 @@ def _print_plan(given: Given, *, gpus: int) -> list[dict[str, Any]]:
     return [line._asdict() for line in lines]
 
 
-def _shown(line: Line) -> str:
+def _shown(line: PlanLine) -> str:
     if line.unit == "s":
         for seconds, name in _TIMES:
             if line.value >= seconds:

@@ -1,4 +1,4 @@
-"""`raysl benchmark label_free`: how well measures without labels rank encoders."""
+"""`raysl benchmark label_free`: measure how well label-free measures rank encoders."""
 
 import argparse
 import os
@@ -19,7 +19,7 @@ from raysl.jobs.benchmark_label_free import (
     DEFAULTS,
     DIRECTIONS,
     UNTRAINED,
-    Measured,
+    EncoderScores,
     Study,
     StudyConfig,
     Subject,
@@ -72,18 +72,20 @@ def add_arguments(kinds: Any, *, whole: Callable[[str], int]) -> None:
         "evaluate.KEY=VALUE: the labelled images, and the settings of the protocols",
     )
     parser.add_argument(
-        "--checkpoints", action="store_true", help="of each run every checkpoint that it kept"
+        "--checkpoints", action="store_true", help="also use every saved checkpoint of each run"
     )
     parser.add_argument(
         "--no-untrained",
         action="store_true",
-        help="leave out the encoders with random weights, one of each backbone",
+        help="do not add a randomly initialised encoder for each backbone",
     )
     parser.add_argument("--figure", type=Path, help="PNG to draw")
     parser.add_argument(
-        "--into", type=Path, help="Markdown file whose section 'label_free' gets table and figure"
+        "--into",
+        type=Path,
+        help="Markdown file; its section 'label_free' receives table and figure",
     )
-    parser.add_argument("--threads", type=whole, help="that decode images (one a core)")
+    parser.add_argument("--threads", type=whole, help="decoding threads (one for each core)")
     parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
 
 
@@ -136,9 +138,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _measure_all(
     study: Study, found: Sequence[tuple[str, Path]], *, untrained: bool
-) -> tuple[list[Measured], dict[str, str]]:
+) -> tuple[list[EncoderScores], dict[str, str]]:
     """Measure one after the other; what cannot be measured does not keep the rest from it."""
-    measured: list[Measured] = []
+    measured: list[EncoderScores] = []
     failed: dict[str, str] = {}
     backbones: dict[str, Subject] = {}
 
@@ -165,7 +167,7 @@ def _measure_all(
     return measured, failed
 
 
-def _tables(measured: Sequence[Measured], groups: dict[str, Any]) -> list[Table]:
+def _tables(measured: Sequence[EncoderScores], groups: dict[str, Any]) -> list[Table]:
     encoders = Table(title="Encoders by linear accuracy", title_justify="left")
     for name in ("encoder", "method", "linear", *DIRECTIONS):
         encoders.add_column(name, justify="left" if name in ("encoder", "method") else "right")
@@ -188,7 +190,7 @@ def _tables(measured: Sequence[Measured], groups: dict[str, Any]) -> list[Table]
     return [encoders, ranking]
 
 
-def _draw(path: Path, measured: Sequence[Measured], relations: Sequence[Any]) -> None:
+def _draw(path: Path, measured: Sequence[EncoderScores], relations: Sequence[Any]) -> None:
     draw_label_free(
         path,
         measured,
@@ -200,7 +202,7 @@ def _draw(path: Path, measured: Sequence[Measured], relations: Sequence[Any]) ->
 
 
 def _write(
-    path: Path, measured: Sequence[Measured], groups: dict[str, Any], *, command: str
+    path: Path, measured: Sequence[EncoderScores], groups: dict[str, Any], *, command: str
 ) -> None:
     picture = path.with_name("label_free.png")
     _draw(picture, measured, groups["all"])

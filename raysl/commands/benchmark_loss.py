@@ -1,4 +1,4 @@
-"""`raysl benchmark loss`: NT-Xent in tiles beside the matrix of all pairs."""
+"""`raysl benchmark loss`: compare tiled NT-Xent with the matrix of all pairs."""
 
 import argparse
 import os
@@ -31,10 +31,10 @@ def add_arguments(
         "--batches",
         type=lambda given: [whole(part) for part in given.split(",")],
         default=[512, 4096, 32768],
-        help="images of a batch (512,4096,32768)",
+        help="batch sizes (512,4096,32768)",
     )
     loss.add_argument("--dim", type=whole, default=128, help="width of an embedding (128)")
-    loss.add_argument("--repeats", type=whole, default=3, help="of all, in turns (3)")
+    loss.add_argument("--repeats", type=whole, default=3, help="number of rounds (3)")
     loss.add_argument("--json", action="store_true", help="end with one JSON object of results")
 
 

@@ -1,4 +1,4 @@
-"""`raysl benchmark methods`: configurations trained one after the other, and compared."""
+"""`raysl benchmark methods`: train configurations one after the other and compare them."""
 
 import argparse
 from concurrent.futures import ThreadPoolExecutor
@@ -30,10 +30,10 @@ def add_arguments(kinds: Any) -> None:
         "configs", nargs="+", help="YAML files, then section.key=value for all of them"
     )
     parser.add_argument(
-        "--into", type=Path, help="Markdown file whose section 'methods' gets table and pictures"
+        "--into", type=Path, help="Markdown file; its section 'methods' receives table and pictures"
     )
     parser.add_argument(
-        "--at-once", type=int, default=1, metavar="N", help="runs at a time (1); they share cores"
+        "--at-once", type=int, default=1, metavar="N", help="concurrent runs (1); they share cores"
     )
     parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
 

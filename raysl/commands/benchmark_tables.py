@@ -1,4 +1,4 @@
-"""The tables and sentences of `raysl benchmark`."""
+"""Format the results of `raysl benchmark` as tables and sentences."""
 
 import statistics
 from collections.abc import Mapping, Sequence

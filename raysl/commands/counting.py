@@ -1,4 +1,4 @@
-"""How far a count of images is: a bar at a terminal, a line every ten seconds elsewhere."""
+"""Show progress over a count of images: a bar in a terminal, else a line every ten seconds."""
 
 import time
 

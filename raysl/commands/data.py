@@ -1,4 +1,4 @@
-"""`raysl data`: what a source of images holds, and what to do about it."""
+"""`raysl data`: inspect a source of images and advise what to do about it."""
 
 import argparse
 import os
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_number_or_all,
         default=_SAMPLE,
         metavar="N",
-        help=f"look at so many images (default {_SAMPLE}); 0 or all: every one",
+        help=f"number of images to inspect (default {_SAMPLE}); 0 or all: every one",
     )
     parser.add_argument(
         "--contact-sheet",

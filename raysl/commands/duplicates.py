@@ -1,4 +1,4 @@
-"""`raysl duplicates`: groups of near-duplicates among embeddings, and a list of what to drop."""
+"""`raysl duplicates`: find near-duplicates among embeddings, and list which to drop."""
 
 import argparse
 import json
@@ -49,14 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
-    parser.add_argument("embeddings", help="what `raysl embed` wrote")
+    parser.add_argument("embeddings", help="output of `raysl embed`")
     parser.add_argument(
-        "--threshold", type=float, default=_THRESHOLD, help=f"in (0, 1] ({_THRESHOLD})"
+        "--threshold", type=float, default=_THRESHOLD, help=f"similarity in (0, 1] ({_THRESHOLD})"
     )
     parser.add_argument(
         "--no-center",
         action="store_true",
-        help="compare plain cosines, without taking the mean off",
+        help="compare plain cosines, without subtracting the mean",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="a .parquet or .csv file")
     parser.add_argument("--drop", type=Path, metavar="FILE", help="text file of ids to drop")

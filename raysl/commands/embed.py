@@ -1,4 +1,4 @@
-"""`raysl embed`: the features of any source into Parquet, over all nodes of a cluster."""
+"""`raysl embed`: write the features of any source to Parquet, using all nodes of a cluster."""
 
 import argparse
 import time

@@ -1,4 +1,4 @@
-"""`raysl evaluate`: measure an encoder by protocols that are frozen, versioned and comparable."""
+"""`raysl evaluate`: measure an encoder by versioned protocols with fixed settings."""
 
 import argparse
 import os
@@ -23,11 +23,11 @@ from raysl.evaluate.registry import (
 from raysl.folder.claim import set_aside
 from raysl.jobs.embed_source import other_decoding
 from raysl.jobs.embedding import features_here
-from raysl.jobs.evaluation import Asked, Ways, evaluate, run_here, units_of
+from raysl.jobs.evaluation import EvaluationBackend, EvaluationRequest, evaluate, run_here, units_of
 from raysl.jobs.evaluation_config import (
     NOT_FROM_RUN,
+    EncoderOrigin,
     EvaluationConfig,
-    Origin,
     evaluation_folder,
     labels_note,
     load_evaluation,
@@ -77,11 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("encoder", help="a run folder, an encoder file, or a backbone's name")
     parser.add_argument("overrides", nargs="*", help="section.key=value, typed as YAML")
-    parser.add_argument("--protocols", metavar="A,B", help="what to measure")
+    parser.add_argument("--protocols", metavar="A,B", help="protocols to measure")
     parser.add_argument("--name", help="folder of the evaluation, below evaluations/ of the run")
     parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
     parser.add_argument(
-        "--fresh", action="store_true", help="start anew; an earlier evaluation is renamed"
+        "--fresh", action="store_true", help="start over; rename an earlier evaluation"
     )
 
 
@@ -110,23 +110,23 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.fresh and folder.path.exists():
         say(f"the earlier evaluation is now in {set_aside(folder)}")
     with folder.locked():
-        asked = _asked(config, origin, folder, names)
-        transfer = _transfer(asked) if TRANSFER in (names or ()) else None
-        record = _evaluate(asked, transfer)
-        _draw(asked)
-        send(asked, record, home=home)
-    _say_results(asked, record)
+        request = _request(config, origin, folder, names)
+        transfer = _transfer(request) if TRANSFER in (names or ()) else None
+        record = _evaluate(request, transfer)
+        _draw(request)
+        send(request, record, home=home)
+    _say_results(request, record)
     if arguments.json:
         print_json(json_of(record))
     return 0
 
 
-def _asked(
+def _request(
     config: EvaluationConfig,
-    origin: Origin,
+    origin: EncoderOrigin,
     folder: EvaluationFolder,
     names: tuple[str, ...] | None,
-) -> Asked:
+) -> EvaluationRequest:
     """Open and check everything before any work is done."""
     notes = [labels_note(config, origin), *other_decoding(origin.encoder, config.data)]
     for note in filter(None, notes):
@@ -142,25 +142,25 @@ def _asked(
     own = tuple(name for name in names if name != TRANSFER)
     if own:
         check_labels(config, sets, own)
-    asked = Asked(config, own, origin, sets, folder)
+    request = EvaluationRequest(config, own, origin, sets, folder)
     for name in own:
         if PROTOCOLS[name].measure is None:
             for unit in units_of(config, name):
-                run_of(asked, unit)
-    return asked
+                run_of(request, unit)
+    return request
 
 
-def _transfer(asked: Asked) -> Asked:
-    assert asked.config.transfer is not None
-    config = asked.config.model_copy(update={"data": asked.config.transfer})
-    sets = _open(config, asked.origin)
+def _transfer(request: EvaluationRequest) -> EvaluationRequest:
+    assert request.config.transfer is not None
+    config = request.config.model_copy(update={"data": request.config.transfer})
+    sets = _open(config, request.origin)
     check_labels(config, sets, TRANSFERRED)
-    place = asked.folder.path / TRANSFER
+    place = request.folder.path / TRANSFER
     place.mkdir(parents=True, exist_ok=True)
-    return Asked(config, TRANSFERRED, asked.origin, sets, EvaluationFolder(place))
+    return EvaluationRequest(config, TRANSFERRED, request.origin, sets, EvaluationFolder(place))
 
 
-def _open(config: EvaluationConfig, origin: Origin) -> EvaluationSets:
+def _open(config: EvaluationConfig, origin: EncoderOrigin) -> EvaluationSets:
     sets = open_sets(
         config.data,
         size_px=config.features.size_px or origin.size_px,
@@ -172,35 +172,35 @@ def _open(config: EvaluationConfig, origin: Origin) -> EvaluationSets:
     return sets
 
 
-def _evaluate(asked: Asked, transfer: Asked | None) -> EvaluationResult:
+def _evaluate(request: EvaluationRequest, transfer: EvaluationRequest | None) -> EvaluationResult:
     view = CountView()
     with ExitStack() as stack:
         stack.callback(view.close)
-        record = _one(asked, view, stack)
+        record = _one(request, view, stack)
         if transfer is not None:
             found = _one(transfer, view, stack)
             for name, values in found["protocols"].items():
                 key = TRANSFER if name == "linear" else f"{TRANSFER}_{name}"
                 record["protocols"][key] = {**values, "source": found["source"]}
-            write_evaluation_result(asked.folder.record, record)
+            write_evaluation_result(request.folder.record, record)
     return record
 
 
-def _one(asked: Asked, view: CountView, stack: ExitStack) -> EvaluationResult:
-    sets = asked.sets
+def _one(request: EvaluationRequest, view: CountView, stack: ExitStack) -> EvaluationResult:
+    sets = request.sets
     say(
-        f"evaluating {asked.origin.encoder} on {len(sets.train):,} training and "
-        f"{len(sets.test):,} test images of {sets.test.source.name}\n  {asked.folder.path}"
+        f"evaluating {request.origin.encoder} on {len(sets.train):,} training and "
+        f"{len(sets.test):,} test images of {sets.test.source.name}\n  {request.folder.path}"
     )
     say_notes(sets.train.source)
     if sets.test.source.fingerprint != sets.train.source.fingerprint:
         say_notes(sets.test.source, title=f"  {sets.test.source.name}:")
-    return evaluate(asked, _ways(asked, view, stack))
+    return evaluate(request, _backend(request, view, stack))
 
 
-def _ways(asked: Asked, view: CountView, stack: ExitStack) -> Ways:
+def _backend(request: EvaluationRequest, view: CountView, stack: ExitStack) -> EvaluationBackend:
     """Return how the work is done; Ray is only started when there is work."""
-    cluster, total = asked.config.cluster, len(asked.sets.train) + len(asked.sets.test)
+    cluster, total = request.config.cluster, len(request.sets.train) + len(request.sets.test)
     on_ray = cluster.num_train_workers > 0
     threads = cluster.threads_per_train_worker or os.cpu_count() or 1
     started = False
@@ -236,26 +236,26 @@ def _ways(asked: Asked, view: CountView, stack: ExitStack) -> Ways:
         start_ray()
         return pretrain_on_ray(config, folder=folder, source=source, layout=plan_layout(config))
 
-    return Ways(
-        embed, run_units, lambda unit: train_unit(asked, unit, train=train), view.advance, say
+    return EvaluationBackend(
+        embed, run_units, lambda unit: train_unit(request, unit, train=train), view.advance, say
     )
 
 
-def _draw(asked: Asked) -> None:
+def _draw(request: EvaluationRequest) -> None:
     say("drawing the report")
     # Matplotlib takes a second.
     from raysl.report.evaluation_page import draw_evaluation  # noqa: PLC0415
 
     for picture, problem in draw_evaluation(
-        asked.folder.path,
-        encoder=asked.origin.encoder,
-        train=asked.sets.train,
-        test=asked.sets.test,
+        request.folder.path,
+        encoder=request.origin.encoder,
+        train=request.sets.train,
+        test=request.sets.test,
     ):
         say(f"  {picture} could not be drawn: {problem}")
 
 
-def _say_results(asked: Asked, record: EvaluationResult) -> None:
+def _say_results(request: EvaluationRequest, record: EvaluationResult) -> None:
     out = console()
     if record["protocols"]:
         out.print(evaluation_table(record))
@@ -263,5 +263,5 @@ def _say_results(asked: Asked, record: EvaluationResult) -> None:
         out.print(mapping_table("Without labels", record["label_free"]))
     if record["bad_images"]:
         say(f"{record['bad_images']:,} bad images were shown to the encoder as black, and counted")
-    lines = [f"numbers   {asked.folder.record}", f"report    {asked.folder.report}"]
+    lines = [f"numbers   {request.folder.record}", f"report    {request.folder.report}"]
     out.print("\n".join(lines), markup=False)

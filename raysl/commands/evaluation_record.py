@@ -1,4 +1,4 @@
-"""An evaluation as a person and as MLflow get it."""
+"""Report an evaluation as a table, as JSON and to MLflow."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from raysl.commands.record import git_state
 from raysl.commands.run_tracking import say_trouble
 from raysl.evaluate.record import EvaluationResult
 from raysl.evaluate.registry import PROTOCOLS
-from raysl.jobs.evaluation import Asked
+from raysl.jobs.evaluation import EvaluationRequest
 from raysl.jobs.evaluation_folder import EvaluationFolder
 from raysl.sources.source import digest
 from raysl.track.mlflow_record import (
@@ -76,12 +76,12 @@ def metrics_of(record: EvaluationResult) -> dict[str, float]:
     return metrics | {f"{place}/{name}": value for name, value in record["label_free"].items()}
 
 
-def send(asked: Asked, record: EvaluationResult, *, home: Path) -> None:
+def send(request: EvaluationRequest, record: EvaluationResult, *, home: Path) -> None:
     """Send an evaluation to the MLflow run that trained the encoder; say it if that fails."""
-    track, folder = asked.config.track, asked.folder
+    track, folder = request.config.track, request.folder
     if not track.mlflow:
         return
-    run = asked.origin.run
+    run = request.origin.run
     trained_in = None if run is None else read_tracked_run(RunFolder(run).mlflow)
     sent = read_tracked_evaluation(folder.mlflow)
     known = trained_in and trained_in.whole_uri
@@ -108,7 +108,7 @@ def send(asked: Asked, record: EvaluationResult, *, home: Path) -> None:
             uri=uri,
             run_id=None if tracked is None else tracked.run_id,
             experiment=track.experiment,
-            run_name=f"{asked.origin.folder.name}-evaluation",
+            run_name=f"{request.origin.folder.name}-evaluation",
         )
     except Exception as error:  # a store may raise anything, and the numbers are on the disk
         trouble = problem_of(error, uri=uri, experiment=track.experiment)

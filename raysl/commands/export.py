@@ -1,4 +1,4 @@
-"""`raysl export`: an encoder in the formats of others, each one checked."""
+"""`raysl export`: write an encoder in other formats, each one checked."""
 
 import argparse
 import difflib
@@ -71,10 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="OUT",
-        help="a folder (default: exports beside the encoder); of one format also the file itself, "
-        "which is then a folder for huggingface",
+        help="a folder (default: exports beside the encoder); for a single format also the file "
+        "itself (a folder for huggingface)",
     )
-    parser.add_argument("--name", help="of the registered model, for --format mlflow")
+    parser.add_argument("--name", help="name of the registered model, for --format mlflow")
     parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
 
 

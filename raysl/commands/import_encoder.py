@@ -1,4 +1,4 @@
-"""`raysl import`: a checkpoint of another training code, as an encoder of raysl."""
+"""`raysl import`: convert a checkpoint of other training code to an encoder of raysl."""
 
 import argparse
 from pathlib import Path
@@ -38,14 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     layouts = "\n".join(f"  {layout.name:<13} {layout.whose}" for layout in LAYOUTS)
     parser.epilog = _EPILOG.format(layouts=layouts, settings=settings_text(ImportConfig))
-    parser.add_argument("file", type=Path, help="a file or a folder of Hugging Face")
+    parser.add_argument("file", type=Path, help="a weight file, or a Hugging Face folder")
     parser.add_argument("overrides", nargs="*", help="key=value, typed as YAML")
     parser.add_argument(
         "--layout",
         default="auto",
         choices=("auto", *(layout.name for layout in LAYOUTS)),
         metavar="NAME",
-        help="whose file it is (default auto)",
+        help="training code that wrote it (default auto)",
     )
     parser.add_argument(
         "-o",

@@ -1,4 +1,4 @@
-"""Commands that are printed for a person to run as they stand."""
+"""Build commands to print, ready to paste into a shell."""
 
 import re
 import shlex

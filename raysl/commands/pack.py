@@ -1,4 +1,4 @@
-"""`raysl pack`: any source into shuffled Parquet shards that stream fast."""
+"""`raysl pack`: rewrite any source as shuffled Parquet shards that stream fast."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""`raysl pipeline`: pretrain, fine-tune and distil as one configuration says, and compare."""
+"""`raysl pipeline`: pretrain, fine-tune and distil by one configuration, and compare."""
 
 import argparse
 import time
@@ -51,10 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
     parser.add_argument(
-        "--dry-run", action="store_true", help="check and list the steps, and start nothing"
+        "--dry-run", action="store_true", help="check and list the steps without starting"
     )
     parser.add_argument(
-        "--fresh", action="store_true", help="start anew; an earlier pipeline's folder is renamed"
+        "--fresh", action="store_true", help="start over; rename an earlier pipeline's folder"
     )
 
 

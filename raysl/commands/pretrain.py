@@ -95,12 +95,12 @@ def add_start_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare how a run that is there already is dealt with."""
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
-        "--fresh", action="store_true", help="start anew; an earlier run's folder is renamed"
+        "--fresh", action="store_true", help="start over; rename an earlier run's folder"
     )
     how.add_argument(
         "--extend",
         action="store_true",
-        help="go on with an earlier run to the larger train.epochs or train.steps given here",
+        help="extend an earlier run to the larger train.epochs or train.steps given here",
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run gave: its speed, its results, and what may come next."""
+"""Print the results of a run, its speed, and the next command to try."""
 
 import time
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What the record of a run holds besides its settings: code, hardware, packages, data."""
+"""Collect a run's environment for its record: code, hardware, packages, data."""
 
 import importlib.metadata
 import platform

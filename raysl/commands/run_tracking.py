@@ -1,4 +1,4 @@
-"""A run's MLflow side, as a command sees it: begun, looked at before any work, ended."""
+"""Start, check and end the MLflow tracking of a run."""
 
 import threading
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""`raysl search`: the images nearest to given ones, or to each other, among embeddings."""
+"""`raysl search`: find the images nearest to given ones, or to each other, among embeddings."""
 
 import argparse
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from rich.table import Table
 
 from raysl.commands.search_all import search_all
-from raysl.commands.search_found import Found, draw_found, known
+from raysl.commands.search_found import SearchResult, draw_found, known
 from raysl.commands.terminal import console, print_json, say, say_notes
 from raysl.errors import ConfigError, DataError
 from raysl.jobs.embed_source import encoder_file
@@ -44,15 +44,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
-    parser.add_argument("embeddings", help="what `raysl embed` wrote")
+    parser.add_argument("embeddings", help="output of `raysl embed`")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--query", metavar="FILE", help="an image, or a folder of images")
     what.add_argument("--rows", help="rows of the embedded source: 0,17,42")
-    parser.add_argument("-k", type=int, default=10, help="neighbours of each (10)")
+    parser.add_argument("-k", type=int, default=10, help="number of neighbours (10)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="a .parquet file for the result")
     parser.add_argument("--grid", type=Path, metavar="PNG", help="a picture of the first few")
     parser.add_argument("--center", action="store_true", help=CENTER_HELP)
-    parser.add_argument("--encoder", help="where the encoder lies now, if it was moved")
+    parser.add_argument("--encoder", help="the encoder's path, if it was moved")
     parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
 
 
@@ -92,7 +92,9 @@ def _some(
     return {"images": len(embeddings), "k": arguments.k, "queries": neighbors}
 
 
-def _of_files(arguments: argparse.Namespace, embeddings: Embeddings, device: torch.device) -> Found:
+def _of_files(
+    arguments: argparse.Namespace, embeddings: Embeddings, device: torch.device
+) -> SearchResult:
     decoding = embedded_as(embeddings).decoding()
     source, names = open_queries(arguments.query, decoding=decoding)
     features = _embed_like(arguments, embeddings, source, len(names))
@@ -101,7 +103,7 @@ def _of_files(arguments: argparse.Namespace, embeddings: Embeddings, device: tor
         queries = torch.nn.functional.normalize(queries)
     queries = embeddings.to_directions(queries)
     neighbors = search(embeddings, queries, k=arguments.k, device=device)
-    return Found(names, [None] * len(names), neighbors, source, list(range(len(names))))
+    return SearchResult(names, [None] * len(names), neighbors, source, list(range(len(names))))
 
 
 def _embed_like(
@@ -127,7 +129,9 @@ def _embed_like(
     return features
 
 
-def _of_rows(arguments: argparse.Namespace, embeddings: Embeddings, device: torch.device) -> Found:
+def _of_rows(
+    arguments: argparse.Namespace, embeddings: Embeddings, device: torch.device
+) -> SearchResult:
     try:
         rows = [int(row) for row in arguments.rows.split(",")]
     except ValueError:
@@ -143,10 +147,10 @@ def _of_rows(arguments: argparse.Namespace, embeddings: Embeddings, device: torc
     labels = [embeddings.label_name(int(place)) for place in places]
     source = open_again(embeddings)
     say_notes(source, title=f"{source.name}:")
-    return Found(embeddings.ids(places), labels, neighbors, source, rows)
+    return SearchResult(embeddings.ids(places), labels, neighbors, source, rows)
 
 
-def _described(embeddings: Embeddings, found: Found, number: int) -> dict[str, Any]:
+def _described(embeddings: Embeddings, found: SearchResult, number: int) -> dict[str, Any]:
     places, similarities = known(found.neighbors, number)
     return {
         "query": found.names[number],

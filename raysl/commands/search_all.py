@@ -1,4 +1,4 @@
-"""All embeddings against all: the neighbours of every image, to a file."""
+"""Write the neighbours of every embedded image to a file."""
 
 import argparse
 from contextlib import closing
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import torch
 
 from raysl.commands.counting import CountView
-from raysl.commands.search_found import GRID_ROWS, Found, draw_found
+from raysl.commands.search_found import GRID_ROWS, SearchResult, draw_found
 from raysl.commands.terminal import console, say, say_notes
 from raysl.retrieval.embeddings import Embeddings
 from raysl.retrieval.images import open_again
@@ -97,7 +97,7 @@ def _same_label(embeddings: Embeddings, start: int, found: Neighbors) -> tuple[i
     return int((mine == theirs)[known].sum()), int(known.sum())
 
 
-def _spread(embeddings: Embeddings, k: int, device: torch.device) -> Found:
+def _spread(embeddings: Embeddings, k: int, device: torch.device) -> SearchResult:
     """Queries from all over the source, for the picture."""
     count = min(GRID_ROWS, len(embeddings))
     places = np.linspace(0, len(embeddings) - 1, count).astype(np.int64)
@@ -109,4 +109,4 @@ def _spread(embeddings: Embeddings, k: int, device: torch.device) -> Found:
     rows = embeddings.rows[places].tolist()
     source = open_again(embeddings)
     say_notes(source, title=f"{source.name}:")
-    return Found(embeddings.ids(places), labels, neighbors, source, rows)
+    return SearchResult(embeddings.ids(places), labels, neighbors, source, rows)

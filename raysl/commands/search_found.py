@@ -1,4 +1,4 @@
-"""What a search found, and its picture."""
+"""The results of a search, and their picture."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ GRID_ROWS = 8
 _GRID_COLUMNS = 10
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
     """Queries and their neighbours."""
 
     names: list[str]
@@ -33,7 +33,7 @@ def known(neighbors: Neighbors, number: int) -> tuple[npt.NDArray[np.int64], lis
     return places[there], neighbors.similarities[number].numpy()[there].tolist()
 
 
-def draw_found(path: Path, embeddings: Embeddings, found: Found) -> None:
+def draw_found(path: Path, embeddings: Embeddings, found: SearchResult) -> None:
     """Draw the first few queries with their neighbours."""
     source = open_again(embeddings)
     count = min(GRID_ROWS, len(found.names))

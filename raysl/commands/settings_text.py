@@ -1,4 +1,4 @@
-"""The settings of a verb as its --help shows them."""
+"""Format the settings of a verb for its --help."""
 
 from collections.abc import Collection
 

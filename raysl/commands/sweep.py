@@ -16,7 +16,7 @@ from raysl.commands.absolute_files import with_absolute_files
 from raysl.commands.record import git_state
 from raysl.commands.run_tracking import say_trouble
 from raysl.commands.sweep_claim import claim
-from raysl.commands.sweep_measured import Measured
+from raysl.commands.sweep_measured import MetricCheck
 from raysl.commands.sweep_results import (
     listed,
     next_line,
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
     parser.add_argument(
-        "--dry-run", action="store_true", help="check and list the trials, and start nothing"
+        "--dry-run", action="store_true", help="check and list the trials without starting"
     )
 
 
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_tracking_uri(sweep.track.tracking_uri)
     candidates = draw(sweep)
     sources = Sources()
-    measured = Measured(sweep.metric)
+    measured = MetricCheck(sweep.metric)
 
     def look(config: RunConfig[Any]) -> None:
         sources.look(config)

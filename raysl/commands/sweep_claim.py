@@ -1,4 +1,4 @@
-"""A sweep's folder is for one sweep: another one of the same name is refused."""
+"""Claim a sweep's folder, and reject another sweep of the same name."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Whether a sweep's runs measure what decides between them, looked at before any of them starts."""
+"""Check before a sweep starts that its runs will measure the metric that compares them."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from raysl.sources.subset import whole_source
 from raysl.sweep.config import MetricConfig
 
 
-class Measured:
+class MetricCheck:
     """What can be measured on the labelled images that runs have.
 
     Args:

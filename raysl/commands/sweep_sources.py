@@ -1,4 +1,4 @@
-"""The images of a sweep: opened once for all trials, and the same from its first start on."""
+"""Open the images of a sweep once for all trials, and check that they have not changed."""
 
 import json
 from collections.abc import Iterable, Mapping

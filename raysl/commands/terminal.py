@@ -1,4 +1,4 @@
-"""What a person sees: a header, progress, tables. Progress goes to standard error."""
+"""Print to the terminal: a header, progress (on standard error), tables."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""Settings without effect: given, but nothing reads them, because of what another setting says.
+"""Find settings without effect: given, but ignored because of another setting.
 
 A setting that has its default is never one: that is what the file of a run folder holds of all that
 nobody gave. Configurations come in layers: a file over the one that it extends, overrides over the

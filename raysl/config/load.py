@@ -1,4 +1,4 @@
-"""From a YAML file and dotted overrides to a validated model, with errors a person can act on."""
+"""Load a YAML file and dotted overrides into a validated model, with helpful errors."""
 
 import difflib
 import json

@@ -49,11 +49,11 @@ def netpbm_header(data: bytes | memoryview) -> Netpbm:
         return _pam(head)
     at, values = 2, []
     for _ in range(2 if kind in "14" else 3):
-        found = _TOKEN.match(head, at)
-        if found is None:
+        token = _TOKEN.match(head, at)
+        if token is None:
             raise ValueError("the header ends early")
-        values.append(float(found[1]))
-        at = found.end()
+        values.append(float(token[1]))
+        at = token.end()
     width, height, maximum = int(values[0]), int(values[1]), values[2] if len(values) > 2 else 1.0
     channels = {"F": 3, "f": 1}.get(kind) or _CHANNELS[int(kind)]
     return _checked(Netpbm(kind, width, height, channels, maximum, at + 1))

@@ -214,5 +214,5 @@ def _images_of_imagej(data: memoryview) -> int:
     """Return how many images ImageJ stored behind one directory, as it does for large stacks."""
     _, tags = next(_directories(data))
     text = tags.get(DESCRIPTION, b"")
-    found = _IMAGEJ_IMAGES.search(text) if isinstance(text, bytes) else None
-    return int(found[1]) if found else 1
+    match = _IMAGEJ_IMAGES.search(text) if isinstance(text, bytes) else None
+    return int(match[1]) if match else 1

@@ -34,10 +34,10 @@ Encoded = bytes | memoryview
 def read_tiff(encoded: Encoded, header: Header, pages: Pages) -> Samples | Flaw:
     """Return the values of the page or pages that the setting ``data.pages`` selects."""
     try:
-        found, _ = read_pages(memoryview(encoded))
+        found_pages, _ = read_pages(memoryview(encoded))
     except (struct.error, ValueError, IndexError):
         return Flaw.DAMAGED
-    first = found[0]
+    first = found_pages[0]
     if pages == "refuse":
         if header.pages > 1:
             return Flaw.PAGES
@@ -45,8 +45,8 @@ def read_tiff(encoded: Encoded, header: Header, pages: Pages) -> Samples | Flaw:
             return Flaw.CHANNELS
     if first.color == "channels":
         return _channels_of_page(encoded, first, 1 if pages == "first" else _MOST_CHANNELS)
-    if pages == "channels" and len(found) > 1 and first.color == "grey":
-        return _pages_as_channels(encoded, found[:_MOST_CHANNELS])
+    if pages == "channels" and len(found_pages) > 1 and first.color == "grey":
+        return _pages_as_channels(encoded, found_pages[:_MOST_CHANNELS])
     return _one_page(encoded, first)
 
 

@@ -74,7 +74,7 @@ def knn_predictions(
     """
     bank = F.normalize(train_features.float(), dim=1)
     classes, numbers = torch.unique(train_labels, return_inverse=True)
-    found: dict[int, list[Tensor]] = {k: [] for k in ks}
+    votes_of: dict[int, list[Tensor]] = {k: [] for k in ks}
     at_once = max(1, min(_ROWS_AT_ONCE, _MOST_SIMILARITIES // len(bank)))
     for rows in test_features.split(at_once):
         similarity = F.normalize(rows.float(), dim=1) @ bank.T  # (rows, M)
@@ -82,11 +82,11 @@ def knn_predictions(
         # Relative to the nearest one: the vote is the same, and a low temperature cannot overflow.
         weights = ((nearest - nearest[:, :1]) / temperature).exp()
         voted = numbers[places]
-        for k, parts in found.items():
+        for k, parts in votes_of.items():
             votes = weights.new_zeros(len(rows), len(classes))
             votes.scatter_add_(1, voted[:, :k], weights[:, :k])
             parts.append(classes[votes.argmax(dim=1)])
-    return {k: torch.cat(parts) for k, parts in found.items()}
+    return {k: torch.cat(parts) for k, parts in votes_of.items()}
 
 
 def _check(

@@ -88,15 +88,15 @@ def choose_labelled(config: EvaluateConfig, data: DataConfig, source: Source) ->
     numbers = source.labels()
     labels = np.empty(0, np.int64) if numbers is None else numbers
     if config.source is not None:
-        found = _given(config, data, source, labels)
+        candidates = _given(config, data, source, labels)
     elif _num_classes(labels) < _FEWEST_CLASSES:
         return _nothing(config, _too_few_classes(source, labels))
     else:
-        found = _beside(data, source, labels)
-    if found.within:
-        _check_finetune(config, found.notes[0])
-    train = found.train.cut(config.max_train_images)
-    test = found.test.cut(config.max_test_images)
+        candidates = _beside(data, source, labels)
+    if candidates.within:
+        _check_finetune(config, candidates.notes[0])
+    train = candidates.train.cut(config.max_train_images)
+    test = candidates.test.cut(config.max_test_images)
     if len(test.rows) == 0 or _num_classes(train.known) < _FEWEST_CLASSES:
         return _nothing(
             config,
@@ -104,10 +104,10 @@ def choose_labelled(config: EvaluateConfig, data: DataConfig, source: Source) ->
             f"{counted(len(train.rows), 'image')} would train the probes and {len(test.rows):,} "
             f"test them; two classes to train with and one image to test on are the least",
         )
-    few_shot, note = _few_shot(config, train.known, found.class_names)
-    asked = not few_shot and config.final == "full"
-    notes = (*found.notes, *_unseen(train, test), *([note] if asked else []))
-    return Labelling(train, test, found.class_names, few_shot, found.within, notes)
+    few_shot, note = _few_shot(config, train.known, candidates.class_names)
+    is_wanted = not few_shot and config.final == "full"
+    notes = (*candidates.notes, *_unseen(train, test), *([note] if is_wanted else []))
+    return Labelling(train, test, candidates.class_names, few_shot, candidates.within, notes)
 
 
 def open_labelled(
@@ -173,7 +173,7 @@ def _given(config: EvaluateConfig, data: DataConfig, source: Source, labels: Lab
     test_labels = test.labels()
     if test_labels is None or not (test_labels >= 0).any():
         raise DataError(f"{where}: no labels; {_DATA.sub('evaluate', test.label_advice)}")
-    known = np.flatnonzero(test_labels >= 0)
+    labelled = np.flatnonzero(test_labels >= 0)
     unknown, shared = _compare(test, test_labels, source)
     if shared and unknown and _num_classes(labels) >= _FEWEST_CLASSES:
         raise DataError(
@@ -185,10 +185,10 @@ def _given(config: EvaluateConfig, data: DataConfig, source: Source, labels: Lab
     if not unknown and _num_classes(labels) >= _FEWEST_CLASSES:
         there = Part(source, labels, np.flatnonzero(labels >= 0))
         numbers = _numbers_like(test, test_labels, source)
-        return _Candidates(there, Part(test, numbers, known), source.class_names)
+        return _Candidates(there, Part(test, numbers, labelled), source.class_names)
     classes = _num_classes(labels)
     why = ("no labels", "labels of one class only", "no labels of its classes")[min(classes, 2)]
-    train_rows, test_rows = hold_out(known)
+    train_rows, test_rows = hold_out(labelled)
     note = (
         f"{source.name} has {why}, so that the probes are trained within {where}: "
         f"{len(train_rows):,} of its labelled images train them and {len(test_rows):,} test them"
@@ -208,8 +208,8 @@ def _beside(data: DataConfig, source: Source, labels: Labels) -> _Candidates:
     test_labels = test.labels()
     assert test_labels is not None  # a split without labels is not used
     numbers = _numbers_like(test, test_labels, source)
-    known = np.flatnonzero(numbers >= 0)
-    parts = Part(source, labels, rows), Part(test, numbers, known)
+    labelled = np.flatnonzero(numbers >= 0)
+    parts = Part(source, labels, rows), Part(test, numbers, labelled)
     return _Candidates(*parts, source.class_names, notes=(note,) if note else ())
 
 
@@ -241,11 +241,11 @@ def _held_out_split(data: DataConfig, source: Source) -> tuple[Source | None, st
 
 def _split_beside(data: DataConfig, source: Source) -> str | None:
     """Return the name of the split to test on; never the training split."""
-    asked = data.split
-    if asked is None:
+    own_split = data.split
+    if own_split is None:
         trained = source.splits[0] if len(source.splits) == 1 else TRAIN
     else:
-        trained = asked if asked in source.splits else canonical(asked) or asked
+        trained = own_split if own_split in source.splits else canonical(own_split) or own_split
     return next((n for n in HELD_OUT if n in source.splits and n != trained), None)
 
 
@@ -314,5 +314,5 @@ def _num_classes(labels: Labels) -> int:
 
 
 def _some(names: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:_SHOWN])
-    return f"{shown}, ... ({len(names):,})" if len(names) > _SHOWN else shown
+    examples = ", ".join(repr(name) for name in names[:_SHOWN])
+    return f"{examples}, ... ({len(names):,})" if len(names) > _SHOWN else examples

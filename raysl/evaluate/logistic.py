@@ -75,7 +75,7 @@ def fit_logistic(
     begin = np.zeros((width + 1, count))
     if start is not None:
         begin = torch.cat([start.weights, start.biases[None]]).double().cpu().numpy()
-    found = minimize(
+    result = minimize(
         loss_and_gradient,
         begin.ravel(),
         method="L-BFGS-B",
@@ -87,7 +87,7 @@ def fit_logistic(
             "ftol": _LOSS_TOLERANCE,
         },
     )
-    parameters = torch.from_numpy(found.x.reshape(width + 1, count)).float().to(features.device)
+    parameters = torch.from_numpy(result.x.reshape(width + 1, count)).float().to(features.device)
     return LogisticRegression(classes, parameters[:-1], parameters[-1])
 
 

@@ -102,7 +102,7 @@ class ProbeSets(NamedTuple):
     """``(N,)``."""
 
 
-class Measured(NamedTuple):
+class ProbeResult(NamedTuple):
     """The result of a protocol for one seed."""
 
     top1: float
@@ -113,27 +113,27 @@ class Measured(NamedTuple):
     """Further details, such as the chosen learning rate; JSON values."""
 
 
-def measure_knn(config: KnnConfig, sets: ProbeSets, *, seed: int, device: str) -> Measured:
+def measure_knn(config: KnnConfig, sets: ProbeSets, *, seed: int, device: str) -> ProbeResult:
     """Measure nearest neighbours; deterministic, whatever the seed."""
     train, labels, test = (
         torch.from_numpy(x).to(device) for x in (sets.train, sets.train_labels, sets.test)
     )
     ks = sorted({config.k, *config.also_k})
-    found = knn_predictions(train, labels, test, ks=ks, temperature=config.temperature)
-    accuracies = {k: _top1(predictions, sets.test_labels) for k, predictions in found.items()}
+    predicted = knn_predictions(train, labels, test, ks=ks, temperature=config.temperature)
+    accuracies = {k: _top1(predictions, sets.test_labels) for k, predictions in predicted.items()}
     others = {f"top1_of_k_{k}": accuracies[k] for k in ks if k != config.k}
-    return Measured(accuracies[config.k], found[config.k].cpu().numpy(), others)
+    return ProbeResult(accuracies[config.k], predicted[config.k].cpu().numpy(), others)
 
 
-def measure_linear(config: LinearConfig, sets: ProbeSets, *, seed: int, device: str) -> Measured:
+def measure_linear(config: LinearConfig, sets: ProbeSets, *, seed: int, device: str) -> ProbeResult:
     """Train classifiers of all rates, choose one on the held-out rows, retrain it on all rows.
 
     Raises:
         DataError: If every rate diverges.
     """
     train, test = scaled_on(sets.train, sets.test, device)
-    known = torch.from_numpy(sets.train_labels).to(device)
-    classes, labels = torch.unique(known, return_inverse=True)
+    all_labels = torch.from_numpy(sets.train_labels).to(device)
+    classes, labels = torch.unique(all_labels, return_inverse=True)
     shared: dict[str, Any] = {
         "num_classes": len(classes),
         "settings": SgdSettings(config.epochs, config.batch_size, config.sgd_momentum),
@@ -157,10 +157,10 @@ def measure_linear(config: LinearConfig, sets: ProbeSets, *, seed: int, device: 
         )
     predictions = classes[predictions]
     facts = {"base_lr": rates[best], "held_out_top1": held_out_top1}
-    return Measured(_top1(predictions, sets.test_labels), predictions.cpu().numpy(), facts)
+    return ProbeResult(_top1(predictions, sets.test_labels), predictions.cpu().numpy(), facts)
 
 
-def measure_lbfgs(config: LbfgsConfig, sets: ProbeSets, *, seed: int, device: str) -> Measured:
+def measure_lbfgs(config: LbfgsConfig, sets: ProbeSets, *, seed: int, device: str) -> ProbeResult:
     """Fit classifiers of all penalties, choose one on the held-out rows, refit it on all rows."""
     train, test = scaled_on(sets.train, sets.test, device)
     labels = torch.from_numpy(sets.train_labels).to(device)
@@ -186,10 +186,12 @@ def measure_lbfgs(config: LbfgsConfig, sets: ProbeSets, *, seed: int, device: st
     )
     predictions = final.predict(test)
     facts = {"inverse_penalty": penalties[best], "held_out_top1": held_out_top1}
-    return Measured(_top1(predictions, sets.test_labels), predictions.cpu().numpy(), facts)
+    return ProbeResult(_top1(predictions, sets.test_labels), predictions.cpu().numpy(), facts)
 
 
-def measure_few_shot(config: FewShotConfig, sets: ProbeSets, *, seed: int, device: str) -> Measured:
+def measure_few_shot(
+    config: FewShotConfig, sets: ProbeSets, *, seed: int, device: str
+) -> ProbeResult:
     """Fit a classifier to draw number ``seed`` of a few labels for each class.
 
     Raises:
@@ -203,7 +205,7 @@ def measure_few_shot(config: FewShotConfig, sets: ProbeSets, *, seed: int, devic
     some = train[torch.from_numpy(rows).to(device)]
     classifier = fit_logistic(some, labels, inverse_penalty=config.inverse_penalty)
     predictions = classifier.predict(test)
-    return Measured(_top1(predictions, sets.test_labels), predictions.cpu().numpy(), {})
+    return ProbeResult(_top1(predictions, sets.test_labels), predictions.cpu().numpy(), {})
 
 
 def held_out_rows(count: int, *, share: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from raysl.evaluate.probes import (
     KnnConfig,
     LbfgsConfig,
     LinearConfig,
-    Measured,
+    ProbeResult,
     measure_few_shot,
     measure_knn,
     measure_lbfgs,
@@ -40,7 +40,7 @@ class Protocol(NamedTuple):
     """Maps its settings to the text that identifies a number."""
     seeds: Callable[[Any, Sequence[int]], tuple[int, ...]]
     """Maps its settings and the requested seeds to those to run; empty if nothing is random."""
-    measure: Callable[..., Measured] | None
+    measure: Callable[..., ProbeResult] | None
     """Takes settings, features, seed and device; None for protocols that train the network."""
 
     def text(self, settings: Config) -> str:

@@ -1,1 +1,1 @@
-"""Encoders to and from the formats of others, each checked before its file appears."""
+"""Export encoders to other formats and import them, checking each file before it appears."""

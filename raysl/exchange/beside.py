@@ -1,4 +1,4 @@
-"""What lies with a file of weights and tells of them: a header, or a file of its folder."""
+"""Read metadata stored beside weights: a header, or configuration files of the folder."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""An encoder in the formats of others; each is loaded and compared before its file appears."""
+"""Export an encoder to other formats; each file is loaded and compared before it appears."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is exported: a network in evaluation mode, and what a user of it has to know."""
+"""The object of an export: a network in evaluation mode, and its metadata."""
 
 from pathlib import Path
 from typing import Any, Literal, NamedTuple

@@ -1,4 +1,4 @@
-"""Programs that need neither raysl nor the network's code: ONNX, TorchScript, torch.export.
+"""Export programs that need neither raysl nor the model's code: ONNX, TorchScript, torch.export.
 
 All take a batch of any size. Their convolutions are torch's own: raysl's matrix products step aside
 for whatever traces them (:mod:`raysl.nn.convolution`).

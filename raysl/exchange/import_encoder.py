@@ -1,4 +1,4 @@
-"""Encoder files of other training codes, made into one of raysl's own."""
+"""Import weights of other training code as an encoder file of raysl."""
 
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -17,7 +17,7 @@ from raysl.nn.vit import VIT_SIZES
 from raysl.weights.dinov2_names import OF_DINOV2
 from raysl.weights.fit import fill, fitted
 from raysl.weights.layouts import LAYOUTS, Network
-from raysl.weights.networks import Found, choose, find_networks, networks_named
+from raysl.weights.networks import ChosenNetwork, choose, find_networks, networks_named
 from raysl.weights.normalisation import IMAGENET, PIXELS
 from raysl.weights.read import read_content
 from raysl.weights.recognise import Recognised, assumed, recognise
@@ -122,7 +122,7 @@ def import_encoder(path: Path, config: ImportConfig, output: Path, *, layout: st
     return imported
 
 
-def _fitted(found: Found, backbone: Backbone, file: Path) -> dict[str, torch.Tensor]:
+def _fitted(found: ChosenNetwork, backbone: Backbone, file: Path) -> dict[str, torch.Tensor]:
     """The tensors of the backbone; says what reads a transformer with layer scales."""
     try:
         return fitted(found.network.state, backbone.net, where=file)
@@ -147,7 +147,7 @@ def _address(file: Path, config: ImportConfig, networks: list[Network]) -> str |
 
 
 def _guessed(
-    recognised: Recognised, found: Found, config: ImportConfig, given: set[str]
+    recognised: Recognised, found: ChosenNetwork, config: ImportConfig, given: set[str]
 ) -> list[str]:
     """What of the network and the backbone neither tensors nor layout nor user tell."""
     told = {f"backbone.{key}" for key in found.layout.fixed(found.network)} | given
@@ -159,7 +159,7 @@ def _guessed(
     return guessed
 
 
-def _assumed_normalisation(found: Found, mean: Any, std: Any) -> str:
+def _assumed_normalisation(found: ChosenNetwork, mean: Any, std: Any) -> str:
     normalisation = found.layout.normalisation(found.network)
     if found.layout.name in _BY_NAMES_ALONE:
         because = f"{normalisation.whose}, which most training codes have"
@@ -183,7 +183,7 @@ def _backbone_config(
     config: ImportConfig,
     beside: Beside,
     recognised: Recognised,
-    found: Found | None,
+    found: ChosenNetwork | None,
 ) -> BackboneConfig:
     """Put together what the tensors, layout, files beside and user say; the last one counts."""
     section = {**recognised.section}
@@ -213,7 +213,7 @@ def _seen(recognised: Recognised) -> str:
 
 def _by_names(
     file: Path, content: Any, backbone: Backbone, layout: str, address: str | None
-) -> Found:
+) -> ChosenNetwork:
     """Find a network by all of its names."""
     wanted = backbone.net.state_dict().keys()
     networks = [n for n in networks_named(content, wanted) if n.state.keys() & wanted]

@@ -1,4 +1,4 @@
-"""Files that torchvision's, timm's and Hugging Face's own classes load."""
+"""Export files that the classes of torchvision, timm and Hugging Face load."""
 
 import json
 from collections.abc import Callable, Sequence

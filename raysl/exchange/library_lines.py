@@ -1,4 +1,4 @@
-"""The lines of Python that load an encoder file, without raysl where a library has its module."""
+"""Generate the Python lines that load an encoder file, without raysl where possible."""
 
 import json
 from collections.abc import Sequence

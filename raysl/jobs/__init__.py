@@ -1,1 +1,1 @@
-"""What one worker of a run does, from first to last, without knowing who started it."""
+"""The work of one process from start to end, independent of who started it; no Ray."""

@@ -1,4 +1,4 @@
-"""Embedding without Ray: the loops that people write, timed for comparison.
+"""Time plain torch embedding loops, the baseline for embedding on Ray.
 
 Each runs in a process of its own (``python -m raysl.jobs.benchmark_embedding``, a pickled task in,
 a JSON object out): a DataLoader forks its workers, which a process connected to Ray must not do.

@@ -1,4 +1,4 @@
-"""How fast one core makes views, where its time goes, and what a benchmark's figures mean."""
+"""Time how fast one core makes views, stage by stage."""
 
 import math
 import statistics

@@ -1,4 +1,4 @@
-"""How well label-free measures rank encoders: each measured both ways on the same features."""
+"""Measure how well label-free measures rank encoders by accuracy."""
 
 import json
 import time
@@ -73,8 +73,8 @@ class Subject(NamedTuple):
     within one as well."""
 
 
-class Measured(NamedTuple):
-    """What one encoder's features are worth, with labels and without."""
+class EncoderScores(NamedTuple):
+    """The scores of one encoder, with labels and without."""
 
     name: str
     method: str
@@ -238,7 +238,7 @@ class Study:
             self._sets[size_px] = found
         return self._sets[size_px]
 
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: Subject) -> EncoderScores:
         """Measure an encoder: without labels on the training images, with them on the test images.
 
         RankMe's authors, too, take images of the set that the encoder was trained on.
@@ -267,10 +267,12 @@ class Study:
         knn = knn_top1(self.config.evaluate, sets, train, test)
         measures = label_free(train, pairs) | {"knn_top1": knn}
         seconds = time.monotonic() - began
-        return Measured(subject.name, subject.method, subject.backbone, measures, accuracy, seconds)
+        return EncoderScores(
+            subject.name, subject.method, subject.backbone, measures, accuracy, seconds
+        )
 
 
-def correlations(measured: Sequence[Measured], *, seed: int = 0) -> list[Correlation]:
+def correlations(measured: Sequence[EncoderScores], *, seed: int = 0) -> list[Correlation]:
     """Return how each measure goes with linear accuracy.
 
     Signed by what the measure promises: of ``alignment``, ``uniformity`` and the distance of
@@ -311,7 +313,7 @@ def promise(measure: str, value: float) -> float:
     return -value if measure in ("alignment", "uniformity") else value
 
 
-def groups_of(measured: Sequence[Measured]) -> dict[str, list[Measured]]:
+def groups_of(measured: Sequence[EncoderScores]) -> dict[str, list[EncoderScores]]:
     """Return the encoders to correlate over: all, the trained, and methods with five or more.
 
     Across architectures ranks and alignments need not mean the same: the trained ones are those of

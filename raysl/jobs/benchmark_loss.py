@@ -1,4 +1,4 @@
-"""What NT-Xent costs, in tiles and with the matrix of all pairs, over the size of the batch.
+"""Measure time and memory of NT-Xent, tiled and with the full matrix, over the batch size.
 
 Each measurement is made in a process of its own (``python -m raysl.jobs.benchmark_loss``), so that
 the memory of one is not that of another. One that would not fit into the free memory is told, not

@@ -1,4 +1,4 @@
-"""Methods side by side: each a run of its own, read back from its folder."""
+"""Train several methods, each as a run of its own, and compare their results."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What most users have: a torch DataLoader with torchvision's transforms, timed for comparison.
+"""Time a torch DataLoader with torchvision's transforms, the baseline for the input pipeline.
 
 It runs in a process of its own (``python -m raysl.jobs.benchmark_peer``, a pickled task in, a JSON
 object out): a DataLoader forks its workers, which a process connected to Ray must not do.

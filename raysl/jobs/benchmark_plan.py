@@ -1,4 +1,4 @@
-"""What the order of a run costs, in memory and in time, over the number of images.
+"""Measure memory and start time of the plan over the number of images.
 
 Each size is measured in a process of its own (``python -m raysl.jobs.benchmark_plan``), which may
 take half of the free memory and no more.

@@ -1,4 +1,4 @@
-"""A run's method, optimizers and precision, built from its configuration."""
+"""Build a run's method, optimizers and precision from its configuration."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""How often a classifier is right, during its training and at the end of it."""
+"""Measure a classifier's accuracy during training and at its end."""
 
 from collections.abc import Callable, Mapping
 

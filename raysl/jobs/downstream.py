@@ -1,4 +1,4 @@
-"""From a finished run to the next one: the settings to fine-tune or to distil it with.
+"""Derive the settings of a fine-tuning or distillation run from a finished run.
 
 T. Chen, S. Kornblith, K. Swersky, M. Norouzi, G. Hinton: "Big Self-Supervised Models are Strong
 Semi-Supervised Learners", 2020, arXiv:2006.10029v2, sec. 3.1. ViTs are fine-tuned as MAE's ViT-Base
@@ -46,7 +46,7 @@ _VIT_OPTIM: dict[str, Any] = {
 _PACE = {"fraction": 0.25}
 
 
-class Origin(NamedTuple):
+class RunOrigin(NamedTuple):
     """A finished run, or one that is going to be finished, that another one begins with."""
 
     name: str
@@ -93,7 +93,7 @@ def finetune_values(origin: Path, overrides: Sequence[str] = ()) -> dict[str, An
 
 
 def finetune_from(
-    origin: Origin, overrides: Sequence[str], *, whole: Source | None = None
+    origin: RunOrigin, overrides: Sequence[str], *, whole: Source | None = None
 ) -> dict[str, Any]:
     """Return the settings that fine-tune what ``origin`` has pretrained or will have.
 
@@ -176,7 +176,7 @@ def distill_values(teacher: Path, overrides: Sequence[str] = ()) -> dict[str, An
 
 
 def distill_from(
-    teacher: Origin, overrides: Sequence[str], *, whole: Source | None = None
+    teacher: RunOrigin, overrides: Sequence[str], *, whole: Source | None = None
 ) -> dict[str, Any]:
     """Return the settings that distil a teacher.
 
@@ -223,7 +223,7 @@ def run_after(values: Mapping[str, Any], overrides: Sequence[str], *, where: str
     return asked_run(layered({}, values, given), where=" ".join([where, *overrides]))
 
 
-def origin_of(run: RunConfig[Any], folder: Path) -> Origin:
+def origin_of(run: RunConfig[Any], folder: Path) -> RunOrigin:
     """Return a run as the origin of another, whether it is finished or not.
 
     Args:
@@ -253,7 +253,7 @@ def finetune_data(pretrained: RunConfig[Any]) -> dict[str, Any]:
     return data
 
 
-def _on_images_of(origin: Origin, overrides: Sequence[str]) -> dict[str, Any]:
+def _on_images_of(origin: RunOrigin, overrides: Sequence[str]) -> dict[str, Any]:
     """Return the settings that a run takes over: of its images only if they are the same."""
     values, _ = without_other_source(
         origin.values,
@@ -263,7 +263,7 @@ def _on_images_of(origin: Origin, overrides: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def _of_run(run: RunConfig[Any], folder: Path, weights: Path, head_layers: int) -> Origin:
+def _of_run(run: RunConfig[Any], folder: Path, weights: Path, head_layers: int) -> RunOrigin:
     values = run.model_dump(mode="json", exclude={"name", "adversary_optim", "optim", "train"})
     values |= {
         "data": finetune_data(run),
@@ -272,10 +272,10 @@ def _of_run(run: RunConfig[Any], folder: Path, weights: Path, head_layers: int) 
         "train": {"precision": run.train.precision, "channels_last": run.train.channels_last},
         "output_dir": str(folder.parent),
     }
-    return Origin(run.name, folder, weights, head_layers, values, run.method.finetuned_pool)
+    return RunOrigin(run.name, folder, weights, head_layers, values, run.method.finetuned_pool)
 
 
-def _of_file(folder: Path, weights: Path, head_layers: int) -> Origin:
+def _of_file(folder: Path, weights: Path, head_layers: int) -> RunOrigin:
     """Return an encoder file without a run as an origin; what its header says is all there is."""
     known = read_description(weights)
     data: dict[str, Any] = {"views": {"recipe": "finetune", "size_px": known["image_size_px"]}}
@@ -285,7 +285,7 @@ def _of_file(folder: Path, weights: Path, head_layers: int) -> Origin:
         "backbone": dict(known.get("backbone") or {}),
         "evaluate": {"every": _PACE},
     }
-    return Origin(weights.stem, folder, weights, head_layers, values)
+    return RunOrigin(weights.stem, folder, weights, head_layers, values)
 
 
 def _trained(

@@ -1,4 +1,4 @@
-"""A source into a folder of embeddings, shard by shard, again and again from where it stopped.
+"""Embed a source into a folder of shards, resuming where it stopped.
 
 Plain functions; whoever calls :func:`embed_source` says where chunks are computed. The shards
 depend on the source, the encoder and the settings, and not on who worked on them or how often it
@@ -54,15 +54,15 @@ MakeChunks = Callable[[Source, Chunks, Embedding], Generator[Chunk, None, None]]
 """Computes chunks, in any order; closing it ends the work."""
 
 
-class View(Protocol):
-    """Who is told how far it is."""
+class CountProgress(Protocol):
+    """The interface of a progress display."""
 
     def begin(self, what: str, *, total: int, done: int) -> None:
-        """Begin to count images."""
+        """Start to count images."""
         ...
 
     def advance(self, count: int) -> None:
-        """Count more of them."""
+        """Count more images."""
         ...
 
 
@@ -134,7 +134,7 @@ def embed_source(
     output: str,
     *,
     make: MakeChunks,
-    view: View,
+    view: CountProgress,
 ) -> EmbedResult:
     """Embed a source into a folder, or go on with it.
 
@@ -234,7 +234,7 @@ class _Writer:
         self.labels: npt.NDArray[np.int64] | None = labels
         self._width = width
 
-    def fill(self, make: MakeChunks, embedding: Embedding, view: View) -> int:
+    def fill(self, make: MakeChunks, embedding: Embedding, view: CountProgress) -> int:
         """Write all missing shards; return how many images were embedded."""
         bounds = [self.plan.bounds(shard) for shard in self.missing]
         todo = sum(stop - start for start, stop in bounds)

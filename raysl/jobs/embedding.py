@@ -1,4 +1,4 @@
-"""Features of the rows of a source, a chunk at a time: read, decode, cut to a square, encode.
+"""Compute the features of a source's rows in chunks: read, decode, crop, encode.
 
 Ray's actors call the parts; :func:`features_here` puts them together in one process.
 """

@@ -1,4 +1,4 @@
-"""What embedding very many images takes, on paper: formulas over measured rates."""
+"""Estimate the cost of embedding very many images from measured rates."""
 
 from typing import NamedTuple
 
@@ -9,8 +9,8 @@ _CHANNELS = 3
 _DAY_S = 86_400
 
 
-class Given(NamedTuple):
-    """What a plan follows from."""
+class EmbeddingCosts(NamedTuple):
+    """The measured costs that a plan is computed from."""
 
     num_images: int
     embed_dim: int
@@ -31,8 +31,8 @@ class Given(NamedTuple):
     shard_bytes: int
 
 
-class Line(NamedTuple):
-    """A result of the plan."""
+class PlanLine(NamedTuple):
+    """One quantity of the plan, with its formula."""
 
     what: str
     formula: str
@@ -40,7 +40,7 @@ class Line(NamedTuple):
     unit: str
 
 
-def plan_embedding(given: Given) -> list[Line]:
+def plan_embedding(given: EmbeddingCosts) -> list[PlanLine]:
     """Return what it takes, each with the formula that it follows from.
 
     M images, D features of b bytes, G workers at r images/s each, c images a chunk, S pixels a
@@ -55,19 +55,25 @@ def plan_embedding(given: Given) -> list[Line]:
     search_s = float(m) * m * dim / (given.num_workers * given.multiplications_per_s)
     query_s = float(m) * dim / (given.num_workers * given.multiplications_per_s)
     return [
-        Line("features", f"M (D b + {_ROW_BYTES})", storage, "bytes"),
-        Line("shards", "M D b / shard_mib", max(1.0, features / given.shard_bytes), "files"),
-        Line("time", "M / (G r)", m / total_rate, "s"),
-        Line("worker days", "M / r", m / given.images_per_s_per_worker / _DAY_S, "days"),
-        Line("read from the source", "G r image bytes", total_rate * given.image_bytes, "bytes/s"),
-        Line("CPUs that decode", "G r / d", total_rate / given.decode_images_per_s_per_cpu, "CPUs"),
-        Line(
+        PlanLine("features", f"M (D b + {_ROW_BYTES})", storage, "bytes"),
+        PlanLine("shards", "M D b / shard_mib", max(1.0, features / given.shard_bytes), "files"),
+        PlanLine("time", "M / (G r)", m / total_rate, "s"),
+        PlanLine("worker days", "M / r", m / given.images_per_s_per_worker / _DAY_S, "days"),
+        PlanLine(
+            "read from the source", "G r image bytes", total_rate * given.image_bytes, "bytes/s"
+        ),
+        PlanLine(
+            "CPUs that decode", "G r / d", total_rate / given.decode_images_per_s_per_cpu, "CPUs"
+        ),
+        PlanLine(
             "object store of all nodes",
             f"{_KEPT_CHUNKS} G c (3 S^2 + {_FLOAT32} D)",
             store,
             "bytes",
         ),
-        Line("features to the writing process", "4 G r D", total_rate * dim * _FLOAT32, "bytes/s"),
-        Line("one query, exact", "M D / (G f)", query_s, "s"),
-        Line("all against all, exact", "M^2 D / (G f)", search_s, "s"),
+        PlanLine(
+            "features to the writing process", "4 G r D", total_rate * dim * _FLOAT32, "bytes/s"
+        ),
+        PlanLine("one query, exact", "M D / (G f)", query_s, "s"),
+        PlanLine("all against all, exact", "M^2 D / (G f)", search_s, "s"),
     ]

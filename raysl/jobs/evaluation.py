@@ -1,4 +1,4 @@
-"""An evaluation from its images to its record: features once, then each protocol and seed.
+"""Run an evaluation: compute features once, then measure each protocol and seed.
 
 Whatever is done is on the disk when it is done, so that the same command goes on after a crash.
 """
@@ -14,7 +14,7 @@ import torch
 
 from raysl.config.load import validate
 from raysl.errors import DataError
-from raysl.evaluate.probes import Measured, ProbeSets
+from raysl.evaluate.probes import ProbeResult, ProbeSets
 from raysl.evaluate.record import (
     EvaluationResult,
     ProtocolResult,
@@ -23,7 +23,7 @@ from raysl.evaluate.record import (
 )
 from raysl.evaluate.registry import PROTOCOLS, Protocol, settings_digest
 from raysl.jobs.embedding import Embedding, encoder_digest
-from raysl.jobs.evaluation_config import EvaluationConfig, Origin
+from raysl.jobs.evaluation_config import EncoderOrigin, EvaluationConfig
 from raysl.jobs.evaluation_folder import EvaluationFolder
 from raysl.jobs.evaluation_label_free import measure_label_free
 from raysl.jobs.evaluation_sets import EvaluationSets
@@ -33,7 +33,7 @@ Embed = Callable[..., tuple[npt.NDArray[np.float32], dict[int, str]]]
 """``(source, rows, embedding, *, advance)`` -> features ``(M, D)`` and the bad rows' reasons."""
 
 
-class Unit(NamedTuple):
+class ProtocolRun(NamedTuple):
     """One seed of a protocol."""
 
     protocol: str
@@ -42,81 +42,81 @@ class Unit(NamedTuple):
     """None where nothing is random."""
 
 
-Finished = tuple[Unit, Measured, float]
-"""A unit, what it gave, and its wall seconds."""
+Finished = tuple[ProtocolRun, ProbeResult, float]
+"""A protocol run, its result, and its wall time in seconds."""
 
-RunUnits = Callable[[Sequence[Unit], ProbeSets], Iterable[Finished]]
+RunUnits = Callable[[Sequence[ProtocolRun], ProbeSets], Iterable[Finished]]
 """Measures units on features, in any order."""
 
-TrainUnit = Callable[[Unit], Measured]
+TrainUnit = Callable[[ProtocolRun], ProbeResult]
 """Measures a unit that trains the whole network."""
 
 
-class Asked(NamedTuple):
-    """What is to be evaluated."""
+class EvaluationRequest(NamedTuple):
+    """What to evaluate, and where to store it."""
 
     config: EvaluationConfig
     protocols: tuple[str, ...]
     """Names in the registry; empty measures without labels alone."""
-    origin: Origin
+    origin: EncoderOrigin
     sets: EvaluationSets
     folder: EvaluationFolder
 
 
-class Ways(NamedTuple):
-    """How the work is done: in this process or on a cluster."""
+class EvaluationBackend(NamedTuple):
+    """The functions that do the work, in this process or on a cluster."""
 
     embed: Embed
     run_units: RunUnits
     train_unit: TrainUnit
     advance: Callable[[int], None]
-    """Gets the number of images embedded since the last call."""
+    """Called with the number of images embedded since the last call."""
     say: Callable[[str], None]
 
 
-def evaluate(asked: Asked, ways: Ways) -> EvaluationResult:
+def evaluate(request: EvaluationRequest, backend: EvaluationBackend) -> EvaluationResult:
     """Evaluate an encoder, or go on with it, and return the record: ``evaluation.json``.
 
     Raises:
         RunFolderError: If the folder holds an evaluation of something else.
         RayslError: What the protocols raise.
     """
-    arrays, about = _features(asked, ways)
-    _write_record(asked, about)
+    arrays, about = _features(request, backend)
+    _write_record(request, about)
     probes = ProbeSets(
         arrays["train_features"],
         arrays["train_labels"],
         arrays["test_features"],
         arrays["test_labels"],
     )
-    units = [unit for name in asked.protocols for unit in units_of(asked.config, name)]
-    missing = [unit for unit in units if asked.folder.read_unit(key_of(unit)) is None]
+    units = [unit for name in request.protocols for unit in units_of(request.config, name)]
+    missing = [unit for unit in units if request.folder.read_unit(key_of(unit)) is None]
     if len(missing) < len(units):
-        ways.say(f"{len(units) - len(missing)} of {len(units)} measurements are there already")
+        backend.say(f"{len(units) - len(missing)} of {len(units)} measurements are there already")
     on_features = [unit for unit in missing if PROTOCOLS[unit.protocol].measure is not None]
-    for unit, measured, seconds in ways.run_units(on_features, probes) if on_features else ():
-        _keep(asked, unit, measured, seconds, ways.say)
-        _write_record(asked, about)
+    for unit, measured, seconds in backend.run_units(on_features, probes) if on_features else ():
+        _keep(request, unit, measured, seconds, backend.say)
+        _write_record(request, about)
     for unit in missing:
         if PROTOCOLS[unit.protocol].measure is None:
             began = time.monotonic()
-            measured = ways.train_unit(unit)
-            _keep(asked, unit, measured, time.monotonic() - began, ways.say)
-            _write_record(asked, about)
-    record = _write_record(asked, about)
-    asked.folder.write_predictions(dict(_predictions(asked)))
+            measured = backend.train_unit(unit)
+            _keep(request, unit, measured, time.monotonic() - began, backend.say)
+            _write_record(request, about)
+    record = _write_record(request, about)
+    request.folder.write_predictions(dict(_predictions(request)))
     return record
 
 
-def units_of(config: EvaluationConfig, name: str) -> list[Unit]:
+def units_of(config: EvaluationConfig, name: str) -> list[ProtocolRun]:
     """Return the units of a protocol."""
     settings = getattr(config, name)
     values = settings.model_dump(mode="json")
     seeds = PROTOCOLS[name].seeds(settings, config.seeds)
-    return [Unit(name, values, seed) for seed in seeds or (None,)]
+    return [ProtocolRun(name, values, seed) for seed in seeds or (None,)]
 
 
-def key_of(unit: Unit) -> str:
+def key_of(unit: ProtocolRun) -> str:
     """Return a unit's name on the disk: it changes with the version and the settings."""
     protocol = PROTOCOLS[unit.protocol]
     settings = _settings_of(unit, protocol)
@@ -124,7 +124,7 @@ def key_of(unit: Unit) -> str:
     return f"{unit.protocol}@{protocol.version}-{settings_digest(settings)}{seed}"
 
 
-def measure_unit(unit: Unit, sets: ProbeSets, *, device: str) -> tuple[Measured, float]:
+def measure_unit(unit: ProtocolRun, sets: ProbeSets, *, device: str) -> tuple[ProbeResult, float]:
     """Measure a unit on features; return what it gave and its wall seconds."""
     protocol = PROTOCOLS[unit.protocol]
     assert protocol.measure is not None
@@ -138,43 +138,49 @@ def measure_unit(unit: Unit, sets: ProbeSets, *, device: str) -> tuple[Measured,
     return measured, time.monotonic() - began
 
 
-def run_here(units: Sequence[Unit], sets: ProbeSets) -> Iterator[Finished]:
+def run_here(units: Sequence[ProtocolRun], sets: ProbeSets) -> Iterator[Finished]:
     """Measure units one after the other in this process, on its GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for unit in units:
         yield (unit, *measure_unit(unit, sets, device=device))
 
 
-def _settings_of(unit: Unit, protocol: Protocol) -> Any:
+def _settings_of(unit: ProtocolRun, protocol: Protocol) -> Any:
     return validate(protocol.settings, unit.settings, where=unit.protocol)
 
 
-def _features(asked: Asked, ways: Ways) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+def _features(
+    request: EvaluationRequest, backend: EvaluationBackend
+) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
     """Return the arrays of ``evaluation.npz``, computed unless they are there, and what they are.
 
     Raises:
         DataError: If features are not finite.
     """
-    folder, sets = asked.folder, asked.sets
-    identity = _identity(asked)
+    folder, sets = request.folder, request.sets
+    identity = _identity(request)
     about = folder.claim(identity)
     arrays = None if about is None else folder.read_arrays()
     if about is not None and arrays is not None:
-        ways.say(f"the features of {len(sets.train) + len(sets.test):,} images are there already")
+        backend.say(
+            f"the features of {len(sets.train) + len(sets.test):,} images are there already"
+        )
         return arrays, about
-    features = asked.config.features
+    features = request.config.features
     embedding = Embedding(
-        str(asked.origin.encoder), sets.train.size_px, features.crop_fraction, features.precision
+        str(request.origin.encoder), sets.train.size_px, features.crop_fraction, features.precision
     )
     arrays, bad = {}, 0
     began = time.monotonic()
     for name, images in (("train", sets.train), ("test", sets.test)):
-        found, broken = ways.embed(images.source, images.rows, embedding, advance=ways.advance)
+        found, broken = backend.embed(
+            images.source, images.rows, embedding, advance=backend.advance
+        )
         bad += len(broken)
         if not np.isfinite(found).all():
             raise DataError(
-                f"{asked.origin.encoder}: gives features that are not finite; it has diverged, or "
-                f"features.precision={features.precision} is too narrow for it"
+                f"{request.origin.encoder}: gives features that are not finite; it has diverged, "
+                f"or features.precision={features.precision} is too narrow for it"
             )
         arrays |= {
             f"{name}_features": found,
@@ -191,16 +197,16 @@ def _features(asked: Asked, ways: Ways) -> tuple[dict[str, npt.NDArray[Any]], di
         "test": len(sets.test),
         "width": int(arrays["test_features"].shape[1]),
         "bad_images": bad,
-        "label_free": measure_label_free(asked.origin, arrays["test_features"], sets.test),
+        "label_free": measure_label_free(request.origin, arrays["test_features"], sets.test),
     }
     folder.write_features(arrays, about)
     return arrays, about
 
 
-def _identity(asked: Asked) -> dict[str, Any]:
-    sets, features = asked.sets, asked.config.features
+def _identity(request: EvaluationRequest) -> dict[str, Any]:
+    sets, features = request.sets, request.config.features
     return {
-        "encoder": encoder_digest(asked.origin.encoder),
+        "encoder": encoder_digest(request.origin.encoder),
         "train": _images_digest(sets.train),
         "test": _images_digest(sets.test),
         "size_px": sets.train.size_px,
@@ -215,23 +221,27 @@ def _images_digest(images: Any) -> str:
 
 
 def _keep(
-    asked: Asked, unit: Unit, measured: Measured, seconds: float, say: Callable[[str], None]
+    request: EvaluationRequest,
+    unit: ProtocolRun,
+    measured: ProbeResult,
+    seconds: float,
+    say: Callable[[str], None],
 ) -> None:
     values = {"top1": measured.top1, "seconds": seconds, "facts": measured.facts}
-    asked.folder.write_unit(key_of(unit), values, measured.predictions)
+    request.folder.write_unit(key_of(unit), values, measured.predictions)
     seed = "" if unit.seed is None else f" seed {unit.seed}"
     say(f"{unit.protocol}{seed}: {measured.top1:.2%} in {seconds:.1f} s")
 
 
-def _write_record(asked: Asked, about: Mapping[str, Any]) -> EvaluationResult:
+def _write_record(request: EvaluationRequest, about: Mapping[str, Any]) -> EvaluationResult:
     """Write what is known by now, with what earlier commands measured on the same features."""
-    sets = asked.sets
-    before = _kept_protocols(asked)
+    sets = request.sets
+    before = _kept_protocols(request)
     record: EvaluationResult = {
-        "encoder": str(asked.origin.encoder),
-        "source": asked.config.data.source,
+        "encoder": str(request.origin.encoder),
+        "source": request.config.data.source,
         "test_source": sets.test.source.name,
-        "protocols": before | dict(_protocols(asked)),
+        "protocols": before | dict(_protocols(request)),
         "label_free": about["label_free"],
         "features": {
             "seconds": about["seconds"],
@@ -243,12 +253,12 @@ def _write_record(asked: Asked, about: Mapping[str, Any]) -> EvaluationResult:
         "classes": sets.class_names,
         "bad_images": about["bad_images"],
     }
-    write_evaluation_result(asked.folder.record, record)
+    write_evaluation_result(request.folder.record, record)
     return record
 
 
-def _kept_protocols(asked: Asked) -> dict[str, ProtocolResult]:
-    from_before = _read_protocols(asked.folder)
+def _kept_protocols(request: EvaluationRequest) -> dict[str, ProtocolResult]:
+    from_before = _read_protocols(request.folder)
     return {
         name: values
         for name, values in from_before.items()
@@ -261,20 +271,20 @@ def _read_protocols(folder: EvaluationFolder) -> dict[str, ProtocolResult]:
     return {} if record is None else record.get("protocols") or {}
 
 
-def _protocols(asked: Asked) -> Iterator[tuple[str, ProtocolResult]]:
+def _protocols(request: EvaluationRequest) -> Iterator[tuple[str, ProtocolResult]]:
     """Yield each protocol that all seeds of are done."""
-    images = len(asked.sets.train) + len(asked.sets.test)
-    for name in asked.protocols:
-        units = units_of(asked.config, name)
-        kept = [asked.folder.read_unit(key_of(unit)) for unit in units]
+    images = len(request.sets.train) + len(request.sets.test)
+    for name in request.protocols:
+        units = units_of(request.config, name)
+        kept = [request.folder.read_unit(key_of(unit)) for unit in units]
         done = [each[0] for each in kept if each is not None]
         if len(done) == len(units):
-            yield name, _summary(asked.config, units, done, images=images)
+            yield name, _summary(request.config, units, done, images=images)
 
 
 def _summary(
     config: EvaluationConfig,
-    units: Sequence[Unit],
+    units: Sequence[ProtocolRun],
     done: Sequence[Mapping[str, Any]],
     *,
     images: int,
@@ -298,12 +308,12 @@ def _summary(
     }
 
 
-def _predictions(asked: Asked) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
+def _predictions(request: EvaluationRequest) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
     """Yield the predictions of the first seed of every protocol in the record."""
-    for name, values in _read_protocols(asked.folder).items():
+    for name, values in _read_protocols(request.folder).items():
         if name not in PROTOCOLS:
             continue
         seed = next(iter(values["seeds"]), None)
-        kept = asked.folder.read_unit(key_of(Unit(name, values["settings"], seed)))
+        kept = request.folder.read_unit(key_of(ProtocolRun(name, values["settings"], seed)))
         if kept is not None and kept[1] is not None:
             yield name, kept[1]

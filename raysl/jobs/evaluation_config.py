@@ -1,4 +1,4 @@
-"""The settings of `raysl evaluate`, and how they follow from the run that trained the encoder."""
+"""The settings of `raysl evaluate`, and their defaults from the run that trained the encoder."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -114,7 +114,7 @@ class EvaluationConfig(Config):
     track: TrackConfig = TrackConfig()
 
 
-class Origin(NamedTuple):
+class EncoderOrigin(NamedTuple):
     """The encoder that is measured."""
 
     encoder: Path
@@ -129,7 +129,7 @@ class Origin(NamedTuple):
 
 def load_evaluation(
     encoder: str, overrides: Sequence[str], *, home: Path
-) -> tuple[EvaluationConfig, Origin]:
+) -> tuple[EvaluationConfig, EncoderOrigin]:
     """Read the settings of an evaluation and find its encoder; a named one is made and written.
 
     Args:
@@ -178,7 +178,7 @@ def _absolute(data: EvaluationData, *, first: Sequence[Path] = ()) -> Evaluation
     return found if test is data.test else found.model_copy(update={"test": test})
 
 
-def labels_note(config: EvaluationConfig, origin: Origin) -> str:
+def labels_note(config: EvaluationConfig, origin: EncoderOrigin) -> str:
     """Return the line for a run that was to see no labels; empty for another."""
     run = read_mapping(RunFolder(origin.run).config) if origin.run is not None else {}
     data = run.get("data") or {}
@@ -192,7 +192,7 @@ def labels_note(config: EvaluationConfig, origin: Origin) -> str:
     )
 
 
-def evaluation_folder(config: EvaluationConfig, origin: Origin) -> Path:
+def evaluation_folder(config: EvaluationConfig, origin: EncoderOrigin) -> Path:
     """Return where an evaluation lies."""
     name = config.name or _name_of(config.data.source)
     return origin.folder / _EVALUATIONS / name
@@ -252,7 +252,7 @@ def _values_of_run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _origin_of(path: Path, output: Path) -> Origin:
+def _origin_of(path: Path, output: Path) -> EncoderOrigin:
     folder = path if path.is_dir() else path.parent
     encoder = RunFolder(folder).encoder if path.is_dir() else path
     if not encoder.is_file():
@@ -263,12 +263,12 @@ def _origin_of(path: Path, output: Path) -> Origin:
     size_px = _size_of(read_description(encoder))
     in_run = RunFolder(folder).config.exists()
     if in_run and encoder == RunFolder(folder).encoder:
-        return Origin(encoder, folder, folder, size_px)
+        return EncoderOrigin(encoder, folder, folder, size_px)
     own = folder.name if encoder.stem == "encoder" else encoder.stem
-    return Origin(encoder, output / re.sub(r"[^A-Za-z0-9._=-]+", "-", own), None, size_px)
+    return EncoderOrigin(encoder, output / re.sub(r"[^A-Za-z0-9._=-]+", "-", own), None, size_px)
 
 
-def _untrained(config: EvaluationConfig, output: Path) -> Origin:
+def _untrained(config: EvaluationConfig, output: Path) -> EncoderOrigin:
     """Write an encoder of random weights, a function of the seed; the same file every time."""
     backbone, size_px = config.backbone, config.features.size_px
     assert backbone is not None
@@ -299,7 +299,7 @@ def _untrained(config: EvaluationConfig, output: Path) -> Origin:
             torch.manual_seed(config.seed)
             network = build_backbone(backbone, image_size_px=size_px)
         save_encoder(file, network, description=dict(described))
-    return Origin(file, folder, None, size_px)
+    return EncoderOrigin(file, folder, None, size_px)
 
 
 def _says(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""What an evaluation measures without labels: the features themselves, and pairs of views."""
+"""Measure features without labels in an evaluation, including pairs of views."""
 
 import numpy as np
 import numpy.typing as npt
@@ -8,12 +8,12 @@ from raysl.encoder import load_encoder
 from raysl.evaluate.features import EvalImages
 from raysl.evaluate.label_free import label_free, positive_pairs
 from raysl.jobs.embedding import normalisation
-from raysl.jobs.evaluation_config import Origin
+from raysl.jobs.evaluation_config import EncoderOrigin
 from raysl.train.batches import input_converter
 
 
 def measure_label_free(
-    origin: Origin, features: npt.NDArray[np.float32], images: EvalImages
+    origin: EncoderOrigin, features: npt.NDArray[np.float32], images: EvalImages
 ) -> dict[str, float]:
     """Return what :func:`raysl.evaluate.label_free.label_free` does, pairs of views included.
 

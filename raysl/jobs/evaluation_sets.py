@@ -1,4 +1,4 @@
-"""The images of an evaluation, checked before anything is computed."""
+"""Open and check the images of an evaluation before anything is computed."""
 
 import re
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""A run that is to train longer than it was asked for: on from its last checkpoint.
+"""Extend a run: continue from its last checkpoint to a larger number of steps.
 
 The order of the images does not depend on the length of a run, so the steps that follow are those
 that a longer run would have had there. What follows the length (learning rate and weight decay, a

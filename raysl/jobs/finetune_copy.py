@@ -1,4 +1,4 @@
-"""Fine-tuning a copy of what a run has pretrained, at its end (``evaluate.finetune``)."""
+"""Fine-tune a copy of the pretrained network at the end of a run (``evaluate.finetune``)."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

@@ -1,4 +1,4 @@
-"""The labelled images that a run is measured on, and what is to be said of them at its start."""
+"""Open the labelled images that a run is measured on, and note what is missing."""
 
 from typing import Any
 

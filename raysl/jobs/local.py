@@ -1,4 +1,4 @@
-"""A run in this process, without Ray: the same plan, the same pixels, the same loss."""
+"""Train a run in this process, without Ray: the same plan, the same pixels, the same loss."""
 
 import os
 from typing import Any

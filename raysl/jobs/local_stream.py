@@ -1,4 +1,4 @@
-"""The stream of a run in one process: threads of it make the views."""
+"""Make the batches of a run in threads of this process."""
 
 from collections.abc import Iterator
 from typing import Any

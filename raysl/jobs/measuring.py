@@ -1,4 +1,4 @@
-"""Measuring the encoder while it trains: a worker's part in it, and the same for a file."""
+"""Measure the encoder during training: a worker's share of it, and the same for a file."""
 
 import time
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""What a method shows of itself, on a few training images: kept as pixels, drawn by the report."""
+"""Save the pictures that a method makes of a few training images, for the report."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a run leaves to be used: its encoder, its projection head, its classifier."""
+"""Write the networks of a run: its encoder, its projection head, its classifier."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Evaluations that training does not wait for: begun at their step, logged when they are ready.
+"""Evaluate in the background of training; results are logged under their step when ready.
 
 An encoder that is to be evaluated is a file of weights in the run folder until its metrics are in
 the metrics file. So a run that was killed finds what it still has to measure; and as one evaluation

@@ -1,4 +1,4 @@
-"""A measurement in a process of its own: a pickled task in, one line of JSON out.
+"""Run a measurement in a separate process: a pickled task in, one line of JSON out.
 
 A DataLoader forks its workers, which a process connected to Ray must not do; nor should one
 measurement find the threads and the memory of another.

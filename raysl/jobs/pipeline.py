@@ -1,4 +1,4 @@
-"""SimCLR v2's three steps as one configuration: pretrain, fine-tune, distil.
+"""Expand a pipeline's configuration into its steps: pretrain, fine-tune, distil (SimCLR v2).
 
 T. Chen, S. Kornblith, K. Swersky, M. Norouzi, G. Hinton: "Big Self-Supervised Models are Strong
 Semi-Supervised Learners", 2020, arXiv:2006.10029v2, fig. 3.
@@ -23,7 +23,7 @@ from raysl.config.load import (
 )
 from raysl.config.shipped import find_config
 from raysl.errors import ConfigError
-from raysl.jobs.downstream import Origin, distill_from, finetune_from, origin_of
+from raysl.jobs.downstream import RunOrigin, distill_from, finetune_from, origin_of
 from raysl.recipe import RunConfig, asked_run, layered, read_run_values
 from raysl.sources.source import Source
 from raysl.track.config import TrackConfig, check_run_name
@@ -268,7 +268,7 @@ class Runs:
         self._known[step.name] = found
         return found
 
-    def _origin(self, name: str) -> Origin:
+    def _origin(self, name: str) -> RunOrigin:
         return origin_of(self._known[name], self._folder / name)
 
 

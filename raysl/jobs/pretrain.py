@@ -1,4 +1,4 @@
-"""Pretraining as one worker sees it: build, resume, train, evaluate, write the encoder."""
+"""Pretrain as one worker: build, resume, train, evaluate, write the encoder."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial

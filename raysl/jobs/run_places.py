@@ -1,4 +1,4 @@
-"""The settings of a run, with its images named by places that are the same from every folder."""
+"""Compare the settings of runs, with paths of images that do not depend on the current folder."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path

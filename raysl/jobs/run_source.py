@@ -1,4 +1,4 @@
-"""What a run folder knows of its images: ``source.json``, and what happens when they change.
+"""Record a run's images in ``source.json``, and check whether they have changed.
 
 A run reads the same images in the same order to its end, however often it is stopped; that holds as
 long as the images are the same.

@@ -1,4 +1,4 @@
-"""Whether a run can start: all that is found before anything starts, for who asks and who starts.
+"""Check whether a run can start, before anything is started.
 
 `raysl config`, every start of a run and the check of a sweep's runs ask here.
 """

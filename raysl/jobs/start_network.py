@@ -1,4 +1,4 @@
-"""The network of a run laid out without memory: whether it can be built, held and trained."""
+"""Build a run's network without memory (meta device) to check that it can be built and trained."""
 
 import os
 import warnings

@@ -1,4 +1,4 @@
-"""One trial of a sweep: a run in a folder of its own that tells a scheduler how it does."""
+"""Run one trial of a sweep in its own run folder, reporting its metric to a scheduler."""
 
 import shutil
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Images a second of any iterator of batches, whoever makes them: Ray Data or a DataLoader."""
+"""Measure images a second of any iterator of batches."""
 
 import time
 from collections import deque

@@ -11,8 +11,8 @@ _NOT_METHODS = ("base",)
 
 def method_names() -> list[str]:
     """Return the names of the built-in methods."""
-    found = (module.name for module in pkgutil.iter_modules(__path__))
-    return sorted(name for name in found if name not in _NOT_METHODS)
+    names = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for name in names if name not in _NOT_METHODS)
 
 
 def load_method(name: str) -> type[Method]:

@@ -146,11 +146,11 @@ class Barlow(SiameseMethod):
         loss = self.config.loss_scale * distance
         if not progress.is_logged:
             return LossOutput(loss, features, {})
-        found = correlation.detach()
-        d = len(found)
+        detached = correlation.detach()
+        d = len(detached)
         metrics = {
-            "barlow/diagonal": found.diagonal().mean(),
-            "barlow/off_diagonal": off_diagonal(found).abs().sum() / max(1, d * (d - 1)),
+            "barlow/diagonal": detached.diagonal().mean(),
+            "barlow/off_diagonal": off_diagonal(detached).abs().sum() / max(1, d * (d - 1)),
         }
         return LossOutput(loss, features, metrics)
 

@@ -116,8 +116,8 @@ def reconstruction_loss(prediction: Tensor, target: Tensor, weight: Tensor) -> T
     with torch.autocast(target.device.type, enabled=False):
         error = at_least_float32(prediction) - at_least_float32(target)
         weighted = (error.square() * weight).flatten(1).sum(dim=1)
-        asked = (weight > 0).flatten(1).sum(dim=1) * target.shape[1]
-        return (weighted / asked.clamp_min(1)).mean()
+        num_weighted = (weight > 0).flatten(1).sum(dim=1) * target.shape[1]
+        return (weighted / num_weighted.clamp_min(1)).mean()
 
 
 def discriminator_loss(real: Tensor, made: Tensor) -> Tensor:
@@ -274,24 +274,24 @@ class ContextEncoder(Method):
         features, painted = self._paint(images, hole)
         target = _window(images, hole)
         rebuilt = reconstruction_loss(painted, target, hole.weight)
-        asked = (hole.weight > 0).to(target.dtype)
+        is_predicted = (hole.weight > 0).to(target.dtype)
         metrics: dict[str, Tensor] = {}
         if progress.is_logged:
-            error = ((painted.detach().to(target.dtype) - target) * asked).square().sum()
+            error = ((painted.detach().to(target.dtype) - target) * is_predicted).square().sum()
             metrics = {
                 "context_encoder/reconstruction_loss": rebuilt.detach(),
                 # 1: no better than the mean colour, which is 0 in normalised views.
                 "context_encoder/relative_error": error
-                / (target * asked).square().sum().clamp_min(1e-6),
+                / (target * is_predicted).square().sum().clamp_min(1e-6),
             }
         loss = self.config.reconstruction_weight * rebuilt
         if self.discriminator is None:
             return LossOutput(loss, features.detach(), metrics)
         # The discriminator only sees the predicted region (with context it would only look at the
         # border of the hole, sec. 3.2); around random shapes, real and generated images are both 0.
-        fake = painted * asked
+        fake = painted * is_predicted
         adversarial = adversarial_loss(_judge_frozen(self.discriminator, fake))
-        real_logits = self.discriminator(target * asked)
+        real_logits = self.discriminator(target * is_predicted)
         made_logits = self.discriminator(fake.detach())
         if progress.is_logged:
             metrics |= {

@@ -87,8 +87,8 @@ def _check_outputs(student: Sequence[Tensor], teacher: Sequence[Tensor], center:
     if len(set(shapes)) > 1 or len(shapes[0]) != 2:
         raise ShapeError(f"outputs must be (N, K), the same for every view; got {shapes}")
     if tuple(center.shape) not in ((shapes[0][1],), (1, shapes[0][1])):
-        allowed, found = (shapes[0][1],), tuple(center.shape)
-        raise ShapeError(f"center must be {allowed} for outputs of {shapes[0]}; got {found}")
+        allowed, actual = (shapes[0][1],), tuple(center.shape)
+        raise ShapeError(f"center must be {allowed} for outputs of {shapes[0]}; got {actual}")
 
 
 @torch.no_grad()
@@ -194,12 +194,12 @@ class DINOConfig(MethodConfig):
             f"power of two nearest to {images:,} images / {IMAGES_PER_PROTOTYPE}, within 256 and "
             f"65,536 = {prototypes:,}"
         )
-        found = {
+        defaults = {
             "num_prototypes": SizeDefault(prototypes, formula),
             "teacher_temperature": _between(images, 0.04, 0.07),
             "ema_momentum": _between(images, 0.99, 0.996),
         }
-        return {name: found[name] for name in found if getattr(self, name) is None}
+        return {name: defaults[name] for name in defaults if getattr(self, name) is None}
 
 
 def _between(images: int, small: float, large: float) -> SizeDefault:

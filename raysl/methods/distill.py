@@ -82,8 +82,8 @@ def known_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
     with torch.autocast(logits.device.type, enabled=False):
         logits = at_least_float32(logits)
         total = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
-        known = mean_over_ranks((labels >= 0).sum().to(logits.dtype))
-        return total / torch.where(known > 0, known, 1.0)
+        num_labelled = mean_over_ranks((labels >= 0).sum().to(logits.dtype))
+        return total / torch.where(num_labelled > 0, num_labelled, 1.0)
 
 
 class DistillConfig(MethodConfig):

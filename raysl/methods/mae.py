@@ -100,10 +100,10 @@ def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor, *, normalize: b
             f"{tuple(prediction.shape)}, {tuple(target.shape)}, {tuple(mask.shape)}"
         )
     with torch.autocast(prediction.device.type, enabled=False):
-        found, wanted = at_least_float32(prediction), at_least_float32(target)
+        predicted, wanted = at_least_float32(prediction), at_least_float32(target)
         if normalize:
             wanted = _normalised(wanted)
-        error = (found - wanted).square().mean(dim=2)  # (N, L)
+        error = (predicted - wanted).square().mean(dim=2)  # (N, L)
         weights = mask.to(error.dtype)
         return (error * weights).sum() / weights.sum()
 
@@ -233,11 +233,11 @@ class Decoder(nn.Module):
     def _positions_of(self, rows: int, columns: int) -> Tensor:
         """Return positions on the device; computed from the size, so they are not saved."""
         device = self.mask_token.device
-        known = self._positions.get((rows, columns))
-        if known is None or known.device != device:
-            known = sincos_positions(self.mask_token.shape[2], rows, columns).to(device)
-            self._positions = {(rows, columns): known}
-        return known
+        positions = self._positions.get((rows, columns))
+        if positions is None or positions.device != device:
+            positions = sincos_positions(self.mask_token.shape[2], rows, columns).to(device)
+            self._positions = {(rows, columns): positions}
+        return positions
 
 
 def _take(tokens: Tensor, places: Tensor) -> Tensor:
@@ -324,9 +324,9 @@ class MAE(Method):
             return ((x - centre).square() * weights).sum(dim=(0, 1)).mean()
 
         total = variance(wanted).clamp_min(TARGET_EPS)
-        found = at_least_float32(prediction)
-        mean = (found * weights).sum(dim=(0, 1))  # the same for all patches
-        spread = ((found - mean).square() * weights).sum(dim=(0, 1)).mean()
+        predicted = at_least_float32(prediction)
+        mean = (predicted * weights).sum(dim=(0, 1))  # the same for all patches
+        spread = ((predicted - mean).square() * weights).sum(dim=(0, 1)).mean()
         return {
             "mae/explained_variance": 1 - loss / total,  # 0: no better than one grey
             "mae/prediction_spread": (spread / total).sqrt(),  # 0: the same patch everywhere
@@ -340,16 +340,16 @@ class MAE(Method):
         patches = patchify(images, patch_size=size)
         noise = torch.rand(patches.shape[:2], generator=progress.shared_generator())
         masking = mask_by_noise(noise.to(images.device), mask_ratio=self.config.mask_ratio)
-        found = self.rebuild(images, masking)[1].float()
+        predicted = self.rebuild(images, masking)[1].float()
         if self.config.normalize_targets:
             mean, deviation = _moments(patches)
-            found = found * deviation + mean
+            predicted = predicted * deviation + mean
         removed = masking.mask[:, :, None].bool()
         columns = {
             "image": patches,
             "what it sees": patches.masked_fill(removed, 0.0),
-            "what it makes": found,
-            "with what it saw": torch.where(removed, found, patches),
+            "what it makes": predicted,
+            "with what it saw": torch.where(removed, predicted, patches),
         }
         rows = images.shape[2] // size
         grid = [unpatchify(column, patch_size=size, rows=rows) for column in columns.values()]

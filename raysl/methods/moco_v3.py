@@ -167,12 +167,12 @@ class MoCoV3(EmbeddingMethod):
         """Return the loss of both orders of the views, added (Algorithm 1)."""
         features, q0, q1, k0, k1 = embeddings
         temperature = self.config.temperature
-        found = [_compare(q, k, temperature=temperature) for q, k in ((q0, k1), (q1, k0))]
-        loss = (found[0].loss + found[1].loss) * (2 * temperature)
+        contrasts = [_compare(q, k, temperature=temperature) for q, k in ((q0, k1), (q1, k0))]
+        loss = (contrasts[0].loss + contrasts[1].loss) * (2 * temperature)
         if not progress.is_logged:
             return LossOutput(loss, features, {})
         metrics = {
-            "moco_v3/partner_top1": torch.stack([each.partner_top1 for each in found]).mean(),
+            "moco_v3/partner_top1": torch.stack([each.partner_top1 for each in contrasts]).mean(),
             "moco_v3/alignment": alignment(q0, k1),
             "moco_v3/ema_momentum": torch.full((), self._momentum(progress), device=q0.device),
         }

@@ -134,11 +134,11 @@ class Sigmoid(SiameseMethod):
         """Return the sigmoid loss at the learned temperature and bias."""
         features, z0, z1 = embeddings
         temperature = torch.exp(-self.log_scale)
-        loss, found = _sigmoid(z0, z1, temperature=temperature, bias=self.bias)
+        loss, partner_top1 = _sigmoid(z0, z1, temperature=temperature, bias=self.bias)
         if not progress.is_logged:
             return LossOutput(loss, features, {})
         metrics = {
-            "sigmoid/partner_top1": found,
+            "sigmoid/partner_top1": partner_top1,
             "sigmoid/temperature": temperature.detach(),
             "sigmoid/bias": self.bias.detach().clone(),
             "sigmoid/alignment": alignment(z0, z1),

@@ -170,11 +170,11 @@ class SimCLR(SiameseMethod):
 
     def embeddings(self, batch: Batch, progress: Progress) -> tuple[Tensor, ...]:
         """Return features, the projections of both views, and the new entries of the memory."""
-        found = super().embeddings(batch, progress)
+        embedded = super().embeddings(batch, progress)
         if self.memory_network is None:
-            return found
+            return embedded
         with torch.no_grad():
-            return *found, unit_rows(self.memory_network(batch.views[1]))
+            return *embedded, unit_rows(self.memory_network(batch.views[1]))
 
     def loss_of(
         self, embeddings: tuple[Tensor, ...], batch: Batch, progress: Progress
@@ -182,13 +182,13 @@ class SimCLR(SiameseMethod):
         """Return NT-Xent of the two views."""
         features, z0, z1 = embeddings[:3]
         memory = None if self.memory is None else self.memory.keys
-        loss, found = _nt_xent(z0, z1, temperature=self.temperature, memory=memory)
+        loss, partner_top1 = _nt_xent(z0, z1, temperature=self.temperature, memory=memory)
         if self.memory is not None:
             self._new_keys = embeddings[3].detach()
         if not progress.is_logged:
             return LossOutput(loss, features, {})
         metrics = {
-            "simclr/partner_top1": found,
+            "simclr/partner_top1": partner_top1,
             "simclr/alignment": alignment(z0, z1),
             "simclr/uniformity": uniformity(z0),
         }

@@ -70,14 +70,14 @@ def save_classifier(path: Path, model: Classifier, *, description: Mapping[str, 
     state = dict(model.encoder.net.state_dict())
     state |= {_KEPT + key: value for key, value in model.head.state_dict().items()}
     state |= {f"{name}.{key}": value for key, value in model.linear.state_dict().items()}
-    known = {
+    metadata = {
         **description,
         "backbone": backbone,
         "class_names": model.class_names,
         "classifier": name,
         "head": describe_layers(model.head),
     }
-    write_network(path, state, kind=_CLASSIFIER, description=known)
+    write_network(path, state, kind=_CLASSIFIER, description=metadata)
 
 
 def load_classifier(path: str | Path) -> Classifier:
@@ -141,8 +141,8 @@ def _build(description: Mapping[str, Any], path: Path) -> Classifier:
 
 def save_head(path: Path, head: nn.Sequential, *, description: Mapping[str, Any]) -> None:
     """Write a projection head, so that fine-tuning can keep its first layers."""
-    known = {**description, "layers": describe_layers(head)}
-    write_network(path, head.state_dict(), kind=_HEAD, description=known)
+    metadata = {**description, "layers": describe_layers(head)}
+    write_network(path, head.state_dict(), kind=_HEAD, description=metadata)
 
 
 def load_head(path: str | Path) -> nn.Sequential:
@@ -179,8 +179,8 @@ def _name_in_library(config: BackboneConfig, net: nn.Module) -> str:
     if config.family in _NAMES:
         return _NAMES[config.family]
     if config.family == "timm":
-        known = getattr(net, "pretrained_cfg", None) or getattr(net, "default_cfg", None) or {}
-        name = known.get("classifier") if isinstance(known, Mapping) else None
+        settings = getattr(net, "pretrained_cfg", None) or getattr(net, "default_cfg", None) or {}
+        name = settings.get("classifier") if isinstance(settings, Mapping) else None
         return name if isinstance(name, str) else "classifier"
     # raysl replaced the classifier, the last layer, by the identity.
     names = [path for path, layer in net.named_modules() if isinstance(layer, nn.Identity)]

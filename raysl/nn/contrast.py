@@ -139,8 +139,8 @@ def pairwise_sigmoid(
         with_one = torch.cat([keys, keys.new_ones(len(keys), 1)], dim=1)
         negative, nearest = _SoftplusSum.apply(wide, with_one, excluded, tile)  # type: ignore[no-untyped-call]
         loss = (negative - F.logsigmoid(positive + bias)).mean()
-    found = (positive + bias).detach() > nearest
-    return Contrast(loss, found.float().mean())
+    is_nearest = (positive + bias).detach() > nearest
+    return Contrast(loss, is_nearest.float().mean())
 
 
 def _check(rows: Tensor, positives: Tensor, keys: Tensor, memory: Tensor | None) -> None:

@@ -62,5 +62,5 @@ def depth_scales(
 
 
 def _number(pattern: re.Pattern[str], name: str, *, otherwise: int) -> int:
-    found = pattern.match(name)
-    return int(found.group(1)) if found else otherwise
+    layer = pattern.match(name)
+    return int(layer.group(1)) if layer else otherwise

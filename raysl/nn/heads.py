@@ -83,24 +83,24 @@ def describe_layers(head: nn.Sequential) -> list[dict[str, Any]]:
     Raises:
         ConfigError: If a layer is not linear, batch norm, ReLU or GELU.
     """
-    found: list[dict[str, Any]] = []
+    layers: list[dict[str, Any]] = []
     for layer in head:
         if isinstance(layer, nn.Linear):
             sizes = {"inputs": layer.in_features, "outputs": layer.out_features}
-            found.append({"layer": "linear", **sizes, "bias": layer.bias is not None})
+            layers.append({"layer": "linear", **sizes, "bias": layer.bias is not None})
         elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            known = {"outputs": layer.num_features, "affine": layer.affine, "eps": layer.eps}
-            found.append({"layer": "batch_norm", **known})
+            options = {"outputs": layer.num_features, "affine": layer.affine, "eps": layer.eps}
+            layers.append({"layer": "batch_norm", **options})
         elif isinstance(layer, nn.ReLU):
-            found.append({"layer": "relu"})
+            layers.append({"layer": "relu"})
         elif isinstance(layer, nn.GELU):
-            found.append({"layer": "gelu"})
+            layers.append({"layer": "gelu"})
         else:
             raise ConfigError(
                 f"a head with a {type(layer).__name__} cannot be written to a file; use linear "
                 f"layers, batch norm, ReLU and GELU"
             )
-    return found
+    return layers
 
 
 def build_layers(

@@ -26,7 +26,7 @@ _SQUEEZE_SHARE = 1 / 16
 _SQUEEZE_MIN = 32
 
 
-class Layout(NamedTuple):
+class ResNetLayout(NamedTuple):
     """The blocks and groups of one residual network."""
 
     bottleneck: bool
@@ -36,14 +36,14 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = {
-    "resnet18": Layout(False, (2, 2, 2, 2)),
-    "resnet34": Layout(False, (3, 4, 6, 3)),
-    "resnet50": Layout(True, (3, 4, 6, 3)),
-    "resnet101": Layout(True, (3, 4, 23, 3)),
-    "resnet152": Layout(True, (3, 8, 36, 3)),
-    "resnext50_32x4d": Layout(True, (3, 4, 6, 3), groups=32, group_width=4),
-    "wide_resnet50_2": Layout(True, (3, 4, 6, 3), group_width=128),
-    "wide_resnet101_2": Layout(True, (3, 4, 23, 3), group_width=128),
+    "resnet18": ResNetLayout(False, (2, 2, 2, 2)),
+    "resnet34": ResNetLayout(False, (3, 4, 6, 3)),
+    "resnet50": ResNetLayout(True, (3, 4, 6, 3)),
+    "resnet101": ResNetLayout(True, (3, 4, 23, 3)),
+    "resnet152": ResNetLayout(True, (3, 8, 36, 3)),
+    "resnext50_32x4d": ResNetLayout(True, (3, 4, 6, 3), groups=32, group_width=4),
+    "wide_resnet50_2": ResNetLayout(True, (3, 4, 6, 3), group_width=128),
+    "wide_resnet101_2": ResNetLayout(True, (3, 4, 23, 3), group_width=128),
 }
 
 
@@ -218,7 +218,7 @@ class ResNet(nn.Module):
 
     def __init__(
         self,
-        layout: Layout,
+        layout: ResNetLayout,
         *,
         stem: Stem = "imagenet",
         width: float = 1.0,

@@ -1,1 +1,1 @@
-"""`raysl pack` and `raysl data`: plain functions that look at a source and rewrite it."""
+"""Inspect a source and rewrite it as shards, for `raysl data` and `raysl pack`; plain functions."""

@@ -1,4 +1,4 @@
-"""What `raysl pack` can be told."""
+"""The settings of `raysl pack`."""
 
 from typing import Annotated, Any, ClassVar, Literal
 

@@ -1,4 +1,4 @@
-"""A look at a few images before a run begins: what would spoil it without an error."""
+"""Inspect a few images before a run for problems that would spoil it silently."""
 
 import importlib.util
 from collections import Counter

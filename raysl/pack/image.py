@@ -1,4 +1,4 @@
-"""One image made ready for a shard: checked, shrunk and encoded anew where that is needed."""
+"""Prepare one image for a shard: check it, shrink it and re-encode it where needed."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""What a source holds: sizes, formats, broken images, duplicates, and what an epoch costs."""
+"""Inspect a source: sizes, formats, broken images, duplicates, and the cost of an epoch."""
 
 import hashlib
 import shlex

@@ -1,4 +1,4 @@
-"""Any source into shuffled Parquet shards that stream fast, again and again from where it stopped.
+"""Rewrite any source as shuffled Parquet shards, resuming where it stopped.
 
 Plain functions; whoever calls :func:`pack` says where the units of work run. The result depends on
 the source, the settings and the seed, and not on who worked on it or how often it was stopped.
@@ -62,19 +62,19 @@ class Runner(Protocol):
         ...
 
 
-class View(Protocol):
-    """Who is told how far it is."""
+class CountProgress(Protocol):
+    """The interface of a progress display."""
 
     def begin(self, what: str, *, total: int, done: int) -> None:
-        """Begin to count images."""
+        """Start to count images."""
         ...
 
     def advance(self, count: int) -> None:
-        """Count more of them."""
+        """Count more images."""
         ...
 
     def note(self, text: str) -> None:
-        """Say something that is not progress."""
+        """Print a message."""
         ...
 
 
@@ -110,7 +110,9 @@ def in_threads(num_threads: int) -> Runner:
     return run
 
 
-def pack(source: Source, config: PackConfig, output: str, *, run: Runner, view: View) -> PackResult:
+def pack(
+    source: Source, config: PackConfig, output: str, *, run: Runner, view: CountProgress
+) -> PackResult:
     """Pack a source into a folder, or go on with it.
 
     Args:
@@ -191,7 +193,7 @@ class _Shards:
     """Makes the shards that are missing."""
 
     def __init__(
-        self, folder: PackFolder, source: Source, job: Job, run: Runner, view: View
+        self, folder: PackFolder, source: Source, job: Job, run: Runner, view: CountProgress
     ) -> None:
         self.folder, self.source, self.job = folder, source, job
         self.run, self.view = run, view

@@ -1,4 +1,4 @@
-"""The units of work of a pack: plain functions that a thread or a Ray task calls.
+"""The work units of a pack: plain functions, called by threads or Ray tasks.
 
 A source of which any row is quick to read is read in the shuffled order, a shard at a time
 (:func:`write_shard`). One that must be read in groups is shuffled in two passes: each run of groups

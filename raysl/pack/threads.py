@@ -1,4 +1,4 @@
-"""Work in threads of this process, in order and with a bounded amount under way."""
+"""Run work in threads of this process, in order and with a bounded queue."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator

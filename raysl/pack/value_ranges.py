@@ -1,4 +1,4 @@
-"""What images of more than 8 bits use of their range, in words for their owner."""
+"""Describe which part of their range images of more than 8 bits use."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -135,10 +135,10 @@ def worst_pairs(labels: Labels, predictions: Labels, *, most: int = _NUM_PAIRS) 
         predictions: ``(N,)`` class numbers.
         most: Maximal number of pairs.
     """
-    known = labels >= 0
-    told = np.stack([labels[known], predictions[known]], axis=1)
-    classes, totals = np.unique(told[:, 0], return_counts=True)
-    pairs, counts = np.unique(told[told[:, 0] != told[:, 1]], axis=0, return_counts=True)
+    is_labelled = labels >= 0
+    both = np.stack([labels[is_labelled], predictions[is_labelled]], axis=1)
+    classes, totals = np.unique(both[:, 0], return_counts=True)
+    pairs, counts = np.unique(both[both[:, 0] != both[:, 1]], axis=0, return_counts=True)
     of = totals[np.searchsorted(classes, pairs[:, 0])]
     order = np.lexsort((-counts, -(counts / of)))[:most]
     return [
@@ -157,8 +157,8 @@ def _draw_pairs(
     pairs = worst_pairs(labels, predictions)
     if not pairs:
         raise DataError("no class is taken for another: there is nothing to draw")
-    known = labels >= 0
-    right = 100 * float((labels[known] == predictions[known]).mean())
+    is_labelled = labels >= 0
+    right = 100 * float((labels[is_labelled] == predictions[is_labelled]).mean())
     figure = new_figure(width_in=NARROW_IN, height_in=0.95 + _PAIR_IN * len(pairs))
     axes = figure.subplots()
     style_axes(

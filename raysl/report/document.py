@@ -44,13 +44,13 @@ def write_page(path: Path, *, name: str, lead: str, sections: Iterable[str]) -> 
         lead: HTML of the sentences below the heading.
         sections: HTML of :func:`section`; empty ones are left out.
     """
-    shown = [f"<h1>{escape(name)}</h1>\n<p class=lead>{lead}</p>", *filter(None, sections)]
+    parts = [f"<h1>{escape(name)}</h1>\n<p class=lead>{lead}</p>", *filter(None, sections)]
     page = (
         "<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n"
         '<meta name=viewport content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv=Content-Security-Policy content="{_POLICY}">\n'
         f"<title>{escape(name)} - raysl</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(shown)
+        + "\n".join(parts)
         + "\n</main>\n</body>\n</html>\n"
     )
     write_text(path, page)

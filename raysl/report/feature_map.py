@@ -116,9 +116,9 @@ def cluster_labels(features: npt.NDArray[Any], *, num_clusters: int) -> Labels:
     directions = _directions(features[rows])
     different = len(np.unique(directions.round(5), axis=0))
     means = KMeans(min(num_clusters, different), n_init=_CLUSTER_STARTS, random_state=0)
-    found = means.fit_predict(directions)
-    largest = np.argsort(-np.bincount(found), kind="stable")
-    labels[rows] = np.argsort(largest)[found]
+    clusters = means.fit_predict(directions)
+    largest = np.argsort(-np.bincount(clusters), kind="stable")
+    labels[rows] = np.argsort(largest)[clusters]
     return labels
 
 

@@ -99,8 +99,8 @@ def drawable_name(name: str, *, otherwise: str) -> str:
     if len(short) > _MAX_NAME:
         short = short[: _MAX_NAME - 3] + "..."
     font = get_font(findfont(FontProperties(family="DejaVu Sans")))
-    known = all(font.get_char_index(ord(letter)) for letter in short)
-    return short if short and known else otherwise
+    is_drawable = all(font.get_char_index(ord(letter)) for letter in short)
+    return short if short and is_drawable else otherwise
 
 
 def show_pixels(

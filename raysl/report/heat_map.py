@@ -147,14 +147,14 @@ def draw_heat_map(
 
 
 def _cells(trials: Sequence[Trial], axes: HeatAxes, panel: Parameter) -> _Cells:
-    found: dict[tuple[int, int, int], list[Trial]] = {}
+    cells: dict[tuple[int, int, int], list[Trial]] = {}
     for trial in trials:
         if all(p.key in trial.params for p in (axes.x, axes.y, panel) if p.key):
             of_panel, row, column = (
                 p.place(trial.params.get(p.key)) for p in (panel, axes.y, axes.x)
             )
-            found.setdefault((of_panel, row, column), []).append(trial)
-    return {key: _cell(group) for key, group in found.items()}
+            cells.setdefault((of_panel, row, column), []).append(trial)
+    return {key: _cell(group) for key, group in cells.items()}
 
 
 def _cell(trials: Sequence[Trial]) -> _Cell:
@@ -182,9 +182,9 @@ def _colors(
 
     Brighter is better.
     """
-    known = [value for value in values if value is not None]
-    low, high = visible_range(known, metric)
-    beyond = "min" if min(known) < low else "max" if max(known) > high else "neither"
+    measured = [value for value in values if value is not None]
+    low, high = visible_range(measured, metric)
+    beyond = "min" if min(measured) < low else "max" if max(measured) > high else "neither"
     if low == high:
         low, high = low - 0.5 / shown.scale, high + 0.5 / shown.scale
     name = "viridis" if metric.mode == "max" else "viridis_r"

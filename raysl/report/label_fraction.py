@@ -50,7 +50,7 @@ def by_labels(
         num_train: Number of labelled training images.
         num_classes: Number of their classes.
     """
-    found = []
+    points = []
     for name, measured in protocols.items():
         kind = _kind(name)
         if kind is None:
@@ -58,13 +58,15 @@ def by_labels(
         several = measured.get("by_labels")
         if isinstance(several, Mapping):
             for labels, each in several.items():
-                found.append(_labelled(kind, int(labels), each))
+                points.append(_labelled(kind, int(labels), each))
             continue
         facts = next(iter(measured.get("facts") or []), None) or {}  # of the first seed
         settings = {"num_labels": facts.get("num_labels"), **(measured.get("settings") or {})}
         labels = _num_labels(name, settings, num_train=num_train, num_classes=num_classes)
-        found.append(_labelled(kind, labels, measured))
-    return sorted((each for each in found if each.num_labels > 0), key=lambda each: each.num_labels)
+        points.append(_labelled(kind, labels, measured))
+    return sorted(
+        (each for each in points if each.num_labels > 0), key=lambda each: each.num_labels
+    )
 
 
 def _labelled(kind: str, labels: int, measured: Mapping[str, Any]) -> Labelled:

@@ -67,15 +67,15 @@ def nearest(train: npt.NDArray[np.float32], queries: npt.NDArray[np.float32], *,
     bank[~np.isfinite(bank).all(axis=1)] = 0.0
     k = min(k, len(bank))
     places = np.zeros((len(queries), k), dtype=np.int64)
-    found = np.zeros((len(queries), k), dtype=np.float32)
+    similarities = np.zeros((len(queries), k), dtype=np.float32)
     for start in range(0, len(queries), _ROWS_AT_ONCE):
         similarity = _directions(queries[start : start + _ROWS_AT_ONCE]) @ bank.T
         some = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
         values = np.take_along_axis(similarity, some, axis=1)
         order = np.argsort(-values, axis=1, kind="stable")
         places[start : start + len(some)] = np.take_along_axis(some, order, axis=1)
-        found[start : start + len(some)] = np.take_along_axis(values, order, axis=1)
-    return Nearest(places, found)
+        similarities[start : start + len(some)] = np.take_along_axis(values, order, axis=1)
+    return Nearest(places, similarities)
 
 
 def vote(
@@ -144,28 +144,28 @@ def draw_mistakes(path: Path, evaluation: Evaluation, *, k: int, temperature: fl
         DataError: If there are no labels, or no mistakes.
     """
     train, test = evaluation.train, evaluation.test
-    known = np.flatnonzero(train.labels >= 0)
+    labelled = np.flatnonzero(train.labels >= 0)
     queries = test.subset(_MOST_QUERIES)
     queries = queries[test.labels[queries] >= 0]
-    if not len(known) or not len(queries):
+    if not len(labelled) or not len(queries):
         raise DataError("no labels: there are no mistakes to draw")
-    close = nearest(train.features[known], test.features[queries], k=k)
-    told, share = vote(train.labels[known], close, temperature=temperature)
-    wrong = np.flatnonzero(told != test.labels[queries])
+    close = nearest(train.features[labelled], test.features[queries], k=k)
+    predicted, share = vote(train.labels[labelled], close, temperature=temperature)
+    wrong = np.flatnonzero(predicted != test.labels[queries])
     if not len(wrong):
         raise DataError("no mistakes among the test images that were looked at")
     # Ties are sorted by the similarity of the nearest neighbour.
     order = np.lexsort((-close.similarities[wrong, 0], -share[wrong]))
     worst = wrong[order][:NUM_QUERIES]
-    shown = Nearest(
-        known[close.places[worst, :NUM_NEIGHBOURS]], close.similarities[worst, :NUM_NEIGHBOURS]
+    neighbours = Nearest(
+        labelled[close.places[worst, :NUM_NEIGHBOURS]], close.similarities[worst, :NUM_NEIGHBOURS]
     )
 
     def said(place: int, number: int) -> tuple[str, ...]:
         row = worst[number]
-        return (f"told {_short(evaluation.name_of(int(told[row])))}",)
+        return (f"told {_short(evaluation.name_of(int(predicted[row])))}",)
 
-    _draw(path, evaluation, queries[worst], shown, said)
+    _draw(path, evaluation, queries[worst], neighbours, said)
 
 
 def _draw(

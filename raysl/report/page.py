@@ -191,11 +191,11 @@ def _classifier_summary(config: RunConfig[Any], derived: Derived, results: Resul
         f"{escape(config.method.name)}) in {epochs:,.4g} epoch{'' if epochs == 1 else 's'} of "
         f"{derived.num_images:,} images of {escape(config.data.source)}"
     )
-    found = percent(results.get("top1"))
-    if found is None:
+    result = percent(results.get("top1"))
+    if result is None:
         return f"{sentence}; how often it is right is not known."
     return (
-        f"{sentence}; it is right in {found:.1f} % of {_number(results.get('num_test_labels'))} "
+        f"{sentence}; it is right in {result:.1f} % of {_number(results.get('num_test_labels'))} "
         f"test images."
     )
 
@@ -231,10 +231,10 @@ def _method_section(folder: RunFolder) -> str:
 
 
 def _accuracy_cell(results: Results, features: Features, probe: Probe) -> str:
-    found = accuracy(results, features, probe)
-    if found is None:
+    result = accuracy(results, features, probe)
+    if result is None:
         return "&ndash;"
-    value, deviation = found
+    value, deviation = result
     return f"{value:.1f}" if deviation is None else f"{value:.1f} &plusmn; {deviation:.1f}"
 
 

@@ -86,8 +86,8 @@ def parameters(trials: Sequence[Trial], space: Mapping[str, Dimension]) -> list[
     """
     chosen = [key for key in varied(trials) if key != SEED]
     names = short_names(chosen)
-    found = [_parameter(key, names[key], trials, space.get(key)) for key in chosen]
-    return [parameter for parameter in found if parameter.num_places > 1]
+    axes = [_parameter(key, names[key], trials, space.get(key)) for key in chosen]
+    return [parameter for parameter in axes if parameter.num_places > 1]
 
 
 def _parameter(

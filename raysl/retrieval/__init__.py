@@ -1,1 +1,1 @@
-"""Embeddings on a disk or in an object store, and what they say of the images: who is near whom."""
+"""Read stored embeddings, and find neighbours and near-duplicates among them."""

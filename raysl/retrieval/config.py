@@ -1,4 +1,4 @@
-"""What `raysl embed` can be told."""
+"""The settings of `raysl embed`."""
 
 from typing import Annotated, Any, Literal
 

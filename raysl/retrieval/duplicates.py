@@ -1,4 +1,4 @@
-"""Near-duplicates: images connected by similarities above a threshold, exactly, block by block."""
+"""Find groups of near-duplicates: images connected by similarities above a threshold, exactly."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Embeddings, read back: blocks of features, and what is known of each image."""
+"""Read embeddings: blocks of features, and the metadata of each image."""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence

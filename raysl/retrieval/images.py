@@ -1,4 +1,4 @@
-"""The images that embeddings were made of, opened again, to be shown or embedded likewise."""
+"""Reopen the images that embeddings were made of, to show them or to embed others alike."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Exact nearest neighbours by cosine similarity, block by block: any number of images fits."""
+"""Search exact nearest neighbours by cosine similarity, block by block, at any scale."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""The Parquet shards that embeddings are kept in, and the file beside them that describes all.
+"""Write and read the Parquet shards of embeddings, and the file that describes them.
 
 Names that begin with an underscore are none of the data: pandas, pyarrow, duckdb and Spark open the
 folder as one table.

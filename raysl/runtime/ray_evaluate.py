@@ -12,8 +12,8 @@ import ray
 import torch
 
 from raysl.errors import ClusterError
-from raysl.evaluate.probes import Measured, ProbeSets
-from raysl.jobs.evaluation import Finished, Unit, measure_unit
+from raysl.evaluate.probes import ProbeResult, ProbeSets
+from raysl.jobs.evaluation import Finished, ProtocolRun, measure_unit
 from raysl.runtime.own_errors import result_of
 
 _MAX_RETRIES = 3
@@ -24,7 +24,7 @@ _LOST = (
 _LOOK_EVERY_S = 0.5
 
 
-def run_on_ray(units: Sequence[Unit], sets: ProbeSets, *, device: str) -> Iterator[Finished]:
+def run_on_ray(units: Sequence[ProtocolRun], sets: ProbeSets, *, device: str) -> Iterator[Finished]:
     """Measure units on the connected cluster, and yield each when it is done.
 
     Args:
@@ -74,7 +74,7 @@ def unit_resources(count: int, *, device: str) -> dict[str, float]:
 
 
 @ray.remote(max_retries=_MAX_RETRIES)
-def _measure(unit: Unit, sets: ProbeSets, threads: int) -> tuple[Measured, float]:
+def _measure(unit: ProtocolRun, sets: ProbeSets, threads: int) -> tuple[ProbeResult, float]:
     on_gpu = bool(ray.get_gpu_ids()) and torch.cuda.is_available()
     if not on_gpu:
         torch.set_num_threads(

@@ -77,10 +77,10 @@ def _is_other(
 ) -> bool:
     if named is None:
         return False
-    known = (values.get(section) or {}).get("source")
-    if not isinstance(known, str):
+    current = (values.get(section) or {}).get("source")
+    if not isinstance(current, str):
         return True
-    return place_key(absolute_source(known, first=first)) != place_key(named)
+    return place_key(absolute_source(current, first=first)) != place_key(named)
 
 
 def _drop(values: dict[str, Any], name: str) -> list[str]:

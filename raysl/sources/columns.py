@@ -223,10 +223,10 @@ def _from_lists(lists: pa.LargeListArray) -> pa.Array:
     offsets = lists.offsets.to_numpy()
     values = lists.values.fill_null(0).to_numpy()[offsets[0] : offsets[-1]].astype("uint8")
     starts = pa.array(offsets - offsets[0])
-    found = pa.LargeBinaryArray.from_buffers(
+    binary = pa.LargeBinaryArray.from_buffers(
         pa.large_binary(), len(lists), [None, starts.buffers()[1], pa.py_buffer(values)]
     )
-    return pc.if_else(lists.is_valid(), found, pa.scalar(None, pa.large_binary()))
+    return pc.if_else(lists.is_valid(), binary, pa.scalar(None, pa.large_binary()))
 
 
 def is_encoded(kind: pa.DataType) -> bool:

@@ -57,8 +57,8 @@ def sort_by_kind(files: pa.Table) -> Contents:
         _not_hidden(ending(files, suffixes)) for suffixes in (PARQUET_SUFFIXES, TAR_SUFFIXES)
     )
     compressed = ending(files, COMPRESSED_SUFFIXES)
-    known = (*IMAGE_SUFFIXES, *PARQUET_SUFFIXES, *TAR_SUFFIXES, *COMPRESSED_SUFFIXES)
-    others = files.filter(pc.invert(_ends(files, known)))
+    all_suffixes = (*IMAGE_SUFFIXES, *PARQUET_SUFFIXES, *TAR_SUFFIXES, *COMPRESSED_SUFFIXES)
+    others = files.filter(pc.invert(_ends(files, all_suffixes)))
     notes = (*_unread_images(ending(files, missing)), *_about(others))
     return Contents(images, parquet, tars, compressed, notes)
 
@@ -136,6 +136,6 @@ def _about(files: pa.Table) -> list[str]:
 
 def _counted(counts: dict[str, int]) -> str:
     total = sum(counts.values())
-    shown = ", ".join(f"{suffix} {count:,}" for suffix, count in list(counts.items())[:_SHOWN])
+    examples = ", ".join(f"{suffix} {count:,}" for suffix, count in list(counts.items())[:_SHOWN])
     more = ", ..." if len(counts) > _SHOWN else ""
-    return f"{counted(total, 'file')} ({shown}{more})"
+    return f"{counted(total, 'file')} ({examples}{more})"

@@ -108,10 +108,10 @@ class RowFilter:
 
     def _keep_one(self, table: pa.Table, condition: Condition, where: str) -> npt.NDArray[np.bool_]:
         column, comparison, value = condition
-        shown = f"data.filter {list(condition)}"
+        setting = f"data.filter {list(condition)}"
         if column not in table.column_names:
             raise DataError(
-                f"{where}: {shown}: no column {column!r}; there are "
+                f"{where}: {setting}: no column {column!r}; there are "
                 f"{', '.join(table.column_names) or 'none'}"
             )
         try:
@@ -121,16 +121,16 @@ class RowFilter:
         except (pa.ArrowException, TypeError, ValueError) as error:
             kind = table.schema.field(column).type
             raise DataError(
-                f"{where}: {shown}: the column holds {kind}, which does not compare: {error}"
+                f"{where}: {setting}: the column holds {kind}, which does not compare: {error}"
             ) from None
 
     def _listed(self, listed: "_List", column: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
         """Return which rows have a value that the file lists, or for ``not in file`` does not."""
         lines = listed.lines.cast(column.type)
-        found = pc.is_in(column, value_set=lines)
+        is_listed = pc.is_in(column, value_set=lines)
         with self._lock:
             listed.take(lines, column)
-        kept = pc.and_(found if listed.wanted else pc.invert(found), pc.is_valid(column))
+        kept = pc.and_(is_listed if listed.wanted else pc.invert(is_listed), pc.is_valid(column))
         return np.asarray(kept.to_numpy(zero_copy_only=False), dtype=np.bool_)
 
 
@@ -148,13 +148,13 @@ class _List:
     def __init__(self, condition: Condition, *, where: str) -> None:
         self.column, self.comparison, self.path = condition[0], condition[1], str(condition[2])
         self.wanted = self.comparison == "in file"
-        shown = f"{where}: data.filter {list(condition)}"
+        setting = f"{where}: data.filter {list(condition)}"
         try:
             self.lines = pa.array(_read_lines(self.path), pa.string())
         except DataError as error:
-            raise DataError(f"{shown}: {error}; give a text file of one value a line") from None
+            raise DataError(f"{setting}: {error}; give a text file of one value a line") from None
         if self.wanted and not len(self.lines):
-            raise DataError(f"{shown}: the file has no line, so that no image would be left")
+            raise DataError(f"{setting}: the file has no line, so that no image would be left")
         self._matched = np.zeros(len(self.lines), dtype=np.bool_)
         self._example: str | None = None
 

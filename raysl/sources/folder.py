@@ -100,8 +100,8 @@ class FolderSource:
 
     def _name_classes(self, classes: ClassFolders) -> None:
         above = "|".join(re.escape(folder) for folder in classes.above)
-        found = pc.extract_regex(self._paths, f"^(?:{above})(?P<folder>[^/]+)/")
-        folders = pc.struct_field(found, "folder")
+        matches = pc.extract_regex(self._paths, f"^(?:{above})(?P<folder>[^/]+)/")
+        folders = pc.struct_field(matches, "folder")
         labels, names, _ = number_classes([folders])
         assert labels is not None  # every folder has a name
         if not names:

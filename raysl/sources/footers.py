@@ -160,21 +160,21 @@ def manifest_footers(
         order: Indices of the files to return.
         filtered: The source's filter.
     """
-    known = {f"{root.rstrip('/')}/{file.path}": file for file in manifest.files}
-    files = list(known)
+    manifest_file = {f"{root.rstrip('/')}/{file.path}": file for file in manifest.files}
+    files = list(manifest_file)
     label = config.label_column or manifest.label_column
     names = manifest.class_names if label == manifest.label_column else ()
     columns = Columns(manifest.image_column, None, label, False, names)
 
     def read(path: str) -> Footer:
-        file, kept = known[path], None
+        file, kept = manifest_file[path], None
         if config.filter:
             kept = _kept(open_parquet(filesystem, path), filtered, path, root)
         rows, sizes = np.array(file.rows, np.int64), np.array(file.bytes, np.int64)
         return Footer(path, columns, None, rows, sizes, "", None, kept)
 
-    asked = [files[place] for place in order]
-    return _in_order(filesystem, asked, read) if config.filter else map(read, asked)
+    paths = [files[place] for place in order]
+    return _in_order(filesystem, paths, read) if config.filter else map(read, paths)
 
 
 def check_manifest(manifest: Manifest, files: pa.Table, root: str) -> None:
@@ -228,16 +228,16 @@ def _in_order(
 
 
 def _kept(parquet: pq.ParquetFile, filtered: RowFilter, path: str, root: str) -> Ints:
-    asked, name = columns_of(filtered.conditions), below(path, root)
+    wanted, name = columns_of(filtered.conditions), below(path, root)
     there = [column for column in parquet.schema_arrow.names if column != ROW_ID]
     added = {c: v for c, v in partition_values(name).items() if c not in there and c != ROW_ID}
-    columns = [column for column in asked if column in there]
+    columns = [column for column in wanted if column in there]
     try:
         # A column name also selects columns whose names continue after a dot.
         table = parquet.read(columns=columns).select(columns)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
-    if not {*asked} <= {*there, *added, ROW_ID}:  # list every column that exists
+    if not {*wanted} <= {*there, *added, ROW_ID}:  # list every column that exists
         table = parquet.schema_arrow.empty_table().select(there)
     for column, value in added.items():
         table = table.append_column(column, pa.repeat(pa.scalar(value), table.num_rows))
@@ -261,8 +261,8 @@ def _row_groups(metadata: pq.FileMetaData, image_column: str) -> tuple[Ints, Int
     if metadata.schema.column(leaf).physical_type == "INT32":  # type null, not bytes
         return rows, sizes, int(rows.sum())
     found = [chunk.statistics for chunk in chunks]
-    known = all(each is not None and each.has_null_count for each in found)
-    return rows, sizes, sum(each.null_count for each in found) if known else None
+    is_complete = all(each is not None and each.has_null_count for each in found)
+    return rows, sizes, sum(each.null_count for each in found) if is_complete else None
 
 
 def has_images(filesystem: pafs.FileSystem, path: str, config: SourceConfig) -> bool:

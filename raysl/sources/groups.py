@@ -64,17 +64,17 @@ def gather(
     Raises:
         DataError: If the files' columns differ.
     """
-    found: list[tuple[int, _Part]] = []
+    numbered: list[tuple[int, _Part]] = []
     rows = files = 0
     for place, footer in footers:
-        _check_alike(footer, found[0][1].footer if found else footer)
-        part = _cut(footer if not found else footer._replace(schema=None))
-        found.append((place, part))
+        _check_alike(footer, numbered[0][1].footer if numbered else footer)
+        part = _cut(footer if not numbered else footer._replace(schema=None))
+        numbered.append((place, part))
         rows += int(part.rows.sum())
         files += len(part.rows) > 0
         if limit is not None and rows >= limit and files >= min(_FAR_APART, limit):
             break
-    parts = [part for _, part in sorted(found, key=lambda each: each[0])]
+    parts = [part for _, part in sorted(numbered, key=lambda each: each[0])]
     looked = [part.footer for part in parts]
     groups = _join(parts, None if limit is None or limit >= rows else limit)
     chosen = b"" if groups.places is None else groups.places.tobytes() + groups.rows.tobytes()

@@ -64,8 +64,8 @@ def open_images(
 
 def _folders_below(images: pa.Table, folder: str) -> list[str]:
     """Return the subfolders that hold images, and "" if the folder itself does."""
-    found = pc.extract_regex(images.column("path"), f"^{re.escape(folder)}(?:(?P<name>[^/]+)/)?")
-    names = pc.unique(pc.struct_field(found.filter(pc.is_valid(found)), "name"))
+    matches = pc.extract_regex(images.column("path"), f"^{re.escape(folder)}(?:(?P<name>[^/]+)/)?")
+    names = pc.unique(pc.struct_field(matches.filter(pc.is_valid(matches)), "name"))
     return [readable(name or b"") for name in names.to_pylist()]
 
 

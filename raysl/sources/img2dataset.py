@@ -40,16 +40,16 @@ def failed_rows(filesystem: pafs.FileSystem, parquet_files: Sequence[str]) -> tu
     chosen = spread_rows(len(parquet_files), _MOST_FILES).tolist()
     with ThreadPoolExecutor(num_readers(filesystem)) as pool:
         read = list(pool.map(lambda place: _read(filesystem, parquet_files[place]), chosen))
-    found = [rows for rows in read if rows is not None]
+    readable = [rows for rows in read if rows is not None]
     notes = []
-    if found:
+    if readable:
         status, errors = Counter[str](), Counter[str]()
-        for rows in found:
+        for rows in readable:
             status.update(rows.status)
             errors.update(rows.errors)
         part = f" ({len(chosen):,} of the {len(parquet_files):,} tables looked at)"
         notes.append(_summary(status, errors) + (part if len(chosen) < len(parquet_files) else ""))
-    if lost := len(read) - len(found):
+    if lost := len(read) - len(readable):
         notes.append(
             f"{counted(lost, 'Parquet file')} of {len(read):,} beside the images cannot be read or "
             f"{'has' if lost == 1 else 'have'} no column 'status'"
@@ -60,8 +60,8 @@ def failed_rows(filesystem: pafs.FileSystem, parquet_files: Sequence[str]) -> tu
 def _read(filesystem: pafs.FileSystem, path: str) -> _Rows | None:
     def read() -> pa.Table:
         with pq.ParquetFile(path, filesystem=filesystem) as file:
-            asked = [n for n in ("status", "error_message") if n in file.schema_arrow.names]
-            return file.read(columns=asked)
+            wanted = [n for n in ("status", "error_message") if n in file.schema_arrow.names]
+            return file.read(columns=wanted)
 
     try:
         table = patiently(filesystem, read)

@@ -64,10 +64,10 @@ def number_classes(chunks: Sequence[pa.Array], *, named: Sequence[str] = ()) -> 
 def _number_integers(chunks: Sequence[pa.Array], named: Sequence[str]) -> Classes:
     parts = [pc.fill_null(_whole(chunk), -1).to_numpy() for chunk in chunks]
     values = np.concatenate([np.empty(0, np.int64), *parts])
-    known = values >= 0
-    classes, numbers = np.unique(values[known], return_inverse=True)
+    is_label = values >= 0
+    classes, numbers = np.unique(values[is_label], return_inverse=True)
     labels = np.full(len(values), -1, dtype=np.int64)
-    labels[known] = numbers
+    labels[is_label] = numbers
     names = [str(named[v]) if v < len(named) else str(v) for v in classes.tolist()]
     return Classes(labels, names)
 

@@ -50,13 +50,13 @@ class MixedSource:
         """Return the images of these rows, with one read per source."""
         rows = np.asarray(indices, dtype=np.int64)
         of = np.searchsorted(self._starts, rows, side="right") - 1
-        found: list[Encoded] = [b""] * len(rows)
+        result: list[Encoded] = [b""] * len(rows)
         for number in np.unique(of).tolist():
             places = np.flatnonzero(of == number)
             images = self.parts[number].read(rows[places] - self._starts[number])
             for place, image in zip(places.tolist(), images, strict=True):
-                found[place] = image
-        return found
+                result[place] = image
+        return result
 
     def decoding(self, index: int) -> Decoding:
         """Return the decoding settings of the row's source."""
@@ -80,17 +80,17 @@ class MixedSource:
     def labels(self) -> Labels | None:
         """Return class numbers over all sources, -1 for unlabelled images; None without labels."""
         numbers = {name: number for number, name in enumerate(self.class_names)}
-        found, labelled = [], False
+        columns, labelled = [], False
         for part, size in zip(self.parts, np.diff(self._starts), strict=True):
             labels = part.labels()
             if labels is None:
-                found.append(np.full(size, -1, dtype=np.int64))
+                columns.append(np.full(size, -1, dtype=np.int64))
                 continue
             labelled = True
             # One more entry, so that -1 (no label) maps to -1.
             number_of = np.array([*(numbers[name] for name in part.class_names), -1], np.int64)
-            found.append(number_of[np.maximum(labels, -1)])
-        return np.concatenate(found) if labelled else None
+            columns.append(number_of[np.maximum(labels, -1)])
+        return np.concatenate(columns) if labelled else None
 
     @property
     def class_names(self) -> list[str]:

@@ -67,9 +67,9 @@ def open_source(
     Raises:
         DataError: If there is nothing, or nothing usable, at that place.
     """
-    found = _open_mixed(config, split, held_out, data)
+    source = _open_mixed(config, split, held_out, data)
     unlabelled = isinstance(config, DataConfig) and config.labels == "none"
-    return UnlabelledSource(found) if unlabelled else found
+    return UnlabelledSource(source) if unlabelled else source
 
 
 def _open_mixed(
@@ -86,8 +86,8 @@ def _open_mixed(
             parts.append(_Opener(part, None, held_out, data).open())
         except DataError as error:
             text = _KEY.sub(f"data.mix[{number}]", str(error))
-            asked = f"data.mix[{number}].source={part.source}"
-            raise DataError(text if text.startswith(asked) else f"{asked}: {text}") from None
+            prefix = f"data.mix[{number}].source={part.source}"
+            raise DataError(text if text.startswith(prefix) else f"{prefix}: {text}") from None
         weights.append(part.weight)
     return MixedSource(parts, weights)
 
@@ -136,35 +136,37 @@ class _Opener:
 
     def _choose(self, names: Sequence[str]) -> str | None:
         """Return which of the existing splits to read; None if there are none."""
-        asked = self.config.split
+        name = self.config.split
         if names and self.split is not None:  # the caller's choice, for any source
-            asked = self.split
-        return choose_split(names, asked, held_out=self.held_out, where=self.where)
+            name = self.split
+        return choose_split(names, name, held_out=self.held_out, where=self.where)
 
     def _listed(self, path: str, *, is_file: bool) -> Source:
         """Open a file, or the files that a glob or a range matches."""
         root, files = self._matching(path, is_file=is_file)
-        found = sort_by_kind(files)
-        if found.compressed.num_rows:
-            first = paths_below(found.compressed, root)[0]
+        contents = sort_by_kind(files)
+        if contents.compressed.num_rows:
+            first = paths_below(contents.compressed, root)[0]
             raise DataError(f"{self.where}: {compressed(first, 'by its name')}")
-        kinds = [table for table in (found.images, found.parquet, found.tars) if table.num_rows]
-        if not kinds or (is_file and found.images.num_rows):
+        kinds = [
+            table for table in (contents.images, contents.parquet, contents.tars) if table.num_rows
+        ]
+        if not kinds or (is_file and contents.images.num_rows):
             raise DataError(
                 f"{self.where}: not a Parquet file and not a tar shard ({path}), by its name; a "
                 f"single image is no source: give its folder"
             )
         if len(kinds) > 1:
             raise DataError(
-                f"{self.where}: matches {found.images.num_rows:,} images and both "
-                f"{found.parquet.num_rows:,} .parquet and {found.tars.num_rows:,} .tar files; give "
-                f"a pattern of one kind"
+                f"{self.where}: matches {contents.images.num_rows:,} images and both "
+                f"{contents.parquet.num_rows:,} .parquet and {contents.tars.num_rows:,} .tar "
+                f"files; give a pattern of one kind"
             )
-        if found.images.num_rows:
+        if contents.images.num_rows:
             self._choose(())
-            return FolderSource(self.config, self.filesystem, files, root, notes=found.notes)
-        note = table_note(self.filesystem, root) if found.parquet.num_rows else ""
-        return self._shards(kinds[0], root, [*found.notes, *filter(None, [note])], by_name=True)
+            return FolderSource(self.config, self.filesystem, files, root, notes=contents.notes)
+        note = table_note(self.filesystem, root) if contents.parquet.num_rows else ""
+        return self._shards(kinds[0], root, [*contents.notes, *filter(None, [note])], by_name=True)
 
     def _matching(self, path: str, *, is_file: bool) -> tuple[str, pa.Table]:
         if is_file:
@@ -191,27 +193,31 @@ class _Opener:
                 f"{self.where}: `raysl pack` has not finished there; the same pack again goes on "
                 f"where it stopped"
             )
-        found = look_into(self.filesystem, root)
-        images, parquet, tars = found.images.num_rows, found.parquet.num_rows, found.tars.num_rows
-        notes = list(found.notes)
-        if parquet and not self._are_metadata(found, root):
-            check_no_tables_below(self.filesystem, root, names_of(found.parquet))
-            return self._parquet(found, root)
+        contents = look_into(self.filesystem, root)
+        images, parquet, tars = (
+            contents.images.num_rows,
+            contents.parquet.num_rows,
+            contents.tars.num_rows,
+        )
+        notes = list(contents.notes)
+        if parquet and not self._are_metadata(contents, root):
+            check_no_tables_below(self.filesystem, root, names_of(contents.parquet))
+            return self._parquet(contents, root)
         if parquet:
-            notes += failed_rows(self.filesystem, paths_below(found.parquet, root))
+            notes += failed_rows(self.filesystem, paths_below(contents.parquet, root))
         if tars and images:
             raise DataError(
                 f"{self.where}: holds {images:,} images and {tars:,} .tar files; give "
                 f"{root}/*.tar for the shards, or move them away from the images"
             )
         if tars:
-            return self._shards(found.tars, root, notes)
+            return self._shards(contents.tars, root, notes)
         if images:
             choose = self._choose
             return open_images(
-                self.config, self.filesystem, found.images, root, choose=choose, notes=notes
+                self.config, self.filesystem, contents.images, root, choose=choose, notes=notes
             )
-        raise DataError(f"{self.where}: {_no_images(found, root)}")
+        raise DataError(f"{self.where}: {_no_images(contents, root)}")
 
     def _table(self, root: str, kind: TableKind) -> Source:
         self._choose(())

@@ -84,9 +84,9 @@ class ParquetSource:
         self._root = root or posixpath.commonpath([posixpath.dirname(file) for file in files])
         order = reading_order(len(files), config.limit)
         filtered = RowFilter(config.filter, where=f"data.source={self.name}")
-        asked = [files[place] for place in order]
+        ordered = [files[place] for place in order]
         footers = (
-            read_footers(filesystem, asked, config, self._root, filtered)
+            read_footers(filesystem, ordered, config, self._root, filtered)
             if manifest is None
             else manifest_footers(filesystem, self._root, manifest, config, order, filtered)
         )
@@ -141,14 +141,14 @@ class ParquetSource:
         rows = np.asarray(indices, dtype=np.int64)
         groups = np.searchsorted(self._starts, rows, side="right") - 1
         places = rows - self._starts[groups] if self._places is None else self._places[rows]
-        asked = [int(group) for group in np.unique(groups)]
-        if len(asked) > 1 and not is_local(self.filesystem):
-            with ThreadPoolExecutor(min(len(asked), REMOTE_READERS)) as pool:
-                images = dict(zip(asked, pool.map(self._group, asked), strict=True))
+        needed = [int(group) for group in np.unique(groups)]
+        if len(needed) > 1 and not is_local(self.filesystem):
+            with ThreadPoolExecutor(min(len(needed), REMOTE_READERS)) as pool:
+                images = dict(zip(needed, pool.map(self._group, needed), strict=True))
         else:
-            images = {group: self._group(group) for group in asked}
+            images = {group: self._group(group) for group in needed}
         encoded = {n: each.encoded for n, each in images.items() if isinstance(each, Images)}
-        found: list[Encoded] = []
+        result: list[Encoded] = []
         links: dict[int, Link] = {}
         for group, place in zip(groups.tolist(), places.tolist(), strict=True):
             try:
@@ -158,14 +158,14 @@ class ParquetSource:
             if image is None:
                 image = self._instead(images[group], group, place)
                 if isinstance(image, Link):
-                    links[len(found)] = image
+                    links[len(result)] = image
                     image = b""
-            found.append(image)
+            result.append(image)
         for number, linked in zip(
             links, read_links(self.filesystem, list(links.values())), strict=True
         ):
-            found[number] = linked
-        return found
+            result[number] = linked
+        return result
 
     def _instead(self, images: Images | Unreadable, group: int, place: int) -> Unreadable | Link:
         """Return what replaces an image that is null in its row group."""

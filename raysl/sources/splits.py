@@ -69,12 +69,12 @@ def split_shards(paths: Sequence[str]) -> Parts:
     They are splits only if one is for training, or if every file belongs to one.
     """
     for rule in (_by_count, _by_folder, _by_name):
-        found = [rule(path) for path in paths]
-        names = set(found) - {None}
+        splits = [rule(path) for path in paths]
+        names = set(splits) - {None}
         if not names & set(_WORDS.values()):
             continue
-        if len(names) > 1 and (TRAIN in names or None not in found):
-            return Parts(found, _in_order(names))
+        if len(names) > 1 and (TRAIN in names or None not in splits):
+            return Parts(splits, _in_order(names))
         break
     return Parts([None] * len(paths), ())
 
@@ -132,15 +132,15 @@ def folder_layout(folders_below: Callable[[str], Sequence[str]]) -> FolderLayout
 
 
 def _splits_of(names: Sequence[str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+    folders: dict[str, list[str]] = {}
     for name in names:
         match = _FOLDER.fullmatch(name)
-        found.setdefault(name if match is None else _WORDS[match[1].lower()], []).append(name)
-    to_train_and_test = TRAIN in found and bool(set(found) & set(HELD_OUT))
-    nothing_else = set(found) <= {TRAIN, *HELD_OUT} and (TRAIN in found or len(found) > 1)
+        folders.setdefault(name if match is None else _WORDS[match[1].lower()], []).append(name)
+    to_train_and_test = TRAIN in folders and bool(set(folders) & set(HELD_OUT))
+    nothing_else = set(folders) <= {TRAIN, *HELD_OUT} and (TRAIN in folders or len(folders) > 1)
     if not (to_train_and_test or nothing_else):
         return {}
-    return {split: found[split] for split in _in_order(set(found))}
+    return {split: folders[split] for split in _in_order(set(folders))}
 
 
 def choose_split(

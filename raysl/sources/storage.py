@@ -338,11 +338,11 @@ def _list_remote(
     def below(folder: str, *, recursive: bool) -> tuple[pa.Table, list[str]]:
         selector = pafs.FileSelector(folder, recursive=recursive)
         try:
-            found = patiently(filesystem, lambda: filesystem.get_file_info(selector))
+            infos = patiently(filesystem, lambda: filesystem.get_file_info(selector))
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{folder}: cannot be listed: {error}") from None
         paths, sizes, folders = [], [], []
-        for info in found:
+        for info in infos:
             name = info.path[skip:]
             if any(part[:1] in hidden for part in name.split("/") if part):
                 continue

@@ -219,7 +219,7 @@ def _newest_metadata(filesystem: pafs.FileSystem, root: str, what: str) -> str:
 
 def _below(files: Iterable[str], root: str, what: str) -> list[str]:
     """Return paths in the source's file system, all below the table's folder."""
-    found = []
+    paths = []
     top = root.rstrip("/") + "/"
     for file in files:  # Iceberg does not percent-encode them, for any scheme
         path = re.sub("^file:/+", "/", file)
@@ -229,8 +229,8 @@ def _below(files: Iterable[str], root: str, what: str) -> list[str]:
                 f"{what}. Its log names files elsewhere ({file}), as after the folder was copied "
                 f"or moved. Give it where it was, or: {_export('its current rows')}"
             )
-        found.append(path)
-    return sorted(found)
+        paths.append(path)
+    return sorted(paths)
 
 
 def _endpoint() -> str:

@@ -153,19 +153,19 @@ class TarSource:
         """
         rows = np.asarray(indices, dtype=np.int64)
         groups = np.searchsorted(self._starts, rows, side="right") - 1
-        asked = [int(group) for group in np.unique(groups)]
-        if len(asked) > 1 and not is_local(self.filesystem):
-            with ThreadPoolExecutor(min(len(asked), REMOTE_READERS)) as pool:
-                runs = dict(zip(asked, pool.map(self._group, asked), strict=True))
+        needed = [int(group) for group in np.unique(groups)]
+        if len(needed) > 1 and not is_local(self.filesystem):
+            with ThreadPoolExecutor(min(len(needed), REMOTE_READERS)) as pool:
+                runs = dict(zip(needed, pool.map(self._group, needed), strict=True))
         else:
-            runs = {group: self._group(group) for group in asked}
+            runs = {group: self._group(group) for group in needed}
         begins = self._offsets[rows] - self._offsets[self._starts[groups]]
         ends = begins + self._sizes[rows]
-        found: list[Encoded] = []
+        result: list[Encoded] = []
         for group, begin, end in zip(groups.tolist(), begins.tolist(), ends.tolist(), strict=True):
             run = runs[group]
-            found.append(run if isinstance(run, Unreadable) else run[begin:end])
-        return found
+            result.append(run if isinstance(run, Unreadable) else run[begin:end])
+        return result
 
     def _group(self, group: int) -> bytes | Unreadable:
         if (reason := self._failures.get(group)) is not None:

@@ -55,7 +55,7 @@ def choose(
     """
     order = reading_order(len(files), config.limit)
     filtered = RowFilter(config.filter, where=f"data.source={config.source}")
-    found: list[tuple[int, ShardIndex, Looked]] = []
+    selected: list[tuple[int, ShardIndex, Looked]] = []
     rows = used = 0
     indexed = _index_all(filesystem, [files[place] for place in order], config)
     for place, shard in zip(order, indexed, strict=True):
@@ -63,14 +63,14 @@ def choose(
             raise DataError(f"{shard.path}: {shard.flaw.detail}")
         name = below(shard.path, root)
         kept = _filtered(shard, filtered, name)
-        found.append((place, kept, Looked(name, len(shard.offsets), shard.tally, shard.flaw)))
+        selected.append((place, kept, Looked(name, len(shard.offsets), shard.tally, shard.flaw)))
         rows += len(kept.offsets)
         used += len(kept.offsets) > 0
         if config.limit is not None and rows >= config.limit and used >= _enough(config.limit):
             break
-    found.sort(key=lambda each: each[0])
-    chosen = _spread([shard for _, shard, _ in found], config.limit)
-    return Choice(chosen, [each[2] for each in found], filtered)
+    selected.sort(key=lambda each: each[0])
+    chosen = _spread([shard for _, shard, _ in selected], config.limit)
+    return Choice(chosen, [each[2] for each in selected], filtered)
 
 
 def _enough(limit: int) -> int:

@@ -184,11 +184,11 @@ def _extended(kind: bytes, text: bytes) -> dict[bytes, bytes]:
 
 def _pax(text: bytes) -> dict[bytes, bytes]:
     """Return the records ``LENGTH KEY=VALUE`` of a POSIX extended header."""
-    found = {}
+    records = {}
     while match := re.match(rb"(\d+) ([^=]+)=", text):
         length = int(match[1])
         if length <= match.end():
             break
-        found[match[2]] = text[match.end() : length - 1]
+        records[match[2]] = text[match.end() : length - 1]
         text = text[length:]
-    return found
+    return records

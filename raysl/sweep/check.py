@@ -58,9 +58,11 @@ def check(
             affected candidates and the parameters of one.
     """
     problems = space_problems(sweep)
-    found, runs = _run_problems(sweep, candidates or samples(sweep), folder=folder, look=look)
-    if problems or found:
-        raise problems_error([*problems, *found], where=f"sweep {sweep.name}")
+    run_problems, runs = _run_problems(
+        sweep, candidates or samples(sweep), folder=folder, look=look
+    )
+    if problems or run_problems:
+        raise problems_error([*problems, *run_problems], where=f"sweep {sweep.name}")
     return runs if candidates else []
 
 
@@ -71,8 +73,8 @@ def all_problems(sweep: SweepConfig, *, known: Iterable[str] = ()) -> list[str]:
         sweep: The sweep, possibly without the invalid parts of its file.
         known: The dimensions that were left out of it.
     """
-    found, _ = _run_problems(sweep, samples(sweep), folder=Path(), look=None)
-    return [*space_problems(sweep, known=known), *found]
+    run_problems, _ = _run_problems(sweep, samples(sweep), folder=Path(), look=None)
+    return [*space_problems(sweep, known=known), *run_problems]
 
 
 class _Seen:
@@ -150,15 +152,15 @@ def _problems_of(
     """Return the problems of a run, and the run if it can be built."""
     values, own = run_values(sweep, candidate, folder=folder)
     own += [Problem((), text) for text in _trial_problems(sweep, candidate, values)]
-    found = run_or_problems(values)
-    if isinstance(found, list):
-        return [*found, *_behind(found, values), *own], None
+    outcome = run_or_problems(values)
+    if isinstance(outcome, list):
+        return [*outcome, *_behind(outcome, values), *own], None
     if look is not None:
         try:
-            look(found)
+            look(outcome)
         except RayslError as error:
             own.append(Problem((), str(error)))
-    return own, found
+    return own, outcome
 
 
 def _behind(problems: Sequence[Problem], values: dict[str, Any]) -> list[Problem]:
@@ -170,14 +172,14 @@ def _behind(problems: Sequence[Problem], values: dict[str, Any]) -> list[Problem
             return []
         for place in places:
             drop_key(values, ".".join(place))
-        found = run_or_problems(values)
-        if isinstance(found, RunConfig):
+        outcome = run_or_problems(values)
+        if isinstance(outcome, RunConfig):
             return []
-        together = [problem for problem in found if not problem.place]
+        together = [problem for problem in outcome if not problem.place]
         if together:
             left_out = [".".join(problem.place) for problem in problems if problem.place]
             return [p for p in together if not any(key in p.text for key in left_out)]
-        bad = found
+        bad = outcome
     return []
 
 

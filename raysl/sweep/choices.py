@@ -93,8 +93,8 @@ class Choices:
 
     def holds(self, key: str, wanted: Any, params: Mapping[str, Any]) -> bool:
         """Return whether a setting has the value, or one of the values, that a condition names."""
-        found = self._seen_as(key, params)
-        return any(value in found for value in (wanted if isinstance(wanted, list) else [wanted]))
+        names = self._seen_as(key, params)
+        return any(value in names for value in (wanted if isinstance(wanted, list) else [wanted]))
 
     def is_excluded(self, params: Mapping[str, Any], *, names: Iterable[str] | None = None) -> bool:
         """Return whether the sweep excludes a combination.
@@ -112,7 +112,7 @@ class Choices:
         )
 
     def demands(self, name: str) -> Params | None:
-        """Return choices for other dimensions under which this one exists, else None."""
+        """Return choices for other dimensions under which this one exists, or None."""
         for start in self.combinations([CONFIG]):
             demanded = self._demands(name, start)
             if self.exists(name, demanded):
@@ -148,9 +148,9 @@ class Choices:
         except ConfigError:
             return {}
         for given in (with_set(self._sweep, values), values):
-            found = run_or_problems({"name": label, **given})
-            if isinstance(found, RunConfig):
-                return with_set(self._sweep, found.model_dump(mode="json"))
+            outcome = run_or_problems({"name": label, **given})
+            if isinstance(outcome, RunConfig):
+                return with_set(self._sweep, outcome.model_dump(mode="json"))
         return with_set(self._sweep, values)
 
     def _seen_as(self, key: str, params: Mapping[str, Any]) -> list[Any]:
@@ -159,12 +159,12 @@ class Choices:
             return [params[key], self.dimensions[key].value_of(params[key])]
         for name, label in params.items():
             if _covers(name, key):
-                found = get_key(self.dimensions[name].value_of(label), key[len(name) + 1 :])
-                return [] if found is MISSING else [found]
+                value = get_key(self.dimensions[name].value_of(label), key[len(name) + 1 :])
+                return [] if value is MISSING else [value]
         if key == CONFIG:
             return [next(iter(self._sweep.bases))]
-        found = get_key(self.settings(params), key)
-        return [] if found is MISSING else [found]
+        value = get_key(self.settings(params), key)
+        return [] if value is MISSING else [value]
 
     def _sorted(self) -> tuple[list[str], list[str]]:
         """Return the dimensions in dependency order, and those in a cycle."""
@@ -209,9 +209,9 @@ def draw_random(choices: Choices, *, seed: int, count: int) -> list[Params]:
     while len(drawn) < count and stale < len(cycle):
         turn, spot = divmod(place, len(cycle))
         fixed = cycle[int(_stream(seed, turn, _ORDER).permutation(len(cycle))[spot])]
-        found = _new_one(choices, drawn, fixed, seed=seed, place=place)
-        stale = 0 if found else stale + 1
-        drawn |= found
+        drawn_now = _new_one(choices, drawn, fixed, seed=seed, place=place)
+        stale = 0 if drawn_now else stale + 1
+        drawn |= drawn_now
         place += 1
     for params in choices.combinations() if len(drawn) < count else ():
         drawn.setdefault(json.dumps(params), params)

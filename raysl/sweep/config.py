@@ -133,8 +133,8 @@ class Dimension(Config):
         return self.values()[self.labels().index(label)] if self.is_listed else label
 
     def _listed(self) -> tuple[Any, ...] | dict[str, Any]:
-        found: tuple[Any, ...] | dict[str, Any] = getattr(self, self.kind)
-        return found
+        values: tuple[Any, ...] | dict[str, Any] = getattr(self, self.kind)
+        return values
 
 
 class MetricConfig(Config):

@@ -52,15 +52,15 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
     problems = [problem for text in overrides for problem in _override(values, text)]
     if "base" in values:
         values["base"] = list(_base_files(values["base"], path.parent))
-    found = validated(SweepConfig, values)
+    result = validated(SweepConfig, values)
     problems += [problem.text for problem in idle_settings(SweepConfig, values)]
-    if isinstance(found, SweepConfig):
-        problems += all_problems(found)
+    if isinstance(result, SweepConfig):
+        problems += all_problems(result)
         if not problems:
-            return found
+            return result
     else:
-        problems += [problem.text for problem in found]
-        problems += _behind(values, found)
+        problems += [problem.text for problem in result]
+        problems += _behind(values, result)
     raise problems_error(problems, where=where)
 
 
@@ -83,9 +83,9 @@ def _override(values: dict[str, Any], text: str) -> Iterator[str]:
         elif first in RunConfig.model_fields:
             _section(values, "set")[key] = value
         else:
-            known = sorted({*SweepConfig.model_fields, *RunConfig.model_fields})
-            near = difflib.get_close_matches(first, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            fields = sorted({*SweepConfig.model_fields, *RunConfig.model_fields})
+            near = difflib.get_close_matches(first, fields, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
             yield f"override {text!r}: {first!r} is neither of a sweep nor of a run; {hint}"
     except ConfigError as error:
         given = " ".join(str(error).split())  # YAML's own errors have several lines
@@ -120,10 +120,10 @@ def _behind(values: dict[str, Any], problems: Sequence[Problem]) -> list[str]:
     for _ in range(_MENDINGS):
         for problem in problems:
             left_out += _leave_out(values, problem.place)
-        found = validated(SweepConfig, values)
-        if isinstance(found, SweepConfig):
-            return all_problems(found, known=left_out)
-        problems = found
+        result = validated(SweepConfig, values)
+        if isinstance(result, SweepConfig):
+            return all_problems(result, known=left_out)
+        problems = result
     return []
 
 

@@ -130,14 +130,14 @@ def _condition_problems(choices: Choices, sweep: SweepConfig, known: set[str]) -
         yield f"space: the conditions of {', '.join(choices.in_circles)} ask about each other"
         return
     for name in sweep.space:
-        found = [
+        problems = [
             problem
             for key, wanted in sweep.space[name].when.items()
             for problem in _one_condition(choices, sweep, key, wanted, known=known)
         ]
-        yield from (f"space.{name}.when: {problem}" for problem in found)
+        yield from (f"space.{name}.when: {problem}" for problem in problems)
         asks_known = any(key in known for key in sweep.space[name].when)
-        if not found and not asks_known and choices.demands(name) is None:
+        if not problems and not asks_known and choices.demands(name) is None:
             yield f"space.{name}.when: is never met; the dimension would never be tried"
 
 
@@ -146,8 +146,8 @@ def _exclude_problems(choices: Choices, sweep: SweepConfig, known: set[str]) -> 
         if not conditions:
             yield f"exclude.{place}: names no setting, and would leave out everything"
         for key, wanted in conditions.items():
-            found = _one_condition(choices, sweep, key, wanted, known=known)
-            yield from (f"exclude.{place}: {problem}" for problem in found)
+            problems = _one_condition(choices, sweep, key, wanted, known=known)
+            yield from (f"exclude.{place}: {problem}" for problem in problems)
     if sweep.exclude and sweep.search.name == "optuna":
         yield "exclude: search optuna would suggest what is left out; use when, or another search"
     elif sweep.exclude and choices.is_finite and next(choices.combinations(), None) is None:

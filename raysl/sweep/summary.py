@@ -199,12 +199,12 @@ def _column(trials: Sequence[Trial], key: str) -> npt.NDArray[np.float64]:
     Trials that lack it get a typical value, so that the lack itself carries no information: the
     parameter it depends on does.
     """
-    known = [trial.params[key] for trial in trials if key in trial.params]
-    if all(map(is_number, known)):
-        usual = statistics.median_low(known)
+    present = [trial.params[key] for trial in trials if key in trial.params]
+    if all(map(is_number, present)):
+        usual = statistics.median_low(present)
         return np.array([[float(trial.params.get(key, usual))] for trial in trials])
-    usual = statistics.mode(known)
-    labels = list(dict.fromkeys(known))
+    usual = statistics.mode(present)
+    labels = list(dict.fromkeys(present))
     return np.array(
         [[float(t.params.get(key, usual) == label) for label in labels] for t in trials]
     )

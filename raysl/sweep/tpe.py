@@ -77,10 +77,10 @@ class ParzenSearch:
             "failed": TrialState.FAIL,
         }
         state = states[status] if curve else TrialState.FAIL
-        found = self._study.get_trials(deepcopy=False)[number]
-        if found.state.is_finished():
+        record = self._study.get_trials(deepcopy=False)[number]
+        if record.state.is_finished():
             return
-        trial = optuna.Trial(self._study, found._trial_id)
+        trial = optuna.Trial(self._study, record._trial_id)
         for step, (_, value) in enumerate(curve):
             trial.report(value, step)
         values = curve[-1][1] if state == TrialState.COMPLETE else None

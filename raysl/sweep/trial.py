@@ -164,8 +164,8 @@ def read_trials(folder: SweepFolder, metric: MetricConfig) -> list[Trial]:
     """Read all trials of a sweep, in the order of their numbers."""
     if not folder.trials.is_dir():
         return []
-    found = (read_trial(RunFolder(path), metric) for path in folder.trials.iterdir())
-    return sorted((trial for trial in found if trial is not None), key=lambda trial: trial.number)
+    read = (read_trial(RunFolder(path), metric) for path in folder.trials.iterdir())
+    return sorted((trial for trial in read if trial is not None), key=lambda trial: trial.number)
 
 
 def _curve(records: Sequence[Mapping[str, Any]], name: str) -> tuple[tuple[float, float], ...]:
@@ -174,10 +174,10 @@ def _curve(records: Sequence[Mapping[str, Any]], name: str) -> tuple[tuple[float
     A line written by evaluation alone has no epoch; it is derived from the step and another line
     that has both.
     """
-    known = [r for r in records if r.get("train/epoch", 0.0) > 0]
-    if not known:
+    with_epoch = [r for r in records if r.get("train/epoch", 0.0) > 0]
+    if not with_epoch:
         return ()
-    epochs_per_step = known[-1]["train/epoch"] / known[-1]["step"]
+    epochs_per_step = with_epoch[-1]["train/epoch"] / with_epoch[-1]["step"]
     return tuple(
         (record.get("train/epoch", record["step"] * epochs_per_step), float(record[name]))
         for record in records

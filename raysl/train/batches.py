@@ -35,8 +35,8 @@ def batch_converter(
 
     def to_batch(batch: NumpyBatch) -> Batch:
         rows = np.asarray(batch[INDEX], dtype=np.int64)
-        known = None if labels is None else torch.from_numpy(labels[rows]).to(device)
-        return Batch(to_views(batch), as_tensor(rows).to(device), known)
+        batch_labels = None if labels is None else torch.from_numpy(labels[rows]).to(device)
+        return Batch(to_views(batch), as_tensor(rows).to(device), batch_labels)
 
     return to_batch
 

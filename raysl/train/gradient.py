@@ -83,13 +83,13 @@ def _cached(
     """
     device = parts[0].index.device
     states: list[_RandomState] = []
-    found: list[tuple[Tensor, ...]] = []
+    embedded: list[tuple[Tensor, ...]] = []
     with torch.no_grad(), untracked_statistics(method):
         for part in parts:
             states.append(_RandomState(device))
             with autocast():
-                found.append(method.embeddings(part, progress))
-    whole = tuple(torch.cat(same).requires_grad_() for same in zip(*found, strict=True))
+                embedded.append(method.embeddings(part, progress))
+    whole = tuple(torch.cat(same).requires_grad_() for same in zip(*embedded, strict=True))
     with autocast():
         output = method.loss_of((whole[0].detach(), *whole[1:]), batch, progress)
     _total(output).backward()  # type: ignore[no-untyped-call]

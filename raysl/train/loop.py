@@ -272,10 +272,10 @@ class _Meter:
 
 def _check_place(batch: NumpyBatch, step: int) -> None:
     """Reject a batch of another step: stream and model would be out of sync."""
-    found = np.unique(batch[STEP])
-    if len(found) != 1 or found[0] != step:
+    steps = np.unique(batch[STEP])
+    if len(steps) != 1 or steps[0] != step:
         raise RayslError(
-            f"expected the batch of step {step}, got one of step {found.tolist()}: the stream "
+            f"expected the batch of step {step}, got one of step {steps.tolist()}: the stream "
             f"began at another checkpoint than the model. Run the same command again"
         )
 

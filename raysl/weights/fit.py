@@ -100,5 +100,5 @@ def _misfits(
 
 def _first(names: list[str]) -> str:
     more = len(names) - _NAMES_SHOWN
-    shown = ", ".join(names[:_NAMES_SHOWN])
-    return f"{shown} and {more} more" if more > 0 else shown
+    examples = ", ".join(names[:_NAMES_SHOWN])
+    return f"{examples} and {more} more" if more > 0 else examples

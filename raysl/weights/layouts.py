@@ -60,7 +60,7 @@ class Place(NamedTuple):
     """Tells whether a network at such an address really has this layout."""
 
 
-class Layout(NamedTuple):
+class FileLayout(NamedTuple):
     """How one project's training code writes its files."""
 
     name: str
@@ -100,8 +100,8 @@ def _is_solo_learn(network: Network) -> bool:
 
 def _is_mae(network: Network) -> bool:
     """Recognised by its decoder or its norm of the mean; in released files, by its positions."""
-    known = ("mask_token", "decoder_embed.weight", "fc_norm.weight")
-    return _has(*known)(network) or fixed_positions(network.state) == "mae"
+    names = ("mask_token", "decoder_embed.weight", "fc_norm.weight")
+    return _has(*names)(network) or fixed_positions(network.state) == "mae"
 
 
 def _is_simsiam(network: Network) -> bool:
@@ -198,7 +198,7 @@ def _fixed_by_simclr_v2(network: Network) -> dict[str, Any]:
 
 
 LAYOUTS = (
-    Layout(
+    FileLayout(
         "vissl",
         "VISSL",
         (
@@ -206,19 +206,19 @@ LAYOUTS = (
             Place(r"(.*[/.])?_feature_blocks\.", "the trunk"),
         ),
     ),
-    Layout(
+    FileLayout(
         "transformers",
         "Hugging Face's transformers: ViT, ViTMAE, DINOv2, ResNet",
         (Place(ANYWHERE, "the encoder", lambda network: network.naming == "transformers"),),
     ),
-    Layout(
+    FileLayout(
         "simclr_v2",
         "SimCLR v2, converted by Separius/SimCLRv2-Pytorch",
         (Place(ANYWHERE, "the network", lambda network: network.naming == "simclr_v2"),),
         fixed=_fixed_by_simclr_v2,
         normalisation=lambda _: PIXELS,
     ),
-    Layout(
+    FileLayout(
         "dinov2",
         "DINOv2",
         (
@@ -227,7 +227,7 @@ LAYOUTS = (
             Place(r"student/(module\.)?(backbone\.)?", "the student", _has(OF_DINOV2)),
         ),
     ),
-    Layout(
+    FileLayout(
         "dino",
         "DINO (main_dino.py)",
         (
@@ -236,7 +236,7 @@ LAYOUTS = (
         ),
         fixed=_deit_heads,
     ),
-    Layout(
+    FileLayout(
         "moco_v3",
         "MoCo v3, also converted or after linear training",
         (
@@ -250,7 +250,7 @@ LAYOUTS = (
         ),
         fixed=_fixed_by_moco_v3,
     ),
-    Layout(
+    FileLayout(
         "moco",
         "MoCo v1 and v2",
         (
@@ -258,28 +258,28 @@ LAYOUTS = (
             Place(rf"{_STATE}encoder_k\.", "the key encoder"),
         ),
     ),
-    Layout(
+    FileLayout(
         "mae",
         "MAE, pretrained or fine-tuned",
         (Place(_STATE, "the encoder", _is_mae),),
         fixed=_fixed_by_mae,
     ),
-    Layout(
+    FileLayout(
         "barlow",
         "Barlow Twins",
         (Place(rf"{_STATE}backbone\.", "the backbone", _is_barlow),),
     ),
-    Layout(
+    FileLayout(
         "vicreg",
         "VICReg",
         (Place(rf"{_STATE}backbone\.", "the backbone", _is_vicreg),),
     ),
-    Layout(
+    FileLayout(
         "simsiam",
         "SimSiam",
         (Place(rf"{_STATE}encoder\.", "the encoder", _is_simsiam),),
     ),
-    Layout(
+    FileLayout(
         "solo_learn",
         "solo-learn",
         (
@@ -291,7 +291,7 @@ LAYOUTS = (
         fixed=_fixed_by_solo_learn,
         normalisation=_normalised_by_solo_learn,
     ),
-    Layout(
+    FileLayout(
         "simclr_cifar",
         "SimCLR on CIFAR by leftthomas and by HobbitLong (SupContrast)",
         (
@@ -301,7 +301,7 @@ LAYOUTS = (
         fixed=lambda network: {"stem": "cifar"} if _small_stem(network) else {},
         normalisation=lambda _: CIFAR10_WITHIN,
     ),
-    Layout(
+    FileLayout(
         "lightly",
         "lightly and lightly-train",
         (
@@ -327,7 +327,7 @@ LAYOUTS = (
             Place(_STATE, "the backbone", _is_lightly),
         ),
     ),
-    Layout(
+    FileLayout(
         "simclr",
         "SimCLR by sthalles and by Spijkervet",
         (
@@ -336,12 +336,12 @@ LAYOUTS = (
         ),
         normalisation=lambda _: PIXELS,  # both train on the unnormalised pixels of ToTensor
     ),
-    Layout(
+    FileLayout(
         "torchvision",
         "torchvision's names",
         (Place(_STATE, "the network", _has(*OF_TORCHVISION)),),
     ),
-    Layout(
+    FileLayout(
         "timm",
         "timm's names, also DINO's backbones alone and raysl's folders for Hugging Face",
         (Place(rf"{_STATE}(timm_model\.)?", "the network"),),
@@ -349,4 +349,4 @@ LAYOUTS = (
 )
 """In the order in which ``auto`` tries them; the first one with an address in the file is used."""
 
-OTHER = Layout("other", "none of the known ones", (Place(ANYWHERE, "the network"),))
+OTHER = FileLayout("other", "none of the known ones", (Place(ANYWHERE, "the network"),))

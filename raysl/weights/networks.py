@@ -9,18 +9,18 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
-from raysl.weights.layouts import ANYWHERE, LAYOUTS, OTHER, Layout, Network, Place
+from raysl.weights.layouts import ANYWHERE, LAYOUTS, OTHER, FileLayout, Network, Place
 from raysl.weights.naming import ANCHORS, plainly_named
 from raysl.weights.stored import Content, State, StoredTensor
 
 _DEEPEST = 6
 
 
-class Found(NamedTuple):
+class ChosenNetwork(NamedTuple):
     """The chosen network, and the layout that it was recognised by."""
 
     network: Network
-    layout: Layout
+    layout: FileLayout
     what: str
     """The network's name in its paper."""
     others: tuple[str, ...]
@@ -43,7 +43,7 @@ def find_networks(content: Content, anchors: Collection[str] = ANCHORS) -> list[
         anchors: Names of which an encoder has at least one.
     """
     wanted = {*anchors}
-    found = []
+    networks = []
     for keys, state in _state_dicts(content, (), set()):
         for prefix in sorted({p for name in state for p in _prefixes(name, wanted)}):
             inner = {
@@ -58,10 +58,10 @@ def find_networks(content: Content, anchors: Collection[str] = ANCHORS) -> list[
             }
             address = "".join(f"{key}/" for key in keys) + prefix
             plain, naming = plainly_named(inner)
-            found.append(Network(address, plain, naming, beside))
+            networks.append(Network(address, plain, naming, beside))
             if plain.keys() != inner.keys():
-                found.append(Network(address, inner, "plain", beside))
-    return found
+                networks.append(Network(address, inner, "plain", beside))
+    return networks
 
 
 def networks_named(content: Content, wanted: Collection[str]) -> list[Network]:
@@ -74,7 +74,7 @@ def networks_named(content: Content, wanted: Collection[str]) -> list[Network]:
 
 def choose(
     networks: list[Network], layout: str = "auto", *, address: str | None = None
-) -> Found | None:
+) -> ChosenNetwork | None:
     """Choose a network; None if a named layout has none of them.
 
     Args:
@@ -83,19 +83,19 @@ def choose(
         address: Choose the network at this address; None takes the one that its layout prefers.
     """
     allowed = [n for n in networks if address is None or n.address == address]
-    known = [known for known in LAYOUTS if layout in ("auto", known.name)]
-    places = [(known, place) for known in known for place in known.places]
+    layouts = [layouts for layouts in LAYOUTS if layout in ("auto", layouts.name)]
+    places = [(layouts, place) for layouts in layouts for place in layouts.places]
     for owner, place in places:
         fitting = [n for n in _at(place, allowed) if place.sign(n)]
         if fitting:
-            return Found(fitting[0], owner, place.what, _others(fitting[0], networks))
+            return ChosenNetwork(fitting[0], owner, place.what, _others(fitting[0], networks))
     if layout == "auto" and allowed:
         best = max(allowed, key=lambda network: len(network.state))
-        return Found(best, OTHER, "the network", _others(best, networks))
+        return ChosenNetwork(best, OTHER, "the network", _others(best, networks))
     for owner, place in places:  # a named layout overrides its ``sign``
         if layout != "auto" and place.address != ANYWHERE and _at(place, allowed):
             best = _at(place, allowed)[0]
-            return Found(best, owner, place.what, _others(best, networks))
+            return ChosenNetwork(best, owner, place.what, _others(best, networks))
     return None
 
 

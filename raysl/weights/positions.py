@@ -32,11 +32,11 @@ def fixed_positions(state: State) -> Literal["mae", "moco_v3"] | None:
     if side < 2 or stored.shape[1] != 1 + side**2:
         return None
     try:
-        found = stored.read().float()
+        values = stored.read().float()
     except Exception:  # damaged in some way; loading the network will report it
         return None
     of_mae = sincos_positions(dim, side, side)
     of_moco = torch.cat([of_mae[..., dim // 2 :], of_mae[..., : dim // 2]], dim=-1)
-    if torch.allclose(found, of_mae, rtol=0, atol=_CLOSE):
+    if torch.allclose(values, of_mae, rtol=0, atol=_CLOSE):
         return "mae"
-    return "moco_v3" if torch.allclose(found, of_moco, rtol=0, atol=_CLOSE) else None
+    return "moco_v3" if torch.allclose(values, of_moco, rtol=0, atol=_CLOSE) else None

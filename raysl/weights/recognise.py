@@ -147,8 +147,8 @@ def _side(positions: tuple[int, ...] | None) -> int:
 
 def _convnext(state: State) -> Recognised:
     blocks = tuple(_count(state, rf"features\.{2 * stage - 1}\.(\d+)\.") for stage in _STAGES)
-    found = (blocks, state["features.1.0.block.0.weight"].shape[0])
-    names = [name for name, known in _CONVNEXTS.items() if known == found]
+    signature = (blocks, state["features.1.0.block.0.weight"].shape[0])
+    names = [name for name, known in _CONVNEXTS.items() if known == signature]
     return Recognised({"name": names[0]} if names else {}, None, ())
 
 

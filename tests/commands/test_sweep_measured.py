@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from raysl.commands.sweep_measured import Measured
+from raysl.commands.sweep_measured import MetricCheck
 from raysl.errors import DataError
 from raysl.evaluate.training_source import open_training_source
 from raysl.recipe import RunConfig, run_from_values
@@ -46,14 +46,14 @@ def test_a_metric_that_the_images_have_no_labels_for_is_found_beforehand(
 ) -> None:
     config, source = run_on(home / "p")  # one folder, so one class
     with pytest.raises(DataError, match=rf"metric.name={name}: .*has labels of one class only"):
-        Measured(MetricConfig(name=name)).look(config, source)
+        MetricCheck(MetricConfig(name=name)).look(config, source)
 
 
 def test_a_metric_that_is_only_shown_may_be_missing(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     metric = MetricConfig(name="eval/rankme", also=("eval/knn_top1", "eval/uniformity"))
-    measured = Measured(metric)
+    measured = MetricCheck(metric)
     measured.look(*run_on(home / "p"))
     measured.say_notes()
     said = capsys.readouterr().err
@@ -65,4 +65,4 @@ def test_labels_elsewhere_will_do(home: Path) -> None:
     for name, numbers in (("dog", range(20, 26)), ("cow", range(30, 36))):
         draw(home / "labelled" / name, numbers)
     config, source = run_on(home / "p", evaluate={"source": str(home / "labelled")})
-    Measured(MetricConfig()).look(config, source)
+    MetricCheck(MetricConfig()).look(config, source)

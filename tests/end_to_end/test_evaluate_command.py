@@ -13,7 +13,7 @@ from mlflow.tracking import MlflowClient
 
 from raysl.cli import main
 from raysl.evaluate.knn import knn_accuracy
-from raysl.evaluate.probes import Measured
+from raysl.evaluate.probes import ProbeResult
 from raysl.jobs import evaluation
 from raysl.report.evaluation_files import Evaluation, read_evaluation
 
@@ -119,7 +119,7 @@ def test_goes_on_after_a_crash(
     measured: list[tuple[str, int | None]] = []
     measure = evaluation.measure_unit
 
-    def breaks(unit: evaluation.Unit, *words: Any, **more: Any) -> tuple[Measured, float]:
+    def breaks(unit: evaluation.ProtocolRun, *words: Any, **more: Any) -> tuple[ProbeResult, float]:
         measured.append((unit.protocol, unit.seed))
         if measured[-1] == ("linear", 1) and measured.count(("linear", 1)) == 1:
             raise RuntimeError("out of memory")

@@ -12,7 +12,7 @@ from raysl.encoder import save_encoder
 from raysl.errors import ConfigError, DataError
 from raysl.jobs.benchmark_label_free import (
     UNTRAINED,
-    Measured,
+    EncoderScores,
     Study,
     StudyConfig,
     correlations,
@@ -45,8 +45,8 @@ def encoder(folder: Path, *, seed: int, **description: Any) -> Path:
     return path
 
 
-def row(number: int, linear: float, *, method: str = "a", **measures: float) -> Measured:
-    return Measured(f"run{number}", method, "shape", measures, linear, 1.0)
+def row(number: int, linear: float, *, method: str = "a", **measures: float) -> EncoderScores:
+    return EncoderScores(f"run{number}", method, "shape", measures, linear, 1.0)
 
 
 class TestFindSubjects:
