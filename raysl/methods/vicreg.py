@@ -33,7 +33,7 @@ _EPSILON = 1e-4  # under the root of the variance: sec. 4.2
 def vicreg_loss(
     z0: Tensor, z1: Tensor, *, similarity: float, variance: float, covariance: float
 ) -> Tensor:
-    r"""Compute the variance-invariance-covariance loss.
+    r"""Compute the loss: equal views, varying entries, and no correlation between entries.
 
     .. math::
         L = \lambda \frac{1}{N D} \sum_i \|z_i - z'_i\|^2
@@ -53,8 +53,8 @@ def vicreg_loss(
         covariance: Nu, >= 0.
 
     Returns:
-        Scalar float32 (float64 if the embeddings are) >= 0. Collapsed embeddings give 0.99
-        variance.
+        Scalar float32 (float64 if the embeddings are) >= 0. Collapsed embeddings give
+        0.99 times ``variance``.
 
     Raises:
         ShapeError: If the two shapes differ or are not ``(N, D)``, or there is only one image.

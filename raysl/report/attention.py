@@ -70,7 +70,7 @@ def draw_attention(
     maps = attention_maps(net, to_input(pixels))
     num_heads = maps.shape[1]
     mean = _stretched(maps.mean(axis=1, keepdims=True))
-    shown = np.concatenate([mean, maps[:, :MOST_HEADS]], axis=1)
+    drawn = np.concatenate([mean, maps[:, :MOST_HEADS]], axis=1)
     heads = [f"head {number + 1}" for number in range(min(num_heads, MOST_HEADS))]
     columns = ["image", f"mean of {num_heads}", *heads]
     cell_in = min(NARROW_IN / len(columns), 1.3)
@@ -81,7 +81,7 @@ def draw_attention(
     axes.set_axis_off()
     gap = 0.03
     for row, image in enumerate(pixels):
-        cells = [image, *(_overlaid(image, each) for each in shown[row])]
+        cells = [image, *(_overlaid(image, each) for each in drawn[row])]
         for column, cell in enumerate(cells):
             box = (column + gap, column + 1 - gap, row + 1 - gap, row + gap)
             show_pixels(axes, cell, extent=box, room_px=cell_in * DPI)

@@ -1,8 +1,8 @@
 """Convert ViT, ViTMAE, DINOv2 and ResNet from the names of Hugging Face's transformers.
 
 Source: transformers' modeling_vit.py, modeling_vit_mae.py, modeling_dinov2.py,
-modeling_dinov2_with_registers.py and modeling_resnet.py; ``save_pretrained`` of version 5 keeps the
-names of version 4, its ``state_dict()`` has new ones.
+modeling_dinov2_with_registers.py and modeling_resnet.py; ``save_pretrained`` of version 5 writes
+the names of version 4, its ``state_dict()`` uses new names.
 """
 
 import re
