@@ -11,6 +11,7 @@ from raysl.config.idle import dotted_keys
 from raysl.config.load import EXTENDS, apply_overrides, merge, parse_override, plain_copy
 from raysl.config.shipped import find_config
 from raysl.recipe import RunConfig, asked_run, layered, load_run, read_run_values
+from raysl.track.results import Results
 
 _WHERE = "raysl.pretrain"
 
@@ -21,7 +22,7 @@ def pretrain(
     *,
     fresh: bool = False,
     extend: bool = False,
-) -> dict[str, Any]:
+) -> Results:
     """Train a run, or go on with it, as ``raysl pretrain`` does.
 
     Args:
