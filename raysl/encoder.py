@@ -29,11 +29,11 @@ def save_encoder(path: Path, backbone: Backbone, *, description: dict[str, Any])
     """Write an encoder's weights under torchvision's or timm's names, without the classifier.
 
     Args:
-        path: A ``.safetensors`` file; it appears complete or not at all.
-        backbone: What to write.
-        description: ``backbone`` (its section of the configuration, as JSON; the place that its
-            first weights came from is left out), ``image_size_px``, ``mean``, ``std`` and whatever
-            else is worth knowing; kept in the file's header.
+        path: A ``.safetensors`` file, written atomically.
+        backbone: The encoder.
+        description: ``backbone`` (its section of the configuration, as JSON, without the path of
+            its initial weights), ``image_size_px``, ``mean``, ``std`` and further metadata; stored
+            in the file's header.
     """
     state = {
         name: value.detach().cpu().contiguous() for name, value in backbone.net.state_dict().items()
@@ -43,13 +43,13 @@ def save_encoder(path: Path, backbone: Backbone, *, description: dict[str, Any])
         section = known["backbone"].items()
         known["backbone"] = {key: value for key, value in section if key != "weights"}
     header = {"format": _FORMAT, "raysl": json.dumps(known)}
-    # Through a plain open: safetensors' own writer makes files that only their owner can read.
+    # Written by open(): files of safetensors' own writer are only readable by their owner.
     with appears_whole(path) as temporary:
         temporary.write_bytes(save(state, metadata=header))
 
 
 def read_description(path: str | Path) -> dict[str, Any]:
-    """Return what a file's header says of the encoder.
+    """Return the description in a file's header.
 
     Raises:
         DataError: If it is not an encoder that raysl wrote.
@@ -100,19 +100,19 @@ def load_encoder(path: str | Path) -> nn.Module:
 
 
 def load_weights(backbone: Backbone, path: str | Path, *, layout: str = "auto") -> str:
-    """Start an encoder from given weights.
+    """Load weights into an encoder.
 
-    Everything that the encoder has must be there and fit; nothing is changed if it does not. A norm
-    of the tokens makes way for the new one of their mean (:func:`raysl.weights.fit.pooled_anew`).
+    All of the encoder's tensors must exist and fit; otherwise nothing changes. A norm of the tokens
+    is replaced by a new one of their mean (:func:`raysl.weights.fit.pooled_anew`).
 
     Args:
-        backbone: What to fill, in place.
-        path: A run folder, an encoder file of raysl, or a file of weights in any layout that
-            :mod:`raysl.weights.layouts` knows. No code from the file is run.
+        backbone: The encoder, changed in place.
+        path: A run folder, an encoder file of raysl, or a weight file in any layout of
+            :mod:`raysl.weights.layouts`. No code from the file is run.
         layout: Name of the layout, or ``auto``.
 
     Returns:
-        Which of the file's networks was taken, in words.
+        Which of the file's networks was used, in words.
 
     Raises:
         DataError: If the file cannot be read, does not fit, or holds numbers that are not finite.
@@ -133,7 +133,7 @@ def load_weights(backbone: Backbone, path: str | Path, *, layout: str = "auto") 
 
 
 def _check_told(net: nn.Module, found: ChosenNetwork, path: Path) -> None:
-    """Refuse what the file's code had otherwise, and its tensors do not tell."""
+    """Reject settings that differ from those fixed by the file's training code."""
     told = found.layout.fixed(found.network)
     own: dict[str, tuple[Any, str]] = {}
     if isinstance(net, VisionTransformer):
@@ -152,7 +152,7 @@ def _check_told(net: nn.Module, found: ChosenNetwork, path: Path) -> None:
 
 
 def encoder_file(path: str | Path) -> Path:
-    """Return the file that a run folder, or a folder of Hugging Face, keeps its weights in."""
+    """Return the weight file of a run folder, or of a Hugging Face folder."""
     path = Path(path)
     if not path.is_dir():
         return path
@@ -161,10 +161,10 @@ def encoder_file(path: str | Path) -> Path:
 
 
 def described_backbone(description: Mapping[str, Any], *, where: str | Path) -> BackboneConfig:
-    """Return the section of the configuration that a header holds.
+    """Return the section of the configuration that a header contains.
 
     Raises:
-        DataError: If it describes no encoder that this version knows.
+        DataError: If it does not describe an encoder that this version supports.
     """
     section = description.get("backbone")
     if section is None:  # raysl 0.1 wrote these two keys, for residual networks only

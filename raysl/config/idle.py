@@ -1,10 +1,10 @@
 """Find settings without effect: given, but ignored because of another setting.
 
-A setting that has its default is never one: that is what the file of a run folder holds of all that
-nobody gave. Configurations come in layers: a file over the one that it extends, overrides over the
-file, the space of a sweep over its ``set`` over the base. What an upper layer makes idle of a lower
-one leaves with it, as a section does whose ``name`` changes; what a layer gives itself, or finds
-idle already, is a problem.
+A setting at its default is never reported, because a run folder's file contains all defaults.
+Configurations come in layers: a file over the one that it extends, overrides over the file, the
+space of a sweep over its ``set`` over the base. If an upper layer makes a setting of a lower one
+idle, that setting is dropped, like a section whose ``name`` changes; a setting that a layer itself
+makes idle, or that was idle before, is a problem.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -34,8 +34,9 @@ def idle_settings(
     """Yield the settings without effect.
 
     Args:
-        model: Whose values these are.
-        values: Plain values, complete or not, sound or not: what cannot be told is not told.
+        model: The model of the values.
+        values: Plain values, possibly incomplete or invalid; what cannot be decided is not
+            reported.
         within: The keys that lead to them.
     """
     if not issubclass(model, Config):
@@ -54,12 +55,12 @@ def idle_settings(
 
 
 def refuse_idle(model: type[BaseModel], values: Mapping[str, Any], *, where: str) -> None:
-    """Refuse settings without effect.
+    """Reject settings without effect.
 
     Args:
-        model: Whose values these are.
-        values: Plain values that somebody gave.
-        where: They stand.
+        model: The model of the values.
+        values: Plain values given by the user.
+        where: Their place, for the message.
 
     Raises:
         ConfigError: Lists all of them.
@@ -74,13 +75,13 @@ def without_idle(
     after: Mapping[str, Any],
     given: Collection[str],
 ) -> dict[str, Any]:
-    """Return the values of a layer over others, without what it made idle of those.
+    """Return the values of a layer over others, without settings that it made idle.
 
     Args:
-        model: Whose values these are.
+        model: The model of the values.
         before: The lower layers.
-        after: With the layer on top of them.
-        given: The dotted keys that the layer gives.
+        after: The lower layers with this layer on top.
+        given: The dotted keys of this layer.
     """
     known = {problem.place for problem in idle_settings(model, before)}
     result = plain_copy(after)
@@ -92,7 +93,7 @@ def without_idle(
 
 
 def dotted_keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of all plain values that are no sections."""
+    """Yield the dotted keys of all plain values that are not sections."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from dotted_keys(value, f"{prefix}{key}.")
@@ -107,7 +108,7 @@ def _covers(given: str, key: str) -> bool:
 def _inside(
     models: list[type[BaseModel]], value: Any, within: tuple[str, ...], name: str
 ) -> Iterator[Problem]:
-    """Look into a section, or into a list of sections."""
+    """Check a section, or a list of sections."""
     if isinstance(value, list):
         for place, each in enumerate(value):
             yield from _inside(models, each, (*within, name), str(place))
@@ -118,7 +119,7 @@ def _inside(
 
 
 def _value(model: type[BaseModel], values: Mapping[str, Any], key: str) -> Any:
-    """Return a plain value, or what the model has where none is given."""
+    """Return a plain value, or the model's default if none is given."""
     found = get_key(values, key)
     return _default(model, key) if found is MISSING else found
 
@@ -147,7 +148,7 @@ def _is_off(
 
 
 def _is_given(model: type[BaseModel], values: Mapping[str, Any], key: str) -> bool:
-    """Whether a setting has another value than its default."""
+    """Return whether a setting differs from its default."""
     found = get_key(values, key)
     if found is MISSING or found is None:
         return False
@@ -183,7 +184,7 @@ def _because(
 
 
 def _others(model: type[BaseModel], key: str, off: tuple[Any, ...]) -> str:
-    """Return the values that put a setting to use, where they can be told."""
+    """Describe the values that would put a setting to use, if known."""
     field = model.model_fields.get(key)
     if field is None:
         return ""
@@ -197,7 +198,7 @@ def _is_literal(kind: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """Return a plain value as a person types it."""
+    """Format a plain value as a user would type it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, dict):

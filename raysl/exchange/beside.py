@@ -12,7 +12,7 @@ from raysl.weights.normalisation import OF_SOLO_LEARN
 from raysl.weights.read import is_safetensors, read_header
 
 _VITS = ("vit", "vit_mae")
-# What transformers' networks may have and ours have not, with the values that ours are of.
+# Options of transformers' networks that ours lack, with the values that ours correspond to.
 _TRANSFORMERS_FIXED: dict[str, dict[str, Any]] = {
     "hidden_act": {"vit": "gelu", "vit_mae": "gelu", "resnet": "relu"},
     "downsample_in_bottleneck": {"resnet": False},
@@ -22,7 +22,7 @@ _DINOV2_HEAD_DIM = 64
 
 
 class Beside(NamedTuple):
-    """What is known of an encoder beside its tensors."""
+    """Metadata of an encoder, stored beside its tensors."""
 
     backbone: Mapping[str, Any] = {}
     """Keys of :class:`BackboneConfig`."""
@@ -30,18 +30,18 @@ class Beside(NamedTuple):
     mean: Any = None
     std: Any = None
     source: str = ""
-    """Which file tells it; empty for the header of the file itself."""
+    """The file that contains it; empty for the header of the weight file itself."""
 
 
 def read_beside(file: Path) -> Beside:
-    """Read what tells of a file of weights.
+    """Read the metadata of a weight file.
 
-    That is the header of raysl's exports; else ``config.json`` of timm, ``config.json`` and
+    This is the header of raysl's exports; else ``config.json`` of timm, ``config.json`` and
     ``preprocessor_config.json`` of transformers, or ``args.json`` of solo-learn in the same folder.
 
     Raises:
         DataError: If raysl's header is damaged, or transformers' config.json describes a network
-            that ours are not.
+            that raysl does not support.
     """
     if is_safetensors(file):
         header = read_header(file)
@@ -79,7 +79,7 @@ def _from_timm(config: Mapping[str, Any]) -> Beside:
 def _from_transformers(
     config: Mapping[str, Any], processor: Mapping[str, Any], file: Path
 ) -> Beside:
-    """Its heads and its norms; the image processor tells mean and deviation."""
+    """Read heads and norms, and mean and deviation from the image processor."""
     kind = str(config["model_type"])
     for key, allowed in _TRANSFORMERS_FIXED.items():
         value = config.get(key, allowed.get(kind))
@@ -108,7 +108,7 @@ def _from_transformers(
 
 
 def _from_solo_learn(arguments: Mapping[str, Any]) -> Beside:
-    """What its Checkpointer leaves with every checkpoint."""
+    """Read the arguments that solo-learn's Checkpointer stores with every checkpoint."""
     data = arguments.get("data")
     name = data.get("dataset") if isinstance(data, dict) else None
     if name in OF_SOLO_LEARN:
@@ -118,7 +118,7 @@ def _from_solo_learn(arguments: Mapping[str, Any]) -> Beside:
 
 
 def _crop_size(augmentations: Any) -> int | None:
-    """Side of the largest views in a list of solo-learn's augmentations."""
+    """Return the side of the largest views in a list of solo-learn's augmentations."""
     entries = augmentations if isinstance(augmentations, list) else []
     sizes = [entry.get("crop_size") for entry in entries if isinstance(entry, dict)]
     return max((size for size in sizes if isinstance(size, int)), default=0) or None
@@ -133,7 +133,7 @@ def _is_channels(values: Any) -> bool:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A file's mapping, empty if it is not there or holds something else."""
+    """Return a file's mapping; empty if it is missing or holds something else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

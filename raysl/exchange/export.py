@@ -33,38 +33,37 @@ Run = Callable[[Tensor], Tensor]
 
 
 class ExportConfig(Config):
-    """How to export."""
+    """The settings of an export."""
 
     opset: Annotated[int, Field(ge=18, le=30)] = 18
-    """Of ONNX; the newest ones need newer readers."""
+    """ONNX opset; the newest ones need newer readers."""
     tolerance: PositiveFloat = 1e-5
-    """Largest difference of a feature, as a share of the largest feature if that is above 1, with
-    which a copy is kept."""
+    """Largest accepted difference of a feature, relative to the largest feature if above 1."""
     tracking_uri: str | None = None
-    """MLflow's address for --format mlflow; null is that of the run, MLFLOW_TRACKING_URI or
+    """MLflow's address for --format mlflow; null takes that of the run, MLFLOW_TRACKING_URI or
     sqlite:///mlflow.db."""
 
 
 class Format(NamedTuple):
-    """A kind of file."""
+    """A file format to export."""
 
     file: str
-    """Its name in the folder of exports; of a folder without a suffix."""
+    """Its name in the folder of exports; a folder has no suffix."""
     write: Callable[[Exportable, Path, ExportConfig], None]
     read: Callable[[Exportable, Path], Run]
     """Loads the file as its users do."""
     usage: Callable[[Exportable, Path], list[str]]
-    """Lines of Python that load it."""
+    """Python lines that load it."""
 
 
 class Exported(NamedTuple):
-    """A file that was written and found to be right."""
+    """A written and verified file."""
 
     format: str
     path: Path
     size_bytes: int
     difference: float
-    """Largest difference to the encoder on random images, in several batch sizes."""
+    """Largest difference to the encoder on random images, over several batch sizes."""
     usage: list[str]
 
 
@@ -122,23 +121,23 @@ FORMATS = {
         _lines("import timm", "", 'model = timm.create_model("local-dir:PATH", pretrained=True)'),
     ),
 }
-"""By the name that ``--format`` takes."""
+"""By the name used with ``--format``."""
 
 LIBRARIES = ("torchvision", "timm")
 
 
 def export(exportable: Exportable, format_name: str, path: Path, config: ExportConfig) -> Exported:
-    """Write a copy, load it as its users do, compare it, and only then give it its name.
+    """Write a copy, load it as its users do, compare it, and only then rename it.
 
     Args:
-        exportable: What to copy.
+        exportable: The network to export.
         format_name: Key of :data:`FORMATS`.
-        path: The file or folder; what was there before stays until the new one is right.
-        config: How to.
+        path: The file or folder; an existing one is kept until the new one is verified.
+        config: The settings.
 
     Raises:
-        ConfigError: If the format cannot hold such a network, or a package is missing.
-        ExportError: If the copy gives other numbers.
+        ConfigError: If the format does not support such a network, or a package is missing.
+        ExportError: If the copy computes other numbers.
     """
     chosen = FORMATS[format_name]
     _check_place(path, chosen)
@@ -166,7 +165,7 @@ def export(exportable: Exportable, format_name: str, path: Path, config: ExportC
 
 
 def _check_place(path: Path, chosen: Format) -> None:
-    """Refuse to write over what no export wrote."""
+    """Refuse to overwrite anything but an earlier export."""
     is_folder = not Path(chosen.file).suffix
     if path.is_dir() != is_folder and path.exists():
         kind = "a file" if is_folder else "a folder"

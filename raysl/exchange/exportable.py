@@ -12,7 +12,7 @@ from raysl.nn.backbones import Backbone, BackboneConfig
 from raysl.nn.classifier import load_classifier
 from raysl.weights.read import read_header
 
-# Sizes of the batches that a copy is compared on: also other ones than it was made with.
+# Batch sizes to compare a copy on, including others than it was traced with.
 TRACED_BATCH = 2
 _BATCHES = (1, TRACED_BATCH, 5)
 _CLASSIFIER = "raysl-classifier"
@@ -33,11 +33,11 @@ class Exportable(NamedTuple):
     output: Literal["features", "logits"]
 
     def example(self) -> Tensor:
-        """Return random images to trace the network with."""
+        """Return random images for tracing the network."""
         return self.images(TRACED_BATCH)
 
     def images(self, count: int) -> Tensor:
-        """Return random images, the same for the same number."""
+        """Return random images, always the same for a given number."""
         generator = torch.Generator().manual_seed(count)
         return torch.randn(count, 3, self.size_px, self.size_px, generator=generator)
 
@@ -47,7 +47,7 @@ class Exportable(NamedTuple):
 
     @property
     def mean(self) -> list[float]:
-        """Of each channel of the training images, in [0, 1]."""
+        """Mean of each channel of the training images, in [0, 1]."""
         return list(self.description.get("mean", (0.0, 0.0, 0.0)))
 
     @property
@@ -57,7 +57,7 @@ class Exportable(NamedTuple):
 
 
 def open_exportable(path: Path) -> Exportable:
-    """Load what is to be exported.
+    """Load the network to export.
 
     Args:
         path: A run folder, whose encoder is taken, an encoder file, or a classifier file of a
@@ -105,10 +105,10 @@ def largest_difference(exportable: Exportable, copy: Any) -> float:
 
     Args:
         exportable: The original.
-        copy: Maps images to what the original maps them to.
+        copy: Maps images to the same outputs as the original.
 
     Returns:
-        The largest difference of two numbers, as a share of the largest number if that is above 1.
+        The largest difference, relative to the largest number if that is above 1.
 
     Raises:
         ExportError: If a batch's result has another shape or is not finite.
@@ -128,7 +128,7 @@ def largest_difference(exportable: Exportable, copy: Any) -> float:
 
 
 def refuse_logits(exportable: Exportable, format_name: str) -> None:
-    """Refuse formats that hold an encoder only.
+    """Reject formats that only support an encoder.
 
     Raises:
         ConfigError: If it is a classifier.

@@ -1,7 +1,7 @@
 """Export programs that need neither raysl nor the model's code: ONNX, TorchScript, torch.export.
 
-All take a batch of any size. Their convolutions are torch's own: raysl's matrix products step aside
-for whatever traces them (:mod:`raysl.nn.convolution`).
+All accept any batch size. Their convolutions are torch's own: raysl's matrix products are disabled
+while tracing (:mod:`raysl.nn.convolution`).
 """
 
 import importlib
@@ -23,7 +23,7 @@ Run = Callable[[Tensor], Tensor]
 
 _INPUT = "images"
 _MOST_IMAGES = 1 << 16
-_MOST_ONNX_BYTES = 2_000_000_000  # of one protobuf message, less its graph
+_MOST_ONNX_BYTES = 2_000_000_000  # limit of one protobuf message, minus its graph
 
 
 def write_torchscript(exportable: Exportable, path: Path) -> None:
@@ -43,7 +43,7 @@ def write_torch_export(exportable: Exportable, path: Path) -> None:
     """Write a network as a program of torch.export.
 
     Raises:
-        ExportError: If torch cannot follow the network.
+        ExportError: If torch cannot trace the network.
     """
     with _quiet():
         torch.export.save(_program(exportable), path)
@@ -56,13 +56,13 @@ def open_torch_export(path: Path) -> Run:
 
 
 def write_onnx(exportable: Exportable, path: Path, *, opset: int) -> None:
-    """Write a network as an ONNX file with one input, ``images``, and what normalises it.
+    """Write a network as an ONNX file with one input, ``images``, and its normalisation.
 
     ``mean``, ``std``, ``image_size_px`` and the backbone's settings are in the file's metadata.
 
     Raises:
-        ConfigError: If a package is missing, or the network is larger than such a file can be.
-        ExportError: If torch cannot follow the network.
+        ConfigError: If a package is missing, or the network exceeds the size limit of such a file.
+        ExportError: If torch cannot trace the network.
     """
     onnx = _package("onnx")
     _package("onnxscript")
@@ -118,7 +118,7 @@ def _program(exportable: Exportable) -> torch.export.ExportedProgram:
         return torch.export.export(
             exportable.model, (exportable.example(),), dynamic_shapes=({0: batch},)
         )
-    except Exception as error:  # whatever a network of somebody's may do to torch's compiler
+    except Exception as error:  # a user's network may raise anything in torch's compiler
         reason = str(error).strip().partition("\n")[0]
         raise ExportError(
             f"torch.export cannot follow {exportable.config.name}: {reason}; try --format "
@@ -128,7 +128,7 @@ def _program(exportable: Exportable) -> torch.export.ExportedProgram:
 
 def _package(name: str) -> Any:
     try:
-        return importlib.import_module(name)  # an extra
+        return importlib.import_module(name)  # optional dependency
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
@@ -137,7 +137,7 @@ def _package(name: str) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch's remarks on its own exporters from who exports."""
+    """Suppress torch's warnings about its own exporters."""
     noisy = logging.getLogger("torch.onnx")
     level = noisy.level
     noisy.setLevel(logging.ERROR)

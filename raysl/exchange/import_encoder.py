@@ -23,58 +23,58 @@ from raysl.weights.read import read_content
 from raysl.weights.recognise import Recognised, assumed, recognise
 
 _SIZE_PX, _SMALL_PX = 224, 32
-# Layouts of names that many training codes share.
+# Layouts that many projects share, recognised by parameter names alone.
 _BY_NAMES_ALONE = ("torchvision", "timm", "transformers", "other")
 
 Channel = Annotated[float, Field(ge=0, le=1)]
 
 
 class ImportConfig(Config):
-    """What a file cannot tell."""
+    """The settings that a weight file may not contain."""
 
     network: str | None = None
-    """Which of the file's networks, by its address as this verb prints it, such as
-    student/module.backbone. with the dot; null takes the one that its layout puts first."""
+    """Which of the file's networks to import, by its address as this verb prints it, such as
+    student/module.backbone. with the dot; null takes the one that its layout prefers."""
     backbone: dict[str, Any] = Field(default_factory=dict)
-    """Settings of the backbone, as in a configuration: backbone.stem=small. What the tensors tell
-    need not be given; a name of torchvision or timm needs no recognition."""
+    """Settings of the backbone, as in a configuration: backbone.stem=small. Only those that the
+    tensors do not show are needed; with a name of torchvision or timm nothing is recognised."""
     image_size_px: PositiveInt | None = None
-    """Side of the images that it was trained for; null takes that of its positions, else 224, with
-    a stem for small images 32."""
+    """Side of the images that it was trained on; null takes that of its positions, else 224, or 32
+    with a stem for small images."""
     mean: tuple[Channel, Channel, Channel] | None = None
-    """Of the channels of its training images in [0, 1]; null is that in the file or beside it, else
-    that of the layout's authors."""
+    """Mean of the channels of its training images in [0, 1]; null takes the value in the file or
+    beside it, else that of the layout's authors."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     """Their deviation, likewise."""
 
 
 class Imported(NamedTuple):
-    """What was read, and what was taken."""
+    """The result of an import."""
 
     backbone: BackboneConfig
     layout: str
     whose: str
-    """Whose layout it is."""
+    """The project of the layout."""
     taken: str
-    """Which of the file's networks, in words."""
+    """Which of the file's networks was imported, in words."""
     image_size_px: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     embed_dim: int
     told: str
-    """Which file beside tells of it; empty if none does."""
+    """The file with the metadata; empty if there is none."""
     guessed: tuple[str, ...]
-    """What was assumed, as nothing tells it: ``setting (why); otherwise setting``."""
+    """Assumptions about missing information: ``setting (why); otherwise setting``."""
 
 
 @torch.no_grad()
 def import_encoder(path: Path, config: ImportConfig, output: Path, *, layout: str) -> Imported:
-    """Make an encoder file of a file of weights.
+    """Convert a weight file to an encoder file.
 
     Args:
-        path: A file in any known layout, or a folder of Hugging Face.
-        config: What the file does not tell.
-        output: A ``.safetensors`` file; it appears complete or not at all.
+        path: A file in any known layout, or a Hugging Face folder.
+        config: The settings that the file does not contain.
+        output: A ``.safetensors`` file, written atomically.
         layout: Name of the layout, or ``auto``.
 
     Raises:
@@ -91,14 +91,14 @@ def import_encoder(path: Path, config: ImportConfig, output: Path, *, layout: st
     if found is None and not name:
         raise _not_there(file, layout, [n.address for n in networks])
     recognised = Recognised({}, None, ()) if found is None else recognise(found.network.state)
-    if ":" in name:  # of torchvision or timm, with whatever names those have
+    if ":" in name:  # a torchvision or timm model, with its own names
         recognised = recognised._replace(section={}, guessed=())
     backbone_config = _backbone_config(file, config, beside, recognised, found)
     size = config.image_size_px or recognised.image_size_px or beside.image_size_px
     usual_px = _SIZE_PX if backbone_config.stem == "imagenet" else _SMALL_PX
     with torch.random.fork_rng(devices=[]):
         backbone = build_backbone(backbone_config, image_size_px=size or usual_px)
-    if not recognised.section:  # names that the general table does not know
+    if not recognised.section:  # names that the general table lacks
         found = _by_names(file, content, backbone, layout, config.network)
     assert found is not None
     fill(backbone.net, _fitted(found, backbone, file))
@@ -123,7 +123,7 @@ def import_encoder(path: Path, config: ImportConfig, output: Path, *, layout: st
 
 
 def _fitted(found: ChosenNetwork, backbone: Backbone, file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of the backbone; says what reads a transformer with layer scales."""
+    """Return the tensors of the backbone; for layer scales, the error says what reads them."""
     try:
         return fitted(found.network.state, backbone.net, where=file)
     except DataError as error:
@@ -136,7 +136,7 @@ def _fitted(found: ChosenNetwork, backbone: Backbone, file: Path) -> dict[str, t
 
 
 def _address(file: Path, config: ImportConfig, networks: list[Network]) -> str | None:
-    """The address that is asked for, which must be one of the file's."""
+    """Return the configured address, after checking that it is in the file."""
     there = sorted({network.address for network in networks})
     if config.network is None:
         return None
@@ -149,7 +149,7 @@ def _address(file: Path, config: ImportConfig, networks: list[Network]) -> str |
 def _guessed(
     recognised: Recognised, found: ChosenNetwork, config: ImportConfig, given: set[str]
 ) -> list[str]:
-    """What of the network and the backbone neither tensors nor layout nor user tell."""
+    """List the assumptions about network and backbone."""
     told = {f"backbone.{key}" for key in found.layout.fixed(found.network)} | given
     guessed = [g for g in recognised.guessed if g.partition("=")[0] not in told]
     if config.network is None and found.others:
@@ -174,7 +174,7 @@ def _assumed_normalisation(found: ChosenNetwork, mean: Any, std: Any) -> str:
 
 
 def _list(values: Any) -> str:
-    """A list as one word of a command line."""
+    """Format a list as one word of a command line."""
     return f"[{','.join(f'{float(value):g}' for value in values)}]"
 
 
@@ -185,14 +185,14 @@ def _backbone_config(
     recognised: Recognised,
     found: ChosenNetwork | None,
 ) -> BackboneConfig:
-    """Put together what the tensors, layout, files beside and user say; the last one counts."""
+    """Merge the settings from tensors, layout, files beside and user; later ones win."""
     section = {**recognised.section}
     size = VIT_SIZES.get(str(section.get("name")))
     if found is not None and section:
         section |= found.layout.fixed(found.network)
     section |= {**beside.backbone, **config.backbone}
     if size is not None and section.get("num_heads") == size.num_heads:
-        del section["num_heads"]  # what the name says
+        del section["num_heads"]  # implied by the name
     if "name" not in section:
         raise ConfigError(
             f"{file}: a network of a size that raysl has no name for ({_seen(recognised)}); give "
@@ -214,7 +214,7 @@ def _seen(recognised: Recognised) -> str:
 def _by_names(
     file: Path, content: Any, backbone: Backbone, layout: str, address: str | None
 ) -> ChosenNetwork:
-    """Find a network by all of its names."""
+    """Find a network by the full set of its names."""
     wanted = backbone.net.state_dict().keys()
     networks = [n for n in networks_named(content, wanted) if n.state.keys() & wanted]
     if not networks:

@@ -36,7 +36,7 @@ def write_plain(exportable: Exportable, path: Path, library: Library) -> None:
 
 
 def open_plain(exportable: Exportable, path: Path, library: Library) -> Run:
-    """Load a file by the very lines that a person is told to.
+    """Load a file with the same lines that are shown to users.
 
     Raises:
         ConfigError: If timm is not installed.
@@ -53,10 +53,10 @@ def open_plain(exportable: Exportable, path: Path, library: Library) -> Run:
 
 
 def write_huggingface(exportable: Exportable, folder: Path) -> None:
-    """Write a folder that timm and transformers open, and a model card.
+    """Write a folder for timm and transformers, with a model card.
 
     Raises:
-        ConfigError: If timm has no such module that plain values describe, or is not installed.
+        ConfigError: If timm has no such module with plain options, or is not installed.
     """
     refuse_logits(exportable, "huggingface")
     timm_library()
@@ -85,7 +85,7 @@ def open_huggingface(folder: Path) -> Run:
 
 
 def _weights(exportable: Exportable, library: Library) -> bytes:
-    """A safetensors file as torch's users write it, with raysl's description beside."""
+    """Return a safetensors file for torch, with raysl's description in its header."""
     state = exportable.backbone.net.state_dict()
     if library == "timm" and exportable.config.family == "convnext":
         state = {
@@ -93,7 +93,7 @@ def _weights(exportable: Exportable, library: Library) -> bytes:
             for name, value in state.items()
         }
     tensors = {name: value.contiguous() for name, value in state.items()}
-    # Its readers want to be told that the tensors are torch's.
+    # Readers require this mark of torch's tensors.
     header = {"format": "pt", "raysl": json.dumps(exportable.description)}
     return save(tensors, metadata=header)
 
@@ -111,7 +111,7 @@ def _timm_config(exportable: Exportable) -> dict[str, Any]:
         "tag": "raysl",
         "custom_load": False,
         "input_size": [3, size, size],
-        # Only then timm lays out positions for the size; convolutional networks know no such thing.
+        # Makes timm build positions for this size; convolutional networks do not have it.
         "fixed_input_size": "img_size" in call.options,
         "interpolation": "bicubic",
         "crop_pct": 1.0,

@@ -18,24 +18,24 @@ from raysl.nn.backbones import (
 
 Library = Literal["torchvision", "timm"]
 _FILE = "encoder.safetensors"
-# Of timm's norms in a vision transformer.
+# Epsilon of timm's norms in a vision transformer.
 _EPS = 1e-6
 
 
 class TimmCall(NamedTuple):
-    """What ``timm.create_model`` needs, beside ``num_classes=0``; plain values."""
+    """The arguments of ``timm.create_model`` beside ``num_classes=0``; plain values."""
 
     architecture: str
     options: dict[str, Any]
 
 
 def encoder_lines(config: BackboneConfig, *, image_size_px: int, file: str = _FILE) -> list[str]:
-    """Return Python that makes ``model`` out of an encoder file.
+    """Return Python lines that build ``model`` from an encoder file.
 
     Args:
         config: The backbone.
-        image_size_px: Side of the images that it was trained for.
-        file: Where the file lies.
+        image_size_px: Side of the images that it was trained on.
+        file: Path of the file.
     """
     library: Library = "timm" if config.family in ("vit", "timm") else "torchvision"
     if plain_problem(config, library) is not None:
@@ -46,7 +46,7 @@ def encoder_lines(config: BackboneConfig, *, image_size_px: int, file: str = _FI
 def library_lines(
     config: BackboneConfig, library: Library, *, image_size_px: int, file: str
 ) -> list[str]:
-    """Return Python that makes ``model`` of a library's own module, and loads the file strictly.
+    """Return Python lines that build ``model`` from a library's module and load the file strictly.
 
     Raises:
         ConfigError: If the library has no such module, or is not installed.
@@ -71,7 +71,7 @@ def library_lines(
 
 
 def plain_problem(config: BackboneConfig, library: Library) -> str | None:
-    """Return why a library has no module with an encoder's weights, None if it has one."""
+    """Return why a library has no module for an encoder's weights; None if it has one."""
     other = {"torchvision": "timm", "timm": "torchvision"}[library]
     only = {"vit": "timm", "timm": "timm", "torchvision": "torchvision"}.get(config.family)
     if only == other:
@@ -86,7 +86,7 @@ def plain_problem(config: BackboneConfig, library: Library) -> str | None:
 
 
 def timm_call(config: BackboneConfig, image_size_px: int) -> TimmCall:
-    """Return how timm builds an encoder, but for a ResNet's stem.
+    """Return how timm builds an encoder, apart from a ResNet's stem.
 
     Raises:
         ConfigError: If timm is not installed.
@@ -112,7 +112,7 @@ def timm_call(config: BackboneConfig, image_size_px: int) -> TimmCall:
 
 
 def _foreign(config: BackboneConfig) -> str:
-    """What of a ResNet or a ViT no library has by plain options; empty if nothing."""
+    """Return which options of a ResNet or a ViT no library has; empty if none."""
     has = {
         f"width={config.width:g}": config.width != 1,
         "selective kernels": config.selective_kernels,

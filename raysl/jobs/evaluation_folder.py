@@ -1,4 +1,4 @@
-"""The folder of an evaluation: what it is an evaluation of, and what of it is done."""
+"""The folder of an evaluation: its identity, and its finished measurements."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The folder that `raysl pack` writes, or `raysl embed`: what is whole in it, and whose it is.
+"""The output folder of `raysl pack` and `raysl embed`: its claim, and its complete shards.
 
 Every file is written under a hidden name and renamed when it is whole, so that a file with a
 lasting name is a complete one, whenever and however the process ends.

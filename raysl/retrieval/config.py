@@ -7,32 +7,32 @@ from pydantic import Field
 from raysl.config.base import PositiveInt, Probability
 from raysl.sources.source import LocatedSource
 
-# What may differ between the start and the going on: none of it changes a feature.
+# May change when resuming: none of these changes a feature.
 _FREE = {"source", "torchvision_root", "max_bad_share", "num_workers"}
 
 
 class EmbedConfig(LocatedSource):
-    """A source, and how its images are embedded."""
+    """The source to embed, and how."""
 
     size_px: PositiveInt | None = None
-    """Side of the square given to the encoder; null takes the one it was trained with."""
+    """Side of the square given to the encoder; null takes the side it was trained with."""
     crop_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Side of the centred square over the image's shorter side (0.875 is usual for ImageNet)."""
+    """Side of the centred square over the image's short side (0.875 is usual for ImageNet)."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the encoder's layers."""
+    """Precision of the encoder's layers."""
     store: Literal["float32", "float16"] = "float32"
-    """Of the features in the files; float16 halves them."""
+    """Type of the stored features; float16 halves their size."""
     normalize: bool = False
     """Scale each feature vector to unit length."""
     max_bad_share: Probability = 0.01
-    """Stop once more than this share of the images is found to be bad. Bad ones are left out and
+    """Stop once more than this share of the images turns out to be bad. Bad ones are skipped and
     listed."""
     shard_mib: Annotated[float, Field(gt=0.0, le=1024.0)] = 32.0
-    """Size of the features of a shard; what a stop in the middle can cost."""
+    """Size of the features of a shard; also the most work that an interruption loses."""
     num_workers: Annotated[int, Field(ge=0)] | None = None
-    """Ray actors on CPUs; null takes one a free CPU of the cluster (and one a GPU), 0 works in this
-    process without Ray."""
+    """Ray actors on CPUs; null takes one for each free CPU of the cluster (and one for each GPU), 0
+    works in this process without Ray."""
 
     def lasting(self) -> dict[str, Any]:
-        """Return the settings that the shards depend on: going on must not change them."""
+        """Return the settings that the shards depend on, which must not change when resuming."""
         return {k: v for k, v in self.model_dump(mode="json").items() if k not in _FREE}

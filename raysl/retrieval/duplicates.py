@@ -16,14 +16,14 @@ _BLOCK_ROWS = 4096
 
 
 class Duplicates(NamedTuple):
-    """What belongs together."""
+    """Groups of near-duplicates."""
 
     groups: list[Ints]
-    """Places of each group of two or more, ascending; groups in order of their first place."""
+    """Indices of each group of two or more, ascending; groups are sorted by their first index."""
     nearest: npt.NDArray[np.float32]
-    """``(M,)``: similarity of each image to its nearest other one; -1 if it is alone."""
+    """``(M,)``: similarity of each image to its nearest other image; -1 if there is none."""
     num_pairs: int
-    """Pairs above the threshold."""
+    """Number of pairs above the threshold."""
 
 
 def find_duplicates(
@@ -33,13 +33,13 @@ def find_duplicates(
     device: torch.device,
     advance: Callable[[int], None] | None = None,
 ) -> Duplicates:
-    """Group all images that chains of near-duplicates connect.
+    """Group all images that are connected by chains of near-duplicates.
 
     Args:
         embeddings: M images.
         threshold: Two images are near-duplicates if their cosine similarity is at least this.
-        device: Where the products are computed: M * M * D / 2 multiplications.
-        advance: Called with the images that have been compared to all before them.
+        device: Device of the matrix products: M * M * D / 2 multiplications.
+        advance: Called with the number of images that were compared to all before them.
     """
     forest = Forest(len(embeddings))
     nearest = np.full(len(embeddings), -1.0, dtype=np.float32)
@@ -47,7 +47,7 @@ def find_duplicates(
     for start, block in embeddings.blocks(_BLOCK_ROWS):
         rows = block.to(device)
         for other, columns in embeddings.blocks(_BLOCK_ROWS):
-            if other > start:  # the pairs of the upper half are those of the lower
+            if other > start:  # the matrix of similarities is symmetric
                 break
             similarity = rows @ columns.to(device).T
             if other == start:
@@ -70,12 +70,12 @@ def _raise_to(values: npt.NDArray[np.float32], start: int, found: Tensor) -> Non
 
 
 class Forest:
-    """Disjoint sets of numbers; the smallest of a set stands for it.
+    """Disjoint sets of numbers (union-find), each represented by its smallest member.
 
-    Many pairs are joined at a time: of a million pairs of one set, all but a few say nothing new.
+    Joins many pairs at a time: of a million pairs in one set, only a few carry information.
 
     Args:
-        count: Numbers, each alone at first.
+        count: Number of elements, each initially its own set.
     """
 
     def __init__(self, count: int) -> None:
@@ -90,11 +90,11 @@ class Forest:
                 return
             left, right = left[differ], right[differ]
             low, high = np.minimum(a, b)[differ], np.maximum(a, b)[differ]
-            # Each root is hung below the smallest that asks for it; the others ask again.
+            # Each root is attached to the smallest candidate; the other pairs are retried.
             np.minimum.at(self._parent, high, low)
 
     def groups(self) -> list[Ints]:
-        """Return the sets of two or more, ascending, in order of their smallest."""
+        """Return the sets of two or more, ascending, sorted by their smallest member."""
         roots = self._roots(np.arange(len(self._parent), dtype=np.int64))
         sizes = np.bincount(roots, minlength=len(roots))
         several = np.flatnonzero(sizes[roots] > 1)
@@ -113,21 +113,21 @@ class Forest:
 
 
 class Choice(NamedTuple):
-    """Which images of a group are kept."""
+    """Which images of a group to keep."""
 
     kept: npt.NDArray[np.bool_]
     """``(n,)``."""
     by: Ints
-    """``(n,)``: which of the group, a kept one, stands for each; itself if it is kept."""
+    """``(n,)``: the kept image that represents each one; itself if it is kept."""
     similarity: npt.NDArray[np.float32]
-    """``(n,)``, to that one."""
+    """``(n,)``: similarity to that image."""
 
 
 def choose(directions: Tensor, *, threshold: float) -> Choice:
-    """Keep as few images of a group as stand for all: each dropped one is near a kept one.
+    """Keep few images of a group, so that each dropped one is near a kept one.
 
-    A group is connected by chains, and the ends of a chain may look nothing alike; so images are
-    gone through in order, and one is kept unless a kept one is near enough.
+    A group is connected by chains, and the ends of a chain may be dissimilar. So images are
+    processed in order, and one is kept unless a kept one is near enough.
 
     Args:
         directions: ``(n, D)`` of unit length, in order of preference.

@@ -26,7 +26,7 @@ class _Group(NamedTuple):
 
     path: str
     number: int
-    start: int  # place of its first row among all
+    start: int  # index of its first row among all
     stop: int
 
 
@@ -35,9 +35,9 @@ class Embeddings:
 
     Args:
         uri: A local path or a URI such as s3://bucket/folder.
-        center: Whether the mean of all features is taken off before they are compared. Features of
-            many encoders share a large part, which makes all cosines large.
-        kept_bytes: Features held in memory, at most, so that they are not read again.
+        center: Whether to subtract the mean of all features before comparing them. Features of many
+            encoders have a large common component, which makes all cosines large.
+        kept_bytes: Size limit of the features cached in memory.
 
     Raises:
         DataError: If it holds no embeddings, unfinished or damaged ones.
@@ -71,9 +71,9 @@ class Embeddings:
                 f"were deleted or added: the same `raysl embed` makes those that are missing"
             )
         self.rows: Ints = np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
-        """Row of the source, of each place."""
+        """The source row of each index."""
         self.labels: Ints | None = np.concatenate(labels) if labels else None
-        """Class number, -1 where unknown, of each place; None: there are none."""
+        """The class number of each index, -1 where unknown; None if there are no labels."""
         self.class_names: list[str] = list(self.about.get("class_names", []))
         self._starts = np.array([group.start for group in self._groups], dtype=np.int64)
         self._kept: OrderedDict[int, Tensor] = OrderedDict()
@@ -82,13 +82,13 @@ class Embeddings:
         )
         self._most_kept = max(1, fits)
         self.mean: Tensor | None = self._mean() if center and len(self.rows) else None
-        """``(D,)``, taken off all features; None: nothing is."""
+        """``(D,)``, subtracted from all features; None if nothing is."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def places_of(self, rows: Sequence[int] | Ints) -> Ints:
-        """Return the places of rows of the source.
+        """Return the indices of rows of the source.
 
         Raises:
             DataError: If one has no features.
@@ -105,7 +105,7 @@ class Embeddings:
         return places.astype(np.int64)
 
     def blocks(self, size: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield the place of its first row, and the directions, of blocks of at least ``size``.
+        """Yield blocks of at least ``size`` directions, each with the index of its first row.
 
         Yields:
             ``(B, D)`` float32 of unit length on the CPU, in order; the last block may be smaller.
@@ -121,7 +121,7 @@ class Embeddings:
             yield start, torch.cat(waiting)
 
     def directions(self, places: Ints) -> Tensor:
-        """Return the features of some places at unit length, ``(n, D)`` float32 on the CPU."""
+        """Return the features at some indices, at unit length, ``(n, D)`` float32 on the CPU."""
         numbers = np.searchsorted(self._starts, places, side="right") - 1
         result = torch.empty((len(places), self.dim))
         for number in np.unique(numbers).tolist():
@@ -131,7 +131,7 @@ class Embeddings:
         return result
 
     def ids(self, places: Ints) -> list[str]:
-        """Return the names of some places."""
+        """Return the names of the images at some indices."""
         numbers = np.searchsorted(self._starts, places, side="right") - 1
         names = np.empty(len(places), dtype=object)
         for number in np.unique(numbers).tolist():
@@ -141,16 +141,16 @@ class Embeddings:
         return [str(name) for name in names]
 
     def label_name(self, place: int) -> str | None:
-        """Return the name of a place's class, or its number; None without one."""
+        """Return the class name, or number, at an index; None without a label."""
         if self.labels is None or self.labels[place] < 0:
             return None
         label = int(self.labels[place])
         return self.class_names[label] if label < len(self.class_names) else str(label)
 
     def to_directions(self, features: Tensor) -> Tensor:
-        """Return features ``(n, D)`` as they are compared: at unit length; zero ones stay zero.
+        """Prepare features ``(n, D)`` for comparison: scale them to unit length; zeros stay zero.
 
-        They have to be as those of the folder are: at unit length before, if those are.
+        They must match those of the folder: already normalised if the folder's are.
         """
         if self.mean is not None:
             features = features - self.mean

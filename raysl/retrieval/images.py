@@ -34,7 +34,7 @@ def open_again(embeddings: Embeddings) -> Source:
     """Open the source of embeddings.
 
     Raises:
-        DataError: If it is not there any more, or has changed.
+        DataError: If it is gone or has changed.
     """
     about = embeddings.about
     config = embedded_as(embeddings)
@@ -49,7 +49,7 @@ def open_again(embeddings: Embeddings) -> Source:
 
 
 def embedded_as(embeddings: Embeddings) -> EmbedConfig:
-    """Return the settings that embeddings were made with, of their source by its place."""
+    """Return the settings that embeddings were made with, with their source's place."""
     about = embeddings.about
     settings: dict[str, Any] = {**about["settings"], "source": about["source"]}
     where = f"{embeddings.folder.uri}/{ABOUT}"
@@ -57,14 +57,14 @@ def embedded_as(embeddings: Embeddings) -> EmbedConfig:
 
 
 def open_queries(path: str, *, decoding: Decoding = PLAIN) -> tuple[Source, list[str]]:
-    """Open one image, or a folder of them, and return what names them.
+    """Open one image, or a folder of images, and return their names.
 
     Args:
-        path: Local.
-        decoding: As of the images that they are compared with.
+        path: A local path.
+        decoding: The decoding settings of the images that they are compared with.
 
     Raises:
-        DataError: If there is none, or one is no image.
+        DataError: If there is none, or one is not an image.
     """
     given = Path(path).expanduser()
     files = [given]
@@ -78,7 +78,7 @@ def open_queries(path: str, *, decoding: Decoding = PLAIN) -> tuple[Source, list
 
 
 class FileImages(ArraySource):
-    """Image files by their paths."""
+    """Image files by path."""
 
     def __init__(self, files: Sequence[Path], decoding: Decoding = PLAIN) -> None:
         super().__init__("queries", np.zeros((len(files), 1, 1), dtype=np.uint8))
@@ -90,7 +90,7 @@ class FileImages(ArraySource):
         return [_read(self.files[index]) for index in indices]
 
     def decoding(self, index: int) -> Decoding:
-        """Return what is said of all."""
+        """Return the common decoding settings."""
         return self._decoding
 
     def where(self, index: int) -> str:
@@ -106,9 +106,9 @@ def _read(file: Path) -> Encoded:
 
 
 def squares(source: Source, rows: Sequence[int]) -> list[Image]:
-    """Return the centred squares of some images, ``(S, S, 3)`` uint8, at a size for pictures.
+    """Return the centred squares of some images, ``(S, S, 3)`` uint8, for pictures.
 
-    A small image stays as it is; all of a picture come out at one size.
+    Small images are not enlarged; all images of a picture have the same size.
     """
     images = [
         decode_or_flaw(encoded, source.decoding(row))

@@ -9,7 +9,7 @@ from torch import Tensor
 from raysl.errors import ShapeError
 from raysl.retrieval.embeddings import Embeddings
 
-# Similarities that are held at a time, (Q, B) float32 and int64 keys: 200 MiB.
+# Similarities computed at a time, (Q, B) float32 and int64 keys: 200 MiB.
 _BLOCK_ROWS = 4096
 _QUERIES = 4096
 _SIGN = 0x7FFFFFFF
@@ -17,12 +17,12 @@ _LOW = 0xFFFFFFFF
 
 
 class Neighbors(NamedTuple):
-    """The nearest of each query, the nearest first; of equal ones, the first in order."""
+    """The nearest neighbours of each query, nearest first; ties are sorted by index."""
 
     similarities: Tensor
-    """``(Q, k)`` float32 in [-1, 1]; -inf where there are fewer than k."""
+    """``(Q, k)`` float32 in [-1, 1]; -inf if there are fewer than k."""
     places: Tensor
-    """``(Q, k)`` int64; -1 where there are fewer."""
+    """``(Q, k)`` int64 indices; -1 if there are fewer."""
 
 
 def nearest(
@@ -33,16 +33,15 @@ def nearest(
     own_places: Tensor | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Neighbors:
-    """Return the k nearest of all blocks for each query.
+    """Return the k nearest rows of all blocks for each query.
 
     Args:
         queries: ``(Q, D)`` of unit length.
-        blocks: Place of its first row and ``(B, D)`` of unit length, in ascending order of places;
-            they are moved to the device of the queries.
+        blocks: Index of the first row and ``(B, D)`` of unit length, in ascending order; they are
+            moved to the queries' device.
         k: > 0.
-        own_places: ``(Q,)`` places that are the queries themselves, which are not their own
-            neighbours.
-        advance: Called with the rows of each block that is done.
+        own_places: ``(Q,)`` indices of the queries themselves, which are excluded.
+        advance: Called with the number of rows of each finished block.
 
     Raises:
         ShapeError: If the widths differ.
@@ -61,7 +60,7 @@ def nearest(
             here = ((inner >= 0) & (inner < len(block))).nonzero().squeeze(1)
             similarity[here, inner[here]] = float("-inf")
         values, columns = _top(similarity, min(k, len(block)))
-        # What came before stands first, and a stable sort keeps it there among equals.
+        # Earlier rows come first, and a stable sort keeps them first among ties.
         both = torch.cat([best, values], dim=1)
         order = both.argsort(dim=1, descending=True, stable=True)[:, :k]
         best = both.gather(1, order)
@@ -72,9 +71,9 @@ def nearest(
 
 
 def _top(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest of each row, of equal ones the first: `topk` alone does not say which.
+    """Return the k largest of each row, ties sorted by column, which `topk` does not guarantee.
 
-    The keys are whole numbers, ordered as the floats are, with the column in the lower half.
+    The keys are integers ordered like the floats, with the column in the lower half.
     """
     bits = (similarity + 0.0).view(torch.int32).to(torch.int64)  # + 0.0: no negative zero
     ordered = torch.where(bits < 0, bits ^ _SIGN, bits)
@@ -96,11 +95,11 @@ def neighbors_of_all(
     Args:
         embeddings: M images.
         k: > 0.
-        device: Where the products are computed: M * M * D multiplications.
-        advance: Called with the images whose neighbours are known.
+        device: Device of the matrix products: M * M * D multiplications.
+        advance: Called with the number of finished images.
 
     Yields:
-        Place of the first image of a block, and its neighbours on the CPU.
+        Index of the first image of a block, and the block's neighbours on the CPU.
     """
     for start, block in embeddings.blocks(_QUERIES):
         own = torch.arange(start, start + len(block), device=device)
@@ -121,10 +120,10 @@ def search(
     """Return the nearest images of some queries, on the CPU.
 
     Args:
-        embeddings: Where to look.
+        embeddings: The images to search.
         queries: ``(Q, D)`` of unit length.
         k: > 0.
-        device: Where the products are computed.
+        device: Device of the matrix products.
         own_places: As for :func:`nearest`.
     """
     parts = [

@@ -1,7 +1,7 @@
 """Write and read the Parquet shards of embeddings, and the file that describes them.
 
-Names that begin with an underscore are none of the data: pandas, pyarrow, duckdb and Spark open the
-folder as one table.
+Files whose names start with an underscore are not data, so pandas, pyarrow, duckdb and Spark open
+the folder as one table.
 """
 
 import json
@@ -25,15 +25,15 @@ _GROUP_ROWS = 4096
 
 
 class ShardPlan(NamedTuple):
-    """How the rows of a source are dealt to the shards."""
+    """How the rows of a source are distributed over shards."""
 
     num_rows: int
     shard_rows: int
-    """Rows of a shard; of the last one, what is left."""
+    """Rows of each shard; the last one has the remainder."""
 
     @property
     def num_shards(self) -> int:
-        """Shards in all."""
+        """Number of shards."""
         return -(-self.num_rows // self.shard_rows)
 
     def bounds(self, shard: int) -> tuple[int, int]:
@@ -47,20 +47,20 @@ class ShardPlan(NamedTuple):
 
 
 class ShardRows(NamedTuple):
-    """What goes into a shard, one entry a row; bad images are not among them."""
+    """The content of a shard, one entry a row, without bad images."""
 
     ids: Sequence[str]
     rows: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64] | None
-    """-1 where unknown; None: the source has no labels."""
+    """-1 where unknown; None if the source has no labels."""
     features: npt.NDArray[np.float32]  # (n, D)
 
 
 def embeddings_folder(uri: str) -> PackFolder:
-    """Return the folder that embeddings are written into.
+    """Return the folder that embeddings are written to.
 
     Raises:
-        DataError: If the URI's scheme is not known.
+        DataError: If the URI's scheme is unknown.
     """
     return PackFolder(uri, verb="embed", claim_name=ABOUT)
 
@@ -75,16 +75,16 @@ def write_shard(
     about: Mapping[str, Any],
     bad: list[Bad],
 ) -> None:
-    """Write a shard; it appears whole or not at all.
+    """Write a shard atomically.
 
     Args:
-        folder: Where.
-        name: Of the file.
+        folder: The folder.
+        name: Name of the file.
         content: Its rows.
-        class_names: By number.
+        class_names: Class names, by number.
         store: Type of the features: float32 or float16.
-        about: What the features are, kept in the schema's metadata with ``bad``.
-        bad: The images of these rows that were left out.
+        about: Metadata of the features, stored in the schema's metadata with ``bad``.
+        bad: The skipped images of these rows.
 
     Raises:
         DataError: If it cannot be written, as on a full disk.
@@ -111,7 +111,7 @@ def write_shard(
             table,
             stream,
             row_group_size=_GROUP_ROWS,
-            # Features do not repeat, and hardly shrink.
+            # Features do not repeat and barely compress.
             use_dictionary=[LABEL_NAME] if LABEL_NAME in columns else False,
             compression={ID: "zstd"},
             write_statistics=[ROW],
@@ -119,7 +119,7 @@ def write_shard(
 
 
 def read_bad(folder: PackFolder, name: str) -> list[Bad] | None:
-    """Return the bad images of a shard that is there; None if its file is damaged."""
+    """Return the bad images of an existing shard; None if its file is damaged."""
     try:
         with folder.filesystem.open_input_file(f"{folder.root}/{name}") as file:
             meta = pq.read_metadata(file).metadata or {}
@@ -132,7 +132,7 @@ def read_bad(folder: PackFolder, name: str) -> list[Bad] | None:
 
 
 def read_about(folder: PackFolder) -> dict[str, Any]:
-    """Return what is known of finished embeddings.
+    """Return the metadata of finished embeddings.
 
     Raises:
         DataError: If there are none, or `raysl embed` has not finished there.
@@ -157,7 +157,7 @@ def read_about(folder: PackFolder) -> dict[str, Any]:
 
 @contextmanager
 def result_file(place: str | Path) -> Iterator[pa.NativeFile]:
-    """Open a file for a result, local or in an object store; it appears whole or not at all.
+    """Open a file for a result, local or in an object store; written atomically.
 
     Raises:
         DataError: If it cannot be written.

@@ -1,1 +1,1 @@
-"""Where a run meets Ray: the only room that imports it, one file a Ray library."""
+"""Run raysl on Ray: the only package that imports it, with one file for each Ray library."""

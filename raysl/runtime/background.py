@@ -1,4 +1,4 @@
-"""Work in a thread of its own whose result, or error, is asked for later."""
+"""Run a function in a thread and collect its result, or error, later."""
 
 import threading
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Embedding on Ray Data, measured."""
+"""Measure embedding on Ray Data."""
 
 import math
 

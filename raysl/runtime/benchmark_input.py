@@ -1,4 +1,4 @@
-"""The stream of a run, measured: the data workers' function on all cores, and through Ray Data."""
+"""Measure the input of a run: the data workers' function on all cores, and through Ray Data."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Connecting to Ray, and checking beforehand that a run fits."""
+"""Connect to Ray, and check that a run fits the cluster."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""raysl's own errors out of those that Ray wraps around them."""
+"""Extract raysl's own errors from the exceptions that Ray wraps around them."""
 
 import re
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The stream of a run on Ray Data: one execution from the first step to the last.
+"""Stream the batches of a run through Ray Data, in one execution from first to last step.
 
 Four of Ray's processes import this file, one after the other, before the first batch: what it
 imports is paid four times. So it knows neither torch nor the configuration.

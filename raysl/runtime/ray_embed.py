@@ -1,4 +1,4 @@
-"""Features of a source on Ray Data: chunk numbers in, features out, over all nodes.
+"""Compute the features of a source on Ray Data, using all nodes.
 
 On CPUs one actor a CPU does a chunk from first to last: pixels that went through the object store
 would be paid for once more. With GPUs, actors on the CPUs decode and actors with a GPU each encode,

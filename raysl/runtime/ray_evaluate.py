@@ -1,4 +1,4 @@
-"""The protocols of an evaluation as Ray tasks: each seed of each on its own, side by side.
+"""Measure the protocols of an evaluation as Ray tasks, one for each seed.
 
 Plain tasks, not Ray Train: the features of 1.28 million images and 2,048 numbers are 10 GB, so that
 a probe fits one GPU, where an epoch takes seconds; several would only wait for each other. The

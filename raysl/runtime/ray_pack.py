@@ -1,4 +1,4 @@
-"""The units of a pack as Ray tasks over all nodes.
+"""Run the units of a pack as Ray tasks on all nodes.
 
 Plain tasks, not Ray Data: a unit reads, decodes and writes by itself, so there is nothing to stream
 between workers, and a task that its node takes down is simply done again: it writes the same file.

@@ -1,4 +1,4 @@
-"""A run on Ray Train: the worker function, the stream's door, restarts and errors."""
+"""Train a run on Ray Train: the worker function, the dataset factory, restarts and errors."""
 
 import logging
 import os

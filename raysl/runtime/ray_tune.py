@@ -1,4 +1,4 @@
-"""Sweeps on Ray Tune: what a trial is to Ray, who decides, and who is told.
+"""Run a sweep on Ray Tune: trials, scheduler, search and callbacks.
 
 A trial of one train worker runs raysl's loop in Tune's own process, which the next trial takes over
 with all that is loaded; only larger ones start Ray Train inside. Tune decides who goes on; what a

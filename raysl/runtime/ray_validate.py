@@ -1,4 +1,4 @@
-"""Evaluation beside training: one actor that measures encoders while the train workers go on."""
+"""Evaluate in parallel to training: one actor measures encoders while the workers continue."""
 
 import os
 from collections.abc import Mapping

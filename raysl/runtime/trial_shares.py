@@ -1,4 +1,4 @@
-"""How many trials of a sweep a cluster holds at a time, so that none waits for another for ever."""
+"""Compute how many trials of a sweep a cluster holds at a time, without deadlocks."""
 
 import math
 from collections.abc import Mapping, Sequence

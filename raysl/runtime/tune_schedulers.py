@@ -1,4 +1,4 @@
-"""Tune's schedulers as raysl needs them: who goes on at a rung, whatever else a trial went through.
+"""Adapt Tune's schedulers to raysl: decide at rungs, whatever pauses a trial went through.
 
 Tune's own asynchronous halving compares epochs as floats, so that trials are judged wherever an
 evaluation lies behind a rung; its HyperBand fills brackets in the order in which places become

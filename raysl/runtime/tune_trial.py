@@ -1,4 +1,4 @@
-"""A trial in Tune's process: what it trains on, what it tells, and train workers below it."""
+"""Run a trial in Tune's process: its data, its reports, and its train workers."""
 
 import gc
 import json

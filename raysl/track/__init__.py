@@ -1,1 +1,1 @@
-"""What a run leaves behind: its folder, its metrics, its MLflow run."""
+"""Record runs: their folder, their metrics, their MLflow run."""

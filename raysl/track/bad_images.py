@@ -1,4 +1,4 @@
-"""The images of a run that turned out to be bad: counted, listed, and limited."""
+"""Count, list and limit the bad images of a run."""
 
 import json
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Where the records of a run go, and what it may be called."""
+"""The settings of a run's name, folder and tracking."""
 
 import re
 from typing import ClassVar

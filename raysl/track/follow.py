@@ -1,4 +1,4 @@
-"""Following a run from outside: threads that read its metrics file while it is written.
+"""Follow a run by reading its metrics file in threads while it is written.
 
 Training never waits for any of them. A run that restarts repeats the steps after its last
 checkpoint and rewrites the file; the reader then begins again, and hands out nothing twice.

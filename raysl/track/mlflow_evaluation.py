@@ -1,4 +1,4 @@
-"""What an evaluation measured, sent to the MLflow run that trained the encoder."""
+"""Send an evaluation's results to the MLflow run that trained the encoder."""
 
 import time
 from collections.abc import Mapping, Sequence

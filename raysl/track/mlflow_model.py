@@ -1,4 +1,4 @@
-"""Encoders as MLflow's models: stored with a run, loaded again, registered as versions."""
+"""Store encoders as MLflow models: log, load, and register versions."""
 
 import os
 import time

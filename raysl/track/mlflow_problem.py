@@ -1,4 +1,4 @@
-"""Why MLflow did not take something: whether waiting helps, and if not, what does.
+"""Explain why MLflow rejected something: whether waiting helps, and otherwise what does.
 
 The kinds were found by asking MLflow 3.17 for each: its client wraps whatever a server, a driver or
 the network said, and keeps little of it apart.

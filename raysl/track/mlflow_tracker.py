@@ -1,4 +1,4 @@
-"""MLflow: one run a training, fed from the metrics file by a thread that training never waits for.
+"""Send a run to MLflow from its metrics file, in a thread that training never waits for.
 
 Everything that MLflow gets is on the disk first. A server that is slow or down delays its own
 records, which are sent when it answers again, or by the next start of the same run.

@@ -1,4 +1,4 @@
-"""The folder of a run: where everything lies, who may write to it, and its metrics file."""
+"""The folder of a run: its paths, its lock, and its metrics file."""
 
 import json
 import os

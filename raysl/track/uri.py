@@ -1,4 +1,4 @@
-"""Where MLflow's records go."""
+"""Resolve the URI of MLflow's tracking store."""
 
 import os
 import re
