@@ -1,6 +1,7 @@
 """Fixtures that several rooms' tests need."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,11 @@ data:
   views:
     recipe: custom
     kinds: [{count: 2, size_px: 32, crop: {scale: [0.5, 1.0]}, ops: [{op: rotate}]}]
-backbone: {name: resnet18}
+backbone: {name: resnet18, width: 0.125}
 method: {name: simclr}
 optim: {base_lr: 0.1}
 train: {steps: 6, global_batch_size: 32, log_every: 1, checkpoint_every: {steps: 2}}
-evaluate: {every: {steps: 3}, max_train_images: 200, max_test_images: 100}
+evaluate: {every: {steps: 3}, final: knn, max_train_images: 200, max_test_images: 100}
 cluster: {num_train_workers: 0, threads_per_train_worker: 1, num_data_workers: 1}
 track: {mlflow: false}
 """
@@ -53,6 +54,28 @@ def run_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
         return path
 
     return write
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out a run's pictures and its page, which have tests of their own."""
+    monkeypatch.setattr("raysl.report.page.draw_all", lambda *_, **__: [])
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of an empty MLflow store, which takes seconds to make."""
+    from mlflow.tracking import MlflowClient
+
+    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def empty_store_here(empty_store: Path, tmp_path: Path) -> None:
+    """Put an empty MLflow store where the runs of this test would make one."""
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,9 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
-
-import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "raysl"
@@ -57,9 +56,20 @@ def room_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imports(path: Path) -> Iterator[Import]:
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    """Every part of a file; each file is read once, whatever number of rules looks at it."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+@cache
+def imports(path: Path) -> list[Import]:
     """Every import of a file, inside functions too, also by name and under TYPE_CHECKING."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    return list(_imports(path))
+
+
+def _imports(path: Path) -> Iterator[Import]:
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (Import(alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -82,7 +92,10 @@ def rooms_imported(path: Path) -> set[tuple[str, int]]:
     return {(parts[1], line) for parts, line in found if parts[0] == "raysl" and len(parts) > 1}
 
 
-every_source = pytest.mark.parametrize("path", sources(), ids=relative)
+def test_there_are_sources_to_look_at() -> None:
+    for root in (PACKAGE, PACKAGE / "methods", TESTS):
+        assert len(sources(root)) > 20
+    assert sum(len(imports(path)) for path in sources()) > len(sources())
 
 
 def test_every_room_has_a_floor_and_every_floor_is_there() -> None:
@@ -91,73 +104,101 @@ def test_every_room_has_a_floor_and_every_floor_is_there() -> None:
     assert sum(map(len, FLOORS)) == len(FLOOR_OF)
 
 
-@every_source
-def test_imports_point_down(path: Path) -> None:
-    room = room_of(path)
+def test_imports_point_down() -> None:
     top = len(FLOORS)
-    floor = top if room in ENTRANCES else FLOOR_OF[room]
-    wrong = [
-        f"{relative(path)}:{line} imports {other}"
-        for other, line in sorted(rooms_imported(path))
-        if other != room and FLOOR_OF.get(other, -1 if room in ENTRANCES else top) >= floor
-    ]
+    wrong = []
+    for path in sources():
+        room = room_of(path)
+        floor = top if room in ENTRANCES else FLOOR_OF[room]
+        wrong += [
+            f"{relative(path)}:{line} imports {other}"
+            for other, line in sorted(rooms_imported(path))
+            if other != room and FLOOR_OF.get(other, -1 if room in ENTRANCES else top) >= floor
+        ]
     assert not wrong
 
 
-@every_source
-def test_imports_are_absolute(path: Path) -> None:
-    assert [i for i in imports(path) if i.module.startswith(".")] == []
+def test_imports_are_absolute() -> None:
+    assert not [
+        f"{relative(path)}:{line} imports {module}"
+        for path in sources()
+        for module, line in imports(path)
+        if module.startswith(".")
+    ]
 
 
-@every_source
-def test_own_modules_are_not_imported_by_name(path: Path) -> None:
+def test_own_modules_are_not_imported_by_name() -> None:
     """Such an import has no types; what must load late is imported inside a function."""
-    assert [call.module for call in by_name(path) if call.module.startswith("raysl")] == []
+    assert not [
+        f"{relative(path)}:{call.line} imports {call.module} by name"
+        for path in sources()
+        for call in by_name(path)
+        if call.module.startswith("raysl")
+    ]
 
 
-@every_source
-@pytest.mark.parametrize("library", ONLY_IN)
-def test_a_library_is_known_in_one_place_only(path: Path, library: str) -> None:
-    here = path.relative_to(PACKAGE).as_posix()
-    if not here.startswith(ONLY_IN[library]):
-        assert [i for i in imports(path) if i.module.split(".")[0] == library] == []
+def test_a_library_is_known_in_one_place_only() -> None:
+    wrong = []
+    for path in sources():
+        here = path.relative_to(PACKAGE).as_posix()
+        elsewhere = {library for library, place in ONLY_IN.items() if not here.startswith(place)}
+        wrong += [
+            f"{relative(path)}:{line} imports {module}"
+            for module, line in imports(path)
+            if module.split(".")[0] in elsewhere
+        ]
+    assert not wrong
 
 
-@pytest.mark.parametrize("path", sources(PACKAGE / "methods"), ids=relative)
-def test_a_method_knows_no_cluster_no_tracker_no_optimizer_and_no_other_method(path: Path) -> None:
-    for module, line in imports(path):
-        assert not any(
-            module == name or module.startswith(name + ".") for name in METHODS_DO_NOT_KNOW
-        ), f"{relative(path)}:{line} imports {module}"
-        if module.startswith("raysl.methods."):
-            assert module.split(".")[2] == "base", f"{relative(path)}:{line} imports {module}"
+def test_a_method_knows_no_cluster_no_tracker_no_optimizer_and_no_other_method() -> None:
+    wrong = []
+    for path in sources(PACKAGE / "methods"):
+        for module, line in imports(path):
+            unknown = any(
+                module == name or module.startswith(name + ".") for name in METHODS_DO_NOT_KNOW
+            )
+            other = module.startswith("raysl.methods.") and module.split(".")[2] != "base"
+            if unknown or other:
+                wrong.append(f"{relative(path)}:{line} imports {module}")
+    assert not wrong
 
 
-@every_source
-def test_a_room_or_file_is_named_for_what_it_is(path: Path) -> None:
-    names = {part.removesuffix(".py").strip("_") for part in path.relative_to(PACKAGE).parts}
-    assert names.isdisjoint(NOT_A_NAME)
+def test_a_room_or_file_is_named_for_what_it_is() -> None:
+    for path in sources():
+        names = {part.removesuffix(".py").strip("_") for part in path.relative_to(PACKAGE).parts}
+        assert names.isdisjoint(NOT_A_NAME), relative(path)
 
 
-@every_source
-def test_no_exception_is_swallowed_whole(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ExceptHandler):
-            assert node.type is not None, f"{relative(path)}:{node.lineno}: a bare except"
+def test_no_exception_is_swallowed_whole() -> None:
+    assert not [
+        f"{relative(path)}:{node.lineno}: a bare except"
+        for path in sources()
+        for node in nodes(path)
+        if isinstance(node, ast.ExceptHandler) and node.type is None
+    ]
 
 
-@pytest.mark.parametrize("path", [*sources(), *sources(TESTS)], ids=relative)
-def test_a_file_is_not_too_long(path: Path) -> None:
-    limit = MAX_TEST_LINES if path.is_relative_to(TESTS) else MAX_LINES
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= limit
+def test_a_file_is_not_too_long() -> None:
+    limits = {path: MAX_LINES for path in sources()} | {
+        path: MAX_TEST_LINES for path in sources(TESTS)
+    }
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in limits}
+    assert not [
+        f"{relative(path)} has {lengths[path]} lines, at most {limit}"
+        for path, limit in limits.items()
+        if lengths[path] > limit
+    ]
 
 
-@every_source
-def test_a_function_is_not_too_long(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            lines = (node.end_lineno or node.lineno) - node.lineno + 1
-            assert lines <= MAX_FUNCTION_LINES, f"{relative(path)}: {node.name} has {lines} lines"
+def test_a_function_is_not_too_long() -> None:
+    wrong = []
+    for path in sources():
+        for node in nodes(path):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > MAX_FUNCTION_LINES:
+                    wrong.append(f"{relative(path)}:{node.lineno}: {node.name} has {lines} lines")
+    assert not wrong
 
 
 def test_tests_share_fixtures_and_no_module_of_helpers() -> None:

@@ -1,25 +1,32 @@
 """Every configuration in the repository is a run, and stays one when it is written and read."""
 
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from raysl.config.load import to_yaml
 from raysl.methods import pretraining_method_names
-from raysl.recipe import load_run
+from raysl.recipe import RunConfig, load_run
 
 FOLDER = Path(__file__).parents[2] / "configs"
 CONFIGS = sorted([*FOLDER.glob("*.yaml"), *(FOLDER / "ten_minutes").glob("*.yaml")])
 
 
+@cache
+def run_of(path: Path) -> RunConfig[Any]:
+    return load_run(path)
+
+
 def test_there_is_one_for_every_method() -> None:
-    methods = {load_run(path).method.name for path in CONFIGS}
+    methods = {run_of(path).method.name for path in CONFIGS}
     assert methods - {"supervised"} == set(pretraining_method_names())
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_loads_and_comes_back_the_same_from_its_own_dump(path: Path, tmp_path: Path) -> None:
-    config = load_run(path)
+    config = run_of(path)
     dumped = tmp_path / "dumped.yaml"
     dumped.write_text(to_yaml(config.model_dump(mode="json")))
     assert load_run(dumped) == config

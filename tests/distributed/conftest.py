@@ -1,19 +1,26 @@
 """A test file defines ``everything()``; these are its results on two ranks and in one process.
 
-One start of two processes runs every check of a file, as start-up is most of the time.
+One start of two processes serves all files, as start-up is most of the time.
 """
+
+from collections.abc import Iterator
 
 import pytest
 import torch
-from two_ranks import Results, on_two_ranks
+from two_ranks import Results, TwoRanks
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoRanks]:
+    processes = TwoRanks(tmp_path_factory.mktemp("ranks"))
+    yield processes
+    processes.end()
 
 
 @pytest.fixture(scope="module")
-def ranks(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> list[Results]:
+def ranks(request: pytest.FixtureRequest, two_ranks: TwoRanks) -> list[Results]:
     """What each of two ranks computed; the file's numbers are cut in two by ``mine``."""
-    return on_two_ranks(request.module.everything, tmp_path_factory.mktemp("ranks"))
+    return two_ranks(request.module.everything)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,8 @@ import pytest
 from raysl.cli import main
 from raysl.track.run_folder import RunFolder, read_metrics
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 VIEWS = (
     "data.views={recipe: custom, kinds: [{count: 2, size_px: 32, ops: [{op: rotate}, "
     "{op: color_jitter, prob: 1.0}, {op: blur, prob: 1.0}, {op: solarise, prob: 0.5}]}]}"

@@ -23,11 +23,12 @@ def losses(name: str) -> dict[int, float]:
     return {int(r["step"]): r["train/loss"] for r in records if "train/loss" in r}
 
 
-class TestPretrain:
+class TestWhatARunLeaves:
     def test_leaves_everything_that_the_documents_name(
         self, run_yaml: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert main(["pretrain", str(run_yaml("all")), "track.mlflow=true", "--json"]) == 0
+        words = ["track.mlflow=true", "evaluate.final=full", "evaluate.few_shot_draws=1", "--json"]
+        assert main(["pretrain", str(run_yaml("all")), *words]) == 0
         result = json.loads(capsys.readouterr().out.splitlines()[-1])
         folder = Path("runs/all")
         wanted = (
@@ -43,6 +44,26 @@ class TestPretrain:
         assert result["mlflow_problem"] is None
         assert load_encoder(folder).training is False
 
+    def test_images_without_labels_give_an_encoder_and_a_map(
+        self, run_yaml: Callable[[str], Path], tmp_path: Path
+    ) -> None:
+        import cv2
+        import numpy as np
+
+        photos = tmp_path / "photos"
+        photos.mkdir()
+        rng = np.random.default_rng(0)
+        for number in range(40):
+            image = rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+            cv2.imwrite(str(photos / f"{number}.jpg"), image)
+        overrides = [f"data.source={photos}", "train.steps=1", "evaluate.final=full"]
+        assert main(["pretrain", str(run_yaml("plain")), *overrides]) == 0
+        assert Path("runs/plain/encoder.safetensors").exists()
+        assert Path("runs/plain/pictures/map.png").exists()
+
+
+@pytest.mark.usefixtures("undrawn")
+class TestPretrain:
     def test_fine_tuning_at_the_end_is_in_the_results_and_leaves_the_encoder_alone(
         self, run_yaml: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -75,6 +96,7 @@ class TestPretrain:
         self, run_yaml: Callable[[str], Path]
     ) -> None:
         ten = ["train.steps=10", "train.checkpoint_every={steps: 5}", "evaluate.every=null"]
+        ten += ["backbone={name: resnet18}"]  # slow enough to be killed on its way
         assert main(["pretrain", str(run_yaml("whole")), *ten]) == 0
         config = run_yaml("parted")
         process = subprocess.Popen([sys.executable, PIPELINE, config, *ten])
@@ -93,7 +115,7 @@ class TestPretrain:
     def test_moco_with_its_queue_goes_on_to_the_bit(self, run_yaml: Callable[[str], Path]) -> None:
         moco = [
             "method={name: moco, queue_length: 50, ema_momentum: 0.9}",
-            "backbone={name: resnet18, batch_norm: split, batch_norm_splits: 4}",
+            "backbone={name: resnet18, width: 0.125, batch_norm: split, batch_norm_splits: 4}",
             "train.steps=4",
             "evaluate.every=null",
         ]
@@ -134,28 +156,11 @@ class TestPretrain:
         assert main(again) == 0
         assert len(list(Path("runs").glob("same*"))) == 2
 
-    def test_images_without_labels_give_an_encoder_and_a_map(
-        self, run_yaml: Callable[[str], Path], tmp_path: Path
-    ) -> None:
-        import cv2
-        import numpy as np
-
-        photos = tmp_path / "photos"
-        photos.mkdir()
-        rng = np.random.default_rng(0)
-        for number in range(40):
-            image = rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)
-            cv2.imwrite(str(photos / f"{number}.jpg"), image)
-        overrides = [f"data.source={photos}", "train.steps=1"]
-        assert main(["pretrain", str(run_yaml("plain")), *overrides]) == 0
-        assert Path("runs/plain/encoder.safetensors").exists()
-        assert Path("runs/plain/pictures/map.png").exists()
-
     @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.ray)])
     @pytest.mark.usefixtures("no_ray_cluster")
     def test_ctrl_c_says_how_to_go_on(self, run_yaml: Callable[[str], Path], workers: int) -> None:
         config = run_yaml("stopped")
-        command = [sys.executable, PIPELINE, config, "train.steps=500", "evaluate.every=null"]
+        command = [sys.executable, PIPELINE, config, "train.steps=5000", "evaluate.every=null"]
         command += [f"cluster.num_train_workers={workers}"]
         process = subprocess.Popen(
             command,

@@ -38,8 +38,8 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the pictures out, which have tests of their own."""
+def undrawn(undrawn: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave an evaluation's pictures out too, which have tests of their own."""
     monkeypatch.setattr("raysl.commands.evaluate._draw", lambda asked: None)
 
 
@@ -203,6 +203,7 @@ def test_a_run_gets_the_numbers_in_its_own_mlflow_run(
     run_yaml: Callable[[str], Path],
     capsys: pytest.CaptureFixture[str],
     undrawn: None,
+    empty_store_here: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"

@@ -16,21 +16,16 @@ from raysl.optim.build import lr_at, peak_lr
 from raysl.recipe import load_run
 from raysl.track.run_folder import RunFolder, read_metrics
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 Run = Callable[..., int]
 SHORT = [
     "train.steps=4",
     "evaluate.every=null",
-    "evaluate.final=knn",
     "backbone={name: resnet18, stem: small, width: 0.125}",
     "data.views.kinds.0.size_px=16",
 ]
 PER_EPOCH = 5  # 160 images in batches of 32
-
-
-@pytest.fixture(autouse=True)
-def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the pictures out, which have tests of their own."""
-    monkeypatch.setattr("raysl.report.page.draw_all", lambda *_, **__: [])
 
 
 @pytest.fixture

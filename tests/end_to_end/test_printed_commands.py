@@ -35,10 +35,9 @@ HERE = ["num_workers=0"]
 
 
 @pytest.fixture(autouse=True)
-def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: None) -> None:
     """A folder with a tiny run and images, whose names a shell would take apart."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("raysl.report.page.draw_all", lambda *_, **__: [])
     Path("my run.yaml").write_text(TINY)
     rng = np.random.default_rng(0)
     for name in ("my photos", "others"):

@@ -63,6 +63,7 @@ def interrupt(name: str) -> None:
     assert list_checkpoints(folder.checkpoints)
 
 
+@pytest.mark.usefixtures("undrawn")
 class TestPlaces:
     def test_a_run_is_found_from_elsewhere_and_its_source_spelt_anyhow(
         self,
@@ -117,6 +118,7 @@ class TestPlaces:
         assert train("name=r", "data.source=p")[0] == 0
 
 
+@pytest.mark.usefixtures("undrawn")
 class TestChangedImages:
     def test_are_refused_at_a_resume_and_gone_on_with_if_asked(
         self, here: Path, train: Callable[..., tuple[int, str]]

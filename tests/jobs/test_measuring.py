@@ -14,7 +14,7 @@ from raysl.recipe import RunConfig, load_run
 from raysl.sources.open import open_source
 from raysl.track.run_folder import RunFolder, read_metrics, waiting_path
 
-SHORT = ["evaluate.final=knn", "train.steps=3"]
+SHORT = ["train.steps=3"]
 
 
 def trained(config: RunConfig[Any], folder: RunFolder) -> dict[str, Any]:

@@ -38,8 +38,9 @@ class TestOneWorker:
     def test_gives_the_same_losses_to_the_bit_as_no_ray_and_leaves_the_same_files(
         self, run_yaml: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert main(["pretrain", str(run_yaml("bare"))]) == 0
-        assert main(["pretrain", str(run_yaml("ray")), *ON_RAY, "--json"]) == 0
+        full = ["evaluate.final=full", "evaluate.few_shot_draws=1", "evaluate.pixel_baseline=false"]
+        assert pretrain(run_yaml("bare"), *full) == 0
+        assert pretrain(run_yaml("ray"), *full, *ON_RAY, "--json") == 0
         printed = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert losses("ray") == losses("bare")
         assert len(losses("ray")) == 6
@@ -73,6 +74,7 @@ class TestOneWorker:
         assert "Traceback" not in error
 
 
+@pytest.mark.usefixtures("undrawn")
 class TestTwoWorkers:
     def test_give_the_losses_of_one_worker_with_the_same_global_batch(
         self, run_yaml: Callable[[str], Path]
@@ -81,7 +83,7 @@ class TestTwoWorkers:
         # the same batches with their rows in another order part by 0.1 after five steps, even in
         # float64. What a step does with its gradients is tests/distributed's affair.
         calm = ["method.temperature=1.0", "optim.base_lr=1e-4", "optim.warmup={steps: 0}"]
-        calm += ["backbone.batch_norm=sync", "evaluate.every=null"]
+        calm += ["backbone={name: resnet18, batch_norm: sync}", "evaluate.every=null"]
         assert pretrain(run_yaml("one"), *calm) == 0
         assert pretrain(run_yaml("two"), *calm, "cluster.num_train_workers=2") == 0
         one, two = losses("one"), losses("two")
@@ -91,12 +93,14 @@ class TestTwoWorkers:
         assert norms[1] == pytest.approx(norms[0], rel=0.05)
 
 
+@pytest.mark.usefixtures("undrawn")
 class TestAKilledWorker:
     def test_the_run_goes_on_and_ends_as_if_nothing_had_happened(
         self, run_yaml: Callable[[str], Path]
     ) -> None:
         longer = ["train.steps=20", "train.checkpoint_every={steps: 5}"]
-        longer += ["evaluate.every={steps: 4}", "evaluate.final=knn"]
+        # Slow enough to be shot before it is measured.
+        longer += ["evaluate.every={steps: 4}", "backbone={name: resnet18}"]
         assert pretrain(run_yaml("calm"), *longer) == 0
         killed: list[list[int]] = []
         killer = threading.Thread(target=kill_at, args=("shot", 8, killed), daemon=True)

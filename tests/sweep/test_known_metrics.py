@@ -13,7 +13,12 @@ from raysl.track.run_folder import RunFolder, read_metrics
 
 # Only with an adversary, only where a run is fine-tuned, only with a classifier.
 ELSEWHERE = {"train/adversary_loss", "final/finetune_top1", "eval/top1", "final/top1"}
-SHORT = ["evaluate.few_shot_draws=1", "evaluate.pixel_baseline=false", "train.steps=3"]
+SHORT = [
+    "evaluate.final=full",
+    "evaluate.few_shot_draws=1",
+    "evaluate.pixel_baseline=false",
+    "train.steps=3",
+]
 
 
 @pytest.mark.slow
