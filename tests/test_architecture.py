@@ -80,7 +80,7 @@ def _imports(path: Path) -> Iterator[Import]:
 
 def by_name(path: Path) -> Iterator[Import]:
     """Yield what a file imports by a name that stands there: libraries that may be missing."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(path):
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
             name = node.args[0]
             if isinstance(name, ast.Constant):
