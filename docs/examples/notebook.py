@@ -16,7 +16,7 @@ from raysl.evaluate.knn import knn_accuracy
 results = raysl.pretrain(
     {"extends": "quickstart", "name": "notebook"},
     [
-        "train.epochs=2",
+        "train.epochs=4",
         "backbone.width=0.25",
         "evaluate.final=knn",
         "cluster.num_train_workers=0",  # without Ray, in this process
