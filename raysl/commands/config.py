@@ -7,7 +7,7 @@ from typing import Any
 from raysl.commands.absolute_files import with_absolute_files
 from raysl.commands.terminal import console, mapping_table, print_json, say, say_notes
 from raysl.config.load import to_yaml
-from raysl.config.shipped import first_comment_line, shipped_configs
+from raysl.config.shipped import first_clause, shipped_configs
 from raysl.errors import ConfigError
 from raysl.evaluate.training_source import open_training_source
 from raysl.folder.whole import write_text
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _list(*, as_json: bool) -> int:
     """Print the names of the shipped configurations with the first line of each."""
-    first = {name: first_comment_line(path) for name, path in shipped_configs().items()}
+    first = {name: first_clause(path) for name, path in shipped_configs().items()}
     if as_json:
         print_json({"configs": first})
         return 0

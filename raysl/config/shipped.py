@@ -1,6 +1,7 @@
 """Configurations that come with raysl, by their names: ``quickstart``, ``ten_minutes/simclr``."""
 
 import difflib
+import re
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[1]
@@ -49,7 +50,11 @@ def near_names(given: Path) -> list[str]:
     return [name for last in near for name in by_last[last]]
 
 
-def first_comment_line(path: Path) -> str:
-    """Return what a file's first line says of it."""
-    with path.open(encoding="utf-8") as lines:
-        return lines.readline().lstrip("# ").rstrip()
+def first_clause(path: Path) -> str:
+    """Return what a file's header says first, up to its first full stop, colon or semicolon."""
+    header = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        header.append(line.lstrip("# "))
+    return re.split(r"[.:;](?:\s|$)", " ".join(header), maxsplit=1)[0]

@@ -1,6 +1,7 @@
 """Configurations that come with raysl are found by their names, in a checkout and in a wheel."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -86,10 +87,10 @@ def test_the_list_has_all_of_them_in_groups(capsys: pytest.CaptureFixture[str]) 
     assert main(["config", "--list"]) == 0
     out = capsys.readouterr().out
     for name, path in shipped_configs().items():
-        first = path.read_text().splitlines()[0].lstrip("# ")
-        assert any(
-            line.split(maxsplit=1) == [name, first] for line in out.splitlines() if line[:1] == " "
-        ), name
+        (shown,) = (line for line in out.splitlines() if line.startswith(f"  {name} "))
+        header = " ".join(line.lstrip("# ") for line in path.read_text().splitlines())
+        assert header.startswith(shown.split(maxsplit=1)[1]), name
+    assert re.search(r"  quickstart +SimCLR on scikit-learn's handwritten digits\n", out)
     titles = [line for line in out.splitlines() if line and not line.startswith(" ")]
     assert [title.split()[1] for title in titles[:4]] == [
         "pretrain",
