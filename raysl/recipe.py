@@ -75,6 +75,7 @@ class RunConfig(Config, Generic[M]):
     name: str
     """The run folder is output_dir/name; the same name goes on with the same run."""
     output_dir: str = "runs"
+    """Parent of the run folder, which is called ``name``."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of weights, order and views."""
     data: DataConfig

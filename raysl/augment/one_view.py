@@ -21,6 +21,7 @@ class MAEViews(Recipe):
     recipe: Literal["mae"] = "mae"
     interpolation: Interpolation = "bicubic"
     min_scale: Fraction = 0.2
+    """Smallest area of a crop over the area of the image."""
 
     def views(self) -> tuple[View, ...]:
         """Return the view's definition."""
@@ -99,6 +100,7 @@ class JigsawViews(Recipe):
     recipe: Literal["jigsaw"] = "jigsaw"
     size_px: PositiveInt = 255
     grey_prob: Probability = 0.66
+    """Probability of turning an image grey."""
 
     def views(self) -> tuple[View, ...]:
         """Return the view's definition."""

@@ -67,6 +67,7 @@ class CropPart(Config):
     ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
     """Range of width over height."""
     prob: Probability = 1.0
+    """Probability of applying the operation."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "CropPart":
@@ -94,6 +95,7 @@ class Flip(Config):
 
     op: Literal["flip"] = "flip"
     prob: Probability = 0.5
+    """Probability of applying the operation."""
 
     def plan(self, rng: np.random.Generator) -> bool:
         """Draw whether to mirror."""
@@ -113,7 +115,9 @@ class Rotate(Config):
 
     op: Literal["rotate"] = "rotate"
     max_deg: Annotated[float, Field(ge=0.0, le=180.0)] = 15.0
+    """Largest rotation to either side, in degrees."""
     prob: Probability = 1.0
+    """Probability of applying the operation."""
 
     def plan(self, rng: np.random.Generator) -> float | None:
         """Draw an angle in degrees."""
@@ -129,6 +133,7 @@ class QuarterTurn(Config):
 
     op: Literal["quarter_turn"] = "quarter_turn"
     prob: Probability = 0.5
+    """Probability of applying the operation."""
 
     def plan(self, rng: np.random.Generator) -> int | None:
         """Draw the number of quarter turns."""
@@ -144,13 +149,18 @@ class ColorJitter(Config):
 
     op: Literal["color_jitter"] = "color_jitter"
     brightness: NonNegativeFloat = 0.8
+    """The factor of brightness is drawn from [max(0, 1 - brightness), 1 + brightness]."""
     brightness_kind: BrightnessKind = "multiply"
     """multiply: a factor from 1 - brightness to 1 + brightness, as in torchvision. add: a value
     from -brightness to +brightness, for pixels in [0, 1], as in the code of BYOL's authors."""
     contrast: NonNegativeFloat = 0.8
+    """Likewise the factor of contrast."""
     saturation: NonNegativeFloat = 0.8
+    """Likewise the factor of saturation."""
     hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.2
+    """Largest shift of the hue to either side, in turns."""
     prob: Probability = 0.8
+    """Probability of applying the operation."""
 
     def plan(self, rng: np.random.Generator) -> JitterPlan | None:
         """Draw the four factors and their order."""
@@ -178,6 +188,7 @@ class Grey(Config):
 
     op: Literal["grey"] = "grey"
     prob: Probability = 0.2
+    """Probability of applying the operation."""
 
     def plan(self, rng: np.random.Generator) -> bool:
         """Draw whether to convert to grey."""
@@ -201,6 +212,7 @@ class Blur(Config):
     kernel_fraction: Fraction | None = 0.1
     """Largest kernel over the view's side (SimCLR: a tenth); null: three standard deviations."""
     prob: Probability = 0.5
+    """Probability of applying the operation."""
 
     def plan(self, rng: np.random.Generator) -> float | None:
         """Draw the standard deviation."""
@@ -226,7 +238,9 @@ class Solarise(Config):
 
     op: Literal["solarise"] = "solarise"
     threshold: Annotated[int, Field(ge=0, le=256)] = 128
+    """Values from here on are inverted, of 255."""
     prob: Probability = 0.2
+    """Probability of applying the operation."""
 
     def plan(self, rng: np.random.Generator) -> bool:
         """Draw whether to invert."""
@@ -250,6 +264,7 @@ class Noise(Config):
     ] = (0.02, 0.1)
     """Range of the standard deviation, for pixels in [0, 1]."""
     prob: Probability = 0.5
+    """Probability of applying the operation."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "Noise":
@@ -270,6 +285,7 @@ class Sobel(Config):
 
     op: Literal["sobel"] = "sobel"
     prob: Probability = 0.5
+    """Probability of applying the operation."""
 
     def plan(self, rng: np.random.Generator) -> bool:
         """Draw whether to filter."""
@@ -293,6 +309,7 @@ class Cutout(Config):
     fill: Annotated[int, Field(ge=0, le=255)] = 124
     """Fill level; 124 is near zero after ImageNet's mean is subtracted."""
     prob: Probability = 0.5
+    """Probability of applying the operation."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "Cutout":

@@ -47,6 +47,7 @@ class PairViews(Config):
     antialias: bool = True
     """Average over the pixels when an image shrinks; false is faster."""
     first: Augmentation = "crop"
+    """Augmentation of the one view that is transformed; the other view is plain."""
     second: Augmentation = "color"
     """Applied after the first; the same as the first applies it once."""
 

@@ -89,10 +89,12 @@ class View(Config):
     """The settings of one kind of view, drawn ``count`` times from each image."""
 
     count: Annotated[int, Field(gt=0, le=MAX_VIEWS)] = 1
+    """Number of views of this kind."""
     size_px: PositiveInt = 224
     """Side of the view in pixels."""
     crop: Crop = Crop()
     ops: tuple[Op, ...] = ()
+    """Operations, applied in this order."""
 
 
 class ViewPlan(NamedTuple):

@@ -41,9 +41,13 @@ class SimCLRViews(Recipe):
     color_strength: NonNegativeFloat = 1.0
     """s: jitter of 0.8 s in brightness, contrast and saturation, 0.2 s in hue."""
     color_prob: Probability = 0.8
+    """Probability of the colour jitter."""
     grey_prob: Probability = 0.2
+    """Probability of turning an image grey."""
     blur_prob: Probability = 0.5
+    """Probability of the blur."""
     flip_prob: Probability = 0.5
+    """Probability of mirroring an image: 0 where left and right matter, as for digits."""
 
     def views(self) -> tuple[View, ...]:
         """Return the definition of the two views."""
@@ -66,6 +70,7 @@ class MoCoV1Views(Recipe):
 
     recipe: Literal["moco_v1"] = "moco_v1"
     min_scale: Fraction = 0.2
+    """Smallest area of a crop over the area of the image."""
 
     def views(self) -> tuple[View, ...]:
         """Return the definition of the two views."""
@@ -84,8 +89,11 @@ class MoCoV2Views(Recipe):
 
     recipe: Literal["moco_v2"] = "moco_v2"
     min_scale: Fraction = 0.2
+    """Smallest area of a crop over the area of the image."""
     blur_prob: Probability = 0.5
+    """Probability of the blur."""
     flip_prob: Probability = 0.5
+    """Probability of mirroring an image: 0 where left and right matter, as for digits."""
 
     def views(self) -> tuple[View, ...]:
         """Return the definition of the two views."""
@@ -117,6 +125,7 @@ class BYOLViews(Recipe):
     """Whether brightness is added, or multiplies as in the ports to torchvision (Barlow Twins,
     VICReg, MoCo v3, lightly), where it also changes the contrast."""
     min_scale: Fraction = 0.08
+    """Smallest area of a crop over the area of the image."""
     blur_probs: tuple[Probability, Probability] = (1.0, 0.1)
     """Of the first and the second view; use zeros for images as small as CIFAR-10's."""
 
@@ -146,8 +155,11 @@ class VICRegViews(Recipe):
     recipe: Literal["vicreg"] = "vicreg"
     interpolation: Interpolation = "bicubic"
     min_scale: Fraction = 0.08
+    """Smallest area of a crop over the area of the image."""
     blur_prob: Probability = 0.5
+    """Probability of the blur."""
     solarise_prob: Probability = 0.1
+    """Probability of solarising."""
 
     def views(self) -> tuple[View, ...]:
         """Return the definition of the two views."""
@@ -170,12 +182,15 @@ class SwAVViews(Recipe):
     global_scale: tuple[Fraction, Fraction] = (0.14, 1.0)
     """Range of a large crop's area over the image's."""
     local_count: Annotated[int, Field(ge=0, le=MAX_VIEWS - 2)] = 6
+    """Number of local views."""
     local_size_px: PositiveInt = 96
+    """Side of a local view in pixels."""
     local_scale: tuple[Fraction, Fraction] = (0.05, 0.14)
     """Range of a small crop's area."""
     color_strength: NonNegativeFloat = 1.0
     """As in SimCLR's recipe."""
     blur_prob: Probability = 0.5
+    """Probability of the blur."""
 
     def views(self) -> tuple[View, ...]:
         """Return the definitions: the large crops, then the small ones."""
@@ -205,7 +220,9 @@ class DINOViews(Recipe):
     global_scale: tuple[Fraction, Fraction] = (0.4, 1.0)
     """Range of a large crop's area over the image's."""
     local_count: Annotated[int, Field(ge=0, le=MAX_VIEWS - 2)] = 8
+    """Number of local views."""
     local_size_px: PositiveInt = 96
+    """Side of a local view in pixels."""
     local_scale: tuple[Fraction, Fraction] = (0.05, 0.4)
     """Range of a small crop's area."""
     blur_probs: tuple[Probability, Probability, Probability] = (1.0, 0.1, 0.5)

@@ -40,6 +40,7 @@ _VERBS: tuple[tuple[str, str, type[BaseModel]], ...] = (
 _WORDS = {int: "integer", float: "number", str: "text", bool: "true, false", NoneType: "null"}
 _BOUNDS = (("gt", "> {}"), ("ge", ">= {}"), ("lt", "< {}"), ("le", "<= {}"))
 _TAGS = ("name", "recipe", "op")
+_OF_A_TAG = "Selects this section."
 
 
 class _Section(NamedTuple):
@@ -89,7 +90,8 @@ def _tables(
             is_tag = name in _TAGS and get_origin(field.annotation) is Literal
             default = "" if field.is_required() and not is_tag else _code(_default(field))
             cells = (_code(dotted), _type(field.annotation, field.metadata), default)
-            yield f"| {' | '.join(cells)} | {_meaning(section.model, name)} |"
+            meaning = _meaning(section.model, name) or (_OF_A_TAG if is_tag else "")
+            yield f"| {' | '.join(cells)} | {meaning} |"
             below += _sections(dotted, field)
         yield ""
         waiting = below + waiting

@@ -83,6 +83,7 @@ class FewShotConfig(Config):
     """Logistic regression on a few labels for each class."""
 
     labels_per_class: PositiveInt = 5
+    """Number of labelled images for each class."""
     draws: PositiveInt = 5
     """Number of random draws of these labels; draw i is the same for every encoder."""
     inverse_penalty: PositiveFloat = 1.0

@@ -53,7 +53,9 @@ class EvaluateConfig(SourceConfig):
     knn: only the nearest neighbours of the trained one, which takes seconds instead of most of a
     minute, as for the trials of a sweep."""
     knn_k: PositiveInt = 20
+    """Number of neighbours that vote."""
     knn_temperature: PositiveFloat = 0.07
+    """Temperature of a vote, exp(cosine similarity / temperature)."""
     few_shot_labels: PositiveInt = 5
     """Labels for each class of the few-shot probe; skipped if a class has fewer."""
     few_shot_draws: PositiveInt = 5

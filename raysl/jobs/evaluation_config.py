@@ -46,7 +46,9 @@ class TestingConfig(Config):
     """How ``test_source`` is read; of settings that are null, as ``data.source`` is."""
 
     image_column: str | None = None
+    """null takes that of ``data.source``."""
     label_column: str | None = None
+    """null takes that of ``data.source``."""
     filter: tuple[Condition, ...] = ()
     """Of the test images alone."""
     limit: PositiveInt | None = None
@@ -54,8 +56,11 @@ class TestingConfig(Config):
     split: str | None = None
     """null takes the validation split, else the test split, else all."""
     intensity: Intensity | None = None
+    """null takes that of ``data.source``."""
     color_profile: ColorProfile | None = None
+    """null takes that of ``data.source``."""
     pages: Pages | None = None
+    """null takes that of ``data.source``."""
 
 
 class EvaluationData(LocatedSource):
@@ -84,6 +89,7 @@ class FeaturesConfig(Config):
     crop_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Side of the centred square over the image's shorter side (0.875 is usual for ImageNet)."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the forward pass."""
 
 
 class EvaluationConfig(Config):

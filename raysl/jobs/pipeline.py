@@ -76,6 +76,7 @@ class PipelineConfig(Config):
     name: str
     """The folder is output_dir/name, each run a folder in it; the same name goes on with it."""
     output_dir: str = "runs"
+    """Parent of the pipeline's folder, which is called ``name``."""
     base: str
     """The YAML file of the pretraining, relative to this one."""
     pretrain: dict[str, Any] = Field(default_factory=dict)

@@ -55,6 +55,7 @@ class OptimConfig(Config):
     final_lr_ratio: Probability = 0.0
     """Learning rate at the end over the peak, for the cosine schedule."""
     weight_decay: NonNegativeFloat = 1e-4
+    """Coefficient of weight decay at the start, or throughout."""
     final_weight_decay: NonNegativeFloat | None = None
     """Weight decay at the end of the run, approached along half a cosine; null keeps it constant
     (DINO goes from 0.04 to 0.4)."""

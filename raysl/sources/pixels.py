@@ -20,12 +20,14 @@ class Bits(Config):
     """Only the lowest bits are used, as by detectors that write 12 bits into 16."""
 
     bits: Annotated[int, Field(ge=1, le=32)]
+    """Number of the lowest bits."""
 
 
 class Percentiles(Config):
     """Scale between two percentiles of each image's own values, as for microscopes."""
 
     percentile: tuple[_Percent, _Percent]
+    """[low, high]: the percentiles that become black and white."""
 
     @model_validator(mode="after")
     def _rises(self) -> "Percentiles":

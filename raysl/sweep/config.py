@@ -143,6 +143,7 @@ class MetricConfig(Config):
     name: str = "eval/knn_top1"
     """Key of ``metrics.jsonl``."""
     mode: Literal["max", "min"] = "max"
+    """Whether a larger or a smaller value of the metric is better."""
     also: tuple[str, ...] = ()
     """Further keys to report."""
 
@@ -189,6 +190,7 @@ class HyperBandScheduler(Config):
     max_evaluations: Annotated[int, Field(gt=1)] = 9
     """R: number of evaluations of a trial that is never stopped, evenly spaced over its length."""
     reduction_factor: Annotated[float, Field(gt=1.0)] = 3.0
+    """One of this many trials continues at each rung."""
 
 
 class PbtScheduler(Config):
@@ -199,6 +201,7 @@ class PbtScheduler(Config):
 
     name: Literal["pbt"] = "pbt"
     perturb_every_epochs: PositiveFloat = 1.0
+    """Epochs between two exchanges."""
     quantile: Annotated[float, Field(gt=0.0, le=0.5)] = 0.25
     """Share of the trials that count as worst, and as best."""
     resample_prob: Probability = 0.25
@@ -257,6 +260,7 @@ class SweepConfig(Config):
     name: str
     """The sweep's folder is output_dir/name; starting the same name again resumes the sweep."""
     output_dir: str = "runs"
+    """Parent of the sweep's folder, which is called ``name``."""
     base: Annotated[
         tuple[str, ...],
         BeforeValidator(_all_of),
@@ -274,7 +278,9 @@ class SweepConfig(Config):
     metric: MetricConfig = MetricConfig()
     budget: BudgetConfig = BudgetConfig()
     scheduler: SchedulerConfig = NoScheduler()
+    """Which trials stop early, or copy from others."""
     search: SearchConfig = RandomSearch()
+    """How candidates are drawn from the space."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the draws; the runs use the seed of their base."""
     repeats: PositiveInt = 1

@@ -11,9 +11,11 @@ class TrackConfig(Config):
 
     idle: ClassVar[tuple[Idle, ...]] = (Idle(("registered_model",), {"log_model": (False,)}),)
     mlflow: bool = True
+    """Track the run in MLflow."""
     tracking_uri: str | None = None
     """null takes MLFLOW_TRACKING_URI, else a SQLite file in the working directory."""
     experiment: str = "raysl"
+    """Name of the experiment in MLflow; a new one is created."""
     log_model: bool = True
     """Store the encoder as an MLflow model with its signature."""
     registered_model: str | None = None

@@ -25,6 +25,8 @@ def test_is_up_to_date() -> None:
 def test_every_row_has_key_type_default_and_meaning() -> None:
     found = rows(reference())
     assert all(len(cells) == 3 and cells[0] for cells in found.values())
+    assert [key for key, cells in found.items() if not cells[2]] == []
+    assert not [line for line in reference().splitlines() if line.endswith("|  |")]
     assert found["seed"][:2] == ["integer >= 0, < 2^63", "`0`"]
     assert found["data.source"][:2] == ["text", ""]
     assert found["data.views"][1] == "`simclr`"
