@@ -42,7 +42,7 @@ _NOT_IMAGES = {"test_source", "test_limit", "test", "labels"}
 _EVALUATIONS = "evaluations"
 
 
-class TestingConfig(Config):
+class EvaluationTestConfig(Config):
     """How ``test_source`` is read; of settings that are null, as ``data.source`` is."""
 
     image_column: str | None = None
@@ -72,7 +72,7 @@ class EvaluationData(LocatedSource):
     """Test images. null takes the validation split that lies beside the source, else its test
     split; without either, a fifth of the labels is held out for testing. Where the source has no
     labels, or none of the same classes, the probes are trained and tested within these images."""
-    test: TestingConfig = TestingConfig()
+    test: EvaluationTestConfig = EvaluationTestConfig()
     """More of test_source."""
     test_limit: PositiveInt | None = None
     """Test on so many images at most, drawn at random, always the same."""
@@ -245,7 +245,7 @@ def _values_of_run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     images = {key: data[key] for key in _FROM_RUN if key in data}
     if evaluate.get("source") is not None:
         images["test_source"] = evaluate["source"]
-        names = [name for name in TestingConfig.model_fields if name in evaluate]
+        names = [name for name in EvaluationTestConfig.model_fields if name in evaluate]
         images["test"] = {name: evaluate[name] for name in names}
     if "source" in images:
         found = validated(EvaluationData, images)

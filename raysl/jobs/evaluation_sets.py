@@ -14,7 +14,7 @@ from raysl.evaluate.registry import PROTOCOLS
 from raysl.jobs.evaluation_config import (
     EvaluationConfig,
     EvaluationData,
-    TestingConfig,
+    EvaluationTestConfig,
     data_config,
 )
 from raysl.sources.labels import hold_out
@@ -28,7 +28,7 @@ _SEED = 0
 # How the settings of a run are called here.
 _NAMES = (
     (r"evaluate\.source\b", "data.test_source"),
-    (rf"evaluate\.({'|'.join(TestingConfig.model_fields)})\b", r"data.test.\1"),
+    (rf"evaluate\.({'|'.join(EvaluationTestConfig.model_fields)})\b", r"data.test.\1"),
     (r", or set data\.labels=none to measure within [a-z._]+ alone", ""),
 )
 

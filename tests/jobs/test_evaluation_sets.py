@@ -14,7 +14,7 @@ from raysl.errors import DataError
 from raysl.jobs.evaluation_config import (
     EvaluationConfig,
     EvaluationData,
-    TestingConfig,
+    EvaluationTestConfig,
     data_config,
     labels_note,
     load_evaluation,
@@ -92,7 +92,7 @@ class TestFromARun:
         told = {"label_column": "fine", "filter": [["a", ">", 1]], "limit": 9}
         config, _ = self.loaded(run, {"limit": 50}, "data.test_source=new", source="others", **told)
         assert Path(str(config.data.test_source)).name == "new"
-        assert config.data.test == TestingConfig()
+        assert config.data.test == EvaluationTestConfig()
         assert config.data.limit == 50
 
     def test_mixed_in_images_are_the_runs_too_and_leave_with_the_source(self, run: Path) -> None:
