@@ -66,20 +66,20 @@ class SweepError(RayslError):
 
 @final
 class ErrorRecord(TypedDict):
-    """An error of raysl's own, as it goes to another process or lies on the disk."""
+    """A raysl error as plain values, for another process or a file."""
 
     error: str
-    """Its class."""
+    """Name of its class."""
     message: str
 
 
 def to_record(error: RayslError) -> ErrorRecord:
-    """Return an error as plain values."""
+    """Convert an error to plain values."""
     return {"error": type(error).__name__, "message": str(error)}
 
 
 def from_record(record: ErrorRecord) -> RayslError:
-    """Return the error again; one of a class that is not known here as its parent."""
+    """Convert plain values back to an error; an unknown class becomes RayslError."""
     kind = globals().get(record["error"])
     if not (isinstance(kind, type) and issubclass(kind, RayslError)):
         kind = RayslError

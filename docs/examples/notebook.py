@@ -27,14 +27,16 @@ print(f"nearest neighbours: {results['knn_top1']:.1%}, in {results['run_dir']}")
 
 # %% The encoder: an nn.Module in evaluation mode, from normalised images to features.
 encoder = raysl.load_encoder(results["run_dir"])
-known = read_description(results["run_dir"] + "/encoder.safetensors")
+description = read_description(results["run_dir"] + "/encoder.safetensors")
 
 # %% Features of a few images.
 digits = load_digits()
 labels = torch.tensor(digits.target[:600])
 images = torch.tensor(digits.images[:600], dtype=torch.float32)[:, None] / 16  # (N, 1, 8, 8)
-images = F.interpolate(images, size=known["image_size_px"], mode="bilinear").expand(-1, 3, -1, -1)
-mean, std = (torch.tensor(known[name])[:, None, None] for name in ("mean", "std"))
+images = F.interpolate(images, size=description["image_size_px"], mode="bilinear").expand(
+    -1, 3, -1, -1
+)
+mean, std = (torch.tensor(description[name])[:, None, None] for name in ("mean", "std"))
 with torch.no_grad():
     features = encoder((images - mean) / std)
 print("features", tuple(features.shape))

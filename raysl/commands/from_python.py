@@ -23,21 +23,21 @@ def pretrain(
     fresh: bool = False,
     extend: bool = False,
 ) -> Results:
-    """Train a run, or go on with it, as ``raysl pretrain`` does.
+    """Train or resume a run, as ``raysl pretrain`` does.
 
     Args:
         config: A YAML file, the name of a shipped configuration, or the settings themselves, which
             may extend either (``{"extends": "quickstart", "name": "mine"}``).
         overrides: Dotted settings, such as ``train.epochs=5``.
-        fresh: Start anew; an earlier run's folder is renamed.
-        extend: Go on with an earlier run to the larger length given here.
+        fresh: Start again from step 0; the folder of an earlier run is renamed.
+        extend: Continue an earlier run to the larger length given here.
 
     Returns:
         The results, as ``raysl pretrain --json`` prints them; ``run_dir`` is the run folder.
 
     Raises:
         ConfigError: Lists every bad setting at once.
-        RayslError: What else a run may meet.
+        RayslError: If the run fails otherwise; the subclass says how.
     """
     began_at = time.time()
     given = [overrides] if isinstance(overrides, str) else list(overrides)
@@ -54,7 +54,7 @@ def pretrain(
 
 
 def _run_of(settings: Mapping[str, Any], overrides: Sequence[str]) -> RunConfig[Any]:
-    """Return the run that settings make, over what they extend and under the overrides."""
+    """Build the run from its parent configuration, these settings and the overrides."""
     layer = plain_copy(settings)
     parent = layer.pop(EXTENDS, None)
     below = {} if parent is None else read_run_values(find_config(str(parent)))

@@ -1,4 +1,4 @@
-"""Configurations that come with raysl, by their names: ``quickstart``, ``ten_minutes/simclr``."""
+"""Find the configurations shipped with raysl by name: ``quickstart``, ``ten_minutes/simclr``."""
 
 import difflib
 import re
@@ -13,7 +13,7 @@ _MOST_NEAR = 3
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Return the files by name: the path below ``configs`` without its ending."""
+    """Return the shipped files by name, which is the path below ``configs`` without its suffix."""
     folder = _OF_WHEEL if _OF_WHEEL.is_dir() else _OF_CHECKOUT
     return {
         path.relative_to(folder).with_suffix("").as_posix(): path
@@ -22,15 +22,15 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def find_config(given: str | Path, *, beside: Path = Path(), kind: str = "") -> Path:
-    """Return the file that is meant: one that exists, else a shipped one of that name.
+    """Return an existing file, or else the shipped configuration of that name.
 
     Args:
         given: A path, or a name with or without ``.yaml``.
-        beside: What a relative path is relative to.
-        kind: The folder of shipped ones whose names need no folder, such as ``sweeps``.
+        beside: Base folder of a relative path.
+        kind: Folder below ``configs`` that a name may omit, such as ``sweeps``.
 
     Returns:
-        A file; if there is none, the path as it was given.
+        The file, or the given path if neither exists.
     """
     file = beside / given
     if file.exists() and not file.is_dir():
@@ -41,7 +41,7 @@ def find_config(given: str | Path, *, beside: Path = Path(), kind: str = "") -> 
 
 
 def near_names(given: Path) -> list[str]:
-    """Return names of shipped configurations that are like a path's, the nearest first."""
+    """Return the names of shipped configurations most similar to a path, best match first."""
     by_last: dict[str, list[str]] = {}
     for name in shipped_configs():
         by_last.setdefault(name.rpartition("/")[2], []).append(name)
@@ -51,7 +51,7 @@ def near_names(given: Path) -> list[str]:
 
 
 def first_clause(path: Path) -> str:
-    """Return what a file's header says first, up to its first full stop, colon or semicolon."""
+    """Return the start of a file's header comment, up to a full stop, colon or semicolon."""
     header = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):

@@ -1,19 +1,19 @@
-"""A block of the stream: the names of its columns, which data workers write and training reads.
+"""Names of the columns of a block, which data workers write and training reads.
 
-No more than names, so that who reads blocks need not load what makes them.
+Separate from the code that makes blocks, so that readers need not load it.
 """
 
 from typing import Any
 
 Block = dict[str, Any]
-"""Columns by name: arrays of one length."""
+"""Arrays of equal length, by column name."""
 
 INDEX, STEP, BAD, FLAW = "index", "step", "bad", "flaw"
 _VIEWS, _NUMBERS = "views_", "numbers_"
 
 
 def view_column(kind: int) -> str:
-    """Return the name of a block's column for a kind of view."""
+    """Return the column name of a kind of view."""
     return f"{_VIEWS}{kind}"
 
 
@@ -28,5 +28,5 @@ def kind_of(name: str) -> int:
 
 
 def numbers_column(kind: int) -> str:
-    """Return the name of a block's column for the plans that the device is to carry out."""
+    """Return the column name of the op parameters that the device needs for a kind of view."""
     return f"{_NUMBERS}{kind}"

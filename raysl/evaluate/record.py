@@ -1,4 +1,4 @@
-"""What an evaluation measured: ``evaluation.json`` of its folder. Loads no torch."""
+"""Result record of an evaluation, stored as ``evaluation.json``. Loads no torch."""
 
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
@@ -7,7 +7,7 @@ from raysl.folder.whole import read_json, write_json
 
 
 class ProtocolResult(TypedDict):
-    """What a protocol gave, over its seeds."""
+    """Result of a protocol, over its seeds."""
 
     version: int
     text: str
@@ -17,18 +17,18 @@ class ProtocolResult(TypedDict):
     deviation: float
     values: list[float]
     seeds: list[int]
-    """Empty where nothing is random."""
+    """Seeds that were run; empty for a deterministic protocol."""
     seconds: float
     images_per_s: float
     settings: dict[str, Any]
     facts: list[dict[str, Any]]
-    """Of each seed."""
+    """Details of each seed."""
     source: NotRequired[str]
-    """The images, if they are not the evaluation's."""
+    """Source of the images, if it is not that of the evaluation."""
 
 
 class FeaturesResult(TypedDict):
-    """What the features are, and what they took."""
+    """Size of the features, and the time they took."""
 
     seconds: float
     images_per_s: float
@@ -38,7 +38,7 @@ class FeaturesResult(TypedDict):
 
 
 class EvaluationResult(TypedDict):
-    """All of it; of an evaluation that goes on, what is known by now."""
+    """The whole record; while an evaluation runs, the results so far."""
 
     encoder: str
     source: str
@@ -51,10 +51,10 @@ class EvaluationResult(TypedDict):
 
 
 def read_evaluation_result(path: Path) -> EvaluationResult | None:
-    """Return what the file says, or None if it is not there or not whole."""
+    """Return the record, or None if the file is missing or damaged."""
     return cast(EvaluationResult | None, read_json(path))
 
 
 def write_evaluation_result(path: Path, result: EvaluationResult) -> None:
-    """Write the file anew."""
+    """Write the record atomically."""
     write_json(path, result)

@@ -1,5 +1,5 @@
-"""What a folder is: whose it is, who holds it, and how what lies in it appears; no torch, no Ray.
+"""Ownership, locking and atomic writes of folders. Loads neither torch nor Ray.
 
-A file or folder with a lasting name is complete, whenever and however a process ends; a folder is
-written by one process at a time; and one that belongs to something else is refused, not mixed.
+A file or folder under its final name is complete, however a process ends. One process at a time
+writes to a folder. A folder that was created with other settings is refused, never mixed.
 """

@@ -1,7 +1,7 @@
-"""Whose a folder is: what differs from what it was begun with, its refusal, and setting it aside.
+"""Compare the settings of a folder with those of a command, refuse the folder, or rename it.
 
-Each kind of folder keeps what it was begun with in a file of its own, and knows which of it may
-change; here is what they have in common.
+Each kind of folder stores the settings it was created with in a file of its own, and knows which
+of them may change. This module is what all kinds share.
 """
 
 import time
@@ -28,15 +28,15 @@ def changes(
     named: Mapping[str, str] | None = None,
     line: str = "{key}: {old} -> {new}",
 ) -> list[str]:
-    """List what differs between what a folder was begun with and what is asked for, a line each.
+    """List the settings that differ between a folder and a command, one line each.
 
     Args:
-        old: Of the folder.
-        new: Of the command.
-        keys: Which to compare, in this order; all of both if it is None. What is missing is None.
-        compared: What to compare of a value, by key; relative paths may mean the same place.
-        named: What to call a key.
-        line: How to say it.
+        old: Settings of the folder.
+        new: Settings of the command.
+        keys: Keys to compare, in this order; None compares all keys. A missing value is None.
+        compared: Maps a key and its value to what is compared, for example an absolute path.
+        named: Names of keys in the lines.
+        line: Format of a line.
     """
     return [
         line.format(key=(named or {}).get(key, key), old=old.get(key), new=new.get(key))
@@ -48,35 +48,35 @@ def changes(
 def refusal(
     place: Path | str, holds: str, changed: Sequence[str], *, instead: str = OR_FRESH
 ) -> str:
-    """Return the message that refuses a folder of something else.
+    """Return the message that refuses a folder with other settings.
 
     Args:
         place: The folder.
-        holds: Says of what it is, such as ``holds a run with other settings``.
-        changed: What differs, a line each.
+        holds: Describes its content, such as ``holds a run with other settings``.
+        changed: The differences, one line each.
         instead: What to do.
     """
     return f"{place} {holds}:{''.join(f'{_INDENTED}{line}' for line in changed)}\n{instead}"
 
 
 class Holdable(Protocol):
-    """A folder that one process at a time writes to."""
+    """A folder that one process at a time may write to."""
 
     path: Path
 
     def locked(self) -> AbstractContextManager[None]:
-        """Hold it; raise RunFolderError if another process does."""
+        """Lock it; raise RunFolderError if another process holds the lock."""
         ...
 
 
 def set_aside(folder: Holdable) -> Path:
-    """Rename a folder that something else is to take the place of, to its name and the time.
+    """Rename a folder to its name plus the current time, to free its name.
 
     Returns:
         Its new name.
 
     Raises:
-        RunFolderError: If a process writes to it.
+        RunFolderError: If another process holds its lock.
     """
     with folder.locked():
         aside = folder.path.with_name(f"{folder.path.name}.{time.strftime('%Y%m%d-%H%M%S')}")

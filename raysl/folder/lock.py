@@ -1,4 +1,4 @@
-"""One process at a time in a folder."""
+"""Lock a folder for one process."""
 
 import fcntl
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 from raysl.errors import RayslError, RunFolderError
 
 LOCK = ".lock"
-"""Name of the file; it holds the number of the process that holds the folder, or held it last."""
+"""Name of the lock file, which contains the id of the process that locked the folder last."""
 
 
 @contextmanager
@@ -21,17 +21,18 @@ def held(
     elsewhere: str = "set output_dir to a folder that can",
     error: type[RayslError] = RunFolderError,
 ) -> Iterator[None]:
-    """Make a folder and hold it for one process; the lock goes with the process, however it ends.
+    """Create a folder and lock it; the lock ends with the process, however that ends.
 
     Args:
         path: The folder, on a local or shared disk.
-        doing: What a process that holds it does, such as ``is training in``.
-        instead: What else the caller may do, such as ``give this run another name=...``.
-        elsewhere: What to do if it cannot be written.
-        error: What to raise.
+        doing: What the process that holds the lock does, such as ``is training in``.
+        instead: An alternative for the user, such as ``give this run another name=...``.
+        elsewhere: Advice if the folder cannot be written.
+        error: Exception class to raise.
 
     Raises:
-        RayslError: Of the class ``error``, if another process holds it, or it cannot be made.
+        RayslError: Of class ``error``, if another process holds the lock or the folder cannot be
+            created.
     """
     with ExitStack() as stack:
         try:

@@ -1,8 +1,7 @@
-"""Files and folders that appear complete or not at all: written beside, synced, renamed.
+"""Write files and folders atomically: to a temporary name, synced, then renamed.
 
-What is being written has a name that begins with :data:`UNFINISHED`, so that no one takes it for
-whole. A rename is one step for whoever looks, whether processes are killed, the disk is full or the
-machine stops.
+A temporary name begins with :data:`UNFINISHED`, so that no reader takes it for complete. A rename
+is atomic for every reader, also when a process is killed, the disk is full or the machine stops.
 """
 
 import json
@@ -15,29 +14,29 @@ from pathlib import Path
 from typing import Any
 
 UNFINISHED = ".tmp-"
-"""How the names begin of what is not whole yet, or not any more."""
+"""Prefix of names that are being written or deleted."""
 
 
 @contextmanager
 def appears_whole(
     path: Path, *, shared: bool = False, synced: bool = True, lasting: bool = False
 ) -> Iterator[Path]:
-    """Give a place beside ``path`` to write to; what is there at the end takes its name.
+    """Provide a temporary path beside ``path``, and rename it to ``path`` at the end.
 
-    Whatever goes wrong inside, a full disk too, leaves ``path`` as it was and nothing beside it. A
-    process that is killed leaves something unfinished: the next one of its kind replaces it, or,
-    where it is shared, :func:`clear_unfinished` removes it.
+    Any error in the block, including a full disk, leaves ``path`` as it was and nothing beside it.
+    A killed process leaves its temporary path: the next write replaces it, or, if ``shared``,
+    :func:`clear_unfinished` removes it.
 
     Args:
-        path: A file, or a folder. A folder that is there already is exchanged as a whole.
-        shared: Others may write the same at the same time, such as a process that is thought dead:
-            each has a place of its own, and the last one to end wins.
-        synced: Bring the content to the disk before it gets its name. Not for what is quickly
-            made again, such as pictures.
-        lasting: Bring the name to the disk too, for whoever gives up something else for it.
+        path: A file or a folder. An existing folder is replaced as a whole.
+        shared: Other processes may write the same path at the same time: each gets a temporary
+            path of its own, and the last one to finish wins.
+        synced: Sync the content to disk before the rename. Not needed for files that are cheap to
+            recreate, such as pictures.
+        lasting: Also sync the parent folder, for callers that then delete what this replaces.
 
     Yields:
-        Where to write; a folder has to be made. Its name ends as that of ``path`` does.
+        The path to write to; a folder has to be created. It has the suffix of ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     whose = f"{os.getpid()}-{threading.get_ident()}-" if shared else ""
@@ -73,10 +72,10 @@ def _take_name(temporary: Path, path: Path, *, lasting: bool) -> None:
 
 
 def give_up_name(path: Path) -> Path:
-    """Rename what is to be deleted, so that a folder half deleted is not taken for whole.
+    """Rename a folder before its deletion, so that half of it is not taken for complete.
 
     Returns:
-        Its name until it is deleted, or :func:`clear_unfinished` does so.
+        Its temporary name; :func:`clear_unfinished` removes it if the caller is killed first.
     """
     aside = path.with_name(f"{UNFINISHED}old-{path.name}")
     _remove(aside)
@@ -85,29 +84,29 @@ def give_up_name(path: Path) -> Path:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Delete what processes that were killed left in a folder to which only the caller writes."""
+    """Delete what killed processes left; only the caller may write to this folder."""
     for leftover in folder.glob(f"{UNFINISHED}*"):
         _try_to_remove(leftover)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a small file so that it is either old or new, never half."""
+    """Write a small file atomically."""
     with appears_whole(path, shared=True) as temporary:
         temporary.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file, as UTF-8, so that it is either old or new, never half."""
+    """Write a small UTF-8 file atomically."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file so that it is either old or new."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return a JSON file's object, or None if it is not there or not whole."""
+    """Return the object in a JSON file, or None if the file is missing or damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -113,7 +113,7 @@ def precision_on(config: RunConfig[Any], device: torch.device) -> Any:
 
 
 def precision_note(config: RunConfig[Any], *, use_gpu: bool) -> str | None:
-    """Return a warning if this machine's CPU emulates the precision of a run, else None."""
+    """Return a warning if the run asks for bfloat16 and this CPU emulates it, else None."""
     if use_gpu or config.train.precision != "bf16":
         return None
     slowdown = bf16_slowdown_on_cpu()

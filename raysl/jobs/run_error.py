@@ -1,4 +1,4 @@
-"""``error.json`` of a run folder: what ended the run, for whoever was not there."""
+"""Read and write ``error.json``, the error that ended a run."""
 
 from typing import cast
 
@@ -10,15 +10,15 @@ _NAME = "error.json"
 
 
 def write_error(folder: RunFolder, error: RayslError) -> None:
-    """Keep what ended a run."""
+    """Write the error that ended a run."""
     write_json(folder.path / _NAME, to_record(error))
 
 
 def read_error(folder: RunFolder) -> ErrorRecord | None:
-    """Return what ended a run, or None if nothing did."""
+    """Return the error that ended a run, or None."""
     return cast(ErrorRecord | None, read_json(folder.path / _NAME))
 
 
 def forget_error(folder: RunFolder) -> None:
-    """Take it away: the run begins, or goes on."""
+    """Delete the error when a run starts or resumes."""
     (folder.path / _NAME).unlink(missing_ok=True)

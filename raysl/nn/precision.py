@@ -1,4 +1,4 @@
-"""Numerical precision: float32 where autocast has left less, and what bfloat16 costs here."""
+"""Raise the precision of losses under autocast, and measure the cost of bfloat16 on a CPU."""
 
 import time
 
@@ -12,11 +12,11 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def bf16_slowdown_on_cpu() -> float:
-    """Measure how many times as long as float32 a bfloat16 matrix product takes on this CPU.
+    """Measure the time of a bfloat16 matrix product on this CPU over that of a float32 one.
 
-    A CPU without bfloat16 instructions (AVX-512 BF16, AMX) emulates them: 10 to 250 times as long
-    were seen. The shortest of three products of 128 x 128 on one thread counts, which takes
-    milliseconds and stays right while other programs run.
+    A CPU without bfloat16 instructions (AVX-512 BF16, AMX) emulates them; ratios of 10 to 250 were
+    measured. Takes the minimum of three products of 128 x 128 on one thread: milliseconds, and
+    robust against other load.
     """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -16,12 +16,12 @@ _OWN_ERROR = re.compile(r"^raysl\.errors\.(\w+): (.+?)(?=\n\s*\n|\Z)", re.MULTIL
 
 @contextmanager
 def own_errors(what: str) -> Iterator[None]:
-    """Raise raysl's own error in place of those that Ray wrapped around it.
+    """Raise raysl's own error instead of the Ray exception that wraps it.
 
-    Ray Data loses the error itself between its processes, but not its text, a traceback.
+    Ray Data drops the exception object between its processes, but keeps its traceback as text.
 
     Args:
-        what: Failed, if it is an error of Ray's.
+        what: Name of the failed operation, for errors of Ray itself.
     """
     try:
         yield
@@ -35,23 +35,23 @@ def own_errors(what: str) -> Iterator[None]:
 
 
 def wrapped_in(error: BaseException | None) -> Iterator[RayslError]:
-    """Yield raysl's own errors among those that Ray wrapped around them, the outermost first."""
+    """Yield raysl's own errors in a chain of Ray exceptions, outermost first."""
     while error is not None:
-        # Ray makes classes that are both its own and the cause's; their text is a traceback.
+        # Ray derives classes from both RayError and the cause; their text is a traceback.
         if isinstance(error, RayslError) and not isinstance(error, ray.exceptions.RayError):
             yield error
         error = getattr(error, "cause", None) or error.__cause__
 
 
 def result_of(reference: "ray.ObjectRef[T]", *, lost: str) -> T:
-    """Return what a task returned, or raise what it raised, which Ray hands on as it was.
+    """Return the result of a task, or raise the exception that it raised.
 
     Args:
-        reference: Of the task.
-        lost: What to say, before Ray's own words, if Ray gave the task up.
+        reference: Result reference of the task.
+        lost: Start of the message, before Ray's text, if Ray lost the task.
 
     Raises:
-        ClusterError: If it did.
+        ClusterError: If Ray lost the task.
     """
     try:
         return ray.get(reference)

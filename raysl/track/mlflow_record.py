@@ -1,4 +1,4 @@
-"""``mlflow.json``: which MLflow run a folder has, and what MLflow has of it. Loads no MLflow."""
+"""Read and write ``mlflow.json``: the MLflow run of a folder, and what it has received."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -9,23 +9,23 @@ _HIDDEN = ":***@"
 
 
 class TrackedRun(NamedTuple):
-    """Of a run, a sweep or a pipeline."""
+    """The MLflow run of a run, a sweep or a pipeline."""
 
     run_id: str | None
     uri: str | None
     """MLflow's address, without a password."""
     experiment: str | None
     sent: dict[str, int] | None
-    """Metric to the last step that MLflow has; None is not known."""
+    """Last step that MLflow has of each metric; None if unknown."""
 
     @property
     def whole_uri(self) -> str | None:
-        """The address, unless it had a password: whoever knows that knows the address too."""
+        """The address, or None if a password was removed from it."""
         return None if self.uri is None or _HIDDEN in self.uri else self.uri
 
 
 def read_tracked_run(path: Path) -> TrackedRun | None:
-    """Return what is kept, or None if MLflow never had a run of this folder."""
+    """Return the record, or None if this folder has no MLflow run."""
     kept = read_json(path) or {}
     if not kept.get("run_id"):
         return None
@@ -33,22 +33,22 @@ def read_tracked_run(path: Path) -> TrackedRun | None:
 
 
 def write_tracked_run(path: Path, tracked: TrackedRun) -> None:
-    """Keep it for the next start."""
+    """Write the record for the next start."""
     write_json(path, tracked._asdict())
 
 
 class TrackedEvaluation(NamedTuple):
-    """Of an evaluation, which is told to the run that trained the encoder, if there is one."""
+    """The MLflow run that received an evaluation; if possible that of the encoder."""
 
     run_id: str
     uri: str | None
     """MLflow's address, without a password."""
     what: str | None
-    """A digest of the numbers that were sent, and of where to."""
+    """Digest of the metrics that were sent and of the address."""
 
 
 def read_tracked_evaluation(path: Path) -> TrackedEvaluation | None:
-    """Return what is kept, or None if MLflow never had this evaluation."""
+    """Return the record, or None if this evaluation was never sent."""
     kept = read_json(path) or {}
     if not kept.get("run_id"):
         return None
@@ -56,5 +56,5 @@ def read_tracked_evaluation(path: Path) -> TrackedEvaluation | None:
 
 
 def write_tracked_evaluation(path: Path, tracked: TrackedEvaluation) -> None:
-    """Keep it for the next evaluation of the same encoder."""
+    """Write the record for the next evaluation of the same encoder."""
     write_json(path, tracked._asdict())

@@ -1,4 +1,4 @@
-"""What runs, pipelines and sweeps give at their end: in their folders, and by ``--json``."""
+"""Result records of runs, pipelines and sweeps, as stored and as ``--json`` prints them."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, cast, final
@@ -8,7 +8,7 @@ Features = Literal["", "untrained_", "pixels_"]
 
 
 class Probed(TypedDict, total=False):
-    """Accuracies of frozen features in [0, 1]; few labels only where there are enough of them."""
+    """Accuracies of frozen features in [0, 1]; few-label keys only if there are enough labels."""
 
     knn_top1: float
     linear_top1: float
@@ -18,9 +18,9 @@ class Probed(TypedDict, total=False):
 
 @final
 class Results(Probed, total=False):
-    """A run's: ``results.json`` of its folder.
+    """Results of a run: ``results.json``.
 
-    Which of the keys are there depends on its labels and on what was asked for.
+    Which keys are present depends on the labels and on the configuration.
     """
 
     untrained_knn_top1: float
@@ -38,9 +38,9 @@ class Results(Probed, total=False):
     finetune_top1: float
     finetune_labels: int
     top1: float
-    """Of a classifier."""
+    """Accuracy of a classifier on the test images, in [0, 1]."""
     num_labels: int
-    """That the classifier learnt from."""
+    """Number of labels that the classifier was trained on."""
     num_train_labels: int
     num_test_labels: int
     num_bad_test_images: int
@@ -49,7 +49,7 @@ class Results(Probed, total=False):
     num_bad_images: int
     num_failed_evaluations: int
     run_dir: str
-    """With this and what follows a run is finished to the last: the driver adds them."""
+    """The driver adds this key and those below last; a run that has them is complete."""
     images_per_s: float
     data_wait: float
     seconds_to_first_step: float
@@ -77,7 +77,7 @@ class StepResult(TypedDict):
 
 
 class PipelineResults(TypedDict):
-    """A pipeline's: ``pipeline.json`` of its folder, written after each step."""
+    """Results of a pipeline: ``pipeline.json``, written after each step."""
 
     pipeline_dir: str
     finished: int
@@ -86,7 +86,7 @@ class PipelineResults(TypedDict):
 
 
 class SweepResults(TypedDict):
-    """A sweep's: ``summary.json`` of its folder."""
+    """Results of a sweep: ``summary.json``."""
 
     sweep_dir: str
     parent_run_id: str | None
@@ -126,6 +126,6 @@ def with_prefix(features: Features, probed: Probed) -> Results:
 
 
 def accuracies_of(results: Results) -> dict[str, float]:
-    """Return whatever was measured of the network, by its key."""
+    """Return every measured accuracy of the network, by key."""
     values = cast(Mapping[str, float], results)
     return {key: value for key, value in values.items() if "top1" in key}

@@ -18,13 +18,13 @@ _SCHEMES = ("file", "http", "https", *_DATABASES)
 
 
 def tracking_uri(configured: str | None, *, folder: Path) -> str:
-    """Return where MLflow's records go: as configured, MLFLOW_TRACKING_URI, or SQLite in a folder.
+    """Return MLflow's address: as configured, else MLFLOW_TRACKING_URI, else a SQLite file.
 
     Args:
         configured: ``track.tracking_uri``.
-        folder: The working directory. A SQLite file is named absolutely: other processes run
-            elsewhere, and MLflow keeps one connection an address in a process, so that a relative
-            one goes on into the folder in which it was opened first.
+        folder: The working directory. The path of a SQLite file becomes absolute, because other
+            processes have other working directories, and because MLflow caches one engine for
+            each address in a process: a relative one would keep its first folder.
     """
     uri = configured or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
@@ -34,17 +34,18 @@ def tracking_uri(configured: str | None, *, folder: Path) -> str:
 
 
 def same_store(kept: str | None, uri: str) -> bool:
-    """Return whether an address that a run folder keeps, without its password, is this one.
+    """Return whether the address stored in a run folder, without its password, is this one.
 
     Args:
-        kept: As written; a relative SQLite file of an earlier version lies in this folder.
+        kept: The stored address. Earlier versions stored relative SQLite files; they are taken as
+            relative to the working directory.
         uri: An absolute address, as ``tracking_uri`` gives.
     """
     return bool(kept) and tracking_uri(kept, folder=Path.cwd()) == without_password(uri)
 
 
 def check_tracking_uri(configured: str | None) -> None:
-    """Refuse an address of a kind that MLflow does not know; nobody is asked.
+    """Refuse an address with a scheme that MLflow does not support, without connecting to it.
 
     Args:
         configured: ``track.tracking_uri``; None takes MLFLOW_TRACKING_URI, if that is set.

@@ -14,6 +14,6 @@ def test_pretrains_loads_the_encoder_and_finds_neighbours(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     left = runpy.run_path(str(NOTEBOOK))
-    assert left["features"].shape == (600, left["known"]["embed_dim"])
+    assert left["features"].shape == (600, left["description"]["embed_dim"])
     assert left["top1"] > 0.6
     assert left["results"]["knn_top1"] > 0.7
