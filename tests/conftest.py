@@ -59,7 +59,7 @@ def run_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out a run's pictures and its page, which have tests of their own."""
-    monkeypatch.setattr("raysl.report.page.draw_all", lambda *_, **__: [])
+    monkeypatch.setattr("raysl.run.page.draw_all", lambda *_, **__: [])
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +137,7 @@ def tiny_encoder(tmp_path: Path) -> Callable[..., Path]:
     """Write an untrained residual network of few channels for images of 16 px."""
     import torch
 
-    from raysl.encoder import save_encoder
+    from raysl.encoder.file import save_encoder
     from raysl.nn.backbones import BackboneConfig, build_backbone
 
     def write(name: str = "encoder", *, seed: int = 0, **facts: Any) -> Path:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
 import raysl
-from raysl.encoder import read_description
+from raysl.encoder.file import read_description
 from raysl.evaluate.knn import knn_accuracy
 
 results = raysl.pretrain(

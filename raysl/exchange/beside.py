@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from raysl.encoder import described_backbone
+from raysl.encoder.file import described_backbone
+from raysl.encoder.normalisation import OF_SOLO_LEARN
+from raysl.encoder.read import is_safetensors, read_header
 from raysl.errors import DataError
-from raysl.weights.normalisation import OF_SOLO_LEARN
-from raysl.weights.read import is_safetensors, read_header
 
 _VITS = ("vit", "vit_mae")
 # Options of transformers' networks that ours lack, with the values that ours correspond to.

@@ -6,11 +6,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from raysl.encoder import described_backbone, encoder_file, load_encoder, read_description
+from raysl.encoder.file import described_backbone, encoder_file, load_encoder, read_description
+from raysl.encoder.read import read_header
 from raysl.errors import ConfigError, ExportError
 from raysl.nn.backbones import Backbone, BackboneConfig
 from raysl.nn.classifier import load_classifier
-from raysl.weights.read import read_header
 
 # Batch sizes to compare a copy on, including others than it was traced with.
 TRACED_BATCH = 2

@@ -8,19 +8,19 @@ from pydantic import Field
 
 from raysl.config.base import Config, PositiveFloat, PositiveInt
 from raysl.config.load import validate
-from raysl.encoder import encoder_file, load_encoder, save_encoder
+from raysl.encoder.dinov2_names import OF_DINOV2
+from raysl.encoder.file import encoder_file, load_encoder, save_encoder
+from raysl.encoder.fit import fill, fitted
+from raysl.encoder.layouts import LAYOUTS, Network
+from raysl.encoder.networks import ChosenNetwork, choose, find_networks, networks_named
+from raysl.encoder.normalisation import IMAGENET, PIXELS
+from raysl.encoder.read import read_content
+from raysl.encoder.recognise import Recognised, assumed, recognise
 from raysl.errors import ConfigError, DataError
 from raysl.exchange.beside import Beside, read_beside
 from raysl.folder.whole import appears_whole
 from raysl.nn.backbones import NAMES, Backbone, BackboneConfig, build_backbone
 from raysl.nn.vit import VIT_SIZES
-from raysl.weights.dinov2_names import OF_DINOV2
-from raysl.weights.fit import fill, fitted
-from raysl.weights.layouts import LAYOUTS, Network
-from raysl.weights.networks import ChosenNetwork, choose, find_networks, networks_named
-from raysl.weights.normalisation import IMAGENET, PIXELS
-from raysl.weights.read import read_content
-from raysl.weights.recognise import Recognised, assumed, recognise
 
 _SIZE_PX, _SMALL_PX = 224, 32
 # Layouts that many projects share, recognised by parameter names alone.

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from raysl.encoder.convnext import timm_name
 from raysl.errors import ConfigError
 from raysl.exchange.exportable import Exportable, refuse_logits
 from raysl.exchange.library_lines import Library, library_lines, plain_problem, timm_call
 from raysl.nn.backbones import timm_library
-from raysl.weights.convnext import timm_name
 
 Run = Callable[[Tensor], Tensor]
 

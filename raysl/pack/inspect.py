@@ -12,13 +12,13 @@ import numpy.typing as npt
 
 from raysl.data.color import profile_name
 from raysl.data.decode import Flaw, decode_or_flaw
+from raysl.data.first_look import measured
 from raysl.data.header import read_header
 from raysl.data.header_fields import Header
+from raysl.data.value_ranges import ValueRange, range_advice
 from raysl.pack.config import PackConfig
-from raysl.pack.first_look import measured
 from raysl.pack.image import pack_image
 from raysl.pack.threads import map_in_threads
-from raysl.pack.value_ranges import ValueRange, range_advice
 from raysl.sources.pixels import Decoding
 from raysl.sources.source import Encoded, Labels, Source, Unreadable
 

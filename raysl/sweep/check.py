@@ -8,7 +8,7 @@ from typing import Any
 from raysl.config.load import MISSING, Problem, drop_key, get_key, plain_copy, read_mapping
 from raysl.errors import ConfigError, RayslError
 from raysl.methods import load_method
-from raysl.recipe import RunConfig, run_or_problems
+from raysl.run.recipe import RunConfig, run_or_problems
 from raysl.sweep.choices import Choices, options
 from raysl.sweep.config import Dimension, Scalar, SweepConfig
 from raysl.sweep.problems import (

@@ -11,7 +11,7 @@ import numpy as np
 
 from raysl.config.load import MISSING, get_key, plain_copy, read_mapping, set_key
 from raysl.errors import ConfigError
-from raysl.recipe import RunConfig, run_or_problems
+from raysl.run.recipe import RunConfig, run_or_problems
 from raysl.sweep.config import CONFIG, Dimension, Scalar, SweepConfig
 
 Params = dict[str, Any]

@@ -18,7 +18,7 @@ from raysl.config.load import (
 )
 from raysl.config.shipped import find_config
 from raysl.errors import ConfigError
-from raysl.recipe import RunConfig
+from raysl.run.recipe import RunConfig
 from raysl.sweep.check import all_problems
 from raysl.sweep.config import SweepConfig
 from raysl.sweep.problems import problems_error

@@ -16,7 +16,7 @@ from raysl.config.load import (
     set_key,
 )
 from raysl.errors import ConfigError
-from raysl.recipe import (
+from raysl.run.recipe import (
     RunConfig,
     idle_problems,
     layered,

@@ -14,9 +14,9 @@ import pytest
 from raysl.cli import main
 from raysl.config.load import read_mapping
 from raysl.config.shipped import find_config, near_names, shipped_configs
+from raysl.downstream.pipeline import load_pipeline
 from raysl.errors import ConfigError
-from raysl.jobs.pipeline import load_pipeline
-from raysl.recipe import load_run
+from raysl.run.recipe import load_run
 from raysl.sweep.load import load_sweep
 
 ROOT = Path(__file__).parents[2]

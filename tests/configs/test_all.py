@@ -8,7 +8,7 @@ import pytest
 
 from raysl.config.load import to_yaml
 from raysl.methods import pretraining_method_names
-from raysl.recipe import RunConfig, load_run
+from raysl.run.recipe import RunConfig, load_run
 
 FOLDER = Path(__file__).parents[2] / "configs"
 CONFIGS = sorted([*FOLDER.glob("*.yaml"), *(FOLDER / "ten_minutes").glob("*.yaml")])

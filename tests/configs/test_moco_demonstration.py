@@ -7,7 +7,7 @@ import pytest
 from raysl.augment.ops import Blur, ColorJitter, Flip, Grey
 from raysl.methods.moco import MoCoConfig
 from raysl.optim.build import peak_lr
-from raysl.recipe import load_run
+from raysl.run.recipe import load_run
 
 PATH = Path(__file__).parents[2] / "configs" / "moco_v2_resnet18_cifar10.yaml"
 SYMMETRIC = ["method.symmetric=true", "optim.base_lr=0.12", "optim.weight_decay=2.5e-4"]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from raysl.nn.backbones import BackboneConfig
-from raysl.recipe import load_run
+from raysl.run.recipe import load_run
 
 FOLDER = Path(__file__).parents[2] / "configs"
 

@@ -17,7 +17,7 @@ from raysl.methods import load_method
 from raysl.methods.base import Method, TrainingSet
 from raysl.nn.backbones import build_backbone
 from raysl.optim.build import peak_lr
-from raysl.recipe import RunConfig, load_run
+from raysl.run.recipe import RunConfig, load_run
 
 ROOT = Path(__file__).parents[2]
 TABLES = sorted((ROOT / "docs" / "recipes").glob("*.md"))

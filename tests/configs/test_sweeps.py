@@ -8,7 +8,7 @@ import pytest
 
 from raysl.config.load import read_mapping, to_yaml, validate
 from raysl.methods import pretraining_method_names
-from raysl.recipe import RunConfig
+from raysl.run.recipe import RunConfig
 from raysl.sweep.check import check
 from raysl.sweep.config import SweepConfig
 from raysl.sweep.load import load_sweep

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from raysl.cli import main
-from raysl.encoder import load_encoder
+from raysl.encoder.file import load_encoder
 from raysl.track.run_folder import RunFolder, read_metrics
 
 PIPELINE = Path(__file__).parents[2] / "pipelines" / "pretrain.py"

@@ -12,10 +12,10 @@ import torch
 from mlflow.tracking import MlflowClient
 
 from raysl.cli import main
+from raysl.downstream import evaluation
+from raysl.downstream.evaluation_files import Evaluation, read_evaluation
 from raysl.evaluate.knn import knn_accuracy
 from raysl.evaluate.probes import ProbeResult
-from raysl.jobs import evaluation
-from raysl.report.evaluation_files import Evaluation, read_evaluation
 
 HERE = "cluster.num_train_workers=0"
 FAST = [
@@ -40,7 +40,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def undrawn(undrawn: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave an evaluation's pictures out too, which have tests of their own."""
-    monkeypatch.setattr("raysl.commands.evaluate._draw", lambda asked: None)
+    monkeypatch.setattr("raysl.downstream.evaluate_command._draw", lambda asked: None)
 
 
 def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -64,7 +64,7 @@ def test_prints_writes_and_goes_on(
         drawn.append(read_evaluation(folder, **images))
         return [("map", "no room")]
 
-    monkeypatch.setattr("raysl.report.evaluation_page.draw_evaluation", draw)
+    monkeypatch.setattr("raysl.downstream.evaluation_page.draw_evaluation", draw)
     status, text, _ = call(capsys, "resnet18", *FAST, *LINEAR, FEW_SHOT, NO_MLFLOW, "--json")
     assert status == 0
     found = last_json(text)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from raysl.encoder import save_encoder
+from raysl.downstream.evaluation_page import draw_evaluation
+from raysl.encoder.file import save_encoder
 from raysl.evaluate.features import EvalImages
 from raysl.nn.backbones import BackboneConfig, build_backbone
-from raysl.report.evaluation_page import draw_evaluation
 from raysl.sources.builtin import open_digits
 from raysl.sources.source import ArraySource
 

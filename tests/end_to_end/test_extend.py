@@ -10,10 +10,10 @@ import pytest
 
 from raysl.cli import main
 from raysl.data.stream import ItemMaker
-from raysl.encoder import load_encoder
-from raysl.jobs.extension import records_of
+from raysl.encoder.file import load_encoder
 from raysl.optim.build import lr_at, peak_lr
-from raysl.recipe import load_run
+from raysl.run.extension import records_of
+from raysl.run.recipe import load_run
 from raysl.track.run_folder import RunFolder, read_metrics
 
 pytestmark = pytest.mark.usefixtures("undrawn")

@@ -67,7 +67,7 @@ class TestPack:
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         first = call(capsys, "pack", "digits", str(tmp_path), "num_workers=0", "--json")
-        monkeypatch.setattr("raysl.commands.pack.connect", lambda: pytest.fail("Ray was started"))
+        monkeypatch.setattr("raysl.pack.command.connect", lambda: pytest.fail("Ray was started"))
         again = call(capsys, "pack", "digits", str(tmp_path), "--json")
         assert "already packed" in again[2]
         results = [last_json(found[1]) for found in (first, again)]

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from raysl.cli import main
-from raysl.commands.next_command import command
 from raysl.config.load import read_mapping
 from raysl.nn.backbones import BackboneConfig, build_backbone
+from raysl.run.shell import command
 
 TINY = """\
 data: {source: MISSING, views: {recipe: simclr, size_px: 16, blur_prob: 0.0}}

@@ -16,7 +16,7 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from raysl.config.load import read_mapping
-from raysl.recipe import load_run
+from raysl.run.recipe import load_run
 from raysl.track.run_folder import read_metrics
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("no_ray_cluster")]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from raysl.cli import main
-from raysl.encoder import load_encoder, load_weights, read_description, save_encoder
+from raysl.encoder.file import load_encoder, load_weights, read_description, save_encoder
 from raysl.errors import ConfigError, DataError
 from raysl.exchange.import_encoder import ImportConfig, import_encoder
 from raysl.nn.backbones import BackboneConfig, build_backbone

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raysl.encoder import load_encoder, read_description, save_encoder
+from raysl.encoder.file import load_encoder, read_description, save_encoder
 from raysl.errors import ConfigError, DataError, ExportError
 from raysl.exchange.export import FORMATS, ExportConfig, Exported, export
 from raysl.exchange.exportable import open_exportable

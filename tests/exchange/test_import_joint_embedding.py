@@ -15,7 +15,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from raysl.encoder import load_encoder, load_weights
+from raysl.encoder.file import load_encoder, load_weights
 from raysl.errors import ConfigError, DataError
 from raysl.exchange.import_encoder import ImportConfig, Imported, import_encoder
 from raysl.nn.backbones import BackboneConfig, build_backbone

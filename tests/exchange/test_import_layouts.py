@@ -14,12 +14,12 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from raysl.encoder import load_encoder, load_weights
+from raysl.encoder.file import load_encoder, load_weights
+from raysl.encoder.networks import choose, find_networks
+from raysl.encoder.read import read_content
 from raysl.exchange.import_encoder import ImportConfig, Imported, import_encoder
 from raysl.nn.backbones import build_backbone
 from raysl.nn.vit import sincos_positions
-from raysl.weights.networks import choose, find_networks
-from raysl.weights.read import read_content
 
 SIZE_PX = 32
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from raysl.encoder import load_encoder, load_weights
+from raysl.encoder.file import load_encoder, load_weights
 from raysl.errors import DataError
 from raysl.exchange.import_encoder import ImportConfig, import_encoder
 from raysl.nn.backbones import BackboneConfig, build_backbone

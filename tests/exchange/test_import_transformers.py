@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from raysl.encoder import load_encoder, load_weights
+from raysl.encoder.file import load_encoder, load_weights
 from raysl.errors import DataError
 from raysl.exchange.import_encoder import ImportConfig, Imported, import_encoder
 from raysl.nn.backbones import build_backbone

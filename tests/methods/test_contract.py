@@ -306,7 +306,7 @@ from raysl.methods import load_method, method_names
 for name in method_names():
     load_method(name)
 import raysl.optim.build, raysl.train.checkpoint, raysl.train.loop
-import raysl.evaluate.protocol, raysl.encoder
+import raysl.evaluate.protocol, raysl.encoder.file
 print(sorted({"ray", "mlflow"} & {name.split(".")[0] for name in sys.modules}))
 """
     done = subprocess.run(

@@ -9,7 +9,7 @@ from raysl.errors import ConfigError
 from raysl.methods import load_method, pretraining_method_names
 from raysl.methods.base import Batch, Progress, TrainingSet
 from raysl.nn.backbones import BackboneConfig, build_backbone
-from raysl.recipe import run_from_values
+from raysl.run.recipe import run_from_values
 
 # Small enough to be quick; heads as they are by default.
 SMALL: dict[str, dict[str, Any]] = {

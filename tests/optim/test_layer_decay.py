@@ -8,10 +8,10 @@ from pydantic import ValidationError
 from torch import nn
 
 from raysl.errors import ConfigError
-from raysl.jobs.build import build_method, build_optimizers
 from raysl.methods.base import Method, TrainingSet
 from raysl.optim.build import OptimConfig, Special, param_groups
-from raysl.recipe import Derived, RunConfig, derive, run_from_values
+from raysl.run.build import build_method, build_optimizers
+from raysl.run.recipe import Derived, RunConfig, derive, run_from_values
 
 DATA = TrainingSet(64, 8, (32,), class_counts=(32, 32), class_names=("cat", "dog"))
 VIT = {"name": "vit_tiny", "patch_size_px": 16, "depth": 2}

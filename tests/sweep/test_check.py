@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from raysl.errors import ConfigError, DataError
-from raysl.recipe import RunConfig
+from raysl.run.recipe import RunConfig
 from raysl.sweep.check import check
 from raysl.sweep.config import SweepConfig
 from raysl.sweep.problems import space_problems

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from raysl.jobs.local import pretrain_here
-from raysl.recipe import load_run
+from raysl.run.local import pretrain_here
+from raysl.run.recipe import load_run
 from raysl.sources.open import open_source
 from raysl.sweep.problems import METRICS
 from raysl.track.run_folder import RunFolder, read_metrics

@@ -7,7 +7,7 @@ import pytest
 from raysl.config.base import Duration
 from raysl.config.load import to_yaml
 from raysl.errors import ConfigError
-from raysl.recipe import RunConfig
+from raysl.run.recipe import RunConfig
 from raysl.sweep.config import Dimension, SweepConfig
 from raysl.sweep.space import Candidate, candidate_of, draw, run_config
 

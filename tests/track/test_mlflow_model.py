@@ -9,7 +9,7 @@ import torch
 from mlflow.tracking import MlflowClient
 
 from raysl.cli import main
-from raysl.encoder import save_encoder
+from raysl.encoder.file import save_encoder
 from raysl.errors import ExportError
 from raysl.folder.whole import write_json
 from raysl.nn.backbones import BackboneConfig, build_backbone

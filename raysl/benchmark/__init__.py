@@ -1,0 +1,1 @@
+"""`raysl benchmark`: measure input, plan, loss and embedding, to size a machine or cluster."""

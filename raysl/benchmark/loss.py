@@ -1,0 +1,181 @@
+"""Measure time and memory of NT-Xent, tiled and with the full matrix, over the batch size.
+
+Each measurement is made in a process of its own (``python -m raysl.benchmark.loss``), so that
+the memory of one is not that of another. One that would not fit into the free memory is told, not
+tried.
+"""
+
+import contextlib
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from raysl.benchmark.own_process import environment
+from raysl.methods.simclr import nt_xent_loss
+
+TEMPERATURE = 0.1
+PLAIN_MATRICES = 3
+"""Matrices of 2N x 2N float32 that the plain form holds at its peak: the log-softmax, its gradient
+and that of the logits."""
+_FREE_SHARE = 0.8  # of the free memory that a measurement may need
+_MOST_STEPS, _LONGEST_S = 20, 2.0  # of one measurement
+_TIMEOUT_S = 1800.0
+_WARM_UP_BATCH = 64
+
+
+def plain_nt_xent(z0: Tensor, z1: Tensor, *, temperature: float) -> Tensor:
+    """Return NT-Xent as textbooks write it: a matrix of all pairs, and its cross entropy."""
+    n = len(z0)
+    z = F.normalize(torch.cat([z0, z1]), dim=1)
+    logits = z @ z.T / temperature  # (2N, 2N)
+    logits.fill_diagonal_(float("-inf"))
+    return F.cross_entropy(logits, torch.arange(2 * n, device=z.device).roll(n))
+
+
+FORMS: dict[str, Callable[..., Tensor]] = {"plain": plain_nt_xent, "tiled": nt_xent_loss}
+
+
+class LossCost(NamedTuple):
+    """What forward and backward of a loss cost; None where it was not tried."""
+
+    form: str
+    batch_size: int
+    dim: int
+    ms: float | None
+    """Median of the steps of one process."""
+    peak_bytes: int | None
+    """Above what the process held with its inputs."""
+    problem: str | None = None
+
+
+def device_name() -> str:
+    """Return where losses are measured: a GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def needed_bytes(form: str, batch_size: int, dim: int) -> int:
+    """Estimate the memory that forward and backward need."""
+    rows = 2 * batch_size
+    embeddings = 8 * 4 * rows * dim
+    return embeddings + (PLAIN_MATRICES * 4 * rows**2 if form == "plain" else 256 << 20)
+
+
+def free_bytes() -> int:
+    """Return the memory that is free now, on the device."""
+    if device_name() == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    return int(psutil.virtual_memory().available)
+
+
+def measure(form: str, batch_size: int, dim: int) -> LossCost:
+    """Measure a loss in this process."""
+    device = device_name()
+    generator = torch.Generator().manual_seed(0)
+
+    def embeddings(n: int) -> list[Tensor]:
+        made = (torch.randn(n, dim, generator=generator) for _ in range(2))
+        return [z.to(device).requires_grad_() for z in made]
+
+    _step(form, embeddings(min(_WARM_UP_BATCH, batch_size)))  # what a library sets up once
+    inputs = embeddings(batch_size)
+    peak = _PeakMemory(device)
+    times: list[float] = []
+    while not times or (len(times) < _MOST_STEPS and sum(times) < _LONGEST_S):
+        times.append(_step(form, inputs))
+    peak_bytes = peak.above_start()
+    settled = times[1:] or times  # the first step also fetches the memory
+    return LossCost(form, batch_size, dim, 1000 * statistics.median(settled), peak_bytes)
+
+
+def _step(form: str, inputs: list[Tensor]) -> float:
+    """Return the seconds of forward and backward."""
+    for z in inputs:
+        z.grad = None
+    _wait(inputs[0])
+    began = time.perf_counter()
+    FORMS[form](*inputs, temperature=TEMPERATURE).backward()
+    _wait(inputs[0])
+    return time.perf_counter() - began
+
+
+def _wait(z: Tensor) -> None:
+    if z.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+class _PeakMemory:
+    """The most memory held since it was made, above what was held then."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.start = torch.cuda.memory_allocated()
+            return
+        with contextlib.suppress(OSError):  # Linux: the peak starts anew at what is held now
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        self.start = _peak_resident_bytes()
+
+    def above_start(self) -> int:
+        now = torch.cuda.max_memory_allocated() if self.device == "cuda" else _peak_resident_bytes()
+        return now - self.start
+
+
+def _peak_resident_bytes() -> int:
+    # On Linux getrusage starts a child at its parent's peak; this does not.
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def measure_in_own_process(form: str, batch_size: int, dim: int) -> dict[str, Any]:
+    """Measure a loss in a process of its own, if it fits into the free memory."""
+    needed, free = needed_bytes(form, batch_size, dim), free_bytes()
+    if needed > _FREE_SHARE * free:
+        problem = f"not tried: needs {needed / 2**30:,.0f} GiB, {free / 2**30:,.0f} GiB are free"
+        return _failed(form, batch_size, dim, problem)
+    numbers = [str(batch_size), str(dim)]
+    problem = f"took more than {_TIMEOUT_S:g} s"
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        done = subprocess.run(
+            [sys.executable, "-m", "raysl.benchmark.loss", form, *numbers],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_TIMEOUT_S,
+            env=environment(),
+        )
+        if done.returncode == 0:
+            answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+            return answer
+        said = done.stderr.strip().splitlines()
+        problem = said[-1] if said else f"ended with status {done.returncode}"
+    return _failed(form, batch_size, dim, problem)
+
+
+def _failed(form: str, batch_size: int, dim: int, problem: str) -> dict[str, Any]:
+    return LossCost(form, batch_size, dim, None, None, problem)._asdict()
+
+
+def main() -> None:
+    """Measure what the command line names; write one line to standard output."""
+    form, batch_size, dim = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    sys.stdout.write(json.dumps(measure(form, batch_size, dim)._asdict()) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""`raysl benchmark loss`: compare tiled NT-Xent with the matrix of all pairs."""
+
+import argparse
+import os
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from raysl.benchmark.loss import FORMS, device_name, measure_in_own_process
+from raysl.report.terminal import console, say
+
+_LONG_MS = 20_000.0  # a step of which is measured once
+_MIB = 1 << 20
+
+
+def add_arguments(
+    kinds: "argparse._SubParsersAction[argparse.ArgumentParser]", *, whole: Callable[[str], int]
+) -> None:
+    """Declare the arguments.
+
+    Args:
+        kinds: What `raysl benchmark` measures.
+        whole: Reads a number above 0.
+    """
+    text = "time and memory of NT-Xent in tiles, beside the matrix of all pairs"
+    loss = kinds.add_parser("loss", help=text, description=f"raysl benchmark loss: {text}")
+    loss.add_argument(
+        "--batches",
+        type=lambda given: [whole(part) for part in given.split(",")],
+        default=[512, 4096, 32768],
+        help="batch sizes (512,4096,32768)",
+    )
+    loss.add_argument("--dim", type=whole, default=128, help="width of an embedding (128)")
+    loss.add_argument("--repeats", type=whole, default=3, help="number of rounds (3)")
+    loss.add_argument("--json", action="store_true", help="end with one JSON object of results")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure both forms at each batch, in turns, and print a table."""
+    load = os.getloadavg()[0]
+    measured: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for repeat in range(arguments.repeats):
+        for batch_size in arguments.batches:
+            for form in FORMS:
+                before = measured.setdefault((batch_size, form), [])
+                if before and (before[-1]["ms"] is None or before[-1]["ms"] > _LONG_MS):
+                    continue
+                say(
+                    f"measuring {form} at batch {batch_size:,}, repeat {repeat + 1} of "
+                    f"{arguments.repeats}"
+                )
+                before.append(measure_in_own_process(form, batch_size, arguments.dim))
+    results = {
+        "device": device_name(),
+        "num_threads": torch.get_num_threads(),
+        "load_before": load,
+        "dim": arguments.dim,
+        "cases": [summarise(repeats) for repeats in measured.values()],
+    }
+    console().print(loss_table(results))
+    return results
+
+
+def summarise(repeats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the median time and the largest memory of the repeats of one case."""
+    good = [repeat for repeat in repeats if repeat["problem"] is None]
+    if not good:
+        return {**repeats[0], "num_repeats": 0, "min_ms": None, "max_ms": None}
+    times = [repeat["ms"] for repeat in good]
+    return {
+        **good[0],
+        "ms": statistics.median(times),
+        "peak_bytes": max(repeat["peak_bytes"] for repeat in good),
+        "num_repeats": len(good),
+        "min_ms": min(times),
+        "max_ms": max(times),
+    }
+
+
+def loss_table(results: Mapping[str, Any]) -> Table:
+    """Return the table of both forms over the batch."""
+    table = Table(
+        title=f"NT-Xent forward and backward, {results['dim']} dimensions, {results['device']}",
+        title_justify="left",
+        caption=(
+            "plain: a matrix of all pairs of the 2N views; tiled: what the methods use. Median of "
+            "the repeats; memory above what the inputs take. "
+            f"{results['num_threads']} thread(s), load {results['load_before']:.1f} before."
+        ),
+        caption_justify="left",
+    )
+    table.add_column("form")
+    for column in ("batch", "ms", "min-max of ms", "peak memory", "KiB an image"):
+        table.add_column(column, justify="right")
+    for case in results["cases"]:
+        begin = [case["form"], f"{case['batch_size']:,}"]
+        if case["problem"] is not None:
+            table.add_row(*begin, case["problem"])
+            continue
+        table.add_row(
+            *begin,
+            f"{case['ms']:,.1f}",
+            f"{case['min_ms']:,.1f}-{case['max_ms']:,.1f}",
+            f"{case['peak_bytes'] / _MIB:,.1f} MiB",
+            f"{case['peak_bytes'] / 1024 / case['batch_size']:,.1f}",
+        )
+    return table

@@ -1,0 +1,177 @@
+"""Measure memory and start time of the plan over the number of images.
+
+Each size is measured in a process of its own (``python -m raysl.benchmark.plan``), which may
+take half of the free memory and no more.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+
+from raysl.data.plan import Plan
+from raysl.errors import RayslError
+
+KINDS = {
+    "shards": "shards of 10,000 images, row groups of 100",
+    "folder": "one group, as of an image folder",
+}
+_GROUP_IMAGES = 100
+_IMAGE_BYTES = 110_000  # of ImageNet
+_WINDOW_BYTES = 512 << 20
+_BATCH, _ITEM, _EPOCHS = 4096, 128, 100
+
+_SAMPLES = 50  # items a figure is the median of
+_LONGEST_S = 20.0  # that those of one figure may take together
+_TIMEOUT_S = 900.0
+
+
+class PlanCost(NamedTuple):
+    """What a plan of ``num_images`` costs; None where it did not fit."""
+
+    kind: str
+    num_images: int
+    plan_bytes: int | None
+    """Pickled, as it goes to each data worker."""
+    table_bytes: int | None
+    """Of these, the sizes of the groups."""
+    build_s: float | None
+    first_item_s: float | None
+    item_in_order_ms: float | None
+    item_at_random_ms: float | None
+    """Anywhere in the run, as after a resume."""
+    peak_bytes: int | None
+    """While it is built and used, group sizes included."""
+    problem: str | None = None
+
+
+def group_sizes(kind: str, num_images: int) -> npt.NDArray[np.int64]:
+    """Return the images in each group of a source of one of the :data:`KINDS`."""
+    if kind == "folder":
+        return np.array([num_images], dtype=np.int64)
+    sizes = np.full(-(-num_images // _GROUP_IMAGES), _GROUP_IMAGES, dtype=np.int64)
+    sizes[-1] = num_images - _GROUP_IMAGES * (len(sizes) - 1)
+    return sizes
+
+
+def build(kind: str, sizes: npt.NDArray[np.int64]) -> Plan:
+    """Return the plan of 100 epochs over groups of these sizes, in batches of 4,096."""
+    batch = min(_BATCH, int(sizes.sum()))
+    return Plan(
+        sizes,
+        seed=0,
+        global_batch_size=batch,
+        item_size=_ITEM if batch % _ITEM == 0 else batch,
+        num_steps=_EPOCHS * (int(sizes.sum()) // batch),
+        window_size=None if kind == "folder" else _WINDOW_BYTES // _IMAGE_BYTES,
+    )
+
+
+def measure(kind: str, num_images: int) -> PlanCost:
+    """Measure a plan in this process: times first, then memory, which makes everything slower."""
+    sizes = group_sizes(kind, num_images)
+    began = time.perf_counter()
+    plan = build(kind, sizes)
+    build_s = time.perf_counter() - began
+    plan_bytes = len(pickle.dumps(plan))  # before it has anything in its caches
+    first_item_s = _time_item(plan, 0)
+    in_order = _median_s(plan, range(1, min(1 + _SAMPLES, plan.num_items)))
+    rng = np.random.default_rng(0)
+    at_random = _median_s(plan, rng.integers(plan.num_items, size=_SAMPLES).tolist())
+    del plan, sizes
+    return PlanCost(
+        kind,
+        num_images,
+        plan_bytes,
+        len(pickle.dumps(group_sizes(kind, num_images))),
+        build_s,
+        first_item_s,
+        1000 * in_order,
+        1000 * at_random,
+        _peak_bytes(kind, num_images),
+    )
+
+
+def _time_item(plan: Plan, position: int) -> float:
+    began = time.perf_counter()
+    plan.item(position)
+    return time.perf_counter() - began
+
+
+def _median_s(plan: Plan, positions: Iterable[int]) -> float:
+    times: list[float] = []
+    for position in positions:
+        times.append(_time_item(plan, position))
+        if sum(times) > _LONGEST_S:
+            break
+    return statistics.median(times) if times else 0.0
+
+
+def _peak_bytes(kind: str, num_images: int) -> int:
+    tracemalloc.start()  # NumPy tells it of its arrays
+    try:
+        plan = build(kind, group_sizes(kind, num_images))
+        for position in (0, 1, plan.num_items // 2, plan.num_items - 1):
+            plan.item(position)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def measure_in_own_process(kind: str, num_images: int) -> dict[str, Any]:
+    """Measure a plan in a process that may take half of the memory that is free now."""
+    package = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])
+    limit = psutil.virtual_memory().available // 2
+    command = [sys.executable, "-m", "raysl.benchmark.plan", kind, str(num_images), str(limit)]
+    problem = f"took more than {_TIMEOUT_S:g} s"
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_TIMEOUT_S,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        if done.returncode == 0:
+            answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+            return answer
+        said = done.stderr.strip().splitlines()
+        problem = said[-1] if said else f"ended with status {done.returncode}"
+    return _failed(kind, num_images, problem)
+
+
+def _failed(kind: str, num_images: int, problem: str) -> dict[str, Any]:
+    nothing = dict.fromkeys(PlanCost._fields)
+    return nothing | {"kind": kind, "num_images": num_images, "problem": problem}
+
+
+def main() -> None:
+    """Measure the kind and size on the command line; write one line to standard output."""
+    kind, num_images, limit = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    try:
+        answer = measure(kind, num_images)._asdict()
+    except MemoryError:
+        answer = _failed(kind, num_images, f"needs more than {limit / 2**30:.1f} GiB")
+    except RayslError as error:
+        answer = _failed(kind, num_images, str(error))
+    sys.stdout.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    main()

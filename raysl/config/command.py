@@ -1,0 +1,85 @@
+"""`raysl config`: the resolved run, and what follows from it; what there is to configure."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from raysl.config.load import to_yaml
+from raysl.config.shipped import first_clause, shipped_configs
+from raysl.errors import ConfigError
+from raysl.evaluate.training_source import open_training_source
+from raysl.folder.whole import write_text
+from raysl.report.terminal import console, mapping_table, print_json, say, say_notes
+from raysl.run.absolute_files import with_absolute_files
+from raysl.run.check import check_names, check_start
+from raysl.run.recipe import load_run
+from raysl.track.run_folder import working_folder
+
+HELP = "print a resolved configuration and its derived values"
+
+# The folders of shipped configurations, with what they are for.
+_GROUPS = {
+    "": "raysl pretrain NAME: recipes as published, and the quickstart",
+    "ten_minutes": "raysl pretrain NAME: every method for ten minutes on two CPU cores",
+    "sweeps": "raysl sweep NAME",
+    "pipelines": "raysl pipeline NAME",
+    "base": "extends: NAME, what others share",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument(
+        "config", type=Path, nargs="?", help="a YAML file, or the name of a shipped one"
+    )
+    parser.add_argument("overrides", nargs="*", help="section.key=value, typed as YAML")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument(
+        "--list", action="store_true", help="the shipped configurations, and what each of them is"
+    )
+    other.add_argument(
+        "--reference", type=Path, metavar="FILE", help="write every setting there is, in Markdown"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the resolved configuration; find all that a start would refuse, but start nothing."""
+    if arguments.list:
+        return _list(as_json=arguments.json)
+    if arguments.reference is not None:
+        # It loads every method and every verb's settings.
+        from raysl.config_reference import reference  # noqa: PLC0415
+
+        write_text(arguments.reference, reference())
+        say(f"written: {arguments.reference}")
+        return 0
+    if arguments.config is None:
+        raise ConfigError("give a YAML file or a shipped configuration's name; --list has those")
+    config = load_run(arguments.config, arguments.overrides)
+    check_names(config)
+    placed = with_absolute_files(config, working_folder())
+    source = open_training_source(placed.data, placed.evaluate, placed.method)
+    say_notes(source, title=f"{source.name}:")
+    derived = check_start(placed, source)
+    values: dict[str, Any] = config.model_dump(mode="json")
+    if arguments.json:
+        print_json({"config": values, "derived": derived._asdict()})
+        return 0
+    out = console()
+    out.print(to_yaml(values), markup=False, end="")
+    out.print(mapping_table("derived", derived._asdict()))
+    return 0
+
+
+def _list(*, as_json: bool) -> int:
+    """Print the names of the shipped configurations with the first line of each."""
+    first = {name: first_clause(path) for name, path in shipped_configs().items()}
+    if as_json:
+        print_json({"configs": first})
+        return 0
+    width = max(map(len, first), default=0)
+    for folder, title in _GROUPS.items():
+        lines = [f"  {n:{width}}  {t}" for n, t in first.items() if n.rpartition("/")[0] == folder]
+        console().print("\n".join([title, *lines, ""]), markup=False)
+    return 0

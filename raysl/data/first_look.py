@@ -1,0 +1,115 @@
+"""Inspect a few images before a run for problems that would spoil it silently."""
+
+import importlib.util
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from raysl.data.decode import Flaw, decode_or_flaw, value_range
+from raysl.data.header import read_header
+from raysl.data.value_ranges import ValueRange, range_advice
+from raysl.sources.pixels import Decoding
+from raysl.sources.source import Encoded, Source, Unreadable, spread_rows
+
+_GROUPS = 2
+# Formats whose header alone says that they can be read, where it says so much.
+_TRUSTED = ("jpeg", "png", "webp", "bmp", "gif", "avif", "jpeg 2000", "netpbm", "tiff")
+_LIBRARIES = {
+    "heic": ("pillow_heif", Flaw.NEEDS_HEIF),
+    "jpeg xl": ("pillow_jxl", Flaw.NEEDS_JXL),
+}
+
+
+def first_look(source: Source, *, count: int = 32) -> list[str]:
+    """Look at a few images spread over a source, at little more than their headers.
+
+    Of a source that is read in groups, two groups are read. Only images of more than 8 bits, and
+    files of no known format, are decoded.
+
+    Args:
+        source: The images.
+        count: How many to look at.
+
+    Returns:
+        A sentence for each thing that needs a setting, a package or another folder; mostly none.
+    """
+    rows = _rows(source, count)
+    ranges: list[ValueRange] = []
+    flaws: Counter[str] = Counter()
+    for row, encoded in zip(rows.tolist(), source.read(rows), strict=True):
+        how = source.decoding(row)
+        flaw = _flaw(encoded, how)
+        if flaw is not None:
+            flaws[flaw] += 1
+        if how.intensity is None and (found := measured(encoded, how)) is not None:
+            ranges.append(found)
+    return [*range_advice(ranges), *_about(flaws, len(rows), name=source.name)]
+
+
+def measured(encoded: Encoded, how: Decoding, *, max_pixels: float = 1e8) -> ValueRange | None:
+    """Return the range of an image of more than 8 bits; None for any other."""
+    found = value_range(encoded, how, max_pixels=max_pixels)
+    if found is None or isinstance(encoded, Unreadable | np.ndarray):
+        return None
+    return ValueRange(*found, is_float=read_header(encoded).is_float)
+
+
+def _rows(source: Source, count: int) -> npt.NDArray[np.int64]:
+    sizes = source.group_sizes
+    if source.window_size is None:
+        return spread_rows(int(sizes.sum()), count)
+    starts = np.cumsum(sizes) - sizes
+    groups = np.flatnonzero(sizes)
+    groups = groups[spread_rows(len(groups), _GROUPS)]
+    each = max(1, count // max(1, len(groups)))
+    return np.concatenate([starts[g] + spread_rows(int(sizes[g]), each) for g in groups])
+
+
+def _flaw(encoded: Encoded, how: Decoding) -> str | None:
+    """Return why an image is bad, as far as a header shows it."""
+    if isinstance(encoded, Unreadable):
+        return encoded.reason
+    if isinstance(encoded, np.ndarray):
+        return None
+    if not len(encoded):
+        return Flaw.EMPTY.reason
+    header = read_header(encoded)
+    if header.format in _LIBRARIES:
+        library, flaw = _LIBRARIES[header.format]
+        return flaw.reason if importlib.util.find_spec(library) is None else None
+    sound = header.format in _TRUSTED and header.width and header.color not in ("", "channels")
+    if sound and header.bits <= 8 and header.pages == 1 and not header.is_float:
+        return None
+    image = decode_or_flaw(encoded, how, max_pixels=1e8)
+    return image.reason if isinstance(image, Flaw) else None
+
+
+_CURABLE = (
+    Flaw.NEEDS_HEIF,
+    Flaw.NEEDS_JXL,
+    Flaw.NEEDS_TIFFFILE,
+    Flaw.NEEDS_CODECS,
+    Flaw.PAGES,
+    Flaw.CHANNELS,
+    Flaw.GIT_LFS,
+)
+
+
+def _about(flaws: Counter[str], looked: int, *, name: str) -> Sequence[str]:
+    """Return lines about what can be cured, and about a source of which most is bad."""
+    known = {flaw.reason: flaw for flaw in _CURABLE}
+    lines = [
+        f"{number:,} of {looked:,} images looked at in {name} cannot be used: {reason}"
+        for reason, number in flaws.most_common()
+        if reason in known
+    ]
+    others = Counter({reason: n for reason, n in flaws.items() if reason not in known})
+    if 2 * flaws.total() > looked and others:
+        reasons = ", ".join(f"{reason} ({number:,})" for reason, number in others.most_common(3))
+        lines.append(
+            f"{flaws.total():,} of {looked:,} images looked at in {name} are bad: {reasons}; look "
+            f"at the source with `raysl data`"
+        )
+    return lines

@@ -1,0 +1,1 @@
+"""What follows pretraining: evaluation, fine-tuning, distillation, and all in one pipeline."""

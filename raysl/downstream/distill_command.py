@@ -1,0 +1,42 @@
+"""`raysl distill`: train a student on the predictions of a fine-tuned teacher."""
+
+import argparse
+from pathlib import Path
+
+import psutil
+
+from raysl.report.terminal import print_json, say
+from raysl.run.command import add_start_arguments
+from raysl.run.from_run import distill_values, run_after
+from raysl.run.places import left_with_source
+from raysl.run.pretrain import train_run
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("teacher", type=Path, help="the folder of a fine-tuned run")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        help="key=value of the student's run, such as backbone.name=resnet18 train.epochs=100",
+    )
+    parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
+    add_start_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Distil, or go on with it; what is not said follows SimCLR v2."""
+    note = left_with_source(arguments.teacher, arguments.overrides, test_key="evaluate.source")
+    if note:
+        say(note)
+    values = distill_values(arguments.teacher, arguments.overrides)
+    config = run_after(values, arguments.overrides, where=str(arguments.teacher))
+    results = train_run(
+        config,
+        began_at=psutil.Process().create_time(),
+        fresh=arguments.fresh,
+        extend=arguments.extend,
+    )
+    if arguments.json:
+        print_json(results)
+    return 0

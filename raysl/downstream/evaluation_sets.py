@@ -1,0 +1,171 @@
+"""Open and check the images of an evaluation before anything is computed."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from raysl.downstream.evaluation_config import (
+    EvaluationConfig,
+    EvaluationData,
+    EvaluationTestConfig,
+    data_config,
+)
+from raysl.errors import DataError
+from raysl.evaluate.features import EvalImages
+from raysl.evaluate.labelled import choose_labelled, open_chosen
+from raysl.evaluate.protocol import EvaluateConfig
+from raysl.evaluate.registry import PROTOCOLS
+from raysl.sources.labels import hold_out
+from raysl.sources.open import open_source
+from raysl.sources.source import Labels
+
+# RankMe's number of images; more do not change it.
+_UNLABELLED = 25_600
+_EVERY_IMAGE = 1 << 62
+_SEED = 0
+# How the settings of a run are called here.
+_NAMES = (
+    (r"evaluate\.source\b", "data.test_source"),
+    (rf"evaluate\.({'|'.join(EvaluationTestConfig.model_fields)})\b", r"data.test.\1"),
+    (r", or set data\.labels=none to measure within [a-z._]+ alone", ""),
+)
+
+
+class EvaluationSets(NamedTuple):
+    """The images of an evaluation."""
+
+    train: EvalImages
+    test: EvalImages
+    class_names: list[str]
+    """Empty where nothing can be measured with labels."""
+    notes: tuple[str, ...] = ()
+    """What is left out or taken otherwise than one may think, a line each."""
+    within: bool = False
+    """Whether the images of ``data.test_source`` train the probes too, instead of others."""
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there are classes to tell apart."""
+        return bool(self.class_names)
+
+
+def evaluate_config(data: EvaluationData, *, crop_fraction: float = 1.0) -> EvaluateConfig:
+    """Return what a run's section ``evaluate`` would be for these images: all of them."""
+    test = data.test
+    return EvaluateConfig(
+        source=data.test_source,
+        image_column=test.image_column or data.image_column,
+        label_column=test.label_column or data.label_column,
+        filter=test.filter,
+        limit=test.limit,
+        split=test.split,
+        intensity=test.intensity,
+        color_profile=test.color_profile,
+        pages=test.pages,
+        few_shot_labels=1,
+        max_train_images=_EVERY_IMAGE,
+        max_test_images=data.test_limit or _EVERY_IMAGE,
+        crop_fraction=crop_fraction,
+    )
+
+
+def open_sets(
+    data: EvaluationData, *, size_px: int, crop_fraction: float, num_threads: int
+) -> EvaluationSets:
+    """Open the images of an evaluation.
+
+    Without labels they are a random part of the source, a fifth of it as test images.
+
+    Raises:
+        DataError: If there are none, or the test images have no labels or other classes.
+    """
+    opening = data_config(data)
+    source = open_source(opening, data=opening)
+    config = evaluate_config(data, crop_fraction=crop_fraction)
+    try:
+        chosen = choose_labelled(config, opening, source)
+    except DataError as error:
+        raise DataError(_as_called_here(str(error))) from None
+    notes = tuple(_as_called_here(note) for note in chosen.notes)
+    sets = open_chosen(config, chosen, size_px=size_px, num_threads=num_threads)
+    if sets is not None:
+        return EvaluationSets(sets.train, sets.test, sets.class_names, notes, chosen.within)
+    rows = np.arange(int(source.group_sizes.sum()))
+    if len(rows) > _UNLABELLED:
+        rows = np.sort(np.random.default_rng(_SEED).permutation(rows)[:_UNLABELLED])
+    parts = [
+        EvalImages(
+            source,
+            part,
+            np.full(len(part), -1, dtype=np.int64),
+            size_px=size_px,
+            crop_fraction=crop_fraction,
+            num_threads=num_threads,
+        )
+        for part in hold_out(rows)
+    ]
+    return EvaluationSets(parts[0], parts[1], [], notes)
+
+
+def _as_called_here(text: str) -> str:
+    for pattern, name in _NAMES:
+        text = re.sub(pattern, name, text)
+    return text
+
+
+def check_labels(config: EvaluationConfig, sets: EvaluationSets, protocols: Sequence[str]) -> None:
+    """Refuse what the labels are too few for.
+
+    Raises:
+        DataError: If there are none for what is asked, or too few of a class.
+    """
+    source = sets.train.source.name
+    if not sets.labelled:
+        raise DataError(
+            f"{'; '.join(sets.notes)}. {', '.join(protocols)} needs labels of two classes or more; "
+            f"leave --protocols out for the measures that need none"
+        )
+    if problem := too_few_for_few_shot(config, sets, protocols):
+        raise DataError(f"{source}: {problem}; lower it")
+    counts = _counts(sets.train.labels, len(sets.class_names))
+    known, total = np.flatnonzero(counts), int(counts.sum())
+    for name in protocols:
+        if PROTOCOLS[name].measure is not None:
+            continue
+        if sets.within:
+            raise DataError(
+                f"{name}: trains on labels, and those of data.source are not of the classes of "
+                f"data.test_source; leave {name} out, or give data.source={source}"
+            )
+        fraction = getattr(getattr(config, name, None), "label_fraction", 1.0)
+        if round(fraction * total) < len(known):
+            least = len(known) / total
+            raise DataError(
+                f"{source}: {100 * fraction:g} % of {total:,} labels is less than one for each of "
+                f"{len(known)} classes; leave {name} out, or set {name}.label_fraction to at least "
+                f"{least:.3g}"
+            )
+
+
+def too_few_for_few_shot(
+    config: EvaluationConfig, sets: EvaluationSets, protocols: Sequence[str]
+) -> str:
+    """Return which class has too few labels for protocol few_shot; empty if it can be measured."""
+    if "few_shot" not in protocols or not sets.labelled:
+        return ""
+    counts = _counts(sets.train.labels, len(sets.class_names))
+    known = np.flatnonzero(counts)
+    few = int(known[counts[known].argmin()])
+    wanted = config.few_shot.labels_per_class
+    if counts[few] >= wanted:
+        return ""
+    return (
+        f"class {sets.class_names[few]!r} has {counts[few]} labelled images, fewer than "
+        f"few_shot.labels_per_class={wanted}"
+    )
+
+
+def _counts(labels: Labels, num_classes: int) -> Labels:
+    return np.bincount(labels, minlength=num_classes).astype(np.int64)

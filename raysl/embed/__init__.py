@@ -1,0 +1,1 @@
+"""`raysl embed`, `search` and `duplicates`: write features, and find images by them."""

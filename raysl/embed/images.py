@@ -1,0 +1,120 @@
+"""Reopen the images that embeddings were made of, to show them or to embed others alike."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from raysl.augment.crop import Image
+from raysl.config.load import validate
+from raysl.data.decode import Flaw, decode_or_flaw
+from raysl.embed.config import EmbedConfig
+from raysl.embed.embeddings import Embeddings
+from raysl.embed.shards import ABOUT
+from raysl.errors import DataError
+from raysl.evaluate.features import square
+from raysl.sources.formats import IMAGE_SUFFIXES
+from raysl.sources.open import open_source
+from raysl.sources.pixels import PLAIN, Decoding
+from raysl.sources.place import absolute_config
+from raysl.sources.source import (
+    ArraySource,
+    DataConfig,
+    Encoded,
+    Source,
+    Unreadable,
+)
+
+_SHOWN_PX = 160
+
+
+def open_again(embeddings: Embeddings) -> Source:
+    """Open the source of embeddings.
+
+    Raises:
+        DataError: If it is gone or has changed.
+    """
+    about = embeddings.about
+    config = embedded_as(embeddings)
+    data = DataConfig(source=config.source, torchvision_root=config.torchvision_root)
+    source = open_source(config, data=data)
+    if source.fingerprint != about["wanted"]["fingerprint"]:
+        raise DataError(
+            f"{about['source']}: has changed since {embeddings.folder.uri} was made of it; embed "
+            f"it again into another folder"
+        )
+    return source
+
+
+def embedded_as(embeddings: Embeddings) -> EmbedConfig:
+    """Return the settings that embeddings were made with, with their source's place."""
+    about = embeddings.about
+    settings: dict[str, Any] = {**about["settings"], "source": about["source"]}
+    where = f"{embeddings.folder.uri}/{ABOUT}"
+    return absolute_config(validate(EmbedConfig, settings, where=where))
+
+
+def open_queries(path: str, *, decoding: Decoding = PLAIN) -> tuple[Source, list[str]]:
+    """Open one image, or a folder of images, and return their names.
+
+    Args:
+        path: A local path.
+        decoding: The decoding settings of the images that they are compared with.
+
+    Raises:
+        DataError: If there is none, or one is not an image.
+    """
+    given = Path(path).expanduser()
+    files = [given]
+    if given.is_dir():
+        found = (p for p in given.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        files = sorted(found)
+    if not files or not files[0].is_file():
+        raise DataError(f"--query {path}: no such image, or a folder without images")
+    names = [str(file.relative_to(given)) if given.is_dir() else file.name for file in files]
+    return FileImages(files, decoding), names
+
+
+class FileImages(ArraySource):
+    """Image files by path."""
+
+    def __init__(self, files: Sequence[Path], decoding: Decoding = PLAIN) -> None:
+        super().__init__("queries", np.zeros((len(files), 1, 1), dtype=np.uint8))
+        self.files = list(files)
+        self._decoding = decoding
+
+    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
+        """Return the bytes of these files."""
+        return [_read(self.files[index]) for index in indices]
+
+    def decoding(self, index: int) -> Decoding:
+        """Return the common decoding settings."""
+        return self._decoding
+
+    def where(self, index: int) -> str:
+        """Name a row."""
+        return str(self.files[index])
+
+
+def _read(file: Path) -> Encoded:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        return Unreadable(f"cannot be read: {error.strerror}")
+
+
+def squares(source: Source, rows: Sequence[int]) -> list[Image]:
+    """Return the centred squares of some images, ``(S, S, 3)`` uint8, for pictures.
+
+    Small images are not enlarged; all images of a picture have the same size.
+    """
+    images = [
+        decode_or_flaw(encoded, source.decoding(row))
+        for row, encoded in zip(rows, source.read(np.asarray(rows, dtype=np.int64)), strict=True)
+    ]
+    blank = np.zeros((1, 1, 3), dtype=np.uint8)
+    whole = [blank if isinstance(image, Flaw) else image for image in images]
+    side = min(_SHOWN_PX, max((min(image.shape[:2]) for image in whole), default=1))
+    return [square(image, size_px=side, crop_fraction=1.0) for image in whole]

@@ -1,0 +1,275 @@
+"""Compute the features of a source on Ray Data, using all nodes.
+
+On CPUs one actor a CPU does a chunk from first to last: pixels that went through the object store
+would be paid for once more. With GPUs, actors on the CPUs decode and actors with a GPU each encode,
+so that a GPU does not wait for the one core beside it. An actor or node that is lost is replaced by
+Ray and its chunks are done again; each chunk says which rows it holds, so order does not matter.
+"""
+
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Generator, Iterable
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import ray
+import torch
+from ray._private.state import available_resources_per_node
+from ray.data import ActorPoolStrategy, Dataset, ExecutionOptions
+
+from raysl.errors import ClusterError, DataError
+from raysl.evaluate.embedding import (
+    Advance,
+    Chunk,
+    Chunks,
+    Embedding,
+    Encode,
+    Features,
+    Rows,
+    collect,
+    cut_rows,
+    normalisation,
+    read_pixels,
+)
+from raysl.run.ray_cluster import READ_CPUS
+from raysl.run.ray_data import PlanSource
+from raysl.run.ray_errors import own_errors
+from raysl.sources.source import Source
+
+_NUMBER, _PLACE, _PIXELS, _FLAW, _FEATURES = "number", "place", "pixels", "flaw", "features"
+_MARGIN = 0.02
+_FEWEST_CPUS = 0.05
+# CPUs of work that has just ended come free within a second or two.
+_SETTLE_S = 5.0
+_FREE_WITHIN_S = 60.0
+_LOOK_EVERY_S = 0.2
+_GPU_ACTOR_CPUS = 0.5
+
+
+class Pools(NamedTuple):
+    """The actors that embed."""
+
+    num_cpu_actors: int
+    """They decode, and without GPUs encode too."""
+    cpus_each: float
+    num_gpu_actors: int
+    """They encode, on a GPU each."""
+    cpus_each_gpu_actor: float
+
+
+def features_on_ray(
+    source: Source,
+    rows: Rows,
+    embedding: Embedding,
+    *,
+    advance: Advance | None = None,
+    num_workers: int | None = None,
+) -> tuple[Features, dict[int, str]]:
+    """Return the features of some rows, computed on the connected cluster.
+
+    Args:
+        source: Where the images are; every node must be able to read it.
+        rows: Which, ``(M,)``.
+        embedding: What is done to them. Only this process reads the encoder's file.
+        advance: Called with the number of images done since the last call.
+        num_workers: Actors on CPUs; None takes one a free CPU.
+
+    Returns:
+        ``(M, D)`` float32 in the order of ``rows``, and the rows whose images are bad, with the
+        reason: the same as :func:`raysl.evaluate.embedding.features_here`.
+
+    Raises:
+        DataError: If the source or the encoder cannot be read.
+        DivergedError: If a feature is not finite.
+        ClusterError: If nothing of the cluster is free, or actors are lost again and again.
+    """
+    chunks = cut_rows(np.asarray(rows, dtype=np.int64), size_px=embedding.size_px)
+    if not len(chunks):
+        raise DataError("no rows to embed: the source, or what was asked of it, is empty")
+    stream = stream_on_ray(source, chunks, embedding, num_workers=num_workers)
+    with closing(stream):
+        return collect(chunks, stream, advance=advance)
+
+
+def stream_on_ray(
+    source: Source, chunks: Chunks, embedding: Embedding, *, num_workers: int | None = None
+) -> Generator[Chunk, None, None]:
+    """Yield the features of chunks as they come, computed on the connected cluster.
+
+    See :func:`features_on_ray`. Closing the iterator ends the work.
+    """
+    normalisation(embedding.encoder)  # a file that is none is refused here, not by an actor
+    pools = plan_pools(num_workers, most=len(chunks))
+    source.labels()  # they are read once, here, and go along
+    shared = ray.put((source, chunks))
+    weights = ray.put(Path(embedding.encoder).read_bytes())
+    dataset = _dataset(shared, weights, embedding, num_chunks=len(chunks), pools=pools)
+    with own_errors("embedding"):
+        blocks: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="numpy")
+        for block in blocks:
+            if len(block[_PLACE]):  # none of the chunks past the last
+                yield Chunk(block[_PLACE], block[_FEATURES], block[_FLAW])
+
+
+def _dataset(
+    shared: Any, weights: Any, embedding: Embedding, *, num_chunks: int, pools: Pools
+) -> Dataset:
+    numbers = PlanSource(num_chunks)
+    read = ray.data.read_datasource(
+        numbers, override_num_blocks=numbers.num_blocks, num_cpus=READ_CPUS, concurrency=1
+    )
+    on_cpu: dict[str, Any] = {
+        "batch_size": 1,
+        "compute": ActorPoolStrategy(size=pools.num_cpu_actors),
+        "num_cpus": pools.cpus_each,
+    }
+    if not pools.num_gpu_actors:
+        both = read.map_batches(
+            EmbedChunk, fn_constructor_args=(shared, weights, embedding), **on_cpu
+        )
+        return _without_order(both)
+    decoded = read.map_batches(DecodeChunk, fn_constructor_args=(shared, embedding), **on_cpu)
+    encoded = decoded.map_batches(
+        EncodeChunk,
+        fn_constructor_args=(weights, embedding),
+        batch_size=None,
+        zero_copy_batch=True,
+        compute=ActorPoolStrategy(size=pools.num_gpu_actors),
+        num_cpus=pools.cpus_each_gpu_actor,
+        num_gpus=1,
+    )
+    return _without_order(encoded)
+
+
+def _without_order(dataset: Dataset) -> Dataset:
+    dataset.context.execution_options = ExecutionOptions(preserve_order=False)
+    return dataset
+
+
+def quiet() -> None:
+    """Keep Ray Data's own progress and logs off the terminal."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+
+class DecodeChunk:
+    """An actor that reads and decodes; its pixels go to the object store of its node."""
+
+    def __init__(self, shared: Any, embedding: Embedding) -> None:
+        cv2.setNumThreads(1)  # an actor has one CPU
+        self._source, self._chunks = ray.get(shared)
+        self._embedding = embedding
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Decode the chunk of this number."""
+        number = int(batch[_NUMBER][0])
+        rows = self._chunks.rows_of(number)
+        pixels, flaws = read_pixels(self._source, rows, self._embedding)
+        return {_PLACE: self._chunks.places_of(number), _PIXELS: pixels, _FLAW: flaws}
+
+
+class EncodeChunk:
+    """An actor that encodes, on its GPU or its CPU."""
+
+    def __init__(self, weights: Any, embedding: Embedding) -> None:
+        on_gpu = bool(ray.get_gpu_ids())
+        torch.set_num_threads(1)
+        # Its node need not see the disk on which the encoder lies.
+        with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+            file.write(ray.get(weights))
+            file.flush()
+            self._encode = Encode(
+                embedding._replace(encoder=file.name),
+                device=torch.device("cuda" if on_gpu else "cpu"),
+                name=embedding.encoder,
+            )
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Put features in the place of the pixels."""
+        features = self._encode(batch[_PIXELS])
+        return {_PLACE: batch[_PLACE], _FEATURES: features, _FLAW: batch[_FLAW]}
+
+
+class EmbedChunk:
+    """An actor that does both, on its CPU."""
+
+    def __init__(self, shared: Any, weights: Any, embedding: Embedding) -> None:
+        self._decode = DecodeChunk(shared, embedding)
+        self._encode = EncodeChunk(weights, embedding)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Embed the chunk of this number."""
+        return self._encode(self._decode(batch))
+
+
+def plan_pools(num_workers: int | None, *, most: int) -> Pools:
+    """Lay the actors out over what is free of the connected cluster.
+
+    Args:
+        num_workers: Actors on CPUs; None takes one a free CPU.
+        most: More of them would have nothing to do.
+
+    Raises:
+        ClusterError: If they do not fit. Ray Data would wait for ever, without a word.
+    """
+    cpus, gpus = _free()
+    # The read task takes its sliver of one node, nobody knows which.
+    cpus = np.maximum(cpus - (READ_CPUS + _MARGIN), 0.0)
+    with_gpu = gpus > 0
+    beside_gpu = 0.0
+    if with_gpu.any():
+        half = float((cpus[with_gpu] / (2 * gpus[with_gpu])).min())
+        beside_gpu = math.floor(100 * min(_GPU_ACTOR_CPUS, half)) / 100
+    left = cpus - gpus * beside_gpu
+    one_each = np.where(left > _FEWEST_CPUS, np.maximum(1, np.round(left)), 0).sum()
+    wanted = min(num_workers or int(one_each), most)
+    each = _largest_share(left, wanted)
+    if not wanted or each < _FEWEST_CPUS:
+        total = ray.cluster_resources().get("CPU", 0.0)
+        raise ClusterError(
+            f"{max(1, wanted)} embedding worker(s) do not fit: {left.sum():.2f} of the cluster's "
+            f"{total:g} CPUs are free on {len(cpus)} node(s). Wait for the other work to end, set "
+            f"num_workers lower, or add nodes"
+        )
+    return Pools(wanted, each, int(gpus.sum()), beside_gpu)
+
+
+def _largest_share(cpus: npt.NDArray[np.float64], count: int) -> float:
+    """Return the most CPUs, at most 1, that ``count`` actors can each have within the nodes."""
+    if not count:
+        return 0.0
+    for hundredths in range(100, 0, -1):
+        if np.floor(100 * cpus / hundredths + 1e-6).sum() >= count:
+            return hundredths / 100
+    return 0.0
+
+
+def _free() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Return the CPUs and the GPUs that are free on each node, once those in use seem to stay so.
+
+    Raises:
+        ClusterError: If there are none for a minute.
+    """
+    began = time.monotonic()
+    total = ray.cluster_resources()
+    while True:
+        nodes = list(available_resources_per_node().values())
+        cpus = np.array([node.get("CPU", 0.0) for node in nodes], dtype=np.float64)
+        gpus = np.array([int(node.get("GPU", 0.0)) for node in nodes], dtype=np.int64)
+        waited = time.monotonic() - began
+        all_free = cpus.sum() >= total.get("CPU", 0.0) and gpus.sum() >= total.get("GPU", 0.0)
+        enough = cpus.max(initial=0.0) >= READ_CPUS + _MARGIN + 2 * _FEWEST_CPUS
+        if all_free or (enough and waited > _SETTLE_S):
+            return cpus, gpus
+        if waited > _FREE_WITHIN_S:
+            raise ClusterError(
+                f"embedding needs a CPU; {cpus.sum():g} of the cluster's {total.get('CPU', 0.0):g} "
+                f"are free. Wait for the other work to end, or add nodes"
+            )
+        time.sleep(_LOOK_EVERY_S)

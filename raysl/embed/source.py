@@ -1,0 +1,339 @@
+"""Embed a source into a folder of shards, resuming where it stopped.
+
+Plain functions; whoever calls :func:`embed_source` says where chunks are computed. The shards
+depend on the source, the encoder and the settings, and not on who worked on them or how often it
+was stopped. Memory: the shards that are being filled, two or three of them.
+"""
+
+import json
+from collections.abc import Callable, Generator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from raysl.data.bad_reason import reason_of
+from raysl.data.decode import Flaw
+from raysl.embed.config import EmbedConfig
+from raysl.embed.shards import (
+    BAD_IMAGES,
+    ShardPlan,
+    ShardRows,
+    embeddings_folder,
+    read_bad,
+    write_shard,
+)
+from raysl.encoder.file import read_description
+from raysl.errors import ConfigError, DataError
+from raysl.evaluate.embedding import (
+    Chunk,
+    Chunks,
+    Embedding,
+    Features,
+    chunk_images,
+    encoder_digest,
+    normalisation,
+)
+from raysl.pack.folder import Bad, PackFolder
+from raysl.sources.pixels import Decoding
+from raysl.sources.place import absolute_source
+from raysl.sources.source import Source, SourceConfig
+
+_MIB = 1 << 20
+_ID_BYTES = 40  # of a row beside its features, about
+_FILE = "encoder.safetensors"
+_DEFAULT_SIZE_PX = 224
+# Known only at the end, or of no use to who holds a single shard.
+_NOT_IN_SHARDS = {"settings", "images", "bad_images", "class_names"}
+_OTHERS = "holds embeddings of another encoder or source, or with other settings"
+_TINY = np.finfo(np.float32).tiny
+
+MakeChunks = Callable[[Source, Chunks, Embedding], Generator[Chunk, None, None]]
+"""Computes chunks, in any order; closing it ends the work."""
+
+
+class CountProgress(Protocol):
+    """The interface of a progress display."""
+
+    def begin(self, what: str, *, total: int, done: int) -> None:
+        """Start to count images."""
+        ...
+
+    def advance(self, count: int) -> None:
+        """Count more images."""
+        ...
+
+
+class EmbedResult(NamedTuple):
+    """What a folder holds now."""
+
+    images: int
+    """With features."""
+    bad_images: int
+    """Left out."""
+    embed_dim: int
+    shards: int
+    bytes: int
+    """Of all shards."""
+    made: int
+    """Images that this call embedded."""
+    output: str
+    complete_before: bool
+    """Nothing was left to do."""
+
+
+def encoder_file(given: str) -> Path:
+    """Return the absolute path of an encoder file, or of that of a run folder.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    path = Path(given).expanduser().absolute()
+    path = path / _FILE if path.is_dir() else path
+    if not path.is_file():
+        raise ConfigError(
+            f"{given}: no encoder there; give a run folder that holds {_FILE} (a run writes it at "
+            f"its end), or the file"
+        )
+    return path
+
+
+def embedding_of(encoder: Path, config: EmbedConfig) -> Embedding:
+    """Return what is done to each image.
+
+    Raises:
+        DataError: If the file is not an encoder of raysl, or its header lacks what is needed.
+    """
+    normalisation(encoder)
+    size = config.size_px or read_description(encoder).get("image_size_px", _DEFAULT_SIZE_PX)
+    if not isinstance(size, int) or size <= 0:
+        raise DataError(f"{encoder}: its header has image_size_px={size!r}; set size_px")
+    return Embedding(str(encoder), size, config.crop_fraction, config.precision)
+
+
+def other_decoding(encoder: Path, config: SourceConfig) -> list[str]:
+    """Return a line for each setting of pixels that is not the one the encoder was trained with."""
+    trained = read_description(encoder).get("decoding")
+    if not isinstance(trained, dict):
+        return []  # of another origin, or older than these settings
+    here = config.model_dump(mode="json", include=set(Decoding._fields))
+    return [
+        f"{name}={json.dumps(here[name])} here, and the encoder was trained with "
+        f"{name}={json.dumps(trained[name])}: it sees other pixels than it knows"
+        for name in here
+        if name in trained and trained[name] != here[name]
+    ]
+
+
+def embed_source(
+    source: Source,
+    encoder: Path,
+    config: EmbedConfig,
+    output: str,
+    *,
+    make: MakeChunks,
+    view: CountProgress,
+) -> EmbedResult:
+    """Embed a source into a folder, or go on with it.
+
+    Args:
+        source: The images.
+        encoder: ``encoder.safetensors``.
+        config: How.
+        output: A local path or a URI such as s3://bucket/folder.
+        make: Computes the chunks.
+        view: Who is told how far it is.
+
+    Raises:
+        DataError: If the folder belongs to another encoder, source or other settings, cannot be
+            written, or too many images are bad.
+    """
+    embedding = embedding_of(encoder, config)
+    wanted = _wanted(source, encoder, config, embedding)
+    folder = embeddings_folder(output)
+    folder.refuse_inside(config.source, why="hold features among its images")
+    folder.create()
+    with folder.locked():
+        about = folder.claim()
+        if about is None:
+            about = {
+                "wanted": wanted,
+                "source": absolute_source(config.source),
+                "encoder_path": str(encoder),
+                "settings": config.model_dump(mode="json"),
+                **_encoder_facts(encoder, embedding),
+            }
+            folder.write_claim(about)
+        else:
+            folder.refuse_others(about["wanted"], wanted, holds=_OTHERS)
+        folder.sweep()
+        writer = _Writer(source, config, folder, about)
+        complete = not writer.missing and "images" in about
+        if not complete:
+            made = writer.fill(make, embedding, view)
+            about = writer.finish()
+        sizes = folder.listed()
+    return EmbedResult(
+        images=about["images"],
+        bad_images=about["bad_images"],
+        embed_dim=about["embed_dim"],
+        shards=writer.plan.num_shards,
+        bytes=sum(sizes[writer.plan.name(n)] for n in range(writer.plan.num_shards)),
+        made=0 if complete else made,
+        output=folder.uri,
+        complete_before=complete,
+    )
+
+
+def _wanted(
+    source: Source, encoder: Path, config: EmbedConfig, embedding: Embedding
+) -> dict[str, Any]:
+    digest = encoder_digest(encoder)
+    lasting = config.lasting() | {"size_px": embedding.size_px}
+    return {"encoder": digest, "fingerprint": source.fingerprint, **lasting}
+
+
+def _encoder_facts(encoder: Path, embedding: Embedding) -> dict[str, Any]:
+    description = read_description(encoder)
+    dim = description.get("embed_dim")
+    if not isinstance(dim, int) or dim <= 0:
+        raise DataError(f"{encoder}: its header has embed_dim={dim!r}, not a positive integer")
+    mean, std = normalisation(encoder)
+    return {
+        "run": description.get("run"),
+        "method": description.get("method"),
+        "embed_dim": dim,
+        "size_px": embedding.size_px,
+        "mean": list(mean),
+        "std": list(std),
+    }
+
+
+class _Writer:
+    """Fills the shards that are missing."""
+
+    def __init__(
+        self, source: Source, config: EmbedConfig, folder: PackFolder, about: dict[str, Any]
+    ) -> None:
+        self.source, self.config, self.folder, self.about = source, config, folder, about
+        self.chunk = chunk_images(about["size_px"])
+        width = about["embed_dim"] * np.dtype(config.store).itemsize
+        shard_rows = max(1, int(config.shard_mib * _MIB / width) // self.chunk) * self.chunk
+        self.plan = ShardPlan(int(source.group_sizes.sum()), shard_rows)
+        there = folder.listed()
+        found = {
+            shard: read_bad(folder, self.plan.name(shard))
+            for shard in range(self.plan.num_shards)
+            if self.plan.name(shard) in there
+        }
+        self.bad = {shard: bad for shard, bad in found.items() if bad is not None}
+        self.missing = [n for n in range(self.plan.num_shards) if n not in self.bad]
+        labels = source.labels()
+        self.labels: npt.NDArray[np.int64] | None = labels
+        self._width = width
+
+    def fill(self, make: MakeChunks, embedding: Embedding, view: CountProgress) -> int:
+        """Write all missing shards; return how many images were embedded."""
+        bounds = [self.plan.bounds(shard) for shard in self.missing]
+        todo = sum(stop - start for start, stop in bounds)
+        self.folder.check_room(todo * (self._width + _ID_BYTES), instead="store=float16")
+        if not todo:
+            return 0
+        starts = np.concatenate([np.arange(*each, self.chunk, dtype=np.int64) for each in bounds])
+        chunks = Chunks(None, starts, self.chunk, self.plan.num_rows)
+        view.begin("embedding", total=self.plan.num_rows, done=self.plan.num_rows - todo)
+        filling: dict[int, _Filling] = {}
+        made = make(self.source, chunks, embedding)
+        with closing(made):
+            for chunk in made:
+                for shard in np.unique(chunk.places // self.plan.shard_rows).tolist():
+                    start, stop = self.plan.bounds(shard)
+                    part = filling.setdefault(
+                        shard, _Filling(start, stop, dim=self.about["embed_dim"])
+                    )
+                    part.take(chunk)
+                    if part.left == 0:
+                        self._write(shard, filling.pop(shard))
+                view.advance(len(chunk.places))
+        return todo
+
+    def finish(self) -> dict[str, Any]:
+        """List the bad images, and say that all is there."""
+        bad = [entry for shard in sorted(self.bad) for entry in self.bad[shard]]
+        self.folder.write_bad(bad, name=self.source.where, file=BAD_IMAGES)
+        images = self.plan.num_rows - len(bad)
+        about = self.about | {
+            "images": images,
+            "bad_images": len(bad),
+            "class_names": list(self.source.class_names),
+        }
+        if about != self.about:
+            self.folder.write_claim(about)
+        return about
+
+    def _write(self, shard: int, full: "_Filling") -> None:
+        rows = np.arange(full.start, full.stop, dtype=np.int64)
+        good = full.flaws == 0
+        bad = [
+            Bad(row, self.source.row_id(row), reason_of(self.source, row, Flaw(flaw)))
+            for row, flaw in zip(rows[~good].tolist(), full.flaws[~good].tolist(), strict=True)
+        ]
+        self.bad[shard] = bad
+        self._refuse_bad()
+        features = full.features[good]
+        if self.config.normalize:
+            lengths = np.linalg.norm(features, axis=1, keepdims=True)
+            features /= np.maximum(lengths, _TINY)
+        kept = rows[good]
+        content = ShardRows(
+            [self.source.row_id(row) for row in kept.tolist()],
+            kept,
+            None if self.labels is None else self.labels[kept].astype(np.int64),
+            features,
+        )
+        about = {k: v for k, v in self.about.items() if k not in _NOT_IN_SHARDS}
+        write_shard(
+            self.folder,
+            self.plan.name(shard),
+            content,
+            class_names=self.source.class_names,
+            store=self.config.store,
+            about=about,
+            bad=bad,
+        )
+
+    def _refuse_bad(self) -> None:
+        self.folder.refuse_bad(
+            [entry for shard in sorted(self.bad) for entry in self.bad[shard]],
+            num_images=self.plan.num_rows,
+            most=self.config.max_bad_share,
+            name=self.source.where,
+            file=BAD_IMAGES,
+        )
+
+
+class _Filling:
+    """A shard in the making."""
+
+    def __init__(self, start: int, stop: int, *, dim: int) -> None:
+        self.start, self.stop = start, stop
+        self.features: Features = np.empty((stop - start, dim), dtype=np.float32)
+        self.flaws = np.zeros(stop - start, dtype=np.uint8)
+        self._known = np.zeros(stop - start, dtype=np.bool_)
+        self.left = stop - start
+
+    def take(self, chunk: Chunk) -> None:
+        """Take in what of a chunk belongs here."""
+        mine = (chunk.places >= self.start) & (chunk.places < self.stop)
+        at = chunk.places[mine] - self.start
+        if chunk.features.shape[1] != self.features.shape[1]:
+            raise DataError(
+                f"the encoder gives {chunk.features.shape[1]} features an image; its header says "
+                f"{self.features.shape[1]}"
+            )
+        self.features[at] = chunk.features[mine]
+        self.flaws[at] = chunk.flaws[mine]
+        self._known[at] = True
+        self.left = int((~self._known).sum())

@@ -1,0 +1,214 @@
+"""`raysl export`: write an encoder in other formats, each one checked."""
+
+import argparse
+import difflib
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+from raysl.config.help_text import settings_text
+from raysl.config.load import apply_overrides, validate
+from raysl.errors import ConfigError, ExportError, RayslError
+from raysl.exchange.export import FORMATS, ExportConfig, Exported, export
+from raysl.exchange.exportable import Exportable, largest_difference, open_exportable
+from raysl.report.terminal import console, mapping_table, print_json, say
+from raysl.run.environment import packages
+from raysl.track.mlflow_record import TrackedRun, read_tracked_run
+from raysl.track.run_folder import RunFolder
+from raysl.track.uri import same_store, tracking_uri, without_password
+
+_MLFLOW = "mlflow"
+_NAMES = (*FORMATS, _MLFLOW)
+_MIB = 1 << 20
+
+_EPILOG = """\
+The formats:
+  torchvision   safetensors that torchvision's own class loads: ResNets, ConvNeXt, torchvision:NAME
+  timm          the same for timm: ResNets, ViT, ConvNeXt, timm:NAME
+  onnx          one file for any batch size; mean and std in its metadata (pip install raysl[onnx])
+  torchscript   a traced program, for libtorch and mobile; torch calls it deprecated
+  torch_export  a program of torch.export, any batch size
+  huggingface   a folder that timm and transformers open, with a model card
+  mlflow        a new version of a registered model, below the run that trained it
+
+A classifier.safetensors of `raysl finetune` gives logits, and goes to all but the libraries' own:
+timm or torchvision load the file itself.
+
+All take normalised float32 images (N, 3, S, S). Each is written beside its place, loaded as its
+users do, and compared with the encoder on random images in several batch sizes; only then does it
+get its name. What was there before is exchanged as a whole.
+
+The settings:
+{settings}
+
+  raysl export runs/mine --format onnx
+  raysl export runs/mine --format timm,torch_export,huggingface -o for_the_team
+  raysl export encoder.safetensors --format onnx -o photos.onnx
+  raysl export runs/mine --format mlflow --name photos
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EPILOG.format(settings=settings_text(ExportConfig))
+    parser.add_argument(
+        "encoder",
+        type=Path,
+        help="a run folder, its encoder.safetensors, or its classifier.safetensors",
+    )
+    parser.add_argument("overrides", nargs="*", help="key=value, typed as YAML")
+    parser.add_argument(
+        "--format",
+        action="append",
+        required=True,
+        metavar="NAME[,NAME]",
+        help=f"one or several of {', '.join(_NAMES)}",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="OUT",
+        help="a folder (default: exports beside the encoder); for a single format also the file "
+        "itself (a folder for huggingface)",
+    )
+    parser.add_argument("--name", help="name of the registered model, for --format mlflow")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Export to every format that was asked for."""
+    names = _formats(arguments)
+    config = validate(ExportConfig, apply_overrides({}, arguments.overrides), where="raysl export")
+    exportable = open_exportable(arguments.encoder)
+    results: dict[str, dict[str, Any]] = {}
+    failed: list[str] = []
+    for name in names:
+        say(f"{name}: writing and checking")
+        began = time.monotonic()
+        try:
+            if name == _MLFLOW:
+                results[name] = _register(exportable, arguments, config)
+            else:
+                path = _place(exportable, arguments.output, name, alone=len(names) == 1)
+                done = export(exportable, name, path, config)
+                results[name] = _values(done)
+        except RayslError as error:
+            if len(names) == 1:
+                raise
+            failed.append(f"{type(error).__name__}: {error}")
+            continue
+        results[name]["seconds"] = time.monotonic() - began
+        _say(name, results[name])
+    if arguments.json:
+        print_json({"encoder": str(exportable.path), "exports": results, "failed": failed})
+    if failed:
+        done_text = f"{len(results)} of {len(names)} formats written"
+        raise ExportError("\n  ".join([f"{done_text}; not these:", *failed]))
+    return 0
+
+
+def _formats(arguments: argparse.Namespace) -> list[str]:
+    asked = [name for text in arguments.format for name in text.split(",") if name]
+    unknown = [name for name in asked if name not in _NAMES]
+    if unknown or not asked:
+        near = difflib.get_close_matches(unknown[0], _NAMES, n=1) if unknown else []
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"--format {', '.join(unknown)}: known are {', '.join(_NAMES)}{hint}")
+    if (_MLFLOW in asked) != (arguments.name is not None):
+        raise ConfigError("--format mlflow and --name NAME_IN_THE_REGISTRY go together")
+    return list(dict.fromkeys(asked))
+
+
+def _place(exportable: Exportable, output: Path | None, name: str, *, alone: bool) -> Path:
+    """Return where a format's file goes."""
+    usual = FORMATS[name].file
+    if exportable.output == "logits":
+        usual = usual.replace("encoder", "classifier")
+    if output is None:
+        return exportable.path.parent.absolute() / "exports" / usual
+    wanted = Path(usual).suffix
+    if alone and not wanted:
+        return output.absolute()
+    if alone and output.suffix and not output.is_dir():
+        if output.suffix != wanted:
+            raise ConfigError(f"-o {output}: a file of --format {name} ends with {wanted}")
+        return output.absolute()
+    if output.is_file():
+        raise ConfigError(f"-o {output} is a file; give a folder for several formats")
+    return output.absolute() / usual
+
+
+def _register(
+    exportable: Exportable, arguments: argparse.Namespace, config: ExportConfig
+) -> dict[str, Any]:
+    trained_in = read_tracked_run(RunFolder(exportable.path.parent).mlflow)
+    uri, run_id = _address(trained_in, config)
+    size = exportable.size_px
+
+    def check(model: Any) -> float:
+        difference = largest_difference(exportable, model)
+        if difference > config.tolerance:
+            raise ExportError(f"--format mlflow: the stored model differs by {difference:.2g}")
+        return difference
+
+    from raysl.track.mlflow_model import register_encoder  # noqa: PLC0415 - mlflow takes seconds
+
+    registered = register_encoder(
+        exportable.model,
+        uri=uri,
+        name=arguments.name,
+        run_id=run_id,
+        experiment=(trained_in and trained_in.experiment) or "raysl",
+        size_px=size,
+        embed_dim=exportable.width,
+        packages=packages("torch", "torchvision"),
+        check=check,
+    )
+    return {
+        "name": registered.name,
+        "version": registered.version,
+        "run_id": registered.run_id,
+        "tracking_uri": without_password(uri),
+        "difference": registered.difference,
+        "usage": [
+            "import mlflow",
+            "",
+            f'mlflow.set_tracking_uri("{without_password(uri)}")',
+            f'model = mlflow.pytorch.load_model("models:/{registered.name}/{registered.version}")',
+        ],
+    }
+
+
+def _address(trained_in: TrackedRun | None, config: ExportConfig) -> tuple[str, str | None]:
+    """Return MLflow's address, and the run that trained the encoder if it is there."""
+    asked = config.tracking_uri
+    if trained_in is None:
+        return tracking_uri(asked, folder=Path.cwd()), None
+    uri = tracking_uri(trained_in.whole_uri if asked is None else asked, folder=Path.cwd())
+    return uri, trained_in.run_id if same_store(trained_in.uri, uri) else None
+
+
+def _values(done: Exported) -> dict[str, Any]:
+    return {
+        "path": str(done.path),
+        "bytes": done.size_bytes,
+        "difference": done.difference,
+        "usage": done.usage,
+    }
+
+
+def _say(name: str, result: dict[str, Any]) -> None:
+    shown = {"largest difference": f"{result['difference']:.1e} (random images, batches of 1 to 5)"}
+    if "bytes" in result:
+        shown["size"] = f"{result['bytes'] / _MIB:,.1f} MiB"
+        title = f"{name}: {shlex.quote(result['path'])}"
+    else:
+        title = f"{name}: version {result['version']} of {result['name']}"
+        shown["run"] = result["run_id"]
+        shown["store"] = result["tracking_uri"]
+    out = console()
+    out.print(mapping_table(title, shown))
+    out.print("\n".join(f"    {line}" for line in result["usage"]) + "\n", markup=False)

@@ -1,0 +1,243 @@
+"""`raysl data`: inspect a source of images and advise what to do about it."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import cv2
+import numpy as np
+from pydantic import Field
+
+from raysl.augment.crop import Image
+from raysl.data.decode import decode
+from raysl.errors import DataError
+from raysl.pack.inspect import (
+    ImageFacts,
+    advise,
+    draw_sample,
+    inspect,
+    pack_speedup,
+    summarise,
+)
+from raysl.report.measure import duration_text
+from raysl.report.progress import CountView
+from raysl.report.terminal import console, mapping_table, print_json, say
+from raysl.sources.command_line import open_asked
+from raysl.sources.source import Encoded, LocatedSource, Source
+
+_SAMPLE = 10_000
+_SHEET_IMAGES = 63
+_SHEET_SIDE_PX = 480
+_SHOWN = 5
+_SHOWN_NAMES = 10
+_MIB = 1 << 20
+
+_KINDS = {
+    "FolderSource": "a folder of image files",
+    "ParquetSource": "Parquet",
+    "ArraySource": "pixels in memory",
+    "TarSource": "tar archives",
+}
+
+_EPILOG = f"""\
+Of more than {_SAMPLE:,} images a random sample is drawn evenly; --sample 0 looks at every one.
+Each is read and decoded, in threads; nothing is written, unless a contact sheet is asked for.
+
+Settings: image_column=..., label_column=..., filter=[[...]], limit=..., as under `data:` of a
+configuration; max_megapixels=100 (an image of more counts as broken); seed=0 (of the sample).
+
+  raysl data photos/ --contact-sheet sheet.png
+  raysl data 's3://bucket/shards/*.tar' --sample 1000
+  raysl data faces.parquet image_column=jpg --json
+"""
+
+
+class LookConfig(LocatedSource):
+    """A source, and how to look at it."""
+
+    max_megapixels: Annotated[float, Field(gt=0.0, le=178.0)] = 100.0
+    """An image of more pixels counts as broken."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of the sample."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EPILOG
+    parser.add_argument(
+        "source", help="a folder of images, Parquet, tar, s3://..., digits, cifar10, ..."
+    )
+    parser.add_argument("overrides", nargs="*", help="key=value, typed as YAML")
+    parser.add_argument(
+        "--sample",
+        type=_number_or_all,
+        default=_SAMPLE,
+        metavar="N",
+        help=f"number of images to inspect (default {_SAMPLE}); 0 or all: every one",
+    )
+    parser.add_argument(
+        "--contact-sheet",
+        type=Path,
+        metavar="FILE.png",
+        help=f"draw {_SHEET_IMAGES} random images with the names of their classes",
+    )
+    parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Look at a source and say what is there."""
+    config, source = open_asked(arguments, LookConfig, where="raysl data")
+    sample = draw_sample(source, count=arguments.sample or None, seed=config.seed)
+    cores = os.cpu_count() or 1
+    cv2.setNumThreads(1)  # parallel over images
+    view = CountView()
+    view.begin("looking", total=sum(map(len, sample.chunks)), done=0)
+    try:
+        facts = inspect(
+            source,
+            sample,
+            max_megapixels=config.max_megapixels,
+            num_threads=cores,
+            advance=view.advance,
+        )
+    finally:
+        view.close()
+    summary: dict[str, Any] = {"source": config.source, "kind": _kind(source)}
+    summary["splits"] = list(source.splits)
+    summary |= {
+        "sample": sample.text or None,
+        "notes": list(source.notes),
+        **summarise(source, facts, cores=cores),
+    }
+    summary["pack_speedup"] = pack_speedup(source, facts)
+    asked = [config.source, *arguments.overrides]
+    summary["advice"] = advise(source, summary, speedup=summary["pack_speedup"], asked=asked)
+    _say(summary, cores=cores)
+    for note in source.notes:
+        say(f"note: {note}")
+    if arguments.contact_sheet is not None:
+        _draw(arguments.contact_sheet, source, facts, summary, seed=config.seed)
+        say(f"contact sheet: {arguments.contact_sheet}")
+    if arguments.json:
+        print_json(summary)
+    return 0
+
+
+def _number_or_all(text: str) -> int:
+    number = 0 if text == "all" else int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"give a number of images, 0 or all; got {text}")
+    return number
+
+
+def _kind(source: Source) -> str:
+    name = type(source).__name__
+    return _KINDS.get(name, name.removesuffix("Source").lower())
+
+
+def _say(summary: dict[str, Any], *, cores: int) -> None:
+    out = console()
+    out.print(mapping_table(summary["source"], _rows(summary, cores=cores)))
+    lines = [f"broken: {bad['name']}: {bad['reason']}" for bad in summary["broken"][:_SHOWN_NAMES]]
+    more = len(summary["broken"]) - _SHOWN_NAMES
+    lines += [f"broken: {more:,} more; --json has them all"] if more > 0 else []
+    lines += [
+        f"the same: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        for names in summary["duplicate_names"][:_SHOWN]
+    ]
+    lines += [f"-> {advice}" for advice in summary["advice"]]
+    out.print("\n".join(lines), markup=False)
+
+
+def _rows(summary: dict[str, Any], *, cores: int) -> dict[str, str]:
+    looked, size = summary["inspected"], summary["total_bytes"] / _MIB
+    rows = {
+        "kind": summary["kind"] + (f", {summary['groups']:,} groups" if summary["groups"] else ""),
+        "images": f"{summary['images']:,}, {size:,.1f} MiB"
+        + (" (estimated)" if summary["sample"] else ""),
+        "looked at": summary["sample"] or "every image",
+        **_class_rows(summary["classes"]),
+        "formats": _shares(summary["formats"], looked),
+    }
+    if summary["traits"]:
+        rows["of these"] = _shares(summary["traits"], looked)
+    rows["bytes of one"] = _range(summary["encoded_bytes"], "{:,.0f}")
+    if summary["width"]:
+        rows["width"] = _range(summary["width"], "{:,.0f}") + " px"
+        rows["height"] = _range(summary["height"], "{:,.0f}") + " px"
+        rows["short side"] = _range(summary["short_side"], "{:,.0f}") + " px"
+        rows["width / height"] = _range(summary["aspect"], "{:.2f}")
+    rows["broken"] = f"{len(summary['broken']):,}"
+    rows["duplicates"] = f"{summary['duplicates']:,}"
+    if summary["decoded_images_per_s"]:
+        rows["decoding"] = (
+            f"{summary['decoded_images_per_s']:,.0f} images/s on this machine's {cores} core(s): "
+            f"{duration_text(summary['epoch_s'])} an epoch, without making views"
+        )
+    return rows
+
+
+def _class_rows(classes: dict[str, Any] | None) -> dict[str, str]:
+    if classes is None:
+        return {"labels": "none"}
+    sizes = list(classes["sizes"].items())
+    rows = {"classes": f"{classes['count']:,}"}
+    if classes["unlabelled"]:
+        rows["without label"] = f"{classes['unlabelled']:,} images"
+    if len(sizes) <= 2 * _SHOWN:
+        rows["class sizes"] = ", ".join(f"{name}: {size:,}" for name, size in sizes)
+    else:
+        rows["largest"] = ", ".join(f"{name}: {size:,}" for name, size in sizes[:_SHOWN])
+        rows["smallest"] = ", ".join(f"{name}: {size:,}" for name, size in sizes[-_SHOWN:])
+    return rows
+
+
+def _shares(counts: dict[str, int], total: int) -> str:
+    return ", ".join(f"{name} {count:,} ({count / total:.1%})" for name, count in counts.items())
+
+
+def _range(spread: dict[str, float], form: str) -> str:
+    low, middle, high = (form.format(spread[name]) for name in ("min", "median", "max"))
+    return low if low == high else f"{low} to {high}, median {middle}"
+
+
+def _draw(
+    path: Path, source: Source, facts: list[ImageFacts], summary: dict[str, Any], *, seed: int
+) -> None:
+    good = [fact.row for fact in facts if not fact.flaw]
+    if not good:
+        raise DataError(f"{summary['source']}: no image that a contact sheet could show")
+    rng = np.random.Generator(np.random.Philox(key=np.array([seed, 1], dtype=np.uint64)))
+    rows = np.sort(rng.choice(good, min(_SHEET_IMAGES, len(good)), replace=False))
+    images = [
+        _shrunk(row, data, source)
+        for row, data in zip(rows.tolist(), source.read(rows), strict=True)
+    ]
+    order = rng.permutation(len(rows))  # read in the source's order, shown in another
+    labels, names = source.labels(), source.class_names
+    captions = None
+    if labels is not None:
+        captions = [names[labels[row]] if labels[row] >= 0 else "no label" for row in rows[order]]
+    classes = f", {summary['classes']['count']:,} classes" if summary["classes"] else ""
+    # Matplotlib takes a second.
+    from raysl.report.contact_sheet import draw_contact_sheet  # noqa: PLC0415
+
+    draw_contact_sheet(
+        path,
+        [images[place] for place in order],
+        captions=captions,
+        title=Path(summary["source"]).name or summary["source"],
+        subtitle=f"{summary['images']:,} images{classes}; {len(rows)} of them, drawn at random",
+    )
+
+
+def _shrunk(row: int, encoded: Encoded, source: Source) -> Image:
+    """Decode an image no larger than a sheet shows it."""
+    image = decode(encoded, source.decoding(row), where=source.where(row))
+    shrink = _SHEET_SIDE_PX / max(image.shape[:2])
+    if shrink >= 1:
+        return image
+    height, width = (max(1, round(side * shrink)) for side in image.shape[:2])
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)  # type: ignore[return-value]

@@ -1,1 +1,0 @@
-"""Read stored embeddings, and find neighbours and near-duplicates among them."""

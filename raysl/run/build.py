@@ -1,0 +1,138 @@
+"""Build a run's method, optimizers and precision from its configuration."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from raysl.encoder.file import load_weights
+from raysl.methods import load_method
+from raysl.methods.base import Method, TrainingSet
+from raysl.nn.backbones import build_backbone
+from raysl.nn.batchnorm import set_batch_norm_scope
+from raysl.nn.depth import depth_scales
+from raysl.nn.precision import bf16_slowdown_on_cpu
+from raysl.optim.build import ScheduledOptimizer, Special, scheduled_optimizer
+from raysl.run.recipe import Derived, RunConfig
+from raysl.sources.pixels import Decoding
+
+# Instructions for bfloat16 make it faster than float32; twice as slow is no noise.
+_SLOWDOWN_WORTH_SAYING = 2.0
+
+
+def build_method(config: RunConfig[Any], data: TrainingSet, *, device: torch.device) -> Method:
+    """Build the method with weights that are a function of the run's seed, or given ones.
+
+    On the device ``meta`` it has shapes and no numbers; given weights are looked at all the same.
+
+    Raises:
+        DataError: If the given weights do not fit the backbone.
+    """
+    if device.type != "meta":
+        torch.manual_seed(config.seed)
+    with _made_on(device):
+        backbone = build_backbone(config.backbone, image_size_px=config.image_size_px)
+    if config.backbone.weights is not None:  # first: many methods begin with a copy of it
+        load_weights(backbone, config.backbone.weights)
+    with _made_on(device):
+        method = load_method(config.method.name)(config.method, backbone, data)
+        set_batch_norm_scope(
+            method,
+            config.backbone.batch_norm,
+            num_splits=config.backbone.batch_norm_splits,
+            on_cuda=device.type == "cuda",
+        )
+    layout = torch.channels_last if config.train.channels_last else torch.preserve_format
+    placed: Method = method.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    return placed
+
+
+class _WithoutNumbers(TorchFunctionMode):
+    """Leaves out first weights, some of which load torch's compiler on the device meta.
+
+    That takes two seconds, for numbers that are not there.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if func is torch.Tensor.normal_ or getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
+
+
+@contextmanager
+def _made_on(device: torch.device) -> Iterator[None]:
+    """Make tensors without memory on the device meta; elsewhere on the CPU, to be moved."""
+    if device.type != "meta":
+        yield
+        return
+    with device, _WithoutNumbers():
+        yield
+
+
+def build_optimizers(
+    method: Method, config: RunConfig[Any], derived: Derived
+) -> list[ScheduledOptimizer]:
+    """Build the optimizer of a method's parameters and, if it has an adversary, that one's own."""
+    adversary = set() if method.adversary is None else set(method.adversary.parameters())
+    sizes: dict[str, Any] = {
+        "global_batch_size": config.train.global_batch_size,
+        "steps_per_epoch": derived.steps_per_epoch,
+        "total_steps": derived.total_steps,
+    }
+    mine = [p for p in method.parameters() if p not in adversary]
+    special = _special(method, config)
+    optimizers = [scheduled_optimizer(mine, config.optim, special=special, **sizes)]
+    if method.adversary is not None:
+        theirs = config.adversary_optim or config.optim
+        optimizers.append(scheduled_optimizer(method.adversary.parameters(), theirs, **sizes))
+    return optimizers
+
+
+def _special(method: Method, config: RunConfig[Any]) -> Special:
+    scales: dict[nn.Parameter, float] = {}
+    if config.optim.layer_decay < 1:
+        scales = depth_scales(method.encoder, config.backbone, decay=config.optim.layer_decay)
+    return Special(
+        constant_lr={p for module in method.constant_lr_modules for p in module.parameters()},
+        unadapted={p for module in method.unadapted_modules for p in module.parameters()},
+        lr_scales=scales,
+    )
+
+
+def precision_on(config: RunConfig[Any], device: torch.device) -> Any:
+    """Return the precision of a run on a device: ``fp32`` or ``bf16``."""
+    if config.train.precision == "by_device":
+        return "bf16" if device.type == "cuda" else "fp32"
+    return config.train.precision
+
+
+def precision_note(config: RunConfig[Any], *, use_gpu: bool) -> str | None:
+    """Return a warning if the run asks for bfloat16 and this CPU emulates it, else None."""
+    if use_gpu or config.train.precision != "bf16":
+        return None
+    slowdown = bf16_slowdown_on_cpu()
+    if slowdown < _SLOWDOWN_WORTH_SAYING:
+        return None
+    return (
+        f"train.precision=bf16: this CPU has no instructions for it; a matrix product takes "
+        f"{slowdown:.0f} times as long as with train.precision=fp32"
+    )
+
+
+def describe(config: RunConfig[Any]) -> dict[str, Any]:
+    """Return what a user of the encoder has to know besides its weights."""
+    return {
+        "backbone": config.backbone.model_dump(mode="json"),
+        "mean": list(config.data.mean),
+        "std": list(config.data.std),
+        "image_size_px": config.image_size_px,
+        "decoding": config.data.model_dump(mode="json", include=set(Decoding._fields)),
+        "method": config.method.name,
+        "run": config.name,
+    }

@@ -1,0 +1,47 @@
+"""`raysl pretrain`: train an encoder on unlabelled images."""
+
+import argparse
+from pathlib import Path
+
+import psutil
+
+from raysl.report.terminal import print_json
+from raysl.run.pretrain import train_run
+from raysl.run.recipe import load_run
+from raysl.run.shell import Typed
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("config", type=Path, help="a YAML file or a name: quickstart")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, typed as YAML")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
+    add_start_arguments(parser)
+
+
+def add_start_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare how a run that is there already is dealt with."""
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--fresh", action="store_true", help="start over; rename an earlier run's folder"
+    )
+    how.add_argument(
+        "--extend",
+        action="store_true",
+        help="extend an earlier run to the larger train.epochs or train.steps given here",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, or go on with, the run that the configuration names."""
+    config = load_run(arguments.config, arguments.overrides)
+    results = train_run(
+        config,
+        began_at=psutil.Process().create_time(),
+        typed=Typed(arguments.config, tuple(arguments.overrides)),
+        fresh=arguments.fresh,
+        extend=arguments.extend,
+    )
+    if arguments.json:
+        print_json(results)
+    return 0

@@ -1,0 +1,130 @@
+"""Extend a run: continue from its last checkpoint to a larger number of steps.
+
+The order of the images does not depend on the length of a run, so the steps that follow are those
+that a longer run would have had there. What follows the length (learning rate and weight decay, a
+method's momentum or temperature) is what the longer run would have at that step: a cosine that had
+come down to its end goes up again. With ``optim.schedule=constant`` and no other such value, an
+extended run equals one that was asked for at the full length, to the bit.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from raysl.config.load import drop_key, plain_copy
+from raysl.errors import RunFolderError
+from raysl.folder.whole import read_json, write_json
+from raysl.optim.build import lr_at, peak_lr
+from raysl.run.recipe import Derived, RunConfig, differences
+from raysl.track.run_folder import RunFolder, latest_step
+
+LENGTH = ("train.epochs", "train.steps")
+
+_RECORDS = "extensions"
+
+
+def other_than_length(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """List what differs between two runs besides their length, a line each."""
+    plain = [plain_copy(old), plain_copy(new)]
+    for values in plain:
+        for key in LENGTH:
+            drop_key(values, key)
+    return differences(*plain)
+
+
+def extend(
+    folder: RunFolder, old: tuple[RunConfig[Any], Derived], new: tuple[RunConfig[Any], Derived]
+) -> list[str]:
+    """Write down that a run goes on to a new length, and take its results back.
+
+    Interrupted at any point, the same command does the same again.
+
+    Args:
+        folder: Of the run, held by this process; its ``config.yaml`` is still the old one.
+        old: The run as it was, and what followed from it.
+        new: The run as it is to be, and what follows from it.
+
+    Returns:
+        Lines to say.
+
+    Raises:
+        RunFolderError: If the new length is not longer, or there is no checkpoint to go on from.
+    """
+    (_, before), (config, after) = old, new
+    done, results = latest_step(folder.checkpoints), folder.read_results()
+    if after.total_steps <= before.total_steps:
+        raise RunFolderError(
+            f"{folder.path}: --extend makes a run longer: it has {before.total_steps} steps, and "
+            f"{_length(config)} is {after.total_steps}; give more, or leave --extend out"
+        )
+    if not done and results is not None:
+        raise RunFolderError(
+            f"{folder.path}: --extend goes on from a checkpoint, and {folder.checkpoints} holds "
+            f"none any more; --fresh trains the whole length"
+        )
+    record = {
+        "after_step": done,
+        "total_steps": [before.total_steps, after.total_steps],
+        "learning_rate": [
+            _lr(old, max(0, done - 1)),
+            _lr(new, min(done, after.total_steps - 1)),
+        ],
+        "length": _length(config),
+        "results": results,
+    }
+    if done:
+        earlier = [each for each in records_of(folder) if not _is_same(each, record)]
+        write_json(folder.extensions, {_RECORDS: [*earlier, record]})
+    folder.results.unlink(missing_ok=True)
+    return [_told(record), _schedules(config)] if done else []
+
+
+def records_of(folder: RunFolder) -> list[dict[str, Any]]:
+    """Return how a run was extended, the first time first."""
+    return list((read_json(folder.extensions) or {}).get(_RECORDS, []))
+
+
+def tags_of_extensions(folder: RunFolder) -> dict[str, str]:
+    """Return MLflow's tags of them; its parameters keep the length that the run began with."""
+    records = records_of(folder)
+    tags = {f"extended.{number}": _told(each) for number, each in enumerate(records, 1)}
+    if records:
+        key, _, value = str(records[-1]["length"]).partition("=")
+        tags[key] = value
+    return tags
+
+
+def _is_same(known: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
+    return all(known.get(key) == record[key] for key in ("after_step", "total_steps"))
+
+
+def _told(record: Mapping[str, Any]) -> str:
+    (was, now), (low, high) = record["total_steps"], record["learning_rate"]
+    return (
+        f"extended after step {record['after_step']} from {was} to {now} steps "
+        f"({record['length']}); learning rate {low:.4g} before, {high:.4g} from there on"
+    )
+
+
+def _schedules(config: RunConfig[Any]) -> str:
+    if config.optim.schedule == "constant":
+        return "  what follows the length of the run is that of the new length from here on"
+    return (
+        "  the cosine of the learning rate, and all else that follows the length of the run, is "
+        "that of the new length from here on"
+    )
+
+
+def _lr(run: tuple[RunConfig[Any], Derived], step: int) -> float:
+    config, derived = run
+    return lr_at(
+        config.optim,
+        step,
+        peak=peak_lr(config.optim, global_batch_size=config.train.global_batch_size),
+        steps_per_epoch=derived.steps_per_epoch,
+        total_steps=derived.total_steps,
+    )
+
+
+def _length(config: RunConfig[Any]) -> str:
+    train = config.train
+    return f"train.steps={train.steps}" if train.steps else f"train.epochs={train.epochs:g}"

@@ -1,0 +1,64 @@
+"""`raysl.pretrain`: the verb as a function, for notebooks and scripts."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from raysl.config.idle import dotted_keys
+from raysl.config.load import EXTENDS, apply_overrides, merge, parse_override, plain_copy
+from raysl.config.shipped import find_config
+from raysl.run.pretrain import train_run
+from raysl.run.recipe import RunConfig, asked_run, layered, load_run, read_run_values
+from raysl.run.shell import Typed
+from raysl.track.results import Results
+
+_WHERE = "raysl.pretrain"
+
+
+def pretrain(
+    config: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    fresh: bool = False,
+    extend: bool = False,
+) -> Results:
+    """Train or resume a run, as ``raysl pretrain`` does.
+
+    Args:
+        config: A YAML file, the name of a shipped configuration, or the settings themselves, which
+            may extend either (``{"extends": "quickstart", "name": "mine"}``).
+        overrides: Dotted settings, such as ``train.epochs=5``.
+        fresh: Start again from step 0; the folder of an earlier run is renamed.
+        extend: Continue an earlier run to the larger length given here.
+
+    Returns:
+        The results, as ``raysl pretrain --json`` prints them; ``run_dir`` is the run folder.
+
+    Raises:
+        ConfigError: Lists every bad setting at once.
+        RayslError: If the run fails otherwise; the subclass says how.
+    """
+    began_at = time.time()
+    given = [overrides] if isinstance(overrides, str) else list(overrides)
+    if isinstance(config, Mapping):
+        return train_run(_run_of(config, given), began_at=began_at, fresh=fresh, extend=extend)
+    path = Path(config)
+    return train_run(
+        load_run(path, given),
+        began_at=began_at,
+        typed=Typed(path, tuple(given)),
+        fresh=fresh,
+        extend=extend,
+    )
+
+
+def _run_of(settings: Mapping[str, Any], overrides: Sequence[str]) -> RunConfig[Any]:
+    """Build the run from its parent configuration, these settings and the overrides."""
+    layer = plain_copy(settings)
+    parent = layer.pop(EXTENDS, None)
+    below = {} if parent is None else read_run_values(find_config(str(parent)))
+    values = layered(below, merge(below, layer), list(dotted_keys(layer)))
+    keys = [parse_override(override)[0] for override in overrides]
+    values = layered(values, apply_overrides(values, overrides), keys)
+    return asked_run(values, where=" ".join([_WHERE, *overrides]))

@@ -1,0 +1,356 @@
+"""Derive the settings of a fine-tuning or distillation run from a finished run.
+
+T. Chen, S. Kornblith, K. Swersky, M. Norouzi, G. Hinton: "Big Self-Supervised Models are Strong
+Semi-Supervised Learners", 2020, arXiv:2006.10029v2, sec. 3.1. ViTs are fine-tuned as MAE's ViT-Base
+(K. He et al. 2021, arXiv:2111.06377v3, and the authors' FINETUNE.md). Overrides win over all of it.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from raysl.augment.ops import Flip
+from raysl.config.load import (
+    apply_overrides,
+    parse_override,
+    validate,
+    validated,
+)
+from raysl.encoder.file import read_description
+from raysl.errors import ConfigError, DataError
+from raysl.evaluate.protocol import EvaluateConfig
+from raysl.evaluate.training_source import open_training_source, seen_part
+from raysl.methods import load_method
+from raysl.nn.backbones import BackboneConfig
+from raysl.nn.classifier import CLASSIFIER_FILE, HEAD_FILE, load_classifier, load_head
+from raysl.nn.heads import count_layers
+from raysl.run.places import read_run
+from raysl.run.recipe import RunConfig, asked_run, layered
+from raysl.sources.belonging import named_source, without_other_source
+from raysl.sources.place import absolute_config
+from raysl.sources.source import DataConfig, Source
+from raysl.track.run_folder import RunFolder
+
+_DEEP_HEAD = 3  # layers from which on version 2 keeps the first one
+_FEW_LABELS, _ALL_LABELS = 0.01, 1.0
+_FINETUNE_BATCH, _DISTILL_BATCH = 1024, 4096
+_WARMUP_EPOCHS = 5
+_VIT_OPTIM: dict[str, Any] = {
+    "name": "adamw",
+    "base_lr": 5e-4,
+    "weight_decay": 0.05,
+    "layer_decay": 0.65,
+    "warmup": {"epochs": _WARMUP_EPOCHS},
+}
+# Shares of a run: few labels make epochs of a few steps.
+_PACE = {"fraction": 0.25}
+
+
+class RunOrigin(NamedTuple):
+    """A finished run, or one that is going to be finished, that another one begins with."""
+
+    name: str
+    folder: Path
+    weights: Path
+    """What ``backbone.weights`` is to be."""
+    head_layers: int
+    """Of the projection head in its folder; 0 for none."""
+    values: dict[str, Any]
+    """The settings that the next run takes over."""
+    finetuned_pool: str | None = None
+    """What ``backbone.pool`` is to be when all of the encoder learns; None: as it was."""
+
+
+def finetune_values(origin: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the settings of a run that fine-tunes a pretrained encoder on labels.
+
+    Args:
+        origin: A run folder, or an encoder file; of one that lies in no run folder the images have
+            to be among the overrides (``data.source``).
+        overrides: ``section.key=value``, of the new run.
+
+    Returns:
+        Plain values of a ``RunConfig`` with method ``supervised``, as of :func:`finetune_from`.
+
+    Raises:
+        DataError: If there is no encoder, or the images have no labels.
+        ConfigError: If an override is wrong.
+    """
+    folder = (origin if origin.is_dir() else origin.parent).resolve()
+    weights = folder / "encoder.safetensors" if origin.is_dir() else origin.resolve()
+    if not weights.exists():
+        raise DataError(
+            f"{origin}: no finished run and no encoder file; give a run folder that holds "
+            f"encoder.safetensors, or such a file"
+        )
+    head = folder / HEAD_FILE
+    layers = count_layers(load_head(head)) if head.exists() else 0
+    config = RunFolder(folder).config
+    if config.exists():
+        run = read_run(RunFolder(folder))
+        return finetune_from(_of_run(run, folder, weights, layers), overrides)
+    return finetune_from(_of_file(folder, weights, layers), overrides)
+
+
+def finetune_from(
+    origin: RunOrigin, overrides: Sequence[str], *, whole: Source | None = None
+) -> dict[str, Any]:
+    """Return the settings that fine-tune what ``origin`` has pretrained or will have.
+
+    What overrides leave open is SimCLR v2's: one crop and flip; LARS of 0.005 sqrt(B) (0.002 for
+    wide networks and selective kernels), no weight decay, no warm-up; 1,024 images, or all if they
+    are fewer; 60 epochs of 1 % of the labels, else 30; with a part of the labels, the first layer
+    of a head of three. A ViT gets MAE's, but for RandAugment and random erasing; one that MAE has
+    pretrained also gives the mean of its patches instead of its class token, through a norm that
+    begins anew, unless it is frozen (the authors' FINETUNE.md; their linear probing keeps the
+    token).
+
+    Args:
+        origin: Where it begins.
+        overrides: ``section.key=value``, of the new run.
+        whole: Its images, if they are open already.
+    """
+    values = _on_images_of(origin, overrides)
+    values["method"] = {"name": "supervised"}
+    if origin.head_layers:
+        values["method"]["head"] = str(origin.folder)
+    values["backbone"]["weights"] = str(origin.weights)
+    values["data"]["labels"] = {"fraction": _ALL_LABELS, "seed": 0, "only": True}
+    values = apply_overrides(values, overrides)
+    seen = values["data"].get("labels")
+    fraction = seen.get("fraction", _ALL_LABELS) if isinstance(seen, dict) else _ALL_LABELS
+    method, backbone = values["method"], values["backbone"]
+    few = fraction < _ALL_LABELS and origin.head_layers >= _DEEP_HEAD
+    if method["name"] == "supervised" and method.get("head") is not None:
+        method.setdefault("head_layers", int(few))
+    if method.get("head") == str(origin.folder) and method["head_layers"] > origin.head_layers:
+        raise ConfigError(
+            f"method.head_layers={method['head_layers']}: the projection head in {origin.folder} "
+            f"ends at layer {origin.head_layers}; use at most {origin.head_layers}"
+        )
+    if str(backbone.get("name")).startswith("vit_"):
+        epochs, optim = 100.0, _VIT_OPTIM
+        train = values.get("train") or {}
+        if train.get("steps") is not None or (train.get("epochs") or epochs) <= _WARMUP_EPOCHS:
+            optim = optim | {"warmup": {"fraction": _WARMUP_EPOCHS / epochs}}
+        values["method"] = {"label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0} | method
+        if not _is_given(overrides, "backbone.drop_path"):
+            backbone["drop_path"] = 0.1
+        learns = not method.get("freeze_encoder", False)
+        if origin.finetuned_pool and learns and not _is_given(overrides, "backbone.pool"):
+            backbone["pool"] = origin.finetuned_pool
+    else:
+        epochs = 60.0 if fraction <= _FEW_LABELS else 30.0
+        wide = backbone.get("width", 1) > 1 or backbone.get("selective_kernels")
+        optim = _lars(0.002 if wide else 0.005)
+    values["optim"] = _with_defaults(values.get("optim"), optim)
+    values["train"] = _trained(values, epochs=epochs, most=_FINETUNE_BATCH, whole=whole)
+    name = _finetuned_name(origin.name, fraction, method.get("head_layers", 0))
+    return {"name": name} | values
+
+
+def distill_values(teacher: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the settings of a run that learns a fine-tuned teacher's predictions.
+
+    Args:
+        teacher: The run folder of the teacher.
+        overrides: ``section.key=value``, of the new run.
+
+    Returns:
+        Plain values of a ``RunConfig`` with method ``distill``, as of :func:`distill_from`.
+
+    Raises:
+        DataError: If the folder holds no classifier.
+        ConfigError: If an override is wrong.
+    """
+    folder = teacher.resolve()
+    config = RunFolder(folder).config
+    if not (folder / CLASSIFIER_FILE).is_file() or not config.exists():
+        raise DataError(
+            f"{teacher}: no run with a {CLASSIFIER_FILE} in it; give the folder of a finished run "
+            f"of raysl finetune, raysl distill or another run of method supervised"
+        )
+    load_classifier(folder)  # a damaged file is told before anything starts
+    run = read_run(RunFolder(folder))
+    return distill_from(_of_run(run, folder, folder, 0), overrides)
+
+
+def distill_from(
+    teacher: RunOrigin, overrides: Sequence[str], *, whole: Source | None = None
+) -> dict[str, Any]:
+    """Return the settings that distil a teacher.
+
+    What overrides leave open is SimCLR v2's: all training images without labels, one crop and flip;
+    a student of the teacher's architecture from random weights (the paper names no others, and the
+    authors' notebook starts so) with temperature 0.1, or 1 where ``backbone`` makes it another;
+    optimizer, schedule and batch of pretraining: LARS of 0.1 sqrt(B), weight decay 1e-4, warm-up
+    for 5 % of the run, 4,096 images, or all if they are fewer; 400 epochs.
+
+    Args:
+        teacher: Its run.
+        overrides: ``section.key=value``, of the new run.
+        whole: Its images, if they are open already.
+    """
+    values = _on_images_of(teacher, overrides)
+    values["backbone"]["weights"] = None
+    theirs = _architecture(values["backbone"])
+    values["method"] = {"name": "distill", "teacher": str(teacher.folder)}
+    if isinstance(values["data"].get("labels"), dict):
+        values["data"]["labels"]["only"] = False
+    values = apply_overrides(values, overrides)
+    ours = _architecture(values["backbone"])
+    values["method"].setdefault("temperature", 0.1 if ours == theirs else 1.0)
+    slow = {"weight_decay": 1e-4, "warmup": {"fraction": 0.05}}
+    values["optim"] = _with_defaults(values.get("optim"), _lars(0.1) | slow)
+    values["train"] = _trained(values, epochs=400.0, most=_DISTILL_BATCH, whole=whole)
+    wide = f"-{ours['width']:g}x" if ours["width"] != 1 else ""
+    name = f"{teacher.name}-distilled" + ("" if ours == theirs else f"-{ours['name']}{wide}")
+    return {"name": name} | values
+
+
+def run_after(values: Mapping[str, Any], overrides: Sequence[str], *, where: str) -> RunConfig[Any]:
+    """Validate what follows from another run: what is of no use to this one stays behind.
+
+    Args:
+        values: Plain values, the overrides among them.
+        overrides: What somebody asked for.
+        where: What they follow from.
+
+    Raises:
+        ConfigError: As :func:`asked_run`.
+    """
+    given = [parse_override(override)[0] for override in overrides]
+    return asked_run(layered({}, values, given), where=" ".join([where, *overrides]))
+
+
+def origin_of(run: RunConfig[Any], folder: Path) -> RunOrigin:
+    """Return a run as the origin of another, whether it is finished or not.
+
+    Args:
+        run: Its settings.
+        folder: Its run folder.
+    """
+    layers = run.method.projection_head_layers(is_vit=run.backbone.is_vit)
+    return _of_run(run, folder, folder / "encoder.safetensors", layers)
+
+
+def finetune_data(pretrained: RunConfig[Any]) -> dict[str, Any]:
+    """Return the images of a pretraining with the views to fine-tune on: one crop and flip.
+
+    Crops are as small as in pretraining, resized in the same way, and mirrored only if they were
+    there.
+    """
+    data: dict[str, Any] = pretrained.data.model_dump(mode="json")
+    kinds = pretrained.data.views.views()
+    largest = max(kinds, key=lambda kind: kind.size_px)
+    views: dict[str, Any] = {"recipe": "finetune", "size_px": largest.size_px}
+    if not any(isinstance(op, Flip) for kind in kinds for op in kind.ops):
+        views["flip_prob"] = 0.0
+    if largest.crop.short_side is None:
+        views["min_scale"] = largest.crop.scale[0]
+    resized = {"interpolation": largest.crop.interpolation, "antialias": largest.crop.antialias}
+    data["views"] = views | resized
+    return data
+
+
+def _on_images_of(origin: RunOrigin, overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the settings that a run takes over: of its images only if they are the same."""
+    values, _ = without_other_source(
+        origin.values,
+        source=named_source(overrides, "data.source"),
+        test_source=named_source(overrides, "evaluate.source"),
+    )
+    return values
+
+
+def _of_run(run: RunConfig[Any], folder: Path, weights: Path, head_layers: int) -> RunOrigin:
+    values = run.model_dump(mode="json", exclude={"name", "adversary_optim", "optim", "train"})
+    values |= {
+        "data": finetune_data(run),
+        "evaluate": values["evaluate"] | {"finetune": None, "every": _PACE},
+        "track": values["track"] | {"registered_model": None},
+        "train": {"precision": run.train.precision, "channels_last": run.train.channels_last},
+        "output_dir": str(folder.parent),
+    }
+    return RunOrigin(run.name, folder, weights, head_layers, values, run.method.finetuned_pool)
+
+
+def _of_file(folder: Path, weights: Path, head_layers: int) -> RunOrigin:
+    """Return an encoder file without a run as an origin; what its header says is all there is."""
+    known = read_description(weights)
+    data: dict[str, Any] = {"views": {"recipe": "finetune", "size_px": known["image_size_px"]}}
+    data |= {key: known[key] for key in ("mean", "std") if key in known}
+    values = {
+        "data": data,
+        "backbone": dict(known.get("backbone") or {}),
+        "evaluate": {"every": _PACE},
+    }
+    return RunOrigin(weights.stem, folder, weights, head_layers, values)
+
+
+def _trained(
+    values: Mapping[str, Any], *, epochs: float, most: int, whole: Source | None
+) -> dict[str, Any]:
+    """Return the section ``train``, with a batch that is not larger than the source."""
+    train: dict[str, Any] = {"checkpoint_every": _PACE} | dict(values.get("train") or {})
+    if train.get("steps") is None:
+        train.setdefault("epochs", epochs)
+    if "global_batch_size" not in train:
+        num_images = _num_images(values, whole, otherwise=most)
+        workers = max(1, (values.get("cluster") or {}).get("num_train_workers", 1))
+        train["global_batch_size"] = max(1, min(most, num_images) // workers) * workers
+    return train
+
+
+def _num_images(values: Mapping[str, Any], whole: Source | None, *, otherwise: int) -> int:
+    """Count the images that a run would be trained on, unless its settings make no run."""
+    section = values["data"]
+    if "source" not in section:
+        raise ConfigError(
+            "data.source: this encoder lies in no run folder, so it is not known on which images "
+            "it is to be trained; give data.source=... with labels"
+        )
+    kind = load_method(str(values["method"]["name"])).Config
+    data = validated(DataConfig, section)
+    evaluate = validated(EvaluateConfig, values.get("evaluate") or {})
+    method = validated(kind, values["method"])
+    if isinstance(data, list) or isinstance(evaluate, list) or isinstance(method, list):
+        return otherwise  # all that is wrong is told when the whole run is looked at
+    if whole is None:
+        source = open_training_source(absolute_config(data), absolute_config(evaluate), method)
+    else:
+        source = seen_part(whole, data, evaluate, method)
+    return int(source.group_sizes.sum())
+
+
+def _lars(per_root: float) -> dict[str, Any]:
+    """SimCLR v2's LARS: so much times the root of the batch; raysl's rates are for 256 images."""
+    return {
+        "name": "lars",
+        "base_lr": per_root * 16,
+        "lr_scaling": "sqrt",
+        "weight_decay": 0.0,
+    }
+
+
+def _with_defaults(given: Mapping[str, Any] | None, default: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill a section up; defaults of one optimizer are none for another."""
+    given = dict(given or {})
+    return {**default, **given} if given.get("name", default["name"]) == default["name"] else given
+
+
+def _is_given(overrides: Sequence[str], key: str) -> bool:
+    section = key.partition(".")[0]
+    return any(override.partition("=")[0] in (key, section) for override in overrides)
+
+
+def _architecture(backbone: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes two encoders the same network, whatever they are trained with."""
+    section = validate(BackboneConfig, backbone, where="backbone").model_dump(mode="json")
+    training = ("weights", "drop_path", "batch_norm", "batch_norm_splits")
+    return {key: value for key, value in section.items() if key not in training}
+
+
+def _finetuned_name(name: str, fraction: float, head_layers: int) -> str:
+    labels = "" if fraction == 1 else f"-{100 * fraction:g}percent"
+    return f"{name}-finetuned{labels}" + (f"-layer{head_layers}" if head_layers else "")

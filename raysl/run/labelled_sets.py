@@ -1,0 +1,34 @@
+"""Open the labelled images that a run is measured on, and note what is missing."""
+
+from typing import Any
+
+from raysl.evaluate.labelled import choose_labelled, open_labelled
+from raysl.evaluate.protocol import LabelledSets
+from raysl.run.recipe import RunConfig
+from raysl.sources.source import Source
+from raysl.sources.subset import whole_source
+
+
+def labelling_notes(config: RunConfig[Any], source: Source) -> list[str]:
+    """Return what a run says of the labels that it is measured with: a line each.
+
+    Nothing is decoded, but labels are read, and those of a test set.
+
+    Raises:
+        DataError: If the labels cannot be what ``evaluate`` says, as :func:`open_sets` would later.
+    """
+    evaluate = config.evaluate
+    if config.method.classifies:  # no probes are trained
+        evaluate = evaluate.model_copy(update={"final": "knn"})
+    return list(choose_labelled(evaluate, config.data, whole_source(source)).notes)
+
+
+def open_sets(config: RunConfig[Any], source: Source, *, num_threads: int) -> LabelledSets | None:
+    """Open the labelled images that a run is measured on; None if nothing can be measured."""
+    return open_labelled(
+        config.evaluate,
+        config.data,
+        whole_source(source),
+        size_px=config.image_size_px,
+        num_threads=num_threads,
+    )

@@ -1,0 +1,67 @@
+"""Train a run in this process, without Ray: the same plan, the same pixels, the same loss."""
+
+import os
+from typing import Any
+
+import torch
+
+from raysl.evaluate.protocol import LabelledSets
+from raysl.run.local_stream import open_local
+from raysl.run.measuring import Place
+from raysl.run.recipe import ClusterConfig, RunConfig
+from raysl.run.worker import pretrain
+from raysl.sources.source import Source
+from raysl.track.results import Results
+from raysl.track.run_folder import RunFolder, latest_step
+from raysl.train.loop import Log
+
+
+def uses_gpu(cluster: ClusterConfig) -> bool:
+    """Return whether a run in this process trains on a GPU."""
+    return cluster.device != "cpu" and torch.cuda.is_available()
+
+
+def pretrain_here(
+    config: RunConfig[Any],
+    *,
+    folder: RunFolder,
+    source: Source,
+    num_cpus: int | None = None,
+    evaluated: Log | None = None,
+    sets: LabelledSets | None = None,
+) -> Results:
+    """Train, or go on from the newest checkpoint, with threads of this process making the views.
+
+    Args:
+        config: The run.
+        folder: Its folder.
+        source: The training images.
+        num_cpus: Threads of torch, and as many that make views, where the configuration leaves
+            them open; None takes all of the machine.
+        evaluated: As of :func:`raysl.run.worker.pretrain`.
+        sets: As of the same.
+
+    Returns:
+        The results of the run.
+
+    Raises:
+        RayslError: As :func:`raysl.run.worker.pretrain` does.
+    """
+    cluster = config.cluster
+    cpus = num_cpus or os.cpu_count() or 1
+    start_step = latest_step(folder.checkpoints)
+    return pretrain(
+        config,
+        folder=folder,
+        source=source,
+        place=Place(
+            torch.device("cuda" if uses_gpu(cluster) else "cpu"),
+            cluster.threads_per_train_worker or cpus,
+        ),
+        start_step=start_step,
+        open_batches=lambda _: open_local(
+            config, source, start_step=start_step, num_threads=cluster.num_data_workers or cpus
+        ),
+        evaluated=evaluated,
+        sets=sets,
+    )

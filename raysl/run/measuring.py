@@ -1,0 +1,202 @@
+"""Measure the encoder during training: a worker's share of it, and the same for a file."""
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from raysl.encoder.file import load_encoder, save_encoder
+from raysl.evaluate.features import EvalImages, embed, embed_alone
+from raysl.evaluate.online import OnlineFeatures, OnlineSets, online_metrics, open_online
+from raysl.evaluate.protocol import LabelledSets
+from raysl.methods.base import Method
+from raysl.nn.batchnorm import average_statistics
+from raysl.nn.collectives import rank_and_size
+from raysl.run.build import describe
+from raysl.run.online import Begin, OnlineEvaluations, is_evaluated, read_failures
+from raysl.run.recipe import RunConfig, derive_for
+from raysl.sources.source import Source
+from raysl.track.run_folder import MetricsFile, RunFolder, list_waiting, read_metrics
+from raysl.train.batches import input_converter
+
+ToInput = Callable[[npt.NDArray[np.uint8]], Tensor]
+
+
+class Place(NamedTuple):
+    """Where a worker runs."""
+
+    device: torch.device
+    threads: int  # of torch, and of decoding during evaluation
+
+
+class Measuring:
+    """Evaluates an encoder at its steps: by all workers at once, or by someone beside them.
+
+    Args:
+        config: The run.
+        method: Whose encoder is measured.
+        folder: The run's folder.
+        source: The training images.
+        labelled: The labelled images to measure on; None measures without labels.
+        to_input: Turns ``(B, S, S, 3)`` uint8 into the encoder's input on its device.
+        place: This worker's device and threads.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig[Any],
+        method: Method,
+        *,
+        folder: RunFolder,
+        source: Source,
+        labelled: LabelledSets | None,
+        to_input: ToInput,
+        place: Place,
+    ) -> None:
+        self._config = config
+        self._method = method
+        self._folder = folder
+        self._to_input = to_input
+        self._place = place
+        self._total_steps = derive_for(config, source).total_steps
+        self._sets = open_online(
+            config.evaluate,
+            labelled,
+            source,
+            size_px=config.image_size_px,
+            num_threads=place.threads,
+        )
+        self._in_background = False
+        self._metrics: MetricsFile | None = None
+        self._online: OnlineEvaluations | None = None
+        self._newest: tuple[int, dict[str, float]] = (-1, {})
+
+    def open(self, metrics: MetricsFile | None, begin: Begin | None, *, start_step: int) -> None:
+        """Take up what an earlier process left to measure.
+
+        Args:
+            metrics: The metrics file, on rank 0; None on the others.
+            begin: Measures beside the workers; None lets the workers measure. Every rank is told
+                the same; rank 0 calls it.
+            start_step: Steps done.
+        """
+        self._in_background = begin is not None
+        self._metrics = metrics
+        # Those that wait although workers measure now were left by a start with other settings.
+        if metrics is not None and (begin is not None or list_waiting(self._folder.to_evaluate)):
+            self._online = OnlineEvaluations(
+                self._folder,
+                sets=self._sets,
+                begin=begin or self._begin_here,
+                log=lambda values, step: metrics.log(values, step=step),
+                start_step=start_step,
+            )
+
+    def evaluate(self, step: int) -> Mapping[str, float]:
+        """Measure the encoder as it is, or have it measured; return what is known at once.
+
+        Collective. ``time/evaluate_s`` are the seconds that training stood still for it.
+        """
+        began = time.perf_counter()
+        metrics: Mapping[str, float] = {}
+        if not self._in_background:
+            metrics = self.at(step)
+        elif step < self._total_steps:  # the last one is measured when nobody trains any more
+            average_statistics(self._method)
+            if self._online is not None:
+                self._online.add(step, self._save)
+        return {**metrics, "time/evaluate_s": time.perf_counter() - began}
+
+    def collect(self) -> None:
+        """Log what was measured elsewhere by now; never waits."""
+        if self._online is not None:
+            self._online.collect()
+
+    def measure_last(self) -> None:
+        """Measure the last step where that was put off; collective, and part of the run's end."""
+        if self._in_background and self._config.evaluate.every is not None:
+            self.at(self._total_steps)
+
+    def finish(self) -> int:
+        """Wait for what is measured elsewhere and log it, then what was put off; for rank 0.
+
+        Returns:
+            Evaluations that failed or were left out.
+        """
+        if self._online is None or self._metrics is None:
+            return 0
+        self._online.finish()
+        step, metrics = self._newest
+        known = read_metrics(self._folder.metrics)
+        if metrics and not any(r["step"] == step and is_evaluated(r) for r in known):
+            self._metrics.log(metrics, step=step)
+        return len(read_failures(self._folder))
+
+    def at(self, step: int) -> Mapping[str, float]:
+        """Return the metrics of the encoder as it is after ``step`` steps; collective."""
+        if self._newest[0] != step:
+            average_statistics(self._method)
+            metrics = _measure(
+                lambda images: embed(self._method.encoder, images, to_input=self._to_input),
+                self._sets,
+                self._config,
+            )
+            self._newest = step, metrics
+        return self._newest[1]
+
+    def _save(self, path: Path) -> None:
+        save_encoder(path, self._method.encoder, description=describe(self._config))
+
+    def _begin_here(self, path: Path, sets: OnlineSets) -> "Future[Mapping[str, float]]":
+        _, size = rank_and_size()
+        future: Future[Mapping[str, float]] = Future()
+        future.set_result(
+            measure_file(path, sets, self._config, device=self._place.device, num_ranks=size)
+        )
+        return future
+
+
+def measure_file(
+    path: Path,
+    sets: OnlineSets,
+    config: RunConfig[Any],
+    *,
+    device: torch.device,
+    num_ranks: int,
+) -> dict[str, float]:
+    """Measure the encoder in a file as so many train workers would.
+
+    Args:
+        path: What :func:`raysl.encoder.file.save_encoder` wrote.
+        sets: The images.
+        config: The run.
+        device: Where to compute.
+        num_ranks: Train workers of the run.
+    """
+    layout = torch.channels_last if config.train.channels_last else torch.preserve_format
+    encoder = load_encoder(path).to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    to_input = input_converter(
+        device=device,
+        mean=config.data.mean,
+        std=config.data.std,
+        channels_last=config.train.channels_last,
+    )
+    return _measure(
+        lambda images: embed_alone(encoder, images, to_input=to_input, num_ranks=num_ranks),
+        sets,
+        config,
+    )
+
+
+def _measure(
+    embed_all: Callable[[EvalImages], Tensor], sets: OnlineSets, config: RunConfig[Any]
+) -> dict[str, float]:
+    test = None if sets.labelled is None else embed_all(sets.labelled.test)
+    features = OnlineFeatures(embed_all(sets.train), embed_all(sets.pairs), test)
+    return online_metrics(config.evaluate, sets, features)

@@ -1,0 +1,319 @@
+"""Write the report of a run: one self-contained HTML file that loads nothing from the network."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raysl.config.load import to_yaml
+from raysl.errors import DataError
+from raysl.exchange.library_lines import encoder_lines
+from raysl.report.document import (
+    draw_each,
+    escape,
+    files_section,
+    folded,
+    section,
+    shown_picture,
+    write_page,
+)
+from raysl.run.pictures import (
+    ENCODERS,
+    Probe,
+    accuracy,
+    draw_accuracy,
+    draw_curves,
+    draw_grid,
+    draw_map,
+    draw_views,
+    has_accuracy,
+    measured_probes,
+    percent,
+    probe_name,
+    read_method_pictures,
+)
+from raysl.run.recipe import Derived, RunConfig
+from raysl.sources.source import Source
+from raysl.track.results import Features, Results
+from raysl.track.run_folder import RunFolder, read_metrics
+
+_FILES = (
+    ("config.yaml", "the run, every setting resolved"),
+    ("metrics.jsonl", "one line of numbers a logging step"),
+    ("results.json", "the accuracies above"),
+    ("encoder.safetensors", "the encoder's weights under torchvision's names"),
+    ("method_pictures.npz", "what the method makes of a few images"),
+    ("projection_head.safetensors", "the projection head, for fine-tuning from one of its layers"),
+    ("classifier.safetensors", "encoder and classifier, for <code>raysl.load_classifier</code>"),
+    ("labels.json", "rows of the training images whose labels training saw"),
+    ("finetune", "the run that fine-tuned a copy of the encoder"),
+    ("features.npz", "features, labels and small images behind the map"),
+    ("checkpoints", "the whole state of training, to go on from"),
+    ("pictures", "the pictures of this page"),
+    ("mlflow.json", "which MLflow run this is"),
+)
+
+
+def draw_all(
+    folder: RunFolder, *, source: Source, config: RunConfig[Any], derived: Derived
+) -> list[tuple[str, str]]:
+    """Draw the pictures of a run, then write its page.
+
+    Thread-safe. A picture that fails is missing from the page, and its previous file is removed;
+    the others are still drawn.
+
+    Args:
+        folder: Contains ``metrics.jsonl``, and for a finished run ``results.json`` and
+            ``features.npz``; receives ``pictures/*.png`` and ``report.html``.
+        source: The training images.
+        config: The run.
+        derived: Its derived values.
+
+    Returns:
+        The name and the error of each picture, or of ``report``, that failed.
+    """
+    results = folder.read_results() or Results()
+    drawings: dict[str, Callable[[Path], None]] = {
+        "views": lambda path: draw_views(
+            path, source=source, views=config.data.views.views(), seed=config.seed
+        ),
+        "curves": lambda path: draw_curves(path, read_metrics(folder.metrics)),
+    }
+    if _has_map(folder, config):
+        drawings["map"] = lambda path: _draw_map_of(folder, path)
+    else:
+        (folder.pictures / "map.png").unlink(missing_ok=True)
+    if has_accuracy(results):
+        drawings["accuracy"] = lambda path: draw_accuracy(path, results)
+    failures = []
+    try:
+        for name, grid in read_method_pictures(folder.method_pictures).items():
+            drawings[f"method_{name}"] = partial(draw_grid, grid=grid)
+    except DataError as error:
+        failures.append(("method_pictures", str(error)))
+    failures += draw_each(folder.pictures, drawings)
+    try:
+        write_report(folder, config=config, derived=derived)
+    except Exception as error:
+        failures.append(("report", f"{type(error).__name__}: {error}"))
+    return failures
+
+
+def _has_map(folder: RunFolder, config: RunConfig[Any]) -> bool:
+    """Return whether a run saves features for a map; one that only measures neighbours does not."""
+    return folder.features.exists() or config.evaluate.final != "knn"
+
+
+def _draw_map_of(folder: RunFolder, path: Path) -> None:
+    if not folder.features.exists():
+        raise DataError(f"{folder.features}: not there; a finished run writes it")
+    with np.load(folder.features, allow_pickle=False) as kept:
+        draw_map(
+            path,
+            features=kept["features"],
+            labels=kept["labels"],
+            class_names=kept["class_names"].tolist(),
+            thumbnails=kept["thumbnails"],
+        )
+
+
+def write_report(folder: RunFolder, *, config: RunConfig[Any], derived: Derived) -> Path:
+    """Write ``report.html``: summary, accuracy, pictures, settings, how to use the encoder.
+
+    Args:
+        folder: The run; missing pictures and results are replaced by a note.
+        config: The run.
+        derived: Its derived values.
+
+    Returns:
+        The file, written atomically.
+    """
+    results = folder.read_results() or Results()
+    pictures = folder.pictures
+    curves = shown_picture(pictures, "curves", "Metrics over the optimizer step")
+    sections = [
+        _accuracy_section(folder, config, results),
+        section("Training", curves, _CURVES),
+        section("What the method saw", shown_picture(pictures, "views", "Images, views"), _VIEWS),
+        _method_section(folder),
+        section("Map of the features", shown_picture(pictures, "map", "Map"), _MAP)
+        if _has_map(folder, config)
+        else "",
+        _encoder_section(config),
+        _settings_section(config, derived),
+        files_section(folder.path, _FILES),
+    ]
+    lead = _summary(config, derived, results)
+    write_page(folder.report, name=config.name, lead=lead, sections=sections)
+    return folder.report
+
+
+_CURVES = (
+    "Faint lines are single logging steps, strong ones their running mean. Features whose spread "
+    "falls to 0 are the same for every image: training has collapsed."
+)
+_VIEWS = "Training images, spread evenly over the source, and their views in epoch 0."
+_MAP = (
+    "Images that the encoder finds alike lie close together; distances across the map and the "
+    "directions of its axes mean nothing. Labels only colour it: the layout never saw them."
+)
+
+
+def _summary(config: RunConfig[Any], derived: Derived, results: Results) -> str:
+    epochs = derived.total_steps / derived.steps_per_epoch
+    if config.method.classifies:
+        return _classifier_summary(config, derived, results)
+    sentence = (
+        f"{escape(config.method.name)} pretrained a {escape(config.backbone.name)} for "
+        f"{epochs:,.4g} epoch{'' if epochs == 1 else 's'} on {derived.num_images:,} images of "
+        f"{escape(config.data.source)}, without labels"
+    )
+    linear = percent(results.get("linear_top1"))
+    if linear is None:
+        known = (
+            "there are no labels to measure it with, or too few"
+            if results
+            else "the run has no results yet"
+        )
+        return f"{sentence}; its accuracy is not known: {known}."
+    untrained = percent(results.get("untrained_linear_top1"))
+    than = "" if untrained is None else f", against {untrained:.1f} % before training"
+    return f"{sentence}; a linear classifier on its features is right in {linear:.1f} %{than}."
+
+
+def _classifier_summary(config: RunConfig[Any], derived: Derived, results: Results) -> str:
+    epochs = derived.total_steps / derived.steps_per_epoch
+    sentence = (
+        f"A {escape(config.backbone.name)} learnt to tell classes apart (method "
+        f"{escape(config.method.name)}) in {epochs:,.4g} epoch{'' if epochs == 1 else 's'} of "
+        f"{derived.num_images:,} images of {escape(config.data.source)}"
+    )
+    result = percent(results.get("top1"))
+    if result is None:
+        return f"{sentence}; how often it is right is not known."
+    return (
+        f"{sentence}; it is right in {result:.1f} % of {_number(results.get('num_test_labels'))} "
+        f"test images."
+    )
+
+
+def _accuracy_section(folder: RunFolder, config: RunConfig[Any], results: Results) -> str:
+    if not has_accuracy(results):
+        return ""
+    probes = measured_probes(results)
+    heads = "".join(f"<th scope=col>{escape(probe_name(probe, results))}" for probe in probes)
+    rows = [f"<tr><th scope=col>Top-1, %{heads}"]
+    for features, name in ENCODERS:
+        cells = "".join(f"<td>{_accuracy_cell(results, features, probe)}" for probe in probes)
+        rows.append(f"<tr><th scope=row>{escape(name)}{cells}")
+    table = "<div class=scroll><table class=numbers>\n" + "\n".join(rows) + "\n</table></div>"
+    bars = shown_picture(folder.pictures, "accuracy", "Accuracies as bars")
+    return section("Accuracy of the frozen features", table + bars, _protocol(config, results))
+
+
+def _method_section(folder: RunFolder) -> str:
+    """Return the pictures by the method, if it has any."""
+    try:
+        pictures = read_method_pictures(folder.method_pictures)
+    except DataError:  # reported when it was drawn
+        return ""
+    return "\n".join(
+        section(
+            escape(name.replace("_", " ").capitalize()),
+            shown_picture(folder.pictures, f"method_{name}", escape(name)),
+            escape(grid.caption),
+        )
+        for name, grid in pictures.items()
+    )
+
+
+def _accuracy_cell(results: Results, features: Features, probe: Probe) -> str:
+    result = accuracy(results, features, probe)
+    if result is None:
+        return "&ndash;"
+    value, deviation = result
+    return f"{value:.1f}" if deviation is None else f"{value:.1f} &plusmn; {deviation:.1f}"
+
+
+def _protocol(config: RunConfig[Any], results: Results) -> str:
+    """Describe the settings and the images of the accuracies."""
+    evaluate = config.evaluate
+    # Older runs did not keep what they were measured with.
+    known: Results = {
+        "knn_k": evaluate.knn_k,
+        "knn_temperature": evaluate.knn_temperature,
+        "few_shot_labels": evaluate.few_shot_labels,
+        "few_shot_draws": evaluate.few_shot_draws,
+    }
+    known |= results
+    num_train, num_test, num_classes, knn_k, temperature = map(
+        _number,
+        (
+            known.get("num_train_labels"),
+            known.get("num_test_labels"),
+            known.get("num_classes"),
+            known["knn_k"],
+            known["knn_temperature"],
+        ),
+    )
+    weights = config.backbone.weights
+    start = "random weights" if weights is None else f"the weights of {escape(weights)}"
+    text = (
+        f"Before training, the same network has {start}. Networks are frozen and see centred "
+        f"images of {config.image_size_px} px. {num_train} labelled images train the probes, "
+        f"{num_test} others of {num_classes} classes test them. Nearest neighbours: k = {knn_k}, "
+        f"temperature {temperature}, cosine similarity. Linear: logistic regression, "
+        f"C = {evaluate.inverse_penalty:g}."
+    )
+    if "few_shot_top1" in measured_probes(results):
+        text += (
+            f" Few labels: {_number(known['few_shot_labels'])} a class, mean &plusmn; standard "
+            f"deviation of {_number(known['few_shot_draws'])} draws."
+        )
+    tuned = percent(results.get("finetune_top1"))
+    if tuned is not None and evaluate.finetune is not None:
+        text += (
+            f" Fine-tuned on {_number(results.get('finetune_labels'))} of the labels, from layer "
+            f"{evaluate.finetune.head_layers} of the projection head (0: the encoder alone), it is "
+            f"right in {tuned:.1f} %."
+        )
+    linear, count = percent(results.get("linear_top1")), results.get("num_test_labels")
+    if linear is None or not count:
+        return text
+    share = linear / 100
+    error = 100 * math.sqrt(share * (1 - share) / count)
+    return f"{text} With so many test images, the standard error of {linear:.1f} is {error:.1f}."
+
+
+def _encoder_section(config: RunConfig[Any]) -> str:
+    data = config.data
+    lines = encoder_lines(config.backbone, image_size_px=config.image_size_px)
+    text = (
+        f"It takes RGB images in [0, 1], minus the mean ({_numbers(data.mean)}), over the "
+        f"deviation ({_numbers(data.std)}); it was evaluated at {config.image_size_px} px."
+    )
+    return section("Use the encoder", f"<pre>{escape(chr(10).join(lines))}</pre>", text)
+
+
+def _settings_section(config: RunConfig[Any], derived: Derived) -> str:
+    text = to_yaml(config.model_dump(mode="json"))
+    rows = "\n".join(
+        f"<tr><th scope=row>{escape(key)}<td>{_number(value)}"
+        for key, value in derived._asdict().items()
+    )
+    follows = f"<div class=scroll><table>\n{rows}\n</table></div>"
+    resolved = folded("Configuration, every value resolved", f"<pre>{escape(text)}</pre>")
+    return section("Settings", resolved + "\n" + folded("What follows from it", follows))
+
+
+def _number(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return f"{value:,}" if isinstance(value, int) else "none" if value is None else escape(value)
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:g}" for value in values)

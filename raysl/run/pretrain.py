@@ -1,0 +1,337 @@
+"""Drive a run: open its folder, start the workers, follow them, report."""
+
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from raysl.config.load import read_mapping, to_yaml
+from raysl.data.first_look import first_look
+from raysl.errors import RayslError, RunFolderError
+from raysl.evaluate.training_source import open_training_source
+from raysl.folder.claim import OR_FRESH, refusal, set_aside
+from raysl.folder.whole import read_json, write_text
+from raysl.report.terminal import ProgressView, say, say_notes
+from raysl.run.absolute_files import with_absolute_files
+from raysl.run.build import precision_note
+from raysl.run.check import check_names, check_start
+from raysl.run.environment import flat, tags_of
+from raysl.run.extension import extend as extend_run
+from raysl.run.extension import other_than_length, tags_of_extensions
+from raysl.run.labelled_sets import labelling_notes
+from raysl.run.local import pretrain_here, uses_gpu
+from raysl.run.places import started_from, with_absolute_sources
+from raysl.run.ray_cluster import connect, describe_cluster, disconnect, plan_layout
+from raysl.run.ray_train import pretrain_on_ray
+from raysl.run.recipe import (
+    Derived,
+    RunConfig,
+    derive_for,
+    differences,
+    layered,
+    run_or_problems,
+    size_defaults,
+)
+from raysl.run.results import Run, say_results, speed
+from raysl.run.shell import Typed
+from raysl.run.source_record import hold_to_source, is_same, source_facts, what_changed
+from raysl.run.tracking import end_tracker, load_mlflow, run_artifacts, start_tracker
+from raysl.sources.open import open_source
+from raysl.sources.source import Source
+from raysl.sources.subset import whole_source
+from raysl.track.follow import Follower, MetricsReader, Record
+from raysl.track.results import Results
+from raysl.track.run_folder import (
+    RunFolder,
+    latest_step,
+    list_waiting,
+    read_metrics,
+    working_folder,
+)
+from raysl.track.uri import tracking_uri
+
+if TYPE_CHECKING:  # MLflow takes seconds to load, and not every run needs it
+    from raysl.track.mlflow_tracker import MlflowTracker
+
+_PROGRESS_EVERY_S = 0.5
+
+
+class Opened(NamedTuple):
+    """A run that is ready to start."""
+
+    run: Run
+    source: Source
+    derived: Derived
+
+    @property
+    def config(self) -> RunConfig[Any]:
+        """Its settings."""
+        return self.run.config
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where it lies."""
+        return self.run.folder
+
+    @property
+    def uri(self) -> str:
+        """MLflow's address."""
+        return tracking_uri(self.config.track.tracking_uri, folder=self.run.home)
+
+
+def train_run(
+    config: RunConfig[Any],
+    *,
+    began_at: float,
+    typed: Typed | None = None,
+    fresh: bool = False,
+    extend: bool = False,
+    tags: Mapping[str, str] | None = None,
+    told_of: Collection[str] = (),
+) -> Results:
+    """Train a run in its folder, or go on with it; one that is finished only tells its results.
+
+    Args:
+        config: The run.
+        began_at: What its seconds are counted from, in seconds since 1970.
+        typed: The file and the overrides that it was asked for with, if it was.
+        fresh: Start anew; an earlier run's folder is renamed.
+        extend: Go on with a run of another length, which may be finished, to the length of this.
+        tags: For its MLflow run, besides those that every run has.
+        told_of: Fingerprints of sources whose notes were said already.
+
+    Returns:
+        The results, as ``--json`` prints them.
+
+    Raises:
+        RunFolderError: If the folder holds a run with other settings or of other images.
+        RayslError: What else a run may meet.
+    """
+    home = working_folder()
+    config = with_absolute_files(config, home)
+    folder = RunFolder(home / Path(config.output_dir).expanduser() / config.name)
+    if fresh and folder.path.exists():
+        say(f"the earlier run is now in {set_aside(folder)}")
+    with folder.locked():
+        shorter = _known_length(folder, config, extend=extend)
+        run = Run(config, folder, home, typed, tags or {}, began_at)
+        results = folder.read_results()
+        if shorter is not None or results is None or "run_dir" not in results:
+            results = _train(_open(run, shorter), told_of)
+        else:
+            results = _finished(run, results)
+    say_results(run, results)
+    return results
+
+
+def _open(run: Run, shorter: RunConfig[Any] | None) -> Opened:
+    """Open the images, and claim the folder for the run and for them, before anything starts."""
+    config = run.config
+    check_names(config)
+    source = open_training_source(config.data, config.evaluate, config.method)
+    derived = check_start(config, source)
+    lines = hold_to_source(run.folder, source, config)
+    if shorter is not None:
+        lines += extend_run(run.folder, (shorter, derive_for(shorter, source)), (config, derived))
+    for line in lines:
+        say(line)
+    write_text(run.folder.config, to_yaml(config.model_dump(mode="json")))
+    return Opened(run, source, derived)
+
+
+def _known_length(
+    folder: RunFolder, config: RunConfig[Any], *, extend: bool
+) -> RunConfig[Any] | None:
+    """Return the run of another length that the folder holds, if this one is to extend it.
+
+    Raises:
+        RunFolderError: If the folder holds another run, or none that could be extended.
+    """
+    if not folder.config.exists():
+        if extend:
+            raise RunFolderError(f"{folder.path}: no run to extend; leave --extend out to start it")
+        return None
+    old, values = _with_new_defaults(folder), config.model_dump(mode="json")
+    known = old if isinstance(old, dict) else old.model_dump(mode="json")
+    changed, more = differences(known, values), other_than_length(known, values)
+    if not changed:
+        return None
+    if more or not extend or isinstance(old, dict):
+        length = "" if more else ", or --extend to go on with this one to the new length"
+        shown = more if extend and more else changed
+        text = refusal(
+            folder.path, "holds a run with other settings", shown, instead=OR_FRESH + length
+        )
+        raise RunFolderError(text)
+    return old
+
+
+def _with_new_defaults(folder: RunFolder) -> RunConfig[Any] | dict[str, Any]:
+    """Fill up the settings of an old folder: one that is newer than it has its default there.
+
+    Settings that are no run any more are returned as they are.
+    """
+    values = layered({}, read_mapping(folder.config), ())  # without what had no effect
+    found = run_or_problems(values)
+    if isinstance(found, list):
+        return values
+    return with_absolute_sources(found, first=started_from(folder, found.output_dir))
+
+
+def _finished(run: Run, results: Results) -> Results:
+    """Tell of a run that is finished, and of its images if they are others by now."""
+    folder, config = run.folder, run.config
+    write_text(folder.config, to_yaml(config.model_dump(mode="json")))
+    say(
+        f"{folder.path}: this run is finished; a larger train.epochs or train.steps with --extend "
+        f"goes on with it, --fresh starts it anew, name=... another"
+    )
+    try:
+        source = open_training_source(config.data, config.evaluate, config.method)
+        opened = Opened(run, source, derive_for(config, source))
+    except RayslError as error:
+        say(f"  it is told as it ended; its images cannot be opened any more: {error}")
+        return results
+    known, facts = read_json(folder.source), source_facts(source)
+    if known is not None and not is_same(known, facts):
+        changed = "\n    ".join(what_changed(known, facts))
+        say(f"  it is told as it ended; its images have changed since it began:\n    {changed}")
+    return _send_again(opened, results)
+
+
+def _train(opened: Opened, told_of: Collection[str]) -> Results:
+    config, folder, derived = opened.config, opened.folder, opened.derived
+    done = latest_step(folder.checkpoints)
+    _say_start(opened, done, told_of)
+    if config.track.mlflow and config.cluster.num_train_workers > 0:
+        load_mlflow(opened.uri)
+    with ExitStack() as stack:
+        start: Callable[[], Results] = lambda: pretrain_here(  # noqa: E731
+            config, folder=folder, source=opened.source
+        )
+        facts: dict[str, str] = {}
+        use_gpu = uses_gpu(config.cluster)
+        if config.cluster.num_train_workers > 0:
+            if connect():
+                stack.callback(disconnect)
+            layout = plan_layout(config)
+            use_gpu = layout.use_gpu
+            facts = describe_cluster()
+            say(
+                f"  {layout.num_train_workers} train worker(s) on "
+                f"{'GPU' if layout.use_gpu else f'CPU ({layout.threads_per_train_worker} threads)'}"
+                f", {layout.num_data_workers} data worker(s), {layout.num_nodes} node(s)"
+            )
+            start = lambda: pretrain_on_ray(  # noqa: E731
+                config, folder=folder, source=opened.source, layout=layout
+            )
+        if note := precision_note(config, use_gpu=use_gpu):
+            say(f"  {note}")
+        tracker = _start_tracker(opened, facts)
+        progress = ProgressView(total_steps=derived.total_steps, done=done)
+        reader = MetricsReader(folder.metrics, dict.fromkeys((), done))
+        try:
+            with Follower(reader, _showing(progress, folder), every_s=_PROGRESS_EVERY_S):
+                results = start()
+        except BaseException as error:
+            progress.close()
+            if tracker is not None:
+                killed = isinstance(error, KeyboardInterrupt)
+                tracker.finish(
+                    status="KILLED" if killed else "FAILED", artifacts=[], log_model=None
+                )
+            raise
+        progress.close()
+    return _finish(opened, results, tracker)
+
+
+def _showing(progress: ProgressView, folder: RunFolder) -> Callable[[list[Record]], None]:
+    return lambda records: progress.update(
+        records, num_evaluations=len(list_waiting(folder.to_evaluate))
+    )
+
+
+def _start_tracker(
+    opened: Opened, facts: dict[str, str], *, ended: bool = False
+) -> "MlflowTracker | None":
+    track = opened.config.track
+    if not track.mlflow:
+        return None
+    found = size_defaults(opened.config, opened.source)
+    by_size = {name: default.value for name, default in found.items()}
+    return start_tracker(
+        opened.folder,
+        track,
+        uri=opened.uri,
+        run_name=opened.config.name,
+        params=flat(opened.config.model_dump(mode="json"))
+        | flat({"derived": opened.derived._asdict() | by_size}),
+        tags={
+            **tags_of(opened.config, opened.source, facts),
+            **tags_of_extensions(opened.folder),
+            **opened.run.tags,
+        },
+        ended=ended,
+    )
+
+
+def _finish(opened: Opened, results: Results, tracker: "MlflowTracker | None") -> Results:
+    """Draw the report, end the MLflow run, and write the results with all that is known now."""
+    folder = opened.folder
+    records = read_metrics(folder.metrics)
+    results = results | speed(records, opened.run.began_at)
+    folder.write_results(results)
+    say("drawing the report")
+    from raysl.run.page import draw_all  # noqa: PLC0415 - matplotlib takes a second
+
+    for picture, problem in draw_all(
+        folder, source=opened.source, config=opened.config, derived=opened.derived
+    ):
+        say(f"  {picture} could not be drawn: {problem}")
+    place: Results = {"run_dir": str(folder.path)}
+    results = place | results | _end_tracker(opened, tracker)
+    folder.write_results(results)
+    return results
+
+
+def _end_tracker(opened: Opened, tracker: "MlflowTracker | None") -> Results:
+    folder = opened.folder
+    return end_tracker(tracker, folder, opened.config.track, artifacts=run_artifacts(folder))
+
+
+def _send_again(opened: Opened, results: Results) -> Results:
+    """Send to MLflow what it could not take when the run ended."""
+    if results.get("mlflow_problem") is None:
+        return results
+    tracker = _start_tracker(opened, {}, ended=True)
+    results = results | _end_tracker(opened, tracker)
+    opened.folder.write_results(results)
+    return results
+
+
+def _say_start(opened: Opened, done: int, told_of: Collection[str]) -> None:
+    config, derived = opened.config, opened.derived
+    what = f"goes on after step {done}" if done else "starts"
+    say(
+        f"{config.name} {what}: {config.method.name}, {config.backbone.name}, "
+        f"{derived.num_images:,} images from {opened.source.name}, {derived.total_steps} steps of "
+        f"{config.train.global_batch_size} images\n  {opened.folder.path}"
+    )
+    for name, default in size_defaults(config, opened.source).items():
+        say(f"  {name}: {default.formula}")
+    _say_sources(opened, told_of)
+
+
+def _say_sources(opened: Opened, told_of: Collection[str]) -> None:
+    """Say what lies in the images that one may not think of, once, on the driver."""
+    config = opened.config
+    whole = whole_source(opened.source)
+    if whole.fingerprint not in told_of:
+        say_notes(whole, first_look(whole))
+    if config.evaluate.source is not None:
+        given = config.evaluate.test_images(config.data)
+        test = open_source(given, held_out=True, data=config.data)
+        if test.fingerprint not in {*told_of, whole.fingerprint}:
+            say_notes(test, title=f"evaluate.source={test.name}")
+    for note in labelling_notes(config, opened.source):
+        say(f"  {note}")

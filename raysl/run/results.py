@@ -1,0 +1,101 @@
+"""Print the results of a run, its speed, and the next command to try."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from raysl.report.terminal import accuracy_table, classifier_line, console, say
+from raysl.run.online import read_failures
+from raysl.run.recipe import RunConfig
+from raysl.run.shell import Typed, command, longer_command
+from raysl.sources.source import BUILT_IN
+from raysl.track.results import Results
+from raysl.track.run_folder import RunFolder
+from raysl.track.uri import compare_line
+
+_LONGER = 2
+_PHOTOS = "simclr_resnet18_photos"
+
+
+class Run(NamedTuple):
+    """A run that was asked for."""
+
+    config: RunConfig[Any]
+    folder: RunFolder
+    home: Path  # what relative paths are relative to
+    typed: Typed | None  # of one that was asked for by a file
+    tags: Mapping[str, str]  # of its MLflow run, besides those that every run has
+    began_at: float  # in seconds since 1970
+
+
+def speed(records: list[dict[str, Any]], began_at: float) -> Results:
+    """Return images a second and the share of waiting from the first to the last step."""
+    timed = [r for r in records if r.get("time/train_s")]
+    seconds = sum(r["time/train_s"] for r in timed)
+    images = sum(r["train/images_per_s"] * r["time/train_s"] for r in timed)
+    waited = sum(r["data/wait_share"] * r["time/train_s"] for r in timed)
+    firsts = [r["time/first_step_at"] for r in records if "time/first_step_at" in r]
+    recent = [first - began_at for first in firsts if first >= began_at]
+    results: Results = {
+        "images_per_s": images / seconds if seconds else 0.0,
+        "data_wait": waited / seconds if seconds else 0.0,
+    }
+    if recent:
+        results["seconds_to_first_step"] = recent[0]
+    results["seconds"] = time.time() - began_at
+    return results
+
+
+def say_results(run: Run, results: Results) -> None:
+    """Tell what a run gave, where it lies, and what may come next."""
+    folder, config = run.folder, run.config
+    out = console()
+    if "linear_top1" in results:
+        out.print(accuracy_table(results))
+    elif "knn_top1" in results:  # evaluate.final=knn
+        out.print(f"nearest neighbours: right in {results['knn_top1']:.1%} of the test images")
+    if "top1" in results:
+        out.print(classifier_line(results), markup=False)
+    if results.get("num_bad_images"):
+        say(f"{results['num_bad_images']:,} bad images, listed in {folder.bad_images}")
+    failures = read_failures(folder)
+    if failures:
+        say(
+            f"{len(failures)} evaluation(s) on the way failed or were left out, listed in "
+            f"{folder.failed_evaluations}; the last one: step {failures[-1]['step']}: "
+            f"{failures[-1]['problem']}"
+        )
+    lines = [f"model     {folder.classifier}"] if config.method.classifies else []
+    lines += [
+        f"encoder   {folder.encoder}",
+        f"report    {folder.report}",
+        f"metrics   {folder.metrics}",
+    ]
+    if config.track.mlflow:
+        lines.append(f"compare   {compare_line(config.track.tracking_uri, folder=run.home)}")
+    lines.append(f"next      {_next_command(run, results)}")
+    if photos := _photos_command(run):
+        lines.append(f"photos    {photos}")
+    out.print("\n".join(lines), markup=False)
+
+
+def _next_command(run: Run, results: Results) -> str:
+    """Return the line that goes one step further with this run; it runs as it stands."""
+    if run.config.method.classifies:
+        return command("distill", run.folder.path)
+    if run.typed is not None:
+        return longer_command(run.typed, run.config, times=_LONGER)
+    if "knn_top1" in results:  # there are labels
+        return command("finetune", run.folder.path, "data.labels.fraction=0.1")
+    return command("evaluate", run.folder.path)
+
+
+def _photos_command(run: Run) -> str:
+    """Return how to go from built-in images to one's own; empty for who has them."""
+    if run.typed is None or run.config.data.source not in BUILT_IN:
+        return ""
+    photos = run.typed.config_file.with_name(f"{_PHOTOS}.yaml")
+    if not photos.exists():
+        photos = Path(_PHOTOS)  # raysl ships it
+    return command("pretrain", photos, "data.source=FOLDER_OF_IMAGES", "name=mine")

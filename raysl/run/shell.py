@@ -1,0 +1,45 @@
+"""Build commands to print, ready to paste into a shell."""
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from raysl.config.load import parse_override
+from raysl.run.recipe import RunConfig
+
+_LENGTH = re.compile(r"-\d+(\.\d+)?(e[+-]?\d+)?(epochs|steps)$")
+
+
+class Typed(NamedTuple):
+    """What a run was asked for with, as it was typed."""
+
+    config_file: Path
+    overrides: tuple[str, ...]
+
+
+def command(verb: str, *words: object) -> str:
+    """Return ``raysl VERB WORDS`` with each word quoted as a shell needs it."""
+    return shlex.join(["raysl", *verb.split(), *map(str, words)])
+
+
+def longer_command(typed: Typed, config: RunConfig, *, times: float) -> str:  # type: ignore[type-arg]
+    """Return the command that trains the same run longer, under a name that says how long.
+
+    Args:
+        typed: How the run was asked for; all of its overrides stay but the name and the length.
+        config: The run.
+        times: How much longer.
+    """
+    train = config.train
+    length, unit = (train.steps, "steps") if train.steps else (train.epochs or 1, "epochs")
+    amount = f"{times * length:g}" if unit == "epochs" else str(round(times * length))
+    name = f"{_LENGTH.sub('', config.name)}-{amount}{unit}"
+    kept = without_keys(typed.overrides, "name", f"train.{unit}")
+    return command("pretrain", typed.config_file, *kept, f"name={name}", f"train.{unit}={amount}")
+
+
+def without_keys(overrides: Sequence[str], *keys: str) -> list[str]:
+    """Return overrides without those of some keys."""
+    return [override for override in overrides if parse_override(override)[0] not in keys]

@@ -1,0 +1,152 @@
+"""Start, check and end the MLflow tracking of a run."""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raysl.encoder.file import load_encoder, read_description
+from raysl.report.terminal import say
+from raysl.run.environment import packages
+from raysl.track.config import TrackConfig
+from raysl.track.results import Results
+from raysl.track.run_folder import RunFolder
+from raysl.track.uri import without_password
+
+if TYPE_CHECKING:  # MLflow takes seconds to load, and not every run needs it
+    from raysl.track.mlflow_problem import MlflowProblem
+    from raysl.track.mlflow_tracker import MlflowTracker
+
+# A store that is made anew takes some 6 s on two busy cores, and no start waits longer.
+_FIRST_ANSWER_S = 15.0
+
+
+def load_mlflow(uri: str) -> threading.Thread:
+    """Load MLflow and open its store in the background, which takes seconds, while Ray starts."""
+
+    def load() -> None:
+        from raysl.track.mlflow_tracker import warm_up  # noqa: PLC0415 - as the name says
+
+        warm_up(uri)
+
+    thread = threading.Thread(target=load, name="raysl-load-mlflow", daemon=True)
+    thread.start()
+    return thread
+
+
+def start_tracker(
+    folder: RunFolder,
+    track: TrackConfig,
+    *,
+    uri: str,
+    run_name: str,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+    patience_s: float = _FIRST_ANSWER_S,
+    ended: bool = False,
+) -> "MlflowTracker":
+    """Begin to send a run to MLflow; say it now if MLflow does not take it, and go on.
+
+    Args:
+        folder: The run's.
+        track: Its section ``track``.
+        uri: MLflow's address.
+        run_name: As MLflow shows it.
+        params: The settings, flat.
+        tags: What else is known.
+        patience_s: How long to wait for MLflow's first answer.
+        ended: There is no work to do any more; what MLflow does not take is told at the end alone.
+
+    Returns:
+        What sends it; it was started.
+    """
+    from raysl.track.mlflow_tracker import MlflowTracker  # noqa: PLC0415 - mlflow takes seconds
+
+    tracker = MlflowTracker(
+        folder, uri=uri, experiment=track.experiment, run_name=run_name, params=params, tags=tags
+    )
+    tracker.start()
+    tracker.wait_for_run(patience_s)
+    if not ended:
+        say_trouble(tracker.trouble, uri, ended=False)
+    return tracker
+
+
+def say_trouble(trouble: "MlflowProblem | None", uri: str, *, ended: bool) -> None:
+    """Say what MLflow does not take, whether waiting helps, and if not, what does.
+
+    Args:
+        trouble: None says nothing.
+        uri: MLflow's address.
+        ended: Whether the work is done; otherwise it goes on untracked.
+    """
+    if trouble is None:
+        return
+    text, cure = trouble
+    if ended:
+        what = f"MLflow did not take everything: {text}. Nothing is lost: "
+        then = "the same command sends the rest"
+    else:
+        what = f"MLflow ({without_password(uri)}) takes nothing: {text}. The work goes on: "
+        then = "all of it is kept, and sent as soon as MLflow takes it, or by the same command"
+    say(f"  {what}{then}" if cure is None else f"  {what}{then}. MLflow will not by itself: {cure}")
+
+
+def end_tracker(
+    tracker: "MlflowTracker | None",
+    folder: RunFolder,
+    track: TrackConfig,
+    *,
+    artifacts: Sequence[Path],
+) -> Results:
+    """Send the rest of a finished run, its files and its encoder; return what to keep of it."""
+    if tracker is None:
+        return {"mlflow_run_id": None}
+    say(f"sending the rest to MLflow ({without_password(tracker.uri)})")
+    tracker.finish(
+        status="FINISHED", artifacts=list(artifacts), log_model=_model_logger(folder, track)
+    )
+    say_trouble(tracker.trouble, tracker.uri, ended=True)
+    return {"mlflow_run_id": tracker.run_id, "mlflow_problem": tracker.problem}
+
+
+def run_artifacts(folder: RunFolder) -> list[Path]:
+    """Return the files of a run that MLflow gets; some runs have not all of them."""
+    return [
+        folder.config,
+        folder.source,
+        folder.extensions,
+        folder.metrics,
+        folder.results,
+        folder.report,
+        folder.encoder,
+        folder.bad_images,
+        folder.labels,
+        folder.finetune / "labels.json",
+        folder.projection_head,
+        folder.classifier,
+        *sorted(folder.pictures.glob("*.png")),
+    ]
+
+
+def _model_logger(
+    folder: RunFolder, track: TrackConfig
+) -> "Callable[[MlflowTracker], None] | None":
+    if not track.log_model:
+        return None
+
+    def log(tracker: "MlflowTracker") -> None:
+        from raysl.track.mlflow_model import log_encoder  # noqa: PLC0415 - late, as the tracker is
+
+        description = read_description(folder.encoder)
+        log_encoder(
+            load_encoder(folder.encoder),
+            uri=tracker.uri,
+            run_id=tracker.run_id,
+            size_px=description["image_size_px"],
+            embed_dim=description["embed_dim"],
+            packages=packages("torch", "torchvision"),
+            registered_as=track.registered_model,
+        )
+
+    return log

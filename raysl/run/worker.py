@@ -1,0 +1,397 @@
+"""Pretrain as one worker: build, resume, train, evaluate, write the encoder."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raysl.augment.pipeline import device_ops
+from raysl.data.bad_reason import reason_of
+from raysl.data.decode import Flaw
+from raysl.errors import RunFolderError
+from raysl.evaluate.features import EvalImages, embed
+from raysl.evaluate.protocol import LabelledSets, all_protocols
+from raysl.evaluate.training_source import labels_record
+from raysl.folder.whole import appears_whole, write_json
+from raysl.methods.base import Progress
+from raysl.nn.backbones import Backbone
+from raysl.nn.batchnorm import average_statistics
+from raysl.nn.collectives import barrier, broadcast_object, gather_objects, rank_and_size
+from raysl.run.build import build_method, build_optimizers, precision_on
+from raysl.run.classify import Classified
+from raysl.run.finetune_copy import finetune_copy
+from raysl.run.labelled_sets import open_sets
+from raysl.run.measuring import Measuring, Place
+from raysl.run.method_pictures import write_method_pictures
+from raysl.run.networks import save_networks
+from raysl.run.online import Begin
+from raysl.run.recipe import Derived, RunConfig, derive_for, training_set
+from raysl.sources.source import Source
+from raysl.track.bad_images import BadImages
+from raysl.track.results import Features, Results, accuracies_of, with_prefix
+from raysl.track.run_folder import MetricsFile, RunFolder
+from raysl.train.batches import NumpyBatch, batch_converter, input_converter, view_converter
+from raysl.train.checkpoint import load_checkpoint, load_state, save_checkpoint
+from raysl.train.health import HealthCheck
+from raysl.train.loop import Hooks, Log, Schedule, Trainer
+
+# Images of the source whose features make the map.
+_MAP_IMAGES = 1500
+
+
+def pretrain(
+    config: RunConfig[Any],
+    *,
+    folder: RunFolder,
+    source: Source,
+    place: Place,
+    start_step: int,
+    open_batches: Callable[[Derived], Iterator[NumpyBatch]],
+    evaluated: Log | None = None,
+    sets: LabelledSets | None = None,
+    begin: Begin | None = None,
+) -> Results:
+    """Run one worker of a pretraining, from ``start_step`` to the written encoder.
+
+    Every rank calls it with the same arguments but ``place``. Rank 0 writes into the folder.
+
+    Args:
+        config: The run.
+        folder: The run's folder.
+        source: The training images, for evaluation.
+        place: This worker's device and threads.
+        start_step: The checkpoint to go on from; 0 starts anew.
+        open_batches: Opens this rank's stream of batches, beginning at ``start_step``.
+        evaluated: Gets the metrics of each evaluated step and the step, after its checkpoint; what
+            it raises ends the run.
+        sets: What :func:`open_sets` returned for this run or one that measures on the same images;
+            None opens them.
+        begin: Measures the encoder on the way; None lets the workers do it, and training waits.
+
+    Returns:
+        The results of the run, on rank 0 also written to ``results.json``.
+
+    Raises:
+        DivergedError: If the loss is not finite.
+        CollapsedError: If the features are the same for all images.
+        RunFolderError: If a checkpoint cannot be written or read.
+    """
+    torch.set_num_threads(place.threads)
+    derived = derive_for(config, source)
+    # First of all: the stream comes up while the model is built.
+    batches = open_batches(derived) if start_step < derived.total_steps else None
+    worker = _Worker(config, folder=folder, source=source, place=place, sets=sets)
+    if start_step:
+        worker.restore(start_step)
+    metrics = MetricsFile(folder.metrics, start_step=start_step) if worker.rank == 0 else None
+    worker.measuring.open(metrics, begin, start_step=start_step)
+    if batches is not None:
+        trainer = worker.trainer(_schedule(config, derived))
+        hooks = worker.hooks(_log_into(metrics, worker.measuring), evaluated)
+        trainer.run(batches, start_step=start_step, rank=worker.rank, hooks=hooks)
+    average_statistics(worker.method)
+    if metrics is not None:  # before anything else can go wrong
+        save_networks(folder, worker.method, config)
+        worker.draw(derived)
+    counts: Results = {"steps": derived.total_steps, "num_bad_images": len(worker.bad_images)}
+    results = worker.results() | counts
+    if metrics is not None:
+        _write_results(folder, metrics, results, worker.measuring)
+    barrier()
+    return results
+
+
+def _log_into(metrics: MetricsFile | None, measuring: Measuring) -> Log:
+    def log(values: Mapping[str, float], step: int) -> None:
+        if metrics is not None:  # on rank 0
+            metrics.log(values, step=step)
+            measuring.collect()
+
+    return log
+
+
+def _write_results(
+    folder: RunFolder, metrics: MetricsFile, results: Results, measuring: Measuring
+) -> None:
+    results["num_failed_evaluations"] = measuring.finish()
+    accuracies = {f"final/{k}": v for k, v in accuracies_of(results).items()}
+    metrics.log(accuracies, step=results["steps"])
+    metrics.close()
+    folder.write_results(results)
+
+
+class _Worker:
+    """One rank's method and optimizer, and what happens to them around the loop."""
+
+    def __init__(
+        self,
+        config: RunConfig[Any],
+        *,
+        folder: RunFolder,
+        source: Source,
+        place: Place,
+        sets: LabelledSets | None,
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.source = source
+        self.place = place
+        self.rank, _ = rank_and_size()
+        self.data = training_set(config, source)
+        self.method = build_method(config, self.data, device=place.device)
+        self.optimizers = build_optimizers(self.method, config, derive_for(config, source))
+        self.to_input = input_converter(
+            device=place.device,
+            mean=config.data.mean,
+            std=config.data.std,
+            channels_last=config.train.channels_last,
+        )
+        self.to_views = view_converter(
+            device=place.device,
+            mean=config.data.mean,
+            std=config.data.std,
+            channels_last=config.train.channels_last,
+            device_ops=[device_ops(view) for view in config.data.views.views()],
+        )
+        self.bad_images = BadImages(
+            folder.bad_images,
+            num_images=int(source.group_sizes.sum()),
+            max_share=config.data.bad_images.max_share,
+            name=source.where,
+            row_id=source.row_id,
+            reason=lambda row, flaw: reason_of(source, row, Flaw(flaw)),
+            writes=self.rank == 0,
+        )
+        self.sets = sets or open_sets(config, source, num_threads=place.threads)
+        self.classified: Classified | None = None
+        if self.method.label_classifier is not None and self.sets is not None:
+            model = self.method.label_classifier
+            self.classified = Classified(model, self.sets, to_input=self.to_input)
+        seen = labels_record(source, config.data.labels)
+        if self.rank == 0 and seen is not None:
+            write_json(folder.labels, seen)
+        self.measuring = Measuring(
+            config,
+            self.method,
+            folder=folder,
+            source=source,
+            labelled=self.sets,
+            to_input=self.to_input,
+            place=place,
+        )
+
+    def trainer(self, schedule: Schedule) -> Trainer:
+        """Return the loop around this rank's method."""
+        return Trainer(
+            self.method,
+            self.optimizers,
+            model=self._model(),
+            schedule=schedule,
+            to_batch=batch_converter(
+                self.to_views,
+                device=self.place.device,
+                labels=self.source.labels() if self.config.method.uses_labels else None,
+            ),
+            micro_batch_size=self.config.train.micro_batch_size,
+            precision=precision_on(self.config, self.place.device),
+            max_grad_norm=self.config.optim.max_grad_norm,
+            health=HealthCheck(self.config.health),
+        )
+
+    def _model(self) -> nn.Module:
+        """Return what the loop calls; micro-batches average their gradients themselves."""
+        if rank_and_size()[1] == 1 or self.config.train.micro_batch_size is not None:
+            return self.method
+        # Buffers are the method's own affair: queues are equal on all ranks, statistics averaged.
+        device = self.place.device
+        ids = [device.index] if device.type == "cuda" else None
+        return DistributedDataParallel(self.method, device_ids=ids, broadcast_buffers=False)
+
+    def hooks(self, log: Log, evaluated: Log | None) -> Hooks:
+        """Return what the loop calls on this rank."""
+        return Hooks(
+            log=log,
+            checkpoint=self.checkpoint,
+            evaluate=self.evaluate,
+            bad_images=self.report_bad_images,
+            evaluated=evaluated,
+        )
+
+    def restore(self, step: int) -> None:
+        """Load the checkpoint of a step."""
+        state = load_checkpoint(self.folder.checkpoints, step=step, device=self.place.device)
+        load_state(self.method, state["method"], owner=f"method {self.config.method.name}")
+        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.optimizer.load_state_dict(kept)
+
+    def checkpoint(self, step: int) -> None:
+        """Write a checkpoint on rank 0; an error there is an error on every rank."""
+        average_statistics(self.method)
+        problem: str | None = None
+        if self.rank == 0:
+            state = {
+                "method": self.method.state_dict(),
+                "optimizers": [each.optimizer.state_dict() for each in self.optimizers],
+                "step": step,
+            }
+            keep = self.config.train.keep_checkpoints
+            try:
+                save_checkpoint(self.folder.checkpoints, state, step=step, keep=keep)
+            except RunFolderError as error:
+                problem = str(error)
+        problem = broadcast_object(problem)
+        if problem is not None:
+            raise RunFolderError(problem)
+
+    def report_bad_images(self, found: Mapping[int, int], step: int) -> float:
+        """Put what the ranks found together; return the number of bad images known so far."""
+        together = {row: flaw for part in gather_objects(found) for row, flaw in part.items()}
+        return float(self.bad_images.add(together, step=step))
+
+    def evaluate(self, step: int) -> Mapping[str, float]:
+        """Return what is known at once of the encoder, or the classifier's accuracy."""
+        if self.classified is not None:
+            return self.classified.evaluate(step)
+        return self.measuring.evaluate(step)
+
+    def results(self) -> Results:
+        """Return all that is measured at the end; on rank 0, the others have nothing to add."""
+        if self.classified is not None:
+            return self._classified(self.classified)
+        self.measuring.measure_last()
+        return self._probed() | self._finetuned()
+
+    def _classified(self, classified: Classified) -> Results:
+        total = derive_for(self.config, self.source).total_steps
+        found = classified.results(total, self.source)
+        assert self.sets is not None
+        features = embed(self.method.encoder, self.sets.test, to_input=self.to_input)
+        if self.rank == 0:
+            _write_features(self.folder, features, self.sets.test, self.sets.class_names)
+        return found
+
+    def _probed(self) -> Results:
+        """Measure the encoder, the same encoder before training, and the bare pixels.
+
+        Rank 0 measures; every rank takes part in embedding.
+        """
+        average_statistics(self.method)
+        if self.sets is None:
+            self._write_unlabelled_features()
+            return {}
+        if self.config.evaluate.final == "knn":
+            return self._knn_only()
+        untrained = build_method(self.config, self.data, device=self.place.device).encoder
+        trained = self._embed(self.method.encoder, self.sets)
+        before = self._embed(untrained, self.sets)
+        if self.rank != 0:
+            return {}
+        _write_features(self.folder, trained[1], self.sets.test, self.sets.class_names)
+        evaluate = self.config.evaluate
+        measured: Results = {}
+        features: dict[Features, tuple[Tensor, Tensor]] = {"": trained, "untrained_": before}
+        if evaluate.pixel_baseline:
+            sets = self.sets.train, self.sets.test
+            features["pixels_"] = (
+                torch.from_numpy(sets[0].pixels()),
+                torch.from_numpy(sets[1].pixels()),
+            )
+        for prefix, (train, test) in features.items():
+            scores = all_protocols(evaluate, self.sets, train, test)
+            measured |= with_prefix(prefix, scores)
+        if self.sets.few_shot:
+            measured |= {
+                "few_shot_labels": evaluate.few_shot_labels,
+                "few_shot_draws": evaluate.few_shot_draws,
+            }
+        return measured | {
+            "num_train_labels": len(self.sets.train),
+            "num_test_labels": len(self.sets.test),
+            "num_bad_test_images": len(self.sets.test.bad),
+            "num_classes": len(self.sets.class_names),
+            "knn_k": evaluate.knn_k,
+            "knn_temperature": evaluate.knn_temperature,
+        }
+
+    def _knn_only(self) -> Results:
+        if self.rank == 0:  # of an earlier end of the run, with another encoder
+            self.folder.features.unlink(missing_ok=True)
+        total = derive_for(self.config, self.source).total_steps
+        return {"knn_top1": self.measuring.at(total)["eval/knn_top1"]}
+
+    def draw(self, derived: Derived) -> None:
+        """Keep the pictures that the method makes of a few training images, if it makes any."""
+        total = derived.total_steps
+        write_method_pictures(
+            self.folder.method_pictures,
+            self.method,
+            source=self.source,
+            views=self.config.data.views.views(),
+            to_batch=batch_converter(self.to_views, device=self.place.device),
+            progress=Progress(total, total, derived.steps_per_epoch, self.config.seed),
+            mean=self.config.data.mean,
+            std=self.config.data.std,
+        )
+
+    def _finetuned(self) -> Results:
+        """Fine-tune a copy of encoder and head on rank 0, if asked; keep which labels it saw."""
+        finetune = self.config.evaluate.finetune
+        if finetune is None or self.sets is None or self.rank != 0:
+            return {}
+        return finetune_copy(
+            self.config,
+            finetune,
+            folder=self.folder,
+            source=self.source,
+            threads=self.place.threads,
+            train=partial(pretrain, place=self.place, sets=self.sets),
+        )
+
+    def _embed(self, encoder: Backbone, sets: LabelledSets) -> tuple[Tensor, Tensor]:
+        train = embed(encoder, sets.train, to_input=self.to_input)
+        return train, embed(encoder, sets.test, to_input=self.to_input)
+
+    def _write_unlabelled_features(self) -> None:
+        rows = np.arange(min(_MAP_IMAGES, int(self.source.group_sizes.sum())))
+        images = EvalImages(
+            self.source,
+            rows,
+            np.full(len(rows), -1, dtype=np.int64),
+            size_px=self.config.image_size_px,
+            crop_fraction=self.config.evaluate.crop_fraction,
+            num_threads=self.place.threads,
+        )
+        features = embed(self.method.encoder, images, to_input=self.to_input)
+        if self.rank == 0:
+            _write_features(self.folder, features, images, [])
+
+
+def _schedule(config: RunConfig[Any], derived: Derived) -> Schedule:
+    return Schedule(
+        total_steps=derived.total_steps,
+        steps_per_epoch=derived.steps_per_epoch,
+        log_every=config.train.log_every,
+        checkpoint_every=derived.checkpoint_every_steps,
+        evaluate_every=derived.evaluate_every_steps,
+        seed=config.seed,
+    )
+
+
+def _write_features(
+    folder: RunFolder, features: Tensor, images: EvalImages, class_names: list[str]
+) -> None:
+    """Keep the features that the map of the report is drawn from."""
+    count = min(len(images), _MAP_IMAGES)
+    pixels = np.concatenate(list(images.batches(np.arange(count))))
+    with appears_whole(folder.features) as temporary:
+        np.savez(
+            temporary,
+            features=features[:count].numpy(),
+            labels=images.labels[:count],
+            thumbnails=pixels,
+            class_names=np.array(class_names, dtype=np.str_),
+        )

@@ -1,0 +1,394 @@
+"""`raysl sweep`: draw the trials, check them all, run them on Ray Tune, compare them."""
+
+import argparse
+import math
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from raysl.config.load import to_yaml
+from raysl.errors import ConfigError, RayslError, SweepError
+from raysl.folder.whole import write_json, write_text
+from raysl.report.terminal import console, print_json, say
+from raysl.run.absolute_files import with_absolute_files
+from raysl.run.environment import git_state
+from raysl.run.places import read_run
+from raysl.run.ray_cluster import connect, disconnect
+from raysl.run.recipe import RunConfig
+from raysl.run.source_record import hold_to_source
+from raysl.run.tracking import say_trouble
+from raysl.sweep.check import check
+from raysl.sweep.claim import claim
+from raysl.sweep.config import SweepConfig
+from raysl.sweep.in_flight import newest_change
+from raysl.sweep.load import load_sweep
+from raysl.sweep.measured import MetricCheck
+from raysl.sweep.ray_shares import Shares, plan_shares
+from raysl.sweep.ray_tune import sweep_on_ray
+from raysl.sweep.results import (
+    listed,
+    next_line,
+    results_of,
+    say_results,
+    what_failed,
+    write_best,
+)
+from raysl.sweep.sources import Sources
+from raysl.sweep.space import Candidate, draw, run_config, samples
+from raysl.sweep.summary import summarise
+from raysl.sweep.trial import (
+    ENDED,
+    SweepFolder,
+    Trial,
+    read_candidate,
+    read_trial,
+    read_trials,
+    write_trial,
+)
+from raysl.sweep.watch import SweepTracking, SweepWatch, shown
+from raysl.track.results import SweepResults
+from raysl.track.run_folder import working_folder
+from raysl.track.uri import check_tracking_uri, tracking_uri, without_password
+
+if TYPE_CHECKING:  # Optuna is an extra
+    from raysl.sweep.tpe import ParzenSearch
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("config", type=Path, help="a YAML file, or the name of one of raysl's")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        help="key=value of the sweep (budget.trials=20), or of all its runs (data.source=FOLDER)",
+    )
+    parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check and list the trials without starting"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run, or go on with, the sweep that the configuration names."""
+    sweep = load_sweep(arguments.config, arguments.overrides)
+    home = working_folder()
+    folder = SweepFolder(home / Path(sweep.output_dir).expanduser() / sweep.name)
+    if sweep.track.mlflow:
+        check_tracking_uri(sweep.track.tracking_uri)
+    candidates = draw(sweep)
+    sources = Sources()
+    measured = MetricCheck(sweep.metric)
+
+    def look(config: RunConfig[Any]) -> None:
+        sources.look(config)
+        measured.look(config, sources.of(config))
+
+    configs = check(sweep, candidates, folder=folder.path, look=look)
+    sources.say_notes()
+    measured.say_notes()
+    if arguments.dry_run:
+        _say_candidates(sweep, candidates)
+        return 0
+    runs = [with_absolute_files(config, home) for config in configs]
+    with folder.locked():
+        claim(folder, sweep)
+        going = _Sweep(sweep, folder, home=home, sources=sources)
+        results = going.go_on(list(zip(candidates, runs, strict=True)))
+    if arguments.json:
+        print_json(results)
+    going.raise_problems()
+    return 0
+
+
+class _Drawn:
+    """Suggests the trials that are written down and have not ended."""
+
+    def __init__(self, folder: SweepFolder, numbers: Sequence[int], *, in_flight: bool) -> None:
+        self._folder = folder
+        self._left = deque(numbers)
+        self._in_flight = in_flight
+
+    def next(self) -> tuple[int, Mapping[str, Any]] | None:
+        """Return the next one; with population based training, its parameters as they are now."""
+        if not self._left:
+            return None
+        number = self._left.popleft()
+        folder = self._folder.trial(number)
+        candidate = read_candidate(folder)
+        assert candidate is not None
+        if not self._in_flight:
+            return number, {}
+        change = newest_change(folder)
+        return number, candidate.params if change is None else change.params
+
+    def ended(self, number: int) -> None:
+        """Nothing follows from it: all trials were drawn beforehand."""
+
+
+class _Asked:
+    """Suggests interrupted trials first, then whatever Optuna thinks of."""
+
+    def __init__(self, going: "_Sweep", numbers: Sequence[int]) -> None:
+        self._going = going
+        self._drawn = _Drawn(going.folder, numbers, in_flight=False)
+        self._search = going.parzen()
+
+    def next(self) -> tuple[int, Mapping[str, Any]] | None:
+        """Ask until a candidate makes a run; those that make none count as failed."""
+        going = self._going
+        found = self._drawn.next()
+        while found is None and self._search.num_asked < (going.sweep.budget.trials or 0):
+            candidate = self._search.ask()
+            try:
+                going.write(candidate, going.look_at(candidate))
+            except RayslError as error:
+                going.write_failed(candidate, error)
+                self._search.tell(candidate.number, (), status="failed")
+                continue
+            found = candidate.number, {}
+        return found
+
+    def ended(self, number: int) -> None:
+        """Tell Optuna."""
+        trial = read_trial(self._going.folder.trial(number), self._going.sweep.metric)
+        if trial is not None and trial.status in ENDED:
+            self._search.tell(number, trial.curve, status=trial.status)
+
+
+class _Sweep:
+    """One start of a sweep.
+
+    Args:
+        sweep: The sweep.
+        folder: Its folder, locked.
+        home: What relative paths are relative to.
+        sources: The images of its runs.
+    """
+
+    def __init__(
+        self, sweep: SweepConfig, folder: SweepFolder, *, home: Path, sources: Sources
+    ) -> None:
+        self.sweep = sweep
+        self.folder = folder
+        self._home = home
+        self._sources = sources
+        self._uri = tracking_uri(sweep.track.tracking_uri, folder=home)
+        self._tracking: SweepTracking | None = None
+        self._lost: dict[int, str] = {}
+
+    def go_on(self, candidates: Sequence[tuple[Candidate, RunConfig[Any]]]) -> SweepResults:
+        """Run what has not ended; return the results."""
+        for candidate, config in candidates:
+            self.write(candidate, config)
+        trials = self._trials()
+        left = [trial.number for trial in trials if trial.status not in ENDED]
+        if left or self._may_ask():
+            self._run(trials, left)
+        else:
+            say(f"{self.folder.path}: this sweep is finished; name=... starts another")
+        return self._conclude()
+
+    def raise_problems(self) -> None:
+        """Raise if the sweep did not give what was asked for, now that all is told and written.
+
+        Raises:
+            SweepError: If trials were lost, failed otherwise than by diverging, or none is best.
+        """
+        problems = what_failed(self.sweep, self._trials(), self._lost)
+        if problems:
+            raise SweepError(f"{self.folder.path}: " + "\n  ".join(problems))
+
+    def parzen(self) -> "ParzenSearch":
+        """Return Optuna's search, told of every trial that has ended.
+
+        Raises:
+            ConfigError: If Optuna is not installed.
+        """
+        try:
+            from raysl.sweep.tpe import ParzenSearch  # noqa: PLC0415 - few sweeps need Optuna
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"search.name=optuna needs a package that is not installed ({error.name}): "
+                f"pip install raysl[optuna], or use search.name=random"
+            ) from None
+        search = ParzenSearch(self.sweep, self.folder.optuna)
+        for trial in self._trials():
+            if trial.status in ENDED:
+                search.tell(trial.number, trial.curve, status=trial.status)
+        return search
+
+    def look_at(self, candidate: Candidate) -> RunConfig[Any]:
+        """Return a candidate's run, sure to start.
+
+        Raises:
+            RayslError: If it could not start.
+        """
+        config = run_config(self.sweep, candidate, folder=self.folder.path)
+        self._sources.look(config)
+        return with_absolute_files(config, self._home)
+
+    def write(self, candidate: Candidate, config: RunConfig[Any]) -> None:
+        """Make a trial's folder, if it is not there yet."""
+        trial = self.folder.trial(candidate.number)
+        if read_candidate(trial) is None:
+            trial.path.mkdir(parents=True, exist_ok=True)
+            write_text(trial.config, to_yaml(config.model_dump(mode="json")))
+            hold_to_source(trial, self._sources.of(config), config)
+            write_trial(trial, candidate)
+
+    def write_failed(self, candidate: Candidate, error: RayslError) -> None:
+        """Keep that a candidate made no run."""
+        trial = self.folder.trial(candidate.number)
+        trial.path.mkdir(parents=True, exist_ok=True)
+        write_trial(trial, candidate, status="failed", error=f"{type(error).__name__}: {error}")
+
+    def _trials(self) -> list[Trial]:
+        return read_trials(self.folder, self.sweep.metric)
+
+    def _may_ask(self) -> bool:
+        """Whether Optuna has candidates left to suggest."""
+        if self.sweep.search.name != "optuna":
+            return False
+        return len(self._trials()) < (self.sweep.budget.trials or 0)
+
+    def _run(self, trials: list[Trial], left: list[int]) -> None:
+        folders = {trial.number: self.folder.trial(trial.number) for trial in trials}
+        ended = [folders[number] for number in folders if number not in left]
+        self._sources.hold((folders[number] for number in left), ended, self.sweep.set)
+        hours = self.sweep.budget.hours
+        until = math.inf if hours is None else time.monotonic() + hours * 3600
+        with ExitStack() as stack:
+            if connect():
+                stack.callback(disconnect)
+            shares = plan_shares(self.sweep, self._kinds(left), most_trials=self._most(left))
+            self._say_start(trials, left, shares)
+            self._tracking = self._start_tracking()
+            watch = stack.enter_context(
+                SweepWatch(self.sweep, self.folder, tracking=self._tracking, trials=trials)
+            )
+            try:
+                self._go(watch, shares, until=until)
+            except BaseException:
+                if self._tracking is not None:
+                    self._tracking.finish(status="KILLED", artifacts=[], tags={})
+                raise
+
+    def _go(self, watch: SweepWatch, shares: Shares, *, until: float) -> None:
+        """Run what has not ended, and again what Tune lost, as often as a trial may be retried."""
+        for _ in range(1 + self.sweep.retries):
+            trials = self._trials()
+            left = [trial.number for trial in trials if trial.status not in ENDED]
+            asks = self.sweep.search.name == "optuna"
+            in_flight = self.sweep.scheduler.name == "pbt"
+            self._lost = sweep_on_ray(
+                self.sweep,
+                _Asked(self, left) if asks else _Drawn(self.folder, left, in_flight=in_flight),
+                watch,
+                shares=shares,
+                most_trials=self._most(left),
+                known=trials,
+                sources=self._sources.opened,
+                folder=self.folder,
+                seconds=None if until == math.inf else max(1.0, until - time.monotonic()),
+            )
+            if not self._lost or time.monotonic() >= until:
+                return
+            say(f"going on with what Ray lost: {listed(self._lost)}")
+
+    def _most(self, left: Sequence[int]) -> int:
+        """How many trials are left, with those that Optuna may still suggest."""
+        num_ended = len(self._trials()) - len(left)
+        return max(len(left), (self.sweep.budget.trials or 0) - num_ended)
+
+    def _kinds(self, left: Sequence[int]) -> list[RunConfig[Any]]:
+        """The runs that are left; before Optuna's first, one of their kind."""
+        known = [read_run(self.folder.trial(number)) for number in left]
+        like = samples(self.sweep)[:1] if not known else []
+        return known or [run_config(self.sweep, each, folder=self.folder.path) for each in like]
+
+    def _start_tracking(self) -> SweepTracking | None:
+        track = self.sweep.track
+        if not track.mlflow:
+            return None
+        tracking = SweepTracking(
+            self.sweep,
+            self.folder,
+            uri=self._uri,
+            tags=git_state(),
+        )
+        say_trouble(tracking.trouble, self._uri, ended=False)
+        return tracking
+
+    def _say_start(self, trials: Sequence[Trial], left: Sequence[int], shares: Shares) -> None:
+        sweep = self.sweep
+        ended = len(trials) - len(left)
+        most = sweep.budget.trials if sweep.search.name == "optuna" else len(trials)
+        again = f"goes on: {ended} of {most} trials have ended" if ended else f"{most} trials"
+        say(
+            f"{sweep.name}: {again}, {sweep.search.name} search, scheduler {sweep.scheduler.name}\n"
+            f"  {shares.why}\n  {self.folder.path}"
+        )
+
+    def _conclude(self) -> SweepResults:
+        """Compare the trials; write summary, pictures, page and the best one's configuration."""
+        sweep, folder = self.sweep, self.folder
+        trials = self._trials()
+        left = sum(trial.status not in ENDED for trial in trials)
+        if left and not self._lost:
+            say(f"budget.hours is up; {left} trials have not ended: the same command goes on")
+        summary = summarise(trials, sweep.metric)
+        write_best(sweep, folder, summary)
+        results = results_of(sweep, folder, trials, summary)
+        write_json(folder.summary, results)
+        say("drawing the report")
+        from raysl.sweep.page import draw_sweep  # noqa: PLC0415 - matplotlib takes a second
+
+        for picture, problem in draw_sweep(
+            folder, sweep, trials, summary, next_line=next_line(sweep, folder, summary)
+        ):
+            say(f"  {picture} could not be drawn: {problem}")
+        self._end_tracking(results)
+        write_json(folder.summary, results)
+        say_results(sweep, folder, trials, summary)
+        return results
+
+    def _end_tracking(self, results: SweepResults) -> None:
+        """Send the rest to MLflow, and put into the results where it is."""
+        folder = self.folder
+        if not self.sweep.track.mlflow:
+            return
+        tracking = self._tracking or self._start_tracking()
+        assert tracking is not None
+        say(f"sending the rest to MLflow ({without_password(tracking.uri)})")
+        tracking.catch_up(self._trials())
+        tags = {
+            "trials": str(results["trials"]),
+            "finished": str(results["finished"]),
+            "failed": str(results["failed"]),
+            "stopped_early": str(results["stopped_early"]),
+            "best_trial": str(results["best_trial"]),
+            **{f"best.{key}": shown(v) for key, v in (results["best_params"] or {}).items()},
+        }
+        artifacts = [folder.config, folder.summary, folder.best, folder.report]
+        artifacts += sorted(folder.pictures.glob("*.png"))
+        tracking.finish(status="FINISHED", artifacts=artifacts, tags=tags)
+        say_trouble(tracking.trouble, tracking.uri, ended=True)
+        results["parent_run_id"] = tracking.parent_run_id
+        results["mlflow_problem"] = tracking.problem
+
+
+def _say_candidates(sweep: SweepConfig, candidates: Sequence[Candidate]) -> None:
+    table = Table(title=f"{sweep.name}: {len(candidates)} trials", title_justify="left")
+    keys = list(dict.fromkeys(key for candidate in candidates for key in candidate.params))
+    for title in ("trial", *keys):
+        table.add_column(title)
+    for candidate in candidates:
+        cells = (escape(shown(candidate.params.get(key, ""))) for key in keys)
+        table.add_row(f"{candidate.number:04d}", *cells)
+    console().print(table)

@@ -1,0 +1,104 @@
+"""Compute how many trials of a sweep a cluster holds at a time, without deadlocks."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import ray
+
+from raysl.errors import ClusterError
+from raysl.run.ray_cluster import plan_layout
+from raysl.run.recipe import RunConfig
+from raysl.sweep.config import SweepConfig
+
+
+class Shares(NamedTuple):
+    """What the trials of a sweep take of the cluster."""
+
+    at_a_time: int
+    cpus: float
+    """Of a trial."""
+    gpus: float
+    nested: bool
+    """Whether a trial starts train workers of its own."""
+    why: str
+    """One line for people."""
+
+
+def plan_shares(
+    sweep: SweepConfig, configs: Sequence[RunConfig[Any]], *, most_trials: int
+) -> Shares:
+    """Decide how many trials run at a time on the connected cluster, so that none ever waits.
+
+    Args:
+        sweep: The sweep.
+        configs: Its trials that are still to run, or one of their kind.
+        most_trials: How many there may be.
+
+    Raises:
+        ClusterError: If a single trial does not fit.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    wanted = sweep.resources
+    workers = max(config.cluster.num_train_workers for config in configs)
+    if workers > 1:
+        return _nested_shares(sweep, configs, most_trials)
+    gpus_there = sum(node.get("GPU", 0.0) for node in nodes)
+    wants_gpu = any(config.cluster.device != "cpu" for config in configs)
+    gpus = wanted.gpus_per_trial if wanted.gpus_per_trial is not None else 1.0
+    gpus = gpus if wants_gpu and gpus_there else 0.0
+    cpus_there = sum(node.get("CPU", 0.0) for node in nodes)
+    at_most = wanted.trials_at_a_time
+    cpus = wanted.cpus_per_trial
+    if cpus is None:  # on GPUs, or with fewer trials than CPUs: all of them, shared out
+        sharers = at_most or (gpus_there / gpus if gpus else cpus_there)
+        cpus = max(1.0, math.floor(cpus_there / sharers))
+    elif at_most is not None:  # what a trial reserves is what keeps others from starting
+        cpus = max(cpus, math.floor(100 * cpus_there / at_most) / 100)
+    fits = sum(_times(node, cpus, gpus) for node in nodes)
+    if not fits:
+        raise ClusterError(
+            f"a trial takes {cpus:g} CPU{f' and {gpus:g} GPU' if gpus else ''}, more than any node "
+            f"of the cluster has; lower resources.cpus_per_trial or resources.gpus_per_trial"
+        )
+    at_a_time = min(at_most or fits, fits, most_trials)
+    takes = f"{cpus:g} CPU" + (f" and {gpus:g} GPU" if gpus else "")
+    has = f"{cpus_there:g} CPUs" + (f" and {gpus_there:g} GPUs" if gpus_there else "")
+    why = f"{at_a_time} at a time: a trial takes {takes}, the cluster has {has}"
+    return Shares(at_a_time, cpus, gpus, nested=False, why=why)
+
+
+def _times(node: Mapping[str, float], cpus: float, gpus: float) -> int:
+    """How many trials one node holds."""
+    counts = [math.floor(node.get("CPU", 0.0) / cpus)]
+    if gpus > 1:
+        counts.append(math.floor(node.get("GPU", 0.0) / gpus))
+    elif gpus:  # Ray shares out each GPU by itself
+        counts.append(int(node.get("GPU", 0.0)) * math.floor(1 / gpus))
+    return min(counts)
+
+
+def _nested_shares(
+    sweep: SweepConfig, configs: Sequence[RunConfig[Any]], most_trials: int
+) -> Shares:
+    layouts = [plan_layout(config) for config in configs]  # refuses what does not fit at all
+    needs = [
+        layout.num_train_workers * layout.cpus_per_train_worker
+        + layout.num_data_workers * layout.cpus_per_data_worker
+        for layout in layouts
+    ]
+    total, most = ray.cluster_resources(), max(needs)
+    fits = math.floor(total.get("CPU", 0.0) / most)
+    gpus = max(layout.num_train_workers * layout.use_gpu for layout in layouts)
+    if gpus:
+        fits = min(fits, math.floor(total.get("GPU", 0.0) / gpus))
+    fits = max(1, fits)
+    at_a_time = min(sweep.resources.trials_at_a_time or fits, fits, most_trials)
+    why = (
+        f"{at_a_time} at a time: a trial takes {most:g} CPUs"
+        f"{f' and {gpus:g} GPUs' if gpus else ''} of the cluster's {total.get('CPU', 0.0):g} for "
+        f"its train and data workers"
+    )
+    if any(config.cluster.num_data_workers is None for config in configs):
+        why += " (set cluster.num_data_workers and more trials may fit)"
+    return Shares(at_a_time, 0.0, 0.0, nested=True, why=why)

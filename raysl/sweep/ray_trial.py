@@ -1,0 +1,212 @@
+"""Run a trial in Tune's process: its data, its reports, and its train workers."""
+
+import gc
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import ray
+import torch
+from ray import tune
+
+from raysl.config.load import read_mapping, set_key
+from raysl.errors import ClusterError
+from raysl.evaluate.protocol import LabelledSets
+from raysl.evaluate.training_source import open_training_source
+from raysl.folder.whole import read_json, write_json
+from raysl.run.background import in_background
+from raysl.run.labelled_sets import open_sets
+from raysl.run.local import pretrain_here
+from raysl.run.ray_cluster import plan_layout
+from raysl.run.ray_train import pretrain_on_ray
+from raysl.run.recipe import RunConfig, derive_for, run_from_values
+from raysl.sources.source import Source
+from raysl.sweep.config import Dimension
+from raysl.sweep.in_flight import Change, newest_change, write_change
+from raysl.sweep.trial_run import run_trial, take_over
+from raysl.track.follow import MetricsReader
+from raysl.track.results import Results
+from raysl.track.run_folder import RunFolder, latest_step
+from raysl.train.loop import Log
+
+NUMBER = "number"
+"""Of a trial, among the settings that Tune knows."""
+
+_POLL_S = 0.5
+_POINTER = "checkpoint.json"
+
+
+def source_key(config: RunConfig[Any]) -> str:
+    """Return what tells the training images of one configuration from those of another."""
+    data = config.data
+    kept = {k: v for k, v in data.model_dump(mode="json").items() if k != "views"}
+    method = config.method
+    if data.labels is not None or method.uses_labels:  # then not all labels may be seen
+        kept["seen"] = [method.uses_labels, method.needs_labels, config.evaluate.source]
+    return json.dumps(kept, sort_keys=True)
+
+
+# What a process keeps for the trials after this one, by what it was made from.
+_SOURCES: dict[str, Source] = {}
+_SETS: dict[str, LabelledSets | None] = {}
+
+
+def trial_in_process(
+    given: dict[str, Any],
+    *,
+    trials: Path,
+    shelf: Mapping[str, Source],
+    metrics: tuple[str, ...],
+    exchanges: bool,
+    space: Mapping[str, Dimension] = MappingProxyType({}),
+) -> None:
+    """Run one trial in Tune's process.
+
+    Args:
+        given: A number, and settings that may have changed in flight, as people see them.
+        trials: The folder of the trials' folders, which have their names.
+        shelf: Training images.
+        metrics: What to report, the deciding one first.
+        exchanges: Whether trials are paused or take over others' checkpoints.
+        space: The dimensions of those settings.
+    """
+    folder = RunFolder(trials / str(tune.get_context().get_trial_name()))
+    source = _source_of(_config_of(folder), shelf)
+    total_steps = derive_for(_config_of(folder), source).total_steps
+    if exchanges:
+        _exchange(folder, given, space, total_steps=total_steps)
+    config = _config_of(folder)
+    cpus = tune.get_context().get_trial_resources().head_cpus or 1.0
+
+    def report(told: Mapping[str, float]) -> None:
+        if not exchanges:
+            tune.report(dict(told))
+            return
+        with tempfile.TemporaryDirectory() as pointer:
+            write_json(
+                Path(pointer) / _POINTER, {"folder": str(folder.path), "step": int(told["step"])}
+            )
+            tune.report(dict(told), checkpoint=tune.Checkpoint.from_directory(pointer))
+
+    def train(evaluated: Log) -> Results:
+        if config.cluster.num_train_workers > 1:
+            return _train_below(config, folder, source, evaluated, metrics)
+        threads = max(1, int(cpus))
+        return pretrain_here(
+            config,
+            folder=folder,
+            source=source,
+            num_cpus=threads,
+            evaluated=evaluated,
+            sets=_sets_of(config, source, num_threads=threads),
+        )
+
+    try:
+        run_trial(
+            folder,
+            metrics=metrics,
+            total_steps=total_steps,
+            report=report,
+            train=train,
+        )
+    finally:  # the process stays for the next trial, also when this one was stopped
+        _free_memory()
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _config_of(folder: RunFolder) -> RunConfig[Any]:
+    """Return a trial's run as it is now, with what changed in flight."""
+    if not folder.config.exists():
+        raise ClusterError(
+            f"node {ray.util.get_node_ip_address()} does not see {folder.path}: on several nodes "
+            f"output_dir must be on a disk that all share"
+        )
+    values = read_mapping(folder.config)
+    change = newest_change(folder)
+    for key, value in ({} if change is None else change.values).items():
+        set_key(values, key, value)
+    return run_from_values(values, where=str(folder.config))
+
+
+def _source_of(config: RunConfig[Any], shelf: Mapping[str, Source]) -> Source:
+    """Return the training images: those that this process holds, the driver's, or opened here."""
+    key = source_key(config)
+    if key not in _SOURCES:
+        found = shelf.get(key)
+        _SOURCES[key] = (
+            open_training_source(config.data, config.evaluate, config.method)
+            if found is None
+            else found
+        )
+    return _SOURCES[key]
+
+
+def _sets_of(config: RunConfig[Any], source: Source, *, num_threads: int) -> LabelledSets | None:
+    """Return the images to measure on, decoded by an earlier trial if one measured on the same."""
+    what = config.evaluate.model_dump(mode="json"), config.image_size_px
+    key = source_key(config) + json.dumps(what, sort_keys=True)
+    if key not in _SETS:
+        _SETS[key] = open_sets(config, source, num_threads=num_threads)
+    return _SETS[key]
+
+
+def _exchange(
+    folder: RunFolder,
+    given: Mapping[str, Any],
+    space: Mapping[str, Dimension],
+    *,
+    total_steps: int,
+) -> None:
+    """Take over the checkpoint and the settings that Tune sends a trial on with.
+
+    Not where nothing would be trained of them: a trial that is finished stays as it is, and the
+    settings that come with a checkpoint that cannot be had are not this trial's.
+    """
+    if folder.read_results() is not None:
+        return
+    sent = tune.get_checkpoint()
+    if sent is not None:
+        with sent.as_directory() as pointer:
+            found = read_json(Path(pointer) / _POINTER) or {}
+        donor = RunFolder(Path(found["folder"]))
+        step = int(found["step"])
+        if donor.path != folder.path and not take_over(
+            folder, donor, step=step, total_steps=total_steps
+        ):
+            return
+    params = {key: value for key, value in given.items() if key != NUMBER}
+    if params:
+        values = {k: space[k].value_of(v) if k in space else v for k, v in params.items()}
+        write_change(folder, Change(latest_step(folder.checkpoints), params, values))
+
+
+def _train_below(
+    config: RunConfig[Any],
+    folder: RunFolder,
+    source: Source,
+    evaluated: Log,
+    metrics: tuple[str, ...],
+) -> Results:
+    """Run Ray Train inside the trial, and pass on what its first worker writes down."""
+    work = in_background(
+        lambda: pretrain_on_ray(config, folder=folder, source=source, layout=plan_layout(config)),
+        name="raysl-nested",
+    )
+    reader = MetricsReader(folder.metrics, dict.fromkeys(metrics, latest_step(folder.checkpoints)))
+    while True:
+        ended = work.done()
+        for record in reader.read():
+            if metrics[0] in record:
+                evaluated(record, int(record["step"]))
+        if ended:
+            return work.result()
+        time.sleep(_POLL_S)

@@ -1,0 +1,149 @@
+"""What a sweep leaves behind: the best run's configuration, the results, what is said of them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from raysl.config.load import read_mapping, set_key, to_yaml
+from raysl.errors import DivergedError
+from raysl.folder.whole import write_text
+from raysl.report.terminal import console
+from raysl.run.recipe import RunConfig, run_from_values
+from raysl.run.shell import command
+from raysl.sweep.config import SweepConfig
+from raysl.sweep.in_flight import change_behind
+from raysl.sweep.space import trial_name
+from raysl.sweep.summary import Summary
+from raysl.sweep.trial import SweepFolder, Trial, last_measured
+from raysl.sweep.watch import named, placed_seconds, trials_table
+from raysl.track.results import SweepResults
+from raysl.track.run_folder import RunFolder, working_folder
+from raysl.track.uri import compare_line
+
+_BEST_SHOWN = 10
+_LONGER = 10
+_DIVERGED = DivergedError.__name__
+
+
+def write_best(sweep: SweepConfig, folder: SweepFolder, summary: Summary) -> None:
+    """Write the best trial as a run that `raysl pretrain` takes as it is."""
+    if summary.best is None:
+        return
+    config = best_run(sweep, RunFolder(summary.best.path))
+    lines = [
+        f"# The best trial of the sweep {sweep.name}: {sweep.metric.name} "
+        f"{summary.best.metric:.4g} at epoch {summary.best.epoch:g}.",
+        f"# Train it for long: {next_line(sweep, folder, summary)}",
+    ]
+    text = "\n".join(lines) + "\n" + to_yaml(config.model_dump(mode="json"))
+    write_text(folder.best, text)
+
+
+def next_line(sweep: SweepConfig, folder: SweepFolder, summary: Summary) -> str | None:
+    """Return the command that trains the best trial ten times as long."""
+    if summary.best is None:
+        return None
+    train = best_run(sweep, RunFolder(summary.best.path)).train
+    if train.epochs is not None:
+        longer = f"train.epochs={_LONGER * train.epochs:g}"
+    else:
+        longer = f"train.steps={_LONGER * (train.steps or 1)}"
+    best, here = folder.best, Path.cwd()
+    path = best.relative_to(here) if best.is_relative_to(here) else best
+    return command("pretrain", path, longer)
+
+
+def results_of(
+    sweep: SweepConfig, folder: SweepFolder, trials: Sequence[Trial], summary: Summary
+) -> SweepResults:
+    """Return what `--json` prints and ``summary.json`` keeps."""
+    best = summary.best
+    placed = sum(placed_seconds(trial) for trial in trials)
+    return {
+        "sweep_dir": str(folder.path),
+        "parent_run_id": None,
+        "trials": len(trials),
+        "finished": summary.counts.get("finished", 0),
+        "failed": summary.counts.get("failed", 0),
+        "stopped_early": summary.counts.get("stopped", 0),
+        "metric": sweep.metric.name,
+        "best_trial": None if best is None else best.number,
+        "best_params": None if best is None else best.params,
+        "best_metric": None if best is None else best.metric,
+        "best_config": None if best is None else str(folder.best),
+        "importance": summary.importance,
+        # Of the time that trials held a place on the cluster: steps, without start and evaluation.
+        "placed_s": placed,
+        "training_share": sum(trial.seconds for trial in trials) / placed if placed else None,
+    }
+
+
+def say_results(
+    sweep: SweepConfig,
+    folder: SweepFolder,
+    trials: Sequence[Trial],
+    summary: Summary,
+) -> None:
+    """Show the best trials, why others failed, and what to do next."""
+    out = console()
+    out.print(trials_table(sweep, list(trials), rows=_BEST_SHOWN))
+    for trial in trials:
+        if trial.status == "failed":
+            out.print(f"trial {trial.number:04d} failed: {trial.error}", markup=False)
+    lines = [f"report    {folder.report}"]
+    if sweep.track.mlflow:
+        lines.append(f"compare   {compare_line(sweep.track.tracking_uri, folder=working_folder())}")
+    if summary.best is not None:
+        lines.append(f"best      {named(summary.best.params)}")
+        lines.append(f"next      {next_line(sweep, folder, summary)}")
+    out.print("\n".join(lines), markup=False)
+
+
+def what_failed(sweep: SweepConfig, trials: Sequence[Trial], lost: Mapping[int, str]) -> list[str]:
+    """Return what a sweep did not do, a line each; that some trials diverge is what it finds out.
+
+    Args:
+        sweep: The sweep.
+        trials: All of its trials, after it ended.
+        lost: Trials that Ray gave up, and why.
+    """
+    problems = []
+    if lost:
+        problems.append(f"trials were lost: {listed(lost)}; the same command goes on with them")
+    failed = {trial.number: str(trial.error) for trial in trials if trial.status == "failed"}
+    died = {n: error for n, error in failed.items() if not error.startswith(_DIVERGED)}
+    if died:
+        problems.append(f"{len(died)} of {len(trials)} trials failed: {listed(died)}")
+    if all(trial.metric is None or trial.status == "failed" for trial in trials):
+        why = f"no trial has {sweep.metric.name}, so none is the best"
+        if failed and not died:
+            why += f": {len(failed)} of {len(trials)} diverged; lower optim.base_lr"
+        problems.append(why)
+    return problems
+
+
+def listed(reasons: Mapping[int, str]) -> str:
+    """Return trials by their reasons, each reason once."""
+    by_reason: dict[str, list[str]] = {}
+    for number, reason in sorted(reasons.items()):
+        by_reason.setdefault(reason, []).append(trial_name(number))
+    return "; ".join(f"{', '.join(names)} ({why})" for why, names in by_reason.items())
+
+
+def best_run(sweep: SweepConfig, trial: RunFolder) -> RunConfig[Any]:
+    """Return a trial as a run of its own: tracked, measured in full, beside the sweep's folder.
+
+    With the settings that trained what was measured last, if they changed in flight.
+    """
+    values = read_mapping(trial.config)
+    change = change_behind(trial, last_measured(trial, sweep.metric))
+    for key, value in ({} if change is None else change.values).items():
+        set_key(values, key, value)
+    values |= {
+        "name": f"{sweep.name}-best",
+        "output_dir": sweep.output_dir,
+        "track": sweep.track.model_dump(mode="json"),
+    }
+    set_key(values, "evaluate.final", "full")
+    set_key(values, "evaluate.online", "auto")
+    return run_from_values(values, where=str(trial.config))

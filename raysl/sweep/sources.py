@@ -1,0 +1,121 @@
+"""Open the images of a sweep once for all trials, and check that they have not changed."""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from raysl.config.load import read_mapping, to_yaml
+from raysl.errors import RunFolderError
+from raysl.evaluate.training_source import open_training_source
+from raysl.folder.whole import read_json, write_text
+from raysl.report.terminal import say, say_notes
+from raysl.run.absolute_files import with_absolute_files
+from raysl.run.check import check_lengths, check_names, check_start
+from raysl.run.places import read_run, with_absolute_sources
+from raysl.run.recipe import RunConfig
+from raysl.run.source_record import hold_to_source, is_same, source_facts, what_changed
+from raysl.sources.source import Source
+from raysl.sources.subset import whole_source
+from raysl.sweep.ray_trial import source_key
+from raysl.track.run_folder import RunFolder, working_folder
+
+IF_CHANGED = "data.if_changed"
+
+
+class Sources:
+    """Training images by what their configuration says of them; each is opened once."""
+
+    def __init__(self) -> None:
+        self.opened: dict[str, Source] = {}
+        self._looked_at: set[str] = set()
+
+    def of(self, config: RunConfig[Any]) -> Source:
+        """Return the images of a run."""
+        config = with_absolute_sources(config)
+        key = source_key(config)
+        if key not in self.opened:
+            self.opened[key] = open_training_source(config.data, config.evaluate, config.method)
+        return self.opened[key]
+
+    def look(self, config: RunConfig[Any]) -> None:
+        """Raise if a run could not start on its images, before any run does."""
+        check_names(config)
+        config = with_absolute_files(config, working_folder())
+        source = self.of(config)
+        check_lengths(config, source)
+        alike = _shape_of(config)
+        if alike not in self._looked_at:
+            check_start(config, source)
+            self._looked_at.add(alike)
+
+    def say_notes(self) -> None:
+        """Say the notes of each source once, however many trials train on it."""
+        wholes = {whole.fingerprint: whole for whole in map(whole_source, self.opened.values())}
+        for whole in wholes.values():
+            say_notes(whole, title=f"{whole.name}:")
+
+    def hold(
+        self, left: Iterable[RunFolder], ended: Iterable[RunFolder], settings: Mapping[str, Any]
+    ) -> None:
+        """Refuse other images than a sweep began with, before any trial goes on.
+
+        Args:
+            left: Folders of the trials that go on or begin; their configurations are brought up to
+                date: images by absolute places, ``data.if_changed`` as it is now.
+            ended: Folders of the trials that they are compared with.
+            settings: What the sweep sets for all of its runs.
+
+        Raises:
+            RunFolderError: If the images have changed.
+        """
+        left = list(left)
+        if not left:
+            return
+        policy = settings.get(IF_CHANGED, "stop")
+        if policy == "stop":
+            self._refuse_unlike(ended)
+        said: set[str] = set()
+        for folder in left:
+            config = read_run(folder)
+            data = config.data.model_copy(update={"if_changed": policy})
+            config = config.model_copy(update={"data": data})
+            values = config.model_dump(mode="json")
+            if values != read_mapping(folder.config):
+                write_text(folder.config, to_yaml(values))
+            lines = hold_to_source(folder, self.of(config), config)
+            for line in lines:
+                if line not in said:
+                    say(f"trial {folder.path.name}: {line}" if line == lines[0] else line)
+            said |= set(lines)
+
+    def _refuse_unlike(self, ended: Iterable[RunFolder]) -> None:
+        for folder in ended:
+            known = read_json(folder.source)
+            if known is None:
+                continue
+            facts = source_facts(self.of(read_run(folder)))
+            if not is_same(known, facts):
+                changed = "\n  ".join(what_changed(known, facts))
+                raise RunFolderError(
+                    f"{folder.path}: the images have changed since this trial ended:\n  {changed}\n"
+                    f"The trials that are left would not be comparable with it: put the images "
+                    f"back as they were, give the sweep another name=..., or {IF_CHANGED}=go_on to "
+                    f"go on with those that are there now"
+                )
+
+
+def _shape_of(config: RunConfig[Any]) -> str:
+    """Return what two runs have in common whose networks have the same shapes and images.
+
+    Numbers that are no whole ones change no shape of a method.
+    """
+    method = config.method.model_dump(mode="json")
+    return json.dumps(
+        {
+            "method": {key: v for key, v in method.items() if not isinstance(v, float)},
+            "sizes": [config.view_sizes_px, config.optim.name, config.train.micro_batch_size],
+            "batch": [config.train.global_batch_size, config.cluster.num_train_workers],
+            **config.model_dump(mode="json", include={"backbone", "evaluate"}),
+            "source": source_key(config),
+        }
+    )

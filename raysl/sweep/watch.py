@@ -1,0 +1,385 @@
+"""What the driver of a sweep does while trials run: it keeps their state, MLflow, and the table."""
+
+import json
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from raysl.config.load import read_mapping
+from raysl.folder.whole import write_json
+from raysl.report.terminal import console
+from raysl.run.environment import flat
+from raysl.run.error_record import read_error
+from raysl.sweep.config import SweepConfig
+from raysl.sweep.summary import best_of, ranked
+from raysl.sweep.trial import (
+    ENDED,
+    SweepFolder,
+    Trial,
+    read_candidate,
+    read_trial,
+    write_trial,
+)
+from raysl.track.run_folder import MetricsFile, RunFolder
+
+if TYPE_CHECKING:  # MLflow takes seconds to load, and not every sweep needs it
+    from raysl.track.mlflow_problem import MlflowProblem
+    from raysl.track.mlflow_tracker import MlflowTracker
+
+_LINE_EVERY_S = 10.0
+_ROWS = 20
+# In a trial's folder once MLflow has all of it.
+_TOLD = "told.json"
+_STATUS_IN_MLFLOW = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}
+
+
+class SweepTracking:
+    """MLflow's side of a sweep: one run for the sweep, and below it one for each trial.
+
+    The trials' processes know nothing of MLflow: their metrics files are read from here.
+
+    Args:
+        sweep: The sweep.
+        folder: Its folder.
+        uri: MLflow's tracking URI.
+        tags: What is known of code and machine.
+    """
+
+    def __init__(
+        self,
+        sweep: SweepConfig,
+        folder: SweepFolder,
+        *,
+        uri: str,
+        tags: Mapping[str, str],
+    ) -> None:
+        self.uri = uri
+        self._sweep = sweep
+        self._folder = folder
+        self._tags = dict(tags)
+        self._children: dict[int, MlflowTracker] = {}
+        # Trials must not wait for what a server takes to store the last one's files.
+        self._ending = ThreadPoolExecutor(1, thread_name_prefix="raysl-sweep-mlflow")
+        self._parent = self._tracker(
+            RunFolder(folder.path),
+            sweep.name,
+            params=flat(sweep.model_dump(mode="json", exclude={"space", "set"}))
+            | {f"space.{key}": str(value) for key, value in _plain_space(sweep).items()}
+            | {f"set.{key}": value for key, value in sweep.set.items()},
+            tags={"raysl.kind": "sweep", **self._tags},
+        )
+        self._parent.start()
+        self._parent.wait_for_run()
+
+    @property
+    def parent_run_id(self) -> str | None:
+        """The sweep's run in MLflow; None if the server has not answered yet."""
+        return self._parent.run_id
+
+    @property
+    def problem(self) -> str | None:
+        """Why MLflow did not take everything, or None."""
+        return self._parent.problem
+
+    @property
+    def trouble(self) -> "MlflowProblem | None":
+        """The same with what to do."""
+        return self._parent.trouble
+
+    def start(self, trial: Trial) -> None:
+        """Begin to send a trial's metrics."""
+        if trial.number in self._children:
+            return
+        folder = RunFolder(trial.path)
+        parent = self.parent_run_id
+        tracker = self._tracker(
+            folder,
+            f"{self._sweep.name}-{trial.number:04d}",
+            params=_params(trial),
+            tags={
+                "raysl.kind": "trial",
+                "sweep": self._sweep.name,
+                "trial": str(trial.number),
+                **({"mlflow.parentRunId": parent} if parent else {}),
+                **self._tags,
+            },
+        )
+        tracker.start()
+        self._children[trial.number] = tracker
+
+    def end(self, trial: Trial) -> None:
+        """Send the rest of a trial, how it ended, and its files."""
+        self.start(trial)  # one that ended while no driver was there
+        tracker = self._children.pop(trial.number)
+        folder = RunFolder(trial.path)
+        tags: dict[str, str] = {"status": trial.status}
+        if trial.status == "stopped":
+            tags["stopped_at_epoch"] = f"{trial.epoch:g}"
+        if trial.error:
+            tags["error"] = trial.error
+        if (drawn := read_candidate(folder)) is not None:  # MLflow's parameters cannot change
+            tags |= {
+                f"changed.{k}": str(v) for k, v in trial.params.items() if v != drawn.params[k]
+            }
+
+        def send() -> None:
+            tracker.finish(
+                status=_STATUS_IN_MLFLOW[trial.status],
+                artifacts=[folder.config, folder.metrics, folder.results],
+                log_model=None,
+                tags=tags,
+            )
+            if tracker.problem is None:
+                write_json(trial.path / _TOLD, {"run_id": tracker.run_id})
+
+        self._ending.submit(send)
+
+    def catch_up(self, trials: list[Trial]) -> None:
+        """Send what an earlier start could not: trials that ended and were not told whole."""
+        for trial in trials:
+            if trial.status in ENDED and not self._is_told(trial):
+                self.end(trial)
+
+    def _tracker(
+        self,
+        folder: RunFolder,
+        run_name: str,
+        *,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+    ) -> "MlflowTracker":
+        from raysl.track.mlflow_tracker import MlflowTracker  # noqa: PLC0415 - mlflow takes seconds
+
+        return MlflowTracker(
+            folder,
+            uri=self.uri,
+            experiment=self._sweep.track.experiment,
+            run_name=run_name,
+            params=params,
+            tags=tags,
+        )
+
+    def _is_told(self, trial: Trial) -> bool:
+        return (trial.path / _TOLD).exists()
+
+    def finish(self, *, status: str, artifacts: list[Path], tags: Mapping[str, str]) -> None:
+        """End the sweep's run; trials that still run are left to the next start."""
+        self._ending.shutdown()
+        for tracker in self._children.values():
+            tracker.finish(status="KILLED", artifacts=[], log_model=None)
+        self._children = {}
+        self._parent.finish(status=status, artifacts=artifacts, log_model=None, tags=tags)
+
+
+def _plain_space(sweep: SweepConfig) -> dict[str, Any]:
+    return {
+        key: dimension.model_dump(mode="json", exclude_none=True)
+        for key, dimension in sweep.space.items()
+    }
+
+
+def _params(trial: Trial) -> dict[str, Any]:
+    """Return a trial's settings, and what the sweep varied where that is no setting by its name.
+
+    MLflow's compare page opens with the first three that differ: a trial's own name and second
+    copies would stand in front of what was varied.
+    """
+    settings = flat(read_mapping(RunFolder(trial.path).config))
+    del settings["name"]
+    labels = {k: v for k, v in trial.params.items() if str(settings.get(k)) != str(v)}
+    return settings | {f"sweep.{key}": value for key, value in labels.items()}
+
+
+class SweepWatch:
+    """Keeps the state of every trial on the disk, in MLflow and on the screen.
+
+    Args:
+        sweep: The sweep.
+        folder: Its folder.
+        tracking: MLflow, or None.
+        trials: All trials known so far.
+    """
+
+    def __init__(
+        self,
+        sweep: SweepConfig,
+        folder: SweepFolder,
+        *,
+        tracking: SweepTracking | None,
+        trials: list[Trial],
+    ) -> None:
+        self._sweep = sweep
+        self._folder = folder
+        self._tracking = tracking
+        self._trials = {trial.number: trial for trial in trials}
+        self._running: set[int] = set()
+        self._started_at: dict[int, float] = {}
+        self._view = _View(sweep)
+        ended = sum(trial.status in _STATUS_IN_MLFLOW for trial in trials)
+        self._progress = MetricsFile(RunFolder(folder.path).metrics, start_step=ended)
+
+    def __enter__(self) -> "SweepWatch":
+        self._view.open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._view.close(list(self._trials.values()))
+        self._progress.close()
+
+    def started(self, number: int) -> None:
+        """A trial begins, or goes on after a pause."""
+        self._running.add(number)
+        self._started_at[number] = time.time()
+        trial = self._read(number)
+        if self._tracking is not None:
+            self._tracking.start(trial)
+        self._show()
+
+    def reported(self, number: int, metrics: Mapping[str, float]) -> None:
+        """A trial was evaluated."""
+        self._read(number)
+        self._show()
+
+    def paused(self, number: int) -> None:
+        """A trial gave its place away, and may go on later."""
+        self._running.discard(number)
+        self._keep_times(number)
+        self._read(number)
+        self._show()
+
+    def ended(self, number: int, *, error: str | None) -> None:
+        """A trial ended by itself, was stopped, or failed: its folder and Tune's word say which."""
+        self._running.discard(number)
+        folder = self._folder.trial(number)
+        self._keep_times(number)
+        if folder.read_results() is None:  # else it finished, whatever came after
+            candidate = read_candidate(folder)
+            assert candidate is not None
+            told = read_error(folder)
+            error = error or (told and f"{told['error']}: {told['message']}")
+            status: Literal["failed", "stopped"] = "failed" if error else "stopped"
+            write_trial(folder, candidate, status=status, error=error)
+        trial = self._read(number)
+        if self._tracking is not None:
+            self._tracking.end(trial)
+        self._log_progress()
+        self._show()
+
+    def _keep_times(self, number: int) -> None:
+        """One line for each time that the trial had a place on the cluster."""
+        now = time.time()
+        times = {"started": self._started_at.pop(number, now), "ended": now}
+        with open(times_file(self._folder.trial(number)), "a", encoding="utf-8") as file:
+            file.write(json.dumps(times) + "\n")
+
+    def _read(self, number: int) -> Trial:
+        trial = read_trial(self._folder.trial(number), self._sweep.metric)
+        assert trial is not None
+        if number in self._running:
+            trial = trial._replace(status="running")
+        self._trials[number] = trial
+        return trial
+
+    def _log_progress(self) -> None:
+        """One line of the sweep's own metrics for each trial that ended."""
+        ended = [trial for trial in self._trials.values() if trial.status in _STATUS_IN_MLFLOW]
+        best = best_of(ended, self._sweep.metric)
+        counts = {
+            f"sweep/{status}": float(sum(trial.status == status for trial in ended))
+            for status in _STATUS_IN_MLFLOW
+        }
+        known = {} if best is None or best.metric is None else {"sweep/best_metric": best.metric}
+        self._progress.log(counts | known, step=len(ended))
+
+    def _show(self) -> None:
+        self._view.show(list(self._trials.values()))
+
+
+def times_file(folder: RunFolder) -> Path:
+    """Return where it stands when a trial had a place on the cluster."""
+    return folder.path / "times.jsonl"
+
+
+def placed_seconds(trial: Trial) -> float:
+    """Return how long a trial had a place on the cluster, in all starts that ended it or broke."""
+    path = times_file(RunFolder(trial.path))
+    if not path.exists():
+        return 0.0
+    spans = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return float(sum(span["ended"] - span["started"] for span in spans))
+
+
+class _View:
+    """The table of trials: live at a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, sweep: SweepConfig) -> None:
+        self._sweep = sweep
+        self._console: Console = console(error=True)
+        self._live: Live | None = None
+        self._last_line = 0.0
+
+    def open(self) -> None:
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, refresh_per_second=2)
+            self._live.start()
+
+    def show(self, trials: list[Trial]) -> None:
+        if self._live is not None:
+            self._live.update(trials_table(self._sweep, trials, rows=_ROWS))
+        elif time.monotonic() - self._last_line >= _LINE_EVERY_S:
+            self._line(trials)
+
+    def close(self, trials: list[Trial]) -> None:
+        if self._live is not None:
+            self._live.update(trials_table(self._sweep, trials, rows=_ROWS))
+            self._live.stop()
+        else:
+            self._line(trials)
+
+    def _line(self, trials: list[Trial]) -> None:
+        self._last_line = time.monotonic()
+        counts = {s: sum(t.status == s for t in trials) for s in ("running", *_STATUS_IN_MLFLOW)}
+        told = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
+        best = best_of(trials, self._sweep.metric)
+        if best is not None:
+            told += f"; best {best.metric:.4g} ({named(best.params)})"
+        self._console.print(f"trials: {told}", markup=False)
+
+
+def named(params: Mapping[str, Any]) -> str:
+    """Return parameters as people say them: the last part of each key, and its value."""
+    return ", ".join(f"{key.rsplit('.', 1)[-1]} {shown(value)}" for key, value in params.items())
+
+
+def shown(value: Any) -> str:
+    """Return a value in few characters."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def trials_table(sweep: SweepConfig, trials: list[Trial], *, rows: int) -> Table:
+    """Return trials as a table: those that run, then the best ones; in bold the best of all."""
+    running = [trial for trial in trials if trial.status == "running"]
+    ended = [trial for trial in ranked(trials, sweep.metric) if trial.status in ENDED]
+    best = best_of(trials, sweep.metric)
+    keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
+    table = Table(title=f"{sweep.name}: {len(trials)} trials", title_justify="left")
+    for title in ("trial", *(key.rsplit(".", 1)[-1] for key in keys), "epoch", "status"):
+        table.add_column(title)
+    table.add_column(sweep.metric.name, justify="right")
+    for trial in (running + ended)[:rows]:
+        table.add_row(
+            f"{trial.number:04d}",
+            *(escape(shown(trial.params.get(key, ""))) for key in keys),
+            f"{trial.epoch:.3g}",
+            trial.status if trial.error is None else escape(f"failed: {trial.error[:60]}"),
+            "" if trial.metric is None else f"{trial.metric:.4g}",
+            style="bold" if trial is best else None,
+        )
+    return table
