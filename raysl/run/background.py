@@ -9,13 +9,13 @@ T = TypeVar("T")
 
 
 def in_background(work: Callable[[], T], *, name: str) -> "Future[T]":
-    """Start ``work`` now and return its future; the thread never keeps the process from ending."""
+    """Start ``work`` in a daemon thread and return the future of its result."""
     future: Future[T] = Future()
 
     def run() -> None:
         try:
             future.set_result(work())
-        except BaseException as error:  # raised again by whoever asks for the result
+        except BaseException as error:  # re-raised by future.result()
             future.set_exception(error)
 
     threading.Thread(target=run, name=name, daemon=True).start()
