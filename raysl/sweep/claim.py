@@ -1,4 +1,4 @@
-"""Claim a sweep's folder, and reject another sweep of the same name."""
+"""Write the configuration into a sweep's folder; reject another sweep of the same name."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,21 +14,21 @@ from raysl.sweep.config import SweepConfig
 from raysl.sweep.sources import IF_CHANGED
 from raysl.sweep.trial import SweepFolder
 
-# What may change from one start of a sweep to the next.
+# Sections that may change from one start of a sweep to the next.
 _FREE = ("budget", "resources", "retries", "track", "output_dir", "metric")
 
 
 def claim(folder: SweepFolder, sweep: SweepConfig) -> None:
-    """Write the configuration into a new folder, or what may change into the sweep's own.
+    """Write the configuration into the folder, which is new or belongs to the same sweep.
 
     Raises:
         RunFolderError: If the folder holds another sweep.
     """
     values = sweep.model_dump(mode="json")
     if folder.config.exists():
-        # A setting that is newer than the folder has its default there.
-        kept = validate(SweepConfig, read_mapping(folder.config), where=str(folder.config))
-        old, new = (_without_folders(each) for each in (kept.model_dump(mode="json"), values))
+        # Validation gives settings that are newer than the folder their defaults.
+        earlier = validate(SweepConfig, read_mapping(folder.config), where=str(folder.config))
+        old, new = (_comparable(each) for each in (earlier.model_dump(mode="json"), values))
         keys = [key for key in sorted({*old, *new}) if key.split(".")[0] not in _FREE]
         changed = changes(old, new, keys=keys)
         if changed:
@@ -37,11 +37,11 @@ def claim(folder: SweepFolder, sweep: SweepConfig) -> None:
     write_text(folder.config, to_yaml(values))
 
 
-def _without_folders(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings flat, bases by their names, images by their places.
+def _comparable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return flat settings with names of base files and absolute paths of images.
 
-    A job's working folder is another one each time.
+    Folders of base files are left out, since each job has another working folder.
     """
-    found = flat({**values, "base": [Path(base).name for base in values["base"]]})
-    found.pop(f"set.{IF_CHANGED}", None)  # is there to change
-    return {key: as_place(key.rpartition(".")[2], value) for key, value in found.items()}
+    settings = flat({**values, "base": [Path(base).name for base in values["base"]]})
+    settings.pop(f"set.{IF_CHANGED}", None)  # may change
+    return {key: as_place(key.rpartition(".")[2], value) for key, value in settings.items()}

@@ -1,7 +1,7 @@
 """Record the settings that population based training changes during a trial.
 
-A trial's weights belong to the settings that trained them, not to those drawn for it at first, nor
-to new ones with which no step was trained yet.
+A trial's results are reported with the settings that trained its weights, not with those drawn for
+it initially, nor with new settings that have not trained a step yet.
 """
 
 from typing import Any, NamedTuple

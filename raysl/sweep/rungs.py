@@ -43,7 +43,9 @@ class Evaluations:
 
     def periods(self, epoch: float, period: float) -> int:
         """Return how many multiples of a period have had their nearest evaluation by an epoch."""
-        behind = (self.number(epoch) + Fraction(1, 2)) * self._spacing  # the next one's begin there
+        behind = (
+            self.number(epoch) + Fraction(1, 2)
+        ) * self._spacing  # the first epoch nearest to the next evaluation
         return math.ceil(behind / exact(period)) - 1
 
 
