@@ -229,10 +229,10 @@ class TarSource:
         lost = "names", shard  # distinct from a group's key, a plain number
 
         def read() -> tuple[_Names, int]:
-            found = index_shard(self.filesystem, path, self._config, names=True, labels=False)
-            if found.flaw is not None and found.flaw.may_pass:
-                raise _LostError(found.flaw.detail)
-            names = _Names(found.offsets, found.names)
+            index = index_shard(self.filesystem, path, self._config, names=True, labels=False)
+            if index.flaw is not None and index.flaw.may_pass:
+                raise _LostError(index.flaw.detail)
+            names = _Names(index.offsets, index.names)
             return names, names.offsets.nbytes + names.names.nbytes
 
         if self._failures.get(lost) is None:
