@@ -16,7 +16,7 @@ class Measure(NamedTuple):
 
     @property
     def title(self) -> str:
-        """The name with the unit."""
+        """Return the name with the unit."""
         return f"{self.words}, {self.unit}" if self.unit else self.words
 
     def text(self, value: float) -> str:
