@@ -1,10 +1,13 @@
-"""Connect to Ray, and divide the cluster between the workers of a run."""
+"""Connect to Ray, divide the cluster between the workers of a run, and wait in a thread."""
 
 import logging
 import math
 import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import ray
 
@@ -12,6 +15,8 @@ from raysl.errors import ClusterError
 
 if TYPE_CHECKING:  # the recipe loads torch; Ray's actors import this file and must not
     from raysl.run.recipe import RunConfig
+
+T = TypeVar("T")
 
 # The read stage yields only numbers, but Ray starts it only if this share of a CPU is free.
 READ_CPUS = 0.01
@@ -146,3 +151,17 @@ def describe_cluster() -> dict[str, str]:
         "cluster.cpus": f"{total.get('CPU', 0):g}",
         "cluster.gpus": f"{total.get('GPU', 0):g}",
     }
+
+
+def in_background(work: Callable[[], T], *, name: str) -> "Future[T]":
+    """Start ``work`` in a daemon thread and return the future of its result."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # re-raised by future.result()
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future

@@ -18,8 +18,7 @@ from ray.data.datasource import Datasource, ReadTask
 from raysl.data.block import INDEX, Block, is_view_column
 from raysl.data.plan import Plan
 from raysl.data.stream import BlockSpec, ItemMaker, concatenate
-from raysl.run.background import in_background
-from raysl.run.ray_cluster import READ_CPUS, Layout
+from raysl.run.ray_cluster import READ_CPUS, Layout, in_background
 from raysl.track.run_folder import latest_step
 
 _NUMBER = "number"

@@ -15,10 +15,8 @@ from ray.train.v2.api.config import RunConfig as RayRunConfig
 
 from raysl.errors import ClusterError, ErrorRecord, RayslError, from_record, to_record
 from raysl.nn.collectives import broadcast_object, rank_and_size
-from raysl.run.background import in_background
-from raysl.run.error_record import forget_error, read_error, write_error
 from raysl.run.measuring import Place
-from raysl.run.ray_cluster import Layout, worker_runtime_env
+from raysl.run.ray_cluster import Layout, in_background, worker_runtime_env
 from raysl.run.ray_data import OpenRest, execution_options, iterate_shard
 from raysl.run.ray_errors import wrapped_in
 from raysl.run.ray_validate import Evaluator, Share, share_beside
@@ -26,7 +24,7 @@ from raysl.run.recipe import RunConfig, block_spec, plan_of, run_from_values
 from raysl.run.worker import pretrain
 from raysl.sources.source import Source
 from raysl.track.results import Results
-from raysl.track.run_folder import RunFolder, latest_step
+from raysl.track.run_folder import RunFolder, forget_error, latest_step, read_error, write_error
 
 _ERROR = "error"
 

@@ -328,10 +328,6 @@ def idle_problems(values: Mapping[str, Any]) -> list[Problem]:
 def asked_run(values: Mapping[str, Any], *, where: str) -> RunConfig[Any]:
     """Validate plain values of a user as a run; every setting must have an effect.
 
-    Args:
-        values: Plain values.
-        where: Source of the values, for error messages.
-
     Raises:
         ConfigError: Lists every bad key at once, and every setting without effect.
     """
@@ -342,11 +338,7 @@ def asked_run(values: Mapping[str, Any], *, where: str) -> RunConfig[Any]:
 
 
 def run_from_values(values: Mapping[str, Any], *, where: str) -> RunConfig[Any]:
-    """Validate plain values as a run.
-
-    Args:
-        values: Plain values.
-        where: Source of the values, for error messages.
+    """Validate plain values as a run; ``where`` names their origin in messages.
 
     Raises:
         ConfigError: Lists every bad key at once.

@@ -9,13 +9,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-from rich.table import Table
-
 from raysl.config.load import to_yaml
 from raysl.errors import ConfigError, RayslError, SweepError
 from raysl.folder.whole import write_json, write_text
-from raysl.report.terminal import console, print_json, say
+from raysl.report.terminal import print_json, say
 from raysl.run.absolute_files import with_absolute_files
 from raysl.run.environment import git_state
 from raysl.run.places import read_run
@@ -24,9 +21,7 @@ from raysl.run.recipe import RunConfig
 from raysl.run.source_record import hold_to_source
 from raysl.run.tracking import say_trouble
 from raysl.sweep.check import check
-from raysl.sweep.claim import claim
 from raysl.sweep.config import SweepConfig
-from raysl.sweep.in_flight import newest_change
 from raysl.sweep.load import load_sweep
 from raysl.sweep.measured import MetricCheck
 from raysl.sweep.ray_shares import Shares, plan_shares
@@ -35,6 +30,7 @@ from raysl.sweep.results import (
     by_reason,
     failures_of,
     next_line,
+    print_candidates,
     print_results,
     results_of,
     write_best,
@@ -46,6 +42,8 @@ from raysl.sweep.trial import (
     ENDED,
     SweepFolder,
     Trial,
+    claim,
+    newest_change,
     read_candidate,
     read_trial,
     read_trials,
@@ -93,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     sources.say_notes()
     measured.say_notes()
     if arguments.dry_run:
-        _say_candidates(sweep, candidates)
+        print_candidates(sweep, candidates)
         return 0
     runs = [with_absolute_files(config, home) for config in configs]
     with folder.locked():
@@ -395,14 +393,3 @@ class _Start:
         say_trouble(tracking.trouble, tracking.uri, ended=True)
         results["parent_run_id"] = tracking.parent_run_id
         results["mlflow_problem"] = tracking.problem
-
-
-def _say_candidates(sweep: SweepConfig, candidates: Sequence[Candidate]) -> None:
-    table = Table(title=f"{sweep.name}: {len(candidates)} trials", title_justify="left")
-    keys = list(dict.fromkeys(key for candidate in candidates for key in candidate.params))
-    for title in ("trial", *keys):
-        table.add_column(title)
-    for candidate in candidates:
-        cells = (escape(short_text(candidate.params.get(key, ""))) for key in keys)
-        table.add_row(f"{candidate.number:04d}", *cells)
-    console().print(table)

@@ -17,6 +17,8 @@ CONFIG = "config"
 """The parameter that distinguishes the runs of several base files."""
 SEED = "seed"
 """The parameter that distinguishes repeats of one candidate."""
+IF_CHANGED = "data.if_changed"
+"""The setting of runs that may change between starts of a sweep."""
 
 _KINDS: tuple[Kind, ...] = get_args(Kind)
 

@@ -18,15 +18,14 @@ from raysl.errors import ClusterError
 from raysl.evaluate.protocol import LabelledSets
 from raysl.evaluate.training_source import open_training_source
 from raysl.folder.whole import read_json, write_json
-from raysl.run.background import in_background
 from raysl.run.labelled_sets import open_sets
 from raysl.run.local import pretrain_here
-from raysl.run.ray_cluster import plan_layout
+from raysl.run.ray_cluster import in_background, plan_layout
 from raysl.run.ray_train import pretrain_on_ray
 from raysl.run.recipe import RunConfig, derive_for, run_from_values
 from raysl.sources.source import Source
 from raysl.sweep.config import Dimension
-from raysl.sweep.in_flight import Change, newest_change, write_change
+from raysl.sweep.trial import Change, newest_change, write_change
 from raysl.sweep.trial_run import run_trial, take_over
 from raysl.track.follow import MetricsReader
 from raysl.track.results import Results
@@ -37,6 +36,7 @@ NUMBER = "number"
 """Key of a trial's number in the point that Tune passes to it."""
 
 _POLL_S = 0.5
+# The file in Tune's checkpoint, which only names ours: that one stays in the trial's folder.
 _POINTER = "checkpoint.json"
 
 
@@ -86,7 +86,6 @@ def trial_in_process(
         if not exchanges:
             tune.report(dict(values))
             return
-        # Tune's checkpoint only names ours, which stays in the trial's folder.
         with tempfile.TemporaryDirectory() as pointer:
             write_json(
                 Path(pointer) / _POINTER, {"folder": str(folder.path), "step": int(values["step"])}

@@ -16,7 +16,7 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, Searcher
 
-from raysl.run.background import in_background
+from raysl.run.ray_cluster import in_background
 from raysl.sources.source import Source
 from raysl.sweep.config import Dimension, SweepConfig
 from raysl.sweep.ray_schedulers import Asha, HyperBand, Pbt
@@ -87,13 +87,12 @@ def sweep_on_ray(
         most_trials: Maximal number of trials that ``suggestions`` supplies.
         earlier: All trials of earlier starts, for the scheduler to compare with.
         sources: Training images by :func:`source_key`; others are opened by the trials.
-        folder: The sweep's folder, on a disk that all nodes share; Tune's temporary files are
-            below it.
+        folder: The sweep's folder, on a disk that all nodes share.
         seconds: Time limit in seconds, after which all trials end; None for no limit.
 
     Returns:
-        The numbers of trials that Tune gave up without calling back, and the reasons; these trials
-        have not ended.
+        Numbers of the trials that Tune gave up without calling back, which have not ended, and the
+        reasons.
     """
     _prepare()
     scheduler = _scheduler(sweep)

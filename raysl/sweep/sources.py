@@ -16,10 +16,9 @@ from raysl.run.recipe import RunConfig
 from raysl.run.source_record import hold_to_source, is_same, source_facts, what_changed
 from raysl.sources.source import Source
 from raysl.sources.subset import whole_source
+from raysl.sweep.config import IF_CHANGED
 from raysl.sweep.ray_trial import source_key
 from raysl.track.run_folder import RunFolder, working_folder
-
-IF_CHANGED = "data.if_changed"
 
 
 class Sources:

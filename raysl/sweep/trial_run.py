@@ -5,14 +5,15 @@ from collections.abc import Callable, Mapping
 
 from raysl.errors import RayslError
 from raysl.folder.whole import appears_whole
-from raysl.run.error_record import forget_error, write_error
 from raysl.track.results import Results
 from raysl.track.run_folder import (
     RunFolder,
     checkpoint_path,
+    forget_error,
     latest_step,
     list_checkpoints,
     read_metrics,
+    write_error,
 )
 from raysl.train.loop import Log
 

@@ -16,7 +16,6 @@ from raysl.config.load import read_mapping
 from raysl.folder.whole import write_json
 from raysl.report.terminal import console
 from raysl.run.environment import flat
-from raysl.run.error_record import read_error
 from raysl.sweep.config import SweepConfig
 from raysl.sweep.summary import best_of, ranked
 from raysl.sweep.trial import (
@@ -27,7 +26,7 @@ from raysl.sweep.trial import (
     read_trial,
     write_trial,
 )
-from raysl.track.run_folder import MetricsFile, RunFolder
+from raysl.track.run_folder import MetricsFile, RunFolder, read_error
 
 if TYPE_CHECKING:  # MLflow takes seconds to load, and not every sweep needs it
     from raysl.track.mlflow_problem import MlflowProblem

@@ -1,4 +1,4 @@
-"""The folder of a run: its paths, its lock, and its metrics file."""
+"""The folder of a run: its paths, lock, results, metrics file, and the error that ended it."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
+from raysl.errors import ErrorRecord, RayslError, to_record
 from raysl.folder.lock import held
 from raysl.folder.whole import read_json, write_json, write_text
 from raysl.track.results import Results
@@ -60,6 +61,7 @@ class RunFolder:
         self.bad_images = self.path / "bad_images.jsonl"
         self.to_evaluate = self.path / "to_evaluate"
         self.failed_evaluations = self.path / "failed_evaluations.jsonl"
+        self.error = self.path / "error.json"
 
     def locked(self) -> AbstractContextManager[None]:
         """Lock the folder for one process; the lock ends with the process, however that ends.
@@ -157,3 +159,18 @@ def follow_metrics(path: Path, offset: int) -> Iterator[tuple[dict[str, Any], in
             except ValueError:
                 continue  # a line that was incomplete on disk when the machine crashed
             yield record, offset
+
+
+def write_error(folder: RunFolder, error: RayslError) -> None:
+    """Write the error that ended a run."""
+    write_json(folder.error, to_record(error))
+
+
+def read_error(folder: RunFolder) -> ErrorRecord | None:
+    """Return the error that ended a run, or None."""
+    return cast(ErrorRecord | None, read_json(folder.error))
+
+
+def forget_error(folder: RunFolder) -> None:
+    """Delete the error when a run starts or resumes."""
+    folder.error.unlink(missing_ok=True)

@@ -9,7 +9,6 @@ from raysl.config.load import to_yaml
 from raysl.folder.whole import write_json
 from raysl.run.recipe import load_run
 from raysl.sweep.config import SweepConfig
-from raysl.sweep.in_flight import Change, write_change
 from raysl.sweep.results import (
     best_run,
     failures_of,
@@ -19,7 +18,7 @@ from raysl.sweep.results import (
 )
 from raysl.sweep.space import Candidate, run_config
 from raysl.sweep.summary import summarise
-from raysl.sweep.trial import SweepFolder, read_trials, write_trial
+from raysl.sweep.trial import Change, SweepFolder, read_trials, write_change, write_trial
 from raysl.track.config import TrackConfig
 from raysl.track.run_folder import MetricsFile
 
