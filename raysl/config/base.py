@@ -62,11 +62,11 @@ class Duration(Config):
 
     @model_validator(mode="after")
     def _exactly_one_unit(self) -> "Duration":
-        given = [
+        units = [
             unit for unit in ("steps", "epochs", "fraction") if getattr(self, unit) is not None
         ]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of steps, epochs, fraction; got {given or 'none'}")
+        if len(units) != 1:
+            raise ValueError(f"give exactly one of steps, epochs, fraction; got {units or 'none'}")
         return self
 
     def in_steps(self, *, steps_per_epoch: int, total_steps: int) -> int:

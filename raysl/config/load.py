@@ -316,11 +316,11 @@ def _place(model: type[BaseModel], problem: Mapping[str, Any]) -> tuple[str, ...
 def _describe(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
     location = problem["loc"]
     if problem["type"] == "extra_forbidden":
-        owner, shown = _follow(model, location[:-1])
-        known = sorted(owner.model_fields) if owner is not None else []
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        section = ".".join(shown) or "top level"
+        owner, keys = _follow(model, location[:-1])
+        fields = sorted(owner.model_fields) if owner is not None else []
+        near = difflib.get_close_matches(str(location[-1]), fields, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
+        section = ".".join(keys) or "top level"
         return f"{section}: unknown key {str(location[-1])!r}; {hint}"
     key = ".".join(_follow(model, location)[1]) or "top level"
     if problem["type"] == "missing":
@@ -332,23 +332,23 @@ def _describe(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
             str(problem.get("ctx", {}).get("expected", ""))
             or str(problem.get("ctx", {}).get("expected_tags", "")),
         )
-        given = problem["input"]
-        given = (
-            next((given[t] for t in ("name", "recipe", "op") if t in given), given)
-            if isinstance(given, dict)
-            else given
+        value = problem["input"]
+        value = (
+            next((value[t] for t in ("name", "recipe", "op") if t in value), value)
+            if isinstance(value, dict)
+            else value
         )
-        near = difflib.get_close_matches(str(given), allowed, n=1)
+        near = difflib.get_close_matches(str(value), allowed, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"{key}: got {given!r}, allowed: {', '.join(allowed)}{hint}"
+        return f"{key}: got {value!r}, allowed: {', '.join(allowed)}{hint}"
     if problem["type"] == "value_error":
         return f"{key}: {message}"
-    given = problem["input"]
-    if problem["type"] == "string_type" and isinstance(given, bool | int | float):
-        kind = "a truth value" if isinstance(given, bool) else "a number"
-        text = json.dumps(json.dumps(given))
+    value = problem["input"]
+    if problem["type"] == "string_type" and isinstance(value, bool | int | float):
+        kind = "a truth value" if isinstance(value, bool) else "a number"
+        text = json.dumps(json.dumps(value))
         return (
-            f"{key}: takes text, and {json.dumps(given)} without quotes is {kind}; in a file write "
+            f"{key}: takes text, and {json.dumps(value)} without quotes is {kind}; in a file write "
             f"{location[-1]}: {text}, on the command line {key}='{text}'"
         )
     return f"{key}: {message}, got {json.dumps(problem['input'], default=str)}"

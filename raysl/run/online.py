@@ -60,8 +60,8 @@ class OnlineEvaluations:
         for half_written in folder.to_evaluate.glob(".*"):
             half_written.unlink()
         if folder.failed_evaluations.exists():
-            known = [r for r in read_failures(folder) if r["step"] <= start_step]
-            text = "".join(json.dumps(record) + "\n" for record in known)
+            kept = [r for r in read_failures(folder) if r["step"] <= start_step]
+            text = "".join(json.dumps(record) + "\n" for record in kept)
             write_text(folder.failed_evaluations, text)
         self.collect()
 
@@ -96,7 +96,7 @@ class OnlineEvaluations:
                 try:
                     self._running = step, self._begin(self._path(step), self._sets)
                 except Exception as error:  # training continues after any error
-                    self._fail(step, _told(error))
+                    self._fail(step, _error_text(error))
                     continue
             step, future = self._running
             if not waits and not future.done():
@@ -105,7 +105,7 @@ class OnlineEvaluations:
             try:
                 metrics = future.result()
             except Exception as error:
-                self._fail(step, _told(error))
+                self._fail(step, _error_text(error))
                 continue
             self._log(metrics, step)
             self._path(step).unlink(missing_ok=True)
@@ -131,6 +131,6 @@ def read_failures(folder: RunFolder) -> list[dict[str, Any]]:
     return read_metrics(folder.failed_evaluations)
 
 
-def _told(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -260,9 +260,9 @@ def _row_groups(metadata: pq.FileMetaData, image_column: str) -> tuple[Ints, Int
         return rows, sizes, None
     if metadata.schema.column(leaf).physical_type == "INT32":  # type null, not bytes
         return rows, sizes, int(rows.sum())
-    found = [chunk.statistics for chunk in chunks]
-    is_complete = all(each is not None and each.has_null_count for each in found)
-    return rows, sizes, sum(each.null_count for each in found) if is_complete else None
+    statistics = [chunk.statistics for chunk in chunks]
+    is_complete = all(each is not None and each.has_null_count for each in statistics)
+    return rows, sizes, sum(each.null_count for each in statistics) if is_complete else None
 
 
 def has_images(filesystem: pafs.FileSystem, path: str, config: SourceConfig) -> bool:

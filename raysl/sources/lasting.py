@@ -1,4 +1,4 @@
-"""Tell lasting read errors (a bad image) from passing ones (which end a run)."""
+"""Distinguish lasting read errors (a bad image) from passing ones (which end a run)."""
 
 import errno
 import re

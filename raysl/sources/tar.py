@@ -266,10 +266,10 @@ def _nothing(
         more = f". {counted(others, 'other shard')} can be read as little" if others else ""
         return f"{path}: {flaw.detail}{more}"
     wanted = f".{config.image_column}" if config.image_column else "the suffix of an image"
-    said = "".join(f"; {note}" for note in notes)
+    more_notes = "".join(f"; {note}" for note in notes)
     return (
         f"{where}: no images in the {counted(len(files), 'tar shard')}: no member ends in "
-        f"{wanted}{said}"
+        f"{wanted}{more_notes}"
     )
 
 

@@ -77,7 +77,7 @@ class Sources:
         policy = settings.get(IF_CHANGED, "stop")
         if policy == "stop":
             self._check_ended(ended)
-        said: set[str] = set()
+        printed: set[str] = set()
         for folder in left:
             config = read_run(folder)
             data = config.data.model_copy(update={"if_changed": policy})
@@ -87,9 +87,9 @@ class Sources:
                 write_text(folder.config, to_yaml(values))
             lines = hold_to_source(folder, self.of(config), config)
             for line in lines:
-                if line not in said:
+                if line not in printed:
                     say(f"trial {folder.path.name}: {line}" if line == lines[0] else line)
-            said |= set(lines)
+            printed |= set(lines)
 
     def _check_ended(self, ended: Iterable[RunFolder]) -> None:
         for folder in ended:

@@ -61,12 +61,12 @@ def check_tracking_uri(configured: str | None) -> None:
     if len(scheme) < 2 or uri in _DATABRICKS:  # a folder; one letter is a drive
         return
     plugins = {point.name for point in entry_points(group="mlflow.tracking_store")}
-    known = {*_SCHEMES, *(f"{name}+DRIVER" for name in _DATABASES), *_DATABRICKS, *plugins}
+    supported = {*_SCHEMES, *(f"{name}+DRIVER" for name in _DATABASES), *_DATABRICKS, *plugins}
     name, plus, _ = scheme.partition("+")
-    if scheme not in {*known, *_DATABASES} and not (plus and name in _DATABASES):
+    if scheme not in {*supported, *_DATABASES} and not (plus and name in _DATABASES):
         raise ConfigError(
             f"{key}={without_password(uri)}: MLflow knows no address that begins with "
-            f"{scheme}:; it may be a folder, or begin with one of {', '.join(sorted(known))}. "
+            f"{scheme}:; it may be a folder, or begin with one of {', '.join(sorted(supported))}. "
             f"track.mlflow=false goes without it"
         )
     if scheme in ("http", "https") and not urlsplit(uri).hostname:
