@@ -96,7 +96,7 @@ class Asha(FIFOScheduler):
         stops = earlier and value < np.percentile(earlier, self._percentile)
         return self.STOP if stops else self.CONTINUE
 
-    def restore(self, trials: Sequence[Trial]) -> None:
+    def add_earlier(self, trials: Sequence[Trial]) -> None:
         """Add trials that ended in earlier starts, to compare new ones with them."""
         name = str(self._metric)
         for trial in trials:
@@ -194,7 +194,7 @@ class HyperBand(FIFOScheduler):
                 self._bracket_of.update(dict.fromkeys(members, bracket))
                 first += plan.size
 
-    def restore(self, trials: Sequence[Trial], *, ended: Sequence[int]) -> None:
+    def add_earlier(self, trials: Sequence[Trial], *, ended: Sequence[int]) -> None:
         """Add the evaluations of trials of earlier starts, and the numbers of those that ended."""
         for trial in trials:
             evaluations = Evaluations(trial.curve[0][0]) if trial.curve else None

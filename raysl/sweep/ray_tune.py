@@ -97,7 +97,7 @@ def sweep_on_ray(
     _prepare()
     scheduler = _scheduler(sweep)
     max_running = shares.at_a_time if shares.nested else None
-    _restore(scheduler, earlier, most_trials=most_trials, max_running=max_running)
+    _add_earlier(scheduler, earlier, most_trials=most_trials, max_running=max_running)
     callback = _Callback(watcher, suggestions)
     scratch = folder.path / ".tune"
     shutil.rmtree(scratch, ignore_errors=True)
@@ -204,7 +204,7 @@ def _domain(dimension: Dimension) -> Any:
     return (tune.uniform if dimension.kind == "uniform" else tune.loguniform)(low, high)
 
 
-def _restore(
+def _add_earlier(
     scheduler: TrialScheduler,
     earlier: Sequence[Trial],
     *,
@@ -214,10 +214,10 @@ def _restore(
     """Add the trials of earlier starts to a halving scheduler."""
     ended = [trial for trial in earlier if trial.status in ENDED]
     if isinstance(scheduler, Asha):
-        scheduler.restore(ended)
+        scheduler.add_earlier(ended)
     elif isinstance(scheduler, HyperBand):
         scheduler.expect(len(ended) + most_trials, max_running=max_running)
-        scheduler.restore(earlier, ended=[trial.number for trial in ended])
+        scheduler.add_earlier(earlier, ended=[trial.number for trial in ended])
 
 
 def _all_points(suggestions: Suggestions) -> tuple[Any, dict[str, Any]]:

@@ -148,7 +148,7 @@ class TestAsha:
 
     def test_compares_with_trials_of_earlier_starts(self, make_trial: Any) -> None:
         scheduler = Asha(AshaScheduler(reduction_factor=2.0), METRIC)
-        scheduler.restore([make_trial(0, {}, [0.5, 0.8])])
+        scheduler.add_earlier([make_trial(0, {}, [0.5, 0.8])])
         controller = Controller(scheduler, 2)
         assert controller.report(0, 1.0, 0.4) == "STOP"
         assert controller.report(1, 1.0, 0.6) == "CONTINUE"
@@ -162,7 +162,7 @@ class TestHyperBand:
         settings = {"max_evaluations": 4, "reduction_factor": 2.0}
         scheduler = HyperBand(HyperBandScheduler(**(settings | more.pop("settings", {}))), METRIC)
         scheduler.expect(count, max_running=more.pop("max_running", None))
-        scheduler.restore(known, ended=ended)
+        scheduler.add_earlier(known, ended=ended)
         return Controller(scheduler, count)
 
     def test_halves_a_bracket_when_its_last_trial_is_there_one_after_the_other(self) -> None:
