@@ -10,8 +10,9 @@ from raysl.sources.source import Source, Unreadable
 def reason_of(source: Source, row: int, flaw: Flaw) -> str:
     """Return the reason why a row is bad, as a sentence fragment.
 
-    A block stores a flaw as one byte, which has no room for the operating system's error message.
-    So a file that cannot be read is opened once more to get that message; such files are rare.
+    A block carries a flaw as one byte, which has no room for the operating system's error message.
+    So
+    a file that cannot be read is opened once more to get that message; such files are rare.
     """
     if flaw != Flaw.UNREADABLE:
         return flaw.reason

@@ -146,9 +146,9 @@ class ProgressView:
 
 
 def accuracy_table(results: Results) -> Table:
-    """Return the table of accuracies of the encoder, the untrained encoder and plain pixels.
+    """Return the table of what pretraining gave, against its start and bare pixels.
 
-    It has no column for few labels if they were not measured.
+    Without a column of few labels where there were too few for it.
     """
     table = Table(title="Accuracy of frozen features on the test images")
     table.add_column("features")

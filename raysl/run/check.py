@@ -41,9 +41,9 @@ def check_start(config: RunConfig[Any], source: Source) -> Derived:
         The derived values.
 
     Raises:
-        ConfigError: If a duration exceeds the run, the method cannot be built for these images,
-            batch norm has too few images, or the network does not fit into memory.
-        DataError: If the given weights do not fit, or the run needs labels that are missing.
+        ConfigError: If lengths do not fit each other, the method cannot be built for these images,
+            its batch norm has too few of them, or no memory holds it.
+        DataError: If the given weights do not fit, or the labels are not what the run needs.
     """
     derived = check_lengths(config, source)
     labelling_notes(config, source)

@@ -12,13 +12,13 @@ from raysl.train.batches import NumpyBatch
 def open_local(
     config: RunConfig[Any], source: Source, *, start_step: int, num_threads: int
 ) -> Iterator[NumpyBatch]:
-    """Return the batches from a step on, equal to those that Ray's data workers would make.
+    """Open the stream of batches from a step on; they are those that Ray's workers would make.
 
     Args:
         config: The run.
         source: The training images.
-        start_step: Step of the first batch.
-        num_threads: Number of threads that read, decode and augment.
+        start_step: The first batch is that of this step.
+        num_threads: That read, decode and augment.
     """
     return iterate(
         ItemMaker(source, plan_of(config, source), block_spec(config.data)),

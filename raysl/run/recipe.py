@@ -308,16 +308,16 @@ def read_run_values(path: Path) -> dict[str, Any]:
 
 
 def layered(
-    before: Mapping[str, Any], after: Mapping[str, Any], keys: Sequence[str]
+    before: Mapping[str, Any], after: Mapping[str, Any], given: Sequence[str]
 ) -> dict[str, Any]:
     """Return ``after`` without the settings of lower layers that the top layer makes idle.
 
     Args:
         before: Plain values of the lower layers.
         after: The same values with the top layer applied.
-        keys: Dotted keys that the top layer sets.
+        given: Dotted keys that the top layer sets.
     """
-    return without_idle(_model_for(after)[0], before, after, keys)
+    return without_idle(_model_for(after)[0], before, after, given)
 
 
 def idle_problems(values: Mapping[str, Any]) -> list[Problem]:
@@ -350,7 +350,7 @@ def run_from_values(values: Mapping[str, Any], *, where: str) -> RunConfig[Any]:
 
 
 def run_or_problems(values: Mapping[str, Any]) -> RunConfig[Any] | list[Problem]:
-    """Return the validated run, or all problems of its values."""
+    """Return the run that plain values make, or all that is wrong with them."""
     model, problem = _model_for(values)
     if problem is None:
         return validated(model, values)

@@ -318,7 +318,7 @@ class _Worker:
         }
 
     def _knn_only(self) -> Results:
-        if self.rank == 0:  # may stem from a shorter version of the run, with another encoder
+        if self.rank == 0:  # of an earlier end of the run, with another encoder
             self.folder.features.unlink(missing_ok=True)
         total = derive_for(self.config, self.source).total_steps
         return {"knn_top1": self.measuring.at(total)["eval/knn_top1"]}
@@ -338,7 +338,7 @@ class _Worker:
         )
 
     def _finetuned(self) -> Results:
-        """Fine-tune a copy of encoder and head on rank 0 if ``evaluate.finetune`` is set."""
+        """Fine-tune a copy of encoder and head on rank 0, if asked; keep which labels it saw."""
         finetune = self.config.evaluate.finetune
         if finetune is None or self.sets is None or self.rank != 0:
             return {}

@@ -1,7 +1,6 @@
-"""Cache recently read values up to a size in bytes, and recent failures for a minute."""
+"""Cache recently read values up to a size in bytes."""
 
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
@@ -68,29 +67,3 @@ class ByteCache(Generic[T]):
                 self._held_bytes -= self._held.popitem(last=False)[1][1]
         future.set_result(value)
         return value
-
-
-class Failures:
-    """Remember recent failures, so that the rows of one bad place do not each retry it.
-
-    Empty after unpickling.
-
-    Args:
-        seconds: Time after which a place is retried.
-    """
-
-    def __init__(self, seconds: float = 60.0) -> None:
-        self.seconds = seconds
-        self._until: dict[Hashable, tuple[float, str]] = {}
-
-    def __reduce__(self) -> tuple[type["Failures"], tuple[float]]:
-        return type(self), (self.seconds,)
-
-    def get(self, place: Hashable) -> str | None:
-        """Return why a place could not be read recently, or None."""
-        until, reason = self._until.get(place, (0.0, ""))
-        return reason if time.monotonic() < until else None
-
-    def add(self, place: Hashable, reason: str) -> None:
-        """Record a failure."""
-        self._until[place] = time.monotonic() + self.seconds, reason

@@ -1,4 +1,4 @@
-"""Distinguish lasting read errors (a bad image) from passing ones (which end a run)."""
+"""Tell lasting read errors (a bad image) from passing ones (which end a run)."""
 
 import errno
 import re

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from raysl.errors import DataError, counted
-from raysl.sources.cache import ByteCache, Failures
+from raysl.sources.cache import ByteCache
+from raysl.sources.failures import Failures
 from raysl.sources.footers import describe_choice
 from raysl.sources.labels import number_classes
 from raysl.sources.lasting import is_lasting

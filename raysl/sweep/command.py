@@ -9,10 +9,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
+from rich.table import Table
+
 from raysl.config.load import to_yaml
 from raysl.errors import ConfigError, RayslError, SweepError
 from raysl.folder.whole import write_json, write_text
-from raysl.report.terminal import print_json, say
+from raysl.report.terminal import console, print_json, say
 from raysl.run.absolute_files import with_absolute_files
 from raysl.run.environment import git_state
 from raysl.run.places import read_run
@@ -30,7 +33,6 @@ from raysl.sweep.results import (
     by_reason,
     failures_of,
     next_line,
-    print_candidates,
     print_results,
     results_of,
     write_best,
@@ -91,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     sources.say_notes()
     measured.say_notes()
     if arguments.dry_run:
-        print_candidates(sweep, candidates)
+        _print_candidates(sweep, candidates)
         return 0
     runs = [with_absolute_files(config, home) for config in configs]
     with folder.locked():
@@ -105,13 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class _PendingTrials:
-    """Supplies the trials whose folders exist and that have not ended.
-
-    Args:
-        folder: The sweep's folder.
-        numbers: Numbers of these trials.
-        in_flight: Whether parameters may change during a trial (population based training).
-    """
+    """Supplies trials whose folders exist; ``in_flight``: parameters may change during a trial."""
 
     def __init__(self, folder: SweepFolder, numbers: Sequence[int], *, in_flight: bool) -> None:
         self._folder = folder
@@ -136,12 +132,7 @@ class _PendingTrials:
 
 
 class _OptunaTrials:
-    """Supplies interrupted trials first, then candidates from Optuna.
-
-    Args:
-        start: The start of the sweep.
-        numbers: Numbers of the interrupted trials.
-    """
+    """Supplies the interrupted trials, by number, then candidates from Optuna."""
 
     def __init__(self, start: "_Start", numbers: Sequence[int]) -> None:
         self._start = start
@@ -393,3 +384,14 @@ class _Start:
         say_trouble(tracking.trouble, tracking.uri, ended=True)
         results["parent_run_id"] = tracking.parent_run_id
         results["mlflow_problem"] = tracking.problem
+
+
+def _print_candidates(sweep: SweepConfig, candidates: Sequence[Candidate]) -> None:
+    table = Table(title=f"{sweep.name}: {len(candidates)} trials", title_justify="left")
+    keys = list(dict.fromkeys(key for candidate in candidates for key in candidate.params))
+    for title in ("trial", *keys):
+        table.add_column(title)
+    for candidate in candidates:
+        cells = (escape(short_text(candidate.params.get(key, ""))) for key in keys)
+        table.add_row(f"{candidate.number:04d}", *cells)
+    console().print(table)

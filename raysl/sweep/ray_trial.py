@@ -94,7 +94,7 @@ def trial_in_process(
 
     def train(evaluated: Log) -> Results:
         if config.cluster.num_train_workers > 1:
-            return _train_nested(config, folder, source, evaluated, metrics)
+            return _train_below(config, folder, source, evaluated, metrics)
         threads = max(1, int(cpus))
         return pretrain_here(
             config,
@@ -189,7 +189,7 @@ def _exchange(
         write_change(folder, Change(latest_step(folder.checkpoints), params, values))
 
 
-def _train_nested(
+def _train_below(
     config: RunConfig[Any],
     folder: RunFolder,
     source: Source,

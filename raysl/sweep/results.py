@@ -1,11 +1,8 @@
-"""Print the candidates of a sweep; write and print its results and the best configuration."""
+"""Write and print the results of a sweep: the best run's configuration, results, failures."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from rich.markup import escape
-from rich.table import Table
 
 from raysl.config.load import read_mapping, set_key, to_yaml
 from raysl.errors import DivergedError
@@ -14,10 +11,10 @@ from raysl.report.terminal import console
 from raysl.run.recipe import RunConfig, run_from_values
 from raysl.run.shell import command
 from raysl.sweep.config import SweepConfig
-from raysl.sweep.space import Candidate, trial_name
+from raysl.sweep.space import trial_name
 from raysl.sweep.summary import Summary
 from raysl.sweep.trial import SweepFolder, Trial, change_behind, last_measured
-from raysl.sweep.watch import params_text, placed_seconds, short_text, trials_table
+from raysl.sweep.watch import params_text, placed_seconds, trials_table
 from raysl.track.results import SweepResults
 from raysl.track.run_folder import RunFolder, working_folder
 from raysl.track.uri import compare_line
@@ -149,15 +146,3 @@ def best_run(sweep: SweepConfig, trial: RunFolder) -> RunConfig[Any]:
     set_key(values, "evaluate.final", "full")
     set_key(values, "evaluate.online", "auto")
     return run_from_values(values, where=str(trial.config))
-
-
-def print_candidates(sweep: SweepConfig, candidates: Sequence[Candidate]) -> None:
-    """Print the candidates of a dry run as a table."""
-    table = Table(title=f"{sweep.name}: {len(candidates)} trials", title_justify="left")
-    keys = list(dict.fromkeys(key for candidate in candidates for key in candidate.params))
-    for title in ("trial", *keys):
-        table.add_column(title)
-    for candidate in candidates:
-        cells = (escape(short_text(candidate.params.get(key, ""))) for key in keys)
-        table.add_row(f"{candidate.number:04d}", *cells)
-    console().print(table)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, cast, final
 
 Features = Literal["", "untrained_", "pixels_"]
-"""Prefix of the accuracies of the trained encoder, the untrained encoder, and plain pixels."""
+"""Prefix of the accuracies of the trained encoder, of the same before training, of bare pixels."""
 
 
 class Probed(TypedDict, total=False):
