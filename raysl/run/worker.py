@@ -69,8 +69,7 @@ def pretrain(
         evaluated: Called with the metrics and the step of each evaluation, after the checkpoint;
             an exception that it raises ends the run.
         sets: Result of :func:`open_sets` for this run or one with the same images; None opens them.
-        begin: Starts an evaluation during training; None evaluates in the workers, and training
-            waits.
+        begin: Starts an evaluation in the background; None evaluates in the workers.
 
     Returns:
         The results of the run, on rank 0 also written to ``results.json``.

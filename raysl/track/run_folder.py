@@ -168,7 +168,10 @@ def write_error(folder: RunFolder, error: RayslError) -> None:
 
 def read_error(folder: RunFolder) -> ErrorRecord | None:
     """Return the error that ended a run, or None."""
-    return cast(ErrorRecord | None, read_json(folder.error))
+    record = read_json(folder.error)
+    if record is None:
+        return None
+    return ErrorRecord(error=str(record["error"]), message=str(record["message"]))
 
 
 def forget_error(folder: RunFolder) -> None:
