@@ -40,14 +40,14 @@ def pretrain(
         RayslError: If the run fails otherwise; the subclass says how.
     """
     began_at = time.time()
-    dotted = [overrides] if isinstance(overrides, str) else list(overrides)
+    given = [overrides] if isinstance(overrides, str) else list(overrides)
     if isinstance(config, Mapping):
-        return train_run(_run_of(config, dotted), began_at=began_at, fresh=fresh, extend=extend)
+        return train_run(_run_of(config, given), began_at=began_at, fresh=fresh, extend=extend)
     path = Path(config)
     return train_run(
-        load_run(path, dotted),
+        load_run(path, given),
         began_at=began_at,
-        typed=Typed(path, tuple(dotted)),
+        typed=Typed(path, tuple(given)),
         fresh=fresh,
         extend=extend,
     )
