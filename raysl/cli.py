@@ -28,7 +28,7 @@ VERBS = {
     "duplicates": "find near-duplicates among embeddings, and list which to drop",
 }
 
-# A verb's module, where it is not raysl.VERB.command.
+# Modules of verbs other than raysl.VERB.command.
 _MODULES = {
     "pretrain": "raysl.run.command",
     "finetune": "raysl.downstream.finetune_command",
@@ -90,13 +90,13 @@ _VERB_AND_ITS_OWN = 2  # words, such as "benchmark input"
 
 
 def let_waiting_threads_sleep() -> None:
-    """Tell torch's threads, through the environment, to sleep where they wait; a setting stays.
+    """Set the environment so that waiting torch threads sleep, unless the user has set it.
 
-    Call it before torch is loaded. Threads that spin take the cores from the data workers: 65
-    against 245 images a second on two busy cores.
+    Call it before torch is imported. Spinning threads take the cores from the data workers: 65
+    instead of 245 images/s on two busy cores.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # But not at once: bfloat16 on CPU waits so often that it runs 50 times slower (ADR 5).
+    # But not immediately: bfloat16 on CPU waits so often that it would be 50 times slower (ADR 5).
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Args:
-        argv: Arguments after the program's name; None takes those of the process.
+        argv: Arguments after the program's name; None uses those of the process.
 
     Returns:
         The exit status: 0, 1 after an error of raysl's own (one message, no traceback), 2 for

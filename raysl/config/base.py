@@ -12,24 +12,24 @@ NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 
 
 GIVEN = object()
-"""Stands for every value but null in :class:`Idle`."""
+"""Stands for every value except null in :class:`Idle`."""
 
 
 class Idle(NamedTuple):
-    """Settings of a section that other settings put to use, and when they do not."""
+    """Settings of a section that have no effect under some values of other settings."""
 
     settings: tuple[str, ...]
-    """Dotted, from the section."""
+    """Dotted keys within the section."""
     off: Mapping[str, tuple[Any, ...]]
-    """The other settings, each with the values at which it does not; all of them have to have one
-    of those. A duration of no length is ``0``."""
+    """The other settings, each with its values that make ``settings`` ineffective; all of them must
+    have one of these values. A duration of length zero is ``0``."""
 
 
 class Config(BaseModel):
     """Strict and frozen: a typo is an error, and nothing is edited after loading."""
 
     idle: ClassVar[tuple[Idle, ...]] = ()
-    """When which settings are without effect: see :mod:`raysl.config.idle`."""
+    """Rules for settings without effect; see :mod:`raysl.config.idle`."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -42,10 +42,10 @@ class Config(BaseModel):
 
     @classmethod
     def idle_by(cls, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """Yield settings without effect, and why, that :attr:`idle` cannot say.
+        """Yield settings without effect, with the reason, that :attr:`idle` cannot express.
 
         Args:
-            values: Plain values of the section, perhaps not sound.
+            values: Plain values of the section, possibly invalid.
         """
         yield from ()
 
@@ -58,15 +58,15 @@ class Duration(Config):
     epochs: Annotated[float, Field(ge=0.0)] | None = None
     """Passes over the training images."""
     fraction: Probability | None = None
-    """Share of the whole run."""
+    """Fraction of the whole run, in [0, 1]."""
 
     @model_validator(mode="after")
     def _exactly_one_unit(self) -> "Duration":
-        given = [
+        units = [
             unit for unit in ("steps", "epochs", "fraction") if getattr(self, unit) is not None
         ]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of steps, epochs, fraction; got {given or 'none'}")
+        if len(units) != 1:
+            raise ValueError(f"give exactly one of steps, epochs, fraction; got {units or 'none'}")
         return self
 
     def in_steps(self, *, steps_per_epoch: int, total_steps: int) -> int:

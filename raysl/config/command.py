@@ -1,4 +1,4 @@
-"""`raysl config`: the resolved run, and what follows from it; what there is to configure."""
+"""`raysl config`: print a resolved run and its derived values, or list the configurations."""
 
 import argparse
 from pathlib import Path
@@ -17,7 +17,7 @@ from raysl.track.run_folder import working_folder
 
 HELP = "print a resolved configuration and its derived values"
 
-# The folders of shipped configurations, with what they are for.
+# The folders of shipped configurations, with their headings.
 _GROUPS = {
     "": "raysl pretrain NAME: recipes as published, and the quickstart",
     "ten_minutes": "raysl pretrain NAME: every method for ten minutes on two CPU cores",
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the resolved configuration; find all that a start would refuse, but start nothing."""
+    """Print the resolved configuration after all checks of a start; start nothing."""
     if arguments.list:
         return _list(as_json=arguments.json)
     if arguments.reference is not None:

@@ -9,8 +9,8 @@ def settings_text(model: type[Config], *, without: Collection[str] = ()) -> str:
     """Return each key of a model with its default and its description.
 
     Args:
-        model: What the verb's overrides are validated against.
-        without: Keys that are given otherwise.
+        model: The configuration that the verb's overrides set.
+        without: Keys to leave out, which the verb takes as arguments.
     """
     lines = []
     for name, field in model.model_fields.items():

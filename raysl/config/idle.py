@@ -65,8 +65,8 @@ def refuse_idle(model: type[BaseModel], values: Mapping[str, Any], *, where: str
     Raises:
         ConfigError: Lists all of them.
     """
-    if found := list(idle_settings(model, values)):
-        raise bad_keys(found, where=where)
+    if problems := list(idle_settings(model, values)):
+        raise bad_keys(problems, where=where)
 
 
 def without_idle(
@@ -83,11 +83,11 @@ def without_idle(
         after: The lower layers with this layer on top.
         given: The dotted keys of this layer.
     """
-    known = {problem.place for problem in idle_settings(model, before)}
+    idle_before = {problem.place for problem in idle_settings(model, before)}
     result = plain_copy(after)
     for problem in list(idle_settings(model, after)):
         key = ".".join(problem.place)
-        if problem.place not in known and not any(_covers(each, key) for each in given):
+        if problem.place not in idle_before and not any(_covers(each, key) for each in given):
             drop_key(result, key)
     return result
 
@@ -120,8 +120,8 @@ def _inside(
 
 def _value(model: type[BaseModel], values: Mapping[str, Any], key: str) -> Any:
     """Return a plain value, or the model's default if none is given."""
-    found = get_key(values, key)
-    return _default(model, key) if found is MISSING else found
+    value = get_key(values, key)
+    return _default(model, key) if value is MISSING else value
 
 
 def _default(model: type[BaseModel], key: str) -> Any:
@@ -149,10 +149,10 @@ def _is_off(
 
 def _is_given(model: type[BaseModel], values: Mapping[str, Any], key: str) -> bool:
     """Return whether a setting differs from its default."""
-    found = get_key(values, key)
-    if found is MISSING or found is None:
+    value = get_key(values, key)
+    if value is MISSING or value is None:
         return False
-    return bool(_without_null(found) != _without_null(_default(model, key)))
+    return bool(_without_null(value) != _without_null(_default(model, key)))
 
 
 def _without_null(value: Any) -> Any:
@@ -184,7 +184,7 @@ def _because(
 
 
 def _others(model: type[BaseModel], key: str, off: tuple[Any, ...]) -> str:
-    """Describe the values that would put a setting to use, if known."""
+    """Describe the values under which a setting has an effect, if known."""
     field = model.model_fields.get(key)
     if field is None:
         return ""

@@ -19,13 +19,13 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers: ``1e-3`` is a float (PyYAML's own resolver reads a string).
+    """Reads YAML 1.2 numbers: ``1e-3`` is a float, which PyYAML reads as a string.
 
-    A key that stands twice is an error, not a silent overwrite.
+    A repeated key is an error, not a silent overwrite.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping and refuse a key given twice."""
+        """Build a mapping; raise ConfigError for a repeated key."""
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
@@ -52,7 +52,7 @@ def parse_yaml(text: str, *, where: str) -> Any:
     """Parse one YAML document.
 
     Raises:
-        ConfigError: If the text is not YAML; the message has the line.
+        ConfigError: If the text is not YAML; the message names the line.
     """
     try:
         loader = _Loader(text)
@@ -66,11 +66,11 @@ def parse_yaml(text: str, *, where: str) -> Any:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Read a YAML file and what it extends into one mapping of plain values.
+    """Read a YAML file and the files that it extends into one mapping of plain values.
 
     ``extends: other.yaml`` names at most one parent, relative to the file, or a shipped
-    configuration by its name. Sections of parent and child merge key by key; a value inside a
-    section is replaced whole, and so is a section whose ``name`` or ``recipe`` changes.
+    configuration by its name. Sections of parent and child are merged key by key; a value within a
+    section is replaced as a whole, and so is a section whose ``name`` or ``recipe`` changes.
 
     Raises:
         ConfigError: If a file is missing, is not YAML, is not a mapping, or extends itself.
@@ -82,10 +82,10 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def read_layers(path: Path) -> list[dict[str, Any]]:
-    """Read a YAML file and what it extends, as plain values; each one goes over those before it.
+    """Read a YAML file and the files that it extends as plain values, the lowest layer first.
 
     Raises:
-        ConfigError: As :func:`read_mapping`.
+        ConfigError: See :func:`read_mapping`.
     """
     chain: list[Path] = []
     layers: list[dict[str, Any]] = []
@@ -122,11 +122,11 @@ def _read_one(path: Path) -> dict[str, Any]:
 
 
 def _near(path: Path) -> str:
-    """Return what else may be meant by a file that is not there: its neighbours come first."""
+    """Return a hint for a missing file: a similar name in its folder, else of a shipped one."""
     beside = [file.name for file in path.parent.glob("*.yaml")]
     if near := difflib.get_close_matches(path.name, beside, 1):
         return f"; did you mean {path.parent / near[0]}?"
-    if path.is_absolute():  # that is no name
+    if path.is_absolute():  # not a name of a shipped configuration
         return ""
     if names := near_names(path):
         return f"; did you mean {' or '.join(names)}, which raysl ships?"
@@ -134,7 +134,7 @@ def _near(path: Path) -> str:
 
 
 def merge(parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a child over its parent's, as :func:`read_mapping` has it."""
+    """Return the values of a parent, overridden by those of a child; see :func:`read_mapping`."""
     merged = dict(parent)
     for key, value in child.items():
         old = merged.get(key)
@@ -152,11 +152,11 @@ def _same_kind(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Return ``values`` with dotted overrides such as ``optim.base_lr=3e-1`` applied in order.
 
-    The value is typed as YAML: ``a.b=0.1``, ``a.b={epochs: 5}``, ``a.b=[1, 2]``, ``a.b=null``. A
-    number in the key is a place in a list: ``data.views.kinds.0.size_px=32``.
+    The value is YAML: ``a.b=0.1``, ``a.b={epochs: 5}``, ``a.b=[1, 2]``, ``a.b=null``. A number in
+    the key is an index into a list: ``data.views.kinds.0.size_px=32``.
 
     Raises:
-        ConfigError: If an override is not ``key=value`` or runs through a value.
+        ConfigError: If an override is not ``key=value``, or a part of the key is not a section.
     """
     result = plain_copy(values)
     for override in overrides:
@@ -172,7 +172,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
 
 
 def plain_copy(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy that shares nothing; what YAML has beyond JSON, such as dates, as text."""
+    """Return a deep copy, with values that JSON lacks, such as dates, converted to text."""
     copy: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return copy
 
@@ -181,7 +181,7 @@ def parse_override(override: str) -> tuple[str, Any]:
     """Return the key and the value of ``section.key=value``.
 
     Raises:
-        ConfigError: If it is of another form, or the value is not YAML.
+        ConfigError: If it has another form, or the value is not YAML.
     """
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
@@ -190,15 +190,15 @@ def parse_override(override: str) -> tuple[str, Any]:
 
 
 def set_key(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key in plain values; sections that are not there are made.
+    """Set a dotted key in plain values; missing sections are created.
 
     Args:
-        values: Changed in place.
-        key: ``section.key``; a number is a place in a list, one beyond its end adds to it.
-        value: What to set.
+        values: Plain values, changed in place.
+        key: ``section.key``; a number is an index into a list, whose length as index appends.
+        value: The value to set.
 
     Raises:
-        ConfigError: If the key runs through a value, or to no place of a list.
+        ConfigError: If a part of the key is not a section, or not an index of its list.
     """
     names = key.split(".")
     target: Any = values
@@ -222,7 +222,7 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _place_in(items: Sequence[Any], name: str, path: str, *, may_add: bool) -> int:
-    """Return the place in a list that a part of a dotted key names."""
+    """Return the list index that a part of a dotted key stands for."""
     most = len(items) if may_add else len(items) - 1
     if not name.isdecimal() or int(name) > most:
         raise ConfigError(f"{path} is a list of {len(items)}; got the place {name!r} in it")
@@ -230,11 +230,11 @@ def _place_in(items: Sequence[Any], name: str, path: str, *, may_add: bool) -> i
 
 
 MISSING = object()
-"""What :func:`get_key` returns where there is nothing; null is something."""
+"""Result of :func:`get_key` for a missing key, as opposed to null."""
 
 
 def get_key(values: Any, key: str) -> Any:
-    """Return what a dotted key names in plain values, or :data:`MISSING`."""
+    """Return the value of a dotted key in plain values, or :data:`MISSING`."""
     for name in key.split("."):
         if isinstance(values, dict) and name in values:
             values = values[name]
@@ -246,7 +246,7 @@ def get_key(values: Any, key: str) -> Any:
 
 
 def drop_key(values: Any, key: str) -> None:
-    """Remove what a dotted key names from plain values, if it is there."""
+    """Remove a dotted key from plain values, if it exists."""
     owner, _, name = key.rpartition(".")
     inside = get_key(values, owner) if owner else values
     if isinstance(inside, dict):
@@ -256,25 +256,25 @@ def drop_key(values: Any, key: str) -> None:
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong with plain values."""
+    """One problem of plain values."""
 
     place: tuple[str, ...]
-    """The keys that lead to it, as a person typed them; empty for what whole values have."""
+    """Its keys from the top, as the user typed them; empty for a problem between sections."""
     text: str
-    """The key, what is allowed, what was given."""
+    """The message: the key, the allowed and the given value."""
 
 
 def validate(model: type[M], values: Mapping[str, Any], *, where: str) -> M:
     """Validate plain values against a model.
 
     Raises:
-        ConfigError: Lists every bad key at once: the key, what is allowed, what was given, and for
-            an unknown key the nearest known one.
+        ConfigError: Lists every bad key at once: the key, the allowed and the given value, and for
+            an unknown key the most similar valid one.
     """
-    found = validated(model, values)
-    if isinstance(found, list):
-        raise bad_keys(found, where=where)
-    return found
+    config = validated(model, values)
+    if isinstance(config, list):
+        raise bad_keys(config, where=where)
+    return config
 
 
 def bad_keys(problems: Sequence[Problem], *, where: str) -> ConfigError:
@@ -284,25 +284,25 @@ def bad_keys(problems: Sequence[Problem], *, where: str) -> ConfigError:
 
 
 def validated(model: type[M], values: Mapping[str, Any]) -> M | list[Problem]:
-    """Return the model that plain values make, or all that is wrong with them."""
+    """Return the validated model, or all problems of the values."""
     try:
         # As JSON, because strict mode then still reads a list as a tuple and an int as a float.
         return model.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
-        found = error.errors(include_url=False)
+        errors = error.errors(include_url=False)
         return [
             Problem(_place(model, raw), _describe(model, raw | {"msg": line}))
-            for raw in found
-            if not _follows_from_another(raw, found)
-            for line in raw["msg"].split("\n")  # a rule between keys may find several things
+            for raw in errors
+            if not _follows_from_another(raw, errors)
+            for line in raw["msg"].split("\n")  # a rule between keys may report several problems
         ]
 
 
-def _follows_from_another(problem: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a list is called too short only because pydantic did not count its bad entries."""
-    depth = len(problem["loc"])
-    return problem["type"] == "too_short" and any(
-        len(other["loc"]) > depth and other["loc"][:depth] == problem["loc"] for other in found
+def _follows_from_another(error: Mapping[str, Any], errors: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether a list is too short only because pydantic did not count its bad entries."""
+    depth = len(error["loc"])
+    return error["type"] == "too_short" and any(
+        len(other["loc"]) > depth and other["loc"][:depth] == error["loc"] for other in errors
     )
 
 
@@ -316,11 +316,11 @@ def _place(model: type[BaseModel], problem: Mapping[str, Any]) -> tuple[str, ...
 def _describe(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
     location = problem["loc"]
     if problem["type"] == "extra_forbidden":
-        owner, shown = _follow(model, location[:-1])
-        known = sorted(owner.model_fields) if owner is not None else []
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        section = ".".join(shown) or "top level"
+        owner, keys = _follow(model, location[:-1])
+        fields = sorted(owner.model_fields) if owner is not None else []
+        near = difflib.get_close_matches(str(location[-1]), fields, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
+        section = ".".join(keys) or "top level"
         return f"{section}: unknown key {str(location[-1])!r}; {hint}"
     key = ".".join(_follow(model, location)[1]) or "top level"
     if problem["type"] == "missing":
@@ -332,23 +332,23 @@ def _describe(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
             str(problem.get("ctx", {}).get("expected", ""))
             or str(problem.get("ctx", {}).get("expected_tags", "")),
         )
-        given = problem["input"]
-        given = (
-            next((given[t] for t in ("name", "recipe", "op") if t in given), given)
-            if isinstance(given, dict)
-            else given
+        value = problem["input"]
+        value = (
+            next((value[t] for t in ("name", "recipe", "op") if t in value), value)
+            if isinstance(value, dict)
+            else value
         )
-        near = difflib.get_close_matches(str(given), allowed, n=1)
+        near = difflib.get_close_matches(str(value), allowed, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"{key}: got {given!r}, allowed: {', '.join(allowed)}{hint}"
+        return f"{key}: got {value!r}, allowed: {', '.join(allowed)}{hint}"
     if problem["type"] == "value_error":
         return f"{key}: {message}"
-    given = problem["input"]
-    if problem["type"] == "string_type" and isinstance(given, bool | int | float):
-        kind = "a truth value" if isinstance(given, bool) else "a number"
-        text = json.dumps(json.dumps(given))
+    value = problem["input"]
+    if problem["type"] == "string_type" and isinstance(value, bool | int | float):
+        kind = "a truth value" if isinstance(value, bool) else "a number"
+        text = json.dumps(json.dumps(value))
         return (
-            f"{key}: takes text, and {json.dumps(given)} without quotes is {kind}; in a file write "
+            f"{key}: takes text, and {json.dumps(value)} without quotes is {kind}; in a file write "
             f"{location[-1]}: {text}, on the command line {key}='{text}'"
         )
     return f"{key}: {message}, got {json.dumps(problem['input'], default=str)}"
@@ -357,39 +357,39 @@ def _describe(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
 def _follow(
     model: type[BaseModel], location: Sequence[Any]
 ) -> tuple[type[BaseModel] | None, list[str]]:
-    """Walk a pydantic location; return the model that owns its end and the keys a person typed."""
+    """Follow a pydantic location; return the model at its end and the keys that the user typed."""
     current: list[type[BaseModel]] = [model]
-    shown: list[str] = []
+    keys: list[str] = []
     keyed = False  # whether the next part is a key of a mapping
     for part in location:
         field = next((m.model_fields[part] for m in current if part in m.model_fields), None)
         if keyed:
-            shown.append(str(part))
+            keys.append(str(part))
             keyed = False
         elif field is not None:
-            shown.append(str(part))
+            keys.append(str(part))
             current = models_in(field.annotation)
             keyed = get_origin(field.annotation) is dict
         elif isinstance(part, int):
-            shown.append(str(part))
-        else:  # the tag of a union: not a key of the file, but it says which member is meant
+            keys.append(str(part))
+        else:  # the tag of a union, which is no key of the file, selects the member
             current = [m for m in current if part in tags_of(m)] or current
-    return (current[0] if current else None), shown
+    return (current[0] if current else None), keys
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
-    """Return the sections that a field may hold."""
+    """Return the models of the sections that a field allows."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for argument in get_args(annotation) for model in models_in(argument)]
 
 
 def tags_of(model: type[BaseModel]) -> list[str]:
-    """Return the names by which a member of a union of sections is known."""
+    """Return the values of ``name``, ``recipe`` or ``op`` that select this member of a union."""
     fields = [model.model_fields[t] for t in ("name", "recipe", "op") if t in model.model_fields]
     return [str(value) for field in fields for value in get_args(field.annotation)]
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:
-    """Write plain values as YAML, in the order given."""
+    """Return plain values as YAML, in their order."""
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

@@ -14,7 +14,7 @@ from raysl.sources.pixels import Decoding
 from raysl.sources.source import Encoded, Source, Unreadable, spread_rows
 
 _GROUPS = 2
-# Formats whose header alone says that they can be read, where it says so much.
+# Formats that can be read if their header is complete and has no unusual fields.
 _TRUSTED = ("jpeg", "png", "webp", "bmp", "gif", "avif", "jpeg 2000", "netpbm", "tiff")
 _LIBRARIES = {
     "heic": ("pillow_heif", Flaw.NEEDS_HEIF),
@@ -23,17 +23,17 @@ _LIBRARIES = {
 
 
 def first_look(source: Source, *, count: int = 32) -> list[str]:
-    """Look at a few images spread over a source, at little more than their headers.
+    """Inspect the headers of a few images, evenly spaced over a source.
 
     Of a source that is read in groups, two groups are read. Only images of more than 8 bits, and
-    files of no known format, are decoded.
+    files of unknown format, are decoded.
 
     Args:
         source: The images.
-        count: How many to look at.
+        count: Number of images to inspect.
 
     Returns:
-        A sentence for each thing that needs a setting, a package or another folder; mostly none.
+        A sentence for each problem that needs a setting, a package or another folder; usually none.
     """
     rows = _rows(source, count)
     ranges: list[ValueRange] = []
@@ -43,17 +43,17 @@ def first_look(source: Source, *, count: int = 32) -> list[str]:
         flaw = _flaw(encoded, how)
         if flaw is not None:
             flaws[flaw] += 1
-        if how.intensity is None and (found := measured(encoded, how)) is not None:
-            ranges.append(found)
+        if how.intensity is None and (measured_range := measured(encoded, how)) is not None:
+            ranges.append(measured_range)
     return [*range_advice(ranges), *_about(flaws, len(rows), name=source.name)]
 
 
 def measured(encoded: Encoded, how: Decoding, *, max_pixels: float = 1e8) -> ValueRange | None:
-    """Return the range of an image of more than 8 bits; None for any other."""
-    found = value_range(encoded, how, max_pixels=max_pixels)
-    if found is None or isinstance(encoded, Unreadable | np.ndarray):
+    """Return the value range of an image of more than 8 bits; None for other images."""
+    limits = value_range(encoded, how, max_pixels=max_pixels)
+    if limits is None or isinstance(encoded, Unreadable | np.ndarray):
         return None
-    return ValueRange(*found, is_float=read_header(encoded).is_float)
+    return ValueRange(*limits, is_float=read_header(encoded).is_float)
 
 
 def _rows(source: Source, count: int) -> npt.NDArray[np.int64]:
@@ -68,7 +68,7 @@ def _rows(source: Source, count: int) -> npt.NDArray[np.int64]:
 
 
 def _flaw(encoded: Encoded, how: Decoding) -> str | None:
-    """Return why an image is bad, as far as a header shows it."""
+    """Return why an image is bad; None if it is good, or only its pixels could tell."""
     if isinstance(encoded, Unreadable):
         return encoded.reason
     if isinstance(encoded, np.ndarray):
@@ -98,14 +98,14 @@ _CURABLE = (
 
 
 def _about(flaws: Counter[str], looked: int, *, name: str) -> Sequence[str]:
-    """Return lines about what can be cured, and about a source of which most is bad."""
-    known = {flaw.reason: flaw for flaw in _CURABLE}
+    """Return notes on flaws that the user can fix, and on a source whose images are mostly bad."""
+    curable = {flaw.reason for flaw in _CURABLE}
     lines = [
         f"{number:,} of {looked:,} images looked at in {name} cannot be used: {reason}"
         for reason, number in flaws.most_common()
-        if reason in known
+        if reason in curable
     ]
-    others = Counter({reason: n for reason, n in flaws.items() if reason not in known})
+    others = Counter({reason: n for reason, n in flaws.items() if reason not in curable})
     if 2 * flaws.total() > looked and others:
         reasons = ", ".join(f"{reason} ({number:,})" for reason, number in others.most_common(3))
         lines.append(

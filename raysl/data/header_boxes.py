@@ -32,10 +32,10 @@ def _boxes(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
 
 
 def _box(data: memoryview, name: bytes) -> memoryview:
-    content_found = next((content for kind, content in _boxes(data) if kind == name), None)
-    if content_found is None:
+    first = next((content for kind, content in _boxes(data) if kind == name), None)
+    if first is None:
         raise ValueError(f"no box {name!r}")
-    return content_found
+    return first
 
 
 def read_heif(data: memoryview, kind: str) -> Header:

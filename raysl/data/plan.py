@@ -14,7 +14,7 @@ Terms, used with these meanings in ``data/`` and ADR 1:
 - step: the index of a global batch in the whole run; a batch is a fixed number of items.
 - key: the number that an image's views are drawn by: its row, unless the epoch repeats the row.
 - block: the arrays that an item becomes, one row an image.
-- packing: how many steps' items Ray Data puts into one block (``runtime/ray_data.py``).
+- packing: how many steps' items Ray Data puts into one block (``run/ray_data.py``).
 
 Images are shuffled in two stages, because some sources are only quick to read by group. First the
 fragments are permuted and cut into windows that fit into memory; then the images of each window are
@@ -99,7 +99,7 @@ class Plan:
             )
         self._layouts: dict[int, _Layout] = {}
         self._windows: dict[tuple[int, int], _Window] = {}
-        self._lock = threading.Lock()  # several threads ask for items
+        self._lock = threading.Lock()  # several threads request items
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_layouts": {}, "_windows": {}, "_lock": None}

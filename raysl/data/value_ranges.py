@@ -1,42 +1,45 @@
-"""Describe which part of their range images of more than 8 bits use."""
+"""Describe which part of their value range images of more than 8 bits use."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# Below this share of its range an image has 6 bits of grey levels or fewer.
+# An image that uses less than this share of its range has at most 6 bits of grey levels.
 _LITTLE = 0.25
 _OVERSHOOT = 0.5 / 255
 
 
 class ValueRange(NamedTuple):
-    """Of one image, before any scaling."""
+    """The value range of one image, before any scaling."""
 
     low: float
+    """The lowest value."""
     high: float
+    """The highest value."""
     black: float
-    """What becomes 0 without a setting."""
+    """The value that becomes 0 by default."""
     white: float
+    """The value that becomes 255 by default."""
     is_float: bool = False
 
     @property
     def is_outside(self) -> bool:
-        """Whether floating point numbers leave the range, which makes the image a bad one."""
+        """Whether floating point values are below black or above white: a bad image."""
         margin = _OVERSHOOT * (self.white - self.black)
         beyond = self.low < self.black - margin or self.high > self.white + margin
         return self.is_float and beyond
 
     @property
     def is_little(self) -> bool:
-        """Whether few levels are left of the image."""
+        """Whether the image uses little of its range, and so becomes few levels."""
         low = self.black if self.black == 0 else self.low
         return (self.high - low) < _LITTLE * (self.white - self.black)
 
 
 def range_advice(ranges: Sequence[ValueRange]) -> list[str]:
-    """Return what to do about images whose values lie elsewhere than white and black.
+    """Return advice on images whose values do not fit the default black and white.
 
     Args:
-        ranges: Of images of more than 8 bits for which ``data.intensity`` is not set.
+        ranges: Ranges of images of more than 8 bits for which ``data.intensity`` is not set.
     """
     lines = []
     outside = [r for r in ranges if r.is_outside]

@@ -89,12 +89,12 @@ def draw_curves(path: Path, records: list[dict[str, Any]]) -> None:
 
 def _panels(records: Sequence[Record]) -> list[_Panel]:
     """List the known panels; those of the method follow the ones about learning."""
-    known = {panel.key for panel in (*_LEARNING, *_LABEL_FREE, *_HEALTH)} | {
+    listed = {panel.key for panel in (*_LEARNING, *_LABEL_FREE, *_HEALTH)} | {
         "step",
         "time",
         "train/epoch",
     }
-    others = dict.fromkeys(key for record in records for key in record if key not in known)
+    others = dict.fromkeys(key for record in records for key in record if key not in listed)
     of_method = [
         _Panel(key, is_noisy=True) for key in others if key.partition("/")[0] not in _NOT_CURVES
     ]

@@ -16,7 +16,7 @@ class Measure(NamedTuple):
 
     @property
     def title(self) -> str:
-        """The name with the unit."""
+        """Return the name with the unit."""
         return f"{self.words}, {self.unit}" if self.unit else self.words
 
     def text(self, value: float) -> str:
@@ -66,11 +66,11 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
 
     Keys such as ``backbone.name`` are named by their section.
     """
-    given = {key: key.removesuffix(".name").split(".") for key in keys}
+    parts_of = {key: key.removesuffix(".name").split(".") for key in keys}
     names = {}
-    for key, parts in given.items():
+    for key, parts in parts_of.items():
         tails = (parts[-length:] for length in range(1, len(parts) + 1))
-        alone = (t for t in tails if sum(p[-len(t) :] == t for p in given.values()) == 1)
+        alone = (t for t in tails if sum(p[-len(t) :] == t for p in parts_of.values()) == 1)
         names[key] = " ".join(next(alone, parts)).replace("_", " ")
     return names
 

@@ -10,7 +10,7 @@ _LINE_EVERY_S = 10.0
 
 
 class CountView:
-    """Shows a count, its speed and what is left, on standard error."""
+    """Shows a count, its speed and the time left, on standard error."""
 
     def __init__(self) -> None:
         self._console = console(error=True)
@@ -20,12 +20,12 @@ class CountView:
         self._began = self._last_line = time.monotonic()
 
     def begin(self, what: str, *, total: int, done: int) -> None:
-        """Begin to count.
+        """Start a new count.
 
         Args:
-            what: Is done, such as "packing".
-            total: Images in all.
-            done: Images that were done before.
+            what: Name of the work, such as "packing".
+            total: Number of images.
+            done: Number of images that were done in an earlier start.
         """
         self.close()
         self._what, self._total, self._done, self._began_with = what, total, done, done
@@ -43,7 +43,7 @@ class CountView:
             self._bar.start()
 
     def advance(self, count: int) -> None:
-        """Count more images."""
+        """Add to the count of images."""
         self._done = min(self._total, self._done + count)
         speed = f"{self._speed():,.0f} images/s"
         if self._bar is not None:
@@ -58,7 +58,7 @@ class CountView:
             )
 
     def note(self, text: str) -> None:
-        """Say something that is not progress."""
+        """Print a message that is not progress."""
         say(text)
 
     def close(self) -> None:

@@ -44,17 +44,17 @@ def console(*, error: bool = False) -> Console:
 
 
 def say(text: str) -> None:
-    """Tell a person something that is not a result."""
+    """Print a message to standard error."""
     console(error=True).print(text, markup=False)
 
 
 def say_notes(source: Source, more: Sequence[str] = (), *, title: str | None = None) -> None:
-    """Tell what of a source is left out, mixed in or taken otherwise than one may think.
+    """Print the notes of a source, such as on files that are skipped.
 
     Args:
-        source: Whose notes.
-        more: Further lines about it.
-        title: Named before the lines; None: they follow lines that name the source.
+        source: The source.
+        more: Further notes.
+        title: Line before the notes; None if the line before already names the source.
     """
     lines = [*source.notes, *more]
     if lines and title is not None:
@@ -72,7 +72,7 @@ def print_json(value: Mapping[str, Any]) -> None:
 
 
 class ProgressView:
-    """Shows where a run stands: a bar at a terminal, a line every ten seconds elsewhere.
+    """Shows the progress of a run: a bar on a terminal, else a line every ten seconds.
 
     Args:
         total_steps: Optimizer steps of the run.
@@ -103,7 +103,7 @@ class ProgressView:
             self._bar.start()
 
     def update(self, records: Sequence[Record], *, num_evaluations: int = 0) -> None:
-        """Take in new records of the metrics file, and how many evaluations are under way."""
+        """Show new records of the metrics file, and the number of unfinished evaluations."""
         changed = num_evaluations != self._num_evaluations
         self._num_evaluations = num_evaluations
         for record in records:
@@ -190,7 +190,7 @@ def mapping_table(title: str, values: Mapping[str, Any]) -> Table:
 
 
 def classifier_line(results: Results) -> str:
-    """Return what a run says that trained a classifier."""
+    """Return the accuracy of a trained classifier in one line."""
     return (
         f"right in {results['top1']:.1%} of {results['num_test_labels']:,} test images of "
         f"{results['num_classes']} classes, with {results['num_labels']:,} labels"

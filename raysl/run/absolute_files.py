@@ -1,4 +1,4 @@
-"""Resolve the files that a run starts from to absolute paths, for the workers."""
+"""Resolve the files that a run reads to absolute paths, for workers in other folders."""
 
 from pathlib import Path
 from typing import Any
@@ -9,17 +9,20 @@ from raysl.run.recipe import RunConfig
 
 
 def with_absolute_files(config: RunConfig[Any], home: Path) -> RunConfig[Any]:
-    """Return the run with the files and images that it begins with by absolute paths.
+    """Return the run with absolute paths of its images, weights, and head or teacher.
 
-    Workers have other folders, and so has whoever asks for the run next. These are the sources,
-    ``backbone.weights``, and the head or teacher of methods that take one. A relative one is looked
-    for in the current folder, then where runs are.
+    Workers, and later commands that read the run folder, have other current folders. A relative
+    path is looked up in the current folder, then in ``home``.
+
+    Args:
+        config: The run.
+        home: The folder that relative paths of output are relative to.
 
     Raises:
-        DataError: If there is no such file or folder.
+        DataError: If a file or folder does not exist.
     """
     weights, method = config.backbone.weights, config.method
-    found = {
+    files = {
         name: _absolute(f"method.{name}", getattr(method, name), home) for name in method.files
     }
     return with_absolute_sources(config).model_copy(
@@ -27,20 +30,20 @@ def with_absolute_files(config: RunConfig[Any], home: Path) -> RunConfig[Any]:
             "backbone": config.backbone.model_copy(
                 update={"weights": _absolute("backbone.weights", weights, home)}
             ),
-            "method": method.model_copy(update=found),
+            "method": method.model_copy(update=files),
         }
     )
 
 
-def _absolute(key: str, given: str | None, home: Path) -> str | None:
-    if given is None:
+def _absolute(key: str, value: str | None, home: Path) -> str | None:
+    if value is None:
         return None
-    places = [folder / Path(given).expanduser() for folder in (Path.cwd(), home)]
-    found = next((place for place in places if place.exists()), None)
-    if found is None:
+    candidates = [folder / Path(value).expanduser() for folder in (Path.cwd(), home)]
+    path = next((candidate for candidate in candidates if candidate.exists()), None)
+    if path is None:
         raise DataError(
-            f"{key}={given}: no such file or folder (looked for "
-            f"{' and '.join(dict.fromkeys(map(str, places)))}); give a run folder or a file of "
+            f"{key}={value}: no such file or folder (looked for "
+            f"{' and '.join(dict.fromkeys(map(str, candidates)))}); give a run folder or a file of "
             f"weights"
         )
-    return str(found)
+    return str(path)

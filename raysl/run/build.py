@@ -19,14 +19,14 @@ from raysl.optim.build import ScheduledOptimizer, Special, scheduled_optimizer
 from raysl.run.recipe import Derived, RunConfig
 from raysl.sources.pixels import Decoding
 
-# Instructions for bfloat16 make it faster than float32; twice as slow is no noise.
+# With bfloat16 instructions it is faster than float32; a factor of two is more than noise.
 _SLOWDOWN_WORTH_SAYING = 2.0
 
 
 def build_method(config: RunConfig[Any], data: TrainingSet, *, device: torch.device) -> Method:
-    """Build the method with weights that are a function of the run's seed, or given ones.
+    """Build the method, with weights from the run's seed or from ``backbone.weights``.
 
-    On the device ``meta`` it has shapes and no numbers; given weights are looked at all the same.
+    On the device ``meta`` it has shapes and no numbers; the given weights are still checked.
 
     Raises:
         DataError: If the given weights do not fit the backbone.
@@ -35,7 +35,7 @@ def build_method(config: RunConfig[Any], data: TrainingSet, *, device: torch.dev
         torch.manual_seed(config.seed)
     with _made_on(device):
         backbone = build_backbone(config.backbone, image_size_px=config.image_size_px)
-    if config.backbone.weights is not None:  # first: many methods begin with a copy of it
+    if config.backbone.weights is not None:  # first, since many methods copy the backbone
         load_weights(backbone, config.backbone.weights)
     with _made_on(device):
         method = load_method(config.method.name)(config.method, backbone, data)
@@ -51,23 +51,23 @@ def build_method(config: RunConfig[Any], data: TrainingSet, *, device: torch.dev
 
 
 class _WithoutNumbers(TorchFunctionMode):
-    """Leaves out first weights, some of which load torch's compiler on the device meta.
+    """Skips weight initialisation, some of which imports torch's compiler on the meta device.
 
-    That takes two seconds, for numbers that are not there.
+    That would take two seconds for weights without memory.
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = kwargs or {}
+        named = kwargs or {}
         if func is torch.Tensor.normal_ or getattr(func, "__module__", "") == "torch.nn.init":
-            return args[0] if args else given["tensor"]
-        return func(*args, **given)
+            return args[0] if args else named["tensor"]
+        return func(*args, **named)
 
 
 @contextmanager
 def _made_on(device: torch.device) -> Iterator[None]:
-    """Make tensors without memory on the device meta; elsewhere on the CPU, to be moved."""
+    """Create tensors on the meta device if that is ``device``, else on CPU, to be moved later."""
     if device.type != "meta":
         yield
         return
@@ -78,19 +78,19 @@ def _made_on(device: torch.device) -> Iterator[None]:
 def build_optimizers(
     method: Method, config: RunConfig[Any], derived: Derived
 ) -> list[ScheduledOptimizer]:
-    """Build the optimizer of a method's parameters and, if it has an adversary, that one's own."""
+    """Build the optimizer of the method and, if it has an adversary, another for that."""
     adversary = set() if method.adversary is None else set(method.adversary.parameters())
     sizes: dict[str, Any] = {
         "global_batch_size": config.train.global_batch_size,
         "steps_per_epoch": derived.steps_per_epoch,
         "total_steps": derived.total_steps,
     }
-    mine = [p for p in method.parameters() if p not in adversary]
+    parameters = [p for p in method.parameters() if p not in adversary]
     special = _special(method, config)
-    optimizers = [scheduled_optimizer(mine, config.optim, special=special, **sizes)]
+    optimizers = [scheduled_optimizer(parameters, config.optim, special=special, **sizes)]
     if method.adversary is not None:
-        theirs = config.adversary_optim or config.optim
-        optimizers.append(scheduled_optimizer(method.adversary.parameters(), theirs, **sizes))
+        optim = config.adversary_optim or config.optim
+        optimizers.append(scheduled_optimizer(method.adversary.parameters(), optim, **sizes))
     return optimizers
 
 
@@ -106,14 +106,14 @@ def _special(method: Method, config: RunConfig[Any]) -> Special:
 
 
 def precision_on(config: RunConfig[Any], device: torch.device) -> Any:
-    """Return the precision of a run on a device: ``fp32`` or ``bf16``."""
+    """Return the precision of the forward pass on a device: ``fp32`` or ``bf16``."""
     if config.train.precision == "by_device":
         return "bf16" if device.type == "cuda" else "fp32"
     return config.train.precision
 
 
 def precision_note(config: RunConfig[Any], *, use_gpu: bool) -> str | None:
-    """Return a warning if the run asks for bfloat16 and this CPU emulates it, else None."""
+    """Return a warning if the run uses bfloat16 on a CPU that emulates it, else None."""
     if use_gpu or config.train.precision != "bf16":
         return None
     slowdown = bf16_slowdown_on_cpu()
@@ -126,7 +126,7 @@ def precision_note(config: RunConfig[Any], *, use_gpu: bool) -> str | None:
 
 
 def describe(config: RunConfig[Any]) -> dict[str, Any]:
-    """Return what a user of the encoder has to know besides its weights."""
+    """Return the description of an encoder file: architecture, input and origin."""
     return {
         "backbone": config.backbone.model_dump(mode="json"),
         "mean": list(config.data.mean),

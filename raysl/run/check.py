@@ -1,6 +1,6 @@
 """Check whether a run can start, before anything is started.
 
-`raysl config`, every start of a run and the check of a sweep's runs ask here.
+`raysl config`, every start of a run and the check of a sweep use these functions.
 """
 
 from collections.abc import Iterator
@@ -17,10 +17,11 @@ from raysl.track.uri import check_tracking_uri
 
 
 def check_names(config: RunConfig[Any]) -> None:
-    """Refuse names that nobody knows; nothing is opened or built.
+    """Check the names of the model and of the tracking URI; open and build nothing.
 
     Raises:
-        ConfigError: If torchvision or timm have no such model, or MLflow no such kind of address.
+        ConfigError: If torchvision or timm do not have the model, or MLflow does not support the
+            URI's scheme.
     """
     check_model_name(config.backbone)
     if config.track.mlflow:
@@ -28,16 +29,16 @@ def check_names(config: RunConfig[Any]) -> None:
 
 
 def check_start(config: RunConfig[Any], source: Source) -> Derived:
-    """Refuse a run that could not start on its images, or would end in an error behind that.
+    """Check that a run can start on its images and has no error that would only appear later.
 
-    Labels are read, and the network is laid out without memory; no image is decoded.
+    Labels are read and the network is built on the meta device; no image is decoded.
 
     Args:
-        config: The run, with its files by absolute paths.
-        source: Its training images.
+        config: The run, with absolute paths of its files.
+        source: The training images.
 
     Returns:
-        What follows from both.
+        The derived values.
 
     Raises:
         ConfigError: If lengths do not fit each other, the method cannot be built for these images,
@@ -51,10 +52,10 @@ def check_start(config: RunConfig[Any], source: Source) -> Derived:
 
 
 def check_lengths(config: RunConfig[Any], source: Source) -> Derived:
-    """Refuse what would not be over by the end of the run; return what follows from both.
+    """Check that warm-up and other durations fit into the run; return the derived values.
 
     Raises:
-        ConfigError: Says how long the run is.
+        ConfigError: If one is longer than the run.
     """
     derived = derive_for(config, source)
     for problem in _lengths(config, derived):
@@ -63,29 +64,29 @@ def check_lengths(config: RunConfig[Any], source: Source) -> Derived:
 
 
 def _lengths(config: RunConfig[Any], derived: Derived) -> Iterator[str]:
-    """Yield what is to happen at the beginning of a run and would not be over at its end."""
+    """Yield a message for each initial phase that would be longer than the run."""
     method, total = config.method, derived.total_steps
-    given: list[tuple[str, Duration]] = [("optim.warmup", config.optim.warmup)]
+    durations: list[tuple[str, Duration]] = [("optim.warmup", config.optim.warmup)]
     if config.adversary_optim is not None:
-        given.append(("adversary_optim.warmup", config.adversary_optim.warmup))
+        durations.append(("adversary_optim.warmup", config.adversary_optim.warmup))
     for name in method.beginnings:
         if getattr(method, name) != type(method).model_fields[name].default:
-            given.append((f"method.{name}", getattr(method, name)))
+            durations.append((f"method.{name}", getattr(method, name)))
     for name, needed_by in method.starts.items():
         if getattr(method, needed_by) is not None:
-            given.append((f"method.{name}", getattr(method, name)))
-    for key, duration in given:
+            durations.append((f"method.{name}", getattr(method, name)))
+    for key, duration in durations:
         steps = duration.in_steps(
             steps_per_epoch=derived.steps_per_epoch, total_steps=derived.total_steps
         )
         if steps > total:
             yield (
-                f"{key}={_said(duration)} is {steps:,} steps, longer than the run of {total:,} "
+                f"{key}={_as_yaml(duration)} is {steps:,} steps, longer than the run of {total:,} "
                 f"({derived.steps_per_epoch:,} an epoch); use at most {total:,} steps, such as "
                 f"{key}={{fraction: 0.1}}, or a longer run"
             )
 
 
-def _said(duration: Duration) -> str:
+def _as_yaml(duration: Duration) -> str:
     (unit, length), *_ = duration.model_dump(exclude_none=True).items()
     return f"{{{unit}: {length:g}}}"

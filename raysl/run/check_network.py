@@ -1,4 +1,4 @@
-"""Build a run's network without memory (meta device) to check that it can be built and trained."""
+"""Build a run's network on the meta device to check that it can be built, held and trained."""
 
 import os
 import warnings
@@ -20,41 +20,41 @@ from raysl.train.sizes import images_of_a_norm, too_few
 
 _META = torch.device("meta")
 _FLOAT, _GIB = 4, 1 << 30
-# Beyond what a machine of a cluster, or one accelerator, has: for those that cannot be asked.
-_MOST_OF_A_NODE, _MOST_OF_A_GPU = 4096 * _GIB, 256 * _GIB
-_STATES = {"sgd": 1, "lars": 1, "adamw": 2}  # numbers that an optimizer keeps of a parameter
-_FEWEST = 2
+# Upper bounds of a node's and a GPU's memory, for machines whose memory cannot be queried here.
+_NODE_BYTES, _GPU_BYTES = 4096 * _GIB, 256 * _GIB
+_STATES = {"sgd": 1, "lars": 1, "adamw": 2}  # optimizer states per parameter
+_FEWEST = 2  # values per channel that batch norm needs
 
 
 class _OneValueError(Exception):
-    """A batch norm that is given one value a channel."""
+    """A batch norm receives one value per channel."""
 
 
 def check_network(config: RunConfig[Any], source: Source, derived: Derived) -> None:
-    """Refuse a method that cannot be built, held in memory or trained with so few images.
+    """Check that a method can be built, fits into memory and has enough images for batch norm.
 
     Args:
-        config: The run, with its files by absolute paths.
-        source: Its training images.
-        derived: What follows from both.
+        config: The run, with absolute paths of its files.
+        source: The training images.
+        derived: The derived values of the run.
 
     Raises:
-        ConfigError: If it cannot.
+        ConfigError: If one of these does not hold.
         DataError: If weights, head or teacher cannot be read or do not fit.
     """
-    views = _bytes_of_views(config, derived)
-    _refuse_too_large(config, views)  # first: the network may be laid out for views of that size
-    method = _laid_out(config, source)
-    _refuse_too_large(config, views, method)
+    views = _view_bytes(config, derived)
+    _check_memory(config, views)  # first, since the network's size may depend on the views' size
+    method = _build_on_meta(config, source)
+    _check_memory(config, views, method)
     workers = max(1, config.cluster.num_train_workers)
     if images_of_a_norm(config.train, config.backbone, num_workers=workers) < _FEWEST:
         _check_norms(config, method, num_workers=workers)
 
 
-def _laid_out(config: RunConfig[Any], source: Source) -> Method:
-    """Build the method with all of its shapes and none of its numbers."""
+def _build_on_meta(config: RunConfig[Any], source: Source) -> Method:
+    """Build the method with its shapes and without memory for its numbers."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # weights that are put where there is no memory
+        warnings.simplefilter("ignore")  # torch warns that copying weights to meta has no effect
         try:
             return build_method(config, training_set(config, source), device=_META)
         except RayslError:
@@ -68,24 +68,24 @@ def _laid_out(config: RunConfig[Any], source: Source) -> Method:
             ) from None
 
 
-def _bytes_of_views(config: RunConfig[Any], derived: Derived) -> int:
-    """Return the bytes of a worker's batch of views: all of it as levels, a part as floats."""
+def _view_bytes(config: RunConfig[Any], derived: Derived) -> int:
+    """Return the bytes of a worker's batch of views: all as uint8, one micro-batch as float32."""
     values = sum(3 * size**2 for size in config.view_sizes_px)
     floats = config.train.micro_batch_size or derived.batch_size_per_worker
     return values * (derived.batch_size_per_worker + _FLOAT * floats)
 
 
-def _refuse_too_large(config: RunConfig[Any], views: int, method: Method | None = None) -> None:
-    """Refuse what no memory holds, counted low: activations are left out."""
-    network = 0 if method is None else _bytes_of_network(config, method)
-    most, whose = _memory(config)
-    if network + views <= most:
+def _check_memory(config: RunConfig[Any], views: int, method: Method | None = None) -> None:
+    """Raise ConfigError if views and network exceed memory; activations are not counted."""
+    network = 0 if method is None else _network_bytes(config, method)
+    available, owner = _memory(config)
+    if network + views <= available:
         return
     parts = [
         f"{_gib(views)} for {len(config.view_sizes_px)} view(s) of at most "
         f"{max(config.view_sizes_px)} px of each image of a batch"
     ]
-    cure = "lower train.global_batch_size or the size of data.views"
+    remedy = "lower train.global_batch_size or the size of data.views"
     if method is not None and network > views:
         name, count = _largest(method)
         parts = [
@@ -93,14 +93,15 @@ def _refuse_too_large(config: RunConfig[Any], views: int, method: Method | None 
             f"most of it in {name} ({count / 1e6:,.0f} million numbers)",
             *parts,
         ]
-        cure = "lower the sizes in method or backbone"
+        remedy = "lower the sizes in method or backbone"
     raise ConfigError(
-        f"a train worker needs {_gib(network + views)} of memory or more, and {whose} has "
-        f"{_gib(most)}: {', and '.join(parts)}; {cure}"
+        f"a train worker needs {_gib(network + views)} of memory or more, and {owner} has "
+        f"{_gib(available)}: {', and '.join(parts)}; {remedy}"
     )
 
 
-def _bytes_of_network(config: RunConfig[Any], method: Method) -> int:
+def _network_bytes(config: RunConfig[Any], method: Method) -> int:
+    """Return the bytes of weights, gradients, optimizer states and buffers."""
     states = _STATES[config.optim.name]
     numbers = sum(p.numel() * (2 + states if p.requires_grad else 1) for p in method.parameters())
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in method.buffers())
@@ -108,7 +109,7 @@ def _bytes_of_network(config: RunConfig[Any], method: Method) -> int:
 
 
 def _largest(method: Method) -> tuple[str, int]:
-    """Return the part of a method that has most numbers, and how many."""
+    """Return the name of the largest child of a method, and its number of elements."""
     sizes = {
         name: sum(each.numel() for each in [*part.parameters(), *part.buffers()])
         for name, part in method.named_children()
@@ -119,13 +120,13 @@ def _largest(method: Method) -> tuple[str, int]:
 
 
 def _memory(config: RunConfig[Any]) -> tuple[int, str]:
-    """Return the most memory that a train worker may have, and whose it is."""
+    """Return an upper bound of a train worker's memory in bytes, and whose memory it is."""
     elsewhere = os.environ.get("RAY_ADDRESS", "local") != "local"
     if elsewhere and config.cluster.num_train_workers > 0:
-        return _MOST_OF_A_NODE, "no machine more than"
+        return _NODE_BYTES, "no machine more than"
     total = psutil.virtual_memory().total
     if config.cluster.device != "cpu" and (count := torch.cuda.device_count()):
-        return total + count * _MOST_OF_A_GPU, "this machine, with its accelerators,"
+        return total + count * _GPU_BYTES, "this machine, with its accelerators,"
     return total, "this machine"
 
 
@@ -134,29 +135,30 @@ def _gib(number: int) -> str:
 
 
 def _check_norms(config: RunConfig[Any], method: Method, *, num_workers: int) -> None:
-    """Refuse a forward pass whose batch norm would get one value a channel.
+    """Raise ConfigError if a batch norm would receive one value per channel.
 
-    Whatever else cannot be done without numbers comes after the network, and is nothing to say.
+    Other errors of this pass are ignored: they come from operations after the network that are not
+    possible on the meta device.
     """
     size = config.train.micro_batch_size or config.train.global_batch_size // num_workers
     views = [torch.empty(size, 3, side, side, device=_META) for side in config.view_sizes_px]
     rows = torch.zeros(size, dtype=torch.long, device=_META)
     progress = Progress(0, 1, 1, config.seed, is_logged=False)
     try:
-        with _counted(method.train(), num_workers), _META:
+        with _checked_norms(method.train(), num_workers), _META:
             method.loss(Batch(views, rows, rows), progress)
     except _OneValueError:
-        what = f"backbone.name={config.backbone.name} or the head of method {config.method.name}"
-        raise too_few(config.train, config.backbone, what, num_workers=num_workers) from None
+        part = f"backbone.name={config.backbone.name} or the head of method {config.method.name}"
+        raise too_few(config.train, config.backbone, part, num_workers=num_workers) from None
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AssertionError):
         return
 
 
 @contextmanager
-def _counted(method: nn.Module, num_workers: int) -> Iterator[None]:
-    """Raise where a batch norm is given one value a channel."""
+def _checked_norms(method: nn.Module, num_workers: int) -> Iterator[None]:
+    """Raise _OneValueError if a batch norm receives one value per channel."""
 
-    def count(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    def check(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         maps = inputs[0]
         values = maps.numel() // max(1, maps.shape[1])
         if isinstance(module, SplitBatchNorm):
@@ -167,7 +169,7 @@ def _counted(method: nn.Module, num_workers: int) -> Iterator[None]:
             raise _OneValueError
 
     norms = [m for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    hooks = [norm.register_forward_pre_hook(count) for norm in norms]
+    hooks = [norm.register_forward_pre_hook(check) for norm in norms]
     try:
         yield
     finally:

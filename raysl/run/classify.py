@@ -18,15 +18,15 @@ from raysl.track.results import Results
 
 
 class Classified:
-    """Measures a classifier on the test images: every row of them, in evaluation mode.
+    """Evaluates a classifier on all test images, in evaluation mode.
 
     Args:
-        model: What is trained.
-        sets: The labelled images of the run; of those that train probes only the classes are used.
-        to_input: Turns ``(B, S, S, 3)`` uint8 into the network's input on its device.
+        model: The classifier that is trained.
+        sets: The labelled images of the run; only their test images and classes are used.
+        to_input: Converts ``(B, S, S, 3)`` uint8 to the network's input on its device.
 
     Raises:
-        DataError: If the test images have other classes than the network.
+        DataError: If the test images have other classes than the classifier.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Classified:
         self._newest: tuple[int, float] = (-1, float("nan"))  # step, accuracy
 
     def evaluate(self, step: int) -> Mapping[str, float]:
-        """Return ``eval/top1`` after ``step`` steps; every rank takes part."""
+        """Return ``eval/top1`` in [0, 1] after ``step`` steps. Collective."""
         if self._newest[0] != step:
             average_statistics(self._model)
             logits = embed(self._model, self._sets.test, to_input=self._to_input)
@@ -57,7 +57,7 @@ class Classified:
         return {"eval/top1": self._newest[1]}
 
     def results(self, step: int, source: Source) -> Results:
-        """Return the accuracy after the last step, and on how many images it stands."""
+        """Return the accuracy after the last step, with the numbers of images and labels."""
         top1 = self.evaluate(step)["eval/top1"]
         return {
             "top1": top1,

@@ -20,12 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_start_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare how a run that is there already is dealt with."""
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument(
+    """Declare the arguments for a run whose folder exists already."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
         "--fresh", action="store_true", help="start over; rename an earlier run's folder"
     )
-    how.add_argument(
+    group.add_argument(
         "--extend",
         action="store_true",
         help="extend an earlier run to the larger train.epochs or train.steps given here",
@@ -33,7 +33,7 @@ def add_start_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train, or go on with, the run that the configuration names."""
+    """Train or resume the run of the configuration."""
     config = load_run(arguments.config, arguments.overrides)
     results = train_run(
         config,

@@ -16,7 +16,7 @@ _PACKAGES = ("ray", "torch", "torchvision", "mlflow", "pyarrow", "numpy", "openc
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one, with dotted names; lists stay values."""
+    """Flatten nested mappings to one with dotted names; lists are kept as values."""
     result: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
@@ -63,7 +63,7 @@ def processor() -> str:
 
 
 def git_state() -> dict[str, str]:
-    """Return the commit that raysl's code is at, and whether it was changed since."""
+    """Return the git commit of raysl's code and whether the working tree differs; else empty."""
     folder = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str | None:

@@ -1,10 +1,10 @@
 """Extend a run: continue from its last checkpoint to a larger number of steps.
 
-The order of the images does not depend on the length of a run, so the steps that follow are those
-that a longer run would have had there. What follows the length (learning rate and weight decay, a
-method's momentum or temperature) is what the longer run would have at that step: a cosine that had
-come down to its end goes up again. With ``optim.schedule=constant`` and no other such value, an
-extended run equals one that was asked for at the full length, to the bit.
+The order of the images does not depend on the length of a run, so the added steps read the images
+that a longer run would read. Values that depend on the length (learning rate, weight decay, a
+method's momentum or temperature) are those of the longer run at that step: a cosine that had
+reached its end rises again. With ``optim.schedule=constant`` and no other such value, an extended
+run equals a run of the full length bit for bit.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ _RECORDS = "extensions"
 
 
 def other_than_length(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """List what differs between two runs besides their length, a line each."""
+    """List the settings other than the length that differ between two runs, one line each."""
     plain = [plain_copy(old), plain_copy(new)]
     for values in plain:
         for key in LENGTH:
@@ -34,20 +34,20 @@ def other_than_length(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[st
 def extend(
     folder: RunFolder, old: tuple[RunConfig[Any], Derived], new: tuple[RunConfig[Any], Derived]
 ) -> list[str]:
-    """Write down that a run goes on to a new length, and take its results back.
+    """Record that a run continues to a new length, and delete its results.
 
-    Interrupted at any point, the same command does the same again.
+    If it is interrupted, the same command repeats it.
 
     Args:
-        folder: Of the run, held by this process; its ``config.yaml`` is still the old one.
-        old: The run as it was, and what followed from it.
-        new: The run as it is to be, and what follows from it.
+        folder: The run folder, locked by this process; its ``config.yaml`` is still the old one.
+        old: The run and its derived values before the extension.
+        new: The run and its derived values after it.
 
     Returns:
-        Lines to say.
+        Messages to print, one per line.
 
     Raises:
-        RunFolderError: If the new length is not longer, or there is no checkpoint to go on from.
+        RunFolderError: If the new length is not longer, or there is no checkpoint to resume from.
     """
     (_, before), (config, after) = old, new
     done, results = latest_step(folder.checkpoints), folder.read_results()
@@ -75,29 +75,29 @@ def extend(
         earlier = [each for each in records_of(folder) if not _is_same(each, record)]
         write_json(folder.extensions, {_RECORDS: [*earlier, record]})
     folder.results.unlink(missing_ok=True)
-    return [_told(record), _schedules(config)] if done else []
+    return [_summary(record), _schedule_note(config)] if done else []
 
 
 def records_of(folder: RunFolder) -> list[dict[str, Any]]:
-    """Return how a run was extended, the first time first."""
+    """Return the records of a run's extensions, oldest first."""
     return list((read_json(folder.extensions) or {}).get(_RECORDS, []))
 
 
 def tags_of_extensions(folder: RunFolder) -> dict[str, str]:
-    """Return MLflow's tags of them; its parameters keep the length that the run began with."""
+    """Return the extensions as MLflow tags; MLflow's parameters keep the initial length."""
     records = records_of(folder)
-    tags = {f"extended.{number}": _told(each) for number, each in enumerate(records, 1)}
+    tags = {f"extended.{number}": _summary(each) for number, each in enumerate(records, 1)}
     if records:
         key, _, value = str(records[-1]["length"]).partition("=")
         tags[key] = value
     return tags
 
 
-def _is_same(known: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
-    return all(known.get(key) == record[key] for key in ("after_step", "total_steps"))
+def _is_same(earlier: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
+    return all(earlier.get(key) == record[key] for key in ("after_step", "total_steps"))
 
 
-def _told(record: Mapping[str, Any]) -> str:
+def _summary(record: Mapping[str, Any]) -> str:
     (was, now), (low, high) = record["total_steps"], record["learning_rate"]
     return (
         f"extended after step {record['after_step']} from {was} to {now} steps "
@@ -105,7 +105,7 @@ def _told(record: Mapping[str, Any]) -> str:
     )
 
 
-def _schedules(config: RunConfig[Any]) -> str:
+def _schedule_note(config: RunConfig[Any]) -> str:
     if config.optim.schedule == "constant":
         return "  what follows the length of the run is that of the new length from here on"
     return (

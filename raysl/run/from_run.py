@@ -2,7 +2,7 @@
 
 T. Chen, S. Kornblith, K. Swersky, M. Norouzi, G. Hinton: "Big Self-Supervised Models are Strong
 Semi-Supervised Learners", 2020, arXiv:2006.10029v2, sec. 3.1. ViTs are fine-tuned as MAE's ViT-Base
-(K. He et al. 2021, arXiv:2111.06377v3, and the authors' FINETUNE.md). Overrides win over all of it.
+(K. He et al. 2021, arXiv:2111.06377v3, and the authors' FINETUNE.md). Overrides take precedence.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ from raysl.sources.place import absolute_config
 from raysl.sources.source import DataConfig, Source
 from raysl.track.run_folder import RunFolder
 
-_DEEP_HEAD = 3  # layers from which on version 2 keeps the first one
+_DEEP_HEAD = 3  # fewest layers of a projection head whose first layer SimCLR v2 fine-tunes
 _FEW_LABELS, _ALL_LABELS = 0.01, 1.0
 _FINETUNE_BATCH, _DISTILL_BATCH = 1024, 4096
 _WARMUP_EPOCHS = 5
@@ -42,35 +42,35 @@ _VIT_OPTIM: dict[str, Any] = {
     "layer_decay": 0.65,
     "warmup": {"epochs": _WARMUP_EPOCHS},
 }
-# Shares of a run: few labels make epochs of a few steps.
+# As fractions of the run, since with few labels an epoch has only a few steps.
 _PACE = {"fraction": 0.25}
 
 
 class RunOrigin(NamedTuple):
-    """A finished run, or one that is going to be finished, that another one begins with."""
+    """A finished or planned run from which another run starts."""
 
     name: str
     folder: Path
     weights: Path
-    """What ``backbone.weights`` is to be."""
+    """Value of ``backbone.weights`` in the next run."""
     head_layers: int
-    """Of the projection head in its folder; 0 for none."""
+    """Layers of the projection head in its folder; 0 if there is none."""
     values: dict[str, Any]
-    """The settings that the next run takes over."""
+    """Settings that the next run takes over."""
     finetuned_pool: str | None = None
-    """What ``backbone.pool`` is to be when all of the encoder learns; None: as it was."""
+    """Value of ``backbone.pool`` if the whole encoder is trained; None keeps it."""
 
 
 def finetune_values(origin: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Return the settings of a run that fine-tunes a pretrained encoder on labels.
 
     Args:
-        origin: A run folder, or an encoder file; of one that lies in no run folder the images have
-            to be among the overrides (``data.source``).
-        overrides: ``section.key=value``, of the new run.
+        origin: A run folder or an encoder file; for a file outside of a run folder, the overrides
+            must name the images (``data.source``).
+        overrides: ``section.key=value`` of the new run.
 
     Returns:
-        Plain values of a ``RunConfig`` with method ``supervised``, as of :func:`finetune_from`.
+        Plain values of a ``RunConfig`` with method ``supervised``; see :func:`finetune_from`.
 
     Raises:
         DataError: If there is no encoder, or the images have no labels.
@@ -95,20 +95,20 @@ def finetune_values(origin: Path, overrides: Sequence[str] = ()) -> dict[str, An
 def finetune_from(
     origin: RunOrigin, overrides: Sequence[str], *, whole: Source | None = None
 ) -> dict[str, Any]:
-    """Return the settings that fine-tune what ``origin`` has pretrained or will have.
+    """Return the settings that fine-tune the encoder of ``origin``, which may not exist yet.
 
-    What overrides leave open is SimCLR v2's: one crop and flip; LARS of 0.005 sqrt(B) (0.002 for
-    wide networks and selective kernels), no weight decay, no warm-up; 1,024 images, or all if they
-    are fewer; 60 epochs of 1 % of the labels, else 30; with a part of the labels, the first layer
-    of a head of three. A ViT gets MAE's, but for RandAugment and random erasing; one that MAE has
-    pretrained also gives the mean of its patches instead of its class token, through a norm that
-    begins anew, unless it is frozen (the authors' FINETUNE.md; their linear probing keeps the
-    token).
+    Settings that are not overridden are SimCLR v2's: one crop and flip; LARS with a learning rate
+    of 0.005 sqrt(B) (0.002 for wide networks and selective kernels), no weight decay, no warm-up;
+    batches of 1,024 images, or of all if there are fewer; 60 epochs with 1 % of the labels, else
+    30; with a fraction of the labels, fine-tuning starts from the first layer of a head of three.
+    A ViT has MAE's settings without RandAugment and random erasing. A ViT that MAE pretrained is
+    pooled by the mean of its patches instead of its class token, through a newly initialised norm,
+    unless it is frozen (the authors' FINETUNE.md; their linear probing keeps the token).
 
     Args:
-        origin: Where it begins.
-        overrides: ``section.key=value``, of the new run.
-        whole: Its images, if they are open already.
+        origin: The run to start from.
+        overrides: ``section.key=value`` of the new run.
+        whole: The images of the new run, if they are open already.
     """
     values = _on_images_of(origin, overrides)
     values["method"] = {"name": "supervised"}
@@ -154,10 +154,10 @@ def distill_values(teacher: Path, overrides: Sequence[str] = ()) -> dict[str, An
 
     Args:
         teacher: The run folder of the teacher.
-        overrides: ``section.key=value``, of the new run.
+        overrides: ``section.key=value`` of the new run.
 
     Returns:
-        Plain values of a ``RunConfig`` with method ``distill``, as of :func:`distill_from`.
+        Plain values of a ``RunConfig`` with method ``distill``; see :func:`distill_from`.
 
     Raises:
         DataError: If the folder holds no classifier.
@@ -170,7 +170,7 @@ def distill_values(teacher: Path, overrides: Sequence[str] = ()) -> dict[str, An
             f"{teacher}: no run with a {CLASSIFIER_FILE} in it; give the folder of a finished run "
             f"of raysl finetune, raysl distill or another run of method supervised"
         )
-    load_classifier(folder)  # a damaged file is told before anything starts
+    load_classifier(folder)  # raises if the file is damaged, before anything starts
     run = read_run(RunFolder(folder))
     return distill_from(_of_run(run, folder, folder, 0), overrides)
 
@@ -178,18 +178,19 @@ def distill_values(teacher: Path, overrides: Sequence[str] = ()) -> dict[str, An
 def distill_from(
     teacher: RunOrigin, overrides: Sequence[str], *, whole: Source | None = None
 ) -> dict[str, Any]:
-    """Return the settings that distil a teacher.
+    """Return the settings that distil a teacher into a student.
 
-    What overrides leave open is SimCLR v2's: all training images without labels, one crop and flip;
-    a student of the teacher's architecture from random weights (the paper names no others, and the
-    authors' notebook starts so) with temperature 0.1, or 1 where ``backbone`` makes it another;
-    optimizer, schedule and batch of pretraining: LARS of 0.1 sqrt(B), weight decay 1e-4, warm-up
-    for 5 % of the run, 4,096 images, or all if they are fewer; 400 epochs.
+    Settings that are not overridden are SimCLR v2's: all training images without labels, one crop
+    and flip; a student of the teacher's architecture from random weights (the paper names no
+    others, and the authors' notebook starts so) with temperature 0.1, or 1 if ``backbone`` sets
+    another architecture; optimizer, schedule and batch of pretraining: LARS with a learning rate of
+    0.1 sqrt(B), weight decay 1e-4, warm-up for 5 % of the run, batches of 4,096 images, or of all
+    if there are fewer; 400 epochs.
 
     Args:
-        teacher: Its run.
-        overrides: ``section.key=value``, of the new run.
-        whole: Its images, if they are open already.
+        teacher: The run of the teacher.
+        overrides: ``section.key=value`` of the new run.
+        whole: The images of the new run, if they are open already.
     """
     values = _on_images_of(teacher, overrides)
     values["backbone"]["weights"] = None
@@ -209,25 +210,25 @@ def distill_from(
 
 
 def run_after(values: Mapping[str, Any], overrides: Sequence[str], *, where: str) -> RunConfig[Any]:
-    """Validate what follows from another run: what is of no use to this one stays behind.
+    """Validate settings derived from another run; inherited settings without effect are dropped.
 
     Args:
-        values: Plain values, the overrides among them.
-        overrides: What somebody asked for.
-        where: What they follow from.
+        values: Plain values, including the overrides.
+        overrides: Overrides of the user, which must all have an effect.
+        where: Source of the values, for error messages.
 
     Raises:
-        ConfigError: As :func:`asked_run`.
+        ConfigError: See :func:`asked_run`.
     """
     given = [parse_override(override)[0] for override in overrides]
     return asked_run(layered({}, values, given), where=" ".join([where, *overrides]))
 
 
 def origin_of(run: RunConfig[Any], folder: Path) -> RunOrigin:
-    """Return a run as the origin of another, whether it is finished or not.
+    """Return the origin that a run, finished or not, is for another run.
 
     Args:
-        run: Its settings.
+        run: The settings of the run.
         folder: Its run folder.
     """
     layers = run.method.projection_head_layers(is_vit=run.backbone.is_vit)
@@ -235,10 +236,10 @@ def origin_of(run: RunConfig[Any], folder: Path) -> RunOrigin:
 
 
 def finetune_data(pretrained: RunConfig[Any]) -> dict[str, Any]:
-    """Return the images of a pretraining with the views to fine-tune on: one crop and flip.
+    """Return the section ``data`` of a pretraining with views for fine-tuning: one crop and flip.
 
-    Crops are as small as in pretraining, resized in the same way, and mirrored only if they were
-    there.
+    Minimal crop size and interpolation are those of pretraining; views are flipped only if those of
+    pretraining were.
     """
     data: dict[str, Any] = pretrained.data.model_dump(mode="json")
     kinds = pretrained.data.views.views()
@@ -254,7 +255,7 @@ def finetune_data(pretrained: RunConfig[Any]) -> dict[str, Any]:
 
 
 def _on_images_of(origin: RunOrigin, overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the settings that a run takes over: of its images only if they are the same."""
+    """Return the settings taken over from ``origin``, without data settings if images differ."""
     values, _ = without_other_source(
         origin.values,
         source=named_source(overrides, "data.source"),
@@ -276,7 +277,7 @@ def _of_run(run: RunConfig[Any], folder: Path, weights: Path, head_layers: int) 
 
 
 def _of_file(folder: Path, weights: Path, head_layers: int) -> RunOrigin:
-    """Return an encoder file without a run as an origin; what its header says is all there is."""
+    """Return the origin for an encoder file without a run, from the file's header alone."""
     known = read_description(weights)
     data: dict[str, Any] = {"views": {"recipe": "finetune", "size_px": known["image_size_px"]}}
     data |= {key: known[key] for key in ("mean", "std") if key in known}
@@ -291,7 +292,7 @@ def _of_file(folder: Path, weights: Path, head_layers: int) -> RunOrigin:
 def _trained(
     values: Mapping[str, Any], *, epochs: float, most: int, whole: Source | None
 ) -> dict[str, Any]:
-    """Return the section ``train``, with a batch that is not larger than the source."""
+    """Return the section ``train`` with a batch size of at most the number of images."""
     train: dict[str, Any] = {"checkpoint_every": _PACE} | dict(values.get("train") or {})
     if train.get("steps") is None:
         train.setdefault("epochs", epochs)
@@ -303,7 +304,7 @@ def _trained(
 
 
 def _num_images(values: Mapping[str, Any], whole: Source | None, *, otherwise: int) -> int:
-    """Count the images that a run would be trained on, unless its settings make no run."""
+    """Return the number of training images, or ``otherwise`` if the settings are not valid."""
     section = values["data"]
     if "source" not in section:
         raise ConfigError(
@@ -315,7 +316,7 @@ def _num_images(values: Mapping[str, Any], whole: Source | None, *, otherwise: i
     evaluate = validated(EvaluateConfig, values.get("evaluate") or {})
     method = validated(kind, values["method"])
     if isinstance(data, list) or isinstance(evaluate, list) or isinstance(method, list):
-        return otherwise  # all that is wrong is told when the whole run is looked at
+        return otherwise  # all problems are reported when the whole run is validated
     if whole is None:
         source = open_training_source(absolute_config(data), absolute_config(evaluate), method)
     else:
@@ -324,7 +325,7 @@ def _num_images(values: Mapping[str, Any], whole: Source | None, *, otherwise: i
 
 
 def _lars(per_root: float) -> dict[str, Any]:
-    """SimCLR v2's LARS: so much times the root of the batch; raysl's rates are for 256 images."""
+    """Return SimCLR v2's LARS with a rate of ``per_root`` sqrt(B); ``base_lr`` is for B = 256."""
     return {
         "name": "lars",
         "base_lr": per_root * 16,
@@ -334,7 +335,7 @@ def _lars(per_root: float) -> dict[str, Any]:
 
 
 def _with_defaults(given: Mapping[str, Any] | None, default: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill a section up; defaults of one optimizer are none for another."""
+    """Return a section with defaults filled in, unless it names another optimizer."""
     given = dict(given or {})
     return {**default, **given} if given.get("name", default["name"]) == default["name"] else given
 
@@ -345,7 +346,7 @@ def _is_given(overrides: Sequence[str], key: str) -> bool:
 
 
 def _architecture(backbone: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes two encoders the same network, whatever they are trained with."""
+    """Return the settings of a backbone that define its network, without those of training."""
     section = validate(BackboneConfig, backbone, where="backbone").model_dump(mode="json")
     training = ("weights", "drop_path", "batch_norm", "batch_norm_splits")
     return {key: value for key, value in section.items() if key not in training}

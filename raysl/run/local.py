@@ -30,16 +30,16 @@ def pretrain_here(
     evaluated: Log | None = None,
     sets: LabelledSets | None = None,
 ) -> Results:
-    """Train, or go on from the newest checkpoint, with threads of this process making the views.
+    """Train, or resume from the newest checkpoint, with views made in threads of this process.
 
     Args:
         config: The run.
-        folder: Its folder.
+        folder: The run folder.
         source: The training images.
-        num_cpus: Threads of torch, and as many that make views, where the configuration leaves
-            them open; None takes all of the machine.
-        evaluated: As of :func:`raysl.run.worker.pretrain`.
-        sets: As of the same.
+        num_cpus: Threads of torch, and threads that make views, unless the configuration sets
+            them; None uses all CPUs of the machine.
+        evaluated: See :func:`raysl.run.worker.pretrain`.
+        sets: See :func:`raysl.run.worker.pretrain`.
 
     Returns:
         The results of the run.

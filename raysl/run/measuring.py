@@ -1,4 +1,4 @@
-"""Measure the encoder during training: a worker's share of it, and the same for a file."""
+"""Evaluate the encoder during training, in the train workers or from a file of weights."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -29,22 +29,22 @@ ToInput = Callable[[npt.NDArray[np.uint8]], Tensor]
 
 
 class Place(NamedTuple):
-    """Where a worker runs."""
+    """Device and threads of a worker."""
 
     device: torch.device
     threads: int  # of torch, and of decoding during evaluation
 
 
 class Measuring:
-    """Evaluates an encoder at its steps: by all workers at once, or by someone beside them.
+    """Evaluates the encoder during training, either in all train workers or in the background.
 
     Args:
         config: The run.
-        method: Whose encoder is measured.
-        folder: The run's folder.
+        method: The method whose encoder is evaluated.
+        folder: The run folder.
         source: The training images.
-        labelled: The labelled images to measure on; None measures without labels.
-        to_input: Turns ``(B, S, S, 3)`` uint8 into the encoder's input on its device.
+        labelled: The labelled images; None evaluates without labels.
+        to_input: Converts ``(B, S, S, 3)`` uint8 to the encoder's input on its device.
         place: This worker's device and threads.
     """
 
@@ -78,17 +78,17 @@ class Measuring:
         self._newest: tuple[int, dict[str, float]] = (-1, {})
 
     def open(self, metrics: MetricsFile | None, begin: Begin | None, *, start_step: int) -> None:
-        """Take up what an earlier process left to measure.
+        """Resume the evaluations that an earlier process left pending.
 
         Args:
-            metrics: The metrics file, on rank 0; None on the others.
-            begin: Measures beside the workers; None lets the workers measure. Every rank is told
-                the same; rank 0 calls it.
-            start_step: Steps done.
+            metrics: The metrics file on rank 0, None on the others.
+            begin: Starts an evaluation in the background; None evaluates in the train workers.
+                Every rank passes the same; only rank 0 calls it.
+            start_step: Number of steps already done.
         """
         self._in_background = begin is not None
         self._metrics = metrics
-        # Those that wait although workers measure now were left by a start with other settings.
+        # If the workers evaluate, pending evaluations stem from a start with other settings.
         if metrics is not None and (begin is not None or list_waiting(self._folder.to_evaluate)):
             self._online = OnlineEvaluations(
                 self._folder,
@@ -99,35 +99,35 @@ class Measuring:
             )
 
     def evaluate(self, step: int) -> Mapping[str, float]:
-        """Measure the encoder as it is, or have it measured; return what is known at once.
+        """Evaluate the encoder, or start its evaluation; return the metrics that are ready.
 
-        Collective. ``time/evaluate_s`` are the seconds that training stood still for it.
+        Collective. ``time/evaluate_s`` is the time in seconds for which training paused.
         """
         began = time.perf_counter()
         metrics: Mapping[str, float] = {}
         if not self._in_background:
             metrics = self.at(step)
-        elif step < self._total_steps:  # the last one is measured when nobody trains any more
+        elif step < self._total_steps:  # the last step is evaluated after training
             average_statistics(self._method)
             if self._online is not None:
                 self._online.add(step, self._save)
         return {**metrics, "time/evaluate_s": time.perf_counter() - began}
 
     def collect(self) -> None:
-        """Log what was measured elsewhere by now; never waits."""
+        """Log the background evaluations that have finished; never waits."""
         if self._online is not None:
             self._online.collect()
 
     def measure_last(self) -> None:
-        """Measure the last step where that was put off; collective, and part of the run's end."""
+        """Evaluate the last step if :meth:`evaluate` postponed it. Collective."""
         if self._in_background and self._config.evaluate.every is not None:
             self.at(self._total_steps)
 
     def finish(self) -> int:
-        """Wait for what is measured elsewhere and log it, then what was put off; for rank 0.
+        """Wait for the background evaluations and log them, then the last step's; on rank 0.
 
         Returns:
-            Evaluations that failed or were left out.
+            Number of evaluations that failed or were skipped.
         """
         if self._online is None or self._metrics is None:
             return 0
@@ -139,7 +139,7 @@ class Measuring:
         return len(read_failures(self._folder))
 
     def at(self, step: int) -> Mapping[str, float]:
-        """Return the metrics of the encoder as it is after ``step`` steps; collective."""
+        """Return the metrics of the encoder after ``step`` steps. Collective."""
         if self._newest[0] != step:
             average_statistics(self._method)
             metrics = _measure(
@@ -170,14 +170,14 @@ def measure_file(
     device: torch.device,
     num_ranks: int,
 ) -> dict[str, float]:
-    """Measure the encoder in a file as so many train workers would.
+    """Evaluate the encoder in a file exactly as ``num_ranks`` train workers would.
 
     Args:
-        path: What :func:`raysl.encoder.file.save_encoder` wrote.
-        sets: The images.
+        path: A file written by :func:`raysl.encoder.file.save_encoder`.
+        sets: The images to evaluate on.
         config: The run.
-        device: Where to compute.
-        num_ranks: Train workers of the run.
+        device: Device of the encoder.
+        num_ranks: Number of train workers of the run.
     """
     layout = torch.channels_last if config.train.channels_last else torch.preserve_format
     encoder = load_encoder(path).to(device=device, memory_format=layout)  # type: ignore[call-overload]

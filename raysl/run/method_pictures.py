@@ -36,13 +36,13 @@ def write_method_pictures(
     Args:
         path: ``.npz`` to write: for each picture NAME its pixels, ``(rows, columns, S, S, 3)``
             uint8, ``NAME.columns`` and ``NAME.caption``.
-        method: Put into evaluation mode for it, and back.
-        source: The training images; eight of them, spread evenly, are shown.
-        views: The kinds of view, as in epoch 0.
-        to_batch: Turns a batch of the stream into the method's.
-        progress: The end of the run.
-        mean: Of red, green and blue in [0, 1], which normalised images lack.
-        std: Likewise.
+        method: The method, in evaluation mode during the call.
+        source: The training images; eight of them, evenly spaced, are shown.
+        views: The kinds of view; views are those of epoch 0.
+        to_batch: Converts a batch of the stream to the method's batch.
+        progress: Progress at the end of the run.
+        mean: Mean of red, green and blue in [0, 1], to undo the normalisation.
+        std: Standard deviation of red, green and blue, likewise.
     """
     batch = _sample(source, views, seed=progress.seed)
     if batch is None:
@@ -89,7 +89,7 @@ def _write(
         arrays[f"{name}.columns"] = np.array(picture.columns, dtype=np.str_)
         arrays[f"{name}.caption"] = np.array(picture.caption, dtype=np.str_)
     with appears_whole(path) as temporary:
-        np.savez(temporary, **arrays)  # type: ignore[arg-type] # its stub knows no keywords
+        np.savez(temporary, **arrays)  # type: ignore[arg-type] # the stub lacks keywords
 
 
 def _pixels(

@@ -11,11 +11,11 @@ from raysl.track.run_folder import RunFolder
 
 
 def save_networks(folder: RunFolder, method: Method, config: RunConfig[Any]) -> None:
-    """Write the networks of a finished run, each into a file of its own in the run's folder.
+    """Write each network of a finished run to its own file in the run folder.
 
     Args:
-        folder: The run's.
-        method: What was trained.
+        folder: The run folder.
+        method: The trained method.
         config: The run.
     """
     description = describe(config)

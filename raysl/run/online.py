@@ -1,8 +1,8 @@
 """Evaluate in the background of training; results are logged under their step when ready.
 
-An encoder that is to be evaluated is a file of weights in the run folder until its metrics are in
-the metrics file. So a run that was killed finds what it still has to measure; and as one evaluation
-follows the other, each metric arrives in the order of its steps.
+A pending evaluation is a file of encoder weights in the run folder until its metrics are in the
+metrics file, so a run that was killed finds its pending evaluations. Evaluations run one after the
+other, so metrics arrive in the order of their steps.
 """
 
 import json
@@ -20,28 +20,26 @@ from raysl.track.run_folder import RunFolder, list_waiting, read_metrics, waitin
 from raysl.train.loop import Log
 
 Begin = Callable[[Path, OnlineSets], "Future[Mapping[str, float]]"]
-"""Begins to measure the encoder in a file, elsewhere; the future holds the metrics of the metrics
-file, or what went wrong."""
+"""Starts to evaluate the encoder in a file; the future holds the metrics or the exception."""
 
 MOST_WAITING = 4
-"""Encoders that wait while another one is measured. Where evaluations take longer than the steps
-between them, the oldest gives way to a newer one: the curve gets sparser, training does not wait,
-and its end waits for no more than these."""
+"""Most pending evaluations besides the running one. If evaluations take longer than the steps
+between them, the oldest pending one is skipped: the curve gets sparser, training does not wait, and
+its end waits for at most this many."""
 
 
 class OnlineEvaluations:
-    """The evaluations of a run that are under way; for rank 0.
+    """The running and pending evaluations of a run, on rank 0.
 
-    An evaluation that fails is listed in ``failed_evaluations.jsonl`` and left out; training goes
-    on.
+    An evaluation that fails is recorded in ``failed_evaluations.jsonl``; training continues.
 
     Args:
-        folder: The run.
-        sets: What to measure on.
-        begin: Measures.
-        log: Gets the metrics of a step, in the order of the steps.
-        start_step: Steps done: what an earlier process left of up to there is measured now, what
-            it left of later ones is thrown away, since those steps come again.
+        folder: The run folder.
+        sets: The images to evaluate on.
+        begin: Starts an evaluation.
+        log: Called with the metrics of each step, in the order of the steps.
+        start_step: Number of steps already done. Pending evaluations of an earlier process up to
+            this step are run now; those of later steps are deleted, since those steps are repeated.
     """
 
     def __init__(
@@ -62,13 +60,13 @@ class OnlineEvaluations:
         for half_written in folder.to_evaluate.glob(".*"):
             half_written.unlink()
         if folder.failed_evaluations.exists():
-            known = [r for r in read_failures(folder) if r["step"] <= start_step]
-            text = "".join(json.dumps(record) + "\n" for record in known)
+            kept = [r for r in read_failures(folder) if r["step"] <= start_step]
+            text = "".join(json.dumps(record) + "\n" for record in kept)
             write_text(folder.failed_evaluations, text)
         self.collect()
 
     def add(self, step: int, write: Callable[[Path], None]) -> None:
-        """Have the encoder of a step evaluated; ``write`` puts it into a file."""
+        """Queue the evaluation of a step; ``write`` saves its encoder to a path."""
         path = self._path(step)
         try:
             path.parent.mkdir(exist_ok=True)
@@ -82,11 +80,11 @@ class OnlineEvaluations:
             self._fail(self._waiting.popleft(), f"left out: {MOST_WAITING} newer ones waited")
 
     def collect(self) -> None:
-        """Log what is ready, and begin the next; never waits."""
+        """Log the finished evaluations and start the next one; never waits."""
         self._go_on(waits=False)
 
     def finish(self) -> None:
-        """Wait for all evaluations, and log them."""
+        """Wait for all evaluations and log them."""
         self._go_on(waits=True)
         if self._folder.to_evaluate.is_dir() and not any(self._folder.to_evaluate.iterdir()):
             self._folder.to_evaluate.rmdir()
@@ -97,8 +95,8 @@ class OnlineEvaluations:
                 step = self._waiting.popleft()
                 try:
                     self._running = step, self._begin(self._path(step), self._sets)
-                except Exception as error:  # whatever it is, training goes on
-                    self._fail(step, _told(error))
+                except Exception as error:  # training continues after any error
+                    self._fail(step, _error_text(error))
                     continue
             step, future = self._running
             if not waits and not future.done():
@@ -107,7 +105,7 @@ class OnlineEvaluations:
             try:
                 metrics = future.result()
             except Exception as error:
-                self._fail(step, _told(error))
+                self._fail(step, _error_text(error))
                 continue
             self._log(metrics, step)
             self._path(step).unlink(missing_ok=True)
@@ -117,22 +115,22 @@ class OnlineEvaluations:
 
     def _fail(self, step: int, problem: str) -> None:
         record = {"step": step, "problem": problem, "time": time.time()}
-        with suppress(OSError):  # a full disk stops the checkpoints, not this
+        with suppress(OSError):  # a full disk is reported when a checkpoint fails
             self._path(step).unlink(missing_ok=True)
             with open(self._folder.failed_evaluations, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 
 
 def is_evaluated(record: Mapping[str, Any]) -> bool:
-    """Whether a line of the metrics file holds an evaluation."""
+    """Return whether a record of the metrics file holds an evaluation."""
     return any(name.startswith("eval/") for name in record)
 
 
 def read_failures(folder: RunFolder) -> list[dict[str, Any]]:
-    """Return the evaluations of a run that failed or were left out: ``step`` and ``problem``."""
+    """Return the failed and skipped evaluations of a run, with ``step`` and ``problem``."""
     return read_metrics(folder.failed_evaluations)
 
 
-def _told(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

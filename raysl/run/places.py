@@ -1,4 +1,4 @@
-"""Compare the settings of runs, with paths of images that do not depend on the current folder."""
+"""Resolve the image paths of a run's settings, so that they hold from every current folder."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -14,11 +14,12 @@ R = TypeVar("R", bound=RunConfig[Any])
 
 
 def with_absolute_sources(config: R, *, first: Sequence[Path] = ()) -> R:
-    """Return a run whose images are named by places that are the same from every folder.
+    """Return a run with absolute paths of its images.
 
     Args:
         config: The run.
-        first: Folders to look for relative ones in, before the current one and where runs are.
+        first: Folders in which relative paths are looked up before the current folder and the
+            folder that holds ``output_dir``.
     """
     data, evaluate = (absolute_config(each, first=first) for each in (config.data, config.evaluate))
     if data is config.data and evaluate is config.evaluate:
@@ -27,12 +28,12 @@ def with_absolute_sources(config: R, *, first: Sequence[Path] = ()) -> R:
 
 
 def read_run(folder: RunFolder) -> RunConfig[Any]:
-    """Return the settings of a run out of its folder, its images by absolute places.
+    """Read the settings of a run from its folder, with absolute paths of its images.
 
-    Folders of earlier versions hold relative ones: of the folder that the run was started from.
+    Folders of earlier versions contain paths relative to the folder that the run was started in.
 
     Raises:
-        ConfigError: If the file is not there, or no run.
+        ConfigError: If ``config.yaml`` is missing or not a run.
     """
     values = read_mapping(folder.config)
     config = run_from_values(values, where=str(folder.config))
@@ -40,7 +41,7 @@ def read_run(folder: RunFolder) -> RunConfig[Any]:
 
 
 def started_from(folder: RunFolder, output_dir: str) -> list[Path]:
-    """Return the folder that a run was started from, if it can be told from where it lies."""
+    """Return the folder that a run was started in, if its place and ``output_dir`` tell it."""
     parts = Path(output_dir).expanduser()
     above = folder.path.parent
     if parts.is_absolute() or above.parts[-len(parts.parts) :] != parts.parts:
@@ -51,16 +52,16 @@ def started_from(folder: RunFolder, output_dir: str) -> list[Path]:
 def left_with_source(
     origin: Path, overrides: Sequence[str], *, test_key: str, never: Collection[str] = ()
 ) -> str:
-    """Return the line that says which settings of a run are left out with its images.
+    """Return a message that lists the settings dropped because the overrides name other images.
 
     Args:
         origin: A run folder, or a file in one.
         overrides: ``section.key=value``, which may name other images.
-        test_key: What names other test images.
-        never: Settings that are not taken over in any case.
+        test_key: The key that names other test images.
+        never: Settings that are never taken over, and so not listed.
 
     Returns:
-        The line; empty if the images stay, or nothing of them was set.
+        The message; empty if no setting is dropped.
     """
     folder = RunFolder(origin if origin.is_dir() else origin.parent)
     if not folder.config.exists():
@@ -73,11 +74,11 @@ def left_with_source(
         test_source=named_source(overrides, test_key),
         first=started_from(folder, str(values.get("output_dir", "runs"))),
     )
-    shown = [text for text in left if text.partition("=")[0] not in never]
-    if not shown:
+    dropped = [text for text in left if text.partition("=")[0] not in never]
+    if not dropped:
         return ""
     images = "data.source" if source is not None else test_key
     return (
         f"{images} names other images than {folder.path.name} has: its settings of the old ones "
-        f"are left out: {', '.join(shown)}"
+        f"are left out: {', '.join(dropped)}"
     )

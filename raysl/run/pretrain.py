@@ -1,4 +1,4 @@
-"""Drive a run: open its folder, start the workers, follow them, report."""
+"""Drive a run: open its folder, start the workers, follow their metrics, write the report."""
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
@@ -65,17 +65,17 @@ class Opened(NamedTuple):
 
     @property
     def config(self) -> RunConfig[Any]:
-        """Its settings."""
+        """Return the settings of the run."""
         return self.run.config
 
     @property
     def folder(self) -> RunFolder:
-        """Where it lies."""
+        """Return the run folder."""
         return self.run.folder
 
     @property
     def uri(self) -> str:
-        """MLflow's address."""
+        """Return the MLflow tracking URI."""
         return tracking_uri(self.config.track.tracking_uri, folder=self.run.home)
 
 
@@ -89,23 +89,23 @@ def train_run(
     tags: Mapping[str, str] | None = None,
     told_of: Collection[str] = (),
 ) -> Results:
-    """Train a run in its folder, or go on with it; one that is finished only tells its results.
+    """Train or resume a run in its folder; if it is finished, print its results again.
 
     Args:
         config: The run.
-        began_at: What its seconds are counted from, in seconds since 1970.
-        typed: The file and the overrides that it was asked for with, if it was.
-        fresh: Start anew; an earlier run's folder is renamed.
-        extend: Go on with a run of another length, which may be finished, to the length of this.
-        tags: For its MLflow run, besides those that every run has.
-        told_of: Fingerprints of sources whose notes were said already.
+        began_at: Start of the run in seconds since 1970; its durations are measured from here.
+        typed: The configuration file and overrides of the command line, or None.
+        fresh: Start from step 0; an earlier run's folder is renamed.
+        extend: Continue the run in the folder, finished or not, to the length of ``config``.
+        tags: Additional tags of its MLflow run.
+        told_of: Fingerprints of sources whose notes are already printed.
 
     Returns:
         The results, as ``--json`` prints them.
 
     Raises:
-        RunFolderError: If the folder holds a run with other settings or of other images.
-        RayslError: What else a run may meet.
+        RunFolderError: If the folder holds a run with other settings or images.
+        RayslError: If the run fails otherwise; the subclass says how.
     """
     home = working_folder()
     config = with_absolute_files(config, home)
@@ -125,7 +125,7 @@ def train_run(
 
 
 def _open(run: Run, shorter: RunConfig[Any] | None) -> Opened:
-    """Open the images, and claim the folder for the run and for them, before anything starts."""
+    """Open and check the images, and record run and images in the folder, before training."""
     config = run.config
     check_names(config)
     source = open_training_source(config.data, config.evaluate, config.method)
@@ -142,10 +142,10 @@ def _open(run: Run, shorter: RunConfig[Any] | None) -> Opened:
 def _known_length(
     folder: RunFolder, config: RunConfig[Any], *, extend: bool
 ) -> RunConfig[Any] | None:
-    """Return the run of another length that the folder holds, if this one is to extend it.
+    """Return the folder's run if ``config`` extends it, or None if both have the same length.
 
     Raises:
-        RunFolderError: If the folder holds another run, or none that could be extended.
+        RunFolderError: If the folder holds a run with other settings, or no run to extend.
     """
     if not folder.config.exists():
         if extend:
@@ -167,9 +167,9 @@ def _known_length(
 
 
 def _with_new_defaults(folder: RunFolder) -> RunConfig[Any] | dict[str, Any]:
-    """Fill up the settings of an old folder: one that is newer than it has its default there.
+    """Return the settings of a folder; a setting that is newer than the folder has its default.
 
-    Settings that are no run any more are returned as they are.
+    Settings that this version does not accept are returned as plain values.
     """
     values = layered({}, read_mapping(folder.config), ())  # without what had no effect
     found = run_or_problems(values)
@@ -179,7 +179,7 @@ def _with_new_defaults(folder: RunFolder) -> RunConfig[Any] | dict[str, Any]:
 
 
 def _finished(run: Run, results: Results) -> Results:
-    """Tell of a run that is finished, and of its images if they are others by now."""
+    """Report that a run is finished, and whether its images have changed since."""
     folder, config = run.folder, run.config
     write_text(folder.config, to_yaml(config.model_dump(mode="json")))
     say(
@@ -276,7 +276,7 @@ def _start_tracker(
 
 
 def _finish(opened: Opened, results: Results, tracker: "MlflowTracker | None") -> Results:
-    """Draw the report, end the MLflow run, and write the results with all that is known now."""
+    """Draw the report, end the MLflow run, and write the complete results."""
     folder = opened.folder
     records = read_metrics(folder.metrics)
     results = results | speed(records, opened.run.began_at)
@@ -300,7 +300,7 @@ def _end_tracker(opened: Opened, tracker: "MlflowTracker | None") -> Results:
 
 
 def _send_again(opened: Opened, results: Results) -> Results:
-    """Send to MLflow what it could not take when the run ended."""
+    """Send to MLflow what it did not accept when the run ended."""
     if results.get("mlflow_problem") is None:
         return results
     tracker = _start_tracker(opened, {}, ended=True)
@@ -323,7 +323,7 @@ def _say_start(opened: Opened, done: int, told_of: Collection[str]) -> None:
 
 
 def _say_sources(opened: Opened, told_of: Collection[str]) -> None:
-    """Say what lies in the images that one may not think of, once, on the driver."""
+    """Print notes on the training and test images, once per source."""
     config = opened.config
     whole = whole_source(opened.source)
     if whole.fingerprint not in told_of:

@@ -1,10 +1,13 @@
-"""Connect to Ray, and check that a run fits the cluster."""
+"""Connect to Ray, divide the cluster between the workers of a run, and wait in a thread."""
 
 import logging
 import math
 import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import ray
 
@@ -13,29 +16,31 @@ from raysl.errors import ClusterError
 if TYPE_CHECKING:  # the recipe loads torch; Ray's actors import this file and must not
     from raysl.run.recipe import RunConfig
 
-# The read stage yields numbers only; it needs a sliver of a CPU, but it needs it.
+T = TypeVar("T")
+
+# The read stage yields only numbers, but Ray starts it only if this share of a CPU is free.
 READ_CPUS = 0.01
 _MARGIN = 0.02
 
-# What every process of a run needs to know. Ray reads most of these only at its start.
+# Environment of every process of a run. Ray reads most of these variables only when it starts.
 WORKER_ENVIRONMENT = {
-    # Threads of torch that wait must sleep: spinning ones take the cores from the data workers
-    # (65 against 245 images a second on two busy cores).
+    # Waiting torch threads must sleep: spinning threads take the cores from the data workers
+    # (65 instead of 245 images/s on two busy cores).
     "OMP_WAIT_POLICY": "passive",
-    # But not at once: bfloat16 on CPU waits so often that it runs 50 times slower (ADR 5).
+    # But not immediately: bfloat16 on CPU waits so often that it would be 50 times slower (ADR 5).
     "GOMP_SPINCOUNT": "30000",
-    # Off, or a driver under `uv run` starts every worker through uv, with a copy of the folder.
+    # If on, a driver under `uv run` starts every worker through uv with a copy of the folder.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
-    # Workers stay in the driver's folder, or relative paths (evaluate.source) would not be found.
+    # Workers keep the driver's current folder, so that relative paths resolve.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 
 
 class Layout(NamedTuple):
-    """How a run is laid out over the cluster."""
+    """Workers of a run and their shares of the cluster."""
 
     num_train_workers: int
     cpus_per_train_worker: float
@@ -62,12 +67,12 @@ def connect() -> bool:
     if ray.is_initialized():
         return False
     if "RAY_ADDRESS" not in os.environ:
-        # A cluster of our own on this machine: without this, Ray would write a token into the
-        # home folder and later clusters would ask for it.
+        # For a new cluster on this machine Ray would otherwise write a token to the home folder
+        # and later clusters would require it.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     try:
         ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env=worker_runtime_env())
-    except Exception as error:  # also a bare one, if a busy machine takes over 30 s to start it
+    except Exception as error:  # Ray raises a plain Exception if its start takes over 30 s
         raise ClusterError(
             f"cannot connect to Ray ({os.environ.get('RAY_ADDRESS', 'this machine')}): {error}"
         ) from None
@@ -75,29 +80,29 @@ def connect() -> bool:
 
 
 def disconnect() -> None:
-    """Leave the cluster; one that :func:`connect` started on this machine ends."""
+    """Disconnect from the cluster, and stop it if :func:`connect` started it."""
     with suppress(RuntimeError):
         ray.shutdown()
 
 
 def worker_runtime_env() -> dict[str, dict[str, str]] | None:
-    """Return what workers of a cluster that runs already have to be told.
+    """Return the runtime environment of workers in an existing cluster, else None.
 
-    Those of a cluster of our own inherit this process's environment, and None lets them come from
-    the processes that Ray starts beforehand: seconds less to the first step.
+    Workers of a cluster that this process started inherit its environment. None lets Ray use its
+    prestarted processes, which saves seconds before the first step.
     """
     if "RAY_ADDRESS" not in os.environ:
         return None
-    wanted = {name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}
-    return {"env_vars": wanted}
+    variables = {name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}
+    return {"env_vars": variables}
 
 
 def plan_layout(config: "RunConfig[Any]") -> Layout:
-    """Lay a run out over the connected cluster.
+    """Divide the connected cluster between train workers and data workers.
 
     Raises:
-        ClusterError: If it does not fit. Ray Data would wait for ever, without a word, for CPUs
-            that the train workers hold.
+        ClusterError: If the run does not fit. Ray Data would wait forever, without a message, for
+            CPUs that the train workers hold.
     """
     cluster, total = config.cluster, ray.cluster_resources()
     workers, cpus = cluster.num_train_workers, total.get("CPU", 0.0)
@@ -108,7 +113,7 @@ def plan_layout(config: "RunConfig[Any]") -> Layout:
             f"cluster.device=cuda needs {workers} GPUs, one a train worker; the cluster has "
             f"{gpus:g}. Lower cluster.num_train_workers or set cluster.device=cpu"
         )
-    # On a machine of one or two CPUs half of them: share it rather than refuse it.
+    # On a machine of one or two CPUs, train workers take half of them instead of failing.
     half = math.floor(50 * cpus / workers) / 100
     per_worker = cluster.cpus_per_train_worker or (1.0 if workers < cpus else half)
     left = cpus - workers * per_worker - READ_CPUS - _MARGIN
@@ -138,7 +143,7 @@ def plan_layout(config: "RunConfig[Any]") -> Layout:
 
 
 def describe_cluster() -> dict[str, str]:
-    """Return Ray's version and the cluster's size, for the record of the run."""
+    """Return Ray's version and the cluster's size as tags of the run."""
     total = ray.cluster_resources()
     return {
         "ray": ray.__version__,
@@ -146,3 +151,17 @@ def describe_cluster() -> dict[str, str]:
         "cluster.cpus": f"{total.get('CPU', 0):g}",
         "cluster.gpus": f"{total.get('GPU', 0):g}",
     }
+
+
+def in_background(work: Callable[[], T], *, name: str) -> "Future[T]":
+    """Start ``work`` in a daemon thread and return the future of its result."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # re-raised by future.result()
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future

@@ -1,7 +1,7 @@
 """Stream the batches of a run through Ray Data, in one execution from first to last step.
 
-Four of Ray's processes import this file, one after the other, before the first batch: what it
-imports is paid four times. So it knows neither torch nor the configuration.
+Four Ray processes import this module one after the other before the first batch, so each import
+costs its time four times. It therefore imports neither torch nor the configuration.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,29 +18,28 @@ from ray.data.datasource import Datasource, ReadTask
 from raysl.data.block import INDEX, Block, is_view_column
 from raysl.data.plan import Plan
 from raysl.data.stream import BlockSpec, ItemMaker, concatenate
-from raysl.run.background import in_background
-from raysl.run.ray_cluster import READ_CPUS, Layout
+from raysl.run.ray_cluster import READ_CPUS, Layout, in_background
 from raysl.track.run_folder import latest_step
 
 _NUMBER = "number"
 _BLOCKS_PER_READ_TASK = 100
-# A block of several steps holds at most so much, and a run has at least so many of them, so that
-# many data workers share a short one.
+# Limits of a block that holds several steps, and the fewest blocks of a run, so that many data
+# workers share a short run.
 _BLOCK_IMAGES = 4096
 _BLOCK_BYTES = 32 << 20
 _FEWEST_BLOCKS = 32
 
 
 class PlanSource(Datasource):
-    """Yields the numbers of the blocks still to make, in order, one a block.
+    """Yields the numbers of the remaining blocks in order, one number per block.
 
     A read task is one `ray.put` on the driver, so 10,000 of them would take 12 seconds before the
-    first batch; here each yields many numbers. All have as many, else Ray would split them
-    unevenly and a number would no longer be a block: the last ones may lie past the end of the
-    plan, where making a block costs nothing and nobody asks for it.
+    first batch; here each task yields many numbers. All tasks yield the same count, or Ray would
+    split them unevenly and a block would no longer be one number. The last numbers may therefore
+    lie past the end of the plan, where blocks are empty and never consumed.
 
     Args:
-        count: Blocks to make.
+        count: Number of blocks to make.
     """
 
     def __init__(self, count: int) -> None:
@@ -50,7 +49,7 @@ class PlanSource(Datasource):
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that all tasks yield."""
+        """Number of blocks that all tasks yield."""
         return self.per_task * self.num_tasks
 
     def estimate_inmemory_data_size(self) -> int | None:
@@ -63,7 +62,7 @@ class PlanSource(Datasource):
         per_task_row_limit: int | None = None,
         data_context: DataContext | None = None,
     ) -> list[ReadTask]:
-        """Return the tasks; Ray splits the block of each into its rows."""
+        """Return the read tasks; Ray splits each task's output into blocks of one row."""
         return [
             ReadTask(
                 _reader(task * self.per_task, self.per_task),
@@ -84,10 +83,10 @@ def _reader(start: int, count: int) -> Callable[[], Iterable[pa.Table]]:
 
 
 class Packing(NamedTuple):
-    """How the items of the plan are packed into blocks.
+    """The assignment of the plan's items to blocks.
 
-    A block costs some 15 ms of Ray Data's time whatever it holds. Where an item is the whole batch
-    of a worker and small, a block therefore holds the batches of several steps of that worker.
+    Ray Data spends about 15 ms per block, independent of its size. If an item is a train worker's
+    whole batch and small, a block therefore holds that worker's batches of several steps.
     """
 
     start_step: int
@@ -95,14 +94,14 @@ class Packing(NamedTuple):
     steps_per_block: int
 
     def num_blocks(self, plan: Plan) -> int:
-        """Return the blocks that the rest of the plan takes."""
+        """Return the number of blocks for the rest of the plan."""
         items = (plan.num_steps - self.start_step) * plan.items_per_step
         if self.steps_per_block == 1:
             return items
         return -(-items // (self.num_workers * self.steps_per_block)) * self.num_workers
 
     def positions(self, block: int, plan: Plan) -> list[int]:
-        """Return the items of a block; those beyond the end of the plan are empty."""
+        """Return the positions of a block's items; items past the end of the plan are empty."""
         first = self.start_step * plan.items_per_step
         if self.steps_per_block == 1:
             return [first + block]
@@ -114,7 +113,14 @@ class Packing(NamedTuple):
 
 
 def packing_for(plan: Plan, spec: BlockSpec, *, start_step: int, num_workers: int) -> Packing:
-    """Return how to pack the rest of a plan for so many train workers."""
+    """Return the packing for the rest of a plan from ``start_step`` on.
+
+    Args:
+        plan: The order of the images.
+        spec: The views of a block.
+        start_step: Number of global batches already consumed.
+        num_workers: Number of train workers.
+    """
     bytes_per_image = sum(3 * view.count * view.size_px**2 for view in spec.views)
     steps = 1
     if plan.items_per_step == num_workers:
@@ -128,36 +134,36 @@ class MakeItems:
     """A data worker: an actor that reads, decodes and augments items."""
 
     def __init__(self, source: Any, plan: Plan, spec: BlockSpec, packing: Packing) -> None:
-        # The source is one object in the store of each node, shared by its data workers.
+        # All data workers of a node share one copy of the source in its object store.
         self._make = ItemMaker(ray.get(source), plan, spec)
         self._packing = packing
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Block:
-        """Make the items of this block."""
+        """Make the items of the block whose number is in ``batch``."""
         positions = self._packing.positions(int(batch[_NUMBER][0]), self._make.plan)
         return concatenate([self._make(position) for position in positions])
 
 
 def execution_options() -> ExecutionOptions:
-    """Return options under which position p reaches rank p % world_size, whatever is slow."""
+    """Return options that keep the order: position p reaches rank p % world_size."""
     return ExecutionOptions(preserve_order=True)
 
 
 def open_dataset(
     source: Any, plan: Plan, spec: BlockSpec, *, start_step: int, layout: Layout
 ) -> Dataset:
-    """Describe the rest of a run, from ``start_step`` on, as one dataset.
+    """Return the lazy dataset of a run from ``start_step`` to its end.
 
     Args:
-        source: Reference of the source in the object store.
+        source: Object reference of the source.
         plan: The order of the images.
         spec: The views to make.
-        start_step: Global batches already consumed.
-        layout: How many data workers and train workers there are.
+        start_step: Number of global batches already consumed.
+        layout: Numbers of data workers and train workers.
 
     Returns:
-        Blocks of one constant number of rows with the columns of :class:`ItemMaker`: an item, or
-        the items of several steps of one train worker.
+        Blocks with the columns of :class:`ItemMaker` and the same number of rows each: one item,
+        or the items of several steps of one train worker.
     """
     packing = packing_for(plan, spec, start_step=start_step, num_workers=layout.num_train_workers)
     numbers = PlanSource(packing.num_blocks(plan))
@@ -174,14 +180,14 @@ def open_dataset(
 
 
 class OpenRest:
-    """What Ray Train calls at each start of the workers to open the rest of the run's data.
+    """Dataset factory that Ray Train calls at each start of the workers.
 
     Args:
-        source: Reference of the source in the object store.
+        source: Object reference of the source.
         plan: The order of the images.
         spec: The views to make.
-        checkpoints: Folder whose newest complete checkpoint says where to begin.
-        layout: How many data workers there are.
+        checkpoints: Folder of the checkpoints; the newest complete one gives the first step.
+        layout: Numbers of data workers and train workers.
     """
 
     def __init__(
@@ -200,7 +206,7 @@ class OpenRest:
         self.layout = layout
 
     def __call__(self) -> Dataset:
-        """Open the plan from the newest complete checkpoint on."""
+        """Return the dataset from the newest complete checkpoint on."""
         return open_dataset(
             self.source,
             self.plan,
@@ -219,18 +225,18 @@ def iterate_shard(
 ) -> Iterator[Block]:
     """Yield this worker's batches, whose pixels stay where they are in the object store.
 
-    The stream starts at this call, in a thread of its own, and not when the first batch is asked
-    for: its actors take seconds to come up, which is time to build the model.
+    The stream starts at this call, in its own thread, and not when the first batch is requested:
+    its actors take seconds to start, while the model is built.
 
     Args:
-        open_shard: Returns the worker's part of the dataset.
-        batch_size: Images of a batch.
-        prefetch_batches: Batches to hold ready.
-        blocks_per_batch: Blocks that make a batch; 1 also where a block holds several batches.
+        open_shard: Returns the worker's shard of the dataset.
+        batch_size: Images per batch.
+        prefetch_batches: Number of batches to prefetch.
+        blocks_per_batch: Blocks per batch; 1 if a block holds one or several batches.
 
     Yields:
-        The columns of :class:`ItemMaker`; those of the views as arrays, or, where several blocks
-        make a batch, as tuples of arrays: joining them would copy every pixel once more.
+        The columns of :class:`ItemMaker`. If several blocks make a batch, the view columns are
+        tuples of arrays: concatenating them would copy every pixel once more.
     """
 
     def begin() -> tuple[Block | None, Iterator[Block]]:
@@ -254,7 +260,7 @@ def iterate_shard(
 
 
 def regroup(blocks: Iterable[Block], *, batch_size: int) -> Iterator[Block]:
-    """Cut blocks of several batches, or put several blocks of one batch together."""
+    """Split blocks of several batches, or join several blocks to a batch."""
     parts: list[Block] = []
     for block in blocks:
         rows = len(block[INDEX])
@@ -263,11 +269,11 @@ def regroup(blocks: Iterable[Block], *, batch_size: int) -> Iterator[Block]:
                 {name: column[start : start + batch_size] for name, column in block.items()}
             )
             if sum(len(part[INDEX]) for part in parts) == batch_size:
-                yield parts[0] if len(parts) == 1 else _together(parts)
+                yield parts[0] if len(parts) == 1 else _join(parts)
                 parts = []
 
 
-def _together(parts: list[Block]) -> Block:
+def _join(parts: list[Block]) -> Block:
     return {
         name: tuple(part[name] for part in parts)
         if is_view_column(name)

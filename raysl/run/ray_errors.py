@@ -26,9 +26,9 @@ def own_errors(what: str) -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayError as error:
-        found = _OWN_ERROR.findall(str(error))
-        if found:
-            name, message = found[-1]
+        matches = _OWN_ERROR.findall(str(error))
+        if matches:
+            name, message = matches[-1]
             raise from_record({"error": name, "message": message}) from None
         last = str(error).strip().splitlines()[-1]
         raise ClusterError(f"{what} failed: {type(error).__name__}: {last}") from None

@@ -15,10 +15,8 @@ from ray.train.v2.api.config import RunConfig as RayRunConfig
 
 from raysl.errors import ClusterError, ErrorRecord, RayslError, from_record, to_record
 from raysl.nn.collectives import broadcast_object, rank_and_size
-from raysl.run.background import in_background
-from raysl.run.error_record import forget_error, read_error, write_error
 from raysl.run.measuring import Place
-from raysl.run.ray_cluster import Layout, worker_runtime_env
+from raysl.run.ray_cluster import Layout, in_background, worker_runtime_env
 from raysl.run.ray_data import OpenRest, execution_options, iterate_shard
 from raysl.run.ray_errors import wrapped_in
 from raysl.run.ray_validate import Evaluator, Share, share_beside
@@ -26,7 +24,7 @@ from raysl.run.recipe import RunConfig, block_spec, plan_of, run_from_values
 from raysl.run.worker import pretrain
 from raysl.sources.source import Source
 from raysl.track.results import Results
-from raysl.track.run_folder import RunFolder, latest_step
+from raysl.track.run_folder import RunFolder, forget_error, latest_step, read_error, write_error
 
 _ERROR = "error"
 
@@ -34,11 +32,11 @@ _ERROR = "error"
 def pretrain_on_ray(
     config: RunConfig[Any], *, folder: RunFolder, source: Source, layout: Layout
 ) -> Results:
-    """Run a pretraining on the connected cluster and return its results.
+    """Train a run on the connected cluster and return its results.
 
     Raises:
-        RayslError: What a worker raised, as it raised it.
-        ClusterError: If workers were lost more often than ``cluster.max_failures``.
+        RayslError: The error that a worker raised, with its class and message.
+        ClusterError: If workers failed more often than ``cluster.max_failures``.
     """
     forget_error(folder)
     for name in ("ray.train", "ray.data"):
@@ -46,8 +44,8 @@ def pretrain_on_ray(
     ray.data.DataContext.get_current().enable_progress_bars = False
     trainer = _trainer(config, folder=folder, source=source, layout=layout)
     try:
-        # In the main thread Ray would take Ctrl-C for itself and end the process with an error of
-        # its own; here it interrupts the wait, and the caller leaves the cluster.
+        # In the main thread Ray handles Ctrl-C itself and ends the process with its own error; in
+        # a thread, Ctrl-C interrupts the wait and the caller disconnects from the cluster.
         fitted = in_background(trainer.fit, name="raysl-train").result()
         outcome: Results | ErrorRecord = fitted.return_value  # type: ignore[attr-defined] # of V2
     except ray.train.TrainingFailedError as error:
@@ -97,11 +95,11 @@ def _trainer(
 
 
 def _train_worker(settings: dict[str, Any]) -> Results | ErrorRecord:
-    """Run one worker; an error that a restart would not mend is returned, not raised.
+    """Run one train worker; return, rather than raise, an error that a restart would not fix.
 
-    What it raises makes Ray Train start all workers anew. An error that only this rank met is left
-    in the folder and raised, so that Ray ends the others, which wait for this rank; at the restart
-    that follows every rank returns it.
+    Ray Train restarts all workers if one raises. With several workers, an error of this rank is
+    written to the run folder and raised, so that Ray stops the other ranks, which wait for this
+    one; after the restart every rank returns the written error.
     """
     folder = RunFolder(Path(settings["folder"]))
     if not folder.config.exists():
@@ -109,9 +107,9 @@ def _train_worker(settings: dict[str, Any]) -> Results | ErrorRecord:
             f"node {ray.util.get_node_ip_address()} does not see the run folder {folder.path}: on "
             f"several nodes output_dir must be on a disk that all share"
         )
-    told = read_error(folder)
-    if told is not None:
-        return told
+    written = read_error(folder)
+    if written is not None:
+        return written
     config = run_from_values(settings["config"], where="the run")
     device = ray.train.torch.get_device()
     start_step = int(broadcast_object(latest_step(folder.checkpoints)))
@@ -123,7 +121,7 @@ def _train_worker(settings: dict[str, Any]) -> Results | ErrorRecord:
             config,
             folder=folder,
             source=ray.get(settings["source"]),
-            # Ray may count more CPUs than there are.
+            # Ray may count more CPUs than the machine has.
             place=Place(device, min(settings["threads"], os.cpu_count() or 1)),
             start_step=start_step,
             open_batches=lambda derived: iterate_shard(
@@ -135,13 +133,13 @@ def _train_worker(settings: dict[str, Any]) -> Results | ErrorRecord:
             begin=evaluator,
         )
     except (RayslError, ray.exceptions.RayTaskError) as error:
-        # Another cluster, after a restart, may do what this one cannot.
-        found = next((e for e in wrapped_in(error) if not isinstance(e, ClusterError)), None)
-        if found is None:
+        # A cluster error may not come again after a restart, so it is raised.
+        own = next((e for e in wrapped_in(error) if not isinstance(e, ClusterError)), None)
+        if own is None:
             raise
         if rank_and_size()[1] == 1:
-            return to_record(found)
-        write_error(folder, found)
+            return to_record(own)
+        write_error(folder, own)
         raise
     finally:
         if evaluator is not None:

@@ -1,4 +1,4 @@
-"""Evaluate in parallel to training: one actor measures encoders while the workers continue."""
+"""Evaluate in parallel to training: one actor evaluates encoders while the workers continue."""
 
 import os
 from collections.abc import Mapping
@@ -21,36 +21,36 @@ _RESTARTS = 3
 
 
 class Share(NamedTuple):
-    """What an evaluation beside training takes of the cluster."""
+    """Resources of the actor that evaluates in parallel to training."""
 
     use_gpu: bool
     threads: int
 
 
 def share_beside(config: RunConfig[Any], layout: Layout) -> Share | None:
-    """Return what evaluations take beside a run; None if the train workers do them themselves.
+    """Return the resources of the evaluation actor; None if the train workers evaluate.
 
-    A GPU that is left over, else processor time that others leave: the actor reserves no CPU, so
-    that it never has one that Ray Data waits for, and the system prefers everyone else.
+    The actor uses a spare GPU if there is one, else idle CPU time: it reserves no CPU, so that it
+    never holds one that Ray Data waits for, and runs at low priority.
     """
     online = config.evaluate.online
     has_gpu = layout.use_gpu and layout.spare_gpus >= 1
-    # Beside GPUs, a CPU may take longer for one evaluation than training does up to the next.
+    # If training uses GPUs, one evaluation on CPU may take longer than the steps between two.
     if online == "blocking" or (online == "auto" and layout.use_gpu and not has_gpu):
         return None
     return Share(has_gpu, min(max(1, layout.spare_cpus), _MOST_THREADS))
 
 
 class Evaluator:
-    """Measures encoders in an actor of its own, one after the other.
+    """Evaluates encoders one after the other in its own actor.
 
-    The actor comes up with the first of them, in the train worker that asks; it ends with
-    :meth:`close`, and with that worker, however that ends.
+    The first call starts the actor. It ends with :meth:`close`, or with the train worker that
+    started it, however that ends.
 
     Args:
         config: The run.
-        share: What the actor takes.
-        num_ranks: Train workers of the run.
+        share: Resources of the actor.
+        num_ranks: Number of train workers of the run.
     """
 
     def __init__(self, config: RunConfig[Any], share: Share, *, num_ranks: int) -> None:
@@ -60,29 +60,29 @@ class Evaluator:
         self._actor: Any = None
 
     def __call__(self, path: Path, sets: OnlineSets) -> "Future[Mapping[str, float]]":
-        """Begin to measure the encoder in a file."""
+        """Start to evaluate the encoder in a file; return the future of its metrics."""
         if self._actor is None:
             self._actor = self._start(sets)
         future: Future[Mapping[str, float]] = Future()
 
-        def ended(done: "Future[Any]") -> None:
-            error = done.exception()
+        def copy_outcome(task: "Future[Any]") -> None:
+            error = task.exception()
             if error is None:
-                future.set_result(done.result())
-            else:  # without Ray's wrapping, whose text is a traceback
+                future.set_result(task.result())
+            else:  # the cause, since the text of Ray's exception is a traceback
                 future.set_exception(getattr(error, "cause", None) or error)
 
-        self._actor.measure.remote(str(path)).future().add_done_callback(ended)
+        self._actor.measure.remote(str(path)).future().add_done_callback(copy_outcome)
         return future
 
     def close(self) -> None:
-        """End the actor."""
+        """Stop the actor."""
         if self._actor is not None:
             ray.kill(self._actor)
             self._actor = None
 
     def _start(self, sets: OnlineSets) -> Any:
-        # The train workers have theirs by now; another run may have taken the one that was left.
+        # The train workers hold their GPUs by now; another run may have taken the spare one.
         on_gpu = self._share.use_gpu and ray.available_resources().get("GPU", 0.0) >= 1
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         return (
@@ -90,7 +90,7 @@ class Evaluator:
             .options(
                 num_cpus=0,
                 num_gpus=1 if on_gpu else 0,
-                # Said in any case: else it would be sought in the train workers' placement group.
+                # Always set, or Ray would place it in the train workers' placement group.
                 scheduling_strategy="DEFAULT" if on_gpu else here,
                 max_restarts=_RESTARTS,
                 max_task_retries=1,
@@ -105,7 +105,7 @@ class Evaluator:
 
 
 class _Measurer:
-    """The actor. It keeps the decoded images from one evaluation to the next."""
+    """The actor. It caches the decoded images between evaluations."""
 
     def __init__(
         self, config: dict[str, Any], sets: OnlineSets, *, threads: int, num_ranks: int
@@ -121,7 +121,7 @@ class _Measurer:
         self._device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
 
     def measure(self, path: str) -> dict[str, float]:
-        """Return the metrics of the encoder in a file."""
+        """Return the metrics of the encoder in the file at ``path``."""
         return measure_file(
             Path(path),
             self._sets,

@@ -1,4 +1,4 @@
-"""The configuration of a run, composed of the rooms' sections, and its derived values."""
+"""The configuration of a run, composed of sections of other modules, and its derived values."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -40,7 +40,7 @@ from raysl.train.sizes import check_sizes
 
 M = TypeVar("M", bound=MethodConfig)
 
-# What may change between a run's start and its resume: where it runs and what it says of itself.
+# Settings that may change between a run's start and its resume: where it runs and what it reports.
 FREE_SECTIONS = ("cluster", "track", "output_dir", "evaluate", "health")
 FREE_KEYS = {
     "train": ("log_every", "checkpoint_every", "keep_checkpoints"),
@@ -49,41 +49,41 @@ FREE_KEYS = {
 
 
 class ClusterConfig(Config):
-    """What of the Ray cluster a run takes."""
+    """The part of the Ray cluster that a run uses."""
 
     num_train_workers: Annotated[int, Field(ge=0)] = 1
-    """Processes that train; 0 trains in this process, without Ray."""
+    """Number of processes that train; 0 trains in this process, without Ray."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes one GPU a train worker if the cluster has as many, else CPUs."""
+    """auto uses one GPU per train worker if the cluster has enough, else CPUs."""
     cpus_per_train_worker: PositiveFloat | None = None
-    """CPUs that Ray sets aside for a train worker; the rest makes views. null takes 1, or less
-    where that would take them all."""
+    """CPUs that Ray reserves for a train worker; the others make views. null reserves 1, or less
+    if that would take all CPUs."""
     threads_per_train_worker: PositiveInt | None = None
-    """Threads of torch in a train worker on CPU; null shares the node's cores."""
+    """Threads of torch in a train worker on CPU; null divides the node's cores evenly."""
     num_data_workers: PositiveInt | None = None
-    """Processes that read, decode and augment; null takes every CPU that is left."""
+    """Number of processes that read, decode and augment; null uses all CPUs that are left."""
     prefetch_batches: PositiveInt = 2
-    """Batches that a train worker holds ready."""
+    """Number of batches that a train worker prefetches."""
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """Lost workers or nodes after which a run gives up; each time it goes on from its last
-    checkpoint."""
+    """Number of failures of workers or nodes after which a run stops; after each of them it resumes
+    from its last checkpoint."""
 
 
 class RunConfig(Config, Generic[M]):
     """One pretraining run."""
 
     name: str
-    """The run folder is output_dir/name; the same name goes on with the same run."""
+    """The run folder is output_dir/name; the same name resumes the same run."""
     output_dir: str = "runs"
-    """Parent of the run folder, which is called ``name``."""
+    """Parent of the run folder."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Of weights, order and views."""
+    """Seed of weights, order and views."""
     data: DataConfig
     backbone: BackboneConfig = BackboneConfig()
     method: M
     optim: OptimConfig = OptimConfig()
     adversary_optim: OptimConfig | None = None
-    """The optimizer of a method's adversary (context encoder); null takes the settings of optim."""
+    """The optimizer of a method's adversary (context encoder); null uses the settings of optim."""
     train: TrainConfig
     health: HealthConfig = HealthConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -97,7 +97,7 @@ class RunConfig(Config, Generic[M]):
 
     @classmethod
     def idle_by(cls, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """Yield what the method, or the place of an optimizer, puts out of use."""
+        """Yield the settings without effect for this method or optimizer, with the reason."""
         for name in ("layer_decay", "max_grad_norm"):
             yield f"adversary_optim.{name}", "for an adversary, which is no encoder and not clipped"
         kind: Any = cls.model_fields["method"].annotation
@@ -120,7 +120,7 @@ class RunConfig(Config, Generic[M]):
         return self
 
     def _misfits(self) -> Iterator[str]:
-        """Yield each combination of settings that cannot be."""
+        """Yield a message for each invalid combination of settings."""
         if (self.train.epochs is None) == (self.train.steps is None):
             yield "give exactly one of train.epochs and train.steps"
         checks: list[Callable[[], None]] = [
@@ -170,17 +170,17 @@ class RunConfig(Config, Generic[M]):
 
     @property
     def view_sizes_px(self) -> tuple[int, ...]:
-        """Side of each view of an image, in the order in which a method gets them."""
+        """Side in px of each view of an image, in the order of ``Batch.views``."""
         return tuple(v.size_px for v in self.data.views.views() for _ in range(v.count))
 
     @property
     def image_size_px(self) -> int:
-        """Side of the largest view, which is also that of images when the encoder is evaluated."""
+        """Side in px of the largest view, and of the images when the encoder is evaluated."""
         return max(self.view_sizes_px)
 
 
 class Derived(NamedTuple):
-    """What follows from a configuration and the number of training images."""
+    """Values that follow from a configuration and the number of training images."""
 
     num_images: int
     steps_per_epoch: int
@@ -195,16 +195,16 @@ class Derived(NamedTuple):
 
 
 def derive_for(config: RunConfig[Any], source: Source) -> Derived:
-    """Compute the derived values for a source; mixed ones count by their weights."""
+    """Return the derived values for a source; a mixed source counts images by their weights."""
     return derive(config, num_images=images_per_epoch(source.group_sizes, source.weights))
 
 
 def derive(config: RunConfig[Any], *, num_images: int) -> Derived:
-    """Compute the derived values.
+    """Return the derived values.
 
     Args:
         config: The run.
-        num_images: Images of one epoch.
+        num_images: Number of images per epoch.
 
     Raises:
         ConfigError: If the batch is larger than the source or the run has no step.
@@ -241,26 +241,26 @@ def derive(config: RunConfig[Any], *, num_images: int) -> Derived:
 
 
 def training_set(config: RunConfig[Any], source: Source) -> TrainingSet:
-    """Return what the method may know of the images beforehand."""
+    """Return the facts about the training images that a method is built with."""
     labels = source.labels() if config.method.uses_labels else None
-    known = None if labels is None else labels[labels >= 0]
+    class_ids = None if labels is None else labels[labels >= 0]
     return TrainingSet(
         num_images=int(source.group_sizes.sum()),
         global_batch_size=config.train.global_batch_size,
         view_sizes_px=config.view_sizes_px,
         class_counts=None
-        if known is None or not len(known)
-        else tuple(np.bincount(known, minlength=len(source.class_names)).tolist()),
-        class_names=() if known is None else tuple(source.class_names),
+        if class_ids is None or not len(class_ids)
+        else tuple(np.bincount(class_ids, minlength=len(source.class_names)).tolist()),
+        class_names=() if class_ids is None else tuple(source.class_names),
         mean=config.data.mean,
         std=config.data.std,
     )
 
 
 def size_defaults(config: RunConfig[Any], source: Source) -> dict[str, SizeDefault]:
-    """Return the method's settings that were left to the size of the data set, by name."""
-    found = config.method.size_defaults(training_set(config, source))
-    return {f"method.{name}": default for name, default in found.items()}
+    """Return the defaults of the method that depend on the size of the data set, by key."""
+    defaults = config.method.size_defaults(training_set(config, source))
+    return {f"method.{name}": default for name, default in defaults.items()}
 
 
 def plan_of(config: RunConfig[Any], source: Source) -> Plan:
@@ -278,28 +278,28 @@ def plan_of(config: RunConfig[Any], source: Source) -> Plan:
 
 
 def block_spec(data: DataConfig) -> BlockSpec:
-    """Return how a run makes blocks of views."""
+    """Return the specification of a run's blocks of views."""
     return BlockSpec(data.views.views(), color_on=data.color_on, bad_images=data.bad_images)
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig[Any]:
-    """Read a run from a YAML file, or a shipped one by name; the run's name defaults to the file's.
+    """Read a run from a YAML file or the name of a shipped one; ``name`` defaults to the file's.
 
     Raises:
         ConfigError: Lists every bad key at once, and every setting without effect.
     """
     values = read_run_values(find_config(path))
-    given = [parse_override(override)[0] for override in overrides]
-    values = layered(values, apply_overrides(values, overrides), given)
+    keys = [parse_override(override)[0] for override in overrides]
+    values = layered(values, apply_overrides(values, overrides), keys)
     values.setdefault("name", path.stem)
     return asked_run(values, where=" ".join([str(path), *overrides]))
 
 
 def read_run_values(path: Path) -> dict[str, Any]:
-    """Read the plain values of a run, without what a file makes idle of those it extends.
+    """Read the plain values of a run; a file drops inherited settings that it makes idle.
 
     Raises:
-        ConfigError: As :func:`raysl.config.load.read_mapping`.
+        ConfigError: See :func:`raysl.config.load.read_mapping`.
     """
     values: dict[str, Any] = {}
     for layer in read_layers(path):
@@ -310,43 +310,43 @@ def read_run_values(path: Path) -> dict[str, Any]:
 def layered(
     before: Mapping[str, Any], after: Mapping[str, Any], given: Sequence[str]
 ) -> dict[str, Any]:
-    """Return a layer over plain values of a run, without what it makes idle of them.
+    """Return ``after`` without the settings of lower layers that the top layer makes idle.
 
     Args:
-        before: The lower layers.
-        after: With the layer on top of them.
-        given: The dotted keys that the layer gives.
+        before: Plain values of the lower layers.
+        after: The same values with the top layer applied.
+        given: Dotted keys that the top layer sets.
     """
     return without_idle(_model_for(after)[0], before, after, given)
 
 
 def idle_problems(values: Mapping[str, Any]) -> list[Problem]:
-    """Return the settings of a run that are without effect."""
+    """Return the settings of a run that have no effect."""
     return list(idle_settings(_model_for(values)[0], values))
 
 
 def asked_run(values: Mapping[str, Any], *, where: str) -> RunConfig[Any]:
-    """Validate plain values as a run that somebody asks for, in which every setting has an effect.
+    """Validate plain values of a user as a run; every setting must have an effect.
 
     Raises:
         ConfigError: Lists every bad key at once, and every setting without effect.
     """
-    found, idle = run_or_problems(values), idle_problems(values)
-    if isinstance(found, list) or idle:
-        raise bad_keys([*(found if isinstance(found, list) else []), *idle], where=where)
-    return found
+    run, idle = run_or_problems(values), idle_problems(values)
+    if isinstance(run, list) or idle:
+        raise bad_keys([*(run if isinstance(run, list) else []), *idle], where=where)
+    return run
 
 
 def run_from_values(values: Mapping[str, Any], *, where: str) -> RunConfig[Any]:
-    """Validate plain values as a run.
+    """Validate plain values as a run; ``where`` names their origin in messages.
 
     Raises:
         ConfigError: Lists every bad key at once.
     """
-    found = run_or_problems(values)
-    if isinstance(found, list):
-        raise bad_keys(found, where=where)
-    return found
+    run = run_or_problems(values)
+    if isinstance(run, list):
+        raise bad_keys(run, where=where)
+    return run
 
 
 def run_or_problems(values: Mapping[str, Any]) -> RunConfig[Any] | list[Problem]:
@@ -354,12 +354,12 @@ def run_or_problems(values: Mapping[str, Any]) -> RunConfig[Any] | list[Problem]
     model, problem = _model_for(values)
     if problem is None:
         return validated(model, values)
-    found = validated(model, dict(values) | {"method": {"name": ""}})
-    return [problem, *(found if isinstance(found, list) else [])]
+    run = validated(model, dict(values) | {"method": {"name": ""}})
+    return [problem, *(run if isinstance(run, list) else [])]
 
 
 def _model_for(values: Mapping[str, Any]) -> tuple[type[RunConfig[Any]], Problem | None]:
-    """Return the model of a run, and what is wrong with its method if that is not known."""
+    """Return the pydantic model of a run, and a problem if its method is unknown."""
     section = values.get("method")
     name = section.get("name") if isinstance(section, dict) else None
     text = "method.name: missing; give method: {name: simclr} or another"
@@ -373,7 +373,7 @@ def _model_for(values: Mapping[str, Any]) -> tuple[type[RunConfig[Any]], Problem
 
 
 class _UnknownMethod(MethodConfig):
-    """Stands in for a method that is not known, so that the rest of the run is checked too."""
+    """Replaces an unknown method, so that the rest of the run is checked too."""
 
     takes_more_views = True
 
@@ -383,17 +383,17 @@ class _UnknownMethod(MethodConfig):
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """List the settings that differ and that a run cannot change between start and resume.
+    """List the changed settings that must not change between start and resume, one line each.
 
-    Sources are compared as places, not as texts.
+    Sources are compared by absolute path.
     """
     lines: list[str] = []
     for section in sorted({*old, *new} - set(FREE_SECTIONS)):
         before, after = old.get(section), new.get(section)
         if isinstance(before, dict) and isinstance(after, dict):
             keys = sorted({*before, *after} - set(FREE_KEYS.get(section, ())))
-            found = changes(before, after, keys=keys, compared=as_place)
-            lines += [f"{section}.{line}" for line in found]
+            changed = changes(before, after, keys=keys, compared=as_place)
+            lines += [f"{section}.{line}" for line in changed]
         else:
             lines += changes(old, new, keys=[section])
     return lines

@@ -19,18 +19,18 @@ _PHOTOS = "simclr_resnet18_photos"
 
 
 class Run(NamedTuple):
-    """A run that was asked for."""
+    """A requested run."""
 
     config: RunConfig[Any]
     folder: RunFolder
-    home: Path  # what relative paths are relative to
-    typed: Typed | None  # of one that was asked for by a file
-    tags: Mapping[str, str]  # of its MLflow run, besides those that every run has
-    began_at: float  # in seconds since 1970
+    home: Path  # base of relative paths
+    typed: Typed | None  # the command line; None if the run was started from Python
+    tags: Mapping[str, str]  # additional tags of its MLflow run
+    began_at: float  # seconds since 1970
 
 
 def speed(records: list[dict[str, Any]], began_at: float) -> Results:
-    """Return images a second and the share of waiting from the first to the last step."""
+    """Return the throughput in images/s and the share of time spent waiting for data."""
     timed = [r for r in records if r.get("time/train_s")]
     seconds = sum(r["time/train_s"] for r in timed)
     images = sum(r["train/images_per_s"] * r["time/train_s"] for r in timed)
@@ -48,7 +48,7 @@ def speed(records: list[dict[str, Any]], began_at: float) -> Results:
 
 
 def say_results(run: Run, results: Results) -> None:
-    """Tell what a run gave, where it lies, and what may come next."""
+    """Print the results of a run, its files, and commands to run next."""
     folder, config = run.folder, run.config
     out = console()
     if "linear_top1" in results:
@@ -81,7 +81,7 @@ def say_results(run: Run, results: Results) -> None:
 
 
 def _next_command(run: Run, results: Results) -> str:
-    """Return the line that goes one step further with this run; it runs as it stands."""
+    """Return a complete command for the next step with this run."""
     if run.config.method.classifies:
         return command("distill", run.folder.path)
     if run.typed is not None:
@@ -92,7 +92,7 @@ def _next_command(run: Run, results: Results) -> str:
 
 
 def _photos_command(run: Run) -> str:
-    """Return how to go from built-in images to one's own; empty for who has them."""
+    """Return the command that trains on the user's own images; empty if this run already does."""
     if run.typed is None or run.config.data.source not in BUILT_IN:
         return ""
     photos = run.typed.config_file.with_name(f"{_PHOTOS}.yaml")

@@ -13,7 +13,7 @@ _LENGTH = re.compile(r"-\d+(\.\d+)?(e[+-]?\d+)?(epochs|steps)$")
 
 
 class Typed(NamedTuple):
-    """What a run was asked for with, as it was typed."""
+    """The configuration file and the overrides of a command line, as typed."""
 
     config_file: Path
     overrides: tuple[str, ...]
@@ -25,12 +25,12 @@ def command(verb: str, *words: object) -> str:
 
 
 def longer_command(typed: Typed, config: RunConfig, *, times: float) -> str:  # type: ignore[type-arg]
-    """Return the command that trains the same run longer, under a name that says how long.
+    """Return the command that trains the same run longer, under a name that states the length.
 
     Args:
-        typed: How the run was asked for; all of its overrides stay but the name and the length.
+        typed: The command line of the run; its overrides except name and length are kept.
         config: The run.
-        times: How much longer.
+        times: Factor by which the new run is longer.
     """
     train = config.train
     length, unit = (train.steps, "steps") if train.steps else (train.epochs or 1, "epochs")
@@ -41,5 +41,5 @@ def longer_command(typed: Typed, config: RunConfig, *, times: float) -> str:  # 
 
 
 def without_keys(overrides: Sequence[str], *keys: str) -> list[str]:
-    """Return overrides without those of some keys."""
+    """Return the overrides of all other keys."""
     return [override for override in overrides if parse_override(override)[0] not in keys]

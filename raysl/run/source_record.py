@@ -1,7 +1,7 @@
 """Record a run's images in ``source.json``, and check whether they have changed.
 
-A run reads the same images in the same order to its end, however often it is stopped; that holds as
-long as the images are the same.
+However often it is resumed, a run reads the same images in the same order, as long as the images
+themselves do not change.
 """
 
 from collections.abc import Mapping
@@ -15,24 +15,24 @@ from raysl.sources.subset import whole_source
 from raysl.track.run_folder import RunFolder, latest_step
 
 FROM_STEP = "from_step"
-"""Of a record: the step after which training saw these images."""
+"""Key of a record: the step from which on training reads these images."""
 
 _MOST_NAMES = 1000
 _SHOWN = 5
 
 
 def source_facts(source: Source) -> dict[str, Any]:
-    """Return what a run folder keeps of its training images.
+    """Return the record of the training images: names, counts and fingerprints.
 
     Args:
-        source: What :func:`raysl.evaluate.training_source.open_training_source` returned.
+        source: Result of :func:`raysl.evaluate.training_source.open_training_source`.
     """
     whole = whole_source(source)
     names = list(whole.class_names)
     return {
         "name": source.name,
         "fingerprint": whole.fingerprint,
-        # Which of them, and of their labels, training sees; the same where it sees all.
+        # Fingerprint of the images and labels that training sees; the same if it sees all.
         "seen": source.fingerprint,
         "images": int(whole.group_sizes.sum()),
         "seen_images": int(source.group_sizes.sum()),
@@ -44,29 +44,29 @@ def source_facts(source: Source) -> dict[str, Any]:
 
 
 def hold_to_source(folder: RunFolder, source: Source, config: RunConfig[Any]) -> list[str]:
-    """Write down what a run is trained on, before it is; refuse other images than it began with.
+    """Check that the images are those the run began with, and record them before training.
 
     Args:
-        folder: The run's folder, held by this process.
+        folder: The run folder, locked by this process.
         source: The training images.
-        config: The run; ``data.if_changed`` says what to do about other images.
+        config: The run; ``data.if_changed`` says whether other images are accepted.
 
     Returns:
-        Lines to say.
+        Messages to print, one per line.
 
     Raises:
         RunFolderError: If the images have changed since the run began.
     """
     facts, done = source_facts(source), latest_step(folder.checkpoints)
     records = _records(folder)
-    # Those that nothing was trained on do not count: they may be put back, or changed again.
+    # Records without a trained step do not count: such images may be replaced again.
     trained = [each for each in records if each[FROM_STEP] < done]
     lines: list[str] = []
     if trained and not is_same(trained[-1], facts):
         changed = "\n  ".join(what_changed(trained[-1], facts))
         if config.data.if_changed == "stop":
             raise RunFolderError(_refusal(folder, changed, done))
-        lines = [_going_on(done, derive_for(config, source).total_steps), f"  {changed}"]
+        lines = [_continues(done, derive_for(config, source).total_steps), f"  {changed}"]
         _write(folder, facts | {FROM_STEP: done}, earlier=trained)
     else:
         since = trained[-1][FROM_STEP] if trained else 0
@@ -88,62 +88,62 @@ def _refusal(folder: RunFolder, changed: str, done: int) -> str:
 
 
 def _records(folder: RunFolder) -> list[dict[str, Any]]:
-    """Return what the folder knows of its images, the present ones last."""
-    known = read_json(folder.source)
-    if known is None:
+    """Return the folder's records of its images, oldest first."""
+    newest = read_json(folder.source)
+    if newest is None:
         return []
-    return [{FROM_STEP: 0} | each for each in [*known.pop("earlier", []), known]]
+    return [{FROM_STEP: 0} | each for each in [*newest.pop("earlier", []), newest]]
 
 
 def _write(folder: RunFolder, facts: Mapping[str, Any], *, earlier: list[dict[str, Any]]) -> None:
     write_json(folder.source, {**facts, **({"earlier": earlier} if earlier else {})})
 
 
-def _set_bad_images_aside(folder: RunFolder, of: Mapping[str, Any]) -> None:
-    """Give the list of bad images another name: its rows are those of other images."""
+def _set_bad_images_aside(folder: RunFolder, earlier: Mapping[str, Any]) -> None:
+    """Rename the list of bad images: its rows refer to the earlier images."""
     if folder.bad_images.exists():
-        name = f"bad_images.{of['fingerprint']}.jsonl"
+        name = f"bad_images.{earlier['fingerprint']}.jsonl"
         folder.bad_images.replace(folder.bad_images.with_name(name))
 
 
-def is_same(known: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
+def is_same(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """Return whether two records are of the same images and labels."""
-    return all(known.get(key) == facts[key] for key in ("fingerprint", "seen"))
+    return all(old.get(key) == new[key] for key in ("fingerprint", "seen"))
 
 
-def what_changed(known: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
-    """Say what differs between two records, a line each."""
-    if known.get("fingerprint") == facts["fingerprint"]:
+def what_changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """List the differences between two records, one line each."""
+    if old.get("fingerprint") == new["fingerprint"]:
         return [
-            f"{facts['name']}: the same images, but training sees others of them or of their "
-            f"labels: {known.get('seen_images', 0):,} then, {facts['seen_images']:,} now "
+            f"{new['name']}: the same images, but training sees others of them or of their "
+            f"labels: {old.get('seen_images', 0):,} then, {new['seen_images']:,} now "
             f"(evaluate.source decides what is held out to test on)"
         ]
-    was, now = int(known.get("images", 0)), facts["images"]
+    was, now = int(old.get("images", 0)), new["images"]
     same = "; as many, but other files, or of other sizes, or another choice of them"
-    lines = [f"images of {facts['name']}: {was:,} then, {now:,} now" + (same if was == now else "")]
-    if known.get("groups") != facts["groups"]:
-        lines.append(f"files or row groups: {known.get('groups')} then, {facts['groups']} now")
-    if _classes(known) != _classes(facts):
-        lines.append(f"classes: {known.get('classes')} then, {facts['classes']} now")
-        before, after = (each.get("class_names") or [] for each in (known, facts))
-        lines[-1] += _named("new", [n for n in after if n not in set(before)])
-        lines[-1] += _named("gone", [n for n in before if n not in set(after)])
-    return [*lines, f"fingerprint: {known.get('fingerprint')} then, {facts['fingerprint']} now"]
+    lines = [f"images of {new['name']}: {was:,} then, {now:,} now" + (same if was == now else "")]
+    if old.get("groups") != new["groups"]:
+        lines.append(f"files or row groups: {old.get('groups')} then, {new['groups']} now")
+    if _classes(old) != _classes(new):
+        lines.append(f"classes: {old.get('classes')} then, {new['classes']} now")
+        before, after = (each.get("class_names") or [] for each in (old, new))
+        lines[-1] += _name_some("new", [n for n in after if n not in set(before)])
+        lines[-1] += _name_some("gone", [n for n in before if n not in set(after)])
+    return [*lines, f"fingerprint: {old.get('fingerprint')} then, {new['fingerprint']} now"]
 
 
 def _classes(facts: Mapping[str, Any]) -> tuple[Any, Any]:
     return facts.get("classes"), facts.get("class_names")
 
 
-def _named(what: str, names: list[str]) -> str:
+def _name_some(title: str, names: list[str]) -> str:
     if not names:
         return ""
     more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    return f"; {what}: {', '.join(names[:_SHOWN])}{more}"
+    return f"; {title}: {', '.join(names[:_SHOWN])}{more}"
 
 
-def _going_on(done: int, total: int) -> str:
+def _continues(done: int, total: int) -> str:
     beyond = f"; step {done} is beyond that, so nothing is left to train" if done >= total else ""
     return (
         f"the images have changed, and data.if_changed=go_on: from step {done} on, order and "

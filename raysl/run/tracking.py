@@ -1,4 +1,4 @@
-"""Start, check and end the MLflow tracking of a run."""
+"""Start and end the MLflow tracking of a run, and report its problems."""
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -17,15 +17,15 @@ if TYPE_CHECKING:  # MLflow takes seconds to load, and not every run needs it
     from raysl.track.mlflow_problem import MlflowProblem
     from raysl.track.mlflow_tracker import MlflowTracker
 
-# A store that is made anew takes some 6 s on two busy cores, and no start waits longer.
+# Creating a new store takes about 6 s on two busy cores; no start waits longer than this.
 _FIRST_ANSWER_S = 15.0
 
 
 def load_mlflow(uri: str) -> threading.Thread:
-    """Load MLflow and open its store in the background, which takes seconds, while Ray starts."""
+    """Import MLflow and open its store in a thread, which takes seconds, while Ray starts."""
 
     def load() -> None:
-        from raysl.track.mlflow_tracker import warm_up  # noqa: PLC0415 - as the name says
+        from raysl.track.mlflow_tracker import warm_up  # noqa: PLC0415 - imports mlflow
 
         warm_up(uri)
 
@@ -45,20 +45,20 @@ def start_tracker(
     patience_s: float = _FIRST_ANSWER_S,
     ended: bool = False,
 ) -> "MlflowTracker":
-    """Begin to send a run to MLflow; say it now if MLflow does not take it, and go on.
+    """Start sending a run to MLflow; print a warning if MLflow does not accept it.
 
     Args:
-        folder: The run's.
-        track: Its section ``track``.
-        uri: MLflow's address.
-        run_name: As MLflow shows it.
-        params: The settings, flat.
-        tags: What else is known.
-        patience_s: How long to wait for MLflow's first answer.
-        ended: There is no work to do any more; what MLflow does not take is told at the end alone.
+        folder: The run folder.
+        track: The run's section ``track``.
+        uri: MLflow tracking URI.
+        run_name: Name of the run in MLflow.
+        params: The settings, flattened to dotted names.
+        tags: Tags of the run in MLflow.
+        patience_s: Seconds to wait for MLflow's first answer.
+        ended: The run has ended; a problem is printed only by :func:`end_tracker`.
 
     Returns:
-        What sends it; it was started.
+        The started tracker.
     """
     from raysl.track.mlflow_tracker import MlflowTracker  # noqa: PLC0415 - mlflow takes seconds
 
@@ -73,12 +73,12 @@ def start_tracker(
 
 
 def say_trouble(trouble: "MlflowProblem | None", uri: str, *, ended: bool) -> None:
-    """Say what MLflow does not take, whether waiting helps, and if not, what does.
+    """Print what MLflow does not accept, whether it is retried, and else the remedy.
 
     Args:
-        trouble: None says nothing.
-        uri: MLflow's address.
-        ended: Whether the work is done; otherwise it goes on untracked.
+        trouble: The problem; None prints nothing.
+        uri: MLflow tracking URI.
+        ended: Whether the run has ended; otherwise it continues untracked.
     """
     if trouble is None:
         return
@@ -99,7 +99,17 @@ def end_tracker(
     *,
     artifacts: Sequence[Path],
 ) -> Results:
-    """Send the rest of a finished run, its files and its encoder; return what to keep of it."""
+    """Send the rest of a finished run, its files and its encoder.
+
+    Args:
+        tracker: The run's tracker; None if the run is not tracked.
+        folder: The run folder.
+        track: The run's section ``track``.
+        artifacts: Files to send; missing ones are skipped.
+
+    Returns:
+        The entries of ``results.json`` about MLflow.
+    """
     if tracker is None:
         return {"mlflow_run_id": None}
     say(f"sending the rest to MLflow ({without_password(tracker.uri)})")
@@ -111,7 +121,7 @@ def end_tracker(
 
 
 def run_artifacts(folder: RunFolder) -> list[Path]:
-    """Return the files of a run that MLflow gets; some runs have not all of them."""
+    """Return the files of a run that are sent to MLflow; some of them may not exist."""
     return [
         folder.config,
         folder.source,
@@ -136,7 +146,7 @@ def _model_logger(
         return None
 
     def log(tracker: "MlflowTracker") -> None:
-        from raysl.track.mlflow_model import log_encoder  # noqa: PLC0415 - late, as the tracker is
+        from raysl.track.mlflow_model import log_encoder  # noqa: PLC0415 - imports mlflow
 
         description = read_description(folder.encoder)
         log_encoder(

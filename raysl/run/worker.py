@@ -39,7 +39,7 @@ from raysl.train.checkpoint import load_checkpoint, load_state, save_checkpoint
 from raysl.train.health import HealthCheck
 from raysl.train.loop import Hooks, Log, Schedule, Trainer
 
-# Images of the source whose features make the map.
+# Images of the source whose features are drawn as a map.
 _MAP_IMAGES = 1500
 
 
@@ -57,20 +57,19 @@ def pretrain(
 ) -> Results:
     """Run one worker of a pretraining, from ``start_step`` to the written encoder.
 
-    Every rank calls it with the same arguments but ``place``. Rank 0 writes into the folder.
+    Every rank calls it with the same arguments except ``place``. Rank 0 writes into the folder.
 
     Args:
         config: The run.
         folder: The run's folder.
         source: The training images, for evaluation.
         place: This worker's device and threads.
-        start_step: The checkpoint to go on from; 0 starts anew.
+        start_step: Step of the checkpoint to resume from; 0 starts from scratch.
         open_batches: Opens this rank's stream of batches, beginning at ``start_step``.
-        evaluated: Gets the metrics of each evaluated step and the step, after its checkpoint; what
-            it raises ends the run.
-        sets: What :func:`open_sets` returned for this run or one that measures on the same images;
-            None opens them.
-        begin: Measures the encoder on the way; None lets the workers do it, and training waits.
+        evaluated: Called with the metrics and the step of each evaluation, after the checkpoint;
+            an exception that it raises ends the run.
+        sets: Result of :func:`open_sets` for this run or one with the same images; None opens them.
+        begin: Starts an evaluation in the background; None evaluates in the workers.
 
     Returns:
         The results of the run, on rank 0 also written to ``results.json``.
@@ -82,7 +81,7 @@ def pretrain(
     """
     torch.set_num_threads(place.threads)
     derived = derive_for(config, source)
-    # First of all: the stream comes up while the model is built.
+    # Opened first, so that the stream starts while the model is built.
     batches = open_batches(derived) if start_step < derived.total_steps else None
     worker = _Worker(config, folder=folder, source=source, place=place, sets=sets)
     if start_step:
@@ -94,7 +93,7 @@ def pretrain(
         hooks = worker.hooks(_log_into(metrics, worker.measuring), evaluated)
         trainer.run(batches, start_step=start_step, rank=worker.rank, hooks=hooks)
     average_statistics(worker.method)
-    if metrics is not None:  # before anything else can go wrong
+    if metrics is not None:  # first, so that a later error does not lose the networks
         save_networks(folder, worker.method, config)
         worker.draw(derived)
     counts: Results = {"steps": derived.total_steps, "num_bad_images": len(worker.bad_images)}
@@ -125,7 +124,7 @@ def _write_results(
 
 
 class _Worker:
-    """One rank's method and optimizer, and what happens to them around the loop."""
+    """One rank's method and optimizers, with checkpoints, evaluation and results."""
 
     def __init__(
         self,
@@ -185,7 +184,7 @@ class _Worker:
         )
 
     def trainer(self, schedule: Schedule) -> Trainer:
-        """Return the loop around this rank's method."""
+        """Return the training loop of this rank's method."""
         return Trainer(
             self.method,
             self.optimizers,
@@ -203,16 +202,16 @@ class _Worker:
         )
 
     def _model(self) -> nn.Module:
-        """Return what the loop calls; micro-batches average their gradients themselves."""
+        """Return the module that the loop calls: the method, wrapped in DDP on several ranks."""
         if rank_and_size()[1] == 1 or self.config.train.micro_batch_size is not None:
-            return self.method
-        # Buffers are the method's own affair: queues are equal on all ranks, statistics averaged.
+            return self.method  # the micro-batch step averages gradients itself
+        # The method keeps its buffers equal itself: queues are the same, statistics are averaged.
         device = self.place.device
         ids = [device.index] if device.type == "cuda" else None
         return DistributedDataParallel(self.method, device_ids=ids, broadcast_buffers=False)
 
     def hooks(self, log: Log, evaluated: Log | None) -> Hooks:
-        """Return what the loop calls on this rank."""
+        """Return the callbacks of the loop on this rank."""
         return Hooks(
             log=log,
             checkpoint=self.checkpoint,
@@ -229,7 +228,7 @@ class _Worker:
             optimizer.optimizer.load_state_dict(kept)
 
     def checkpoint(self, step: int) -> None:
-        """Write a checkpoint on rank 0; an error there is an error on every rank."""
+        """Write a checkpoint on rank 0; an error there is raised on every rank."""
         average_statistics(self.method)
         problem: str | None = None
         if self.rank == 0:
@@ -248,18 +247,18 @@ class _Worker:
             raise RunFolderError(problem)
 
     def report_bad_images(self, found: Mapping[int, int], step: int) -> float:
-        """Put what the ranks found together; return the number of bad images known so far."""
+        """Merge the bad images of all ranks; return the number of bad images so far."""
         together = {row: flaw for part in gather_objects(found) for row, flaw in part.items()}
         return float(self.bad_images.add(together, step=step))
 
     def evaluate(self, step: int) -> Mapping[str, float]:
-        """Return what is known at once of the encoder, or the classifier's accuracy."""
+        """Return the metrics of the encoder that are ready at once, or the classifier's."""
         if self.classified is not None:
             return self.classified.evaluate(step)
         return self.measuring.evaluate(step)
 
     def results(self) -> Results:
-        """Return all that is measured at the end; on rank 0, the others have nothing to add."""
+        """Return the final results on rank 0; they are incomplete on the other ranks."""
         if self.classified is not None:
             return self._classified(self.classified)
         self.measuring.measure_last()
@@ -277,7 +276,7 @@ class _Worker:
     def _probed(self) -> Results:
         """Measure the encoder, the same encoder before training, and the bare pixels.
 
-        Rank 0 measures; every rank takes part in embedding.
+        Collective: every rank embeds its share, rank 0 computes the accuracies.
         """
         average_statistics(self.method)
         if self.sets is None:
@@ -324,7 +323,7 @@ class _Worker:
         return {"knn_top1": self.measuring.at(total)["eval/knn_top1"]}
 
     def draw(self, derived: Derived) -> None:
-        """Keep the pictures that the method makes of a few training images, if it makes any."""
+        """Save the pictures that the method makes of a few training images, if any."""
         total = derived.total_steps
         write_method_pictures(
             self.folder.method_pictures,
@@ -384,7 +383,7 @@ def _schedule(config: RunConfig[Any], derived: Derived) -> Schedule:
 def _write_features(
     folder: RunFolder, features: Tensor, images: EvalImages, class_names: list[str]
 ) -> None:
-    """Keep the features that the map of the report is drawn from."""
+    """Save the features, labels and thumbnails for the report's map."""
     count = min(len(images), _MAP_IMAGES)
     pixels = np.concatenate(list(images.batches(np.arange(count))))
     with appears_whole(folder.features) as temporary:

@@ -14,13 +14,13 @@ from raysl.sources.place import absolute_source, place_key
 from raysl.sources.source import DataConfig, SourceConfig
 
 OF_SOURCE = (*SourceConfig.model_fields, "mix", "labels", "if_changed")
-"""Of the section ``data``. The other settings describe how the method and its encoder see images,
-or how this machine reads them, and are kept: views, mean, std, the policy for bad images, folders,
-memory."""
+"""Keys of the section ``data`` that are dropped. The others describe how the method and its encoder
+see images, or how this machine reads them, and are kept: views, mean, std, the policy for bad
+images, folders, memory."""
 
 OF_TEST_SOURCE = tuple(SourceConfig.model_fields)
-"""Of the section ``evaluate``: how its ``source`` is read. Dropped together with the training
-images as well, because test images of another data set have other classes."""
+"""Keys of the section ``evaluate`` that are dropped: how its ``source`` is read. They are also
+dropped with the training images, because test images of another data set have other classes."""
 
 _SECTIONS = {"data": OF_SOURCE, "evaluate": OF_TEST_SOURCE}
 
@@ -92,11 +92,11 @@ def _drop(values: dict[str, Any], name: str) -> list[str]:
     return [
         f"{name}.{key}={section[key]}"
         for key in _SECTIONS[name]
-        if (name, key) != ("data", "source") and _says_something(key, section.get(key))
+        if (name, key) != ("data", "source") and _is_set(key, section.get(key))
     ]
 
 
-def _says_something(key: str, value: Any) -> bool:
+def _is_set(key: str, value: Any) -> bool:
     field = DataConfig.model_fields[key]
-    is_usual = not field.is_required() and value == field.default
-    return not is_usual and value is not None and value != []
+    is_default = not field.is_required() and value == field.default
+    return not is_default and value is not None and value != []

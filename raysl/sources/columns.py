@@ -97,13 +97,13 @@ def _image_column(schema: pa.Schema, config: SourceConfig, path: str) -> tuple[s
 
 
 def _no_images(
-    path: str, kinds: Mapping[str, pa.DataType], encoded: Sequence[str], asked: str | None
+    path: str, kinds: Mapping[str, pa.DataType], encoded: Sequence[str], configured: str | None
 ) -> DataError:
-    called = "" if asked is None else f" called {asked!r}"
+    called = "" if configured is None else f" called {configured!r}"
     several = [
         name
         for name, kind in kinds.items()
-        if pa.types.is_list(kind) and is_encoded(kind.value_type) and asked in (None, name)
+        if pa.types.is_list(kind) and is_encoded(kind.value_type) and configured in (None, name)
     ]
     cure = (
         f"{', '.join(several)} holds several images a row: write a row for each image first"

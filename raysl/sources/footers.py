@@ -37,7 +37,7 @@ class DamagedError(DataError):
 
 
 class Footer(NamedTuple):
-    """What is known of one Parquet file."""
+    """The facts about one Parquet file, from its footer or a manifest."""
 
     path: str
     columns: Columns
@@ -50,7 +50,7 @@ class Footer(NamedTuple):
     identity: str
     """Changes with the file; "" if a manifest's fingerprint stands for all files."""
     nulls: int | None = None
-    """Rows without an image; None if the footer does not tell."""
+    """Number of rows without an image; None if unknown."""
     kept: Ints | None = None
     """Row numbers that the filter keeps; None without a filter."""
 
@@ -150,7 +150,7 @@ def manifest_footers(
     order: Sequence[int],
     filtered: RowFilter,
 ) -> Iterator[Footer]:
-    """Yield what a manifest says of its files; they are only opened for a filter.
+    """Yield the footers of a manifest's files, which are opened only for a filter.
 
     Args:
         filesystem: The file system of the files.
@@ -181,7 +181,7 @@ def check_manifest(manifest: Manifest, files: pa.Table, root: str) -> None:
     """Compare a manifest with a listing of its folder.
 
     Args:
-        manifest: What the folder should hold.
+        manifest: The manifest of the folder.
         files: ``path`` (relative to the folder) and ``bytes`` of its Parquet files.
         root: The folder.
 
@@ -260,9 +260,9 @@ def _row_groups(metadata: pq.FileMetaData, image_column: str) -> tuple[Ints, Int
         return rows, sizes, None
     if metadata.schema.column(leaf).physical_type == "INT32":  # type null, not bytes
         return rows, sizes, int(rows.sum())
-    found = [chunk.statistics for chunk in chunks]
-    is_complete = all(each is not None and each.has_null_count for each in found)
-    return rows, sizes, sum(each.null_count for each in found) if is_complete else None
+    statistics = [chunk.statistics for chunk in chunks]
+    is_complete = all(each is not None and each.has_null_count for each in statistics)
+    return rows, sizes, sum(each.null_count for each in statistics) if is_complete else None
 
 
 def has_images(filesystem: pafs.FileSystem, path: str, config: SourceConfig) -> bool:

@@ -1,4 +1,4 @@
-"""Tell by a file's suffix whether it is an image, a shard, or a format that is not read."""
+"""Classify files by suffix: images, shards, and formats that are not read."""
 
 import importlib.util
 

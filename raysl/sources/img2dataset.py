@@ -93,8 +93,8 @@ def _summary(status: Counter[str], errors: Counter[str]) -> str:
         if kind != _SUCCESS
     )
     line += f", {total - good:,} not ({kinds})"
-    said = ", ".join(
+    examples = ", ".join(
         f"{' '.join(text.split())[:_LONGEST_ERROR]} {count:,}"
         for text, count in errors.most_common(_SHOWN)
     )
-    return f"{line}; most often: {said}" if said else line
+    return f"{line}; most often: {examples}" if examples else line

@@ -51,10 +51,10 @@ def _read(filesystem: pafs.FileSystem, link: Link) -> Encoded:
     except (OSError, ValueError, pa.ArrowException) as error:
         if not is_lasting(filesystem, error, place):
             raise DataError(f"{place}: cannot be read: {error}") from None
-        said = getattr(error, "strerror", None) or str(error)
+        text = getattr(error, "strerror", None) or str(error)
         if isinstance(error, FileNotFoundError):
-            said = f"no such file (the path {link.path!r} is taken from the Parquet file's folder)"
-        return Unreadable(f"{place}: {said}")
+            text = f"no such file (the path {link.path!r} is taken from the Parquet file's folder)"
+        return Unreadable(f"{place}: {text}")
 
 
 def _out_of_reach(link: Link, *, on_disk: bool) -> str:

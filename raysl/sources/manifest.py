@@ -63,7 +63,7 @@ def read_manifest(filesystem: pafs.FileSystem, folder: str) -> Manifest | None:
     """Read a folder's manifest; None if it has none.
 
     Raises:
-        DataError: If it is damaged, or of a version that this raysl does not know.
+        DataError: If it is damaged, or of a version that this raysl does not read.
     """
     path = f"{folder.rstrip('/')}/{MANIFEST_NAME}"
     if filesystem.get_file_info(path).type != pafs.FileType.File:

@@ -119,7 +119,7 @@ class _Opener:
         refuse_columns(config, "a set by its name")
         if config.filter:
             raise DataError(f"{self.where}: has nothing that data.filter could look at")
-        # Late: data workers import this package and must load neither torch nor scikit-learn.
+        # Imported here, since data workers import this module and must not load scikit-learn.
         from raysl.sources.builtin import (  # noqa: PLC0415
             SPLITS,
             open_digits,
@@ -229,31 +229,31 @@ class _Opener:
             root=root,
         )
 
-    def _are_metadata(self, found: Contents, root: str) -> bool:
+    def _are_metadata(self, contents: Contents, root: str) -> bool:
         """Return whether the Parquet files only describe the tar shards or images beside them."""
-        if not (found.tars.num_rows or found.images.num_rows):
+        if not (contents.tars.num_rows or contents.images.num_rows):
             return False
-        first = paths_below(found.parquet, root)[0]
+        first = paths_below(contents.parquet, root)[0]
         return not has_images(self.filesystem, first, self.config)
 
-    def _parquet(self, found: Contents, root: str) -> Source:
+    def _parquet(self, contents: Contents, root: str) -> Source:
         manifest = read_manifest(self.filesystem, root)
         if manifest is not None and self.config.image_column in (None, manifest.image_column):
-            check_manifest(manifest, found.parquet, root)
+            check_manifest(manifest, contents.parquet, root)
             self._choose(())
             return ParquetSource(
                 self.config,
                 self.filesystem,
-                paths_below(found.parquet, root),
+                paths_below(contents.parquet, root),
                 window_mib=self.data.shuffle_window_mib,
                 manifest=manifest,
                 root=root,
             )
-        notes = list(found.notes)
-        for table, what in ((found.images, "image"), (found.tars, ".tar file")):
+        notes = list(contents.notes)
+        for table, noun in ((contents.images, "image"), (contents.tars, ".tar file")):
             if table.num_rows:
-                notes.append(f"{counted(table.num_rows, what)} beside the Parquet files left out")
-        return self._shards(found.parquet, root, notes)
+                notes.append(f"{counted(table.num_rows, noun)} beside the Parquet files left out")
+        return self._shards(contents.parquet, root, notes)
 
     def _shards(
         self, shards: pa.Table, root: str, notes: Sequence[str], *, by_name: bool = False
@@ -284,12 +284,12 @@ class _Opener:
         )
 
 
-def _no_images(found: Contents, root: str) -> str:
-    if found.compressed.num_rows:
-        return compressed(paths_below(found.compressed, root)[0], "by its name")
+def _no_images(contents: Contents, root: str) -> str:
+    if contents.compressed.num_rows:
+        return compressed(paths_below(contents.compressed, root)[0], "by its name")
     return (
         "no images, no .parquet files and no .tar shards below that folder"
-        + "".join(f"; {note}" for note in found.notes)
+        + "".join(f"; {note}" for note in contents.notes)
         + f"; images end in {', '.join(IMAGE_SUFFIXES)}"
     )
 

@@ -119,7 +119,7 @@ class ParquetSource:
         self._class_names: list[str] = []
         self._labels_read = self._columns.label is None
         self.notes: tuple[str, ...] = (*notes, *_notes(looked), *filtered.notes())
-        self._look_at_label_type(schema)
+        self._check_label_type(schema)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_starts": None}
@@ -253,8 +253,8 @@ class ParquetSource:
         self._read_labels()
         return self._class_names
 
-    def _look_at_label_type(self, schema: pa.Schema | None) -> None:
-        """Note what the label column holds, if its type shows that these are not classes."""
+    def _check_label_type(self, schema: pa.Schema | None) -> None:
+        """Add a note if the type of the label column shows that it holds no classes."""
         column = self._columns.label
         if schema is None or column is None or self._columns.label_in_path:
             return

@@ -72,14 +72,14 @@ def absolute_config(config: C, *, first: Sequence[Path] = ()) -> C:
     """
     changed: dict[str, Any] = {}
     for name in _SOURCES:
-        given = getattr(config, name, None)
+        value = getattr(config, name, None)
         # A home folder does not depend on the current folder.
-        if given is not None and not (name == _ROOT and given.startswith("~")):
-            changed[name] = absolute_source(given, first=first)
-    if given := getattr(config, "filter", ()):
-        changed["filter"] = absolute_conditions(given, first=first)
-    if given := getattr(config, "mix", ()):
-        changed["mix"] = tuple(absolute_config(part, first=first) for part in given)
+        if value is not None and not (name == _ROOT and value.startswith("~")):
+            changed[name] = absolute_source(value, first=first)
+    if conditions := getattr(config, "filter", ()):
+        changed["filter"] = absolute_conditions(conditions, first=first)
+    if parts := getattr(config, "mix", ()):
+        changed["mix"] = tuple(absolute_config(part, first=first) for part in parts)
     changed = {name: value for name, value in changed.items() if value != getattr(config, name)}
     return config.model_copy(update=changed) if changed else config
 

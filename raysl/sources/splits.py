@@ -144,13 +144,13 @@ def _splits_of(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def choose_split(
-    names: Sequence[str], asked: str | None, *, held_out: bool, where: str
+    names: Sequence[str], configured: str | None, *, held_out: bool, where: str
 ) -> str | None:
     """Return the split to read; None if there are none.
 
     Args:
         names: The existing splits.
-        asked: The configured split, or None.
+        configured: The configured split, or None.
         held_out: Whether to prefer images to test on.
         where: Name of the source for the error message.
 
@@ -158,14 +158,14 @@ def choose_split(
         DataError: If the configured split does not exist, or the choice is ambiguous.
     """
     there = ", ".join(names) or "none"
-    if asked is not None:
-        wanted = asked if asked in names else canonical(asked) or asked
+    if configured is not None:
+        wanted = configured if configured in names else canonical(configured) or configured
         if wanted in names:
             return wanted
-        raise DataError(f"{where}: split={asked}: the splits that lie there are {there}")
+        raise DataError(f"{where}: split={configured}: the splits that lie there are {there}")
     preferred = (*HELD_OUT, TRAIN) if held_out else (TRAIN,)
-    if found := [name for name in preferred if name in names]:
-        return found[0]
+    if existing := [name for name in preferred if name in names]:
+        return existing[0]
     if len(names) > 1:
         raise DataError(f"{where}: holds the splits {there} and none for training; set data.split")
     return names[0] if names else None

@@ -63,8 +63,8 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     Raises:
         DataError: If the scheme is unknown, its package is missing, or the store cannot be reached.
     """
-    scheme, found, rest = uri.partition("://")
-    if not found:
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
         return pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
     try:
         if scheme not in _NATIVE:

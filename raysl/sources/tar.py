@@ -229,10 +229,10 @@ class TarSource:
         lost = "names", shard  # distinct from a group's key, a plain number
 
         def read() -> tuple[_Names, int]:
-            found = index_shard(self.filesystem, path, self._config, names=True, labels=False)
-            if found.flaw is not None and found.flaw.may_pass:
-                raise _LostError(found.flaw.detail)
-            names = _Names(found.offsets, found.names)
+            index = index_shard(self.filesystem, path, self._config, names=True, labels=False)
+            if index.flaw is not None and index.flaw.may_pass:
+                raise _LostError(index.flaw.detail)
+            names = _Names(index.offsets, index.names)
             return names, names.offsets.nbytes + names.names.nbytes
 
         if self._failures.get(lost) is None:
@@ -267,10 +267,10 @@ def _nothing(
         more = f". {counted(others, 'other shard')} can be read as little" if others else ""
         return f"{path}: {flaw.detail}{more}"
     wanted = f".{config.image_column}" if config.image_column else "the suffix of an image"
-    said = "".join(f"; {note}" for note in notes)
+    more_notes = "".join(f"; {note}" for note in notes)
     return (
         f"{where}: no images in the {counted(len(files), 'tar shard')}: no member ends in "
-        f"{wanted}{said}"
+        f"{wanted}{more_notes}"
     )
 
 

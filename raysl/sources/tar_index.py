@@ -126,11 +126,11 @@ def index_shard(
                 lambda start, count: patiently(filesystem, lambda: file.read_at(count, start)),
                 step,
             )
-            for found in members(ahead.at, size):
-                if isinstance(found, Flaw):
-                    flaw = found
+            for member in members(ahead.at, size):
+                if isinstance(member, Flaw):
+                    flaw = member
                 else:
-                    samples.add(found, ahead.at)
+                    samples.add(member, ahead.at)
     except (OSError, pa.ArrowException) as error:
         if not is_lasting(filesystem, error, path):
             raise DataError(f"{path}: cannot be read: {error}") from None
@@ -195,7 +195,7 @@ class _Samples:
         name = member.name.removeprefix(b"./")
         folder, slash, base = name.rpartition(b"/")
         stem, dot, text = base.partition(b".")
-        suffix = self._suffixes.get(text) or self._look_at(text)
+        suffix = self._suffixes.get(text) or self._add_suffix(text)
         if not stem or member.is_link:
             self._hidden += suffix.rank > _NO_IMAGE and not stem
             self._links += suffix.rank > _NO_IMAGE and bool(stem)
@@ -215,7 +215,7 @@ class _Samples:
             owner = key if len(suffix.end) == len(text) else name[: -len(suffix.end) - 1]
             self._add_label(owner, suffix.end, lambda: at(member.offset, member.size))
 
-    def _look_at(self, text: bytes) -> _Suffix:
+    def _add_suffix(self, text: bytes) -> _Suffix:
         low = text.lower()
         rank = _PLAIN if low in self._wanted else _NO_IMAGE
         if rank == _NO_IMAGE and any(low.endswith(b"." + wanted) for wanted in self._wanted):

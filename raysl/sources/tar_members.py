@@ -1,4 +1,4 @@
-"""Walk the headers of a tar file: its members, and what is wrong with the file."""
+"""Walk the headers of a tar file, to list its members and find defects of the file."""
 
 import re
 import zlib
@@ -34,12 +34,12 @@ class Member(NamedTuple):
 
 
 class Flaw(NamedTuple):
-    """What is wrong with a tar file."""
+    """A defect of a tar file."""
 
     kind: str
-    """Worded for a note, after "3 tar shards"."""
+    """Text for a note, to follow "3 tar shards"."""
     detail: str
-    """Worded for an error, after the file's name."""
+    """Text for an error, to follow the file's name."""
     may_pass: bool = False
     """Whether the storage is at fault and another attempt may succeed."""
 
@@ -52,7 +52,7 @@ def members(at: Callable[[int, int], bytes], size: int) -> Iterator[Member | Fla
         size: Size of the tar file in bytes.
     """
     place = 0
-    said: dict[bytes, bytes] = {}  # fields for the next file, from preceding headers
+    fields: dict[bytes, bytes] = {}  # of the next file, from preceding extended headers
     if size == 0:
         yield Flaw("left out: 0 bytes", "0 bytes: nothing is in it. Copy it again")
         return
@@ -62,7 +62,7 @@ def members(at: Callable[[int, int], bytes], size: int) -> Iterator[Member | Fla
             if at(place, min(_RECORD, size - place)).strip(b"\0"):
                 yield _GOES_ON
             return
-        count = _content_size(header, place, said)
+        count = _content_size(header, place, fields)
         if isinstance(count, Flaw):
             yield count
             return
@@ -72,11 +72,11 @@ def members(at: Callable[[int, int], bytes], size: int) -> Iterator[Member | Fla
             return
         place = content + -(-count // _BLOCK) * _BLOCK
         if kind in _EXTENDED:
-            said |= _extended(kind, at(content, min(count, _MOST_EXTENDED_BYTES)))
+            fields |= _extended(kind, at(content, min(count, _MOST_EXTENDED_BYTES)))
             continue
         if kind in _PLAIN or kind in _LINKS:
-            yield Member(said.get(b"path") or _name(header), content, count, kind in _LINKS)
-        said = {}
+            yield Member(fields.get(b"path") or _name(header), content, count, kind in _LINKS)
+        fields = {}
     yield _UNCLOSED
 
 
@@ -115,17 +115,17 @@ def _cut_short(place: int, end: int, size: int) -> Flaw:
     )
 
 
-def _content_size(header: bytes, place: int, said: dict[bytes, bytes]) -> int | Flaw:
+def _content_size(header: bytes, place: int, fields: dict[bytes, bytes]) -> int | Flaw:
     """Return how many bytes follow a header."""
     count, kind = _checked_size(header, place), header[156:157]
-    if isinstance(count, Flaw) or (kind == b"0" and not said):
+    if isinstance(count, Flaw) or (kind == b"0" and not fields):
         return count
-    if kind == b"S" or any(key.startswith(b"GNU.sparse") for key in said):
+    if kind == b"S" or any(key.startswith(b"GNU.sparse") for key in fields):
         return _SPARSE
     if kind in _NO_CONTENT:
         return 0
     try:
-        return count if kind in _EXTENDED else max(0, int(said.get(b"size", count)))
+        return count if kind in _EXTENDED else max(0, int(fields.get(b"size", count)))
     except ValueError:
         return _damaged(place)
 

@@ -29,15 +29,19 @@ from raysl.sweep.space import (
     samples,
 )
 
-Look = Callable[[RunConfig[Any]], None]
+RunCheck = Callable[[RunConfig[Any]], None]
 """Raises RayslError if a run cannot start on its images."""
 
 # How often bad keys are removed from a run to find further problems.
-_MENDINGS = 3
+_MAX_REPAIRS = 3
 
 
 def check(
-    sweep: SweepConfig, candidates: Sequence[Candidate], *, folder: Path, look: Look | None = None
+    sweep: SweepConfig,
+    candidates: Sequence[Candidate],
+    *,
+    folder: Path,
+    check_run: RunCheck | None = None,
 ) -> list[RunConfig[Any]]:
     """Check a sweep and all its runs.
 
@@ -48,7 +52,7 @@ def check(
         sweep: The sweep.
         candidates: The result of :func:`raysl.sweep.space.draw`.
         folder: The sweep's folder.
-        look: Checks the images of each run; None skips this.
+        check_run: Checks the images of each run; None skips this.
 
     Returns:
         The runs of the candidates.
@@ -59,7 +63,7 @@ def check(
     """
     problems = space_problems(sweep)
     run_problems, runs = _run_problems(
-        sweep, candidates or samples(sweep), folder=folder, look=look
+        sweep, candidates or samples(sweep), folder=folder, check_run=check_run
     )
     if problems or run_problems:
         raise problems_error([*problems, *run_problems], where=f"sweep {sweep.name}")
@@ -73,7 +77,7 @@ def all_problems(sweep: SweepConfig, *, known: Iterable[str] = ()) -> list[str]:
         sweep: The sweep, possibly without the invalid parts of its file.
         known: The dimensions that were left out of it.
     """
-    run_problems, _ = _run_problems(sweep, samples(sweep), folder=Path(), look=None)
+    run_problems, _ = _run_problems(sweep, samples(sweep), folder=Path(), check_run=None)
     return [*space_problems(sweep, known=known), *run_problems]
 
 
@@ -97,7 +101,7 @@ class _Seen:
 
 
 def _run_problems(
-    sweep: SweepConfig, candidates: Sequence[Candidate], *, folder: Path, look: Look | None
+    sweep: SweepConfig, candidates: Sequence[Candidate], *, folder: Path, check_run: RunCheck | None
 ) -> tuple[list[str], list[RunConfig[Any]]]:
     """Return the problems of the runs, a line each, and the valid runs."""
     unreadable = {str(base) for base in sweep.bases.values() if not _can_be_read(base)}
@@ -106,7 +110,7 @@ def _run_problems(
     for place, candidate in enumerate([*candidates, *_probes(sweep, candidates)]):
         if candidate.base in unreadable:
             continue
-        problems, run = _problems_of(sweep, candidate, folder=folder, look=look)
+        problems, run = _problems_of(sweep, candidate, folder=folder, check_run=check_run)
         is_candidate = place < len(candidates)
         if run is not None and is_candidate:
             runs.append(run)
@@ -147,7 +151,7 @@ def _can_be_read(base: Path) -> bool:
 
 
 def _problems_of(
-    sweep: SweepConfig, candidate: Candidate, *, folder: Path, look: Look | None
+    sweep: SweepConfig, candidate: Candidate, *, folder: Path, check_run: RunCheck | None
 ) -> tuple[list[Problem], RunConfig[Any] | None]:
     """Return the problems of a run, and the run if it can be built."""
     values, own = run_values(sweep, candidate, folder=folder)
@@ -155,9 +159,9 @@ def _problems_of(
     outcome = run_or_problems(values)
     if isinstance(outcome, list):
         return [*outcome, *_behind(outcome, values), *own], None
-    if look is not None:
+    if check_run is not None:
         try:
-            look(outcome)
+            check_run(outcome)
         except RayslError as error:
             own.append(Problem((), str(error)))
     return own, outcome
@@ -166,7 +170,7 @@ def _problems_of(
 def _behind(problems: Sequence[Problem], values: dict[str, Any]) -> list[Problem]:
     """Return further problems once bad keys are removed: invalid combinations of the others."""
     values, bad = plain_copy(values), list(problems)
-    for _ in range(_MENDINGS):
+    for _ in range(_MAX_REPAIRS):
         places = [problem.place for problem in bad if problem.place]
         if not places:
             return []

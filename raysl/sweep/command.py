@@ -24,19 +24,17 @@ from raysl.run.recipe import RunConfig
 from raysl.run.source_record import hold_to_source
 from raysl.run.tracking import say_trouble
 from raysl.sweep.check import check
-from raysl.sweep.claim import claim
 from raysl.sweep.config import SweepConfig
-from raysl.sweep.in_flight import newest_change
 from raysl.sweep.load import load_sweep
 from raysl.sweep.measured import MetricCheck
 from raysl.sweep.ray_shares import Shares, plan_shares
 from raysl.sweep.ray_tune import sweep_on_ray
 from raysl.sweep.results import (
-    listed,
+    by_reason,
+    failures_of,
     next_line,
+    print_results,
     results_of,
-    say_results,
-    what_failed,
     write_best,
 )
 from raysl.sweep.sources import Sources
@@ -46,12 +44,14 @@ from raysl.sweep.trial import (
     ENDED,
     SweepFolder,
     Trial,
+    claim,
+    newest_change,
     read_candidate,
     read_trial,
     read_trials,
     write_trial,
 )
-from raysl.sweep.watch import SweepTracking, SweepWatch, shown
+from raysl.sweep.watch import SweepTracking, SweepWatch, short_text
 from raysl.track.results import SweepResults
 from raysl.track.run_folder import working_folder
 from raysl.track.uri import check_tracking_uri, tracking_uri, without_password
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run, or go on with, the sweep that the configuration names."""
+    """Run or resume the sweep of the configuration."""
     sweep = load_sweep(arguments.config, arguments.overrides)
     home = working_folder()
     folder = SweepFolder(home / Path(sweep.output_dir).expanduser() / sweep.name)
@@ -85,29 +85,29 @@ def run(arguments: argparse.Namespace) -> int:
     sources = Sources()
     measured = MetricCheck(sweep.metric)
 
-    def look(config: RunConfig[Any]) -> None:
-        sources.look(config)
-        measured.look(config, sources.of(config))
+    def check_run(config: RunConfig[Any]) -> None:
+        sources.check(config)
+        measured.check(config, sources.of(config))
 
-    configs = check(sweep, candidates, folder=folder.path, look=look)
+    configs = check(sweep, candidates, folder=folder.path, check_run=check_run)
     sources.say_notes()
     measured.say_notes()
     if arguments.dry_run:
-        _say_candidates(sweep, candidates)
+        _print_candidates(sweep, candidates)
         return 0
     runs = [with_absolute_files(config, home) for config in configs]
     with folder.locked():
         claim(folder, sweep)
-        going = _Sweep(sweep, folder, home=home, sources=sources)
-        results = going.go_on(list(zip(candidates, runs, strict=True)))
+        start = _Start(sweep, folder, home=home, sources=sources)
+        results = start.run(list(zip(candidates, runs, strict=True)))
     if arguments.json:
         print_json(results)
-    going.raise_problems()
+    start.raise_problems()
     return 0
 
 
-class _Drawn:
-    """Suggests the trials that are written down and have not ended."""
+class _PendingTrials:
+    """Supplies trials whose folders exist; ``in_flight``: parameters may change during a trial."""
 
     def __init__(self, folder: SweepFolder, numbers: Sequence[int], *, in_flight: bool) -> None:
         self._folder = folder
@@ -115,7 +115,7 @@ class _Drawn:
         self._in_flight = in_flight
 
     def next(self) -> tuple[int, Mapping[str, Any]] | None:
-        """Return the next one; with population based training, its parameters as they are now."""
+        """Return the next trial; if parameters may change in flight, with their current values."""
         if not self._left:
             return None
         number = self._left.popleft()
@@ -128,47 +128,47 @@ class _Drawn:
         return number, candidate.params if change is None else change.params
 
     def ended(self, number: int) -> None:
-        """Nothing follows from it: all trials were drawn beforehand."""
+        """Do nothing: all trials were drawn in advance."""
 
 
-class _Asked:
-    """Suggests interrupted trials first, then whatever Optuna thinks of."""
+class _OptunaTrials:
+    """Supplies the interrupted trials, by number, then candidates from Optuna."""
 
-    def __init__(self, going: "_Sweep", numbers: Sequence[int]) -> None:
-        self._going = going
-        self._drawn = _Drawn(going.folder, numbers, in_flight=False)
-        self._search = going.parzen()
+    def __init__(self, start: "_Start", numbers: Sequence[int]) -> None:
+        self._start = start
+        self._pending = _PendingTrials(start.folder, numbers, in_flight=False)
+        self._search = start.optuna_search()
 
     def next(self) -> tuple[int, Mapping[str, Any]] | None:
-        """Ask until a candidate makes a run; those that make none count as failed."""
-        going = self._going
-        found = self._drawn.next()
-        while found is None and self._search.num_asked < (going.sweep.budget.trials or 0):
+        """Return the next candidate that has a valid run; others are recorded as failed."""
+        start = self._start
+        trial = self._pending.next()
+        while trial is None and self._search.num_asked < (start.sweep.budget.trials or 0):
             candidate = self._search.ask()
             try:
-                going.write(candidate, going.look_at(candidate))
+                start.write(candidate, start.checked_run(candidate))
             except RayslError as error:
-                going.write_failed(candidate, error)
+                start.write_failed(candidate, error)
                 self._search.tell(candidate.number, (), status="failed")
                 continue
-            found = candidate.number, {}
-        return found
+            trial = candidate.number, {}
+        return trial
 
     def ended(self, number: int) -> None:
-        """Tell Optuna."""
-        trial = read_trial(self._going.folder.trial(number), self._going.sweep.metric)
+        """Report the results of a trial to Optuna."""
+        trial = read_trial(self._start.folder.trial(number), self._start.sweep.metric)
         if trial is not None and trial.status in ENDED:
             self._search.tell(number, trial.curve, status=trial.status)
 
 
-class _Sweep:
+class _Start:
     """One start of a sweep.
 
     Args:
         sweep: The sweep.
-        folder: Its folder, locked.
-        home: What relative paths are relative to.
-        sources: The images of its runs.
+        folder: The sweep's folder, locked by this process.
+        home: Base of relative paths.
+        sources: The training images of its runs.
     """
 
     def __init__(
@@ -182,30 +182,30 @@ class _Sweep:
         self._tracking: SweepTracking | None = None
         self._lost: dict[int, str] = {}
 
-    def go_on(self, candidates: Sequence[tuple[Candidate, RunConfig[Any]]]) -> SweepResults:
-        """Run what has not ended; return the results."""
+    def run(self, candidates: Sequence[tuple[Candidate, RunConfig[Any]]]) -> SweepResults:
+        """Run all trials that have not ended; return the results of the sweep."""
         for candidate, config in candidates:
             self.write(candidate, config)
         trials = self._trials()
         left = [trial.number for trial in trials if trial.status not in ENDED]
-        if left or self._may_ask():
+        if left or self._has_suggestions():
             self._run(trials, left)
         else:
             say(f"{self.folder.path}: this sweep is finished; name=... starts another")
         return self._conclude()
 
     def raise_problems(self) -> None:
-        """Raise if the sweep did not give what was asked for, now that all is told and written.
+        """Raise if the sweep failed, after results and report are written.
 
         Raises:
             SweepError: If trials were lost, failed otherwise than by diverging, or none is best.
         """
-        problems = what_failed(self.sweep, self._trials(), self._lost)
+        problems = failures_of(self.sweep, self._trials(), self._lost)
         if problems:
             raise SweepError(f"{self.folder.path}: " + "\n  ".join(problems))
 
-    def parzen(self) -> "ParzenSearch":
-        """Return Optuna's search, told of every trial that has ended.
+    def optuna_search(self) -> "ParzenSearch":
+        """Return Optuna's search with the results of every ended trial.
 
         Raises:
             ConfigError: If Optuna is not installed.
@@ -223,18 +223,18 @@ class _Sweep:
                 search.tell(trial.number, trial.curve, status=trial.status)
         return search
 
-    def look_at(self, candidate: Candidate) -> RunConfig[Any]:
-        """Return a candidate's run, sure to start.
+    def checked_run(self, candidate: Candidate) -> RunConfig[Any]:
+        """Return a candidate's run after checking that it can start.
 
         Raises:
-            RayslError: If it could not start.
+            RayslError: If it cannot.
         """
         config = run_config(self.sweep, candidate, folder=self.folder.path)
-        self._sources.look(config)
+        self._sources.check(config)
         return with_absolute_files(config, self._home)
 
     def write(self, candidate: Candidate, config: RunConfig[Any]) -> None:
-        """Make a trial's folder, if it is not there yet."""
+        """Create a trial's folder if it does not exist."""
         trial = self.folder.trial(candidate.number)
         if read_candidate(trial) is None:
             trial.path.mkdir(parents=True, exist_ok=True)
@@ -243,7 +243,7 @@ class _Sweep:
             write_trial(trial, candidate)
 
     def write_failed(self, candidate: Candidate, error: RayslError) -> None:
-        """Keep that a candidate made no run."""
+        """Record that a candidate has no valid run."""
         trial = self.folder.trial(candidate.number)
         trial.path.mkdir(parents=True, exist_ok=True)
         write_trial(trial, candidate, status="failed", error=f"{type(error).__name__}: {error}")
@@ -251,8 +251,8 @@ class _Sweep:
     def _trials(self) -> list[Trial]:
         return read_trials(self.folder, self.sweep.metric)
 
-    def _may_ask(self) -> bool:
-        """Whether Optuna has candidates left to suggest."""
+    def _has_suggestions(self) -> bool:
+        """Return whether Optuna may suggest further candidates."""
         if self.sweep.search.name != "optuna":
             return False
         return len(self._trials()) < (self.sweep.budget.trials or 0)
@@ -260,57 +260,60 @@ class _Sweep:
     def _run(self, trials: list[Trial], left: list[int]) -> None:
         folders = {trial.number: self.folder.trial(trial.number) for trial in trials}
         ended = [folders[number] for number in folders if number not in left]
-        self._sources.hold((folders[number] for number in left), ended, self.sweep.set)
+        self._sources.check_unchanged((folders[number] for number in left), ended, self.sweep.set)
         hours = self.sweep.budget.hours
         until = math.inf if hours is None else time.monotonic() + hours * 3600
         with ExitStack() as stack:
             if connect():
                 stack.callback(disconnect)
-            shares = plan_shares(self.sweep, self._kinds(left), most_trials=self._most(left))
+            shares = plan_shares(
+                self.sweep, self._example_runs(left), most_trials=self._num_left(left)
+            )
             self._say_start(trials, left, shares)
             self._tracking = self._start_tracking()
             watch = stack.enter_context(
                 SweepWatch(self.sweep, self.folder, tracking=self._tracking, trials=trials)
             )
             try:
-                self._go(watch, shares, until=until)
+                self._run_trials(watch, shares, until=until)
             except BaseException:
                 if self._tracking is not None:
                     self._tracking.finish(status="KILLED", artifacts=[], tags={})
                 raise
 
-    def _go(self, watch: SweepWatch, shares: Shares, *, until: float) -> None:
-        """Run what has not ended, and again what Tune lost, as often as a trial may be retried."""
+    def _run_trials(self, watch: SweepWatch, shares: Shares, *, until: float) -> None:
+        """Run the trials that have not ended; retry those that Tune lost, ``retries`` times."""
         for _ in range(1 + self.sweep.retries):
             trials = self._trials()
             left = [trial.number for trial in trials if trial.status not in ENDED]
-            asks = self.sweep.search.name == "optuna"
             in_flight = self.sweep.scheduler.name == "pbt"
             self._lost = sweep_on_ray(
                 self.sweep,
-                _Asked(self, left) if asks else _Drawn(self.folder, left, in_flight=in_flight),
+                _OptunaTrials(self, left)
+                if self.sweep.search.name == "optuna"
+                else _PendingTrials(self.folder, left, in_flight=in_flight),
                 watch,
                 shares=shares,
-                most_trials=self._most(left),
-                known=trials,
+                most_trials=self._num_left(left),
+                earlier=trials,
                 sources=self._sources.opened,
                 folder=self.folder,
                 seconds=None if until == math.inf else max(1.0, until - time.monotonic()),
             )
             if not self._lost or time.monotonic() >= until:
                 return
-            say(f"going on with what Ray lost: {listed(self._lost)}")
+            say(f"going on with what Ray lost: {by_reason(self._lost)}")
 
-    def _most(self, left: Sequence[int]) -> int:
-        """How many trials are left, with those that Optuna may still suggest."""
+    def _num_left(self, left: Sequence[int]) -> int:
+        """Return the number of trials left, including those that Optuna may still suggest."""
         num_ended = len(self._trials()) - len(left)
         return max(len(left), (self.sweep.budget.trials or 0) - num_ended)
 
-    def _kinds(self, left: Sequence[int]) -> list[RunConfig[Any]]:
-        """The runs that are left; before Optuna's first, one of their kind."""
-        known = [read_run(self.folder.trial(number)) for number in left]
-        like = samples(self.sweep)[:1] if not known else []
-        return known or [run_config(self.sweep, each, folder=self.folder.path) for each in like]
+    def _example_runs(self, left: Sequence[int]) -> list[RunConfig[Any]]:
+        """Return the runs that are left, or a random one before Optuna's first suggestion."""
+        runs = [read_run(self.folder.trial(number)) for number in left]
+        drawn = samples(self.sweep)[:1] if not runs else []
+        return runs or [run_config(self.sweep, each, folder=self.folder.path) for each in drawn]
 
     def _start_tracking(self) -> SweepTracking | None:
         track = self.sweep.track
@@ -336,7 +339,7 @@ class _Sweep:
         )
 
     def _conclude(self) -> SweepResults:
-        """Compare the trials; write summary, pictures, page and the best one's configuration."""
+        """Compare the trials; write the summary, the report and the best trial's configuration."""
         sweep, folder = self.sweep, self.folder
         trials = self._trials()
         left = sum(trial.status not in ENDED for trial in trials)
@@ -355,11 +358,11 @@ class _Sweep:
             say(f"  {picture} could not be drawn: {problem}")
         self._end_tracking(results)
         write_json(folder.summary, results)
-        say_results(sweep, folder, trials, summary)
+        print_results(sweep, folder, trials, summary)
         return results
 
     def _end_tracking(self, results: SweepResults) -> None:
-        """Send the rest to MLflow, and put into the results where it is."""
+        """Send the rest to MLflow, and add MLflow's run id and problem to the results."""
         folder = self.folder
         if not self.sweep.track.mlflow:
             return
@@ -373,7 +376,7 @@ class _Sweep:
             "failed": str(results["failed"]),
             "stopped_early": str(results["stopped_early"]),
             "best_trial": str(results["best_trial"]),
-            **{f"best.{key}": shown(v) for key, v in (results["best_params"] or {}).items()},
+            **{f"best.{key}": short_text(v) for key, v in (results["best_params"] or {}).items()},
         }
         artifacts = [folder.config, folder.summary, folder.best, folder.report]
         artifacts += sorted(folder.pictures.glob("*.png"))
@@ -383,12 +386,12 @@ class _Sweep:
         results["mlflow_problem"] = tracking.problem
 
 
-def _say_candidates(sweep: SweepConfig, candidates: Sequence[Candidate]) -> None:
+def _print_candidates(sweep: SweepConfig, candidates: Sequence[Candidate]) -> None:
     table = Table(title=f"{sweep.name}: {len(candidates)} trials", title_justify="left")
     keys = list(dict.fromkeys(key for candidate in candidates for key in candidate.params))
     for title in ("trial", *keys):
         table.add_column(title)
     for candidate in candidates:
-        cells = (escape(shown(candidate.params.get(key, ""))) for key in keys)
+        cells = (escape(short_text(candidate.params.get(key, ""))) for key in keys)
         table.add_row(f"{candidate.number:04d}", *cells)
     console().print(table)

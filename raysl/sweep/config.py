@@ -17,6 +17,8 @@ CONFIG = "config"
 """The parameter that distinguishes the runs of several base files."""
 SEED = "seed"
 """The parameter that distinguishes repeats of one candidate."""
+IF_CHANGED = "data.if_changed"
+"""The setting of runs that may change between starts of a sweep."""
 
 _KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -88,9 +90,9 @@ class Dimension(Config):
 
     @model_validator(mode="after")
     def _exactly_one_kind(self) -> "Dimension":
-        given = [kind for kind in _KINDS if getattr(self, kind) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of {', '.join(_KINDS)}; got {given or 'none'}")
+        kinds = [kind for kind in _KINDS if getattr(self, kind) is not None]
+        if len(kinds) != 1:
+            raise ValueError(f"give exactly one of {', '.join(_KINDS)}; got {kinds or 'none'}")
         return self
 
     @property

@@ -123,8 +123,8 @@ def draw_heat_map(
             f"no trial with {axes.x.key} and {axes.y.key} was measured: there is no map to draw"
         )
     best = _best(cells, metric)
-    shown = measure(metric.name)
-    colors, beyond = _colors([cell.value for cell in cells.values()], shown, metric)
+    display = measure(metric.name)
+    colors, beyond = _colors([cell.value for cell in cells.values()], display, metric)
     layout = _layout(axes, panel.num_places)
     figure, grid = _panels(layout, panel.num_places)
     for number, (where, title) in enumerate(zip(grid, _titles(panel, layout), strict=True)):
@@ -133,11 +133,11 @@ def draw_heat_map(
         _set_ticks(where, axes)
         for row, column in product(range(axes.y.num_places), range(axes.x.num_places)):
             cell = cells.get((number, row, column), _UNKNOWN)
-            _draw_cell(where, row, column, cell, colors, shown)
+            _draw_cell(where, row, column, cell, colors, display)
         if best[0] == number:
             _draw_frame(where, row=best[1], column=best[2])
     by = f", by {panel.name}" if axes.panel else ""
-    legend_above(figure, _legend(cells), title=f"{shown.title}{by}")
+    legend_above(figure, _legend(cells), title=f"{display.title}{by}")
     figure.supxlabel(axes.x.name, fontsize=9, color=INK)
     figure.supylabel(axes.y.name, fontsize=9, color=INK)
     bar = figure.colorbar(colors, ax=grid, extend=beyond, aspect=30, pad=0.02)
@@ -176,7 +176,7 @@ def _best(cells: _Cells, metric: MetricConfig) -> tuple[int, int, int]:
 
 
 def _colors(
-    values: Sequence[float | None], shown: Measure, metric: MetricConfig
+    values: Sequence[float | None], display: Measure, metric: MetricConfig
 ) -> tuple[ScalarMappable, str]:
     """Return the colours of values in the title's unit, and the side with values out of range.
 
@@ -186,9 +186,9 @@ def _colors(
     low, high = visible_range(measured, metric)
     beyond = "min" if min(measured) < low else "max" if max(measured) > high else "neither"
     if low == high:
-        low, high = low - 0.5 / shown.scale, high + 0.5 / shown.scale
+        low, high = low - 0.5 / display.scale, high + 0.5 / display.scale
     name = "viridis" if metric.mode == "max" else "viridis_r"
-    return ScalarMappable(Normalize(shown.scale * low, shown.scale * high), name), beyond
+    return ScalarMappable(Normalize(display.scale * low, display.scale * high), name), beyond
 
 
 class _Layout(NamedTuple):
@@ -255,7 +255,7 @@ def _set_ticks(where: Axes, axes: HeatAxes) -> None:
 
 
 def _draw_cell(
-    where: Axes, row: int, column: int, cell: _Cell, colors: ScalarMappable, shown: Measure
+    where: Axes, row: int, column: int, cell: _Cell, colors: ScalarMappable, display: Measure
 ) -> None:
     place: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7.5}
     if cell.value is None:
@@ -263,14 +263,14 @@ def _draw_cell(
         if cell.has_failed:
             where.plot(column, row, "x", color=RED, markersize=5)
         return
-    color = colors.to_rgba(np.array([shown.scale * cell.value]))[0]
+    color = colors.to_rgba(np.array([display.scale * cell.value]))[0]
     ink = "white" if np.dot(color[:3], _LUMINANCE) < _DARK else INK
     where.add_patch(_square(row, column, facecolor=color, edgecolor="white"))
     if cell.is_partial:
         lines: dict[str, Any] = {"edgecolor": ink, "alpha": 0.35, "linewidth": 0}
         where.add_patch(_square(row, column, facecolor="none", hatch="////", **lines))
         place["bbox"] = {"facecolor": color, "edgecolor": "none", "pad": 1.2}
-    where.text(column, row, shown.text(cell.value), color=ink, **place)
+    where.text(column, row, display.text(cell.value), color=ink, **place)
 
 
 def _legend(cells: _Cells) -> list[Artist]:

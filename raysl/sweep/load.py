@@ -27,7 +27,7 @@ from raysl.sweep.problems import problems_error
 _DOTTED = ("set", "space")
 # Sections that are replaced as a whole if their name changes, as with ``extends``.
 _NAMED = ("scheduler", "search")
-_MENDINGS = 5
+_MAX_REPAIRS = 5
 
 
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
@@ -117,7 +117,7 @@ def _behind(values: dict[str, Any], problems: Sequence[Problem]) -> list[str]:
     """Return further problems of a sweep once its invalid parts are left out."""
     values = plain_copy(values)
     left_out: list[str] = []
-    for _ in range(_MENDINGS):
+    for _ in range(_MAX_REPAIRS):
         for problem in problems:
             left_out += _leave_out(values, problem.place)
         result = validated(SweepConfig, values)

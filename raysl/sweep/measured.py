@@ -1,4 +1,4 @@
-"""Check before a sweep starts that its runs will measure the metric that compares them."""
+"""Check before a sweep starts that its runs will measure its metric."""
 
 import json
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ from raysl.sweep.ray_trial import source_key
 
 
 class MetricCheck:
-    """What can be measured on the labelled images that runs have.
+    """Checks that runs have the labels that a sweep's metrics need.
 
     Args:
-        metric: What decides between the sweep's trials, and what is shown beside it.
+        metric: The metrics of the sweep.
     """
 
     def __init__(self, metric: MetricConfig) -> None:
@@ -27,40 +27,41 @@ class MetricCheck:
         self._labellings: dict[str, Labelling] = {}
         self._missing: dict[str, None] = {}
 
-    def look(self, config: RunConfig[Any], source: Source) -> None:
-        """Refuse a run that has no labels for the metric that decides.
+    def check(self, config: RunConfig[Any], source: Source) -> None:
+        """Check that a run has the labels that the sweep's metric needs.
 
         Args:
             config: The run.
-            source: Its training images.
+            source: The training images.
 
         Raises:
-            DataError: Says why it is not measured, and what to do.
+            DataError: If labels are missing, with the reason and the remedy.
         """
         if not any(map(_needs_labels, (self._metric.name, *self._metric.also))):
             return
         labelling = self._labelling(config, source)
-        why = _unmeasured(self._metric.name, labelling)
-        if why is not None:
+        reason = _missing_reason(self._metric.name, labelling)
+        if reason is not None:
             raise DataError(
-                f"metric.name={self._metric.name}: {why}\n  Set evaluate.source to labelled "
+                f"metric.name={self._metric.name}: {reason}\n  Set evaluate.source to labelled "
                 f"images, or metric.name to what needs no labels, such as eval/{LABEL_FREE[0]}"
             )
         for name in self._metric.also:
-            if (why := _unmeasured(name, labelling)) is not None:
-                self._missing[f"metric.also: no {name}: {why}"] = None
+            if (reason := _missing_reason(name, labelling)) is not None:
+                self._missing[f"metric.also: no {name}: {reason}"] = None
 
     def say_notes(self) -> None:
-        """Say what will not stand beside the metric, each once."""
+        """Print a note for each metric of ``also`` that will not be measured."""
         for line in self._missing:
             say(line)
 
     def _labelling(self, config: RunConfig[Any], source: Source) -> Labelling:
-        """Return what a run is measured on; sets that many runs share are looked at once."""
+        """Return the labelled images of a run; runs with equal settings share them."""
         key = source_key(config) + json.dumps(config.evaluate.model_dump(mode="json"))
         if key not in self._labellings:
-            found = choose_labelled(config.evaluate, config.data, whole_source(source))
-            self._labellings[key] = found
+            self._labellings[key] = choose_labelled(
+                config.evaluate, config.data, whole_source(source)
+            )
         return self._labellings[key]
 
 
@@ -69,8 +70,8 @@ def _needs_labels(name: str) -> bool:
     return name.startswith(("eval/", "final/")) and name not in free
 
 
-def _unmeasured(name: str, labelling: Labelling) -> str | None:
-    """Return why a metric is not measured on the labelled images that there are, or None."""
+def _missing_reason(name: str, labelling: Labelling) -> str | None:
+    """Return why a metric cannot be measured on these labelled images, or None."""
     if not _needs_labels(name):
         return None
     if labelling.train is None or ("few_shot" in name and not labelling.few_shot):

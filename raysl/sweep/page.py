@@ -95,8 +95,8 @@ def _drawings(
 ) -> dict[str, Callable[[Path], None]]:
     """Return the drawing functions by name, in the order of the page."""
     metric, best = sweep.metric, summary.best
-    known = parameters(trials, sweep.space)
-    axes = heat_axes(trials, known, summary.importance)
+    varied = parameters(trials, sweep.space)
+    axes = heat_axes(trials, varied, summary.importance)
     measured = any(trial.metric is not None and trial.status != "failed" for trial in trials)
     drawings: dict[str, Callable[[Path], None]] = {}
     if any(trial.curve for trial in trials):
@@ -105,8 +105,8 @@ def _drawings(
         drawings["heat_map"] = partial(draw_heat_map, trials=trials, metric=metric, axes=axes)
     if summary.importance:
         drawings["importance"] = partial(draw_importance, importance=summary.importance)
-    if measured and known:
-        by = sorted(known, key=lambda one: -summary.importance.get(one.key, 0.0))
+    if measured and varied:
+        by = sorted(varied, key=lambda one: -summary.importance.get(one.key, 0.0))
         drawings["parameters"] = partial(
             draw_parameters, trials=trials, metric=metric, parameters=by, best=best
         )
@@ -122,20 +122,20 @@ def _write_page(
     next_line: str | None,
     pictures: Sequence[str],
 ) -> None:
-    shown = measure(sweep.metric.name)
+    display = measure(sweep.metric.name)
     about = {
         "curves": ("Learning curves", _CURVES),
         "heat_map": ("Two parameters at a time", _HEAT_MAP),
         "importance": ("What matters", _about_importance(summary)),
         "parameters": ("Each parameter by itself", _PARAMETERS),
     }
-    sections = [_best_section(summary, shown, next_line), _seeds_section(trials, sweep, shown)]
+    sections = [_best_section(summary, display, next_line), _seeds_section(trials, sweep, display)]
     for name in pictures:
         title, note = about[name]
         picture = f"<div class='scroll wide'>{shown_picture(folder.pictures, name, title)}</div>"
         sections.append(section(title, picture, note))
     sections += [
-        _trials_section(sweep, summary, shown),
+        _trials_section(sweep, summary, display),
         _failed_section(summary),
         _settings_section(sweep),
         files_section(folder.path, _FILES),
@@ -146,7 +146,7 @@ def _write_page(
 
 def _lead(summary: Summary, metric: MetricConfig) -> str:
     """Summarise the trials and the result in two sentences."""
-    trials, best, shown = summary.ranking, summary.best, measure(metric.name)
+    trials, best, display = summary.ranking, summary.best, measure(metric.name)
     counts = ", ".join(
         f"{summary.counts[status]} {text}"
         for status, text in STATUS_TEXTS.items()
@@ -156,17 +156,17 @@ def _lead(summary: Summary, metric: MetricConfig) -> str:
     tried = f"{len(trials)} trial{'' if len(trials) == 1 else 's'}: {counts}; {spent} of training."
     if best is None or best.metric is None:
         return f"{tried} Nothing was measured yet."
-    value = escape(f"{shown.text(best.metric)} {shown.unit}".rstrip())
-    what = "Best" if best.status == "finished" else "Best so far, not finished"
+    value = escape(f"{display.text(best.metric)} {display.unit}".rstrip())
+    title = "Best" if best.status == "finished" else "Best so far, not finished"
     over = next((g for g in means_over_seeds(trials, metric) if best in g.trials), None)
     seeds = ""
     if over is not None and over.deviation is not None:
         seeds = (
-            f"; its {len(over.trials)} seeds {shown.text(over.mean)} &plusmn; "
-            f"{shown.text(over.deviation)}"
+            f"; its {len(over.trials)} seeds {display.text(over.mean)} &plusmn; "
+            f"{display.text(over.deviation)}"
         )
     return (
-        f"{tried} {what}: trial {best.number}, {_lower(shown.words)} {value} after "
+        f"{tried} {title}: trial {best.number}, {_lower(display.words)} {value} after "
         f"{best.epoch:.4g} epoch{'' if best.epoch == 1 else 's'}{seeds}."
     )
 
@@ -175,7 +175,7 @@ def _lower(words: str) -> str:
     return escape(words[:1].lower() + words[1:])
 
 
-def _best_section(summary: Summary, shown: Measure, next_line: str | None) -> str:
+def _best_section(summary: Summary, display: Measure, next_line: str | None) -> str:
     best = summary.best
     if best is None:
         return ""
@@ -190,16 +190,16 @@ def _best_section(summary: Summary, shown: Measure, next_line: str | None) -> st
     )
 
 
-def _seeds_section(trials: Sequence[Trial], sweep: SweepConfig, shown: Measure) -> str:
+def _seeds_section(trials: Sequence[Trial], sweep: SweepConfig, display: Measure) -> str:
     """Return a table of means over seeds, if there are several seeds."""
     means = means_over_seeds(trials, sweep.metric)
     if all(len(group.trials) < 2 for group in means):
         return ""
     columns = _parameter_columns([group.params for group in means])
-    values = [shown.text(group.mean) for group in means]
-    spread = ["" if g.deviation is None else shown.text(g.deviation) for g in means]
+    values = [display.text(group.mean) for group in means]
+    spread = ["" if g.deviation is None else display.text(g.deviation) for g in means]
     columns += [
-        _Column(shown.title, values),
+        _Column(display.title, values),
         _Column("\u00b1", spread),
         _Column("seeds", [str(len(group.trials)) for group in means]),
     ]
@@ -210,15 +210,15 @@ def _seeds_section(trials: Sequence[Trial], sweep: SweepConfig, shown: Measure) 
     return section("Means over seeds", _table(columns), note)
 
 
-def _trials_section(sweep: SweepConfig, summary: Summary, shown: Measure) -> str:
+def _trials_section(sweep: SweepConfig, summary: Summary, display: Measure) -> str:
     ranking = summary.ranking
     columns = [
         _Column("trial", [str(trial.number) for trial in ranking], is_text=True),
-        _Column(shown.title, [_known(shown, trial.metric) for trial in ranking]),
+        _Column(display.title, [_value_text(display, trial.metric) for trial in ranking]),
     ]
     for key in sweep.metric.also:
         other = measure(key)
-        columns.append(_Column(other.title, [_known(other, t.also.get(key)) for t in ranking]))
+        columns.append(_Column(other.title, [_value_text(other, t.also.get(key)) for t in ranking]))
     texts = [STATUS_TEXTS[trial.status] for trial in ranking]
     columns.append(_Column("status", texts, is_text=True))
     columns += _parameter_columns([trial.params for trial in ranking])
@@ -234,8 +234,8 @@ def _trials_section(sweep: SweepConfig, summary: Summary, shown: Measure) -> str
     return section("All trials", _table(columns, marked=best), note)
 
 
-def _known(shown: Measure, value: float | None) -> str:
-    return "" if value is None else shown.text(value)
+def _value_text(display: Measure, value: float | None) -> str:
+    return "" if value is None else display.text(value)
 
 
 class _Column(NamedTuple):

@@ -1,4 +1,4 @@
-"""Turn a sweep's parameters into axes: values side by side, ranges on their own scale."""
+"""Convert a sweep's parameters to axes: listed values as slots, ranges as bins."""
 
 import math
 from bisect import bisect_right

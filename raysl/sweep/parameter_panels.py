@@ -60,7 +60,7 @@ def draw_parameters(
     values = [t.metric for t in trials if t.metric is not None and t.status != "failed"]
     if not values or not parameters:
         raise DataError("no trial was measured, or all have the same parameters: nothing to draw")
-    shown = measure(metric.name)
+    display = measure(metric.name)
     columns = min(_COLUMNS, len(parameters))
     num_rows = -(-len(parameters) // columns)
     wide_in = (WIDTH_IN - 0.6) / columns - 0.25
@@ -68,8 +68,8 @@ def draw_parameters(
     figure = new_figure(height_in=0.5 + num_rows * (_ROW_IN + labels_in))
     grid = figure.subplots(num_rows, columns, sharey=True, squeeze=False)
     low, high = visible_range(values, metric)
-    room = (0.08 * (high - low) or 0.01) * shown.scale
-    limits = low * shown.scale - room, high * shown.scale + room
+    room = (0.08 * (high - low) or 0.01) * display.scale
+    limits = low * display.scale - room, high * display.scale + room
     for number, axes in enumerate(grid.flat):
         if number >= len(parameters):
             axes.remove()
@@ -80,8 +80,8 @@ def draw_parameters(
         axes.tick_params(axis="x", pad=6)  # below the crosses of failed trials
         axes.yaxis.set_major_formatter(tick_text)
         _set_axis(axes, parameter, turned=_turned_in(parameter, wide_in) > 0)
-        _draw_trials(axes, trials, parameter, shown, best=best)
-    draw_legend(figure, [t for t in trials if _is_shown(t)], best, shown, has_lines=False)
+        _draw_trials(axes, trials, parameter, display, best=best)
+    draw_legend(figure, [t for t in trials if _is_shown(t)], best, display, has_lines=False)
     save_png(figure, path)
 
 
@@ -137,7 +137,7 @@ def _draw_trials(
     axes: Axes,
     trials: Sequence[Trial],
     parameter: Parameter,
-    shown: Measure,
+    display: Measure,
     *,
     best: Trial | None,
 ) -> None:
@@ -150,7 +150,7 @@ def _draw_trials(
         x, y = float(value) if parameter.is_binned else _spread(trial, parameter.place(value)), low
         look = look_of(trial, best)
         if trial.status != "failed" and trial.metric is not None:
-            y = shown.scale * trial.metric
+            y = display.scale * trial.metric
             if trial.status == "finished" and not parameter.is_binned:
                 finished.setdefault(parameter.place(value), []).append(y)
         order = 5 if look is BEST else 3

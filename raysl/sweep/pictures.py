@@ -56,7 +56,7 @@ def draw_trial_curves(
     measured = [trial for trial in trials if trial.curve]
     if not measured:
         raise DataError("no trial was measured: there is no curve to draw")
-    shown = measure(metric.name)
+    display = measure(metric.name)
     figure = new_figure(height_in=3.6)
     axes = figure.subplots()
     style_axes(axes, title="")
@@ -69,13 +69,13 @@ def draw_trial_curves(
         if look is LOOKS["finished"]:
             end = trial.curve[-1][1]
             color = bright((end - bad) / (good - bad) if good != bad else 1.0)
-        _draw_curve(axes, trial, look, color=color, scale=shown.scale)
+        _draw_curve(axes, trial, look, color=color, scale=display.scale)
     axes.set_xlabel("epoch", fontsize=9, color=INK)
     axes.set_xlim(left=0)
     axes.margins(x=0.05)
     axes.yaxis.set_major_formatter(tick_text)
     axes.xaxis.set_major_formatter(tick_text)
-    draw_legend(figure, measured, best, shown, has_lines=True)
+    draw_legend(figure, measured, best, display, has_lines=True)
     save_png(figure, path)
 
 

@@ -1,9 +1,9 @@
-"""Adapt Tune's schedulers to raysl: decide at rungs, whatever pauses a trial went through.
+"""Schedulers for Tune whose decisions do not depend on pauses and resumes of a trial.
 
-Tune's own asynchronous halving compares epochs as floats, so that trials are judged wherever an
-evaluation lies behind a rung; its HyperBand fills brackets in the order in which places become
-free, and takes evaluations that a resumed trial reports again for new ones. These know a trial by
-its number and an evaluation by its place, and so decide the same after a resume.
+Tune's asynchronous halving compares epochs as floats, so it may judge trials at an evaluation that
+is not nearest to the rung. Tune's HyperBand fills brackets in the order in which resources become
+free, and counts evaluations that a resumed trial reports again as new. The schedulers here identify
+a trial by its number and an evaluation by its index, so they decide the same after a resume.
 """
 
 import math
@@ -23,158 +23,169 @@ from raysl.sweep.trial_run import AGAIN, LAST
 _PERIOD = "period"
 
 
-class _Clocks:
-    """Numbers the evaluations of each trial, whose first one is the first that is reported."""
+class _EvaluationsByTrial:
+    """Numbers the evaluations of each trial; the first reported one gives their spacing."""
 
     def __init__(self) -> None:
-        self._of: dict[str, Evaluations] = {}
+        self._by_id: dict[str, Evaluations] = {}
 
     def of(self, trial: Any, epoch: float) -> Evaluations:
-        return self._of.setdefault(trial.trial_id, Evaluations(epoch))
+        return self._by_id.setdefault(trial.trial_id, Evaluations(epoch))
 
 
 class _Rung(NamedTuple):
-    """Where trials are compared."""
+    """An epoch at which trials are compared."""
 
-    at: Fraction
-    """Epochs."""
-    noted: dict[str, float]
-    """Trial to its value there, the larger the better."""
+    epoch: Fraction
+    values: dict[str, float]
+    """Values of the trials that reached it, by trial id; larger is better."""
 
 
 class _Bracket:
-    """Rungs of which each is the one before times a factor."""
+    """Rungs at geometrically growing epochs.
+
+    Args:
+        first: Epoch of the first rung.
+        factor: Ratio of the epochs of two successive rungs.
+    """
 
     def __init__(self, first: float, factor: float) -> None:
         self._rungs: list[_Rung] = [_Rung(exact(first), {})]
         self._factor = exact(factor)
 
-    def reached(self, trial: str, number: int, clock: Evaluations) -> _Rung | None:
-        """Return the last rung that a trial has reached, if it is not noted there yet."""
-        while clock.nearest_to(self._rungs[-1].at) <= number:
-            self._rungs.append(_Rung(self._rungs[-1].at * self._factor, {}))
-        reached = [rung for rung in self._rungs if clock.nearest_to(rung.at) <= number]
-        return reached[-1] if reached and trial not in reached[-1].noted else None
+    def reached(self, trial: str, number: int, evaluations: Evaluations) -> _Rung | None:
+        """Return the last rung reached by a trial; None if it already has a value there."""
+        while evaluations.nearest_to(self._rungs[-1].epoch) <= number:
+            self._rungs.append(_Rung(self._rungs[-1].epoch * self._factor, {}))
+        reached = [rung for rung in self._rungs if evaluations.nearest_to(rung.epoch) <= number]
+        return reached[-1] if reached and trial not in reached[-1].values else None
 
 
 class Asha(FIFOScheduler):
-    """Asynchronous successive halving: who is not among the best at a rung so far is stopped.
+    """Asynchronous successive halving: stops a trial that is not among the best at a rung so far.
 
-    Source: Li et al. 2018, arXiv:1810.05934v5; by stopping, as Ray Tune's.
+    Source: Li et al. 2018, arXiv:1810.05934v5, in the variant that stops trials, as in Ray Tune.
 
     Args:
-        chosen: Its settings.
-        metric: What decides.
+        config: The scheduler's settings.
+        metric: The metric that trials are compared by.
     """
 
-    def __init__(self, chosen: AshaScheduler, metric: MetricConfig) -> None:
+    def __init__(self, config: AshaScheduler, metric: MetricConfig) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # Tune has few types
         self._metric = metric.name
         self._sign = 1.0 if metric.mode == "max" else -1.0
-        self._share = 100.0 * (1.0 - 1.0 / chosen.reduction_factor)
-        self._brackets = [_Bracket(chosen.grace_epochs, chosen.reduction_factor)]
-        self._clocks = _Clocks()
+        self._percentile = 100.0 * (1.0 - 1.0 / config.reduction_factor)
+        self._brackets = [_Bracket(config.grace_epochs, config.reduction_factor)]
+        self._evaluations = _EvaluationsByTrial()
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Note a trial at the rung that it reached; stop it if it is worse than most there."""
+        """Record a trial's value at the rung that it reached; stop it if most there are better."""
         if self._metric not in result:
             return self.CONTINUE
-        clock = self._clocks.of(trial, result["epoch"])
-        number = clock.number(result["epoch"])
-        rung = self._brackets[0].reached(trial.trial_id, number, clock)
+        evaluations = self._evaluations.of(trial, result["epoch"])
+        number = evaluations.number(result["epoch"])
+        rung = self._brackets[0].reached(trial.trial_id, number, evaluations)
         if rung is None:
             return self.CONTINUE
-        before = list(rung.noted.values())
+        earlier = list(rung.values.values())
         value = self._sign * float(result[self._metric])
         if not math.isfinite(value):  # nothing is worse
             return self.STOP
-        rung.noted[trial.trial_id] = value
-        stops = before and value < np.percentile(before, self._share)
+        rung.values[trial.trial_id] = value
+        stops = earlier and value < np.percentile(earlier, self._percentile)
         return self.STOP if stops else self.CONTINUE
 
-    def tell(self, known: Sequence[Trial]) -> None:
-        """Hear of trials that ended in earlier starts: new ones are compared with them."""
+    def add_earlier(self, trials: Sequence[Trial]) -> None:
+        """Add trials that ended in earlier starts, to compare new ones with them."""
         name = str(self._metric)
-        for trial in known:
+        for trial in trials:
             for epoch, value in trial.curve:
                 self.on_trial_result(
-                    None, _Known(f"known-{trial.number}"), {"epoch": epoch, name: value}
+                    None, _EarlierTrial(f"earlier-{trial.number}"), {"epoch": epoch, name: value}
                 )
 
 
-class _Known(NamedTuple):
-    """All that a scheduler looks at of a trial."""
+class _EarlierTrial(NamedTuple):
+    """A trial of an earlier start, with the one attribute of Tune's trials that is used."""
 
     trial_id: str
 
 
 class _Halving:
-    """One bracket of HyperBand: who is in it, how far it is, and who is still in.
+    """One bracket of HyperBand: its trials, their values, and the trials still in it.
 
     Args:
-        rungs: Evaluations at which it compares.
+        rungs: Numbers of the evaluations at which trials are compared.
         members: Numbers of its trials.
-        factor: Of so many at a rung one goes on.
+        factor: One of this many trials continues at each rung.
     """
 
     def __init__(self, rungs: Sequence[int], members: Sequence[int], factor: Fraction) -> None:
         self._rungs = rungs
         self._factor = factor
-        self._noted: list[dict[int, float]] = [{} for _ in rungs]
+        self._values: list[dict[int, float]] = [{} for _ in rungs]
         self._level = 0
         self.alive = set(members)
 
-    def note(self, number: int, evaluation: int, value: float) -> None:
-        """Hear of an evaluation; one that was heard of before, or is none, changes nothing."""
+    def record(self, number: int, evaluation: int, value: float) -> None:
+        """Record the value of an evaluation; repeated reports and unknown trials are ignored."""
         if number in self.alive:
-            for rung, noted in zip(self._rungs, self._noted, strict=True):
+            for rung, values in zip(self._rungs, self._values, strict=True):
                 if evaluation >= rung:
-                    noted.setdefault(number, value if math.isfinite(value) else -math.inf)
+                    values.setdefault(number, value if math.isfinite(value) else -math.inf)
 
-    def settle(self, gone: set[int]) -> None:
-        """Compare at each rung that all have reached who have not gone; the worse ones are out."""
+    def compare(self, ended: set[int]) -> None:
+        """Drop the worse trials at each rung that every trial has reached or ended before."""
         while self._level < len(self._rungs):
-            noted = self._noted[self._level]
-            if not self.alive <= noted.keys() | gone:
+            values = self._values[self._level]
+            if not self.alive <= values.keys() | ended:
                 return
             kept = max(1, math.floor(len(self.alive) / self._factor))
-            ranked = sorted(self.alive & noted.keys(), key=lambda number: (-noted[number], number))
-            self.alive = {number for number in ranked[:kept] if noted[number] > -math.inf}
+            ranked = sorted(
+                self.alive & values.keys(), key=lambda number: (-values[number], number)
+            )
+            self.alive = {number for number in ranked[:kept] if values[number] > -math.inf}
             self._level += 1
 
     def waits(self, number: int) -> bool:
-        """Whether a trial that is in has reached the rung that others have not."""
-        return self._level < len(self._rungs) and number in self._noted[self._level]
+        """Return whether a trial has reached the next rung and others have not."""
+        return self._level < len(self._rungs) and number in self._values[self._level]
 
 
 class HyperBand(FIFOScheduler):
     """Synchronous successive halving with several first rungs: a bracket waits for its last trial.
 
-    A trial's bracket follows from its number, and a trial that was evaluated in an earlier start is
-    not judged again.
+    A trial's number determines its bracket. An evaluation that is reported again after a resume is
+    ignored.
 
     Source: Li et al. 2016, arXiv:1603.06560v4, Algorithm 1.
 
     Args:
-        chosen: Its settings.
-        metric: What decides.
+        config: The scheduler's settings.
+        metric: The metric that trials are compared by.
     """
 
-    def __init__(self, chosen: HyperBandScheduler, metric: MetricConfig) -> None:
+    def __init__(self, config: HyperBandScheduler, metric: MetricConfig) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # Tune has few types
         self._metric = metric.name
         self._sign = 1.0 if metric.mode == "max" else -1.0
-        self._plans = hyperband(chosen.max_evaluations, chosen.reduction_factor)
-        self._factor = exact(chosen.reduction_factor)
-        self._clocks = _Clocks()
+        self._plans = hyperband(config.max_evaluations, config.reduction_factor)
+        self._factor = exact(config.reduction_factor)
+        self._evaluations = _EvaluationsByTrial()
         self._bracket_of: dict[int, _Halving] = {}
-        self._seen: set[int] = set()
-        self._gone: set[int] = set()
-        self._most: int | None = None
+        self._added: set[int] = set()
+        self._ended: set[int] = set()
+        self._max_running: int | None = None
 
-    def expect(self, num_trials: int, *, most: int | None) -> None:
-        """Hear how many trials there are, and how many may run at a time; None leaves that open."""
-        self._most = most
+    def expect(self, num_trials: int, *, max_running: int | None) -> None:
+        """Build the brackets.
+
+        Args:
+            num_trials: Number of trials of the sweep, including those of earlier starts.
+            max_running: Number of concurrent trials; None leaves it to their resources.
+        """
+        self._max_running = max_running
         first = 0
         while first < num_trials:
             for plan in self._plans:
@@ -183,72 +194,72 @@ class HyperBand(FIFOScheduler):
                 self._bracket_of.update(dict.fromkeys(members, bracket))
                 first += plan.size
 
-    def tell(self, known: Sequence[Trial], *, ended: Sequence[int]) -> None:
-        """Hear what trials were measured in earlier starts, and which of them have ended."""
-        for trial in known:
-            clock = Evaluations(trial.curve[0][0]) if trial.curve else None
+    def add_earlier(self, trials: Sequence[Trial], *, ended: Sequence[int]) -> None:
+        """Add the evaluations of trials of earlier starts, and the numbers of those that ended."""
+        for trial in trials:
+            evaluations = Evaluations(trial.curve[0][0]) if trial.curve else None
             for epoch, value in trial.curve:
-                assert clock is not None
-                self._note(trial.number, clock.number(epoch), value)
-        self._seen |= set(ended)
-        self._gone |= set(ended)
+                assert evaluations is not None
+                self._record(trial.number, evaluations.number(epoch), value)
+        self._added |= set(ended)
+        self._ended |= set(ended)
 
-    def no_more(self) -> None:
-        """Hear that all trials that there will be were added."""
-        self._gone |= self._bracket_of.keys() - self._seen
+    def all_added(self) -> None:
+        """Stop waiting for trials that were not added: there will be no more."""
+        self._ended |= self._bracket_of.keys() - self._added
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Take in a trial; a smaller number that did not come makes no run."""
+        """Add a trial; smaller numbers that were not added have no run and count as ended."""
         number = trial.config[NUMBER]
-        self._seen.add(number)
-        self._gone.discard(number)
-        self._gone |= {other for other in self._bracket_of if other < number} - self._seen
+        self._added.add(number)
+        self._ended.discard(number)
+        self._ended |= {other for other in self._bracket_of if other < number} - self._added
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Note a trial; stop it if it is out, pause it if it has to wait for others."""
+        """Record an evaluation; stop a trial that is dropped, pause one that waits for others."""
         if self._metric not in result:
             return self.CONTINUE
         number = trial.config[NUMBER]
-        evaluation = self._clocks.of(trial, result["epoch"]).number(result["epoch"])
-        self._note(number, evaluation, float(result[self._metric]))
+        evaluation = self._evaluations.of(trial, result["epoch"]).number(result["epoch"])
+        self._record(number, evaluation, float(result[self._metric]))
         bracket = self._bracket_of[number]
-        bracket.settle(self._gone)
+        bracket.compare(self._ended)
         if number not in bracket.alive:
             return self.STOP
         return self.PAUSE if bracket.waits(number) and not result.get(LAST) else self.CONTINUE
 
-    def _note(self, number: int, evaluation: int, value: float) -> None:
-        self._bracket_of[number].note(number, evaluation, self._sign * value)
+    def _record(self, number: int, evaluation: int, value: float) -> None:
+        self._bracket_of[number].record(number, evaluation, self._sign * value)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """A trial that ended is not waited for; what was noted of it counts."""
-        self._gone.add(trial.config[NUMBER])
+        """Stop waiting for a trial that ended; its recorded values still count."""
+        self._ended.add(trial.config[NUMBER])
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """As for one that ended; if it is tried again, it is added again."""
-        self._gone.add(trial.config[NUMBER])
+        """Stop waiting for a trial that failed; Tune adds it again if it is retried."""
+        self._ended.add(trial.config[NUMBER])
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        """As for one that ended."""
-        self._gone.add(trial.config[NUMBER])
+        """Stop waiting for a trial that was removed."""
+        self._ended.add(trial.config[NUMBER])
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """Stop those that lost while they waited; return one that won, or else a new one."""
+        """Stop paused trials that were dropped; return a paused or new trial to run, or None."""
         trials = tune_controller.get_trials()
         for bracket in set(self._bracket_of.values()):
-            bracket.settle(self._gone)
+            bracket.compare(self._ended)
         waiting = [trial for trial in trials if trial.status == "PAUSED"]
         for trial in waiting:
             if trial.config[NUMBER] not in self._bracket_of[trial.config[NUMBER]].alive:
                 tune_controller.stop_trial(trial)
         num_running = sum(trial.status == "RUNNING" for trial in trials)
-        if self._most is not None and num_running >= self._most:
+        if self._max_running is not None and num_running >= self._max_running:
             return None
-        ready = (trial for trial in waiting if self._may_go_on(trial))
+        ready = (trial for trial in waiting if self._may_continue(trial))
         new = (trial for trial in trials if trial.status == "PENDING")
         return next(ready, None) or next(new, None)
 
-    def _may_go_on(self, trial: Any) -> bool:
+    def _may_continue(self, trial: Any) -> bool:
         number = trial.config[NUMBER]
         bracket = self._bracket_of[number]
         return trial.status == "PAUSED" and number in bracket.alive and not bracket.waits(number)
@@ -260,46 +271,48 @@ class Pbt(PopulationBasedTraining):
     Source: Jaderberg et al. 2017, arXiv:1711.09846v2.
 
     Args:
-        chosen: Its settings.
-        metric: What decides.
-        mutations: What is drawn anew, by the setting's name.
-        bounds: Low and high of those that are numbers of a range: what is changed stays in it.
+        config: The scheduler's settings.
+        metric: The metric that trials are compared by.
+        mutations: Tune's domain of each setting that may change.
+        bounds: Low and high of settings with a range; perturbed values are clipped to it.
     """
 
     def __init__(
         self,
-        chosen: PbtScheduler,
+        config: PbtScheduler,
         metric: MetricConfig,
         *,
         mutations: dict[str, Any],
         bounds: Mapping[str, tuple[float, float]],
     ) -> None:
-        def inside(config: dict[str, Any]) -> dict[str, Any]:
-            kept = {k: min(max(config[k], low), high) for k, (low, high) in bounds.items()}
-            return config | kept
+        def clip(params: dict[str, Any]) -> dict[str, Any]:
+            clipped = {k: min(max(params[k], low), high) for k, (low, high) in bounds.items()}
+            return params | clipped
 
         super().__init__(
             metric=metric.name,
             mode=metric.mode,
             time_attr=_PERIOD,
             perturbation_interval=1,
-            quantile_fraction=chosen.quantile,
-            resample_probability=chosen.resample_prob,
+            quantile_fraction=config.quantile,
+            resample_probability=config.resample_prob,
             hyperparam_mutations=mutations,
-            custom_explore_fn=inside,
+            custom_explore_fn=clip,
             log_config=False,
         )
-        self._every_epochs = chosen.perturb_every_epochs
-        self._clocks = _Clocks()
+        self._every_epochs = config.perturb_every_epochs
+        self._evaluations = _EvaluationsByTrial()
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Exchange if a period is over, but neither by what a restart repeats nor at the end.
+        """Exchange at the end of a period, except at repeated evaluations and the last one.
 
-        After the last evaluation an exchange would give a trial settings that train nothing.
+        After the last evaluation, an exchange would give a trial settings that train no step.
         """
-        clock = self._clocks.of(trial, result["epoch"])
+        evaluations = self._evaluations.of(trial, result["epoch"])
         if result.get(AGAIN) or result.get(LAST):
             return self.CONTINUE
-        periods = clock.periods(result["epoch"], self._every_epochs)
-        told: str = super().on_trial_result(tune_controller, trial, {**result, _PERIOD: periods})
-        return told
+        periods = evaluations.periods(result["epoch"], self._every_epochs)
+        decision: str = super().on_trial_result(
+            tune_controller, trial, {**result, _PERIOD: periods}
+        )
+        return decision

@@ -1,4 +1,4 @@
-"""Compute how many trials of a sweep a cluster holds at a time, without deadlocks."""
+"""Compute how many trials of a sweep a cluster can run at a time without deadlocks."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,27 +13,29 @@ from raysl.sweep.config import SweepConfig
 
 
 class Shares(NamedTuple):
-    """What the trials of a sweep take of the cluster."""
+    """Concurrent trials of a sweep and the resources of each."""
 
     at_a_time: int
+    """Number of concurrent trials."""
     cpus: float
-    """Of a trial."""
+    """CPUs of a trial."""
     gpus: float
+    """GPUs of a trial."""
     nested: bool
-    """Whether a trial starts train workers of its own."""
+    """Whether a trial starts its own train workers."""
     why: str
-    """One line for people."""
+    """Explanation of the numbers in one line."""
 
 
 def plan_shares(
     sweep: SweepConfig, configs: Sequence[RunConfig[Any]], *, most_trials: int
 ) -> Shares:
-    """Decide how many trials run at a time on the connected cluster, so that none ever waits.
+    """Return how many trials run at a time on the connected cluster without waiting for workers.
 
     Args:
         sweep: The sweep.
-        configs: Its trials that are still to run, or one of their kind.
-        most_trials: How many there may be.
+        configs: The runs of the trials to run, or one example.
+        most_trials: Maximal number of trials to run.
 
     Raises:
         ClusterError: If a single trial does not fit.
@@ -43,19 +45,19 @@ def plan_shares(
     workers = max(config.cluster.num_train_workers for config in configs)
     if workers > 1:
         return _nested_shares(sweep, configs, most_trials)
-    gpus_there = sum(node.get("GPU", 0.0) for node in nodes)
+    total_gpus = sum(node.get("GPU", 0.0) for node in nodes)
     wants_gpu = any(config.cluster.device != "cpu" for config in configs)
     gpus = wanted.gpus_per_trial if wanted.gpus_per_trial is not None else 1.0
-    gpus = gpus if wants_gpu and gpus_there else 0.0
-    cpus_there = sum(node.get("CPU", 0.0) for node in nodes)
+    gpus = gpus if wants_gpu and total_gpus else 0.0
+    total_cpus = sum(node.get("CPU", 0.0) for node in nodes)
     at_most = wanted.trials_at_a_time
     cpus = wanted.cpus_per_trial
-    if cpus is None:  # on GPUs, or with fewer trials than CPUs: all of them, shared out
-        sharers = at_most or (gpus_there / gpus if gpus else cpus_there)
-        cpus = max(1.0, math.floor(cpus_there / sharers))
-    elif at_most is not None:  # what a trial reserves is what keeps others from starting
-        cpus = max(cpus, math.floor(100 * cpus_there / at_most) / 100)
-    fits = sum(_times(node, cpus, gpus) for node in nodes)
+    if cpus is None:  # divide all CPUs between the trials that can run at a time
+        sharers = at_most or (total_gpus / gpus if gpus else total_cpus)
+        cpus = max(1.0, math.floor(total_cpus / sharers))
+    elif at_most is not None:  # reserve more CPUs, so that no more than at_most trials start
+        cpus = max(cpus, math.floor(100 * total_cpus / at_most) / 100)
+    fits = sum(_trials_on_node(node, cpus, gpus) for node in nodes)
     if not fits:
         raise ClusterError(
             f"a trial takes {cpus:g} CPU{f' and {gpus:g} GPU' if gpus else ''}, more than any node "
@@ -63,17 +65,17 @@ def plan_shares(
         )
     at_a_time = min(at_most or fits, fits, most_trials)
     takes = f"{cpus:g} CPU" + (f" and {gpus:g} GPU" if gpus else "")
-    has = f"{cpus_there:g} CPUs" + (f" and {gpus_there:g} GPUs" if gpus_there else "")
+    has = f"{total_cpus:g} CPUs" + (f" and {total_gpus:g} GPUs" if total_gpus else "")
     why = f"{at_a_time} at a time: a trial takes {takes}, the cluster has {has}"
     return Shares(at_a_time, cpus, gpus, nested=False, why=why)
 
 
-def _times(node: Mapping[str, float], cpus: float, gpus: float) -> int:
-    """How many trials one node holds."""
+def _trials_on_node(node: Mapping[str, float], cpus: float, gpus: float) -> int:
+    """Return how many trials fit on one node."""
     counts = [math.floor(node.get("CPU", 0.0) / cpus)]
     if gpus > 1:
         counts.append(math.floor(node.get("GPU", 0.0) / gpus))
-    elif gpus:  # Ray shares out each GPU by itself
+    elif gpus:  # a fraction cannot span two GPUs
         counts.append(int(node.get("GPU", 0.0)) * math.floor(1 / gpus))
     return min(counts)
 
@@ -81,7 +83,7 @@ def _times(node: Mapping[str, float], cpus: float, gpus: float) -> int:
 def _nested_shares(
     sweep: SweepConfig, configs: Sequence[RunConfig[Any]], most_trials: int
 ) -> Shares:
-    layouts = [plan_layout(config) for config in configs]  # refuses what does not fit at all
+    layouts = [plan_layout(config) for config in configs]  # raises if a trial does not fit at all
     needs = [
         layout.num_train_workers * layout.cpus_per_train_worker
         + layout.num_data_workers * layout.cpus_per_data_worker

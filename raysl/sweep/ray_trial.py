@@ -1,4 +1,4 @@
-"""Run a trial in Tune's process: its data, its reports, and its train workers."""
+"""Run a trial in Tune's process: open its images, train, report its evaluations."""
 
 import gc
 import json
@@ -18,15 +18,14 @@ from raysl.errors import ClusterError
 from raysl.evaluate.protocol import LabelledSets
 from raysl.evaluate.training_source import open_training_source
 from raysl.folder.whole import read_json, write_json
-from raysl.run.background import in_background
 from raysl.run.labelled_sets import open_sets
 from raysl.run.local import pretrain_here
-from raysl.run.ray_cluster import plan_layout
+from raysl.run.ray_cluster import in_background, plan_layout
 from raysl.run.ray_train import pretrain_on_ray
 from raysl.run.recipe import RunConfig, derive_for, run_from_values
 from raysl.sources.source import Source
 from raysl.sweep.config import Dimension
-from raysl.sweep.in_flight import Change, newest_change, write_change
+from raysl.sweep.trial import Change, newest_change, write_change
 from raysl.sweep.trial_run import run_trial, take_over
 from raysl.track.follow import MetricsReader
 from raysl.track.results import Results
@@ -34,32 +33,33 @@ from raysl.track.run_folder import RunFolder, latest_step
 from raysl.train.loop import Log
 
 NUMBER = "number"
-"""Of a trial, among the settings that Tune knows."""
+"""Key of a trial's number in the point that Tune passes to it."""
 
 _POLL_S = 0.5
+# The file in Tune's checkpoint, which only names ours: that one stays in the trial's folder.
 _POINTER = "checkpoint.json"
 
 
 def source_key(config: RunConfig[Any]) -> str:
-    """Return what tells the training images of one configuration from those of another."""
+    """Return a key that is equal for configurations with the same training images and labels."""
     data = config.data
-    kept = {k: v for k, v in data.model_dump(mode="json").items() if k != "views"}
+    facts = {k: v for k, v in data.model_dump(mode="json").items() if k != "views"}
     method = config.method
-    if data.labels is not None or method.uses_labels:  # then not all labels may be seen
-        kept["seen"] = [method.uses_labels, method.needs_labels, config.evaluate.source]
-    return json.dumps(kept, sort_keys=True)
+    if data.labels is not None or method.uses_labels:  # the visible labels depend on these too
+        facts["seen"] = [method.uses_labels, method.needs_labels, config.evaluate.source]
+    return json.dumps(facts, sort_keys=True)
 
 
-# What a process keeps for the trials after this one, by what it was made from.
+# Images that a process keeps for later trials, by the key of their settings.
 _SOURCES: dict[str, Source] = {}
 _SETS: dict[str, LabelledSets | None] = {}
 
 
 def trial_in_process(
-    given: dict[str, Any],
+    point: dict[str, Any],
     *,
     trials: Path,
-    shelf: Mapping[str, Source],
+    sources: Mapping[str, Source],
     metrics: tuple[str, ...],
     exchanges: bool,
     space: Mapping[str, Dimension] = MappingProxyType({}),
@@ -67,30 +67,30 @@ def trial_in_process(
     """Run one trial in Tune's process.
 
     Args:
-        given: A number, and settings that may have changed in flight, as people see them.
-        trials: The folder of the trials' folders, which have their names.
-        shelf: Training images.
-        metrics: What to report, the deciding one first.
-        exchanges: Whether trials are paused or take over others' checkpoints.
-        space: The dimensions of those settings.
+        point: The trial's number, and the displayed values of settings that may change in flight.
+        trials: The folder that contains the trials' run folders.
+        sources: Training images by :func:`source_key`; others are opened here.
+        metrics: Keys of the metrics file to report, the sweep's metric first.
+        exchanges: Whether trials are paused or copy checkpoints of others.
+        space: The dimensions of the settings in ``point``.
     """
     folder = RunFolder(trials / str(tune.get_context().get_trial_name()))
-    source = _source_of(_config_of(folder), shelf)
+    source = _source_of(_config_of(folder), sources)
     total_steps = derive_for(_config_of(folder), source).total_steps
     if exchanges:
-        _exchange(folder, given, space, total_steps=total_steps)
+        _exchange(folder, point, space, total_steps=total_steps)
     config = _config_of(folder)
     cpus = tune.get_context().get_trial_resources().head_cpus or 1.0
 
-    def report(told: Mapping[str, float]) -> None:
+    def report(values: Mapping[str, float]) -> None:
         if not exchanges:
-            tune.report(dict(told))
+            tune.report(dict(values))
             return
         with tempfile.TemporaryDirectory() as pointer:
             write_json(
-                Path(pointer) / _POINTER, {"folder": str(folder.path), "step": int(told["step"])}
+                Path(pointer) / _POINTER, {"folder": str(folder.path), "step": int(values["step"])}
             )
-            tune.report(dict(told), checkpoint=tune.Checkpoint.from_directory(pointer))
+            tune.report(dict(values), checkpoint=tune.Checkpoint.from_directory(pointer))
 
     def train(evaluated: Log) -> Results:
         if config.cluster.num_train_workers > 1:
@@ -113,7 +113,7 @@ def trial_in_process(
             report=report,
             train=train,
         )
-    finally:  # the process stays for the next trial, also when this one was stopped
+    finally:  # the next trial reuses this process, also if this trial was stopped
         _free_memory()
 
 
@@ -124,7 +124,7 @@ def _free_memory() -> None:
 
 
 def _config_of(folder: RunFolder) -> RunConfig[Any]:
-    """Return a trial's run as it is now, with what changed in flight."""
+    """Return a trial's run with the settings that changed in flight."""
     if not folder.config.exists():
         raise ClusterError(
             f"node {ray.util.get_node_ip_address()} does not see {folder.path}: on several nodes "
@@ -137,23 +137,23 @@ def _config_of(folder: RunFolder) -> RunConfig[Any]:
     return run_from_values(values, where=str(folder.config))
 
 
-def _source_of(config: RunConfig[Any], shelf: Mapping[str, Source]) -> Source:
-    """Return the training images: those that this process holds, the driver's, or opened here."""
+def _source_of(config: RunConfig[Any], sources: Mapping[str, Source]) -> Source:
+    """Return the training images, from an earlier trial or from the driver if they have them."""
     key = source_key(config)
     if key not in _SOURCES:
-        found = shelf.get(key)
+        source = sources.get(key)
         _SOURCES[key] = (
             open_training_source(config.data, config.evaluate, config.method)
-            if found is None
-            else found
+            if source is None
+            else source
         )
     return _SOURCES[key]
 
 
 def _sets_of(config: RunConfig[Any], source: Source, *, num_threads: int) -> LabelledSets | None:
-    """Return the images to measure on, decoded by an earlier trial if one measured on the same."""
-    what = config.evaluate.model_dump(mode="json"), config.image_size_px
-    key = source_key(config) + json.dumps(what, sort_keys=True)
+    """Return the labelled images of a run, decoded once for all trials of this process."""
+    facts = config.evaluate.model_dump(mode="json"), config.image_size_px
+    key = source_key(config) + json.dumps(facts, sort_keys=True)
     if key not in _SETS:
         _SETS[key] = open_sets(config, source, num_threads=num_threads)
     return _SETS[key]
@@ -161,29 +161,29 @@ def _sets_of(config: RunConfig[Any], source: Source, *, num_threads: int) -> Lab
 
 def _exchange(
     folder: RunFolder,
-    given: Mapping[str, Any],
+    point: Mapping[str, Any],
     space: Mapping[str, Dimension],
     *,
     total_steps: int,
 ) -> None:
-    """Take over the checkpoint and the settings that Tune sends a trial on with.
+    """Apply the checkpoint and the settings with which Tune resumes a trial.
 
-    Not where nothing would be trained of them: a trial that is finished stays as it is, and the
-    settings that come with a checkpoint that cannot be had are not this trial's.
+    A finished trial is not changed. If the donor's checkpoint no longer exists, its settings are
+    not applied either.
     """
     if folder.read_results() is not None:
         return
-    sent = tune.get_checkpoint()
-    if sent is not None:
-        with sent.as_directory() as pointer:
-            found = read_json(Path(pointer) / _POINTER) or {}
-        donor = RunFolder(Path(found["folder"]))
-        step = int(found["step"])
+    checkpoint = tune.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as pointer:
+            origin = read_json(Path(pointer) / _POINTER) or {}
+        donor = RunFolder(Path(origin["folder"]))
+        step = int(origin["step"])
         if donor.path != folder.path and not take_over(
             folder, donor, step=step, total_steps=total_steps
         ):
             return
-    params = {key: value for key, value in given.items() if key != NUMBER}
+    params = {key: value for key, value in point.items() if key != NUMBER}
     if params:
         values = {k: space[k].value_of(v) if k in space else v for k, v in params.items()}
         write_change(folder, Change(latest_step(folder.checkpoints), params, values))
@@ -196,7 +196,7 @@ def _train_below(
     evaluated: Log,
     metrics: tuple[str, ...],
 ) -> Results:
-    """Run Ray Train inside the trial, and pass on what its first worker writes down."""
+    """Run Ray Train inside the trial, and report the evaluations from its metrics file."""
     work = in_background(
         lambda: pretrain_on_ray(config, folder=folder, source=source, layout=plan_layout(config)),
         name="raysl-nested",

@@ -1,8 +1,9 @@
 """Run a sweep on Ray Tune: trials, scheduler, search and callbacks.
 
-A trial of one train worker runs raysl's loop in Tune's own process, which the next trial takes over
-with all that is loaded; only larger ones start Ray Train inside. Tune decides who goes on; what a
-trial is and how far it came lies in its folder, so Tune keeps nothing that a restart would need.
+A trial with one train worker runs raysl's training loop in Tune's process, which the next trial
+reuses with everything that is loaded; only larger trials start Ray Train. Tune decides which trials
+continue. Configuration and progress of a trial are in its folder, so a restart needs nothing from
+Tune.
 """
 
 import logging
@@ -15,7 +16,7 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, Searcher
 
-from raysl.run.background import in_background
+from raysl.run.ray_cluster import in_background
 from raysl.sources.source import Source
 from raysl.sweep.config import Dimension, SweepConfig
 from raysl.sweep.ray_schedulers import Asha, HyperBand, Pbt
@@ -26,42 +27,42 @@ from raysl.sweep.trial import ENDED, SweepFolder, Trial
 
 _TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial may fail before its first evaluation
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the trials' folders hold it all
-    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # nobody reads Tune's own state
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # everything is in the trials' folders
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Tune's own state is never read
 }
-# In the trials' processes, to which Tune 2.60 hands on none of its own (ENV_VARS_TO_PROPAGATE of
+# Set in the trials' processes, since Tune 2.60 does not pass it on (ENV_VARS_TO_PROPAGATE of
 # ray/tune/execution/class_cache.py). A stopped trial finishes its item and closes its stream before
-# the next one takes its process over: a trial whose process is not free in time is lost to Tune.
+# the next trial reuses its process; Tune gives up a trial whose process is not free in time.
 _TRIAL_ENVIRONMENT = {"TUNE_FUNCTION_THREAD_TIMEOUT_S": "600"}
 
 
 class Watcher(Protocol):
-    """Is told what happens to trials, in the driver; must not raise."""
+    """Callbacks in the driver for the events of trials; must not raise."""
 
     def started(self, number: int) -> None:
-        """A trial begins, or goes on."""
+        """Handle the start or resume of a trial."""
 
     def reported(self, number: int, metrics: Mapping[str, float]) -> None:
-        """A trial was evaluated."""
+        """Handle an evaluation of a trial."""
 
     def paused(self, number: int) -> None:
-        """A trial gave its place away, and may go on later."""
+        """Handle a trial that was paused and released its resources."""
 
     def ended(self, number: int, *, error: str | None) -> None:
-        """A trial ended, or was stopped; with an error if its process died for good."""
+        """Handle a trial that ended or was stopped; ``error`` is set if its process died."""
 
 
 class Suggestions(Protocol):
-    """Hands out trials, one after the other."""
+    """Supplies the trials to run, one after the other."""
 
     def next(self) -> tuple[int, Mapping[str, Any]] | None:
-        """Return a trial's number and parameters that may change in flight; None at the end.
+        """Return a trial's number and its parameters that may change in flight; None at the end.
 
-        Its folder holds its configuration by now.
+        The trial's folder contains its configuration.
         """
 
     def ended(self, number: int) -> None:
-        """Hear that a trial ended."""
+        """Handle the end of a trial."""
 
 
 def sweep_on_ray(
@@ -71,7 +72,7 @@ def sweep_on_ray(
     *,
     shares: Shares,
     most_trials: int,
-    known: Sequence[Trial],
+    earlier: Sequence[Trial],
     sources: Mapping[str, Source],
     folder: SweepFolder,
     seconds: float | None = None,
@@ -80,29 +81,30 @@ def sweep_on_ray(
 
     Args:
         sweep: The sweep.
-        suggestions: Which trials.
-        watcher: Is told what happens.
-        shares: What they take.
-        most_trials: Trials that suggestions may give.
-        known: All trials of earlier starts: the scheduler compares with them too.
-        sources: Training images by :func:`source_key`; others are opened where they are needed.
-        folder: The sweep's, on a disk that all nodes share; Tune's own files lie there meanwhile.
-        seconds: After which no trial goes on; None for no limit.
+        suggestions: Supplies the trials.
+        watcher: Callbacks for the events of trials.
+        shares: Resources of a trial, and the number of concurrent trials.
+        most_trials: Maximal number of trials that ``suggestions`` supplies.
+        earlier: All trials of earlier starts, for the scheduler to compare with.
+        sources: Training images by :func:`source_key`; others are opened by the trials.
+        folder: The sweep's folder, on a disk that all nodes share.
+        seconds: Time limit in seconds, after which all trials end; None for no limit.
 
     Returns:
-        Trials that Tune gave up without a word to anyone, and why: they have not ended.
+        Numbers of the trials that Tune gave up without calling back, which have not ended, and the
+        reasons.
     """
     _prepare()
     scheduler = _scheduler(sweep)
-    most = shares.at_a_time if shares.nested else None
-    _tell_known(scheduler, known, most_trials=most_trials, most=most)
+    max_running = shares.at_a_time if shares.nested else None
+    _add_earlier(scheduler, earlier, most_trials=most_trials, max_running=max_running)
     callback = _Callback(watcher, suggestions)
     scratch = folder.path / ".tune"
     shutil.rmtree(scratch, ignore_errors=True)
-    if sweep.scheduler.name == "pbt":  # which refuses anyone who suggests
-        search, space = _all_at_once(suggestions)
+    if sweep.scheduler.name == "pbt":  # Tune's PBT accepts no searcher
+        search, space = _all_points(suggestions)
     else:
-        search, space = _Search(suggestions, callback, scheduler, most=most), {}
+        search, space = _Search(suggestions, callback, scheduler, max_running=max_running), {}
     tuner = tune.Tuner(
         tune.with_resources(_trainable(sweep, folder, sources), _resources(shares)),
         param_space=space,
@@ -118,7 +120,7 @@ def sweep_on_ray(
         ),
     )
     try:
-        # In the main thread Ray would take Ctrl-C for itself.
+        # In the main thread Ray would handle Ctrl-C itself.
         in_background(tuner.fit, name="raysl-tune").result()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -126,7 +128,7 @@ def sweep_on_ray(
 
 
 def _prepare() -> None:
-    """Tell Tune what it reads from its own process, and to be quiet."""
+    """Set the environment variables that Tune reads in the driver, and silence its loggers."""
     for name in ("ray.tune", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.update(_TUNE_ENVIRONMENT)
@@ -134,24 +136,24 @@ def _prepare() -> None:
 
 def _trainable(sweep: SweepConfig, folder: SweepFolder, sources: Mapping[str, Source]) -> Any:
     return tune.with_parameters(
-        _patiently,
+        _run_in_process,
         run=trial_in_process,
         trials=folder.trials,
-        shelf=dict(sources),
+        sources=dict(sources),
         metrics=(sweep.metric.name, *sweep.metric.also),
         exchanges=sweep.scheduler.name in ("pbt", "hyperband"),
         space=dict(sweep.space),
     )
 
 
-def _patiently(given: dict[str, Any], *, run: Callable[..., None], **more: Any) -> None:
-    """Run a trial in a process that waits for it to end before it takes the next one."""
+def _run_in_process(point: dict[str, Any], *, run: Callable[..., None], **more: Any) -> None:
+    """Run a trial in a process that waits for it to end before it runs the next one."""
     os.environ.update(_TRIAL_ENVIRONMENT)
-    run(given, **more)
+    run(point, **more)
 
 
 def _resources(shares: Shares) -> dict[str, float]:
-    """What Tune sets aside for a trial; the workers below one set theirs aside themselves."""
+    """Return the resources that Tune reserves for a trial; nested train workers reserve theirs."""
     return {"CPU": 0.01} if shares.nested else {"CPU": shares.cpus, "GPU": shares.gpus}
 
 
@@ -167,32 +169,32 @@ def _tune_config(
         search_alg=search,
         scheduler=scheduler,
         num_samples=most_trials,
-        # A trial is known by its name: population based training hands on settings whole, with the
-        # number in them.
+        # Trials are identified by name, since population based training copies all settings,
+        # including the number, from one trial to another.
         trial_name_creator=lambda trial: trial_name(trial.config[NUMBER]),
         time_budget_s=seconds,
-        # A process that has loaded torch and the images takes the next trial at once; one with
-        # train workers below it has to go, or they would stay.
+        # A process that has loaded torch and the images runs the next trial at once; one with
+        # nested train workers must end, or they would stay.
         reuse_actors=not nested,
     )
 
 
 def _scheduler(sweep: SweepConfig) -> TrialScheduler:
-    """Return the scheduler; time is counted in evaluations, at the same epochs for all trials."""
-    chosen = sweep.scheduler
-    if chosen.name == "asha":
-        return Asha(chosen, sweep.metric)
-    if chosen.name == "hyperband":
-        return HyperBand(chosen, sweep.metric)
-    if chosen.name == "pbt":
+    """Return the scheduler of a sweep."""
+    config = sweep.scheduler
+    if config.name == "asha":
+        return Asha(config, sweep.metric)
+    if config.name == "hyperband":
+        return HyperBand(config, sweep.metric)
+    if config.name == "pbt":
         mutations = {key: _domain(dimension) for key, dimension in sweep.space.items()}
         ranges = {key: each.bounds for key, each in sweep.space.items() if not each.is_listed}
-        return Pbt(chosen, sweep.metric, mutations=mutations, bounds=ranges)
+        return Pbt(config, sweep.metric, mutations=mutations, bounds=ranges)
     return FIFOScheduler()
 
 
 def _domain(dimension: Dimension) -> Any:
-    """Return a dimension as Tune's, for what population based training draws anew."""
+    """Return a dimension as a domain of Tune, for redraws of population based training."""
     if dimension.is_listed:
         return dimension.labels()
     low, high = dimension.bounds
@@ -202,37 +204,41 @@ def _domain(dimension: Dimension) -> Any:
     return (tune.uniform if dimension.kind == "uniform" else tune.loguniform)(low, high)
 
 
-def _tell_known(
-    scheduler: TrialScheduler, known: Sequence[Trial], *, most_trials: int, most: int | None
+def _add_earlier(
+    scheduler: TrialScheduler,
+    earlier: Sequence[Trial],
+    *,
+    most_trials: int,
+    max_running: int | None,
 ) -> None:
-    """Let halving compare new trials with those of earlier starts."""
-    ended = [trial for trial in known if trial.status in ENDED]
+    """Add the trials of earlier starts to a halving scheduler."""
+    ended = [trial for trial in earlier if trial.status in ENDED]
     if isinstance(scheduler, Asha):
-        scheduler.tell(ended)
+        scheduler.add_earlier(ended)
     elif isinstance(scheduler, HyperBand):
-        scheduler.expect(len(ended) + most_trials, most=most)
-        scheduler.tell(known, ended=[trial.number for trial in ended])
+        scheduler.expect(len(ended) + most_trials, max_running=max_running)
+        scheduler.add_earlier(earlier, ended=[trial.number for trial in ended])
 
 
-def _all_at_once(suggestions: Suggestions) -> tuple[Any, dict[str, Any]]:
-    """Return all trials as points that Tune's own generator goes through, and the space around."""
+def _all_points(suggestions: Suggestions) -> tuple[Any, dict[str, Any]]:
+    """Return a searcher over all suggested trials, and the space that contains their points."""
     points = []
-    while (found := suggestions.next()) is not None:
-        number, mutable = found
+    while (suggestion := suggestions.next()) is not None:
+        number, mutable = suggestion
         points.append({NUMBER: number, **mutable})
     space = {key: tune.choice([point[key] for point in points]) for key in points[0]}
     return BasicVariantGenerator(points_to_evaluate=points), space
 
 
 class _Search(Searcher):
-    """Hands Tune the trials that someone else thinks of.
+    """Passes suggested trials to Tune.
 
     Args:
-        suggestions: Who thinks of them.
-        callback: Knows how many run.
-        scheduler: Is told when there are no more.
-        most: Trials at a time; None leaves that to what they reserve, so that the next one waits
-            for the process of the one that ends and takes it over.
+        suggestions: Supplies the trials.
+        callback: Counts the running trials.
+        scheduler: Notified when there are no more trials.
+        max_running: Number of concurrent trials; None leaves it to their resources, so that the
+            next trial waits for a process to reuse.
     """
 
     def __init__(
@@ -241,16 +247,16 @@ class _Search(Searcher):
         callback: "_Callback",
         scheduler: TrialScheduler,
         *,
-        most: int | None,
+        max_running: int | None,
     ) -> None:
         super().__init__()
         self._suggestions = suggestions
         self._scheduler = scheduler
         self._callback = callback
-        self._most = most
+        self._max_running = max_running
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune writes its own state down; nobody reads it
+        return {}  # Tune pickles its state, which is never read
 
     def set_search_properties(
         self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any
@@ -258,30 +264,30 @@ class _Search(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> Any:
-        if self._most is not None and self._callback.num_running >= self._most:
+        if self._max_running is not None and self._callback.num_running >= self._max_running:
             return None
-        found = self._suggestions.next()
-        if found is None:
-            if isinstance(self._scheduler, HyperBand):  # which waits for those that may come
-                self._scheduler.no_more()
+        suggestion = self._suggestions.next()
+        if suggestion is None:
+            if isinstance(self._scheduler, HyperBand):  # it waits for trials that may be added
+                self._scheduler.all_added()
             return Searcher.FINISHED
-        number, mutable = found
+        number, mutable = suggestion
         return {NUMBER: number, **mutable}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Suggestions are told by the callback, which knows more."""
+        """Do nothing; the callback calls ``suggestions.ended``."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Nobody reads it."""
+        """Do nothing; Tune's state is never read."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nobody writes it."""
+        """Do nothing; Tune's state is never read."""
 
 
 class _Callback(tune.Callback):
-    """Passes on what Tune says of trials, in the driver's process."""
+    """Forwards Tune's events in the driver to the watcher and the suggestions."""
 
     def __init__(self, watcher: Watcher, suggestions: Suggestions) -> None:
         self.lost: dict[int, str] = {}
@@ -292,11 +298,11 @@ class _Callback(tune.Callback):
         self._ended: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # as of _Search
+        return {}  # see _Search
 
     @property
     def num_running(self) -> int:
-        """Trials that have, or wait for, a process; those that a scheduler paused do not."""
+        """Number of trials that have, or wait for, a process; paused ones do not count."""
         return sum(trial.status in ("PENDING", "RUNNING") for trial in self._trials)
 
     def on_step_begin(self, iteration: int, trials: Any, **info: Any) -> None:
@@ -323,7 +329,7 @@ class _Callback(tune.Callback):
         self._end(trial, error=_reason(trial.get_error()))
 
     def on_experiment_end(self, trials: Any, **info: Any) -> None:
-        """Find trials that Tune gave up where it tells nobody, as when it has no process ready."""
+        """Find trials that Tune gave up without a callback, as when no process was free in time."""
         for trial in trials:
             number = int(str(trial))
             if trial.status == "ERROR" and number not in self._ended:
@@ -338,6 +344,6 @@ class _Callback(tune.Callback):
 
 
 def _reason(error: BaseException | None) -> str:
-    """Return the last line that says something; Tune puts the whole traceback into one."""
+    """Return the last non-empty line of an error, since Tune's text is a whole traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

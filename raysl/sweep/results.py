@@ -1,4 +1,4 @@
-"""What a sweep leaves behind: the best run's configuration, the results, what is said of them."""
+"""Write and print the results of a sweep: the best run's configuration, results, failures."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,11 +11,10 @@ from raysl.report.terminal import console
 from raysl.run.recipe import RunConfig, run_from_values
 from raysl.run.shell import command
 from raysl.sweep.config import SweepConfig
-from raysl.sweep.in_flight import change_behind
 from raysl.sweep.space import trial_name
 from raysl.sweep.summary import Summary
-from raysl.sweep.trial import SweepFolder, Trial, last_measured
-from raysl.sweep.watch import named, placed_seconds, trials_table
+from raysl.sweep.trial import SweepFolder, Trial, change_behind, last_measured
+from raysl.sweep.watch import params_text, placed_seconds, trials_table
 from raysl.track.results import SweepResults
 from raysl.track.run_folder import RunFolder, working_folder
 from raysl.track.uri import compare_line
@@ -26,7 +25,7 @@ _DIVERGED = DivergedError.__name__
 
 
 def write_best(sweep: SweepConfig, folder: SweepFolder, summary: Summary) -> None:
-    """Write the best trial as a run that `raysl pretrain` takes as it is."""
+    """Write the best trial as a run configuration for `raysl pretrain`."""
     if summary.best is None:
         return
     config = best_run(sweep, RunFolder(summary.best.path))
@@ -56,7 +55,7 @@ def next_line(sweep: SweepConfig, folder: SweepFolder, summary: Summary) -> str 
 def results_of(
     sweep: SweepConfig, folder: SweepFolder, trials: Sequence[Trial], summary: Summary
 ) -> SweepResults:
-    """Return what `--json` prints and ``summary.json`` keeps."""
+    """Return the results for `--json` and ``summary.json``."""
     best = summary.best
     placed = sum(placed_seconds(trial) for trial in trials)
     return {
@@ -72,19 +71,19 @@ def results_of(
         "best_metric": None if best is None else best.metric,
         "best_config": None if best is None else str(folder.best),
         "importance": summary.importance,
-        # Of the time that trials held a place on the cluster: steps, without start and evaluation.
+        # Seconds for which trials held resources, and the share spent in training steps.
         "placed_s": placed,
         "training_share": sum(trial.seconds for trial in trials) / placed if placed else None,
     }
 
 
-def say_results(
+def print_results(
     sweep: SweepConfig,
     folder: SweepFolder,
     trials: Sequence[Trial],
     summary: Summary,
 ) -> None:
-    """Show the best trials, why others failed, and what to do next."""
+    """Print the best trials, the errors of failed ones, and the next command."""
     out = console()
     out.print(trials_table(sweep, list(trials), rows=_BEST_SHOWN))
     for trial in trials:
@@ -94,46 +93,46 @@ def say_results(
     if sweep.track.mlflow:
         lines.append(f"compare   {compare_line(sweep.track.tracking_uri, folder=working_folder())}")
     if summary.best is not None:
-        lines.append(f"best      {named(summary.best.params)}")
+        lines.append(f"best      {params_text(summary.best.params)}")
         lines.append(f"next      {next_line(sweep, folder, summary)}")
     out.print("\n".join(lines), markup=False)
 
 
-def what_failed(sweep: SweepConfig, trials: Sequence[Trial], lost: Mapping[int, str]) -> list[str]:
-    """Return what a sweep did not do, a line each; that some trials diverge is what it finds out.
+def failures_of(sweep: SweepConfig, trials: Sequence[Trial], lost: Mapping[int, str]) -> list[str]:
+    """List the failures of a sweep, one line each; diverged trials alone are no failure.
 
     Args:
         sweep: The sweep.
         trials: All of its trials, after it ended.
-        lost: Trials that Ray gave up, and why.
+        lost: Numbers of the trials that Ray gave up, and the reasons.
     """
     problems = []
     if lost:
-        problems.append(f"trials were lost: {listed(lost)}; the same command goes on with them")
+        problems.append(f"trials were lost: {by_reason(lost)}; the same command goes on with them")
     failed = {trial.number: str(trial.error) for trial in trials if trial.status == "failed"}
     died = {n: error for n, error in failed.items() if not error.startswith(_DIVERGED)}
     if died:
-        problems.append(f"{len(died)} of {len(trials)} trials failed: {listed(died)}")
+        problems.append(f"{len(died)} of {len(trials)} trials failed: {by_reason(died)}")
     if all(trial.metric is None or trial.status == "failed" for trial in trials):
-        why = f"no trial has {sweep.metric.name}, so none is the best"
+        text = f"no trial has {sweep.metric.name}, so none is the best"
         if failed and not died:
-            why += f": {len(failed)} of {len(trials)} diverged; lower optim.base_lr"
-        problems.append(why)
+            text += f": {len(failed)} of {len(trials)} diverged; lower optim.base_lr"
+        problems.append(text)
     return problems
 
 
-def listed(reasons: Mapping[int, str]) -> str:
-    """Return trials by their reasons, each reason once."""
-    by_reason: dict[str, list[str]] = {}
+def by_reason(reasons: Mapping[int, str]) -> str:
+    """Return a text of trials grouped by reason."""
+    groups: dict[str, list[str]] = {}
     for number, reason in sorted(reasons.items()):
-        by_reason.setdefault(reason, []).append(trial_name(number))
-    return "; ".join(f"{', '.join(names)} ({why})" for why, names in by_reason.items())
+        groups.setdefault(reason, []).append(trial_name(number))
+    return "; ".join(f"{', '.join(names)} ({reason})" for reason, names in groups.items())
 
 
 def best_run(sweep: SweepConfig, trial: RunFolder) -> RunConfig[Any]:
-    """Return a trial as a run of its own: tracked, measured in full, beside the sweep's folder.
+    """Return a trial as an independent run, tracked and with all final measurements.
 
-    With the settings that trained what was measured last, if they changed in flight.
+    If its settings changed in flight, the run has those that trained the last measured weights.
     """
     values = read_mapping(trial.config)
     change = change_behind(trial, last_measured(trial, sweep.metric))

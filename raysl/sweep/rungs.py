@@ -43,8 +43,9 @@ class Evaluations:
 
     def periods(self, epoch: float, period: float) -> int:
         """Return how many multiples of a period have had their nearest evaluation by an epoch."""
-        behind = (self.number(epoch) + Fraction(1, 2)) * self._spacing  # the next one's begin there
-        return math.ceil(behind / exact(period)) - 1
+        # From here on, epochs are nearest to the next evaluation.
+        end = (self.number(epoch) + Fraction(1, 2)) * self._spacing
+        return math.ceil(end / exact(period)) - 1
 
 
 class BracketPlan(NamedTuple):

@@ -16,54 +16,57 @@ from raysl.run.recipe import RunConfig
 from raysl.run.source_record import hold_to_source, is_same, source_facts, what_changed
 from raysl.sources.source import Source
 from raysl.sources.subset import whole_source
+from raysl.sweep.config import IF_CHANGED
 from raysl.sweep.ray_trial import source_key
 from raysl.track.run_folder import RunFolder, working_folder
 
-IF_CHANGED = "data.if_changed"
-
 
 class Sources:
-    """Training images by what their configuration says of them; each is opened once."""
+    """The training images of a sweep's runs; equal configurations share one open source."""
 
     def __init__(self) -> None:
         self.opened: dict[str, Source] = {}
-        self._looked_at: set[str] = set()
+        self._checked: set[str] = set()
 
     def of(self, config: RunConfig[Any]) -> Source:
-        """Return the images of a run."""
+        """Return the training images of a run."""
         config = with_absolute_sources(config)
         key = source_key(config)
         if key not in self.opened:
             self.opened[key] = open_training_source(config.data, config.evaluate, config.method)
         return self.opened[key]
 
-    def look(self, config: RunConfig[Any]) -> None:
-        """Raise if a run could not start on its images, before any run does."""
+    def check(self, config: RunConfig[Any]) -> None:
+        """Check that a run can start on its images; networks of equal shapes are built once.
+
+        Raises:
+            RayslError: If it cannot.
+        """
         check_names(config)
         config = with_absolute_files(config, working_folder())
         source = self.of(config)
         check_lengths(config, source)
-        alike = _shape_of(config)
-        if alike not in self._looked_at:
+        shape = _shape_of(config)
+        if shape not in self._checked:
             check_start(config, source)
-            self._looked_at.add(alike)
+            self._checked.add(shape)
 
     def say_notes(self) -> None:
-        """Say the notes of each source once, however many trials train on it."""
+        """Print the notes of each source once."""
         wholes = {whole.fingerprint: whole for whole in map(whole_source, self.opened.values())}
         for whole in wholes.values():
             say_notes(whole, title=f"{whole.name}:")
 
-    def hold(
+    def check_unchanged(
         self, left: Iterable[RunFolder], ended: Iterable[RunFolder], settings: Mapping[str, Any]
     ) -> None:
-        """Refuse other images than a sweep began with, before any trial goes on.
+        """Check that the images have not changed since the sweep began, before trials resume.
 
         Args:
-            left: Folders of the trials that go on or begin; their configurations are brought up to
-                date: images by absolute places, ``data.if_changed`` as it is now.
-            ended: Folders of the trials that they are compared with.
-            settings: What the sweep sets for all of its runs.
+            left: Folders of the trials to start or resume. Their configurations are updated: paths
+                of images become absolute, ``data.if_changed`` is the current setting.
+            ended: Folders of the ended trials, with which they are compared.
+            settings: The sweep's section ``set``.
 
         Raises:
             RunFolderError: If the images have changed.
@@ -73,8 +76,8 @@ class Sources:
             return
         policy = settings.get(IF_CHANGED, "stop")
         if policy == "stop":
-            self._refuse_unlike(ended)
-        said: set[str] = set()
+            self._check_ended(ended)
+        printed: set[str] = set()
         for folder in left:
             config = read_run(folder)
             data = config.data.model_copy(update={"if_changed": policy})
@@ -84,18 +87,18 @@ class Sources:
                 write_text(folder.config, to_yaml(values))
             lines = hold_to_source(folder, self.of(config), config)
             for line in lines:
-                if line not in said:
+                if line not in printed:
                     say(f"trial {folder.path.name}: {line}" if line == lines[0] else line)
-            said |= set(lines)
+            printed |= set(lines)
 
-    def _refuse_unlike(self, ended: Iterable[RunFolder]) -> None:
+    def _check_ended(self, ended: Iterable[RunFolder]) -> None:
         for folder in ended:
-            known = read_json(folder.source)
-            if known is None:
+            record = read_json(folder.source)
+            if record is None:
                 continue
             facts = source_facts(self.of(read_run(folder)))
-            if not is_same(known, facts):
-                changed = "\n  ".join(what_changed(known, facts))
+            if not is_same(record, facts):
+                changed = "\n  ".join(what_changed(record, facts))
                 raise RunFolderError(
                     f"{folder.path}: the images have changed since this trial ended:\n  {changed}\n"
                     f"The trials that are left would not be comparable with it: put the images "
@@ -105,9 +108,9 @@ class Sources:
 
 
 def _shape_of(config: RunConfig[Any]) -> str:
-    """Return what two runs have in common whose networks have the same shapes and images.
+    """Return a key that is equal for runs whose networks have the same shapes and images.
 
-    Numbers that are no whole ones change no shape of a method.
+    It leaves out float settings of the method, which do not change shapes.
     """
     method = config.method.model_dump(mode="json")
     return json.dumps(

@@ -1,4 +1,9 @@
-"""Read and write the trials of a sweep; their folders are the only record."""
+"""Read and write the folders of a sweep and of its trials, which are the only record.
+
+Population based training changes settings in flight. A trial's results are reported with the
+settings that trained its weights, not with those drawn for it initially, nor with new settings that
+have not trained a step yet.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,11 +11,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from raysl.config.load import read_mapping, to_yaml, validate
 from raysl.errors import RunFolderError
+from raysl.folder.claim import ANOTHER_NAME, changes, refusal
 from raysl.folder.lock import held
-from raysl.folder.whole import read_json, write_json
-from raysl.sweep.config import MetricConfig
-from raysl.sweep.in_flight import change_behind
+from raysl.folder.whole import read_json, write_json, write_text
+from raysl.run.environment import flat
+from raysl.sources.place import as_place
+from raysl.sweep.config import IF_CHANGED, MetricConfig, SweepConfig
 from raysl.sweep.space import TRIALS, Candidate, trial_name
 from raysl.track.mlflow_record import read_tracked_run
 from raysl.track.run_folder import RunFolder, read_metrics
@@ -18,6 +26,9 @@ from raysl.track.run_folder import RunFolder, read_metrics
 Status = Literal["waiting", "running", "finished", "stopped", "failed"]
 ENDED: tuple[Status, ...] = ("finished", "stopped", "failed")
 """Final states of a trial."""
+
+# Sections that may change from one start of a sweep to the next.
+_FREE = ("budget", "resources", "retries", "track", "output_dir", "metric")
 
 
 class Trial(NamedTuple):
@@ -76,6 +87,35 @@ class SweepFolder:
         """
         instead = "give this sweep another name=..."
         return held(self.path, doing="is training in", instead=instead)
+
+
+def claim(folder: SweepFolder, sweep: SweepConfig) -> None:
+    """Write the configuration into the folder, which is new or belongs to the same sweep.
+
+    Raises:
+        RunFolderError: If the folder holds another sweep.
+    """
+    values = sweep.model_dump(mode="json")
+    if folder.config.exists():
+        # Validation gives settings that are newer than the folder their defaults.
+        earlier = validate(SweepConfig, read_mapping(folder.config), where=str(folder.config))
+        old, new = (_comparable(each) for each in (earlier.model_dump(mode="json"), values))
+        keys = [key for key in sorted({*old, *new}) if key.split(".")[0] not in _FREE]
+        changed = changes(old, new, keys=keys)
+        if changed:
+            text = refusal(folder.path, "holds another sweep", changed, instead=ANOTHER_NAME)
+            raise RunFolderError(text)
+    write_text(folder.config, to_yaml(values))
+
+
+def _comparable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return flat settings with names of base files and absolute paths of images.
+
+    Folders of base files are left out, since each job has another working folder.
+    """
+    settings = flat({**values, "base": [Path(base).name for base in values["base"]]})
+    settings.pop(f"set.{IF_CHANGED}", None)  # may change
+    return {key: as_place(key.rpartition(".")[2], value) for key, value in settings.items()}
 
 
 def trial_file(folder: RunFolder) -> Path:
@@ -183,3 +223,37 @@ def _curve(records: Sequence[Mapping[str, Any]], name: str) -> tuple[tuple[float
         for record in records
         if math.isfinite(record.get(name, math.nan))
     )
+
+
+class Change(NamedTuple):
+    """Settings from a step on."""
+
+    after_step: int
+    """They apply to all steps after this one."""
+    params: dict[str, Any]
+    """Dotted settings and their displayed values."""
+    values: dict[str, Any]
+    """Dotted settings and their values."""
+
+
+def write_change(folder: RunFolder, change: Change) -> None:
+    """Record the settings that a trial trains with from here on; later records are dropped."""
+    kept = [each for each in _read_changes(folder) if each.after_step < change.after_step]
+    if not kept or kept[-1].params != change.params:
+        kept.append(change)
+    write_json(folder.path / "changes.json", {"changes": [each._asdict() for each in kept]})
+
+
+def newest_change(folder: RunFolder) -> Change | None:
+    """Return the settings that a trial continues with; None if they are those drawn for it."""
+    return next(reversed(_read_changes(folder)), None)
+
+
+def change_behind(folder: RunFolder, step: int) -> Change | None:
+    """Return the settings that trained a step; None if they are those drawn for the trial."""
+    return next((each for each in reversed(_read_changes(folder)) if each.after_step < step), None)
+
+
+def _read_changes(folder: RunFolder) -> list[Change]:
+    kept = read_json(folder.path / "changes.json") or {}
+    return [Change(**each) for each in kept.get("changes", ())]

@@ -73,7 +73,7 @@ def draw_legend(
     figure: Figure,
     trials: Sequence[Trial],
     best: Trial | None,
-    shown: Measure,
+    display: Measure,
     *,
     has_lines: bool,
 ) -> None:
@@ -83,19 +83,19 @@ def draw_legend(
         figure: The legend is placed above it.
         trials: The trials in the picture.
         best: The marked trial; None for none.
-        shown: The metric.
+        display: The metric.
         has_lines: Whether trials are curves, which end in their mark.
     """
     handles = []
     if best is not None and best in trials and best.metric is not None:
-        text = f"best: trial {best.number}, {shown.text(best.metric)}"
+        text = f"best: trial {best.number}, {display.text(best.metric)}"
         handles.append(_handle(BEST, text, has_lines=has_lines))
     statuses = {trial.status for trial in trials}
     for status, look in LOOKS.items():
         if status in statuses:
             brighter = " (brighter: better)" if has_lines and status == "finished" else ""
             handles.append(_handle(look, STATUS_TEXTS[status] + brighter, has_lines=has_lines))
-    legend_above(figure, handles, title=shown.title)
+    legend_above(figure, handles, title=display.title)
 
 
 def _handle(look: Look, text: str, *, has_lines: bool) -> Line2D:

@@ -1,4 +1,4 @@
-"""What the driver of a sweep does while trials run: it keeps their state, MLflow, and the table."""
+"""Follow the trials of a sweep in the driver: record their state, send it to MLflow, print it."""
 
 import json
 import time
@@ -16,7 +16,6 @@ from raysl.config.load import read_mapping
 from raysl.folder.whole import write_json
 from raysl.report.terminal import console
 from raysl.run.environment import flat
-from raysl.run.error_record import read_error
 from raysl.sweep.config import SweepConfig
 from raysl.sweep.summary import best_of, ranked
 from raysl.sweep.trial import (
@@ -27,7 +26,7 @@ from raysl.sweep.trial import (
     read_trial,
     write_trial,
 )
-from raysl.track.run_folder import MetricsFile, RunFolder
+from raysl.track.run_folder import MetricsFile, RunFolder, read_error
 
 if TYPE_CHECKING:  # MLflow takes seconds to load, and not every sweep needs it
     from raysl.track.mlflow_problem import MlflowProblem
@@ -35,21 +34,21 @@ if TYPE_CHECKING:  # MLflow takes seconds to load, and not every sweep needs it
 
 _LINE_EVERY_S = 10.0
 _ROWS = 20
-# In a trial's folder once MLflow has all of it.
-_TOLD = "told.json"
+# File in a trial's folder that marks it as completely sent to MLflow.
+_SENT = "told.json"
 _STATUS_IN_MLFLOW = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}
 
 
 class SweepTracking:
-    """MLflow's side of a sweep: one run for the sweep, and below it one for each trial.
+    """Sends a sweep to MLflow: one run for the sweep, and a child run for each trial.
 
-    The trials' processes know nothing of MLflow: their metrics files are read from here.
+    Trial processes do not use MLflow; the driver reads their metrics files.
 
     Args:
         sweep: The sweep.
-        folder: Its folder.
-        uri: MLflow's tracking URI.
-        tags: What is known of code and machine.
+        folder: The sweep's folder.
+        uri: MLflow tracking URI.
+        tags: Tags of code and machine.
     """
 
     def __init__(
@@ -65,8 +64,8 @@ class SweepTracking:
         self._folder = folder
         self._tags = dict(tags)
         self._children: dict[int, MlflowTracker] = {}
-        # Trials must not wait for what a server takes to store the last one's files.
-        self._ending = ThreadPoolExecutor(1, thread_name_prefix="raysl-sweep-mlflow")
+        # A thread sends the files of ended trials, so that new trials do not wait for the server.
+        self._sender = ThreadPoolExecutor(1, thread_name_prefix="raysl-sweep-mlflow")
         self._parent = self._tracker(
             RunFolder(folder.path),
             sweep.name,
@@ -80,21 +79,21 @@ class SweepTracking:
 
     @property
     def parent_run_id(self) -> str | None:
-        """The sweep's run in MLflow; None if the server has not answered yet."""
+        """Return the id of the sweep's MLflow run; None if the server has not answered yet."""
         return self._parent.run_id
 
     @property
     def problem(self) -> str | None:
-        """Why MLflow did not take everything, or None."""
+        """Return why MLflow did not accept everything, or None."""
         return self._parent.problem
 
     @property
     def trouble(self) -> "MlflowProblem | None":
-        """The same with what to do."""
+        """Return the problem with its remedy, or None."""
         return self._parent.trouble
 
     def start(self, trial: Trial) -> None:
-        """Begin to send a trial's metrics."""
+        """Start sending a trial's metrics."""
         if trial.number in self._children:
             return
         folder = RunFolder(trial.path)
@@ -115,8 +114,8 @@ class SweepTracking:
         self._children[trial.number] = tracker
 
     def end(self, trial: Trial) -> None:
-        """Send the rest of a trial, how it ended, and its files."""
-        self.start(trial)  # one that ended while no driver was there
+        """Send the rest of a trial's metrics, its status and its files."""
+        self.start(trial)  # the trial may have ended in an earlier start
         tracker = self._children.pop(trial.number)
         folder = RunFolder(trial.path)
         tags: dict[str, str] = {"status": trial.status}
@@ -137,14 +136,14 @@ class SweepTracking:
                 tags=tags,
             )
             if tracker.problem is None:
-                write_json(trial.path / _TOLD, {"run_id": tracker.run_id})
+                write_json(trial.path / _SENT, {"run_id": tracker.run_id})
 
-        self._ending.submit(send)
+        self._sender.submit(send)
 
     def catch_up(self, trials: list[Trial]) -> None:
-        """Send what an earlier start could not: trials that ended and were not told whole."""
+        """Send the ended trials that an earlier start did not send completely."""
         for trial in trials:
-            if trial.status in ENDED and not self._is_told(trial):
+            if trial.status in ENDED and not self._is_sent(trial):
                 self.end(trial)
 
     def _tracker(
@@ -166,12 +165,12 @@ class SweepTracking:
             tags=tags,
         )
 
-    def _is_told(self, trial: Trial) -> bool:
-        return (trial.path / _TOLD).exists()
+    def _is_sent(self, trial: Trial) -> bool:
+        return (trial.path / _SENT).exists()
 
     def finish(self, *, status: str, artifacts: list[Path], tags: Mapping[str, str]) -> None:
-        """End the sweep's run; trials that still run are left to the next start."""
-        self._ending.shutdown()
+        """End the sweep's MLflow run; runs of unfinished trials are continued by the next start."""
+        self._sender.shutdown()
         for tracker in self._children.values():
             tracker.finish(status="KILLED", artifacts=[], log_model=None)
         self._children = {}
@@ -186,10 +185,10 @@ def _plain_space(sweep: SweepConfig) -> dict[str, Any]:
 
 
 def _params(trial: Trial) -> dict[str, Any]:
-    """Return a trial's settings, and what the sweep varied where that is no setting by its name.
+    """Return a trial's settings as MLflow parameters, and labels as ``sweep.KEY``.
 
-    MLflow's compare page opens with the first three that differ: a trial's own name and second
-    copies would stand in front of what was varied.
+    MLflow's compare page shows the first three parameters that differ, so the trial's name and
+    copies of settings are left out.
     """
     settings = flat(read_mapping(RunFolder(trial.path).config))
     del settings["name"]
@@ -198,13 +197,13 @@ def _params(trial: Trial) -> dict[str, Any]:
 
 
 class SweepWatch:
-    """Keeps the state of every trial on the disk, in MLflow and on the screen.
+    """Records the state of every trial on disk and in MLflow, and shows it on the terminal.
 
     Args:
         sweep: The sweep.
-        folder: Its folder.
-        tracking: MLflow, or None.
-        trials: All trials known so far.
+        folder: The sweep's folder.
+        tracking: Sends the sweep to MLflow; None if it is not tracked.
+        trials: All trials so far.
     """
 
     def __init__(
@@ -234,7 +233,7 @@ class SweepWatch:
         self._progress.close()
 
     def started(self, number: int) -> None:
-        """A trial begins, or goes on after a pause."""
+        """Record that a trial starts or resumes."""
         self._running.add(number)
         self._started_at[number] = time.time()
         trial = self._read(number)
@@ -243,27 +242,32 @@ class SweepWatch:
         self._show()
 
     def reported(self, number: int, metrics: Mapping[str, float]) -> None:
-        """A trial was evaluated."""
+        """Record that a trial was evaluated."""
         self._read(number)
         self._show()
 
     def paused(self, number: int) -> None:
-        """A trial gave its place away, and may go on later."""
+        """Record that a trial was paused and released its resources."""
         self._running.discard(number)
-        self._keep_times(number)
+        self._write_times(number)
         self._read(number)
         self._show()
 
     def ended(self, number: int, *, error: str | None) -> None:
-        """A trial ended by itself, was stopped, or failed: its folder and Tune's word say which."""
+        """Record that a trial finished, was stopped or failed; the trial's folder says which.
+
+        Args:
+            number: The trial's number.
+            error: Tune's error if the trial's process died, else None.
+        """
         self._running.discard(number)
         folder = self._folder.trial(number)
-        self._keep_times(number)
-        if folder.read_results() is None:  # else it finished, whatever came after
+        self._write_times(number)
+        if folder.read_results() is None:  # a trial with results has finished in any case
             candidate = read_candidate(folder)
             assert candidate is not None
-            told = read_error(folder)
-            error = error or (told and f"{told['error']}: {told['message']}")
+            written = read_error(folder)
+            error = error or (written and f"{written['error']}: {written['message']}")
             status: Literal["failed", "stopped"] = "failed" if error else "stopped"
             write_trial(folder, candidate, status=status, error=error)
         trial = self._read(number)
@@ -272,8 +276,8 @@ class SweepWatch:
         self._log_progress()
         self._show()
 
-    def _keep_times(self, number: int) -> None:
-        """One line for each time that the trial had a place on the cluster."""
+    def _write_times(self, number: int) -> None:
+        """Append the start and end of the time for which a trial held resources."""
         now = time.time()
         times = {"started": self._started_at.pop(number, now), "ended": now}
         with open(times_file(self._folder.trial(number)), "a", encoding="utf-8") as file:
@@ -288,27 +292,27 @@ class SweepWatch:
         return trial
 
     def _log_progress(self) -> None:
-        """One line of the sweep's own metrics for each trial that ended."""
+        """Append a record to the sweep's metrics file after a trial has ended."""
         ended = [trial for trial in self._trials.values() if trial.status in _STATUS_IN_MLFLOW]
         best = best_of(ended, self._sweep.metric)
         counts = {
             f"sweep/{status}": float(sum(trial.status == status for trial in ended))
             for status in _STATUS_IN_MLFLOW
         }
-        known = {} if best is None or best.metric is None else {"sweep/best_metric": best.metric}
-        self._progress.log(counts | known, step=len(ended))
+        value = {} if best is None or best.metric is None else {"sweep/best_metric": best.metric}
+        self._progress.log(counts | value, step=len(ended))
 
     def _show(self) -> None:
         self._view.show(list(self._trials.values()))
 
 
 def times_file(folder: RunFolder) -> Path:
-    """Return where it stands when a trial had a place on the cluster."""
+    """Return the file that records when a trial held resources of the cluster."""
     return folder.path / "times.jsonl"
 
 
 def placed_seconds(trial: Trial) -> float:
-    """Return how long a trial had a place on the cluster, in all starts that ended it or broke."""
+    """Return the seconds for which a trial held resources of the cluster, over all starts."""
     path = times_file(RunFolder(trial.path))
     if not path.exists():
         return 0.0
@@ -317,7 +321,7 @@ def placed_seconds(trial: Trial) -> float:
 
 
 class _View:
-    """The table of trials: live at a terminal, a line every ten seconds elsewhere."""
+    """The table of trials: live on a terminal, else a line every ten seconds."""
 
     def __init__(self, sweep: SweepConfig) -> None:
         self._sweep = sweep
@@ -334,37 +338,45 @@ class _View:
         if self._live is not None:
             self._live.update(trials_table(self._sweep, trials, rows=_ROWS))
         elif time.monotonic() - self._last_line >= _LINE_EVERY_S:
-            self._line(trials)
+            self._print_line(trials)
 
     def close(self, trials: list[Trial]) -> None:
         if self._live is not None:
             self._live.update(trials_table(self._sweep, trials, rows=_ROWS))
             self._live.stop()
         else:
-            self._line(trials)
+            self._print_line(trials)
 
-    def _line(self, trials: list[Trial]) -> None:
+    def _print_line(self, trials: list[Trial]) -> None:
         self._last_line = time.monotonic()
         counts = {s: sum(t.status == s for t in trials) for s in ("running", *_STATUS_IN_MLFLOW)}
-        told = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
+        text = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
         best = best_of(trials, self._sweep.metric)
         if best is not None:
-            told += f"; best {best.metric:.4g} ({named(best.params)})"
-        self._console.print(f"trials: {told}", markup=False)
+            text += f"; best {best.metric:.4g} ({params_text(best.params)})"
+        self._console.print(f"trials: {text}", markup=False)
 
 
-def named(params: Mapping[str, Any]) -> str:
-    """Return parameters as people say them: the last part of each key, and its value."""
-    return ", ".join(f"{key.rsplit('.', 1)[-1]} {shown(value)}" for key, value in params.items())
+def params_text(params: Mapping[str, Any]) -> str:
+    """Return parameters in short: the last part of each key, and its value."""
+    return ", ".join(
+        f"{key.rsplit('.', 1)[-1]} {short_text(value)}" for key, value in params.items()
+    )
 
 
-def shown(value: Any) -> str:
-    """Return a value in few characters."""
+def short_text(value: Any) -> str:
+    """Return a value with at most three significant digits."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def trials_table(sweep: SweepConfig, trials: list[Trial], *, rows: int) -> Table:
-    """Return trials as a table: those that run, then the best ones; in bold the best of all."""
+    """Return a table of running trials, then ended ones in order of rank; the best one is bold.
+
+    Args:
+        sweep: The sweep.
+        trials: All trials.
+        rows: Maximal number of rows.
+    """
     running = [trial for trial in trials if trial.status == "running"]
     ended = [trial for trial in ranked(trials, sweep.metric) if trial.status in ENDED]
     best = best_of(trials, sweep.metric)
@@ -376,7 +388,7 @@ def trials_table(sweep: SweepConfig, trials: list[Trial], *, rows: int) -> Table
     for trial in (running + ended)[:rows]:
         table.add_row(
             f"{trial.number:04d}",
-            *(escape(shown(trial.params.get(key, ""))) for key in keys),
+            *(escape(short_text(trial.params.get(key, ""))) for key in keys),
             f"{trial.epoch:.3g}",
             trial.status if trial.error is None else escape(f"failed: {trial.error[:60]}"),
             "" if trial.metric is None else f"{trial.metric:.4g}",

@@ -9,17 +9,17 @@ from raysl.errors import DataError
 
 
 class BadImages:
-    """What is known to be bad, in ``bad_images.jsonl``: one line an image: row, id, name, reason.
+    """The bad images of a run, in ``bad_images.jsonl``: one line per image, with row and reason.
 
-    Every rank of a run holds the same list, because all are told the same; one of them writes.
+    All ranks hold the same list, since they add the same images; one rank writes the file.
 
     Args:
-        path: The file; what it lists already counts too.
-        num_images: Images of the source.
+        path: The file; images that it already lists are included.
+        num_images: Number of images of the source.
         max_share: Largest share of them that may be bad, in [0, 1].
-        name: Names a row for a person.
-        row_id: Names it as other commands do.
-        reason: Says of a row what its flaw's number means.
+        name: Returns the path or name of a row, for messages.
+        row_id: Returns the id of a row, as in the output of other commands.
+        reason: Returns a text for a row and the number of its flaw.
         writes: Whether this process writes the file.
     """
 
@@ -46,13 +46,17 @@ class BadImages:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def add(self, found: Mapping[int, int], *, step: int) -> int:
-        """Take in rows and their flaws; return how many bad images are known.
+    def add(self, flaws: Mapping[int, int], *, step: int) -> int:
+        """Add bad images; return the number of bad images so far.
+
+        Args:
+            flaws: The number of the flaw of each row.
+            step: The optimizer step that read them.
 
         Raises:
-            DataError: If there are more than the largest share.
+            DataError: If the share of bad images exceeds ``max_share``.
         """
-        new = {row: flaw for row, flaw in sorted(found.items()) if row not in self._rows}
+        new = {row: flaw for row, flaw in sorted(flaws.items()) if row not in self._rows}
         if self._writes and new:
             with open(self.path, "a", encoding="utf-8") as file:
                 for row, flaw in new.items():
@@ -77,7 +81,7 @@ class BadImages:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of the file; a last one that a crash cut short is left out."""
+    """Return the records of the file, without a last line that a crash cut short."""
     if not path.exists():
         return []
     records = []

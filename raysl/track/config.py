@@ -7,24 +7,25 @@ from raysl.config.base import Config, Idle
 
 
 class TrackConfig(Config):
-    """Where MLflow gets the run."""
+    """How the run is tracked in MLflow."""
 
     idle: ClassVar[tuple[Idle, ...]] = (Idle(("registered_model",), {"log_model": (False,)}),)
     mlflow: bool = True
     """Track the run in MLflow."""
     tracking_uri: str | None = None
-    """null takes MLFLOW_TRACKING_URI, else a SQLite file in the working directory."""
+    """URI of the MLflow server or store; null uses MLFLOW_TRACKING_URI, else a SQLite file in the
+    working directory."""
     experiment: str = "raysl"
-    """Name of the experiment in MLflow; a new one is created."""
+    """Name of the experiment in MLflow, which is created if it does not exist."""
     log_model: bool = True
     """Store the encoder as an MLflow model with its signature."""
     registered_model: str | None = None
-    """Name in MLflow's model registry under which that model becomes the newest version; null
-    registers none."""
+    """Name in MLflow's model registry of which the model becomes the newest version; null does not
+    register it."""
 
 
 def check_run_name(name: str) -> str:
-    """Return the name of a run or a sweep; raise ValueError if it cannot be a folder's."""
+    """Return the name of a run or a sweep; raise ValueError if it is no valid folder name."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=-]*", name):
         raise ValueError(
             f"a name starts with a letter or digit and holds letters, digits, '.', '_', '=' "

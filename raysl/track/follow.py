@@ -1,7 +1,8 @@
 """Follow a run by reading its metrics file in threads while it is written.
 
-Training never waits for any of them. A run that restarts repeats the steps after its last
-checkpoint and rewrites the file; the reader then begins again, and hands out nothing twice.
+Training never waits for these threads. A run that restarts repeats the steps after its last
+checkpoint and rewrites the file; the reader then reads it from the start, and returns no value
+twice.
 """
 
 import threading
@@ -15,11 +16,11 @@ Record = dict[str, Any]
 
 
 class MetricsReader:
-    """Hands out the values of a metrics file that were not handed out before.
+    """Reads the new values of a metrics file.
 
     Args:
         path: The file; it may not exist yet.
-        seen: Newest step handed out for each metric, by an earlier reader.
+        seen: For each metric, the last step that an earlier reader returned.
     """
 
     def __init__(self, path: Path, seen: dict[str, int] | None = None) -> None:
@@ -29,7 +30,7 @@ class MetricsReader:
         self._inode = 0
 
     def read(self) -> list[Record]:
-        """Return the new records; a record holds only metrics newer than those seen."""
+        """Return the new records, each with only the metrics that were not returned before."""
         if not self.path.exists():
             return []
         status = self.path.stat()
@@ -52,11 +53,11 @@ class MetricsReader:
 
 
 class Follower:
-    """Calls a function with new records every so often, in a thread of its own.
+    """Calls a function with new records at regular intervals, in its own thread.
 
     Args:
-        reader: Where records come from.
-        consume: Gets each list of new records; an empty one too, as a sign of life.
+        reader: Reads the records.
+        consume: Called with each list of new records, also if it is empty.
         every_s: Seconds between two calls.
     """
 

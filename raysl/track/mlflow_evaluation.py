@@ -13,35 +13,35 @@ from raysl.track.mlflow_tracker import experiment_id, patient_client
 
 
 class EvaluationRecord(NamedTuple):
-    """What is sent."""
+    """The results of an evaluation to send to MLflow."""
 
     metrics: Mapping[str, float]
     tags: Mapping[str, str]
     artifacts: Sequence[Path]
-    """Files; those that are missing are left out."""
+    """Files to send; missing ones are skipped."""
     root: Path
-    """Artifacts keep their place below this folder."""
+    """Folder that the artifacts keep their relative paths to."""
     place: str
-    """Where they go among the run's artifacts."""
+    """Folder of the artifacts within the MLflow run."""
 
 
 def send_evaluation(
     record: EvaluationRecord, *, uri: str, run_id: str | None, experiment: str, run_name: str
 ) -> str:
-    """Send it to a run, which may have ended, or to a new one.
+    """Send an evaluation to an MLflow run, which may have ended, or to a new one.
 
     Args:
-        record: What to send.
-        uri: MLflow's tracking URI.
-        run_id: The run; None, or one that was deleted, makes a new one.
-        experiment: Of a new run.
-        run_name: Of a new run.
+        record: The results.
+        uri: MLflow tracking URI.
+        run_id: The run; if it is None or was deleted, a new run is created.
+        experiment: Experiment of a new run.
+        run_name: Name of a new run.
 
     Returns:
         The run's id.
 
     Raises:
-        MlflowException: If the server does not answer or take it; a store may raise others too.
+        MlflowException: If the server does not answer or accept it; stores may raise other errors.
     """
     client = patient_client(uri)
     if run_id is None or not _is_there(client, run_id):

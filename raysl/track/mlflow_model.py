@@ -30,7 +30,7 @@ class Registered(NamedTuple):
     version: str
     run_id: str
     difference: float
-    """What checking it returned."""
+    """Result of ``check``: the largest difference between the loaded model and the encoder."""
 
 
 def log_encoder(
@@ -47,15 +47,15 @@ def log_encoder(
 
     Args:
         encoder: A torch module, ``(N, 3, S, S)`` float32 -> ``(N, embed_dim)`` float32.
-        uri: MLflow's tracking URI.
-        run_id: The run that gets the model.
-        size_px: S.
+        uri: MLflow tracking URI.
+        run_id: The MLflow run to log the model to.
+        size_px: Side S of the images in px.
         embed_dim: Width of the features.
-        packages: Requirements of whoever loads it, such as ``torch==2.15.0``.
+        packages: Requirements for loading the model, such as ``torch==2.15.0``.
         registered_as: Name in the model registry, of which it becomes the newest version.
 
     Returns:
-        The model's own URI.
+        The URI of the model in MLflow.
     """
     shape = (-1, 3, size_px, size_px)
     signature = ModelSignature(
@@ -86,21 +86,22 @@ def register_encoder(
     packages: list[str],
     check: Callable[[Any], float],
 ) -> Registered:
-    """Make an encoder the newest version of a registered model, once it was loaded and checked.
+    """Register an encoder as the newest version of a model, after loading and checking it.
 
     Args:
-        encoder: As for :func:`log_encoder`.
-        uri: MLflow's tracking URI.
-        name: In the registry.
-        run_id: The run that trained it; another one is made if it is None or not there any more.
-        experiment: Where that one is made.
-        size_px: Side of the images.
+        encoder: See :func:`log_encoder`.
+        uri: MLflow tracking URI.
+        name: Name in the model registry.
+        run_id: The MLflow run that trained it; if it is None or no longer exists, a new one is
+            created.
+        experiment: Experiment of a new run.
+        size_px: Side of the images in px.
         embed_dim: Width of the features.
-        packages: Requirements of whoever loads it.
-        check: Is given the loaded model; raises if it is not the encoder.
+        packages: Requirements for loading the model.
+        check: Compares the loaded model with the encoder; returns the difference, or raises.
 
     Raises:
-        ExportError: If MLflow does not take it, or the check fails.
+        ExportError: If MLflow does not accept the model, or the check fails.
     """
     try:
         client = patient_client(uri)
@@ -114,7 +115,7 @@ def register_encoder(
             version = mlflow.register_model(model_uri, name)
     except RayslError:
         raise
-    except Exception as error:  # a store, or the exporter that MLflow calls, may raise anything
+    except Exception as error:  # stores and MLflow's exporter may raise anything
         text, cure = problem_of(error, uri=uri, experiment=experiment)
         raise ExportError(
             f"{without_password(uri)}: MLflow did not take the model: {text}"
@@ -145,9 +146,9 @@ def _new_run(client: MlflowClient, experiment: str, name: str) -> str:
 
 @contextmanager
 def addressed(uri: str) -> Iterator[None]:
-    """Make MLflow's own functions talk to ``uri``, and forget it again.
+    """Set MLflow's global tracking URI within a ``with`` block, and restore it.
 
-    MLflow also writes it into the environment, where the next run of this process would find it.
+    MLflow also sets the environment variable, which the next run in this process would read.
     """
     before = os.environ.get(_URI_VARIABLE)
     mlflow.set_tracking_uri(uri)

@@ -1,7 +1,7 @@
-"""Explain why MLflow rejected something: whether waiting helps, and otherwise what does.
+"""Classify errors of MLflow's client, and say whether to retry or what to change.
 
-The kinds were found by asking MLflow 3.17 for each: its client wraps whatever a server, a driver or
-the network said, and keeps little of it apart.
+The cases were collected with MLflow 3.17, whose client wraps errors of servers, database drivers
+and the network in few classes.
 """
 
 import shlex
@@ -18,20 +18,20 @@ _UNKNOWN_USER = ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED")
 
 
 class MlflowProblem(NamedTuple):
-    """What keeps records from MLflow."""
+    """The reason why MLflow does not accept records."""
 
     text: str
-    """One line, without a password."""
+    """The error in one line, without a password."""
     cure: str | None
-    """What to do; None where waiting helps, as for a server that is down."""
+    """What to do; None if a retry may succeed, such as for a server that is down."""
 
 
 class DeletedExperimentError(Exception):
-    """The experiment is in MLflow's bin, which takes no runs.
+    """The experiment was deleted in MLflow, and accepts no runs.
 
     Args:
-        name: Of the experiment.
-        number: Its id.
+        name: Name of the experiment.
+        number: Id of the experiment.
     """
 
     def __init__(self, name: str, number: str) -> None:
@@ -41,28 +41,29 @@ class DeletedExperimentError(Exception):
 
 
 def problem_of(error: BaseException, *, uri: str, experiment: str) -> MlflowProblem:
-    """Tell the kinds of error apart.
+    """Return the problem that an error of MLflow's client stands for.
 
     Args:
-        error: What MLflow's client raised.
-        uri: The tracking URI.
+        error: The exception.
+        uri: MLflow tracking URI.
         experiment: Name of the experiment.
     """
-    shown = without_password(uri)
-    bare = uri.rstrip("/")  # as MLflow's messages quote it
+    printable_uri = without_password(uri)
+    bare = uri.rstrip("/")  # MLflow's messages quote it so
     text = f"{type(error).__name__}: {error}".replace(bare, without_password(bare)).splitlines()[0]
-    return MlflowProblem(text, _cure(error, uri, shown, experiment))
+    return MlflowProblem(text, _cure(error, uri, printable_uri, experiment))
 
 
-def _cure(error: BaseException, uri: str, shown: str, experiment: str) -> str | None:
+def _cure(error: BaseException, uri: str, printable_uri: str, experiment: str) -> str | None:
     if any(_package(each) == "requests" for each in _chain(error)):
-        return None  # refused, timed out, a name that is not known by now, a server that restarts
+        return None  # a refused or slow connection, an unresolved host, a server that restarts
     other = f"give another one by track.experiment=NAME (now {experiment})"
     code, text = str(getattr(error, "error_code", "")), str(error)
     if isinstance(error, DeletedExperimentError):
         restore = shlex.join(["mlflow", "experiments", "restore", "--experiment-id", error.number])
-        return f"{other}, or bring it back:\n    MLFLOW_TRACKING_URI={shlex.quote(shown)} {restore}"
-    known = (
+        variable = f"MLFLOW_TRACKING_URI={shlex.quote(printable_uri)}"
+        return f"{other}, or bring it back:\n    {variable} {restore}"
+    cases = (
         (
             code in _UNKNOWN_USER,
             "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, "
@@ -74,7 +75,8 @@ def _cure(error: BaseException, uri: str, shown: str, experiment: str) -> str | 
         ),
         (
             code == "ENDPOINT_NOT_FOUND" or "not in a valid JSON format" in text,
-            f"what answers at {shown} is no MLflow tracking server: check host, port and path",
+            f"what answers at {printable_uri} is no MLflow tracking server: check host, port and "
+            f"path",
         ),
         (
             is_file_store(uri),
@@ -89,12 +91,12 @@ def _cure(error: BaseException, uri: str, shown: str, experiment: str) -> str | 
         (
             "out-of-date database schema" in text,
             "after a backup, bring it up to date:\n    "
-            + shlex.join(["mlflow", "db", "upgrade", shown]),
+            + shlex.join(["mlflow", "db", "upgrade", printable_uri]),
         ),
         (
             isinstance(error, ModuleNotFoundError),
             f"install {getattr(error, 'name', None)}, which MLflow needs for "
-            f"{shown.partition(':')[0]}",
+            f"{printable_uri.partition(':')[0]}",
         ),
         (
             "file is not a database" in text or "unable to open database file" in text,
@@ -105,11 +107,11 @@ def _cure(error: BaseException, uri: str, shown: str, experiment: str) -> str | 
             "make it writable, or give another place by track.tracking_uri",
         ),
     )
-    return next((cure for applies, cure in known if applies), None)
+    return next((cure for applies, cure in cases if applies), None)
 
 
 def is_inactive(error: BaseException) -> bool:
-    """Return whether a run or its experiment was deleted while it was written to."""
+    """Return whether the error means that the run or its experiment was deleted."""
     return isinstance(error, MlflowException) and "must be in the 'active' state" in str(error)
 
 

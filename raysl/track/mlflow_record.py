@@ -13,14 +13,14 @@ class TrackedRun(NamedTuple):
 
     run_id: str | None
     uri: str | None
-    """MLflow's address, without a password."""
+    """MLflow tracking URI without a password."""
     experiment: str | None
     sent: dict[str, int] | None
-    """Last step that MLflow has of each metric; None if unknown."""
+    """Last step of each metric that was sent to MLflow; None if unknown."""
 
     @property
     def whole_uri(self) -> str | None:
-        """The address, or None if a password was removed from it."""
+        """Return the URI, or None if a password was removed from it."""
         return None if self.uri is None or _HIDDEN in self.uri else self.uri
 
 
@@ -42,9 +42,9 @@ class TrackedEvaluation(NamedTuple):
 
     run_id: str
     uri: str | None
-    """MLflow's address, without a password."""
+    """MLflow tracking URI without a password."""
     what: str | None
-    """Digest of the metrics that were sent and of the address."""
+    """Digest of the sent metrics and the URI."""
 
 
 def read_tracked_evaluation(path: Path) -> TrackedEvaluation | None:

@@ -1,7 +1,7 @@
 """Send a run to MLflow from its metrics file, in a thread that training never waits for.
 
-Everything that MLflow gets is on the disk first. A server that is slow or down delays its own
-records, which are sent when it answers again, or by the next start of the same run.
+Everything is written to disk before it is sent to MLflow. Records for a server that is slow or down
+are sent when it answers again, or by the next start of the same run.
 """
 
 import contextlib
@@ -38,16 +38,16 @@ _LONGEST_PARAM = 6000
 _EVERY_S = 2.0
 _RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 _LAST_CHANCE_S = 15.0
-# Two threads that make one new database at once come into each other's way.
+# Two threads that create the same new database at once would fail.
 _OPENING = threading.Lock()
 
 
 def patient_client(uri: str) -> MlflowClient:
-    """Return a client that says little and gives up soon: whoever asks tries again."""
-    # Tables that it makes and versions that it guesses at are not news to who trains.
+    """Return a client that logs only errors and fails after seconds; callers retry."""
+    # Messages about created tables and guessed versions do not concern the user.
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # MLflow's own patience is minutes; ours is a loop that goes on for as long as the run.
+    # MLflow would retry for minutes; the tracker's loop retries for as long as the run lasts.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     with _OPENING:
@@ -55,24 +55,24 @@ def patient_client(uri: str) -> MlflowClient:
 
 
 def warm_up(uri: str) -> None:
-    """Open a store, which makes a new one; what goes wrong is told by who uses it."""
+    """Open a store and create it if necessary; errors are ignored, since its users report them."""
     with contextlib.suppress(Exception):
         patient_client(uri).search_experiments(max_results=1)
 
 
 class MlflowTracker:
-    """Sends a run to MLflow from a thread of its own.
+    """Sends a run to MLflow from its own thread.
 
-    The run's id and what was sent are kept in ``mlflow.json`` of the run folder, so that a resumed
-    training goes on with the same MLflow run and sends nothing twice.
+    The run's id and the last step sent of each metric are stored in ``mlflow.json`` of the run
+    folder, so that a resumed training continues the same MLflow run and sends no value twice.
 
     Args:
-        folder: The run.
-        uri: MLflow's tracking URI.
-        experiment: Its experiment, made if it is not there.
-        run_name: Name of the run in the UI.
-        params: The configuration, flat; each is sent once.
-        tags: What else is known of the run.
+        folder: The run folder.
+        uri: MLflow tracking URI.
+        experiment: Name of the experiment, which is created if it does not exist.
+        run_name: Name of the run in MLflow.
+        params: The configuration, flattened to dotted names; each parameter is sent once.
+        tags: Tags of the run in MLflow.
     """
 
     def __init__(
@@ -105,18 +105,18 @@ class MlflowTracker:
         self._thread = threading.Thread(target=self._run, name="raysl-mlflow", daemon=True)
 
     def start(self) -> None:
-        """Begin to send what is written to the metrics file."""
+        """Start sending the records of the metrics file."""
         self._thread.start()
 
     @property
     def problem(self) -> str | None:
-        """Why MLflow did not take everything so far, or None."""
+        """Return why MLflow has not accepted everything so far, or None."""
         return None if self.trouble is None else self.trouble.text
 
     def wait_for_run(self, timeout_s: float = _LAST_CHANCE_S) -> str | None:
-        """Wait until the run is made, or could not be, and return its id.
+        """Wait until the MLflow run is created; return its id.
 
-        None, with ``trouble`` set, if nobody answers in time or MLflow does not take it.
+        Returns None, with ``trouble`` set, if the server does not answer in time or refuses.
         """
         if not self._tried.wait(timeout_s):
             self.trouble = MlflowProblem(f"{NO_ANSWER} within {timeout_s:g} s", None)
@@ -130,13 +130,13 @@ class MlflowTracker:
         log_model: Callable[["MlflowTracker"], None] | None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """Send the rest and end the MLflow run; give up, with ``problem`` set, if nobody answers.
+        """Send the rest and end the MLflow run; give up and set ``trouble`` if there is no answer.
 
         Args:
             status: ``FINISHED``, ``FAILED`` or ``KILLED``.
-            artifacts: Files to store with the run.
+            artifacts: Files to store with the run; missing ones are skipped.
             log_model: Called last to store the encoder.
-            tags: What is known of the run only now.
+            tags: Additional tags of the run.
         """
         self._stop.set()
         self._thread.join(timeout=_LAST_CHANCE_S)
@@ -147,12 +147,12 @@ class MlflowTracker:
         if self.problem is not None:
             return
         self._try(lambda: self._store(artifacts, log_model, tags or {}))
-        # Also when an artifact could not be stored: what ended is not running.
-        self._try(lambda: self._ended(status))
+        # Also if an artifact could not be stored, or MLflow would show the run as running.
+        self._try(lambda: self._set_ended(status))
 
     def _run(self) -> None:
         failures = 0
-        self._send_pending()  # the run is there at once, for those that refer to it
+        self._send_pending()  # creates the run at once, for callers that need its id
         self._tried.set()
         while True:
             stopping = self._stop.wait(_RETRY_S[min(failures, 5) - 1] if failures else _EVERY_S)
@@ -169,9 +169,9 @@ class MlflowTracker:
         try:
             work()
             self.trouble = None
-        except Exception as error:  # a store may raise anything, and training goes on
+        except Exception as error:  # stores may raise anything, and training continues
             if is_inactive(error):
-                self._client = None  # deleted meanwhile: looked for, or made, anew
+                self._client = None  # the run was deleted: create a new one on the next try
             self.trouble = problem_of(error, uri=self.uri, experiment=self.experiment)
 
     def _send(self) -> None:
@@ -193,23 +193,23 @@ class MlflowTracker:
             self._keep()
 
     def _ready(self) -> MlflowClient:
-        """Return a client with the run made, or found again, and its parameters sent."""
+        """Return the client, after creating or reopening the run and sending its parameters."""
         if self._client is not None:
             return self._client
         client = patient_client(self.uri)
-        known: set[str] = set()
+        sent_params: set[str] = set()
         if self.run_id is not None:
             try:
                 run = client.get_run(self.run_id)
                 deleted = run.info.lifecycle_stage == LifecycleStage.DELETED
                 if not deleted:
-                    known = set(run.data.params)
+                    sent_params = set(run.data.params)
                     client.update_run(self.run_id, status="RUNNING")
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
                 deleted = True
-            if deleted:  # by somebody: tell the whole run again
+            if deleted:  # send the whole run again
                 self.run_id = None
                 self._reader, self._sent, self._waiting = MetricsReader(self.folder.metrics), {}, []
                 self._waiting = self._reader.read()
@@ -220,7 +220,11 @@ class MlflowTracker:
                 run_name=self.run_name,
             ).info.run_id
             self._keep()
-        new = [Param(k, str(v)[:_LONGEST_PARAM]) for k, v in self.params.items() if k not in known]
+        new = [
+            Param(k, str(v)[:_LONGEST_PARAM])
+            for k, v in self.params.items()
+            if k not in sent_params
+        ]
         for some in _chunks(new, _PARAMS_A_CALL):
             client.log_batch(self.run_id, params=some)
         client.log_batch(self.run_id, tags=[RunTag(k, str(v)) for k, v in self.tags.items()])
@@ -243,7 +247,7 @@ class MlflowTracker:
         if log_model is not None:
             log_model(self)
 
-    def _ended(self, status: str) -> None:
+    def _set_ended(self, status: str) -> None:
         client = self._ready()
         assert self.run_id is not None
         client.set_terminated(self.run_id, status=status)
@@ -255,26 +259,26 @@ class MlflowTracker:
 
 
 def experiment_id(client: MlflowClient, name: str) -> str:
-    """Return the id of an experiment, which is made if it is not there.
+    """Return the id of an experiment, which is created if it does not exist.
 
     Raises:
-        DeletedExperimentError: If it was deleted; MLflow keeps the name.
+        DeletedExperimentError: If it was deleted; MLflow does not free the name.
     """
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         try:
             return str(client.create_experiment(name))
         except MlflowException:
-            found = client.get_experiment_by_name(name)  # another run made it in between
-            if found is None:
+            experiment = client.get_experiment_by_name(name)  # created by another run meanwhile
+            if experiment is None:
                 raise
-    if found.lifecycle_stage == LifecycleStage.DELETED:
-        raise DeletedExperimentError(name, str(found.experiment_id))
-    return str(found.experiment_id)
+    if experiment.lifecycle_stage == LifecycleStage.DELETED:
+        raise DeletedExperimentError(name, str(experiment.experiment_id))
+    return str(experiment.experiment_id)
 
 
 def _metrics_of(record: Record) -> list[Metric]:
-    """Return what a chart can show: MLflow stores infinity as 1.8e308, beside which all is flat."""
+    """Return the finite metrics: MLflow stores infinity as 1.8e308, which flattens its charts."""
     timestamp = int(record["time"] * 1000)
     return [
         Metric(name, value, timestamp, int(record["step"]))
@@ -284,20 +288,20 @@ def _metrics_of(record: Record) -> list[Metric]:
 
 
 def _tags_of(records: list[Record]) -> list[RunTag]:
-    """Return a tag for each metric that is not finite somewhere: where it was so last."""
-    found = {
+    """Return a tag for each metric with a value that is not finite: the last value and step."""
+    texts = {
         name: f"{value} at step {record['step']}"
         for record in records
         for name, value in _values(record)
         if not math.isfinite(value)
     }
-    return [RunTag(f"not_finite.{name}", text) for name, text in found.items()]
+    return [RunTag(f"not_finite.{name}", text) for name, text in texts.items()]
 
 
 def _values(record: Record) -> Iterator[tuple[str, float]]:
-    """Yield the metrics of a record."""
+    """Yield the metrics of a record, without times."""
     for name, value in record.items():
-        # Clocks and stop-watches are for the results; as metrics they only fill the UI's plots.
+        # Times are part of the results; as metrics they would only fill MLflow's plots.
         if name not in ("step", "time") and not name.startswith("time/"):
             yield name, float(value)
 

@@ -1,4 +1,4 @@
-"""The folder of a run: its paths, its lock, and its metrics file."""
+"""The folder of a run: its paths, lock, results, metrics file, and the error that ended it."""
 
 import json
 import os
@@ -9,19 +9,20 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
+from raysl.errors import ErrorRecord, RayslError, to_record
 from raysl.folder.lock import held
 from raysl.folder.whole import read_json, write_json, write_text
 from raysl.track.results import Results
 
 JOB_FOLDER = "/runtime_resources/"
-"""Below such a folder Ray unpacks the working directory of a job, and deletes it afterwards."""
+"""Part of the path at which Ray unpacks the working directory of a job, to delete it afterwards."""
 
 _CHECKPOINT_NAME = re.compile(r"^step-(\d{9})$")
 _WAITING_NAME = re.compile(r"^step-(\d{9})\.safetensors$")
 
 
 def working_folder() -> Path:
-    """Return the folder that runs and mlflow.db go to: the current one, or a lasting one in a job.
+    """Return the folder for runs and mlflow.db: the current one, or a permanent one in a Ray job.
 
     The working directory of a Ray job is a copy that Ray deletes, so a job's results go to
     ``RAYSL_HOME``, else to ``~/raysl`` of the node the job runs on.
@@ -33,10 +34,10 @@ def working_folder() -> Path:
 
 
 class RunFolder:
-    """``runs/NAME``: the paths in it.
+    """The paths in a run folder, ``runs/NAME``.
 
     Args:
-        path: The folder; absolute, since workers have other working directories.
+        path: The folder; made absolute, since workers have other working directories.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,12 +61,14 @@ class RunFolder:
         self.bad_images = self.path / "bad_images.jsonl"
         self.to_evaluate = self.path / "to_evaluate"
         self.failed_evaluations = self.path / "failed_evaluations.jsonl"
+        self.error = self.path / "error.json"
 
     def locked(self) -> AbstractContextManager[None]:
-        """Hold the folder for one process; the lock goes with the process, however it ends.
+        """Lock the folder for one process; the lock ends with the process, however that ends.
 
         Raises:
-            RunFolderError: On entering, if another process holds it, or it cannot be made.
+            RunFolderError: On entering, if another process holds the lock, or the folder cannot be
+                created.
         """
         return held(self.path, doing="is training in", instead="give this run another name=...")
 
@@ -74,12 +77,12 @@ class RunFolder:
         return cast(Results | None, read_json(self.results))
 
     def write_results(self, results: Results) -> None:
-        """Write the results; a run is finished once its place, ``run_dir``, is among them."""
+        """Write the results; a run is finished if they contain ``run_dir``."""
         write_json(self.results, results)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Return where the checkpoint after ``step`` optimizer steps lies."""
+    """Return the path of the checkpoint after ``step`` optimizer steps."""
     return folder / f"step-{step:09d}"
 
 
@@ -97,12 +100,12 @@ def latest_step(folder: Path) -> int:
 
 
 def waiting_path(folder: Path, step: int) -> Path:
-    """Return where the encoder after ``step`` optimizer steps waits to be evaluated."""
+    """Return the path of the encoder after ``step`` optimizer steps while its evaluation waits."""
     return folder / f"step-{step:09d}.safetensors"
 
 
 def list_waiting(folder: Path) -> list[int]:
-    """Return the steps whose encoders wait to be evaluated in a folder, or just are, in order."""
+    """Return the steps with a waiting or running evaluation in a folder, in order."""
     if not folder.is_dir():
         return []
     matches = (_WAITING_NAME.match(entry.name) for entry in folder.iterdir())
@@ -110,14 +113,14 @@ def list_waiting(folder: Path) -> list[int]:
 
 
 class MetricsFile:
-    """Appends one JSON line a logging step to ``metrics.jsonl``.
+    """Appends one JSON record per logging step to ``metrics.jsonl``.
 
     The file is the record of the run: MLflow, the progress bar and the report all read it.
 
     Args:
         path: The file.
-        start_step: Steps already done; lines of later steps, written before a crash by a run that
-            now repeats them, are dropped.
+        start_step: Number of steps already done; records of later steps, which the run repeats
+            after a crash, are dropped.
     """
 
     def __init__(self, path: Path, *, start_step: int) -> None:
@@ -137,14 +140,14 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics file; a last line that was cut short is left out."""
+    """Return the records of a metrics file, without a last line that was cut short."""
     if not path.exists():
         return []
     return [record for record, _ in follow_metrics(path, 0)]
 
 
 def follow_metrics(path: Path, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yield the complete lines from a byte offset on, each with the offset after it."""
+    """Yield the records from a byte offset on, each with the offset after it."""
     with open(path, "rb") as file:
         file.seek(offset)
         for line in file:
@@ -154,5 +157,23 @@ def follow_metrics(path: Path, offset: int) -> Iterator[tuple[dict[str, Any], in
             try:
                 record = json.loads(line)
             except ValueError:
-                continue  # a line that a crash of the machine left half on the disk
+                continue  # a line that was incomplete on disk when the machine crashed
             yield record, offset
+
+
+def write_error(folder: RunFolder, error: RayslError) -> None:
+    """Write the error that ended a run."""
+    write_json(folder.error, to_record(error))
+
+
+def read_error(folder: RunFolder) -> ErrorRecord | None:
+    """Return the error that ended a run, or None."""
+    record = read_json(folder.error)
+    if record is None:
+        return None
+    return ErrorRecord(error=str(record["error"]), message=str(record["message"]))
+
+
+def forget_error(folder: RunFolder) -> None:
+    """Delete the error when a run starts or resumes."""
+    folder.error.unlink(missing_ok=True)

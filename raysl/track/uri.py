@@ -12,19 +12,19 @@ from raysl.errors import ConfigError
 # mlflow/tracking/_tracking_service/utils.py and mlflow/store/db/db_types.py of MLflow 3.
 _DATABASES = ("postgresql", "mysql", "sqlite", "mssql")
 _DATABRICKS = ("databricks", "databricks-uc", "uc")
-# Neither absolute (a fourth slash, a drive) nor a name of SQLite's own (":memory:", "file:...").
+# Neither absolute (a fourth slash, a drive) nor special to SQLite (":memory:", "file:...").
 _RELATIVE_SQLITE = re.compile(r"(sqlite(?:\+\w+)?:///)(?!/|:|file:|[A-Za-z]:)(.+)")
 _SCHEMES = ("file", "http", "https", *_DATABASES)
 
 
 def tracking_uri(configured: str | None, *, folder: Path) -> str:
-    """Return MLflow's address: as configured, else MLFLOW_TRACKING_URI, else a SQLite file.
+    """Return the tracking URI: as configured, else MLFLOW_TRACKING_URI, else a SQLite file.
 
     Args:
         configured: ``track.tracking_uri``.
         folder: The working directory. The path of a SQLite file becomes absolute, because other
             processes have other working directories, and because MLflow caches one engine for
-            each address in a process: a relative one would keep its first folder.
+            each URI in a process, which would keep the first directory of a relative path.
     """
     uri = configured or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
@@ -34,24 +34,24 @@ def tracking_uri(configured: str | None, *, folder: Path) -> str:
 
 
 def same_store(kept: str | None, uri: str) -> bool:
-    """Return whether the address stored in a run folder, without its password, is this one.
+    """Return whether a URI stored in a run folder without its password denotes the same store.
 
     Args:
-        kept: The stored address. Earlier versions stored relative SQLite files; they are taken as
-            relative to the working directory.
-        uri: An absolute address, as ``tracking_uri`` gives.
+        kept: The stored URI. Earlier versions stored relative SQLite files; they are resolved
+            against the working directory.
+        uri: A result of :func:`tracking_uri`.
     """
     return bool(kept) and tracking_uri(kept, folder=Path.cwd()) == without_password(uri)
 
 
 def check_tracking_uri(configured: str | None) -> None:
-    """Refuse an address with a scheme that MLflow does not support, without connecting to it.
+    """Check that MLflow supports the scheme of the URI, without connecting to it.
 
     Args:
-        configured: ``track.tracking_uri``; None takes MLFLOW_TRACKING_URI, if that is set.
+        configured: ``track.tracking_uri``; None uses MLFLOW_TRACKING_URI, if that is set.
 
     Raises:
-        ConfigError: With the kinds that it knows, those of its plugins among them.
+        ConfigError: If it does not, with the supported schemes, including those of plugins.
     """
     uri = configured or os.environ.get("MLFLOW_TRACKING_URI")
     if uri is None:
@@ -61,12 +61,12 @@ def check_tracking_uri(configured: str | None) -> None:
     if len(scheme) < 2 or uri in _DATABRICKS:  # a folder; one letter is a drive
         return
     plugins = {point.name for point in entry_points(group="mlflow.tracking_store")}
-    known = {*_SCHEMES, *(f"{name}+DRIVER" for name in _DATABASES), *_DATABRICKS, *plugins}
+    supported = {*_SCHEMES, *(f"{name}+DRIVER" for name in _DATABASES), *_DATABRICKS, *plugins}
     name, plus, _ = scheme.partition("+")
-    if scheme not in {*known, *_DATABASES} and not (plus and name in _DATABASES):
+    if scheme not in {*supported, *_DATABASES} and not (plus and name in _DATABASES):
         raise ConfigError(
             f"{key}={without_password(uri)}: MLflow knows no address that begins with "
-            f"{scheme}:; it may be a folder, or begin with one of {', '.join(sorted(known))}. "
+            f"{scheme}:; it may be a folder, or begin with one of {', '.join(sorted(supported))}. "
             f"track.mlflow=false goes without it"
         )
     if scheme in ("http", "https") and not urlsplit(uri).hostname:
@@ -76,7 +76,7 @@ def check_tracking_uri(configured: str | None) -> None:
 
 
 def without_password(uri: str) -> str:
-    """Return a URI that may be printed."""
+    """Return a URI with its password replaced by ``***``."""
     parts = urlsplit(uri)
     if parts.password is None:
         return uri
@@ -85,9 +85,9 @@ def without_password(uri: str) -> str:
 
 
 def compare_line(configured: str | None, *, folder: Path) -> str:
-    """Return what shows the runs beside each other: a command, or the address of a server.
+    """Return how to compare the runs: MLflow's command, or the URL of a server.
 
-    A password is not printed: an address that stands in the environment is named by its variable.
+    It has no password: a URI from the environment is given by the variable's name.
 
     Args:
         configured: ``track.tracking_uri``.

@@ -32,7 +32,7 @@ def test_every_row_has_key_type_default_and_meaning() -> None:
     assert found["data.views"][1] == "`simclr`"
     assert found["data.pages"][0] == "`refuse`, `first`, `channels`"
     assert found["cluster.num_data_workers"][:2] == ["integer > 0 or null", "`null`"]
-    assert "every CPU that is left" in found["cluster.num_data_workers"][2]
+    assert "all CPUs that are left" in found["cluster.num_data_workers"][2]
 
 
 def test_every_method_and_verb_has_a_section() -> None:

@@ -96,12 +96,12 @@ class TestRuns:
             check(sweep, draw(sweep), folder=Path("runs"))
 
     def test_images_are_looked_at_where_asked(self, sweep_of: Make) -> None:
-        def look(run: RunConfig[Any]) -> None:
+        def check_run(run: RunConfig[Any]) -> None:
             if run.train.global_batch_size > 100:
                 raise DataError(f"the batch of {run.train.global_batch_size} is too large")
 
         space = {"train.global_batch_size": {"grid": [64, 128, 256]}}
-        assert problems_of(sweep_of(space=space, search=GRID), look=look) == [
+        assert problems_of(sweep_of(space=space, search=GRID), check_run=check_run) == [
             "the batch of 128 is too large (2 of 3 candidates, such as train.global_batch_size=128)"
         ]
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from raysl.sweep.in_flight import Change, change_behind, newest_change, write_change
+from raysl.sweep.trial import Change, change_behind, newest_change, write_change
 from raysl.track.run_folder import RunFolder
 
 

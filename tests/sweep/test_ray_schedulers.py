@@ -148,7 +148,7 @@ class TestAsha:
 
     def test_compares_with_trials_of_earlier_starts(self, make_trial: Any) -> None:
         scheduler = Asha(AshaScheduler(reduction_factor=2.0), METRIC)
-        scheduler.tell([make_trial(0, {}, [0.5, 0.8])])
+        scheduler.add_earlier([make_trial(0, {}, [0.5, 0.8])])
         controller = Controller(scheduler, 2)
         assert controller.report(0, 1.0, 0.4) == "STOP"
         assert controller.report(1, 1.0, 0.6) == "CONTINUE"
@@ -161,8 +161,8 @@ class TestHyperBand:
     ) -> Controller:
         settings = {"max_evaluations": 4, "reduction_factor": 2.0}
         scheduler = HyperBand(HyperBandScheduler(**(settings | more.pop("settings", {}))), METRIC)
-        scheduler.expect(count, most=more.pop("most", None))
-        scheduler.tell(known, ended=ended)
+        scheduler.expect(count, max_running=more.pop("max_running", None))
+        scheduler.add_earlier(known, ended=ended)
         return Controller(scheduler, count)
 
     def test_halves_a_bracket_when_its_last_trial_is_there_one_after_the_other(self) -> None:
@@ -218,7 +218,7 @@ class TestHyperBand:
         c.report(2, 1.0, 0.2)
         assert c.next() is None or c.trials[c.next() or 0].status == "PENDING"
         assert c.stopped == []  # number 3 may still come
-        c.scheduler.no_more()
+        c.scheduler.all_added()
         assert c.scheduler.choose_trial_to_run(c).config["number"] in (0, 2)
 
     def test_a_trial_that_is_tried_again_is_waited_for(self) -> None:
@@ -266,7 +266,7 @@ class TestHyperBand:
         assert c.stopped == [0]
 
     def test_no_more_go_on_than_may_run_at_a_time(self) -> None:
-        c = self.controller(4, most=1)
+        c = self.controller(4, max_running=1)
         c.add()
         for number in range(3):
             c.report(number, 1.0, 0.1)
@@ -285,8 +285,8 @@ class TestPbt:
     @pytest.fixture
     def controller(self) -> Controller:
         """Four trials, of which two are worse."""
-        chosen = PbtScheduler(perturb_every_epochs=0.1, quantile=0.5)
-        scheduler = Pbt(chosen, METRIC, mutations={"lr": tune.uniform(1, 4)}, bounds={"lr": (1, 4)})
+        config = PbtScheduler(perturb_every_epochs=0.1, quantile=0.5)
+        scheduler = Pbt(config, METRIC, mutations={"lr": tune.uniform(1, 4)}, bounds={"lr": (1, 4)})
         controller = Controller(scheduler, 4, settings=(1.0, 2.0, 3.0, 4.0))
         controller.add()
         return controller

@@ -46,7 +46,7 @@ def test_a_metric_that_the_images_have_no_labels_for_is_found_beforehand(
 ) -> None:
     config, source = run_on(home / "p")  # one folder, so one class
     with pytest.raises(DataError, match=rf"metric.name={name}: .*has labels of one class only"):
-        MetricCheck(MetricConfig(name=name)).look(config, source)
+        MetricCheck(MetricConfig(name=name)).check(config, source)
 
 
 def test_a_metric_that_is_only_shown_may_be_missing(
@@ -54,7 +54,7 @@ def test_a_metric_that_is_only_shown_may_be_missing(
 ) -> None:
     metric = MetricConfig(name="eval/rankme", also=("eval/knn_top1", "eval/uniformity"))
     measured = MetricCheck(metric)
-    measured.look(*run_on(home / "p"))
+    measured.check(*run_on(home / "p"))
     measured.say_notes()
     said = capsys.readouterr().err
     assert "metric.also: no eval/knn_top1" in said
@@ -65,4 +65,4 @@ def test_labels_elsewhere_will_do(home: Path) -> None:
     for name, numbers in (("dog", range(20, 26)), ("cow", range(30, 36))):
         draw(home / "labelled" / name, numbers)
     config, source = run_on(home / "p", evaluate={"source": str(home / "labelled")})
-    MetricCheck(MetricConfig()).look(config, source)
+    MetricCheck(MetricConfig()).check(config, source)

@@ -9,17 +9,16 @@ from raysl.config.load import to_yaml
 from raysl.folder.whole import write_json
 from raysl.run.recipe import load_run
 from raysl.sweep.config import SweepConfig
-from raysl.sweep.in_flight import Change, write_change
 from raysl.sweep.results import (
     best_run,
+    failures_of,
     next_line,
     results_of,
-    what_failed,
     write_best,
 )
 from raysl.sweep.space import Candidate, run_config
 from raysl.sweep.summary import summarise
-from raysl.sweep.trial import SweepFolder, read_trials, write_trial
+from raysl.sweep.trial import Change, SweepFolder, read_trials, write_change, write_trial
 from raysl.track.config import TrackConfig
 from raysl.track.run_folder import MetricsFile
 
@@ -125,23 +124,23 @@ class TestWhatFailed:
     def test_is_nothing_if_some_diverged(
         self, sweep: SweepConfig, outcome: tuple[list[Any], Any]
     ) -> None:
-        assert what_failed(sweep, outcome[0], {}) == []
+        assert failures_of(sweep, outcome[0], {}) == []
 
     def test_is_trials_that_were_lost(
         self, sweep: SweepConfig, outcome: tuple[list[Any], Any]
     ) -> None:
-        assert what_failed(sweep, outcome[0], {2: "no process", 0: "no process"}) == [
+        assert failures_of(sweep, outcome[0], {2: "no process", 0: "no process"}) == [
             "trials were lost: 0000, 0002 (no process); the same command goes on with them"
         ]
 
     def test_is_trials_that_died(self, sweep: SweepConfig, outcome: tuple[list[Any], Any]) -> None:
         trials = [*outcome[0][:2], outcome[0][2]._replace(error="MemoryError: no memory")]
-        assert what_failed(sweep, trials, {}) == [
+        assert failures_of(sweep, trials, {}) == [
             "1 of 3 trials failed: 0002 (MemoryError: no memory)"
         ]
 
     def test_is_that_all_diverged(self, sweep: SweepConfig, outcome: tuple[list[Any], Any]) -> None:
         trials = [outcome[0][2]._replace(number=n, metric=0.1) for n in range(2)]
-        assert what_failed(sweep, trials, {}) == [
+        assert failures_of(sweep, trials, {}) == [
             "no trial has eval/knn_top1, so none is the best: 2 of 2 diverged; lower optim.base_lr"
         ]

@@ -54,8 +54,8 @@ def test_one_place_is_opened_once_however_it_is_spelt(home: Path) -> None:
 def test_trials_of_an_earlier_version_get_absolute_places_that_the_shelf_knows(home: Path) -> None:
     folder, config = trial(home, 0)
     sources = Sources()
-    sources.look(config)
-    sources.hold([folder], [], {})
+    sources.check(config)
+    sources.check_unchanged([folder], [], {})
     assert read_mapping(folder.config)["data"]["source"] == str(home / "p")
     assert json.loads(folder.source.read_text())["images"] == 8
     assert len(sources.opened) == 1
@@ -69,8 +69,8 @@ def test_a_trial_that_goes_on_refuses_other_images_unless_asked(
     checkpoint_path(folder.checkpoints, 1).mkdir(parents=True)
     draw(home / "p" / "dog", range(8, 12))
     with pytest.raises(RunFolderError, match="8 then, 12 now"):
-        Sources().hold([folder], [], {})
-    Sources().hold([folder], [], {"data.if_changed": "go_on"})
+        Sources().check_unchanged([folder], [], {})
+    Sources().check_unchanged([folder], [], {"data.if_changed": "go_on"})
     assert "trial 0000: the images have changed, and data.if_changed=go_on" in (
         capsys.readouterr().err
     )
@@ -83,7 +83,7 @@ def test_a_trial_that_begins_is_not_compared_with_those_of_other_images(home: Pa
     draw(home / "p" / "dog", range(8, 12))
     waiting, _ = trial(home, 1)
     with pytest.raises(RunFolderError, match="since this trial ended") as raised:
-        Sources().hold([waiting], [ended], {})
+        Sources().check_unchanged([waiting], [ended], {})
     assert "data.if_changed=go_on" in str(raised.value)
-    Sources().hold([], [ended], {})  # a sweep that is finished only tells its results
-    Sources().hold([waiting], [ended], {"data.if_changed": "go_on"})
+    Sources().check_unchanged([], [ended], {})  # a sweep that is finished only tells its results
+    Sources().check_unchanged([waiting], [ended], {"data.if_changed": "go_on"})

@@ -8,14 +8,19 @@ import pytest
 
 from raysl.errors import DivergedError
 from raysl.folder.whole import write_json
-from raysl.run.error_record import read_error
 from raysl.sweep.trial_run import (
     AGAIN,
     LAST,
     run_trial,
     take_over,
 )
-from raysl.track.run_folder import MetricsFile, RunFolder, checkpoint_path, list_checkpoints
+from raysl.track.run_folder import (
+    MetricsFile,
+    RunFolder,
+    checkpoint_path,
+    list_checkpoints,
+    read_error,
+)
 from raysl.train.loop import Log
 
 METRICS = ("eval/knn_top1", "train/loss")
