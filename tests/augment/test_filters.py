@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from raysl.augment.filters import Blur, Noise, NoisePlan, Sobel
+from raysl.augment.photometric import Grey
 
 DRAWS = 4000
 
@@ -53,6 +55,13 @@ class TestSobel:
         assert (result[:, 3:5] == 100).all()
         assert (result[:, :3] == 0).all()
         assert (result[:, 5:] == 0).all()
+
+    def test_is_the_rounded_magnitude_to_the_bit(self) -> None:
+        image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        luma = Grey().apply(image, True)[..., 0].astype(float)
+        down, across = (ndimage.sobel(luma, axis, mode="nearest") for axis in (0, 1))
+        expected = np.minimum(np.rint(np.hypot(across, down) / 4), 255)
+        np.testing.assert_array_equal(Sobel().apply(image, True)[..., 0], expected)
 
 
 class TestNoise:
