@@ -1,4 +1,4 @@
-"""Operations on fine detail: blur, Sobel edges, noise."""
+"""Operations on the fine detail of a view: blur, Sobel edges, noise."""
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 

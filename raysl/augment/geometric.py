@@ -1,4 +1,4 @@
-"""Operations on where pixels are: crop, flip, rotation, quarter turn, cutout."""
+"""Geometric operations: crop a part, flip, rotate, turn by quarters, cut out a square."""
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 

@@ -1,4 +1,4 @@
-"""Operations on colours, pixel by pixel: colour jitter, grey, solarise.
+"""Operations on the colours of a view: colour jitter, grey, solarise.
 
 The definitions are torchvision's on uint8 images (clamped and rounded after each step), because the
 SimCLR and MoCo v2 recipes were tuned with them.
@@ -87,9 +87,9 @@ class ColorJitter(DeviceOperation):
         factors = to_device(params[:, :4], images)
         order = params[:, 4:].astype(np.int64)
         brighten = _brightness if self.brightness_kind == "multiply" else _added_brightness
-        for turn in range(4):
+        for position in range(4):
             for number, step in enumerate((brighten, _contrast, _saturation, _hue)):
-                rows = np.flatnonzero(order[:, turn] == number)
+                rows = np.flatnonzero(order[:, position] == number)
                 if len(rows):
                     index = to_device(rows, images)
                     changed = step(images[index], factors[index, number].view(-1, 1, 1, 1))

@@ -37,7 +37,7 @@ from raysl.augment.ops import (
 )
 from raysl.augment.photometric import JitterPlan
 from raysl.augment.pipeline import apply_view, plan_view
-from raysl.augment.random import view_stream
+from raysl.augment.random import borrow_view_stream
 from raysl.augment.recipes import SimCLRViews
 
 SIDE = 224
@@ -237,7 +237,7 @@ class TestPixels:
         view = SimCLRViews(size_px=SIDE).views()[0]
         means, likeness = [], []
         for index in range(12):
-            rng = view_stream(seed=0, epoch=0, index=index, view=0)
+            rng = borrow_view_stream(seed=0, epoch=0, index=index, view=0)
             plan = plan_view(view, rng, height=image.shape[0], width=image.shape[1])
             theirs = tv.resized_crop(tensor(image), *plan.box, [SIDE, SIDE], CUBIC)
             for op, step in zip(view.ops, plan.steps, strict=True):

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from raysl.augment.crop import Crop, CropBox, Image, apply_crop
 from raysl.augment.ops import Blur, Flip, Grey, Op, Rotate, Solarise
 from raysl.augment.pipeline import View, ViewPlan, apply_view, make_views, plan_view
-from raysl.augment.random import view_stream
+from raysl.augment.random import borrow_view_stream
 from raysl.config.load import parse_yaml, to_yaml, validate
 from raysl.errors import ConfigError
 
@@ -70,7 +70,7 @@ class TestMakeViews:
         image = _image(0)
         made = make_views(image, [GLOBAL, LOCAL], seed=1, epoch=2, index=3)
         for number, kind, view in [(0, GLOBAL, made[0][0]), (4, LOCAL, made[1][2])]:
-            rng = view_stream(seed=1, epoch=2, index=3, view=number)
+            rng = borrow_view_stream(seed=1, epoch=2, index=3, view=number)
             plan = plan_view(kind, rng, height=40, width=30)
             np.testing.assert_array_equal(apply_view(kind, image, plan), view)
 
@@ -91,7 +91,9 @@ class TestMakeViews:
 class TestPlanView:
     def test_does_not_look_at_the_pixels(self) -> None:
         plans = [
-            plan_view(GLOBAL, view_stream(seed=0, epoch=0, index=0, view=0), height=40, width=30)
+            plan_view(
+                GLOBAL, borrow_view_stream(seed=0, epoch=0, index=0, view=0), height=40, width=30
+            )
             for _ in range(2)
         ]
         assert plans[0] == plans[1]
