@@ -1,14 +1,16 @@
-"""Crop, flip and rotate: geometric operations of a view."""
+"""Crop a box from an image and resize it to a square: the first step of every view."""
 
 import math
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 from PIL import Image as PillowImage
+from pydantic import model_validator
 
 from raysl.augment.random import uniform
+from raysl.config.base import GIVEN, Config, Fraction, Idle, PositiveFloat, check_ranges
 
 Image = npt.NDArray[np.uint8]
 Interpolation = Literal["bilinear", "bicubic"]
@@ -31,13 +33,73 @@ _REDUCING_GAP = 3.0
 class CropBox(NamedTuple):
     """A rectangle in pixels of the source image; ``top`` and ``left`` are inclusive.
 
-    A box by :func:`plan_padded` may reach beyond the image.
+    A box drawn with ``pad`` may reach beyond the image.
     """
 
     top: int
     left: int
     height: int
     width: int
+
+
+class Crop(Config):
+    """Random crop, resized to the view's side: of random area and aspect ratio, or a square."""
+
+    idle: ClassVar[tuple[Idle, ...]] = (Idle(("scale", "ratio"), {"short_side": (GIVEN,)}),)
+    scale: tuple[Fraction, Fraction] = (0.08, 1.0)
+    """Range of the crop's area over the image's."""
+    ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
+    """Range of width over height."""
+    short_side: tuple[Fraction, Fraction] | None = None
+    """Crop a square instead: range of its side over the image's short side."""
+    pad: Fraction | None = None
+    """Add a border to the image before cropping the square: its width over the image's short side
+    (0.125: 4 px on each side of CIFAR-10's 32). Requires short_side."""
+    border: Border = "black"
+    """The border: black, or the image's mirror image (reflect)."""
+    interpolation: Interpolation = "bilinear"
+    """Interpolation of the resize. bicubic keeps more fine detail; for shrinking it uses Pillow and
+    takes three times as long."""
+    antialias: bool = True
+    """Average over the pixels when the crop shrinks; false interpolates, which is faster."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Crop":
+        check_ranges(self, "scale", "ratio", "short_side")
+        return self
+
+    @model_validator(mode="after")
+    def _border_is_there(self) -> "Crop":
+        if self.pad is not None and self.short_side is None:
+            raise ValueError(
+                f"pad={self.pad:g} is for squares: give short_side too, [1, 1] for one of the "
+                f"image's shorter side"
+            )
+        if self.border != "black" and self.pad is None:
+            raise ValueError(f"border={self.border} needs pad, the width of the border")
+        return self
+
+    def plan(self, rng: np.random.Generator, *, height: int, width: int) -> CropBox:
+        """Draw a box inside an image, or a square inside the image and its border."""
+        if self.short_side is None:
+            return plan_crop(rng, height=height, width=width, scale=self.scale, ratio=self.ratio)
+        shorter = min(height, width)
+        border = round(shorter * (self.pad or 0.0))
+        side = max(1, round(shorter * uniform(rng, *self.short_side)))
+        top = rng.integers(height + 2 * border - side + 1)
+        left = rng.integers(width + 2 * border - side + 1)
+        return CropBox(int(top) - border, int(left) - border, side, side)
+
+    def apply(self, image: Image, box: CropBox, *, size_px: int) -> Image:
+        """Crop the planned box and resize it to a square."""
+        return apply_crop(
+            image,
+            box,
+            size_px=size_px,
+            interpolation=self.interpolation,
+            antialias=self.antialias,
+            border=self.border,
+        )
 
 
 def plan_crop(
@@ -73,66 +135,6 @@ def plan_crop(
     aspect = min(max(width / height, ratio[0]), ratio[1])
     h, w = min(height, round(width / aspect)), min(width, round(height * aspect))
     return CropBox((height - h) // 2, (width - w) // 2, h, w)
-
-
-# A crop of a view is planned before the view's size is known, for a nominal side of this length.
-PLANNED_SIDE_PX = 1 << 16
-
-
-def plan_part(
-    rng: np.random.Generator,
-    *,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    prob: float,
-) -> CropBox | None:
-    """Draw a crop of a square view, or None with probability 1 - prob.
-
-    Returns:
-        A box as drawn by :func:`plan_crop`, for a view of ``PLANNED_SIDE_PX``.
-    """
-    if rng.random() >= prob:
-        return None
-    side = PLANNED_SIDE_PX
-    return plan_crop(rng, height=side, width=side, scale=scale, ratio=ratio)
-
-
-def part_box(part: CropBox, *, size_px: int) -> CropBox:
-    """Scale a box drawn by :func:`plan_part` to a view of ``size_px``."""
-    return shrink_box(part, PLANNED_SIDE_PX / size_px, height=size_px, width=size_px)
-
-
-def plan_square(
-    rng: np.random.Generator, *, height: int, width: int, short_side: tuple[float, float]
-) -> CropBox:
-    """Draw a square anywhere in the image; its side is a fraction of the image's short side."""
-    side = max(1, round(min(height, width) * uniform(rng, *short_side)))
-    top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
-    return CropBox(int(top), int(left), side, side)
-
-
-def plan_padded(
-    rng: np.random.Generator,
-    *,
-    height: int,
-    width: int,
-    short_side: tuple[float, float],
-    pad: float,
-) -> CropBox:
-    """Draw a square anywhere in an image with a border on all four sides.
-
-    Args:
-        rng: The random stream of this view.
-        height: Height of the image without the border, in pixels.
-        width: Likewise.
-        short_side: Range of the square's side over the image's short side.
-        pad: Width of the border over the image's short side.
-    """
-    border = round(min(height, width) * pad)
-    side = max(1, round(min(height, width) * uniform(rng, *short_side)))
-    top = rng.integers(height + 2 * border - side + 1)
-    left = rng.integers(width + 2 * border - side + 1)
-    return CropBox(int(top) - border, int(left) - border, side, side)
 
 
 def center_box(*, height: int, width: int, fraction: float = 1.0) -> CropBox:
@@ -255,44 +257,3 @@ def shrink_box(box: CropBox, factor: float, *, height: int, width: int) -> CropB
     top = min(round(box.top / factor), height - h)
     left = min(round(box.left / factor), width - w)
     return CropBox(top, left, h, w)
-
-
-def plan_flip(rng: np.random.Generator, *, prob: float) -> bool:
-    """Draw whether to mirror, with probability ``prob``."""
-    return bool(rng.random() < prob)
-
-
-def apply_flip(image: Image) -> Image:
-    """Mirror ``(H, W, 3)`` uint8 left to right."""
-    return cv2.flip(image, 1)  # type: ignore[return-value]
-
-
-def plan_rotation(rng: np.random.Generator, *, max_deg: float, prob: float) -> float | None:
-    """Draw an angle, uniform in [-max_deg, max_deg], or None with probability 1 - prob."""
-    if rng.random() >= prob:
-        return None
-    return uniform(rng, -max_deg, max_deg)
-
-
-def apply_rotation(image: Image, angle_deg: float) -> Image:
-    """Rotate ``(H, W, 3)`` uint8 counter-clockwise about its centre.
-
-    Border pixels are repeated outwards: black corners would reveal the angle to the network.
-    """
-    height, width = image.shape[:2]
-    matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), angle_deg, 1.0)
-    return cv2.warpAffine(  # type: ignore[return-value]
-        image, matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
-    )
-
-
-def plan_quarter_turn(rng: np.random.Generator, *, prob: float) -> int | None:
-    """Draw 1, 2 or 3 quarter turns, equally likely, or None with probability 1 - prob."""
-    if rng.random() >= prob:
-        return None
-    return int(rng.integers(1, 4))
-
-
-def apply_quarter_turn(image: Image, turns: int) -> Image:
-    """Rotate a square image counter-clockwise by ``turns`` times 90 degrees, without loss."""
-    return np.ascontiguousarray(np.rot90(image, turns))

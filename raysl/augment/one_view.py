@@ -5,10 +5,9 @@ from typing import Literal
 from pydantic import model_validator
 
 from raysl.augment.crop import Interpolation
-from raysl.augment.ops import Flip, Fraction, Grey, Op
-from raysl.augment.pipeline import View
-from raysl.augment.recipe_base import Recipe
-from raysl.config.base import PositiveInt, Probability
+from raysl.augment.ops import Flip, Grey, Op
+from raysl.augment.pipeline import Recipe, View
+from raysl.config.base import Fraction, PositiveInt, Probability
 
 
 class MAEViews(Recipe):

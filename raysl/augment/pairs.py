@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from raysl.augment.crop import Crop
 from raysl.augment.ops import (
     Blur,
     ColorJitter,
@@ -14,7 +15,7 @@ from raysl.augment.ops import (
     QuarterTurn,
     Sobel,
 )
-from raysl.augment.pipeline import Crop, View
+from raysl.augment.pipeline import View
 from raysl.config.base import Config, PositiveInt
 
 Augmentation = Literal["crop", "cutout", "color", "sobel", "noise", "blur", "rotate"]

@@ -1,88 +1,20 @@
 """Define a view as a crop and a sequence of operations; plan it, then apply it."""
 
 from collections.abc import Sequence
-from itertools import islice, takewhile
-from typing import Annotated, Any, ClassVar, NamedTuple
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from raysl.augment.crop import (
-    Border,
-    CropBox,
-    Image,
-    Interpolation,
-    apply_crop,
-    plan_crop,
-    plan_padded,
-    plan_square,
-    shrink_box,
-)
-from raysl.augment.ops import Fraction, Numbers, Op, check_range
+from raysl.augment.base import DeviceOperation, Floats
+from raysl.augment.crop import Crop, CropBox, Image, Interpolation, shrink_box
+from raysl.augment.ops import Op
 from raysl.augment.random import MAX_VIEWS, borrow_view_stream
-from raysl.config.base import GIVEN, Config, Idle, PositiveFloat, PositiveInt
+from raysl.config.base import Config, PositiveInt
 
-
-class Crop(Config):
-    """Random crop, resized to the view's side: of random area and aspect ratio, or a square."""
-
-    idle: ClassVar[tuple[Idle, ...]] = (Idle(("scale", "ratio"), {"short_side": (GIVEN,)}),)
-    scale: tuple[Fraction, Fraction] = (0.08, 1.0)
-    """Range of the crop's area over the image's."""
-    ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
-    """Range of width over height."""
-    short_side: tuple[Fraction, Fraction] | None = None
-    """Crop a square instead: range of its side over the image's short side."""
-    pad: Fraction | None = None
-    """Add a border to the image before cropping the square: its width over the image's short side
-    (0.125: 4 px on each side of CIFAR-10's 32). Requires short_side."""
-    border: Border = "black"
-    """The border: black, or the image's mirror image (reflect)."""
-    interpolation: Interpolation = "bilinear"
-    """Interpolation of the resize. bicubic keeps more fine detail; for shrinking it uses Pillow and
-    takes three times as long."""
-    antialias: bool = True
-    """Average over the pixels when the crop shrinks; false interpolates, which is faster."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "Crop":
-        check_range("scale", self.scale)
-        check_range("ratio", self.ratio)
-        if self.short_side is not None:
-            check_range("short_side", self.short_side)
-        return self
-
-    @model_validator(mode="after")
-    def _border_is_there(self) -> "Crop":
-        if self.pad is not None and self.short_side is None:
-            raise ValueError(
-                f"pad={self.pad:g} is for squares: give short_side too, [1, 1] for one of the "
-                f"image's shorter side"
-            )
-        if self.border != "black" and self.pad is None:
-            raise ValueError(f"border={self.border} needs pad, the width of the border")
-        return self
-
-    def plan(self, rng: np.random.Generator, *, height: int, width: int) -> CropBox:
-        """Draw a box inside an image, or with ``pad`` inside the image and its border."""
-        if self.short_side is None:
-            return plan_crop(rng, height=height, width=width, scale=self.scale, ratio=self.ratio)
-        if self.pad is None:
-            return plan_square(rng, height=height, width=width, short_side=self.short_side)
-        return plan_padded(
-            rng, height=height, width=width, short_side=self.short_side, pad=self.pad
-        )
-
-    def apply(self, image: Image, box: CropBox, *, size_px: int) -> Image:
-        """Crop the planned box and resize it to a square."""
-        return apply_crop(
-            image,
-            box,
-            size_px=size_px,
-            interpolation=self.interpolation,
-            antialias=self.antialias,
-            border=self.border,
-        )
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class View(Config):
@@ -183,15 +115,24 @@ def shrink_plan(plan: ViewPlan, factor: int, *, height: int, width: int) -> View
     return ViewPlan(shrink_box(plan.box, factor, height=height, width=width), plan.steps)
 
 
-def device_ops(view: View) -> tuple[Op, ...]:
-    """Return the longest suffix of a view's operations that the accelerator can run.
+def device_ops(view: View) -> tuple[DeviceOperation, ...]:
+    """Return the longest suffix of a view's operations that the accelerator can run."""
+    suffix: list[DeviceOperation] = []
+    for op in reversed(view.ops):
+        if not isinstance(op, DeviceOperation):
+            break
+        suffix.insert(0, op)
+    return tuple(suffix)
 
-    An operation can run there if it has a method ``numbers``.
-    """
-    return tuple(takewhile(lambda op: hasattr(op, "numbers"), reversed(view.ops)))[::-1]
+
+def num_device_numbers(ops: Sequence[DeviceOperation]) -> int:
+    """Return the length of :func:`device_numbers`."""
+    return sum(1 + op.num_params for op in ops)
 
 
-def device_numbers(ops: Sequence[Op], plan: ViewPlan, *, size_px: int) -> Numbers:
+def device_numbers(
+    ops: Sequence[DeviceOperation], plan: ViewPlan, *, size_px: int
+) -> tuple[float, ...]:
     """Return the plans of a view's last operations as numbers, concatenated.
 
     Args:
@@ -203,5 +144,51 @@ def device_numbers(ops: Sequence[Op], plan: ViewPlan, *, size_px: int) -> Number
     return tuple(
         value
         for op, step in zip(ops, steps, strict=True)
-        for value in op.numbers(step, size_px=size_px)  # type: ignore[union-attr]
+        for value in op.plan_numbers(step, size_px=size_px)
     )
+
+
+def apply_device_ops(images: "Tensor", ops: Sequence[DeviceOperation], numbers: Floats) -> "Tensor":
+    """Apply the last operations of a batch of views.
+
+    Args:
+        images: ``(N, 3, S, S)`` float32 on the device, whole levels in [0, 255]; not written to.
+        ops: The operations, in order.
+        numbers: ``(N, P)`` float32 on the CPU: :func:`device_numbers` of each view.
+
+    Returns:
+        ``(N, 3, S, S)`` float32, whole levels in [0, 255].
+    """
+    start = 0
+    for op in ops:
+        stop = start + 1 + op.num_params
+        images = op.apply_batch(images, numbers[:, start:stop])
+        start = stop
+    return images
+
+
+class Recipe(Config):
+    """Settings that the recipes of papers share."""
+
+    size_px: PositiveInt = 224
+    """Side of the views in pixels; of the large ones, if there are several sizes."""
+    interpolation: Interpolation = "bilinear"
+    """Interpolation of crops. bicubic keeps more fine detail, and is slower where it shrinks."""
+    antialias: bool = True
+    """Average over the pixels when a crop shrinks, as torchvision does; false is faster."""
+
+    def crop(
+        self,
+        scale: tuple[float, float] = (0.08, 1.0),
+        *,
+        short_side: tuple[float, float] | None = None,
+        pad: float | None = None,
+    ) -> Crop:
+        """Return a crop with the recipe's interpolation."""
+        return Crop(
+            scale=scale,
+            short_side=short_side,
+            pad=pad,
+            interpolation=self.interpolation,
+            antialias=self.antialias,
+        )

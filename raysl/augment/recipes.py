@@ -12,13 +12,19 @@ from raysl.augment.one_view import (
     MAEViews,
     RotationViews,
 )
-from raysl.augment.ops import Blur, ColorJitter, Flip, Fraction, Grey, Op, Solarise
+from raysl.augment.ops import Blur, ColorJitter, Flip, Grey, Op, Solarise
 from raysl.augment.pairs import PairViews
 from raysl.augment.photometric import BrightnessKind
-from raysl.augment.pipeline import View
+from raysl.augment.pipeline import Recipe, View
 from raysl.augment.random import MAX_VIEWS
-from raysl.augment.recipe_base import Recipe
-from raysl.config.base import Config, Idle, NonNegativeFloat, PositiveInt, Probability
+from raysl.config.base import (
+    Config,
+    Fraction,
+    Idle,
+    NonNegativeFloat,
+    PositiveInt,
+    Probability,
+)
 
 
 class SimCLRViews(Recipe):

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
@@ -48,6 +49,14 @@ class Config(BaseModel):
             values: Plain values of the section, possibly invalid.
         """
         yield from ()
+
+
+def check_ranges(section: Config, *names: str) -> None:
+    """Raise ValueError unless each of the settings is None or [low, high] with low <= high."""
+    for name in names:
+        low, high = getattr(section, name) or (0, 0)
+        if low > high:
+            raise ValueError(f"{name} is [low, high] with low <= high; got [{low}, {high}]")
 
 
 class Duration(Config):

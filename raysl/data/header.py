@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from raysl.data.header_boxes import read_heif, read_jp2, read_jxl
 from raysl.data.header_fields import Header, exif_orientation
-from raysl.data.header_netpbm import read_netpbm_header
 from raysl.data.header_tiff import tiff_header
+from raysl.data.netpbm import read_netpbm_header
 
 _SIGNATURES = (
     (b"\xff\xd8\xff", "jpeg"),

@@ -15,7 +15,6 @@ import cv2
 import numpy as np
 
 from raysl.augment.crop import Image
-from raysl.augment.ops import Op
 from raysl.augment.pipeline import (
     View,
     ViewPlan,
@@ -23,6 +22,7 @@ from raysl.augment.pipeline import (
     device_numbers,
     device_ops,
     largest_shrink,
+    num_device_numbers,
     plan_views,
     shrink_plan,
 )
@@ -80,7 +80,7 @@ class ItemMaker:
         Returns:
             ``views_0``, ``views_1``, ...: ``(item_size, V, S, S, 3)`` uint8 RGB, one column a kind
             of view; ``numbers_0``, ...: ``(item_size, V, P)`` float32, only with ``color_on:
-            device``, the parameters of the ops left to the device; ``index``: ``(item_size,)``
+            device``, the plans of the ops left to the device; ``index``: ``(item_size,)``
             int64, rows of the source; ``step``: ``(item_size,)`` int64, the optimizer step that the
             block belongs to; ``bad``: ``(item_size,)`` int64, the bad row that this image replaces,
             else -1; ``flaw``: ``(item_size,)`` uint8, the flaw of that row. A position past the end
@@ -118,7 +118,7 @@ class ItemMaker:
         }
         if self.spec.color_on == "device":
             for kind, view in enumerate(self.views):
-                shape = (size, view.count, _numbers_width(view, self._on_device[kind]))
+                shape = (size, view.count, num_device_numbers(self._on_device[kind]))
                 block[numbers_column(kind)] = np.zeros(shape, dtype=np.float32)
         return block | {
             INDEX: np.full(size, -1, dtype=np.int64),
@@ -208,12 +208,6 @@ class _Planner:
             [shrink_plan(plan, self._factor, height=height, width=width) for plan in planned]
             for planned in self._plans
         ]
-
-
-def _numbers_width(view: View, ops: Sequence[Op]) -> int:
-    """Return the number of op parameters that the device needs for one view."""
-    (planned,) = plan_views([view], seed=0, epoch=0, index=0, height=1, width=1)
-    return len(device_numbers(ops, planned[0], size_px=view.size_px))
 
 
 def iterate(

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from raysl.data.bad_reason import reason_of
 from raysl.data.decode import Flaw
+from raysl.data.flaw import reason_of
 from raysl.embed.config import EmbedConfig
 from raysl.embed.shards import (
     BAD_IMAGES,

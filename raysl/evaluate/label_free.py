@@ -12,8 +12,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from raysl.augment.crop import Crop
 from raysl.augment.ops import Flip
-from raysl.augment.pipeline import Crop, View, make_views
+from raysl.augment.pipeline import View, make_views
 from raysl.errors import ShapeError
 from raysl.evaluate.features import EvalImages
 from raysl.nn.geometry import (

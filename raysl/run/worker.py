@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raysl.augment.pipeline import device_ops
-from raysl.data.bad_reason import reason_of
 from raysl.data.decode import Flaw
+from raysl.data.flaw import reason_of
 from raysl.errors import RunFolderError
 from raysl.evaluate.features import EvalImages, embed
 from raysl.evaluate.protocol import LabelledSets, all_protocols

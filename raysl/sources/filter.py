@@ -134,14 +134,6 @@ class RowFilter:
         return np.asarray(kept.to_numpy(zero_copy_only=False), dtype=np.bool_)
 
 
-def keep(
-    table: pa.Table, conditions: Sequence[Condition] | RowFilter, *, where: str
-) -> npt.NDArray[np.bool_]:
-    """Return which rows of a table fulfil all conditions, as :meth:`RowFilter.keep` does."""
-    rows = conditions if isinstance(conditions, RowFilter) else RowFilter(conditions, where=where)
-    return rows.keep(table, where=where)
-
-
 class _List:
     """The lines of a list file, and which of them matched a row."""
 

@@ -1,7 +1,9 @@
-"""Tell lasting read errors (a bad image) from passing ones (which end a run)."""
+"""Tell lasting read errors (a bad image) from passing ones (which end a run), and remember both."""
 
 import errno
 import re
+import time
+from collections.abc import Hashable
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -65,3 +67,29 @@ def is_lasting(
 def _is_refusal(error: OSError) -> bool:
     kinds = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
     return isinstance(error, kinds) or bool(_REFUSED.search(str(error)))
+
+
+class Failures:
+    """Remember recent failures, so that the rows of one bad place do not each retry it.
+
+    Empty after unpickling.
+
+    Args:
+        seconds: Time after which a place is retried.
+    """
+
+    def __init__(self, seconds: float = 60.0) -> None:
+        self.seconds = seconds
+        self._until: dict[Hashable, tuple[float, str]] = {}
+
+    def __reduce__(self) -> tuple[type["Failures"], tuple[float]]:
+        return type(self), (self.seconds,)
+
+    def get(self, place: Hashable) -> str | None:
+        """Return why a place could not be read recently, or None."""
+        until, reason = self._until.get(place, (0.0, ""))
+        return reason if time.monotonic() < until else None
+
+    def add(self, place: Hashable, reason: str) -> None:
+        """Record a failure."""
+        self._until[place] = time.monotonic() + self.seconds, reason

@@ -14,10 +14,9 @@ import pyarrow.fs as pafs
 
 from raysl.errors import DataError, counted
 from raysl.sources.cache import ByteCache
-from raysl.sources.failures import Failures
 from raysl.sources.footers import describe_choice
 from raysl.sources.labels import number_classes
-from raysl.sources.lasting import is_lasting
+from raysl.sources.lasting import Failures, is_lasting
 from raysl.sources.pixels import Decoding
 from raysl.sources.source import Encoded, Labels, SourceConfig, Unreadable, digest
 from raysl.sources.storage import (

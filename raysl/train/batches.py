@@ -9,10 +9,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from raysl.augment.ops import Op
+from raysl.augment.base import DeviceOperation
+from raysl.augment.pipeline import apply_device_ops
 from raysl.data.block import INDEX, is_view_column, kind_of, numbers_column, view_column
 from raysl.methods.base import Batch
-from raysl.train.device_ops import apply_ops
 
 NumpyBatch = Mapping[str, Any]
 """Arrays of equal length by name; a column of views may be a tuple of arrays to concatenate."""
@@ -47,7 +47,7 @@ def view_converter(
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
     channels_last: bool,
-    device_ops: Sequence[Sequence[Op]] = (),
+    device_ops: Sequence[Sequence[DeviceOperation]] = (),
 ) -> Callable[[NumpyBatch], list[Tensor]]:
     """Return a function that converts a batch's uint8 views to normalised float tensors.
 
@@ -76,7 +76,7 @@ def view_converter(
             for number in range(parts[0].shape[1]):
                 image = _join([part[:, number] for part in parts], layout)
                 if plans is not None:
-                    image = apply_ops(image, device_ops[kind], plans[:, number])
+                    image = apply_device_ops(image, device_ops[kind], plans[:, number])
                     image = image.contiguous(memory_format=layout)
                 views.append((image - center).mul_(scale))
         return views

@@ -1,27 +1,17 @@
 import math
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
 from raysl.augment.crop import (
-    PLANNED_SIDE_PX,
     Border,
+    Crop,
     CropBox,
     Image,
     apply_crop,
-    apply_flip,
-    apply_quarter_turn,
-    apply_rotation,
     center_box,
-    part_box,
     plan_crop,
-    plan_flip,
-    plan_padded,
-    plan_part,
-    plan_quarter_turn,
-    plan_rotation,
     shrink_box,
 )
 
@@ -159,8 +149,8 @@ class TestPadded:
     def test_finds_every_place_of_the_image_in_its_border(self) -> None:
         # torchvision's RandomCrop(32, padding=4): 9 x 9 places, each as likely.
         rng = np.random.default_rng(0)
-        draw = partial(plan_padded, rng, height=32, width=32, short_side=(1.0, 1.0), pad=0.125)
-        boxes = np.array([draw() for _ in range(DRAWS)])
+        crop = Crop(short_side=(1.0, 1.0), pad=0.125)
+        boxes = np.array([crop.plan(rng, height=32, width=32) for _ in range(DRAWS)])
         assert (boxes[:, 2:] == 32).all()
         for column in (0, 1):
             places, counts = np.unique(boxes[:, column], return_counts=True)
@@ -179,16 +169,16 @@ class TestPadded:
         np.testing.assert_array_equal(found, padded[top + 4 : top + 36, left + 4 : left + 36])
 
     def test_of_an_image_that_is_not_square_is_a_square_of_its_shorter_side(self) -> None:
-        rng = np.random.default_rng(0)
+        rng, crop = np.random.default_rng(0), Crop(short_side=(1.0, 1.0), pad=0.1)
         for _ in range(200):
-            box = plan_padded(rng, height=20, width=30, short_side=(1.0, 1.0), pad=0.1)
+            box = crop.plan(rng, height=20, width=30)
             assert (box.height, box.width) == (20, 20)
             assert -2 <= box.top <= 2
             assert -2 <= box.left <= 12
             assert apply_crop(_noise(20, 30), box, size_px=16).shape == (16, 16, 3)
 
 
-class TestPart:
+class TestShrinkBox:
     def test_a_box_of_a_smaller_image_covers_the_same_part(self) -> None:
         box = CropBox(top=8, left=16, height=32, width=24)
         assert shrink_box(box, 4, height=20, width=20) == CropBox(2, 4, 8, 6)
@@ -197,97 +187,3 @@ class TestPart:
         # An image of 7 pixels is one of 3 at half its size.
         assert shrink_box(CropBox(5, 0, 2, 7), 2, height=3, width=3) == CropBox(2, 0, 1, 3)
         assert shrink_box(CropBox(6, 6, 1, 1), 7, height=1, width=1) == CropBox(0, 0, 1, 1)
-
-    def test_is_the_same_part_of_a_view_of_any_size(self) -> None:
-        quarter = PLANNED_SIDE_PX // 4
-        part = CropBox(quarter, 2 * quarter, 3 * quarter, quarter)
-        assert part_box(part, size_px=32) == CropBox(8, 16, 24, 8)
-        assert part_box(part, size_px=224) == CropBox(56, 112, 168, 56)
-
-    @pytest.mark.parametrize("size_px", [1, 2, 7, 32])
-    def test_lies_inside_the_view(self, size_px: int) -> None:
-        rng = np.random.default_rng(0)
-        for _ in range(500):
-            part = plan_part(rng, scale=(0.001, 1.0), ratio=(0.2, 5.0), prob=1.0)
-            assert part is not None
-            box = part_box(part, size_px=size_px)
-            assert min(box.top, box.left) >= 0
-            assert min(box.height, box.width) >= 1
-            assert max(box.top + box.height, box.left + box.width) <= size_px
-
-    def test_has_an_area_even_in_its_range_and_happens_with_its_probability(self) -> None:
-        rng = np.random.default_rng(0)
-        drawn = [plan_part(rng, scale=(0.2, 0.6), ratio=(1, 1), prob=0.5) for _ in range(DRAWS)]
-        parts = [part for part in drawn if part is not None]
-        assert len(parts) / DRAWS == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(DRAWS))
-        areas = np.array([part.height * part.width for part in parts]) / PLANNED_SIDE_PX**2
-        assert areas.min() >= 0.2 - 1e-4
-        assert areas.max() <= 0.6 + 1e-4
-        assert areas.mean() == pytest.approx(0.4, abs=0.01)
-
-
-class TestFlip:
-    def test_mirrors_left_to_right(self) -> None:
-        image = _noise(4, 7)
-        np.testing.assert_array_equal(apply_flip(image), image[:, ::-1])
-
-    def test_twice_is_the_image(self) -> None:
-        image = _noise(4, 7)
-        np.testing.assert_array_equal(apply_flip(apply_flip(image)), image)
-
-    @pytest.mark.parametrize("prob", [0.0, 0.3, 1.0])
-    def test_happens_with_the_probability_asked_for(self, prob: float) -> None:
-        rng = np.random.default_rng(0)
-        share = np.mean([plan_flip(rng, prob=prob) for _ in range(DRAWS)])
-        assert share == pytest.approx(prob, abs=4 * math.sqrt(prob * (1 - prob) / DRAWS))
-
-
-class TestRotation:
-    @pytest.mark.parametrize("size", [(16, 16), (9, 14)])
-    def test_by_nothing_is_the_image(self, size: tuple[int, int]) -> None:
-        image = _noise(*size)
-        np.testing.assert_array_equal(apply_rotation(image, 0.0), image)
-
-    @pytest.mark.parametrize("side", [8, 9])
-    @pytest.mark.parametrize(("angle", "turns"), [(90.0, 1), (180.0, 2), (-90.0, 3)])
-    def test_by_right_angles_is_rot90_counter_clockwise(
-        self, side: int, angle: float, turns: int
-    ) -> None:
-        image = _noise(side, side)
-        np.testing.assert_array_equal(apply_rotation(image, angle), np.rot90(image, turns))
-
-    def test_keeps_the_shape_of_an_image_that_is_not_square(self) -> None:
-        assert apply_rotation(_noise(9, 14), 33.0).shape == (9, 14, 3)
-
-    def test_repeats_the_border_and_leaves_no_black_wedge(self) -> None:
-        image = np.full((20, 20, 3), 200, dtype=np.uint8)
-        np.testing.assert_array_equal(apply_rotation(image, 30.0), image)
-
-    def test_of_a_wide_image_by_90_degrees_shows_the_repeated_border(self) -> None:
-        image = np.zeros((3, 9, 3), dtype=np.uint8)
-        image[0], image[1], image[2] = 10, 20, 30
-        # The three rows become the three middle columns; what lies beyond repeats them.
-        expected = np.array([10] * 4 + [20] + [30] * 4)
-        result = apply_rotation(image, 90.0)[..., 0]
-        np.testing.assert_array_equal(result, np.tile(expected, (3, 1)))
-
-    def test_happens_with_the_probability_asked_for(self) -> None:
-        rng = np.random.default_rng(0)
-        drawn = [plan_rotation(rng, max_deg=15.0, prob=0.25) for _ in range(DRAWS)]
-        share = np.mean([angle is not None for angle in drawn])
-        assert share == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / DRAWS))
-
-
-class TestQuarterTurn:
-    def test_is_rot90_counter_clockwise(self) -> None:
-        image = _noise(6, 6)
-        for turns in (1, 2, 3):
-            found = apply_quarter_turn(image, turns)
-            np.testing.assert_array_equal(found, np.rot90(image, turns))
-            assert found.flags.c_contiguous
-
-    def test_each_turn_is_as_likely(self) -> None:
-        rng = np.random.default_rng(0)
-        drawn = [plan_quarter_turn(rng, prob=0.75) for _ in range(4000)]
-        for turns in (None, 1, 2, 3):
-            assert drawn.count(turns) / len(drawn) == pytest.approx(0.25, abs=0.03)

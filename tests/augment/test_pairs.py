@@ -7,7 +7,6 @@ import pytest
 from raysl.augment.crop import Image
 from raysl.augment.ops import CropPart, Sobel
 from raysl.augment.pairs import Augmentation, PairViews
-from raysl.augment.photometric import apply_sobel
 from raysl.augment.pipeline import make_views
 
 NAMES: tuple[Augmentation, ...] = get_args(Augmentation)
@@ -57,4 +56,4 @@ def test_twice_the_same_one_acts_once(name: Augmentation) -> None:
 def test_edges_alone_are_the_edges_of_the_image(image: Image) -> None:
     views = PairViews(size_px=32, first="sobel", second="sobel").views()
     (one,), _ = make_views(image, views, seed=0, epoch=0, index=0)
-    np.testing.assert_array_equal(one, apply_sobel(image))
+    np.testing.assert_array_equal(one, Sobel().apply(image, True))

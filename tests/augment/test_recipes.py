@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from raysl.augment.crop import Crop
 from raysl.augment.one_view import (
     ContextEncoderViews,
     FinetuneViews,
@@ -12,7 +13,7 @@ from raysl.augment.one_view import (
 )
 from raysl.augment.ops import Blur, ColorJitter, Flip, Grey, Solarise
 from raysl.augment.pairs import PairViews
-from raysl.augment.pipeline import Crop, View
+from raysl.augment.pipeline import View
 from raysl.augment.recipes import (
     BYOLViews,
     CustomViews,

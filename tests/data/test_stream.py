@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from raysl.augment.crop import Crop
 from raysl.augment.ops import ColorJitter, Flip
-from raysl.augment.pipeline import Crop, View, make_views
+from raysl.augment.pipeline import View, make_views
 from raysl.data.block import Block, view_column
 from raysl.data.decode import Flaw, decode_or_flaw
 from raysl.data.plan import Plan

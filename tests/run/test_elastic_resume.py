@@ -26,8 +26,9 @@ import torch.distributed as dist
 from ray.train import DataConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
+from raysl.augment.crop import Crop
 from raysl.augment.ops import Blur, ColorJitter, Flip
-from raysl.augment.pipeline import Crop, View
+from raysl.augment.pipeline import View
 from raysl.data.block import Block
 from raysl.data.plan import Plan
 from raysl.data.stream import BlockSpec, ItemMaker, iterate, joined

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raysl.augment.pipeline import Crop, View
+from raysl.augment.crop import Crop
+from raysl.augment.pipeline import View
 from raysl.augment.pipeline import make_views as views_of
 from raysl.methods.base import (
     Batch,

@@ -13,7 +13,7 @@ import ray
 from raysl.augment.crop import apply_crop
 from raysl.augment.ops import Op
 from raysl.augment.pipeline import View
-from raysl.augment.random import view_stream
+from raysl.augment.random import borrow_view_stream
 from raysl.augment.recipes import CustomViews
 from raysl.config.load import parse_yaml, validate
 from raysl.data.block import Block, view_column
@@ -98,7 +98,7 @@ def in_ray() -> Iterator[Block]:
 def bare(number: int, index: int) -> np.ndarray:
     """Make a view of an image of the first epoch by calling its operations one by one."""
     view, image = kinds()[number], source().images[index]
-    rng = view_stream(seed=SEED, epoch=0, index=index, view=number)
+    rng = borrow_view_stream(seed=SEED, epoch=0, index=index, view=number)
     result = apply_crop(image, view.crop.plan(rng, height=60, width=80), size_px=SIZE_PX)
     for op, step in [(op, op.plan(rng)) for op in view.ops]:
         result = op.apply(result, step)

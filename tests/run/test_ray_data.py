@@ -6,8 +6,9 @@ import sys
 import numpy as np
 import pytest
 
+from raysl.augment.crop import Crop
 from raysl.augment.ops import Blur, ColorJitter, Flip
-from raysl.augment.pipeline import Crop, View
+from raysl.augment.pipeline import View
 from raysl.data.block import Block
 from raysl.data.plan import Plan
 from raysl.data.stream import BlockSpec, ItemMaker, iterate, joined

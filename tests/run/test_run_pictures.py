@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from raysl.augment.crop import Crop
 from raysl.augment.ops import Flip
-from raysl.augment.pipeline import Crop, View, make_views
+from raysl.augment.pipeline import View, make_views
 from raysl.data.decode import decode
 from raysl.errors import DataError
 from raysl.report.figure import BLUE, DPI, GREY, ORANGE

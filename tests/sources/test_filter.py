@@ -9,7 +9,7 @@ import pytest
 
 from raysl.config.load import validate
 from raysl.errors import ConfigError, DataError
-from raysl.sources.filter import RowFilter, columns_of, describe_filter, keep
+from raysl.sources.filter import RowFilter, columns_of, describe_filter
 from raysl.sources.parquet import ParquetSource
 from raysl.sources.source import SourceConfig
 
@@ -35,14 +35,14 @@ class TestKeep:
         ],
     )
     def test_a_row_without_a_value_never_matches(self, condition: Any, rows: list[int]) -> None:
-        assert np.flatnonzero(keep(TABLE, [condition], where="x")).tolist() == rows
+        assert np.flatnonzero(RowFilter([condition], where="x").keep(TABLE)).tolist() == rows
 
     def test_a_list_may_stand_in_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "names.txt").write_text("cat\ncow\n")
         (tmp_path / "numbers.txt").write_text("1\n4\n")
 
         def kept(*condition: Any) -> list[int]:
-            return np.flatnonzero(keep(TABLE, [condition], where="x")).tolist()
+            return np.flatnonzero(RowFilter([condition], where="x").keep(TABLE)).tolist()
 
         assert kept("name", "in file", str(tmp_path / "names.txt")) == [0, 2]
         assert kept("name", "not in file", str(tmp_path / "names.txt")) == [1]
@@ -54,8 +54,8 @@ class TestKeep:
 
     def test_all_conditions_must_hold_and_none_keeps_all(self) -> None:
         both = [("n", "<", 3), ("name", "matches", "*o*")]
-        assert keep(TABLE, both, where="x").tolist() == [False, True, False, False]  # type: ignore[arg-type]
-        assert keep(TABLE, [], where="x").all()
+        assert RowFilter(both, where="x").keep(TABLE).tolist() == [False, True, False, False]  # type: ignore[arg-type]
+        assert RowFilter([], where="x").keep(TABLE).all()
 
     @pytest.mark.parametrize(
         ("condition", "message"),
@@ -68,7 +68,7 @@ class TestKeep:
     )
     def test_what_does_not_fit_is_named(self, condition: Any, message: str) -> None:
         with pytest.raises(DataError, match=message):
-            keep(TABLE, [condition], where="x")
+            RowFilter([condition], where="x").keep(TABLE)
 
     def test_columns_are_named_once(self) -> None:
         assert columns_of([("a", ">", 1), ("b", "<", 2), ("a", "<", 3)]) == ["a", "b"]

@@ -13,8 +13,8 @@ import pyarrow.fs as pafs
 import pytest
 
 from raysl.errors import DataError
-from raysl.sources import failures, tar
-from raysl.sources.failures import Failures
+from raysl.sources import lasting, tar
+from raysl.sources.lasting import Failures
 from raysl.sources.open import open_source
 from raysl.sources.source import DataConfig, Encoded, Unreadable
 from raysl.sources.tar import TarSource
@@ -163,7 +163,7 @@ class TestAfterOpening:
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         now = [1000.0]
-        monkeypatch.setattr(failures.time, "monotonic", lambda: now[0])
+        monkeypatch.setattr(lasting.time, "monotonic", lambda: now[0])
         tries = []
 
         def count(self: TarSource, group: int) -> tuple[bytes, int]:
@@ -219,7 +219,7 @@ class TestAfterOpening:
 class TestFailures:
     def test_are_forgotten_and_not_pickled(self, monkeypatch: pytest.MonkeyPatch) -> None:
         now = [5.0]
-        monkeypatch.setattr(failures.time, "monotonic", lambda: now[0])
+        monkeypatch.setattr(lasting.time, "monotonic", lambda: now[0])
         failed = Failures(10.0)
         failed.add(3, "broken")
         assert (failed.get(3), failed.get(4)) == ("broken", None)

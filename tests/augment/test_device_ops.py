@@ -8,6 +8,7 @@ import pytest
 import torch
 from sklearn.datasets import load_sample_images
 
+from raysl.augment.base import DeviceOperation
 from raysl.augment.ops import (
     Blur,
     ColorJitter,
@@ -26,7 +27,6 @@ from raysl.data.plan import Plan
 from raysl.data.stream import BlockSpec, ItemMaker
 from raysl.sources.source import ArraySource
 from raysl.train.batches import view_converter
-from raysl.train.device_ops import apply_ops
 
 SIDE = 64
 ADDED = ColorJitter(
@@ -70,24 +70,26 @@ def _tensor(images: np.ndarray) -> torch.Tensor:
 
 @pytest.mark.parametrize(("op", "mean", "most"), OPS, ids=lambda v: getattr(v, "op", None))
 def test_an_op_gives_what_the_cpu_gives(
-    images: np.ndarray, op: Flip, mean: float, most: int
+    images: np.ndarray, op: DeviceOperation, mean: float, most: int
 ) -> None:
     rng = np.random.default_rng(1)
     plans = [op.plan(rng) for _ in images]
     expected = np.stack([op.apply(image, plan) for image, plan in zip(images, plans, strict=True)])
-    numbers = np.array([op.numbers(plan, size_px=SIDE) for plan in plans], dtype=np.float32)
+    numbers = np.array([op.plan_numbers(plan, size_px=SIDE) for plan in plans], dtype=np.float32)
     before = _tensor(images)
-    found = apply_ops(before, [op], numbers)
+    result = op.apply_batch(before, numbers)
     assert torch.equal(before, _tensor(images))  # not written to
-    apart = (found - _tensor(expected)).abs()
+    apart = (result - _tensor(expected)).abs()
     assert apart.mean() <= mean
     assert apart.max() <= most
-    assert torch.equal(found, found.round())
+    assert torch.equal(result, result.round())
 
 
-def test_every_op_that_gives_numbers_is_tested_and_runs() -> None:
+def test_every_op_of_the_device_is_tested() -> None:
     kinds = set(get_args(get_args(Op)[0]))
-    assert {kind for kind in kinds if hasattr(kind, "numbers")} == {type(op) for op, *_ in OPS}
+    assert {kind for kind in kinds if issubclass(kind, DeviceOperation)} == {
+        type(op) for op, *_ in OPS
+    }, "give a new operation a line in OPS"
 
 
 def test_only_the_last_ops_go_to_the_device() -> None:
@@ -125,12 +127,12 @@ def test_a_whole_batch_has_the_views_of_the_cpu(images: np.ndarray, recipe: Any)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(("op", "mean", "most"), OPS, ids=lambda v: getattr(v, "op", None))
 def test_a_gpu_gives_what_the_cpu_gives(
-    images: np.ndarray, op: Flip, mean: float, most: int
+    images: np.ndarray, op: DeviceOperation, mean: float, most: int
 ) -> None:
     rng = np.random.default_rng(1)
     plans = [op.plan(rng) for _ in images]
-    numbers = np.array([op.numbers(plan, size_px=SIDE) for plan in plans], dtype=np.float32)
-    there = apply_ops(_tensor(images).cuda(), [op], numbers).cpu()
-    here = apply_ops(_tensor(images), [op], numbers)
+    numbers = np.array([op.plan_numbers(plan, size_px=SIDE) for plan in plans], dtype=np.float32)
+    there = op.apply_batch(_tensor(images).cuda(), numbers).cpu()
+    here = op.apply_batch(_tensor(images), numbers)
     assert (there - here).abs().max() <= 1 + most
     assert (there - here).abs().mean() <= 0.01 + mean
