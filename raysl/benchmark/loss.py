@@ -9,7 +9,6 @@ import contextlib
 import json
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raysl.benchmark.own_process import environment
+from raysl.benchmark.own_process import run_in_own_process
+from raysl.errors import DataError
 from raysl.methods.simclr import nt_xent_loss
 
 TEMPERATURE = 0.1
@@ -148,23 +148,11 @@ def measure_in_own_process(form: str, batch_size: int, dim: int) -> dict[str, An
     if needed > _FREE_SHARE * free:
         problem = f"not tried: needs {needed / 2**30:,.0f} GiB, {free / 2**30:,.0f} GiB are free"
         return _failed(form, batch_size, dim, problem)
-    numbers = [str(batch_size), str(dim)]
-    problem = f"took more than {_TIMEOUT_S:g} s"
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        done = subprocess.run(
-            [sys.executable, "-m", "raysl.benchmark.loss", form, *numbers],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=_TIMEOUT_S,
-            env=environment(),
-        )
-        if done.returncode == 0:
-            answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-            return answer
-        said = done.stderr.strip().splitlines()
-        problem = said[-1] if said else f"ended with status {done.returncode}"
-    return _failed(form, batch_size, dim, problem)
+    words = (form, batch_size, dim)
+    try:
+        return run_in_own_process("raysl.benchmark.loss", *words, timeout_s=_TIMEOUT_S)
+    except DataError as error:
+        return _failed(form, batch_size, dim, str(error))
 
 
 def _failed(form: str, batch_size: int, dim: int, problem: str) -> dict[str, Any]:

@@ -4,26 +4,23 @@ Each size is measured in a process of its own (``python -m raysl.benchmark.plan`
 take half of the free memory and no more.
 """
 
-import contextlib
 import json
-import os
 import pickle
 import resource
 import statistics
-import subprocess
 import sys
 import time
 import tracemalloc
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import psutil
 
+from raysl.benchmark.own_process import run_in_own_process
 from raysl.data.plan import Plan
-from raysl.errors import RayslError
+from raysl.errors import DataError, RayslError
 
 KINDS = {
     "shards": "shards of 10,000 images, row groups of 100",
@@ -133,26 +130,12 @@ def _peak_bytes(kind: str, num_images: int) -> int:
 
 def measure_in_own_process(kind: str, num_images: int) -> dict[str, Any]:
     """Measure a plan in a process that may take half of the memory that is free now."""
-    package = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])
     limit = psutil.virtual_memory().available // 2
-    command = [sys.executable, "-m", "raysl.benchmark.plan", kind, str(num_images), str(limit)]
-    problem = f"took more than {_TIMEOUT_S:g} s"
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=_TIMEOUT_S,
-            env={**os.environ, "PYTHONPATH": path},
-        )
-        if done.returncode == 0:
-            answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-            return answer
-        said = done.stderr.strip().splitlines()
-        problem = said[-1] if said else f"ended with status {done.returncode}"
-    return _failed(kind, num_images, problem)
+    words = (kind, num_images, limit)
+    try:
+        return run_in_own_process("raysl.benchmark.plan", *words, timeout_s=_TIMEOUT_S)
+    except DataError as error:
+        return _failed(kind, num_images, str(error))
 
 
 def _failed(kind: str, num_images: int, problem: str) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Time how fast one core makes views, stage by stage."""
 
 import math
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -150,16 +149,6 @@ def time_decode(source: Source, *, seconds: float) -> float | None:
             done += 1
         tried += 1
     return done / (time.perf_counter() - began)
-
-
-def summarise(repeats: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
-    """Return the median of each figure over the repeats; None if one of them has none."""
-    result: dict[str, float | None] = {}
-    for name in repeats[0]:
-        values = [repeat[name] for repeat in repeats]
-        known = [value for value in values if value is not None]
-        result[name] = statistics.median(known) if len(known) == len(values) else None
-    return result
 
 
 class Cost(NamedTuple):
