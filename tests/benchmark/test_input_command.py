@@ -49,7 +49,7 @@ def test_ends_with_one_object_of_all_documented_figures_also_on_a_tiny_source(
             "is more than the 160 images of digits/train; use at most 160",
         ),
         (["--consumers", "200"], "160 images for 200 consumers; lower --consumers"),
-        (["data.limt=5"], "unknown key 'limt'; did you mean 'limit'?"),
+        (["data.limits=5"], "unknown key 'limits'; did you mean 'limit'?"),
     ],
 )
 def test_a_wrong_setting_is_refused_before_ray_starts(
