@@ -12,14 +12,14 @@ from raysl.embed.ray_embed import Pools, plan_pools, stream_on_ray
 from raysl.evaluate.embedding import Chunks, Embedding, Rows, chunk_images, read_pixels
 from raysl.sources.source import Source
 
-_EXTRA_ROUNDS = 2  # at the end, where some actors have nothing left to do: not counted
+_EXTRA_ROUNDS = 2  # at the end, when some actors are idle: not counted
 _MANY = 1 << 20
 _DECODED = 256
 _MATRIX = 1024
 _PRODUCTS = 8
 
-_ROW_BYTES = 40  # id, row and label, about
-_KEPT_CHUNKS = 2  # that an actor has waiting
+_ROW_BYTES = 40  # approximate size of id, row and label
+_KEPT_CHUNKS = 2  # chunks in the object store for each actor
 _FLOAT32 = 4
 _CHANNELS = 3
 _DAY_S = 86_400
@@ -97,29 +97,30 @@ def multiplication_rate() -> float:
 
 
 class EmbeddingCosts(NamedTuple):
-    """The measured costs that a plan is computed from."""
+    """The measured rates and sizes that an estimate is computed from."""
 
     num_images: int
     embed_dim: int
     bytes_per_feature: int
     """4, or 2 with store=float16."""
     image_bytes: float
-    """Encoded, of the source."""
+    """Mean size of an encoded image of the source."""
     size_px: int
     chunk_images: int
     images_per_s_per_worker: float
-    """Measured: of one actor on a CPU that does everything, or of one GPU."""
+    """Measured speed of one actor that decodes and encodes on a CPU, or of one GPU."""
     num_workers: int
-    """GPUs, or CPUs without GPUs."""
+    """Number of GPUs, or of CPUs without GPUs."""
     decode_images_per_s_per_cpu: float
-    """Measured: reading and decoding alone, on one core."""
+    """Measured speed of reading and decoding on one core."""
     multiplications_per_s: float
-    """Measured: of float32 matrix products on one worker (a multiplication and an addition)."""
+    """Measured speed of float32 matrix products on one worker, in pairs of a multiplication and an
+    addition."""
     shard_bytes: int
 
 
 class PlanLine(NamedTuple):
-    """One quantity of the plan, with its formula."""
+    """One quantity of the estimate, with its formula."""
 
     what: str
     formula: str
@@ -127,30 +128,30 @@ class PlanLine(NamedTuple):
     unit: str
 
 
-def plan_embedding(given: EmbeddingCosts) -> list[PlanLine]:
-    """Return what it takes, each with the formula that it follows from.
+def plan_embedding(costs: EmbeddingCosts) -> list[PlanLine]:
+    """Estimate time, storage and traffic, each with its formula.
 
     M images, D features of b bytes, G workers at r images/s each, c images a chunk, S pixels a
     side, f multiplications/s a worker.
     """
-    m, dim, width = given.num_images, given.embed_dim, given.bytes_per_feature
-    total_rate = given.num_workers * given.images_per_s_per_worker
+    m, dim, width = costs.num_images, costs.embed_dim, costs.bytes_per_feature
+    total_rate = costs.num_workers * costs.images_per_s_per_worker
     features = float(m) * dim * width
     storage = features + float(m) * _ROW_BYTES
-    in_flight = given.num_workers * _KEPT_CHUNKS * given.chunk_images
-    store = in_flight * (_CHANNELS * given.size_px**2 + dim * _FLOAT32)
-    search_s = float(m) * m * dim / (given.num_workers * given.multiplications_per_s)
-    query_s = float(m) * dim / (given.num_workers * given.multiplications_per_s)
+    in_flight = costs.num_workers * _KEPT_CHUNKS * costs.chunk_images
+    store = in_flight * (_CHANNELS * costs.size_px**2 + dim * _FLOAT32)
+    search_s = float(m) * m * dim / (costs.num_workers * costs.multiplications_per_s)
+    query_s = float(m) * dim / (costs.num_workers * costs.multiplications_per_s)
     return [
         PlanLine("features", f"M (D b + {_ROW_BYTES})", storage, "bytes"),
-        PlanLine("shards", "M D b / shard_mib", max(1.0, features / given.shard_bytes), "files"),
+        PlanLine("shards", "M D b / shard_mib", max(1.0, features / costs.shard_bytes), "files"),
         PlanLine("time", "M / (G r)", m / total_rate, "s"),
-        PlanLine("worker days", "M / r", m / given.images_per_s_per_worker / _DAY_S, "days"),
+        PlanLine("worker days", "M / r", m / costs.images_per_s_per_worker / _DAY_S, "days"),
         PlanLine(
-            "read from the source", "G r image bytes", total_rate * given.image_bytes, "bytes/s"
+            "read from the source", "G r image bytes", total_rate * costs.image_bytes, "bytes/s"
         ),
         PlanLine(
-            "CPUs that decode", "G r / d", total_rate / given.decode_images_per_s_per_cpu, "CPUs"
+            "CPUs that decode", "G r / d", total_rate / costs.decode_images_per_s_per_cpu, "CPUs"
         ),
         PlanLine(
             "object store of all nodes",

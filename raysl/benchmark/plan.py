@@ -1,7 +1,7 @@
 """Measure memory and start time of the plan over the number of images.
 
-Each size is measured in a process of its own (``python -m raysl.benchmark.plan``), which may
-take half of the free memory and no more.
+Each size is measured in a separate process (``python -m raysl.benchmark.plan``), whose memory is
+limited to half of the free memory.
 """
 
 import json
@@ -31,28 +31,29 @@ _IMAGE_BYTES = 110_000  # of ImageNet
 _WINDOW_BYTES = 512 << 20
 _BATCH, _ITEM, _EPOCHS = 4096, 128, 100
 
-_SAMPLES = 50  # items a figure is the median of
-_LONGEST_S = 20.0  # that those of one figure may take together
+_SAMPLES = 50  # number of items of a median
+_LONGEST_S = 20.0  # limit of the time for these items
 _TIMEOUT_S = 900.0
 
 
 class PlanCost(NamedTuple):
-    """What a plan of ``num_images`` costs; None where it did not fit."""
+    """Memory and time of a plan of ``num_images``; None if it did not fit into memory."""
 
     kind: str
     num_images: int
     plan_bytes: int | None
-    """Pickled, as it goes to each data worker."""
+    """Size of the pickled plan, which is sent to each data worker."""
     table_bytes: int | None
-    """Of these, the sizes of the groups."""
+    """The part of it that holds the sizes of the groups."""
     build_s: float | None
     first_item_s: float | None
     item_in_order_ms: float | None
     item_at_random_ms: float | None
-    """Anywhere in the run, as after a resume."""
+    """Time of an item at a random position, as after a resume."""
     peak_bytes: int | None
-    """While it is built and used, group sizes included."""
+    """Peak memory while the plan is built and used, group sizes included."""
     problem: str | None = None
+    """Why it was not measured."""
 
 
 def group_sizes(kind: str, num_images: int) -> npt.NDArray[np.int64]:
@@ -78,12 +79,12 @@ def build(kind: str, sizes: npt.NDArray[np.int64]) -> Plan:
 
 
 def measure(kind: str, num_images: int) -> PlanCost:
-    """Measure a plan in this process: times first, then memory, which makes everything slower."""
+    """Measure a plan in this process: first times, then memory, whose tracing slows everything."""
     sizes = group_sizes(kind, num_images)
     began = time.perf_counter()
     plan = build(kind, sizes)
     build_s = time.perf_counter() - began
-    plan_bytes = len(pickle.dumps(plan))  # before it has anything in its caches
+    plan_bytes = len(pickle.dumps(plan))  # while its caches are empty
     first_item_s = _time_item(plan, 0)
     in_order = _median_s(plan, range(1, min(1 + _SAMPLES, plan.num_items)))
     rng = np.random.default_rng(0)
@@ -118,7 +119,7 @@ def _median_s(plan: Plan, positions: Iterable[int]) -> float:
 
 
 def _peak_bytes(kind: str, num_images: int) -> int:
-    tracemalloc.start()  # NumPy tells it of its arrays
+    tracemalloc.start()  # NumPy reports its arrays to it
     try:
         plan = build(kind, group_sizes(kind, num_images))
         for position in (0, 1, plan.num_items // 2, plan.num_items - 1):
@@ -129,7 +130,7 @@ def _peak_bytes(kind: str, num_images: int) -> int:
 
 
 def measure_in_own_process(kind: str, num_images: int) -> dict[str, Any]:
-    """Measure a plan in a process that may take half of the memory that is free now."""
+    """Measure a plan in a separate process, limited to half of the memory that is free now."""
     limit = psutil.virtual_memory().available // 2
     words = (kind, num_images, limit)
     try:

@@ -64,9 +64,9 @@ def find_duplicates(
     return Duplicates(forest.groups(), nearest, num_pairs)
 
 
-def _raise_to(values: npt.NDArray[np.float32], start: int, found: Tensor) -> None:
-    part = values[start : start + len(found)]
-    np.maximum(part, found.cpu().numpy(), out=part)
+def _raise_to(values: npt.NDArray[np.float32], start: int, similarity: Tensor) -> None:
+    part = values[start : start + len(similarity)]
+    np.maximum(part, similarity.cpu().numpy(), out=part)
 
 
 class Forest:
