@@ -17,8 +17,8 @@ def run_in_own_process(module: str, *words: object, timeout_s: float) -> dict[st
     """Run a module with arguments in a separate process and return the JSON object that it prints.
 
     Args:
-        module: Its dotted name; it is imported from where this process imports raysl.
-        words: Its command line.
+        module: Dotted name; modules of raysl are those of this process.
+        words: Arguments of its command line.
         timeout_s: The process is killed after this many seconds.
 
     Raises:

@@ -27,7 +27,7 @@ KINDS = {
     "folder": "one group, as of an image folder",
 }
 _GROUP_IMAGES = 100
-_IMAGE_BYTES = 110_000  # of ImageNet
+_IMAGE_BYTES = 110_000  # mean size of an image of ImageNet
 _WINDOW_BYTES = 512 << 20
 _BATCH, _ITEM, _EPOCHS = 4096, 128, 100
 

@@ -83,7 +83,7 @@ def time_function(
 
     Args:
         source: The images.
-        plan: Their order.
+        plan: The order of the images.
         spec: The views to make.
         seconds: How long to measure; at least one item is made.
         start: First position of the plan.

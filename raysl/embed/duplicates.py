@@ -113,7 +113,7 @@ class Forest:
 
 
 class Choice(NamedTuple):
-    """Which images of a group to keep."""
+    """The images of a group to keep, and those that they represent."""
 
     kept: npt.NDArray[np.bool_]
     """``(n,)``."""

@@ -74,7 +74,7 @@ def features_on_ray(
     """Return the features of some rows, computed on the connected cluster.
 
     Args:
-        source: Where the images are; every node must be able to read it.
+        source: The images; every node must be able to read them.
         rows: ``(M,)`` rows to embed.
         embedding: The encoder, and how images are cropped for it. Only this process reads its file.
         advance: Called with the number of images done since the last call.

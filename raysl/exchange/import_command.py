@@ -92,7 +92,7 @@ def _say(imported: Imported, output: Path) -> None:
         f"{_numbers(imported.std)}",
     }
     if imported.told:
-        shown["told by"] = imported.told
+        shown["metadata"] = imported.told
     for number, guess in enumerate(imported.guessed):
         shown["assumed" if number == 0 else " " * number] = guess
     out = console()

@@ -45,7 +45,7 @@ class ImageFacts(NamedTuple):
     width: int
     """Pixels of the upright image; 0 for a bad one."""
     height: int
-    """Likewise."""
+    """Pixels, likewise."""
     flaw: str
     """Reason why the image is bad; empty for a good one."""
     digest: bytes
