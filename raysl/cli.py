@@ -17,7 +17,7 @@ VERBS = {
     "pipeline": "pretrain, fine-tune and distil by one configuration, and compare",
     "sweep": "try many settings of a run on Ray Tune, compare them, write the best one",
     "evaluate": "measure an encoder: nearest neighbours, linear, few labels, fine-tuning, transfer",
-    "benchmark": "measure input, loss and methods on this machine or cluster, to size it",
+    "benchmark": "measure input, plan, embedding and loss on this machine or cluster, to size it",
     "config": "print a resolved configuration and its derived values",
     "data": "inspect a source of images: counts, sizes, formats, broken files, a contact sheet",
     "export": "write an encoder for torchvision, timm, ONNX, TorchScript, Hugging Face, MLflow",

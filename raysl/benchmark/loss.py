@@ -1,15 +1,13 @@
 """Measure time and memory of NT-Xent, tiled and with the full matrix, over the batch size.
 
-Each measurement is made in a process of its own (``python -m raysl.benchmark.loss``), so that
-the memory of one is not that of another. One that would not fit into the free memory is told, not
-tried.
+Each measurement runs in a separate process (``python -m raysl.benchmark.loss``): none counts the
+memory of another. One that would not fit into the free memory is reported and not run.
 """
 
 import contextlib
 import json
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,21 +19,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raysl.benchmark.own_process import environment
+from raysl.benchmark.own_process import run_in_own_process
+from raysl.errors import DataError
 from raysl.methods.simclr import nt_xent_loss
 
 TEMPERATURE = 0.1
 PLAIN_MATRICES = 3
 """Matrices of 2N x 2N float32 that the plain form holds at its peak: the log-softmax, its gradient
-and that of the logits."""
-_FREE_SHARE = 0.8  # of the free memory that a measurement may need
-_MOST_STEPS, _LONGEST_S = 20, 2.0  # of one measurement
+and the gradient of the logits."""
+_FREE_SHARE = 0.8  # largest share of the free memory for a measurement
+_MOST_STEPS, _LONGEST_S = 20, 2.0  # limits of one measurement
 _TIMEOUT_S = 1800.0
 _WARM_UP_BATCH = 64
 
 
 def plain_nt_xent(z0: Tensor, z1: Tensor, *, temperature: float) -> Tensor:
-    """Return NT-Xent as textbooks write it: a matrix of all pairs, and its cross entropy."""
+    """Return NT-Xent by its definition: the cross entropy of a matrix of all pairs."""
     n = len(z0)
     z = F.normalize(torch.cat([z0, z1]), dim=1)
     logits = z @ z.T / temperature  # (2N, 2N)
@@ -47,20 +46,20 @@ FORMS: dict[str, Callable[..., Tensor]] = {"plain": plain_nt_xent, "tiled": nt_x
 
 
 class LossCost(NamedTuple):
-    """What forward and backward of a loss cost; None where it was not tried."""
+    """Time and memory of forward and backward of a loss; None if it was not run."""
 
     form: str
     batch_size: int
     dim: int
     ms: float | None
-    """Median of the steps of one process."""
+    """Median over the steps of one process."""
     peak_bytes: int | None
-    """Above what the process held with its inputs."""
+    """Peak memory above that of the process with its inputs."""
     problem: str | None = None
 
 
 def device_name() -> str:
-    """Return where losses are measured: a GPU if there is one."""
+    """Return the device on which losses are measured: a GPU if there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -87,14 +86,14 @@ def measure(form: str, batch_size: int, dim: int) -> LossCost:
         made = (torch.randn(n, dim, generator=generator) for _ in range(2))
         return [z.to(device).requires_grad_() for z in made]
 
-    _step(form, embeddings(min(_WARM_UP_BATCH, batch_size)))  # what a library sets up once
+    _step(form, embeddings(min(_WARM_UP_BATCH, batch_size)))  # libraries set themselves up
     inputs = embeddings(batch_size)
     peak = _PeakMemory(device)
     times: list[float] = []
     while not times or (len(times) < _MOST_STEPS and sum(times) < _LONGEST_S):
         times.append(_step(form, inputs))
     peak_bytes = peak.above_start()
-    settled = times[1:] or times  # the first step also fetches the memory
+    settled = times[1:] or times  # the first step also allocates the memory
     return LossCost(form, batch_size, dim, 1000 * statistics.median(settled), peak_bytes)
 
 
@@ -115,7 +114,7 @@ def _wait(z: Tensor) -> None:
 
 
 class _PeakMemory:
-    """The most memory held since it was made, above what was held then."""
+    """The peak of memory since its creation, above the memory held at that time."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -123,7 +122,7 @@ class _PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self.start = torch.cuda.memory_allocated()
             return
-        with contextlib.suppress(OSError):  # Linux: the peak starts anew at what is held now
+        with contextlib.suppress(OSError):  # Linux: resets the peak to the current memory
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         self.start = _peak_resident_bytes()
 
@@ -133,7 +132,7 @@ class _PeakMemory:
 
 
 def _peak_resident_bytes() -> int:
-    # On Linux getrusage starts a child at its parent's peak; this does not.
+    # On Linux, the peak of getrusage begins at the parent's peak; that of /proc does not.
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):
@@ -143,28 +142,16 @@ def _peak_resident_bytes() -> int:
 
 
 def measure_in_own_process(form: str, batch_size: int, dim: int) -> dict[str, Any]:
-    """Measure a loss in a process of its own, if it fits into the free memory."""
+    """Measure a loss in a separate process, if it fits into the free memory."""
     needed, free = needed_bytes(form, batch_size, dim), free_bytes()
     if needed > _FREE_SHARE * free:
         problem = f"not tried: needs {needed / 2**30:,.0f} GiB, {free / 2**30:,.0f} GiB are free"
         return _failed(form, batch_size, dim, problem)
-    numbers = [str(batch_size), str(dim)]
-    problem = f"took more than {_TIMEOUT_S:g} s"
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        done = subprocess.run(
-            [sys.executable, "-m", "raysl.benchmark.loss", form, *numbers],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=_TIMEOUT_S,
-            env=environment(),
-        )
-        if done.returncode == 0:
-            answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-            return answer
-        said = done.stderr.strip().splitlines()
-        problem = said[-1] if said else f"ended with status {done.returncode}"
-    return _failed(form, batch_size, dim, problem)
+    words = (form, batch_size, dim)
+    try:
+        return run_in_own_process("raysl.benchmark.loss", *words, timeout_s=_TIMEOUT_S)
+    except DataError as error:
+        return _failed(form, batch_size, dim, str(error))
 
 
 def _failed(form: str, batch_size: int, dim: int, problem: str) -> dict[str, Any]:
@@ -172,7 +159,7 @@ def _failed(form: str, batch_size: int, dim: int, problem: str) -> dict[str, Any
 
 
 def main() -> None:
-    """Measure what the command line names; write one line to standard output."""
+    """Measure the loss on the command line; write one line of JSON to standard output."""
     form, batch_size, dim = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     sys.stdout.write(json.dumps(measure(form, batch_size, dim)._asdict()) + "\n")
 

@@ -17,19 +17,23 @@ _MIB = 1 << 20
 
 
 def add_arguments(
-    kinds: "argparse._SubParsersAction[argparse.ArgumentParser]", *, whole: Callable[[str], int]
+    kinds: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    *,
+    whole: Callable[[str], int],
+    wholes: Callable[[str], list[int]],
 ) -> None:
     """Declare the arguments.
 
     Args:
-        kinds: What `raysl benchmark` measures.
-        whole: Reads a number above 0.
+        kinds: The subcommands of `raysl benchmark`.
+        whole: Parses a whole number above 0.
+        wholes: Parses several of them, separated by commas.
     """
     text = "time and memory of NT-Xent in tiles, beside the matrix of all pairs"
     loss = kinds.add_parser("loss", help=text, description=f"raysl benchmark loss: {text}")
     loss.add_argument(
         "--batches",
-        type=lambda given: [whole(part) for part in given.split(",")],
+        type=wholes,
         default=[512, 4096, 32768],
         help="batch sizes (512,4096,32768)",
     )

@@ -1,67 +1,48 @@
-"""Run a measurement in a separate process: a pickled task in, one line of JSON out.
+"""Run a measurement in a separate process, where no earlier one has left threads or memory.
 
-A DataLoader forks its workers, which a process connected to Ray must not do; nor should one
-measurement find the threads and the memory of another.
+The process is ``python -m MODULE WORD ...``, and its result is the JSON object on its last line.
 """
 
 import json
 import os
-import pickle
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raysl.errors import DataError, RayslError, to_record
+from raysl.errors import DataError
 
 
-def environment() -> dict[str, str]:
-    """Return this process's environment, in which a child finds raysl where this one did."""
-    package = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path}
-
-
-def ask(module: str, task: object, *, name: str) -> dict[str, Any]:
-    """Run ``python -m module``, which calls :func:`answer`, and return what it says.
+def run_in_own_process(module: str, *words: object, timeout_s: float) -> dict[str, Any]:
+    """Run a module with arguments in a separate process and return the JSON object that it prints.
 
     Args:
-        module: Its dotted name.
-        task: What it is to measure; anything that can be pickled.
-        name: Of the measurement, for messages.
+        module: Dotted name; modules of raysl are those of this process.
+        words: Arguments of its command line.
+        timeout_s: The process is killed after this many seconds.
 
     Raises:
-        DataError: If it fails.
+        DataError: If the process fails, takes longer or prints no JSON; the message is the last
+            line that it wrote to standard error.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", module],
-        input=pickle.dumps(task),
-        capture_output=True,
-        check=False,
-        env=environment(),
-    )
+    package = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])
     try:
-        said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        done = subprocess.run(
+            [sys.executable, "-m", module, *map(str, words)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout_s,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+    except subprocess.TimeoutExpired:
+        raise DataError(f"took more than {timeout_s:g} s") from None
+    try:
+        if done.returncode == 0:
+            result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+            return result
     except (IndexError, ValueError):
-        lines = done.stderr.decode(errors="replace").strip().splitlines()
-        what = lines[-1] if lines else f"exit status {done.returncode}"
-        raise DataError(f"{name}: failed: {what}") from None
-    if "error" in said:
-        raise DataError(f"{name}: {said['message']}")
-    return said
-
-
-def answer(measure: Callable[[Any], Any]) -> None:
-    """Answer the task on standard input by one line on standard output.
-
-    Args:
-        measure: Takes the task and returns a named tuple of plain values.
-    """
-    # The parent's own words; by its module's name, since in the child that file is __main__.
-    task = pickle.loads(sys.stdin.buffer.read())
-    try:
-        said: dict[str, Any] = measure(task)._asdict()
-    except RayslError as error:
-        said = {**to_record(error)}
-    sys.stdout.write(json.dumps(said) + "\n")
+        pass
+    lines = done.stderr.strip().splitlines()
+    raise DataError(lines[-1] if lines else f"ended with status {done.returncode}")

@@ -1,61 +1,59 @@
 """Measure memory and start time of the plan over the number of images.
 
-Each size is measured in a process of its own (``python -m raysl.benchmark.plan``), which may
-take half of the free memory and no more.
+Each size is measured in a separate process (``python -m raysl.benchmark.plan``), whose memory is
+limited to half of the free memory.
 """
 
-import contextlib
 import json
-import os
 import pickle
 import resource
 import statistics
-import subprocess
 import sys
 import time
 import tracemalloc
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import psutil
 
+from raysl.benchmark.own_process import run_in_own_process
 from raysl.data.plan import Plan
-from raysl.errors import RayslError
+from raysl.errors import DataError, RayslError
 
 KINDS = {
     "shards": "shards of 10,000 images, row groups of 100",
     "folder": "one group, as of an image folder",
 }
 _GROUP_IMAGES = 100
-_IMAGE_BYTES = 110_000  # of ImageNet
+_IMAGE_BYTES = 110_000  # mean size of an image of ImageNet
 _WINDOW_BYTES = 512 << 20
 _BATCH, _ITEM, _EPOCHS = 4096, 128, 100
 
-_SAMPLES = 50  # items a figure is the median of
-_LONGEST_S = 20.0  # that those of one figure may take together
+_SAMPLES = 50  # number of items of a median
+_LONGEST_S = 20.0  # limit of the time for these items
 _TIMEOUT_S = 900.0
 
 
 class PlanCost(NamedTuple):
-    """What a plan of ``num_images`` costs; None where it did not fit."""
+    """Memory and time of a plan of ``num_images``; None if it did not fit into memory."""
 
     kind: str
     num_images: int
     plan_bytes: int | None
-    """Pickled, as it goes to each data worker."""
+    """Size of the pickled plan, which is sent to each data worker."""
     table_bytes: int | None
-    """Of these, the sizes of the groups."""
+    """The part of it that holds the sizes of the groups."""
     build_s: float | None
     first_item_s: float | None
     item_in_order_ms: float | None
     item_at_random_ms: float | None
-    """Anywhere in the run, as after a resume."""
+    """Time of an item at a random position, as after a resume."""
     peak_bytes: int | None
-    """While it is built and used, group sizes included."""
+    """Peak memory while the plan is built and used, group sizes included."""
     problem: str | None = None
+    """Why it was not measured."""
 
 
 def group_sizes(kind: str, num_images: int) -> npt.NDArray[np.int64]:
@@ -81,12 +79,12 @@ def build(kind: str, sizes: npt.NDArray[np.int64]) -> Plan:
 
 
 def measure(kind: str, num_images: int) -> PlanCost:
-    """Measure a plan in this process: times first, then memory, which makes everything slower."""
+    """Measure a plan in this process: first times, then memory, whose tracing slows everything."""
     sizes = group_sizes(kind, num_images)
     began = time.perf_counter()
     plan = build(kind, sizes)
     build_s = time.perf_counter() - began
-    plan_bytes = len(pickle.dumps(plan))  # before it has anything in its caches
+    plan_bytes = len(pickle.dumps(plan))  # while its caches are empty
     first_item_s = _time_item(plan, 0)
     in_order = _median_s(plan, range(1, min(1 + _SAMPLES, plan.num_items)))
     rng = np.random.default_rng(0)
@@ -121,7 +119,7 @@ def _median_s(plan: Plan, positions: Iterable[int]) -> float:
 
 
 def _peak_bytes(kind: str, num_images: int) -> int:
-    tracemalloc.start()  # NumPy tells it of its arrays
+    tracemalloc.start()  # NumPy reports its arrays to it
     try:
         plan = build(kind, group_sizes(kind, num_images))
         for position in (0, 1, plan.num_items // 2, plan.num_items - 1):
@@ -132,27 +130,13 @@ def _peak_bytes(kind: str, num_images: int) -> int:
 
 
 def measure_in_own_process(kind: str, num_images: int) -> dict[str, Any]:
-    """Measure a plan in a process that may take half of the memory that is free now."""
-    package = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])
+    """Measure a plan in a separate process, limited to half of the memory that is free now."""
     limit = psutil.virtual_memory().available // 2
-    command = [sys.executable, "-m", "raysl.benchmark.plan", kind, str(num_images), str(limit)]
-    problem = f"took more than {_TIMEOUT_S:g} s"
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=_TIMEOUT_S,
-            env={**os.environ, "PYTHONPATH": path},
-        )
-        if done.returncode == 0:
-            answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-            return answer
-        said = done.stderr.strip().splitlines()
-        problem = said[-1] if said else f"ended with status {done.returncode}"
-    return _failed(kind, num_images, problem)
+    words = (kind, num_images, limit)
+    try:
+        return run_in_own_process("raysl.benchmark.plan", *words, timeout_s=_TIMEOUT_S)
+    except DataError as error:
+        return _failed(kind, num_images, str(error))
 
 
 def _failed(kind: str, num_images: int, problem: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Measure the input of a run: the data workers' function on all cores, and through Ray Data."""
+"""Measure a run's input on Ray: the data workers' function on all cores, and the stream."""
 
 import math
 import re
@@ -31,11 +31,11 @@ from raysl.run.ray_data import (
 )
 from raysl.run.ray_errors import own_errors
 
-if TYPE_CHECKING:  # the recipe loads torch; the actors below import this file and must not
+if TYPE_CHECKING:  # the recipe imports torch, which the actors below must not do
     from raysl.run.recipe import RunConfig
 
 _MARGIN = 0.02
-# Listing a node's processes takes some 20 ms, which the cores that are measured would miss.
+# Listing a node's processes takes about 20 ms of the cores that are measured.
 _STORE_EVERY_S = 0.5
 _PROCESSES_EVERY_S = 0.2
 _LIST_EVERY_S = 5.0
@@ -44,26 +44,29 @@ _MIB = 1 << 20
 
 
 class Stream(NamedTuple):
-    """What came out of Ray Data, and what it took."""
+    """Speed and memory of the stream of views through Ray Data."""
 
-    images_per_s: float  # of all consumers
+    images_per_s: float
+    """Sum over all consumers."""
     first_batch_s: float
-    wait_s: float  # a batch, median
+    wait_s: float
+    """Median time that a consumer waits for a batch."""
     wait_p99_s: float
-    wait_share: float  # of the consumers' time
+    wait_share: float
+    """Share of the consumers' time in which they wait."""
     bytes_per_image: float
     peak_object_store_bytes: int
     peak_driver_bytes: int
     peak_workers_bytes: int
-    """Resident memory of all data workers, with what they share: code and the object store."""
+    """Resident memory of all data workers, shared code and object store included."""
     peak_workers_private_bytes: int
 
 
 def input_layout(config: "RunConfig[Any]") -> Layout:
-    """Lay the data workers out over all CPUs of the connected cluster; nobody trains.
+    """Distribute the data workers over all CPUs of the connected cluster; no worker trains.
 
     Raises:
-        ClusterError: If there is no CPU for them.
+        ClusterError: If they do not fit.
     """
     cpus = float(ray.cluster_resources().get("CPU", 0.0))
     workers = config.cluster.num_data_workers or max(1, math.floor(cpus))
@@ -78,7 +81,7 @@ def input_layout(config: "RunConfig[Any]") -> Layout:
 
 
 def cores_of(layout: Layout) -> int:
-    """Return the CPUs that make views."""
+    """Return the number of CPUs that make views."""
     return max(1, round(layout.num_data_workers * min(1.0, layout.cpus_per_data_worker + _MARGIN)))
 
 
@@ -90,16 +93,16 @@ def share_source(source: Any) -> Any:
 def function_on_all_cores(
     source: Any, plan: Plan, spec: BlockSpec, *, layout: Layout, seconds: float, start: int
 ) -> float:
-    """Return the images a second a core of the function with every core at work, without Ray Data.
+    """Return the images a second of each core if all run the function, without Ray Data.
 
-    Cores share caches, memory and clock, and hyperthreads a core: what all of them reach is what
-    Ray's transport has to be measured by.
+    Cores share caches, memory and clock frequency, and hyperthreads share a core. So the speed of
+    all cores at once, not that of one, is the reference for Ray's transport.
 
     Args:
         source: Reference of the source.
         plan: The order of the images.
         spec: The views to make.
-        layout: One process a data worker.
+        layout: The data workers; each is one process.
         seconds: How long to measure.
         start: Position of the plan to begin at.
 
@@ -108,22 +111,22 @@ def function_on_all_cores(
         ClusterError: If the CPUs are in use.
     """
     wait_for_cpus(layout)
-    many = [
-        _actor(_Function, num_cpus=layout.cpus_per_data_worker).remote(source, plan, spec)
+    actors = [
+        _actor(_FunctionTimer, num_cpus=layout.cpus_per_data_worker).remote(source, plan, spec)
         for _ in range(layout.num_data_workers)
     ]
     with own_errors("the stream"):
-        ray.get([worker.ready.remote() for worker in many])  # begin together
+        ray.get([worker.ready.remote() for worker in actors])  # so that all begin together
         rates = ray.get(
-            [worker.time.remote(seconds, start + 10 * n) for n, worker in enumerate(many)]
+            [worker.time.remote(seconds, start + 10 * n) for n, worker in enumerate(actors)]
         )
-    for worker in many:
+    for worker in actors:
         ray.kill(worker)
     return float(sum(rates)) / cores_of(layout)
 
 
 def _actor(kind: type, **options: Any) -> Any:
-    """Return Ray's actor class of a class; its type does not know the class's methods."""
+    """Return the Ray actor class of a class; its static type lacks the class's methods."""
     return ray.remote(kind).options(**options)
 
 
@@ -131,35 +134,38 @@ def _on(node: Any) -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
 
 
-class _Function:
-    """The function of a data worker, on a CPU of its own."""
+class _FunctionTimer:
+    """An actor that times the function of a data worker on its own CPU."""
 
     def __init__(self, source: Any, plan: Plan, spec: BlockSpec) -> None:
-        # Ray has put the source in its reference's place.
+        # Ray has replaced the reference by the source.
         self._make = ItemMaker(source, plan, spec)
 
     def ready(self) -> None:
-        """Return once the process is up."""
+        """Return once the process has started."""
 
     def time(self, seconds: float, start: int) -> float:
-        """Return images a second."""
+        """Return the images a second."""
         return time_whole_items(self._make, seconds=seconds, start=start)
 
 
 class StreamTask(NamedTuple):
-    """How to measure a stream."""
+    """The sizes of a measurement of the stream."""
 
     num_consumers: int
-    batch_size: int  # of each consumer
+    batch_size: int
+    """Images of each consumer's batch."""
     prefetch_batches: int
-    round_batches: int  # in which each data worker delivers a block
-    num_batches: int  # to measure, after the first round
+    round_batches: int
+    """Batches in which each data worker delivers one block."""
+    num_batches: int
+    """Batches to measure, after the first round."""
 
 
 def stream_task(
     plan: Plan, spec: BlockSpec, *, layout: Layout, num_consumers: int, prefetch: int, images: float
 ) -> StreamTask:
-    """Return how to measure about so many images, in whole rounds; the plan has to hold them."""
+    """Return the sizes of a measurement of about ``images`` images, in whole rounds."""
     packing = packing_for(plan, spec, start_step=0, num_workers=num_consumers)
     block_images = packing.steps_per_block * plan.item_size
     round_batches = math.ceil(layout.num_data_workers * block_images / plan.global_batch_size)
@@ -174,12 +180,12 @@ def stream_task(
 
 
 def steps_needed(task: StreamTask) -> int:
-    """Return the steps of a plan for this measurement: some are left, no worker runs dry."""
+    """Return the steps that a plan needs, with some to spare so that no worker runs out of work."""
     return task.num_batches + 3 * task.round_batches + task.prefetch_batches
 
 
 def stream(source: Any, plan: Plan, spec: BlockSpec, *, layout: Layout, task: StreamTask) -> Stream:
-    """Stream a plan through Ray Data into consumers that do nothing, as training has it.
+    """Stream a plan through Ray Data as in training, into consumers that drop the batches.
 
     Raises:
         RayslError: What a data worker raised.
@@ -188,7 +194,7 @@ def stream(source: Any, plan: Plan, spec: BlockSpec, *, layout: Layout, task: St
     wait_for_cpus(layout)
     consumers = [_actor(_Consumer, num_cpus=0).remote() for _ in range(task.num_consumers)]
     ray.get([consumer.ready.remote() for consumer in consumers])
-    with _Watch() as watch, own_errors("the stream"):
+    with _MemoryWatch() as watch, own_errors("the stream"):
         began = time.perf_counter()
         dataset = open_dataset(
             source,
@@ -200,7 +206,7 @@ def stream(source: Any, plan: Plan, spec: BlockSpec, *, layout: Layout, task: St
         dataset.context.execution_options = execution_options()
         shards = dataset.streaming_split(task.num_consumers, equal=True)
         opened_s = time.perf_counter() - began
-        seen: list[Throughput] = ray.get(
+        measured: list[Throughput] = ray.get(
             [
                 consumer.consume.remote(shard, task, task.batch_size // plan.item_size)
                 for consumer, shard in zip(consumers, shards, strict=True)
@@ -208,26 +214,26 @@ def stream(source: Any, plan: Plan, spec: BlockSpec, *, layout: Layout, task: St
         )
     for consumer in consumers:
         ray.kill(consumer)
-    waits = np.concatenate([one.wait_s for one in seen])
+    waits = np.concatenate([one.wait_s for one in measured])
     return Stream(
-        images_per_s=sum(one.images_per_s for one in seen),
-        first_batch_s=opened_s + max(one.first_batch_s for one in seen),
+        images_per_s=sum(one.images_per_s for one in measured),
+        first_batch_s=opened_s + max(one.first_batch_s for one in measured),
         wait_s=float(np.median(waits)),
         wait_p99_s=float(np.percentile(waits, 99)),
-        wait_share=float(waits.sum() / sum(one.seconds for one in seen)),
-        bytes_per_image=statistics.fmean(one.bytes_per_image for one in seen),
+        wait_share=float(waits.sum() / sum(one.seconds for one in measured)),
+        bytes_per_image=statistics.fmean(one.bytes_per_image for one in measured),
         **watch.peaks(),
     )
 
 
 class _Consumer:
-    """Stands where a train worker would: takes batches and drops them."""
+    """An actor in the place of a train worker: takes batches and drops them."""
 
     def ready(self) -> None:
-        """Return once the process is up."""
+        """Return once the process has started."""
 
     def consume(self, shard: Any, task: StreamTask, blocks_per_batch: int) -> Throughput:
-        """Take the batches of a shard."""
+        """Take the batches of a shard and return their speed."""
         return measure_batches(
             lambda: iterate_shard(
                 lambda: shard,
@@ -247,10 +253,10 @@ def _bytes_of(batch: Block) -> int:
     return sum(array.nbytes for column in columns for array in column)
 
 
-class _Watch:
-    """Peaks of memory between entering and leaving: of the cluster's store, nodes, this process."""
+class _MemoryWatch:
+    """Samples memory between enter and exit: of the object store, the nodes and this process."""
 
-    def __enter__(self) -> "_Watch":
+    def __enter__(self) -> "_MemoryWatch":
         self._total = ray.cluster_resources().get("object_store_memory", 0.0)
         self._store = self._driver = 0
         self._nodes = [
@@ -274,9 +280,9 @@ class _Watch:
     def _sample(self) -> None:
         process = psutil.Process()
         ended = False
-        while not ended:  # once more at the end, and so at least twice
+        while not ended:  # samples once more at the end, so at least twice
             ended = self._ended.wait(_STORE_EVERY_S)
-            # Ray counts what objects occupy as a resource that is taken.
+            # Ray counts the memory of objects as a resource in use.
             free = ray.available_resources().get("object_store_memory", self._total)
             self._store = max(self._store, int(self._total - free))
             self._driver = max(self._driver, process.memory_info().rss)
@@ -292,7 +298,7 @@ class _Watch:
 
 
 class _NodeWatch:
-    """Adds up the memory of a node's data workers: children of the same Ray daemon as itself."""
+    """An actor that sums the memory of its node's data workers: children of the same Ray daemon."""
 
     def begin(self) -> None:
         """Start to sample."""
@@ -306,7 +312,7 @@ class _NodeWatch:
         workers: list[psutil.Process] = []
         listed = 0.0
         while daemon is not None and not self._ended.wait(_PROCESSES_EVERY_S):
-            # Until they are there, and at times in case there are more.
+            # Listed until there are some, and then at intervals in case there are more.
             if not workers or time.monotonic() - listed > _LIST_EVERY_S:
                 workers, listed = _data_workers(daemon), time.monotonic()
             resident = private = 0
@@ -325,19 +331,19 @@ class _NodeWatch:
 
 
 def _data_workers(daemon: psutil.Process) -> list[psutil.Process]:
-    found = []
+    workers = []
     for process in daemon.children():
         with suppress(psutil.Error):
             if MakeItems.__name__ in " ".join(process.cmdline()):
-                found.append(process)
-    return found
+                workers.append(process)
+    return workers
 
 
 def wait_for_cpus(layout: Layout) -> None:
-    """Wait until the CPUs that data workers take are free: those of the last measurement end now.
+    """Wait until the CPUs of the data workers are free, which the last measurement may still use.
 
     Raises:
-        ClusterError: If they stay in use. Ray Data would wait for them without a word.
+        ClusterError: If they stay in use. Ray Data would wait for them and print nothing.
     """
     needed = layout.num_data_workers * layout.cpus_per_data_worker + READ_CPUS
     deadline = time.monotonic() + _FREE_WITHIN_S
@@ -352,9 +358,9 @@ def wait_for_cpus(layout: Layout) -> None:
 
 
 def spilled_bytes() -> int | None:
-    """Return the bytes that the cluster has written from its object store to disk so far.
+    """Return the bytes that the cluster has spilled from its object store to disk so far.
 
-    Ray tells it by its command line only, in MiB; None if that does not answer.
+    Only Ray's command line reports them, in MiB; None if it fails.
     """
     address = ray.get_runtime_context().gcs_address
     command = [sys.executable, "-m", "ray.scripts.scripts", "memory", "--stats-only"]
@@ -368,5 +374,5 @@ def spilled_bytes() -> int | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    found = re.search(r"Spilled (\d+) MiB", done.stdout)
-    return int(found.group(1)) * _MIB if found else 0
+    match = re.search(r"Spilled (\d+) MiB", done.stdout)
+    return int(match.group(1)) * _MIB if match else 0

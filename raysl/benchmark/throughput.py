@@ -1,4 +1,4 @@
-"""Measure images a second of any iterator of batches."""
+"""Measure the images a second of an iterator of batches."""
 
 import time
 from collections import deque
@@ -11,12 +11,15 @@ B = TypeVar("B")
 
 
 class Throughput(NamedTuple):
-    """What a consumer that does nothing saw."""
+    """The speed of a stream, measured by a consumer that drops its batches."""
 
-    images_per_s: float  # after the first round
+    images_per_s: float
+    """Without the first round."""
     first_batch_s: float
-    wait_s: list[float]  # for each batch that was counted
-    seconds: float  # over which the images were counted
+    wait_s: list[float]
+    """Waiting time for each counted batch."""
+    seconds: float
+    """Time over which images were counted."""
     bytes_per_image: float
 
 
@@ -29,20 +32,20 @@ def measure_batches(
     seconds: float | None = None,
     count: int | None = None,
 ) -> Throughput:
-    """Take batches and throw them away.
+    """Take batches and drop them.
 
-    Workers begin together, so their first results come together; a clock that started at the first
-    batch would credit the measurement with what they made before. It starts when every worker has
-    delivered once (a round), and whole rounds are counted.
+    Workers begin together, so their first results arrive together; timing from the first batch on
+    would count results that were made before. Time starts when every worker has delivered once (a
+    round), and whole rounds are counted.
 
     Args:
-        open_batches: Opens the stream; its first batch is timed from this call on.
+        open_batches: Opens the stream; the first batch is timed from this call on.
         batch_size: Images of a batch.
         round_batches: Batches in which each worker delivers once, > 0.
         size_of: Returns the bytes of a batch.
-        seconds: Stop after the first round that ends past this time, or
-        count: after so many batches, the first round not among them. The rest is then taken too,
-            so that the stream ends by itself and nobody is stopped at work.
+        seconds: Stop after the first round that ends past this time.
+        count: Or stop after this many batches after the first round. The rest of the stream is
+            then taken too, so that it ends by itself and no worker is stopped in the middle.
 
     Raises:
         DataError: If the stream ends before anything could be counted.

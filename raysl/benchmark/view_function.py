@@ -1,7 +1,6 @@
 """Time how fast one core makes views, stage by stage."""
 
 import math
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,7 +17,7 @@ from raysl.data.stream import BlockSpec, ItemMaker
 from raysl.errors import DecodeError
 from raysl.sources.source import Encoded, Source, size_of
 
-_MOST_DECODED = 512  # different images that decoding alone goes round
+_MOST_DECODED = 512  # different images that decoding alone repeats
 _MAX_BATCH = 256
 
 READ, DECODE, AUGMENT, TRANSPORT, CONSUMER = "read", "decode", "augment", "transport", "consumer"
@@ -29,22 +28,23 @@ STAGES = {
     TRANSPORT: "Ray's transport",
     CONSUMER: "the consumer",
 }
-# A consumer that waits for less than this share of its time is what the others wait for.
+# If the consumer waits for less than this share of its time, it is the slowest stage.
 _BUSY_CONSUMER = 0.1
 
 
 class FunctionTime(NamedTuple):
-    """What the data workers' function costs on one core."""
+    """The speed of the data workers' function on one core, and the shares of its stages."""
 
     images_per_s: float
     read_share: float
-    decode_share: float  # with the crop and the resize, which decide what has to be decoded
+    decode_share: float
+    """Includes crop and resize, which decide which part of an image is decoded."""
     augment_share: float
     source_bytes_per_image: float
 
 
 class TimedSource:
-    """A source that knows how long reading took and how much it brought."""
+    """A source that sums the seconds of reading and the bytes that were read."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -55,7 +55,7 @@ class TimedSource:
         return getattr(self._source, name)
 
     def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
-        """Read from the source inside."""
+        """Read from the wrapped source."""
         began = time.perf_counter()
         data = self._source.read(indices)
         self.seconds += time.perf_counter() - began
@@ -64,13 +64,13 @@ class TimedSource:
 
 
 def default_batch_size(batch_size_per_worker: int, *, num_images: int, num_consumers: int) -> int:
-    """Return a batch for the benchmark: the run's, but small, and half of a small source at most.
+    """Return the batch size of a benchmark: the run's, at most 256 and at most half of the source.
 
-    A batch that a small source dictates is rounded to a power of two, so that items divide it.
+    A batch that the source limits is rounded down to a power of two, so that items divide it.
     """
     most = max(1, num_images // (2 * num_consumers))
-    wanted = min(batch_size_per_worker, _MAX_BATCH)
-    return wanted if wanted <= most else int(2 ** math.floor(math.log2(most)))
+    usual = min(batch_size_per_worker, _MAX_BATCH)
+    return usual if usual <= most else int(2 ** math.floor(math.log2(most)))
 
 
 def time_function(
@@ -78,15 +78,15 @@ def time_function(
 ) -> FunctionTime:
     """Time the function of the data workers in this process, on one core.
 
-    Each item is made twice: as the run makes it, and with the crops alone; the difference is what
-    the operations cost. The first item is not counted: it opens files.
+    Each item is made twice: as in the run, and with crops only; the difference is the time of the
+    other operations. The first item is not counted, since it opens files.
 
     Args:
-        source: Where the images are.
-        plan: Their order.
+        source: The images.
+        plan: The order of the images.
         spec: The views to make.
         seconds: How long to measure; at least one item is made.
-        start: Position of the plan to begin at.
+        start: First position of the plan.
     """
     timed = TimedSource(source)
     crops = tuple(view.model_copy(update={"ops": ()}) for view in spec.views)
@@ -115,7 +115,7 @@ def time_function(
 
 
 def _time_item(make: ItemMaker, source: TimedSource, position: int) -> tuple[float, float]:
-    """Return the seconds an item took to read, and otherwise."""
+    """Return the seconds that an item took to read, and those of all the rest."""
     read_before, began = source.seconds, time.perf_counter()
     make(position)
     elapsed, read = time.perf_counter() - began, source.seconds - read_before
@@ -123,7 +123,7 @@ def _time_item(make: ItemMaker, source: TimedSource, position: int) -> tuple[flo
 
 
 def time_whole_items(make: ItemMaker, *, seconds: float, start: int) -> float:
-    """Return the images a second of whole items alone; the first is not counted."""
+    """Return the images a second of making whole items; the first one is not counted."""
     plan = make.plan
     make(start % plan.num_items)
     items = 0
@@ -135,39 +135,29 @@ def time_whole_items(make: ItemMaker, *, seconds: float, start: int) -> float:
 
 
 def time_decode(source: Source, *, seconds: float) -> float | None:
-    """Return the images a second that one core decodes whole; None where there is no decoding."""
+    """Return the images a second that one core decodes in full; None for a source of pixels."""
     cv2.setNumThreads(1)
     count = min(_MOST_DECODED, int(source.group_sizes.sum()))
     encoded = source.read(np.arange(count))
     if isinstance(encoded[0], np.ndarray):
         return None
-    tried = done = 0
+    attempts = decoded = 0
     began = time.perf_counter()
-    while tried == 0 or time.perf_counter() - began < seconds:
-        with suppress(DecodeError):  # what becomes of bad images is the run's policy, not ours
-            row = tried % count
+    while attempts == 0 or time.perf_counter() - began < seconds:
+        with suppress(DecodeError):  # bad images are not counted
+            row = attempts % count
             decode(encoded[row], source.decoding(row), where=source.where(row))
-            done += 1
-        tried += 1
-    return done / (time.perf_counter() - began)
-
-
-def summarise(repeats: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
-    """Return the median of each figure over the repeats; None if one of them has none."""
-    result: dict[str, float | None] = {}
-    for name in repeats[0]:
-        values = [repeat[name] for repeat in repeats]
-        known = [value for value in values if value is not None]
-        result[name] = statistics.median(known) if len(known) == len(values) else None
-    return result
+            decoded += 1
+        attempts += 1
+    return decoded / (time.perf_counter() - began)
 
 
 class Cost(NamedTuple):
-    """Where the cores' time goes, in core-milliseconds an image."""
+    """The time of each stage, in core-milliseconds an image."""
 
     stages: dict[str, float]
     binding: str
-    """The stage that a faster stream needs faster."""
+    """The stage that limits the speed of the stream."""
 
 
 def cost_of(
@@ -178,14 +168,14 @@ def cost_of(
     shares: Mapping[str, float],
     wait_share: float,
 ) -> Cost:
-    """Divide what an image costs among the stages, and say which binds.
+    """Divide the time of an image among the stages, and determine which one binds.
 
     Args:
-        cores: That make views.
-        ray_images_per_s: Through Ray Data, over all cores.
-        busy_images_per_s_per_core: Of the function, with all cores at work.
-        shares: Of the function's time, by stage.
-        wait_share: Of the consumer's time that it waits.
+        cores: Cores that make views.
+        ray_images_per_s: Speed through Ray Data, over all cores.
+        busy_images_per_s_per_core: Speed of the function on each core if all of them run it.
+        shares: Share of the function's time, by stage.
+        wait_share: Share of the consumer's time in which it waits.
     """
     function_ms = 1000 / busy_images_per_s_per_core
     stages = {stage: share * function_ms for stage, share in shares.items()}

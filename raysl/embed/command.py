@@ -38,8 +38,8 @@ Parquet: FILE:ROW), row, label and label_name (if there are labels) and features
 and duckdb open it as one table. data.filter knows the id as row_id. Broken images are left out and
 listed in OUT/_bad_images.jsonl.
 
-The same command again goes on where it stopped; the result is the same, whatever stopped it and
-however many workers there are. Two processes must not embed into one folder at once.
+The same command resumes an interrupted one; the result depends neither on interruptions nor on the
+number of workers. Two processes must not embed into one folder at once.
 
   raysl embed photos/ runs/my_run embeddings/
   raysl embed 's3://bucket/*.parquet' encoder.safetensors s3://bucket/embeddings store=float16
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Embed, or go on with it."""
+    """Embed a source, or resume an interrupted embedding."""
     began = time.monotonic()
     encoder = encoder_file(arguments.encoder)
     config, source = open_asked(arguments, EmbedConfig, where="raysl embed")
@@ -94,7 +94,7 @@ def _maker(config: EmbedConfig, stack: ExitStack) -> MakeChunks:
         )
 
     def make(source: Source, chunks: Chunks, embedding: Embedding) -> Generator[Chunk, None, None]:
-        # Only now: a folder that is complete, or belongs to others, needs no Ray.
+        # Not before the first chunk: a folder that is complete or refused needs no Ray.
         if connect():
             stack.callback(disconnect)
         quiet()

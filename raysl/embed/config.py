@@ -7,12 +7,12 @@ from pydantic import Field
 from raysl.config.base import PositiveInt, Probability
 from raysl.sources.source import LocatedSource
 
-# May change when resuming: none of these changes a feature.
+# Settings that may change when resuming, since no feature depends on them.
 _FREE = {"source", "torchvision_root", "max_bad_share", "num_workers"}
 
 
 class EmbedConfig(LocatedSource):
-    """The source to embed, and how."""
+    """The source to embed, and the settings of its embedding."""
 
     size_px: PositiveInt | None = None
     """Side of the square given to the encoder; null takes the side it was trained with."""

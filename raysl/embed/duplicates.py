@@ -64,9 +64,9 @@ def find_duplicates(
     return Duplicates(forest.groups(), nearest, num_pairs)
 
 
-def _raise_to(values: npt.NDArray[np.float32], start: int, found: Tensor) -> None:
-    part = values[start : start + len(found)]
-    np.maximum(part, found.cpu().numpy(), out=part)
+def _raise_to(values: npt.NDArray[np.float32], start: int, similarity: Tensor) -> None:
+    part = values[start : start + len(similarity)]
+    np.maximum(part, similarity.cpu().numpy(), out=part)
 
 
 class Forest:
@@ -113,7 +113,7 @@ class Forest:
 
 
 class Choice(NamedTuple):
-    """Which images of a group to keep."""
+    """The images of a group to keep, and those that they represent."""
 
     kept: npt.NDArray[np.bool_]
     """``(n,)``."""

@@ -31,11 +31,11 @@ _GROUPS, _DROP = "_duplicates.parquet", "_drop.txt"
 _SHOWN = 5
 
 _EPILOG = """\
-Images connected by similarities of at least the threshold (cosines of the features without their
-mean) are one group. Of a group, the first is kept, and then each that is not so similar to one that
-is kept. EMBEDDINGS/_duplicates.parquet (or --out, .parquet or .csv) holds group, row, id, keep,
-like_row (the kept one it is like) and similarity (to it); EMBEDDINGS/_drop.txt (or --drop) the ids
-of those that are not kept, one a line. That list is a filter of any kind of source:
+Images connected by similarities of at least the threshold (cosines of the features minus their
+mean) form a group. Its first image is kept, and then each one that is less similar than that to all
+kept ones. EMBEDDINGS/_duplicates.parquet (or --out, .parquet or .csv) holds group, row, id, keep,
+like_row (the most similar kept image) and similarity (to it); EMBEDDINGS/_drop.txt (or --drop) the
+ids of the images that are not kept, one a line. That list is a filter of any kind of source:
 
   raysl duplicates embeddings/ --threshold 0.99 --contact-sheet duplicates.png --drop drop.txt
   raysl pretrain CONFIG data.source=photos/ data.filter='[[row_id, not in file, drop.txt]]'
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Look for duplicates."""
+    """Group duplicates, and write which to keep and which to drop."""
     if not (math.isfinite(arguments.threshold) and 0 < arguments.threshold <= 1):
         raise ConfigError(f"--threshold {arguments.threshold}: give a number in (0, 1]")
     if arguments.out is not None and arguments.out.suffix not in (".parquet", ".csv"):
@@ -75,49 +75,53 @@ def run(arguments: argparse.Namespace) -> int:
     view = CountView()
     with closing(view):
         view.begin("comparing", total=len(embeddings), done=0)
-        found = find_duplicates(
+        duplicates = find_duplicates(
             embeddings, threshold=arguments.threshold, device=device, advance=view.advance
         )
-    choices = _choices(embeddings, found, threshold=arguments.threshold)
-    table, dropped = _groups_table(embeddings, found, choices)
+    choices = _choices(embeddings, duplicates, threshold=arguments.threshold)
+    table, dropped = _groups_table(embeddings, duplicates, choices)
     out = arguments.out or f"{embeddings.folder.uri}/{_GROUPS}"
     drop = arguments.drop or f"{embeddings.folder.uri}/{_DROP}"
     with result_file(out) as stream:
         (pacsv.write_csv if str(out).endswith(".csv") else pq.write_table)(table, stream)
     with result_file(drop) as stream:
         stream.write("".join(f"{name}\n" for name in dropped).encode())
-    results = _results(arguments, embeddings, found, dropped=len(dropped))
+    results = _results(arguments, embeddings, duplicates, dropped=len(dropped))
     results |= {"out": str(out), "drop": str(drop)}
     _say_results(results)
     if arguments.contact_sheet is not None:
         sheet, threshold = arguments.contact_sheet, arguments.threshold
-        _draw(sheet, embeddings, found, choices, threshold=threshold)
+        _draw(sheet, embeddings, duplicates, choices, threshold=threshold)
     if arguments.json:
         print_json(results)
     return 0
 
 
-def _choices(embeddings: Embeddings, found: Duplicates, *, threshold: float) -> list[Choice]:
-    return [choose(embeddings.directions(group), threshold=threshold) for group in found.groups]
+def _choices(embeddings: Embeddings, duplicates: Duplicates, *, threshold: float) -> list[Choice]:
+    return [
+        choose(embeddings.directions(group), threshold=threshold) for group in duplicates.groups
+    ]
 
 
 def _groups_table(
-    embeddings: Embeddings, found: Duplicates, choices: list[Choice]
+    embeddings: Embeddings, duplicates: Duplicates, choices: list[Choice]
 ) -> tuple[pa.Table, list[str]]:
-    """Return a row for each image of a group, and the names of those that are not kept."""
-    places = np.concatenate([np.empty(0, dtype=np.int64), *found.groups])
-    by = [group[choice.by] for group, choice in zip(found.groups, choices, strict=True)]
-    numbers = np.repeat(np.arange(len(found.groups)), [len(group) for group in found.groups])
+    """Return a table with a row for each image of a group, and the names of those to drop."""
+    places = np.concatenate([np.empty(0, dtype=np.int64), *duplicates.groups])
+    by = [group[choice.by] for group, choice in zip(duplicates.groups, choices, strict=True)]
+    numbers = np.repeat(
+        np.arange(len(duplicates.groups)), [len(group) for group in duplicates.groups]
+    )
     keep = np.concatenate([np.empty(0, dtype=np.bool_), *(choice.kept for choice in choices)])
     similarity = [np.empty(0, dtype=np.float32), *(choice.similarity for choice in choices)]
     names = embeddings.ids(places)
-    standing = np.concatenate([np.empty(0, dtype=np.int64), *by])
+    kept_places = np.concatenate([np.empty(0, dtype=np.int64), *by])
     columns: dict[str, Any] = {
         "group": pa.array(numbers, pa.int64()),
         "row": pa.array(embeddings.rows[places], pa.int64()),
         "id": pa.array(names, pa.string()),
         "keep": pa.array(keep),
-        "like_row": pa.array(embeddings.rows[standing], pa.int64()),
+        "like_row": pa.array(embeddings.rows[kept_places], pa.int64()),
         "similarity": pa.array(np.concatenate(similarity), pa.float32()),
     }
     if embeddings.labels is not None:
@@ -127,29 +131,29 @@ def _groups_table(
 
 
 def _results(
-    arguments: argparse.Namespace, embeddings: Embeddings, found: Duplicates, *, dropped: int
+    arguments: argparse.Namespace, embeddings: Embeddings, duplicates: Duplicates, *, dropped: int
 ) -> dict[str, Any]:
     levels = sorted({*_LEVELS, arguments.threshold})
     return {
         "images": len(embeddings),
         "threshold": arguments.threshold,
-        "groups": len(found.groups),
-        "in_groups": sum(map(len, found.groups)),
-        "pairs": found.num_pairs,
+        "groups": len(duplicates.groups),
+        "in_groups": sum(map(len, duplicates.groups)),
+        "pairs": duplicates.num_pairs,
         "to_drop": dropped,
-        "largest_group": max(map(len, found.groups), default=0),
-        "groups_of_several_labels": _mixed(embeddings, found),
+        "largest_group": max(map(len, duplicates.groups), default=0),
+        "groups_of_several_labels": _mixed(embeddings, duplicates),
         "with_neighbor_above": {
-            f"{level:g}": int((found.nearest >= level).sum()) for level in levels
+            f"{level:g}": int((duplicates.nearest >= level).sum()) for level in levels
         },
     }
 
 
-def _mixed(embeddings: Embeddings, found: Duplicates) -> int | None:
-    """Groups whose images carry different labels: one of them must be wrong."""
+def _mixed(embeddings: Embeddings, duplicates: Duplicates) -> int | None:
+    """Count the groups whose images have different labels: one of them must be wrong."""
     if embeddings.labels is None:
         return None
-    labels = (embeddings.labels[group] for group in found.groups)
+    labels = (embeddings.labels[group] for group in duplicates.groups)
     return sum(len(np.unique(each[each >= 0])) > 1 for each in labels)
 
 
@@ -164,8 +168,8 @@ def _say_results(results: dict[str, Any]) -> None:
         table.add_row(level, f"{count:,}", f"{count / max(1, images):.2%}", style=style)
     out = console()
     out.print(table)
-    mixed = results["groups_of_several_labels"]
-    more = f"; {mixed:,} of them with several labels" if mixed else ""
+    several_labels = results["groups_of_several_labels"]
+    more = f"; {several_labels:,} of them with several labels" if several_labels else ""
     out.print(
         f"{results['groups']:,} groups at {results['threshold']:g}{more}; "
         f"{results['to_drop']:,} of {images:,} images to drop, the largest group has "
@@ -183,18 +187,18 @@ def _say_results(results: dict[str, Any]) -> None:
 def _draw(
     path: Path,
     embeddings: Embeddings,
-    found: Duplicates,
+    duplicates: Duplicates,
     choices: list[Choice],
     *,
     threshold: float,
 ) -> None:
-    """Draw kept images and those they stand for, from the most alike to the least."""
+    """Draw kept images with their duplicates, from the most similar to the least."""
     lines = []
-    for group, choice in zip(found.groups, choices, strict=True):
+    for group, choice in zip(duplicates.groups, choices, strict=True):
         for kept in np.flatnonzero(choice.kept):
             others = np.flatnonzero((choice.by == kept) & ~choice.kept)
             others = others[np.argsort(choice.similarity[others], kind="stable")]
-            if len(others):  # the least alike are what has to be looked at
+            if len(others):  # the least similar ones are to be checked by eye
                 lines.append((group, choice, [int(kept), *others[: _SHEET_IMAGES - 1].tolist()]))
     if not lines:
         say(f"no groups at {threshold:g}: nothing drawn")

@@ -93,14 +93,14 @@ class Embeddings:
         Raises:
             DataError: If one has no features.
         """
-        wanted = np.asarray(rows, dtype=np.int64)
-        places = np.searchsorted(self.rows, wanted)
-        found = places < len(self.rows)
-        found[found] = self.rows[places[found]] == wanted[found]
-        if not found.all():
+        source_rows = np.asarray(rows, dtype=np.int64)
+        places = np.searchsorted(self.rows, source_rows)
+        is_there = places < len(self.rows)
+        is_there[is_there] = self.rows[places[is_there]] == source_rows[is_there]
+        if not is_there.all():
             raise DataError(
-                f"{self.folder.uri}: row {int(wanted[~found][0])} has no features: it was left out "
-                f"as bad, or is not one of the {int(self.rows.max(initial=-1)) + 1:,} rows"
+                f"{self.folder.uri}: row {int(source_rows[~is_there][0])} has no features: it was "
+                f"left out as bad, or is not one of the {int(self.rows.max(initial=-1)) + 1:,} rows"
             )
         return places.astype(np.int64)
 
@@ -110,24 +110,24 @@ class Embeddings:
         Yields:
             ``(B, D)`` float32 of unit length on the CPU, in order; the last block may be smaller.
         """
-        waiting: list[Tensor] = []
+        pending: list[Tensor] = []
         start = 0
         for number, group in enumerate(self._groups):
-            waiting.append(self._directions(number))
-            if sum(map(len, waiting)) >= size:
-                yield start, torch.cat(waiting) if len(waiting) > 1 else waiting[0]
-                waiting, start = [], group.stop
-        if waiting:
-            yield start, torch.cat(waiting)
+            pending.append(self._directions(number))
+            if sum(map(len, pending)) >= size:
+                yield start, torch.cat(pending) if len(pending) > 1 else pending[0]
+                pending, start = [], group.stop
+        if pending:
+            yield start, torch.cat(pending)
 
     def directions(self, places: Ints) -> Tensor:
         """Return the features at some indices, at unit length, ``(n, D)`` float32 on the CPU."""
         numbers = np.searchsorted(self._starts, places, side="right") - 1
         result = torch.empty((len(places), self.dim))
         for number in np.unique(numbers).tolist():
-            mine = np.flatnonzero(numbers == number)
-            inner = torch.from_numpy(places[mine] - self._starts[number])
-            result[torch.from_numpy(mine)] = self._directions(number)[inner]
+            own = np.flatnonzero(numbers == number)
+            offsets = torch.from_numpy(places[own] - self._starts[number])
+            result[torch.from_numpy(own)] = self._directions(number)[offsets]
         return result
 
     def ids(self, places: Ints) -> list[str]:
@@ -135,9 +135,9 @@ class Embeddings:
         numbers = np.searchsorted(self._starts, places, side="right") - 1
         names = np.empty(len(places), dtype=object)
         for number in np.unique(numbers).tolist():
-            mine = np.flatnonzero(numbers == number)
-            column = self._read(number, ID).take(pa.array(places[mine] - self._starts[number]))
-            names[mine] = column.to_pylist()
+            own = np.flatnonzero(numbers == number)
+            column = self._read(number, ID).take(pa.array(places[own] - self._starts[number]))
+            names[own] = column.to_pylist()
         return [str(name) for name in names]
 
     def label_name(self, place: int) -> str | None:

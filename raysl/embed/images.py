@@ -66,14 +66,14 @@ def open_queries(path: str, *, decoding: Decoding = PLAIN) -> tuple[Source, list
     Raises:
         DataError: If there is none, or one is not an image.
     """
-    given = Path(path).expanduser()
-    files = [given]
-    if given.is_dir():
-        found = (p for p in given.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-        files = sorted(found)
+    place = Path(path).expanduser()
+    files = [place]
+    if place.is_dir():
+        images = (p for p in place.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        files = sorted(images)
     if not files or not files[0].is_file():
         raise DataError(f"--query {path}: no such image, or a folder without images")
-    names = [str(file.relative_to(given)) if given.is_dir() else file.name for file in files]
+    names = [str(file.relative_to(place)) if place.is_dir() else file.name for file in files]
     return FileImages(files, decoding), names
 
 
@@ -115,6 +115,6 @@ def squares(source: Source, rows: Sequence[int]) -> list[Image]:
         for row, encoded in zip(rows, source.read(np.asarray(rows, dtype=np.int64)), strict=True)
     ]
     blank = np.zeros((1, 1, 3), dtype=np.uint8)
-    whole = [blank if isinstance(image, Flaw) else image for image in images]
-    side = min(_SHOWN_PX, max((min(image.shape[:2]) for image in whole), default=1))
-    return [square(image, size_px=side, crop_fraction=1.0) for image in whole]
+    pixels = [blank if isinstance(image, Flaw) else image for image in images]
+    side = min(_SHOWN_PX, max((min(image.shape[:2]) for image in pixels), default=1))
+    return [square(image, size_px=side, crop_fraction=1.0) for image in pixels]

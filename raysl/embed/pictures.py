@@ -4,11 +4,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from raysl.augment.crop import Image
+from raysl.embed.embeddings import Embeddings
+from raysl.embed.images import open_again, squares
+from raysl.embed.search import Neighbors
 from raysl.errors import DataError
 from raysl.report.figure import BLUE, GREY, INK, RED, drawable_name
 from raysl.report.image_grid import Cell, save_grid
+from raysl.sources.source import Source
 
+GRID_ROWS = 8
+_GRID_COLUMNS = 10
 _CELL_IN = 0.92
 _NAME_LETTERS = 12
 
@@ -21,6 +30,52 @@ class GridImage(NamedTuple):
     similarity: float | None = None
     """Similarity to the first image of its row."""
     note: str = ""
+
+
+class SearchResult(NamedTuple):
+    """Queries and their neighbours."""
+
+    names: list[str]
+    labels: list[str | None]
+    neighbors: Neighbors
+    source: Source
+    """The source of the query images."""
+    rows: list[int]
+    """The row of each query in that source."""
+
+
+def neighbors_of(neighbors: Neighbors, number: int) -> tuple[npt.NDArray[np.int64], list[float]]:
+    """Return the indices and similarities of a query's neighbours, without empty places."""
+    places = neighbors.places[number].numpy()
+    is_filled = places >= 0
+    return places[is_filled], neighbors.similarities[number].numpy()[is_filled].tolist()
+
+
+def draw_result(path: Path, embeddings: Embeddings, result: SearchResult) -> None:
+    """Draw the first few queries with their neighbours.
+
+    Raises:
+        DataError: If the embedded source is gone or has changed, or the file cannot be written.
+    """
+    source = open_again(embeddings)
+    count = min(GRID_ROWS, len(result.names))
+    query_images = squares(result.source, result.rows[:count])
+    rows = []
+    for number in range(count):
+        places, similarities = neighbors_of(result.neighbors, number)
+        places = places[:_GRID_COLUMNS]
+        images = squares(source, embeddings.rows[places].tolist())
+        names = embeddings.ids(places)
+        row = [GridImage(query_images[number], result.labels[number], note=result.names[number])]
+        row += [
+            GridImage(image, embeddings.label_name(int(place)), similarity, name)
+            for image, place, similarity, name in zip(
+                images, places, similarities, names, strict=False
+            )
+        ]
+        rows.append(row)
+    title = f"Nearest of {len(embeddings):,} images by cosine similarity"
+    draw_neighbor_grid(path, rows, title=title)
 
 
 def draw_neighbor_grid(path: Path, rows: Sequence[Sequence[GridImage]], *, title: str) -> None:
@@ -40,7 +95,7 @@ def draw_neighbor_grid(path: Path, rows: Sequence[Sequence[GridImage]], *, title
     cells = []
     for query, *others in rows:
         line = [Cell(query.image, (_short(query.label or query.note), "query"), INK)]
-        line += [_neighbor(query.label, other) for other in others]
+        line += [_neighbor_cell(query.label, other) for other in others]
         cells.append(line)
     _save(path, cells, title)
 
@@ -67,13 +122,13 @@ def draw_duplicate_sheet(path: Path, groups: Sequence[Sequence[GridImage]], *, t
     _save(path, cells, title)
 
 
-def _neighbor(wanted: str | None, shown: GridImage) -> Cell:
-    similarity = f"{shown.similarity or 0.0:.3f}"
-    if shown.label is None or wanted is None:
-        return Cell(shown.image, (similarity, _short(shown.label or shown.note)), GREY)
-    right = shown.label == wanted
-    color = BLUE if right else RED
-    return Cell(shown.image, (_short(shown.label), similarity), color, dashed=not right)
+def _neighbor_cell(query_label: str | None, neighbor: GridImage) -> Cell:
+    similarity = f"{neighbor.similarity or 0.0:.3f}"
+    if neighbor.label is None or query_label is None:
+        return Cell(neighbor.image, (similarity, _short(neighbor.label or neighbor.note)), GREY)
+    is_same = neighbor.label == query_label
+    color = BLUE if is_same else RED
+    return Cell(neighbor.image, (_short(neighbor.label), similarity), color, dashed=not is_same)
 
 
 def _short(name: str) -> str:

@@ -1,9 +1,9 @@
 """Compute the features of a source on Ray Data, using all nodes.
 
-On CPUs one actor a CPU does a chunk from first to last: pixels that went through the object store
-would be paid for once more. With GPUs, actors on the CPUs decode and actors with a GPU each encode,
-so that a GPU does not wait for the one core beside it. An actor or node that is lost is replaced by
-Ray and its chunks are done again; each chunk says which rows it holds, so order does not matter.
+Without GPUs, one actor on each CPU both decodes and encodes a chunk, so that no pixels pass through
+the object store. With GPUs, actors on the CPUs decode and an actor on each GPU encodes, so that a
+GPU does not wait for one core. Ray replaces a lost actor or node and repeats its chunks; each chunk
+carries its rows, so the order of results does not matter.
 """
 
 import logging
@@ -45,7 +45,7 @@ from raysl.sources.source import Source
 _NUMBER, _PLACE, _PIXELS, _FLAW, _FEATURES = "number", "place", "pixels", "flaw", "features"
 _MARGIN = 0.02
 _FEWEST_CPUS = 0.05
-# CPUs of work that has just ended come free within a second or two.
+# CPUs of work that has just ended are freed within a second or two.
 _SETTLE_S = 5.0
 _FREE_WITHIN_S = 60.0
 _LOOK_EVERY_S = 0.2
@@ -53,13 +53,13 @@ _GPU_ACTOR_CPUS = 0.5
 
 
 class Pools(NamedTuple):
-    """The actors that embed."""
+    """Numbers of actors, and the CPUs of each."""
 
     num_cpu_actors: int
-    """They decode, and without GPUs encode too."""
+    """Actors that decode, and without GPUs encode too."""
     cpus_each: float
     num_gpu_actors: int
-    """They encode, on a GPU each."""
+    """Actors that encode, each on a GPU."""
     cpus_each_gpu_actor: float
 
 
@@ -74,11 +74,11 @@ def features_on_ray(
     """Return the features of some rows, computed on the connected cluster.
 
     Args:
-        source: Where the images are; every node must be able to read it.
-        rows: Which, ``(M,)``.
-        embedding: What is done to them. Only this process reads the encoder's file.
+        source: The images; every node must be able to read them.
+        rows: ``(M,)`` rows to embed.
+        embedding: The encoder, and how images are cropped for it. Only this process reads its file.
         advance: Called with the number of images done since the last call.
-        num_workers: Actors on CPUs; None takes one a free CPU.
+        num_workers: Actors on CPUs; None takes one for each free CPU.
 
     Returns:
         ``(M, D)`` float32 in the order of ``rows``, and the rows whose images are bad, with the
@@ -91,7 +91,7 @@ def features_on_ray(
     """
     chunks = cut_rows(np.asarray(rows, dtype=np.int64), size_px=embedding.size_px)
     if not len(chunks):
-        raise DataError("no rows to embed: the source, or what was asked of it, is empty")
+        raise DataError("no rows to embed: the source is empty, or no row was selected")
     stream = stream_on_ray(source, chunks, embedding, num_workers=num_workers)
     with closing(stream):
         return collect(chunks, stream, advance=advance)
@@ -100,20 +100,20 @@ def features_on_ray(
 def stream_on_ray(
     source: Source, chunks: Chunks, embedding: Embedding, *, num_workers: int | None = None
 ) -> Generator[Chunk, None, None]:
-    """Yield the features of chunks as they come, computed on the connected cluster.
+    """Yield the features of chunks in the order of their completion, computed on the cluster.
 
-    See :func:`features_on_ray`. Closing the iterator ends the work.
+    Arguments are those of :func:`features_on_ray`. Closing the iterator ends the work.
     """
-    normalisation(embedding.encoder)  # a file that is none is refused here, not by an actor
+    normalisation(embedding.encoder)  # an invalid file is an error here, not in an actor
     pools = plan_pools(num_workers, most=len(chunks))
-    source.labels()  # they are read once, here, and go along
+    source.labels()  # read once, here, and sent with the source
     shared = ray.put((source, chunks))
     weights = ray.put(Path(embedding.encoder).read_bytes())
     dataset = _dataset(shared, weights, embedding, num_chunks=len(chunks), pools=pools)
     with own_errors("embedding"):
         blocks: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="numpy")
         for block in blocks:
-            if len(block[_PLACE]):  # none of the chunks past the last
+            if len(block[_PLACE]):  # empty for chunks past the last
                 yield Chunk(block[_PLACE], block[_FEATURES], block[_FLAW])
 
 
@@ -153,13 +153,13 @@ def _without_order(dataset: Dataset) -> Dataset:
 
 
 def quiet() -> None:
-    """Keep Ray Data's own progress and logs off the terminal."""
+    """Keep the progress bars and logs of Ray Data off the terminal."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 
 class DecodeChunk:
-    """An actor that reads and decodes; its pixels go to the object store of its node."""
+    """An actor that reads and decodes; the pixels go to the object store of its node."""
 
     def __init__(self, shared: Any, embedding: Embedding) -> None:
         cv2.setNumThreads(1)  # an actor has one CPU
@@ -167,7 +167,7 @@ class DecodeChunk:
         self._embedding = embedding
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Decode the chunk of this number."""
+        """Decode the chunk with the number in the batch."""
         number = int(batch[_NUMBER][0])
         rows = self._chunks.rows_of(number)
         pixels, flaws = read_pixels(self._source, rows, self._embedding)
@@ -180,7 +180,7 @@ class EncodeChunk:
     def __init__(self, weights: Any, embedding: Embedding) -> None:
         on_gpu = bool(ray.get_gpu_ids())
         torch.set_num_threads(1)
-        # Its node need not see the disk on which the encoder lies.
+        # The actor's node may not see the disk of the encoder file.
         with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
             file.write(ray.get(weights))
             file.flush()
@@ -191,57 +191,57 @@ class EncodeChunk:
             )
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Put features in the place of the pixels."""
+        """Replace the pixels of a chunk by its features."""
         features = self._encode(batch[_PIXELS])
         return {_PLACE: batch[_PLACE], _FEATURES: features, _FLAW: batch[_FLAW]}
 
 
 class EmbedChunk:
-    """An actor that does both, on its CPU."""
+    """An actor that decodes and encodes, on one CPU."""
 
     def __init__(self, shared: Any, weights: Any, embedding: Embedding) -> None:
         self._decode = DecodeChunk(shared, embedding)
         self._encode = EncodeChunk(weights, embedding)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Embed the chunk of this number."""
+        """Embed the chunk with the number in the batch."""
         return self._encode(self._decode(batch))
 
 
 def plan_pools(num_workers: int | None, *, most: int) -> Pools:
-    """Lay the actors out over what is free of the connected cluster.
+    """Choose the number and the size of actors from the free CPUs and GPUs of the cluster.
 
     Args:
-        num_workers: Actors on CPUs; None takes one a free CPU.
-        most: More of them would have nothing to do.
+        num_workers: Actors on CPUs; None takes one for each free CPU.
+        most: Upper limit, such as the number of chunks.
 
     Raises:
-        ClusterError: If they do not fit. Ray Data would wait for ever, without a word.
+        ClusterError: If they do not fit. Ray Data would wait forever and print nothing.
     """
     cpus, gpus = _free()
-    # The read task takes its sliver of one node, nobody knows which.
+    # The read task takes a little of one node, and it is not known of which.
     cpus = np.maximum(cpus - (READ_CPUS + _MARGIN), 0.0)
     with_gpu = gpus > 0
     beside_gpu = 0.0
     if with_gpu.any():
         half = float((cpus[with_gpu] / (2 * gpus[with_gpu])).min())
         beside_gpu = math.floor(100 * min(_GPU_ACTOR_CPUS, half)) / 100
-    left = cpus - gpus * beside_gpu
-    one_each = np.where(left > _FEWEST_CPUS, np.maximum(1, np.round(left)), 0).sum()
-    wanted = min(num_workers or int(one_each), most)
-    each = _largest_share(left, wanted)
-    if not wanted or each < _FEWEST_CPUS:
+    free_cpus = cpus - gpus * beside_gpu
+    one_each = np.where(free_cpus > _FEWEST_CPUS, np.maximum(1, np.round(free_cpus)), 0).sum()
+    num_actors = min(num_workers or int(one_each), most)
+    cpus_each = _largest_share(free_cpus, num_actors)
+    if not num_actors or cpus_each < _FEWEST_CPUS:
         total = ray.cluster_resources().get("CPU", 0.0)
         raise ClusterError(
-            f"{max(1, wanted)} embedding worker(s) do not fit: {left.sum():.2f} of the cluster's "
-            f"{total:g} CPUs are free on {len(cpus)} node(s). Wait for the other work to end, set "
-            f"num_workers lower, or add nodes"
+            f"{max(1, num_actors)} embedding worker(s) do not fit: {free_cpus.sum():.2f} of the "
+            f"cluster's {total:g} CPUs are free on {len(cpus)} node(s). Wait for the other work to "
+            f"end, set num_workers lower, or add nodes"
         )
-    return Pools(wanted, each, int(gpus.sum()), beside_gpu)
+    return Pools(num_actors, cpus_each, int(gpus.sum()), beside_gpu)
 
 
 def _largest_share(cpus: npt.NDArray[np.float64], count: int) -> float:
-    """Return the most CPUs, at most 1, that ``count`` actors can each have within the nodes."""
+    """Return the largest share of a CPU, at most 1, at which ``count`` actors fit on the nodes."""
     if not count:
         return 0.0
     for hundredths in range(100, 0, -1):
@@ -251,10 +251,10 @@ def _largest_share(cpus: npt.NDArray[np.float64], count: int) -> float:
 
 
 def _free() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """Return the CPUs and the GPUs that are free on each node, once those in use seem to stay so.
+    """Return the free CPUs and GPUs of each node, after waiting for work that is about to end.
 
     Raises:
-        ClusterError: If there are none for a minute.
+        ClusterError: If no CPU becomes free within a minute.
     """
     began = time.monotonic()
     total = ray.cluster_resources()

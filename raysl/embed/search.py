@@ -103,8 +103,8 @@ def neighbors_of_all(
     """
     for start, block in embeddings.blocks(_QUERIES):
         own = torch.arange(start, start + len(block), device=device)
-        found = nearest(block.to(device), embeddings.blocks(_BLOCK_ROWS), k=k, own_places=own)
-        yield start, Neighbors(found.similarities.cpu(), found.places.cpu())
+        neighbors = nearest(block.to(device), embeddings.blocks(_BLOCK_ROWS), k=k, own_places=own)
+        yield start, Neighbors(neighbors.similarities.cpu(), neighbors.places.cpu())
         if advance is not None:
             advance(len(block))
 

@@ -12,8 +12,8 @@ import torch
 
 from raysl.embed.embeddings import Embeddings
 from raysl.embed.images import open_again
+from raysl.embed.pictures import GRID_ROWS, SearchResult, draw_result
 from raysl.embed.search import Neighbors, neighbors_of_all, search
-from raysl.embed.search_result import GRID_ROWS, SearchResult, draw_found
 from raysl.embed.shards import result_file
 from raysl.report.progress import CountView
 from raysl.report.terminal import console, say, say_notes
@@ -24,10 +24,10 @@ NEIGHBORS = "_neighbors.parquet"
 def search_all(
     arguments: argparse.Namespace, embeddings: Embeddings, device: torch.device
 ) -> dict[str, Any]:
-    """Find the neighbours of every image among the others, write and sum them up."""
+    """Write the neighbours of every image among the others, and return a summary of them."""
     view = CountView()
     view.begin("searching", total=len(embeddings), done=0)
-    nearest_sum, right, labelled = 0.0, 0, 0
+    nearest_sum, same, labelled = 0.0, 0, 0
     place: str | Path = arguments.out or f"{embeddings.folder.uri}/{NEIGHBORS}"
     schema = pa.schema(
         [
@@ -42,40 +42,40 @@ def search_all(
         result_file(place) as stream,
         pq.ParquetWriter(stream, schema) as writer,
     ):
-        for start, found in neighbors_of_all(
+        for start, neighbors in neighbors_of_all(
             embeddings, k=arguments.k, device=device, advance=view.advance
         ):
-            writer.write_table(_table(embeddings, start, found, schema))
-            there = found.places[:, 0] >= 0
-            nearest_sum += float(found.similarities[there, 0].sum())
-            ours, of = _same_label(embeddings, start, found)
-            right, labelled = right + ours, labelled + of
+            writer.write_table(_table(embeddings, start, neighbors, schema))
+            has_neighbor = neighbors.places[:, 0] >= 0
+            nearest_sum += float(neighbors.similarities[has_neighbor, 0].sum())
+            same_label, with_label = _same_label(embeddings, start, neighbors)
+            same, labelled = same + same_label, labelled + with_label
     results: dict[str, Any] = {
         "images": len(embeddings),
         "k": arguments.k,
         "mean_nearest_similarity": nearest_sum / len(embeddings),
-        "nearest_has_same_label": right / labelled if labelled else None,
+        "nearest_has_same_label": same / labelled if labelled else None,
         "out": str(place),
     }
     shown = f"mean similarity to the nearest {results['mean_nearest_similarity']:.4f}"
     if labelled:
-        shown += f"; the nearest has the same label: {right / labelled:.1%}"
+        shown += f"; the nearest has the same label: {same / labelled:.1%}"
     console().print(f"{len(embeddings):,} images, {shown}", markup=False)
     say(f"written: {place}")
     if arguments.grid is not None:
-        draw_found(arguments.grid, embeddings, _spread(embeddings, arguments.k, device))
+        draw_result(arguments.grid, embeddings, _spread(embeddings, arguments.k, device))
         say(f"drawn: {arguments.grid}")
     return results
 
 
-def _table(embeddings: Embeddings, start: int, found: Neighbors, schema: pa.Schema) -> pa.Table:
-    near = found.places.numpy()
+def _table(embeddings: Embeddings, start: int, neighbors: Neighbors, schema: pa.Schema) -> pa.Table:
+    near = neighbors.places.numpy()
     rows = np.where(near >= 0, embeddings.rows[near], -1)
     columns = [
         pa.array(embeddings.rows[start : start + len(near)]),
         pa.array(embeddings.ids(np.arange(start, start + len(near))), pa.string()),
         _lists(rows),
-        _lists(found.similarities.numpy()),
+        _lists(neighbors.similarities.numpy()),
     ]
     return pa.table(columns, schema=schema)
 
@@ -86,19 +86,19 @@ def _lists(values: "np.ndarray[Any, Any]") -> pa.ListArray:
     return pa.ListArray.from_arrays(offsets, pa.array(values.ravel()))
 
 
-def _same_label(embeddings: Embeddings, start: int, found: Neighbors) -> tuple[int, int]:
-    """How many nearest neighbours are of the image's class, and of how many that is known."""
+def _same_label(embeddings: Embeddings, start: int, neighbors: Neighbors) -> tuple[int, int]:
+    """Count the images whose nearest neighbour has their label, and those where both have one."""
     if embeddings.labels is None:
         return 0, 0
-    mine = embeddings.labels[start : start + len(found.places)]
-    nearest = found.places[:, 0].numpy()
-    theirs = embeddings.labels[np.maximum(nearest, 0)]
-    known = (mine >= 0) & (theirs >= 0) & (nearest >= 0)
-    return int((mine == theirs)[known].sum()), int(known.sum())
+    own_labels = embeddings.labels[start : start + len(neighbors.places)]
+    nearest = neighbors.places[:, 0].numpy()
+    nearest_labels = embeddings.labels[np.maximum(nearest, 0)]
+    labelled = (own_labels >= 0) & (nearest_labels >= 0) & (nearest >= 0)
+    return int((own_labels == nearest_labels)[labelled].sum()), int(labelled.sum())
 
 
 def _spread(embeddings: Embeddings, k: int, device: torch.device) -> SearchResult:
-    """Queries from all over the source, for the picture."""
+    """Return evenly spaced images of the source with their neighbours, for the picture."""
     count = min(GRID_ROWS, len(embeddings))
     places = np.linspace(0, len(embeddings) - 1, count).astype(np.int64)
     own = torch.from_numpy(places)

@@ -13,9 +13,9 @@ from rich.table import Table
 
 from raysl.embed.embeddings import Embeddings
 from raysl.embed.images import embedded_as, open_again, open_queries
+from raysl.embed.pictures import SearchResult, draw_result, neighbors_of
 from raysl.embed.search import search
 from raysl.embed.search_all import search_all
-from raysl.embed.search_result import SearchResult, draw_found, known
 from raysl.embed.shards import result_file
 from raysl.embed.source import encoder_file
 from raysl.errors import ConfigError, DataError
@@ -26,10 +26,10 @@ from raysl.sources.source import Source
 _TABLE_QUERIES = 8
 _SHOWN = 5
 
-CENTER_HELP = "take the mean of all features off before comparing: cosines spread"
+CENTER_HELP = "subtract the mean of all features before comparing: cosines spread"
 
 _EPILOG = """\
-Without --query and --rows every image is looked for among the others, and the result goes to
+Without --query and --rows the neighbours of every image among the others are written to
 EMBEDDINGS/_neighbors.parquet (or --out): row, id, neighbor_rows, similarities.
 
   raysl search embeddings/ --query cat.jpg -k 10 --grid neighbours.png
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Search."""
+    """Search for the neighbours of files, of rows or of every image."""
     if arguments.k < 1:
         raise ConfigError(f"-k {arguments.k}: give at least 1")
     embeddings = Embeddings(arguments.embeddings, center=arguments.center)
@@ -76,18 +76,18 @@ def run(arguments: argparse.Namespace) -> int:
 def _some(
     arguments: argparse.Namespace, embeddings: Embeddings, device: torch.device
 ) -> dict[str, Any]:
-    found = (
+    result = (
         _of_files(arguments, embeddings, device)
         if arguments.query is not None
         else _of_rows(arguments, embeddings, device)
     )
-    neighbors = [_described(embeddings, found, number) for number in range(len(found.names))]
+    neighbors = [_described(embeddings, result, number) for number in range(len(result.names))]
     console().print(_table(neighbors))
     if arguments.out is not None:
         _write(arguments.out, neighbors)
         say(f"written: {arguments.out}")
     if arguments.grid is not None:
-        draw_found(arguments.grid, embeddings, found)
+        draw_result(arguments.grid, embeddings, result)
         say(f"drawn: {arguments.grid}")
     return {"images": len(embeddings), "k": arguments.k, "queries": neighbors}
 
@@ -150,11 +150,11 @@ def _of_rows(
     return SearchResult(embeddings.ids(places), labels, neighbors, source, rows)
 
 
-def _described(embeddings: Embeddings, found: SearchResult, number: int) -> dict[str, Any]:
-    places, similarities = known(found.neighbors, number)
+def _described(embeddings: Embeddings, result: SearchResult, number: int) -> dict[str, Any]:
+    places, similarities = neighbors_of(result.neighbors, number)
     return {
-        "query": found.names[number],
-        "label": found.labels[number],
+        "query": result.names[number],
+        "label": result.labels[number],
         "neighbors": [
             {
                 "id": name,

@@ -25,7 +25,7 @@ _GROUP_ROWS = 4096
 
 
 class ShardPlan(NamedTuple):
-    """How the rows of a source are distributed over shards."""
+    """The distribution of a source's rows over shards."""
 
     num_rows: int
     shard_rows: int
@@ -80,7 +80,7 @@ def write_shard(
     Args:
         folder: The folder.
         name: Name of the file.
-        content: Its rows.
+        content: The rows of the shard.
         class_names: Class names, by number.
         store: Type of the features: float32 or float16.
         about: Metadata of the features, stored in the schema's metadata with ``bad``.

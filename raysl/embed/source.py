@@ -1,8 +1,8 @@
 """Embed a source into a folder of shards, resuming where it stopped.
 
-Plain functions; whoever calls :func:`embed_source` says where chunks are computed. The shards
-depend on the source, the encoder and the settings, and not on who worked on them or how often it
-was stopped. Memory: the shards that are being filled, two or three of them.
+:func:`embed_source` gets the function that computes the chunks, in this process or on Ray. The
+shards depend on the source, the encoder and the settings only, not on the workers or on
+interruptions. Memory: the shards that are being filled, two or three of them.
 """
 
 import json
@@ -42,16 +42,16 @@ from raysl.sources.place import absolute_source
 from raysl.sources.source import Source, SourceConfig
 
 _MIB = 1 << 20
-_ID_BYTES = 40  # of a row beside its features, about
+_ID_BYTES = 40  # approximate size of a row without its features
 _FILE = "encoder.safetensors"
 _DEFAULT_SIZE_PX = 224
-# Known only at the end, or of no use to who holds a single shard.
+# Complete only at the end, or useless to the reader of a single shard.
 _NOT_IN_SHARDS = {"settings", "images", "bad_images", "class_names"}
 _OTHERS = "holds embeddings of another encoder or source, or with other settings"
 _TINY = np.finfo(np.float32).tiny
 
 MakeChunks = Callable[[Source, Chunks, Embedding], Generator[Chunk, None, None]]
-"""Computes chunks, in any order; closing it ends the work."""
+"""A function that computes chunks, in any order; closing its generator ends the work."""
 
 
 class CountProgress(Protocol):
@@ -67,41 +67,41 @@ class CountProgress(Protocol):
 
 
 class EmbedResult(NamedTuple):
-    """What a folder holds now."""
+    """The content of a folder of embeddings."""
 
     images: int
-    """With features."""
+    """Images with features."""
     bad_images: int
-    """Left out."""
+    """Images that were left out."""
     embed_dim: int
     shards: int
     bytes: int
-    """Of all shards."""
+    """Size of all shards."""
     made: int
     """Images that this call embedded."""
     output: str
     complete_before: bool
-    """Nothing was left to do."""
+    """Whether the folder was complete before this call."""
 
 
-def encoder_file(given: str) -> Path:
-    """Return the absolute path of an encoder file, or of that of a run folder.
+def encoder_file(path_or_run: str) -> Path:
+    """Return the absolute path of an encoder file, or of the encoder in a run folder.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If there is no such file.
     """
-    path = Path(given).expanduser().absolute()
+    path = Path(path_or_run).expanduser().absolute()
     path = path / _FILE if path.is_dir() else path
     if not path.is_file():
         raise ConfigError(
-            f"{given}: no encoder there; give a run folder that holds {_FILE} (a run writes it at "
-            f"its end), or the file"
+            f"{path_or_run}: no encoder there; give a run folder that holds {_FILE} (a run writes "
+            f"it at its end), or the file"
         )
     return path
 
 
 def embedding_of(encoder: Path, config: EmbedConfig) -> Embedding:
-    """Return what is done to each image.
+    """Return how images are embedded: encoder, size, crop and precision.
 
     Raises:
         DataError: If the file is not an encoder of raysl, or its header lacks what is needed.
@@ -114,10 +114,10 @@ def embedding_of(encoder: Path, config: EmbedConfig) -> Embedding:
 
 
 def other_decoding(encoder: Path, config: SourceConfig) -> list[str]:
-    """Return a line for each setting of pixels that is not the one the encoder was trained with."""
+    """Return a message for each decoding setting that differs from the encoder's training."""
     trained = read_description(encoder).get("decoding")
     if not isinstance(trained, dict):
-        return []  # of another origin, or older than these settings
+        return []  # imported, or written before these settings existed
     here = config.model_dump(mode="json", include=set(Decoding._fields))
     return [
         f"{name}={json.dumps(here[name])} here, and the encoder was trained with "
@@ -136,22 +136,22 @@ def embed_source(
     make: MakeChunks,
     view: CountProgress,
 ) -> EmbedResult:
-    """Embed a source into a folder, or go on with it.
+    """Embed a source into a folder, or resume an unfinished one.
 
     Args:
         source: The images.
         encoder: ``encoder.safetensors``.
-        config: How.
+        config: The settings.
         output: A local path or a URI such as s3://bucket/folder.
         make: Computes the chunks.
-        view: Who is told how far it is.
+        view: Progress display.
 
     Raises:
         DataError: If the folder belongs to another encoder, source or other settings, cannot be
             written, or too many images are bad.
     """
     embedding = embedding_of(encoder, config)
-    wanted = _wanted(source, encoder, config, embedding)
+    identity = _identity(source, encoder, config, embedding)
     folder = embeddings_folder(output)
     folder.refuse_inside(config.source, why="hold features among its images")
     folder.create()
@@ -159,7 +159,7 @@ def embed_source(
         about = folder.claim()
         if about is None:
             about = {
-                "wanted": wanted,
+                "wanted": identity,
                 "source": absolute_source(config.source),
                 "encoder_path": str(encoder),
                 "settings": config.model_dump(mode="json"),
@@ -167,7 +167,7 @@ def embed_source(
             }
             folder.write_claim(about)
         else:
-            folder.refuse_others(about["wanted"], wanted, holds=_OTHERS)
+            folder.refuse_others(about["wanted"], identity, holds=_OTHERS)
         folder.sweep()
         writer = _Writer(source, config, folder, about)
         complete = not writer.missing and "images" in about
@@ -187,9 +187,10 @@ def embed_source(
     )
 
 
-def _wanted(
+def _identity(
     source: Source, encoder: Path, config: EmbedConfig, embedding: Embedding
 ) -> dict[str, Any]:
+    """Return all that the shards depend on: encoder, images and lasting settings."""
     digest = encoder_digest(encoder)
     lasting = config.lasting() | {"size_px": embedding.size_px}
     return {"encoder": digest, "fingerprint": source.fingerprint, **lasting}
@@ -212,7 +213,7 @@ def _encoder_facts(encoder: Path, embedding: Embedding) -> dict[str, Any]:
 
 
 class _Writer:
-    """Fills the shards that are missing."""
+    """Writes the missing shards of a folder."""
 
     def __init__(
         self, source: Source, config: EmbedConfig, folder: PackFolder, about: dict[str, Any]
@@ -222,20 +223,20 @@ class _Writer:
         width = about["embed_dim"] * np.dtype(config.store).itemsize
         shard_rows = max(1, int(config.shard_mib * _MIB / width) // self.chunk) * self.chunk
         self.plan = ShardPlan(int(source.group_sizes.sum()), shard_rows)
-        there = folder.listed()
-        found = {
+        files = folder.listed()
+        bad_images = {
             shard: read_bad(folder, self.plan.name(shard))
             for shard in range(self.plan.num_shards)
-            if self.plan.name(shard) in there
+            if self.plan.name(shard) in files
         }
-        self.bad = {shard: bad for shard, bad in found.items() if bad is not None}
+        self.bad = {shard: bad for shard, bad in bad_images.items() if bad is not None}
         self.missing = [n for n in range(self.plan.num_shards) if n not in self.bad]
         labels = source.labels()
         self.labels: npt.NDArray[np.int64] | None = labels
         self._width = width
 
     def fill(self, make: MakeChunks, embedding: Embedding, view: CountProgress) -> int:
-        """Write all missing shards; return how many images were embedded."""
+        """Write all missing shards; return the number of embedded images."""
         bounds = [self.plan.bounds(shard) for shard in self.missing]
         todo = sum(stop - start for start, stop in bounds)
         self.folder.check_room(todo * (self._width + _ID_BYTES), instead="store=float16")
@@ -244,23 +245,23 @@ class _Writer:
         starts = np.concatenate([np.arange(*each, self.chunk, dtype=np.int64) for each in bounds])
         chunks = Chunks(None, starts, self.chunk, self.plan.num_rows)
         view.begin("embedding", total=self.plan.num_rows, done=self.plan.num_rows - todo)
-        filling: dict[int, _Filling] = {}
+        buffers: dict[int, _ShardBuffer] = {}
         made = make(self.source, chunks, embedding)
         with closing(made):
             for chunk in made:
                 for shard in np.unique(chunk.places // self.plan.shard_rows).tolist():
                     start, stop = self.plan.bounds(shard)
-                    part = filling.setdefault(
-                        shard, _Filling(start, stop, dim=self.about["embed_dim"])
+                    buffer = buffers.setdefault(
+                        shard, _ShardBuffer(start, stop, dim=self.about["embed_dim"])
                     )
-                    part.take(chunk)
-                    if part.left == 0:
-                        self._write(shard, filling.pop(shard))
+                    buffer.take(chunk)
+                    if buffer.left == 0:
+                        self._write(shard, buffers.pop(shard))
                 view.advance(len(chunk.places))
         return todo
 
     def finish(self) -> dict[str, Any]:
-        """List the bad images, and say that all is there."""
+        """List the bad images and mark the folder as complete."""
         bad = [entry for shard in sorted(self.bad) for entry in self.bad[shard]]
         self.folder.write_bad(bad, name=self.source.where, file=BAD_IMAGES)
         images = self.plan.num_rows - len(bad)
@@ -273,16 +274,16 @@ class _Writer:
             self.folder.write_claim(about)
         return about
 
-    def _write(self, shard: int, full: "_Filling") -> None:
-        rows = np.arange(full.start, full.stop, dtype=np.int64)
-        good = full.flaws == 0
+    def _write(self, shard: int, buffer: "_ShardBuffer") -> None:
+        rows = np.arange(buffer.start, buffer.stop, dtype=np.int64)
+        good = buffer.flaws == 0
         bad = [
             Bad(row, self.source.row_id(row), reason_of(self.source, row, Flaw(flaw)))
-            for row, flaw in zip(rows[~good].tolist(), full.flaws[~good].tolist(), strict=True)
+            for row, flaw in zip(rows[~good].tolist(), buffer.flaws[~good].tolist(), strict=True)
         ]
         self.bad[shard] = bad
         self._refuse_bad()
-        features = full.features[good]
+        features = buffer.features[good]
         if self.config.normalize:
             lengths = np.linalg.norm(features, axis=1, keepdims=True)
             features /= np.maximum(lengths, _TINY)
@@ -314,26 +315,26 @@ class _Writer:
         )
 
 
-class _Filling:
-    """A shard in the making."""
+class _ShardBuffer:
+    """The features of a shard until all its rows have arrived."""
 
     def __init__(self, start: int, stop: int, *, dim: int) -> None:
         self.start, self.stop = start, stop
         self.features: Features = np.empty((stop - start, dim), dtype=np.float32)
         self.flaws = np.zeros(stop - start, dtype=np.uint8)
-        self._known = np.zeros(stop - start, dtype=np.bool_)
+        self._is_filled = np.zeros(stop - start, dtype=np.bool_)
         self.left = stop - start
 
     def take(self, chunk: Chunk) -> None:
-        """Take in what of a chunk belongs here."""
-        mine = (chunk.places >= self.start) & (chunk.places < self.stop)
-        at = chunk.places[mine] - self.start
+        """Copy the rows of a chunk that belong to this shard."""
+        own = (chunk.places >= self.start) & (chunk.places < self.stop)
+        index = chunk.places[own] - self.start
         if chunk.features.shape[1] != self.features.shape[1]:
             raise DataError(
                 f"the encoder gives {chunk.features.shape[1]} features an image; its header says "
                 f"{self.features.shape[1]}"
             )
-        self.features[at] = chunk.features[mine]
-        self.flaws[at] = chunk.flaws[mine]
-        self._known[at] = True
-        self.left = int((~self._known).sum())
+        self.features[index] = chunk.features[own]
+        self.flaws[index] = chunk.flaws[own]
+        self._is_filled[index] = True
+        self.left = int((~self._is_filled).sum())

@@ -1,6 +1,6 @@
 """Measure features without labels: RankMe, alpha-ReQ, alignment, uniformity, deviation.
 
-None of these is an accuracy. ``raysl benchmark label_free`` measures how well each ranks encoders.
+None of these is an accuracy; docs/results.md has how well each ranks encoders.
 """
 
 import math

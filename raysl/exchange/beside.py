@@ -57,14 +57,15 @@ def read_beside(file: Path) -> Beside:
 
 def _from_header(text: str, file: Path) -> Beside:
     try:
-        known = json.loads(text)
+        description = json.loads(text)
     except ValueError:
-        known = None
-    if not isinstance(known, dict):
+        description = None
+    if not isinstance(description, dict):
         raise DataError(f"{file}: an encoder of raysl with a damaged header")
-    section = described_backbone(known, where=file).model_dump(mode="json")
+    section = described_backbone(description, where=file).model_dump(mode="json")
     section.pop("weights")
-    return Beside(section, known.get("image_size_px"), known.get("mean"), known.get("std"))
+    size, mean, std = (description.get(key) for key in ("image_size_px", "mean", "std"))
+    return Beside(section, size, mean, std)
 
 
 def _from_timm(config: Mapping[str, Any]) -> Beside:
@@ -100,11 +101,11 @@ def _from_transformers(
     mean, std = processor.get("image_mean"), processor.get("image_std")
     if processor.get("do_normalize") is False:
         mean, std = [0.0] * 3, [1.0] * 3
-    known = {key: value for key, value in section.items() if value is not None}
-    told = "config.json" if mean is None else "config.json and preprocessor_config.json"
+    section = {key: value for key, value in section.items() if value is not None}
+    files = "config.json" if mean is None else "config.json and preprocessor_config.json"
     if not (_is_channels(mean) and _is_channels(std)):
         mean = std = None
-    return Beside(known, None, mean, std, told)
+    return Beside(section, None, mean, std, files)
 
 
 def _from_solo_learn(arguments: Mapping[str, Any]) -> Beside:
@@ -112,8 +113,8 @@ def _from_solo_learn(arguments: Mapping[str, Any]) -> Beside:
     data = arguments.get("data")
     name = data.get("dataset") if isinstance(data, dict) else None
     if name in OF_SOLO_LEARN:
-        known, size = OF_SOLO_LEARN[name], _crop_size(arguments.get("augmentations"))
-        return Beside({}, size, known.mean, known.std, f"args.json (data.dataset: {name})")
+        channels, size = OF_SOLO_LEARN[name], _crop_size(arguments.get("augmentations"))
+        return Beside({}, size, channels.mean, channels.std, f"args.json (data.dataset: {name})")
     return Beside()
 
 
@@ -135,7 +136,7 @@ def _is_channels(values: Any) -> bool:
 def _json(path: Path) -> dict[str, Any]:
     """Return a file's mapping; empty if it is missing or holds something else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return values if isinstance(values, dict) else {}

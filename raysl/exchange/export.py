@@ -48,7 +48,7 @@ class Format(NamedTuple):
     """A file format to export."""
 
     file: str
-    """Its name in the folder of exports; a folder has no suffix."""
+    """File name in the folder of exports; a folder has no suffix."""
     write: Callable[[Exportable, Path, ExportConfig], None]
     read: Callable[[Exportable, Path], Run]
     """Loads the file as its users do."""
@@ -121,7 +121,7 @@ FORMATS = {
         _lines("import timm", "", 'model = timm.create_model("local-dir:PATH", pretrained=True)'),
     ),
 }
-"""By the name used with ``--format``."""
+"""The formats, by the name that ``--format`` takes."""
 
 LIBRARIES = ("torchvision", "timm")
 

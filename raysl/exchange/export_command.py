@@ -1,4 +1,4 @@
-"""`raysl export`: write an encoder in other formats, each one checked."""
+"""`raysl export`: write an encoder in other formats, and check each copy."""
 
 import argparse
 import difflib
@@ -32,12 +32,12 @@ The formats:
   huggingface   a folder that timm and transformers open, with a model card
   mlflow        a new version of a registered model, below the run that trained it
 
-A classifier.safetensors of `raysl finetune` gives logits, and goes to all but the libraries' own:
-timm or torchvision load the file itself.
+A classifier.safetensors of `raysl finetune` gives logits, and can be written in all formats but
+torchvision, timm and huggingface.
 
-All take normalised float32 images (N, 3, S, S). Each is written beside its place, loaded as its
-users do, and compared with the encoder on random images in several batch sizes; only then does it
-get its name. What was there before is exchanged as a whole.
+All take normalised float32 images (N, 3, S, S). Each is written under a temporary name, loaded as
+its users do, and compared with the encoder on random images in several batch sizes; only then does
+it replace an earlier export.
 
 The settings:
 {settings}
@@ -79,7 +79,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Export to every format that was asked for."""
+    """Export to every requested format.
+
+    Raises:
+        ConfigError: If a format, a place or a setting is wrong.
+        ExportError: If a format could not be written; the others are.
+    """
     names = _formats(arguments)
     config = validate(ExportConfig, apply_overrides({}, arguments.overrides), where="raysl export")
     exportable = open_exportable(arguments.encoder)
@@ -111,15 +116,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _formats(arguments: argparse.Namespace) -> list[str]:
-    asked = [name for text in arguments.format for name in text.split(",") if name]
-    unknown = [name for name in asked if name not in _NAMES]
-    if unknown or not asked:
+    names = [name for text in arguments.format for name in text.split(",") if name]
+    unknown = [name for name in names if name not in _NAMES]
+    if unknown or not names:
         near = difflib.get_close_matches(unknown[0], _NAMES, n=1) if unknown else []
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"--format {', '.join(unknown)}: known are {', '.join(_NAMES)}{hint}")
-    if (_MLFLOW in asked) != (arguments.name is not None):
+    if (_MLFLOW in names) != (arguments.name is not None):
         raise ConfigError("--format mlflow and --name NAME_IN_THE_REGISTRY go together")
-    return list(dict.fromkeys(asked))
+    return list(dict.fromkeys(names))
 
 
 def _place(exportable: Exportable, output: Path | None, name: str, *, alone: bool) -> Path:
@@ -129,12 +134,12 @@ def _place(exportable: Exportable, output: Path | None, name: str, *, alone: boo
         usual = usual.replace("encoder", "classifier")
     if output is None:
         return exportable.path.parent.absolute() / "exports" / usual
-    wanted = Path(usual).suffix
-    if alone and not wanted:
+    suffix = Path(usual).suffix
+    if alone and not suffix:
         return output.absolute()
     if alone and output.suffix and not output.is_dir():
-        if output.suffix != wanted:
-            raise ConfigError(f"-o {output}: a file of --format {name} ends with {wanted}")
+        if output.suffix != suffix:
+            raise ConfigError(f"-o {output}: a file of --format {name} ends with {suffix}")
         return output.absolute()
     if output.is_file():
         raise ConfigError(f"-o {output} is a file; give a folder for several formats")
@@ -184,10 +189,10 @@ def _register(
 
 def _address(trained_in: TrackedRun | None, config: ExportConfig) -> tuple[str, str | None]:
     """Return MLflow's address, and the run that trained the encoder if it is there."""
-    asked = config.tracking_uri
+    given = config.tracking_uri
     if trained_in is None:
-        return tracking_uri(asked, folder=Path.cwd()), None
-    uri = tracking_uri(trained_in.whole_uri if asked is None else asked, folder=Path.cwd())
+        return tracking_uri(given, folder=Path.cwd()), None
+    uri = tracking_uri(trained_in.whole_uri if given is None else given, folder=Path.cwd())
     return uri, trained_in.run_id if same_store(trained_in.uri, uri) else None
 
 

@@ -115,12 +115,13 @@ def largest_difference(exportable: Exportable, copy: Any) -> float:
     """
     largest = 0.0
     for images in exportable.batches():
-        expected, found = exportable.model(images), copy(images)
-        if found.shape != expected.shape:
+        expected, result = exportable.model(images), copy(images)
+        if result.shape != expected.shape:
             raise ExportError(
-                f"gives {tuple(found.shape)} for {tuple(images.shape)}, not {tuple(expected.shape)}"
+                f"gives {tuple(result.shape)} for {tuple(images.shape)}, not "
+                f"{tuple(expected.shape)}"
             )
-        difference = (found - expected).abs().max() / expected.abs().max().clamp(min=1)
+        difference = (result - expected).abs().max() / expected.abs().max().clamp(min=1)
         if not difference.isfinite():
             raise ExportError(f"gives numbers that are not finite for {tuple(images.shape)}")
         largest = max(largest, float(difference))

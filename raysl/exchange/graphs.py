@@ -86,7 +86,7 @@ def write_onnx(exportable: Exportable, path: Path, *, opset: int) -> None:
     model = program.model_proto
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
-    known = {
+    properties = {
         "mean": exportable.mean,
         "std": exportable.std,
         "image_size_px": exportable.size_px,
@@ -94,7 +94,7 @@ def write_onnx(exportable: Exportable, path: Path, *, opset: int) -> None:
         "class_names": exportable.description.get("class_names"),
     }
     onnx.helper.set_model_props(
-        model, {key: json.dumps(value) for key, value in known.items() if value is not None}
+        model, {key: json.dumps(value) for key, value in properties.items() if value is not None}
     )
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString())

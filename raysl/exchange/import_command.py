@@ -12,17 +12,17 @@ from raysl.report.terminal import console, mapping_table, print_json, say
 from raysl.run.shell import command
 
 _EPILOG = """\
-The layouts, which are told apart by themselves:
+The layouts, which are recognised automatically:
 {layouts}
 
 The settings:
 {settings}
 
 The backbone is recognised by the names and shapes of the tensors, and by config.json of
-transformers or timm and args.json of solo-learn where they lie beside the file. What nothing tells
+transformers or timm and args.json of solo-learn beside the file. What these do not contain
 (normalisation, pooling, attention heads, stem, which of two networks) is assumed, and printed with
-what sets it otherwise. No code from the file is run; optimizers, options and other networks are
-left out.
+the setting that changes it. No code from the file is run; optimizers, options and other networks
+are left out.
 
   raysl import moco_v2_800ep_pretrain.pth.tar
   raysl import dino_deitsmall16_pretrain_full_checkpoint.pth -o dino.safetensors
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Import a file."""
+    """Convert a weight file to an encoder file, and print what was recognised and assumed."""
     values = apply_overrides({}, arguments.overrides)
     config = validate(ImportConfig, values, where="raysl import")
     output = _output(arguments.file, arguments.output)
@@ -70,8 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _output(file: Path, asked: Path | None) -> Path:
-    output = asked or file.with_name(f"{file.name.partition('.')[0]}.encoder.safetensors")
+def _output(file: Path, given: Path | None) -> Path:
+    output = given or file.with_name(f"{file.name.partition('.')[0]}.encoder.safetensors")
     if output.is_dir() or not output.suffix:
         output /= "encoder.safetensors"
     if output.suffix != ".safetensors":
@@ -92,7 +92,7 @@ def _say(imported: Imported, output: Path) -> None:
         f"{_numbers(imported.std)}",
     }
     if imported.told:
-        shown["told by"] = imported.told
+        shown["metadata"] = imported.told
     for number, guess in enumerate(imported.guessed):
         shown["assumed" if number == 0 else " " * number] = guess
     out = console()

@@ -33,19 +33,19 @@ class ImportConfig(Config):
     """The settings that a weight file may not contain."""
 
     network: str | None = None
-    """Which of the file's networks to import, by its address as this verb prints it, such as
-    student/module.backbone. with the dot; null takes the one that its layout prefers."""
+    """Address in the file of the network to import, as this verb prints it, such as
+    student/module.backbone. with the dot; null takes the one that the layout prefers."""
     backbone: dict[str, Any] = Field(default_factory=dict)
-    """Settings of the backbone, as in a configuration: backbone.stem=small. Only those that the
-    tensors do not show are needed; with a name of torchvision or timm nothing is recognised."""
+    """Settings of the backbone, as in a configuration: backbone.stem=small. Names and shapes of the
+    tensors show most of them; with a name of torchvision or timm nothing is recognised."""
     image_size_px: PositiveInt | None = None
-    """Side of the images that it was trained on; null takes that of its positions, else 224, or 32
-    with a stem for small images."""
+    """Side of the training images in pixels; null takes that of the position embeddings, else 224,
+    or 32 with a stem for small images."""
     mean: tuple[Channel, Channel, Channel] | None = None
-    """Mean of the channels of its training images in [0, 1]; null takes the value in the file or
+    """Mean of the channels of the training images in [0, 1]; null takes the value in the file or
     beside it, else that of the layout's authors."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
-    """Their deviation, likewise."""
+    """Standard deviation of these channels, likewise."""
 
 
 class Imported(NamedTuple):
@@ -56,13 +56,13 @@ class Imported(NamedTuple):
     whose: str
     """The project of the layout."""
     taken: str
-    """Which of the file's networks was imported, in words."""
+    """Description of the imported network of the file."""
     image_size_px: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     embed_dim: int
     told: str
-    """The file with the metadata; empty if there is none."""
+    """The file beside the weights that holds metadata; empty if there is none."""
     guessed: tuple[str, ...]
     """Assumptions about missing information: ``setting (why); otherwise setting``."""
 
@@ -86,35 +86,35 @@ def import_encoder(path: Path, config: ImportConfig, output: Path, *, layout: st
     content = read_content(file)
     beside = read_beside(file)
     networks = find_networks(content)
-    found = choose(networks, layout, address=_address(file, config, networks))
+    chosen = choose(networks, layout, address=_address(file, config, networks))
     name = str({**beside.backbone, **config.backbone}.get("name", ""))
-    if found is None and not name:
-        raise _not_there(file, layout, [n.address for n in networks])
-    recognised = Recognised({}, None, ()) if found is None else recognise(found.network.state)
+    if chosen is None and not name:
+        raise _no_network(file, layout, [n.address for n in networks])
+    recognised = Recognised({}, None, ()) if chosen is None else recognise(chosen.network.state)
     if ":" in name:  # a torchvision or timm model, with its own names
         recognised = recognised._replace(section={}, guessed=())
-    backbone_config = _backbone_config(file, config, beside, recognised, found)
+    backbone_config = _backbone_config(file, config, beside, recognised, chosen)
     size = config.image_size_px or recognised.image_size_px or beside.image_size_px
     usual_px = _SIZE_PX if backbone_config.stem == "imagenet" else _SMALL_PX
     with torch.random.fork_rng(devices=[]):
         backbone = build_backbone(backbone_config, image_size_px=size or usual_px)
     if not recognised.section:  # names that the general table lacks
-        found = _by_names(file, content, backbone, layout, config.network)
-    assert found is not None
-    fill(backbone.net, _fitted(found, backbone, file))
+        chosen = _by_names(file, content, backbone, layout, config.network)
+    assert chosen is not None
+    fill(backbone.net, _fitted(chosen, backbone, file))
     backbone.eval()
-    normalisation = found.layout.normalisation(found.network)
+    normalisation = chosen.layout.normalisation(chosen.network)
     mean = config.mean or beside.mean or normalisation.mean
     std = config.std or beside.std or normalisation.std
-    given = {f"backbone.{key}" for key in (*config.backbone, *beside.backbone)}
-    guessed = _guessed(recognised, found, config, given)
+    settings = {f"backbone.{key}" for key in (*config.backbone, *beside.backbone)}
+    guessed = _guessed(recognised, chosen, config, settings)
     if size is None:
         because = "nothing tells the side of its images"
         guessed.append(assumed(f"image_size_px={usual_px}", because, otherwise="image_size_px=N"))
     if None in (config.mean or beside.mean, config.std or beside.std):
-        guessed.append(_assumed_normalisation(found, mean, std))
+        guessed.append(_assumed_normalisation(chosen, mean, std))
     imported = Imported(
-        backbone_config, found.layout.name, found.layout.whose, found.taken, size or usual_px,
+        backbone_config, chosen.layout.name, chosen.layout.whose, chosen.taken, size or usual_px,
         tuple(map(float, mean)), tuple(map(float, std)), backbone.embed_dim, beside.source,
         tuple(guessed),
     )  # fmt: skip
@@ -122,12 +122,12 @@ def import_encoder(path: Path, config: ImportConfig, output: Path, *, layout: st
     return imported
 
 
-def _fitted(found: ChosenNetwork, backbone: Backbone, file: Path) -> dict[str, torch.Tensor]:
+def _fitted(chosen: ChosenNetwork, backbone: Backbone, file: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of the backbone; for layer scales, the error says what reads them."""
     try:
-        return fitted(found.network.state, backbone.net, where=file)
+        return fitted(chosen.network.state, backbone.net, where=file)
     except DataError as error:
-        if OF_DINOV2 not in found.network.state or backbone.net.state_dict().keys() >= {OF_DINOV2}:
+        if OF_DINOV2 not in chosen.network.state or backbone.net.state_dict().keys() >= {OF_DINOV2}:
             raise
         raise DataError(
             f"{error}. It has layer scales, which timm's networks have: give backbone.name=timm:"
@@ -137,31 +137,31 @@ def _fitted(found: ChosenNetwork, backbone: Backbone, file: Path) -> dict[str, t
 
 def _address(file: Path, config: ImportConfig, networks: list[Network]) -> str | None:
     """Return the configured address, after checking that it is in the file."""
-    there = sorted({network.address for network in networks})
     if config.network is None:
         return None
-    if there and config.network not in there:
-        held = ", ".join(address or "'' (the whole file)" for address in there)
+    addresses = sorted({network.address for network in networks})
+    if addresses and config.network not in addresses:
+        held = ", ".join(address or "'' (the whole file)" for address in addresses)
         raise ConfigError(f"{file}: holds no network={config.network}; there is: {held}")
     return config.network
 
 
 def _guessed(
-    recognised: Recognised, found: ChosenNetwork, config: ImportConfig, given: set[str]
+    recognised: Recognised, chosen: ChosenNetwork, config: ImportConfig, settings: set[str]
 ) -> list[str]:
-    """List the assumptions about network and backbone."""
-    told = {f"backbone.{key}" for key in found.layout.fixed(found.network)} | given
-    guessed = [g for g in recognised.guessed if g.partition("=")[0] not in told]
-    if config.network is None and found.others:
-        others = " or ".join(f"network={address or repr('')}" for address in found.others)
-        network = f"network={found.network.address or repr('')}"
-        guessed.insert(0, assumed(network, found.what, otherwise=others))
+    """List the assumptions about network and backbone that ``settings`` do not decide."""
+    settings = settings | {f"backbone.{key}" for key in chosen.layout.fixed(chosen.network)}
+    guessed = [g for g in recognised.guessed if g.partition("=")[0] not in settings]
+    if config.network is None and chosen.others:
+        others = " or ".join(f"network={address or repr('')}" for address in chosen.others)
+        network = f"network={chosen.network.address or repr('')}"
+        guessed.insert(0, assumed(network, chosen.what, otherwise=others))
     return guessed
 
 
-def _assumed_normalisation(found: ChosenNetwork, mean: Any, std: Any) -> str:
-    normalisation = found.layout.normalisation(found.network)
-    if found.layout.name in _BY_NAMES_ALONE:
+def _assumed_normalisation(chosen: ChosenNetwork, mean: Any, std: Any) -> str:
+    normalisation = chosen.layout.normalisation(chosen.network)
+    if chosen.layout.name in _BY_NAMES_ALONE:
         because = f"{normalisation.whose}, which most training codes have"
     else:
         because = f"{normalisation.whose}, as in the code of this layout"
@@ -183,13 +183,13 @@ def _backbone_config(
     config: ImportConfig,
     beside: Beside,
     recognised: Recognised,
-    found: ChosenNetwork | None,
+    chosen: ChosenNetwork | None,
 ) -> BackboneConfig:
     """Merge the settings from tensors, layout, files beside and user; later ones win."""
     section = {**recognised.section}
     size = VIT_SIZES.get(str(section.get("name")))
-    if found is not None and section:
-        section |= found.layout.fixed(found.network)
+    if chosen is not None and section:
+        section |= chosen.layout.fixed(chosen.network)
     section |= {**beside.backbone, **config.backbone}
     if size is not None and section.get("num_heads") == size.num_heads:
         del section["num_heads"]  # implied by the name
@@ -207,35 +207,35 @@ class _Section(Config):
 
 
 def _seen(recognised: Recognised) -> str:
-    seen = ", ".join(f"{key}={value}" for key, value in recognised.section.items())
-    return seen or "neither a ResNet, a ViT nor a ConvNeXt"
+    settings = ", ".join(f"{key}={value}" for key, value in recognised.section.items())
+    return settings or "neither a ResNet, a ViT nor a ConvNeXt"
 
 
 def _by_names(
     file: Path, content: Any, backbone: Backbone, layout: str, address: str | None
 ) -> ChosenNetwork:
-    """Find a network by the full set of its names."""
-    wanted = backbone.net.state_dict().keys()
-    networks = [n for n in networks_named(content, wanted) if n.state.keys() & wanted]
+    """Find a network by the names of all its tensors."""
+    names = backbone.net.state_dict().keys()
+    networks = [n for n in networks_named(content, names) if n.state.keys() & names]
     if not networks:
         raise DataError(f"{file}: holds no tensor that is named as one of the backbone's")
-    found = choose(networks, layout, address=address)
-    if found is None:
-        raise _not_there(file, layout, [network.address for network in networks])
-    return found
+    chosen = choose(networks, layout, address=address)
+    if chosen is None:
+        raise _no_network(file, layout, [network.address for network in networks])
+    return chosen
 
 
-def _not_there(file: Path, layout: str, addresses: list[str]) -> DataError:
+def _no_network(file: Path, layout_name: str, addresses: list[str]) -> DataError:
     if not addresses:
         return DataError(
             f"{file}: holds no encoder that is known by its names (ResNet, ViT, ConvNeXt); if "
             "it is one of torchvision's or timm's, give backbone.name=torchvision:NAME or timm:NAME"
         )
-    there = ", ".join(sorted({address or "the whole file" for address in addresses}))
-    names = ", ".join(known.name for known in LAYOUTS)
+    held = ", ".join(sorted({address or "the whole file" for address in addresses}))
+    names = ", ".join(layout.name for layout in LAYOUTS)
     return DataError(
-        f"{file}: holds no network of the layout {layout}; there is: {there}. Leave --layout out, "
-        f"or give the right one: {names}"
+        f"{file}: holds no network of the layout {layout_name}; there is: {held}. Leave --layout "
+        f"out, or give the right one: {names}"
     )
 
 

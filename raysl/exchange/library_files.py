@@ -66,7 +66,7 @@ def write_huggingface(exportable: Exportable, folder: Path) -> None:
         problem = f"timm has no {config.name} with these names; use --format torchvision"
     elif problem is None and config.family == "resnet" and config.stem != "imagenet":
         problem = (
-            f"neither timm nor transformers can be told of the stem {config.stem}; use --format "
+            f"neither timm nor transformers has an option for the stem {config.stem}; use --format "
             "torchvision or timm, whose lines replace it, or onnx"
         )
     if problem is not None:
@@ -104,8 +104,10 @@ def _timm_config(exportable: Exportable) -> dict[str, Any]:
     family: str = config.family
     pretrained: dict[str, Any] = {}
     if family == "timm":
-        known = getattr(exportable.backbone.net, "pretrained_cfg", {})
-        pretrained = {key: known.get(key) for key in ("first_conv", "classifier", "pool_size")}
+        timm_values = getattr(exportable.backbone.net, "pretrained_cfg", {})
+        pretrained = {
+            key: timm_values.get(key) for key in ("first_conv", "classifier", "pool_size")
+        }
     pooled = {"cls": "token"}.get(config.pool, "avg") if family == "vit" else "avg"
     pretrained |= {
         "tag": "raysl",

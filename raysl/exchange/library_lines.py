@@ -104,8 +104,8 @@ def timm_call(config: BackboneConfig, image_size_px: int) -> TimmCall:
             "global_pool": "token" if config.pool == "cls" else "avg",
             "fc_norm": config.pool == "mean_norm",
         }
-        known = {key: value for key, value in options.items() if value is not None}
-        return TimmCall(f"{name}_patch{patch}_224", known)
+        options = {key: value for key, value in options.items() if value is not None}
+        return TimmCall(f"{name}_patch{patch}_224", options)
     if config.norm == "group":
         return TimmCall(name, {"norm_layer": "groupnorm"})
     return TimmCall(name, {})
@@ -136,11 +136,11 @@ def _torchvision_lines(config: BackboneConfig, image_size_px: int) -> list[str]:
             "model.classifier[2] = torch.nn.Identity()",
         ]
     options = torchvision_options(config, image_size_px)
-    given = "".join(f", {key}={value!r}" for key, value in options.items())
+    arguments = "".join(f", {key}={value!r}" for key, value in options.items())
     with torch.random.fork_rng(devices=[]):
         path = torchvision_classifier(whole_torchvision_model(config, image_size_px))
     return [
-        f'model = torchvision.models.get_model("{library_name(config)}", weights=None{given})',
+        f'model = torchvision.models.get_model("{library_name(config)}", weights=None{arguments})',
         f'model.set_submodule("{path}", torch.nn.Identity())',
     ]
 

@@ -32,8 +32,8 @@ shards hold image, label (if there are labels), path (the id of an image in its 
 data.filter), width and height.
 Broken images are left out and listed in OUT/bad_images.jsonl.
 
-The same command again goes on where it stopped; the result is the same to the bit, whatever
-stopped it and however many worked on it. Two processes must not pack into one folder at once.
+The same command resumes an interrupted one; the result is the same to the bit, whatever the
+interruptions and the number of workers. Two processes must not pack into one folder at once.
 
   raysl pack photos/ packed/ short_side_px=256
   raysl pack 's3://bucket/shards/*.tar' s3://bucket/packed num_workers=64
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Pack, or go on with it."""
+    """Pack a source, or resume an interrupted pack."""
     began = time.monotonic()
     config, source = open_asked(arguments, PackConfig, where="raysl pack")
     count = int(source.group_sizes.sum())
@@ -79,7 +79,7 @@ def _runner(config: PackConfig, stack: ExitStack) -> Runner:
     def run(
         function: Unit, source: Source, job: Job, calls: Calls, *, report: Report
     ) -> Iterator[Facts]:
-        # Only now: a folder that is complete, or belongs to others, needs no Ray.
+        # Not before the first unit: a folder that is complete or refused needs no Ray.
         if connect():
             stack.callback(disconnect)
         yield from run_on_ray(function, source, job, calls, report=report)

@@ -1,4 +1,4 @@
-"""`raysl data`: inspect a source of images and advise what to do about it."""
+"""`raysl data`: inspect a source of images, and advise how to prepare it."""
 
 import argparse
 import os
@@ -41,8 +41,8 @@ _KINDS = {
 }
 
 _EPILOG = f"""\
-Of more than {_SAMPLE:,} images a random sample is drawn evenly; --sample 0 looks at every one.
-Each is read and decoded, in threads; nothing is written, unless a contact sheet is asked for.
+Of more than {_SAMPLE:,} images a random sample is drawn evenly; --sample 0 inspects every one.
+Each is read and decoded, in threads; nothing is written but the contact sheet, if requested.
 
 Settings: image_column=..., label_column=..., filter=[[...]], limit=..., as under `data:` of a
 configuration; max_megapixels=100 (an image of more counts as broken); seed=0 (of the sample).
@@ -53,13 +53,13 @@ configuration; max_megapixels=100 (an image of more counts as broken); seed=0 (o
 """
 
 
-class LookConfig(LocatedSource):
-    """A source, and how to look at it."""
+class InspectConfig(LocatedSource):
+    """The source to inspect, and the settings of its inspection."""
 
     max_megapixels: Annotated[float, Field(gt=0.0, le=178.0)] = 100.0
     """An image of more pixels counts as broken."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Of the sample."""
+    """Seed of the sample."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,8 +87,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Look at a source and say what is there."""
-    config, source = open_asked(arguments, LookConfig, where="raysl data")
+    """Inspect a source and print its content, its problems and advice."""
+    config, source = open_asked(arguments, InspectConfig, where="raysl data")
     sample = draw_sample(source, count=arguments.sample or None, seed=config.seed)
     cores = os.cpu_count() or 1
     cv2.setNumThreads(1)  # parallel over images
@@ -112,8 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
         **summarise(source, facts, cores=cores),
     }
     summary["pack_speedup"] = pack_speedup(source, facts)
-    asked = [config.source, *arguments.overrides]
-    summary["advice"] = advise(source, summary, speedup=summary["pack_speedup"], asked=asked)
+    words = [config.source, *arguments.overrides]
+    summary["advice"] = advise(source, summary, speedup=summary["pack_speedup"], words=words)
     _say(summary, cores=cores)
     for note in source.notes:
         say(f"note: {note}")
@@ -152,17 +152,17 @@ def _say(summary: dict[str, Any], *, cores: int) -> None:
 
 
 def _rows(summary: dict[str, Any], *, cores: int) -> dict[str, str]:
-    looked, size = summary["inspected"], summary["total_bytes"] / _MIB
+    inspected, size = summary["inspected"], summary["total_bytes"] / _MIB
     rows = {
         "kind": summary["kind"] + (f", {summary['groups']:,} groups" if summary["groups"] else ""),
         "images": f"{summary['images']:,}, {size:,.1f} MiB"
         + (" (estimated)" if summary["sample"] else ""),
         "looked at": summary["sample"] or "every image",
         **_class_rows(summary["classes"]),
-        "formats": _shares(summary["formats"], looked),
+        "formats": _shares(summary["formats"], inspected),
     }
     if summary["traits"]:
-        rows["of these"] = _shares(summary["traits"], looked)
+        rows["of these"] = _shares(summary["traits"], inspected)
     rows["bytes of one"] = _range(summary["encoded_bytes"], "{:,.0f}")
     if summary["width"]:
         rows["width"] = _range(summary["width"], "{:,.0f}") + " px"
@@ -212,7 +212,7 @@ def _draw(
     rng = np.random.Generator(np.random.Philox(key=np.array([seed, 1], dtype=np.uint64)))
     rows = np.sort(rng.choice(good, min(_SHEET_IMAGES, len(good)), replace=False))
     images = [
-        _shrunk(row, data, source)
+        _decode_small(row, data, source)
         for row, data in zip(rows.tolist(), source.read(rows), strict=True)
     ]
     order = rng.permutation(len(rows))  # read in the source's order, shown in another
@@ -233,8 +233,8 @@ def _draw(
     )
 
 
-def _shrunk(row: int, encoded: Encoded, source: Source) -> Image:
-    """Decode an image no larger than a sheet shows it."""
+def _decode_small(row: int, encoded: Encoded, source: Source) -> Image:
+    """Decode an image and shrink it to the size of a contact sheet."""
     image = decode(encoded, source.decoding(row), where=source.where(row))
     shrink = _SHEET_SIDE_PX / max(image.shape[:2])
     if shrink >= 1:

@@ -1,7 +1,7 @@
-"""The output folder of `raysl pack` and `raysl embed`: its claim, and its complete shards.
+"""The output folder of `raysl pack` and `raysl embed`: its claim, and its complete files.
 
-Every file is written under a hidden name and renamed when it is whole, so that a file with a
-lasting name is a complete one, whenever and however the process ends.
+Every file is written under a hidden name and renamed when it is complete, so a file with its final
+name is complete, whenever and however the process ends.
 """
 
 import errno
@@ -37,19 +37,19 @@ class Bad(NamedTuple):
     """An image that is left out."""
 
     row: int
-    """Of the source."""
+    """Row of the source."""
     id: str
-    """Its name in every command."""
+    """The image's id in every command, ``row_id``."""
     reason: str
 
 
 class PackFolder:
-    """Where the shards go.
+    """A folder for shards, local or in an object store.
 
     Args:
         uri: A local path or a URI such as s3://bucket/folder.
-        verb: Of raysl, that writes into it, for messages.
-        claim_name: Of the file that says what is written into it.
+        verb: The verb of raysl that writes into it, for messages.
+        claim_name: Name of the file that describes source and settings.
 
     Raises:
         DataError: If the URI's scheme is not known.
@@ -60,14 +60,14 @@ class PackFolder:
         self.filesystem, path = resolve(uri)
         self.root = path.rstrip("/")
         self.is_local = isinstance(self.filesystem, pafs.LocalFileSystem)
-        # Absolute: workers have other working directories.
+        # Absolute, because workers have other working directories.
         self.uri = self.root if self.is_local else uri
 
     def create(self, below: str = "") -> None:
-        """Make the folder, or one below it.
+        """Create the folder, or one below it.
 
         Raises:
-            DataError: If it cannot be made.
+            DataError: If it cannot be created.
         """
         try:
             self.filesystem.create_dir(f"{self.root}/{below}".rstrip("/"), recursive=True)
@@ -75,14 +75,14 @@ class PackFolder:
             raise DataError(f"{self.uri}: cannot be written: {error}") from None
 
     def refuse_inside(self, source: str, *, why: str) -> None:
-        """Refuse a folder that lies in the source.
+        """Raise if the folder lies in the source.
 
         Args:
-            source: As of a configuration.
-            why: What the source would then be.
+            source: The source of a configuration.
+            why: What the source would then do, for the message.
 
         Raises:
-            DataError: If it does.
+            DataError: If it lies there.
         """
         if source in BUILT_IN:
             return
@@ -95,7 +95,7 @@ class PackFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold a local folder for one process; the lock goes with the process.
+        """Lock a local folder for this process; the lock ends with the process.
 
         Raises:
             DataError: If another process holds it.
@@ -116,15 +116,15 @@ class PackFolder:
     def listed(self, below: str = "") -> dict[str, int]:
         """Return the sizes of the files directly in the folder, or in one below it, by name."""
         place = f"{self.root}/{below}".rstrip("/")
-        found = self.filesystem.get_file_info(pafs.FileSelector(place, allow_not_found=True))
-        return {info.base_name: info.size for info in found if info.type == pafs.FileType.File}
+        infos = self.filesystem.get_file_info(pafs.FileSelector(place, allow_not_found=True))
+        return {info.base_name: info.size for info in infos if info.type == pafs.FileType.File}
 
     @contextmanager
     def writing(self, name: str) -> Iterator[pa.NativeFile]:
         """Open a file to write; it gets its name when the block ends without an error.
 
         Raises:
-            DataError: If it cannot be written, as on a full disk; nothing of it is left.
+            DataError: If it cannot be written, as on a full disk; no part of it is left.
         """
         head, _, tail = name.rpartition("/")
         temporary = f"{self.root}/{head}/.{tail}.{uuid.uuid4().hex}".replace("//.", "/.")
@@ -161,15 +161,15 @@ class PackFolder:
             return bytes(stream.read())
 
     def claim(self) -> dict[str, Any] | None:
-        """Return what the folder is being packed from and with; None in a new folder.
+        """Return the claim: source and settings of the content; None in an empty folder.
 
         Raises:
-            DataError: If it is damaged, or the folder holds something else.
+            DataError: If the claim is damaged, or the folder holds other files.
         """
         text = self.read(self.claim_name)
         if text is None:
-            found = self.filesystem.get_file_info(pafs.FileSelector(self.root))
-            others = [i.base_name for i in found if not i.base_name.startswith(".")]
+            infos = self.filesystem.get_file_info(pafs.FileSelector(self.root))
+            others = [i.base_name for i in infos if not i.base_name.startswith(".")]
             if others:
                 raise DataError(
                     f"{self.root}: holds files that raysl {self.verb} did not write, such as "
@@ -185,15 +185,15 @@ class PackFolder:
         return values
 
     def refuse_others(self, old: Mapping[str, Any], new: Mapping[str, Any], *, holds: str) -> None:
-        """Refuse to go on with what was begun with other settings.
+        """Raise if the folder was begun with another source or other settings.
 
         Args:
-            old: What decides of the content, as the claim has it.
-            new: As this command has it.
-            holds: Says what the folder holds, for the message.
+            old: What the content depends on, from the claim.
+            new: The same from this command.
+            holds: Describes the folder's content, for the message.
 
         Raises:
-            DataError: If they differ.
+            DataError: If they differ; it lists each difference.
         """
         line = "{key}: {old!r} there, {new!r} here"
         changed = changes(old, new, compared=as_place, named=_NAMED, line=line)
@@ -202,19 +202,19 @@ class PackFolder:
             raise DataError(refusal(self.uri, holds, changed, instead=instead))
 
     def write_claim(self, values: Mapping[str, Any]) -> None:
-        """Claim the folder."""
+        """Write the claim."""
         with self.writing(self.claim_name) as stream:
             stream.write(json.dumps(values, indent=1).encode())
 
     def write_bad(
         self, bad: Sequence[Bad], *, name: Callable[[int], str], file: str = BAD_IMAGES
     ) -> None:
-        """List the images that are left out, one JSON object a line, in the source's order.
+        """Write the list of images that are left out, one JSON object a line, sorted by row.
 
         Args:
-            bad: They.
-            name: Names a row for a person.
-            file: Where.
+            bad: The images.
+            name: Returns the readable name of a row.
+            file: Name of the file.
         """
         with self.writing(file) as stream:
             for each in sorted(bad):
@@ -230,17 +230,17 @@ class PackFolder:
         name: Callable[[int], str],
         file: str = BAD_IMAGES,
     ) -> None:
-        """List the images that are left out and end, once they are too many.
+        """Write the list of bad images and raise if there are too many.
 
         Args:
-            bad: They, so far.
-            num_images: Of the source.
-            most: The share that may be bad.
-            name: Names a row for a person.
-            file: Where they are listed.
+            bad: The bad images so far.
+            num_images: Number of images of the source.
+            most: Largest allowed share of bad images.
+            name: Returns the readable name of a row.
+            file: Name of the list.
 
         Raises:
-            DataError: If they are more than that.
+            DataError: If their share is larger.
         """
         if len(bad) <= most * num_images:
             return
@@ -255,19 +255,19 @@ class PackFolder:
     def check_room(
         self, needed: float, *, instead: str, remark: str = "", doubt: float = 0.0
     ) -> str | None:
-        """Refuse what cannot fit on a local disk, before hours of work.
+        """Check before hours of work that the output fits on a local disk.
 
         Args:
-            needed: In bytes.
-            instead: What else to set, for the message.
-            remark: About what is needed.
-            doubt: The share by which ``needed`` may be wrong.
+            needed: Estimated size in bytes.
+            instead: Settings that make it smaller, for the message.
+            remark: Explanation of the size, for the message.
+            doubt: Relative error of the estimate.
 
         Returns:
-            What to say if it is tight, else None.
+            A warning if it may not fit, else None.
 
         Raises:
-            DataError: If there is too little.
+            DataError: If it does not fit.
         """
         if not self.is_local:
             return None
@@ -280,7 +280,7 @@ class PackFolder:
         return f"{self.root}: {what}; it may not do" if (1 + doubt) * needed > free else None
 
     def sweep(self, *, buckets: bool = False) -> None:
-        """Delete what an earlier process left half-written, and with ``buckets`` the buckets."""
+        """Delete partly written files of an earlier process, and with ``buckets`` the buckets."""
         for below in ("", f"{BUCKETS}/"):
             for name in self.listed(below):
                 if name.startswith(".") and name != LOCK:

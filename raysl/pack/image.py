@@ -12,33 +12,33 @@ from raysl.data.header_fields import Header
 from raysl.pack.config import PackConfig
 from raysl.sources.source import Encoded, Unreadable
 
-_KEPT = ("jpeg", "png", "webp")  # what every decoder of images reads
+_KEPT = ("jpeg", "png", "webp")  # formats that every decoder reads
 _TURNED = 5  # EXIF orientations from here on swap width and height
 _MAX_JPEG_SIDE_PX = 65_535
 
 
 class Packed(NamedTuple):
-    """An image as a shard holds it, or why it is left out."""
+    """An image as stored in a shard, or the reason why it is left out."""
 
     image: bytes
     width: int
     height: int
     bytes_in: int
-    """Before."""
+    """Size in the source."""
     flaw: str = ""
-    """Why it is bad; empty for a good one."""
+    """Reason why the image is bad; empty for a good one."""
 
 
 def pack_image(encoded: Encoded | memoryview, config: PackConfig) -> Packed:
-    """Make one image ready.
+    """Check an image, and shrink and re-encode it where the settings require it.
 
     Args:
         encoded: A file's bytes, or pixels ``(H, W)`` or ``(H, W, 3)`` uint8.
-        config: What is asked for.
+        config: The settings of the pack.
 
     Returns:
-        The original bytes where they may stay, with their turn and their colour profile. What is
-        encoded anew is upright and in sRGB: both are in its pixels.
+        The original bytes where possible, with their EXIF orientation and colour profile. A
+        re-encoded image is upright and in sRGB.
     """
     if isinstance(encoded, Unreadable):
         return Packed(b"", 0, 0, 0, encoded.reason)

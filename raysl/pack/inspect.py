@@ -32,49 +32,50 @@ _TIMED_IMAGES, _TIMED_ROUNDS = 24, 3
 _FEW_IMAGES = 1_000
 _MANY_FILES = 100_000
 _SMALL_PX = 64
-_WORTH_IT = 1.5
+_ADVISED_SPEEDUP = 1.5
 _TURNED_BY = {"avif": "irot or imir", "heic": "irot or imir", "jpeg xl": "JPEG XL"}
 
 
 class ImageFacts(NamedTuple):
-    """What is known of one image."""
+    """The facts about one image."""
 
     row: int
     size_bytes: int
     header: Header
     width: int
-    """Upright, pixels; 0 for a bad image, and so the height."""
+    """Pixels of the upright image; 0 for a bad one."""
     height: int
+    """Pixels, likewise."""
     flaw: str
-    """Why it is bad; empty for a good one."""
+    """Reason why the image is bad; empty for a good one."""
     digest: bytes
-    """Of its bytes or pixels."""
+    """Digest of the encoded bytes or the pixels."""
     decode_s: float
     profile: str = ""
-    """What the colour profile calls itself, or "broken"; empty without one."""
+    """Name of the colour profile, or "broken"; empty without one."""
     values: ValueRange | None = None
-    """Of an image of more than 8 bits, where no setting says what is black and white."""
+    """Range of an image of more than 8 bits if no setting defines black and white."""
 
 
 class Sample(NamedTuple):
-    """Rows to look at."""
+    """The rows to inspect."""
 
     chunks: list[Indices]
-    """Each quick to read as a whole."""
+    """Rows that are read together."""
     text: str
-    """How they were drawn; empty if they are all."""
+    """Describes the draw; empty if the sample is the whole source."""
 
 
 def draw_sample(source: Source, *, count: int | None, seed: int) -> Sample:
     """Draw rows of a source evenly, without replacement.
 
-    A source that is read in groups gives them from at most 64 groups, so that a look at a large one
-    does not read all of it.
+    From a source that is read in groups, rows of at most 64 groups are drawn, so that not all of a
+    large source is read.
 
     Args:
         source: The images.
         count: Images to draw; None takes all.
-        seed: Of the draw.
+        seed: Seed of the draw.
     """
     sizes = source.group_sizes
     total = int(sizes.sum())
@@ -115,26 +116,26 @@ def inspect(
 
     Args:
         source: The images.
-        sample: Which of them.
-        max_megapixels: An image of more is bad.
+        sample: The rows to read.
+        max_megapixels: Limit above which an image is bad.
         num_threads: Threads that decode.
-        advance: Called with a number of images that are done.
+        advance: Called with the number of images that were inspected since the last call.
     """
 
-    def look(rows: Indices) -> list[ImageFacts]:
+    def inspect_rows(rows: Indices) -> list[ImageFacts]:
         return [
-            _look_at(row, data, source.decoding(row), max_megapixels * 1e6)
+            _inspect_image(row, data, source.decoding(row), max_megapixels * 1e6)
             for row, data in zip(rows.tolist(), source.read(rows), strict=True)
         ]
 
     facts: list[ImageFacts] = []
-    for part in map_in_threads(look, sample.chunks, num_threads=num_threads):
+    for part in map_in_threads(inspect_rows, sample.chunks, num_threads=num_threads):
         facts += part
         advance(len(part))
     return facts
 
 
-def _look_at(row: int, encoded: Encoded, how: Decoding, max_pixels: float) -> ImageFacts:
+def _inspect_image(row: int, encoded: Encoded, decoding: Decoding, max_pixels: float) -> ImageFacts:
     if isinstance(encoded, Unreadable):
         return ImageFacts(row, 0, Header("unknown"), 0, 0, encoded.reason, b"", 0.0)
     if isinstance(encoded, np.ndarray):
@@ -144,12 +145,14 @@ def _look_at(row: int, encoded: Encoded, how: Decoding, max_pixels: float) -> Im
     else:
         header, size = read_header(encoded), len(encoded)
     profile = profile_name(header.profile) if header.profile else ""
-    header = header._replace(profile=b"")  # ten thousand of them would be kept
+    header = header._replace(profile=b"")  # else ten thousand profiles are kept in memory
     digest = hashlib.blake2b(np.ascontiguousarray(encoded).data if size else b"", digest_size=8)
     began = time.perf_counter()
-    image = decode_or_flaw(encoded, how, max_pixels=max_pixels)
+    image = decode_or_flaw(encoded, decoding, max_pixels=max_pixels)
     seconds = time.perf_counter() - began
-    values = measured(encoded, how, max_pixels=max_pixels) if how.intensity is None else None
+    values = (
+        measured(encoded, decoding, max_pixels=max_pixels) if decoding.intensity is None else None
+    )
     height, width, reason = 0, 0, ""
     if isinstance(image, Flaw):
         reason = "more pixels than max_megapixels" if image == Flaw.TOO_LARGE else image.reason
@@ -161,12 +164,12 @@ def _look_at(row: int, encoded: Encoded, how: Decoding, max_pixels: float) -> Im
 
 
 def summarise(source: Source, facts: Sequence[ImageFacts], *, cores: int) -> dict[str, Any]:
-    """Return what the facts of a sample say of a source, as plain values.
+    """Return statistics of a source from the facts of a sample, as plain values.
 
     Args:
         source: The images.
-        facts: Of some or all of them.
-        cores: That decoded at the same time.
+        facts: The facts of some or all of its images.
+        cores: Number of cores that decoded at the same time.
     """
     good = [fact for fact in facts if not fact.flaw]
     total = int(source.group_sizes.sum())
@@ -207,7 +210,7 @@ def _spread(values: Sequence[float]) -> dict[str, float] | None:
 
 
 def _classes(labels: Labels | None, names: Sequence[str]) -> dict[str, Any] | None:
-    """Return the sizes of all classes, largest first, and how many images have none."""
+    """Return the sizes of all classes, largest first, and the number of unlabelled images."""
     if labels is None:
         return None
     counts = np.bincount(labels[labels >= 0], minlength=len(names))
@@ -217,7 +220,7 @@ def _classes(labels: Labels | None, names: Sequence[str]) -> dict[str, Any] | No
 
 
 def _traits(facts: Sequence[ImageFacts]) -> dict[str, int]:
-    """Count what a pipeline may stumble over."""
+    """Count the properties of images that pipelines often handle wrongly."""
     headers = [fact.header for fact in facts]
     traits = {
         "grey": sum(h.color.startswith("grey") for h in headers),
@@ -237,15 +240,15 @@ def _traits(facts: Sequence[ImageFacts]) -> dict[str, int]:
 
 
 def _turned(headers: Sequence[Header]) -> dict[str, int]:
-    """Count the images that do not lie as they are stored, by what says so."""
+    """Count the images that are stored rotated, by the kind of metadata that tells the rotation."""
     by = Counter(_TURNED_BY.get(h.format, "EXIF") for h in headers if h.orientation > 1)
     return {f"turned by {what}": count for what, count in by.items()}
 
 
 def _copies(facts: Sequence[ImageFacts]) -> list[list[int]]:
-    """Return the rows of images whose content stands there more than once; the most copied first.
+    """Return groups of rows with the same content, the largest group first.
 
-    Broken ones are not copies of each other: empty files, web pages in place of images.
+    Broken images do not count as copies of each other: many are empty files or web pages.
     """
     rows: dict[bytes, list[int]] = defaultdict(list)
     for fact in facts:
@@ -263,32 +266,39 @@ def pack_speedup(source: Source, facts: Sequence[ImageFacts]) -> float | None:
     good = [f for f in facts if not f.flaw and f.header.format != "pixels"]
     if not good or np.median([min(f.width, f.height) for f in good]) <= ADVISED_SHORT_SIDE_PX:
         return None
-    how = source.decoding(good[0].row)._asdict()
-    config = PackConfig(source=source.name, short_side_px=ADVISED_SHORT_SIDE_PX, **how)
+    decoding = source.decoding(good[0].row)._asdict()
+    config = PackConfig(source=source.name, short_side_px=ADVISED_SHORT_SIDE_PX, **decoding)
     places = np.unique(np.linspace(0, len(good) - 1, _TIMED_IMAGES).astype(int))
     before = source.read([good[place].row for place in places])
     after = [pack_image(encoded, config).image for encoded in before]
-    hows = [source.decoding(good[place].row) for place in places]
-    seconds = [_decode_seconds(images, hows) for images in (before, after)]
+    decodings = [source.decoding(good[place].row) for place in places]
+    seconds = [_decode_seconds(images, decodings) for images in (before, after)]
     return seconds[0] / seconds[1]
 
 
-def _decode_seconds(images: Sequence[Encoded], hows: Sequence[Decoding]) -> float:
-    """Return the shortest time of a few: others use the machine too."""
+def _decode_seconds(images: Sequence[Encoded], decodings: Sequence[Decoding]) -> float:
+    """Return the shortest of a few times, since other processes use the machine too."""
     seconds = []
     for _ in range(_TIMED_ROUNDS):
         began = time.perf_counter()
-        for image, how in zip(images, hows, strict=True):
-            decode_or_flaw(image, how)
+        for image, decoding in zip(images, decodings, strict=True):
+            decode_or_flaw(image, decoding)
         seconds.append(time.perf_counter() - began)
     return min(seconds)
 
 
 def advise(
-    source: Source, summary: dict[str, Any], *, speedup: float | None, asked: Sequence[str]
+    source: Source, summary: dict[str, Any], *, speedup: float | None, words: Sequence[str]
 ) -> list[str]:
-    """Return what to do about what was found, in whole sentences."""
-    pack = shlex.join(["raysl", "pack", asked[0], "packed", *asked[1:]])
+    """Return advice on the source, in whole sentences.
+
+    Args:
+        source: The images.
+        summary: Result of :func:`summarise`.
+        speedup: Result of :func:`pack_speedup`.
+        words: Source and settings as on the command line, for the commands in the advice.
+    """
+    pack = shlex.join(["raysl", "pack", words[0], "packed", *words[1:]])
     advice = []
     total, inspected = summary["images"], summary["inspected"]
     broken = len(summary["broken"])
@@ -301,7 +311,7 @@ def advise(
         if number > 1:
             advice.append(f"{number:,} of the broken ones: {reason}.")
     advice += summary["value_range_advice"]
-    if speedup is not None and speedup >= _WORTH_IT:
+    if speedup is not None and speedup >= _ADVISED_SPEEDUP:
         side = summary["short_side"]["median"]
         advice.append(
             f"The median short side is {side:,.0f} px: `{pack} "

@@ -1,7 +1,7 @@
-"""Run the units of a pack as Ray tasks on all nodes.
+"""Run the work units of a pack as Ray tasks on all nodes.
 
 Plain tasks, not Ray Data: a unit reads, decodes and writes by itself, so there is nothing to stream
-between workers, and a task that its node takes down is simply done again: it writes the same file.
+between workers, and Ray repeats a task that is lost with its node: it writes the same file.
 """
 
 from collections import deque
@@ -29,10 +29,10 @@ _LOOK_EVERY_S = 0.5
 
 
 def on_ray(num_workers: int | None) -> Runner:
-    """Return a runner that works on the connected cluster.
+    """Return a function that runs units on the connected cluster.
 
     Args:
-        num_workers: Tasks at a time, each on one CPU; None takes one a CPU of the cluster.
+        num_workers: Concurrent tasks, each on one CPU; None takes one for each CPU of the cluster.
     """
 
     def run(
@@ -71,7 +71,7 @@ def on_ray(num_workers: int | None) -> Runner:
 
 @ray.remote(num_cpus=0, max_restarts=-1)
 class _Counter:
-    """Counts the images that the tasks have done."""
+    """Counts the images that the tasks have finished."""
 
     def __init__(self) -> None:
         self._total = 0
@@ -95,7 +95,7 @@ def _work(function: Unit, source: Source, job: Job, call: tuple[Any, ...], count
 
 
 def _count(counter: Any, before: int) -> int:
-    """Return the images done; one that is started anew counts from 0, and the old count stands."""
+    """Return the finished images; a restarted counter begins at 0, so the larger number counts."""
     with suppress(RayActorError):
         return max(before, int(ray.get(counter.total.remote())))
     return before

@@ -1,7 +1,7 @@
 """Rewrite any source as shuffled Parquet shards, resuming where it stopped.
 
-Plain functions; whoever calls :func:`pack` says where the units of work run. The result depends on
-the source, the settings and the seed, and not on who worked on it or how often it was stopped.
+:func:`pack` gets the function that runs the units of work, in this process or on Ray. The result
+depends on the source, the settings and the seed only, not on the workers or on interruptions.
 Memory: a worker holds about two shards and one group of the source; the caller next to nothing.
 """
 
@@ -37,17 +37,17 @@ from raysl.sources.source import Source, digest
 _MIB = 1 << 20
 _ESTIMATE_IMAGES = 256
 _ESTIMATE_GROUPS = 8
-# The estimate is of a sample: refuse what is clearly too little, warn of what may be.
+# The estimate is from a sample: clearly too little room is an error, a tight one a warning.
 _DOUBT = 0.1
 
 Facts = BucketFacts | ShardFacts
 Unit = Callable[..., Facts]
 Calls = Sequence[tuple[Any, ...]]
-"""Of each call of a unit what it alone is given."""
+"""The arguments of each call of a unit that differ between calls."""
 
 
 class Runner(Protocol):
-    """Where units run."""
+    """The interface of a function that runs units."""
 
     def __call__(
         self,
@@ -58,7 +58,7 @@ class Runner(Protocol):
         *,
         report: Report,
     ) -> Iterator[Facts]:
-        """Yield ``function(source, job, *call, num_threads=..., report=...)`` as they end."""
+        """Yield ``function(source, job, *call, num_threads=..., report=...)`` as calls complete."""
         ...
 
 
@@ -79,7 +79,7 @@ class CountProgress(Protocol):
 
 
 class PackResult(NamedTuple):
-    """What a folder holds now."""
+    """The content of a packed folder."""
 
     images: int
     bad_images: int
@@ -90,11 +90,11 @@ class PackResult(NamedTuple):
     fingerprint: str
     output: str
     complete_before: bool
-    """Nothing was left to do."""
+    """Whether the folder was complete before this call."""
 
 
 def in_threads(num_threads: int) -> Runner:
-    """Return a runner that works in threads of this process: one unit after the other."""
+    """Return a function that runs units one after the other, in threads of this process."""
 
     def run(
         function: Unit,
@@ -113,14 +113,14 @@ def in_threads(num_threads: int) -> Runner:
 def pack(
     source: Source, config: PackConfig, output: str, *, run: Runner, view: CountProgress
 ) -> PackResult:
-    """Pack a source into a folder, or go on with it.
+    """Pack a source into a folder, or resume an unfinished one.
 
     Args:
         source: The images.
-        config: How.
+        config: The settings.
         output: A local path or a URI such as s3://bucket/folder.
-        run: Where the units of work run.
-        view: Who is told how far it is.
+        run: Runs the units of work.
+        view: Progress display.
 
     Raises:
         DataError: If the folder belongs to another source or other settings, cannot be written,
@@ -130,11 +130,11 @@ def pack(
     folder.refuse_inside(config.source, why="hold its images twice")
     folder.create()
     with folder.locked():
-        wanted = {"fingerprint": source.fingerprint, **config.lasting()}
+        identity = {"fingerprint": source.fingerprint, **config.lasting()}
         claim = folder.claim()
         if claim is not None:
             holds = "was packed from another source or with other settings"
-            folder.refuse_others(claim["wanted"], wanted, holds=holds)
+            folder.refuse_others(claim["wanted"], identity, holds=holds)
             manifest = _manifest(folder)
             if manifest is not None:
                 folder.sweep(buckets=True)
@@ -143,8 +143,8 @@ def pack(
             view.note("looking at a sample to size the shards")
             claim = {
                 "source": absolute_source(config.source),
-                "wanted": wanted,
-                **_size_up(source, config),
+                "wanted": identity,
+                **_estimate(source, config),
             }
             folder.write_claim(claim)
         folder.sweep()
@@ -163,12 +163,12 @@ def pack(
 def _manifest(folder: PackFolder) -> Manifest | None:
     try:
         return read_manifest(folder.filesystem, folder.root)
-    except DataError:  # damaged: it is made again from the shards' footers
+    except DataError:  # damaged: written again from the shards' footers
         return None
 
 
-def _size_up(source: Source, config: PackConfig) -> dict[str, int]:
-    """Return the number of shards, and the bytes of all, from what a sample of images becomes."""
+def _estimate(source: Source, config: PackConfig) -> dict[str, int]:
+    """Estimate the number of shards and their total size by packing a sample of images."""
     rng = np.random.Generator(np.random.Philox(key=np.array([config.seed, 1], np.uint64)))
     sizes = source.group_sizes
     starts = np.cumsum(sizes) - sizes
@@ -190,7 +190,7 @@ def _size_up(source: Source, config: PackConfig) -> dict[str, int]:
 
 
 class _Shards:
-    """Makes the shards that are missing."""
+    """Writes the missing shards of a folder."""
 
     def __init__(
         self, folder: PackFolder, source: Source, job: Job, run: Runner, view: CountProgress
@@ -199,11 +199,11 @@ class _Shards:
         self.run, self.view = run, view
 
     def make(self, *, estimate: int) -> list[ShardFacts]:
-        """Return the facts of all shards, in order; those that are there are not made again."""
-        there = self.folder.listed()
-        numbers = [n for n in range(self.job.num_shards) if self.job.shard_name(n) in there]
-        found = {n: read_facts(self.folder, self.job, n) for n in numbers}
-        facts = {n: fact for n, fact in found.items() if fact is not None}
+        """Write the missing shards, and return the facts of all of them in order."""
+        files = self.folder.listed()
+        numbers = [n for n in range(self.job.num_shards) if self.job.shard_name(n) in files]
+        footers = {n: read_facts(self.folder, self.job, n) for n in numbers}
+        facts = {n: fact for n, fact in footers.items() if fact is not None}
         missing = [n for n in range(self.job.num_shards) if n not in facts]
         in_groups = self.source.window_size is not None
         self._check_room(estimate * len(missing) // self.job.num_shards, in_groups=in_groups)
@@ -222,13 +222,13 @@ class _Shards:
         return [facts[n] for n in range(self.job.num_shards)]
 
     def _through_buckets(self, missing: Sequence[int]) -> list[tuple[Any, ...]]:
-        """Write the buckets that are missing; return the calls that merge them."""
+        """Write the missing buckets; return the calls that merge them into shards."""
         units = self._units()
-        there = self.folder.listed(BUCKETS)
+        files = self.folder.listed(BUCKETS)
         calls, done = [], 0
         for unit, (start, stop) in enumerate(units):
             name = bucket_name(unit).rpartition("/")[2]
-            if name in there and bucket_is_whole(self.folder, unit, self.job.num_shards):
+            if name in files and bucket_is_whole(self.folder, unit, self.job.num_shards):
                 done += stop - start
             else:
                 calls.append((unit, start, stop))
@@ -240,7 +240,7 @@ class _Shards:
         return [(n, len(units)) for n in missing]
 
     def _units(self) -> list[tuple[int, int]]:
-        """Cut the source into runs of whole groups of about a shard's size."""
+        """Cut the source into runs of whole groups, each about as large as a shard."""
         most = self.job.num_images // self.job.num_shards
         units, start, stop = [], 0, 0
         for size in self.source.group_sizes.tolist():
@@ -253,7 +253,7 @@ class _Shards:
     def _run(
         self, function: Unit, calls: Iterable[tuple[Any, ...]], bad: list[Bad]
     ) -> Iterator[Facts]:
-        """Run units; end once too many images are bad."""
+        """Run units; raise once too many images are bad."""
         for made in self.run(
             function, self.source, self.job, list(calls), report=self.view.advance
         ):

@@ -1,9 +1,9 @@
 """The work units of a pack: plain functions, called by threads or Ray tasks.
 
-A source of which any row is quick to read is read in the shuffled order, a shard at a time
+A source with fast random access is read in the shuffled order, a shard at a time
 (:func:`write_shard`). One that must be read in groups is shuffled in two passes: each run of groups
-is read once and its rows go, sorted by shard, to a bucket (:func:`write_bucket`); then a shard
-gathers its rows from all buckets (:func:`merge_shard`). A worker holds at most two shards.
+is read once and its rows are written, sorted by shard, to a bucket (:func:`write_bucket`); then a
+shard collects its rows from all buckets (:func:`merge_shard`). A worker holds at most two shards.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from raysl.sources.source import Source
 
 Indices = npt.NDArray[np.int64]
 Report = Callable[[int], None]
-"""Called with a number of images that are done."""
+"""Called with the number of images that were finished since the last call."""
 
 _MIB = 1 << 20
 _CHUNK = 32  # images of one call in a thread
@@ -48,7 +48,7 @@ _BUCKET_SCHEMA = pa.schema(
 
 
 class Job(NamedTuple):
-    """What every unit of a pack knows."""
+    """The common arguments of all units of a pack."""
 
     config: PackConfig
     output: str
@@ -57,42 +57,42 @@ class Job(NamedTuple):
     has_labels: bool
 
     def bounds(self) -> Indices:
-        """Return where shards begin and end in the shuffled order, ``(num_shards + 1,)``."""
+        """Return the first place of each shard, and the end, ``(num_shards + 1,)``."""
         numbers = np.arange(self.num_shards + 1, dtype=np.int64)
         return numbers * self.num_images // self.num_shards
 
     def shuffled(self, start: int, stop: int) -> Indices:
-        """Return a slice of the shuffle: the rows at places, or as well the places of rows."""
+        """Return a slice of the shuffle: rows by place, which is also places by row."""
         key = np.array([self.config.seed, 0], dtype=np.uint64)
         rng = np.random.Generator(np.random.Philox(key=key))
         return Permutation(rng, self.num_images)[start:stop]
 
     def shard_name(self, shard: int) -> str:
-        """Name a shard so that names sort as numbers do."""
+        """Return the file name of a shard; names sort like numbers."""
         return f"part-{shard:0{max(5, len(str(self.num_shards - 1)))}d}.parquet"
 
 
 class Row(NamedTuple):
-    """An image on its way to a shard."""
+    """A packed image, before it is written to a shard."""
 
     place: int
-    """In the shuffled order."""
+    """Place in the shuffled order."""
     row: int
-    """Of the source."""
+    """Row of the source."""
     packed: Packed
     label: int
     path: str
-    """Its id in the source."""
+    """The image's id in the source."""
 
 
 class ShardFacts(NamedTuple):
-    """What is known of a complete shard."""
+    """The facts about a complete shard."""
 
     shard: int
     size_bytes: int
     rows: list[int]
     bytes: list[int]
-    """Encoded images of each row group."""
+    """Size of the encoded images of each row group."""
     bytes_in: int
     bad: list[Bad]
     """The images that were left out."""
@@ -100,20 +100,20 @@ class ShardFacts(NamedTuple):
 
 
 class BucketFacts(NamedTuple):
-    """What is known of a bucket that was written just now."""
+    """The facts about a bucket."""
 
     bad: list[Bad]
 
 
 def bucket_name(unit: int) -> str:
-    """Name a bucket."""
+    """Return the file name of a bucket."""
     return f"{BUCKETS}/{unit:05d}.arrow"
 
 
 def write_shard(
     source: Source, job: Job, shard: int, *, num_threads: int, report: Report
 ) -> ShardFacts:
-    """Read a shard's rows one by one, in its order, and write it."""
+    """Read a shard's rows in shuffled order and write the shard."""
     start, stop = job.bounds()[shard : shard + 2].tolist()
     rows, places = job.shuffled(start, stop), np.arange(start, stop)
     return _write(job, shard, _rows(source, job, rows, places, num_threads, report))
@@ -132,13 +132,13 @@ def write_bucket(
     """Read the rows [start, stop) once and write them sorted by shard, one record batch each.
 
     Args:
-        source: Where the images are.
-        job: The pack.
+        source: The images.
+        job: The common arguments of the pack.
         unit: Number of the bucket.
         start: First row of the source.
-        stop: Row after the last.
+        stop: Row after the last one.
         num_threads: Threads that decode.
-        report: Called with images done.
+        report: Called with the number of finished images.
     """
     rows, places = np.arange(start, stop), job.shuffled(start, stop)
     shards = np.searchsorted(job.bounds(), places, side="right") - 1
@@ -152,8 +152,8 @@ def write_bucket(
             bad.append(Bad(row.row, row.path, row.packed.flaw))
     with PackFolder(job.output).writing(bucket_name(unit)) as stream:
         writer = pa.ipc.new_file(stream, _BUCKET_SCHEMA)
-        for of_shard in sorted_rows:
-            writer.write_batch(_to_batch(of_shard))
+        for shard_rows in sorted_rows:
+            writer.write_batch(_to_batch(shard_rows))
         writer.close()
     return BucketFacts(bad)
 
@@ -161,7 +161,7 @@ def write_bucket(
 def merge_shard(
     source: Source, job: Job, shard: int, num_units: int, *, num_threads: int, report: Report
 ) -> ShardFacts:
-    """Gather a shard's rows from all buckets and write it; the source is not read."""
+    """Collect a shard's rows from all buckets and write the shard; the source is not read."""
     folder = PackFolder(job.output)
     rows: list[Row] = []
     for unit in range(num_units):
@@ -173,29 +173,29 @@ def merge_shard(
 
 
 def bucket_is_whole(folder: PackFolder, unit: int, num_shards: int) -> bool:
-    """Return whether a bucket can be read, as one written just before a power cut may not."""
+    """Return whether a bucket is readable, which one written just before a power cut may not be."""
     try:
         with folder.filesystem.open_input_file(f"{folder.root}/{bucket_name(unit)}") as stream:
             bucket = pa.ipc.open_file(stream)
-            # One of an earlier version lacks a column.
-            whole = bucket.num_record_batches == num_shards
-            return bool(whole and bucket.schema == _BUCKET_SCHEMA)
+            # A bucket of an earlier version lacks a column.
+            is_whole = bucket.num_record_batches == num_shards
+            return bool(is_whole and bucket.schema == _BUCKET_SCHEMA)
     except (OSError, pa.ArrowException):
         return False
 
 
 def read_facts(folder: PackFolder, job: Job, shard: int) -> ShardFacts | None:
-    """Return what the footer of a complete shard says; None if it cannot be read."""
+    """Return the facts in the footer of a complete shard; None if it cannot be read."""
     path = f"{folder.root}/{job.shard_name(shard)}"
     try:
         with folder.filesystem.open_input_file(path) as stream:
             size = stream.size()
-            found = pq.read_metadata(stream)
-            values = json.loads(found.metadata[_FACTS])
+            footer = pq.read_metadata(stream)
+            values = json.loads(footer.metadata[_FACTS])
             bad = [Bad(int(row), str(row_id), str(why)) for row, row_id, why in values["bad"]]
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
         return None
-    rows = [found.row_group(group).num_rows for group in range(found.num_row_groups)]
+    rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
     return ShardFacts(shard, size, rows, values["bytes"], values["bytes_in"], bad, values["digest"])
 
 
@@ -274,59 +274,58 @@ def _write(job: Job, shard: int, rows: Iterator[Row]) -> ShardFacts:
 
 
 class _ShardWriter:
-    """Writes the rows of a shard in row groups, and what is known of it into its footer."""
+    """Writes the rows of a shard in row groups, and its facts into the footer."""
 
     def __init__(self, stream: pa.NativeFile, job: Job) -> None:
         label = [("label", pa.int64())] if job.has_labels else []
         sizes = [("width", pa.int32()), ("height", pa.int32())]
         self._schema = pa.schema([("image", pa.binary()), *label, ("path", pa.string()), *sizes])
         plain = {name: "NONE" if name == "image" else "ZSTD" for name in self._schema.names}
-        # Encoded images do not compress, and statistics and dictionaries of them are only in the
-        # way of the reader.
+        # Encoded images do not compress; their statistics and dictionaries only slow the reader.
         others = [name for name in self._schema.names if name != "image"]
         self._writer = pq.ParquetWriter(
             stream, self._schema, compression=plain, use_dictionary=False, write_statistics=others
         )
         self._most = job.config.row_group_mib * _MIB
-        self._waiting: list[Row] = []
-        self._waiting_bytes = 0
+        self._pending: list[Row] = []
+        self._pending_bytes = 0
         self._digest = hashlib.blake2b(digest_size=8)
         self._facts = ShardFacts(0, 0, [], [], 0, [], "")
         self._bytes_in = 0
 
     def add(self, row: Row) -> None:
-        """Add the next row; bad ones are only noted."""
+        """Add the next row; a bad one is only listed."""
         self._bytes_in += row.packed.bytes_in
         if row.packed.flaw:
             self._facts.bad.append(Bad(row.row, row.path, row.packed.flaw))
             return
         self._digest.update(f"{len(row.packed.image)} {row.label} ".encode())
         self._digest.update(row.packed.image)
-        self._waiting.append(row)
-        self._waiting_bytes += len(row.packed.image)
-        if self._waiting_bytes >= self._most:
+        self._pending.append(row)
+        self._pending_bytes += len(row.packed.image)
+        if self._pending_bytes >= self._most:
             self._flush()
 
     def close(self, shard: int) -> ShardFacts:
-        """Write what is left and the footer."""
-        if self._waiting:
+        """Write the remaining rows and the footer."""
+        if self._pending:
             self._flush()
         digest = self._digest.hexdigest()
         facts = self._facts._replace(shard=shard, bytes_in=self._bytes_in, digest=digest)
-        told = {name: getattr(facts, name) for name in ("bytes", "bytes_in", "bad", "digest")}
-        self._writer.add_key_value_metadata({_FACTS: json.dumps(told).encode()})
+        values = {name: getattr(facts, name) for name in ("bytes", "bytes_in", "bad", "digest")}
+        self._writer.add_key_value_metadata({_FACTS: json.dumps(values).encode()})
         self._writer.close()
         return facts
 
     def abandon(self) -> None:
-        """Close before the stream is: else the writer would try to when it is collected."""
+        """Close before the stream is closed: a collected writer would still try to write."""
         with suppress(OSError, pa.ArrowException):
             self._writer.close()
 
     def _flush(self) -> None:
-        table = pa.Table.from_batches([_to_batch(self._waiting)])
+        table = pa.Table.from_batches([_to_batch(self._pending)])
         table = table.select(self._schema.names).cast(self._schema)
         self._writer.write_table(table, row_group_size=table.num_rows)
         self._facts.rows.append(table.num_rows)
-        self._facts.bytes.append(self._waiting_bytes)
-        self._waiting, self._waiting_bytes = [], 0
+        self._facts.bytes.append(self._pending_bytes)
+        self._pending, self._pending_bytes = [], 0

@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
-_AHEAD = 2  # calls under way for each thread: one runs, one waits
+_AHEAD = 2  # submitted calls for each thread: one runs, one waits
 
 
 def map_in_threads(
@@ -18,12 +18,12 @@ def map_in_threads(
     """Yield ``function(argument)`` for each argument, in their order.
 
     Args:
-        function: Called in several threads; one that waits for OpenCV or a disk lets others work.
-        arguments: Taken only as results are taken, so that memory stays bounded.
-        num_threads: > 0; with 1 there is no thread, and nothing is ahead.
+        function: Called in several threads; it should release the GIL, as OpenCV and disks do.
+        arguments: Consumed only as results are consumed, so that memory stays bounded.
+        num_threads: > 0; with 1, calls run in this thread and none is ahead.
 
     Raises:
-        Exception: What the function raised, at the place of its result.
+        Exception: What the function raised, in place of its result.
     """
     if num_threads == 1:
         yield from map(function, arguments)

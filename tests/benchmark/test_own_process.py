@@ -1,44 +1,48 @@
-"""A measurement in a process of its own answers with its values, or with raysl's own error."""
+"""A measurement in a separate process returns its values, or the reason why there are none."""
 
 from pathlib import Path
 
 import pytest
 
-from raysl.benchmark.own_process import ask
+from raysl.benchmark.own_process import run_in_own_process
 from raysl.errors import DataError
-
-MEASURES = """
-from typing import NamedTuple
-
-from raysl.errors import ClusterError
-from raysl.benchmark.own_process import answer
-
-
-class Found(NamedTuple):
-    seconds: float
-
-
-def measure(task: float) -> Found:
-    if task < 0:
-        raise ClusterError(f"got {task}; give more")
-    return Found(2 * task)
-
-
-answer(measure)
-"""
 
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    (tmp_path / "measures.py").write_text(MEASURES)
+    """A module that prints its arguments, fails, sleeps or prints no JSON, as it is told."""
+    (tmp_path / "measures.py").write_text(
+        "import json, sys, time\n"
+        "what = sys.argv[1]\n"
+        "if what == 'fail': sys.exit('first line\\nno such GPU')\n"
+        "if what == 'end': sys.exit(3)\n"
+        "if what == 'sleep': time.sleep(60)\n"
+        "print('progress')\n"
+        "print(json.dumps(sys.argv[1:]) if what != 'words' else 'no JSON')\n"
+    )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     return "measures"
 
 
-def test_values_come_back(module: str) -> None:
-    assert ask(module, 1.5, name="a clock") == {"seconds": 3.0}
+def test_the_last_line_is_the_result(module: str) -> None:
+    assert run_in_own_process(module, "a b", 1.5, timeout_s=60) == ["a b", "1.5"]
 
 
-def test_an_error_of_raysls_comes_back_with_its_text_alone(module: str) -> None:
-    with pytest.raises(DataError, match=r"^a clock: got -1; give more$"):
-        ask(module, -1, name="a clock")
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("fail", "no such GPU"),
+        ("end", "ended with status 3"),
+        ("words", "ended with status 0"),
+    ],
+)
+def test_a_process_without_a_result_is_an_error_with_its_reason(
+    module: str, what: str, reason: str
+) -> None:
+    with pytest.raises(DataError, match=f"^{reason}$"):
+        run_in_own_process(module, what, timeout_s=60)
+
+
+def test_a_process_that_takes_too_long_is_killed(module: str) -> None:
+    with pytest.raises(DataError, match=r"^took more than 0\.5 s$"):
+        run_in_own_process(module, "sleep", timeout_s=0.5)

@@ -11,7 +11,6 @@ from raysl.benchmark import view_function as benchmark_function
 from raysl.benchmark.view_function import (
     cost_of,
     default_batch_size,
-    summarise,
     time_decode,
     time_function,
     time_whole_items,
@@ -137,12 +136,6 @@ def test_the_batch_fits_into_half_of_the_source(
 ) -> None:
     found = default_batch_size(wanted, num_images=images, num_consumers=consumers)
     assert found == batch
-
-
-class TestSummarise:
-    def test_takes_medians_and_keeps_what_is_missing_missing(self) -> None:
-        repeats = [{"a": 1.0, "b": None}, {"a": 9.0, "b": None}, {"a": 2.0, "b": None}]
-        assert summarise(repeats) == {"a": 2.0, "b": None}
 
 
 class TestCost:

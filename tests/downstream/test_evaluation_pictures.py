@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from raysl.benchmark.label_free_picture import draw_label_free
 from raysl.data.decode import decode
 from raysl.downstream.attention import attention_maps
 from raysl.downstream.confusion import confusion_matrix, draw_confusion, worst_pairs
@@ -179,8 +178,3 @@ def test_attention_maps_are_the_networks_stretched() -> None:
     raw = net.last_attention(images)[1, 2].detach().numpy().reshape(4, 2)
     expected = (raw - raw.min()) / (raw.max() - raw.min())
     np.testing.assert_allclose(maps[1, 2], expected, atol=1e-6)
-
-
-def test_a_study_without_encoders_draws_nothing(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nothing to draw"):
-        draw_label_free(tmp_path / "a.png", [], [], direction={}, is_untrained=lambda _: False)

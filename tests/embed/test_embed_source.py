@@ -167,7 +167,7 @@ class TestGoingOn:
         path, out = tiny_encoder(), tmp_path / "out"
         code = (
             "import time; from pathlib import Path\n"
-            "from raysl.jobs import embedding as e\n"
+            "from raysl.evaluate import embedding as e\n"
             "e._MOST_IMAGES = 8\n"
             "from raysl.embed.source import embed_source\n"
             "from raysl.embed.config import EmbedConfig\n"

@@ -152,8 +152,8 @@ def test_packing_leads_to_a_look_and_to_a_run(capsys: pytest.CaptureFixture[str]
 
 def test_words_are_quoted_as_a_shell_needs_it() -> None:
     words = ["a b", "x={y: [1, 2]}", "it's", Path("plain/path")]
-    line = command("benchmark methods", *words)
-    assert shlex.split(line) == ["raysl", "benchmark", "methods", *map(str, words)]
+    line = command("benchmark input", *words)
+    assert shlex.split(line) == ["raysl", "benchmark", "input", *map(str, words)]
     assert line.endswith(" plain/path")
 
 

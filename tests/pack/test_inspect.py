@@ -200,7 +200,7 @@ class TestAdvise:
         )
         speedup = pack_speedup(source, facts)
         summary = summarise(source, facts, cores=1)
-        return " ".join(advise(source, summary, speedup=speedup, asked=[source.name]))
+        return " ".join(advise(source, summary, speedup=speedup, words=[source.name]))
 
     @pytest.mark.parametrize(
         ("given", "words"),

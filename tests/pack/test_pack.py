@@ -174,12 +174,12 @@ class TestShards:
         config = PackConfig(source=str(parquet), num_workers=0, **SMALL)
         source = open_it(config)
         (tmp_path / "out").mkdir()
-        pack_module._size_up(source, config)
+        pack_module._estimate(source, config)
         asked: list[int] = []
         read = source.read
         monkeypatch.setattr(source, "read", lambda rows: asked.extend(rows) or read(rows))
         monkeypatch.setattr(
-            pack_module, "_size_up", lambda *_: {"shards": 3, "estimated_bytes": 30_000}
+            pack_module, "_estimate", lambda *_: {"shards": 3, "estimated_bytes": 30_000}
         )
         pack(source, config, str(tmp_path / "out"), run=in_threads(1), view=Silent())
         assert asked == list(range(60))

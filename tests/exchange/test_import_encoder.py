@@ -1,9 +1,7 @@
-"""`raysl import` and `raysl export` as commands, and what they refuse."""
+"""What `raysl import` refuses, and settings that the tensors do not show."""
 
 import argparse
-import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor
 
-from raysl.cli import main
-from raysl.encoder.file import load_encoder, load_weights, read_description, save_encoder
+from raysl.encoder.file import load_encoder, load_weights, read_description
 from raysl.errors import ConfigError, DataError
 from raysl.exchange.import_encoder import ImportConfig, import_encoder
 from raysl.nn.backbones import BackboneConfig, build_backbone
@@ -181,65 +178,3 @@ class TestSettings:
         path = write(tmp_path / "w.pth", behind("base_encoder.", backbone.net.state_dict()))
         with pytest.raises(DataError, match=r"has 12 attention heads; set backbone\.num_heads=12"):
             load_weights(backbone, path)
-
-
-class TestCommands:
-    @pytest.fixture
-    def results(self, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
-        def run(*arguments: str | Path, status: int = 0) -> dict[str, Any]:
-            assert main([str(argument) for argument in arguments]) == status
-            out = capsys.readouterr().out
-            return json.loads(out.strip().splitlines()[-1]) if out.strip() else {}
-
-        return run
-
-    def test_import_and_export(
-        self, tmp_path: Path, results: Callable[..., dict[str, Any]]
-    ) -> None:
-        states = {name: behind(f"module.{name}.", small(n)) for n, name in enumerate("kq")}
-        content = {"state_dict": behind("module.encoder_q.", small()) | states["k"]}
-        path = write(tmp_path / "moco.pth.tar", content)
-        done = results("import", path, "backbone.stem=small", "image_size_px=32", "--json")
-        assert done["encoder"] == str(tmp_path / "moco.encoder.safetensors")
-        assert (done["layout"], done["backbone"]["stem"]) == ("moco", "small")
-        assert "module.k." in done["taken"]
-        done = results(
-            "export", done["encoder"], "--format", "torchscript,timm", "--json", status=1
-        )
-        assert list(done["exports"]) == ["torchscript"]
-        assert done["exports"]["torchscript"]["difference"] < 1e-5
-        assert Path(done["exports"]["torchscript"]["path"]).parent == tmp_path / "exports"
-        assert "neither torchvision nor timm" in done["failed"][0]
-
-    @pytest.mark.parametrize(
-        ("arguments", "text"),
-        [
-            (["--format", "tensorrt"], "--format tensorrt: known are torchvision, timm, onnx"),
-            (["--format", "mlflow"], "--format mlflow and --name NAME_IN_THE_REGISTRY go together"),
-            (["--format", "onnx", "-o", "out.pt"], "a file of --format onnx ends with .onnx"),
-            (["--format", "onnx", "opset=9"], "opset: Input should be greater than or equal to 18"),
-            (["--format", "onnx,timm", "-o", "FILE"], "is a file; give a folder"),
-        ],
-    )
-    def test_what_export_refuses(
-        self, tmp_path: Path, arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        backbone = build_backbone(BackboneConfig(**SMALL))
-        description = {"backbone": SMALL, "image_size_px": 32}
-        save_encoder(tmp_path / "encoder.safetensors", backbone, description=description)
-        file = tmp_path / "file"
-        file.touch()
-        words = [word.replace("FILE", str(file)) for word in arguments]
-        assert main(["export", str(tmp_path), *words]) == 1
-        assert text in capsys.readouterr().err
-
-    @pytest.mark.parametrize(
-        ("output", "text"),
-        [("moco.pth", "ends with .safetensors"), ("w.safetensors", "is the file itself")],
-    )
-    def test_where_import_does_not_write(
-        self, tmp_path: Path, output: str, text: str, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        path = write(tmp_path / "w.safetensors", small())
-        assert main(["import", str(path), "-o", str(tmp_path / output)]) == 1
-        assert text in capsys.readouterr().err
