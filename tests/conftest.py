@@ -20,6 +20,8 @@ os.environ.update(
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "180",
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
         "GIT_PYTHON_REFRESH": "quiet",
     }
 )
@@ -41,6 +43,12 @@ evaluate: {every: {steps: 3}, final: knn, max_train_images: 200, max_test_images
 cluster: {num_train_workers: 0, threads_per_train_worker: 1, num_data_workers: 1}
 track: {mlflow: false}
 """
+
+
+@pytest.fixture(scope="session")
+def run_text() -> str:
+    """The YAML text of a small run on the digits, without Ray."""
+    return RUN
 
 
 @pytest.fixture
