@@ -192,16 +192,16 @@ def test_a_sweep_whose_trials_all_diverge_says_so_and_fails(sweep: Sweep) -> Non
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "search"),
+    ("scheduler", "search", "epochs"),
     [
-        ("{name: hyperband, max_evaluations: 4, reduction_factor: 2}", "{name: random}"),
-        ("{name: pbt, perturb_every_epochs: 1, quantile: 0.5}", "{name: random}"),
-        ("{name: none}", "{name: optuna, startup_trials: 2}"),
+        ("{name: hyperband, max_evaluations: 4, reduction_factor: 2}", "{name: random}", 4),
+        ("{name: pbt, perturb_every_epochs: 1, quantile: 0.5}", "{name: random}", 2),
+        ("{name: none}", "{name: optuna, startup_trials: 2}", 1),
     ],
     ids=["hyperband", "pbt", "optuna"],
 )
 def test_every_scheduler_and_search_brings_all_trials_to_an_end(
-    sweep: Sweep, scheduler: str, search: str
+    sweep: Sweep, scheduler: str, search: str, epochs: int
 ) -> None:
     if "optuna" in search:
         pytest.importorskip("optuna")
@@ -210,6 +210,7 @@ def test_every_scheduler_and_search_brings_all_trials_to_an_end(
         f"scheduler={scheduler}",
         f"search={search}",
         "budget.trials=4",
+        f"budget.epochs={epochs}",
         "track.mlflow=false",
     )
     assert status == 0, said
