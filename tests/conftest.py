@@ -162,6 +162,25 @@ def tiny_encoder(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture(scope="session")
+def draw_images() -> Callable[..., Path]:
+    """Write images of random pixels: 000.png, ...; one of the same number is always the same."""
+    import cv2
+    import numpy as np
+
+    def draw(
+        folder: Path, numbers: range, *, size: tuple[int, int] = (8, 8), suffix: str = ".png"
+    ) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in numbers:
+            rng = np.random.default_rng(number)
+            pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+            cv2.imwrite(str(folder / f"{number:03d}{suffix}"), pixels)
+        return folder
+
+    return draw
+
+
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """Write 100 PNGs of 20 x 24 pixels in two class folders, and one file that is no image."""

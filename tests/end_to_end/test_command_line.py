@@ -45,17 +45,12 @@ class TestWhatARunLeaves:
         assert load_encoder(folder).training is False
 
     def test_images_without_labels_give_an_encoder_and_a_map(
-        self, run_yaml: Callable[[str], Path], tmp_path: Path
+        self,
+        run_yaml: Callable[[str], Path],
+        draw_images: Callable[..., Path],
+        tmp_path: Path,
     ) -> None:
-        import cv2
-        import numpy as np
-
-        photos = tmp_path / "photos"
-        photos.mkdir()
-        rng = np.random.default_rng(0)
-        for number in range(40):
-            image = rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)
-            cv2.imwrite(str(photos / f"{number}.jpg"), image)
+        photos = draw_images(tmp_path / "photos", range(40), size=(20, 30), suffix=".jpg")
         overrides = [f"data.source={photos}", "train.steps=1", "evaluate.final=full"]
         assert main(["pretrain", str(run_yaml("plain")), *overrides]) == 0
         assert Path("runs/plain/encoder.safetensors").exists()
