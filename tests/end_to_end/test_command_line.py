@@ -108,6 +108,7 @@ class TestPretrain:
         assert all((ours[key] == theirs[key]).all() for key in ours)
 
     @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.ray)])
+    @pytest.mark.usefixtures("no_ray_cluster")
     def test_ctrl_c_says_how_to_go_on(self, run_yaml: Callable[[str], Path], workers: int) -> None:
         config = run_yaml("stopped")
         command = [sys.executable, PIPELINE, config, "train.steps=5000", "evaluate.every=null"]
