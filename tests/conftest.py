@@ -20,6 +20,8 @@ os.environ.update(
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "180",
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
         "GIT_PYTHON_REFRESH": "quiet",
     }
 )
@@ -41,6 +43,12 @@ evaluate: {every: {steps: 3}, final: knn, max_train_images: 200, max_test_images
 cluster: {num_train_workers: 0, threads_per_train_worker: 1, num_data_workers: 1}
 track: {mlflow: false}
 """
+
+
+@pytest.fixture(scope="session")
+def run_text() -> str:
+    """The YAML text of a small run on the digits, without Ray."""
+    return RUN
 
 
 @pytest.fixture
@@ -152,6 +160,25 @@ def tiny_encoder(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def draw_images() -> Callable[..., Path]:
+    """Write images of random pixels: 000.png, ...; one of the same number is always the same."""
+    import cv2
+    import numpy as np
+
+    def draw(
+        folder: Path, numbers: range, *, size: tuple[int, int] = (8, 8), suffix: str = ".png"
+    ) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in numbers:
+            rng = np.random.default_rng(number)
+            pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+            cv2.imwrite(str(folder / f"{number:03d}{suffix}"), pixels)
+        return folder
+
+    return draw
 
 
 @pytest.fixture

@@ -45,17 +45,12 @@ class TestWhatARunLeaves:
         assert load_encoder(folder).training is False
 
     def test_images_without_labels_give_an_encoder_and_a_map(
-        self, run_yaml: Callable[[str], Path], tmp_path: Path
+        self,
+        run_yaml: Callable[[str], Path],
+        draw_images: Callable[..., Path],
+        tmp_path: Path,
     ) -> None:
-        import cv2
-        import numpy as np
-
-        photos = tmp_path / "photos"
-        photos.mkdir()
-        rng = np.random.default_rng(0)
-        for number in range(40):
-            image = rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)
-            cv2.imwrite(str(photos / f"{number}.jpg"), image)
+        photos = draw_images(tmp_path / "photos", range(40), size=(20, 30), suffix=".jpg")
         overrides = [f"data.source={photos}", "train.steps=1", "evaluate.final=full"]
         assert main(["pretrain", str(run_yaml("plain")), *overrides]) == 0
         assert Path("runs/plain/encoder.safetensors").exists()
@@ -112,50 +107,6 @@ class TestPretrain:
         ours, theirs = (load_encoder(path).state_dict() for path in files)
         assert all((ours[key] == theirs[key]).all() for key in ours)
 
-    def test_moco_with_its_queue_goes_on_to_the_bit(self, run_yaml: Callable[[str], Path]) -> None:
-        moco = [
-            "method={name: moco, queue_length: 50, ema_momentum: 0.9}",
-            "backbone={name: resnet18, width: 0.125, batch_norm: split, batch_norm_splits: 4}",
-            "train.steps=4",
-            "evaluate.every=null",
-        ]
-        assert main(["pretrain", str(run_yaml("whole")), *moco]) == 0
-        config = run_yaml("parted")
-        assert main(["pretrain", str(config), *moco]) == 0
-        folder = RunFolder(Path("runs/parted"))
-        folder.results.unlink()  # as if it had been killed after step 2
-        steps = sorted(folder.checkpoints.iterdir())
-        assert [path.name for path in steps] == ["step-000000002", "step-000000004"]
-        for path in steps[1].iterdir():
-            path.unlink()
-        steps[1].rmdir()
-        assert main(["pretrain", str(config), *moco]) == 0
-        assert losses("parted") == losses("whole")
-
-    def test_a_finished_run_says_so_and_trains_nothing(
-        self, run_yaml: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        config = str(run_yaml("done"))
-        assert main(["pretrain", config, "train.steps=1", "--json"]) == 0
-        first = json.loads(capsys.readouterr().out.splitlines()[-1])
-        before = Path("runs/done/metrics.jsonl").read_bytes()
-        assert main(["pretrain", config, "train.steps=1", "--json"]) == 0
-        captured = capsys.readouterr()
-        assert "this run is finished" in captured.err
-        assert json.loads(captured.out.splitlines()[-1]) == first
-        assert Path("runs/done/metrics.jsonl").read_bytes() == before
-
-    def test_other_settings_under_the_same_name_are_refused_and_fresh_keeps_the_old_run(
-        self, run_yaml: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        config = str(run_yaml("same"))
-        assert main(["pretrain", config, "train.steps=1"]) == 0
-        assert main(["pretrain", config, "train.steps=1", "optim.base_lr=0.2"]) == 1
-        assert "optim.base_lr: 0.1 -> 0.2" in capsys.readouterr().err
-        again = ["pretrain", config, "train.steps=1", "optim.base_lr=0.2", "--fresh"]
-        assert main(again) == 0
-        assert len(list(Path("runs").glob("same*"))) == 2
-
     @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.ray)])
     @pytest.mark.usefixtures("no_ray_cluster")
     def test_ctrl_c_says_how_to_go_on(self, run_yaml: Callable[[str], Path], workers: int) -> None:
@@ -186,44 +137,6 @@ class TestPretrain:
         with RunFolder(Path("runs/shared")).locked():
             assert main(["pretrain", str(config)]) == 1
         assert f"process {os.getpid()} is training in this folder" in capsys.readouterr().err
-
-    def test_a_diverging_run_names_the_setting_and_keeps_the_last_finite_checkpoint(
-        self, run_yaml: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        overrides = ["optim.base_lr=1e30", "train.checkpoint_every={steps: 1}"]
-        assert main(["pretrain", str(run_yaml("wild")), *overrides]) == 1
-        error = capsys.readouterr().err
-        assert "DivergedError" in error
-        assert "Lower optim.base_lr" in error
-
-    def test_a_disk_that_is_full_loses_nothing_that_was_written(
-        self,
-        run_yaml: Callable[[str], Path],
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
-    ) -> None:
-        import errno
-
-        import torch
-
-        save, calls = torch.save, []
-
-        def full(*args: object, **options: object) -> None:
-            calls.append(1)
-            if len(calls) > 1:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            save(*args, **options)  # type: ignore[arg-type]
-
-        config = run_yaml("full")
-        monkeypatch.setattr(torch, "save", full)
-        assert main(["pretrain", str(config)]) == 1
-        error = capsys.readouterr().err
-        assert "No space left on device" in error
-        assert "Earlier checkpoints are untouched" in error
-        monkeypatch.undo()
-        os.chdir(config.parent)
-        assert main(["pretrain", str(config)]) == 0
-        assert len(losses("full")) == 6
 
 
 class TestMistakes:

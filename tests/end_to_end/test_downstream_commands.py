@@ -75,10 +75,23 @@ def do(capsys: pytest.CaptureFixture[str]) -> Do:
     return run
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, run_text: str) -> Path:
+    """A folder in which a small encoder was pretrained for two steps, for all tests to copy."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "pre.yaml").write_text(run_text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("raysl.run.page.draw_all", lambda *_, **__: [])
+        assert main(["pretrain", "pre.yaml", *SMALL, *SHORT]) == 0
+    return folder
+
+
 @pytest.fixture
-def pretrained(run_yaml: Callable[[str], Path], do: Do) -> Path:
-    """Pretrain a small encoder for two steps; return its folder."""
-    do("pretrain", str(run_yaml("pre")), *SMALL, *SHORT)
+def pretrained(finished: Path, run_yaml: Callable[[str], Path]) -> Path:
+    """Return the folder of the small encoder's run, this test's own."""
+    run_yaml("pre")
+    shutil.copytree(finished / "runs", "runs")
     return Path("runs/pre")
 
 

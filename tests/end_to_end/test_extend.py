@@ -1,6 +1,7 @@
 """`--extend`: a run that goes on to a larger length from its last checkpoint."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,11 +163,12 @@ def test_a_run_that_was_stopped_may_be_extended_too(run: Run) -> None:
     assert sorted(logged("r")) == list(range(1, 9))
 
 
-def test_on_ray_the_same_command_goes_on_too(run: Run, ray_cluster: None) -> None:
-    on_ray = ["cluster.num_train_workers=1"]
-    assert run("r", *on_ray) == 0
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_on_ray_it_goes_on_too(run: Run) -> None:
+    assert run("r") == 0
     before = logged("r")
-    assert run("r", *on_ray, "train.steps=8", "--extend") == 0
+    assert run("r", "cluster.num_train_workers=1", "train.steps=8", "--extend") == 0
     assert sorted(logged("r")) == list(range(1, 9))
     assert {step: loss for step, loss in logged("r").items() if step <= 4} == before
     (record,) = records_of(RunFolder(Path("runs/r")))
@@ -174,9 +176,20 @@ def test_on_ray_the_same_command_goes_on_too(run: Run, ray_cluster: None) -> Non
 
 
 class TestRefusals:
+    @pytest.fixture(scope="class")
+    def finished(self, tmp_path_factory: pytest.TempPathFactory, run_text: str) -> Path:
+        """A folder with one finished run, which each test gets a copy of."""
+        folder = tmp_path_factory.mktemp("finished")
+        (folder / "r.yaml").write_text(run_text)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.setattr("raysl.run.page.draw_all", lambda *_, **__: [])
+            assert main(["pretrain", "r.yaml", *SHORT]) == 0
+        return folder
+
     @pytest.fixture(autouse=True)
-    def _trained(self, run: Run) -> None:
-        assert run("r") == 0
+    def _trained(self, finished: Path, run: Run, tmp_path: Path) -> None:
+        shutil.copytree(finished / "runs", tmp_path / "runs")
 
     def test_a_longer_run_without_the_word_is_told_of_it(
         self, run: Run, capsys: pytest.CaptureFixture[str]
@@ -207,8 +220,6 @@ class TestRefusals:
     def test_a_run_whose_checkpoints_are_gone(
         self, run: Run, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        import shutil
-
         shutil.rmtree("runs/r/checkpoints")
         assert run("r", "train.steps=8", "--extend") == 1
         assert "holds none any more; --fresh trains the whole length" in capsys.readouterr().err

@@ -3,10 +3,9 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 
 from raysl.cli import main
@@ -28,15 +27,16 @@ track: {mlflow: false}
 NCE = ("method={name: nce}", "data.views={recipe: custom, kinds: [{count: 1, size_px: 16}]}")
 
 
-def draw(folder: Path, numbers: range) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in numbers:
-        pixels = np.random.default_rng(number).integers(0, 256, (20, 24, 3), dtype=np.uint8)
-        cv2.imwrite(str(folder / f"{number:03d}.png"), pixels)
+Draw = Callable[[Path, range], Path]
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def draw(draw_images: Callable[..., Path]) -> Draw:
+    return partial(draw_images, size=(20, 24))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draw: Draw) -> Path:
     """The working directory, with 24 images of two classes in p, and run.yaml."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAYSL_HOME", raising=False)
@@ -68,6 +68,7 @@ class TestPlaces:
     def test_a_run_is_found_from_elsewhere_and_its_source_spelt_anyhow(
         self,
         here: Path,
+        draw: Draw,
         train: Callable[..., tuple[int, str]],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
@@ -121,7 +122,7 @@ class TestPlaces:
 @pytest.mark.usefixtures("undrawn")
 class TestChangedImages:
     def test_are_refused_at_a_resume_and_gone_on_with_if_asked(
-        self, here: Path, train: Callable[..., tuple[int, str]]
+        self, here: Path, draw: Draw, train: Callable[..., tuple[int, str]]
     ) -> None:
         assert train("name=r", "data.source=p")[0] == 0
         interrupt("r")
@@ -152,7 +153,7 @@ class TestChangedImages:
         assert "its images cannot be opened any more" in said
 
     def test_a_method_that_keeps_something_of_each_image_says_that_it_cannot_go_on(
-        self, here: Path, train: Callable[..., tuple[int, str]]
+        self, here: Path, draw: Draw, train: Callable[..., tuple[int, str]]
     ) -> None:
         assert train("name=r", "data.source=p", *NCE)[0] == 0
         interrupt("r")

@@ -15,11 +15,14 @@ import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
+from raysl.cli import main
 from raysl.config.load import read_mapping
 from raysl.run.recipe import load_run
 from raysl.track.run_folder import read_metrics
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("no_ray_cluster")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
+Sweep = Callable[..., tuple[int, dict[str, Any], str]]
 
 BASE = """\
 data:
@@ -44,25 +47,25 @@ search: {name: grid}
 metric: {also: [train/effective_rank]}
 scheduler: {name: asha, grace_epochs: 2, reduction_factor: 2}
 """
+AT_A_TIME = ["resources.trials_at_a_time=2"]  # as many as there are cores at the least
 
 
-def command(*overrides: str) -> list[str]:
-    return [sys.executable, "-m", "raysl", "sweep", "sweep.yaml", *overrides, "--json"]
+@pytest.fixture
+def sweep(folder: Path, capsys: pytest.CaptureFixture[str]) -> Sweep:
+    """Run `raysl sweep sweep.yaml` on the Ray that all tests share: status, results, stderr."""
 
+    def run(*overrides: str) -> tuple[int, dict[str, Any], str]:
+        status = main(["sweep", "sweep.yaml", *AT_A_TIME, *overrides, "--json"])
+        captured = capsys.readouterr()
+        return status, json.loads(captured.out.splitlines()[-1]), captured.err
 
-def finish(*overrides: str, cwd: Path) -> dict[str, Any]:
-    done = subprocess.run(
-        command(*overrides), cwd=cwd, capture_output=True, text=True, timeout=900, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    results: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return results
+    return run
 
 
 def kill_in_the_middle(is_time: Callable[[], bool], cwd: Path) -> None:
     """Start the sweep; once it is time, end it and all that it started, without a warning."""
     with subprocess.Popen(
-        command(),
+        [sys.executable, "-m", "raysl", "sweep", "sweep.yaml", *AT_A_TIME],
         cwd=cwd,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -89,7 +92,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_sweep_that_is_killed_goes_on_and_loses_and_repeats_nothing(folder: Path) -> None:
+def test_a_sweep_that_is_killed_goes_on_and_loses_and_repeats_nothing(
+    folder: Path, sweep: Sweep
+) -> None:
     trials = folder / "runs" / "sweep" / "trials"
 
     def one_finished_and_another_saved() -> bool:
@@ -104,8 +109,9 @@ def test_a_sweep_that_is_killed_goes_on_and_loses_and_repeats_nothing(folder: Pa
         for path in trials.glob("*/metrics.jsonl")
     }
 
-    results = finish(cwd=folder)
+    status, results, said = sweep()  # on another cluster than the one that was killed
 
+    assert status == 0, said
     assert results["trials"] == 8
     assert results["failed"] == 4  # a learning rate at which everything diverges
     assert results["finished"] + results["stopped_early"] == 4
@@ -139,7 +145,8 @@ def test_a_sweep_that_is_killed_goes_on_and_loses_and_repeats_nothing(folder: Pa
     assert best.method.temperature == results["best_params"]["method.temperature"]
     assert best.evaluate.final == "full"
 
-    again = finish(cwd=folder)  # all of it is done: nothing starts
+    status, again, said = sweep()
+    assert (status, "this sweep is finished" in said) == (0, True), said
     assert again["parent_run_id"] == results["parent_run_id"]
     assert len(runs_in_mlflow(folder)) == 9
 
@@ -154,66 +161,59 @@ def runs_in_mlflow(folder: Path) -> list[Run]:
     return list(client.search_runs(experiments))
 
 
-def test_trials_of_two_workers_run_below_ray_train(folder: Path) -> None:
-    results = finish(
+def test_a_trial_of_two_workers_runs_below_ray_train(folder: Path, sweep: Sweep) -> None:
+    status, results, said = sweep(
         "name=nested",
-        "space={method.temperature: {grid: [0.1, 0.5]}}",
+        "space={method.temperature: {grid: [0.1]}}",
         "scheduler={name: none}",
         "budget.epochs=1",
         "cluster.num_train_workers=2",
         "cluster.cpus_per_train_worker=0.5",
         "cluster.num_data_workers=1",
         "track.mlflow=false",
-        cwd=folder,
     )
-    assert (results["trials"], results["finished"]) == (2, 2)
+    assert status == 0, said
+    assert (results["trials"], results["finished"]) == (1, 1)
     assert results["parent_run_id"] is None
     config = read_mapping(folder / "runs" / "nested" / "trials" / "0000" / "config.yaml")
     assert config["cluster"]["num_train_workers"] == 2
 
 
-def test_a_sweep_whose_trials_all_diverge_says_so_and_fails(folder: Path) -> None:
-    done = subprocess.run(
-        command(
-            "space={optim.base_lr: {grid: [1.0e+30, 1.0e+31]}}",
-            "scheduler={name: none}",
-            "track.mlflow=false",
-        ),
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
+def test_a_sweep_whose_trials_all_diverge_says_so_and_fails(sweep: Sweep) -> None:
+    status, results, said = sweep(
+        "space={optim.base_lr: {grid: [1.0e+30, 1.0e+31]}}",
+        "scheduler={name: none}",
+        "track.mlflow=false",
     )
-    assert done.returncode == 1
-    results = json.loads(done.stdout.splitlines()[-1])
+    assert status == 1
     assert (results["failed"], results["best_trial"]) == (2, None)
-    assert "SweepError" in done.stderr
-    assert "no trial has eval/knn_top1, so none is the best: 2 of 2 diverged" in done.stderr
+    assert "SweepError" in said
+    assert "no trial has eval/knn_top1, so none is the best: 2 of 2 diverged" in said
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "search"),
+    ("scheduler", "search", "epochs"),
     [
-        ("{name: hyperband, max_evaluations: 4, reduction_factor: 2}", "{name: random}"),
-        ("{name: pbt, perturb_every_epochs: 1, quantile: 0.5}", "{name: random}"),
-        ("{name: none}", "{name: optuna, startup_trials: 2}"),
+        ("{name: hyperband, max_evaluations: 4, reduction_factor: 2}", "{name: random}", 4),
+        ("{name: pbt, perturb_every_epochs: 1, quantile: 0.5}", "{name: random}", 2),
+        ("{name: none}", "{name: optuna, startup_trials: 2}", 1),
     ],
     ids=["hyperband", "pbt", "optuna"],
 )
 def test_every_scheduler_and_search_brings_all_trials_to_an_end(
-    folder: Path, scheduler: str, search: str
+    sweep: Sweep, scheduler: str, search: str, epochs: int
 ) -> None:
     if "optuna" in search:
         pytest.importorskip("optuna")
-    results = finish(
+    status, results, said = sweep(
         "space={optim.base_lr: {log_uniform: [1.0e-4, 1.0e-2]}}",
         f"scheduler={scheduler}",
         f"search={search}",
         "budget.trials=4",
+        f"budget.epochs={epochs}",
         "track.mlflow=false",
-        cwd=folder,
     )
+    assert status == 0, said
     assert results["trials"] == 4
     assert results["finished"] + results["stopped_early"] == 4
     assert results["finished"] >= 1

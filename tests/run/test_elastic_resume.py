@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -51,14 +50,6 @@ VIEWS = (
 ENDS = {"raise": "interrupted by a test", "kill": "died"}
 
 Seen = dict[int, dict[int, str]]  # step -> row -> hash of the pixels of all its views
-
-
-@pytest.fixture(scope="module")
-def known_to_workers() -> Iterator[None]:
-    """Send what this file defines to Ray's workers as it is: they cannot import a test."""
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    yield
-    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
 class Encoded(ArraySource):

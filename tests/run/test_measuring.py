@@ -4,8 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 import pytest
 
 from raysl.evaluate.online import LABEL_FREE
@@ -32,13 +30,9 @@ def evaluations(folder: RunFolder) -> dict[int, dict[str, float]]:
 
 
 def test_images_without_labels_get_the_measures_that_need_none(
-    run_yaml: Callable[[str], Path], tmp_path: Path
+    run_yaml: Callable[[str], Path], draw_images: Callable[..., Path], tmp_path: Path
 ) -> None:
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for number in range(40):
-        pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-        cv2.imwrite(str(photos / f"{number:02}.png"), pixels)
+    photos = draw_images(tmp_path / "photos", range(40), size=(32, 32))
     given = [f"data.source={photos}", "data.limit=null", "train.steps=3", "evaluate.every.steps=2"]
     folder = RunFolder(tmp_path / "run")
     results = trained(load_run(run_yaml("a"), given), folder)

@@ -1,6 +1,5 @@
 """Every operation gives the same bits bare, in this process and in Ray Data's workers."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
@@ -39,14 +38,6 @@ OPS = [
     "{op: cutout, prob: 1.0, side: [0.4, 0.6], fill: 9}",
 ]
 SIZE_PX, SEED, NUM_IMAGES, BATCH = 32, 3, 16, 4
-
-
-@pytest.fixture
-def known_to_workers() -> Iterator[None]:
-    """Send what this file defines to Ray's workers as it is: they cannot import a test."""
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    yield
-    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
 def kinds(*, with_ops: bool = True) -> tuple[View, ...]:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 
@@ -55,16 +54,11 @@ class TestOneWorker:
     def test_a_broken_image_ends_the_run_once_with_its_name(
         self,
         run_yaml: Callable[[str], Path],
+        draw_images: Callable[..., Path],
         tmp_path: Path,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        folder = tmp_path / "photos"
-        folder.mkdir()
-        import cv2
-
-        for number in range(63):
-            image = np.full((8, 8, 3), number, dtype=np.uint8)
-            cv2.imwrite(str(folder / f"{number:02}.png"), image)
+        folder = draw_images(tmp_path / "photos", range(63))
         (folder / "broken.png").write_bytes(b"<html>not found</html>")
         overrides = [f"data.source={folder}", "data.limit=64", "data.bad_images={policy: fail}"]
         assert pretrain(run_yaml("broken"), *overrides, *ON_RAY) == 1

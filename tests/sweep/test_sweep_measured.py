@@ -1,10 +1,9 @@
 """A sweep that cannot measure what decides is refused before it starts."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 import pytest
 
 from raysl.errors import DataError
@@ -13,13 +12,6 @@ from raysl.run.recipe import RunConfig, run_from_values
 from raysl.sources.source import Source
 from raysl.sweep.config import MetricConfig
 from raysl.sweep.measured import MetricCheck
-
-
-def draw(folder: Path, numbers: range) -> None:
-    folder.mkdir(parents=True)
-    for number in numbers:
-        pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        cv2.imwrite(str(folder / f"{number:03d}.png"), pixels)
 
 
 def run_on(folder: Path, **sections: Any) -> tuple[RunConfig[Any], Source]:
@@ -35,8 +27,8 @@ def run_on(folder: Path, **sections: Any) -> tuple[RunConfig[Any], Source]:
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
-    draw(tmp_path / "p" / "cat", range(8))
+def home(tmp_path: Path, draw_images: Callable[..., Path]) -> Path:
+    draw_images(tmp_path / "p" / "cat", range(8))
     return tmp_path
 
 
@@ -61,8 +53,8 @@ def test_a_metric_that_is_only_shown_may_be_missing(
     assert "eval/uniformity" not in said
 
 
-def test_labels_elsewhere_will_do(home: Path) -> None:
+def test_labels_elsewhere_will_do(home: Path, draw_images: Callable[..., Path]) -> None:
     for name, numbers in (("dog", range(20, 26)), ("cow", range(30, 36))):
-        draw(home / "labelled" / name, numbers)
+        draw_images(home / "labelled" / name, numbers)
     config, source = run_on(home / "p", evaluate={"source": str(home / "labelled")})
     MetricCheck(MetricConfig()).check(config, source)

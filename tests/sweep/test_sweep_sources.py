@@ -1,11 +1,10 @@
 """The trials of a sweep train on one set of images, from its first start to its end."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 import pytest
 
 from raysl.config.load import read_mapping, to_yaml
@@ -14,13 +13,6 @@ from raysl.run.recipe import RunConfig, run_from_values
 from raysl.run.source_record import hold_to_source
 from raysl.sweep.sources import Sources
 from raysl.track.run_folder import RunFolder, checkpoint_path
-
-
-def draw(folder: Path, numbers: range) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in numbers:
-        pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        cv2.imwrite(str(folder / f"{number:03d}.png"), pixels)
 
 
 def trial(home: Path, number: int, *, source: str = "p") -> tuple[RunFolder, RunConfig[Any]]:
@@ -38,10 +30,10 @@ def trial(home: Path, number: int, *, source: str = "p") -> tuple[RunFolder, Run
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draw_images: Callable[..., Path]) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAYSL_HOME", raising=False)
-    draw(tmp_path / "p" / "cat", range(8))
+    draw_images(tmp_path / "p" / "cat", range(8))
     return tmp_path
 
 
@@ -62,12 +54,12 @@ def test_trials_of_an_earlier_version_get_absolute_places_that_the_shelf_knows(h
 
 
 def test_a_trial_that_goes_on_refuses_other_images_unless_asked(
-    home: Path, capsys: pytest.CaptureFixture[str]
+    home: Path, draw_images: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, config = trial(home, 0)
     hold_to_source(folder, Sources().of(config), config)
     checkpoint_path(folder.checkpoints, 1).mkdir(parents=True)
-    draw(home / "p" / "dog", range(8, 12))
+    draw_images(home / "p" / "dog", range(8, 12))
     with pytest.raises(RunFolderError, match="8 then, 12 now"):
         Sources().check_unchanged([folder], [], {})
     Sources().check_unchanged([folder], [], {"data.if_changed": "go_on"})
@@ -77,10 +69,12 @@ def test_a_trial_that_goes_on_refuses_other_images_unless_asked(
     assert read_mapping(folder.config)["data"]["if_changed"] == "go_on"
 
 
-def test_a_trial_that_begins_is_not_compared_with_those_of_other_images(home: Path) -> None:
+def test_a_trial_that_begins_is_not_compared_with_those_of_other_images(
+    home: Path, draw_images: Callable[..., Path]
+) -> None:
     ended, config = trial(home, 0)
     hold_to_source(ended, Sources().of(config), config)
-    draw(home / "p" / "dog", range(8, 12))
+    draw_images(home / "p" / "dog", range(8, 12))
     waiting, _ = trial(home, 1)
     with pytest.raises(RunFolderError, match="since this trial ended") as raised:
         Sources().check_unchanged([waiting], [ended], {})
