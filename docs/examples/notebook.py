@@ -18,7 +18,7 @@ results = raysl.pretrain(
     [
         "train.epochs=4",
         "backbone.width=0.25",
-        "evaluate.final=knn",
+        "evaluate.final=[knn]",
         "cluster.num_train_workers=0",  # without Ray, in this process
         "track.mlflow=false",
     ],

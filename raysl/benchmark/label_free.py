@@ -17,8 +17,8 @@ from raysl.errors import ConfigError, DataError
 from raysl.evaluate.features import EvalImages, embed
 from raysl.evaluate.label_free import label_free, positive_pairs
 from raysl.evaluate.labelled import open_labelled
-from raysl.evaluate.linear import linear_accuracy
-from raysl.evaluate.protocol import EvaluateConfig, LabelledSets, knn_top1
+from raysl.evaluate.probes import measure_lbfgs
+from raysl.evaluate.protocol import EvaluateConfig, LabelledSets, knn_top1, probe_sets
 from raysl.nn.backbones import Backbone, BackboneConfig, build_backbone
 from raysl.run.build import build_method
 from raysl.run.places import read_run
@@ -257,13 +257,8 @@ class Study:
         if not (train.isfinite().all() and test.isfinite().all()):
             raise DataError(f"{subject.name}: its features are not all finite")
         pairs = positive_pairs(encoder, sets.train, to_input=to_input)
-        accuracy = linear_accuracy(
-            train.numpy(),
-            sets.train.labels,
-            test.numpy(),
-            sets.test.labels,
-            inverse_penalty=self.config.evaluate.inverse_penalty,
-        )
+        lbfgs, arrays = self.config.evaluate.linear_lbfgs, probe_sets(sets, train, test)
+        accuracy = measure_lbfgs(lbfgs, arrays, seed=0, device="cpu").top1
         knn = knn_top1(self.config.evaluate, sets, train, test)
         measures = label_free(train, pairs) | {"knn_top1": knn}
         seconds = time.monotonic() - began

@@ -31,6 +31,7 @@ from raysl.benchmark.methods import replace_section
 from raysl.config.load import apply_overrides, validate
 from raysl.errors import ConfigError, RayslError
 from raysl.evaluate.label_free import VERSION
+from raysl.evaluate.old_keys import resolved
 from raysl.folder.whole import write_text
 from raysl.report.terminal import console, say, say_notes
 from raysl.sources.place import absolute_config
@@ -100,7 +101,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     overrides = [word for word in arguments.encoders if "=" in word]
     if not any(word.startswith("data.source=") for word in overrides):
         raise ConfigError("give the labelled images: data.source=cifar10, a folder or Parquet")
-    config = validate(StudyConfig, apply_overrides(DEFAULTS, overrides), where="label_free")
+    config = validate(
+        StudyConfig, resolved(apply_overrides(DEFAULTS, overrides)), where="label_free"
+    )
     found = find_subjects(paths, checkpoints=arguments.checkpoints)
     config = config.model_copy(
         update={

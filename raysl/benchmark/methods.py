@@ -13,7 +13,7 @@ from raysl.errors import RayslError
 from raysl.track.results import Results
 from raysl.track.run_folder import RunFolder, read_metrics
 
-_ACCURACIES = ("untrained_knn_top1", "knn_top1", "untrained_linear_top1", "linear_top1")
+_ACCURACIES = ("untrained_knn_top1", "knn_top1", "untrained_linear_lbfgs_top1", "linear_lbfgs_top1")
 
 
 class MethodRun(NamedTuple):
@@ -30,8 +30,8 @@ class MethodRun(NamedTuple):
     images_per_s: float
     untrained_knn_top1: float
     knn_top1: float
-    untrained_linear_top1: float
-    linear_top1: float
+    untrained_linear_lbfgs_top1: float
+    linear_lbfgs_top1: float
     steps: tuple[int, ...]
     losses: tuple[float, ...]
     """Training loss at each of the steps."""
@@ -109,8 +109,8 @@ def read_run(path: Path) -> MethodRun:
         images_per_s=results["images_per_s"],
         untrained_knn_top1=results["untrained_knn_top1"],
         knn_top1=results["knn_top1"],
-        untrained_linear_top1=results["untrained_linear_top1"],
-        linear_top1=results["linear_top1"],
+        untrained_linear_lbfgs_top1=results["untrained_linear_lbfgs_top1"],
+        linear_lbfgs_top1=results["linear_lbfgs_top1"],
         steps=tuple(step for step, _ in losses),
         losses=tuple(loss for _, loss in losses),
     )

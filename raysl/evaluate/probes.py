@@ -63,15 +63,9 @@ class LinearConfig(Config):
 
 
 class LbfgsConfig(Config):
-    """Logistic regression by L-BFGS; the penalty is chosen on held-out training images."""
+    """Logistic regression by L-BFGS; one of several penalties is chosen on held-out images."""
 
-    inverse_penalties: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (
-        0.001,
-        0.01,
-        0.1,
-        1.0,
-        10.0,
-    )
+    inverse_penalties: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1.0,)
     """C of scikit-learn's LogisticRegression, ascending; a single one is used without a choice."""
     max_iterations: PositiveInt = 200
     """Maximal number of L-BFGS steps for each."""

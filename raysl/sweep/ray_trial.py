@@ -21,6 +21,7 @@ from raysl.folder.whole import read_json, write_json
 from raysl.run.background import in_background
 from raysl.run.labelled_sets import open_sets
 from raysl.run.local import pretrain_here
+from raysl.run.protocol_runs import train_protocols
 from raysl.run.ray_cluster import plan_layout
 from raysl.run.ray_train import pretrain_on_ray
 from raysl.run.recipe import RunConfig, derive_for, run_from_values
@@ -93,17 +94,24 @@ def trial_in_process(
             tune.report(dict(told), checkpoint=tune.Checkpoint.from_directory(pointer))
 
     def train(evaluated: Log) -> Results:
-        if config.cluster.num_train_workers > 1:
-            return _train_below(config, folder, source, evaluated, metrics)
         threads = max(1, int(cpus))
-        return pretrain_here(
-            config,
-            folder=folder,
-            source=source,
-            num_cpus=threads,
-            evaluated=evaluated,
-            sets=_sets_of(config, source, num_threads=threads),
-        )
+
+        def train_run(run: RunConfig[Any], place: RunFolder, images: Source) -> Results:
+            is_trial = place is folder
+            if run.cluster.num_train_workers > 1:
+                told = evaluated if is_trial else None
+                return _train_below(run, place, images, told, metrics)
+            return pretrain_here(
+                run,
+                folder=place,
+                source=images,
+                num_cpus=threads,
+                evaluated=evaluated if is_trial else None,
+                sets=_sets_of(run, images, num_threads=threads) if is_trial else None,
+            )
+
+        results = train_run(config, folder, source)
+        return train_protocols(config, results, folder=folder, source=source, train=train_run)
 
     try:
         run_trial(
@@ -193,7 +201,7 @@ def _train_below(
     config: RunConfig[Any],
     folder: RunFolder,
     source: Source,
-    evaluated: Log,
+    evaluated: Log | None,
     metrics: tuple[str, ...],
 ) -> Results:
     """Run Ray Train inside the trial, and pass on what its first worker writes down."""
@@ -205,7 +213,7 @@ def _train_below(
     while True:
         ended = work.done()
         for record in reader.read():
-            if metrics[0] in record:
+            if evaluated is not None and metrics[0] in record:
                 evaluated(record, int(record["step"]))
         if ended:
             return work.result()

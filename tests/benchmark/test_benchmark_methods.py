@@ -18,8 +18,8 @@ from raysl.errors import DataError, RayslError
 RESULTS = {
     "untrained_knn_top1": 0.35,
     "knn_top1": 0.5,
-    "untrained_linear_top1": 0.4,
-    "linear_top1": 0.61,
+    "untrained_linear_lbfgs_top1": 0.4,
+    "linear_lbfgs_top1": 0.61,
     "seconds": 90.0,
     "images_per_s": 320.0,
     "steps": 20,

@@ -99,7 +99,7 @@ class TestMethods:
         page.parent.mkdir()
         page.write_text("# Results\n")
         words = [str(run_yaml("one")), "cluster.num_train_workers=0", "train.log_every=1"]
-        words += ["evaluate.final=full", "evaluate.few_shot_draws=1"]
+        words += ["evaluate.final=[knn,linear_lbfgs]"]
         assert main(["benchmark", "methods", "--into", str(page), "--json", *words]) == 0
         out, err = capsys.readouterr()
         found = json.loads(out.splitlines()[-1])

@@ -137,7 +137,7 @@ def test_a_sweep_that_is_killed_goes_on_and_loses_and_repeats_nothing(folder: Pa
 
     best = load_run(Path(results["best_config"]))
     assert best.method.temperature == results["best_params"]["method.temperature"]
-    assert best.evaluate.final == "full"
+    assert best.evaluate.final == ("knn", "linear_lbfgs", "few_shot")
 
     again = finish(cwd=folder)  # all of it is done: nothing starts
     assert again["parent_run_id"] == results["parent_run_id"]

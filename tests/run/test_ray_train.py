@@ -38,7 +38,7 @@ class TestOneWorker:
     def test_gives_the_same_losses_to_the_bit_as_no_ray_and_leaves_the_same_files(
         self, run_yaml: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
     ) -> None:
-        full = ["evaluate.final=full", "evaluate.few_shot_draws=1", "evaluate.pixel_baseline=false"]
+        full = ["evaluate.final=[knn,linear_lbfgs]", "evaluate.pixel_baseline=false"]
         assert pretrain(run_yaml("bare"), *full) == 0
         assert pretrain(run_yaml("ray"), *full, *ON_RAY, "--json") == 0
         printed = json.loads(capsys.readouterr().out.splitlines()[-1])

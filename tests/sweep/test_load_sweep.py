@@ -177,7 +177,7 @@ class TestEverythingAtOnce:
             "space.name: ",
             "data.limit: Input should be a valid integer, got",
             "method.name: got 'mocoo', allowed",
-            "final/linear_top1: final=knn leaves it unmeasured",
+            "final/linear_top1: final=knn leaves it unmeasured; add linear",
             "budget: give epochs=2 or steps=5, not both",
             "space: name, data.limit, method cannot change while a trial is under way",
         ):
