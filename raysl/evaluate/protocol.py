@@ -227,7 +227,7 @@ def facts_of(config: EvaluateConfig, sets: LabelledSets) -> Results:
         "knn_temperature": config.knn.temperature,
         "protocols": protocol_texts(config, config.probes),
     }
-    if sets.few_shot:
+    if sets.few_shot and "few_shot" in config.probes:
         facts["few_shot_labels"] = config.few_shot.labels_per_class
         facts["few_shot_draws"] = config.few_shot.draws
     return facts

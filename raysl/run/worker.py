@@ -100,8 +100,7 @@ def pretrain(
     counts: Results = {"steps": derived.total_steps, "num_bad_images": len(worker.bad_images)}
     results = worker.results() | counts
     if metrics is not None:
-        is_whole = not protocols_to_train(config)  # otherwise the driver adds theirs
-        _write_results(folder, metrics, results, worker.measuring, is_whole=is_whole)
+        _write_results(config, folder, metrics, results, worker.measuring)
     barrier()
     return results
 
@@ -116,18 +115,17 @@ def _log_into(metrics: MetricsFile | None, measuring: Measuring) -> Log:
 
 
 def _write_results(
+    config: RunConfig[Any],
     folder: RunFolder,
     metrics: MetricsFile,
     results: Results,
     measuring: Measuring,
-    *,
-    is_whole: bool,
 ) -> None:
     results["num_failed_evaluations"] = measuring.finish()
     accuracies = {f"final/{k}": v for k, v in accuracies_of(results).items()}
     metrics.log(accuracies, step=results["steps"])
     metrics.close()
-    if is_whole:
+    if not protocols_to_train(config):  # otherwise the driver adds their results
         folder.write_results(results)
 
 

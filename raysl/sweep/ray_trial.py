@@ -94,24 +94,9 @@ def trial_in_process(
             tune.report(dict(told), checkpoint=tune.Checkpoint.from_directory(pointer))
 
     def train(evaluated: Log) -> Results:
-        threads = max(1, int(cpus))
-
-        def train_run(run: RunConfig[Any], place: RunFolder, images: Source) -> Results:
-            is_trial = place is folder
-            if run.cluster.num_train_workers > 1:
-                told = evaluated if is_trial else None
-                return _train_below(run, place, images, told, metrics)
-            return pretrain_here(
-                run,
-                folder=place,
-                source=images,
-                num_cpus=threads,
-                evaluated=evaluated if is_trial else None,
-                sets=_sets_of(run, images, num_threads=threads) if is_trial else None,
-            )
-
-        results = train_run(config, folder, source)
-        return train_protocols(config, results, folder=folder, source=source, train=train_run)
+        return _train(
+            config, folder, source, evaluated, metrics=metrics, num_cpus=max(1, int(cpus))
+        )
 
     try:
         run_trial(
@@ -123,6 +108,30 @@ def trial_in_process(
         )
     finally:  # the process stays for the next trial, also when this one was stopped
         _free_memory()
+
+
+def _train(
+    config: RunConfig[Any],
+    folder: RunFolder,
+    source: Source,
+    evaluated: Log,
+    *,
+    metrics: tuple[str, ...],
+    num_cpus: int,
+) -> Results:
+    """Train a trial, then what its ``evaluate.final`` trains, with the trial's share of Ray."""
+
+    def train_run(run: RunConfig[Any], place: RunFolder, images: Source) -> Results:
+        told = evaluated if place is folder else None
+        if run.cluster.num_train_workers > 1:
+            return _train_below(run, place, images, told, metrics)
+        sets = _sets_of(run, images, num_threads=num_cpus) if place is folder else None
+        return pretrain_here(
+            run, folder=place, source=images, num_cpus=num_cpus, evaluated=told, sets=sets
+        )
+
+    results = train_run(config, folder, source)
+    return train_protocols(config, results, folder=folder, source=source, train=train_run)
 
 
 def _free_memory() -> None:
