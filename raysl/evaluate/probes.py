@@ -14,7 +14,7 @@ from torch import Tensor
 
 from raysl.config.base import Config, PositiveFloat, PositiveInt
 from raysl.errors import DataError
-from raysl.evaluate.knn import knn_predictions
+from raysl.evaluate.knn import check_shapes, knn_predictions
 from raysl.evaluate.linear import few_shot_rows, scaled_on
 from raysl.evaluate.logistic import LogisticRegression, fit_logistic
 from raysl.evaluate.sgd_probe import SgdSettings, train_classifiers
@@ -109,10 +109,13 @@ class ProbeResult(NamedTuple):
 
 
 def measure_knn(config: KnnConfig, sets: ProbeSets, *, seed: int, device: str) -> ProbeResult:
-    """Measure nearest neighbours; deterministic, whatever the seed."""
-    train, labels, test = (
-        torch.from_numpy(x).to(device) for x in (sets.train, sets.train_labels, sets.test)
-    )
+    """Measure nearest neighbours; deterministic, whatever the seed.
+
+    Raises:
+        ShapeError: If the shapes do not fit or a set is empty.
+    """
+    train, labels, test, test_labels = (torch.from_numpy(x).to(device) for x in sets)
+    check_shapes(train, labels, test, test_labels)
     ks = sorted({config.k, *config.also_k})
     predicted = knn_predictions(train, labels, test, ks=ks, temperature=config.temperature)
     accuracies = {k: _top1(predictions, sets.test_labels) for k, predictions in predicted.items()}

@@ -72,8 +72,7 @@ def pretrain(
         begin: Measures the encoder on the way; None lets the workers do it, and training waits.
 
     Returns:
-        The results of the run, on rank 0 also written to ``results.json`` unless protocols of
-        ``evaluate.final`` are trained after it.
+        The results; rank 0 writes ``results.json`` unless protocols are trained after the run.
 
     Raises:
         DivergedError: If the loss is not finite.

@@ -8,14 +8,12 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-import torch
 from mlflow.tracking import MlflowClient
 
 from raysl.cli import main
 from raysl.downstream import evaluation
 from raysl.downstream.evaluation_files import Evaluation, read_evaluation
-from raysl.evaluate.knn import knn_accuracy
-from raysl.evaluate.probes import ProbeResult
+from raysl.evaluate.probes import KnnConfig, ProbeResult, ProbeSets, measure_knn
 
 HERE = "cluster.num_train_workers=0"
 FAST = [
@@ -89,11 +87,9 @@ def test_prints_writes_and_goes_on(
     assert arrays["predictions_linear"].shape == arrays["test_labels"].shape == (101,)
     right = (arrays["predictions_linear"] == arrays["test_labels"]).mean()
     assert right == pytest.approx(found["linear"]["values"][0])
-    tensors = [
-        torch.from_numpy(arrays[name])
-        for name in ("train_features", "train_labels", "test_features", "test_labels")
-    ]
-    assert knn_accuracy(*tensors, k=20, temperature=0.07) == found["knn"]["mean"]
+    names = ("train_features", "train_labels", "test_features", "test_labels")
+    sets = ProbeSets(*(arrays[name] for name in names))
+    assert measure_knn(KnnConfig(), sets, seed=0, device="cpu").top1 == found["knn"]["mean"]
 
     words = [*FAST, NO_MLFLOW, "--json", "--protocols", "knn,linear_lbfgs"]
     status, text, said = call(capsys, "resnet18", *words, "linear_lbfgs.inverse_penalties=[1.0]")
