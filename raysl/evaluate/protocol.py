@@ -83,7 +83,7 @@ class EvaluateConfig(ProtocolSettings, SourceConfig):
         """Yield settings of fine-tuning that is not performed."""
         final = values.get("final")
         if isinstance(final, list):  # a word is of an earlier version
-            for name in set(TRAINING) - set(map(str, final)):
+            for name in (each for each in TRAINING if each not in final):
                 why = f"with evaluate.final=[{', '.join(map(str, final))}], without {name}"
                 for key in PROTOCOLS[name].settings.model_fields:
                     yield f"{name}.{key}", why
