@@ -39,7 +39,7 @@ backbone: {name: resnet18, width: 0.125}
 method: {name: simclr}
 optim: {base_lr: 0.1}
 train: {steps: 6, global_batch_size: 32, log_every: 1, checkpoint_every: {steps: 2}}
-evaluate: {every: {steps: 3}, final: knn, max_train_images: 200, max_test_images: 100}
+evaluate: {every: {steps: 3}, final: [knn], max_train_images: 200, max_test_images: 100}
 cluster: {num_train_workers: 0, threads_per_train_worker: 1, num_data_workers: 1}
 track: {mlflow: false}
 """

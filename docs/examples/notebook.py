@@ -11,14 +11,14 @@ from sklearn.datasets import load_digits
 
 import raysl
 from raysl.encoder.file import read_description
-from raysl.evaluate.knn import knn_accuracy
+from raysl.evaluate.knn import knn_predictions
 
 results = raysl.pretrain(
     {"extends": "quickstart", "name": "notebook"},
     [
         "train.epochs=4",
         "backbone.width=0.25",
-        "evaluate.final=knn",
+        "evaluate.final=[knn]",
         "cluster.num_train_workers=0",  # without Ray, in this process
         "track.mlflow=false",
     ],
@@ -42,7 +42,8 @@ with torch.no_grad():
 print("features", tuple(features.shape))
 
 # %% Nearest neighbours among them: the first 500 vote for the last 100.
-top1 = knn_accuracy(
-    features[:500], labels[:500], features[500:], labels[500:], k=20, temperature=0.07
-)
+predicted = knn_predictions(
+    features[:500], labels[:500], features[500:], ks=[20], temperature=0.07
+)[20]
+top1 = float((predicted == labels[500:]).float().mean())
 print(f"nearest neighbours of the last 100: {top1:.1%}")

@@ -12,7 +12,6 @@ from raysl.downstream.evaluation import (
     EvaluationRequest,
     evaluate,
     run_here,
-    units_of,
 )
 from raysl.downstream.evaluation_config import (
     NOT_FROM_RUN,
@@ -44,6 +43,7 @@ from raysl.evaluate.registry import (
     TRANSFERRED,
     check_protocols,
     refuse_unmeasured,
+    units_of,
 )
 from raysl.folder.claim import set_aside
 from raysl.report.progress import CountView

@@ -4,7 +4,6 @@ Whatever is done is on the disk when it is done, so that the same command goes o
 """
 
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from raysl.config.load import validate
 from raysl.downstream.evaluation_config import EncoderOrigin, EvaluationConfig
 from raysl.downstream.evaluation_folder import EvaluationFolder
 from raysl.downstream.evaluation_label_free import measure_label_free
@@ -26,20 +24,11 @@ from raysl.downstream.evaluation_sets import EvaluationSets
 from raysl.errors import DataError
 from raysl.evaluate.embedding import Embedding, encoder_digest
 from raysl.evaluate.probes import ProbeResult, ProbeSets
-from raysl.evaluate.registry import PROTOCOLS, Protocol, settings_digest
+from raysl.evaluate.registry import PROTOCOLS, ProtocolRun, key_of, measure_unit, units_of
 from raysl.sources.source import digest
 
 Embed = Callable[..., tuple[npt.NDArray[np.float32], dict[int, str]]]
 """``(source, rows, embedding, *, advance)`` -> features ``(M, D)`` and the bad rows' reasons."""
-
-
-class ProtocolRun(NamedTuple):
-    """One seed of a protocol."""
-
-    protocol: str
-    settings: dict[str, Any]
-    seed: int | None
-    """None where nothing is random."""
 
 
 Finished = tuple[ProtocolRun, ProbeResult, float]
@@ -108,45 +97,11 @@ def evaluate(request: EvaluationRequest, backend: EvaluationBackend) -> Evaluati
     return record
 
 
-def units_of(config: EvaluationConfig, name: str) -> list[ProtocolRun]:
-    """Return the units of a protocol."""
-    settings = getattr(config, name)
-    values = settings.model_dump(mode="json")
-    seeds = PROTOCOLS[name].seeds(settings, config.seeds)
-    return [ProtocolRun(name, values, seed) for seed in seeds or (None,)]
-
-
-def key_of(unit: ProtocolRun) -> str:
-    """Return a unit's name on the disk: it changes with the version and the settings."""
-    protocol = PROTOCOLS[unit.protocol]
-    settings = _settings_of(unit, protocol)
-    seed = "" if unit.seed is None else f"-seed{unit.seed}"
-    return f"{unit.protocol}@{protocol.version}-{settings_digest(settings)}{seed}"
-
-
-def measure_unit(unit: ProtocolRun, sets: ProbeSets, *, device: str) -> tuple[ProbeResult, float]:
-    """Measure a unit on features; return what it gave and its wall seconds."""
-    protocol = PROTOCOLS[unit.protocol]
-    assert protocol.measure is not None
-    began = time.monotonic()
-    with warnings.catch_warnings():
-        # Features in Ray's store are read-only, and nothing here writes into them.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
-        measured = protocol.measure(
-            _settings_of(unit, protocol), sets, seed=unit.seed or 0, device=device
-        )
-    return measured, time.monotonic() - began
-
-
 def run_here(units: Sequence[ProtocolRun], sets: ProbeSets) -> Iterator[Finished]:
     """Measure units one after the other in this process, on its GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for unit in units:
         yield (unit, *measure_unit(unit, sets, device=device))
-
-
-def _settings_of(unit: ProtocolRun, protocol: Protocol) -> Any:
-    return validate(protocol.settings, unit.settings, where=unit.protocol)
 
 
 def _features(

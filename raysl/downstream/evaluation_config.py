@@ -17,8 +17,7 @@ from raysl.config.load import (
 )
 from raysl.encoder.file import read_description, save_encoder
 from raysl.errors import ConfigError, DataError
-from raysl.evaluate.probes import FewShotConfig, KnnConfig, LbfgsConfig, LinearConfig
-from raysl.evaluate.training_protocols import FinetuneProtocol, SemiHundredth, SemiTenth
+from raysl.evaluate.registry import ProtocolSettings
 from raysl.nn.backbones import NAMES, BackboneConfig, build_backbone, check_model_name
 from raysl.run.places import started_from
 from raysl.run.recipe import ClusterConfig
@@ -92,7 +91,7 @@ class FeaturesConfig(Config):
     """Of the forward pass."""
 
 
-class EvaluationConfig(Config):
+class EvaluationConfig(ProtocolSettings):
     """One evaluation."""
 
     name: str | None = None
@@ -101,19 +100,10 @@ class EvaluationConfig(Config):
     """Where the folder of an encoder goes that lies in no run folder."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of random weights, where a backbone is named instead of an encoder."""
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2)
-    """Of everything random in a protocol: what is held out, order, first weights, labels."""
     data: EvaluationData
     backbone: BackboneConfig | None = None
     """More of a backbone that is named instead of an encoder, such as backbone.stem=cifar."""
     features: FeaturesConfig = FeaturesConfig()
-    knn: KnnConfig = KnnConfig()
-    linear: LinearConfig = LinearConfig()
-    linear_lbfgs: LbfgsConfig = LbfgsConfig()
-    few_shot: FewShotConfig = FewShotConfig()
-    finetune: FinetuneProtocol = FinetuneProtocol()
-    semi_1: SemiHundredth = SemiHundredth()
-    semi_10: SemiTenth = SemiTenth()
     transfer: EvaluationData | None = None
     """Protocol transfer: other labelled images, on which kNN and the linear probe are measured."""
     cluster: ClusterConfig = ClusterConfig()

@@ -1,27 +1,21 @@
 """Train the whole network for the protocols that need it, as runs below the evaluation's folder."""
 
 import json
-from collections.abc import Callable
 from typing import Any
 
-from raysl.config.load import to_yaml, validate
-from raysl.downstream.evaluation import EvaluationRequest, ProtocolRun, key_of
+from raysl.downstream.evaluation import EvaluationRequest
 from raysl.downstream.evaluation_config import images_of
 from raysl.downstream.evaluation_sets import evaluate_config
 from raysl.encoder.file import read_description
 from raysl.evaluate.probes import ProbeResult
-from raysl.evaluate.registry import PROTOCOLS
+from raysl.evaluate.registry import ProtocolRun, key_of, settings_of
 from raysl.evaluate.training_source import open_training_source
-from raysl.folder.whole import write_text
 from raysl.nn.backbones import BackboneConfig
 from raysl.run.from_run import finetune_values
+from raysl.run.protocol_runs import Train, train_in
 from raysl.run.recipe import RunConfig, run_from_values
 from raysl.sources.source import Source
-from raysl.track.results import Results
 from raysl.track.run_folder import RunFolder
-
-Train = Callable[[RunConfig[Any], RunFolder, Source], Results]
-"""Trains a run, or goes on with it, and returns its results."""
 
 
 def train_unit(request: EvaluationRequest, unit: ProtocolRun, *, train: Train) -> ProbeResult:
@@ -31,12 +25,11 @@ def train_unit(request: EvaluationRequest, unit: ProtocolRun, *, train: Train) -
     """
     config = run_of(request, unit)
     folder = RunFolder(request.folder.runs / key_of(unit))
-    with folder.locked():
-        write_text(folder.config, to_yaml(config.model_dump(mode="json")))
-        results = folder.read_results()
-        if results is None:
-            source = open_training_source(config.data, config.evaluate, config.method)
-            results = train(config, folder, source)
+
+    def open_images() -> Source:
+        return open_training_source(config.data, config.evaluate, config.method)
+
+    results = train_in(folder, config, open_images, train)
     facts = {"num_labels": results["num_labels"], "run": str(folder.path)}
     return ProbeResult(float(results["top1"]), None, facts)
 
@@ -48,7 +41,6 @@ def run_of(request: EvaluationRequest, unit: ProtocolRun) -> RunConfig[Any]:
         ConfigError: If the settings do not fit the encoder, such as more layers than its head has.
     """
     config, data, origin = request.config, request.config.data, request.origin
-    settings: Any = validate(PROTOCOLS[unit.protocol].settings, unit.settings, where=unit.protocol)
     backbone = BackboneConfig.model_validate(read_description(origin.encoder)["backbone"])
     tested = evaluate_config(data, crop_fraction=config.features.crop_fraction)
     evaluate = tested.model_dump(mode="json") | {"every": None, "pixel_baseline": False}
@@ -61,10 +53,11 @@ def run_of(request: EvaluationRequest, unit: ProtocolRun) -> RunConfig[Any]:
     }
     values |= {f"data.{key}": value for key, value in images_of(data).items()}
     overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-    overrides += settings.overrides(
+    overrides += settings_of(unit).overrides(
         is_vit=backbone.is_vit,
         size_px=request.sets.train.size_px,
         num_images=len(request.sets.train),
+        num_workers=config.cluster.num_train_workers,
         seed=unit.seed,
     )
     return run_from_values(

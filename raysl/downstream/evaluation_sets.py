@@ -1,6 +1,5 @@
 """Open and check the images of an evaluation before anything is computed."""
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,12 +8,12 @@ import numpy as np
 from raysl.downstream.evaluation_config import (
     EvaluationConfig,
     EvaluationData,
-    EvaluationTestConfig,
     data_config,
 )
 from raysl.errors import DataError
 from raysl.evaluate.features import EvalImages
-from raysl.evaluate.labelled import choose_labelled, open_chosen
+from raysl.evaluate.labelled import ImageKeys, choose_labelled, open_chosen
+from raysl.evaluate.probes import FewShotConfig
 from raysl.evaluate.protocol import EvaluateConfig
 from raysl.evaluate.registry import PROTOCOLS
 from raysl.sources.labels import hold_out
@@ -25,12 +24,7 @@ from raysl.sources.source import Labels
 _UNLABELLED = 25_600
 _EVERY_IMAGE = 1 << 62
 _SEED = 0
-# How the settings of a run are called here.
-_NAMES = (
-    (r"evaluate\.source\b", "data.test_source"),
-    (rf"evaluate\.({'|'.join(EvaluationTestConfig.model_fields)})\b", r"data.test.\1"),
-    (r", or set data\.labels=none to measure within [a-z._]+ alone", ""),
-)
+_KEYS = ImageKeys(section="data.test", source="data.test_source", unlabelled="")
 
 
 class EvaluationSets(NamedTuple):
@@ -64,7 +58,7 @@ def evaluate_config(data: EvaluationData, *, crop_fraction: float = 1.0) -> Eval
         intensity=test.intensity,
         color_profile=test.color_profile,
         pages=test.pages,
-        few_shot_labels=1,
+        few_shot=FewShotConfig(labels_per_class=1),
         max_train_images=_EVERY_IMAGE,
         max_test_images=data.test_limit or _EVERY_IMAGE,
         crop_fraction=crop_fraction,
@@ -84,14 +78,10 @@ def open_sets(
     opening = data_config(data)
     source = open_source(opening, data=opening)
     config = evaluate_config(data, crop_fraction=crop_fraction)
-    try:
-        chosen = choose_labelled(config, opening, source)
-    except DataError as error:
-        raise DataError(_as_called_here(str(error))) from None
-    notes = tuple(_as_called_here(note) for note in chosen.notes)
+    chosen = choose_labelled(config, opening, source, keys=_KEYS)
     sets = open_chosen(config, chosen, size_px=size_px, num_threads=num_threads)
     if sets is not None:
-        return EvaluationSets(sets.train, sets.test, sets.class_names, notes, chosen.within)
+        return EvaluationSets(sets.train, sets.test, sets.class_names, chosen.notes, chosen.within)
     rows = np.arange(int(source.group_sizes.sum()))
     if len(rows) > _UNLABELLED:
         rows = np.sort(np.random.default_rng(_SEED).permutation(rows)[:_UNLABELLED])
@@ -106,13 +96,7 @@ def open_sets(
         )
         for part in hold_out(rows)
     ]
-    return EvaluationSets(parts[0], parts[1], [], notes)
-
-
-def _as_called_here(text: str) -> str:
-    for pattern, name in _NAMES:
-        text = re.sub(pattern, name, text)
-    return text
+    return EvaluationSets(parts[0], parts[1], [], chosen.notes)
 
 
 def check_labels(config: EvaluationConfig, sets: EvaluationSets, protocols: Sequence[str]) -> None:

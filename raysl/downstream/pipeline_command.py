@@ -237,7 +237,7 @@ class _Pipeline:
 
 def _row(step: Step, teacher: str | None, config: RunConfig[Any], results: Results) -> StepResult:
     """Return what the table says of a finished step."""
-    found = results.get("top1"), results.get("linear_top1"), results.get("knn_top1")
+    found = results.get("top1"), results.get("linear_lbfgs_top1"), results.get("knn_top1")
     top1 = next((value for value in found if value is not None), None)
     width = f" {config.backbone.width:g}x" if config.backbone.width != 1 else ""
     return {

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 import ray
 import torch
 
-from raysl.downstream.evaluation import Finished, ProtocolRun, measure_unit
+from raysl.downstream.evaluation import Finished
 from raysl.errors import ClusterError
 from raysl.evaluate.probes import ProbeResult, ProbeSets
+from raysl.evaluate.registry import ProtocolRun, measure_unit
 from raysl.run.ray_errors import result_of
 
 _MAX_RETRIES = 3

@@ -17,41 +17,6 @@ _MOST_SIMILARITIES = 1 << 27  # computed at once: 512 MiB
 
 
 @torch.no_grad()
-def knn_accuracy(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    test_labels: Tensor,
-    *,
-    k: int,
-    temperature: float,
-) -> float:
-    """Return the accuracy of the weighted vote of each test image's nearest neighbours.
-
-    Each of the k nearest training images by cosine similarity s votes with exp(s / temperature).
-
-    Args:
-        train_features: ``(M, D)`` float, not normalised.
-        train_labels: ``(M,)`` int64, class numbers >= 0.
-        test_features: ``(N, D)`` float.
-        test_labels: ``(N,)`` int64.
-        k: Number of neighbours, > 0; at most M are used.
-        temperature: > 0.
-
-    Returns:
-        Accuracy in [0, 1]; every test row counts.
-
-    Raises:
-        ShapeError: If the shapes do not fit or a set is empty.
-    """
-    _check(train_features, train_labels, test_features, test_labels)
-    predictions = knn_predictions(
-        train_features, train_labels, test_features, ks=[k], temperature=temperature
-    )[k]
-    return int((predictions == test_labels).sum()) / len(test_labels)
-
-
-@torch.no_grad()
 def knn_predictions(
     train_features: Tensor,
     train_labels: Tensor,
@@ -61,6 +26,8 @@ def knn_predictions(
     temperature: float,
 ) -> dict[int, Tensor]:
     """Return the votes of each test image's neighbours, for several k in one pass.
+
+    Each of the k nearest training images by cosine similarity s votes with exp(s / temperature).
 
     Args:
         train_features: ``(M, D)`` float, not normalised.
@@ -89,9 +56,10 @@ def knn_predictions(
     return {k: torch.cat(parts) for k, parts in votes_of.items()}
 
 
-def _check(
+def check_shapes(
     train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor
 ) -> None:
+    """Raise ShapeError unless features and labels fit each other and neither set is empty."""
     shapes = [tuple(x.shape) for x in (train_features, train_labels, test_features, test_labels)]
     fits = (
         train_features.ndim == test_features.ndim == 2

@@ -1,11 +1,10 @@
 """Choose the labelled images that train the probes of a run, and those that test them.
 
 Labels never decide whether a pretraining may start: measurements without enough labels are skipped,
-with a note. Only explicit requests (``evaluate.source``, ``evaluate.finetune``) are errors if they
-cannot be fulfilled.
+with a note. Only explicit requests (``evaluate.source``, fine-tuning in ``evaluate.final``) are
+errors if they cannot be fulfilled.
 """
 
-import re
 from typing import NamedTuple
 
 import numpy as np
@@ -14,15 +13,26 @@ from raysl.errors import DataError, counted
 from raysl.evaluate.features import EvalImages, Rows
 from raysl.evaluate.protocol import EvaluateConfig, LabelledSets
 from raysl.sources.labels import hold_out
-from raysl.sources.open import open_source
-from raysl.sources.source import BUILT_IN, DataConfig, Labels, Source, SourceConfig
+from raysl.sources.open import open_source, with_keys_of
+from raysl.sources.source import BUILT_IN, DataConfig, Labels, Source
 from raysl.sources.splits import HELD_OUT, TRAIN, canonical
 
 _SUBSET_SEED = 0
 _FEWEST_CLASSES = 2
 _SHOWN = 5
-# Keys of the data section in errors about evaluate.source, but not paths.
-_DATA = re.compile(rf"(?<![\w/.-])data(?=\.({'|'.join(SourceConfig.model_fields)})\b)")
+_FEW_SHOT = "evaluate.few_shot.labels_per_class"
+
+
+class ImageKeys(NamedTuple):
+    """The names of the settings of the test images, for messages."""
+
+    section: str = "evaluate"
+    source: str = "evaluate.source"
+    unlabelled: str = ", or set data.labels=none to measure within evaluate.source alone"
+    """What to do about training images of other classes."""
+
+
+OF_RUN = ImageKeys()
 
 
 class Part(NamedTuple):
@@ -73,22 +83,25 @@ class _Candidates(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def choose_labelled(config: EvaluateConfig, data: DataConfig, source: Source) -> Labelling:
+def choose_labelled(
+    config: EvaluateConfig, data: DataConfig, source: Source, *, keys: ImageKeys = OF_RUN
+) -> Labelling:
     """Choose the labelled images of a run, without decoding any.
 
     Args:
         config: The evaluation settings.
         data: The settings of the training data.
         source: All training images.
+        keys: What the settings of the test images are called.
 
     Raises:
         DataError: If a given test source has no labels, or shares only some of its classes with the
-            training images, or if ``evaluate.finetune`` is set and there are no labels for it.
+            training images, or if ``evaluate.final`` fine-tunes and there are no labels for it.
     """
     numbers = source.labels()
     labels = np.empty(0, np.int64) if numbers is None else numbers
     if config.source is not None:
-        candidates = _given(config, data, source, labels)
+        candidates = _given(config, data, source, labels, keys)
     elif _num_classes(labels) < _FEWEST_CLASSES:
         return _nothing(config, _too_few_classes(source, labels))
     else:
@@ -105,7 +118,7 @@ def choose_labelled(config: EvaluateConfig, data: DataConfig, source: Source) ->
             f"test them; two classes to train with and one image to test on are the least",
         )
     few_shot, note = _few_shot(config, train.known, candidates.class_names)
-    is_wanted = not few_shot and config.final == "full"
+    is_wanted = not few_shot and "few_shot" in config.final
     notes = (*candidates.notes, *_unseen(train, test), *([note] if is_wanted else []))
     return Labelling(train, test, candidates.class_names, few_shot, candidates.within, notes)
 
@@ -163,24 +176,26 @@ def has_test_set(config: EvaluateConfig, data: DataConfig, source: Source) -> bo
     return config.source is not None or _held_out_split(data, source)[0] is not None
 
 
-def _given(config: EvaluateConfig, data: DataConfig, source: Source, labels: Labels) -> _Candidates:
+def _given(
+    config: EvaluateConfig, data: DataConfig, source: Source, labels: Labels, keys: ImageKeys
+) -> _Candidates:
     """Test on ``evaluate.source``; also train probes on it if the training images cannot."""
-    where = f"evaluate.source={config.source}"
+    where = f"{keys.source}={config.source}"
     try:
         test = open_source(config.test_images(data), held_out=True, data=data)
     except DataError as error:
-        raise DataError(_DATA.sub("evaluate", str(error))) from None
+        raise DataError(with_keys_of(keys.section, str(error), source=keys.source)) from None
     test_labels = test.labels()
     if test_labels is None or not (test_labels >= 0).any():
-        raise DataError(f"{where}: no labels; {_DATA.sub('evaluate', test.label_advice)}")
+        advice = with_keys_of(keys.section, test.label_advice, source=keys.source)
+        raise DataError(f"{where}: no labels; {advice}")
     labelled = np.flatnonzero(test_labels >= 0)
     unknown, shared = _compare(test, test_labels, source)
     if shared and unknown and _num_classes(labels) >= _FEWEST_CLASSES:
         raise DataError(
             f"{where}: {_some(unknown)} not among the classes of {source.name}: "
             f"{_some(source.class_names)}. Evaluation goes by names: give the classes the same "
-            f"names, leave those images out (evaluate.filter), or set data.labels=none to measure "
-            f"within evaluate.source alone"
+            f"names, leave those images out ({keys.section}.filter){keys.unlabelled}"
         )
     if not unknown and _num_classes(labels) >= _FEWEST_CLASSES:
         there = Part(source, labels, np.flatnonzero(labels >= 0))
@@ -271,7 +286,7 @@ def _numbers_like(test: Source, labels: Labels, train: Source) -> Labels:
 def _few_shot(config: EvaluateConfig, labels: Labels, names: list[str]) -> tuple[bool, str]:
     """Return whether each class has enough labels for the few-shot probe, and a note if not."""
     numbers, counts = np.unique(labels, return_counts=True)
-    wanted = config.few_shot_labels
+    wanted = config.few_shot.labels_per_class
     few = int((counts < wanted).sum())
     if not few:
         return True, ""
@@ -279,8 +294,8 @@ def _few_shot(config: EvaluateConfig, labels: Labels, names: list[str]) -> tuple
     name = names[int(numbers[counts.argmin()])]
     return False, (
         f"{few:,} of {len(numbers):,} classes {'has' if few == 1 else 'have'} fewer labelled "
-        f"images for the probes than evaluate.few_shot_labels={wanted} ({name!r} has {fewest}): "
-        f"the few-shot accuracy is left out; evaluate.few_shot_labels={fewest} measures it"
+        f"images for the probes than {_FEW_SHOT}={wanted} ({name!r} has {fewest}): the few-shot "
+        f"accuracy is left out; {_FEW_SHOT}={fewest} measures it"
     )
 
 
@@ -305,8 +320,8 @@ def _nothing(config: EvaluateConfig, note: str) -> Labelling:
 
 
 def _check_finetune(config: EvaluateConfig, why: str) -> None:
-    if config.finetune is not None:
-        raise DataError(f"evaluate.finetune: {why}. Set evaluate.finetune=null to train without it")
+    for name in config.trained:
+        raise DataError(f"evaluate.{name}: {why}. Leave {name} out of evaluate.final")
 
 
 def _num_classes(labels: Labels) -> int:

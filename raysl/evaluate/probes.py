@@ -14,7 +14,7 @@ from torch import Tensor
 
 from raysl.config.base import Config, PositiveFloat, PositiveInt
 from raysl.errors import DataError
-from raysl.evaluate.knn import knn_predictions
+from raysl.evaluate.knn import check_shapes, knn_predictions
 from raysl.evaluate.linear import few_shot_rows, scaled_on
 from raysl.evaluate.logistic import LogisticRegression, fit_logistic
 from raysl.evaluate.sgd_probe import SgdSettings, train_classifiers
@@ -63,15 +63,9 @@ class LinearConfig(Config):
 
 
 class LbfgsConfig(Config):
-    """Logistic regression by L-BFGS; the penalty is chosen on held-out training images."""
+    """Logistic regression by L-BFGS; one of several penalties is chosen on held-out images."""
 
-    inverse_penalties: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (
-        0.001,
-        0.01,
-        0.1,
-        1.0,
-        10.0,
-    )
+    inverse_penalties: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1.0,)
     """C of scikit-learn's LogisticRegression, ascending; a single one is used without a choice."""
     max_iterations: PositiveInt = 200
     """Maximal number of L-BFGS steps for each."""
@@ -115,10 +109,13 @@ class ProbeResult(NamedTuple):
 
 
 def measure_knn(config: KnnConfig, sets: ProbeSets, *, seed: int, device: str) -> ProbeResult:
-    """Measure nearest neighbours; deterministic, whatever the seed."""
-    train, labels, test = (
-        torch.from_numpy(x).to(device) for x in (sets.train, sets.train_labels, sets.test)
-    )
+    """Measure nearest neighbours; deterministic, whatever the seed.
+
+    Raises:
+        ShapeError: If the shapes do not fit or a set is empty.
+    """
+    train, labels, test, test_labels = (torch.from_numpy(x).to(device) for x in sets)
+    check_shapes(train, labels, test, test_labels)
     ks = sorted({config.k, *config.also_k})
     predicted = knn_predictions(train, labels, test, ks=ks, temperature=config.temperature)
     accuracies = {k: _top1(predictions, sets.test_labels) for k, predictions in predicted.items()}

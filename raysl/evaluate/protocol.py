@@ -1,22 +1,31 @@
 """The evaluation settings of a run, and the measurement of its labelled images."""
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-import torch
-from pydantic import Field
+import numpy as np
+from pydantic import Field, field_validator
 from torch import Tensor
 
-from raysl.config.base import Duration, Idle, PositiveFloat, PositiveInt
+from raysl.config.base import Duration, Idle, PositiveInt
+from raysl.errors import ConfigError
 from raysl.evaluate.features import EvalImages
-from raysl.evaluate.finetune import FinetuneConfig
-from raysl.evaluate.knn import knn_accuracy
-from raysl.evaluate.linear import few_shot_accuracy, linear_accuracy
+from raysl.evaluate.probes import ProbeSets, measure_knn
+from raysl.evaluate.registry import (
+    FINAL,
+    PROTOCOLS,
+    ProtocolSettings,
+    check_protocols,
+    measure_unit,
+    units_of,
+)
+from raysl.methods.base import MethodConfig
 from raysl.sources.pixels import ColorProfile, Pages
 from raysl.sources.source import DataConfig, SourceConfig
-from raysl.track.results import Probed
+from raysl.track.results import TRAINING, Results
 
 
-class EvaluateConfig(SourceConfig):
+class EvaluateConfig(ProtocolSettings, SourceConfig):
     """How to measure frozen features, where there are labels.
 
     ``source`` names the labelled test images. Null takes the validation split beside data.source,
@@ -48,31 +57,76 @@ class EvaluateConfig(SourceConfig):
     """Who measures during training. background: a process beside the train workers, which do not
     wait; values arrive later, under their own step. blocking: the train workers. auto takes
     background on Ray if the workers train on CPUs or a GPU is free beside theirs, else blocking."""
-    final: Literal["full", "knn"] = "full"
-    """What to measure at the end. full: all probes, on the trained and on the untrained encoder.
-    knn: only the nearest neighbours of the trained one, which takes seconds instead of most of a
-    minute, as for the trials of a sweep."""
-    knn_k: PositiveInt = 20
-    """Number of neighbours that vote."""
-    knn_temperature: PositiveFloat = 0.07
-    """Temperature of a vote, exp(cosine similarity / temperature)."""
-    few_shot_labels: PositiveInt = 5
-    """Labels for each class of the few-shot probe; skipped if a class has fewer."""
-    few_shot_draws: PositiveInt = 5
-    """Number of random draws of these labels; the mean is reported."""
-    inverse_penalty: PositiveFloat = 1.0
-    """C of the logistic regressions."""
-    pixel_baseline: bool = True
-    """Also measure the bare pixels, a baseline for the encoder. It takes as long as an encoder."""
+    final: tuple[str, ...] = FINAL
+    """Protocols to measure at the end, as of ``raysl evaluate --protocols``; the settings of each
+    are in the section of its name. finetune, semi_1 and semi_10 train a copy of the network."""
+    untrained_baseline: bool | None = None
+    """Also measure the encoder before training, a baseline. null: unless ``final`` measures
+    nearest neighbours alone, as the trials of a sweep do in seconds."""
+    pixel_baseline: bool | None = None
+    """Also measure the bare pixels, which takes as long as an encoder. null: as
+    ``untrained_baseline``."""
     max_train_images: PositiveInt = 10_000
     """Maximal number of labelled training images, a fixed random subset."""
     max_test_images: PositiveInt = 10_000
     """Maximal number of test images."""
     crop_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Side of the centred square over the image's short side (0.875 is usual for ImageNet)."""
-    finetune: FinetuneConfig | None = None
-    """Also fine-tune encoder and head at the end of the run, with part of the labels; null does
-    not. It takes as long as training for that many epochs."""
+
+    @field_validator("final")
+    @classmethod
+    def _are_protocols(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return known_protocols(names)
+
+    @classmethod
+    def idle_by(cls, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """Yield settings of fine-tuning that is not performed."""
+        final = values.get("final")
+        if isinstance(final, list):  # a word is of an earlier version
+            for name in (each for each in TRAINING if each not in final):
+                why = f"with evaluate.final=[{', '.join(map(str, final))}], without {name}"
+                for key in PROTOCOLS[name].settings.model_fields:
+                    yield f"{name}.{key}", why
+
+    def check_head_layers(self, method: MethodConfig, *, is_vit: bool) -> None:
+        """Refuse to fine-tune from a layer that the method's projection head does not have."""
+        most = method.projection_head_layers(is_vit=is_vit)
+        for name in self.trained:
+            layers = getattr(self, name).head_layers
+            if layers > most:
+                raise ConfigError(
+                    f"evaluate.{name}.head_layers={layers}: the projection head of method "
+                    f"{method.name} ends at layer {most}; use at most {most}"
+                )
+
+    @property
+    def probes(self) -> tuple[str, ...]:
+        """The protocols of ``final`` that measure frozen features."""
+        return tuple(name for name in self.final if name not in TRAINING)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The protocols of ``final`` that train the network."""
+        return tuple(name for name in self.final if name in TRAINING)
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether the evaluation of the last step measures all that is measured at the end."""
+        return not (set(self.probes) - {"knn"} or self.measures_untrained or self.measures_pixels)
+
+    @property
+    def measures_untrained(self) -> bool:
+        """Whether the encoder before training is measured."""
+        return self._is_measured(self.untrained_baseline)
+
+    @property
+    def measures_pixels(self) -> bool:
+        """Whether the bare pixels are measured."""
+        return self._is_measured(self.pixel_baseline)
+
+    def _is_measured(self, baseline: bool | None) -> bool:
+        beyond_knn = bool(set(self.probes) - {"knn"})
+        return bool(self.probes) and (beyond_knn if baseline is None else baseline)
 
     def test_images(self, data: DataConfig) -> SourceConfig:
         """Return the settings that open ``source``; unset pixel settings are the training images'.
@@ -110,37 +164,70 @@ class LabelledSets:
         self.few_shot = few_shot
 
 
+def known_protocols(names: Iterable[str]) -> tuple[str, ...]:
+    """Return names of protocols for the end of a run, without duplicates.
+
+    Raises:
+        ValueError: If one is unknown, or there is none.
+    """
+    try:
+        return check_protocols(names, where="protocols", known=tuple(PROTOCOLS))
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+
+
+def probe_sets(sets: LabelledSets, train: Tensor, test: Tensor) -> ProbeSets:
+    """Return features ``(M, D)`` and ``(N, D)`` with their labels."""
+    return ProbeSets(train.numpy(), sets.train.labels, test.numpy(), sets.test.labels)
+
+
 def knn_top1(config: EvaluateConfig, sets: LabelledSets, train: Tensor, test: Tensor) -> float:
     """Return the nearest-neighbour accuracy of features ``(M, D)`` and ``(N, D)``."""
-    return knn_accuracy(
-        train,
-        torch.from_numpy(sets.train.labels),
-        test,
-        torch.from_numpy(sets.test.labels),
-        k=config.knn_k,
-        temperature=config.knn_temperature,
-    )
+    return measure_knn(config.knn, probe_sets(sets, train, test), seed=0, device="cpu").top1
 
 
-def all_protocols(
+def measure_probes(
     config: EvaluateConfig, sets: LabelledSets, train: Tensor, test: Tensor
-) -> Probed:
-    """Return ``knn_top1``, ``linear_top1``, ``few_shot_top1`` and ``few_shot_top1_std``.
+) -> dict[str, float]:
+    """Measure the probes of ``evaluate.final`` on features ``(M, D)`` and ``(N, D)``.
 
-    The last two only with enough labels.
+    Returns:
+        For each protocol ``PROTOCOL_top1``, the mean over its seeds, and for several seeds their
+        standard deviation, ``PROTOCOL_top1_std``; few_shot only with enough labels.
     """
-    labels = sets.train.labels, sets.test.labels
-    arrays = train.numpy(), labels[0], test.numpy(), labels[1]
-    measured: Probed = {
-        "knn_top1": knn_top1(config, sets, train, test),
-        "linear_top1": linear_accuracy(*arrays, inverse_penalty=config.inverse_penalty),
+    arrays, results = probe_sets(sets, train, test), dict[str, float]()
+    for name in config.probes:
+        if name == "few_shot" and not sets.few_shot:
+            continue
+        units = units_of(config, name)
+        values = [measure_unit(unit, arrays, device="cpu")[0].top1 for unit in units]
+        results |= mean_and_deviation(name, values)
+    return results
+
+
+def mean_and_deviation(protocol: str, values: list[float]) -> dict[str, float]:
+    """Return the result keys of a protocol for the accuracies of its seeds."""
+    mean = {f"{protocol}_top1": float(np.mean(values))}
+    return mean | ({f"{protocol}_top1_std": float(np.std(values))} if len(values) > 1 else {})
+
+
+def protocol_texts(config: EvaluateConfig, names: Iterable[str]) -> dict[str, str]:
+    """Return the versions and settings of protocols, as they identify their numbers."""
+    return {name: PROTOCOLS[name].text(getattr(config, name)) for name in names}
+
+
+def facts_of(config: EvaluateConfig, sets: LabelledSets) -> Results:
+    """Return what the numbers of :func:`measure_probes` stand on, for ``results.json``."""
+    facts: Results = {
+        "num_train_labels": len(sets.train),
+        "num_test_labels": len(sets.test),
+        "num_bad_test_images": len(sets.test.bad),
+        "num_classes": len(sets.class_names),
+        "knn_k": config.knn.k,
+        "knn_temperature": config.knn.temperature,
+        "protocols": protocol_texts(config, config.probes),
     }
-    if not sets.few_shot:
-        return measured
-    few = few_shot_accuracy(
-        *arrays,
-        labels_per_class=config.few_shot_labels,
-        num_draws=config.few_shot_draws,
-        inverse_penalty=config.inverse_penalty,
-    )
-    return measured | {"few_shot_top1": few.mean, "few_shot_top1_std": few.deviation}
+    if sets.few_shot and "few_shot" in config.probes:
+        facts["few_shot_labels"] = config.few_shot.labels_per_class
+        facts["few_shot_draws"] = config.few_shot.draws
+    return facts

@@ -6,11 +6,15 @@ protocol, the version and the settings that matter: ``knn@1 (k 20, temperature 0
 
 import difflib
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field
 
 from raysl.config.base import Config
-from raysl.config.load import parse_override
+from raysl.config.load import parse_override, validate
 from raysl.errors import ConfigError
 from raysl.evaluate.probes import (
     FewShotConfig,
@@ -18,6 +22,7 @@ from raysl.evaluate.probes import (
     LbfgsConfig,
     LinearConfig,
     ProbeResult,
+    ProbeSets,
     measure_few_shot,
     measure_knn,
     measure_lbfgs,
@@ -103,7 +108,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
         Protocol("linear", 1, LinearConfig, "linear", _linear_text, _as_asked, measure_linear),
         Protocol(
             "linear_lbfgs",
-            1,
+            2,  # 1 chose the best of five C on held-out images
             LbfgsConfig,
             "logistic regression",
             _lbfgs_text,
@@ -130,25 +135,91 @@ TRANSFER = "transfer"
 """Stands for the protocols in :data:`TRANSFERRED`, on another labelled source."""
 TRANSFERRED = ("knn", "linear")
 DEFAULT = ("knn", "linear", "few_shot")
+"""What ``raysl evaluate`` measures."""
+FINAL = ("knn", "linear_lbfgs", "few_shot")
+"""What the end of a run measures: less than a second for each after the features."""
 
 
-def check_protocols(names: Sequence[str]) -> tuple[str, ...]:
+class ProtocolSettings(Config):
+    """The settings of every protocol: the same keys in ``raysl evaluate`` and at a run's end."""
+
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2)
+    """Seeds of everything random in a protocol: held-out images, order, first weights, labels."""
+    knn: KnnConfig = KnnConfig()
+    linear: LinearConfig = LinearConfig()
+    linear_lbfgs: LbfgsConfig = LbfgsConfig()
+    few_shot: FewShotConfig = FewShotConfig()
+    finetune: FinetuneProtocol = FinetuneProtocol()
+    semi_1: SemiHundredth = SemiHundredth()
+    semi_10: SemiTenth = SemiTenth()
+
+
+class ProtocolRun(NamedTuple):
+    """One seed of a protocol."""
+
+    protocol: str
+    settings: dict[str, Any]
+    seed: int | None
+    """None where nothing is random."""
+
+
+def units_of(config: ProtocolSettings, name: str) -> list[ProtocolRun]:
+    """Return the units of a protocol: one for each seed, or a single one without."""
+    settings = getattr(config, name)
+    values = settings.model_dump(mode="json")
+    seeds = PROTOCOLS[name].seeds(settings, config.seeds)
+    return [ProtocolRun(name, values, seed) for seed in seeds or (None,)]
+
+
+def settings_of(unit: ProtocolRun) -> Any:
+    """Return the validated settings of a unit."""
+    return validate(PROTOCOLS[unit.protocol].settings, unit.settings, where=unit.protocol)
+
+
+def key_of(unit: ProtocolRun) -> str:
+    """Return a unit's name on the disk: it changes with the version and the settings."""
+    version = PROTOCOLS[unit.protocol].version
+    seed = "" if unit.seed is None else f"-seed{unit.seed}"
+    return f"{unit.protocol}@{version}-{settings_digest(settings_of(unit))}{seed}"
+
+
+def measure_unit(unit: ProtocolRun, sets: ProbeSets, *, device: str) -> tuple[ProbeResult, float]:
+    """Measure a unit on features; return its result and its wall time in seconds."""
+    measure = PROTOCOLS[unit.protocol].measure
+    assert measure is not None
+    began = time.monotonic()
+    with warnings.catch_warnings():
+        # Features in Ray's store are read-only, and nothing here writes into them.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
+        measured = measure(settings_of(unit), sets, seed=unit.seed or 0, device=device)
+    return measured, time.monotonic() - began
+
+
+def check_protocols(
+    names: Iterable[str],
+    *,
+    where: str = "--protocols",
+    known: Sequence[str] = (*PROTOCOLS, TRANSFER),
+) -> tuple[str, ...]:
     """Return the names without duplicates.
+
+    Args:
+        names: Names of protocols.
+        where: The option or the setting that gives them.
+        known: The allowed names.
 
     Raises:
         ConfigError: If one is unknown, with the most similar known name, or if there is none.
     """
-    known = [*PROTOCOLS, TRANSFER]
+    names = tuple(dict.fromkeys(names))
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(
-                f"--protocols: {name!r} is not known; allowed: {', '.join(known)}{hint}"
-            )
+            raise ConfigError(f"{where}: {name!r} is not known; allowed: {', '.join(known)}{hint}")
     if not names:
-        raise ConfigError(f"--protocols: give at least one of {', '.join(known)}")
-    return tuple(dict.fromkeys(names))
+        raise ConfigError(f"{where}: give at least one of {', '.join(known)}")
+    return names
 
 
 def settings_digest(settings: Config) -> str:

@@ -57,7 +57,9 @@ class FinetuneProtocol(Config):
         share = "all" if self.label_fraction == 1 else f"{100 * self.label_fraction:g} % of the"
         return f"whole network, {self.epochs} epochs, {share} labels"
 
-    def overrides(self, *, is_vit: bool, size_px: int, num_images: int, seed: int) -> list[str]:
+    def overrides(
+        self, *, is_vit: bool, size_px: int, num_images: int, seed: int, num_workers: int = 1
+    ) -> list[str]:
         """Return the settings of the run that trains the network, without its paths.
 
         Args:
@@ -65,8 +67,10 @@ class FinetuneProtocol(Config):
             size_px: Side of its images.
             num_images: Number of labelled training images.
             seed: Seed of labels, views, order and classifier.
+            num_workers: Train workers, which share each batch evenly.
         """
         used = max(1, round(self.label_fraction * num_images))
+        workers = max(1, num_workers)
         sgd = {
             "name": "sgd",
             "base_lr": self.base_lr,
@@ -93,7 +97,7 @@ class FinetuneProtocol(Config):
             "method.head_layers": self.head_layers,
             "optim": adamw if is_vit else sgd,
             "train.epochs": float(self.vit_epochs if is_vit else self.epochs),
-            "train.global_batch_size": min(self.batch_size, used),
+            "train.global_batch_size": max(1, min(self.batch_size, used) // workers) * workers,
         }
         if is_vit:
             values |= {

@@ -6,8 +6,7 @@ ranks is differentiated. Data-parallel training then divides by the number of ra
 the mean of the per-rank losses.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -16,27 +15,12 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
-_ALONE: list[bool] = []  # one entry for each enclosing :func:`on_its_own` block
-
 
 def rank_and_size() -> tuple[int, int]:
     """Return this process's rank and the number of ranks; (0, 1) without a process group."""
-    if not _ALONE and dist.is_available() and dist.is_initialized():
+    if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
-
-
-@contextmanager
-def on_its_own() -> Iterator[None]:
-    """Let this process work as if it were the only one, while the others wait at a barrier.
-
-    Within the block, the functions of this module exchange nothing with other ranks.
-    """
-    _ALONE.append(True)
-    try:
-        yield
-    finally:
-        _ALONE.pop()
 
 
 class _Gather(torch.autograd.Function):

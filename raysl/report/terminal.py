@@ -5,7 +5,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,7 +14,14 @@ from rich.table import Table
 
 from raysl.sources.source import Source
 from raysl.track.follow import Record
-from raysl.track.results import Features, Results, scores_of
+from raysl.track.results import (
+    TRAINING,
+    Features,
+    Results,
+    Score,
+    measured_probes,
+    score_of,
+)
 
 _LINE_EVERY_S = 10.0
 _PLAIN_WIDTH = 110
@@ -146,39 +153,49 @@ class ProgressView:
 
 
 def accuracy_table(results: Results) -> Table:
-    """Return the table of what pretraining gave, against its start and bare pixels.
-
-    Without a column of few labels where there were too few for it.
-    """
+    """Return the table of what pretraining gave, against its start and bare pixels."""
     table = Table(title="Accuracy of frozen features on the test images")
     table.add_column("features")
-    table.add_column(f"kNN (k {results['knn_k']})", justify="right")
-    table.add_column("linear probe", justify="right")
-    has_few = "few_shot_top1" in results
-    if has_few:
-        few = f"{results['few_shot_labels']} labels a class"
-        table.add_column(f"{few} (mean of {results['few_shot_draws']})", justify="right")
+    probes = measured_probes(results)
+    for probe in probes:
+        table.add_column(_probe_title(probe, results), justify="right")
     rows: dict[Features, str] = {
         "": "pretrained",
         "untrained_": "before training",
         "pixels_": "pixels",
     }
     for features, label in rows.items():
-        scores = scores_of(results, features)
-        if scores.knn_top1 is None or scores.linear_top1 is None:
-            continue
-        cells = [f"{scores.knn_top1:.1%}", f"{scores.linear_top1:.1%}"]
-        if has_few:
-            mean, spread = scores.few_shot_top1, scores.few_shot_top1_std
-            if mean is None or spread is None:
-                cells.append("")
-            else:
-                cells.append(f"{mean:.1%} +- {100 * spread:.1f}")
-        table.add_row(label, *cells, style="bold" if not features else None)
-    if "finetune_top1" in results:
-        labels, top1 = results["finetune_labels"], results["finetune_top1"]
-        table.caption = f"fine-tuned on {labels:,} labels: {top1:.1%}"
+        scores = [score_of(results, probe, features) for probe in probes]
+        if any(scores):
+            table.add_row(label, *map(_cell, scores), style="bold" if not features else None)
+    table.caption = "\n".join(trained_lines(results)) or None
     return table
+
+
+def trained_lines(results: Results) -> list[str]:
+    """Return a line for each protocol that trained the network."""
+    values = cast(Mapping[str, Any], results)
+    return [
+        f"fine-tuned on {values[f'{name}_labels']:,} labels: {_cell(score)}"
+        for name in TRAINING
+        if (score := score_of(results, name)) is not None
+    ]
+
+
+def _probe_title(probe: str, results: Results) -> str:
+    if probe == "knn":
+        return f"kNN (k {results['knn_k']})"
+    if probe == "few_shot":
+        few = f"{results['few_shot_labels']} labels a class"
+        return f"{few} (mean of {results['few_shot_draws']})"
+    return {"linear_lbfgs": "linear probe"}.get(probe, f"{probe} probe, by SGD")
+
+
+def _cell(score: Score | None) -> str:
+    if score is None:
+        return ""
+    spread = "" if score.deviation is None else f" +- {100 * score.deviation:.1f}"
+    return f"{score.mean:.1%}{spread}"
 
 
 def mapping_table(title: str, values: Mapping[str, Any]) -> Table:

@@ -11,6 +11,7 @@ from raysl.errors import ConfigError
 from raysl.nn.backbones import check_model_name
 from raysl.run.check_network import check_network
 from raysl.run.labelled_sets import labelling_notes
+from raysl.run.protocol_runs import check_protocol_runs
 from raysl.run.recipe import Derived, RunConfig, derive_for
 from raysl.sources.source import Source
 from raysl.track.uri import check_tracking_uri
@@ -42,11 +43,13 @@ def check_start(config: RunConfig[Any], source: Source) -> Derived:
 
     Raises:
         ConfigError: If lengths do not fit each other, the method cannot be built for these images,
-            its batch norm has too few of them, or no memory holds it.
+            its batch norm has too few of them, no memory holds it, or too few labels are left to
+            fine-tune it with at the end.
         DataError: If the given weights do not fit, or the labels are not what the run needs.
     """
     derived = check_lengths(config, source)
     labelling_notes(config, source)
+    check_protocol_runs(config, source)
     check_network(config, source, derived)
     return derived
 

@@ -18,6 +18,7 @@ from raysl.config.load import (
 )
 from raysl.encoder.file import read_description
 from raysl.errors import ConfigError, DataError
+from raysl.evaluate.old_keys import resolved
 from raysl.evaluate.protocol import EvaluateConfig
 from raysl.evaluate.training_source import open_training_source, seen_part
 from raysl.methods import load_method
@@ -29,6 +30,7 @@ from raysl.run.recipe import RunConfig, asked_run, layered
 from raysl.sources.belonging import named_source, without_other_source
 from raysl.sources.place import absolute_config
 from raysl.sources.source import DataConfig, Source
+from raysl.track.results import TRAINING
 from raysl.track.run_folder import RunFolder
 
 _DEEP_HEAD = 3  # fewest layers of a projection head whose first layer SimCLR v2 fine-tunes
@@ -44,6 +46,7 @@ _VIT_OPTIM: dict[str, Any] = {
 }
 # As fractions of the run, since with few labels an epoch has only a few steps.
 _PACE = {"fraction": 0.25}
+_OF_ITS_END = ("final", *TRAINING)  # of section evaluate, and of no use to a classifier
 
 
 class RunOrigin(NamedTuple):
@@ -116,7 +119,7 @@ def finetune_from(
         values["method"]["head"] = str(origin.folder)
     values["backbone"]["weights"] = str(origin.weights)
     values["data"]["labels"] = {"fraction": _ALL_LABELS, "seed": 0, "only": True}
-    values = apply_overrides(values, overrides)
+    values = resolved(apply_overrides(values, overrides))
     seen = values["data"].get("labels")
     fraction = seen.get("fraction", _ALL_LABELS) if isinstance(seen, dict) else _ALL_LABELS
     method, backbone = values["method"], values["backbone"]
@@ -198,7 +201,7 @@ def distill_from(
     values["method"] = {"name": "distill", "teacher": str(teacher.folder)}
     if isinstance(values["data"].get("labels"), dict):
         values["data"]["labels"]["only"] = False
-    values = apply_overrides(values, overrides)
+    values = resolved(apply_overrides(values, overrides))
     ours = _architecture(values["backbone"])
     values["method"].setdefault("temperature", 0.1 if ours == theirs else 1.0)
     slow = {"weight_decay": 1e-4, "warmup": {"fraction": 0.05}}
@@ -268,7 +271,8 @@ def _of_run(run: RunConfig[Any], folder: Path, weights: Path, head_layers: int) 
     values = run.model_dump(mode="json", exclude={"name", "adversary_optim", "optim", "train"})
     values |= {
         "data": finetune_data(run),
-        "evaluate": values["evaluate"] | {"finetune": None, "every": _PACE},
+        "evaluate": {k: v for k, v in values["evaluate"].items() if k not in _OF_ITS_END}
+        | {"every": _PACE},
         "track": values["track"] | {"registered_model": None},
         "train": {"precision": run.train.precision, "channels_last": run.train.channels_last},
         "output_dir": str(folder.parent),

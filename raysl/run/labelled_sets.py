@@ -19,7 +19,7 @@ def labelling_notes(config: RunConfig[Any], source: Source) -> list[str]:
     """
     evaluate = config.evaluate
     if config.method.classifies:  # no probes are trained
-        evaluate = evaluate.model_copy(update={"final": "knn"})
+        evaluate = evaluate.model_copy(update={"final": ("knn",)})
     return list(choose_labelled(evaluate, config.data, whole_source(source)).notes)
 
 

@@ -1,18 +1,20 @@
 """Train a run in this process, without Ray: the same plan, the same pixels, the same loss."""
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from raysl.data.stream import ItemMaker, iterate
 from raysl.evaluate.protocol import LabelledSets
-from raysl.run.local_stream import open_local
 from raysl.run.measuring import Place
-from raysl.run.recipe import ClusterConfig, RunConfig
+from raysl.run.recipe import ClusterConfig, RunConfig, block_spec, plan_of
 from raysl.run.worker import pretrain
 from raysl.sources.source import Source
 from raysl.track.results import Results
 from raysl.track.run_folder import RunFolder, latest_step
+from raysl.train.batches import NumpyBatch
 from raysl.train.loop import Log
 
 
@@ -59,9 +61,23 @@ def pretrain_here(
             cluster.threads_per_train_worker or cpus,
         ),
         start_step=start_step,
-        open_batches=lambda _: open_local(
+        open_batches=lambda _: _batches(
             config, source, start_step=start_step, num_threads=cluster.num_data_workers or cpus
         ),
         evaluated=evaluated,
         sets=sets,
+    )
+
+
+def _batches(
+    config: RunConfig[Any], source: Source, *, start_step: int, num_threads: int
+) -> Iterator[NumpyBatch]:
+    """Open the stream of batches from a step on; they are those that Ray's workers would make."""
+    return iterate(
+        ItemMaker(source, plan_of(config, source), block_spec(config.data)),
+        start_step=start_step,
+        rank=0,
+        world_size=1,
+        num_threads=num_threads,
+        prefetch_steps=config.cluster.prefetch_batches,
     )

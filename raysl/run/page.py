@@ -1,15 +1,16 @@
 """Write the report of a run: one self-contained HTML file that loads nothing from the network."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from raysl.config.load import to_yaml
 from raysl.errors import DataError
+from raysl.evaluate.registry import PROTOCOLS
 from raysl.exchange.library_lines import encoder_lines
 from raysl.report.document import (
     draw_each,
@@ -22,22 +23,19 @@ from raysl.report.document import (
 )
 from raysl.run.pictures import (
     ENCODERS,
-    Probe,
     accuracy,
     draw_accuracy,
     draw_curves,
     draw_grid,
     draw_map,
     draw_views,
-    has_accuracy,
-    measured_probes,
     percent,
     probe_name,
     read_method_pictures,
 )
 from raysl.run.recipe import Derived, RunConfig
 from raysl.sources.source import Source
-from raysl.track.results import Features, Results
+from raysl.track.results import TRAINING, Features, Results, Score, measured_probes, score_of
 from raysl.track.run_folder import RunFolder, read_metrics
 
 _FILES = (
@@ -49,7 +47,7 @@ _FILES = (
     ("projection_head.safetensors", "the projection head, for fine-tuning from one of its layers"),
     ("classifier.safetensors", "encoder and classifier, for <code>raysl.load_classifier</code>"),
     ("labels.json", "rows of the training images whose labels training saw"),
-    ("finetune", "the run that fine-tuned a copy of the encoder"),
+    ("protocols", "the runs that fine-tuned copies of the encoder"),
     ("features.npz", "features, labels and small images behind the map"),
     ("checkpoints", "the whole state of training, to go on from"),
     ("pictures", "the pictures of this page"),
@@ -86,7 +84,7 @@ def draw_all(
         drawings["map"] = lambda path: _draw_map_of(folder, path)
     else:
         (folder.pictures / "map.png").unlink(missing_ok=True)
-    if has_accuracy(results):
+    if measured_probes(results):
         drawings["accuracy"] = lambda path: draw_accuracy(path, results)
     failures = []
     try:
@@ -104,7 +102,7 @@ def draw_all(
 
 def _has_map(folder: RunFolder, config: RunConfig[Any]) -> bool:
     """Return whether a run saves features for a map; one that only measures neighbours does not."""
-    return folder.features.exists() or config.evaluate.final != "knn"
+    return folder.features.exists() or not config.evaluate.is_quick
 
 
 def _draw_map_of(folder: RunFolder, path: Path) -> None:
@@ -171,7 +169,7 @@ def _summary(config: RunConfig[Any], derived: Derived, results: Results) -> str:
         f"{epochs:,.4g} epoch{'' if epochs == 1 else 's'} on {derived.num_images:,} images of "
         f"{escape(config.data.source)}, without labels"
     )
-    linear = percent(results.get("linear_top1"))
+    probe, linear = _linear(results)
     if linear is None:
         known = (
             "there are no labels to measure it with, or too few"
@@ -179,9 +177,16 @@ def _summary(config: RunConfig[Any], derived: Derived, results: Results) -> str:
             else "the run has no results yet"
         )
         return f"{sentence}; its accuracy is not known: {known}."
-    untrained = percent(results.get("untrained_linear_top1"))
-    than = "" if untrained is None else f", against {untrained:.1f} % before training"
-    return f"{sentence}; a linear classifier on its features is right in {linear:.1f} %{than}."
+    before = score_of(results, probe, "untrained_")
+    than = "" if before is None else f", against {100 * before.mean:.1f} % before training"
+    share = f"{100 * linear.mean:.1f} %"
+    return f"{sentence}; a linear classifier on its features is right in {share}{than}."
+
+
+def _linear(results: Results) -> tuple[str, Score | None]:
+    """Return the linear probe that speaks for the run, and its accuracy."""
+    probe = "linear_lbfgs" if "linear_lbfgs_top1" in results else "linear"
+    return probe, score_of(results, probe)
 
 
 def _classifier_summary(config: RunConfig[Any], derived: Derived, results: Results) -> str:
@@ -201,7 +206,7 @@ def _classifier_summary(config: RunConfig[Any], derived: Derived, results: Resul
 
 
 def _accuracy_section(folder: RunFolder, config: RunConfig[Any], results: Results) -> str:
-    if not has_accuracy(results):
+    if not measured_probes(results):
         return ""
     probes = measured_probes(results)
     heads = "".join(f"<th scope=col>{escape(probe_name(probe, results))}" for probe in probes)
@@ -230,7 +235,7 @@ def _method_section(folder: RunFolder) -> str:
     )
 
 
-def _accuracy_cell(results: Results, features: Features, probe: Probe) -> str:
+def _accuracy_cell(results: Results, features: Features, probe: str) -> str:
     result = accuracy(results, features, probe)
     if result is None:
         return "&ndash;"
@@ -240,52 +245,52 @@ def _accuracy_cell(results: Results, features: Features, probe: Probe) -> str:
 
 def _protocol(config: RunConfig[Any], results: Results) -> str:
     """Describe the settings and the images of the accuracies."""
-    evaluate = config.evaluate
-    # Older runs did not keep what they were measured with.
-    known: Results = {
-        "knn_k": evaluate.knn_k,
-        "knn_temperature": evaluate.knn_temperature,
-        "few_shot_labels": evaluate.few_shot_labels,
-        "few_shot_draws": evaluate.few_shot_draws,
-    }
-    known |= results
-    num_train, num_test, num_classes, knn_k, temperature = map(
-        _number,
-        (
-            known.get("num_train_labels"),
-            known.get("num_test_labels"),
-            known.get("num_classes"),
-            known["knn_k"],
-            known["knn_temperature"],
-        ),
-    )
     weights = config.backbone.weights
     start = "random weights" if weights is None else f"the weights of {escape(weights)}"
-    text = (
+    images = ("num_train_labels", "num_test_labels", "num_classes")
+    num_train, num_test, num_classes = (_number(results.get(name)) for name in images)
+    sentences = [
         f"Before training, the same network has {start}. Networks are frozen and see centred "
         f"images of {config.image_size_px} px. {num_train} labelled images train the probes, "
-        f"{num_test} others of {num_classes} classes test them. Nearest neighbours: k = {knn_k}, "
-        f"temperature {temperature}, cosine similarity. Linear: logistic regression, "
-        f"C = {evaluate.inverse_penalty:g}."
-    )
-    if "few_shot_top1" in measured_probes(results):
-        text += (
-            f" Few labels: {_number(known['few_shot_labels'])} a class, mean &plusmn; standard "
-            f"deviation of {_number(known['few_shot_draws'])} draws."
+        f"{num_test} others of {num_classes} classes test them.",
+        *_probe_sentences(config, results),
+    ]
+    for name in TRAINING:
+        if (tuned := score_of(results, name)) is not None:
+            labels = _number(cast(Mapping[str, Any], results).get(f"{name}_labels"))
+            layers = getattr(config.evaluate, name).head_layers
+            sentences.append(
+                f"Fine-tuned on {labels} of the labels, from layer {layers} of the projection head "
+                f"(0: the encoder alone), it is right in {100 * tuned.mean:.1f} %."
+            )
+    linear, count = _linear(results)[1], results.get("num_test_labels")
+    if linear is not None and count:
+        error = 100 * math.sqrt(linear.mean * (1 - linear.mean) / count)
+        sentences.append(
+            f"With so many test images, the standard error of {100 * linear.mean:.1f} is "
+            f"{error:.1f}."
         )
-    tuned = percent(results.get("finetune_top1"))
-    if tuned is not None and evaluate.finetune is not None:
-        text += (
-            f" Fine-tuned on {_number(results.get('finetune_labels'))} of the labels, from layer "
-            f"{evaluate.finetune.head_layers} of the projection head (0: the encoder alone), it is "
-            f"right in {tuned:.1f} %."
-        )
-    linear, count = percent(results.get("linear_top1")), results.get("num_test_labels")
-    if linear is None or not count:
-        return text
-    share = linear / 100
-    error = 100 * math.sqrt(share * (1 - share) / count)
-    return f"{text} With so many test images, the standard error of {linear:.1f} is {error:.1f}."
+    return " ".join(sentences)
+
+
+# Settings that results of earlier versions hold instead of the texts of their protocols.
+_KEPT = {
+    "knn": {"k": "knn_k", "temperature": "knn_temperature"},
+    "few_shot": {"labels_per_class": "few_shot_labels", "draws": "few_shot_draws"},
+}
+
+
+def _probe_sentences(config: RunConfig[Any], results: Results) -> Iterator[str]:
+    """Describe how each protocol measured."""
+    texts, values = results.get("protocols", {}), cast(Mapping[str, Any], results)
+    for probe in measured_probes(results):
+        names = _KEPT.get(probe, {}).items()
+        kept = {
+            name: values[key] for name, key in names if isinstance(values.get(key), int | float)
+        }
+        settings = getattr(config.evaluate, probe).model_copy(update=kept)
+        text = texts.get(probe) or PROTOCOLS[probe].text(settings)
+        yield f"{escape(probe_name(probe, results))}: {escape(text)}."
 
 
 def _encoder_section(config: RunConfig[Any]) -> str:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
@@ -31,11 +31,9 @@ from raysl.report.figure import (
     style_axes,
 )
 from raysl.sources.source import Source
-from raysl.track.results import Features, Results, scores_of
+from raysl.track.results import Features, Results, measured_probes, score_of
 
 __all__ = ["draw_accuracy", "draw_curves", "draw_grid", "draw_map", "draw_views"]
-
-Probe = Literal["knn_top1", "linear_top1", "few_shot_top1"]
 
 ENCODERS: tuple[tuple[Features, str], ...] = (
     ("", "Pretrained"),
@@ -43,8 +41,6 @@ ENCODERS: tuple[tuple[Features, str], ...] = (
     ("pixels_", "Bare pixels"),
 )
 """Prefix of keys in ``results.json``, and the measured encoder."""
-
-PROBES: tuple[Probe, ...] = ("knn_top1", "linear_top1", "few_shot_top1")
 
 _CELL_IN = 1.1
 _GAP = 0.04  # around an image, relative to a cell
@@ -165,7 +161,7 @@ def draw_accuracy(path: Path, results: Results) -> None:
     Raises:
         DataError: If it contains no accuracy.
     """
-    if not has_accuracy(results):
+    if not measured_probes(results):
         raise DataError("the results hold no accuracy to draw")
     figure = new_figure(height_in=3.4)
     axes = figure.subplots()
@@ -189,33 +185,12 @@ def draw_accuracy(path: Path, results: Results) -> None:
     save_png(figure, path)
 
 
-def has_accuracy(results: Results) -> bool:
-    """Return whether any accuracy was measured."""
-    return bool(measured_probes(results))
-
-
-def measured_probes(results: Results) -> list[Probe]:
-    """Return the probes with an accuracy of any encoder."""
-    return [
-        probe
-        for probe in PROBES
-        if any(accuracy(results, features, probe) is not None for features, _ in ENCODERS)
-    ]
-
-
-def accuracy(
-    results: Results, features: Features, probe: Probe
-) -> tuple[float, float | None] | None:
-    """Return an accuracy in percent and its deviation over draws, if any; None if missing."""
-    scores = scores_of(results, features)
-    deviation = None
-    if probe == "few_shot_top1":
-        value, deviation = percent(scores.few_shot_top1), scores.few_shot_top1_std
-    else:
-        value = percent(scores.knn_top1 if probe == "knn_top1" else scores.linear_top1)
-    if value is None:
+def accuracy(results: Results, features: Features, probe: str) -> tuple[float, float | None] | None:
+    """Return an accuracy in percent and its deviation over seeds, if any; None if missing."""
+    score = score_of(results, probe, features)
+    if score is None:
         return None
-    return value, None if deviation is None else 100 * deviation
+    return 100 * score.mean, None if score.deviation is None else 100 * score.deviation
 
 
 def percent(value: float | None) -> float | None:
@@ -225,11 +200,15 @@ def percent(value: float | None) -> float | None:
     return 100 * value
 
 
-def probe_name(probe: Probe, results: Results) -> str:
+def probe_name(probe: str, results: Results) -> str:
     """Return a probe's name for readers."""
     labels = results.get("few_shot_labels", "few")
-    few = f"Linear, {labels} label{'' if labels == 1 else 's'} a class"
-    return {"knn_top1": "Nearest neighbours", "linear_top1": "Linear, all labels"}.get(probe, few)
+    return {
+        "knn": "Nearest neighbours",
+        "linear": "Linear by SGD, all labels",
+        "linear_lbfgs": "Linear, all labels",
+        "few_shot": f"Linear, {labels} label{'' if labels == 1 else 's'} a class",
+    }[probe]
 
 
 def _draw_bars(

@@ -21,6 +21,7 @@ from raysl.run.extension import other_than_length, tags_of_extensions
 from raysl.run.labelled_sets import labelling_notes
 from raysl.run.local import pretrain_here, uses_gpu
 from raysl.run.places import started_from, with_absolute_sources
+from raysl.run.protocol_runs import Train, train_protocols
 from raysl.run.ray_cluster import connect, describe_cluster, disconnect, plan_layout
 from raysl.run.ray_train import pretrain_on_ray
 from raysl.run.recipe import (
@@ -206,8 +207,8 @@ def _train(opened: Opened, told_of: Collection[str]) -> Results:
     if config.track.mlflow and config.cluster.num_train_workers > 0:
         load_mlflow(opened.uri)
     with ExitStack() as stack:
-        start: Callable[[], Results] = lambda: pretrain_here(  # noqa: E731
-            config, folder=folder, source=opened.source
+        train: Train = lambda run, place, images: pretrain_here(  # noqa: E731
+            run, folder=place, source=images
         )
         facts: dict[str, str] = {}
         use_gpu = uses_gpu(config.cluster)
@@ -222,8 +223,8 @@ def _train(opened: Opened, told_of: Collection[str]) -> Results:
                 f"{'GPU' if layout.use_gpu else f'CPU ({layout.threads_per_train_worker} threads)'}"
                 f", {layout.num_data_workers} data worker(s), {layout.num_nodes} node(s)"
             )
-            start = lambda: pretrain_on_ray(  # noqa: E731
-                config, folder=folder, source=opened.source, layout=layout
+            train = lambda run, place, images: pretrain_on_ray(  # noqa: E731
+                run, folder=place, source=images, layout=plan_layout(run)
             )
         if note := precision_note(config, use_gpu=use_gpu):
             say(f"  {note}")
@@ -232,7 +233,10 @@ def _train(opened: Opened, told_of: Collection[str]) -> Results:
         reader = MetricsReader(folder.metrics, dict.fromkeys((), done))
         try:
             with Follower(reader, _showing(progress, folder), every_s=_PROGRESS_EVERY_S):
-                results = start()
+                results = train(config, folder, opened.source)
+            results = train_protocols(
+                config, results, folder=folder, source=opened.source, train=train
+            )
         except BaseException as error:
             progress.close()
             if tracker is not None:

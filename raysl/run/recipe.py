@@ -24,6 +24,7 @@ from raysl.data.fragments import images_per_epoch
 from raysl.data.plan import Plan, item_size_for
 from raysl.data.stream import BlockSpec
 from raysl.errors import ConfigError
+from raysl.evaluate.old_keys import new_keys, renamed, resolved
 from raysl.evaluate.protocol import EvaluateConfig
 from raysl.folder.claim import changes
 from raysl.methods import load_method
@@ -34,6 +35,7 @@ from raysl.optim.build import OptimConfig, peak_lr
 from raysl.sources.place import as_place
 from raysl.sources.source import DataConfig, Source
 from raysl.track.config import TrackConfig, check_run_name
+from raysl.track.results import TRAINING
 from raysl.train.health import HealthConfig
 from raysl.train.loop import TrainConfig
 from raysl.train.sizes import check_sizes
@@ -107,7 +109,10 @@ class RunConfig(Config, Generic[M]):
         if not method.has_adversary:
             yield "adversary_optim", f"with method {method.name} as it is set, without an adversary"
         if method.classifies:  # a student's data.labels are those that its teacher saw
-            yield "evaluate.finetune", f"with method {method.name}, which trains on labels itself"
+            why = f"with method {method.name}, which trains on labels itself"
+            final = get_key(values, "evaluate.final")
+            trains = isinstance(final, list) and any(name in final for name in TRAINING)
+            yield from ((f"evaluate.{key}", why) for key in (*TRAINING, *["final"] * trains))
         elif not method.uses_labels and get_key(values, "data.labels.only") is not True:
             for name in ("fraction", "seed"):
                 yield f"data.labels.{name}", f"with method {method.name}, which sees no labels"
@@ -127,7 +132,7 @@ class RunConfig(Config, Generic[M]):
             self._check_sizes,
             lambda: self.backbone.check_view_sizes(self.view_sizes_px),
             lambda: self.method.check_shape(self._shape()),
-            self._check_finetune,
+            lambda: self.evaluate.check_head_layers(self.method, is_vit=self.backbone.is_vit),
             lambda: check_layer_decay(self.backbone, self.optim.layer_decay),
             self._check_online,
         ]
@@ -149,17 +154,6 @@ class RunConfig(Config, Generic[M]):
             view_sizes_px=self.view_sizes_px,
             backbone=self.backbone,
         )
-
-    def _check_finetune(self) -> None:
-        finetune = self.evaluate.finetune
-        if finetune is None or isinstance(self.method, _UnknownMethod):
-            return
-        most = self.method.projection_head_layers(is_vit=self.backbone.is_vit)
-        if finetune.head_layers > most:
-            raise ConfigError(
-                f"evaluate.finetune.head_layers={finetune.head_layers}: the projection head of "
-                f"method {self.method.name} ends at layer {most}; use at most {most}"
-            )
 
     def _check_online(self) -> None:
         if self.evaluate.online == "background" and self.cluster.num_train_workers == 0:
@@ -317,6 +311,8 @@ def layered(
         after: The same values with the top layer applied.
         given: Dotted keys that the top layer sets.
     """
+    before, after = renamed(before), renamed(after, given)
+    given = [key for each in given for key in new_keys(each)]
     return without_idle(_model_for(after)[0], before, after, given)
 
 
@@ -351,6 +347,7 @@ def run_from_values(values: Mapping[str, Any], *, where: str) -> RunConfig[Any]:
 
 def run_or_problems(values: Mapping[str, Any]) -> RunConfig[Any] | list[Problem]:
     """Return the run that plain values make, or all that is wrong with them."""
+    values = resolved(values)
     model, problem = _model_for(values)
     if problem is None:
         return validated(model, values)
@@ -380,6 +377,9 @@ class _UnknownMethod(MethodConfig):
     @property
     def num_views(self) -> int:
         return 0
+
+    def projection_head_layers(self, *, is_vit: bool) -> int:
+        return 99
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from raysl.report.terminal import accuracy_table, classifier_line, console, say
+from raysl.report.terminal import accuracy_table, classifier_line, console, say, trained_lines
 from raysl.run.online import read_failures
 from raysl.run.recipe import RunConfig
 from raysl.run.shell import Typed, command, longer_command
@@ -51,10 +51,13 @@ def say_results(run: Run, results: Results) -> None:
     """Print the results of a run, its files, and commands to run next."""
     folder, config = run.folder, run.config
     out = console()
-    if "linear_top1" in results:
+    if "num_train_labels" in results:
         out.print(accuracy_table(results))
-    elif "knn_top1" in results:  # evaluate.final=knn
-        out.print(f"nearest neighbours: right in {results['knn_top1']:.1%} of the test images")
+    else:
+        if "knn_top1" in results:  # which the evaluation of the last step measured
+            out.print(f"nearest neighbours: right in {results['knn_top1']:.1%} of the test images")
+        for line in trained_lines(results):
+            out.print(line)
     if "top1" in results:
         out.print(classifier_line(results), markup=False)
     if results.get("num_bad_images"):

@@ -132,7 +132,7 @@ def run_artifacts(folder: RunFolder) -> list[Path]:
         folder.encoder,
         folder.bad_images,
         folder.labels,
-        folder.finetune / "labels.json",
+        *sorted(folder.protocols.glob("*/labels.json"))[:1],
         folder.projection_head,
         folder.classifier,
         *sorted(folder.pictures.glob("*.png")),

@@ -1,7 +1,6 @@
 """Pretrain as one worker: build, resume, train, evaluate, write the encoder."""
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from raysl.data.decode import Flaw
 from raysl.data.flaw import reason_of
 from raysl.errors import RunFolderError
 from raysl.evaluate.features import EvalImages, embed
-from raysl.evaluate.protocol import LabelledSets, all_protocols
+from raysl.evaluate.protocol import LabelledSets, facts_of, measure_probes, protocol_texts
 from raysl.evaluate.training_source import labels_record
 from raysl.folder.whole import appears_whole, write_json
 from raysl.methods.base import Progress
@@ -23,12 +22,12 @@ from raysl.nn.batchnorm import average_statistics
 from raysl.nn.collectives import barrier, broadcast_object, gather_objects, rank_and_size
 from raysl.run.build import build_method, build_optimizers, precision_on
 from raysl.run.classify import Classified
-from raysl.run.finetune_copy import finetune_copy
 from raysl.run.labelled_sets import open_sets
 from raysl.run.measuring import Measuring, Place
 from raysl.run.method_pictures import write_method_pictures
 from raysl.run.networks import save_networks
 from raysl.run.online import Begin
+from raysl.run.protocol_runs import protocols_to_train
 from raysl.run.recipe import Derived, RunConfig, derive_for, training_set
 from raysl.sources.source import Source
 from raysl.track.bad_images import BadImages
@@ -72,7 +71,7 @@ def pretrain(
         begin: Starts an evaluation in the background; None evaluates in the workers.
 
     Returns:
-        The results of the run, on rank 0 also written to ``results.json``.
+        The results; rank 0 writes ``results.json`` unless protocols are trained after the run.
 
     Raises:
         DivergedError: If the loss is not finite.
@@ -99,7 +98,7 @@ def pretrain(
     counts: Results = {"steps": derived.total_steps, "num_bad_images": len(worker.bad_images)}
     results = worker.results() | counts
     if metrics is not None:
-        _write_results(folder, metrics, results, worker.measuring)
+        _write_results(config, folder, metrics, results, worker.measuring)
     barrier()
     return results
 
@@ -114,13 +113,18 @@ def _log_into(metrics: MetricsFile | None, measuring: Measuring) -> Log:
 
 
 def _write_results(
-    folder: RunFolder, metrics: MetricsFile, results: Results, measuring: Measuring
+    config: RunConfig[Any],
+    folder: RunFolder,
+    metrics: MetricsFile,
+    results: Results,
+    measuring: Measuring,
 ) -> None:
     results["num_failed_evaluations"] = measuring.finish()
     accuracies = {f"final/{k}": v for k, v in accuracies_of(results).items()}
     metrics.log(accuracies, step=results["steps"])
     metrics.close()
-    folder.write_results(results)
+    if not protocols_to_train(config):  # otherwise the driver adds their results
+        folder.write_results(results)
 
 
 class _Worker:
@@ -262,7 +266,7 @@ class _Worker:
         if self.classified is not None:
             return self._classified(self.classified)
         self.measuring.measure_last()
-        return self._probed() | self._finetuned()
+        return self._probed()
 
     def _classified(self, classified: Classified) -> Results:
         total = derive_for(self.config, self.source).total_steps
@@ -282,45 +286,34 @@ class _Worker:
         if self.sets is None:
             self._write_unlabelled_features()
             return {}
-        if self.config.evaluate.final == "knn":
+        evaluate = self.config.evaluate
+        if evaluate.is_quick:
             return self._knn_only()
-        untrained = build_method(self.config, self.data, device=self.place.device).encoder
-        trained = self._embed(self.method.encoder, self.sets)
-        before = self._embed(untrained, self.sets)
+        encoders: dict[Features, Backbone] = {"": self.method.encoder}
+        if evaluate.measures_untrained:
+            untrained = build_method(self.config, self.data, device=self.place.device)
+            encoders["untrained_"] = untrained.encoder
+        features = {prefix: self._embed(each, self.sets) for prefix, each in encoders.items()}
         if self.rank != 0:
             return {}
-        _write_features(self.folder, trained[1], self.sets.test, self.sets.class_names)
-        evaluate = self.config.evaluate
+        _write_features(self.folder, features[""][1], self.sets.test, self.sets.class_names)
+        if evaluate.measures_pixels:
+            train, test = (torch.from_numpy(s.pixels()) for s in (self.sets.train, self.sets.test))
+            features["pixels_"] = train, test
         measured: Results = {}
-        features: dict[Features, tuple[Tensor, Tensor]] = {"": trained, "untrained_": before}
-        if evaluate.pixel_baseline:
-            sets = self.sets.train, self.sets.test
-            features["pixels_"] = (
-                torch.from_numpy(sets[0].pixels()),
-                torch.from_numpy(sets[1].pixels()),
-            )
         for prefix, (train, test) in features.items():
-            scores = all_protocols(evaluate, self.sets, train, test)
-            measured |= with_prefix(prefix, scores)
-        if self.sets.few_shot:
-            measured |= {
-                "few_shot_labels": evaluate.few_shot_labels,
-                "few_shot_draws": evaluate.few_shot_draws,
-            }
-        return measured | {
-            "num_train_labels": len(self.sets.train),
-            "num_test_labels": len(self.sets.test),
-            "num_bad_test_images": len(self.sets.test.bad),
-            "num_classes": len(self.sets.class_names),
-            "knn_k": evaluate.knn_k,
-            "knn_temperature": evaluate.knn_temperature,
-        }
+            measured |= with_prefix(prefix, measure_probes(evaluate, self.sets, train, test))
+        return measured | facts_of(evaluate, self.sets)
 
     def _knn_only(self) -> Results:
+        evaluate = self.config.evaluate
         if self.rank == 0:  # of an earlier end of the run, with another encoder
             self.folder.features.unlink(missing_ok=True)
+        if not evaluate.probes:
+            return {}
         total = derive_for(self.config, self.source).total_steps
-        return {"knn_top1": self.measuring.at(total)["eval/knn_top1"]}
+        top1 = self.measuring.at(total)["eval/knn_top1"]
+        return {"knn_top1": top1, "protocols": protocol_texts(evaluate, evaluate.probes)}
 
     def draw(self, derived: Derived) -> None:
         """Save the pictures that the method makes of a few training images, if any."""
@@ -334,20 +327,6 @@ class _Worker:
             progress=Progress(total, total, derived.steps_per_epoch, self.config.seed),
             mean=self.config.data.mean,
             std=self.config.data.std,
-        )
-
-    def _finetuned(self) -> Results:
-        """Fine-tune a copy of encoder and head on rank 0, if asked; keep which labels it saw."""
-        finetune = self.config.evaluate.finetune
-        if finetune is None or self.sets is None or self.rank != 0:
-            return {}
-        return finetune_copy(
-            self.config,
-            finetune,
-            folder=self.folder,
-            source=self.source,
-            threads=self.place.threads,
-            train=partial(pretrain, place=self.place, sets=self.sets),
         )
 
     def _embed(self, encoder: Backbone, sets: LabelledSets) -> tuple[Tensor, Tensor]:

@@ -45,10 +45,8 @@ from raysl.sources.tables import (
 from raysl.sources.tar import TarSource, expand_braces
 from raysl.sources.tar_members import compressed
 
-# Finds the settings of the data section in an error message, but not in a path.
-_KEY = re.compile(
-    r"(?<![\w/.-])data(?=\.(source|image_column|label_column|filter|limit|split|pages)\b)"
-)
+# Settings of a source in a message, but not in a path.
+_KEY = re.compile(rf"(?<![\w/.-])data\.({'|'.join(SourceConfig.model_fields)})\b")
 
 
 def open_source(
@@ -72,6 +70,19 @@ def open_source(
     return UnlabelledSource(source) if unlabelled else source
 
 
+def with_keys_of(section: str, message: str, *, source: str = "") -> str:
+    """Return a message about a source with its settings under the section that gives them.
+
+    Args:
+        section: Replaces ``data`` in ``data.filter``, ``data.split`` and so on.
+        message: The text, as for the source that ``data`` names.
+        source: Replaces ``data.source``; empty takes ``source`` of the section.
+    """
+    return _KEY.sub(
+        lambda key: source if source and key[1] == "source" else f"{section}.{key[1]}", message
+    )
+
+
 def _open_mixed(
     config: SourceConfig, split: str | None, held_out: bool, data: DataConfig
 ) -> Source:
@@ -85,7 +96,7 @@ def _open_mixed(
         try:
             parts.append(_Opener(part, None, held_out, data).open())
         except DataError as error:
-            text = _KEY.sub(f"data.mix[{number}]", str(error))
+            text = with_keys_of(f"data.mix[{number}]", str(error))
             prefix = f"data.mix[{number}].source={part.source}"
             raise DataError(text if text.startswith(prefix) else f"{prefix}: {text}") from None
         weights.append(part.weight)

@@ -7,11 +7,13 @@ from typing import Any
 
 from raysl.config.load import MISSING, Problem, drop_key, get_key, plain_copy, read_mapping
 from raysl.errors import ConfigError, RayslError
+from raysl.evaluate.old_keys import resolved
 from raysl.methods import load_method
 from raysl.run.recipe import RunConfig, run_or_problems
 from raysl.sweep.choices import Choices, options
 from raysl.sweep.config import Dimension, Scalar, SweepConfig
 from raysl.sweep.problems import (
+    FINAL_METRICS,
     MEASURED_SECTIONS,
     OF_CLASSIFIERS,
     problems_error,
@@ -28,6 +30,7 @@ from raysl.sweep.space import (
     run_values,
     samples,
 )
+from raysl.track.results import TRAINING
 
 RunCheck = Callable[[RunConfig[Any]], None]
 """Raises RayslError if a run cannot start on its images."""
@@ -207,11 +210,24 @@ def _trial_problems(
     if section not in MEASURED_SECTIONS and section != method:
         yield f"metric.name={sweep.metric.name}: method {method} does not measure it"
     yield from _classifier_problems(sweep, str(method))
-    finetunes = get_key(values, "evaluate.finetune")
-    if "final/finetune_top1" in (sweep.metric.name, *sweep.metric.also) and not isinstance(
-        finetunes, dict
-    ):
-        yield "final/finetune_top1 is measured where evaluate.finetune says how; set it"
+    yield from _unmeasured(sweep, values)
+
+
+def _unmeasured(sweep: SweepConfig, values: Mapping[str, Any]) -> Iterator[str]:
+    """Reject metrics of a trial's end that its ``evaluate.final`` does not measure."""
+    section = resolved(values).get("evaluate")
+    section = section if isinstance(section, dict) else {}
+    final = section.get("final", ())
+    leaves_out_untrained = (
+        set(final) <= {"knn", *TRAINING} and section.get("untrained_baseline") is not True
+    )
+    given = sweep.final if isinstance(sweep.final, str) else f"[{', '.join(sweep.final)}]"
+    for name in (sweep.metric.name, *sweep.metric.also):
+        protocol = FINAL_METRICS.get(name)
+        if protocol is not None and protocol not in final:
+            yield f"{name}: final={given} leaves it unmeasured; add {protocol} to final"
+        elif name.startswith("final/untrained_") and leaves_out_untrained:
+            yield f"{name}: set evaluate.untrained_baseline=true, which final={given} leaves out"
 
 
 def _classifier_problems(sweep: SweepConfig, method: str) -> Iterator[str]:

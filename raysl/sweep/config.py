@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from raysl.config.base import Config, PositiveFloat, PositiveInt, Probability
+from raysl.evaluate.protocol import known_protocols
 from raysl.track.config import TrackConfig, check_run_name
 
 Scalar = str | int | float | bool | None
@@ -291,13 +292,20 @@ class SweepConfig(Config):
     """Retries of a trial whose process or node died. Errors of raysl itself are not retried."""
     resources: ResourcesConfig = ResourcesConfig()
     track: TrackConfig = TrackConfig()
-    final: Literal["knn", "full"] = "knn"
-    """What to measure at the end of a trial: its nearest neighbours, or all protocols."""
+    final: tuple[str, ...] | Literal["knn", "full"] = "knn"
+    """Protocols to measure at the end of a trial, as ``evaluate.final`` of a run. knn: nearest
+    neighbours alone; full: those of a run. Both words also fine-tune if ``evaluate.finetune`` is
+    given."""
 
     @field_validator("name")
     @classmethod
     def _is_a_folder_name(cls, name: str) -> str:
         return check_run_name(name)
+
+    @field_validator("final")
+    @classmethod
+    def _are_protocols(cls, final: tuple[str, ...] | str) -> tuple[str, ...] | str:
+        return final if isinstance(final, str) else known_protocols(final)
 
     @property
     def bases(self) -> Mapping[str, Path]:

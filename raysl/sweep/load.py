@@ -22,6 +22,7 @@ from raysl.run.recipe import RunConfig
 from raysl.sweep.check import all_problems
 from raysl.sweep.config import SweepConfig
 from raysl.sweep.problems import problems_error
+from raysl.track.results import new_name
 
 # Sections whose keys are dotted.
 _DOTTED = ("set", "space")
@@ -50,6 +51,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
     values = read_mapping(path)
     values.setdefault("name", path.stem)
     problems = [problem for text in overrides for problem in _override(values, text)]
+    _rename_metrics(values)
     if "base" in values:
         values["base"] = list(_base_files(values["base"], path.parent))
     result = validated(SweepConfig, values)
@@ -62,6 +64,15 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
         problems += [problem.text for problem in result]
         problems += _behind(values, result)
     raise problems_error(problems, where=where)
+
+
+def _rename_metrics(values: dict[str, Any]) -> None:
+    """Give metrics of earlier versions, whose word ``final: full`` is, their names of now."""
+    metric = values.get("metric")
+    if values.get("final") == "full" and isinstance(metric, dict):
+        for key, value in metric.items():
+            names = [new_name(str(name)) for name in value] if isinstance(value, list) else value
+            metric[key] = new_name(names) if isinstance(names, str) else names
 
 
 def _override(values: dict[str, Any], text: str) -> Iterator[str]:

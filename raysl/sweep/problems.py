@@ -11,6 +11,7 @@ from raysl.errors import ConfigError
 from raysl.evaluate.online import LABEL_FREE
 from raysl.sweep.choices import Choices
 from raysl.sweep.config import CONFIG, SweepConfig
+from raysl.track.results import PROBES, TRAINING
 
 # Settings of a run that the sweep controls, and what to use instead.
 _OF_THE_SWEEP = {
@@ -37,11 +38,14 @@ _MUTABLE = (
     *(f"method.{key}" for key in ("margin", "epsilon", "mask_ratio", "proximal_weight")),
 )
 
-_PROBES = ("knn_top1", "linear_top1", "few_shot_top1", "few_shot_top1_std", "finetune_top1")
-_FINAL = (
-    *(f"final/{name}" for name in _PROBES),
-    *(f"final/untrained_{name}" for name in _PROBES[:-1]),
-)
+_DEVIATING = ("linear", "few_shot", *TRAINING)  # over their seeds
+FINAL_METRICS = {
+    f"final/{prefix}{protocol}_top1{suffix}": protocol
+    for prefix, protocols in (("", (*PROBES, *TRAINING)), ("untrained_", PROBES))
+    for protocol in protocols
+    for suffix in ("", *["_std"] * (protocol in _DEVIATING))
+}
+"""Metrics of a run's end, and the protocol that measures each."""
 _ALWAYS = (
     "eval/knn_top1",
     *(f"eval/{name}" for name in LABEL_FREE),
@@ -52,7 +56,7 @@ MEASURED_SECTIONS = ("eval", "train", "data", "time", "final")
 """Prefixes of metrics that every method has; others start with the method's name."""
 OF_CLASSIFIERS = ("eval/top1", "final/top1")
 """Metrics of methods that train a classifier, instead of nearest neighbours and probes."""
-METRICS = (*_ALWAYS, "train/adversary_loss", *_FINAL, *OF_CLASSIFIERS)
+METRICS = (*_ALWAYS, "train/adversary_loss", *FINAL_METRICS, *OF_CLASSIFIERS)
 """Metrics of every run whatever its method; there are more with labels."""
 
 
@@ -253,10 +257,6 @@ def _metric_problems(sweep: SweepConfig) -> Iterator[str]:
             f"metric.name={name} is measured at the end only; scheduler {sweep.scheduler.name} "
             f"needs one that is measured on the way, such as eval/knn_top1"
         )
-    for given in (name, *sweep.metric.also):
-        needs_all = given in _FINAL and given not in ("final/knn_top1", "final/finetune_top1")
-        if needs_all and sweep.final == "knn":
-            yield f"{given}: final=knn leaves it unmeasured; set final=full"
 
 
 def _near(key: str, known: Iterable[str]) -> str:

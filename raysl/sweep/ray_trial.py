@@ -20,6 +20,7 @@ from raysl.evaluate.training_source import open_training_source
 from raysl.folder.whole import read_json, write_json
 from raysl.run.labelled_sets import open_sets
 from raysl.run.local import pretrain_here
+from raysl.run.protocol_runs import train_protocols
 from raysl.run.ray_cluster import in_background, plan_layout
 from raysl.run.ray_train import pretrain_on_ray
 from raysl.run.recipe import RunConfig, derive_for, run_from_values
@@ -93,16 +94,8 @@ def trial_in_process(
             tune.report(dict(values), checkpoint=tune.Checkpoint.from_directory(pointer))
 
     def train(evaluated: Log) -> Results:
-        if config.cluster.num_train_workers > 1:
-            return _train_below(config, folder, source, evaluated, metrics)
-        threads = max(1, int(cpus))
-        return pretrain_here(
-            config,
-            folder=folder,
-            source=source,
-            num_cpus=threads,
-            evaluated=evaluated,
-            sets=_sets_of(config, source, num_threads=threads),
+        return _train(
+            config, folder, source, evaluated, metrics=metrics, num_cpus=max(1, int(cpus))
         )
 
     try:
@@ -115,6 +108,30 @@ def trial_in_process(
         )
     finally:  # the next trial reuses this process, also if this trial was stopped
         _free_memory()
+
+
+def _train(
+    config: RunConfig[Any],
+    folder: RunFolder,
+    source: Source,
+    evaluated: Log,
+    *,
+    metrics: tuple[str, ...],
+    num_cpus: int,
+) -> Results:
+    """Train a trial, then what its ``evaluate.final`` trains, with the trial's share of Ray."""
+
+    def train_run(run: RunConfig[Any], place: RunFolder, images: Source) -> Results:
+        told = evaluated if place is folder else None
+        if run.cluster.num_train_workers > 1:
+            return _train_below(run, place, images, told, metrics)
+        sets = _sets_of(run, images, num_threads=num_cpus) if place is folder else None
+        return pretrain_here(
+            run, folder=place, source=images, num_cpus=num_cpus, evaluated=told, sets=sets
+        )
+
+    results = train_run(config, folder, source)
+    return train_protocols(config, results, folder=folder, source=source, train=train_run)
 
 
 def _free_memory() -> None:
@@ -193,7 +210,7 @@ def _train_below(
     config: RunConfig[Any],
     folder: RunFolder,
     source: Source,
-    evaluated: Log,
+    evaluated: Log | None,
     metrics: tuple[str, ...],
 ) -> Results:
     """Run Ray Train inside the trial, and report the evaluations from its metrics file."""
@@ -205,7 +222,7 @@ def _train_below(
     while True:
         ended = work.done()
         for record in reader.read():
-            if metrics[0] in record:
+            if evaluated is not None and metrics[0] in record:
                 evaluated(record, int(record["step"]))
         if ended:
             return work.result()

@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raysl.config.load import read_mapping, set_key, to_yaml
+from raysl.config.load import get_key, read_mapping, set_key, to_yaml
 from raysl.errors import DivergedError
+from raysl.evaluate.old_keys import resolved
+from raysl.evaluate.registry import FINAL
 from raysl.folder.whole import write_text
 from raysl.report.terminal import console
 from raysl.run.recipe import RunConfig, run_from_values
@@ -143,6 +145,8 @@ def best_run(sweep: SweepConfig, trial: RunFolder) -> RunConfig[Any]:
         "output_dir": sweep.output_dir,
         "track": sweep.track.model_dump(mode="json"),
     }
-    set_key(values, "evaluate.final", "full")
+    values = resolved(values)
+    final = get_key(values, "evaluate.final")
+    set_key(values, "evaluate.final", list(dict.fromkeys([*FINAL, *final])))
     set_key(values, "evaluate.online", "auto")
     return run_from_values(values, where=str(trial.config))

@@ -152,6 +152,8 @@ def run_values(
     """
     values = plain_copy(read_run_values(Path(candidate.base)))
     problems: list[Problem] = []
+    with suppress(ConfigError):  # an invalid section is reported separately
+        set_key(values, "evaluate.final", plain_copy({"final": sweep.final})["final"])
     for given in (sweep.set, candidate.values):
         below = plain_copy(values)
         for key in sorted(given, key=lambda key: key.count(".")):  # a section before its keys
@@ -182,14 +184,11 @@ def _idle(values: Mapping[str, Any], candidate: Candidate) -> Iterator[Problem]:
 
 
 def _fixed(sweep: SweepConfig) -> dict[str, Any]:
-    """Return the sweep's settings for the length of trials and the final measurement."""
+    """Return the sweep's settings for the length of trials and for measurements."""
     budget = sweep.budget
     length = {"train.epochs": budget.epochs, "train.steps": budget.steps}
     has_length = budget.epochs is not None or budget.steps is not None
-    fixed: dict[str, Any] = (length if has_length else {}) | {
-        "evaluate.final": sweep.final,
-        "evaluate.online": "blocking",
-    }
+    fixed: dict[str, Any] = (length if has_length else {}) | {"evaluate.online": "blocking"}
     if "evaluate.pixel_baseline" not in sweep.set:  # the same for all trials: nothing to compare
         fixed["evaluate.pixel_baseline"] = False
     return fixed

@@ -21,6 +21,7 @@ from raysl.sources.place import as_place
 from raysl.sweep.config import IF_CHANGED, MetricConfig, SweepConfig
 from raysl.sweep.space import TRIALS, Candidate, trial_name
 from raysl.track.mlflow_record import read_tracked_run
+from raysl.track.results import new_name
 from raysl.track.run_folder import RunFolder, read_metrics
 
 Status = Literal["waiting", "running", "finished", "stopped", "failed"]
@@ -172,7 +173,7 @@ def read_trial(folder: RunFolder, metric: MetricConfig) -> Trial | None:
         return None
     kept = read_json(trial_file(folder)) or {}
     tracked = read_tracked_run(folder.mlflow)
-    records = read_metrics(folder.metrics)
+    records = _read_metrics(folder, metric)
     measured = _curve(records, metric.name)
     also = {name: [value for _, value in _curve(records, name)] for name in metric.also}
     epochs = [epoch for epoch, _ in _curve(records, "train/epoch")]
@@ -197,7 +198,20 @@ def read_trial(folder: RunFolder, metric: MetricConfig) -> Trial | None:
 
 def last_measured(folder: RunFolder, metric: MetricConfig) -> int:
     """Return the last step at which a trial was measured; 0 if it never was."""
-    return max((r["step"] for r in read_metrics(folder.metrics) if metric.name in r), default=0)
+    return max((r["step"] for r in _read_metrics(folder, metric) if metric.name in r), default=0)
+
+
+def _read_metrics(folder: RunFolder, metric: MetricConfig) -> list[dict[str, Any]]:
+    """Read a trial's metrics, under the names of now for a sweep that compares by one of these."""
+    records = read_metrics(folder.metrics)
+    if not any("linear_lbfgs" in name for name in (metric.name, *metric.also)):
+        return records
+    return [
+        record
+        if any("linear_lbfgs" in key for key in record)
+        else {new_name(key): value for key, value in record.items()}
+        for record in records
+    ]
 
 
 def read_trials(folder: SweepFolder, metric: MetricConfig) -> list[Trial]:

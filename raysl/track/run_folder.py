@@ -7,12 +7,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from raysl.errors import ErrorRecord, RayslError, to_record
 from raysl.folder.lock import held
 from raysl.folder.whole import read_json, write_json, write_text
-from raysl.track.results import Results
+from raysl.track.results import Results, with_new_names
 
 JOB_FOLDER = "/runtime_resources/"
 """Part of the path at which Ray unpacks the working directory of a job, to delete it afterwards."""
@@ -52,7 +52,7 @@ class RunFolder:
         self.projection_head = self.path / "projection_head.safetensors"
         self.classifier = self.path / "classifier.safetensors"
         self.labels = self.path / "labels.json"
-        self.finetune = self.path / "finetune"
+        self.protocols = self.path / "protocols"
         self.features = self.path / "features.npz"
         self.method_pictures = self.path / "method_pictures.npz"
         self.report = self.path / "report.html"
@@ -74,7 +74,8 @@ class RunFolder:
 
     def read_results(self) -> Results | None:
         """Return the results of a finished run, or None."""
-        return cast(Results | None, read_json(self.results))
+        results = read_json(self.results)
+        return None if results is None else with_new_names(results)
 
     def write_results(self, results: Results) -> None:
         """Write the results; a run is finished if they contain ``run_dir``."""

@@ -29,7 +29,6 @@ from raysl.nn.collectives import (
     gather_batch,
     gather_batch_no_grad,
     mean_over_ranks,
-    on_its_own,
     rank_and_size,
     sum_over_ranks,
 )
@@ -204,22 +203,6 @@ def embedded() -> Results:
     return found
 
 
-def alone_for_a_while() -> Results:
-    """What rank 0 does on its own while the other one waits; a collective in it would hang."""
-    found: Results = {}
-    if rank_and_size()[0] == 0:
-        with on_its_own():
-            with on_its_own():
-                inside = rank_and_size()
-            rows = torch.arange(4.0, requires_grad=True)
-            gathered = gather_batch(rows)
-            sum_over_ranks(gathered.square()).sum().backward()
-            barrier()
-            found["on its own"] = (inside, rank_and_size(), gathered.detach(), rows.grad)
-    barrier()
-    return found
-
-
 def collectives() -> Results:
     """Rank r holds rows [r, r], [r, r + 1]; its loss weighs all rows by r + 1."""
     rank, _ = rank_and_size()
@@ -249,7 +232,7 @@ def collectives() -> Results:
 def everything() -> Results:
     """Compute what must not depend on how many processes share the work, and what does."""
     found: Results = {"losses": contrastive(), "batch_norm": batch_norm(), "embedded": embedded()}
-    found |= {"cached": cached()} | alone_for_a_while()
+    found |= {"cached": cached()}
     if rank_and_size()[1] == RANKS:
         found["collectives"] = collectives()
     return found | {name: train_steps(name) for name in METHODS}
@@ -423,14 +406,6 @@ class TestEmbed:
         for found in ranks:
             assert found["embedded"][count].shape == (count, 4)
             torch.testing.assert_close(found["embedded"][count], alone["embedded"][count])
-
-
-def test_rank_0_works_on_its_own_as_a_single_process_would(
-    ranks: list[Results], alone: Results
-) -> None:
-    assert "on its own" not in ranks[1]
-    assert ranks[0]["on its own"][:2] == ((0, 1), (0, 1))
-    torch.testing.assert_close(ranks[0]["on its own"][2:], alone["on its own"][2:])
 
 
 class TestCachedGradient:

@@ -27,7 +27,7 @@ class TestWhatARunLeaves:
     def test_leaves_everything_that_the_documents_name(
         self, run_yaml: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
     ) -> None:
-        words = ["track.mlflow=true", "evaluate.final=full", "evaluate.few_shot_draws=1", "--json"]
+        words = ["track.mlflow=true", "evaluate.final=[knn,linear_lbfgs,few_shot]", "--json"]
         assert main(["pretrain", str(run_yaml("all")), *words]) == 0
         result = json.loads(capsys.readouterr().out.splitlines()[-1])
         folder = Path("runs/all")
@@ -36,7 +36,7 @@ class TestWhatARunLeaves:
         )
         assert set(wanted.split()) <= {path.name for path in folder.iterdir()}
         assert {p.name for p in (folder / "pictures").iterdir()} >= {"curves.png", "map.png"}
-        measures = ("knn_top1", "linear_top1", "few_shot_top1")
+        measures = ("knn_top1", "linear_lbfgs_top1", "few_shot_top1")
         prefixes = ("", "untrained_", "pixels_")
         assert all(0 < result[prefix + name] <= 1 for prefix in prefixes for name in measures)
         assert result["images_per_s"] > 0
@@ -63,13 +63,15 @@ class TestPretrain:
         self, run_yaml: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
     ) -> None:
         short = ["train.steps=2", "evaluate.every=null"]
-        tune = "evaluate.finetune={label_fraction: 0.2, head_layers: 1, epochs: 2, flip_prob: 0}"
+        tune = ["evaluate.final=[finetune]", "evaluate.seeds=[0]"]
+        tune.append("evaluate.finetune={label_fraction: 0.2, head_layers: 1, epochs: 2}")
         assert main(["pretrain", str(run_yaml("plain")), *short]) == 0
-        assert main(["pretrain", str(run_yaml("tuned")), *short, tune, "--json"]) == 0
+        assert main(["pretrain", str(run_yaml("tuned")), *short, *tune, "--json"]) == 0
         captured = capsys.readouterr()
         result = json.loads(captured.out.splitlines()[-1])
         plain, tuned = (RunFolder(Path("runs") / name) for name in ("plain", "tuned"))
-        kept = json.loads((tuned.finetune / "labels.json").read_text())
+        (labels,) = tuned.protocols.glob("finetune.1-*-seed0/labels.json")
+        kept = json.loads(labels.read_text())
         # 160 training images, no fewer for the test, which has a split of its own.
         assert len(kept["rows"]) == len(set(kept["rows"])) == result["finetune_labels"] == 32
         assert (kept["source"], kept["seed"]) == ("digits/train", 0)
@@ -78,12 +80,13 @@ class TestPretrain:
         states = [load_encoder(folder.encoder).state_dict() for folder in (plain, tuned)]
         assert all((states[0][key] == states[1][key]).all() for key in states[0])
         assert "finetune_top1" not in (plain.read_results() or {})
-        assert not plain.finetune.exists()
+        assert not plain.protocols.exists()
 
     def test_fine_tuning_from_a_layer_that_is_not_there_is_refused_before_anything(
         self, run_yaml: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert main(["pretrain", str(run_yaml("no")), "evaluate.finetune={head_layers: 3}"]) == 1
+        tune = ["evaluate.final=[finetune]", "evaluate.finetune={head_layers: 3}"]
+        assert main(["pretrain", str(run_yaml("no")), *tune]) == 1
         assert "evaluate.finetune.head_layers=3" in capsys.readouterr().err
         assert not Path("runs/no").exists()
 

@@ -37,7 +37,7 @@ pretrain:
   backbone.width: 0.25
   method.projection_layers: 3
   train.steps: 2
-  evaluate.final: knn
+  evaluate.final: [knn]
 set:
   evaluate.every: null
   train.checkpoint_every: {fraction: 0.5}

@@ -8,14 +8,12 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-import torch
 from mlflow.tracking import MlflowClient
 
 from raysl.cli import main
 from raysl.downstream import evaluation
 from raysl.downstream.evaluation_files import Evaluation, read_evaluation
-from raysl.evaluate.knn import knn_accuracy
-from raysl.evaluate.probes import ProbeResult
+from raysl.evaluate.probes import KnnConfig, ProbeResult, ProbeSets, measure_knn
 
 HERE = "cluster.num_train_workers=0"
 FAST = [
@@ -89,11 +87,9 @@ def test_prints_writes_and_goes_on(
     assert arrays["predictions_linear"].shape == arrays["test_labels"].shape == (101,)
     right = (arrays["predictions_linear"] == arrays["test_labels"]).mean()
     assert right == pytest.approx(found["linear"]["values"][0])
-    tensors = [
-        torch.from_numpy(arrays[name])
-        for name in ("train_features", "train_labels", "test_features", "test_labels")
-    ]
-    assert knn_accuracy(*tensors, k=20, temperature=0.07) == found["knn"]["mean"]
+    names = ("train_features", "train_labels", "test_features", "test_labels")
+    sets = ProbeSets(*(arrays[name] for name in names))
+    assert measure_knn(KnnConfig(), sets, seed=0, device="cpu").top1 == found["knn"]["mean"]
 
     words = [*FAST, NO_MLFLOW, "--json", "--protocols", "knn,linear_lbfgs"]
     status, text, said = call(capsys, "resnet18", *words, "linear_lbfgs.inverse_penalties=[1.0]")
@@ -208,7 +204,7 @@ def test_a_run_gets_the_numbers_in_its_own_mlflow_run(
 ) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     words = ["track.mlflow=true", f"track.tracking_uri={uri}", "track.log_model=false"]
-    assert main(["pretrain", str(run_yaml("mine")), *words, "evaluate.final=knn"]) == 0
+    assert main(["pretrain", str(run_yaml("mine")), *words, "evaluate.final=[knn]"]) == 0
     run_id = json.loads((tmp_path / "runs" / "mine" / "mlflow.json").read_text())["run_id"]
     own = ["data.test_limit=101", "--protocols", "knn,semi_10", HERE]
     training = ["semi_10.epochs=1", "semi_10.batch_size=8", "seeds=[0,1]", "--json"]
@@ -268,3 +264,25 @@ def test_on_ray_gives_the_same(
     for name, values in here.items():
         assert there[name]["values"] == pytest.approx(values["values"], abs=0.02)
         assert there[name]["seeds"] == values["seeds"]
+
+
+def test_a_protocol_gives_the_same_number_at_a_runs_end_and_afterwards(
+    run_yaml: Callable[[str], Path], capsys: pytest.CaptureFixture[str], undrawn: None
+) -> None:
+    names = ["knn", "linear", "linear_lbfgs", "few_shot", "semi_10"]
+    probes = ["few_shot.labels_per_class=3", "linear={epochs: 3, base_lrs: [0.1, 1.0]}"]
+    settings = ["seeds=[1,2]", *probes, "semi_10={epochs: 2, batch_size: 8}"]
+    at_end = [f"evaluate.{text}" for text in settings]
+    final = f"evaluate.final=[{','.join(names)}]"
+    only = ["evaluate.untrained_baseline=false", "evaluate.pixel_baseline=false"]
+    assert main(["pretrain", str(run_yaml("mine")), final, *only, *at_end, "--json"]) == 0
+    results = last_json(capsys.readouterr().out)
+    words = ["data.test_limit=100", "--protocols", ",".join(names), HERE, NO_MLFLOW, "--json"]
+    status, text, _ = call(capsys, "runs/mine", *settings, *words)
+    assert status == 0
+    found = last_json(text)
+    for name in names:
+        assert results[f"{name}_top1"] == pytest.approx(found[name]["mean"], abs=1e-12), name
+        assert results["protocols"][name] == found[name]["text"]
+        if len(found[name]["values"]) > 1:
+            assert results[f"{name}_top1_std"] == pytest.approx(found[name]["deviation"], abs=1e-12)

@@ -27,7 +27,7 @@ backbone: {name: resnet18, stem: small, width: 0.125}
 method: {name: simclr}
 optim: {name: adamw, base_lr: 1.0e-3}
 train: {epochs: 1, global_batch_size: 8, log_every: 1}
-evaluate: {every: null, final: knn, pixel_baseline: false}
+evaluate: {every: null, final: [knn]}
 cluster: {num_train_workers: 0, device: cpu, threads_per_train_worker: 1, num_data_workers: 1}
 track: {mlflow: false}
 """

@@ -20,7 +20,7 @@ backbone: {name: resnet18, stem: small, width: 0.125}
 method: {name: simclr}
 optim: {name: adamw, base_lr: 1.0e-3}
 train: {epochs: 2, global_batch_size: 8, log_every: 1, checkpoint_every: {steps: 1}}
-evaluate: {every: null, final: knn, pixel_baseline: false, few_shot_labels: 1}
+evaluate: {every: null, final: [knn]}
 cluster: {num_train_workers: 0, threads_per_train_worker: 1, num_data_workers: 1}
 track: {mlflow: false}
 """

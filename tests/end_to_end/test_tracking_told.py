@@ -12,7 +12,7 @@ from raysl.cli import main
 SMALL = [
     "train.steps=1",
     "evaluate.every=null",
-    "evaluate.final=knn",
+    "evaluate.final=[knn]",
     "backbone={name: resnet18, stem: small, width: 0.125}",
     "data.views.kinds.0.size_px=16",
 ]
@@ -32,7 +32,7 @@ def test_a_folder_of_files_is_told_first_and_its_cure_sends_the_run(
     assert "track.tracking_uri=sqlite:///mlflow.db" in lines[told]
     assert "MLflow will not by itself: give a database" in lines[-1]  # again, at the end
     assert json.loads(captured.out.splitlines()[-1])["mlflow_run_id"] is None
-    assert "could not be drawn" not in captured.err  # evaluate.final=knn keeps no features
+    assert "could not be drawn" not in captured.err  # nearest neighbours alone keep no features
     page = Path("runs/r/report.html").read_text()
     assert "Map of the features" not in page
     assert "was not drawn" not in page

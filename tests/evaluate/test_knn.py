@@ -5,7 +5,13 @@ import torch
 from torch import Tensor
 
 from raysl.errors import ShapeError
-from raysl.evaluate.knn import knn_accuracy
+from raysl.evaluate.probes import KnnConfig, ProbeSets, measure_knn
+
+
+def knn_accuracy(*sets: Tensor, k: int, temperature: float) -> float:
+    config = KnnConfig(k=k, also_k=(), temperature=temperature)
+    arrays = ProbeSets(*(each.numpy() for each in sets))
+    return measure_knn(config, arrays, seed=0, device="cpu").top1
 
 
 def clusters(n: int, *, seed: int, classes: int = 4, d: int = 6) -> tuple[Tensor, Tensor]:

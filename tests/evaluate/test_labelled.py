@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from raysl.errors import DataError
-from raysl.evaluate.finetune import FinetuneConfig
 from raysl.evaluate.labelled import Labelling, choose_labelled, has_test_set, open_labelled
+from raysl.evaluate.probes import FewShotConfig
 from raysl.evaluate.protocol import EvaluateConfig, LabelledSets
 from raysl.sources.open import open_source
 from raysl.sources.source import ArraySource, DataConfig
@@ -20,6 +20,10 @@ def made_up(labels: list[int] | None, *, name: str = "made up", seed: int = 0) -
         return ArraySource(name, pixels)
     numbers = np.array(labels, dtype=np.int64)
     return ArraySource(name, pixels, numbers, [f"class {n}" for n in range(max(labels) + 1)])
+
+
+def few(labels: int) -> FewShotConfig:
+    return FewShotConfig(labels_per_class=labels)
 
 
 def opened(images: Any, *, data: DataConfig | None = None, **settings: Any) -> LabelledSets | None:
@@ -80,7 +84,7 @@ class TestHeldOut:
 
     def test_more_than_the_most_are_cut_to_a_subset_that_is_always_the_same(self) -> None:
         whole = rows(opened(made_up(self.LABELS)))
-        most = {"max_train_images": 12, "max_test_images": 5, "few_shot_labels": 1}
+        most = {"max_train_images": 12, "max_test_images": 5, "few_shot": few(1)}
         cut = rows(opened(made_up(self.LABELS), **most))
         assert [len(part) for part in cut] == [12, 5]
         assert all(set(part) < set(everything) for part, everything in zip(cut, whole, strict=True))
@@ -192,7 +196,7 @@ class TestWithin:
     def test_there_is_nothing_to_fine_tune_with(self, tmp_path: Path) -> None:
         folder = write_folder(tmp_path, {"ant": 12, "bee": 18})
         with pytest.raises(DataError, match=r"^evaluate\.finetune: made up has no labels, so that"):
-            opened(made_up(None), source=folder, finetune=FinetuneConfig())
+            opened(made_up(None), source=folder, final=("finetune",))
 
 
 TWO = {"cat": 6, "dog": 6}
@@ -230,7 +234,7 @@ class TestSplits:
 
     def test_a_limit_cuts_the_training_images_only(self, tmp_path: Path) -> None:
         data = self.write(tmp_path, train=TWO, val=TWO)
-        found, _ = self.found(data.model_copy(update={"limit": 4}), few_shot_labels=1)
+        found, _ = self.found(data.model_copy(update={"limit": 4}), few_shot=few(1))
         assert found.train is not None
         assert found.test is not None
         assert (len(found.train.rows), len(found.test.rows)) == (4, 12)
@@ -280,19 +284,19 @@ class TestWhatIsLeftOut:
     LABELS = [0, 1, 2, 1, -1, 0] * 10
 
     def test_the_few_shot_probe_where_a_class_has_too_few(self) -> None:
-        found = chosen(made_up(self.LABELS), few_shot_labels=11)
-        sets = opened(made_up(self.LABELS), few_shot_labels=11)
+        found = chosen(made_up(self.LABELS), few_shot=few(11))
+        sets = opened(made_up(self.LABELS), few_shot=few(11))
         assert sets is not None
         assert not sets.few_shot
         assert len(found.notes) == 1
         assert found.notes[0].startswith("1 of 3 classes has fewer labelled images for the probes")
-        assert "evaluate.few_shot_labels=11 ('class 2' has" in found.notes[0]
+        assert "evaluate.few_shot.labels_per_class=11 ('class 2' has" in found.notes[0]
         fewest = int(np.bincount(sets.train.labels).min())
-        assert found.notes[0].endswith(f"evaluate.few_shot_labels={fewest} measures it")
-        assert chosen(made_up(self.LABELS), few_shot_labels=fewest).few_shot
+        assert found.notes[0].endswith(f"evaluate.few_shot.labels_per_class={fewest} measures it")
+        assert chosen(made_up(self.LABELS), few_shot=few(fewest)).few_shot
 
     def test_is_not_told_where_the_probe_is_not_asked_for(self) -> None:
-        assert chosen(made_up(self.LABELS), few_shot_labels=11, final="knn").notes == ()
+        assert chosen(made_up(self.LABELS), few_shot=few(11), final=("knn",)).notes == ()
 
     def test_classes_of_one_image_are_measured_where_they_can_be(self) -> None:
         found = chosen(made_up([0] * 20 + list(range(1, 11))))
@@ -326,7 +330,7 @@ class TestWhatIsLeftOut:
 @pytest.mark.parametrize("labels", [None, [-1] * 20])
 def test_without_labels_there_is_nothing_to_fine_tune_with(labels: list[int] | None) -> None:
     with pytest.raises(DataError, match=r"^evaluate\.finetune: made up has no labels"):
-        opened(made_up(labels), finetune=FinetuneConfig())
+        opened(made_up(labels), final=("finetune",))
 
 
 @pytest.mark.parametrize("labels", [None, [-1] * 20])

@@ -1,15 +1,17 @@
+from typing import Any
+
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
 from raysl.errors import DataError
-from raysl.evaluate.linear import (
-    Features,
-    Labels,
-    few_shot_accuracy,
-    few_shot_rows,
-    linear_accuracy,
-    scaled,
+from raysl.evaluate.linear import Features, Labels, few_shot_rows, scaled
+from raysl.evaluate.probes import (
+    FewShotConfig,
+    LbfgsConfig,
+    ProbeSets,
+    measure_few_shot,
+    measure_lbfgs,
 )
 
 
@@ -22,6 +24,11 @@ def clusters(n: int, *, seed: int, classes: int = 3, d: int = 5) -> tuple[Featur
 
 
 TRAIN, TEST = clusters(90, seed=0), clusters(60, seed=1)
+
+
+def linear_accuracy(*arrays: Any, inverse_penalty: float = 1.0) -> float:
+    config = LbfgsConfig(inverse_penalties=(inverse_penalty,))
+    return measure_lbfgs(config, ProbeSets(*arrays), seed=0, device="cpu").top1
 
 
 def accuracy_of_scikit_learn(
@@ -88,27 +95,17 @@ class TestFewShotRows:
         with pytest.raises(DataError) as caught:
             few_shot_rows(np.array([0, 0, 0, 4, 4]), labels_per_class=3, seed=0, draw=0)
         assert str(caught.value) == (
-            "class 4 has 2 labelled images, fewer than evaluate.few_shot_labels=3; lower it"
+            "class 4 has 2 labelled images, fewer than few_shot.labels_per_class=3; lower it"
         )
 
 
 class TestFewShot:
     def test_equals_scikit_learn_called_directly(self) -> None:
         train, test = scaled(TRAIN[0], TEST[0])  # by all images: the unlabelled are there too
-        expected = []
+        config = FewShotConfig(labels_per_class=3, inverse_penalty=10.0)
         for draw in range(4):
-            rows = few_shot_rows(TRAIN[1], labels_per_class=3, seed=2, draw=draw)
+            rows = few_shot_rows(TRAIN[1], labels_per_class=3, seed=0, draw=draw)
             few = train[rows], TRAIN[1][rows]
-            expected.append(accuracy_of_scikit_learn(few, (test, TEST[1]), 10.0))
-        score = few_shot_accuracy(
-            *TRAIN, *TEST, labels_per_class=3, num_draws=4, seed=2, inverse_penalty=10.0
-        )
-        assert score.mean == pytest.approx(np.mean(expected))
-        assert score.deviation == pytest.approx(np.std(expected))
-        assert score.deviation > 0
-
-    def test_is_the_same_every_time(self) -> None:
-        first, second = (
-            few_shot_accuracy(*TRAIN, *TEST, labels_per_class=2, num_draws=3) for _ in range(2)
-        )
-        assert first == second
+            expected = accuracy_of_scikit_learn(few, (test, TEST[1]), 10.0)
+            found = measure_few_shot(config, ProbeSets(*TRAIN, *TEST), seed=draw, device="cpu")
+            assert found.top1 == pytest.approx(expected)

@@ -19,11 +19,12 @@ from raysl.evaluate.online import (
     open_online,
     spread_rows,
 )
+from raysl.evaluate.probes import KnnConfig
 from raysl.evaluate.protocol import EvaluateConfig, knn_top1
 from raysl.sources.source import ArraySource, DataConfig
 from raysl.sources.subset import SubsetSource
 
-CONFIG = EvaluateConfig(few_shot_labels=2, knn_k=3)
+CONFIG = EvaluateConfig(knn=KnnConfig(k=3))
 DATA = DataConfig(source="made-up")
 
 

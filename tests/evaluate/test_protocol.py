@@ -1,11 +1,22 @@
+from typing import Any
+
 import numpy as np
-import numpy.typing as npt
+import pytest
 import torch
 
+from raysl.config.idle import idle_settings
+from raysl.config.load import validate
+from raysl.errors import ConfigError
 from raysl.evaluate.features import EvalImages
-from raysl.evaluate.knn import knn_accuracy
-from raysl.evaluate.linear import few_shot_accuracy, linear_accuracy
-from raysl.evaluate.protocol import EvaluateConfig, LabelledSets, all_protocols, knn_top1
+from raysl.evaluate.probes import FewShotConfig, KnnConfig, LbfgsConfig, LinearConfig
+from raysl.evaluate.protocol import (
+    EvaluateConfig,
+    LabelledSets,
+    knn_top1,
+    measure_probes,
+    probe_sets,
+)
+from raysl.evaluate.registry import PROTOCOLS
 from raysl.sources.pixels import Bits
 from raysl.sources.source import ArraySource, DataConfig
 
@@ -47,33 +58,77 @@ class TestProtocols:
             for images in (sets.train, sets.test)
         ]
 
-    def test_are_the_measures_with_the_settings_of_the_configuration(self) -> None:
+    def test_are_those_of_the_registry_with_the_settings_of_the_configuration(self) -> None:
         sets = made_up()
         train, test = self.features(sets)
         config = EvaluateConfig(
-            knn_k=3,
-            knn_temperature=0.5,
-            few_shot_labels=2,
-            few_shot_draws=4,
-            inverse_penalty=0.1,
+            final=("knn", "linear", "linear_lbfgs", "few_shot"),
+            seeds=(3, 4),
+            knn=KnnConfig(k=3, temperature=0.5),
+            linear=LinearConfig(epochs=2),
+            linear_lbfgs=LbfgsConfig(inverse_penalties=(0.1,)),
+            few_shot=FewShotConfig(labels_per_class=2, draws=4, inverse_penalty=0.1),
         )
-        labels: list[npt.NDArray[np.int64]] = [sets.train.labels, sets.test.labels]
-        arrays = train.numpy(), labels[0], test.numpy(), labels[1]
-        few = few_shot_accuracy(*arrays, labels_per_class=2, num_draws=4, inverse_penalty=0.1)
-        tensors = train, torch.from_numpy(labels[0]), test, torch.from_numpy(labels[1])
-        knn = knn_accuracy(*tensors, k=3, temperature=0.5)
-        assert all_protocols(config, sets, train, test) == {
-            "knn_top1": knn,
-            "linear_top1": linear_accuracy(*arrays, inverse_penalty=0.1),
-            "few_shot_top1": few.mean,
-            "few_shot_top1_std": few.deviation,
+        arrays = probe_sets(sets, train, test)
+        expected: dict[str, list[float]] = {}
+        for name in config.final:
+            protocol, settings = PROTOCOLS[name], getattr(config, name)
+            assert protocol.measure is not None
+            expected[name] = [
+                protocol.measure(settings, arrays, seed=seed, device="cpu").top1
+                for seed in protocol.seeds(settings, (3, 4)) or (0,)
+            ]
+        assert [len(values) for values in expected.values()] == [1, 2, 1, 4]
+        assert measure_probes(config, sets, train, test) == {
+            "knn_top1": expected["knn"][0],
+            "linear_top1": np.mean(expected["linear"]),
+            "linear_top1_std": np.std(expected["linear"]),
+            "linear_lbfgs_top1": expected["linear_lbfgs"][0],
+            "few_shot_top1": np.mean(expected["few_shot"]),
+            "few_shot_top1_std": np.std(expected["few_shot"]),
         }
-        assert knn_top1(config, sets, train, test) == knn
+        assert knn_top1(config, sets, train, test) == expected["knn"][0]
 
     def test_the_few_shot_probe_alone_is_left_out_where_labels_are_too_few(self) -> None:
         sets = made_up(few_shot=False)
         train, test = self.features(sets)
-        assert set(all_protocols(EvaluateConfig(), sets, train, test)) == {
-            "knn_top1",
-            "linear_top1",
-        }
+        found = measure_probes(EvaluateConfig(), sets, train, test)
+        assert set(found) == {"knn_top1", "linear_lbfgs_top1"}
+
+
+class TestFinal:
+    def test_names_protocols_of_the_registry(self) -> None:
+        with pytest.raises(ConfigError, match=r"final: protocols: 'linaer' .*mean 'linear'\?"):
+            validate(EvaluateConfig, {"final": ["knn", "linaer"]}, where="x")
+        with pytest.raises(ConfigError, match="give at least one of knn"):
+            validate(EvaluateConfig, {"final": []}, where="x")
+        with pytest.raises(ConfigError, match="'transfer' is not known"):
+            validate(EvaluateConfig, {"final": ["transfer"]}, where="x")
+        config = EvaluateConfig(final=("finetune", "knn", "knn"))
+        assert (config.probes, config.trained) == (("knn",), ("finetune",))
+
+    @pytest.mark.parametrize(
+        ("settings", "untrained", "pixels"),
+        [
+            ({}, True, True),
+            ({"final": ("knn", "linear")}, True, True),
+            ({"final": ("knn", "finetune")}, False, False),
+            ({"final": ("finetune",), "untrained_baseline": True}, False, False),
+            ({"final": ("knn",), "untrained_baseline": True}, True, False),
+            ({"pixel_baseline": False}, True, False),
+        ],
+    )
+    def test_baselines_are_measured_beside_more_than_nearest_neighbours(
+        self, settings: dict[str, Any], untrained: bool, pixels: bool
+    ) -> None:
+        config = EvaluateConfig(**settings)
+        assert (config.measures_untrained, config.measures_pixels) == (untrained, pixels)
+        assert config.is_quick == (not untrained and not pixels)
+
+    def test_settings_of_fine_tuning_that_is_not_named_do_nothing(self) -> None:
+        values = {"final": ["knn"], "semi_1": {"epochs": 3}, "linear": {"epochs": 3}}
+        (problem,) = idle_settings(EvaluateConfig, values, within=("evaluate",))
+        assert problem.text == (
+            "evaluate.semi_1.epochs=3 does nothing with evaluate.final=[knn], without semi_1; "
+            "drop it"
+        )

@@ -6,6 +6,7 @@ from raysl.errors import ConfigError
 from raysl.evaluate.probes import KnnConfig, LbfgsConfig, LinearConfig
 from raysl.evaluate.registry import (
     DEFAULT,
+    FINAL,
     PROTOCOLS,
     TRANSFERRED,
     check_protocols,
@@ -13,12 +14,14 @@ from raysl.evaluate.registry import (
     settings_digest,
 )
 from raysl.evaluate.training_protocols import FinetuneProtocol
+from raysl.track.results import PROBES, TRAINING
 
 # Never change a line: other defaults, or another computation, are another version with its own.
 FROZEN = {
     ("knn", 1): "bb966af7dcb44ba0",
     ("linear", 1): "c0f9256683faa6bf",
     ("linear_lbfgs", 1): "7bb72c0b9201b944",
+    ("linear_lbfgs", 2): "ab661d9642245ab8",
     ("few_shot", 1): "565909e229d7bd90",
     ("finetune", 1): "77d58fe96b5f219d",
     ("semi_10", 1): "2e4259b801b0acdb",
@@ -28,7 +31,18 @@ FROZEN = {
 
 def test_the_settings_of_a_version_never_change() -> None:
     found = {(p.name, p.version): settings_digest(p.settings()) for p in PROTOCOLS.values()}
-    assert found == FROZEN
+    assert found.items() <= FROZEN.items()
+    assert {name for name, _ in FROZEN} == set(PROTOCOLS)
+
+
+def test_results_know_the_protocols_by_name() -> None:
+    assert {name for name, each in PROTOCOLS.items() if each.measure is None} == set(TRAINING)
+    assert set(PROTOCOLS) == {*PROBES, *TRAINING}
+
+
+def test_version_1_of_logistic_regression_is_a_setting() -> None:
+    five = LbfgsConfig(inverse_penalties=(0.001, 0.01, 0.1, 1.0, 10.0))
+    assert settings_digest(five) == FROZEN["linear_lbfgs", 1]
 
 
 def test_a_number_is_printed_with_what_identifies_it() -> None:
@@ -46,8 +60,8 @@ def test_what_is_not_random_has_no_seeds() -> None:
     assert PROTOCOLS["knn"].seeds(KnnConfig(), (0, 1, 2)) == ()
     assert PROTOCOLS["linear"].seeds(LinearConfig(), (0, 1, 2)) == (0, 1, 2)
     lbfgs = PROTOCOLS["linear_lbfgs"]
-    assert lbfgs.seeds(LbfgsConfig(), (4, 5)) == (4, 5)
-    assert lbfgs.seeds(LbfgsConfig(inverse_penalties=(1.0,)), (4, 5)) == ()
+    assert lbfgs.seeds(LbfgsConfig(inverse_penalties=(0.1, 1.0)), (4, 5)) == (4, 5)
+    assert lbfgs.seeds(LbfgsConfig(), (4, 5)) == ()
 
 
 def test_vision_transformers_have_settings_of_their_own() -> None:
@@ -55,6 +69,8 @@ def test_vision_transformers_have_settings_of_their_own() -> None:
     plain = FinetuneProtocol(label_fraction=0.1).overrides(is_vit=False, **sizes)
     vit = FinetuneProtocol().overrides(is_vit=True, **sizes)
     assert "train.global_batch_size=100" in plain
+    shared = FinetuneProtocol(label_fraction=0.1).overrides(is_vit=False, **sizes, num_workers=3)
+    assert "train.global_batch_size=99" in shared
     assert "train.epochs=30.0" in plain
     assert any(text.startswith('optim={"name": "sgd", "base_lr": 0.05') for text in plain)
     assert "train.epochs=100.0" in vit
@@ -65,6 +81,7 @@ def test_vision_transformers_have_settings_of_their_own() -> None:
 def test_names_are_checked() -> None:
     assert check_protocols(["knn", "transfer", "knn"]) == ("knn", "transfer")
     assert check_protocols(DEFAULT) == DEFAULT
+    assert check_protocols(FINAL) == FINAL
     assert set(TRANSFERRED) <= set(PROTOCOLS)
     with pytest.raises(ConfigError, match=r"'linaer' is not known; allowed: knn, .*mean 'linear'"):
         check_protocols(["linaer"])

@@ -16,7 +16,7 @@ class TestMeasure:
         assert shown.text(-2.34567) == "-2.346"
 
     def test_an_unknown_share_or_accuracy_is_percent_too(self) -> None:
-        assert measure("final/untrained_linear_top1").title == "final: untrained linear, %"
+        assert measure("final/untrained_few_shot_top1").title == "final: untrained few shot, %"
         assert measure("swav/used_share").text(0.5) == "50.0"
 
 

@@ -8,11 +8,11 @@ from raysl.report.terminal import ProgressView, accuracy_table
 
 RESULTS: dict[str, Any] = {
     "knn_top1": 0.9,
-    "linear_top1": 0.95,
+    "linear_lbfgs_top1": 0.95,
     "few_shot_top1": 0.7,
     "few_shot_top1_std": 0.03,
     "untrained_knn_top1": 0.5,
-    "untrained_linear_top1": 0.55,
+    "untrained_linear_lbfgs_top1": 0.55,
     "untrained_few_shot_top1": 0.4,
     "untrained_few_shot_top1_std": 0.02,
     "knn_k": 20,
@@ -46,6 +46,14 @@ class TestAccuracyTable:
         tuned = RESULTS | {"finetune_top1": 0.876, "finetune_labels": 1234}
         assert "fine-tuned on 1,234 labels: 87.6%" in text(accuracy_table(tuned))
         assert "fine-tuned" not in text(accuracy_table(RESULTS))
+
+
+def test_a_protocol_has_a_column_where_it_measured() -> None:
+    results: Any = {"linear_top1": 0.4, "linear_top1_std": 0.012, "untrained_linear_top1": 0.2}
+    shown = text(accuracy_table(results))
+    assert "linear probe, by SGD" in shown
+    assert "40.0% +- 1.2" in shown
+    assert "kNN" not in shown
 
 
 class TestProgressView:

@@ -14,7 +14,7 @@ from raysl.cli import main
 from raysl.errors import ConfigError
 from raysl.track.run_folder import RunFolder, read_metrics
 
-SHORT = ["train.steps=2", "evaluate.final=knn", "evaluate.every=null"]
+SHORT = ["train.steps=2", "evaluate.final=[knn]", "evaluate.every=null"]
 
 
 def losses(name: str) -> list[float]:

@@ -205,12 +205,12 @@ class TestFinetune:
         assert finetune(folder, "data.limit=null").train.global_batch_size == 1024
 
     def test_goes_on_from_the_runs_encoder_images_and_place(self, pretrained: Make) -> None:
-        folder = pretrained("seed=5", "evaluate.finetune={}", "data.limit=150")
+        folder = pretrained("seed=5", "evaluate.final=[knn,finetune]", "data.limit=150")
         run = finetune(folder, TEN_PERCENT)
         assert run.backbone.weights == str(folder / "encoder.safetensors")
         assert (run.backbone.stem, run.backbone.width) == ("small", 0.125)
         assert (run.data.source, run.data.limit, run.seed) == ("digits", 150, 5)
-        assert run.evaluate.finetune is None  # that was about the end of the pretraining
+        assert run.evaluate.trained == ()  # that was about the end of the pretraining
         assert run.name == "pre-finetuned-10percent-layer1"
         assert Path(run.output_dir) == folder.parent
         assert finetune(folder).name == "pre-finetuned"
@@ -411,11 +411,11 @@ class TestDistill:
 
 class TestRunAfter:
     def test_what_the_next_run_has_no_use_for_stays_behind(self, pretrained: Make) -> None:
-        given = ("evaluate.finetune={epochs: 3}", "data.bad_images.policy=fail")
+        given = ("evaluate.final=[finetune]", "data.bad_images.policy=fail")
         values = finetune_values(pretrained(*given))
         values["data"]["bad_images"]["max_share"] = 0.5
         run = run_after(values, [], where="test")
-        assert (run.evaluate.finetune, run.data.bad_images.max_share) == (None, 0.01)
+        assert (run.evaluate.trained, run.data.bad_images.max_share) == ((), 0.01)
 
     def test_what_is_asked_for_has_to_be_of_use(self, pretrained: Make) -> None:
         override = "optim={name: adamw, sgd_momentum: 0.5}"

@@ -44,7 +44,9 @@ def test_a_probe_that_is_left_out_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [run(final="knn"), run("supervised"), run(few_shot_labels=1)], ids=str
+    "config",
+    [run(final=["knn"]), run("supervised"), run(few_shot={"labels_per_class": 1})],
+    ids=str,
 )
 def test_a_probe_that_nobody_trains_is_not_told(config: RunConfig[Any]) -> None:
     assert labelling_notes(config, seen(config)) == []

@@ -37,7 +37,9 @@ class TestOneWorker:
     def test_gives_the_same_losses_to_the_bit_as_no_ray_and_leaves_the_same_files(
         self, run_yaml: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
     ) -> None:
-        full = ["evaluate.final=full", "evaluate.few_shot_draws=1", "evaluate.pixel_baseline=false"]
+        full = ["evaluate.final=[knn,linear_lbfgs,finetune]", "evaluate.pixel_baseline=false"]
+        full += ["evaluate.finetune={epochs: 1, batch_size: 8, label_fraction: 0.2}"]
+        full += ["evaluate.seeds=[0]"]
         assert pretrain(run_yaml("bare"), *full) == 0
         assert pretrain(run_yaml("ray"), *full, *ON_RAY, "--json") == 0
         printed = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -46,6 +48,9 @@ class TestOneWorker:
         for metric in ("eval/knn_top1", "eval/rankme", "eval/alignment"):  # measured elsewhere
             assert values(metric, "ray") == values(metric, "bare")
             assert set(values(metric, "ray")) == {3, 6}
+        results = [RunFolder(Path("runs") / name).read_results() or {} for name in ("bare", "ray")]
+        for key in ("knn_top1", "linear_lbfgs_top1", "finetune_top1", "finetune_labels"):
+            assert results[0][key] == results[1][key]
         files = {p.name for p in Path("runs/ray").iterdir()}
         assert {p.name for p in Path("runs/bare").iterdir()} <= files
         assert printed["run_dir"] == str(Path("runs/ray").absolute())

@@ -51,10 +51,9 @@ class TestFinetune:
         self, method: dict[str, Any], most: int
     ) -> None:
         def evaluate(layers: int) -> dict[str, Any]:
-            return {"finetune": {"head_layers": layers}}
+            return {"final": ["finetune"], "finetune": {"head_layers": layers}}
 
         found = make_config(method, evaluate=evaluate(most)).evaluate.finetune
-        assert found is not None
         assert found.head_layers == most
         wanted = rf"head_layers={most + 1}: .* method {method['name']} ends at layer {most}"
         with pytest.raises(ConfigError, match=wanted):
@@ -62,9 +61,9 @@ class TestFinetune:
 
     def test_of_moco_v3_on_a_vision_transformer_has_a_third_layer(self) -> None:
         vit = {"name": "vit_tiny", "patch_size_px": 4, "depth": 1}
-        evaluate = {"finetune": {"head_layers": 3}}
+        evaluate = {"final": ["finetune"], "finetune": {"head_layers": 3}}
         config = make_config({"name": "moco_v3"}, evaluate=evaluate, backbone=vit)
-        assert config.evaluate.finetune is not None
+        assert config.evaluate.trained == ("finetune",)
 
 
 class TestTrainingSet:

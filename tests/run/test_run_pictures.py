@@ -122,7 +122,7 @@ def bar_heights_px(path: Path, color: str) -> list[int]:
     return [int(height) for _, height in sorted(bars)]
 
 
-ACCURACIES = {"knn_top1": 0.4, "linear_top1": 0.8, "few_shot_top1": 0.2}
+ACCURACIES = {"knn_top1": 0.4, "linear_lbfgs_top1": 0.8, "few_shot_top1": 0.2}
 
 
 class TestDrawAccuracy:
@@ -147,7 +147,7 @@ class TestDrawAccuracy:
         assert num_dark_pixels(few | {"few_shot_top1_std": 0.2}) > 80 + num_dark_pixels(few)
 
     def test_leaves_out_what_is_not_finite(self, tmp_path: Path) -> None:
-        draw_accuracy(tmp_path / "a.png", {"knn_top1": math.nan, "linear_top1": 0.5})
+        draw_accuracy(tmp_path / "a.png", {"knn_top1": math.nan, "linear_lbfgs_top1": 0.5})
         assert len(bar_heights_px(tmp_path / "a.png", BLUE)) == 1
 
     def test_says_when_there_is_no_accuracy(self, tmp_path: Path) -> None:

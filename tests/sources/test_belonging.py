@@ -23,7 +23,7 @@ DATA: dict[str, Any] = {
 }
 RUN = {
     "data": DATA,
-    "evaluate": {"source": "/tests", "label_column": "fine", "limit": None, "knn_k": 5},
+    "evaluate": {"source": "/tests", "label_column": "fine", "limit": None, "every": None},
 }
 
 
@@ -35,7 +35,7 @@ def test_every_setting_of_images_either_leaves_or_stays() -> None:
 
 def test_other_images_take_nothing_of_the_old_ones_and_their_test_images_go_too() -> None:
     kept, left = without_other_source(RUN, source="/new", test_source=None)
-    assert kept == {"data": {"mean": [0.5, 0.5, 0.5]}, "evaluate": {"knn_k": 5}}
+    assert kept == {"data": {"mean": [0.5, 0.5, 0.5]}, "evaluate": {"every": None}}
     assert left == [
         "data.filter=[['a', '>', 1]]",
         "data.limit=9",
@@ -48,7 +48,7 @@ def test_other_images_take_nothing_of_the_old_ones_and_their_test_images_go_too(
 
 def test_other_test_images_leave_the_training_images_alone() -> None:
     kept, left = without_other_source(RUN, source=None, test_source="/others")
-    assert (kept["data"], kept["evaluate"]) == (DATA, {"knn_k": 5})
+    assert (kept["data"], kept["evaluate"]) == (DATA, {"every": None})
     assert left == ["evaluate.source=/tests", "evaluate.label_column=fine"]
 
 

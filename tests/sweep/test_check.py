@@ -139,7 +139,17 @@ class TestSchedulersAndMetrics:
             ),
             (
                 {"metric": {"name": "final/finetune_top1"}},
-                "final/finetune_top1 is measured where evaluate.finetune says how; set it",
+                "final/finetune_top1: final=knn leaves it unmeasured; add finetune to final",
+            ),
+            (
+                {"metric": {"also": ["final/linear_top1"]}, "final": ["knn", "few_shot"]},
+                "final/linear_top1: final=[knn, few_shot] leaves it unmeasured; add linear to "
+                "final",
+            ),
+            (
+                {"metric": {"also": ["final/untrained_knn_top1"]}},
+                "final/untrained_knn_top1: set evaluate.untrained_baseline=true, which final=knn "
+                "leaves out",
             ),
         ],
     )
@@ -242,10 +252,6 @@ class TestSpaceProblems:
                 },
                 "scheduler: hyperband with max_evaluations=2 and reduction_factor=3 compares "
                 "nobody; raise the first to the second or more",
-            ),
-            (
-                {"metric": {"also": ["final/linear_top1"]}},
-                "final/linear_top1: final=knn leaves it unmeasured; set final=full",
             ),
         ],
     )

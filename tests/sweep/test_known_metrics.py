@@ -9,13 +9,17 @@ from raysl.run.local import pretrain_here
 from raysl.run.recipe import load_run
 from raysl.sources.open import open_source
 from raysl.sweep.problems import METRICS
+from raysl.track.results import TRAINING
 from raysl.track.run_folder import RunFolder, read_metrics
 
-# Only with an adversary, only where a run is fine-tuned, only with a classifier.
-ELSEWHERE = {"train/adversary_loss", "final/finetune_top1", "eval/top1", "final/top1"}
+# Only with an adversary, with a classifier, or where protocols train the network after the run.
+ELSEWHERE = {"train/adversary_loss", "eval/top1", "final/top1"} | {
+    f"final/{name}_top1{std}" for name in TRAINING for std in ("", "_std")
+}
 SHORT = [
-    "evaluate.final=full",
-    "evaluate.few_shot_draws=1",
+    "evaluate.final=[knn,linear,linear_lbfgs,few_shot]",
+    "evaluate.few_shot.draws=2",
+    "evaluate.linear={epochs: 1, base_lrs: [0.1]}",
     "evaluate.pixel_baseline=false",
     "train.steps=3",
 ]

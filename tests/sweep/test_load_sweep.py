@@ -38,6 +38,18 @@ class TestFiles:
         assert load_sweep(_write(base.parent)).name == "mine"
         assert load_sweep(_write(base.parent, name="other")).name == "other"
 
+    def test_metrics_beside_the_word_full_have_their_old_meaning(self, base: Path) -> None:
+        metric = {
+            "name": "final/linear_top1",
+            "also": ["final/untrained_linear_top1", "train/loss"],
+        }
+        old = {"metric": metric, "scheduler": {"name": "none"}}
+        sweep = load_sweep(_write(base.parent, **old, final="full"))
+        assert sweep.metric.name == "final/linear_lbfgs_top1"
+        assert sweep.metric.also == ("final/untrained_linear_lbfgs_top1", "train/loss")
+        named = load_sweep(_write(base.parent, **old, final=["knn", "linear"]))
+        assert named.metric.name == "final/linear_top1"
+
     def test_bases_are_found_from_its_own_folder(
         self, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -177,7 +189,7 @@ class TestEverythingAtOnce:
             "space.name: ",
             "data.limit: Input should be a valid integer, got",
             "method.name: got 'mocoo', allowed",
-            "final/linear_top1: final=knn leaves it unmeasured",
+            "final/linear_top1: final=knn leaves it unmeasured; add linear",
             "budget: give epochs=2 or steps=5, not both",
             "space: name, data.limit, method cannot change while a trial is under way",
         ):

@@ -7,6 +7,7 @@ import pytest
 from raysl.config.base import Duration
 from raysl.config.load import to_yaml
 from raysl.errors import ConfigError
+from raysl.evaluate.registry import FINAL
 from raysl.run.recipe import RunConfig
 from raysl.sweep.config import Dimension, SweepConfig
 from raysl.sweep.space import Candidate, candidate_of, draw, run_config
@@ -164,10 +165,20 @@ class TestRunConfig:
         run = run_of(space=TEMPERATURES, track={"experiment": "mine"})
         assert not run.track.mlflow
         assert run.track.experiment == "mine"
-        assert run.evaluate.final == "knn"
+        assert run.evaluate.final == ("knn",)
         assert not run.evaluate.pixel_baseline
         assert run.evaluate.online == "blocking"  # schedulers decide by each value at its step
-        assert run_of(space=TEMPERATURES, final="full").evaluate.final == "full"
+        assert run_of(space=TEMPERATURES, final="full").evaluate.final == FINAL
+        assert run_of(space=TEMPERATURES, final=["linear"]).evaluate.final == ("linear",)
+
+    @pytest.mark.parametrize("final", ["knn", ["knn", "finetune"]])
+    def test_a_trial_is_fine_tuned_by_the_old_words_and_by_name(
+        self, run_of: Run, final: Any
+    ) -> None:
+        tuned = {"evaluate.finetune.epochs": 3, "evaluate.finetune.label_fraction": 0.5}
+        run = run_of(space=TEMPERATURES, final=final, set=tuned)
+        assert run.evaluate.final == ("knn", "finetune")
+        assert (run.evaluate.finetune.epochs, run.evaluate.finetune.label_fraction) == (3, 0.5)
 
     @pytest.mark.parametrize(
         ("own", "expected"),

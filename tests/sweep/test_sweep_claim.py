@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from raysl.sweep.claim import claim
 
 from raysl.config.load import read_mapping
 from raysl.errors import RunFolderError
-from raysl.sweep.claim import claim
 from raysl.sweep.config import SweepConfig
 from raysl.sweep.trial import SweepFolder
 

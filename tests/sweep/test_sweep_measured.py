@@ -32,7 +32,7 @@ def home(tmp_path: Path, draw_images: Callable[..., Path]) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["eval/knn_top1", "final/linear_top1"])
+@pytest.mark.parametrize("name", ["eval/knn_top1", "final/linear_lbfgs_top1"])
 def test_a_metric_that_the_images_have_no_labels_for_is_found_beforehand(
     home: Path, name: str
 ) -> None:

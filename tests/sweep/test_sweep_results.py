@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from raysl.config.load import to_yaml
+from raysl.evaluate.registry import FINAL
 from raysl.folder.whole import write_json
 from raysl.run.recipe import load_run
 from raysl.sweep.config import SweepConfig
@@ -86,7 +87,7 @@ def test_the_best_run_is_the_trial_measured_in_full_and_tracked(
     best = load_run(folder.best)
     assert best.method.temperature == 0.2
     assert (best.name, best.output_dir) == ("s-best", "runs")
-    assert best.evaluate.final == "full"
+    assert best.evaluate.final == FINAL
     assert best.track.mlflow
     assert best.track.experiment == "mine"
 

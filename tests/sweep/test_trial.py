@@ -112,9 +112,16 @@ class TestCurve:
         _measure(
             folder,
             {"step": 20, "train/epoch": 2.0, "train/loss": 1.0},
-            {"step": 20, "final/linear_top1": 0.9},
+            {"step": 20, "final/linear_lbfgs_top1": 0.9},
         )
-        assert _read(folder, MetricConfig(name="final/linear_top1")).curve == ((2.0, 0.9),)
+        assert _read(folder, MetricConfig(name="final/linear_lbfgs_top1")).curve == ((2.0, 0.9),)
+
+    @pytest.mark.parametrize("key", ["final/linear_lbfgs_top1", "final/linear_top1"])
+    def test_a_trial_of_version_0_1_wrote_linear_for_linear_lbfgs(
+        self, folder: RunFolder, key: str
+    ) -> None:
+        _measure(folder, {"step": 20, "train/epoch": 2.0, key: 0.9})
+        assert _read(folder, MetricConfig(name="final/linear_lbfgs_top1")).metric == 0.9
 
     def test_before_the_first_line_with_an_epoch_there_is_none(self, folder: RunFolder) -> None:
         _measure(folder, {"step": 5, "eval/knn_top1": 0.25})
