@@ -40,7 +40,7 @@ from raysl.evaluate.embedding import (
     stream_here,
 )
 from raysl.run.ray_cluster import connect, disconnect
-from raysl.sources.command_line import open_asked
+from raysl.sources.command_line import open_argument
 from raysl.sources.source import Source
 from raysl.train.batches import input_converter
 
@@ -144,7 +144,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, list[Speed]]:
     loops = arguments.loops.split(",")
     if unknown := [loop for loop in loops if loop not in LOOPS]:
         parser.error(f"--loops: unknown {unknown[0]}; give some of {', '.join(LOOPS)}")
-    config, source = open_asked(arguments, EmbedConfig, where="embedding_against_torch")
+    config, source = open_argument(arguments, EmbedConfig, where="embedding_against_torch")
     embedding = embedding_of(encoder_file(arguments.encoder), config)
     speeds: dict[str, list[Speed]] = {name: [] for name in ("raysl", *loops)}
     started = connect()

@@ -27,7 +27,7 @@ from raysl.encoder.file import read_description
 from raysl.evaluate.embedding import Embedding, chunk_images
 from raysl.report.terminal import console, mapping_table, say, say_notes
 from raysl.run.ray_cluster import connect, disconnect
-from raysl.sources.command_line import open_asked
+from raysl.sources.command_line import open_argument
 from raysl.sources.source import Source, size_of
 
 _MIB = 1 << 20
@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         ClusterError: If nothing of the cluster is free.
     """
     encoder = encoder_file(arguments.encoder)
-    config, source = open_asked(arguments, EmbedConfig, where="raysl benchmark embed")
+    config, source = open_argument(arguments, EmbedConfig, where="raysl benchmark embed")
     embedding = embedding_of(encoder, config)
     load = os.getloadavg()[0]
     with ExitStack() as stack:

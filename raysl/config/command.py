@@ -10,8 +10,8 @@ from raysl.errors import ConfigError
 from raysl.evaluate.training_source import open_training_source
 from raysl.folder.whole import write_text
 from raysl.report.terminal import console, mapping_table, print_json, say, say_notes
-from raysl.run.absolute_files import with_absolute_files
 from raysl.run.check import check_names, check_start
+from raysl.run.places import with_absolute_files
 from raysl.run.recipe import load_run
 from raysl.track.run_folder import working_folder
 

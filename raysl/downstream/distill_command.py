@@ -8,7 +8,7 @@ import psutil
 from raysl.report.terminal import print_json, say
 from raysl.run.command import add_start_arguments
 from raysl.run.from_run import distill_values, run_after
-from raysl.run.places import left_with_source
+from raysl.run.places import dropped_settings_note
 from raysl.run.pretrain import train_run
 
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Distil, or go on with it; what is not said follows SimCLR v2."""
-    note = left_with_source(arguments.teacher, arguments.overrides, test_key="evaluate.source")
+    note = dropped_settings_note(arguments.teacher, arguments.overrides, test_key="evaluate.source")
     if note:
         say(note)
     values = distill_values(arguments.teacher, arguments.overrides)

@@ -49,7 +49,7 @@ from raysl.folder.claim import set_aside
 from raysl.report.progress import CountView
 from raysl.report.terminal import console, mapping_table, print_json, say, say_notes
 from raysl.run.local import pretrain_here
-from raysl.run.places import left_with_source
+from raysl.run.places import dropped_settings_note
 from raysl.run.ray_cluster import connect, disconnect, plan_layout
 from raysl.run.ray_train import pretrain_on_ray
 from raysl.run.recipe import RunConfig
@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
     config, origin = load_evaluation(arguments.encoder, overrides, home=home)
     if config.track.mlflow:
         check_tracking_uri(config.track.tracking_uri)
-    note = left_with_source(
+    note = dropped_settings_note(
         origin.encoder, overrides, test_key="data.test_source", never=NOT_FROM_RUN
     )
     if note:

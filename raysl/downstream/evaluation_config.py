@@ -19,7 +19,7 @@ from raysl.encoder.file import read_description, save_encoder
 from raysl.errors import ConfigError, DataError
 from raysl.evaluate.registry import ProtocolSettings
 from raysl.nn.backbones import NAMES, BackboneConfig, build_backbone, check_model_name
-from raysl.run.places import started_from
+from raysl.run.places import start_folder
 from raysl.run.recipe import ClusterConfig
 from raysl.sources.belonging import OF_SOURCE, named_source, without_other_source
 from raysl.sources.filter import Condition
@@ -224,7 +224,7 @@ def _values_of_run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     if not file.exists():
         return {}
     run = read_mapping(file)
-    first = started_from(RunFolder(folder), str(run.get("output_dir", "runs")))
+    first = start_folder(RunFolder(folder), str(run.get("output_dir", "runs")))
     run, _ = without_other_source(
         run,
         source=named_source(overrides, "data.source"),

@@ -12,7 +12,7 @@ from raysl.downstream.evaluation_folder import EvaluationFolder
 from raysl.downstream.evaluation_record import EvaluationResult
 from raysl.evaluate.registry import PROTOCOLS
 from raysl.run.environment import git_state
-from raysl.run.tracking import say_trouble
+from raysl.run.tracking import print_problem
 from raysl.sources.source import digest
 from raysl.track.mlflow_record import (
     TrackedEvaluation,
@@ -112,7 +112,7 @@ def send(request: EvaluationRequest, record: EvaluationResult, *, home: Path) ->
         )
     except Exception as error:  # a store may raise anything, and the numbers are on the disk
         trouble = problem_of(error, uri=uri, experiment=track.experiment)
-        say_trouble(trouble, uri, ended=True)
+        print_problem(trouble, uri, ended=True)
         return
     write_tracked_evaluation(folder.mlflow, TrackedEvaluation(run_id, without_password(uri), what))
 

@@ -10,7 +10,7 @@ from raysl.errors import ConfigError
 from raysl.report.terminal import print_json, say
 from raysl.run.command import add_start_arguments
 from raysl.run.from_run import finetune_values, run_after
-from raysl.run.places import left_with_source
+from raysl.run.places import dropped_settings_note
 from raysl.run.pretrain import train_run
 from raysl.run.recipe import load_run
 from raysl.run.shell import Typed, command
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
                 f"{command('pretrain', origin, *arguments.overrides)}"
             )
     else:
-        note = left_with_source(
+        note = dropped_settings_note(
             origin, arguments.overrides, test_key="evaluate.source", never=["data.labels"]
         )
         if note:

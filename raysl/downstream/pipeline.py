@@ -24,7 +24,7 @@ from raysl.config.load import (
 from raysl.config.shipped import find_config
 from raysl.errors import ConfigError
 from raysl.run.from_run import RunOrigin, distill_from, finetune_from, origin_of
-from raysl.run.recipe import RunConfig, asked_run, layered, read_run_values
+from raysl.run.recipe import RunConfig, layered, read_run_values, run_from_user
 from raysl.sources.source import Source
 from raysl.track.config import TrackConfig, check_run_name
 from raysl.track.run_folder import RunFolder
@@ -265,7 +265,7 @@ class Runs:
         values = layered({}, values, given) if step.kind != "pretrain" else values
         track = self._config.track.model_dump(mode="json")
         fixed = {"name": step.name, "output_dir": str(self._folder), "track": track}
-        found = asked_run(values | fixed, where=f"step {step.name}")
+        found = run_from_user(values | fixed, where=f"step {step.name}")
         self._known[step.name] = found
         return found
 

@@ -16,12 +16,12 @@ from raysl.evaluate.training_source import seen_part
 from raysl.folder.claim import changes, refusal, set_aside
 from raysl.folder.whole import write_json, write_text
 from raysl.report.terminal import console, print_json, say, say_notes
-from raysl.run.absolute_files import with_absolute_files
 from raysl.run.environment import flat, git_state
+from raysl.run.places import with_absolute_files
 from raysl.run.pretrain import train_run
 from raysl.run.ray_cluster import connect, disconnect
 from raysl.run.recipe import RunConfig, derive_for
-from raysl.run.tracking import say_trouble, start_tracker
+from raysl.run.tracking import print_problem, start_tracker
 from raysl.sources.open import open_source
 from raysl.sources.place import absolute_config, as_place
 from raysl.sources.subset import whole_source
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = RunFolder((home / Path(config.output_dir).expanduser() / config.name).absolute())
     steps = plan_steps(config)
     runs = Runs(config, folder.path)
-    needs_ray, told_of = _check(steps, runs)
+    needs_ray, notes_printed = _check(steps, runs)
     if arguments.dry_run:
         _say_steps(steps)
         return 0
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         say(f"the earlier pipeline is now in {set_aside(folder)}")
     with folder.locked():
         _claim(folder, config)
-        pipeline = _Pipeline(config, folder, steps, home=home, told_of=told_of)
+        pipeline = _Pipeline(config, folder, steps, home=home, notes_printed=notes_printed)
         results = pipeline.go_on(needs_ray=needs_ray)
     if arguments.json:
         print_json(results)
@@ -109,7 +109,7 @@ class _Pipeline:
         folder: Its folder, locked.
         steps: What it does, in order.
         home: What relative paths are relative to.
-        told_of: Fingerprints of images whose notes were said.
+        notes_printed: Fingerprints of images whose notes were said.
     """
 
     def __init__(
@@ -119,14 +119,14 @@ class _Pipeline:
         steps: Sequence[Step],
         *,
         home: Path,
-        told_of: set[str],
+        notes_printed: set[str],
     ) -> None:
         self._config = config
         self._folder = folder
         self._steps = steps
         self._runs = Runs(config, folder.path)
         self._home = home
-        self._told_of = told_of
+        self._told_of = notes_printed
         self._rows: list[StepResult] = []
         self._uri = tracking_uri(config.track.tracking_uri, folder=home)
         self._tracker = self._start_tracker()
@@ -162,7 +162,7 @@ class _Pipeline:
             with_absolute_files(config, self._home),
             began_at=time.time(),
             tags=tags | ({"mlflow.parentRunId": parent} if parent else {}),
-            told_of=self._told_of,
+            notes_printed=self._told_of,
         )
         return _row(step, teacher, config, results)
 
@@ -232,7 +232,7 @@ class _Pipeline:
             log_model=None,
             tags=tags,
         )
-        say_trouble(self._tracker.trouble, self._uri, ended=True)
+        print_problem(self._tracker.trouble, self._uri, ended=True)
 
 
 def _row(step: Step, teacher: str | None, config: RunConfig[Any], results: Results) -> StepResult:

@@ -24,7 +24,7 @@ from raysl.report.progress import CountView
 from raysl.report.terminal import console, mapping_table, print_json, say, say_notes
 from raysl.run.ray_cluster import connect, disconnect
 from raysl.run.shell import command
-from raysl.sources.command_line import open_asked
+from raysl.sources.command_line import open_argument
 from raysl.sources.source import Source
 
 _MIB = 1 << 20
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Embed a source, or resume an interrupted embedding."""
     began = time.monotonic()
     encoder = encoder_file(arguments.encoder)
-    config, source = open_asked(arguments, EmbedConfig, where="raysl embed")
+    config, source = open_argument(arguments, EmbedConfig, where="raysl embed")
     count = int(source.group_sizes.sum())
     say(f"embedding {count:,} images from {source.name} into {arguments.output}")
     say_notes(source, first_look(source))

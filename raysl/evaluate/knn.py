@@ -16,6 +16,38 @@ _ROWS_AT_ONCE = 1024
 _MOST_SIMILARITIES = 1 << 27  # computed at once: 512 MiB
 
 
+def knn_accuracy(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    *,
+    k: int,
+    temperature: float,
+) -> float:
+    """Return the accuracy of the weighted vote of each test image's nearest neighbours.
+
+    Args:
+        train_features: ``(M, D)`` float, not normalised.
+        train_labels: ``(M,)`` int64, class numbers >= 0.
+        test_features: ``(N, D)`` float.
+        test_labels: ``(N,)`` int64.
+        k: Number of neighbours, > 0; at most M are used.
+        temperature: > 0; a neighbour of cosine similarity s votes with exp(s / temperature).
+
+    Returns:
+        Accuracy in [0, 1]; every test row counts.
+
+    Raises:
+        ShapeError: If the shapes do not fit or a set is empty.
+    """
+    check_shapes(train_features, train_labels, test_features, test_labels)
+    predictions = knn_predictions(
+        train_features, train_labels, test_features, ks=[k], temperature=temperature
+    )[k]
+    return int((predictions == test_labels).sum()) / len(test_labels)
+
+
 @torch.no_grad()
 def knn_predictions(
     train_features: Tensor,

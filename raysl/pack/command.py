@@ -18,7 +18,7 @@ from raysl.report.progress import CountView
 from raysl.report.terminal import console, mapping_table, print_json, say, say_notes
 from raysl.run.ray_cluster import connect, disconnect
 from raysl.run.shell import command
-from raysl.sources.command_line import open_asked
+from raysl.sources.command_line import open_argument
 from raysl.sources.source import Source
 
 _MIB = 1 << 20
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Pack a source, or resume an interrupted pack."""
     began = time.monotonic()
-    config, source = open_asked(arguments, PackConfig, where="raysl pack")
+    config, source = open_argument(arguments, PackConfig, where="raysl pack")
     count = int(source.group_sizes.sum())
     say(f"packing {count:,} images from {source.name} into {arguments.output}")
     say_notes(source, first_look(source))

@@ -23,7 +23,7 @@ from raysl.pack.inspect import (
 from raysl.report.measure import duration_text
 from raysl.report.progress import CountView
 from raysl.report.terminal import console, mapping_table, print_json, say
-from raysl.sources.command_line import open_asked
+from raysl.sources.command_line import open_argument
 from raysl.sources.source import Encoded, LocatedSource, Source
 
 _SAMPLE = 10_000
@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Inspect a source and print its content, its problems and advice."""
-    config, source = open_asked(arguments, InspectConfig, where="raysl data")
+    config, source = open_argument(arguments, InspectConfig, where="raysl data")
     sample = draw_sample(source, count=arguments.sample or None, seed=config.seed)
     cores = os.cpu_count() or 1
     cv2.setNumThreads(1)  # parallel over images

@@ -1,4 +1,4 @@
-"""Build a run's method, optimizers and precision from its configuration."""
+"""Build a run's method and optimizers, and write its networks."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,16 +8,18 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from raysl.encoder.file import load_weights
+from raysl.encoder.file import load_weights, save_encoder
 from raysl.methods import load_method
 from raysl.methods.base import Method, TrainingSet
 from raysl.nn.backbones import build_backbone
 from raysl.nn.batchnorm import set_batch_norm_scope
+from raysl.nn.classifier import save_classifier, save_head
 from raysl.nn.depth import depth_scales
 from raysl.nn.precision import bf16_slowdown_on_cpu
 from raysl.optim.build import ScheduledOptimizer, Special, scheduled_optimizer
 from raysl.run.recipe import Derived, RunConfig
 from raysl.sources.pixels import Decoding
+from raysl.track.run_folder import RunFolder
 
 # With bfloat16 instructions it is faster than float32; a factor of two is more than noise.
 _SLOWDOWN_WORTH_SAYING = 2.0
@@ -136,3 +138,19 @@ def describe(config: RunConfig[Any]) -> dict[str, Any]:
         "method": config.method.name,
         "run": config.name,
     }
+
+
+def save_networks(folder: RunFolder, method: Method, config: RunConfig[Any]) -> None:
+    """Write each network of a finished run to its own file in the run folder.
+
+    Args:
+        folder: The run folder.
+        method: The trained method.
+        config: The run.
+    """
+    description = describe(config)
+    save_encoder(folder.encoder, method.encoder, description=description)
+    if method.projection_head is not None:
+        save_head(folder.projection_head, method.projection_head, description=description)
+    if method.label_classifier is not None:
+        save_classifier(folder.classifier, method.label_classifier, description=description)

@@ -22,7 +22,7 @@ LENGTH = ("train.epochs", "train.steps")
 _RECORDS = "extensions"
 
 
-def other_than_length(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def differences_besides_length(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """List the settings other than the length that differ between two runs, one line each."""
     plain = [plain_copy(old), plain_copy(new)]
     for values in plain:

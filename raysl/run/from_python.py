@@ -9,7 +9,7 @@ from raysl.config.idle import dotted_keys
 from raysl.config.load import EXTENDS, apply_overrides, merge, parse_override, plain_copy
 from raysl.config.shipped import find_config
 from raysl.run.pretrain import train_run
-from raysl.run.recipe import RunConfig, asked_run, layered, load_run, read_run_values
+from raysl.run.recipe import RunConfig, layered, load_run, read_run_values, run_from_user
 from raysl.run.shell import Typed
 from raysl.track.results import Results
 
@@ -61,4 +61,4 @@ def _run_of(settings: Mapping[str, Any], overrides: Sequence[str]) -> RunConfig[
     values = layered(below, merge(below, layer), list(dotted_keys(layer)))
     keys = [parse_override(override)[0] for override in overrides]
     values = layered(values, apply_overrides(values, overrides), keys)
-    return asked_run(values, where=" ".join([_WHERE, *overrides]))
+    return run_from_user(values, where=" ".join([_WHERE, *overrides]))

@@ -26,7 +26,7 @@ from raysl.nn.backbones import BackboneConfig
 from raysl.nn.classifier import CLASSIFIER_FILE, HEAD_FILE, load_classifier, load_head
 from raysl.nn.heads import count_layers
 from raysl.run.places import read_run
-from raysl.run.recipe import RunConfig, asked_run, layered
+from raysl.run.recipe import RunConfig, layered, run_from_user
 from raysl.sources.belonging import named_source, without_other_source
 from raysl.sources.place import absolute_config
 from raysl.sources.source import DataConfig, Source
@@ -221,10 +221,10 @@ def run_after(values: Mapping[str, Any], overrides: Sequence[str], *, where: str
         where: Source of the values, for error messages.
 
     Raises:
-        ConfigError: See :func:`asked_run`.
+        ConfigError: See :func:`run_from_user`.
     """
     given = [parse_override(override)[0] for override in overrides]
-    return asked_run(layered({}, values, given), where=" ".join([where, *overrides]))
+    return run_from_user(layered({}, values, given), where=" ".join([where, *overrides]))
 
 
 def origin_of(run: RunConfig[Any], folder: Path) -> RunOrigin:

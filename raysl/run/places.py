@@ -1,10 +1,11 @@
-"""Resolve the image paths of a run's settings, so that they hold from every current folder."""
+"""Resolve the paths in a run's settings to absolute ones, and drop settings of other images."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from raysl.config.load import read_mapping
+from raysl.errors import DataError
 from raysl.run.recipe import RunConfig, run_from_values
 from raysl.sources.belonging import named_source, without_other_source
 from raysl.sources.place import absolute_config
@@ -37,10 +38,10 @@ def read_run(folder: RunFolder) -> RunConfig[Any]:
     """
     values = read_mapping(folder.config)
     config = run_from_values(values, where=str(folder.config))
-    return with_absolute_sources(config, first=started_from(folder, config.output_dir))
+    return with_absolute_sources(config, first=start_folder(folder, config.output_dir))
 
 
-def started_from(folder: RunFolder, output_dir: str) -> list[Path]:
+def start_folder(folder: RunFolder, output_dir: str) -> list[Path]:
     """Return the folder that a run was started in, if its place and ``output_dir`` tell it."""
     parts = Path(output_dir).expanduser()
     above = folder.path.parent
@@ -49,7 +50,7 @@ def started_from(folder: RunFolder, output_dir: str) -> list[Path]:
     return [above.parents[len(parts.parts) - 1]] if parts.parts else [above]
 
 
-def left_with_source(
+def dropped_settings_note(
     origin: Path, overrides: Sequence[str], *, test_key: str, never: Collection[str] = ()
 ) -> str:
     """Return a message that lists the settings dropped because the overrides name other images.
@@ -72,7 +73,7 @@ def left_with_source(
         values,
         source=source,
         test_source=named_source(overrides, test_key),
-        first=started_from(folder, str(values.get("output_dir", "runs"))),
+        first=start_folder(folder, str(values.get("output_dir", "runs"))),
     )
     dropped = [text for text in left if text.partition("=")[0] not in never]
     if not dropped:
@@ -82,3 +83,44 @@ def left_with_source(
         f"{images} names other images than {folder.path.name} has: its settings of the old ones "
         f"are left out: {', '.join(dropped)}"
     )
+
+
+def with_absolute_files(config: RunConfig[Any], home: Path) -> RunConfig[Any]:
+    """Return the run with absolute paths of its images, weights, and head or teacher.
+
+    Workers, and later commands that read the run folder, have other current folders. A relative
+    path is looked up in the current folder, then in ``home``.
+
+    Args:
+        config: The run.
+        home: The folder that relative paths of output are relative to.
+
+    Raises:
+        DataError: If a file or folder does not exist.
+    """
+    weights, method = config.backbone.weights, config.method
+    files = {
+        name: _absolute(f"method.{name}", getattr(method, name), home) for name in method.files
+    }
+    return with_absolute_sources(config).model_copy(
+        update={
+            "backbone": config.backbone.model_copy(
+                update={"weights": _absolute("backbone.weights", weights, home)}
+            ),
+            "method": method.model_copy(update=files),
+        }
+    )
+
+
+def _absolute(key: str, value: str | None, home: Path) -> str | None:
+    if value is None:
+        return None
+    candidates = [folder / Path(value).expanduser() for folder in (Path.cwd(), home)]
+    path = next((candidate for candidate in candidates if candidate.exists()), None)
+    if path is None:
+        raise DataError(
+            f"{key}={value}: no such file or folder (looked for "
+            f"{' and '.join(dict.fromkeys(map(str, candidates)))}); give a run folder or a file of "
+            f"weights"
+        )
+    return str(path)

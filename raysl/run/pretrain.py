@@ -12,15 +12,14 @@ from raysl.evaluate.training_source import open_training_source
 from raysl.folder.claim import OR_FRESH, refusal, set_aside
 from raysl.folder.whole import read_json, write_text
 from raysl.report.terminal import ProgressView, say, say_notes
-from raysl.run.absolute_files import with_absolute_files
 from raysl.run.build import precision_note
 from raysl.run.check import check_names, check_start
 from raysl.run.environment import flat, tags_of
+from raysl.run.extension import differences_besides_length, tags_of_extensions
 from raysl.run.extension import extend as extend_run
-from raysl.run.extension import other_than_length, tags_of_extensions
 from raysl.run.labelled_sets import labelling_notes
 from raysl.run.local import pretrain_here, uses_gpu
-from raysl.run.places import started_from, with_absolute_sources
+from raysl.run.places import start_folder, with_absolute_files, with_absolute_sources
 from raysl.run.protocol_runs import Train, train_protocols
 from raysl.run.ray_cluster import connect, describe_cluster, disconnect, plan_layout
 from raysl.run.ray_train import pretrain_on_ray
@@ -33,9 +32,9 @@ from raysl.run.recipe import (
     run_or_problems,
     size_defaults,
 )
-from raysl.run.results import Run, say_results, speed
+from raysl.run.results import Run, print_results, speed
 from raysl.run.shell import Typed
-from raysl.run.source_record import hold_to_source, is_same, source_facts, what_changed
+from raysl.run.source_record import is_same, record_source, source_facts, what_changed
 from raysl.run.tracking import end_tracker, load_mlflow, run_artifacts, start_tracker
 from raysl.sources.open import open_source
 from raysl.sources.source import Source
@@ -88,7 +87,7 @@ def train_run(
     fresh: bool = False,
     extend: bool = False,
     tags: Mapping[str, str] | None = None,
-    told_of: Collection[str] = (),
+    notes_printed: Collection[str] = (),
 ) -> Results:
     """Train or resume a run in its folder; if it is finished, print its results again.
 
@@ -99,7 +98,7 @@ def train_run(
         fresh: Start from step 0; an earlier run's folder is renamed.
         extend: Continue the run in the folder, finished or not, to the length of ``config``.
         tags: Additional tags of its MLflow run.
-        told_of: Fingerprints of sources whose notes are already printed.
+        notes_printed: Fingerprints of sources whose notes are already printed.
 
     Returns:
         The results, as ``--json`` prints them.
@@ -114,14 +113,14 @@ def train_run(
     if fresh and folder.path.exists():
         say(f"the earlier run is now in {set_aside(folder)}")
     with folder.locked():
-        shorter = _known_length(folder, config, extend=extend)
+        shorter = _run_to_extend(folder, config, extend=extend)
         run = Run(config, folder, home, typed, tags or {}, began_at)
         results = folder.read_results()
         if shorter is not None or results is None or "run_dir" not in results:
-            results = _train(_open(run, shorter), told_of)
+            results = _train(_open(run, shorter), notes_printed)
         else:
             results = _finished(run, results)
-    say_results(run, results)
+    print_results(run, results)
     return results
 
 
@@ -131,7 +130,7 @@ def _open(run: Run, shorter: RunConfig[Any] | None) -> Opened:
     check_names(config)
     source = open_training_source(config.data, config.evaluate, config.method)
     derived = check_start(config, source)
-    lines = hold_to_source(run.folder, source, config)
+    lines = record_source(run.folder, source, config)
     if shorter is not None:
         lines += extend_run(run.folder, (shorter, derive_for(shorter, source)), (config, derived))
     for line in lines:
@@ -140,7 +139,7 @@ def _open(run: Run, shorter: RunConfig[Any] | None) -> Opened:
     return Opened(run, source, derived)
 
 
-def _known_length(
+def _run_to_extend(
     folder: RunFolder, config: RunConfig[Any], *, extend: bool
 ) -> RunConfig[Any] | None:
     """Return the folder's run if ``config`` extends it, or None if both have the same length.
@@ -154,7 +153,7 @@ def _known_length(
         return None
     old, values = _with_new_defaults(folder), config.model_dump(mode="json")
     known = old if isinstance(old, dict) else old.model_dump(mode="json")
-    changed, more = differences(known, values), other_than_length(known, values)
+    changed, more = differences(known, values), differences_besides_length(known, values)
     if not changed:
         return None
     if more or not extend or isinstance(old, dict):
@@ -176,7 +175,7 @@ def _with_new_defaults(folder: RunFolder) -> RunConfig[Any] | dict[str, Any]:
     found = run_or_problems(values)
     if isinstance(found, list):
         return values
-    return with_absolute_sources(found, first=started_from(folder, found.output_dir))
+    return with_absolute_sources(found, first=start_folder(folder, found.output_dir))
 
 
 def _finished(run: Run, results: Results) -> Results:
@@ -191,19 +190,20 @@ def _finished(run: Run, results: Results) -> Results:
         source = open_training_source(config.data, config.evaluate, config.method)
         opened = Opened(run, source, derive_for(config, source))
     except RayslError as error:
-        say(f"  it is told as it ended; its images cannot be opened any more: {error}")
+        say(f"  its results are those of its end; its images can no longer be opened: {error}")
         return results
     known, facts = read_json(folder.source), source_facts(source)
     if known is not None and not is_same(known, facts):
         changed = "\n    ".join(what_changed(known, facts))
-        say(f"  it is told as it ended; its images have changed since it began:\n    {changed}")
+        text = "its results are those of its end; its images have changed since it began"
+        say(f"  {text}:\n    {changed}")
     return _send_again(opened, results)
 
 
-def _train(opened: Opened, told_of: Collection[str]) -> Results:
+def _train(opened: Opened, notes_printed: Collection[str]) -> Results:
     config, folder, derived = opened.config, opened.folder, opened.derived
     done = latest_step(folder.checkpoints)
-    _say_start(opened, done, told_of)
+    _say_start(opened, done, notes_printed)
     if config.track.mlflow and config.cluster.num_train_workers > 0:
         load_mlflow(opened.uri)
     with ExitStack() as stack:
@@ -232,7 +232,7 @@ def _train(opened: Opened, told_of: Collection[str]) -> Results:
         progress = ProgressView(total_steps=derived.total_steps, done=done)
         reader = MetricsReader(folder.metrics, dict.fromkeys((), done))
         try:
-            with Follower(reader, _showing(progress, folder), every_s=_PROGRESS_EVERY_S):
+            with Follower(reader, _show_progress(progress, folder), every_s=_PROGRESS_EVERY_S):
                 results = train(config, folder, opened.source)
             results = train_protocols(
                 config, results, folder=folder, source=opened.source, train=train
@@ -249,7 +249,7 @@ def _train(opened: Opened, told_of: Collection[str]) -> Results:
     return _finish(opened, results, tracker)
 
 
-def _showing(progress: ProgressView, folder: RunFolder) -> Callable[[list[Record]], None]:
+def _show_progress(progress: ProgressView, folder: RunFolder) -> Callable[[list[Record]], None]:
     return lambda records: progress.update(
         records, num_evaluations=len(list_waiting(folder.to_evaluate))
     )
@@ -313,7 +313,7 @@ def _send_again(opened: Opened, results: Results) -> Results:
     return results
 
 
-def _say_start(opened: Opened, done: int, told_of: Collection[str]) -> None:
+def _say_start(opened: Opened, done: int, notes_printed: Collection[str]) -> None:
     config, derived = opened.config, opened.derived
     what = f"goes on after step {done}" if done else "starts"
     say(
@@ -323,19 +323,19 @@ def _say_start(opened: Opened, done: int, told_of: Collection[str]) -> None:
     )
     for name, default in size_defaults(config, opened.source).items():
         say(f"  {name}: {default.formula}")
-    _say_sources(opened, told_of)
+    _say_sources(opened, notes_printed)
 
 
-def _say_sources(opened: Opened, told_of: Collection[str]) -> None:
+def _say_sources(opened: Opened, notes_printed: Collection[str]) -> None:
     """Print notes on the training and test images, once per source."""
     config = opened.config
     whole = whole_source(opened.source)
-    if whole.fingerprint not in told_of:
+    if whole.fingerprint not in notes_printed:
         say_notes(whole, first_look(whole))
     if config.evaluate.source is not None:
         given = config.evaluate.test_images(config.data)
         test = open_source(given, held_out=True, data=config.data)
-        if test.fingerprint not in {*told_of, whole.fingerprint}:
+        if test.fingerprint not in {*notes_printed, whole.fingerprint}:
             say_notes(test, title=f"evaluate.source={test.name}")
     for note in labelling_notes(config, opened.source):
         say(f"  {note}")

@@ -286,7 +286,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig[Any]:
     keys = [parse_override(override)[0] for override in overrides]
     values = layered(values, apply_overrides(values, overrides), keys)
     values.setdefault("name", path.stem)
-    return asked_run(values, where=" ".join([str(path), *overrides]))
+    return run_from_user(values, where=" ".join([str(path), *overrides]))
 
 
 def read_run_values(path: Path) -> dict[str, Any]:
@@ -321,7 +321,7 @@ def idle_problems(values: Mapping[str, Any]) -> list[Problem]:
     return list(idle_settings(_model_for(values)[0], values))
 
 
-def asked_run(values: Mapping[str, Any], *, where: str) -> RunConfig[Any]:
+def run_from_user(values: Mapping[str, Any], *, where: str) -> RunConfig[Any]:
     """Validate plain values of a user as a run; every setting must have an effect.
 
     Raises:

@@ -47,7 +47,7 @@ def speed(records: list[dict[str, Any]], began_at: float) -> Results:
     return results
 
 
-def say_results(run: Run, results: Results) -> None:
+def print_results(run: Run, results: Results) -> None:
     """Print the results of a run, its files, and commands to run next."""
     folder, config = run.folder, run.config
     out = console()

@@ -43,7 +43,7 @@ def source_facts(source: Source) -> dict[str, Any]:
     }
 
 
-def hold_to_source(folder: RunFolder, source: Source, config: RunConfig[Any]) -> list[str]:
+def record_source(folder: RunFolder, source: Source, config: RunConfig[Any]) -> list[str]:
     """Check that the images are those the run began with, and record them before training.
 
     Args:

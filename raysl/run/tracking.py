@@ -68,11 +68,11 @@ def start_tracker(
     tracker.start()
     tracker.wait_for_run(patience_s)
     if not ended:
-        say_trouble(tracker.trouble, uri, ended=False)
+        print_problem(tracker.trouble, uri, ended=False)
     return tracker
 
 
-def say_trouble(trouble: "MlflowProblem | None", uri: str, *, ended: bool) -> None:
+def print_problem(trouble: "MlflowProblem | None", uri: str, *, ended: bool) -> None:
     """Print what MLflow does not accept, whether it is retried, and else the remedy.
 
     Args:
@@ -116,7 +116,7 @@ def end_tracker(
     tracker.finish(
         status="FINISHED", artifacts=list(artifacts), log_model=_model_logger(folder, track)
     )
-    say_trouble(tracker.trouble, tracker.uri, ended=True)
+    print_problem(tracker.trouble, tracker.uri, ended=True)
     return {"mlflow_run_id": tracker.run_id, "mlflow_problem": tracker.problem}
 
 

@@ -20,12 +20,11 @@ from raysl.methods.base import Progress
 from raysl.nn.backbones import Backbone
 from raysl.nn.batchnorm import average_statistics
 from raysl.nn.collectives import barrier, broadcast_object, gather_objects, rank_and_size
-from raysl.run.build import build_method, build_optimizers, precision_on
+from raysl.run.build import build_method, build_optimizers, precision_on, save_networks
 from raysl.run.classify import Classified
 from raysl.run.labelled_sets import open_sets
 from raysl.run.measuring import Measuring, Place
 from raysl.run.method_pictures import write_method_pictures
-from raysl.run.networks import save_networks
 from raysl.run.online import Begin
 from raysl.run.protocol_runs import protocols_to_train
 from raysl.run.recipe import Derived, RunConfig, derive_for, training_set

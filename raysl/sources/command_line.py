@@ -16,7 +16,7 @@ C = TypeVar("C", bound=LocatedSource)
 _WINDOW_MIB = 1
 
 
-def open_asked(arguments: argparse.Namespace, model: type[C], *, where: str) -> tuple[C, Source]:
+def open_argument(arguments: argparse.Namespace, model: type[C], *, where: str) -> tuple[C, Source]:
     """Validate ``arguments.source`` and its overrides against a model, and open the source.
 
     Raises:

@@ -16,13 +16,12 @@ from raysl.config.load import to_yaml
 from raysl.errors import ConfigError, RayslError, SweepError
 from raysl.folder.whole import write_json, write_text
 from raysl.report.terminal import console, print_json, say
-from raysl.run.absolute_files import with_absolute_files
 from raysl.run.environment import git_state
-from raysl.run.places import read_run
+from raysl.run.places import read_run, with_absolute_files
 from raysl.run.ray_cluster import connect, disconnect
 from raysl.run.recipe import RunConfig
-from raysl.run.source_record import hold_to_source
-from raysl.run.tracking import say_trouble
+from raysl.run.source_record import record_source
+from raysl.run.tracking import print_problem
 from raysl.sweep.check import check
 from raysl.sweep.config import SweepConfig
 from raysl.sweep.load import load_sweep
@@ -239,7 +238,7 @@ class _Start:
         if read_candidate(trial) is None:
             trial.path.mkdir(parents=True, exist_ok=True)
             write_text(trial.config, to_yaml(config.model_dump(mode="json")))
-            hold_to_source(trial, self._sources.of(config), config)
+            record_source(trial, self._sources.of(config), config)
             write_trial(trial, candidate)
 
     def write_failed(self, candidate: Candidate, error: RayslError) -> None:
@@ -325,7 +324,7 @@ class _Start:
             uri=self._uri,
             tags=git_state(),
         )
-        say_trouble(tracking.trouble, self._uri, ended=False)
+        print_problem(tracking.trouble, self._uri, ended=False)
         return tracking
 
     def _say_start(self, trials: Sequence[Trial], left: Sequence[int], shares: Shares) -> None:
@@ -381,7 +380,7 @@ class _Start:
         artifacts = [folder.config, folder.summary, folder.best, folder.report]
         artifacts += sorted(folder.pictures.glob("*.png"))
         tracking.finish(status="FINISHED", artifacts=artifacts, tags=tags)
-        say_trouble(tracking.trouble, tracking.uri, ended=True)
+        print_problem(tracking.trouble, tracking.uri, ended=True)
         results["parent_run_id"] = tracking.parent_run_id
         results["mlflow_problem"] = tracking.problem
 

@@ -9,11 +9,10 @@ from raysl.errors import RunFolderError
 from raysl.evaluate.training_source import open_training_source
 from raysl.folder.whole import read_json, write_text
 from raysl.report.terminal import say, say_notes
-from raysl.run.absolute_files import with_absolute_files
 from raysl.run.check import check_lengths, check_names, check_start
-from raysl.run.places import read_run, with_absolute_sources
+from raysl.run.places import read_run, with_absolute_files, with_absolute_sources
 from raysl.run.recipe import RunConfig
-from raysl.run.source_record import hold_to_source, is_same, source_facts, what_changed
+from raysl.run.source_record import is_same, record_source, source_facts, what_changed
 from raysl.sources.source import Source
 from raysl.sources.subset import whole_source
 from raysl.sweep.config import IF_CHANGED
@@ -85,7 +84,7 @@ class Sources:
             values = config.model_dump(mode="json")
             if values != read_mapping(folder.config):
                 write_text(folder.config, to_yaml(values))
-            lines = hold_to_source(folder, self.of(config), config)
+            lines = record_source(folder, self.of(config), config)
             for line in lines:
                 if line not in printed:
                     say(f"trial {folder.path.name}: {line}" if line == lines[0] else line)

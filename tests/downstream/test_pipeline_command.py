@@ -99,8 +99,8 @@ def test_the_steps_run_in_order_and_the_best_fine_tuning_teaches(
 
 def test_notes_of_the_images_are_said_once(driver: Driver) -> None:
     assert main(["pipeline", "mine.yaml"]) == 0
-    (fingerprint,) = driver.given[0]["told_of"]
-    assert all(given["told_of"] == {fingerprint} for given in driver.given)
+    (fingerprint,) = driver.given[0]["notes_printed"]
+    assert all(given["notes_printed"] == {fingerprint} for given in driver.given)
 
 
 def test_what_is_finished_before_an_error_is_written_down(driver: Driver) -> None:

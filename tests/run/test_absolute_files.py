@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from raysl.errors import DataError
-from raysl.run.absolute_files import with_absolute_files
+from raysl.run.places import with_absolute_files
 from raysl.run.recipe import RunConfig, run_from_values
 
 

@@ -23,7 +23,7 @@ from raysl.run.from_run import (
     origin_of,
     run_after,
 )
-from raysl.run.places import left_with_source
+from raysl.run.places import dropped_settings_note
 from raysl.run.recipe import RunConfig, derive_for, load_run, run_from_values
 from raysl.track.run_folder import RunFolder
 
@@ -230,7 +230,7 @@ class TestFinetune:
         assert (run.data.limit, run.evaluate.limit, run.evaluate.split) == (150, None, None)
         run = finetune(folder, "data.source=digits", "data.limit=100")  # the same images
         assert (run.data.limit, len(run.data.mix), run.evaluate.limit) == (100, 1, 9)
-        note = left_with_source(folder, [f"data.source={photos}"], test_key="evaluate.source")
+        note = dropped_settings_note(folder, [f"data.source={photos}"], test_key="evaluate.source")
         assert "data.limit=150, data.mix=[{" in note
         assert "evaluate.source=digits, evaluate.limit=9, evaluate.split=test" in note
 

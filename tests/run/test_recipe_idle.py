@@ -8,7 +8,7 @@ import pytest
 from raysl.config.load import to_yaml
 from raysl.errors import ConfigError
 from raysl.methods import load_method, method_names
-from raysl.run.recipe import RunConfig, asked_run, idle_problems, load_run
+from raysl.run.recipe import RunConfig, idle_problems, load_run, run_from_user
 
 BASE: dict[str, Any] = {
     "name": "a",
@@ -121,7 +121,7 @@ def test_is_refused(sections: dict[str, Any], key: str) -> None:
     assert problems[0].startswith(f"{key}=")
     assert " does nothing with " in problems[0]
     with pytest.raises(ConfigError, match="does nothing"):
-        asked_run(BASE | sections, where="x")
+        run_from_user(BASE | sections, where="x")
 
 
 def test_an_adversary_is_neither_clipped_nor_layered() -> None:

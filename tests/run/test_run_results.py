@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from raysl.run.recipe import load_run
-from raysl.run.results import Run, say_results, speed
+from raysl.run.results import Run, print_results, speed
 from raysl.run.shell import Typed
 from raysl.track.results import Results
 from raysl.track.run_folder import RunFolder
@@ -26,7 +26,7 @@ def said(run_yaml: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) ->
         folder = RunFolder(Path("runs/r"))
         folder.path.mkdir(parents=True, exist_ok=True)
         asked = Typed(path, overrides) if typed else None
-        say_results(Run(load_run(path, overrides), folder, Path(), asked, {}, 0.0), results)
+        print_results(Run(load_run(path, overrides), folder, Path(), asked, {}, 0.0), results)
         captured = capsys.readouterr()
         return captured.out, captured.err
 

@@ -9,7 +9,7 @@ import pytest
 
 from raysl.errors import RunFolderError
 from raysl.run.recipe import RunConfig, run_from_values
-from raysl.run.source_record import hold_to_source
+from raysl.run.source_record import record_source
 from raysl.sources.source import ArraySource
 from raysl.sources.subset import SubsetSource
 from raysl.track.run_folder import RunFolder, checkpoint_path
@@ -48,7 +48,7 @@ def folder(tmp_path: Path) -> RunFolder:
 def test_what_a_run_is_trained_on_is_written_before_it_is(folder: RunFolder) -> None:
     source = images(8)
     source.notes = ("3 .heic files are left out",)
-    assert hold_to_source(folder, source, config()) == []
+    assert record_source(folder, source, config()) == []
     assert known(folder) == {
         "name": "photos",
         "fingerprint": source.fingerprint,
@@ -65,16 +65,16 @@ def test_what_a_run_is_trained_on_is_written_before_it_is(folder: RunFolder) -> 
 
 def test_the_same_images_go_on_without_a_word(folder: RunFolder) -> None:
     for _ in range(2):
-        assert hold_to_source(folder, images(8), config()) == []
+        assert record_source(folder, images(8), config()) == []
         trained(folder, 1 + len(list(folder.path.glob("checkpoints/*"))))
 
 
 def test_other_images_are_refused_in_words_with_what_to_do(folder: RunFolder) -> None:
-    hold_to_source(folder, images(8), config())
+    record_source(folder, images(8), config())
     trained(folder, 3)
     before = known(folder)
     with pytest.raises(RunFolderError) as raised:
-        hold_to_source(folder, images(12, classes=("cat", "emu", "fox")), config())
+        record_source(folder, images(12, classes=("cat", "emu", "fox")), config())
     text = str(raised.value)
     assert "the images have changed since this run began" in text
     assert "images of photos: 8 then, 12 now" in text
@@ -85,17 +85,17 @@ def test_other_images_are_refused_in_words_with_what_to_do(folder: RunFolder) ->
 
 
 def test_as_many_other_images_are_told_apart(folder: RunFolder) -> None:
-    hold_to_source(folder, images(8), config())
+    record_source(folder, images(8), config())
     trained(folder, 3)
     with pytest.raises(RunFolderError, match="8 then, 8 now; as many, but other files"):
-        hold_to_source(folder, images(8, seed=1), config())
+        record_source(folder, images(8, seed=1), config())
 
 
 def test_going_on_says_so_and_keeps_what_was_known(folder: RunFolder) -> None:
-    hold_to_source(folder, images(8), config())
+    record_source(folder, images(8), config())
     trained(folder, 3)
     folder.bad_images.write_text('{"row": 7}\n')
-    lines = hold_to_source(folder, images(12), config("go_on"))
+    lines = record_source(folder, images(12), config("go_on"))
     assert "from step 3 on, order and length are those of the images that are there now" in lines[0]
     assert "6 steps in all" in lines[0]
     assert "8 then, 12 now" in lines[1]
@@ -108,41 +108,41 @@ def test_going_on_says_so_and_keeps_what_was_known(folder: RunFolder) -> None:
 
 
 def test_going_on_with_fewer_images_may_end_the_run(folder: RunFolder) -> None:
-    hold_to_source(folder, images(16), config())
+    record_source(folder, images(16), config())
     trained(folder, 5)
-    lines = hold_to_source(folder, images(8), config("go_on"))
+    lines = record_source(folder, images(8), config("go_on"))
     assert "step 5 is beyond that, so nothing is left to train" in lines[0]
 
 
 def test_images_that_nothing_was_trained_on_may_be_put_back(folder: RunFolder) -> None:
-    hold_to_source(folder, images(8), config())
+    record_source(folder, images(8), config())
     trained(folder, 3)
-    hold_to_source(folder, images(12), config("go_on"))  # and fails before its first checkpoint
-    assert hold_to_source(folder, images(8), config()) == []
+    record_source(folder, images(12), config("go_on"))  # and fails before its first checkpoint
+    assert record_source(folder, images(8), config()) == []
     assert "earlier" not in known(folder)
-    hold_to_source(folder, images(12), config("go_on"))
+    record_source(folder, images(12), config("go_on"))
     trained(folder, 4)
     with pytest.raises(RunFolderError, match="12 then, 8 now"):
-        hold_to_source(folder, images(8), config())
+        record_source(folder, images(8), config())
 
 
 def test_before_the_first_checkpoint_other_images_are_only_told(folder: RunFolder) -> None:
-    hold_to_source(folder, images(8), config())
-    (line,) = hold_to_source(folder, images(12), config())
+    record_source(folder, images(8), config())
+    (line,) = record_source(folder, images(12), config())
     assert "changed since the first start, which came to no checkpoint" in line
     assert known(folder)["images"] == 12
 
 
 def test_a_folder_of_an_earlier_version_learns_its_images_at_the_resume(folder: RunFolder) -> None:
     trained(folder, 3)
-    assert hold_to_source(folder, images(8), config()) == []
+    assert record_source(folder, images(8), config()) == []
     with pytest.raises(RunFolderError, match="8 then, 12 now"):
-        hold_to_source(folder, images(12), config())
+        record_source(folder, images(12), config())
 
 
 def test_other_labels_seen_of_the_same_images_are_a_change(folder: RunFolder) -> None:
     whole = images(8)
-    hold_to_source(folder, SubsetSource(whole, np.arange(6), only=True), config())
+    record_source(folder, SubsetSource(whole, np.arange(6), only=True), config())
     trained(folder, 1)
     with pytest.raises(RunFolderError, match=r"the same images, but .* 6 then, 8 now"):
-        hold_to_source(folder, whole, config())
+        record_source(folder, whole, config())

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from raysl.run.tracking import end_tracker, run_artifacts, say_trouble, start_tracker
+from raysl.run.tracking import end_tracker, print_problem, run_artifacts, start_tracker
 from raysl.track import mlflow_tracker
 from raysl.track.config import TrackConfig
 from raysl.track.mlflow_problem import MlflowProblem
@@ -38,7 +38,7 @@ class Tracker:
 def test_a_problem_says_whether_waiting_helps_and_never_a_password(
     capsys: pytest.CaptureFixture[str], ended: bool, cure: str | None
 ) -> None:
-    say_trouble(MlflowProblem("no answer", cure), URI, ended=ended)
+    print_problem(MlflowProblem("no answer", cure), URI, ended=ended)
     said = capsys.readouterr().err
     assert ("The work goes on" in said) == (not ended)
     assert ("Nothing is lost: the same command sends the rest" in said) == ended
@@ -47,7 +47,7 @@ def test_a_problem_says_whether_waiting_helps_and_never_a_password(
 
 
 def test_no_problem_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    say_trouble(None, URI, ended=True)
+    print_problem(None, URI, ended=True)
     assert capsys.readouterr().err == ""
 
 

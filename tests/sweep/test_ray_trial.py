@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from raysl.sweep.in_flight import Change, newest_change, write_change
 
 from raysl.config.load import read_mapping, to_yaml
 from raysl.errors import ClusterError
@@ -15,6 +14,7 @@ from raysl.folder.whole import write_json
 from raysl.run.recipe import RunConfig, load_run
 from raysl.sweep import ray_trial
 from raysl.sweep.ray_trial import source_key
+from raysl.sweep.trial import Change, newest_change, write_change
 from raysl.track.run_folder import RunFolder, checkpoint_path
 
 LR = "optim.base_lr"

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from raysl.sweep.claim import claim
 
 from raysl.config.load import read_mapping
 from raysl.errors import RunFolderError
 from raysl.sweep.config import SweepConfig
-from raysl.sweep.trial import SweepFolder
+from raysl.sweep.trial import SweepFolder, claim
 
 Make = Callable[..., SweepConfig]
 SPACE = {"method.temperature": {"grid": [0.1, 0.5]}}

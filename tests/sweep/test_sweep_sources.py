@@ -10,7 +10,7 @@ import pytest
 from raysl.config.load import read_mapping, to_yaml
 from raysl.errors import RunFolderError
 from raysl.run.recipe import RunConfig, run_from_values
-from raysl.run.source_record import hold_to_source
+from raysl.run.source_record import record_source
 from raysl.sweep.sources import Sources
 from raysl.track.run_folder import RunFolder, checkpoint_path
 
@@ -57,7 +57,7 @@ def test_a_trial_that_goes_on_refuses_other_images_unless_asked(
     home: Path, draw_images: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, config = trial(home, 0)
-    hold_to_source(folder, Sources().of(config), config)
+    record_source(folder, Sources().of(config), config)
     checkpoint_path(folder.checkpoints, 1).mkdir(parents=True)
     draw_images(home / "p" / "dog", range(8, 12))
     with pytest.raises(RunFolderError, match="8 then, 12 now"):
@@ -73,7 +73,7 @@ def test_a_trial_that_begins_is_not_compared_with_those_of_other_images(
     home: Path, draw_images: Callable[..., Path]
 ) -> None:
     ended, config = trial(home, 0)
-    hold_to_source(ended, Sources().of(config), config)
+    record_source(ended, Sources().of(config), config)
     draw_images(home / "p" / "dog", range(8, 12))
     waiting, _ = trial(home, 1)
     with pytest.raises(RunFolderError, match="since this trial ended") as raised:
