@@ -150,7 +150,7 @@ class TestChangedImages:
         shutil.rmtree(here / "p")
         code, said = train("name=r", "data.source=p")
         assert code == 0
-        assert "its images cannot be opened any more" in said
+        assert "its images can no longer be opened" in said
 
     def test_a_method_that_keeps_something_of_each_image_says_that_it_cannot_go_on(
         self, here: Path, draw: Draw, train: Callable[..., tuple[int, str]]

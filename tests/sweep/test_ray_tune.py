@@ -41,7 +41,7 @@ def search(
 ) -> tuple[ray_tune._Search, Running]:
     running = Running()
     callback: Any = running
-    return ray_tune._Search(Listed(*numbers), callback, scheduler, most=most), running
+    return ray_tune._Search(Listed(*numbers), callback, scheduler, max_running=most), running
 
 
 class TestSearch:
@@ -65,7 +65,7 @@ class TestSearch:
             def __init__(self) -> None:
                 """Needs nothing here."""
 
-            def no_more(self) -> None:
+            def all_added(self) -> None:
                 told.append("no more")
 
         found, _ = search(4, scheduler=Heard())
@@ -123,7 +123,7 @@ def test_a_trial_reserves_its_share_and_one_with_workers_a_sliver() -> None:
 
 
 def test_population_based_training_gets_all_trials_as_points() -> None:
-    _, space = ray_tune._all_at_once(Listed(0, 1, 2))
+    _, space = ray_tune._all_points(Listed(0, 1, 2))
     assert space["number"].categories == [0, 1, 2]
     assert space["optim.base_lr"].categories == [0.1] * 3
 
