@@ -22,7 +22,7 @@ from raysl.downstream.evaluation_record import (
 )
 from raysl.downstream.evaluation_sets import EvaluationSets
 from raysl.errors import DataError
-from raysl.evaluate.embedding import Embedding, encoder_digest
+from raysl.evaluate.embedding import EmbeddingSpec, encoder_digest
 from raysl.evaluate.probes import ProbeResult, ProbeSets
 from raysl.evaluate.registry import PROTOCOLS, ProtocolRun, key_of, measure_unit, units_of
 from raysl.sources.source import digest
@@ -122,7 +122,7 @@ def _features(
         )
         return arrays, about
     features = request.config.features
-    embedding = Embedding(
+    embedding = EmbeddingSpec(
         str(request.origin.encoder), sets.train.size_px, features.crop_fraction, features.precision
     )
     arrays, bad = {}, 0

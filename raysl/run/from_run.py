@@ -18,7 +18,7 @@ from raysl.config.load import (
 )
 from raysl.encoder.file import read_description
 from raysl.errors import ConfigError, DataError
-from raysl.evaluate.old_keys import resolved
+from raysl.evaluate.old_keys import resolve_final
 from raysl.evaluate.protocol import EvaluateConfig
 from raysl.evaluate.training_source import open_training_source, seen_part
 from raysl.methods import load_method
@@ -119,7 +119,7 @@ def finetune_from(
         values["method"]["head"] = str(origin.folder)
     values["backbone"]["weights"] = str(origin.weights)
     values["data"]["labels"] = {"fraction": _ALL_LABELS, "seed": 0, "only": True}
-    values = resolved(apply_overrides(values, overrides))
+    values = resolve_final(apply_overrides(values, overrides))
     seen = values["data"].get("labels")
     fraction = seen.get("fraction", _ALL_LABELS) if isinstance(seen, dict) else _ALL_LABELS
     method, backbone = values["method"], values["backbone"]
@@ -201,7 +201,7 @@ def distill_from(
     values["method"] = {"name": "distill", "teacher": str(teacher.folder)}
     if isinstance(values["data"].get("labels"), dict):
         values["data"]["labels"]["only"] = False
-    values = resolved(apply_overrides(values, overrides))
+    values = resolve_final(apply_overrides(values, overrides))
     ours = _architecture(values["backbone"])
     values["method"].setdefault("temperature", 0.1 if ours == theirs else 1.0)
     slow = {"weight_decay": 1e-4, "warmup": {"fraction": 0.05}}

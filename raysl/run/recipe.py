@@ -24,7 +24,7 @@ from raysl.data.fragments import images_per_epoch
 from raysl.data.plan import Plan, item_size_for
 from raysl.data.stream import BlockSpec
 from raysl.errors import ConfigError
-from raysl.evaluate.old_keys import new_keys, renamed, resolved
+from raysl.evaluate.old_keys import new_keys, rename_old_keys, resolve_final
 from raysl.evaluate.protocol import EvaluateConfig
 from raysl.folder.claim import changes
 from raysl.methods import load_method
@@ -311,7 +311,7 @@ def layered(
         after: The same values with the top layer applied.
         given: Dotted keys that the top layer sets.
     """
-    before, after = renamed(before), renamed(after, given)
+    before, after = rename_old_keys(before), rename_old_keys(after, given)
     given = [key for each in given for key in new_keys(each)]
     return without_idle(_model_for(after)[0], before, after, given)
 
@@ -347,7 +347,7 @@ def run_from_values(values: Mapping[str, Any], *, where: str) -> RunConfig[Any]:
 
 def run_or_problems(values: Mapping[str, Any]) -> RunConfig[Any] | list[Problem]:
     """Return the run that plain values make, or all that is wrong with them."""
-    values = resolved(values)
+    values = resolve_final(values)
     model, problem = _model_for(values)
     if problem is None:
         return validated(model, values)

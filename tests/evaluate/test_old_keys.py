@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from raysl.evaluate.old_keys import new_keys, renamed, resolved
+from raysl.evaluate.old_keys import new_keys, rename_old_keys, resolve_final
 from raysl.evaluate.registry import FINAL
 from raysl.run.recipe import RunConfig, layered, run_from_user, run_from_values
 
@@ -62,7 +62,7 @@ class TestRenamed:
 
     def test_both_names_in_one_layer_are_refused_as_an_unknown_key(self) -> None:
         both = {"evaluate": {"knn_k": 3, "knn": {"k": 4}}}
-        assert renamed(both, ["evaluate.knn_k", "evaluate.knn.k"]) == both
+        assert rename_old_keys(both, ["evaluate.knn_k", "evaluate.knn.k"]) == both
 
     def test_a_key_that_an_override_gives_stands_for_its_new_names(self) -> None:
         assert new_keys("evaluate.few_shot_draws") == ["evaluate.few_shot.draws"]
@@ -96,7 +96,7 @@ class TestFinal:
         assert run(final=["knn", "finetune"], finetune=None).evaluate.final == ("knn",)
 
     def test_other_words_are_refused_with_the_most_similar_protocol(self) -> None:
-        assert resolved({"evaluate": {"final": "linear"}})["evaluate"]["final"] == ["linear"]
+        assert resolve_final({"evaluate": {"final": "linear"}})["evaluate"]["final"] == ["linear"]
         with pytest.raises(Exception, match="mean 'knn'"):
             run(final="knnn")
 
