@@ -12,13 +12,15 @@ from raysl.evaluate.registry import ProtocolRun, key_of, settings_of
 from raysl.evaluate.training_source import open_training_source
 from raysl.nn.backbones import BackboneConfig
 from raysl.run.from_run import finetune_values
-from raysl.run.protocol_runs import Train, train_in
+from raysl.run.protocol_runs import TrainFunction, train_in
 from raysl.run.recipe import RunConfig, run_from_values
 from raysl.sources.source import Source
 from raysl.track.run_folder import RunFolder
 
 
-def train_unit(request: EvaluationRequest, unit: ProtocolRun, *, train: Train) -> ProbeResult:
+def train_unit(
+    request: EvaluationRequest, unit: ProtocolRun, *, train: TrainFunction
+) -> ProbeResult:
     """Train the network of a unit, or go on with it, and return the accuracy of its last step.
 
     The rows whose labels it saw are in ``labels.json`` of its folder.

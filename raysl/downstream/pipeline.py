@@ -24,7 +24,7 @@ from raysl.config.load import (
 from raysl.config.shipped import find_config
 from raysl.errors import ConfigError
 from raysl.run.from_run import RunOrigin, distill_from, finetune_from, origin_of
-from raysl.run.recipe import RunConfig, layered, read_run_values, run_from_user
+from raysl.run.recipe import RunConfig, drop_idle, read_run_values, run_from_user
 from raysl.sources.source import Source
 from raysl.track.config import TrackConfig, check_run_name
 from raysl.track.run_folder import RunFolder
@@ -255,14 +255,14 @@ class Runs:
         given = [parse_override(override)[0] for override in step.overrides]
         if step.kind == "pretrain":
             base = read_run_values(Path(self._config.base))
-            values = layered(base, apply_overrides(base, overrides), given)
+            values = drop_idle(base, apply_overrides(base, overrides), given)
         elif step.kind == "distill":
             assert teacher is not None
             values = distill_from(self._origin(teacher), overrides, whole=whole)
         else:
             values = finetune_from(self._origin(_PRETRAIN), overrides, whole=whole)
         # What is set for all steps, or comes from the one before, may be of no use to this one.
-        values = layered({}, values, given) if step.kind != "pretrain" else values
+        values = drop_idle({}, values, given) if step.kind != "pretrain" else values
         track = self._config.track.model_dump(mode="json")
         fixed = {"name": step.name, "output_dir": str(self._folder), "track": track}
         found = run_from_user(values | fixed, where=f"step {step.name}")

@@ -16,7 +16,7 @@ from raysl.evaluate.training_source import seen_part
 from raysl.folder.claim import changes, refusal, set_aside
 from raysl.folder.whole import write_json, write_text
 from raysl.report.terminal import console, print_json, say, say_notes
-from raysl.run.environment import flat, git_state
+from raysl.run.environment import flatten_mapping, git_state
 from raysl.run.places import with_absolute_files
 from raysl.run.pretrain import train_run
 from raysl.run.ray_cluster import connect, disconnect
@@ -205,7 +205,7 @@ class _Pipeline:
             config.track,
             uri=self._uri,
             run_name=config.name,
-            params=flat(settings)
+            params=flatten_mapping(settings)
             | {f"set.{key}": value for key, value in config.set.items()}
             | {f"pretrain.{key}": value for key, value in config.pretrain.items()}
             | {"steps": ", ".join(step.name for step in self._steps)},
@@ -296,7 +296,9 @@ def _claim(folder: RunFolder, config: PipelineConfig) -> None:
     values = config.model_dump(mode="json")
     if path.exists():
         old = read_mapping(path)
-        before, after = (flat({key: each.get(key) for key in _LASTING}) for each in (old, values))
+        before, after = (
+            flatten_mapping({key: each.get(key) for key in _LASTING}) for each in (old, values)
+        )
         keys = [key for key in {**before, **after} if key != _FREE]
         changed = changes(before, after, keys=keys, compared=_as_place)
         which = [key for key in _LASTING if any(line.startswith(key) for line in changed)]

@@ -81,7 +81,7 @@ class EvaluateConfig(ProtocolSettings, SourceConfig):
 
     @classmethod
     def idle_by(cls, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """Yield the settings of training protocols that ``final`` does not name, with the reason."""
+        """Yield the settings of training protocols not named in ``final``, with the reason."""
         final = values.get("final")
         if isinstance(final, list):  # a string is a value of an earlier version
             for name in (each for each in TRAINING if each not in final):

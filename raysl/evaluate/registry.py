@@ -195,7 +195,7 @@ def measure_unit(unit: ProtocolRun, sets: ProbeSets, *, device: str) -> tuple[Pr
     assert measure is not None
     began = time.monotonic()
     with warnings.catch_warnings():
-        # torch warns that features in Ray's object store are read-only; nothing here writes to them.
+        # torch warns that features in the object store are read-only; nothing here writes to them.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
         measured = measure(settings_of(unit), sets, seed=unit.seed or 0, device=device)
     return measured, time.monotonic() - began

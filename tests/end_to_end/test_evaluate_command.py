@@ -215,7 +215,7 @@ def test_a_run_gets_the_numbers_in_its_own_mlflow_run(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     status, text, said = call(capsys, "runs/mine", *own, *training, down)
     assert status == 0
-    assert "MLflow did not take everything" in said
+    assert "MLflow did not accept everything" in said
     kept.write_text(before)
     status, again, _ = call(capsys, "runs/mine", *own, *training)
     assert status == 0
