@@ -15,13 +15,13 @@ from raysl.train.batches import input_converter
 def measure_label_free(
     origin: EncoderOrigin, features: npt.NDArray[np.float32], images: EvalImages
 ) -> dict[str, float]:
-    """Return what :func:`raysl.evaluate.label_free.label_free` does, pairs of views included.
+    """Measure features as :func:`raysl.evaluate.label_free.label_free`, including alignment.
 
-    The pairs are two views of at most 1,024 images: this process makes and embeds them.
+    Alignment needs two views of at most 1,024 images; this process makes and embeds them.
 
     Args:
         origin: The encoder.
-        features: Of the images, ``(N, D)``.
+        features: Features of the images, ``(N, D)``.
         images: The test images.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

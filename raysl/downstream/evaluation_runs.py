@@ -21,9 +21,9 @@ from raysl.track.run_folder import RunFolder
 def train_unit(
     request: EvaluationRequest, unit: ProtocolRun, *, train: TrainFunction
 ) -> ProbeResult:
-    """Train the network of a unit, or go on with it, and return the accuracy of its last step.
+    """Train or resume the network of a unit, and return the accuracy after its last step.
 
-    The rows whose labels it saw are in ``labels.json`` of its folder.
+    ``labels.json`` in the folder of its run lists the rows used with labels.
     """
     config = run_of(request, unit)
     folder = RunFolder(request.folder.runs / key_of(unit))
@@ -37,10 +37,10 @@ def train_unit(
 
 
 def run_of(request: EvaluationRequest, unit: ProtocolRun) -> RunConfig[Any]:
-    """Return the run that a unit is.
+    """Return the configuration of the run that trains a unit.
 
     Raises:
-        ConfigError: If the settings do not fit the encoder, such as more layers than its head has.
+        ConfigError: If the settings do not fit the encoder, such as too many head layers.
     """
     config, data, origin = request.config, request.config.data, request.origin
     backbone = BackboneConfig.model_validate(read_description(origin.encoder)["backbone"])

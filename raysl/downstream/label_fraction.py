@@ -32,8 +32,9 @@ class Labelled(NamedTuple):
     """Name of its line in the picture."""
     num_labels: int
     mean: float
-    """In [0, 1]."""
+    """Accuracy in [0, 1]."""
     deviation: float
+    """Standard deviation over seeds or draws."""
 
 
 def by_labels(
@@ -42,13 +43,13 @@ def by_labels(
     """Return the protocols with a known number of labels, in ascending order.
 
     Args:
-        protocols: The section of ``evaluation.json``. The number of labels is ``num_labels`` in a
-            protocol's ``settings`` or ``facts``, or follows from ``labels_per_class`` or
-            ``label_fraction`` in its settings. ``by_labels``, ``{labels: {mean, deviation}}``,
-            gives several points. Without any of these, semi_1 and semi_10 use that many percent,
-            other protocols all labels.
+        protocols: Section ``protocols`` of ``evaluation.json``. The number of labels is
+            ``num_labels`` in a protocol's ``settings`` or ``facts``, or follows from
+            ``labels_per_class`` or ``label_fraction`` in its settings. ``by_labels``,
+            ``{labels: {mean, deviation}}``, gives several points. Without any of these, semi_1 uses
+            1 % of the labels, semi_10 10 %, and other protocols all.
         num_train: Number of labelled training images.
-        num_classes: Number of their classes.
+        num_classes: Number of classes among them.
     """
     points = []
     for name, measured in protocols.items():
@@ -100,22 +101,22 @@ def draw_by_labels(path: Path, points: Sequence[Labelled]) -> None:
         points: The result of :func:`by_labels`.
 
     Raises:
-        DataError: If all used the same number of labels.
+        DataError: If all points have the same number of labels.
     """
     if len({point.num_labels for point in points}) < 2:
-        raise DataError("one number of labels alone: there is no curve to draw")
+        raise DataError("all accuracies have the same number of labels: there is no curve to draw")
     figure = new_figure(width_in=NARROW_IN, height_in=3.6)
     axes = figure.subplots()
     style_axes(axes, title="Top-1 accuracy, %")
     axes.tick_params(labelsize=9)
     for kind, (color, style) in _LINES.items():
-        some = [point for point in points if point.kind == kind]
-        if not some:
+        line = [point for point in points if point.kind == kind]
+        if not line:
             continue
         axes.errorbar(
-            [point.num_labels for point in some],
-            [100 * point.mean for point in some],
-            yerr=[100 * point.deviation for point in some],
+            [point.num_labels for point in line],
+            [100 * point.mean for point in line],
+            yerr=[100 * point.deviation for point in line],
             fmt=style,
             color=color,
             ecolor=INK,
@@ -125,12 +126,12 @@ def draw_by_labels(path: Path, points: Sequence[Labelled]) -> None:
             linewidth=1.6,
             label=kind,
         )
-        end = some[-1]
-        for point in some:
+        last = line[-1]
+        for point in line:
             axes.annotate(
                 f"{100 * point.mean:.1f}",
                 (point.num_labels, 100 * point.mean),
-                xytext=(7, -11 if point is not end or kind == "Nearest neighbours" else 6),
+                xytext=(7, -11 if point is not last or kind == "Nearest neighbours" else 6),
                 textcoords="offset points",
                 fontsize=9.5,
                 color=INK,
@@ -142,6 +143,6 @@ def draw_by_labels(path: Path, points: Sequence[Labelled]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.1, y=0.15)
     axes.set_xlabel("labelled images used", fontsize=9.5, color=INK)
-    place: dict[str, Any] = {"loc": "outside upper left", "ncols": 3, "frameon": False}
-    figure.legend(fontsize=9.5, columnspacing=1.2, handletextpad=0.4, **place)
+    legend: dict[str, Any] = {"loc": "outside upper left", "ncols": 3, "frameon": False}
+    figure.legend(fontsize=9.5, columnspacing=1.2, handletextpad=0.4, **legend)
     save_png(figure, path)

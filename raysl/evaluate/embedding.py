@@ -195,7 +195,7 @@ class EncoderRunner:
         features: Features = torch.cat(parts).float().cpu().numpy()
         if not np.isfinite(features).all():
             raise DivergedError(
-                f"{self._name}: gives features that are not finite; its weights are damaged, or "
+                f"{self._name}: returns features that are not finite; its weights are damaged, or "
                 f"too large for precision={'bf16' if self._bf16 else 'fp32'}"
             )
         return features

@@ -90,7 +90,10 @@ class TestOverrides:
     @pytest.mark.parametrize(
         ("override", "answer"),
         [
-            ("trainn.epochs=3", "'trainn' is neither of a pipeline nor of a run; did you mean 't"),
+            (
+                "trainn.epochs=3",
+                "'trainn' is a setting of neither a pipeline nor a run; did you mean 't",
+            ),
             ("distil=[]", "did you mean 'distill'?"),
             ("qqqq=1", "known: adversary_optim, backbone, base, "),
             ("pretrain", "not of the form"),
@@ -201,7 +204,7 @@ class TestPlan:
         ],
     )
     def test_the_same_name_twice_is_refused(self, sections: dict[str, Any], twice: str) -> None:
-        with pytest.raises(ConfigError, match=f"the steps {twice} stand there twice"):
+        with pytest.raises(ConfigError, match=f"the steps {twice} occur twice"):
             plan_steps(make(**sections))
 
 
