@@ -22,7 +22,7 @@ from raysl.sources.source import Labels
 MOST_IN_MATRIX = 20
 
 _NUM_PAIRS = 20
-_LABEL_IN = 0.075  # width of a letter of a class name
+_LABEL_IN = 0.075  # estimated width of a letter of a class name
 _PAIR_IN = 0.25
 _SHADES = LinearSegmentedColormap.from_list("white to blue", ["#FFFFFF", BLUE])
 

@@ -115,11 +115,11 @@ class EncoderOrigin(NamedTuple):
     """The encoder to measure."""
 
     encoder: Path
-    """Its file."""
+    """Path of ``encoder.safetensors``."""
     folder: Path
     """Parent folder of ``evaluations``."""
     run: Path | None
-    """The run folder that trained it, if one did."""
+    """Folder of the run that trained the encoder; None if unknown."""
     size_px: int
     """Image size that the encoder was trained for."""
 

@@ -36,7 +36,7 @@ class Part(NamedTuple):
 
     @property
     def is_labelled(self) -> bool:
-        """Whether any label is known."""
+        """Whether any image has a label."""
         return bool((self.labels >= 0).any())
 
     def subset(self, most: int, *, seed: int = 0) -> npt.NDArray[np.int64]:

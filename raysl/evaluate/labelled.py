@@ -136,7 +136,7 @@ def open_labelled(
         num_threads: Number of decoding threads.
 
     Raises:
-        DataError: As :func:`choose_labelled`.
+        DataError: If the labels do not fit the settings, as in :func:`choose_labelled`.
     """
     chosen = choose_labelled(config, data, source)
     return open_chosen(config, chosen, size_px=size_px, num_threads=num_threads)

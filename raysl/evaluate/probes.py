@@ -144,9 +144,9 @@ def measure_linear(config: LinearConfig, sets: ProbeSets, *, seed: int, device: 
     best = 0
     if len(rates) > 1:
         held_out, rest = held_out_rows(len(train), share=config.held_out_share, seed=seed)
-        some = train_classifiers(train[rest], labels[rest], base_lrs=rates, **shared)
-        right = some.predict(train[held_out]) == labels[held_out, None]
-        held_out_top1 = right.double().mean(dim=0).tolist()
+        candidates = train_classifiers(train[rest], labels[rest], base_lrs=rates, **shared)
+        is_correct = candidates.predict(train[held_out]) == labels[held_out, None]
+        held_out_top1 = is_correct.double().mean(dim=0).tolist()
         best = int(np.argmax(held_out_top1))
     final = train_classifiers(train, labels, base_lrs=[rates[best]], **shared)
     predictions = final.predict(test)[:, 0]
@@ -177,8 +177,8 @@ def measure_lbfgs(config: LbfgsConfig, sets: ProbeSets, *, seed: int, device: st
                 max_iterations=config.max_iterations,
                 start=classifier,
             )
-            right = classifier.predict(train[held_out]) == labels[held_out]
-            held_out_top1.append(float(right.double().mean()))
+            is_correct = classifier.predict(train[held_out]) == labels[held_out]
+            held_out_top1.append(float(is_correct.double().mean()))
         best = int(np.argmax(held_out_top1))
     final = fit_logistic(
         train, labels, inverse_penalty=penalties[best], max_iterations=config.max_iterations
@@ -201,8 +201,8 @@ def measure_few_shot(
         sets.train_labels, labels_per_class=config.labels_per_class, seed=0, draw=seed
     )
     labels = torch.from_numpy(sets.train_labels[rows]).to(device)
-    some = train[torch.from_numpy(rows).to(device)]
-    classifier = fit_logistic(some, labels, inverse_penalty=config.inverse_penalty)
+    drawn = train[torch.from_numpy(rows).to(device)]
+    classifier = fit_logistic(drawn, labels, inverse_penalty=config.inverse_penalty)
     predictions = classifier.predict(test)
     return ProbeResult(_top1(predictions, sets.test_labels), predictions.cpu().numpy(), {})
 

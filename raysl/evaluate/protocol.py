@@ -202,11 +202,11 @@ def measure_probes(
             continue
         units = units_of(config, name)
         values = [measure_unit(unit, arrays, device="cpu")[0].top1 for unit in units]
-        results |= mean_and_deviation(name, values)
+        results |= mean_and_std(name, values)
     return results
 
 
-def mean_and_deviation(protocol: str, values: list[float]) -> dict[str, float]:
+def mean_and_std(protocol: str, values: list[float]) -> dict[str, float]:
     """Return the result keys of a protocol for the accuracies of its seeds."""
     mean = {f"{protocol}_top1": float(np.mean(values))}
     return mean | ({f"{protocol}_top1_std": float(np.std(values))} if len(values) > 1 else {})

@@ -30,7 +30,7 @@ _ORDER = 2  # second element of the seed of the order of rows, so that it differ
 
 
 class SgdSettings(NamedTuple):
-    """How to train the classifiers."""
+    """Settings that all classifiers share."""
 
     epochs: int
     batch_size: int

@@ -50,32 +50,32 @@ def extend(
         RunFolderError: If the new length is not longer, or there is no checkpoint to resume from.
     """
     (_, old_derived), (config, new_derived) = old, new
-    done, results = latest_step(folder.checkpoints), folder.read_results()
+    steps_done, results = latest_step(folder.checkpoints), folder.read_results()
     if new_derived.total_steps <= old_derived.total_steps:
         raise RunFolderError(
             f"{folder.path}: --extend makes a run longer: it has {old_derived.total_steps} steps, "
             f"and {_length(config)} is {new_derived.total_steps}; give more, or leave --extend out"
         )
-    if not done and results is not None:
+    if not steps_done and results is not None:
         raise RunFolderError(
             f"{folder.path}: --extend resumes from a checkpoint, but {folder.checkpoints} contains "
             f"none; --fresh trains the whole length"
         )
     record = {
-        "after_step": done,
+        "after_step": steps_done,
         "total_steps": [old_derived.total_steps, new_derived.total_steps],
         "learning_rate": [
-            _lr(old, max(0, done - 1)),
-            _lr(new, min(done, new_derived.total_steps - 1)),
+            _lr(old, max(0, steps_done - 1)),
+            _lr(new, min(steps_done, new_derived.total_steps - 1)),
         ],
         "length": _length(config),
         "results": results,
     }
-    if done:
+    if steps_done:
         earlier = [each for each in records_of(folder) if not _is_same(each, record)]
         write_json(folder.extensions, {_RECORDS: [*earlier, record]})
     folder.results.unlink(missing_ok=True)
-    return [_summary(record), _schedule_note(config)] if done else []
+    return [_summary(record), _schedule_note(config)] if steps_done else []
 
 
 def records_of(folder: RunFolder) -> list[dict[str, Any]]:

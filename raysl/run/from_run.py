@@ -59,7 +59,7 @@ class RunOrigin(NamedTuple):
     head_layers: int
     """Number of layers of the projection head in the folder; 0 without a head."""
     values: dict[str, Any]
-    """Settings that the next run takes over."""
+    """Settings that the next run inherits."""
     finetuned_pool: str | None = None
     """Value of ``backbone.pool`` if the whole encoder is trained; None keeps the run's value."""
 
@@ -223,7 +223,7 @@ def run_after(values: Mapping[str, Any], overrides: Sequence[str], *, where: str
         where: Source of the values, for error messages.
 
     Raises:
-        ConfigError: See :func:`run_from_user`.
+        ConfigError: Lists every bad key at once, and every setting without effect.
     """
     given = [parse_override(override)[0] for override in overrides]
     return run_from_user(drop_idle({}, values, given), where=" ".join([where, *overrides]))
@@ -233,8 +233,8 @@ def origin_of(run: RunConfig[Any], folder: Path) -> RunOrigin:
     """Return a run, finished or not, as the origin of another run.
 
     Args:
-        run: The settings of the run.
-        folder: Its run folder.
+        run: The run's configuration.
+        folder: The run folder.
     """
     layers = run.method.projection_head_layers(is_vit=run.backbone.is_vit)
     return _origin_from_run(run, folder, folder / "encoder.safetensors", layers)
@@ -260,7 +260,7 @@ def finetune_data(pretrained: RunConfig[Any]) -> dict[str, Any]:
 
 
 def _on_images_of(origin: RunOrigin, overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the settings taken over from ``origin``, without data settings if images differ."""
+    """Return the settings inherited from ``origin``, without data settings if images differ."""
     values, _ = without_other_source(
         origin.values,
         source=named_source(overrides, "data.source"),

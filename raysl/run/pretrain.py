@@ -159,9 +159,9 @@ def _run_to_extend(
         return None
     if more or not extend or isinstance(old, dict):
         length = "" if more else ", or --extend to continue this run to the new length"
-        shown = more if extend and more else changed
+        listed = more if extend and more else changed
         text = refusal(
-            folder.path, "holds a run with other settings", shown, instead=OR_FRESH + length
+            folder.path, "holds a run with other settings", listed, instead=OR_FRESH + length
         )
         raise RunFolderError(text)
     return old
@@ -203,8 +203,8 @@ def _finished(run: Run, results: Results) -> Results:
 
 def _train(opened: Opened, notes_printed: Collection[str]) -> Results:
     config, folder, derived = opened.config, opened.folder, opened.derived
-    done = latest_step(folder.checkpoints)
-    _say_start(opened, done, notes_printed)
+    steps_done = latest_step(folder.checkpoints)
+    _say_start(opened, steps_done, notes_printed)
     if config.track.mlflow and config.cluster.num_train_workers > 0:
         load_mlflow(opened.uri)
     with ExitStack() as stack:
@@ -230,8 +230,8 @@ def _train(opened: Opened, notes_printed: Collection[str]) -> Results:
         if note := precision_note(config, use_gpu=use_gpu):
             say(f"  {note}")
         tracker = _start_tracker(opened, facts)
-        progress = ProgressView(total_steps=derived.total_steps, done=done)
-        reader = MetricsReader(folder.metrics, dict.fromkeys((), done))
+        progress = ProgressView(total_steps=derived.total_steps, done=steps_done)
+        reader = MetricsReader(folder.metrics, dict.fromkeys((), steps_done))
         try:
             with Follower(reader, _show_progress(progress, folder), every_s=_PROGRESS_EVERY_S):
                 results = train(config, folder, opened.source)
@@ -314,9 +314,9 @@ def _send_again(opened: Opened, results: Results) -> Results:
     return results
 
 
-def _say_start(opened: Opened, done: int, notes_printed: Collection[str]) -> None:
+def _say_start(opened: Opened, steps_done: int, notes_printed: Collection[str]) -> None:
     config, derived = opened.config, opened.derived
-    what = f"resumes after step {done}" if done else "starts"
+    what = f"resumes after step {steps_done}" if steps_done else "starts"
     say(
         f"{config.name} {what}: {config.method.name}, {config.backbone.name}, "
         f"{derived.num_images:,} images from {opened.source.name}, {derived.total_steps} steps of "

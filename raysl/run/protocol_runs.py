@@ -14,7 +14,7 @@ from typing import Any
 from raysl.config.load import read_mapping, to_yaml
 from raysl.errors import ConfigError, DivergedError
 from raysl.evaluate.embedding import encoder_digest
-from raysl.evaluate.protocol import mean_and_deviation, protocol_texts
+from raysl.evaluate.protocol import mean_and_std, protocol_texts
 from raysl.evaluate.registry import ProtocolRun, key_of, settings_of, units_of
 from raysl.evaluate.training_source import seen_part
 from raysl.folder.whole import read_json, write_json, write_text
@@ -72,7 +72,7 @@ def train_protocols(
             _train_seed(config, unit, folder=folder, source=source, train=train)
             for unit in units_of(config.evaluate, name)
         ]
-        measured |= mean_and_deviation(name, [each["top1"] for each in seed_results])
+        measured |= mean_and_std(name, [each["top1"] for each in seed_results])
         measured[f"{name}_labels"] = seed_results[0]["num_labels"]
     texts = results.get("protocols", {}) | protocol_texts(config.evaluate, names)
     results = Results(**{**results, **measured, "protocols": texts})  # type: ignore[typeddict-item]

@@ -134,12 +134,12 @@ def _train_worker(settings: dict[str, Any]) -> Results | ErrorRecord:
         )
     except (RayslError, ray.exceptions.RayTaskError) as error:
         # A cluster error may not recur after a restart, so it is raised.
-        own = next((e for e in wrapped_in(error) if not isinstance(e, ClusterError)), None)
-        if own is None:
+        own_error = next((e for e in wrapped_in(error) if not isinstance(e, ClusterError)), None)
+        if own_error is None:
             raise
         if rank_and_size()[1] == 1:
-            return to_record(own)
-        write_error(folder, own)
+            return to_record(own_error)
+        write_error(folder, own_error)
         raise
     finally:
         if evaluator is not None:

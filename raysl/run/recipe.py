@@ -293,7 +293,7 @@ def read_run_values(path: Path) -> dict[str, Any]:
     """Read the plain values of a run; a file drops inherited settings without effect.
 
     Raises:
-        ConfigError: See :func:`raysl.config.load.read_mapping`.
+        ConfigError: If a file is missing or not a YAML mapping.
     """
     values: dict[str, Any] = {}
     for layer in read_layers(path):

@@ -57,17 +57,17 @@ def record_source(folder: RunFolder, source: Source, config: RunConfig[Any]) -> 
     Raises:
         RunFolderError: If the images have changed since the run began.
     """
-    facts, done = source_facts(source), latest_step(folder.checkpoints)
+    facts, steps_done = source_facts(source), latest_step(folder.checkpoints)
     records = _records(folder)
     # Records without a trained step do not count: their images may still be replaced.
-    trained = [each for each in records if each[FROM_STEP] < done]
+    trained = [each for each in records if each[FROM_STEP] < steps_done]
     lines: list[str] = []
     if trained and not is_same(trained[-1], facts):
         changed = "\n  ".join(what_changed(trained[-1], facts))
         if config.data.if_changed == "stop":
-            raise RunFolderError(_refusal(folder, changed, done))
-        lines = [_continues(done, derive_for(config, source).total_steps), f"  {changed}"]
-        _write(folder, facts | {FROM_STEP: done}, earlier=trained)
+            raise RunFolderError(_refusal(folder, changed, steps_done))
+        lines = [_continues(steps_done, derive_for(config, source).total_steps), f"  {changed}"]
+        _write(folder, facts | {FROM_STEP: steps_done}, earlier=trained)
     else:
         since = trained[-1][FROM_STEP] if trained else 0
         _write(folder, facts | {FROM_STEP: since}, earlier=trained[:-1])
@@ -78,11 +78,11 @@ def record_source(folder: RunFolder, source: Source, config: RunConfig[Any]) -> 
     return lines
 
 
-def _refusal(folder: RunFolder, changed: str, done: int) -> str:
+def _refusal(folder: RunFolder, changed: str, steps_done: int) -> str:
     return (
         f"{folder.path}: the images have changed since this run began:\n  {changed}\n"
         f"Restore them, or start another run with name=..., or start over with --fresh, which "
-        f"renames the old folder, or resume after step {done} with the current images: "
+        f"renames the old folder, or resume after step {steps_done} with the current images: "
         f"data.if_changed=go_on"
     )
 
@@ -143,9 +143,13 @@ def _name_some(title: str, names: list[str]) -> str:
     return f"; {title}: {', '.join(names[:_SHOWN])}{more}"
 
 
-def _continues(done: int, total: int) -> str:
-    beyond = f"; step {done} is beyond that, so nothing is left to train" if done >= total else ""
+def _continues(steps_done: int, total: int) -> str:
+    beyond = (
+        f"; step {steps_done} is beyond that, so nothing is left to train"
+        if steps_done >= total
+        else ""
+    )
     return (
-        f"the images have changed, and data.if_changed=go_on: from step {done} on, order and "
+        f"the images have changed, and data.if_changed=go_on: from step {steps_done} on, order and "
         f"length are those of the current images, {total} steps in total{beyond}"
     )

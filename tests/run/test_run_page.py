@@ -203,6 +203,16 @@ class TestWriteReport:
         assert "Fine-tuned on 1,234 of the labels, from layer 2 of the projection head" in text
         assert "it reaches 87.6 % top-1 accuracy" in text
 
+    def test_a_run_without_counts_names_none(self, folder: RunFolder) -> None:
+        write_json(folder.results, {"knn_top1": 0.9, "protocols": {"knn": "knn@1 (k 20)"}})
+        quick = Page(self.write(folder)).text.partition("Configuration")[0]
+        assert "90.0" in quick
+        assert "labelled images train" not in quick
+        write_json(folder.results, {"top1": 0.901})
+        config = make_config(method={"name": "supervised"})
+        text = Page(self.write(folder, config)).text
+        assert "it reaches 90.1 % top-1 accuracy on the test images." in text
+
     def test_says_which_weights_the_network_had_before_training(self, folder: RunFolder) -> None:
         backbone = {"name": "resnet18", "stem": "cifar"}
         given = make_config(backbone=backbone | {"weights": "<b>.pth"})
