@@ -8,14 +8,14 @@ from raysl.downstream.evaluation_config import EncoderOrigin
 from raysl.encoder.file import load_encoder
 from raysl.evaluate.embedding import normalisation
 from raysl.evaluate.features import EvalImages
-from raysl.evaluate.label_free import label_free, positive_pairs
+from raysl.evaluate.label_free import label_free_measures, positive_pairs
 from raysl.train.batches import input_converter
 
 
 def measure_label_free(
     origin: EncoderOrigin, features: npt.NDArray[np.float32], images: EvalImages
 ) -> dict[str, float]:
-    """Measure features as :func:`raysl.evaluate.label_free.label_free`, including alignment.
+    """Return all measures of features that need no labels, including alignment.
 
     Alignment needs two views of at most 1,024 images; this process makes and embeds them.
 
@@ -31,4 +31,4 @@ def measure_label_free(
         images,
         to_input=input_converter(device=device, mean=mean, std=std, channels_last=False),
     )
-    return label_free(torch.from_numpy(features), pairs)
+    return label_free_measures(torch.from_numpy(features), pairs)

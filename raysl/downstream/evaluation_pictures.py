@@ -12,7 +12,7 @@ from torch import Tensor
 from raysl.downstream.attention import NUM_IMAGES, draw_attention
 from raysl.downstream.confusion import draw_confusion
 from raysl.downstream.evaluation_files import Evaluation
-from raysl.downstream.label_fraction import Labelled, by_labels, draw_by_labels
+from raysl.downstream.label_fraction import AccuracyPoint, accuracy_points, draw_by_labels
 from raysl.downstream.neighbour_grid import draw_mistakes, draw_neighbours
 from raysl.downstream.spectrum import draw_spectrum
 from raysl.encoder.file import load_encoder, read_description
@@ -75,11 +75,11 @@ def drawings_of(evaluation: Evaluation, *, encoder: Path) -> tuple[Drawings, lis
     return drawings, problems
 
 
-def labelled_points(evaluation: Evaluation) -> list[Labelled]:
+def labelled_points(evaluation: Evaluation) -> list[AccuracyPoint]:
     """Return the accuracies of the evaluation by number of labels."""
     labels = evaluation.train.labels
     labels = labels[labels >= 0]
-    return by_labels(
+    return accuracy_points(
         evaluation.protocols, num_train=len(labels), num_classes=len(np.unique(labels))
     )
 

@@ -25,7 +25,7 @@ _LINES = {
 }
 
 
-class Labelled(NamedTuple):
+class AccuracyPoint(NamedTuple):
     """The accuracy of a protocol with a number of labels."""
 
     kind: str
@@ -37,9 +37,9 @@ class Labelled(NamedTuple):
     """Standard deviation over seeds or draws."""
 
 
-def by_labels(
+def accuracy_points(
     protocols: Mapping[str, Mapping[str, Any]], *, num_train: int, num_classes: int
-) -> list[Labelled]:
+) -> list[AccuracyPoint]:
     """Return the protocols with a known number of labels, in ascending order.
 
     Args:
@@ -59,19 +59,21 @@ def by_labels(
         several = measured.get("by_labels")
         if isinstance(several, Mapping):
             for labels, each in several.items():
-                points.append(_labelled(kind, int(labels), each))
+                points.append(_point(kind, int(labels), each))
             continue
         facts = next(iter(measured.get("facts") or []), None) or {}  # of the first seed
         settings = {"num_labels": facts.get("num_labels"), **(measured.get("settings") or {})}
         labels = _num_labels(name, settings, num_train=num_train, num_classes=num_classes)
-        points.append(_labelled(kind, labels, measured))
+        points.append(_point(kind, labels, measured))
     return sorted(
         (each for each in points if each.num_labels > 0), key=lambda each: each.num_labels
     )
 
 
-def _labelled(kind: str, labels: int, measured: Mapping[str, Any]) -> Labelled:
-    return Labelled(kind, labels, float(measured["mean"]), float(measured.get("deviation") or 0.0))
+def _point(kind: str, labels: int, measured: Mapping[str, Any]) -> AccuracyPoint:
+    return AccuracyPoint(
+        kind, labels, float(measured["mean"]), float(measured.get("deviation") or 0.0)
+    )
 
 
 def _kind(name: str) -> str | None:
@@ -93,12 +95,12 @@ def _num_labels(name: str, settings: Mapping[str, Any], *, num_train: int, num_c
     return round(float(fraction) * num_train) if fraction else num_train
 
 
-def draw_by_labels(path: Path, points: Sequence[Labelled]) -> None:
+def draw_by_labels(path: Path, points: Sequence[AccuracyPoint]) -> None:
     """Draw accuracy over the logarithm of the number of labels, one line for each kind.
 
     Args:
         path: PNG to write.
-        points: The result of :func:`by_labels`.
+        points: The result of :func:`accuracy_points`.
 
     Raises:
         DataError: If all points have the same number of labels.

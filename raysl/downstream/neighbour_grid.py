@@ -32,7 +32,9 @@ class Nearest(NamedTuple):
     """``(Q, k)``, cosine similarities."""
 
 
-def nearest(train: npt.NDArray[np.float32], queries: npt.NDArray[np.float32], *, k: int) -> Nearest:
+def find_nearest(
+    train: npt.NDArray[np.float32], queries: npt.NDArray[np.float32], *, k: int
+) -> Nearest:
     """Return the k nearest rows of ``train`` by cosine similarity; all of them if it has fewer.
 
     Args:
@@ -103,7 +105,7 @@ def draw_neighbours(path: Path, evaluation: Evaluation, *, seed: int = 0) -> Non
     if not len(queries) or not len(evaluation.train.features):
         raise DataError("no image has finite features, so there are no neighbours to draw")
     features = evaluation.test.features[queries]
-    close = nearest(evaluation.train.features, features, k=NUM_NEIGHBOURS)
+    close = find_nearest(evaluation.train.features, features, k=NUM_NEIGHBOURS)
     _draw(path, evaluation, queries, close, lambda index, number: ("query",))
 
 
@@ -126,7 +128,7 @@ def draw_mistakes(path: Path, evaluation: Evaluation, *, k: int, temperature: fl
     queries = queries[test.labels[queries] >= 0]
     if not len(labelled) or not len(queries):
         raise DataError("no labels: there are no mistakes to draw")
-    close = nearest(train.features[labelled], test.features[queries], k=k)
+    close = find_nearest(train.features[labelled], test.features[queries], k=k)
     predicted, share = vote(train.labels[labelled], close, temperature=temperature)
     wrong = np.flatnonzero(predicted != test.labels[queries])
     if not len(wrong):

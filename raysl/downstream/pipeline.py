@@ -222,7 +222,7 @@ def _no_teacher(student: Student, share: float | None, steps: Sequence[Step]) ->
     )
 
 
-class Runs:
+class RunConfigs:
     """The settings of a pipeline's runs, each derived from earlier runs.
 
     Args:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.table import Table
 
 from raysl.config.load import read_mapping, to_yaml
-from raysl.downstream.pipeline import PipelineConfig, Runs, Step, load_pipeline, plan_steps
+from raysl.downstream.pipeline import PipelineConfig, RunConfigs, Step, load_pipeline, plan_steps
 from raysl.errors import RunFolderError
 from raysl.evaluate.training_source import seen_part
 from raysl.folder.claim import changes, refusal, set_aside
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     home = working_folder()
     folder = RunFolder((home / Path(config.output_dir).expanduser() / config.name).absolute())
     steps = plan_steps(config)
-    runs = Runs(config, folder.path)
+    runs = RunConfigs(config, folder.path)
     needs_ray, notes_printed = _check(steps, runs)
     if arguments.dry_run:
         _say_steps(steps)
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check(steps: Sequence[Step], runs: Runs) -> tuple[bool, set[str]]:
+def _check(steps: Sequence[Step], runs: RunConfigs) -> tuple[bool, set[str]]:
     """Check all runs before the first one starts.
 
     Returns:
@@ -126,7 +126,7 @@ class _Pipeline:
         self._config = config
         self._folder = folder
         self._steps = steps
-        self._runs = Runs(config, folder.path)
+        self._runs = RunConfigs(config, folder.path)
         self._home = home
         self._notes_printed = notes_printed
         self._rows: list[StepResult] = []

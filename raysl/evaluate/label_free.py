@@ -37,7 +37,7 @@ _SEED = 0
 
 
 @torch.no_grad()
-def label_free(
+def label_free_measures(
     features: Tensor, positives: tuple[Tensor, Tensor] | None = None
 ) -> dict[str, float]:
     """Measure features without labels.

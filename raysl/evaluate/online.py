@@ -9,7 +9,7 @@ from torch import Tensor
 from raysl.augment.crop import Image
 from raysl.augment.pipeline import make_views
 from raysl.evaluate.features import EvalImages, Rows
-from raysl.evaluate.label_free import label_free, pair_views
+from raysl.evaluate.label_free import label_free_measures, pair_views
 from raysl.evaluate.protocol import EvaluateConfig, LabelledSets, knn_top1
 from raysl.sources.source import Source
 
@@ -147,7 +147,7 @@ def online_metrics(
 ) -> dict[str, float]:
     """Return the metrics of an evaluation during training, by their names in the metrics file."""
     half = len(features.pairs) // 2
-    free = label_free(features.train, (features.pairs[:half], features.pairs[half:]))
+    free = label_free_measures(features.train, (features.pairs[:half], features.pairs[half:]))
     metrics = {f"eval/{name}": free[name] for name in LABEL_FREE if name in free}
     if sets.labelled is None or features.test is None:
         return metrics

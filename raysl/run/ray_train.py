@@ -18,7 +18,7 @@ from raysl.nn.collectives import broadcast_object, rank_and_size
 from raysl.run.measuring import Place
 from raysl.run.ray_cluster import Layout, in_background, worker_runtime_env
 from raysl.run.ray_data import RemainingDataset, execution_options, iterate_shard
-from raysl.run.ray_errors import wrapped_in
+from raysl.run.ray_errors import wrapped_errors
 from raysl.run.ray_validate import Evaluator, Share, evaluator_share
 from raysl.run.recipe import RunConfig, block_spec, plan_of, run_from_values
 from raysl.run.worker import pretrain
@@ -134,7 +134,9 @@ def _train_worker(settings: dict[str, Any]) -> Results | ErrorRecord:
         )
     except (RayslError, ray.exceptions.RayTaskError) as error:
         # A cluster error may not recur after a restart, so it is raised.
-        own_error = next((e for e in wrapped_in(error) if not isinstance(e, ClusterError)), None)
+        own_error = next(
+            (e for e in wrapped_errors(error) if not isinstance(e, ClusterError)), None
+        )
         if own_error is None:
             raise
         if rank_and_size()[1] == 1:

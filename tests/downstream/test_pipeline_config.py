@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from raysl.config.load import to_yaml, validate
-from raysl.downstream.pipeline import PipelineConfig, Runs, Step, load_pipeline, plan_steps
+from raysl.downstream.pipeline import PipelineConfig, RunConfigs, Step, load_pipeline, plan_steps
 from raysl.errors import ConfigError
 from raysl.run.recipe import RunConfig
 
@@ -210,7 +210,7 @@ class TestPlan:
 
 def configs(config: PipelineConfig, folder: Path) -> dict[str, tuple[Step, RunConfig[Any]]]:
     """Return every run of a pipeline; of several teachers the first one teaches."""
-    runs = Runs(config, folder)
+    runs = RunConfigs(config, folder)
     return {
         step.name: (step, runs.config(step, step.teachers[0] if step.teachers else None))
         for step in plan_steps(config)
@@ -315,7 +315,7 @@ class TestTheRepositorys:
         config = load_pipeline(path)
         steps = plan_steps(config)
         assert {"pretrain", "finetune", "distill"} <= {step.kind for step in steps}
-        run = Runs(config, tmp_path).config(steps[0])
+        run = RunConfigs(config, tmp_path).config(steps[0])
         assert (run.name, run.method.name) == ("pretrain", "simclr")
         deepest = max(step.head_layers or 0 for step in steps)
         assert deepest <= run.method.projection_head_layers(is_vit=run.backbone.is_vit)
