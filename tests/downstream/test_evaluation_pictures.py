@@ -38,7 +38,7 @@ class TestNearest:
                 for t in train
             ]
             expected = np.argsort(cosines)[::-1][:7]
-            np.testing.assert_array_equal(found.places[row], expected)
+            np.testing.assert_array_equal(found.indices[row], expected)
             np.testing.assert_allclose(
                 found.similarities[row], np.sort(cosines)[::-1][:7], rtol=1e-5, atol=1e-6
             )
@@ -48,7 +48,7 @@ class TestNearest:
         train[1] = np.nan
         train[2] = -train[0]
         found = find_nearest(train, train[:1], k=9)
-        assert found.places.tolist() == [[0, 1, 2]]
+        assert found.indices.tolist() == [[0, 1, 2]]
 
     def test_vote_by_similarity(self) -> None:
         found = find_nearest(np.eye(3, dtype=np.float32), np.array([[3.0, 2.0, 2.0]], "f4"), k=3)
@@ -136,7 +136,7 @@ class TestByLabels:
 
     def test_of_one_number_there_is_no_curve(self, tmp_path: Path) -> None:
         points = accuracy_points({"linear": {"mean": 0.5}}, num_train=9, num_classes=3)
-        with pytest.raises(DataError, match="one number"):
+        with pytest.raises(DataError, match="the same number"):
             draw_by_labels(tmp_path / "a.png", points)
 
 

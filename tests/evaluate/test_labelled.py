@@ -303,7 +303,7 @@ class TestWhatIsLeftOut:
         assert found.train is not None
         assert found.test is not None
         assert not found.few_shot
-        unseen = int((~np.isin(found.test.known, found.train.known)).sum())
+        unseen = int((~np.isin(found.test.row_labels, found.train.row_labels)).sum())
         assert unseen > 0
         assert f"{unseen} of 6 test images are of classes without training images" in found.notes[0]
 

@@ -140,7 +140,7 @@ class TestLinear:
 
     def test_rates_that_all_diverge_are_told(self) -> None:
         config = LinearConfig(base_lrs=(1e38,), epochs=3)
-        with pytest.raises(DataError, match=r"base_lr=1e\+38 diverges; give lower linear\.base_lr"):
+        with pytest.raises(DataError, match=r"base_lr=1e\+38 diverges; set lower linear\.base_lr"):
             measure_linear(config, SETS, seed=0, device="cpu")
 
 

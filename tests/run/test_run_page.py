@@ -209,7 +209,10 @@ class TestWriteReport:
         assert "90.0" in quick
         assert "labelled images train" not in quick
         write_json(folder.results, {"top1": 0.901})
-        config = make_config(method={"name": "supervised"})
+        views = {"recipe": "finetune", "size_px": 8}
+        config = make_config(
+            data={"source": "digits", "views": views}, method={"name": "supervised"}
+        )
         text = Page(self.write(folder, config)).text
         assert "it reaches 90.1 % top-1 accuracy on the test images." in text
 
@@ -292,7 +295,7 @@ class TestWriteReport:
         save_encoder(folder.encoder, backbone, description=description)
         code = Page(self.write(folder, config)).text
         code = code[code.index("Use the encoder") + len("Use the encoder") :]
-        code = code[: code.index("It takes RGB")]
+        code = code[: code.index("Its input is RGB")]
         scope: dict[str, Any] = {}
         exec(code.replace('"encoder.safetensors"', repr(str(folder.encoder))), scope)
         model = scope["model"]
