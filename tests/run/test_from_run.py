@@ -286,7 +286,7 @@ class TestFinetuneMistakes:
             DataError, match=r"neither a finished run nor an encoder file; give a run"
         ):
             finetune_values(tmp_path)
-        with pytest.raises(DataError, match=r"nowhere\.safetensors: no finished run"):
+        with pytest.raises(DataError, match=r"nowhere\.safetensors: neither a finished run"):
             finetune_values(tmp_path / "nowhere.safetensors")
 
     def test_more_layers_than_the_head_has(self, pretrained: Make) -> None:

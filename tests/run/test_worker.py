@@ -80,7 +80,7 @@ def test_after_the_last_step_only_what_follows_training_is_done_again(
     folder = RunFolder(Path("r"))
     folder.results.unlink()
     folder.encoder.unlink()
-    monkeypatch.setattr("raysl.run.local.open_local", lambda *_, **__: pytest.fail("no batches"))
+    monkeypatch.setattr("raysl.run.local._batches", lambda *_, **__: pytest.fail("no batches"))
     assert run(config, "r") == first
     assert folder.encoder.exists()
     assert folder.read_results() == first
