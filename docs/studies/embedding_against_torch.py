@@ -31,10 +31,10 @@ from raysl.embed.ray_embed import quiet
 from raysl.embed.source import embedding_of, encoder_file
 from raysl.encoder.file import load_encoder
 from raysl.evaluate.embedding import (
-    Chunks,
-    Embedding,
+    ChunkPlan,
+    EmbeddingSpec,
     Features,
-    chunk_images,
+    images_per_chunk,
     normalisation,
     read_pixels,
     stream_here,
@@ -58,7 +58,7 @@ class LoopTask(NamedTuple):
     loop: str
     """Key of :data:`LOOPS`."""
     source: Source
-    embedding: Embedding
+    embedding: EmbeddingSpec
     cores: int
     seconds: float
 
@@ -66,7 +66,7 @@ class LoopTask(NamedTuple):
 class DecodedImages(Dataset[Any]):
     """The images of a source by row as raysl decodes them, ``(S, S, 3)`` uint8."""
 
-    def __init__(self, source: Source, embedding: Embedding) -> None:
+    def __init__(self, source: Source, embedding: EmbeddingSpec) -> None:
         self.source = source
         self.embedding = embedding
 
@@ -80,7 +80,7 @@ def measure_loop(task: LoopTask) -> Speed:
     torch.set_num_threads(task.cores)
     measured = measure_batches(
         lambda: features_here(task) if task.loop == "here" else features_of_loader(task),
-        batch_size=chunk_images(task.embedding.size_px),
+        batch_size=images_per_chunk(task.embedding.size_px),
         round_batches=1 if task.loop == "here" else task.cores,
         size_of=lambda features: features.nbytes,
         seconds=task.seconds,
@@ -90,8 +90,8 @@ def measure_loop(task: LoopTask) -> Speed:
 
 def features_here(task: LoopTask) -> Iterator[Features]:
     """Yield the features of chunks, computed by raysl without Ray."""
-    rows, size = endless_rows(task.source, count=_ROWS), chunk_images(task.embedding.size_px)
-    chunks = Chunks(rows, np.arange(0, len(rows), size), size, len(rows))
+    rows, size = endless_rows(task.source, count=_ROWS), images_per_chunk(task.embedding.size_px)
+    chunks = ChunkPlan(rows, np.arange(0, len(rows), size), size, len(rows))
     for chunk in stream_here(task.source, chunks, task.embedding, num_threads=task.cores):
         yield chunk.features
 
@@ -117,7 +117,7 @@ def features_of_loader(task: LoopTask) -> Iterator[Features]:
         dataset = PeerImages(task.source, transforms.Compose(steps))
     loader: DataLoader[Any] = DataLoader(
         dataset,
-        batch_size=chunk_images(embedding.size_px),
+        batch_size=images_per_chunk(embedding.size_px),
         sampler=endless_rows(task.source, count=_ROWS),
         num_workers=task.cores,
         pin_memory=on_gpu,

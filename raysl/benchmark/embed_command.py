@@ -24,7 +24,7 @@ from raysl.embed.config import EmbedConfig
 from raysl.embed.ray_embed import quiet
 from raysl.embed.source import embedding_of, encoder_file
 from raysl.encoder.file import read_description
-from raysl.evaluate.embedding import Embedding, chunk_images
+from raysl.evaluate.embedding import EmbeddingSpec, images_per_chunk
 from raysl.report.terminal import console, mapping_table, say, say_notes
 from raysl.run.ray_cluster import connect, disconnect
 from raysl.sources.command_line import open_argument
@@ -113,7 +113,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "source": source.name,
         "encoder": str(encoder),
         "size_px": embedding.size_px,
-        "chunk_images": chunk_images(embedding.size_px),
+        "chunk_images": images_per_chunk(embedding.size_px),
         "actors": actors,
         "gpus": pools.num_gpu_actors,
         "load_before": load,
@@ -147,7 +147,7 @@ def _costs(
     arguments: argparse.Namespace,
     config: EmbedConfig,
     source: Source,
-    embedding: Embedding,
+    embedding: EmbeddingSpec,
     results: Mapping[str, Any],
 ) -> EmbeddingCosts:
     sizes = [size_of(encoded) for encoded in source.read(sample_rows(source))]

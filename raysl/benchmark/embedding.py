@@ -9,7 +9,7 @@ import torch
 
 from raysl.benchmark.throughput import Throughput, measure_batches
 from raysl.embed.ray_embed import Pools, plan_pools, stream_on_ray
-from raysl.evaluate.embedding import Chunks, Embedding, Rows, chunk_images, read_pixels
+from raysl.evaluate.embedding import ChunkPlan, EmbeddingSpec, Rows, images_per_chunk, read_pixels
 from raysl.sources.source import Source
 
 _EXTRA_ROUNDS = 2  # at the end, when some actors are idle: not counted
@@ -42,7 +42,7 @@ def embedding_pools(num_workers: int | None) -> Pools:
 
 def measure_on_ray(
     source: Source,
-    embedding: Embedding,
+    embedding: EmbeddingSpec,
     *,
     num_workers: int | None,
     images_per_s: float,
@@ -57,12 +57,12 @@ def measure_on_ray(
         images_per_s: The expected speed, about.
         seconds: How long to measure at that speed.
     """
-    size = chunk_images(embedding.size_px)
+    size = images_per_chunk(embedding.size_px)
     actors = embedding_pools(num_workers).num_cpu_actors
     rounds = max(3, math.ceil(images_per_s * seconds / (size * actors)))
     count = (1 + rounds + _EXTRA_ROUNDS) * actors * size
     rows = endless_rows(source, count=count)
-    chunks = Chunks(rows, np.arange(0, count, size, dtype=np.int64), size, count)
+    chunks = ChunkPlan(rows, np.arange(0, count, size, dtype=np.int64), size, count)
     return measure_batches(
         lambda: stream_on_ray(source, chunks, embedding, num_workers=num_workers),
         batch_size=size,
@@ -72,7 +72,7 @@ def measure_on_ray(
     )
 
 
-def decoding_rate(source: Source, embedding: Embedding) -> float:
+def decoding_rate(source: Source, embedding: EmbeddingSpec) -> float:
     """Return the images a second that one core reads and decodes."""
     rows = sample_rows(source)
     read_pixels(source, rows[:1], embedding)  # opens files

@@ -42,10 +42,11 @@ def attention_maps(net: VisionTransformer, images: Tensor) -> npt.NDArray[np.flo
     """
     rows, columns = (side // net.patch_size_px for side in images.shape[-2:])
     maps = net.last_attention(images).float().unflatten(2, (rows, columns)).cpu().numpy()
-    return _stretched(maps)
+    return _stretch(maps)
 
 
-def _stretched(maps: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def _stretch(maps: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Scale each map from its minimum (0) to its maximum (1)."""
     low = maps.min(axis=(-2, -1), keepdims=True)
     high = maps.max(axis=(-2, -1), keepdims=True)
     stretched: npt.NDArray[np.float32] = (maps - low) / np.maximum(high - low, 1e-12)
@@ -65,11 +66,11 @@ def draw_attention(
         path: PNG to write.
         net: The encoder's network, in evaluation mode.
         pixels: ``(N, S, S, 3)`` uint8, at the encoder's size.
-        to_input: Converts them to ``(N, 3, S, S)``, normalised.
+        to_input: Converts the pixels to ``(N, 3, S, S)``, normalised.
     """
     maps = attention_maps(net, to_input(pixels))
     num_heads = maps.shape[1]
-    mean = _stretched(maps.mean(axis=1, keepdims=True))
+    mean = _stretch(maps.mean(axis=1, keepdims=True))
     drawn = np.concatenate([mean, maps[:, :MOST_HEADS]], axis=1)
     heads = [f"head {number + 1}" for number in range(min(num_heads, MOST_HEADS))]
     columns = ["image", f"mean of {num_heads}", *heads]
@@ -81,7 +82,7 @@ def draw_attention(
     axes.set_axis_off()
     gap = 0.03
     for row, image in enumerate(pixels):
-        cells = [image, *(_overlaid(image, each) for each in drawn[row])]
+        cells = [image, *(_overlay(image, each) for each in drawn[row])]
         for column, cell in enumerate(cells):
             box = (column + gap, column + 1 - gap, row + 1 - gap, row + gap)
             show_pixels(axes, cell, extent=box, room_px=cell_in * DPI)
@@ -91,7 +92,7 @@ def draw_attention(
     save_png(figure, path)
 
 
-def _overlaid(
+def _overlay(
     image: npt.NDArray[np.uint8], attention: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.uint8]:
     """Overlay a grey image with a colour map, from dark (low) to bright yellow (high)."""

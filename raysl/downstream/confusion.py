@@ -22,7 +22,7 @@ from raysl.sources.source import Labels
 MOST_IN_MATRIX = 20
 
 _NUM_PAIRS = 20
-_LABEL_IN = 0.075  # width of a letter of a class name
+_LABEL_IN = 0.075  # estimated width of a letter of a class name
 _PAIR_IN = 0.25
 _SHADES = LinearSegmentedColormap.from_list("white to blue", ["#FFFFFF", BLUE])
 
@@ -35,22 +35,22 @@ def confusion_matrix(labels: Labels, predictions: Labels, *, num_classes: int) -
         predictions: ``(N,)`` class numbers.
         num_classes: C.
     """
-    known = labels >= 0
+    is_labelled = labels >= 0
     counts = np.zeros((num_classes, num_classes), dtype=np.int64)
-    np.add.at(counts, (labels[known], predictions[known]), 1)
+    np.add.at(counts, (labels[is_labelled], predictions[is_labelled]), 1)
     return counts
 
 
 def draw_confusion(
     path: Path, labels: Labels, predictions: Labels, class_names: Sequence[str]
 ) -> None:
-    """Draw the confusions of up to 20 classes as a matrix, of more as the 20 worst pairs.
+    """Draw confusions: up to 20 classes as a matrix, more classes as the 20 worst pairs.
 
     Args:
         path: PNG to write.
-        labels: ``(N,)`` class numbers, -1 unknown.
+        labels: ``(N,)`` class numbers, -1 without a label.
         predictions: ``(N,)`` class numbers.
-        class_names: By number; other classes are named by their number.
+        class_names: Class names by number; classes without a name are called ``class NUMBER``.
 
     Raises:
         DataError: If there are no labels.
@@ -75,8 +75,8 @@ def _draw_matrix(path: Path, counts: Labels, names: Sequence[str]) -> None:
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     longest_in = _LABEL_IN * max(map(len, names))
     cell_in = min((NARROW_IN - longest_in - 0.5) / num, 0.62)
-    stands = longest_in > 0.9 * cell_in
-    below_in = longest_in if stands else 0.15
+    is_vertical = longest_in > 0.9 * cell_in
+    below_in = longest_in if is_vertical else 0.15
     figure = new_figure(width_in=NARROW_IN, height_in=cell_in * num + below_in + 0.85)
     axes = figure.subplots()
     axes.imshow(shares, cmap=_SHADES, vmin=0, vmax=100, interpolation="nearest")
@@ -94,7 +94,7 @@ def _draw_matrix(path: Path, counts: Labels, names: Sequence[str]) -> None:
                 fontweight="bold" if row == column else "normal",
             )
     place: dict[str, Any] = {"fontsize": 9.0, "parse_math": False}
-    axes.set_xticks(range(num), names, rotation=90 if stands else 0, **place)
+    axes.set_xticks(range(num), names, rotation=90 if is_vertical else 0, **place)
     axes.set_yticks(range(num), names, **place)
     axes.tick_params(length=0, colors=INK)
     for spine in axes.spines.values():
@@ -103,9 +103,9 @@ def _draw_matrix(path: Path, counts: Labels, names: Sequence[str]) -> None:
     axes.set_yticks(np.arange(-0.5, num), minor=True)
     axes.grid(which="minor", color="#EEEEEE", linewidth=0.8)
     axes.tick_params(which="minor", length=0)
-    axes.set_xlabel("told to be", fontsize=9.5, color=INK)
-    axes.set_ylabel("is", fontsize=9.5, color=INK)
-    axes.set_title("Of each class (row), % told to be", loc="left", fontsize=9.5, color=INK)
+    axes.set_xlabel("predicted class", fontsize=9.5, color=INK)
+    axes.set_ylabel("true class", fontsize=9.5, color=INK)
+    axes.set_title("% of the images of each true class (row)", loc="left", fontsize=9.5, color=INK)
     save_png(figure, path)
 
 
@@ -117,7 +117,7 @@ class Confusion(NamedTuple):
     """A true class and a wrong class predicted for some of its images."""
 
     true: int
-    told: int
+    predicted: int
     images: int
     """Number of images of the true class with that prediction."""
     total: int
@@ -139,10 +139,11 @@ def worst_pairs(labels: Labels, predictions: Labels, *, most: int = _NUM_PAIRS) 
     both = np.stack([labels[is_labelled], predictions[is_labelled]], axis=1)
     classes, totals = np.unique(both[:, 0], return_counts=True)
     pairs, counts = np.unique(both[both[:, 0] != both[:, 1]], axis=0, return_counts=True)
-    of = totals[np.searchsorted(classes, pairs[:, 0])]
-    order = np.lexsort((-counts, -(counts / of)))[:most]
+    pair_totals = totals[np.searchsorted(classes, pairs[:, 0])]
+    order = np.lexsort((-counts, -(counts / pair_totals)))[:most]
     return [
-        Confusion(int(pairs[n, 0]), int(pairs[n, 1]), int(counts[n]), int(of[n])) for n in order
+        Confusion(int(pairs[n, 0]), int(pairs[n, 1]), int(counts[n]), int(pair_totals[n]))
+        for n in order
     ]
 
 
@@ -156,32 +157,32 @@ def _draw_pairs(
 ) -> None:
     pairs = worst_pairs(labels, predictions)
     if not pairs:
-        raise DataError("no class is taken for another: there is nothing to draw")
+        raise DataError("no class is confused with another: there is nothing to draw")
     is_labelled = labels >= 0
-    right = 100 * float((labels[is_labelled] == predictions[is_labelled]).mean())
+    top1 = 100 * float((labels[is_labelled] == predictions[is_labelled]).mean())
     figure = new_figure(width_in=NARROW_IN, height_in=0.95 + _PAIR_IN * len(pairs))
     axes = figure.subplots()
     style_axes(
         axes,
         title=f"The {len(pairs)} worst confusions of {num_classes:,} classes\n"
-        f"({right:.1f} % of all images are told right)",
+        f"(top-1 accuracy {top1:.1f} %)",
         grid="x",
     )
     values = [100 * pair.images / pair.total for pair in pairs]
     axes.barh(range(len(pairs)), values, 0.7, color=BLUE)
-    for place, pair in enumerate(pairs):
-        text = f"{values[place]:.0f} % ({pair.images} of {pair.total})"
+    for position, pair in enumerate(pairs):
+        text = f"{values[position]:.0f} % ({pair.images} of {pair.total})"
         axes.annotate(
             text,
-            (values[place], place),
+            (values[position], position),
             xytext=(4, 0),
             textcoords="offset points",
             va="center",
             fontsize=8,
             color=INK,
         )
-    texts = [f"{name_of(pair.true)} as {name_of(pair.told)}" for pair in pairs]
+    texts = [f"{name_of(pair.true)} as {name_of(pair.predicted)}" for pair in pairs]
     axes.set_yticks(range(len(pairs)), texts, fontsize=8.5, parse_math=False)
     axes.set(ylim=(len(pairs) - 0.4, -0.6), xlim=(0, max(values) * 1.5))
-    axes.set_xlabel("of the class's images, %", fontsize=9, color=INK)
+    axes.set_xlabel("% of the class's images", fontsize=9, color=INK)
     save_png(figure, path)

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Distil, or go on with it; what is not said follows SimCLR v2."""
+    """Distil a teacher, or resume it; settings that are not given follow SimCLR v2."""
     note = dropped_settings_note(arguments.teacher, arguments.overrides, test_key="evaluate.source")
     if note:
         say(note)

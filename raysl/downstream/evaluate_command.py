@@ -66,11 +66,11 @@ Protocols (default: {default}); the settings of each are PROTOCOL.KEY=VALUE:
   raysl evaluate runs/mine                               on the images that it was trained on
   raysl evaluate runs/mine data.source=photos/ data.test_source=photos-test/
   raysl evaluate encoder.safetensors data.source=cifar10 --protocols knn,linear,semi_1
-  raysl evaluate resnet18 data.source=cifar10 features.size_px=32     random weights, to compare
+  raysl evaluate resnet18 data.source=cifar10 features.size_px=32     random weights, as a baseline
 
-Features are computed once, and each protocol once: the same command again goes on where it stopped,
-and with other protocols adds them. Without labels it gives the measures that need none. Without
-Ray, in this process: cluster.num_train_workers=0.
+Features and protocols are computed once: the same command resumes a stopped evaluation, and other
+protocols are added to it. Without labels, only measures that need none are computed.
+cluster.num_train_workers=0 computes in this process, without Ray.
 """
 
 
@@ -92,11 +92,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate, or go on with it."""
+    """Evaluate an encoder, or resume its evaluation."""
     names = None
     if arguments.protocols is not None:
-        given = arguments.protocols.split(",")
-        names = check_protocols([name.strip() for name in given if name.strip()])
+        words = arguments.protocols.split(",")
+        names = check_protocols([name.strip() for name in words if name.strip()])
     home = working_folder()
     overrides = list(arguments.overrides)
     if arguments.name is not None:
@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
     if note:
         say(note)
     if TRANSFER in (names or ()) and config.transfer is None:
-        raise ConfigError("--protocols transfer: on which images? give transfer.source=...")
+        raise ConfigError("--protocols transfer needs labelled images: set transfer.source=...")
     folder = EvaluationFolder(evaluation_folder(config, origin))
     if arguments.fresh and folder.path.exists():
         say(f"the earlier evaluation is now in {set_aside(folder)}")
@@ -141,18 +141,18 @@ def _request(
     if names is None:
         names = DEFAULT if sets.labelled else ()
         if not sets.labelled:
-            say("  only the measures that need no labels are taken")
+            say("  only measures that need no labels are computed")
         if problem := too_few_for_few_shot(config, sets, names):
             names = tuple(name for name in names if name != "few_shot")
-            say(f"  few_shot is left out: {problem}")
-    own = tuple(name for name in names if name != TRANSFER)
-    if own:
-        check_labels(config, sets, own)
-    request = EvaluationRequest(config, own, origin, sets, folder)
-    for name in own:
+            say(f"  few_shot is skipped: {problem}")
+    protocols = tuple(name for name in names if name != TRANSFER)
+    if protocols:
+        check_labels(config, sets, protocols)
+    request = EvaluationRequest(config, protocols, origin, sets, folder)
+    for name in protocols:
         if PROTOCOLS[name].measure is None:
             for unit in units_of(config, name):
-                run_of(request, unit)
+                run_of(request, unit)  # raises if the settings are not valid
     return request
 
 
@@ -182,17 +182,19 @@ def _evaluate(request: EvaluationRequest, transfer: EvaluationRequest | None) ->
     view = CountView()
     with ExitStack() as stack:
         stack.callback(view.close)
-        record = _one(request, view, stack)
+        record = _evaluate_sets(request, view, stack)
         if transfer is not None:
-            found = _one(transfer, view, stack)
-            for name, values in found["protocols"].items():
+            transferred = _evaluate_sets(transfer, view, stack)
+            for name, values in transferred["protocols"].items():
                 key = TRANSFER if name == "linear" else f"{TRANSFER}_{name}"
-                record["protocols"][key] = {**values, "source": found["source"]}
+                record["protocols"][key] = {**values, "source": transferred["source"]}
             write_evaluation_result(request.folder.record, record)
     return record
 
 
-def _one(request: EvaluationRequest, view: CountView, stack: ExitStack) -> EvaluationResult:
+def _evaluate_sets(
+    request: EvaluationRequest, view: CountView, stack: ExitStack
+) -> EvaluationResult:
     sets = request.sets
     say(
         f"evaluating {request.origin.encoder} on {len(sets.train):,} training and "
@@ -205,7 +207,7 @@ def _one(request: EvaluationRequest, view: CountView, stack: ExitStack) -> Evalu
 
 
 def _backend(request: EvaluationRequest, view: CountView, stack: ExitStack) -> EvaluationBackend:
-    """Return how the work is done; Ray is only started when there is work."""
+    """Return the functions that compute; Ray starts only when one of them needs it."""
     cluster, total = request.config.cluster, len(request.sets.train) + len(request.sets.test)
     on_ray = cluster.num_train_workers > 0
     threads = cluster.threads_per_train_worker or os.cpu_count() or 1
@@ -215,24 +217,24 @@ def _backend(request: EvaluationRequest, view: CountView, stack: ExitStack) -> E
         if on_ray and connect():
             stack.callback(disconnect)
 
-    def embed(source: Source, rows: Any, embedding: Any, *, advance: Any) -> Any:
+    def embed(source: Source, rows: Any, spec: Any, *, advance: Any) -> Any:
         nonlocal started
         if not started:
             view.begin("embedding", total=total, done=0)
             started = True
         if not on_ray:
-            return features_here(source, rows, embedding, num_threads=threads, advance=advance)
+            return features_here(source, rows, spec, num_threads=threads, advance=advance)
         start_ray()
-        return features_on_ray(source, rows, embedding, advance=advance)
+        return features_on_ray(source, rows, spec, advance=advance)
 
-    def run_units(units: Any, sets: Any) -> Any:
+    def run_units(units: Any, probe_sets: Any) -> Any:
         view.close()
         if not on_ray:
             torch.set_num_threads(threads)
-            yield from run_here(units, sets)
+            yield from run_here(units, probe_sets)
             return
         start_ray()
-        yield from run_on_ray(units, sets, device=cluster.device)
+        yield from run_on_ray(units, probe_sets, device=cluster.device)
 
     def train(config: RunConfig[Any], folder: RunFolder, source: Source) -> Results:
         view.close()
@@ -268,6 +270,6 @@ def _say_results(request: EvaluationRequest, record: EvaluationResult) -> None:
     if record["label_free"]:
         out.print(mapping_table("Without labels", record["label_free"]))
     if record["bad_images"]:
-        say(f"{record['bad_images']:,} bad images were shown to the encoder as black, and counted")
+        say(f"{record['bad_images']:,} bad images were replaced by black ones, which count")
     lines = [f"numbers   {request.folder.record}", f"report    {request.folder.report}"]
     out.print("\n".join(lines), markup=False)

@@ -1,6 +1,7 @@
 """Run an evaluation: compute features once, then measure each protocol and seed.
 
-Whatever is done is on the disk when it is done, so that the same command goes on after a crash.
+A *unit* is one seed of a protocol (:class:`raysl.evaluate.registry.ProtocolRun`). Features and
+results of units are stored as soon as they exist, so that the same command resumes after a crash.
 """
 
 import time
@@ -22,23 +23,29 @@ from raysl.downstream.evaluation_record import (
 )
 from raysl.downstream.evaluation_sets import EvaluationSets
 from raysl.errors import DataError
-from raysl.evaluate.embedding import Embedding, encoder_digest
+from raysl.evaluate.embedding import EmbeddingSpec, encoder_digest
 from raysl.evaluate.probes import ProbeResult, ProbeSets
 from raysl.evaluate.registry import PROTOCOLS, ProtocolRun, key_of, measure_unit, units_of
 from raysl.sources.source import digest
 
-Embed = Callable[..., tuple[npt.NDArray[np.float32], dict[int, str]]]
-"""``(source, rows, embedding, *, advance)`` -> features ``(M, D)`` and the bad rows' reasons."""
+Embedder = Callable[..., tuple[npt.NDArray[np.float32], dict[int, str]]]
+"""``(source, rows, spec, *, advance)`` -> features ``(M, D)``, and reasons of bad images by row."""
 
 
-Finished = tuple[ProtocolRun, ProbeResult, float]
-"""A protocol run, its result, and its wall time in seconds."""
+class FinishedUnit(NamedTuple):
+    """A measured unit."""
 
-RunUnits = Callable[[Sequence[ProtocolRun], ProbeSets], Iterable[Finished]]
-"""Measures units on features, in any order."""
+    unit: ProtocolRun
+    result: ProbeResult
+    seconds: float
+    """Wall time."""
 
-TrainUnit = Callable[[ProtocolRun], ProbeResult]
-"""Measures a unit that trains the whole network."""
+
+UnitRunner = Callable[[Sequence[ProtocolRun], ProbeSets], Iterable[FinishedUnit]]
+"""Measures units on features; yields them in any order."""
+
+UnitTrainer = Callable[[ProtocolRun], ProbeResult]
+"""Trains the whole network of a unit and returns its result."""
 
 
 class EvaluationRequest(NamedTuple):
@@ -46,7 +53,7 @@ class EvaluationRequest(NamedTuple):
 
     config: EvaluationConfig
     protocols: tuple[str, ...]
-    """Names in the registry; empty measures without labels alone."""
+    """Names in the registry; empty computes only the measures that need no labels."""
     origin: EncoderOrigin
     sets: EvaluationSets
     folder: EvaluationFolder
@@ -55,24 +62,24 @@ class EvaluationRequest(NamedTuple):
 class EvaluationBackend(NamedTuple):
     """The functions that do the work, in this process or on a cluster."""
 
-    embed: Embed
-    run_units: RunUnits
-    train_unit: TrainUnit
+    embed: Embedder
+    run_units: UnitRunner
+    train_unit: UnitTrainer
     advance: Callable[[int], None]
     """Called with the number of images embedded since the last call."""
     say: Callable[[str], None]
 
 
 def evaluate(request: EvaluationRequest, backend: EvaluationBackend) -> EvaluationResult:
-    """Evaluate an encoder, or go on with it, and return the record: ``evaluation.json``.
+    """Evaluate an encoder, or resume its evaluation; return the content of ``evaluation.json``.
 
     Raises:
-        RunFolderError: If the folder holds an evaluation of something else.
-        RayslError: What the protocols raise.
+        RunFolderError: If the folder contains an evaluation of another encoder or other images.
+        RayslError: If a protocol fails.
     """
-    arrays, about = _features(request, backend)
-    _write_record(request, about)
-    probes = ProbeSets(
+    arrays, feature_info = _features(request, backend)
+    _write_record(request, feature_info)
+    probe_sets = ProbeSets(
         arrays["train_features"],
         arrays["train_labels"],
         arrays["test_features"],
@@ -81,81 +88,81 @@ def evaluate(request: EvaluationRequest, backend: EvaluationBackend) -> Evaluati
     units = [unit for name in request.protocols for unit in units_of(request.config, name)]
     missing = [unit for unit in units if request.folder.read_unit(key_of(unit)) is None]
     if len(missing) < len(units):
-        backend.say(f"{len(units) - len(missing)} of {len(units)} measurements are there already")
+        backend.say(f"{len(units) - len(missing)} of {len(units)} measurements are already done")
     on_features = [unit for unit in missing if PROTOCOLS[unit.protocol].measure is not None]
-    for unit, measured, seconds in backend.run_units(on_features, probes) if on_features else ():
-        _keep(request, unit, measured, seconds, backend.say)
-        _write_record(request, about)
+    for unit, result, seconds in backend.run_units(on_features, probe_sets) if on_features else ():
+        _store_result(request, unit, result, seconds, backend.say)
+        _write_record(request, feature_info)
     for unit in missing:
         if PROTOCOLS[unit.protocol].measure is None:
             began = time.monotonic()
-            measured = backend.train_unit(unit)
-            _keep(request, unit, measured, time.monotonic() - began, backend.say)
-            _write_record(request, about)
-    record = _write_record(request, about)
+            result = backend.train_unit(unit)
+            _store_result(request, unit, result, time.monotonic() - began, backend.say)
+            _write_record(request, feature_info)
+    record = _write_record(request, feature_info)
     request.folder.write_predictions(dict(_predictions(request)))
     return record
 
 
-def run_here(units: Sequence[ProtocolRun], sets: ProbeSets) -> Iterator[Finished]:
+def run_here(units: Sequence[ProtocolRun], probe_sets: ProbeSets) -> Iterator[FinishedUnit]:
     """Measure units one after the other in this process, on its GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for unit in units:
-        yield (unit, *measure_unit(unit, sets, device=device))
+        yield FinishedUnit(unit, *measure_unit(unit, probe_sets, device=device))
 
 
 def _features(
     request: EvaluationRequest, backend: EvaluationBackend
 ) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
-    """Return the arrays of ``evaluation.npz``, computed unless they are there, and what they are.
+    """Return the arrays of ``evaluation.npz`` and the facts about them; compute missing ones.
 
     Raises:
         DataError: If features are not finite.
     """
     folder, sets = request.folder, request.sets
     identity = _identity(request)
-    about = folder.claim(identity)
-    arrays = None if about is None else folder.read_arrays()
-    if about is not None and arrays is not None:
+    feature_info = folder.claim(identity)
+    arrays = None if feature_info is None else folder.read_arrays()
+    if feature_info is not None and arrays is not None:
         backend.say(
-            f"the features of {len(sets.train) + len(sets.test):,} images are there already"
+            f"the features of {len(sets.train) + len(sets.test):,} images are already computed"
         )
-        return arrays, about
+        return arrays, feature_info
     features = request.config.features
-    embedding = Embedding(
+    spec = EmbeddingSpec(
         str(request.origin.encoder), sets.train.size_px, features.crop_fraction, features.precision
     )
-    arrays, bad = {}, 0
+    arrays, num_bad = {}, 0
     began = time.monotonic()
     for name, images in (("train", sets.train), ("test", sets.test)):
-        found, broken = backend.embed(
-            images.source, images.rows, embedding, advance=backend.advance
+        embedded, bad_images = backend.embed(
+            images.source, images.rows, spec, advance=backend.advance
         )
-        bad += len(broken)
-        if not np.isfinite(found).all():
+        num_bad += len(bad_images)
+        if not np.isfinite(embedded).all():
             raise DataError(
-                f"{request.origin.encoder}: gives features that are not finite; it has diverged, "
+                f"{request.origin.encoder}: returns features that are not finite; it has diverged, "
                 f"or features.precision={features.precision} is too narrow for it"
             )
         arrays |= {
-            f"{name}_features": found,
+            f"{name}_features": embedded,
             f"{name}_labels": images.labels,
             f"{name}_rows": images.rows,
         }
     seconds = time.monotonic() - began
     total = len(sets.train) + len(sets.test)
-    about = {
+    feature_info = {
         "identity": identity,
         "seconds": seconds,
         "images_per_s": total / seconds,
         "train": len(sets.train),
         "test": len(sets.test),
         "width": int(arrays["test_features"].shape[1]),
-        "bad_images": bad,
+        "bad_images": num_bad,
         "label_free": measure_label_free(request.origin, arrays["test_features"], sets.test),
     }
-    folder.write_features(arrays, about)
-    return arrays, about
+    folder.write_features(arrays, feature_info)
+    return arrays, feature_info
 
 
 def _identity(request: EvaluationRequest) -> dict[str, Any]:
@@ -175,48 +182,48 @@ def _images_digest(images: Any) -> str:
     return digest(images.source.fingerprint, *(bytes(part) for part in parts))
 
 
-def _keep(
+def _store_result(
     request: EvaluationRequest,
     unit: ProtocolRun,
-    measured: ProbeResult,
+    result: ProbeResult,
     seconds: float,
     say: Callable[[str], None],
 ) -> None:
-    values = {"top1": measured.top1, "seconds": seconds, "facts": measured.facts}
-    request.folder.write_unit(key_of(unit), values, measured.predictions)
+    values = {"top1": result.top1, "seconds": seconds, "facts": result.facts}
+    request.folder.write_unit(key_of(unit), values, result.predictions)
     seed = "" if unit.seed is None else f" seed {unit.seed}"
-    say(f"{unit.protocol}{seed}: {measured.top1:.2%} in {seconds:.1f} s")
+    say(f"{unit.protocol}{seed}: {result.top1:.2%} in {seconds:.1f} s")
 
 
-def _write_record(request: EvaluationRequest, about: Mapping[str, Any]) -> EvaluationResult:
-    """Write what is known by now, with what earlier commands measured on the same features."""
+def _write_record(request: EvaluationRequest, feature_info: Mapping[str, Any]) -> EvaluationResult:
+    """Write the results so far, with those of earlier commands on the same features."""
     sets = request.sets
-    before = _kept_protocols(request)
+    earlier = _earlier_protocols(request)
     record: EvaluationResult = {
         "encoder": str(request.origin.encoder),
         "source": request.config.data.source,
         "test_source": sets.test.source.name,
-        "protocols": before | dict(_protocols(request)),
-        "label_free": about["label_free"],
+        "protocols": earlier | dict(_protocols(request)),
+        "label_free": feature_info["label_free"],
         "features": {
-            "seconds": about["seconds"],
-            "images_per_s": about["images_per_s"],
-            "train": about["train"],
-            "test": about["test"],
-            "width": about["width"],
+            "seconds": feature_info["seconds"],
+            "images_per_s": feature_info["images_per_s"],
+            "train": feature_info["train"],
+            "test": feature_info["test"],
+            "width": feature_info["width"],
         },
         "classes": sets.class_names,
-        "bad_images": about["bad_images"],
+        "bad_images": feature_info["bad_images"],
     }
     write_evaluation_result(request.folder.record, record)
     return record
 
 
-def _kept_protocols(request: EvaluationRequest) -> dict[str, ProtocolResult]:
-    from_before = _read_protocols(request.folder)
+def _earlier_protocols(request: EvaluationRequest) -> dict[str, ProtocolResult]:
+    """Return the recorded results, without those of other versions of a protocol."""
     return {
         name: values
-        for name, values in from_before.items()
+        for name, values in _read_protocols(request.folder).items()
         if name not in PROTOCOLS or values.get("version") == PROTOCOLS[name].version
     }
 
@@ -227,39 +234,39 @@ def _read_protocols(folder: EvaluationFolder) -> dict[str, ProtocolResult]:
 
 
 def _protocols(request: EvaluationRequest) -> Iterator[tuple[str, ProtocolResult]]:
-    """Yield each protocol that all seeds of are done."""
+    """Yield the result of each protocol whose seeds are all measured."""
     images = len(request.sets.train) + len(request.sets.test)
     for name in request.protocols:
         units = units_of(request.config, name)
-        kept = [request.folder.read_unit(key_of(unit)) for unit in units]
-        done = [each[0] for each in kept if each is not None]
-        if len(done) == len(units):
-            yield name, _summary(request.config, units, done, images=images)
+        stored = [request.folder.read_unit(key_of(unit)) for unit in units]
+        results = [each.values for each in stored if each is not None]
+        if len(results) == len(units):
+            yield name, _protocol_result(request.config, units, results, images=images)
 
 
-def _summary(
+def _protocol_result(
     config: EvaluationConfig,
     units: Sequence[ProtocolRun],
-    done: Sequence[Mapping[str, Any]],
+    results: Sequence[Mapping[str, Any]],
     *,
     images: int,
 ) -> ProtocolResult:
     protocol = PROTOCOLS[units[0].protocol]
     settings = getattr(config, protocol.name)
-    values = [each["top1"] for each in done]
-    seconds = sum(each["seconds"] for each in done)
+    values = [each["top1"] for each in results]
+    seconds = sum(each["seconds"] for each in results)
     return {
         "version": protocol.version,
         "text": protocol.text(settings),
         "mean": float(np.mean(values)),
-        # Of the seeds themselves, as few_shot_top1_std of a run is.
+        # Standard deviation of the population of seeds, as for few_shot_top1_std of a run.
         "deviation": float(np.std(values)),
         "values": values,
         "seeds": [unit.seed for unit in units if unit.seed is not None],
         "seconds": seconds,
-        "images_per_s": images * len(done) / seconds if seconds > 0 else 0.0,
+        "images_per_s": images * len(results) / seconds if seconds > 0 else 0.0,
         "settings": settings.model_dump(mode="json"),
-        "facts": [each["facts"] for each in done],
+        "facts": [each["facts"] for each in results],
     }
 
 
@@ -269,6 +276,6 @@ def _predictions(request: EvaluationRequest) -> Iterator[tuple[str, npt.NDArray[
         if name not in PROTOCOLS:
             continue
         seed = next(iter(values["seeds"]), None)
-        kept = request.folder.read_unit(key_of(ProtocolRun(name, values["settings"], seed)))
-        if kept is not None and kept[1] is not None:
-            yield name, kept[1]
+        stored = request.folder.read_unit(key_of(ProtocolRun(name, values["settings"], seed)))
+        if stored is not None and stored.predictions is not None:
+            yield name, stored.predictions

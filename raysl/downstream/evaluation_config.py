@@ -30,10 +30,10 @@ from raysl.track.config import TrackConfig, check_run_name
 from raysl.track.run_folder import RunFolder
 
 NOT_FROM_RUN = ("data.labels", "data.if_changed")
-"""Settings of a run's images that its evaluation takes over in no case."""
+"""Settings of a run's images that its evaluation never inherits."""
 
-# What says which images, and how they are decoded, of what an evaluation knows. Not data.labels: a
-# pretraining that is to see no labels may well be measured with them.
+# Settings that name images and their decoding. data.labels is not among them: a pretraining without
+# labels may still be measured with labels.
 _FROM_RUN = tuple(
     key for key in (*OF_SOURCE, "torchvision_root") if f"data.{key}" not in NOT_FROM_RUN
 )
@@ -42,67 +42,68 @@ _EVALUATIONS = "evaluations"
 
 
 class EvaluationTestConfig(Config):
-    """How ``test_source`` is read; of settings that are null, as ``data.source`` is."""
+    """How ``test_source`` is read; settings that are null equal those of ``data.source``."""
 
     image_column: str | None = None
-    """null takes that of ``data.source``."""
+    """null uses the value of ``data.source``."""
     label_column: str | None = None
-    """null takes that of ``data.source``."""
+    """null uses the value of ``data.source``."""
     filter: tuple[Condition, ...] = ()
-    """Of the test images alone."""
+    """Conditions on the test images."""
     limit: PositiveInt | None = None
-    """Of the test images alone, spread over their source."""
+    """Maximal number of test images, spread over their source."""
     split: str | None = None
-    """null takes the validation split, else the test split, else all."""
+    """null uses the validation split, else the test split, else all images."""
     intensity: Intensity | None = None
-    """null takes that of ``data.source``."""
+    """null uses the value of ``data.source``."""
     color_profile: ColorProfile | None = None
-    """null takes that of ``data.source``."""
+    """null uses the value of ``data.source``."""
     pages: Pages | None = None
-    """null takes that of ``data.source``."""
+    """null uses the value of ``data.source``."""
 
 
 class EvaluationData(LocatedSource):
     """The labelled images: those that train the probes, and those that test them."""
 
     mix: tuple[WeightedSource, ...] = ()
-    """More images for the probes, as of a run; their weights do nothing here."""
+    """Additional images for the probes, as in a run; weights have no effect here."""
     test_source: str | None = None
-    """Test images. null takes the validation split that lies beside the source, else its test
-    split; without either, a fifth of the labels is held out for testing. Where the source has no
-    labels, or none of the same classes, the probes are trained and tested within these images."""
+    """Test images. null uses the validation split of the source, else its test split; without
+    either, a fifth of the labels is held out for testing. If the source has no labels of the test
+    classes, the probes are trained and tested on parts of these images."""
     test: EvaluationTestConfig = EvaluationTestConfig()
-    """More of test_source."""
+    """Further settings of test_source."""
     test_limit: PositiveInt | None = None
-    """Test on so many images at most, drawn at random, always the same."""
+    """Maximal number of test images, a fixed random subset."""
     labels: Literal["none"] | None = None
-    """none: the source has no labels, whatever its folders or columns are called. A run's setting
-    is not taken over: what was trained without labels may be measured with them."""
+    """none: treat the source as unlabelled, whatever its folders or columns are called. The setting
+    is not inherited from a run: an encoder trained without labels may be measured with them."""
 
 
 class FeaturesConfig(Config):
-    """How images come to the encoder."""
+    """How images are given to the encoder."""
 
     size_px: PositiveInt | None = None
-    """Side of the square; null takes what the encoder was made for."""
+    """Side of the square; null uses the image size that the encoder was trained for."""
     crop_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Side of the centred square over the image's shorter side (0.875 is usual for ImageNet)."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the forward pass."""
+    """Precision of the forward pass."""
 
 
 class EvaluationConfig(ProtocolSettings):
     """One evaluation."""
 
     name: str | None = None
-    """Folder of the evaluation below the run's; null takes the name of the images."""
+    """Folder of the evaluation below the run's; null uses the name of the images."""
     output_dir: str = "runs"
-    """Where the folder of an encoder goes that lies in no run folder."""
+    """Parent of the results of an encoder that is not in a run folder."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Of random weights, where a backbone is named instead of an encoder."""
+    """Seed of the random weights, if a backbone is named instead of an encoder."""
     data: EvaluationData
     backbone: BackboneConfig | None = None
-    """More of a backbone that is named instead of an encoder, such as backbone.stem=cifar."""
+    """Further settings of a backbone that is named instead of an encoder, such as
+    backbone.stem=cifar."""
     features: FeaturesConfig = FeaturesConfig()
     transfer: EvaluationData | None = None
     """Protocol transfer: other labelled images, on which kNN and the linear probe are measured."""
@@ -111,42 +112,42 @@ class EvaluationConfig(ProtocolSettings):
 
 
 class EncoderOrigin(NamedTuple):
-    """The encoder that is measured."""
+    """The encoder to measure."""
 
     encoder: Path
-    """Its file."""
+    """Path of ``encoder.safetensors``."""
     folder: Path
-    """Evaluations lie below it."""
+    """Parent folder of ``evaluations``."""
     run: Path | None
-    """The run folder that trained it, if one did."""
+    """Folder of the run that trained the encoder; None if unknown."""
     size_px: int
-    """What it was made for."""
+    """Image size that the encoder was trained for."""
 
 
 def load_evaluation(
     encoder: str, overrides: Sequence[str], *, home: Path
 ) -> tuple[EvaluationConfig, EncoderOrigin]:
-    """Read the settings of an evaluation and find its encoder; a named one is made and written.
+    """Read the settings of an evaluation and find its encoder; write one for a backbone's name.
 
     Args:
         encoder: A run folder, an encoder file, or the name of a backbone (random weights).
         overrides: ``section.key=value``.
-        home: What relative paths of results are relative to.
+        home: Base folder of relative output paths.
 
     Raises:
-        ConfigError: Lists every bad key at once; also if there are no images.
-        DataError: If there is no such encoder.
+        ConfigError: Lists every bad key at once; also if no images are named.
+        DataError: If the encoder does not exist.
     """
-    path = _existing(encoder, home)
+    path = _find_encoder(encoder, home)
     values = _values_of_run(path, overrides) if path is not None else {}
     values = apply_overrides(values, overrides)
     if path is None:
         section = values.get("backbone") or {}
         values["backbone"] = {"name": encoder} | section
     elif "backbone" in values:
-        raise ConfigError(f"backbone: {encoder} is an encoder already; drop the section")
+        raise ConfigError(f"backbone: {encoder} is already an encoder; drop the section")
     if "source" not in (values.get("data") or {}):
-        raise ConfigError(f"data.source: missing; say on which images {encoder} is measured")
+        raise ConfigError(f"data.source: missing; name the images to measure {encoder} on")
     config = _with_absolute_sources(
         validate(EvaluationConfig, values, where=" ".join(["raysl evaluate", encoder]))
     )
@@ -170,12 +171,12 @@ def _with_absolute_sources(config: EvaluationConfig) -> EvaluationConfig:
 
 def _absolute(data: EvaluationData, *, first: Sequence[Path] = ()) -> EvaluationData:
     test = absolute_config(data.test, first=first)
-    found = absolute_config(data, first=first)
-    return found if test is data.test else found.model_copy(update={"test": test})
+    absolute = absolute_config(data, first=first)
+    return absolute if test is data.test else absolute.model_copy(update={"test": test})
 
 
 def labels_note(config: EvaluationConfig, origin: EncoderOrigin) -> str:
-    """Return the line for a run that was to see no labels; empty for another."""
+    """Return a note if a run trained without labels is measured with them; else empty."""
     run = read_mapping(RunFolder(origin.run).config) if origin.run is not None else {}
     data = run.get("data") or {}
     if data.get("labels") != "none" or config.data.labels == "none":
@@ -184,18 +185,18 @@ def labels_note(config: EvaluationConfig, origin: EncoderOrigin) -> str:
         return ""
     return (
         f"{config.data.source} is measured with its labels, although the run was trained with "
-        f"data.labels=none; data.labels=none here leaves them out, too"
+        f"data.labels=none; set data.labels=none here to ignore them"
     )
 
 
 def evaluation_folder(config: EvaluationConfig, origin: EncoderOrigin) -> Path:
-    """Return where an evaluation lies."""
+    """Return the folder of an evaluation."""
     name = config.name or _name_of(config.data.source)
     return origin.folder / _EVALUATIONS / name
 
 
 def data_config(data: EvaluationData) -> DataConfig:
-    """Return what opens the training images of an evaluation."""
+    """Return the settings that open the training images of an evaluation."""
     return validate(DataConfig, images_of(data) | {"labels": data.labels}, where="data")
 
 
@@ -204,10 +205,10 @@ def images_of(data: EvaluationData) -> dict[str, Any]:
     return data.model_dump(mode="json", exclude=_NOT_IMAGES)
 
 
-def _existing(encoder: str, home: Path) -> Path | None:
-    for place in (Path(encoder).expanduser(), home / Path(encoder).expanduser()):
-        if place.exists():
-            return place.absolute()
+def _find_encoder(encoder: str, home: Path) -> Path | None:
+    for path in (Path(encoder).expanduser(), home / Path(encoder).expanduser()):
+        if path.exists():
+            return path.absolute()
     if encoder in NAMES or encoder.startswith(("torchvision:", "timm:")):
         return None
     raise DataError(
@@ -218,7 +219,7 @@ def _existing(encoder: str, home: Path) -> Path | None:
 
 
 def _values_of_run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """What a run says of its images; nothing of those that others are given for."""
+    """Return the settings that an evaluation inherits from a run, without those of other images."""
     folder = path if path.is_dir() else path.parent
     file = RunFolder(folder).config
     if not file.exists():
@@ -238,9 +239,9 @@ def _values_of_run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         names = [name for name in EvaluationTestConfig.model_fields if name in evaluate]
         images["test"] = {name: evaluate[name] for name in names}
     if "source" in images:
-        found = validated(EvaluationData, images)
-        if not isinstance(found, list):  # what is wrong is told when all of it is looked at
-            images = _absolute(found, first=first).model_dump(mode="json", exclude_unset=True)
+        inherited = validated(EvaluationData, images)
+        if not isinstance(inherited, list):  # problems are reported when all settings are validated
+            images = _absolute(inherited, first=first).model_dump(mode="json", exclude_unset=True)
     return {
         "track": run.get("track") or {},
         "features": {"crop_fraction": evaluate.get("crop_fraction", 1.0)},
@@ -253,31 +254,33 @@ def _origin_of(path: Path, output: Path) -> EncoderOrigin:
     encoder = RunFolder(folder).encoder if path.is_dir() else path
     if not encoder.is_file():
         raise DataError(
-            f"{path}: holds no {encoder.name}; give the folder of a finished run, or an encoder "
+            f"{path}: contains no {encoder.name}; give the folder of a finished run, or an encoder "
             f"file"
         )
     size_px = _size_of(read_description(encoder))
     in_run = RunFolder(folder).config.exists()
     if in_run and encoder == RunFolder(folder).encoder:
         return EncoderOrigin(encoder, folder, folder, size_px)
-    own = folder.name if encoder.stem == "encoder" else encoder.stem
-    return EncoderOrigin(encoder, output / re.sub(r"[^A-Za-z0-9._=-]+", "-", own), None, size_px)
+    name = folder.name if encoder.stem == "encoder" else encoder.stem
+    return EncoderOrigin(encoder, output / re.sub(r"[^A-Za-z0-9._=-]+", "-", name), None, size_px)
 
 
 def _untrained(config: EvaluationConfig, output: Path) -> EncoderOrigin:
-    """Write an encoder of random weights, a function of the seed; the same file every time."""
+    """Write an encoder with random weights from the seed, unless its file exists."""
     backbone, size_px = config.backbone, config.features.size_px
     assert backbone is not None
     if size_px is None:
         raise ConfigError(
-            f"features.size_px: {backbone.name} has random weights and was made for no size; say "
-            f"at which it sees the images, such as features.size_px=32 for CIFAR-10"
+            f"features.size_px: {backbone.name} has random weights and no image size; set one, "
+            f"such as features.size_px=32 for CIFAR-10"
         )
     if backbone.weights is not None:
-        raise ConfigError("backbone.weights: give that file or folder itself to raysl evaluate")
+        raise ConfigError(
+            "backbone.weights: give this file or folder to raysl evaluate instead of a backbone"
+        )
     check_model_name(backbone)
     data = data_config(config.data)
-    described: Mapping[str, Any] = {
+    description: Mapping[str, Any] = {
         "backbone": backbone.model_dump(mode="json"),
         "mean": list(data.mean),
         "std": list(data.std),
@@ -289,20 +292,20 @@ def _untrained(config: EvaluationConfig, output: Path) -> EncoderOrigin:
     folder = output / name
     folder.mkdir(parents=True, exist_ok=True)
     file = RunFolder(folder).encoder
-    # One that is there stays: the bytes of safetensors' header change from one writing to the next.
-    if not file.exists() or not _says(read_description(file), described):
+    # An existing file is kept: writing it again would change the bytes of its header.
+    if not file.exists() or not _describes(read_description(file), description):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             network = build_backbone(backbone, image_size_px=size_px)
-        save_encoder(file, network, description=dict(described))
+        save_encoder(file, network, description=dict(description))
     return EncoderOrigin(file, folder, None, size_px)
 
 
-def _says(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether a file's header says what it would say; it leaves out where weights came from."""
+def _describes(header: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Return whether a file's header has the wanted description; it omits backbone.weights."""
     section = {key: value for key, value in wanted["backbone"].items() if key != "weights"}
     return all(
-        found.get(key) == value for key, value in (dict(wanted) | {"backbone": section}).items()
+        header.get(key) == value for key, value in (dict(wanted) | {"backbone": section}).items()
     )
 
 
@@ -312,7 +315,7 @@ def _size_of(description: Mapping[str, Any]) -> int:
 
 
 def _name_of(source: str) -> str:
-    """A folder's name out of a source's: its last part, without what folders cannot be called."""
+    """Return a folder name for a source: its last part, without characters that folders lack."""
     last = source.rstrip("/").rpartition("/")[2]
     last = re.sub(r"\.(parquet|tar)$", "", last)
     return re.sub(r"[^A-Za-z0-9._=-]+", "-", last).strip("-._=") or "images"

@@ -30,13 +30,13 @@ class Part(NamedTuple):
     features: npt.NDArray[np.float32]
     """``(M, D)``."""
     labels: Labels
-    """``(M,)``, -1 where unknown."""
+    """``(M,)`` class numbers, -1 without a label."""
     images: EvalImages
     """Row i of the features belongs to image i."""
 
     @property
     def is_labelled(self) -> bool:
-        """Whether any label is known."""
+        """Whether any image has a label."""
         return bool((self.labels >= 0).any())
 
     def subset(self, most: int, *, seed: int = 0) -> npt.NDArray[np.int64]:
@@ -44,12 +44,12 @@ class Part(NamedTuple):
         finite = np.flatnonzero(np.isfinite(self.features).all(axis=1))
         return np.random.default_rng(seed).permutation(finite)[:most]
 
-    def thumbnails(self, places: npt.NDArray[np.int64], *, most_px: int) -> npt.NDArray[np.uint8]:
-        """Return the encoder's view of these images, downscaled to ``(B, S, S, 3)`` uint8."""
+    def thumbnails(self, indices: npt.NDArray[np.int64], *, most_px: int) -> npt.NDArray[np.uint8]:
+        """Return the encoder's input at these indices, downscaled, ``(B, S, S, 3)`` uint8."""
         side = min(self.images.size_px, most_px)
         shrunk = [
             cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
-            for batch in self.images.batches(places)
+            for batch in self.images.batches(indices)
             for image in batch
         ]
         return np.stack(shrunk).astype(np.uint8) if shrunk else np.zeros((0, side, side, 3), "u1")
@@ -69,13 +69,13 @@ class Evaluation(NamedTuple):
     @property
     def protocols(self) -> Mapping[str, ProtocolResult]:
         """The results of each protocol, by name."""
-        found = self.record.get("protocols")
-        return found if isinstance(found, Mapping) else {}
+        protocols = self.record.get("protocols")
+        return protocols if isinstance(protocols, Mapping) else {}
 
     def name_of(self, label: int) -> str:
-        """Return the name of a class."""
-        known = 0 <= label < len(self.class_names)
-        return str(self.class_names[label]) if known else f"class {label}"
+        """Return the name of a class, or ``class NUMBER`` if it has none."""
+        has_name = 0 <= label < len(self.class_names)
+        return str(self.class_names[label]) if has_name else f"class {label}"
 
 
 def read_evaluation(folder: Path, *, train: EvalImages, test: EvalImages) -> Evaluation:
@@ -83,8 +83,8 @@ def read_evaluation(folder: Path, *, train: EvalImages, test: EvalImages) -> Eva
 
     Args:
         folder: Folder of the evaluation.
-        train: Labelled training images; the file contains the rows that were used.
-        test: Test images, likewise.
+        train: Labelled training images; the file names the rows that were used.
+        test: Test images; the file names the rows that were used.
 
     Raises:
         DataError: If a file is missing or damaged, or the two do not match.
@@ -94,8 +94,8 @@ def read_evaluation(folder: Path, *, train: EvalImages, test: EvalImages) -> Eva
         raise DataError(f"{folder / RECORD}: missing or damaged; raysl evaluate writes it")
     path = folder / ARRAYS
     try:
-        with np.load(path, allow_pickle=False) as kept:
-            arrays = {name: kept[name] for name in kept.files}
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
         parts = [_part(arrays, name, images) for name, images in (("train", train), ("test", test))]
     except FileNotFoundError:
         raise DataError(f"{path}: missing; raysl evaluate writes it") from None
@@ -120,7 +120,7 @@ def _part(arrays: Mapping[str, npt.NDArray[Any]], name: str, images: EvalImages)
     if features.ndim != 2 or not len(features) == len(labels) == len(rows):
         shapes = features.shape, labels.shape, rows.shape
         raise ValueError(f"{name} has features, labels and rows of shapes {shapes}")
-    shown = EvalImages(
+    used = EvalImages(
         images.source,
         rows.astype(np.int64),
         labels.astype(np.int64),
@@ -128,4 +128,4 @@ def _part(arrays: Mapping[str, npt.NDArray[Any]], name: str, images: EvalImages)
         crop_fraction=images.crop_fraction,
         num_threads=images.num_threads,
     )
-    return Part(features.astype(np.float32, copy=False), shown.labels, shown)
+    return Part(features.astype(np.float32, copy=False), used.labels, used)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
@@ -20,8 +20,17 @@ Arrays = dict[str, npt.NDArray[Any]]
 _PREDICTIONS = "predictions_"
 
 
+class StoredUnit(NamedTuple):
+    """The stored result of a unit: one seed of a protocol."""
+
+    values: dict[str, Any]
+    """Accuracy, seconds and facts."""
+    predictions: npt.NDArray[np.int64] | None
+    """``(N,)`` predicted class numbers; None if the protocol returns none."""
+
+
 class EvaluationFolder:
-    """``RUN/evaluations/NAME``: the paths in it.
+    """The paths of an evaluation in ``RUN/evaluations/NAME``, and its files.
 
     Args:
         path: The folder.
@@ -31,7 +40,7 @@ class EvaluationFolder:
         self.path = path.absolute()
         self.record = self.path / "evaluation.json"
         self.arrays = self.path / "evaluation.npz"
-        self.about = self.path / "features.json"
+        self.feature_info = self.path / "features.json"
         self.units = self.path / "units"
         self.runs = self.path / "runs"
         self.report = self.path / "report.html"
@@ -39,74 +48,75 @@ class EvaluationFolder:
         self.mlflow = self.path / "mlflow.json"
 
     def locked(self) -> AbstractContextManager[None]:
-        """Hold the folder for one process; the lock goes with the process, however it ends.
+        """Lock the folder for this process; the lock ends with the process, however it ends.
 
         Raises:
-            RunFolderError: On entering, if another process holds it, or it cannot be made.
+            RunFolderError: On entering, if another process has the lock, or the folder cannot be
+                created.
         """
         instead = "give this evaluation another name=..."
         return held(self.path, doing="is evaluating in", instead=instead)
 
     def claim(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return what is known of the features if they are there; refuse those of something else.
+        """Return the facts about stored features, or None if there are none.
 
         Args:
-            identity: Names all that the features depend on.
+            identity: All values that the features depend on.
 
         Raises:
-            RunFolderError: If the folder holds features of another encoder or of other images.
+            RunFolderError: If the folder contains features with another identity.
         """
-        about = read_json(self.about)
-        if about is None:
+        feature_info = read_json(self.feature_info)
+        if feature_info is None:
             return None
-        changed = changes(about["identity"], identity, keys=identity)
+        changed = changes(feature_info["identity"], identity, keys=identity)
         if changed:
-            holds = "holds an evaluation of something else"
+            holds = "contains another evaluation"
             raise RunFolderError(refusal(self.path, holds, changed))
-        return about if self.arrays.exists() else None
+        return feature_info if self.arrays.exists() else None
 
     def read_arrays(self) -> Arrays | None:
-        """Return the arrays, or None if they are not there or not whole."""
+        """Return the arrays, or None if the file is missing or damaged."""
         try:
-            with np.load(self.arrays, allow_pickle=False) as kept:
-                return {name: kept[name] for name in kept.files}
+            with np.load(self.arrays, allow_pickle=False) as file:
+                return {name: file[name] for name in file.files}
         except (OSError, ValueError, KeyError, EOFError, BadZipFile):
             return None
 
-    def write_features(self, arrays: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-        """Keep features, labels and rows, and what they are of."""
+    def write_features(self, arrays: Mapping[str, Any], feature_info: Mapping[str, Any]) -> None:
+        """Write features, labels and rows, and the facts about them."""
         _save(self.arrays, arrays)
-        write_json(self.about, about)
+        write_json(self.feature_info, feature_info)
 
-    def write_predictions(self, found: Mapping[str, npt.NDArray[np.int64]]) -> None:
-        """Put predictions beside the features; the file is written anew only if one changed."""
+    def write_predictions(self, predictions: Mapping[str, npt.NDArray[np.int64]]) -> None:
+        """Add predictions to the file of features; it is rewritten only if a prediction changed."""
         arrays = self.read_arrays() or {}
         old = {name: values for name, values in arrays.items() if name.startswith(_PREDICTIONS)}
-        new = {_PREDICTIONS + name: values for name, values in found.items()}
+        new = {_PREDICTIONS + name: values for name, values in predictions.items()}
         same = old.keys() == new.keys() and all(np.array_equal(old[n], new[n]) for n in new)
         if not same:
             _save(self.arrays, {n: v for n, v in arrays.items() if n not in old} | new)
 
-    def read_unit(self, key: str) -> tuple[dict[str, Any], npt.NDArray[np.int64] | None] | None:
-        """Return what a protocol gave for a seed, if it has been measured with these settings."""
-        kept = read_json(self.units / f"{key}.json")
-        if kept is None:
+    def read_unit(self, key: str) -> StoredUnit | None:
+        """Return the result of a unit, or None if it is not stored completely."""
+        values = read_json(self.units / f"{key}.json")
+        if values is None:
             return None
         try:
             predictions = np.load(self.units / f"{key}.npy", allow_pickle=False)
         except (OSError, ValueError):
-            return (kept, None) if not kept.get("has_predictions") else None
-        return kept, predictions
+            return StoredUnit(values, None) if not values.get("has_predictions") else None
+        return StoredUnit(values, predictions)
 
     def write_unit(
         self, key: str, values: Mapping[str, Any], predictions: npt.NDArray[np.int64] | None
     ) -> None:
-        """Keep what a protocol gave for a seed."""
+        """Write the result of a unit."""
         if predictions is not None:
             with appears_whole(self.units / f"{key}.npy") as temporary:
                 np.save(temporary, predictions)
-        kept = dict(values) | {"has_predictions": predictions is not None}
-        write_json(self.units / f"{key}.json", json.loads(json.dumps(kept)))
+        record = dict(values) | {"has_predictions": predictions is not None}
+        write_json(self.units / f"{key}.json", json.loads(json.dumps(record)))
 
 
 def _save(path: Path, arrays: Mapping[str, Any]) -> None:

@@ -8,20 +8,20 @@ from raysl.downstream.evaluation_config import EncoderOrigin
 from raysl.encoder.file import load_encoder
 from raysl.evaluate.embedding import normalisation
 from raysl.evaluate.features import EvalImages
-from raysl.evaluate.label_free import label_free, positive_pairs
+from raysl.evaluate.label_free import label_free_measures, positive_pairs
 from raysl.train.batches import input_converter
 
 
 def measure_label_free(
     origin: EncoderOrigin, features: npt.NDArray[np.float32], images: EvalImages
 ) -> dict[str, float]:
-    """Return what :func:`raysl.evaluate.label_free.label_free` does, pairs of views included.
+    """Return all measures of features that need no labels, including alignment.
 
-    The pairs are two views of at most 1,024 images: this process makes and embeds them.
+    Alignment needs two views of at most 1,024 images; this process makes and embeds them.
 
     Args:
         origin: The encoder.
-        features: Of the images, ``(N, D)``.
+        features: Features of the images, ``(N, D)``.
         images: The test images.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -31,4 +31,4 @@ def measure_label_free(
         images,
         to_input=input_converter(device=device, mean=mean, std=std, channels_last=False),
     )
-    return label_free(torch.from_numpy(features), pairs)
+    return label_free_measures(torch.from_numpy(features), pairs)

@@ -45,34 +45,35 @@ PROTOCOLS = {
 _IN_LEAD = ("knn", "linear", "finetune")
 
 _MEASURES = {
-    "rankme": ("RankMe", "dimensions in use, more is better"),
-    "alpha_req": ("alpha-ReQ", "fall of the spectrum, better near 1"),
-    "alignment": ("Alignment", "distance of two views, less is better"),
-    "uniformity": ("Uniformity", "spread on the sphere, less is better"),
+    "rankme": ("RankMe", "effective number of dimensions, higher is better"),
+    "alpha_req": ("alpha-ReQ", "decay of the spectrum, better near 1"),
+    "alignment": ("Alignment", "distance of two views, lower is better"),
+    "uniformity": ("Uniformity", "spread on the sphere, lower is better"),
     "feature_std": ("Spread of features", "0: collapsed, 1: even"),
 }
 
 _MAP = (
-    "Test images that the encoder finds alike lie close together; distances across the map and the "
-    "directions of its axes mean nothing. Colours are labels, which the layout never saw; without "
-    "labels, or with more than 20 classes, they are clusters of the features (k-means)."
+    "Test images with similar features lie close together; distances across the map and the "
+    "directions of its axes have no meaning. Colours are labels, which the layout does not use; "
+    "without labels, or with more than 20 classes, they are clusters of the features (k-means)."
 )
 _NEIGHBOURS = (
     "Test images (left, black frame), drawn at random, and their nearest training images with the "
     "cosine similarity."
 )
-_FRAMES = " Blue, whole frames: of the same class. Red, dashed frames: of another."
+_FRAMES = " Solid blue frames: the same class. Dashed red frames: another class."
 _ATTENTION = (
-    "What the class token of the last block gives to each patch, from its least (dark) to its most "
-    "(bright), over the image in grey."
+    "Attention of the class token to each patch in the last block, from the lowest (dark) to the "
+    "highest (bright), over the image in grey."
 )
 _SPECTRUM = (
-    "Of the test images' features. A steep fall means that few directions hold the variance; "
+    "Spectrum of the test images' features. A steep fall means that few directions hold the "
+    "variance; "
     "RankMe is the effective number of directions. These numbers need no labels; how well they "
     "rank encoders differs by method and data: compare runs of one kind on the same images."
 )
 _BY_LABELS = (
-    "The more an encoder knows, the less accuracy is lost with few labels. Bars: standard "
+    "The better an encoder, the less accuracy is lost with few labels. Error bars: standard "
     "deviation over seeds or draws."
 )
 
@@ -88,7 +89,7 @@ def draw_evaluation(
     Args:
         folder: Contains ``evaluation.json`` and ``evaluation.npz``; receives ``pictures/*.png`` and
             ``report.html``.
-        encoder: ``encoder.safetensors``. If it is in a run folder with pictures by its method
+        encoder: Path of ``encoder.safetensors``. If its run folder contains pictures by the method
             (reconstructions, attention), the page includes them.
         train: The training images of the evaluation, at the encoder's size.
         test: The test images.
@@ -150,7 +151,7 @@ def _lead(evaluation: Evaluation) -> str:
     where = Path(str(record.get("test_source", ""))).name
     images = f"{len(evaluation.test.labels):,} test images{f' of {escape(where)}' if where else ''}"
     bad = record.get("bad_images")
-    black = f" ({bad:,} of all could not be read and count as black)" if bad else ""
+    black = f" ({bad:,} of all images are bad and replaced by black ones)" if bad else ""
     if not best:
         return f"Features of {images}{black}, without labels."
     return f"Top-1 accuracy on {images}{black}: {', '.join(best)}."
@@ -162,16 +163,16 @@ def _name(protocol: str, *, lower: bool = False) -> str:
 
 
 def _percent(measured: ProtocolResult) -> str:
-    mean, deviation = _number(measured.get("mean")), _number(measured.get("deviation"))
+    mean, std = _number(measured.get("mean")), _number(measured.get("deviation"))
     if mean is None:
         return "&ndash;"
-    spread = f" &plusmn; {100 * deviation:.1f}" if deviation else ""
+    spread = f" &plusmn; {100 * std:.1f}" if std else ""
     return f"{100 * mean:.1f}{spread}"
 
 
 def _number(value: object) -> float | None:
-    known = isinstance(value, (int, float)) and math.isfinite(value)
-    return float(value) if known else None  # type: ignore[arg-type] # mypy does not see the check
+    is_number = isinstance(value, (int, float)) and math.isfinite(value)
+    return float(value) if is_number else None  # type: ignore[arg-type] # mypy does not see the check
 
 
 def _protocol_section(evaluation: Evaluation) -> str:
@@ -192,7 +193,7 @@ def _protocol_section(evaluation: Evaluation) -> str:
 
 
 def _about_protocols(evaluation: Evaluation) -> str:
-    """Describe the images that were measured, and the uncertainty of the accuracies."""
+    """Describe the measured images, and the uncertainty of the accuracies."""
     num_train, num_test = len(evaluation.train.labels), len(evaluation.test.labels)
     classes = len(evaluation.class_names)
     text = (
@@ -210,7 +211,8 @@ def _about_protocols(evaluation: Evaluation) -> str:
     if first is not None and num_test:
         error = 100 * math.sqrt(first * (1 - first) / num_test)
         text += (
-            f" With so many test images, the standard error of {100 * first:.1f} is {error:.1f}."
+            f" With {num_test:,} test images, the standard error of {100 * first:.1f} % is "
+            f"{error:.1f} percentage points."
         )
     return text
 
@@ -225,20 +227,22 @@ def _about_mistakes(evaluation: Evaluation) -> str:
     k, temperature = knn_settings(evaluation)
     return (
         f"Test images (left) whose {k} nearest neighbours (temperature {temperature:g}) agree most "
-        "on a wrong class. Some are mistakes of the labels, or near-duplicates with another one."
+        "on a wrong class. Some have wrong labels, or near-duplicates with another label."
     )
 
 
 def _about_confusions(evaluation: Evaluation) -> str:
     protocol = confused_protocol(evaluation)
-    return "" if protocol is None else f"Of the protocol: {_name(protocol, lower=True)}."
+    return (
+        "" if protocol is None else f"Predictions of the protocol: {_name(protocol, lower=True)}."
+    )
 
 
 def _method_sections(folder: Path, encoder: Path) -> list[str]:
-    """Return the pictures that pretraining saved for its method, such as reconstructions."""
+    """Return the sections of pictures that pretraining saved, such as reconstructions."""
     try:
         pictures = read_method_pictures(RunFolder(encoder.parent).method_pictures)
-    except DataError:  # reported when it was drawn
+    except DataError:  # drawings_of reports it
         return []
     return [
         section(

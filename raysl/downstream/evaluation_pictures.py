@@ -12,7 +12,7 @@ from torch import Tensor
 from raysl.downstream.attention import NUM_IMAGES, draw_attention
 from raysl.downstream.confusion import draw_confusion
 from raysl.downstream.evaluation_files import Evaluation
-from raysl.downstream.label_fraction import Labelled, by_labels, draw_by_labels
+from raysl.downstream.label_fraction import AccuracyPoint, accuracy_points, draw_by_labels
 from raysl.downstream.neighbour_grid import draw_mistakes, draw_neighbours
 from raysl.downstream.spectrum import draw_spectrum
 from raysl.encoder.file import load_encoder, read_description
@@ -24,7 +24,7 @@ from raysl.run.pictures import draw_grid, read_method_pictures
 from raysl.track.run_folder import RunFolder
 
 KNN_K, KNN_TEMPERATURE = 20, 0.07
-"""Number of voting neighbours if the evaluation does not name one (DINO's)."""
+"""DINO's settings of the vote, used if the evaluation has none."""
 
 NUM_CLUSTERS = 10
 
@@ -40,8 +40,8 @@ def drawings_of(evaluation: Evaluation, *, encoder: Path) -> tuple[Drawings, lis
 
     Args:
         evaluation: The evaluation.
-        encoder: ``encoder.safetensors``; its run folder, if any, may contain pictures by its
-            method.
+        encoder: Path of ``encoder.safetensors``; its run folder, if any, may contain pictures by
+            the method.
     """
     labelled = evaluation.test.is_labelled and evaluation.train.is_labelled
     drawings: Drawings = {}
@@ -75,11 +75,13 @@ def drawings_of(evaluation: Evaluation, *, encoder: Path) -> tuple[Drawings, lis
     return drawings, problems
 
 
-def labelled_points(evaluation: Evaluation) -> list[Labelled]:
-    """Return accuracy by number of labels."""
+def labelled_points(evaluation: Evaluation) -> list[AccuracyPoint]:
+    """Return the accuracies of the evaluation by number of labels."""
     labels = evaluation.train.labels
-    known = labels[labels >= 0]
-    return by_labels(evaluation.protocols, num_train=len(known), num_classes=len(np.unique(known)))
+    labels = labels[labels >= 0]
+    return accuracy_points(
+        evaluation.protocols, num_train=len(labels), num_classes=len(np.unique(labels))
+    )
 
 
 def knn_settings(evaluation: Evaluation) -> tuple[int, float]:
@@ -91,17 +93,17 @@ def knn_settings(evaluation: Evaluation) -> tuple[int, float]:
 
 
 def confused_protocol(evaluation: Evaluation) -> str | None:
-    """Return the protocol whose confusions to draw: the first of linear, finetune, knn."""
+    """Return the protocol whose confusions are drawn: first linear, finetune or knn; else None."""
     named = [name for name in _BEST_FIRST if name in evaluation.predictions]
     return next(iter([*named, *evaluation.predictions]), None)
 
 
 def _draw_map(path: Path, evaluation: Evaluation) -> None:
     test = evaluation.test
-    places = test.subset(_MAP_IMAGES)
-    if not len(places):
+    indices = test.subset(_MAP_IMAGES)
+    if not len(indices):
         raise DataError("no image has finite features to draw")
-    features, labels = test.features[places], test.labels[places]
+    features, labels = test.features[indices], test.labels[indices]
     names, colors = evaluation.class_names, ""
     num_classes = len(np.unique(labels[labels >= 0]))
     if not 0 < num_classes <= MAX_NAMED_CLASSES:
@@ -112,7 +114,7 @@ def _draw_map(path: Path, evaluation: Evaluation) -> None:
         features=features,
         labels=labels,
         class_names=names,
-        thumbnails=test.thumbnails(places, most_px=_MAP_PX),
+        thumbnails=test.thumbnails(indices, most_px=_MAP_PX),
         colors=colors,
     )
 
@@ -146,6 +148,6 @@ def _draw_attention(
         normalised: Tensor = (images - mean) / std
         return normalised
 
-    places = evaluation.test.subset(NUM_IMAGES)
-    pixels = np.concatenate(list(evaluation.test.images.batches(places)))
+    indices = evaluation.test.subset(NUM_IMAGES)
+    pixels = np.concatenate(list(evaluation.test.images.batches(indices)))
     draw_attention(path, net, pixels, to_input=to_input)

@@ -1,4 +1,4 @@
-"""Result record of an evaluation, stored as ``evaluation.json``. Loads no torch."""
+"""Result record of an evaluation, stored as ``evaluation.json``. Does not import torch."""
 
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
@@ -11,10 +11,11 @@ class ProtocolResult(TypedDict):
 
     version: int
     text: str
-    """Its settings in words."""
+    """Name, version and settings in words."""
     mean: float
     """Accuracy on the test images in [0, 1]."""
     deviation: float
+    """Standard deviation over the seeds."""
     values: list[float]
     seeds: list[int]
     """Seeds that were run; empty for a deterministic protocol."""
@@ -24,17 +25,18 @@ class ProtocolResult(TypedDict):
     facts: list[dict[str, Any]]
     """Details of each seed."""
     source: NotRequired[str]
-    """Source of the images, if it is not that of the evaluation."""
+    """Source of the images, if it differs from that of the evaluation."""
 
 
 class FeaturesResult(TypedDict):
-    """Size of the features, and the time they took."""
+    """Size of the features, and the time to compute them."""
 
     seconds: float
     images_per_s: float
     train: int
     test: int
     width: int
+    """Number of features per image."""
 
 
 class EvaluationResult(TypedDict):

@@ -38,33 +38,35 @@ def evaluation_table(record: EvaluationResult) -> Table:
     table.add_column("seconds", justify="right")
     table.add_column("images/s", justify="right")
     for name, values in record["protocols"].items():
-        known = PROTOCOLS.get(name)
-        title = f"{known.title}  " if known is not None else f"transfer to {values['source']}  "
+        protocol = PROTOCOLS.get(name)
+        title = (
+            f"{protocol.title}  " if protocol is not None else f"transfer to {values['source']}  "
+        )
         spread = f" +- {100 * values['deviation']:.2f}" if len(values["values"]) > 1 else ""
         table.add_row(
             escape(title + values["text"]),
             f"{values['mean']:.2%}{spread}",
-            str(len(values["values"])) if values["seeds"] else "1, nothing random",
+            str(len(values["values"])) if values["seeds"] else "1, deterministic",
             f"{values['seconds']:,.1f}",
             f"{values['images_per_s']:,.0f}",
         )
     table.caption = (
         f"features of {features['train']:,} training and {features['test']:,} test images: "
         f"{features['seconds']:,.1f} s, {features['images_per_s']:,.0f} images/s; accuracy: mean "
-        f"and deviation over seeds"
+        f"and standard deviation over seeds"
     )
     return table
 
 
 def json_of(record: EvaluationResult) -> dict[str, Any]:
-    """Return protocol -> what it gave; without labels, what needs none."""
+    """Return the result of each protocol by name; without protocols, the label-free measures."""
     if record["protocols"]:
         return dict(record["protocols"])
     return {"label_free": record["label_free"]}
 
 
 def metrics_of(record: EvaluationResult) -> dict[str, float]:
-    """Return the metrics that MLflow gets: ``evaluate/SOURCE/PROTOCOL``."""
+    """Return the metrics for MLflow, named ``evaluate/SOURCE/PROTOCOL``."""
     place = f"evaluate/{_mlflow_name(record['source'])}"
     metrics = {}
     for name, values in record["protocols"].items():
@@ -77,15 +79,15 @@ def metrics_of(record: EvaluationResult) -> dict[str, float]:
 
 
 def send(request: EvaluationRequest, record: EvaluationResult, *, home: Path) -> None:
-    """Send an evaluation to the MLflow run that trained the encoder; say it if that fails."""
+    """Send an evaluation to the MLflow run that trained the encoder; print a failure."""
     track, folder = request.config.track, request.folder
     if not track.mlflow:
         return
     run = request.origin.run
     trained_in = None if run is None else read_tracked_run(RunFolder(run).mlflow)
     sent = read_tracked_evaluation(folder.mlflow)
-    known = trained_in and trained_in.whole_uri
-    uri = tracking_uri(track.tracking_uri if known is None else known, folder=home)
+    run_uri = trained_in and trained_in.whole_uri
+    uri = tracking_uri(track.tracking_uri if run_uri is None else run_uri, folder=home)
     tracked = trained_in or sent
     metrics = metrics_of(record)
     what = digest(repr(sorted(metrics.items())), without_password(uri))
@@ -118,7 +120,7 @@ def send(request: EvaluationRequest, record: EvaluationResult, *, home: Path) ->
 
 
 def _artifacts(folder: EvaluationFolder) -> list[Path]:
-    """Return what is small: features stay in the folder."""
+    """Return the small files; features stay in the folder."""
     labels = sorted(folder.runs.glob("*/labels.json"))
     return [folder.record, folder.report, *sorted(folder.pictures.glob("*.png")), *labels]
 

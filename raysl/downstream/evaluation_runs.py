@@ -12,16 +12,18 @@ from raysl.evaluate.registry import ProtocolRun, key_of, settings_of
 from raysl.evaluate.training_source import open_training_source
 from raysl.nn.backbones import BackboneConfig
 from raysl.run.from_run import finetune_values
-from raysl.run.protocol_runs import Train, train_in
+from raysl.run.protocol_runs import TrainFunction, train_in
 from raysl.run.recipe import RunConfig, run_from_values
 from raysl.sources.source import Source
 from raysl.track.run_folder import RunFolder
 
 
-def train_unit(request: EvaluationRequest, unit: ProtocolRun, *, train: Train) -> ProbeResult:
-    """Train the network of a unit, or go on with it, and return the accuracy of its last step.
+def train_unit(
+    request: EvaluationRequest, unit: ProtocolRun, *, train: TrainFunction
+) -> ProbeResult:
+    """Train or resume the network of a unit, and return the accuracy after its last step.
 
-    The rows whose labels it saw are in ``labels.json`` of its folder.
+    ``labels.json`` in the folder of its run lists the rows used with labels.
     """
     config = run_of(request, unit)
     folder = RunFolder(request.folder.runs / key_of(unit))
@@ -35,10 +37,10 @@ def train_unit(request: EvaluationRequest, unit: ProtocolRun, *, train: Train) -
 
 
 def run_of(request: EvaluationRequest, unit: ProtocolRun) -> RunConfig[Any]:
-    """Return the run that a unit is.
+    """Return the configuration of the run that trains a unit.
 
     Raises:
-        ConfigError: If the settings do not fit the encoder, such as more layers than its head has.
+        ConfigError: If the settings do not fit the encoder, such as too many head layers.
     """
     config, data, origin = request.config, request.config.data, request.origin
     backbone = BackboneConfig.model_validate(read_description(origin.encoder)["backbone"])

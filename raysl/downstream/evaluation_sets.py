@@ -20,9 +20,9 @@ from raysl.sources.labels import hold_out
 from raysl.sources.open import open_source
 from raysl.sources.source import Labels
 
-# RankMe's number of images; more do not change it.
+# RankMe's number of images; more hardly change it.
 _UNLABELLED = 25_600
-_EVERY_IMAGE = 1 << 62
+_EVERY_IMAGE = 1 << 62  # a limit that no source reaches
 _SEED = 0
 _KEYS = ImageKeys(section="data.test", source="data.test_source", unlabelled="")
 
@@ -33,20 +33,20 @@ class EvaluationSets(NamedTuple):
     train: EvalImages
     test: EvalImages
     class_names: list[str]
-    """Empty where nothing can be measured with labels."""
+    """Empty if nothing can be measured with labels."""
     notes: tuple[str, ...] = ()
-    """What is left out or taken otherwise than one may think, a line each."""
+    """What is left out or used unexpectedly, one line each."""
     within: bool = False
-    """Whether the images of ``data.test_source`` train the probes too, instead of others."""
+    """Whether images of ``data.test_source`` also train the probes."""
 
     @property
     def labelled(self) -> bool:
-        """Whether there are classes to tell apart."""
+        """Whether there are classes to predict."""
         return bool(self.class_names)
 
 
 def evaluate_config(data: EvaluationData, *, crop_fraction: float = 1.0) -> EvaluateConfig:
-    """Return what a run's section ``evaluate`` would be for these images: all of them."""
+    """Return a run's section ``evaluate`` that measures all of these images."""
     test = data.test
     return EvaluateConfig(
         source=data.test_source,
@@ -70,10 +70,16 @@ def open_sets(
 ) -> EvaluationSets:
     """Open the images of an evaluation.
 
-    Without labels they are a random part of the source, a fifth of it as test images.
+    Without labels, they are at most 25,600 random images, a fifth of them for testing.
+
+    Args:
+        data: The settings of the images.
+        size_px: Side of the encoder's input.
+        crop_fraction: Side of the centred square over the image's shorter side.
+        num_threads: Number of decoding threads.
 
     Raises:
-        DataError: If there are none, or the test images have no labels or other classes.
+        DataError: If there are no images, or the test images have no labels or other classes.
     """
     opening = data_config(data)
     source = open_source(opening, data=opening)
@@ -100,21 +106,21 @@ def open_sets(
 
 
 def check_labels(config: EvaluationConfig, sets: EvaluationSets, protocols: Sequence[str]) -> None:
-    """Refuse what the labels are too few for.
+    """Check that there are enough labels for the protocols.
 
     Raises:
-        DataError: If there are none for what is asked, or too few of a class.
+        DataError: If a protocol has no labels, or too few of a class.
     """
     source = sets.train.source.name
     if not sets.labelled:
         raise DataError(
             f"{'; '.join(sets.notes)}. {', '.join(protocols)} needs labels of two classes or more; "
-            f"leave --protocols out for the measures that need none"
+            f"leave --protocols out to compute the measures that need none"
         )
     if problem := too_few_for_few_shot(config, sets, protocols):
         raise DataError(f"{source}: {problem}; lower it")
     counts = _counts(sets.train.labels, len(sets.class_names))
-    known, total = np.flatnonzero(counts), int(counts.sum())
+    used, total = np.flatnonzero(counts), int(counts.sum())
     for name in protocols:
         if PROTOCOLS[name].measure is not None:
             continue
@@ -124,11 +130,11 @@ def check_labels(config: EvaluationConfig, sets: EvaluationSets, protocols: Sequ
                 f"data.test_source; leave {name} out, or give data.source={source}"
             )
         fraction = getattr(getattr(config, name, None), "label_fraction", 1.0)
-        if round(fraction * total) < len(known):
-            least = len(known) / total
+        if round(fraction * total) < len(used):
+            least = len(used) / total
             raise DataError(
                 f"{source}: {100 * fraction:g} % of {total:,} labels is less than one for each of "
-                f"{len(known)} classes; leave {name} out, or set {name}.label_fraction to at least "
+                f"{len(used)} classes; leave {name} out, or set {name}.label_fraction to at least "
                 f"{least:.3g}"
             )
 
@@ -136,12 +142,12 @@ def check_labels(config: EvaluationConfig, sets: EvaluationSets, protocols: Sequ
 def too_few_for_few_shot(
     config: EvaluationConfig, sets: EvaluationSets, protocols: Sequence[str]
 ) -> str:
-    """Return which class has too few labels for protocol few_shot; empty if it can be measured."""
+    """Return which class has too few labels for protocol few_shot; empty if none has."""
     if "few_shot" not in protocols or not sets.labelled:
         return ""
     counts = _counts(sets.train.labels, len(sets.class_names))
-    known = np.flatnonzero(counts)
-    few = int(known[counts[known].argmin()])
+    used = np.flatnonzero(counts)
+    few = int(used[counts[used].argmin()])
     wanted = config.few_shot.labels_per_class
     if counts[few] >= wanted:
         return ""

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Fine-tune, or go on with it; what is not said follows SimCLR v2, or MAE for a ViT."""
+    """Fine-tune, or resume it; settings that are not given follow SimCLR v2, or MAE for a ViT."""
     origin: Path = arguments.origin
     is_shipped = not origin.exists() and find_config(origin).is_file()
     is_config = is_shipped or origin.suffix in CONFIG_SUFFIXES

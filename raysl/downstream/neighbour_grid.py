@@ -26,33 +26,35 @@ _NAME_LETTERS = 11
 class Nearest(NamedTuple):
     """The nearest training images of some test images, in descending similarity."""
 
-    places: npt.NDArray[np.int64]
-    """``(Q, k)``, indices of training images."""
+    indices: npt.NDArray[np.int64]
+    """``(Q, k)`` indices of training images."""
     similarities: npt.NDArray[np.float32]
     """``(Q, k)``, cosine similarities."""
 
 
-def nearest(train: npt.NDArray[np.float32], queries: npt.NDArray[np.float32], *, k: int) -> Nearest:
+def find_nearest(
+    train: npt.NDArray[np.float32], queries: npt.NDArray[np.float32], *, k: int
+) -> Nearest:
     """Return the k nearest rows of ``train`` by cosine similarity; all of them if it has fewer.
 
     Args:
-        train: ``(M, D)``, M > 0; rows that are not finite are never neighbours.
-        queries: ``(Q, D)``.
-        k: > 0.
+        train: Features ``(M, D)``, M > 0; rows that are not finite are never neighbours.
+        queries: Features ``(Q, D)``.
+        k: Number of neighbours, > 0.
     """
     bank = _directions(train)
     bank[~np.isfinite(bank).all(axis=1)] = 0.0
     k = min(k, len(bank))
-    places = np.zeros((len(queries), k), dtype=np.int64)
+    indices = np.zeros((len(queries), k), dtype=np.int64)
     similarities = np.zeros((len(queries), k), dtype=np.float32)
     for start in range(0, len(queries), _ROWS_AT_ONCE):
         similarity = _directions(queries[start : start + _ROWS_AT_ONCE]) @ bank.T
-        some = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
-        values = np.take_along_axis(similarity, some, axis=1)
+        top = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+        values = np.take_along_axis(similarity, top, axis=1)
         order = np.argsort(-values, axis=1, kind="stable")
-        places[start : start + len(some)] = np.take_along_axis(some, order, axis=1)
-        similarities[start : start + len(some)] = np.take_along_axis(values, order, axis=1)
-    return Nearest(places, similarities)
+        indices[start : start + len(top)] = np.take_along_axis(top, order, axis=1)
+        similarities[start : start + len(top)] = np.take_along_axis(values, order, axis=1)
+    return Nearest(indices, similarities)
 
 
 def vote(
@@ -70,15 +72,15 @@ def vote(
     """
     relative = close.similarities - close.similarities[:, :1]
     weights = np.exp(relative.astype(np.float64) / temperature)
-    # One number for each query and class with a vote, because there may be many classes.
-    classes, numbers = np.unique(labels[close.places], return_inverse=True)
+    # One number per query and class with a vote: a table of all classes could be too large.
+    classes, numbers = np.unique(labels[close.indices], return_inverse=True)
     queries = np.arange(len(weights))
     pairs = queries[:, None] * len(classes) + numbers.reshape(weights.shape)
-    voted, places = np.unique(pairs, return_inverse=True)
-    votes = np.bincount(places.ravel(), weights.ravel())
-    of = voted // max(1, len(classes))
-    order = np.lexsort((voted, -votes, of))
-    first = order[np.searchsorted(of[order], queries)]
+    voted, indices = np.unique(pairs, return_inverse=True)
+    votes = np.bincount(indices.ravel(), weights.ravel())
+    query_of = voted // max(1, len(classes))
+    order = np.lexsort((voted, -votes, query_of))
+    first = order[np.searchsorted(query_of[order], queries)]
     return classes[voted[first] % max(1, len(classes))], votes[first] / weights.sum(axis=1)
 
 
@@ -101,10 +103,10 @@ def draw_neighbours(path: Path, evaluation: Evaluation, *, seed: int = 0) -> Non
     """
     queries = evaluation.test.subset(NUM_QUERIES, seed=seed)
     if not len(queries) or not len(evaluation.train.features):
-        raise DataError("no image has finite features to look for neighbours of")
+        raise DataError("no image has finite features, so there are no neighbours to draw")
     features = evaluation.test.features[queries]
-    close = nearest(evaluation.train.features, features, k=NUM_NEIGHBOURS)
-    _draw(path, evaluation, queries, close, lambda place, number: ("query",))
+    close = find_nearest(evaluation.train.features, features, k=NUM_NEIGHBOURS)
+    _draw(path, evaluation, queries, close, lambda index, number: ("query",))
 
 
 def draw_mistakes(path: Path, evaluation: Evaluation, *, k: int, temperature: float) -> None:
@@ -126,23 +128,23 @@ def draw_mistakes(path: Path, evaluation: Evaluation, *, k: int, temperature: fl
     queries = queries[test.labels[queries] >= 0]
     if not len(labelled) or not len(queries):
         raise DataError("no labels: there are no mistakes to draw")
-    close = nearest(train.features[labelled], test.features[queries], k=k)
+    close = find_nearest(train.features[labelled], test.features[queries], k=k)
     predicted, share = vote(train.labels[labelled], close, temperature=temperature)
     wrong = np.flatnonzero(predicted != test.labels[queries])
     if not len(wrong):
-        raise DataError("no mistakes among the test images that were looked at")
+        raise DataError("no mistakes among the searched test images")
     # Ties are sorted by the similarity of the nearest neighbour.
     order = np.lexsort((-close.similarities[wrong, 0], -share[wrong]))
     worst = wrong[order][:NUM_QUERIES]
     neighbours = Nearest(
-        labelled[close.places[worst, :NUM_NEIGHBOURS]], close.similarities[worst, :NUM_NEIGHBOURS]
+        labelled[close.indices[worst, :NUM_NEIGHBOURS]], close.similarities[worst, :NUM_NEIGHBOURS]
     )
 
-    def said(place: int, number: int) -> tuple[str, ...]:
+    def caption_of(index: int, number: int) -> tuple[str, ...]:
         row = worst[number]
-        return (f"told {_short(evaluation.name_of(int(predicted[row])))}",)
+        return (f"voted {_short(evaluation.name_of(int(predicted[row])))}",)
 
-    _draw(path, evaluation, queries[worst], neighbours, said)
+    _draw(path, evaluation, queries[worst], neighbours, caption_of)
 
 
 def _draw(
@@ -150,19 +152,19 @@ def _draw(
     evaluation: Evaluation,
     queries: npt.NDArray[np.int64],
     close: Nearest,
-    said: Callable[[int, int], tuple[str, ...]],
+    caption_of: Callable[[int, int], tuple[str, ...]],
 ) -> None:
     train, test = evaluation.train, evaluation.test
     query_images = test.thumbnails(queries, most_px=_MOST_PX)
-    near_images = train.thumbnails(close.places.ravel(), most_px=_MOST_PX)
+    near_images = train.thumbnails(close.indices.ravel(), most_px=_MOST_PX)
     rows = []
-    for number, place in enumerate(queries.tolist()):
-        label = int(test.labels[place])
+    for number, index in enumerate(queries.tolist()):
+        label = int(test.labels[index])
         name = (_short(evaluation.name_of(label)),) if label >= 0 else ()
-        row = [Cell(query_images[number], name + said(place, number), INK)]
-        for column, other in enumerate(close.places[number].tolist()):
+        row = [Cell(query_images[number], name + caption_of(index, number), INK)]
+        for column, other in enumerate(close.indices[number].tolist()):
             similarity = f"{close.similarities[number, column]:.2f}"
-            image = near_images[number * close.places.shape[1] + column]
+            image = near_images[number * close.indices.shape[1] + column]
             row.append(_neighbour(evaluation, image, int(train.labels[other]), label, similarity))
         rows.append(row)
     save_grid(path, rows, cell_in=_CELL_IN)

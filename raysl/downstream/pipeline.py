@@ -24,7 +24,7 @@ from raysl.config.load import (
 from raysl.config.shipped import find_config
 from raysl.errors import ConfigError
 from raysl.run.from_run import RunOrigin, distill_from, finetune_from, origin_of
-from raysl.run.recipe import RunConfig, layered, read_run_values, run_from_user
+from raysl.run.recipe import RunConfig, drop_idle, read_run_values, run_from_user
 from raysl.sources.source import Source
 from raysl.track.config import TrackConfig, check_run_name
 from raysl.track.run_folder import RunFolder
@@ -35,32 +35,32 @@ _PRETRAIN = "pretrain"
 
 
 class FinetuneStep(Config):
-    """Runs that learn from labels: one for each share of the labels and each layer."""
+    """Runs that learn from labels, one per share of the labels and head layer."""
 
     labels: Annotated[tuple[_Fraction, ...], Field(min_length=1)] = (0.01, 0.1)
     """Shares of the labels, class-balanced; a smaller one lies within a larger one."""
     start: Literal["pretrained", "random"] = "pretrained"
-    """What they begin with: the pretrained encoder, or random weights, for comparison."""
+    """Initial weights: those of the pretrained encoder, or random ones, for comparison."""
     head_layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (1,)
     """Layers of the projection head to keep; 0 keeps the encoder alone."""
     freeze_encoder: bool = False
-    """Leave the encoder as it is: with head_layers [0], linear evaluation."""
+    """Do not train the encoder; with head_layers [0], this is linear evaluation."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Dotted settings of these runs, such as train.epochs."""
 
 
 class Student(Config):
-    """Runs that distil: one for each share of the labels that a teacher was fine-tuned on."""
+    """Runs that distil, one per share of the labels that a teacher was fine-tuned on."""
 
     name: str
-    """Of the student; its runs are distill-PERCENT-NAME."""
+    """Name of the student; its runs are distill-PERCENT-NAME."""
     labels: tuple[_Fraction, ...] | None = None
-    """Shares of the labels of its teachers; null: every one that has a teacher."""
+    """Shares of the labels of its teachers; null uses every share that has a teacher."""
     teacher: Annotated[int, Field(ge=0)] | str = 1
-    """Who teaches: the fine-tuned run with so many layers of the head kept; best, that with the
-    highest accuracy on the test images, which makes the accuracy of the student slightly too good
-    to be true; or an earlier student by name (the paper distils into the same size first, then
-    into a smaller one)."""
+    """The teacher: a number selects the fine-tuned run with that many head layers; best selects the
+    run with the highest accuracy on the test images, which biases the accuracy of the student
+    slightly upwards; a name selects an earlier student (the paper distils into the same size first,
+    then into a smaller one)."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Dotted settings of these runs, such as backbone.width."""
 
@@ -71,24 +71,24 @@ class Student(Config):
 
 
 class PipelineConfig(Config):
-    """A pretraining, and what follows from it."""
+    """A pretraining, and the runs that start from it."""
 
     name: str
-    """The folder is output_dir/name, each run a folder in it; the same name goes on with it."""
+    """The folder is output_dir/name, with a folder per run; the same name resumes the pipeline."""
     output_dir: str = "runs"
-    """Parent of the pipeline's folder, which is called ``name``."""
+    """Parent of the pipeline's folder."""
     base: str
     """The YAML file of the pretraining, relative to this one."""
     pretrain: dict[str, Any] = Field(default_factory=dict)
     """Dotted settings of the pretraining, on top of base."""
     set: dict[str, Any] = Field(default_factory=dict)
-    """Dotted settings of every run; those of a step win over them."""
+    """Dotted settings of every run; those of a step take precedence."""
     finetune: Annotated[tuple[FinetuneStep, ...], Field(min_length=1)] = (FinetuneStep(),)
-    """What is fine-tuned."""
+    """The runs to fine-tune."""
     distill: tuple[Student, ...] = ()
-    """What is distilled."""
+    """The students to distil."""
     track: TrackConfig = TrackConfig()
-    """MLflow gets one run for the pipeline and below it one for each step."""
+    """MLflow gets one run for the pipeline, with a nested run per step."""
 
     @field_validator("name")
     @classmethod
@@ -102,20 +102,21 @@ class Step(NamedTuple):
     name: str
     kind: Kind
     labels: float | None
-    """Share of the labels that it sees, or its teacher saw; None for pretraining."""
+    """Share of the labels that the run or its teacher uses; None for pretraining."""
     head_layers: int | None
-    """Of the projection head that stay; None where there is no choice."""
+    """Layers of the projection head to keep; None if the step has no such setting."""
     teachers: tuple[str, ...]
-    """Names of the steps, one of which teaches it: the best one, where there are several."""
+    """Names of the candidate teachers; the one with the highest accuracy teaches."""
     overrides: tuple[str, ...]
-    """Of what follows from the step before."""
+    """Overrides of the settings derived from the previous step."""
 
 
 def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
-    """Read a pipeline; its name defaults to the file's, and its base file is found.
+    """Read a pipeline; its name defaults to the file's, and ``base`` becomes an absolute path.
 
-    An override whose first part is a field of the pipeline changes the pipeline, such as
-    ``pretrain.train.epochs=5``; one of a run, such as ``data.source=FOLDER``, is for every run.
+    An override that starts with a field of the pipeline changes the pipeline, such as
+    ``pretrain.train.epochs=5``. One that starts with a field of a run applies to every run, such as
+    ``data.source=FOLDER``.
 
     Raises:
         ConfigError: Lists every bad key at once.
@@ -145,7 +146,7 @@ def _override(values: dict[str, Any], text: str) -> None:
         near = difflib.get_close_matches(first, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
         raise ConfigError(
-            f"override {text!r}: {first!r} is neither of a pipeline nor of a run; {hint}"
+            f"override {text!r}: {first!r} is a setting of neither a pipeline nor a run; {hint}"
         )
 
 
@@ -153,7 +154,7 @@ def plan_steps(config: PipelineConfig) -> list[Step]:
     """Return the runs of a pipeline in order; each needs only earlier ones.
 
     Raises:
-        ConfigError: If two have one name, or a student has no teacher.
+        ConfigError: If two steps have the same name, or a student has no teacher.
     """
     steps = [Step(_PRETRAIN, "pretrain", None, None, (), _as_overrides(config.pretrain))]
     for block in config.finetune:
@@ -161,11 +162,11 @@ def plan_steps(config: PipelineConfig) -> list[Step]:
     for student in config.distill:
         steps += list(_distill_steps(student, steps))
     names = [step.name for step in steps]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
+    duplicates = sorted({name for name in names if names.count(name) > 1})
+    if duplicates:
         raise ConfigError(
-            f"finetune and distill: the steps {', '.join(twice)} stand there twice; ask for each "
-            f"share of labels and layer once, and give students different names"
+            f"finetune and distill: the steps {', '.join(duplicates)} occur twice; name each share "
+            f"of labels and layer once, and give students different names"
         )
     return steps
 
@@ -192,46 +193,47 @@ def _distill_steps(student: Student, steps: Sequence[Step]) -> Iterator[Step]:
     """Yield the runs of a student, one for each share of the labels that has a teacher."""
     tuned = [step for step in steps if step.kind == "finetune"]
     shares = student.labels or tuple(dict.fromkeys(step.labels for step in tuned if step.labels))
-    found = 0
+    num_runs = 0
     for share in shares:
         if isinstance(student.teacher, int):
             layer = student.teacher
-            of = [s.name for s in tuned if s.labels == share and s.head_layers == layer]
+            teachers = [s.name for s in tuned if s.labels == share and s.head_layers == layer]
         elif student.teacher == "best":
-            of = [s.name for s in tuned if s.labels == share]
+            teachers = [s.name for s in tuned if s.labels == share]
         else:
-            of = [s.name for s in steps if s.name == f"distill-{_percent(share)}-{student.teacher}"]
-        if not of and student.labels is not None:
+            wanted = f"distill-{_percent(share)}-{student.teacher}"
+            teachers = [s.name for s in steps if s.name == wanted]
+        if not teachers and student.labels is not None:
             raise _no_teacher(student, share, steps)
-        if of:
-            found += 1
+        if teachers:
+            num_runs += 1
             name = f"distill-{_percent(share)}-{student.name}"
-            yield Step(name, "distill", share, None, tuple(of), _as_overrides(student.set))
-    if not found:
+            yield Step(name, "distill", share, None, tuple(teachers), _as_overrides(student.set))
+    if not num_runs:
         raise _no_teacher(student, None, steps)
 
 
 def _no_teacher(student: Student, share: float | None, steps: Sequence[Step]) -> ConfigError:
-    known = ", ".join(step.name for step in steps if step.kind in ("finetune", "distill"))
+    candidates = ", ".join(step.name for step in steps if step.kind in ("finetune", "distill"))
     among = "" if share is None else f" with {100 * share:g} % of the labels"
     return ConfigError(
         f"distill: the student {student.name!r} has teacher={student.teacher!r}, and there is no "
-        f"such run{among}; there are {known or 'none'}"
+        f"such run{among}; there are {candidates or 'none'}"
     )
 
 
-class Runs:
-    """The settings of a pipeline's runs, each of which follows from those before.
+class RunConfigs:
+    """The settings of a pipeline's runs, each derived from earlier runs.
 
     Args:
-        config: The pipeline.
-        folder: Its folder, absolute.
+        config: The pipeline's configuration.
+        folder: The pipeline's folder, an absolute path.
     """
 
     def __init__(self, config: PipelineConfig, folder: Path) -> None:
         self._config = config
         self._folder = folder
-        self._known: dict[str, RunConfig[Any]] = {}
+        self._built: dict[str, RunConfig[Any]] = {}
 
     def folder(self, name: str) -> RunFolder:
         """Return the run folder of a step."""
@@ -240,37 +242,37 @@ class Runs:
     def config(
         self, step: Step, teacher: str | None = None, *, whole: Source | None = None
     ) -> RunConfig[Any]:
-        """Return the run of a step; those before it were asked for already.
+        """Return the configuration of a step; those of the steps it depends on come first.
 
         Args:
-            step: Which.
-            teacher: The step that teaches it, if any does.
-            whole: The images of the pretraining, if they are open.
+            step: The step.
+            teacher: Name of the step that teaches; None unless the step distils.
+            whole: All images of the pretraining, if already open; None opens them.
 
         Raises:
-            ConfigError: If the settings make no run.
+            ConfigError: If the settings are not valid.
         """
         common = _as_overrides(self._config.set)
         overrides = [*common, *step.overrides]
         given = [parse_override(override)[0] for override in step.overrides]
         if step.kind == "pretrain":
             base = read_run_values(Path(self._config.base))
-            values = layered(base, apply_overrides(base, overrides), given)
+            values = drop_idle(base, apply_overrides(base, overrides), given)
         elif step.kind == "distill":
             assert teacher is not None
             values = distill_from(self._origin(teacher), overrides, whole=whole)
         else:
             values = finetune_from(self._origin(_PRETRAIN), overrides, whole=whole)
-        # What is set for all steps, or comes from the one before, may be of no use to this one.
-        values = layered({}, values, given) if step.kind != "pretrain" else values
+        # Settings for all steps, or from the previous one, may have no effect on this step.
+        values = drop_idle({}, values, given) if step.kind != "pretrain" else values
         track = self._config.track.model_dump(mode="json")
         fixed = {"name": step.name, "output_dir": str(self._folder), "track": track}
-        found = run_from_user(values | fixed, where=f"step {step.name}")
-        self._known[step.name] = found
-        return found
+        run = run_from_user(values | fixed, where=f"step {step.name}")
+        self._built[step.name] = run
+        return run
 
     def _origin(self, name: str) -> RunOrigin:
-        return origin_of(self._known[name], self._folder / name)
+        return origin_of(self._built[name], self._folder / name)
 
 
 def _as_overrides(settings: Mapping[str, Any]) -> tuple[str, ...]:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.table import Table
 
 from raysl.config.load import read_mapping, to_yaml
-from raysl.downstream.pipeline import PipelineConfig, Runs, Step, load_pipeline, plan_steps
+from raysl.downstream.pipeline import PipelineConfig, RunConfigs, Step, load_pipeline, plan_steps
 from raysl.errors import RunFolderError
 from raysl.evaluate.training_source import seen_part
 from raysl.folder.claim import changes, refusal, set_aside
 from raysl.folder.whole import write_json, write_text
 from raysl.report.terminal import console, print_json, say, say_notes
-from raysl.run.environment import flat, git_state
+from raysl.run.environment import flatten_mapping, git_state
 from raysl.run.places import with_absolute_files
 from raysl.run.pretrain import train_run
 from raysl.run.ray_cluster import connect, disconnect
@@ -32,16 +32,18 @@ from raysl.track.uri import tracking_uri, without_password
 if TYPE_CHECKING:  # MLflow takes seconds to load, and not every pipeline needs it
     from raysl.track.mlflow_tracker import MlflowTracker
 
-# For MLflow's run of the pipeline, which those of its steps refer to; a new database takes a while.
+# Wait for the pipeline's MLflow run, to which its steps refer; creating a database takes long.
 _PATIENCE_S = 45.0
-# What may not change from one start of a pipeline to the next, but for what is there to change.
+# Sections that must not change between starts of a pipeline, and the key that still may.
 _LASTING, _FREE = ("base", "pretrain"), "pretrain.data.if_changed"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument(
-        "config", type=Path, help="a YAML file, or the name of one of raysl's: simclr_v2_cifar10"
+        "config",
+        type=Path,
+        help="a YAML file, or the name of a shipped pipeline, such as simclr_v2_cifar10",
     )
     parser.add_argument(
         "overrides",
@@ -59,12 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run, or go on with, the pipeline that the configuration names."""
+    """Run or resume a pipeline."""
     config = load_pipeline(arguments.config, arguments.overrides)
     home = working_folder()
     folder = RunFolder((home / Path(config.output_dir).expanduser() / config.name).absolute())
     steps = plan_steps(config)
-    runs = Runs(config, folder.path)
+    runs = RunConfigs(config, folder.path)
     needs_ray, notes_printed = _check(steps, runs)
     if arguments.dry_run:
         _say_steps(steps)
@@ -74,20 +76,20 @@ def run(arguments: argparse.Namespace) -> int:
     with folder.locked():
         _claim(folder, config)
         pipeline = _Pipeline(config, folder, steps, home=home, notes_printed=notes_printed)
-        results = pipeline.go_on(needs_ray=needs_ray)
+        results = pipeline.run_missing(needs_ray=needs_ray)
     if arguments.json:
         print_json(results)
     return 0
 
 
-def _check(steps: Sequence[Step], runs: Runs) -> tuple[bool, set[str]]:
-    """Refuse what could not run before anything does.
+def _check(steps: Sequence[Step], runs: RunConfigs) -> tuple[bool, set[str]]:
+    """Check all runs before the first one starts.
 
     Returns:
-        Whether any run needs Ray, and the fingerprints of the images whose notes were said.
+        Whether any run needs Ray, and the fingerprints of the images whose notes are printed.
     """
     first = runs.config(steps[0])
-    # With its labels, which later steps learn from, whatever the pretraining leaves out.
+    # Later steps learn from labels, even if the pretraining ignores them.
     data = absolute_config(first.data).model_copy(update={"labels": None})
     whole = whole_source(open_source(data, data=data))
     say_notes(whole, title=f"{whole.name}:")
@@ -105,11 +107,11 @@ class _Pipeline:
     """One start of a pipeline.
 
     Args:
-        config: The pipeline.
-        folder: Its folder, locked.
-        steps: What it does, in order.
-        home: What relative paths are relative to.
-        notes_printed: Fingerprints of images whose notes were said.
+        config: The pipeline's configuration.
+        folder: The pipeline's folder, locked.
+        steps: The steps in order.
+        home: Base folder of relative output paths.
+        notes_printed: Fingerprints of images whose notes are already printed.
     """
 
     def __init__(
@@ -124,14 +126,14 @@ class _Pipeline:
         self._config = config
         self._folder = folder
         self._steps = steps
-        self._runs = Runs(config, folder.path)
+        self._runs = RunConfigs(config, folder.path)
         self._home = home
-        self._told_of = notes_printed
+        self._notes_printed = notes_printed
         self._rows: list[StepResult] = []
         self._uri = tracking_uri(config.track.tracking_uri, folder=home)
         self._tracker = self._start_tracker()
 
-    def go_on(self, *, needs_ray: bool) -> PipelineResults:
+    def run_missing(self, *, needs_ray: bool) -> PipelineResults:
         """Run the steps that are not finished; return the results of all."""
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         try:
@@ -162,17 +164,17 @@ class _Pipeline:
             with_absolute_files(config, self._home),
             began_at=time.time(),
             tags=tags | ({"mlflow.parentRunId": parent} if parent else {}),
-            notes_printed=self._told_of,
+            notes_printed=self._notes_printed,
         )
         return _row(step, teacher, config, results)
 
     def _teacher(self, step: Step) -> str | None:
-        """Return the step that teaches: the one, or the one whose accuracy is best."""
-        of = [row for row in self._rows if row["step"] in step.teachers]
-        return max(of, key=lambda row: row["top1"] or 0.0)["step"] if of else None
+        """Return the most accurate candidate teacher of a step; None if it has none."""
+        rows = [row for row in self._rows if row["step"] in step.teachers]
+        return max(rows, key=lambda row: row["top1"] or 0.0)["step"] if rows else None
 
     def _write(self) -> PipelineResults:
-        """Write what is known by now: table, picture, page."""
+        """Write the results so far: table, picture and page."""
         finished = len(self._rows)
         results: PipelineResults = {
             "pipeline_dir": str(self._folder.path),
@@ -205,7 +207,7 @@ class _Pipeline:
             config.track,
             uri=self._uri,
             run_name=config.name,
-            params=flat(settings)
+            params=flatten_mapping(settings)
             | {f"set.{key}": value for key, value in config.set.items()}
             | {f"pretrain.{key}": value for key, value in config.pretrain.items()}
             | {"steps": ", ".join(step.name for step in self._steps)},
@@ -236,9 +238,9 @@ class _Pipeline:
 
 
 def _row(step: Step, teacher: str | None, config: RunConfig[Any], results: Results) -> StepResult:
-    """Return what the table says of a finished step."""
-    found = results.get("top1"), results.get("linear_lbfgs_top1"), results.get("knn_top1")
-    top1 = next((value for value in found if value is not None), None)
+    """Return the row of the table for a finished step."""
+    accuracies = results.get("top1"), results.get("linear_lbfgs_top1"), results.get("knn_top1")
+    top1 = next((value for value in accuracies if value is not None), None)
     width = f" {config.backbone.width:g}x" if config.backbone.width != 1 else ""
     return {
         "step": step.name,
@@ -288,15 +290,17 @@ def _say_steps(steps: Sequence[Step]) -> None:
 
 
 def _claim(folder: RunFolder, config: PipelineConfig) -> None:
-    """Write the configuration into a new folder; in an old one, refuse other pretraining.
+    """Write the configuration; refuse a folder whose pretraining has other settings.
 
-    Steps may be added: each run refuses other settings than its folder has by itself.
+    Steps may be added. Each run compares its settings with its own folder.
     """
     path = folder.path / "pipeline.yaml"
     values = config.model_dump(mode="json")
     if path.exists():
         old = read_mapping(path)
-        before, after = (flat({key: each.get(key) for key in _LASTING}) for each in (old, values))
+        before, after = (
+            flatten_mapping({key: each.get(key) for key in _LASTING}) for each in (old, values)
+        )
         keys = [key for key in {**before, **after} if key != _FREE]
         changed = changes(before, after, keys=keys, compared=_as_place)
         which = [key for key in _LASTING if any(line.startswith(key) for line in changed)]

@@ -1,4 +1,4 @@
-"""Write the report of a pipeline: the accuracy of each of its networks, as picture and table."""
+"""Write the report of a pipeline: a picture and a table of the accuracy of each network."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +39,7 @@ _FILES = (
     ("pipeline.json", "the table above"),
     ("pretrain", "the run folder of the pretraining; the other steps have theirs beside it"),
     ("pictures", "the pictures of this page"),
-    ("mlflow.json", "which MLflow run this is"),
+    ("mlflow.json", "the MLflow run that tracks this pipeline"),
 )
 _ROW_IN = 0.27  # height of a row of the picture
 
@@ -84,9 +84,9 @@ def draw_pipeline(
 
 _NOTE = (
     "Each network in evaluation mode on every test image. Layer: how many layers of the projection "
-    "head stay on the encoder, 0 for none. The pretraining's is the accuracy of a linear "
+    "head stay on the encoder, 0 for none. For the pretraining, it is the accuracy of a linear "
     "classifier, or nearest neighbours, on frozen features with all labels. Single runs: "
-    "differences of a point or so may be chance."
+    "differences of about a point may be chance."
 )
 
 
@@ -95,7 +95,7 @@ def draw_accuracies(path: Path, rows: Sequence[StepResult]) -> None:
 
     Args:
         path: PNG to write.
-        rows: As for :func:`draw_pipeline`; at least one of a network trained on labels.
+        rows: One for each finished step; at least one of a network trained on labels.
     """
     shown = _measured(rows)
     shares = sorted({each.labels for each in shown})
@@ -111,15 +111,15 @@ def draw_accuracies(path: Path, rows: Sequence[StepResult]) -> None:
     for axes, share in zip(grid[:, 0], shares, strict=True):
         group = [each for each in shown if each.labels == share]
         style_axes(axes, title=_share_text(share, group[0].row["num_labels"]), grid="x")
-        for place, each in enumerate(reversed(group)):
+        for position, each in enumerate(reversed(group)):
             value = 100 * each.top1
-            axes.plot([0, value], [place, place], color="#D9D9D9", linewidth=1.2, zorder=1)
+            axes.plot([0, value], [position, position], color="#D9D9D9", linewidth=1.2, zorder=1)
             axes.plot(
-                [value], [place], "o", color=_KINDS[each.row["kind"]][1], markersize=6, zorder=2
+                [value], [position], "o", color=_KINDS[each.row["kind"]][1], markersize=6, zorder=2
             )
             axes.annotate(
                 f"{value:.1f}",
-                (value, place),
+                (value, position),
                 xytext=(7, 0),
                 textcoords="offset points",
                 va="center",
@@ -163,14 +163,13 @@ def _share_text(share: float, num_labels: int | None) -> str:
 
 
 def _lead(rows: Sequence[StepResult]) -> str:
-    known = _measured(rows)
-    if not known:
+    measured = _measured(rows)
+    if not measured:
         return "No step that learns from labels has finished yet."
-    best = max(known, key=lambda each: each.top1)
+    best = max(measured, key=lambda each: each.top1)
     return (
-        f"Best of {len(known)} networks: <code>{escape(best.row['step'])}</code>, right in "
-        f"{100 * best.top1:.1f} % of the test images with {100 * best.labels:g} % of the "
-        f"labels."
+        f"Best of {len(measured)} networks: <code>{escape(best.row['step'])}</code>, with "
+        f"{100 * best.top1:.1f} % top-1 accuracy from {100 * best.labels:g} % of the labels."
     )
 
 

@@ -20,7 +20,7 @@ from raysl.report.figure import (
     style_axes,
 )
 
-_ROUNDING = 1e-12  # relative to the largest eigenvalue: directions without variance
+_ROUNDING = 1e-12  # of the largest eigenvalue; smaller ones are rounding errors
 
 
 def draw_spectrum(path: Path, features: npt.NDArray[np.float32]) -> None:

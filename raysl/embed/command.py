@@ -19,7 +19,7 @@ from raysl.embed.source import (
     encoder_file,
     other_decoding,
 )
-from raysl.evaluate.embedding import Chunk, Chunks, Embedding, stream_here
+from raysl.evaluate.embedding import Chunk, ChunkPlan, EmbeddingSpec, stream_here
 from raysl.report.progress import CountView
 from raysl.report.terminal import console, mapping_table, print_json, say, say_notes
 from raysl.run.ray_cluster import connect, disconnect
@@ -93,7 +93,9 @@ def _maker(config: EmbedConfig, stack: ExitStack) -> MakeChunks:
             source, chunks, embedding, num_threads=torch.get_num_threads()
         )
 
-    def make(source: Source, chunks: Chunks, embedding: Embedding) -> Generator[Chunk, None, None]:
+    def make(
+        source: Source, chunks: ChunkPlan, embedding: EmbeddingSpec
+    ) -> Generator[Chunk, None, None]:
         # Not before the first chunk: a folder that is complete or refused needs no Ray.
         if connect():
             stack.callback(disconnect)

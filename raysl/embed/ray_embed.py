@@ -27,9 +27,9 @@ from raysl.errors import ClusterError, DataError
 from raysl.evaluate.embedding import (
     Advance,
     Chunk,
-    Chunks,
-    Embedding,
-    Encode,
+    ChunkPlan,
+    EmbeddingSpec,
+    EncoderRunner,
     Features,
     Rows,
     collect,
@@ -66,7 +66,7 @@ class Pools(NamedTuple):
 def features_on_ray(
     source: Source,
     rows: Rows,
-    embedding: Embedding,
+    embedding: EmbeddingSpec,
     *,
     advance: Advance | None = None,
     num_workers: int | None = None,
@@ -98,7 +98,7 @@ def features_on_ray(
 
 
 def stream_on_ray(
-    source: Source, chunks: Chunks, embedding: Embedding, *, num_workers: int | None = None
+    source: Source, chunks: ChunkPlan, embedding: EmbeddingSpec, *, num_workers: int | None = None
 ) -> Generator[Chunk, None, None]:
     """Yield the features of chunks in the order of their completion, computed on the cluster.
 
@@ -118,7 +118,7 @@ def stream_on_ray(
 
 
 def _dataset(
-    shared: Any, weights: Any, embedding: Embedding, *, num_chunks: int, pools: Pools
+    shared: Any, weights: Any, embedding: EmbeddingSpec, *, num_chunks: int, pools: Pools
 ) -> Dataset:
     numbers = PlanSource(num_chunks)
     read = ray.data.read_datasource(
@@ -161,7 +161,7 @@ def quiet() -> None:
 class DecodeChunk:
     """An actor that reads and decodes; the pixels go to the object store of its node."""
 
-    def __init__(self, shared: Any, embedding: Embedding) -> None:
+    def __init__(self, shared: Any, embedding: EmbeddingSpec) -> None:
         cv2.setNumThreads(1)  # an actor has one CPU
         self._source, self._chunks = ray.get(shared)
         self._embedding = embedding
@@ -171,20 +171,20 @@ class DecodeChunk:
         number = int(batch[_NUMBER][0])
         rows = self._chunks.rows_of(number)
         pixels, flaws = read_pixels(self._source, rows, self._embedding)
-        return {_PLACE: self._chunks.places_of(number), _PIXELS: pixels, _FLAW: flaws}
+        return {_PLACE: self._chunks.positions_of(number), _PIXELS: pixels, _FLAW: flaws}
 
 
 class EncodeChunk:
     """An actor that encodes, on its GPU or its CPU."""
 
-    def __init__(self, weights: Any, embedding: Embedding) -> None:
+    def __init__(self, weights: Any, embedding: EmbeddingSpec) -> None:
         on_gpu = bool(ray.get_gpu_ids())
         torch.set_num_threads(1)
         # The actor's node may not see the disk of the encoder file.
         with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
             file.write(ray.get(weights))
             file.flush()
-            self._encode = Encode(
+            self._encode = EncoderRunner(
                 embedding._replace(encoder=file.name),
                 device=torch.device("cuda" if on_gpu else "cpu"),
                 name=embedding.encoder,
@@ -199,7 +199,7 @@ class EncodeChunk:
 class EmbedChunk:
     """An actor that decodes and encodes, on one CPU."""
 
-    def __init__(self, shared: Any, weights: Any, embedding: Embedding) -> None:
+    def __init__(self, shared: Any, weights: Any, embedding: EmbeddingSpec) -> None:
         self._decode = DecodeChunk(shared, embedding)
         self._encode = EncodeChunk(weights, embedding)
 

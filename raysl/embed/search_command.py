@@ -19,7 +19,7 @@ from raysl.embed.search_all import search_all
 from raysl.embed.shards import result_file
 from raysl.embed.source import encoder_file
 from raysl.errors import ConfigError, DataError
-from raysl.evaluate.embedding import Embedding, encoder_digest, features_here
+from raysl.evaluate.embedding import EmbeddingSpec, encoder_digest, features_here
 from raysl.report.terminal import console, print_json, say, say_notes
 from raysl.sources.source import Source
 
@@ -118,7 +118,7 @@ def _embed_like(
             f"{about['wanted']['encoder']}); give that one by --encoder"
         )
     settings = about["settings"]
-    embedding = Embedding(
+    embedding = EmbeddingSpec(
         str(encoder), about["size_px"], settings["crop_fraction"], settings["precision"]
     )
     threads = torch.get_num_threads()

@@ -29,11 +29,11 @@ from raysl.encoder.file import read_description
 from raysl.errors import ConfigError, DataError
 from raysl.evaluate.embedding import (
     Chunk,
-    Chunks,
-    Embedding,
+    ChunkPlan,
+    EmbeddingSpec,
     Features,
-    chunk_images,
     encoder_digest,
+    images_per_chunk,
     normalisation,
 )
 from raysl.pack.folder import Bad, PackFolder
@@ -50,7 +50,7 @@ _NOT_IN_SHARDS = {"settings", "images", "bad_images", "class_names"}
 _OTHERS = "holds embeddings of another encoder or source, or with other settings"
 _TINY = np.finfo(np.float32).tiny
 
-MakeChunks = Callable[[Source, Chunks, Embedding], Generator[Chunk, None, None]]
+MakeChunks = Callable[[Source, ChunkPlan, EmbeddingSpec], Generator[Chunk, None, None]]
 """A function that computes chunks, in any order; closing its generator ends the work."""
 
 
@@ -100,7 +100,7 @@ def encoder_file(path_or_run: str) -> Path:
     return path
 
 
-def embedding_of(encoder: Path, config: EmbedConfig) -> Embedding:
+def embedding_of(encoder: Path, config: EmbedConfig) -> EmbeddingSpec:
     """Return how images are embedded: encoder, size, crop and precision.
 
     Raises:
@@ -110,7 +110,7 @@ def embedding_of(encoder: Path, config: EmbedConfig) -> Embedding:
     size = config.size_px or read_description(encoder).get("image_size_px", _DEFAULT_SIZE_PX)
     if not isinstance(size, int) or size <= 0:
         raise DataError(f"{encoder}: its header has image_size_px={size!r}; set size_px")
-    return Embedding(str(encoder), size, config.crop_fraction, config.precision)
+    return EmbeddingSpec(str(encoder), size, config.crop_fraction, config.precision)
 
 
 def other_decoding(encoder: Path, config: SourceConfig) -> list[str]:
@@ -188,7 +188,7 @@ def embed_source(
 
 
 def _identity(
-    source: Source, encoder: Path, config: EmbedConfig, embedding: Embedding
+    source: Source, encoder: Path, config: EmbedConfig, embedding: EmbeddingSpec
 ) -> dict[str, Any]:
     """Return all that the shards depend on: encoder, images and lasting settings."""
     digest = encoder_digest(encoder)
@@ -196,7 +196,7 @@ def _identity(
     return {"encoder": digest, "fingerprint": source.fingerprint, **lasting}
 
 
-def _encoder_facts(encoder: Path, embedding: Embedding) -> dict[str, Any]:
+def _encoder_facts(encoder: Path, embedding: EmbeddingSpec) -> dict[str, Any]:
     description = read_description(encoder)
     dim = description.get("embed_dim")
     if not isinstance(dim, int) or dim <= 0:
@@ -219,7 +219,7 @@ class _Writer:
         self, source: Source, config: EmbedConfig, folder: PackFolder, about: dict[str, Any]
     ) -> None:
         self.source, self.config, self.folder, self.about = source, config, folder, about
-        self.chunk = chunk_images(about["size_px"])
+        self.chunk = images_per_chunk(about["size_px"])
         width = about["embed_dim"] * np.dtype(config.store).itemsize
         shard_rows = max(1, int(config.shard_mib * _MIB / width) // self.chunk) * self.chunk
         self.plan = ShardPlan(int(source.group_sizes.sum()), shard_rows)
@@ -235,7 +235,7 @@ class _Writer:
         self.labels: npt.NDArray[np.int64] | None = labels
         self._width = width
 
-    def fill(self, make: MakeChunks, embedding: Embedding, view: CountProgress) -> int:
+    def fill(self, make: MakeChunks, embedding: EmbeddingSpec, view: CountProgress) -> int:
         """Write all missing shards; return the number of embedded images."""
         bounds = [self.plan.bounds(shard) for shard in self.missing]
         todo = sum(stop - start for start, stop in bounds)
@@ -243,13 +243,13 @@ class _Writer:
         if not todo:
             return 0
         starts = np.concatenate([np.arange(*each, self.chunk, dtype=np.int64) for each in bounds])
-        chunks = Chunks(None, starts, self.chunk, self.plan.num_rows)
+        chunks = ChunkPlan(None, starts, self.chunk, self.plan.num_rows)
         view.begin("embedding", total=self.plan.num_rows, done=self.plan.num_rows - todo)
         buffers: dict[int, _ShardBuffer] = {}
         made = make(self.source, chunks, embedding)
         with closing(made):
             for chunk in made:
-                for shard in np.unique(chunk.places // self.plan.shard_rows).tolist():
+                for shard in np.unique(chunk.positions // self.plan.shard_rows).tolist():
                     start, stop = self.plan.bounds(shard)
                     buffer = buffers.setdefault(
                         shard, _ShardBuffer(start, stop, dim=self.about["embed_dim"])
@@ -257,7 +257,7 @@ class _Writer:
                     buffer.take(chunk)
                     if buffer.left == 0:
                         self._write(shard, buffers.pop(shard))
-                view.advance(len(chunk.places))
+                view.advance(len(chunk.positions))
         return todo
 
     def finish(self) -> dict[str, Any]:
@@ -327,8 +327,8 @@ class _ShardBuffer:
 
     def take(self, chunk: Chunk) -> None:
         """Copy the rows of a chunk that belong to this shard."""
-        own = (chunk.places >= self.start) & (chunk.places < self.stop)
-        index = chunk.places[own] - self.start
+        own = (chunk.positions >= self.start) & (chunk.positions < self.stop)
+        index = chunk.positions[own] - self.start
         if chunk.features.shape[1] != self.features.shape[1]:
             raise DataError(
                 f"the encoder gives {chunk.features.shape[1]} features an image; its header says "

@@ -42,8 +42,8 @@ class EvalImages:
 
     Args:
         source: The source of the images.
-        rows: Their rows, ``(M,)``.
-        labels: Their class numbers, ``(M,)``.
+        rows: Rows of the images, ``(M,)``.
+        labels: Class numbers of the images, ``(M,)``; -1 without a label.
         size_px: Side of the square given to the encoder.
         crop_fraction: Side of the centred square over the image's short side.
         num_threads: Number of decoding threads.
@@ -65,46 +65,46 @@ class EvalImages:
         self.size_px = size_px
         self.crop_fraction = crop_fraction
         self.num_threads = num_threads
-        self.bad: set[int] = set()  # indices of bad images, which are shown as black
+        self.bad: set[int] = set()  # indices of bad images, which are replaced by black ones
         self._cache: dict[bytes, npt.NDArray[np.uint8]] = {}  # by the indices of a batch
         self._caches = len(rows) * size_px * size_px * 3 <= _CACHE_BYTES
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def image(self, place: int) -> Image:
-        """Return the original image at index ``place`` in [0, M).
+    def image(self, index: int) -> Image:
+        """Return the original image at index ``index`` in [0, M).
 
-        A bad image is black and recorded in ``bad``: it still counts, because every image does.
+        A bad image is recorded in ``bad``; a black one replaces it and counts like any other.
         """
-        row = int(self.rows[place])
+        row = int(self.rows[index])
         image = decode_or_flaw(self.source.read([row])[0], self.source.decoding(row))
         if isinstance(image, Flaw):
-            self.bad.add(place)
+            self.bad.add(index)
             return np.zeros((_BLANK_SIDE, _BLANK_SIDE, 3), dtype=np.uint8)
         return image
 
-    def batches(self, places: Rows) -> Iterator[npt.NDArray[np.uint8]]:
+    def batches(self, indices: Rows) -> Iterator[npt.NDArray[np.uint8]]:
         """Yield ``(B, S, S, 3)`` uint8 for these indices in order."""
         with ThreadPoolExecutor(self.num_threads, thread_name_prefix="raysl-eval") as pool:
-            for start in range(0, len(places), _BATCH):
-                wanted = places[start : start + _BATCH]
-                key = wanted.tobytes()
+            for start in range(0, len(indices), _BATCH):
+                batch = indices[start : start + _BATCH]
+                key = batch.tobytes()
                 if key in self._cache:
                     yield self._cache[key]
                     continue
-                pixels = np.stack(list(pool.map(self._square, wanted.tolist())))
+                pixels = np.stack(list(pool.map(self._square, batch.tolist())))
                 if self._caches:
                     self._cache[key] = pixels
                 yield pixels
 
-    def _square(self, place: int) -> Image:
-        return square(self.image(place), size_px=self.size_px, crop_fraction=self.crop_fraction)
+    def _square(self, index: int) -> Image:
+        return square(self.image(index), size_px=self.size_px, crop_fraction=self.crop_fraction)
 
     def pixels(self) -> npt.NDArray[np.float32]:
         """Return the bare pixels as features, ``(M, P * P)`` or ``(M, P * P * 3)`` in [0, 1].
 
-        P is the side of the images themselves, at most 32; grey images keep one channel.
+        P is the shorter side of the first image, at most 32; grey images keep one channel.
         """
         first = self.image(0)
         side = min(*first.shape[:2], self.size_px, _MAX_PIXEL_SIDE)
@@ -116,8 +116,8 @@ class EvalImages:
             squares = squares[..., :1]
         return squares.reshape(len(squares), -1).astype(np.float32) / np.float32(255)
 
-    def _pixel_square(self, place: int, side: int) -> Image:
-        image = self.image(place)
+    def _pixel_square(self, index: int, side: int) -> Image:
+        image = self.image(index)
         box = center_box(height=image.shape[0], width=image.shape[1], fraction=self.crop_fraction)
         patch = image[box.top : box.top + box.height, box.left : box.left + box.width]
         return cv2.resize(patch, (side, side), interpolation=cv2.INTER_AREA)  # type: ignore[return-value]
@@ -127,7 +127,7 @@ class EvalImages:
 def outputs(
     network: nn.Module,
     images: EvalImages,
-    places: Rows,
+    indices: Rows,
     *,
     to_input: Callable[[npt.NDArray[np.uint8]], Tensor],
 ) -> Tensor:
@@ -137,7 +137,7 @@ def outputs(
         network: Maps ``(B, 3, S, S)`` to ``(B, D)``. It runs in evaluation mode, with the running
             statistics of batch norm; its mode is restored.
         images: The images.
-        places: Indices of the images, ``(N,)``.
+        indices: Indices of the images, ``(N,)``.
         to_input: Converts ``(B, S, S, 3)`` uint8 to the network's input on its device.
 
     Returns:
@@ -146,7 +146,7 @@ def outputs(
     was_training = network.training
     network.eval()
     try:
-        return torch.cat([network(to_input(each)).float() for each in images.batches(places)])
+        return torch.cat([network(to_input(each)).float() for each in images.batches(indices)])
     finally:
         network.train(was_training)
 
@@ -188,6 +188,6 @@ def embed_alone(
 
 
 def _share(num_images: int, rank: int, size: int) -> Rows:
-    """Return the indices that a rank embeds: equally many each; the last ones repeat images."""
+    """Return the indices that a rank embeds: the same number on each; the last repeat an image."""
     share = -(-num_images // size)
     return np.minimum(np.arange(rank * share, (rank + 1) * share), num_images - 1)

@@ -77,10 +77,10 @@ def knn_predictions(
     at_once = max(1, min(_ROWS_AT_ONCE, _MOST_SIMILARITIES // len(bank)))
     for rows in test_features.split(at_once):
         similarity = F.normalize(rows.float(), dim=1) @ bank.T  # (rows, M)
-        nearest, places = similarity.topk(min(max(ks), len(bank)), dim=1)  # nearest first
-        # Relative to the nearest one: the vote is the same, and a low temperature cannot overflow.
+        nearest, indices = similarity.topk(min(max(ks), len(bank)), dim=1)  # nearest first
+        # Subtracting the largest similarity leaves the vote unchanged and prevents overflow.
         weights = ((nearest - nearest[:, :1]) / temperature).exp()
-        voted = numbers[places]
+        voted = numbers[indices]
         for k, parts in votes_of.items():
             votes = weights.new_zeros(len(rows), len(classes))
             votes.scatter_add_(1, voted[:, :k], weights[:, :k])

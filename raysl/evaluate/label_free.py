@@ -1,6 +1,6 @@
-"""Measure features without labels: RankMe, alpha-ReQ, alignment, uniformity, deviation.
+"""Measure features without labels: RankMe, alpha-ReQ, alignment, uniformity and spread.
 
-None of these is an accuracy; docs/results.md has how well each ranks encoders.
+None of these is an accuracy; docs/results.md reports how well each ranks encoders.
 """
 
 import math
@@ -27,7 +27,7 @@ from raysl.nn.geometry import (
 )
 
 VERSION = 1
-"""Version of the measures and of the view pairs: only numbers of equal version are comparable."""
+"""Version of the measures and the view pairs: only numbers of the same version are comparable."""
 
 PAIR_CROP_SCALE = (0.2, 1.0)
 
@@ -37,7 +37,7 @@ _SEED = 0
 
 
 @torch.no_grad()
-def label_free(
+def label_free_measures(
     features: Tensor, positives: tuple[Tensor, Tensor] | None = None
 ) -> dict[str, float]:
     """Measure features without labels.
@@ -48,16 +48,16 @@ def label_free(
     Args:
         features: ``(M, D)`` float, not normalised. RankMe cannot exceed M and levels off from some
             25,000 images on: compare encoders on the same images.
-        positives: Two ``(P, D)``, features of two views of the same images, from
+        positives: Two tensors ``(P, D)``, the features of two views of the same images, from
             :func:`positive_pairs`; None omits ``alignment``.
 
     Returns:
         ``rankme``, in [1, min(M, D)], higher is better: the exponential of the entropy of the
         normalised singular values. ``alpha_req``, better near 1: the decay exponent of the
         covariance's eigenvalues. ``alignment``, in [0, 4], lower is better: squared distance
-        between the directions of two views. ``uniformity``, in [-8, 0], lower is better: over at
-        most 2,048 images, spread evenly. ``feature_std``, in [0, 1]: 0 is collapse. Values that
-        cannot be computed are omitted; that is all of them if a feature is not finite.
+        between the directions of two views. ``uniformity``, in [-8, 0], lower is better: on at
+        most 2,048 evenly spaced images. ``feature_std``, in [0, 1]: 0 is collapse. Values that
+        cannot be computed are omitted; the result is empty if a feature is not finite.
 
     Raises:
         ShapeError: If the shapes do not fit.
@@ -66,7 +66,7 @@ def label_free(
     2022, NeurIPS 35. Alignment and uniformity: Wang and Isola 2020, arXiv:2005.10242v10.
     ``feature_std``: Chen and He 2020, arXiv:2011.10566v1, sec. 4.1.
     Departs: RankMe's authors use the projector's outputs on 25,600 images and add 1e-7 to each
-    share, which their float32 needs and our float64 does not. Wang and Isola measure uniformity on
+    share, which float32 needs; float64, used here, does not. Wang and Isola measure uniformity on
     augmented images.
     """
     shapes = [tuple(x.shape) for x in (features, *(positives or ()))]
@@ -79,12 +79,12 @@ def label_free(
         return {}
     law = fit_power_law(covariance_spectrum(features))
     spread = np.linspace(0, len(features) - 1, min(len(features), _MOST_SPREAD_ROWS))
-    some = features[torch.from_numpy(spread.astype(np.int64)).to(features.device)]
+    subset = features[torch.from_numpy(spread.astype(np.int64)).to(features.device)]
     measured = {
         "rankme": float(effective_rank(features)),
         "alpha_req": math.nan if law is None else law.exponent,
         "alignment": math.nan if positives is None else float(alignment(*positives)),
-        "uniformity": float(uniformity(some, most_rows=_MOST_SPREAD_ROWS)),
+        "uniformity": float(uniformity(subset, most_rows=_MOST_SPREAD_ROWS)),
         "feature_std": float(feature_std(features)),
     }
     return {name: value for name, value in measured.items() if math.isfinite(value)}
@@ -112,22 +112,22 @@ def positive_pairs(
     Args:
         encoder: Maps ``(B, 3, S, S)`` to ``(B, D)``; runs in evaluation mode, and its mode is
             restored.
-        images: The images. A view is a function of the image's row alone, so all encoders see the
-            same.
+        images: The images. A view depends only on the image's row, so all encoders see the same
+            views.
         to_input: Converts ``(B, S, S, 3)`` uint8 to the encoder's input on its device.
         num_images: Maximal number of images, evenly spaced.
 
     Returns:
-        Two ``(P, D)`` float32 on the CPU; row i of both is from one image.
+        Two tensors ``(P, D)`` float32 on the CPU; row i of both belongs to the same image.
     """
     spread = np.linspace(0, len(images) - 1, min(len(images), num_images))
-    places = np.unique(spread.astype(np.int64))
+    indices = np.unique(spread.astype(np.int64))
     views = pair_views(images.size_px)
 
-    def two(place: int) -> npt.NDArray[np.uint8]:
-        row = int(images.rows[place])
-        (made,) = make_views(images.image(place), views, seed=_SEED, epoch=0, index=row)
-        return np.stack(made)
+    def view_pair(index: int) -> npt.NDArray[np.uint8]:
+        row = int(images.rows[index])
+        (pair,) = make_views(images.image(index), views, seed=_SEED, epoch=0, index=row)
+        return np.stack(pair)
 
     was_training = encoder.training
     encoder.eval()
@@ -135,11 +135,13 @@ def positive_pairs(
     seconds: list[Tensor] = []
     try:
         with ThreadPoolExecutor(images.num_threads, thread_name_prefix="raysl-pairs") as pool:
-            for start in range(0, len(places), _BATCH):
-                pairs = np.stack(list(pool.map(two, places[start : start + _BATCH].tolist())))
-                for kept, number in ((firsts, 0), (seconds, 1)):
+            for start in range(0, len(indices), _BATCH):
+                pairs = np.stack(
+                    list(pool.map(view_pair, indices[start : start + _BATCH].tolist()))
+                )
+                for parts, number in ((firsts, 0), (seconds, 1)):
                     pixels = np.ascontiguousarray(pairs[:, number])
-                    kept.append(encoder(to_input(pixels)).float().cpu())
+                    parts.append(encoder(to_input(pixels)).float().cpu())
     finally:
         encoder.train(was_training)
     return torch.cat(firsts), torch.cat(seconds)

@@ -1,8 +1,8 @@
 """Choose the labelled images that train the probes of a run, and those that test them.
 
-Labels never decide whether a pretraining may start: measurements without enough labels are skipped,
-with a note. Only explicit requests (``evaluate.source``, fine-tuning in ``evaluate.final``) are
-errors if they cannot be fulfilled.
+Missing labels do not stop a pretraining: measurements without enough labels are skipped with a
+note. Only explicit requests (``evaluate.source``, fine-tuning in ``evaluate.final``) raise an error
+if they cannot be fulfilled.
 """
 
 from typing import NamedTuple
@@ -24,12 +24,12 @@ _FEW_SHOT = "evaluate.few_shot.labels_per_class"
 
 
 class ImageKeys(NamedTuple):
-    """The names of the settings of the test images, for messages."""
+    """Names of the settings of the test images, for error messages."""
 
     section: str = "evaluate"
     source: str = "evaluate.source"
     unlabelled: str = ", or set data.labels=none to measure within evaluate.source alone"
-    """What to do about training images of other classes."""
+    """Advice for error messages if the training images have other classes."""
 
 
 OF_RUN = ImageKeys()
@@ -45,7 +45,7 @@ class Part(NamedTuple):
     """The rows in use."""
 
     @property
-    def known(self) -> Labels:
+    def row_labels(self) -> Labels:
         """The class numbers of the rows in use."""
         return self.labels[self.rows]
 
@@ -58,7 +58,7 @@ class Part(NamedTuple):
 
 
 class Labelling(NamedTuple):
-    """The labelled images of a run, before any is read."""
+    """The chosen labelled images of a run; none is decoded yet."""
 
     train: Part | None
     """None if nothing can be measured; then ``test`` is None too."""
@@ -70,7 +70,7 @@ class Labelling(NamedTuple):
     within: bool
     """Whether both parts are images of ``evaluate.source``, none of them training images."""
     notes: tuple[str, ...]
-    """What is skipped or used in an unexpected way, a line each."""
+    """What is skipped or used unexpectedly, one line each."""
 
 
 class _Candidates(NamedTuple):
@@ -92,7 +92,7 @@ def choose_labelled(
         config: The evaluation settings.
         data: The settings of the training data.
         source: All training images.
-        keys: What the settings of the test images are called.
+        keys: Names of the settings of the test images, for error messages.
 
     Raises:
         DataError: If a given test source has no labels, or shares only some of its classes with the
@@ -101,25 +101,25 @@ def choose_labelled(
     numbers = source.labels()
     labels = np.empty(0, np.int64) if numbers is None else numbers
     if config.source is not None:
-        candidates = _given(config, data, source, labels, keys)
+        candidates = _test_on_source(config, data, source, labels, keys)
     elif _num_classes(labels) < _FEWEST_CLASSES:
-        return _nothing(config, _too_few_classes(source, labels))
+        return _skip_measurement(config, _too_few_classes_note(source, labels))
     else:
-        candidates = _beside(data, source, labels)
+        candidates = _test_on_split(data, source, labels)
     if candidates.within:
         _check_finetune(config, candidates.notes[0])
     train = candidates.train.cut(config.max_train_images)
     test = candidates.test.cut(config.max_test_images)
-    if len(test.rows) == 0 or _num_classes(train.known) < _FEWEST_CLASSES:
-        return _nothing(
+    if len(test.rows) == 0 or _num_classes(train.row_labels) < _FEWEST_CLASSES:
+        return _skip_measurement(
             config,
             f"{train.source.name} has too few labels, so that no accuracy is measured: "
             f"{counted(len(train.rows), 'image')} would train the probes and {len(test.rows):,} "
-            f"test them; two classes to train with and one image to test on are the least",
+            f"test them; at least two classes to train on and one test image are needed",
         )
-    few_shot, note = _few_shot(config, train.known, candidates.class_names)
+    few_shot, note = _check_few_shot(config, train.row_labels, candidates.class_names)
     is_wanted = not few_shot and "few_shot" in config.final
-    notes = (*candidates.notes, *_unseen(train, test), *([note] if is_wanted else []))
+    notes = (*candidates.notes, *_unseen_note(train, test), *([note] if is_wanted else []))
     return Labelling(train, test, candidates.class_names, few_shot, candidates.within, notes)
 
 
@@ -136,7 +136,7 @@ def open_labelled(
         num_threads: Number of decoding threads.
 
     Raises:
-        DataError: As :func:`choose_labelled`.
+        DataError: If the labels do not fit the settings, as in :func:`choose_labelled`.
     """
     chosen = choose_labelled(config, data, source)
     return open_chosen(config, chosen, size_px=size_px, num_threads=num_threads)
@@ -152,7 +152,7 @@ def open_chosen(
         EvalImages(
             part.source,
             part.rows,
-            part.known,
+            part.row_labels,
             size_px=size_px,
             crop_fraction=config.crop_fraction,
             num_threads=num_threads,
@@ -165,8 +165,8 @@ def open_chosen(
 def has_test_set(config: EvaluateConfig, data: DataConfig, source: Source) -> bool:
     """Return whether the test images are separate from the training images.
 
-    Otherwise some training images are held out. The answer agrees with :func:`choose_labelled`, so
-    supervised training asks here which labels it may use.
+    Otherwise some training images are held out. Supervised training calls this function to decide
+    which labels it may use, because it agrees with :func:`choose_labelled`.
 
     Args:
         config: The evaluation settings.
@@ -176,7 +176,7 @@ def has_test_set(config: EvaluateConfig, data: DataConfig, source: Source) -> bo
     return config.source is not None or _held_out_split(data, source)[0] is not None
 
 
-def _given(
+def _test_on_source(
     config: EvaluateConfig, data: DataConfig, source: Source, labels: Labels, keys: ImageKeys
 ) -> _Candidates:
     """Test on ``evaluate.source``; also train probes on it if the training images cannot."""
@@ -193,14 +193,14 @@ def _given(
     unknown, shared = _compare(test, test_labels, source)
     if shared and unknown and _num_classes(labels) >= _FEWEST_CLASSES:
         raise DataError(
-            f"{where}: {_some(unknown)} not among the classes of {source.name}: "
-            f"{_some(source.class_names)}. Evaluation goes by names: give the classes the same "
+            f"{where}: {_name_some(unknown)} not among the classes of {source.name}: "
+            f"{_name_some(source.class_names)}. Classes are matched by name: give them the same "
             f"names, leave those images out ({keys.section}.filter){keys.unlabelled}"
         )
     if not unknown and _num_classes(labels) >= _FEWEST_CLASSES:
-        there = Part(source, labels, np.flatnonzero(labels >= 0))
+        train = Part(source, labels, np.flatnonzero(labels >= 0))
         numbers = _numbers_like(test, test_labels, source)
-        return _Candidates(there, Part(test, numbers, labelled), source.class_names)
+        return _Candidates(train, Part(test, numbers, labelled), source.class_names)
     classes = _num_classes(labels)
     why = ("no labels", "labels of one class only", "no labels of its classes")[min(classes, 2)]
     train_rows, test_rows = hold_out(labelled)
@@ -212,8 +212,8 @@ def _given(
     return _Candidates(*parts, test.class_names, within=True, notes=(note,))
 
 
-def _beside(data: DataConfig, source: Source, labels: Labels) -> _Candidates:
-    """Test on a split beside the training images, or on a held-out fifth of them."""
+def _test_on_split(data: DataConfig, source: Source, labels: Labels) -> _Candidates:
+    """Test on another split of the source, or on a held-out fifth of the training images."""
     rows = np.flatnonzero(labels >= 0)
     test, note = _held_out_split(data, source)
     if test is None:
@@ -245,10 +245,10 @@ def _held_out_split(data: DataConfig, source: Source) -> tuple[Source | None, st
     unknown, _ = _compare(test, labels, source)
     if unknown:
         return None, (
-            f"{source.name}: {_some(unknown)} of the split {name} not among the classes of the "
-            f"training images; {instead}"
+            f"{source.name}: {_name_some(unknown)} of the split {name} not among the classes of "
+            f"the training images; {instead}"
         )
-    if data.source in BUILT_IN:  # everybody tests on their test split
+    if data.source in BUILT_IN:  # their test split is the standard choice
         return test, ""
     tested = counted(int((labels >= 0).sum()), "labelled image")
     return test, f"{source.name}: accuracy is measured on the split {name} ({tested})"
@@ -279,11 +279,11 @@ def _numbers_like(test: Source, labels: Labels, train: Source) -> Labels:
     """Renumber the test images' labels by the training source's classes."""
     numbers = {name: number for number, name in enumerate(train.class_names)}
     # One more entry, so that -1 (no label) maps to -1.
-    places = np.array([*(numbers.get(name, -1) for name in test.class_names), -1], dtype=np.int64)
-    return places[np.maximum(labels, -1)]
+    lookup = np.array([*(numbers.get(name, -1) for name in test.class_names), -1], dtype=np.int64)
+    return lookup[np.maximum(labels, -1)]
 
 
-def _few_shot(config: EvaluateConfig, labels: Labels, names: list[str]) -> tuple[bool, str]:
+def _check_few_shot(config: EvaluateConfig, labels: Labels, names: list[str]) -> tuple[bool, str]:
     """Return whether each class has enough labels for the few-shot probe, and a note if not."""
     numbers, counts = np.unique(labels, return_counts=True)
     wanted = config.few_shot.labels_per_class
@@ -299,22 +299,22 @@ def _few_shot(config: EvaluateConfig, labels: Labels, names: list[str]) -> tuple
     )
 
 
-def _unseen(train: Part, test: Part) -> list[str]:
-    missing = int((~np.isin(test.known, np.unique(train.known))).sum())
+def _unseen_note(train: Part, test: Part) -> list[str]:
+    missing = int((~np.isin(test.row_labels, np.unique(train.row_labels))).sum())
     if not missing:
         return []
     return [
-        f"{missing:,} of {len(test.rows):,} test images are of classes of which no image trains "
-        f"the probes; they count as wrong"
+        f"{missing:,} of {len(test.rows):,} test images are of classes without training images; "
+        f"they count as wrong"
     ]
 
 
-def _too_few_classes(source: Source, labels: Labels) -> str:
-    of = "has no labels" if _num_classes(labels) == 0 else "has labels of one class only"
-    return f"{source.name} {of}, so that no accuracy is measured; {source.label_advice}"
+def _too_few_classes_note(source: Source, labels: Labels) -> str:
+    what = "has no labels" if _num_classes(labels) == 0 else "has labels of one class only"
+    return f"{source.name} {what}, so that no accuracy is measured; {source.label_advice}"
 
 
-def _nothing(config: EvaluateConfig, note: str) -> Labelling:
+def _skip_measurement(config: EvaluateConfig, note: str) -> Labelling:
     _check_finetune(config, note)
     return Labelling(None, None, [], few_shot=False, within=False, notes=(note,))
 
@@ -328,6 +328,6 @@ def _num_classes(labels: Labels) -> int:
     return len(np.unique(labels[labels >= 0]))
 
 
-def _some(names: list[str]) -> str:
+def _name_some(names: list[str]) -> str:
     examples = ", ".join(repr(name) for name in names[:_SHOWN])
     return f"{examples}, ... ({len(names):,})" if len(names) > _SHOWN else examples

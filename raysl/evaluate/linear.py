@@ -1,4 +1,4 @@
-"""Scale frozen features for linear classifiers, and draw a few labels for each class."""
+"""Scale frozen features for linear classifiers, and draw a few labels per class."""
 
 import numpy as np
 import numpy.typing as npt
@@ -11,23 +11,23 @@ Features = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
 
-def scaled(train: Features, test: Features) -> tuple[Features, Features]:
-    """Centre features by the training set's mean and divide by their overall deviation.
+def scale_features(train: Features, test: Features) -> tuple[Features, Features]:
+    """Subtract the training set's mean and divide by its overall standard deviation.
 
-    One divisor for all dimensions, because those of little variance are mostly noise: with few
-    labels, scaling each to unit variance costs bare pixels two points on the digits.
+    All dimensions share one divisor, because dimensions of little variance are mostly noise. With
+    few labels, unit variance for each costs raw pixels of digits two points of accuracy.
     """
     center = train.mean(axis=0)
-    deviation = float(np.sqrt(np.mean((train - center) ** 2))) or 1.0
-    return (train - center) / deviation, (test - center) / deviation
+    std = float(np.sqrt(np.mean((train - center) ** 2))) or 1.0
+    return (train - center) / std, (test - center) / std
 
 
-def scaled_on(
+def scale_features_on(
     train: Features, test: Features, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Scale features as :func:`scaled` does, on a device."""
-    first, second = scaled(train, test)
-    return torch.from_numpy(first).to(device), torch.from_numpy(second).to(device)
+    """Scale features as :func:`scale_features` does, on a device."""
+    scaled_train, scaled_test = scale_features(train, test)
+    return torch.from_numpy(scaled_train).to(device), torch.from_numpy(scaled_test).to(device)
 
 
 def few_shot_rows(
@@ -36,7 +36,7 @@ def few_shot_rows(
     """Draw ``labels_per_class`` rows of each class, without replacement.
 
     Raises:
-        DataError: If a class has fewer rows than that.
+        DataError: If a class has fewer rows than ``labels_per_class``.
     """
     rng = np.random.default_rng([seed, draw])
     rows = []

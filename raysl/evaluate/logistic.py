@@ -1,7 +1,8 @@
 """Multinomial logistic regression by L-BFGS, on the features' device.
 
 The loss is scikit-learn's, LogisticRegression(solver="lbfgs"): the mean cross-entropy plus the
-squared weights over 2 C M; the intercepts are not penalised. So is the stopping rule.
+squared weights over 2 C M; the intercepts are not penalised. The stopping rule is
+scikit-learn's, too.
 """
 
 from typing import NamedTuple
@@ -16,8 +17,8 @@ from torch import Tensor
 Parameters = npt.NDArray[np.float64]
 
 MAX_ITERATIONS = 200
-_GRADIENT_TOLERANCE = 1e-4
-_LOSS_TOLERANCE = 64 * float(np.finfo(np.float64).eps)
+_GRADIENT_TOLERANCE = 1e-4  # scikit-learn's
+_LOSS_TOLERANCE = 64 * float(np.finfo(np.float64).eps)  # scikit-learn's
 _LINE_SEARCH_STEPS = 50
 _LOGITS_AT_ONCE = 1 << 25
 
@@ -61,7 +62,8 @@ def fit_logistic(
     """
     classes, numbers = torch.unique(labels, return_inverse=True)
     width, count = features.shape[1], len(classes)
-    # For two classes scikit-learn has a single weight vector, their difference: half the penalty.
+    # For two classes scikit-learn penalises one weight vector w. The two here are w / 2 and -w / 2:
+    # the sum of their squares is half as large.
     penalty = (2 if count == 2 else 1) / (inverse_penalty * len(features))
 
     def loss_and_gradient(flat: Parameters) -> tuple[float, Parameters]:
@@ -72,12 +74,12 @@ def fit_logistic(
         loss += 0.5 * penalty * float((weights * weights).sum())
         return loss, gradient.numpy().ravel()
 
-    begin = np.zeros((width + 1, count))
+    initial = np.zeros((width + 1, count))
     if start is not None:
-        begin = torch.cat([start.weights, start.biases[None]]).double().cpu().numpy()
+        initial = torch.cat([start.weights, start.biases[None]]).double().cpu().numpy()
     result = minimize(
         loss_and_gradient,
-        begin.ravel(),
+        initial.ravel(),
         method="L-BFGS-B",
         jac=True,
         options={
@@ -95,7 +97,7 @@ def _cross_entropy(features: Tensor, numbers: Tensor, parameters: Tensor) -> tup
     """Return the mean cross-entropy and its gradient, ``(D + 1, C)`` float64 on the CPU.
 
     Products with the features are float32, everything else float64: near the minimum, the loss
-    falls by less than float32 resolves.
+    decreases by less than float32 can resolve.
     """
     device, count = features.device, parameters.shape[1]
     weights = parameters[:-1].float().to(device)

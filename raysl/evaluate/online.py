@@ -9,7 +9,7 @@ from torch import Tensor
 from raysl.augment.crop import Image
 from raysl.augment.pipeline import make_views
 from raysl.evaluate.features import EvalImages, Rows
-from raysl.evaluate.label_free import label_free, pair_views
+from raysl.evaluate.label_free import label_free_measures, pair_views
 from raysl.evaluate.protocol import EvaluateConfig, LabelledSets, knn_top1
 from raysl.sources.source import Source
 
@@ -22,18 +22,18 @@ LABEL_FREE = ("rankme", "alpha_req", "alignment", "uniformity")
 """The metrics of :func:`online_metrics` with or without labels, under ``eval/``."""
 
 _SEED = 0
-_GROUPS_READ = 32
+_GROUPS_READ = 32  # number of groups to read if each has enough rows
 
 
 class ViewPairs(EvalImages):
-    """Two fixed views of each of some images, for the alignment.
+    """Two fixed views of each image, for the alignment.
 
     The first views of all images come first, then the second ones: 2P entries for P rows. A bad
     image yields two black views.
 
     Args:
         source: The source of the images.
-        rows: Their rows, ``(P,)``.
+        rows: Rows of the images, ``(P,)``.
         size_px: Side of a view.
         num_threads: Number of decoding threads.
     """
@@ -49,10 +49,10 @@ class ViewPairs(EvalImages):
         )
         self._views = pair_views(size_px)
 
-    def _square(self, place: int) -> Image:
-        row, second = int(self.rows[place]), place >= len(self) // 2
-        (made,) = make_views(self.image(place), self._views, seed=_SEED, epoch=0, index=row)
-        return made[int(second)]
+    def _square(self, index: int) -> Image:
+        row, is_second = int(self.rows[index]), index >= len(self) // 2
+        (pair,) = make_views(self.image(index), self._views, seed=_SEED, epoch=0, index=row)
+        return pair[int(is_second)]
 
 
 class OnlineSets(NamedTuple):
@@ -62,7 +62,7 @@ class OnlineSets(NamedTuple):
     """Labelled images that train the probes, also measured without labels; some training images if
     there are no labels."""
     pairs: ViewPairs
-    """Two views of some of these."""
+    """Two views of some images of ``train``."""
     labelled: LabelledSets | None
     """Includes the test images; None without labels."""
 
@@ -90,7 +90,7 @@ def open_online(
 
     Args:
         config: The evaluation settings.
-        labelled: The run's labelled images; None takes a fixed selection of the source's images.
+        labelled: The run's labelled images; None selects images of the source, the same each time.
         source: The training images.
         size_px: Side of the encoder's input.
         num_threads: Number of decoding threads.
@@ -107,17 +107,17 @@ def open_online(
             num_threads=num_threads,
         )
     # Evenly spaced, because rows are often sorted by class.
-    places = np.linspace(0, len(train) - 1, min(NUM_PAIRS, len(train))).astype(np.int64)
+    indices = np.linspace(0, len(train) - 1, min(NUM_PAIRS, len(train))).astype(np.int64)
     # Open the source that the rows belong to: a subset or evaluate.source has its own row numbers.
-    pairs = ViewPairs(train.source, train.rows[places], size_px=size_px, num_threads=num_threads)
+    pairs = ViewPairs(train.source, train.rows[indices], size_px=size_px, num_threads=num_threads)
     return OnlineSets(train, pairs, labelled)
 
 
 def spread_rows(group_sizes: npt.NDArray[np.int64], most: int) -> Rows:
-    """Return at most ``most`` ascending rows of a source that are quick to read.
+    """Return at most ``most`` rows of a source, ascending and quick to read.
 
-    Few groups are used if groups are large, because reading one Parquet row reads its whole row
-    group.
+    If groups are large, the rows come from few groups, because reading one row of a Parquet file
+    reads its whole row group.
 
     Args:
         group_sizes: Rows in each group that is read as a whole, ``(G,)``.
@@ -147,7 +147,7 @@ def online_metrics(
 ) -> dict[str, float]:
     """Return the metrics of an evaluation during training, by their names in the metrics file."""
     half = len(features.pairs) // 2
-    free = label_free(features.train, (features.pairs[:half], features.pairs[half:]))
+    free = label_free_measures(features.train, (features.pairs[:half], features.pairs[half:]))
     metrics = {f"eval/{name}": free[name] for name in LABEL_FREE if name in free}
     if sets.labelled is None or features.test is None:
         return metrics

@@ -15,12 +15,14 @@ from torch import Tensor
 from raysl.config.base import Config, PositiveFloat, PositiveInt
 from raysl.errors import DataError
 from raysl.evaluate.knn import check_shapes, knn_predictions
-from raysl.evaluate.linear import few_shot_rows, scaled_on
+from raysl.evaluate.linear import few_shot_rows, scale_features_on
 from raysl.evaluate.logistic import LogisticRegression, fit_logistic
 from raysl.evaluate.sgd_probe import SgdSettings, train_classifiers
 from raysl.sources.source import Labels
 
-_HELD_OUT = 3  # second word of the seed for the held-out rows
+_HELD_OUT = (
+    3  # second element of the seed of the held-out rows, so that they differ from other draws
+)
 _Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 _FEWEST_ROWS = 2
 
@@ -33,7 +35,7 @@ class KnnConfig(Config):
     k: PositiveInt = 20
     """Number of voting neighbours (DINO: 20, InstDisc: 200)."""
     also_k: tuple[PositiveInt, ...] = (10, 200)
-    """Further numbers of neighbours to report; they cost nothing."""
+    """Further numbers of neighbours to report, at no extra cost."""
     temperature: PositiveFloat = 0.07
     """A neighbour of cosine similarity s votes with exp(s / temperature)."""
 
@@ -55,7 +57,7 @@ class LinearConfig(Config):
     epochs: PositiveInt = 100
     """Passes over the training features (MoCo: 100; SimCLR: 90)."""
     batch_size: PositiveInt = 256
-    """Rows of a step; the last step of an epoch takes the remainder."""
+    """Rows per step; the last step of an epoch takes the remainder."""
     sgd_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """Momentum without Nesterov; there is no weight decay."""
     held_out_share: _Share = 0.1
@@ -66,18 +68,18 @@ class LbfgsConfig(Config):
     """Logistic regression by L-BFGS; one of several penalties is chosen on held-out images."""
 
     inverse_penalties: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1.0,)
-    """C of scikit-learn's LogisticRegression, ascending; a single one is used without a choice."""
+    """C of scikit-learn's LogisticRegression, ascending; a single one is used as it is."""
     max_iterations: PositiveInt = 200
-    """Maximal number of L-BFGS steps for each."""
+    """Maximal number of L-BFGS steps per penalty."""
     held_out_share: _Share = 0.1
     """Share of the training rows used to choose C."""
 
 
 class FewShotConfig(Config):
-    """Logistic regression on a few labels for each class."""
+    """Logistic regression on a few labels per class."""
 
     labels_per_class: PositiveInt = 5
-    """Number of labelled images for each class."""
+    """Number of labelled images per class."""
     draws: PositiveInt = 5
     """Number of random draws of these labels; draw i is the same for every encoder."""
     inverse_penalty: PositiveFloat = 1.0
@@ -103,7 +105,7 @@ class ProbeResult(NamedTuple):
     top1: float
     """Accuracy on the test images in [0, 1]; every row counts."""
     predictions: Numbers | None
-    """``(N,)`` predicted class numbers, if known."""
+    """``(N,)`` predicted class numbers; None if the protocol does not return them."""
     facts: dict[str, Any]
     """Further details, such as the chosen learning rate; JSON values."""
 
@@ -127,9 +129,9 @@ def measure_linear(config: LinearConfig, sets: ProbeSets, *, seed: int, device: 
     """Train classifiers of all rates, choose one on the held-out rows, retrain it on all rows.
 
     Raises:
-        DataError: If every rate diverges.
+        DataError: If the classifier of the chosen rate diverges.
     """
-    train, test = scaled_on(sets.train, sets.test, device)
+    train, test = scale_features_on(sets.train, sets.test, device)
     all_labels = torch.from_numpy(sets.train_labels).to(device)
     classes, labels = torch.unique(all_labels, return_inverse=True)
     shared: dict[str, Any] = {
@@ -142,16 +144,15 @@ def measure_linear(config: LinearConfig, sets: ProbeSets, *, seed: int, device: 
     best = 0
     if len(rates) > 1:
         held_out, rest = held_out_rows(len(train), share=config.held_out_share, seed=seed)
-        some = train_classifiers(train[rest], labels[rest], base_lrs=rates, **shared)
-        right = some.predict(train[held_out]) == labels[held_out, None]
-        held_out_top1 = right.double().mean(dim=0).tolist()
+        candidates = train_classifiers(train[rest], labels[rest], base_lrs=rates, **shared)
+        is_correct = candidates.predict(train[held_out]) == labels[held_out, None]
+        held_out_top1 = is_correct.double().mean(dim=0).tolist()
         best = int(np.argmax(held_out_top1))
     final = train_classifiers(train, labels, base_lrs=[rates[best]], **shared)
     predictions = final.predict(test)[:, 0]
     if (predictions < 0).any():
         raise DataError(
-            f"linear: the classifier of base_lr={rates[best]:g} diverges; give lower "
-            f"linear.base_lrs"
+            f"linear: the classifier of base_lr={rates[best]:g} diverges; set lower linear.base_lrs"
         )
     predictions = classes[predictions]
     facts = {"base_lr": rates[best], "held_out_top1": held_out_top1}
@@ -160,7 +161,7 @@ def measure_linear(config: LinearConfig, sets: ProbeSets, *, seed: int, device: 
 
 def measure_lbfgs(config: LbfgsConfig, sets: ProbeSets, *, seed: int, device: str) -> ProbeResult:
     """Fit classifiers of all penalties, choose one on the held-out rows, refit it on all rows."""
-    train, test = scaled_on(sets.train, sets.test, device)
+    train, test = scale_features_on(sets.train, sets.test, device)
     labels = torch.from_numpy(sets.train_labels).to(device)
     penalties = config.inverse_penalties
     held_out_top1: list[float] = []
@@ -176,8 +177,8 @@ def measure_lbfgs(config: LbfgsConfig, sets: ProbeSets, *, seed: int, device: st
                 max_iterations=config.max_iterations,
                 start=classifier,
             )
-            right = classifier.predict(train[held_out]) == labels[held_out]
-            held_out_top1.append(float(right.double().mean()))
+            is_correct = classifier.predict(train[held_out]) == labels[held_out]
+            held_out_top1.append(float(is_correct.double().mean()))
         best = int(np.argmax(held_out_top1))
     final = fit_logistic(
         train, labels, inverse_penalty=penalties[best], max_iterations=config.max_iterations
@@ -190,18 +191,18 @@ def measure_lbfgs(config: LbfgsConfig, sets: ProbeSets, *, seed: int, device: st
 def measure_few_shot(
     config: FewShotConfig, sets: ProbeSets, *, seed: int, device: str
 ) -> ProbeResult:
-    """Fit a classifier to draw number ``seed`` of a few labels for each class.
+    """Fit a classifier to a few labels per class; ``seed`` is the number of the draw.
 
     Raises:
-        DataError: If a class has fewer.
+        DataError: If a class has too few labels.
     """
-    train, test = scaled_on(sets.train, sets.test, device)
+    train, test = scale_features_on(sets.train, sets.test, device)
     rows = few_shot_rows(
         sets.train_labels, labels_per_class=config.labels_per_class, seed=0, draw=seed
     )
     labels = torch.from_numpy(sets.train_labels[rows]).to(device)
-    some = train[torch.from_numpy(rows).to(device)]
-    classifier = fit_logistic(some, labels, inverse_penalty=config.inverse_penalty)
+    drawn = train[torch.from_numpy(rows).to(device)]
+    classifier = fit_logistic(drawn, labels, inverse_penalty=config.inverse_penalty)
     predictions = classifier.predict(test)
     return ProbeResult(_top1(predictions, sets.test_labels), predictions.cpu().numpy(), {})
 
@@ -210,7 +211,7 @@ def held_out_rows(count: int, *, share: float, seed: int) -> tuple[Tensor, Tenso
     """Split rows [0, count) at random into held-out rows and the others, each sorted.
 
     Raises:
-        DataError: If there are fewer than two.
+        DataError: If there are fewer than two rows.
     """
     if count < _FEWEST_ROWS:
         raise DataError(f"{count} training rows are too few to hold some out")

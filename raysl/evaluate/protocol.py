@@ -26,14 +26,14 @@ from raysl.track.results import TRAINING, Results
 
 
 class EvaluateConfig(ProtocolSettings, SourceConfig):
-    """How to measure frozen features, where there are labels.
+    """How to measure frozen features.
 
-    ``source`` names the labelled test images. Null takes the validation split beside data.source,
-    else its test split; without either, a fifth of the labels is held out from the probes.
-    (Pretraining sees those images, without labels.) If the training images have no labels, or none
-    of the same classes, a fifth of the labelled images tests, and the others train the probes. What
-    cannot be measured is skipped, with a note at the start; missing labels do not stop a
-    pretraining.
+    ``source`` names the labelled test images. Null uses the validation split of data.source, else
+    its test split; without either, a fifth of the labelled images is held out from the probes.
+    (Pretraining sees those images, without labels.) If the training images have no labels of the
+    test classes, a fifth of the labelled test images tests the probes and the others train them.
+    Measurements that are not possible are skipped, with a note at the start; missing labels do not
+    stop a pretraining.
     """
 
     idle: ClassVar[tuple[Idle, ...]] = (
@@ -46,25 +46,26 @@ class EvaluateConfig(ProtocolSettings, SourceConfig):
     )
     source: str | None = None  # type: ignore[assignment]
     color_profile: ColorProfile | None = None  # type: ignore[assignment]
-    """For the images of evaluate.source; null takes data.color_profile."""
+    """Treatment of colour profiles in evaluate.source; null uses data.color_profile."""
     pages: Pages | None = None  # type: ignore[assignment]
-    """As color_profile, and likewise intensity: null takes the value of data, so that an encoder
-    sees the same pixels."""
+    """Treatment of multi-page files in evaluate.source. Null uses the value of data, here and for
+    intensity and color_profile, so that the encoder sees test images as it saw training images."""
     every: Duration | None = Duration(epochs=5.0)
-    """Interval between measurements during training; null: none. Nearest neighbours if there are
-    labels, and measures without labels (RankMe, alpha-ReQ, alignment, uniformity)."""
+    """Interval between measurements during training; null measures only at the end. Each measures
+    nearest neighbours, if there are labels, and RankMe, alpha-ReQ, alignment and uniformity."""
     online: Literal["auto", "background", "blocking"] = "auto"
-    """Who measures during training. background: a process beside the train workers, which do not
-    wait; values arrive later, under their own step. blocking: the train workers. auto takes
-    background on Ray if the workers train on CPUs or a GPU is free beside theirs, else blocking."""
+    """Process that measures during training. background: another process, for which training does
+    not wait; values are logged later, under their own step. blocking: the train workers. auto uses
+    background on Ray if the workers train on CPUs or a spare GPU is free, else blocking."""
     final: tuple[str, ...] = FINAL
-    """Protocols to measure at the end, as of ``raysl evaluate --protocols``; the settings of each
-    are in the section of its name. finetune, semi_1 and semi_10 train a copy of the network."""
+    """Protocols to measure at the end, named as in ``raysl evaluate --protocols``; the settings of
+    each are in the section of its name. finetune, semi_1 and semi_10 train a copy of the
+    network."""
     untrained_baseline: bool | None = None
-    """Also measure the encoder before training, a baseline. null: unless ``final`` measures
-    nearest neighbours alone, as the trials of a sweep do in seconds."""
+    """Also measure the encoder before training, as a baseline. null: only if ``final`` measures
+    frozen features by more than knn; a sweep's trials measure knn alone, which takes seconds."""
     pixel_baseline: bool | None = None
-    """Also measure the bare pixels, which takes as long as an encoder. null: as
+    """Also measure the bare pixels, which takes as long as an encoder. null: decided as for
     ``untrained_baseline``."""
     max_train_images: PositiveInt = 10_000
     """Maximal number of labelled training images, a fixed random subset."""
@@ -80,9 +81,9 @@ class EvaluateConfig(ProtocolSettings, SourceConfig):
 
     @classmethod
     def idle_by(cls, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """Yield settings of fine-tuning that is not performed."""
+        """Yield the settings of training protocols not named in ``final``, with the reason."""
         final = values.get("final")
-        if isinstance(final, list):  # a word is of an earlier version
+        if isinstance(final, list):  # a string is a value of an earlier version
             for name in (each for each in TRAINING if each not in final):
                 why = f"with evaluate.final=[{', '.join(map(str, final))}], without {name}"
                 for key in PROTOCOLS[name].settings.model_fields:
@@ -129,10 +130,10 @@ class EvaluateConfig(ProtocolSettings, SourceConfig):
         return bool(self.probes) and (beyond_knn if baseline is None else baseline)
 
     def test_images(self, data: DataConfig) -> SourceConfig:
-        """Return the settings that open ``source``; unset pixel settings are the training images'.
+        """Return the settings that open ``source``; unset pixel settings are those of ``data``.
 
         Args:
-            data: The training images.
+            data: The settings of the training images.
         """
         values = {name: getattr(self, name) for name in SourceConfig.model_fields}
         for name in ("intensity", "color_profile", "pages"):
@@ -144,8 +145,8 @@ class LabelledSets:
     """The labelled images that train the probes and those that test them.
 
     Args:
-        train: Images of at least two classes.
-        test: At least one image.
+        train: Images that train the probes, of at least two classes.
+        test: Images that test the probes, at least one.
         class_names: Class names by number, for both.
         few_shot: Whether there are enough labels for the few-shot probe.
     """
@@ -165,10 +166,10 @@ class LabelledSets:
 
 
 def known_protocols(names: Iterable[str]) -> tuple[str, ...]:
-    """Return names of protocols for the end of a run, without duplicates.
+    """Return the names without duplicates if all are protocols.
 
     Raises:
-        ValueError: If one is unknown, or there is none.
+        ValueError: If a name is unknown, or there is none.
     """
     try:
         return check_protocols(names, where="protocols", known=tuple(PROTOCOLS))
@@ -201,23 +202,23 @@ def measure_probes(
             continue
         units = units_of(config, name)
         values = [measure_unit(unit, arrays, device="cpu")[0].top1 for unit in units]
-        results |= mean_and_deviation(name, values)
+        results |= mean_and_std(name, values)
     return results
 
 
-def mean_and_deviation(protocol: str, values: list[float]) -> dict[str, float]:
+def mean_and_std(protocol: str, values: list[float]) -> dict[str, float]:
     """Return the result keys of a protocol for the accuracies of its seeds."""
     mean = {f"{protocol}_top1": float(np.mean(values))}
     return mean | ({f"{protocol}_top1_std": float(np.std(values))} if len(values) > 1 else {})
 
 
 def protocol_texts(config: EvaluateConfig, names: Iterable[str]) -> dict[str, str]:
-    """Return the versions and settings of protocols, as they identify their numbers."""
+    """Return the text that identifies each protocol's version and settings, by name."""
     return {name: PROTOCOLS[name].text(getattr(config, name)) for name in names}
 
 
 def facts_of(config: EvaluateConfig, sets: LabelledSets) -> Results:
-    """Return what the numbers of :func:`measure_probes` stand on, for ``results.json``."""
+    """Return the counts and settings behind :func:`measure_probes`, for ``results.json``."""
     facts: Results = {
         "num_train_labels": len(sets.train),
         "num_test_labels": len(sets.test),

@@ -40,25 +40,29 @@ class Protocol(NamedTuple):
     """Increased when the defaults or the computation change."""
     settings: type[Config]
     title: str
-    """Its name in tables."""
+    """Name of the protocol in tables."""
     summary: Callable[[Any], str]
-    """Maps its settings to the text that identifies a number."""
+    """Maps the settings to the text that identifies a result."""
     seeds: Callable[[Any, Sequence[int]], tuple[int, ...]]
-    """Maps its settings and the requested seeds to those to run; empty if nothing is random."""
+    """Maps the settings and the requested seeds to the seeds to run; empty if nothing is random."""
     measure: Callable[..., ProbeResult] | None
     """Takes settings, features, seed and device; None for protocols that train the network."""
 
     def text(self, settings: Config) -> str:
-        """Return the name, the version, and the settings that identify it or were changed."""
-        own = json.loads(self.settings().model_dump_json())
-        given = json.loads(settings.model_dump_json())
-        changed = [f"{name}={json.dumps(given[name])}" for name in own if own[name] != given[name]]
+        """Return the name, the version, the main settings and all changed ones."""
+        defaults = json.loads(self.settings().model_dump_json())
+        values = json.loads(settings.model_dump_json())
+        changed = [
+            f"{name}={json.dumps(values[name])}"
+            for name, default in defaults.items()
+            if values[name] != default
+        ]
         also = f"; changed: {', '.join(changed)}" if changed else ""
         return f"{self.name}@{self.version} ({self.summary(settings)}{also})"
 
 
-def _as_asked(settings: Any, asked: Sequence[int]) -> tuple[int, ...]:
-    return tuple(asked)
+def _all_seeds(settings: Any, requested: Sequence[int]) -> tuple[int, ...]:
+    return tuple(requested)
 
 
 def _knn_text(settings: KnnConfig) -> str:
@@ -66,25 +70,25 @@ def _knn_text(settings: KnnConfig) -> str:
 
 
 def _linear_text(settings: LinearConfig) -> str:
-    many = len(settings.base_lrs)
+    num_rates = len(settings.base_lrs)
     return (
-        f"SGD, {settings.epochs} epochs of {settings.batch_size}, best of {many} rates on "
+        f"SGD, {settings.epochs} epochs of {settings.batch_size}, best of {num_rates} rates on "
         f"{settings.held_out_share:.0%} held out"
-        if many > 1
+        if num_rates > 1
         else f"SGD, {settings.epochs} epochs of {settings.batch_size}"
     )
 
 
 def _lbfgs_text(settings: LbfgsConfig) -> str:
-    many = settings.inverse_penalties
-    if len(many) == 1:
-        return f"L-BFGS, C {many[0]:g}"
-    return f"L-BFGS, best of {len(many)} C on {settings.held_out_share:.0%} held out"
+    penalties = settings.inverse_penalties
+    if len(penalties) == 1:
+        return f"L-BFGS, C {penalties[0]:g}"
+    return f"L-BFGS, best of {len(penalties)} C on {settings.held_out_share:.0%} held out"
 
 
 def _few_shot_text(settings: FewShotConfig) -> str:
     return (
-        f"{settings.labels_per_class} labels a class, {settings.draws} draws, "
+        f"{settings.labels_per_class} labels per class, {settings.draws} draws, "
         f"C {settings.inverse_penalty:g}"
     )
 
@@ -102,17 +106,19 @@ PROTOCOLS: Mapping[str, Protocol] = {
             KnnConfig,
             "nearest neighbours",
             _knn_text,
-            lambda settings, asked: (),
+            lambda settings, requested: (),
             measure_knn,
         ),
-        Protocol("linear", 1, LinearConfig, "linear", _linear_text, _as_asked, measure_linear),
+        Protocol("linear", 1, LinearConfig, "linear", _linear_text, _all_seeds, measure_linear),
         Protocol(
             "linear_lbfgs",
             2,  # 1 chose the best of five C on held-out images
             LbfgsConfig,
             "logistic regression",
             _lbfgs_text,
-            lambda settings, asked: tuple(asked) if len(settings.inverse_penalties) > 1 else (),
+            lambda settings, requested: (
+                tuple(requested) if len(settings.inverse_penalties) > 1 else ()
+            ),
             measure_lbfgs,
         ),
         Protocol(
@@ -121,27 +127,27 @@ PROTOCOLS: Mapping[str, Protocol] = {
             FewShotConfig,
             "few labels",
             _few_shot_text,
-            lambda settings, asked: tuple(range(settings.draws)),
+            lambda settings, requested: tuple(range(settings.draws)),
             measure_few_shot,
         ),
-        Protocol("finetune", 1, FinetuneProtocol, "fine-tuned", _training_text, _as_asked, None),
-        Protocol("semi_10", 1, SemiTenth, "10 % of the labels", _training_text, _as_asked, None),
-        Protocol("semi_1", 1, SemiHundredth, "1 % of the labels", _training_text, _as_asked, None),
+        Protocol("finetune", 1, FinetuneProtocol, "fine-tuned", _training_text, _all_seeds, None),
+        Protocol("semi_10", 1, SemiTenth, "10 % of the labels", _training_text, _all_seeds, None),
+        Protocol("semi_1", 1, SemiHundredth, "1 % of the labels", _training_text, _all_seeds, None),
     )
 }
 """The protocols by name."""
 
 TRANSFER = "transfer"
-"""Stands for the protocols in :data:`TRANSFERRED`, on another labelled source."""
+"""Name for the protocols in :data:`TRANSFERRED` on another labelled source."""
 TRANSFERRED = ("knn", "linear")
 DEFAULT = ("knn", "linear", "few_shot")
-"""What ``raysl evaluate`` measures."""
+"""The protocols that ``raysl evaluate`` measures by default."""
 FINAL = ("knn", "linear_lbfgs", "few_shot")
-"""What the end of a run measures: less than a second for each after the features."""
+"""The default protocols at the end of a run; given the features, each takes under a second."""
 
 
 class ProtocolSettings(Config):
-    """The settings of every protocol: the same keys in ``raysl evaluate`` and at a run's end."""
+    """The settings of every protocol, with the same keys in ``raysl evaluate`` and in a run."""
 
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2)
     """Seeds of everything random in a protocol: held-out images, order, first weights, labels."""
@@ -155,16 +161,16 @@ class ProtocolSettings(Config):
 
 
 class ProtocolRun(NamedTuple):
-    """One seed of a protocol."""
+    """A unit of an evaluation: one seed of a protocol, which is measured and stored by itself."""
 
     protocol: str
     settings: dict[str, Any]
     seed: int | None
-    """None where nothing is random."""
+    """None if nothing in the protocol is random."""
 
 
 def units_of(config: ProtocolSettings, name: str) -> list[ProtocolRun]:
-    """Return the units of a protocol: one for each seed, or a single one without."""
+    """Return the units of a protocol: one per seed, or one without seed if nothing is random."""
     settings = getattr(config, name)
     values = settings.model_dump(mode="json")
     seeds = PROTOCOLS[name].seeds(settings, config.seeds)
@@ -177,7 +183,7 @@ def settings_of(unit: ProtocolRun) -> Any:
 
 
 def key_of(unit: ProtocolRun) -> str:
-    """Return a unit's name on the disk: it changes with the version and the settings."""
+    """Return the stem of a unit's file names; it changes with version, settings and seed."""
     version = PROTOCOLS[unit.protocol].version
     seed = "" if unit.seed is None else f"-seed{unit.seed}"
     return f"{unit.protocol}@{version}-{settings_digest(settings_of(unit))}{seed}"
@@ -189,7 +195,7 @@ def measure_unit(unit: ProtocolRun, sets: ProbeSets, *, device: str) -> tuple[Pr
     assert measure is not None
     began = time.monotonic()
     with warnings.catch_warnings():
-        # Features in Ray's store are read-only, and nothing here writes into them.
+        # torch warns that features in the object store are read-only; nothing here writes to them.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
         measured = measure(settings_of(unit), sets, seed=unit.seed or 0, device=device)
     return measured, time.monotonic() - began
@@ -205,7 +211,7 @@ def check_protocols(
 
     Args:
         names: Names of protocols.
-        where: The option or the setting that gives them.
+        where: Option or setting that contains the names, for error messages.
         known: The allowed names.
 
     Raises:
@@ -231,7 +237,7 @@ def refuse_unmeasured(overrides: Sequence[str], names: Collection[str]) -> None:
     """Reject settings of protocols that are not measured.
 
     Args:
-        overrides: ``section.key=value``.
+        overrides: Settings ``section.key=value``.
         names: The protocols to be measured.
 
     Raises:
@@ -243,6 +249,6 @@ def refuse_unmeasured(overrides: Sequence[str], names: Collection[str]) -> None:
         if section in {*PROTOCOLS, TRANSFER} - measured:
             together = ",".join([*names, section])
             raise ConfigError(
-                f"{override}: does nothing, as protocol {section} is not measured; drop it, or "
+                f"{override}: has no effect, because {section} is not measured; drop it, or "
                 f"measure it: --protocols {together}"
             )

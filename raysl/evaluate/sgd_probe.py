@@ -6,9 +6,9 @@ as in M. Oquab et al. 2023, arXiv:2304.07193v2 (DINOv2): classifiers of all rate
 batches at the same time.
 
 Departs: features are computed once, from centred crops, not from random crops and flips in each
-epoch: a hundred epochs cost as much as one. They are scaled by one number, which only changes the
-unit of the rate. DINOv2 chooses the rate on the images that it reports; here they are held out of
-the training images, and the classifier of the chosen rate is then trained on all of them (S.
+epoch, so the encoder runs once. Features are scaled by one number, which only rescales the learning
+rate. DINOv2 chooses the rate on the images that it reports. Here, the rate is chosen on held-out
+training images, and the classifier of that rate is then trained on all training images (S.
 Kornblith et al. 2019, arXiv:1805.08974v3, appendix A.4).
 """
 
@@ -23,13 +23,14 @@ from torch import Tensor
 
 from raysl.config.base import PositiveFloat
 
-_FIRST_STD = 0.01
+_INITIAL_STD = 0.01  # of the initial weights
 _BASE_BATCH = 256
-_ORDER = 2  # second word of the seed for the order of rows
+_LOGITS_AT_ONCE = 1 << 25  # 128 MiB of float32
+_ORDER = 2  # second element of the seed of the order of rows, so that it differs from other draws
 
 
 class SgdSettings(NamedTuple):
-    """How to train the classifiers."""
+    """Settings that all classifiers share."""
 
     epochs: int
     batch_size: int
@@ -45,7 +46,7 @@ class LinearClassifiers(NamedTuple):
     """``(L, C)`` float32."""
 
     def predict(self, features: Tensor) -> Tensor:
-        """Predict class numbers ``(N, L)`` of features ``(N, D)``; -1 if one has diverged."""
+        """Predict class numbers ``(N, L)`` of features ``(N, D)``; -1 for a diverged classifier."""
         parts = [self._logits(some) for some in features.split(_rows_at_once(self.biases))]
         return torch.cat([torch.where(x.isfinite().all(dim=2), x.argmax(dim=2), -1) for x in parts])
 
@@ -66,8 +67,8 @@ def train_classifiers(
 ) -> LinearClassifiers:
     """Train a linear classifier for each learning rate, all on the same batches.
 
-    The loss is the mean cross-entropy of each. The gradient is computed explicitly, so that all
-    share one product with the features in each direction.
+    The loss of each is the mean cross-entropy. The gradient is computed explicitly, so that all
+    classifiers share one matrix product in the forward and one in the backward pass.
 
     Args:
         features: ``(M, D)`` float32, scaled. An epoch sees every row once.
@@ -83,27 +84,27 @@ def train_classifiers(
     count, width = features.shape
     device, num_rates = features.device, len(base_lrs)
     generator = torch.Generator().manual_seed(seed)
-    first = torch.randn(width, 1, num_classes, generator=generator) * _FIRST_STD
-    weights = first.expand(width, num_rates, num_classes).contiguous().to(device)
+    initial = torch.randn(width, 1, num_classes, generator=generator) * _INITIAL_STD
+    weights = initial.expand(width, num_rates, num_classes).contiguous().to(device)
     biases = torch.zeros(num_rates, num_classes, device=device)
-    speeds = torch.zeros_like(weights), torch.zeros_like(biases)
+    velocities = torch.zeros_like(weights), torch.zeros_like(biases)
     batch = min(settings.batch_size, count)
     total = settings.epochs * -(-count // batch)
     rates = torch.tensor(base_lrs, device=device)[:, None] * (batch / _BASE_BATCH)  # (L, 1)
     classifiers = LinearClassifiers(weights, biases)
     for step, rows in enumerate(_batches(count, batch, epochs=settings.epochs, seed=seed)):
-        places = torch.from_numpy(rows).to(device)
-        some = features[places]
-        error = torch.softmax(classifiers._logits(some), dim=2)  # (B, L, C)
-        error[torch.arange(len(rows), device=device), :, labels[places]] -= 1
+        indices = torch.from_numpy(rows).to(device)
+        batch_features = features[indices]
+        error = torch.softmax(classifiers._logits(batch_features), dim=2)  # (B, L, C)
+        error[torch.arange(len(rows), device=device), :, labels[indices]] -= 1
         error /= len(rows)
-        now = rates * (0.5 * (1 + math.cos(math.pi * step / total)))
-        gradient = (some.T @ error.view(len(rows), -1)).view_as(weights)
-        for values, speed, slope in zip(
-            classifiers, speeds, (gradient, error.sum(dim=0)), strict=True
+        current_rates = rates * (0.5 * (1 + math.cos(math.pi * step / total)))
+        gradient = (batch_features.T @ error.view(len(rows), -1)).view_as(weights)
+        for values, velocity, slope in zip(
+            classifiers, velocities, (gradient, error.sum(dim=0)), strict=True
         ):
-            speed.mul_(settings.sgd_momentum).add_(slope)
-            values.sub_(now * speed)
+            velocity.mul_(settings.sgd_momentum).add_(slope)
+            values.sub_(current_rates * velocity)
     return classifiers
 
 
@@ -117,4 +118,4 @@ def _batches(count: int, batch: int, *, epochs: int, seed: int) -> Iterator[npt.
 
 
 def _rows_at_once(biases: Tensor) -> int:
-    return max(1, (1 << 25) // biases.numel())
+    return max(1, _LOGITS_AT_ONCE // biases.numel())

@@ -2,8 +2,8 @@
 
 Networks other than vision transformers follow SimCLR, arXiv:2002.05709v3, appendix B.5: random
 crops and flips, SGD with Nesterov momentum, no weight decay. Vision transformers use MAE's settings
-for ViT-Base (arXiv:2111.06377v3, and the authors' FINETUNE.md), without RandAugment and erasing;
-those trained by MAE also use its mean of patches instead of the class token.
+for ViT-Base (arXiv:2111.06377v3, and the authors' FINETUNE.md), without RandAugment and
+random erasing; those pretrained by MAE use the mean of the patches instead of the class token.
 """
 
 import json
@@ -22,15 +22,15 @@ class FinetuneProtocol(Config):
     epochs: PositiveInt = 30
     """Passes over these images, except for vision transformers."""
     batch_size: Annotated[int, Field(ge=2)] = 256
-    """Images of a step, at most all images."""
+    """Images per step; at most the number of training images."""
     base_lr: PositiveFloat = 0.05
-    """Learning rate of SGD, for a batch of 256."""
+    """Learning rate of SGD for a batch of 256."""
     weight_decay: NonNegativeFloat = 0.0
-    """Weight decay of weights, not of biases and norms, with SGD."""
+    """Weight decay with SGD; biases and norms have none."""
     vit_epochs: PositiveInt = 100
     """Vision transformers: passes over these images."""
     vit_base_lr: PositiveFloat = 5e-4
-    """Vision transformers: learning rate of AdamW, for a batch of 256."""
+    """Vision transformers: learning rate of AdamW for a batch of 256."""
     vit_weight_decay: NonNegativeFloat = 0.05
     """Vision transformers: weight decay."""
     vit_layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.65
@@ -48,12 +48,12 @@ class FinetuneProtocol(Config):
     head_layers: Annotated[int, Field(ge=0)] = 0
     """Number of layers of the projection head to keep on the encoder; 0 is plain fine-tuning."""
     min_scale: Annotated[float, Field(gt=0.0, le=1.0)] = 0.08
-    """Smallest area of a random crop over the image's."""
+    """Smallest area of a random crop as a share of the image."""
     flip_prob: Probability = 0.5
-    """Probability of mirroring an image: 0 where left and right matter, as for digits."""
+    """Probability of a horizontal flip; 0 if left and right matter, as for digits."""
 
     def text(self) -> str:
-        """Return the text that identifies a number."""
+        """Return the text that identifies results with these settings."""
         share = "all" if self.label_fraction == 1 else f"{100 * self.label_fraction:g} % of the"
         return f"whole network, {self.epochs} epochs, {share} labels"
 
@@ -63,11 +63,11 @@ class FinetuneProtocol(Config):
         """Return the settings of the run that trains the network, without its paths.
 
         Args:
-            is_vit: Whether it is a vision transformer.
-            size_px: Side of its images.
+            is_vit: Whether the network is a vision transformer.
+            size_px: Side of the network's input.
             num_images: Number of labelled training images.
             seed: Seed of labels, views, order and classifier.
-            num_workers: Train workers, which share each batch evenly.
+            num_workers: Number of train workers; the batch size is a multiple of it.
         """
         used = max(1, round(self.label_fraction * num_images))
         workers = max(1, num_workers)

@@ -20,15 +20,15 @@ def open_training_source(
 ) -> Source:
     """Open the training images of a run.
 
-    If test images are held out of them, for lack of a test set, no method sees their labels.
+    Without a test set, some training images are held out for testing; no method sees their labels.
 
     Args:
-        data: The settings of images and labels.
+        data: The settings of the training images and their labels.
         evaluate: The settings of the test images.
         method: The method to train.
 
     Raises:
-        DataError: If there is nothing usable, or there are no labels although the method or
+        DataError: If the source has no usable image, or no labels although the method or
             ``data.labels`` requires them.
     """
     return seen_part(open_source(data, data=data), data, evaluate, method)
@@ -46,13 +46,13 @@ def seen_part(
     if labels is None or not len(rows):
         if config is None and not method.needs_labels:
             return source
-        asks = f"method {method.name}" if config is None else "data.labels"
+        who = f"method {method.name}" if config is None else "data.labels"
         why = "".join(f"\n  {note}" for note in source.notes if "label" in note)
-        raise DataError(f"{asks} needs labels; {source.name} has none: {source.label_advice}{why}")
+        raise DataError(f"{who} needs labels; {source.name} has none: {source.label_advice}{why}")
     seen = rows if has_test_set(evaluate, data, source) else hold_out(rows)[0]
     if not len(seen) and (method.needs_labels or config is not None):
         raise DataError(
-            f"{source.name} has 1 labelled image, which is held out to test on; set "
+            f"{source.name} has 1 labelled image, which is held out for testing; set "
             f"evaluate.source to other test images"
         )
     only = method.needs_labels or (config is not None and config.only)

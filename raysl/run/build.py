@@ -21,25 +21,25 @@ from raysl.run.recipe import Derived, RunConfig
 from raysl.sources.pixels import Decoding
 from raysl.track.run_folder import RunFolder
 
-# With bfloat16 instructions it is faster than float32; a factor of two is more than noise.
-_SLOWDOWN_WORTH_SAYING = 2.0
+# With bfloat16 instructions a CPU is faster than in float32; a slowdown of two is not noise.
+_NOTABLE_SLOWDOWN = 2.0
 
 
 def build_method(config: RunConfig[Any], data: TrainingSet, *, device: torch.device) -> Method:
     """Build the method, with weights from the run's seed or from ``backbone.weights``.
 
-    On the device ``meta`` it has shapes and no numbers; the given weights are still checked.
+    On the device ``meta`` its tensors have shapes without values; ``backbone.weights`` is checked.
 
     Raises:
-        DataError: If the given weights do not fit the backbone.
+        DataError: If ``backbone.weights`` does not fit the backbone.
     """
     if device.type != "meta":
         torch.manual_seed(config.seed)
-    with _made_on(device):
+    with _created_on(device):
         backbone = build_backbone(config.backbone, image_size_px=config.image_size_px)
-    if config.backbone.weights is not None:  # first, since many methods copy the backbone
+    if config.backbone.weights is not None:  # before the method, which may copy the backbone
         load_weights(backbone, config.backbone.weights)
-    with _made_on(device):
+    with _created_on(device):
         method = load_method(config.method.name)(config.method, backbone, data)
         set_batch_norm_scope(
             method,
@@ -52,10 +52,10 @@ def build_method(config: RunConfig[Any], data: TrainingSet, *, device: torch.dev
     return placed
 
 
-class _WithoutNumbers(TorchFunctionMode):
+class _SkipInitialisation(TorchFunctionMode):
     """Skips weight initialisation, some of which imports torch's compiler on the meta device.
 
-    That would take two seconds for weights without memory.
+    The import would take two seconds, and tensors on that device have no values to initialise.
     """
 
     def __torch_function__(
@@ -68,19 +68,19 @@ class _WithoutNumbers(TorchFunctionMode):
 
 
 @contextmanager
-def _made_on(device: torch.device) -> Iterator[None]:
+def _created_on(device: torch.device) -> Iterator[None]:
     """Create tensors on the meta device if that is ``device``, else on CPU, to be moved later."""
     if device.type != "meta":
         yield
         return
-    with device, _WithoutNumbers():
+    with device, _SkipInitialisation():
         yield
 
 
 def build_optimizers(
     method: Method, config: RunConfig[Any], derived: Derived
 ) -> list[ScheduledOptimizer]:
-    """Build the optimizer of the method and, if it has an adversary, another for that."""
+    """Build the optimizer of the method and, if it has an adversary, the adversary's."""
     adversary = set() if method.adversary is None else set(method.adversary.parameters())
     sizes: dict[str, Any] = {
         "global_batch_size": config.train.global_batch_size,
@@ -119,7 +119,7 @@ def precision_note(config: RunConfig[Any], *, use_gpu: bool) -> str | None:
     if use_gpu or config.train.precision != "bf16":
         return None
     slowdown = bf16_slowdown_on_cpu()
-    if slowdown < _SLOWDOWN_WORTH_SAYING:
+    if slowdown < _NOTABLE_SLOWDOWN:
         return None
     return (
         f"train.precision=bf16: this CPU has no instructions for it; a matrix product takes "
@@ -146,7 +146,7 @@ def save_networks(folder: RunFolder, method: Method, config: RunConfig[Any]) -> 
     Args:
         folder: The run folder.
         method: The trained method.
-        config: The run.
+        config: The run's configuration.
     """
     description = describe(config)
     save_encoder(folder.encoder, method.encoder, description=description)

@@ -42,10 +42,10 @@ def check_start(config: RunConfig[Any], source: Source) -> Derived:
         The derived values.
 
     Raises:
-        ConfigError: If lengths do not fit each other, the method cannot be built for these images,
-            its batch norm has too few of them, no memory holds it, or too few labels are left to
-            fine-tune it with at the end.
-        DataError: If the given weights do not fit, or the labels are not what the run needs.
+        ConfigError: If durations exceed the run, the method cannot be built for these images,
+            batch norm gets too few of them, memory is too small, or too few labels are left for
+            fine-tuning at the end.
+        DataError: If weights do not fit, or the run needs labels that the images do not have.
     """
     derived = check_lengths(config, source)
     labelling_notes(config, source)
@@ -58,15 +58,15 @@ def check_lengths(config: RunConfig[Any], source: Source) -> Derived:
     """Check that warm-up and other durations fit into the run; return the derived values.
 
     Raises:
-        ConfigError: If one is longer than the run.
+        ConfigError: If a duration is longer than the run.
     """
     derived = derive_for(config, source)
-    for problem in _lengths(config, derived):
+    for problem in _length_problems(config, derived):
         raise ConfigError(problem)
     return derived
 
 
-def _lengths(config: RunConfig[Any], derived: Derived) -> Iterator[str]:
+def _length_problems(config: RunConfig[Any], derived: Derived) -> Iterator[str]:
     """Yield a message for each initial phase that would be longer than the run."""
     method, total = config.method, derived.total_steps
     durations: list[tuple[str, Duration]] = [("optim.warmup", config.optim.warmup)]
@@ -85,7 +85,7 @@ def _lengths(config: RunConfig[Any], derived: Derived) -> Iterator[str]:
         if steps > total:
             yield (
                 f"{key}={_as_yaml(duration)} is {steps:,} steps, longer than the run of {total:,} "
-                f"({derived.steps_per_epoch:,} an epoch); use at most {total:,} steps, such as "
+                f"({derived.steps_per_epoch:,} per epoch); use at most {total:,} steps, such as "
                 f"{key}={{fraction: 0.1}}, or a longer run"
             )
 

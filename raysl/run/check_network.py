@@ -69,7 +69,7 @@ def _build_on_meta(config: RunConfig[Any], source: Source) -> Method:
 
 
 def _view_bytes(config: RunConfig[Any], derived: Derived) -> int:
-    """Return the bytes of a worker's batch of views: all as uint8, one micro-batch as float32."""
+    """Return the bytes of a worker's batch of views: uint8, and one micro-batch as float32."""
     values = sum(3 * size**2 for size in config.view_sizes_px)
     floats = config.train.micro_batch_size or derived.batch_size_per_worker
     return values * (derived.batch_size_per_worker + _FLOAT * floats)
@@ -89,7 +89,7 @@ def _check_memory(config: RunConfig[Any], views: int, method: Method | None = No
     if method is not None and network > views:
         name, count = _largest(method)
         parts = [
-            f"{_gib(network)} for weights, gradients and what {config.optim.name} keeps of them, "
+            f"{_gib(network)} for weights, gradients and the states of {config.optim.name}, "
             f"most of it in {name} ({count / 1e6:,.0f} million numbers)",
             *parts,
         ]
@@ -114,15 +114,15 @@ def _largest(method: Method) -> tuple[str, int]:
         name: sum(each.numel() for each in [*part.parameters(), *part.buffers()])
         for name, part in method.named_children()
     }
-    own = [*method.named_parameters(recurse=False), *method.named_buffers(recurse=False)]
-    sizes |= {name: each.numel() for name, each in own}
+    direct = [*method.named_parameters(recurse=False), *method.named_buffers(recurse=False)]
+    sizes |= {name: each.numel() for name, each in direct}
     return max(sizes.items(), key=lambda item: item[1])
 
 
 def _memory(config: RunConfig[Any]) -> tuple[int, str]:
-    """Return an upper bound of a train worker's memory in bytes, and whose memory it is."""
-    elsewhere = os.environ.get("RAY_ADDRESS", "local") != "local"
-    if elsewhere and config.cluster.num_train_workers > 0:
+    """Return an upper bound of a train worker's memory in bytes, and the name of its owner."""
+    is_remote = os.environ.get("RAY_ADDRESS", "local") != "local"
+    if is_remote and config.cluster.num_train_workers > 0:
         return _NODE_BYTES, "no machine more than"
     total = psutil.virtual_memory().total
     if config.cluster.device != "cpu" and (count := torch.cuda.device_count()):
@@ -137,8 +137,8 @@ def _gib(number: int) -> str:
 def _check_norms(config: RunConfig[Any], method: Method, *, num_workers: int) -> None:
     """Raise ConfigError if a batch norm would receive one value per channel.
 
-    Other errors of this pass are ignored: they come from operations after the network that are not
-    possible on the meta device.
+    Other errors of this forward pass are ignored: operations after the network may not work on the
+    meta device.
     """
     size = config.train.micro_batch_size or config.train.global_batch_size // num_workers
     views = [torch.empty(size, 3, side, side, device=_META) for side in config.view_sizes_px]

@@ -17,12 +17,12 @@ from raysl.sources.subset import SubsetSource
 from raysl.track.results import Results
 
 
-class Classified:
+class ClassifierEvaluation:
     """Evaluates a classifier on all test images, in evaluation mode.
 
     Args:
         model: The classifier that is trained.
-        sets: The labelled images of the run; only their test images and classes are used.
+        sets: The labelled images of the run; only test images and class names are used.
         to_input: Converts ``(B, S, S, 3)`` uint8 to the network's input on its device.
 
     Raises:
@@ -38,26 +38,26 @@ class Classified:
     ) -> None:
         if sets.class_names != model.class_names:
             raise DataError(
-                f"the classes of the images ({_some(sets.class_names)}) are not those of the "
-                f"classifier ({_some(model.class_names)}); the teacher must know the same classes, "
-                f"in the same order"
+                f"the classes of the images ({_name_some(sets.class_names)}) are not those of the "
+                f"classifier ({_name_some(model.class_names)}); the teacher must know the same "
+                f"classes, in the same order"
             )
         self._model = model
         self._sets = sets
         self._to_input = to_input
-        self._newest: tuple[int, float] = (-1, float("nan"))  # step, accuracy
+        self._last_evaluated: tuple[int, float] = (-1, float("nan"))  # step, accuracy
 
     def evaluate(self, step: int) -> Mapping[str, float]:
         """Return ``eval/top1`` in [0, 1] after ``step`` steps. Collective."""
-        if self._newest[0] != step:
+        if self._last_evaluated[0] != step:
             average_statistics(self._model)
             logits = embed(self._model, self._sets.test, to_input=self._to_input)
-            right = logits.argmax(dim=1) == torch.from_numpy(self._sets.test.labels)
-            self._newest = step, float(right.double().mean())
-        return {"eval/top1": self._newest[1]}
+            is_correct = logits.argmax(dim=1) == torch.from_numpy(self._sets.test.labels)
+            self._last_evaluated = step, float(is_correct.double().mean())
+        return {"eval/top1": self._last_evaluated[1]}
 
     def results(self, step: int, source: Source) -> Results:
-        """Return the accuracy after the last step, with the numbers of images and labels."""
+        """Return the accuracy after ``step`` steps, with the numbers of images and labels."""
         top1 = self.evaluate(step)["eval/top1"]
         return {
             "top1": top1,
@@ -75,5 +75,5 @@ def _num_labels(source: Source) -> int:
     return 0 if labels is None else int((labels >= 0).sum())
 
 
-def _some(names: list[str]) -> str:
+def _name_some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

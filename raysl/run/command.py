@@ -13,14 +13,18 @@ from raysl.run.shell import Typed
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("config", type=Path, help="a YAML file or a name: quickstart")
+    parser.add_argument(
+        "config",
+        type=Path,
+        help="a YAML file or the name of a shipped configuration, such as quickstart",
+    )
     parser.add_argument("overrides", nargs="*", help="section.key=value, typed as YAML")
     parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
     add_start_arguments(parser)
 
 
 def add_start_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments for a run whose folder exists already."""
+    """Declare the arguments that say what to do if the run folder exists."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--fresh", action="store_true", help="start over; rename an earlier run's folder"

@@ -15,12 +15,12 @@ from raysl.sources.source import Source
 _PACKAGES = ("ray", "torch", "torchvision", "mlflow", "pyarrow", "numpy", "opencv-python-headless")
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested mappings to one with dotted names; lists are kept as values."""
+def flatten_mapping(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one mapping with dotted names; lists stay values."""
     result: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            result |= flat(value, f"{prefix}{name}.")
+            result |= flatten_mapping(value, f"{prefix}{name}.")
         else:
             result[prefix + name] = value
     return result
@@ -48,12 +48,12 @@ def tags_of(config: RunConfig[Any], source: Source, cluster: Mapping[str, str]) 
 
 
 def packages(*names: str) -> list[str]:
-    """Return installed packages as ``name==version``."""
+    """Return ``name==version`` for each of the installed packages named."""
     return [f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in names]
 
 
 def processor() -> str:
-    """Return the name of this machine's processor."""
+    """Return the name of this machine's processor, or its architecture if that is unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -63,12 +63,12 @@ def processor() -> str:
 
 
 def git_state() -> dict[str, str]:
-    """Return the git commit of raysl's code and whether the working tree differs; else empty."""
+    """Return the git commit of raysl's code and whether files differ; empty without git."""
     folder = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(
+            result = subprocess.run(
                 ["git", "-C", str(folder), *arguments],
                 capture_output=True,
                 text=True,
@@ -77,7 +77,7 @@ def git_state() -> dict[str, str]:
             )
         except (OSError, subprocess.SubprocessError):
             return None
-        return done.stdout.strip()
+        return result.stdout.strip()
 
     commit = git("rev-parse", "HEAD")
     if commit is None:

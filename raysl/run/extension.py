@@ -36,12 +36,12 @@ def extend(
 ) -> list[str]:
     """Record that a run continues to a new length, and delete its results.
 
-    If it is interrupted, the same command repeats it.
+    After an interruption, the same command repeats both.
 
     Args:
         folder: The run folder, locked by this process; its ``config.yaml`` is still the old one.
-        old: The run and its derived values before the extension.
-        new: The run and its derived values after it.
+        old: The configuration and its derived values before the extension.
+        new: The configuration and its derived values after the extension.
 
     Returns:
         Messages to print, one per line.
@@ -49,33 +49,33 @@ def extend(
     Raises:
         RunFolderError: If the new length is not longer, or there is no checkpoint to resume from.
     """
-    (_, before), (config, after) = old, new
-    done, results = latest_step(folder.checkpoints), folder.read_results()
-    if after.total_steps <= before.total_steps:
+    (_, old_derived), (config, new_derived) = old, new
+    steps_done, results = latest_step(folder.checkpoints), folder.read_results()
+    if new_derived.total_steps <= old_derived.total_steps:
         raise RunFolderError(
-            f"{folder.path}: --extend makes a run longer: it has {before.total_steps} steps, and "
-            f"{_length(config)} is {after.total_steps}; give more, or leave --extend out"
+            f"{folder.path}: --extend makes a run longer: it has {old_derived.total_steps} steps, "
+            f"and {_length(config)} is {new_derived.total_steps}; give more, or leave --extend out"
         )
-    if not done and results is not None:
+    if not steps_done and results is not None:
         raise RunFolderError(
-            f"{folder.path}: --extend goes on from a checkpoint, and {folder.checkpoints} holds "
-            f"none any more; --fresh trains the whole length"
+            f"{folder.path}: --extend resumes from a checkpoint, but {folder.checkpoints} contains "
+            f"none; --fresh trains the whole length"
         )
     record = {
-        "after_step": done,
-        "total_steps": [before.total_steps, after.total_steps],
+        "after_step": steps_done,
+        "total_steps": [old_derived.total_steps, new_derived.total_steps],
         "learning_rate": [
-            _lr(old, max(0, done - 1)),
-            _lr(new, min(done, after.total_steps - 1)),
+            _lr(old, max(0, steps_done - 1)),
+            _lr(new, min(steps_done, new_derived.total_steps - 1)),
         ],
         "length": _length(config),
         "results": results,
     }
-    if done:
+    if steps_done:
         earlier = [each for each in records_of(folder) if not _is_same(each, record)]
         write_json(folder.extensions, {_RECORDS: [*earlier, record]})
     folder.results.unlink(missing_ok=True)
-    return [_summary(record), _schedule_note(config)] if done else []
+    return [_summary(record), _schedule_note(config)] if steps_done else []
 
 
 def records_of(folder: RunFolder) -> list[dict[str, Any]]:
@@ -98,19 +98,21 @@ def _is_same(earlier: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
 
 
 def _summary(record: Mapping[str, Any]) -> str:
-    (was, now), (low, high) = record["total_steps"], record["learning_rate"]
+    (old_steps, new_steps), (old_lr, new_lr) = record["total_steps"], record["learning_rate"]
     return (
-        f"extended after step {record['after_step']} from {was} to {now} steps "
-        f"({record['length']}); learning rate {low:.4g} before, {high:.4g} from there on"
+        f"extended after step {record['after_step']} from {old_steps} to {new_steps} steps "
+        f"({record['length']}); learning rate {old_lr:.4g} before, {new_lr:.4g} from there on"
     )
 
 
 def _schedule_note(config: RunConfig[Any]) -> str:
     if config.optim.schedule == "constant":
-        return "  what follows the length of the run is that of the new length from here on"
+        return (
+            "  values that depend on the length of the run are those of the new length from here on"
+        )
     return (
-        "  the cosine of the learning rate, and all else that follows the length of the run, is "
-        "that of the new length from here on"
+        "  the learning rate's cosine, and all other values that depend on the length of the run, "
+        "are those of the new length from here on"
     )
 
 

@@ -9,7 +9,7 @@ from raysl.config.idle import dotted_keys
 from raysl.config.load import EXTENDS, apply_overrides, merge, parse_override, plain_copy
 from raysl.config.shipped import find_config
 from raysl.run.pretrain import train_run
-from raysl.run.recipe import RunConfig, layered, load_run, read_run_values, run_from_user
+from raysl.run.recipe import RunConfig, drop_idle, load_run, read_run_values, run_from_user
 from raysl.run.shell import Typed
 from raysl.track.results import Results
 
@@ -26,8 +26,8 @@ def pretrain(
     """Train or resume a run, as ``raysl pretrain`` does.
 
     Args:
-        config: A YAML file, the name of a shipped configuration, or the settings themselves, which
-            may extend either (``{"extends": "quickstart", "name": "mine"}``).
+        config: A YAML file, the name of a shipped configuration, or a mapping of settings, which
+            may extend a file or a name (``{"extends": "quickstart", "name": "mine"}``).
         overrides: Dotted settings, such as ``train.epochs=5``.
         fresh: Start again from step 0; the folder of an earlier run is renamed.
         extend: Continue an earlier run to the larger length given here.
@@ -37,17 +37,17 @@ def pretrain(
 
     Raises:
         ConfigError: Lists every bad setting at once.
-        RayslError: If the run fails otherwise; the subclass says how.
+        RayslError: If the run fails otherwise; the subclass names the kind of failure.
     """
     began_at = time.time()
-    given = [overrides] if isinstance(overrides, str) else list(overrides)
+    texts = [overrides] if isinstance(overrides, str) else list(overrides)
     if isinstance(config, Mapping):
-        return train_run(_run_of(config, given), began_at=began_at, fresh=fresh, extend=extend)
+        return train_run(_run_of(config, texts), began_at=began_at, fresh=fresh, extend=extend)
     path = Path(config)
     return train_run(
-        load_run(path, given),
+        load_run(path, texts),
         began_at=began_at,
-        typed=Typed(path, tuple(given)),
+        typed=Typed(path, tuple(texts)),
         fresh=fresh,
         extend=extend,
     )
@@ -57,8 +57,8 @@ def _run_of(settings: Mapping[str, Any], overrides: Sequence[str]) -> RunConfig[
     """Build the run from its parent configuration, these settings and the overrides."""
     layer = plain_copy(settings)
     parent = layer.pop(EXTENDS, None)
-    below = {} if parent is None else read_run_values(find_config(str(parent)))
-    values = layered(below, merge(below, layer), list(dotted_keys(layer)))
+    parent_values = {} if parent is None else read_run_values(find_config(str(parent)))
+    values = drop_idle(parent_values, merge(parent_values, layer), list(dotted_keys(layer)))
     keys = [parse_override(override)[0] for override in overrides]
-    values = layered(values, apply_overrides(values, overrides), keys)
+    values = drop_idle(values, apply_overrides(values, overrides), keys)
     return run_from_user(values, where=" ".join([_WHERE, *overrides]))

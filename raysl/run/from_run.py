@@ -18,7 +18,7 @@ from raysl.config.load import (
 )
 from raysl.encoder.file import read_description
 from raysl.errors import ConfigError, DataError
-from raysl.evaluate.old_keys import resolved
+from raysl.evaluate.old_keys import resolve_final
 from raysl.evaluate.protocol import EvaluateConfig
 from raysl.evaluate.training_source import open_training_source, seen_part
 from raysl.methods import load_method
@@ -26,7 +26,7 @@ from raysl.nn.backbones import BackboneConfig
 from raysl.nn.classifier import CLASSIFIER_FILE, HEAD_FILE, load_classifier, load_head
 from raysl.nn.heads import count_layers
 from raysl.run.places import read_run
-from raysl.run.recipe import RunConfig, layered, run_from_user
+from raysl.run.recipe import RunConfig, drop_idle, run_from_user
 from raysl.sources.belonging import named_source, without_other_source
 from raysl.sources.place import absolute_config
 from raysl.sources.source import DataConfig, Source
@@ -44,9 +44,9 @@ _VIT_OPTIM: dict[str, Any] = {
     "layer_decay": 0.65,
     "warmup": {"epochs": _WARMUP_EPOCHS},
 }
-# As fractions of the run, since with few labels an epoch has only a few steps.
-_PACE = {"fraction": 0.25}
-_OF_ITS_END = ("final", *TRAINING)  # of section evaluate, and of no use to a classifier
+# A fraction of the run, because with few labels an epoch has only a few steps.
+_EVERY_QUARTER = {"fraction": 0.25}
+_FINAL_KEYS = ("final", *TRAINING)  # keys of section evaluate that do not apply to a classifier
 
 
 class RunOrigin(NamedTuple):
@@ -57,18 +57,18 @@ class RunOrigin(NamedTuple):
     weights: Path
     """Value of ``backbone.weights`` in the next run."""
     head_layers: int
-    """Layers of the projection head in its folder; 0 if there is none."""
+    """Number of layers of the projection head in the folder; 0 without a head."""
     values: dict[str, Any]
-    """Settings that the next run takes over."""
+    """Settings that the next run inherits."""
     finetuned_pool: str | None = None
-    """Value of ``backbone.pool`` if the whole encoder is trained; None keeps it."""
+    """Value of ``backbone.pool`` if the whole encoder is trained; None keeps the run's value."""
 
 
 def finetune_values(origin: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Return the settings of a run that fine-tunes a pretrained encoder on labels.
 
     Args:
-        origin: A run folder or an encoder file; for a file outside of a run folder, the overrides
+        origin: A run folder or an encoder file. If the file is outside a run folder, the overrides
             must name the images (``data.source``).
         overrides: ``section.key=value`` of the new run.
 
@@ -83,16 +83,16 @@ def finetune_values(origin: Path, overrides: Sequence[str] = ()) -> dict[str, An
     weights = folder / "encoder.safetensors" if origin.is_dir() else origin.resolve()
     if not weights.exists():
         raise DataError(
-            f"{origin}: no finished run and no encoder file; give a run folder that holds "
-            f"encoder.safetensors, or such a file"
+            f"{origin}: neither a finished run nor an encoder file; give a run folder that "
+            f"contains encoder.safetensors, or such a file"
         )
     head = folder / HEAD_FILE
     layers = count_layers(load_head(head)) if head.exists() else 0
     config = RunFolder(folder).config
     if config.exists():
         run = read_run(RunFolder(folder))
-        return finetune_from(_of_run(run, folder, weights, layers), overrides)
-    return finetune_from(_of_file(folder, weights, layers), overrides)
+        return finetune_from(_origin_from_run(run, folder, weights, layers), overrides)
+    return finetune_from(_origin_from_file(folder, weights, layers), overrides)
 
 
 def finetune_from(
@@ -111,7 +111,7 @@ def finetune_from(
     Args:
         origin: The run to start from.
         overrides: ``section.key=value`` of the new run.
-        whole: The images of the new run, if they are open already.
+        whole: All images of the new run, if already open; None opens them.
     """
     values = _on_images_of(origin, overrides)
     values["method"] = {"name": "supervised"}
@@ -119,9 +119,9 @@ def finetune_from(
         values["method"]["head"] = str(origin.folder)
     values["backbone"]["weights"] = str(origin.weights)
     values["data"]["labels"] = {"fraction": _ALL_LABELS, "seed": 0, "only": True}
-    values = resolved(apply_overrides(values, overrides))
-    seen = values["data"].get("labels")
-    fraction = seen.get("fraction", _ALL_LABELS) if isinstance(seen, dict) else _ALL_LABELS
+    values = resolve_final(apply_overrides(values, overrides))
+    labels = values["data"].get("labels")
+    fraction = labels.get("fraction", _ALL_LABELS) if isinstance(labels, dict) else _ALL_LABELS
     method, backbone = values["method"], values["backbone"]
     few = fraction < _ALL_LABELS and origin.head_layers >= _DEEP_HEAD
     if method["name"] == "supervised" and method.get("head") is not None:
@@ -147,7 +147,7 @@ def finetune_from(
         wide = backbone.get("width", 1) > 1 or backbone.get("selective_kernels")
         optim = _lars(0.002 if wide else 0.005)
     values["optim"] = _with_defaults(values.get("optim"), optim)
-    values["train"] = _trained(values, epochs=epochs, most=_FINETUNE_BATCH, whole=whole)
+    values["train"] = _train_section(values, epochs=epochs, most=_FINETUNE_BATCH, whole=whole)
     name = _finetuned_name(origin.name, fraction, method.get("head_layers", 0))
     return {"name": name} | values
 
@@ -175,7 +175,7 @@ def distill_values(teacher: Path, overrides: Sequence[str] = ()) -> dict[str, An
         )
     load_classifier(folder)  # raises if the file is damaged, before anything starts
     run = read_run(RunFolder(folder))
-    return distill_from(_of_run(run, folder, folder, 0), overrides)
+    return distill_from(_origin_from_run(run, folder, folder, 0), overrides)
 
 
 def distill_from(
@@ -193,22 +193,24 @@ def distill_from(
     Args:
         teacher: The run of the teacher.
         overrides: ``section.key=value`` of the new run.
-        whole: The images of the new run, if they are open already.
+        whole: All images of the new run, if already open; None opens them.
     """
     values = _on_images_of(teacher, overrides)
     values["backbone"]["weights"] = None
-    theirs = _architecture(values["backbone"])
+    teacher_architecture = _architecture(values["backbone"])
     values["method"] = {"name": "distill", "teacher": str(teacher.folder)}
     if isinstance(values["data"].get("labels"), dict):
         values["data"]["labels"]["only"] = False
-    values = resolved(apply_overrides(values, overrides))
-    ours = _architecture(values["backbone"])
-    values["method"].setdefault("temperature", 0.1 if ours == theirs else 1.0)
+    values = resolve_final(apply_overrides(values, overrides))
+    architecture = _architecture(values["backbone"])
+    values["method"].setdefault("temperature", 0.1 if architecture == teacher_architecture else 1.0)
     slow = {"weight_decay": 1e-4, "warmup": {"fraction": 0.05}}
     values["optim"] = _with_defaults(values.get("optim"), _lars(0.1) | slow)
-    values["train"] = _trained(values, epochs=400.0, most=_DISTILL_BATCH, whole=whole)
-    wide = f"-{ours['width']:g}x" if ours["width"] != 1 else ""
-    name = f"{teacher.name}-distilled" + ("" if ours == theirs else f"-{ours['name']}{wide}")
+    values["train"] = _train_section(values, epochs=400.0, most=_DISTILL_BATCH, whole=whole)
+    wide = f"-{architecture['width']:g}x" if architecture["width"] != 1 else ""
+    name = f"{teacher.name}-distilled" + (
+        "" if architecture == teacher_architecture else f"-{architecture['name']}{wide}"
+    )
     return {"name": name} | values
 
 
@@ -217,32 +219,32 @@ def run_after(values: Mapping[str, Any], overrides: Sequence[str], *, where: str
 
     Args:
         values: Plain values, including the overrides.
-        overrides: Overrides of the user, which must all have an effect.
+        overrides: The user's overrides; each must have an effect.
         where: Source of the values, for error messages.
 
     Raises:
-        ConfigError: See :func:`run_from_user`.
+        ConfigError: Lists every bad key at once, and every setting without effect.
     """
     given = [parse_override(override)[0] for override in overrides]
-    return run_from_user(layered({}, values, given), where=" ".join([where, *overrides]))
+    return run_from_user(drop_idle({}, values, given), where=" ".join([where, *overrides]))
 
 
 def origin_of(run: RunConfig[Any], folder: Path) -> RunOrigin:
-    """Return the origin that a run, finished or not, is for another run.
+    """Return a run, finished or not, as the origin of another run.
 
     Args:
-        run: The settings of the run.
-        folder: Its run folder.
+        run: The run's configuration.
+        folder: The run folder.
     """
     layers = run.method.projection_head_layers(is_vit=run.backbone.is_vit)
-    return _of_run(run, folder, folder / "encoder.safetensors", layers)
+    return _origin_from_run(run, folder, folder / "encoder.safetensors", layers)
 
 
 def finetune_data(pretrained: RunConfig[Any]) -> dict[str, Any]:
     """Return the section ``data`` of a pretraining with views for fine-tuning: one crop and flip.
 
-    Minimal crop size and interpolation are those of pretraining; views are flipped only if those of
-    pretraining were.
+    Minimal crop size and interpolation are those of pretraining. Views are flipped only if
+    pretraining flipped them.
     """
     data: dict[str, Any] = pretrained.data.model_dump(mode="json")
     kinds = pretrained.data.views.views()
@@ -258,7 +260,7 @@ def finetune_data(pretrained: RunConfig[Any]) -> dict[str, Any]:
 
 
 def _on_images_of(origin: RunOrigin, overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the settings taken over from ``origin``, without data settings if images differ."""
+    """Return the settings inherited from ``origin``, without data settings if images differ."""
     values, _ = without_other_source(
         origin.values,
         source=named_source(overrides, "data.source"),
@@ -267,12 +269,14 @@ def _on_images_of(origin: RunOrigin, overrides: Sequence[str]) -> dict[str, Any]
     return values
 
 
-def _of_run(run: RunConfig[Any], folder: Path, weights: Path, head_layers: int) -> RunOrigin:
+def _origin_from_run(
+    run: RunConfig[Any], folder: Path, weights: Path, head_layers: int
+) -> RunOrigin:
     values = run.model_dump(mode="json", exclude={"name", "adversary_optim", "optim", "train"})
     values |= {
         "data": finetune_data(run),
-        "evaluate": {k: v for k, v in values["evaluate"].items() if k not in _OF_ITS_END}
-        | {"every": _PACE},
+        "evaluate": {k: v for k, v in values["evaluate"].items() if k not in _FINAL_KEYS}
+        | {"every": _EVERY_QUARTER},
         "track": values["track"] | {"registered_model": None},
         "train": {"precision": run.train.precision, "channels_last": run.train.channels_last},
         "output_dir": str(folder.parent),
@@ -280,24 +284,26 @@ def _of_run(run: RunConfig[Any], folder: Path, weights: Path, head_layers: int) 
     return RunOrigin(run.name, folder, weights, head_layers, values, run.method.finetuned_pool)
 
 
-def _of_file(folder: Path, weights: Path, head_layers: int) -> RunOrigin:
+def _origin_from_file(folder: Path, weights: Path, head_layers: int) -> RunOrigin:
     """Return the origin for an encoder file without a run, from the file's header alone."""
-    known = read_description(weights)
-    data: dict[str, Any] = {"views": {"recipe": "finetune", "size_px": known["image_size_px"]}}
-    data |= {key: known[key] for key in ("mean", "std") if key in known}
+    description = read_description(weights)
+    data: dict[str, Any] = {
+        "views": {"recipe": "finetune", "size_px": description["image_size_px"]}
+    }
+    data |= {key: description[key] for key in ("mean", "std") if key in description}
     values = {
         "data": data,
-        "backbone": dict(known.get("backbone") or {}),
-        "evaluate": {"every": _PACE},
+        "backbone": dict(description.get("backbone") or {}),
+        "evaluate": {"every": _EVERY_QUARTER},
     }
     return RunOrigin(weights.stem, folder, weights, head_layers, values)
 
 
-def _trained(
+def _train_section(
     values: Mapping[str, Any], *, epochs: float, most: int, whole: Source | None
 ) -> dict[str, Any]:
     """Return the section ``train`` with a batch size of at most the number of images."""
-    train: dict[str, Any] = {"checkpoint_every": _PACE} | dict(values.get("train") or {})
+    train: dict[str, Any] = {"checkpoint_every": _EVERY_QUARTER} | dict(values.get("train") or {})
     if train.get("steps") is None:
         train.setdefault("epochs", epochs)
     if "global_batch_size" not in train:
@@ -312,8 +318,8 @@ def _num_images(values: Mapping[str, Any], whole: Source | None, *, otherwise: i
     section = values["data"]
     if "source" not in section:
         raise ConfigError(
-            "data.source: this encoder lies in no run folder, so it is not known on which images "
-            "it is to be trained; give data.source=... with labels"
+            "data.source: this encoder is not in a run folder, which would name its training "
+            "images; set data.source=... to labelled images"
         )
     kind = load_method(str(values["method"]["name"])).Config
     data = validated(DataConfig, section)

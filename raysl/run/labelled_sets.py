@@ -10,12 +10,12 @@ from raysl.sources.subset import whole_source
 
 
 def labelling_notes(config: RunConfig[Any], source: Source) -> list[str]:
-    """Return what a run says of the labels that it is measured with: a line each.
+    """Return notes on the labels that a run is measured with, one line each.
 
-    Nothing is decoded, but labels are read, and those of a test set.
+    Labels of training and test images are read; no image is decoded.
 
     Raises:
-        DataError: If the labels cannot be what ``evaluate`` says, as :func:`open_sets` would later.
+        DataError: If the labels do not fit the section ``evaluate``, as in :func:`open_sets`.
     """
     evaluate = config.evaluate
     if config.method.classifies:  # no probes are trained

@@ -35,19 +35,19 @@ def pretrain_here(
     """Train, or resume from the newest checkpoint, with views made in threads of this process.
 
     Args:
-        config: The run.
+        config: The run's configuration.
         folder: The run folder.
         source: The training images.
         num_cpus: Threads of torch, and threads that make views, unless the configuration sets
             them; None uses all CPUs of the machine.
-        evaluated: See :func:`raysl.run.worker.pretrain`.
-        sets: See :func:`raysl.run.worker.pretrain`.
+        evaluated: Called with the metrics and the step of each evaluation, after the checkpoint.
+        sets: The labelled images of the run, if already open; None opens them.
 
     Returns:
         The results of the run.
 
     Raises:
-        RayslError: As :func:`raysl.run.worker.pretrain` does.
+        RayslError: If training fails, as in :func:`raysl.run.worker.pretrain`.
     """
     cluster = config.cluster
     cpus = num_cpus or os.cpu_count() or 1
@@ -72,7 +72,7 @@ def pretrain_here(
 def _batches(
     config: RunConfig[Any], source: Source, *, start_step: int, num_threads: int
 ) -> Iterator[NumpyBatch]:
-    """Open the stream of batches from a step on; they are those that Ray's workers would make."""
+    """Yield the batches from ``start_step`` on, the same that Ray's workers would make."""
     return iterate(
         ItemMaker(source, plan_of(config, source), block_spec(config.data)),
         start_step=start_step,

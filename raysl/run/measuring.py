@@ -19,7 +19,7 @@ from raysl.methods.base import Method
 from raysl.nn.batchnorm import average_statistics
 from raysl.nn.collectives import rank_and_size
 from raysl.run.build import describe
-from raysl.run.online import Begin, OnlineEvaluations, is_evaluated, read_failures
+from raysl.run.online import EvaluationStarter, OnlineEvaluations, is_evaluated, read_failures
 from raysl.run.recipe import RunConfig, derive_for
 from raysl.sources.source import Source
 from raysl.track.run_folder import MetricsFile, RunFolder, list_waiting, read_metrics
@@ -39,7 +39,7 @@ class Measuring:
     """Evaluates the encoder during training, either in all train workers or in the background.
 
     Args:
-        config: The run.
+        config: The run's configuration.
         method: The method whose encoder is evaluated.
         folder: The run folder.
         source: The training images.
@@ -75,9 +75,11 @@ class Measuring:
         self._in_background = False
         self._metrics: MetricsFile | None = None
         self._online: OnlineEvaluations | None = None
-        self._newest: tuple[int, dict[str, float]] = (-1, {})
+        self._last_measured: tuple[int, dict[str, float]] = (-1, {})
 
-    def open(self, metrics: MetricsFile | None, begin: Begin | None, *, start_step: int) -> None:
+    def open(
+        self, metrics: MetricsFile | None, begin: EvaluationStarter | None, *, start_step: int
+    ) -> None:
         """Resume the evaluations that an earlier process left pending.
 
         Args:
@@ -106,7 +108,7 @@ class Measuring:
         began = time.perf_counter()
         metrics: Mapping[str, float] = {}
         if not self._in_background:
-            metrics = self.at(step)
+            metrics = self.metrics_at(step)
         elif step < self._total_steps:  # the last step is evaluated after training
             average_statistics(self._method)
             if self._online is not None:
@@ -121,7 +123,7 @@ class Measuring:
     def measure_last(self) -> None:
         """Evaluate the last step if :meth:`evaluate` postponed it. Collective."""
         if self._in_background and self._config.evaluate.every is not None:
-            self.at(self._total_steps)
+            self.metrics_at(self._total_steps)
 
     def finish(self) -> int:
         """Wait for the background evaluations and log them, then the last step's; on rank 0.
@@ -132,23 +134,23 @@ class Measuring:
         if self._online is None or self._metrics is None:
             return 0
         self._online.finish()
-        step, metrics = self._newest
-        known = read_metrics(self._folder.metrics)
-        if metrics and not any(r["step"] == step and is_evaluated(r) for r in known):
+        step, metrics = self._last_measured
+        logged = read_metrics(self._folder.metrics)
+        if metrics and not any(r["step"] == step and is_evaluated(r) for r in logged):
             self._metrics.log(metrics, step=step)
         return len(read_failures(self._folder))
 
-    def at(self, step: int) -> Mapping[str, float]:
+    def metrics_at(self, step: int) -> Mapping[str, float]:
         """Return the metrics of the encoder after ``step`` steps. Collective."""
-        if self._newest[0] != step:
+        if self._last_measured[0] != step:
             average_statistics(self._method)
             metrics = _measure(
                 lambda images: embed(self._method.encoder, images, to_input=self._to_input),
                 self._sets,
                 self._config,
             )
-            self._newest = step, metrics
-        return self._newest[1]
+            self._last_measured = step, metrics
+        return self._last_measured[1]
 
     def _save(self, path: Path) -> None:
         save_encoder(path, self._method.encoder, description=describe(self._config))
@@ -175,7 +177,7 @@ def measure_file(
     Args:
         path: A file written by :func:`raysl.encoder.file.save_encoder`.
         sets: The images to evaluate on.
-        config: The run.
+        config: The run's configuration.
         device: Device of the encoder.
         num_ranks: Number of train workers of the run.
     """

@@ -31,18 +31,18 @@ def write_method_pictures(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> None:
-    """Write the pictures of a method, if it makes any.
+    """Write the pictures that a method makes; write no file if it makes none.
 
     Args:
         path: ``.npz`` to write: for each picture NAME its pixels, ``(rows, columns, S, S, 3)``
             uint8, ``NAME.columns`` and ``NAME.caption``.
         method: The method, in evaluation mode during the call.
         source: The training images; eight of them, evenly spaced, are shown.
-        views: The kinds of view; views are those of epoch 0.
+        views: The kinds of view to make, with the random choices of epoch 0.
         to_batch: Converts a batch of the stream to the method's batch.
         progress: Progress at the end of the run.
         mean: Mean of red, green and blue in [0, 1], to undo the normalisation.
-        std: Standard deviation of red, green and blue, likewise.
+        std: Standard deviation of red, green and blue in [0, 1], to undo the normalisation.
     """
     batch = _sample(source, views, seed=progress.seed)
     if batch is None:
@@ -64,20 +64,20 @@ def write_method_pictures(
 def _sample(source: Source, views: Sequence[View], *, seed: int) -> dict[str, Any] | None:
     total = int(source.group_sizes.sum())
     rows = np.unique(np.linspace(0, total - 1, min(_NUM_IMAGES, total)).astype(np.int64))
-    kept: list[int] = []
+    used_rows: list[int] = []
     columns: list[list[npt.NDArray[np.uint8]]] = [[] for _ in views]
     for row, encoded in zip(rows.tolist(), source.read(rows), strict=True):
         image = decode_or_flaw(encoded, source.decoding(row))
         if isinstance(image, Flaw):
             continue
-        made = make_views(image, views, seed=seed, epoch=0, index=row)
-        for column, kind in zip(columns, made, strict=True):
+        image_views = make_views(image, views, seed=seed, epoch=0, index=row)
+        for column, kind in zip(columns, image_views, strict=True):
             column.append(np.stack(kind))
-        kept.append(row)
-    if not kept:
+        used_rows.append(row)
+    if not used_rows:
         return None
     arrays = {view_column(number): np.stack(column) for number, column in enumerate(columns)}
-    return {**arrays, INDEX: np.array(kept, dtype=np.int64)}
+    return {**arrays, INDEX: np.array(used_rows, dtype=np.int64)}
 
 
 def _write(

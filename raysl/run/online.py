@@ -19,13 +19,13 @@ from raysl.folder.whole import write_text
 from raysl.track.run_folder import RunFolder, list_waiting, read_metrics, waiting_path
 from raysl.train.loop import Log
 
-Begin = Callable[[Path, OnlineSets], "Future[Mapping[str, float]]"]
-"""Starts to evaluate the encoder in a file; the future holds the metrics or the exception."""
+EvaluationStarter = Callable[[Path, OnlineSets], "Future[Mapping[str, float]]"]
+"""Starts the evaluation of the encoder in a file; the future gets its metrics or exception."""
 
 MOST_WAITING = 4
 """Most pending evaluations besides the running one. If evaluations take longer than the steps
-between them, the oldest pending one is skipped: the curve gets sparser, training does not wait, and
-its end waits for at most this many."""
+between them, the oldest pending one is skipped: the curve gets sparser, but training does not
+wait, and its end waits for at most this many evaluations."""
 
 
 class OnlineEvaluations:
@@ -43,7 +43,13 @@ class OnlineEvaluations:
     """
 
     def __init__(
-        self, folder: RunFolder, *, sets: OnlineSets, begin: Begin, log: Log, start_step: int
+        self,
+        folder: RunFolder,
+        *,
+        sets: OnlineSets,
+        begin: EvaluationStarter,
+        log: Log,
+        start_step: int,
     ) -> None:
         self._folder = folder
         self._sets = sets
@@ -60,8 +66,8 @@ class OnlineEvaluations:
         for half_written in folder.to_evaluate.glob(".*"):
             half_written.unlink()
         if folder.failed_evaluations.exists():
-            kept = [r for r in read_failures(folder) if r["step"] <= start_step]
-            text = "".join(json.dumps(record) + "\n" for record in kept)
+            still_valid = [r for r in read_failures(folder) if r["step"] <= start_step]
+            text = "".join(json.dumps(record) + "\n" for record in still_valid)
             write_text(folder.failed_evaluations, text)
         self.collect()
 
@@ -77,19 +83,21 @@ class OnlineEvaluations:
         self._waiting.append(step)
         self.collect()
         while len(self._waiting) > MOST_WAITING:
-            self._fail(self._waiting.popleft(), f"left out: {MOST_WAITING} newer ones waited")
+            self._fail(
+                self._waiting.popleft(), f"skipped: {MOST_WAITING} newer evaluations were pending"
+            )
 
     def collect(self) -> None:
         """Log the finished evaluations and start the next one; never waits."""
-        self._go_on(waits=False)
+        self._advance(waits=False)
 
     def finish(self) -> None:
         """Wait for all evaluations and log them."""
-        self._go_on(waits=True)
+        self._advance(waits=True)
         if self._folder.to_evaluate.is_dir() and not any(self._folder.to_evaluate.iterdir()):
             self._folder.to_evaluate.rmdir()
 
-    def _go_on(self, *, waits: bool) -> None:
+    def _advance(self, *, waits: bool) -> None:
         while self._running is not None or self._waiting:
             if self._running is None:
                 step = self._waiting.popleft()

@@ -40,18 +40,21 @@ from raysl.track.run_folder import RunFolder, read_metrics
 
 _FILES = (
     ("config.yaml", "the run, every setting resolved"),
-    ("metrics.jsonl", "one line of numbers a logging step"),
+    ("metrics.jsonl", "one line of numbers per logging step"),
     ("results.json", "the accuracies above"),
     ("encoder.safetensors", "the encoder's weights under torchvision's names"),
-    ("method_pictures.npz", "what the method makes of a few images"),
-    ("projection_head.safetensors", "the projection head, for fine-tuning from one of its layers"),
+    ("method_pictures.npz", "pictures that the method makes of a few training images"),
+    (
+        "projection_head.safetensors",
+        "the projection head; fine-tuning can start from any of its layers",
+    ),
     ("classifier.safetensors", "encoder and classifier, for <code>raysl.load_classifier</code>"),
-    ("labels.json", "rows of the training images whose labels training saw"),
-    ("protocols", "the runs that fine-tuned copies of the encoder"),
+    ("labels.json", "which training images were used with their labels"),
+    ("protocols", "the runs that fine-tuned a copy of the encoder"),
     ("features.npz", "features, labels and small images behind the map"),
-    ("checkpoints", "the whole state of training, to go on from"),
+    ("checkpoints", "the complete state of training, to resume from"),
     ("pictures", "the pictures of this page"),
-    ("mlflow.json", "which MLflow run this is"),
+    ("mlflow.json", "the MLflow run that tracks this run"),
 )
 
 
@@ -67,8 +70,8 @@ def draw_all(
         folder: Contains ``metrics.jsonl``, and for a finished run ``results.json`` and
             ``features.npz``; receives ``pictures/*.png`` and ``report.html``.
         source: The training images.
-        config: The run.
-        derived: Its derived values.
+        config: The run's configuration.
+        derived: The run's derived values.
 
     Returns:
         The name and the error of each picture, or of ``report``, that failed.
@@ -101,20 +104,20 @@ def draw_all(
 
 
 def _has_map(folder: RunFolder, config: RunConfig[Any]) -> bool:
-    """Return whether a run saves features for a map; one that only measures neighbours does not."""
+    """Return whether a run saves features for a map; a run that only measures kNN saves none."""
     return folder.features.exists() or not config.evaluate.is_quick
 
 
 def _draw_map_of(folder: RunFolder, path: Path) -> None:
     if not folder.features.exists():
-        raise DataError(f"{folder.features}: not there; a finished run writes it")
-    with np.load(folder.features, allow_pickle=False) as kept:
+        raise DataError(f"{folder.features}: missing; a finished run writes it")
+    with np.load(folder.features, allow_pickle=False) as arrays:
         draw_map(
             path,
-            features=kept["features"],
-            labels=kept["labels"],
-            class_names=kept["class_names"].tolist(),
-            thumbnails=kept["thumbnails"],
+            features=arrays["features"],
+            labels=arrays["labels"],
+            class_names=arrays["class_names"].tolist(),
+            thumbnails=arrays["thumbnails"],
         )
 
 
@@ -122,12 +125,12 @@ def write_report(folder: RunFolder, *, config: RunConfig[Any], derived: Derived)
     """Write ``report.html``: summary, accuracy, pictures, settings, how to use the encoder.
 
     Args:
-        folder: The run; missing pictures and results are replaced by a note.
-        config: The run.
-        derived: Its derived values.
+        folder: The run folder; a note replaces missing pictures and results.
+        config: The run's configuration.
+        derived: The run's derived values.
 
     Returns:
-        The file, written atomically.
+        Path of the page, which is written atomically.
     """
     results = folder.read_results() or Results()
     pictures = folder.pictures
@@ -150,13 +153,13 @@ def write_report(folder: RunFolder, *, config: RunConfig[Any], derived: Derived)
 
 
 _CURVES = (
-    "Faint lines are single logging steps, strong ones their running mean. Features whose spread "
-    "falls to 0 are the same for every image: training has collapsed."
+    "Faint lines are single logging steps, strong lines their running mean. If the spread of the "
+    "features falls to 0, they are the same for every image: training has collapsed."
 )
-_VIEWS = "Training images, spread evenly over the source, and their views in epoch 0."
+_VIEWS = "Training images, evenly spaced over the source, and their views in epoch 0."
 _MAP = (
-    "Images that the encoder finds alike lie close together; distances across the map and the "
-    "directions of its axes mean nothing. Labels only colour it: the layout never saw them."
+    "Images with similar features lie close together; distances across the map and the directions "
+    "of its axes have no meaning. Labels only set the colours: the layout does not use them."
 )
 
 
@@ -171,20 +174,22 @@ def _summary(config: RunConfig[Any], derived: Derived, results: Results) -> str:
     )
     probe, linear = _linear(results)
     if linear is None:
-        known = (
+        why_unknown = (
             "there are no labels to measure it with, or too few"
             if results
             else "the run has no results yet"
         )
-        return f"{sentence}; its accuracy is not known: {known}."
-    before = score_of(results, probe, "untrained_")
-    than = "" if before is None else f", against {100 * before.mean:.1f} % before training"
-    share = f"{100 * linear.mean:.1f} %"
-    return f"{sentence}; a linear classifier on its features is right in {share}{than}."
+        return f"{sentence}; its accuracy is not known: {why_unknown}."
+    untrained = score_of(results, probe, "untrained_")
+    than = "" if untrained is None else f", against {100 * untrained.mean:.1f} % before training"
+    return (
+        f"{sentence}; a linear classifier on its features reaches {100 * linear.mean:.1f} % top-1 "
+        f"accuracy{than}."
+    )
 
 
 def _linear(results: Results) -> tuple[str, Score | None]:
-    """Return the linear probe that speaks for the run, and its accuracy."""
+    """Return the name and the score of the linear probe that summarises the run."""
     probe = "linear_lbfgs" if "linear_lbfgs_top1" in results else "linear"
     return probe, score_of(results, probe)
 
@@ -192,17 +197,16 @@ def _linear(results: Results) -> tuple[str, Score | None]:
 def _classifier_summary(config: RunConfig[Any], derived: Derived, results: Results) -> str:
     epochs = derived.total_steps / derived.steps_per_epoch
     sentence = (
-        f"A {escape(config.backbone.name)} learnt to tell classes apart (method "
+        f"A {escape(config.backbone.name)} learnt to classify (method "
         f"{escape(config.method.name)}) in {epochs:,.4g} epoch{'' if epochs == 1 else 's'} of "
         f"{derived.num_images:,} images of {escape(config.data.source)}"
     )
     result = percent(results.get("top1"))
     if result is None:
-        return f"{sentence}; how often it is right is not known."
-    return (
-        f"{sentence}; it is right in {result:.1f} % of {_number(results.get('num_test_labels'))} "
-        f"test images."
-    )
+        return f"{sentence}; its accuracy is not known."
+    count = results.get("num_test_labels")
+    images = "the" if count is None else _number(count)
+    return f"{sentence}; it reaches {result:.1f} % top-1 accuracy on {images} test images."
 
 
 def _accuracy_section(folder: RunFolder, config: RunConfig[Any], results: Results) -> str:
@@ -220,10 +224,10 @@ def _accuracy_section(folder: RunFolder, config: RunConfig[Any], results: Result
 
 
 def _method_section(folder: RunFolder) -> str:
-    """Return the pictures by the method, if it has any."""
+    """Return the section of the method's pictures; empty if it has none."""
     try:
         pictures = read_method_pictures(folder.method_pictures)
-    except DataError:  # reported when it was drawn
+    except DataError:  # draw_all reports it
         return ""
     return "\n".join(
         section(
@@ -239,56 +243,61 @@ def _accuracy_cell(results: Results, features: Features, probe: str) -> str:
     result = accuracy(results, features, probe)
     if result is None:
         return "&ndash;"
-    value, deviation = result
-    return f"{value:.1f}" if deviation is None else f"{value:.1f} &plusmn; {deviation:.1f}"
+    value, std = result
+    return f"{value:.1f}" if std is None else f"{value:.1f} &plusmn; {std:.1f}"
 
 
 def _protocol(config: RunConfig[Any], results: Results) -> str:
     """Describe the settings and the images of the accuracies."""
     weights = config.backbone.weights
     start = "random weights" if weights is None else f"the weights of {escape(weights)}"
-    images = ("num_train_labels", "num_test_labels", "num_classes")
-    num_train, num_test, num_classes = (_number(results.get(name)) for name in images)
     sentences = [
         f"Before training, the same network has {start}. Networks are frozen and see centred "
-        f"images of {config.image_size_px} px. {num_train} labelled images train the probes, "
-        f"{num_test} others of {num_classes} classes test them.",
-        *_probe_sentences(config, results),
+        f"images of {config.image_size_px} px."
     ]
+    keys = ("num_train_labels", "num_test_labels", "num_classes")
+    counts = [results.get(key) for key in keys]
+    if None not in counts:  # a run that only measures nearest neighbours stores no counts
+        num_train, num_test, num_classes = map(_number, counts)
+        sentences.append(
+            f"{num_train} labelled images train the probes, {num_test} others of {num_classes} "
+            f"classes test them."
+        )
+    sentences += _probe_sentences(config, results)
     for name in TRAINING:
         if (tuned := score_of(results, name)) is not None:
             labels = _number(cast(Mapping[str, Any], results).get(f"{name}_labels"))
             layers = getattr(config.evaluate, name).head_layers
             sentences.append(
                 f"Fine-tuned on {labels} of the labels, from layer {layers} of the projection head "
-                f"(0: the encoder alone), it is right in {100 * tuned.mean:.1f} %."
+                f"(0: the encoder alone), it reaches {100 * tuned.mean:.1f} % top-1 accuracy."
             )
     linear, count = _linear(results)[1], results.get("num_test_labels")
     if linear is not None and count:
         error = 100 * math.sqrt(linear.mean * (1 - linear.mean) / count)
         sentences.append(
-            f"With so many test images, the standard error of {100 * linear.mean:.1f} is "
-            f"{error:.1f}."
+            f"With {_number(count)} test images, the standard error of {100 * linear.mean:.1f} % "
+            f"is {error:.1f} percentage points."
         )
     return " ".join(sentences)
 
 
-# Settings that results of earlier versions hold instead of the texts of their protocols.
-_KEPT = {
+# Result keys of earlier versions, which stored these settings instead of the protocols' texts.
+_LEGACY_SETTINGS = {
     "knn": {"k": "knn_k", "temperature": "knn_temperature"},
     "few_shot": {"labels_per_class": "few_shot_labels", "draws": "few_shot_draws"},
 }
 
 
 def _probe_sentences(config: RunConfig[Any], results: Results) -> Iterator[str]:
-    """Describe how each protocol measured."""
+    """Yield a sentence on the settings of each protocol."""
     texts, values = results.get("protocols", {}), cast(Mapping[str, Any], results)
     for probe in measured_probes(results):
-        names = _KEPT.get(probe, {}).items()
-        kept = {
+        names = _LEGACY_SETTINGS.get(probe, {}).items()
+        stored = {
             name: values[key] for name, key in names if isinstance(values.get(key), int | float)
         }
-        settings = getattr(config.evaluate, probe).model_copy(update=kept)
+        settings = getattr(config.evaluate, probe).model_copy(update=stored)
         text = texts.get(probe) or PROTOCOLS[probe].text(settings)
         yield f"{escape(probe_name(probe, results))}: {escape(text)}."
 
@@ -297,8 +306,8 @@ def _encoder_section(config: RunConfig[Any]) -> str:
     data = config.data
     lines = encoder_lines(config.backbone, image_size_px=config.image_size_px)
     text = (
-        f"It takes RGB images in [0, 1], minus the mean ({_numbers(data.mean)}), over the "
-        f"deviation ({_numbers(data.std)}); it was evaluated at {config.image_size_px} px."
+        f"Its input is RGB in [0, 1], minus the mean ({_numbers(data.mean)}), divided by the "
+        f"standard deviation ({_numbers(data.std)}); it was evaluated at {config.image_size_px} px."
     )
     return section("Use the encoder", f"<pre>{escape(chr(10).join(lines))}</pre>", text)
 
@@ -309,9 +318,10 @@ def _settings_section(config: RunConfig[Any], derived: Derived) -> str:
         f"<tr><th scope=row>{escape(key)}<td>{_number(value)}"
         for key, value in derived._asdict().items()
     )
-    follows = f"<div class=scroll><table>\n{rows}\n</table></div>"
-    resolved = folded("Configuration, every value resolved", f"<pre>{escape(text)}</pre>")
-    return section("Settings", resolved + "\n" + folded("What follows from it", follows))
+    table = f"<div class=scroll><table>\n{rows}\n</table></div>"
+    configuration = folded("Configuration, every value resolved", f"<pre>{escape(text)}</pre>")
+    derived_values = folded("Values derived from the configuration", table)
+    return section("Settings", f"{configuration}\n{derived_values}")
 
 
 def _number(value: object) -> str:

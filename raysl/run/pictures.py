@@ -40,7 +40,7 @@ ENCODERS: tuple[tuple[Features, str], ...] = (
     ("untrained_", "Before training"),
     ("pixels_", "Bare pixels"),
 )
-"""Prefix of keys in ``results.json``, and the measured encoder."""
+"""Key prefix in ``results.json``, and name of the measured encoder."""
 
 _CELL_IN = 1.1
 _GAP = 0.04  # around an image, relative to a cell
@@ -52,8 +52,8 @@ def draw_views(
 ) -> None:
     """Draw images and the views of them that the method saw in epoch 0.
 
-    One row an image, evenly spaced over the source; the original first, then its views. At most 11
-    views are drawn.
+    One row per image: the original, then at most 11 of its views. Images are evenly spaced over
+    the source.
 
     Args:
         path: PNG to write.
@@ -63,7 +63,7 @@ def draw_views(
         num_images: Number of rows.
 
     Raises:
-        DecodeError: If none of the images tried can be decoded; single bad ones are left out.
+        DecodeError: If none of the images tried can be decoded; single bad images are left out.
     """
     total = int(source.group_sizes.sum())
     rows = np.unique(np.linspace(0, total - 1, min(num_images, total)).astype(np.int64))
@@ -72,8 +72,8 @@ def draw_views(
         image = decode_or_flaw(encoded, source.decoding(row))
         if isinstance(image, Flaw):
             continue
-        made = make_views(image, views, seed=seed, epoch=0, index=row)
-        grid.append([image, *(view for kind in made for view in kind)][: _MAX_VIEWS + 1])
+        image_views = make_views(image, views, seed=seed, epoch=0, index=row)
+        grid.append([image, *(view for kind in image_views for view in kind)][: _MAX_VIEWS + 1])
     if not grid:
         raise DecodeError(f"{source.name}: none of the {len(rows)} images tried can be decoded")
     sizes = [view.size_px for view in views for _ in range(view.count)]
@@ -107,12 +107,14 @@ def read_method_pictures(path: Path) -> dict[str, Grid]:
     if not path.exists():
         return {}
     try:
-        with np.load(path, allow_pickle=False) as kept:
+        with np.load(path, allow_pickle=False) as arrays:
             return {
                 name: Grid(
-                    kept[name], kept[f"{name}.columns"].tolist(), str(kept[f"{name}.caption"])
+                    arrays[name],
+                    arrays[f"{name}.columns"].tolist(),
+                    str(arrays[f"{name}.caption"]),
                 )
-                for name in kept.files
+                for name in arrays.files
                 if "." not in name
             }
     except (OSError, ValueError, KeyError, BadZipFile) as error:
@@ -136,8 +138,7 @@ def _image_grid(grid: Sequence[Sequence[Image]], heads: Sequence[str]) -> Figure
         for column, image in enumerate(line):
             _put_image(axes, image, left=column, top=row)
     for column, text in enumerate(heads):
-        place = (column + 0.5, -0.08)
-        axes.text(*place, text, ha="center", va="baseline", fontsize=8.5, color=INK)
+        axes.text(column + 0.5, -0.08, text, ha="center", va="baseline", fontsize=8.5, color=INK)
     axes.set(xlim=(0, num_columns), ylim=(num_rows, -head), aspect="equal")
     axes.set_axis_off()
     return figure
@@ -156,10 +157,10 @@ def draw_accuracy(path: Path, results: Results) -> None:
 
     Args:
         path: PNG to write.
-        results: The content of ``results.json``: accuracies in [0, 1]; missing ones are left out.
+        results: Content of ``results.json``, with accuracies in [0, 1]; missing ones are left out.
 
     Raises:
-        DataError: If it contains no accuracy.
+        DataError: If the results contain no accuracy.
     """
     if not measured_probes(results):
         raise DataError("the results hold no accuracy to draw")
@@ -186,7 +187,7 @@ def draw_accuracy(path: Path, results: Results) -> None:
 
 
 def accuracy(results: Results, features: Features, probe: str) -> tuple[float, float | None] | None:
-    """Return an accuracy in percent and its deviation over seeds, if any; None if missing."""
+    """Return an accuracy and its standard deviation over seeds, if any, in percent; else None."""
     score = score_of(results, probe, features)
     if score is None:
         return None
@@ -194,7 +195,7 @@ def accuracy(results: Results, features: Features, probe: str) -> tuple[float, f
 
 
 def percent(value: float | None) -> float | None:
-    """Return an accuracy of [0, 1] in percent; None if it is missing or no number."""
+    """Return an accuracy of [0, 1] in percent; None if it is missing or not finite."""
     if not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return 100 * value
@@ -207,22 +208,22 @@ def probe_name(probe: str, results: Results) -> str:
         "knn": "Nearest neighbours",
         "linear": "Linear by SGD, all labels",
         "linear_lbfgs": "Linear, all labels",
-        "few_shot": f"Linear, {labels} label{'' if labels == 1 else 's'} a class",
+        "few_shot": f"Linear, {labels} label{'' if labels == 1 else 's'} per class",
     }[probe]
 
 
 def _draw_bars(
     axes: Axes, values: Sequence[tuple[float, float | None] | None], *, color: str, shift: float
 ) -> None:
-    for place, found in enumerate(values):
-        if found is None:
+    for position, result in enumerate(values):
+        if result is None:
             continue
-        value, deviation = found
-        axes.bar(place + shift, value, 0.25, color=color)
-        if deviation:
+        value, std = result
+        axes.bar(position + shift, value, 0.25, color=color)
+        if std:
             line: dict[str, Any] = {"ecolor": INK, "elinewidth": 1, "capsize": 3}
-            axes.errorbar(place + shift, value, yerr=deviation, fmt="none", **line)
-        top = value + (deviation or 0) + 1
+            axes.errorbar(position + shift, value, yerr=std, fmt="none", **line)
+        top = value + (std or 0) + 1
         style: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": 8.5, "color": INK}
         style["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
-        axes.text(place + shift, top, f"{value:.1f}", **style)
+        axes.text(position + shift, top, f"{value:.1f}", **style)

@@ -18,7 +18,7 @@ def with_absolute_sources(config: R, *, first: Sequence[Path] = ()) -> R:
     """Return a run with absolute paths of its images.
 
     Args:
-        config: The run.
+        config: The run's configuration.
         first: Folders in which relative paths are looked up before the current folder and the
             folder that holds ``output_dir``.
     """
@@ -42,7 +42,10 @@ def read_run(folder: RunFolder) -> RunConfig[Any]:
 
 
 def start_folder(folder: RunFolder, output_dir: str) -> list[Path]:
-    """Return the folder that a run was started in, if its place and ``output_dir`` tell it."""
+    """Return the folder that a run was started in, as a list; empty if it cannot be derived.
+
+    It is derived from the path of the run folder and ``output_dir``.
+    """
     parts = Path(output_dir).expanduser()
     above = folder.path.parent
     if parts.is_absolute() or above.parts[-len(parts.parts) :] != parts.parts:
@@ -59,7 +62,7 @@ def dropped_settings_note(
         origin: A run folder, or a file in one.
         overrides: ``section.key=value``, which may name other images.
         test_key: The key that names other test images.
-        never: Settings that are never taken over, and so not listed.
+        never: Settings that are never inherited, and so not listed.
 
     Returns:
         The message; empty if no setting is dropped.
@@ -69,19 +72,19 @@ def dropped_settings_note(
         return ""
     values = read_mapping(folder.config)
     source = named_source(overrides, "data.source")
-    _, left = without_other_source(
+    _, left_out = without_other_source(
         values,
         source=source,
         test_source=named_source(overrides, test_key),
         first=start_folder(folder, str(values.get("output_dir", "runs"))),
     )
-    dropped = [text for text in left if text.partition("=")[0] not in never]
+    dropped = [text for text in left_out if text.partition("=")[0] not in never]
     if not dropped:
         return ""
     images = "data.source" if source is not None else test_key
     return (
-        f"{images} names other images than {folder.path.name} has: its settings of the old ones "
-        f"are left out: {', '.join(dropped)}"
+        f"{images} names other images than {folder.path.name} uses; settings of the old images are "
+        f"dropped: {', '.join(dropped)}"
     )
 
 
@@ -92,8 +95,8 @@ def with_absolute_files(config: RunConfig[Any], home: Path) -> RunConfig[Any]:
     path is looked up in the current folder, then in ``home``.
 
     Args:
-        config: The run.
-        home: The folder that relative paths of output are relative to.
+        config: The run's configuration.
+        home: Base folder of relative output paths.
 
     Raises:
         DataError: If a file or folder does not exist.

@@ -14,13 +14,13 @@ from raysl.folder.whole import read_json, write_text
 from raysl.report.terminal import ProgressView, say, say_notes
 from raysl.run.build import precision_note
 from raysl.run.check import check_names, check_start
-from raysl.run.environment import flat, tags_of
+from raysl.run.environment import flatten_mapping, tags_of
 from raysl.run.extension import differences_besides_length, tags_of_extensions
 from raysl.run.extension import extend as extend_run
 from raysl.run.labelled_sets import labelling_notes
 from raysl.run.local import pretrain_here, uses_gpu
 from raysl.run.places import start_folder, with_absolute_files, with_absolute_sources
-from raysl.run.protocol_runs import Train, train_protocols
+from raysl.run.protocol_runs import TrainFunction, train_protocols
 from raysl.run.ray_cluster import connect, describe_cluster, disconnect, plan_layout
 from raysl.run.ray_train import pretrain_on_ray
 from raysl.run.recipe import (
@@ -28,7 +28,7 @@ from raysl.run.recipe import (
     RunConfig,
     derive_for,
     differences,
-    layered,
+    drop_idle,
     run_or_problems,
     size_defaults,
 )
@@ -92,9 +92,9 @@ def train_run(
     """Train or resume a run in its folder; if it is finished, print its results again.
 
     Args:
-        config: The run.
+        config: The run's configuration.
         began_at: Start of the run in seconds since 1970; its durations are measured from here.
-        typed: The configuration file and overrides of the command line, or None.
+        typed: The configuration file and overrides of the command line; None from Python.
         fresh: Start from step 0; an earlier run's folder is renamed.
         extend: Continue the run in the folder, finished or not, to the length of ``config``.
         tags: Additional tags of its MLflow run.
@@ -105,7 +105,7 @@ def train_run(
 
     Raises:
         RunFolderError: If the folder holds a run with other settings or images.
-        RayslError: If the run fails otherwise; the subclass says how.
+        RayslError: If the run fails otherwise; the subclass names the kind of failure.
     """
     home = working_folder()
     config = with_absolute_files(config, home)
@@ -152,30 +152,31 @@ def _run_to_extend(
             raise RunFolderError(f"{folder.path}: no run to extend; leave --extend out to start it")
         return None
     old, values = _with_new_defaults(folder), config.model_dump(mode="json")
-    known = old if isinstance(old, dict) else old.model_dump(mode="json")
-    changed, more = differences(known, values), differences_besides_length(known, values)
+    old_values = old if isinstance(old, dict) else old.model_dump(mode="json")
+    changed = differences(old_values, values)
+    more = differences_besides_length(old_values, values)
     if not changed:
         return None
     if more or not extend or isinstance(old, dict):
-        length = "" if more else ", or --extend to go on with this one to the new length"
-        shown = more if extend and more else changed
+        length = "" if more else ", or --extend to continue this run to the new length"
+        listed = more if extend and more else changed
         text = refusal(
-            folder.path, "holds a run with other settings", shown, instead=OR_FRESH + length
+            folder.path, "holds a run with other settings", listed, instead=OR_FRESH + length
         )
         raise RunFolderError(text)
     return old
 
 
 def _with_new_defaults(folder: RunFolder) -> RunConfig[Any] | dict[str, Any]:
-    """Return the settings of a folder; a setting that is newer than the folder has its default.
+    """Return the settings of a folder; settings added in later versions have their defaults.
 
     Settings that this version does not accept are returned as plain values.
     """
-    values = layered({}, read_mapping(folder.config), ())  # without what had no effect
-    found = run_or_problems(values)
-    if isinstance(found, list):
+    values = drop_idle({}, read_mapping(folder.config), ())  # without settings that had no effect
+    run = run_or_problems(values)
+    if isinstance(run, list):
         return values
-    return with_absolute_sources(found, first=start_folder(folder, found.output_dir))
+    return with_absolute_sources(run, first=start_folder(folder, run.output_dir))
 
 
 def _finished(run: Run, results: Results) -> Results:
@@ -183,31 +184,31 @@ def _finished(run: Run, results: Results) -> Results:
     folder, config = run.folder, run.config
     write_text(folder.config, to_yaml(config.model_dump(mode="json")))
     say(
-        f"{folder.path}: this run is finished; a larger train.epochs or train.steps with --extend "
-        f"goes on with it, --fresh starts it anew, name=... another"
+        f"{folder.path}: this run is finished; --extend with a larger train.epochs or train.steps "
+        f"continues it, --fresh starts over, name=... starts another run"
     )
     try:
         source = open_training_source(config.data, config.evaluate, config.method)
         opened = Opened(run, source, derive_for(config, source))
     except RayslError as error:
-        say(f"  its results are those of its end; its images can no longer be opened: {error}")
+        say(f"  its results are unchanged, but its images can no longer be opened: {error}")
         return results
-    known, facts = read_json(folder.source), source_facts(source)
-    if known is not None and not is_same(known, facts):
-        changed = "\n    ".join(what_changed(known, facts))
-        text = "its results are those of its end; its images have changed since it began"
+    recorded, facts = read_json(folder.source), source_facts(source)
+    if recorded is not None and not is_same(recorded, facts):
+        changed = "\n    ".join(what_changed(recorded, facts))
+        text = "its results are unchanged, but its images have changed since it began"
         say(f"  {text}:\n    {changed}")
     return _send_again(opened, results)
 
 
 def _train(opened: Opened, notes_printed: Collection[str]) -> Results:
     config, folder, derived = opened.config, opened.folder, opened.derived
-    done = latest_step(folder.checkpoints)
-    _say_start(opened, done, notes_printed)
+    steps_done = latest_step(folder.checkpoints)
+    _say_start(opened, steps_done, notes_printed)
     if config.track.mlflow and config.cluster.num_train_workers > 0:
         load_mlflow(opened.uri)
     with ExitStack() as stack:
-        train: Train = lambda run, place, images: pretrain_here(  # noqa: E731
+        train: TrainFunction = lambda run, place, images: pretrain_here(  # noqa: E731
             run, folder=place, source=images
         )
         facts: dict[str, str] = {}
@@ -229,8 +230,8 @@ def _train(opened: Opened, notes_printed: Collection[str]) -> Results:
         if note := precision_note(config, use_gpu=use_gpu):
             say(f"  {note}")
         tracker = _start_tracker(opened, facts)
-        progress = ProgressView(total_steps=derived.total_steps, done=done)
-        reader = MetricsReader(folder.metrics, dict.fromkeys((), done))
+        progress = ProgressView(total_steps=derived.total_steps, done=steps_done)
+        reader = MetricsReader(folder.metrics, dict.fromkeys((), steps_done))
         try:
             with Follower(reader, _show_progress(progress, folder), every_s=_PROGRESS_EVERY_S):
                 results = train(config, folder, opened.source)
@@ -261,15 +262,15 @@ def _start_tracker(
     track = opened.config.track
     if not track.mlflow:
         return None
-    found = size_defaults(opened.config, opened.source)
-    by_size = {name: default.value for name, default in found.items()}
+    defaults = size_defaults(opened.config, opened.source)
+    by_size = {name: default.value for name, default in defaults.items()}
     return start_tracker(
         opened.folder,
         track,
         uri=opened.uri,
         run_name=opened.config.name,
-        params=flat(opened.config.model_dump(mode="json"))
-        | flat({"derived": opened.derived._asdict() | by_size}),
+        params=flatten_mapping(opened.config.model_dump(mode="json"))
+        | flatten_mapping({"derived": opened.derived._asdict() | by_size}),
         tags={
             **tags_of(opened.config, opened.source, facts),
             **tags_of_extensions(opened.folder),
@@ -313,9 +314,9 @@ def _send_again(opened: Opened, results: Results) -> Results:
     return results
 
 
-def _say_start(opened: Opened, done: int, notes_printed: Collection[str]) -> None:
+def _say_start(opened: Opened, steps_done: int, notes_printed: Collection[str]) -> None:
     config, derived = opened.config, opened.derived
-    what = f"goes on after step {done}" if done else "starts"
+    what = f"resumes after step {steps_done}" if steps_done else "starts"
     say(
         f"{config.name} {what}: {config.method.name}, {config.backbone.name}, "
         f"{derived.num_images:,} images from {opened.source.name}, {derived.total_steps} steps of "
@@ -333,8 +334,8 @@ def _say_sources(opened: Opened, notes_printed: Collection[str]) -> None:
     if whole.fingerprint not in notes_printed:
         say_notes(whole, first_look(whole))
     if config.evaluate.source is not None:
-        given = config.evaluate.test_images(config.data)
-        test = open_source(given, held_out=True, data=config.data)
+        settings = config.evaluate.test_images(config.data)
+        test = open_source(settings, held_out=True, data=config.data)
         if test.fingerprint not in {*notes_printed, whole.fingerprint}:
             say_notes(test, title=f"evaluate.source={test.name}")
     for note in labelling_notes(config, opened.source):

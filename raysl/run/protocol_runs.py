@@ -2,7 +2,7 @@
 
 Each seed of a protocol is a run of method ``supervised``, as ``raysl finetune`` makes it, in
 ``protocols`` of the run's folder. It starts when the workers of the pretraining have ended, on the
-same cluster; one that was interrupted goes on from its last checkpoint.
+same cluster. An interrupted run resumes from its last checkpoint.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 from raysl.config.load import read_mapping, to_yaml
 from raysl.errors import ConfigError, DivergedError
 from raysl.evaluate.embedding import encoder_digest
-from raysl.evaluate.protocol import mean_and_deviation, protocol_texts
+from raysl.evaluate.protocol import mean_and_std, protocol_texts
 from raysl.evaluate.registry import ProtocolRun, key_of, settings_of, units_of
 from raysl.evaluate.training_source import seen_part
 from raysl.folder.whole import read_json, write_json, write_text
@@ -27,29 +27,34 @@ from raysl.sources.subset import whole_source
 from raysl.track.results import Results, accuracies_of
 from raysl.track.run_folder import MetricsFile, RunFolder
 
-Train = Callable[[RunConfig[Any], RunFolder, Source], Results]
-"""Trains a run in its folder, or goes on with it, and returns its results."""
+TrainFunction = Callable[[RunConfig[Any], RunFolder, Source], Results]
+"""Trains or resumes a run in its folder, and returns its results."""
 
 _FEWEST_LABELS = 2
 
 
 def protocols_to_train(config: RunConfig[Any]) -> tuple[str, ...]:
-    """Return the protocols that train a copy of the network after a run; none of a classifier."""
+    """Return the protocols that train a copy of the network after a run; empty for a classifier."""
     return () if config.method.classifies else config.evaluate.trained
 
 
 def train_protocols(
-    config: RunConfig[Any], results: Results, *, folder: RunFolder, source: Source, train: Train
+    config: RunConfig[Any],
+    results: Results,
+    *,
+    folder: RunFolder,
+    source: Source,
+    train: TrainFunction,
 ) -> Results:
-    """Train what ``evaluate.final`` names, and write the results of the whole run.
+    """Run the training protocols of ``evaluate.final``, and write the results of the whole run.
 
-    Does nothing where no protocol trains: then the run's worker has written the results.
+    If there are none, nothing is written: the run's worker has already written the results.
 
     Args:
-        config: The pretraining; its encoder is in ``folder``.
-        results: Of its worker.
-        folder: Its run folder.
-        source: Its training images.
+        config: The configuration of the pretraining.
+        results: The results of the pretraining's worker.
+        folder: The pretraining's run folder, which contains the encoder.
+        source: The training images of the pretraining.
         train: Trains each run.
 
     Returns:
@@ -61,18 +66,18 @@ def train_protocols(
     names = protocols_to_train(config)
     if not names:
         return results
-    found: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     for name in names:
-        done = [
-            _train_unit(config, unit, folder=folder, source=source, train=train)
+        seed_results = [
+            _train_seed(config, unit, folder=folder, source=source, train=train)
             for unit in units_of(config.evaluate, name)
         ]
-        found |= mean_and_deviation(name, [each["top1"] for each in done])
-        found[f"{name}_labels"] = done[0]["num_labels"]
+        measured |= mean_and_std(name, [each["top1"] for each in seed_results])
+        measured[f"{name}_labels"] = seed_results[0]["num_labels"]
     texts = results.get("protocols", {}) | protocol_texts(config.evaluate, names)
-    results = Results(**{**results, **found, "protocols": texts})  # type: ignore[typeddict-item]
+    results = Results(**{**results, **measured, "protocols": texts})  # type: ignore[typeddict-item]
     metrics = MetricsFile(folder.metrics, start_step=results["steps"])
-    accuracies = accuracies_of(Results(**found))  # type: ignore[typeddict-item]
+    accuracies = accuracies_of(Results(**measured))  # type: ignore[typeddict-item]
     metrics.log({f"final/{key}": value for key, value in accuracies.items()}, step=results["steps"])
     metrics.close()
     folder.write_results(results)
@@ -80,10 +85,10 @@ def train_protocols(
 
 
 def check_protocol_runs(config: RunConfig[Any], source: Source) -> None:
-    """Refuse protocols that could not be trained when the run has ended.
+    """Check before a run that its training protocols can run after it.
 
     Raises:
-        ConfigError: If their settings make no run, or leave too few labels.
+        ConfigError: If their settings are not valid, or leave too few labels.
     """
     folder = RunFolder(Path(config.output_dir) / config.name)
     for name in protocols_to_train(config):
@@ -97,13 +102,13 @@ def protocol_run(
     """Return the run that is one seed of a protocol.
 
     Args:
-        config: The pretraining, finished or not.
+        config: The pretraining's configuration.
         unit: The protocol, its settings and seed.
         folder: The pretraining's run folder.
-        source: Its training images.
+        source: The training images of the pretraining.
 
     Raises:
-        ConfigError: If the settings make no run, or leave too few labels.
+        ConfigError: If the settings are not valid, or leave too few labels.
     """
     settings, where = settings_of(unit), f"evaluate.{unit.protocol}"
     whole = whole_source(source)
@@ -134,44 +139,54 @@ def protocol_run(
 
 
 def train_in(
-    folder: RunFolder, config: RunConfig[Any], open_images: Callable[[], Source], train: Train
+    folder: RunFolder,
+    config: RunConfig[Any],
+    open_images: Callable[[], Source],
+    train: TrainFunction,
 ) -> Results:
-    """Train a run in its folder, or go on with it; of a finished one return the results."""
+    """Train or resume a run in its folder; return the stored results of a finished run."""
     with folder.locked():
         write_text(folder.config, to_yaml(config.model_dump(mode="json")))
         results = folder.read_results()
         return train(config, folder, open_images()) if results is None else results
 
 
-def _train_unit(
-    config: RunConfig[Any], unit: ProtocolRun, *, folder: RunFolder, source: Source, train: Train
+def _train_seed(
+    config: RunConfig[Any],
+    unit: ProtocolRun,
+    *,
+    folder: RunFolder,
+    source: Source,
+    train: TrainFunction,
 ) -> Results:
     run = protocol_run(config, unit, folder=folder, source=source)
-    below = RunFolder(folder.protocols / run.name)
-    _drop_others(below, run, encoder=encoder_digest(folder.encoder))
-    say(f"training {run.name}: {below.path}")
+    run_folder = RunFolder(folder.protocols / run.name)
+    _remove_stale_run(run_folder, run, encoder=encoder_digest(folder.encoder))
+    say(f"training {run.name}: {run_folder.path}")
 
     def open_images() -> Source:
         return seen_part(whole_source(source), run.data, run.evaluate, run.method)
 
     try:
-        return train_in(below, run, open_images, train)
+        return train_in(run_folder, run, open_images, train)
     except DivergedError as error:
         lower = f"lower {'vit_' * run.backbone.is_vit}base_lr of evaluate.{unit.protocol}"
         raise DivergedError(f"evaluate.{unit.protocol}: {error}; {lower}") from None
 
 
-def _drop_others(folder: RunFolder, config: RunConfig[Any], *, encoder: str) -> None:
-    """Remove what began with another encoder, as before ``--extend``, or with other settings."""
+def _remove_stale_run(folder: RunFolder, config: RunConfig[Any], *, encoder: str) -> None:
+    """Remove a run that began with other settings or another encoder, as before ``--extend``."""
     claim = folder.path / "encoder.json"
-    now = {"encoder": encoder}
+    wanted = {"encoder": encoder}
     values = config.model_dump(mode="json")
-    known = read_mapping(folder.config) if folder.config.exists() else values
-    if folder.path.exists() and (read_json(claim) != now or _lasting(known) != _lasting(values)):
+    stored = read_mapping(folder.config) if folder.config.exists() else values
+    if folder.path.exists() and (
+        read_json(claim) != wanted or _fixed_values(stored) != _fixed_values(values)
+    ):
         shutil.rmtree(folder.path)
     folder.path.mkdir(parents=True, exist_ok=True)
-    write_json(claim, now)
+    write_json(claim, wanted)
 
 
-def _lasting(values: Mapping[str, Any]) -> dict[str, Any]:
+def _fixed_values(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in ("cluster", "track")}

@@ -27,7 +27,7 @@ WORKER_ENVIRONMENT = {
     # Waiting torch threads must sleep: spinning threads take the cores from the data workers
     # (65 instead of 245 images/s on two busy cores).
     "OMP_WAIT_POLICY": "passive",
-    # But not immediately: bfloat16 on CPU waits so often that it would be 50 times slower (ADR 5).
+    # But not at once: bfloat16 on CPU waits so often that it would be 50 times slower (ADR 5).
     "GOMP_SPINCOUNT": "30000",
     # If on, a driver under `uv run` starts every worker through uv with a copy of the folder.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
@@ -110,7 +110,7 @@ def plan_layout(config: "RunConfig[Any]") -> Layout:
     use_gpu = cluster.device == "cuda" or (cluster.device == "auto" and gpus >= workers)
     if use_gpu and gpus < workers:
         raise ClusterError(
-            f"cluster.device=cuda needs {workers} GPUs, one a train worker; the cluster has "
+            f"cluster.device=cuda needs {workers} GPUs, one per train worker; the cluster has "
             f"{gpus:g}. Lower cluster.num_train_workers or set cluster.device=cpu"
         )
     # On a machine of one or two CPUs, train workers take half of them instead of failing.
@@ -118,11 +118,11 @@ def plan_layout(config: "RunConfig[Any]") -> Layout:
     per_worker = cluster.cpus_per_train_worker or (1.0 if workers < cpus else half)
     left = cpus - workers * per_worker - READ_CPUS - _MARGIN
     data_workers = cluster.num_data_workers or max(1, math.floor(left + READ_CPUS + _MARGIN))
-    each = math.floor(100 * min(1.0, left / data_workers)) / 100
-    if per_worker <= 0 or each < _MARGIN:
+    cpus_each = math.floor(100 * min(1.0, left / data_workers)) / 100
+    if per_worker <= 0 or cpus_each < _MARGIN:
         raise ClusterError(
-            f"{workers} train workers with cluster.cpus_per_train_worker={per_worker:g} leave no "
-            f"CPU of the cluster's {cpus:g} to make views. Lower cluster.num_train_workers or "
+            f"{workers} train workers with cluster.cpus_per_train_worker={per_worker:g} leave none "
+            f"of the cluster's {cpus:g} CPUs to make views. Lower cluster.num_train_workers or "
             f"cluster.cpus_per_train_worker, or add nodes"
         )
     nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -133,11 +133,11 @@ def plan_layout(config: "RunConfig[Any]") -> Layout:
         workers,
         per_worker,
         data_workers,
-        each,
+        cpus_each,
         use_gpu,
         threads,
         len(nodes),
-        spare_cpus=max(0, math.floor(left - data_workers * each)),
+        spare_cpus=max(0, math.floor(left - data_workers * cpus_each)),
         spare_gpus=max(0, math.floor(gpus) - workers) if use_gpu else 0,
     )
 

@@ -179,8 +179,8 @@ def open_dataset(
     return dataset
 
 
-class OpenRest:
-    """Dataset factory that Ray Train calls at each start of the workers.
+class RemainingDataset:
+    """Dataset factory: Ray Train calls it at each start of the workers.
 
     Args:
         source: Object reference of the source.
@@ -223,10 +223,10 @@ def iterate_shard(
     prefetch_batches: int,
     blocks_per_batch: int = 1,
 ) -> Iterator[Block]:
-    """Yield this worker's batches, whose pixels stay where they are in the object store.
+    """Yield this worker's batches; their pixels stay in the object store.
 
-    The stream starts at this call, in its own thread, and not when the first batch is requested:
-    its actors take seconds to start, while the model is built.
+    The stream starts in its own thread at this call, not when the first batch is requested: its
+    actors take seconds to start, in which the model is built.
 
     Args:
         open_shard: Returns the worker's shard of the dataset.
@@ -248,10 +248,10 @@ def iterate_shard(
         batches = regroup(blocks, batch_size=batch_size)
         return next(batches, None), batches
 
-    begun = in_background(begin, name="raysl-first-batch")
+    first_batch = in_background(begin, name="raysl-first-batch")
 
     def batches() -> Iterator[Block]:
-        first, rest = begun.result()
+        first, rest = first_batch.result()
         if first is not None:
             yield first
             yield from rest
@@ -260,7 +260,7 @@ def iterate_shard(
 
 
 def regroup(blocks: Iterable[Block], *, batch_size: int) -> Iterator[Block]:
-    """Split blocks of several batches, or join several blocks to a batch."""
+    """Yield batches: parts of larger blocks, or several smaller blocks joined."""
     parts: list[Block] = []
     for block in blocks:
         rows = len(block[INDEX])

@@ -34,7 +34,7 @@ def own_errors(what: str) -> Iterator[None]:
         raise ClusterError(f"{what} failed: {type(error).__name__}: {last}") from None
 
 
-def wrapped_in(error: BaseException | None) -> Iterator[RayslError]:
+def wrapped_errors(error: BaseException | None) -> Iterator[RayslError]:
     """Yield raysl's own errors in a chain of Ray exceptions, outermost first."""
     while error is not None:
         # Ray derives classes from both RayError and the cause; their text is a traceback.

@@ -17,9 +17,9 @@ from raysl.errors import ClusterError, ErrorRecord, RayslError, from_record, to_
 from raysl.nn.collectives import broadcast_object, rank_and_size
 from raysl.run.measuring import Place
 from raysl.run.ray_cluster import Layout, in_background, worker_runtime_env
-from raysl.run.ray_data import OpenRest, execution_options, iterate_shard
-from raysl.run.ray_errors import wrapped_in
-from raysl.run.ray_validate import Evaluator, Share, share_beside
+from raysl.run.ray_data import RemainingDataset, execution_options, iterate_shard
+from raysl.run.ray_errors import wrapped_errors
+from raysl.run.ray_validate import Evaluator, Share, evaluator_share
 from raysl.run.recipe import RunConfig, block_spec, plan_of, run_from_values
 from raysl.run.worker import pretrain
 from raysl.sources.source import Source
@@ -68,7 +68,7 @@ def _trainer(
             "folder": str(folder.path),
             "source": reference,
             "threads": layout.threads_per_train_worker,
-            "evaluation": share_beside(config, layout),
+            "evaluation": evaluator_share(config, layout),
         },
         scaling_config=ScalingConfig(
             num_workers=layout.num_train_workers,
@@ -76,7 +76,7 @@ def _trainer(
             resources_per_worker=resources | ({"GPU": 1} if layout.use_gpu else {}),
         ),
         datasets={
-            "train": OpenRest(
+            "train": RemainingDataset(
                 reference,
                 plan_of(config, source),
                 block_spec(config.data),
@@ -133,13 +133,15 @@ def _train_worker(settings: dict[str, Any]) -> Results | ErrorRecord:
             begin=evaluator,
         )
     except (RayslError, ray.exceptions.RayTaskError) as error:
-        # A cluster error may not come again after a restart, so it is raised.
-        own = next((e for e in wrapped_in(error) if not isinstance(e, ClusterError)), None)
-        if own is None:
+        # A cluster error may not recur after a restart, so it is raised.
+        own_error = next(
+            (e for e in wrapped_errors(error) if not isinstance(e, ClusterError)), None
+        )
+        if own_error is None:
             raise
         if rank_and_size()[1] == 1:
-            return to_record(own)
-        write_error(folder, own)
+            return to_record(own_error)
+        write_error(folder, own_error)
         raise
     finally:
         if evaluator is not None:
@@ -152,6 +154,6 @@ def _as_cluster_error(error: Any, config: RunConfig[Any]) -> ClusterError:
     text = str(inner).strip() or type(inner).__name__
     return ClusterError(
         f"the workers failed more often than cluster.max_failures={config.cluster.max_failures}; "
-        f"the last time: {type(inner).__name__}: {text}. The same command goes on from the last "
+        f"the last time: {type(inner).__name__}: {text}. The same command resumes from the last "
         f"checkpoint; Ray's own logs are below session_latest/logs/train of its temporary folder"
     )

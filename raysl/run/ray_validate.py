@@ -27,7 +27,7 @@ class Share(NamedTuple):
     threads: int
 
 
-def share_beside(config: RunConfig[Any], layout: Layout) -> Share | None:
+def evaluator_share(config: RunConfig[Any], layout: Layout) -> Share | None:
     """Return the resources of the evaluation actor; None if the train workers evaluate.
 
     The actor uses a spare GPU if there is one, else idle CPU time: it reserves no CPU, so that it
@@ -48,7 +48,7 @@ class Evaluator:
     started it, however that ends.
 
     Args:
-        config: The run.
+        config: The run's configuration.
         share: Resources of the actor.
         num_ranks: Number of train workers of the run.
     """
@@ -105,7 +105,7 @@ class Evaluator:
 
 
 class _Measurer:
-    """The actor. It caches the decoded images between evaluations."""
+    """The actor that evaluates; it caches the decoded images between evaluations."""
 
     def __init__(
         self, config: dict[str, Any], sets: OnlineSets, *, threads: int, num_ranks: int

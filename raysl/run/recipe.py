@@ -24,7 +24,7 @@ from raysl.data.fragments import images_per_epoch
 from raysl.data.plan import Plan, item_size_for
 from raysl.data.stream import BlockSpec
 from raysl.errors import ConfigError
-from raysl.evaluate.old_keys import new_keys, renamed, resolved
+from raysl.evaluate.old_keys import new_keys, rename_old_keys, resolve_final
 from raysl.evaluate.protocol import EvaluateConfig
 from raysl.folder.claim import changes
 from raysl.methods import load_method
@@ -109,10 +109,10 @@ class RunConfig(Config, Generic[M]):
         if not method.has_adversary:
             yield "adversary_optim", f"with method {method.name} as it is set, without an adversary"
         if method.classifies:  # a student's data.labels are those that its teacher saw
-            why = f"with method {method.name}, which trains on labels itself"
+            reason = f"with method {method.name}, which trains on labels itself"
             final = get_key(values, "evaluate.final")
             trains = isinstance(final, list) and any(name in final for name in TRAINING)
-            yield from ((f"evaluate.{key}", why) for key in (*TRAINING, *["final"] * trains))
+            yield from ((f"evaluate.{key}", reason) for key in (*TRAINING, *["final"] * trains))
         elif not method.uses_labels and get_key(values, "data.labels.only") is not True:
             for name in ("fraction", "seed"):
                 yield f"data.labels.{name}", f"with method {method.name}, which sees no labels"
@@ -159,7 +159,7 @@ class RunConfig(Config, Generic[M]):
         if self.evaluate.online == "background" and self.cluster.num_train_workers == 0:
             raise ConfigError(
                 "evaluate.online=background needs Ray, which cluster.num_train_workers=0 does "
-                "without; set evaluate.online=auto or cluster.num_train_workers=1"
+                "not use; set evaluate.online=auto or cluster.num_train_workers=1"
             )
 
     @property
@@ -197,7 +197,7 @@ def derive(config: RunConfig[Any], *, num_images: int) -> Derived:
     """Return the derived values.
 
     Args:
-        config: The run.
+        config: The run's configuration.
         num_images: Number of images per epoch.
 
     Raises:
@@ -284,34 +284,34 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig[Any]:
     """
     values = read_run_values(find_config(path))
     keys = [parse_override(override)[0] for override in overrides]
-    values = layered(values, apply_overrides(values, overrides), keys)
+    values = drop_idle(values, apply_overrides(values, overrides), keys)
     values.setdefault("name", path.stem)
     return run_from_user(values, where=" ".join([str(path), *overrides]))
 
 
 def read_run_values(path: Path) -> dict[str, Any]:
-    """Read the plain values of a run; a file drops inherited settings that it makes idle.
+    """Read the plain values of a run; a file drops inherited settings without effect.
 
     Raises:
-        ConfigError: See :func:`raysl.config.load.read_mapping`.
+        ConfigError: If a file is missing or not a YAML mapping.
     """
     values: dict[str, Any] = {}
     for layer in read_layers(path):
-        values = layered(values, merge(values, layer), list(dotted_keys(layer)))
+        values = drop_idle(values, merge(values, layer), list(dotted_keys(layer)))
     return values
 
 
-def layered(
+def drop_idle(
     before: Mapping[str, Any], after: Mapping[str, Any], given: Sequence[str]
 ) -> dict[str, Any]:
-    """Return ``after`` without the settings of lower layers that the top layer makes idle.
+    """Return ``after`` without settings of lower layers that have no effect under the top layer.
 
     Args:
         before: Plain values of the lower layers.
         after: The same values with the top layer applied.
         given: Dotted keys that the top layer sets.
     """
-    before, after = renamed(before), renamed(after, given)
+    before, after = rename_old_keys(before), rename_old_keys(after, given)
     given = [key for each in given for key in new_keys(each)]
     return without_idle(_model_for(after)[0], before, after, given)
 
@@ -346,8 +346,8 @@ def run_from_values(values: Mapping[str, Any], *, where: str) -> RunConfig[Any]:
 
 
 def run_or_problems(values: Mapping[str, Any]) -> RunConfig[Any] | list[Problem]:
-    """Return the run that plain values make, or all that is wrong with them."""
-    values = resolved(values)
+    """Return the validated run, or a list of all problems in the values."""
+    values = resolve_final(values)
     model, problem = _model_for(values)
     if problem is None:
         return validated(model, values)

@@ -54,8 +54,10 @@ def print_results(run: Run, results: Results) -> None:
     if "num_train_labels" in results:
         out.print(accuracy_table(results))
     else:
-        if "knn_top1" in results:  # which the evaluation of the last step measured
-            out.print(f"nearest neighbours: right in {results['knn_top1']:.1%} of the test images")
+        if "knn_top1" in results:  # measured by the evaluation of the last step
+            out.print(
+                f"nearest neighbours: {results['knn_top1']:.1%} top-1 accuracy on the test images"
+            )
         for line in trained_lines(results):
             out.print(line)
     if "top1" in results:
@@ -65,8 +67,8 @@ def print_results(run: Run, results: Results) -> None:
     failures = read_failures(folder)
     if failures:
         say(
-            f"{len(failures)} evaluation(s) on the way failed or were left out, listed in "
-            f"{folder.failed_evaluations}; the last one: step {failures[-1]['step']}: "
+            f"{len(failures)} evaluation(s) during training failed or were skipped, listed in "
+            f"{folder.failed_evaluations}; the last: step {failures[-1]['step']}: "
             f"{failures[-1]['problem']}"
         )
     lines = [f"model     {folder.classifier}"] if config.method.classifies else []

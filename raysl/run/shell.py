@@ -28,18 +28,18 @@ def longer_command(typed: Typed, config: RunConfig, *, times: float) -> str:  # 
     """Return the command that trains the same run longer, under a name that states the length.
 
     Args:
-        typed: The command line of the run; its overrides except name and length are kept.
-        config: The run.
+        typed: The command line of the run; all its overrides except name and length are repeated.
+        config: The run's configuration.
         times: Factor by which the new run is longer.
     """
     train = config.train
     length, unit = (train.steps, "steps") if train.steps else (train.epochs or 1, "epochs")
     amount = f"{times * length:g}" if unit == "epochs" else str(round(times * length))
     name = f"{_LENGTH.sub('', config.name)}-{amount}{unit}"
-    kept = without_keys(typed.overrides, "name", f"train.{unit}")
-    return command("pretrain", typed.config_file, *kept, f"name={name}", f"train.{unit}={amount}")
+    others = without_keys(typed.overrides, "name", f"train.{unit}")
+    return command("pretrain", typed.config_file, *others, f"name={name}", f"train.{unit}={amount}")
 
 
 def without_keys(overrides: Sequence[str], *keys: str) -> list[str]:
-    """Return the overrides of all other keys."""
+    """Return the overrides of all keys except ``keys``."""
     return [override for override in overrides if parse_override(override)[0] not in keys]

@@ -1,7 +1,7 @@
 """Record a run's images in ``source.json``, and check whether they have changed.
 
-However often it is resumed, a run reads the same images in the same order, as long as the images
-themselves do not change.
+A resumed run reads the same images in the same order as an uninterrupted run, as long as the images
+have not changed.
 """
 
 from collections.abc import Mapping
@@ -57,33 +57,33 @@ def record_source(folder: RunFolder, source: Source, config: RunConfig[Any]) -> 
     Raises:
         RunFolderError: If the images have changed since the run began.
     """
-    facts, done = source_facts(source), latest_step(folder.checkpoints)
+    facts, steps_done = source_facts(source), latest_step(folder.checkpoints)
     records = _records(folder)
-    # Records without a trained step do not count: such images may be replaced again.
-    trained = [each for each in records if each[FROM_STEP] < done]
+    # Records without a trained step do not count: their images may still be replaced.
+    trained = [each for each in records if each[FROM_STEP] < steps_done]
     lines: list[str] = []
     if trained and not is_same(trained[-1], facts):
         changed = "\n  ".join(what_changed(trained[-1], facts))
         if config.data.if_changed == "stop":
-            raise RunFolderError(_refusal(folder, changed, done))
-        lines = [_continues(done, derive_for(config, source).total_steps), f"  {changed}"]
-        _write(folder, facts | {FROM_STEP: done}, earlier=trained)
+            raise RunFolderError(_refusal(folder, changed, steps_done))
+        lines = [_continues(steps_done, derive_for(config, source).total_steps), f"  {changed}"]
+        _write(folder, facts | {FROM_STEP: steps_done}, earlier=trained)
     else:
         since = trained[-1][FROM_STEP] if trained else 0
         _write(folder, facts | {FROM_STEP: since}, earlier=trained[:-1])
     if records and not is_same(records[-1], facts):
         _set_bad_images_aside(folder, records[-1])
         if not trained:
-            lines = ["the images have changed since the first start, which came to no checkpoint"]
+            lines = ["the images have changed since the first start, which wrote no checkpoint"]
     return lines
 
 
-def _refusal(folder: RunFolder, changed: str, done: int) -> str:
+def _refusal(folder: RunFolder, changed: str, steps_done: int) -> str:
     return (
         f"{folder.path}: the images have changed since this run began:\n  {changed}\n"
-        f"Put them back as they were, or give this run another name=..., or --fresh to start anew "
-        f"and set the old one aside, or data.if_changed=go_on to go on after step {done} with the "
-        f"images that are there now"
+        f"Restore them, or start another run with name=..., or start over with --fresh, which "
+        f"renames the old folder, or resume after step {steps_done} with the current images: "
+        f"data.if_changed=go_on"
     )
 
 
@@ -115,12 +115,12 @@ def what_changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """List the differences between two records, one line each."""
     if old.get("fingerprint") == new["fingerprint"]:
         return [
-            f"{new['name']}: the same images, but training sees others of them or of their "
+            f"{new['name']}: the same images, but training uses another part of them or of their "
             f"labels: {old.get('seen_images', 0):,} then, {new['seen_images']:,} now "
-            f"(evaluate.source decides what is held out to test on)"
+            f"(evaluate.source determines what is held out for testing)"
         ]
     was, now = int(old.get("images", 0)), new["images"]
-    same = "; as many, but other files, or of other sizes, or another choice of them"
+    same = "; the same number, but other files, other file sizes, or another selection"
     lines = [f"images of {new['name']}: {was:,} then, {now:,} now" + (same if was == now else "")]
     if old.get("groups") != new["groups"]:
         lines.append(f"files or row groups: {old.get('groups')} then, {new['groups']} now")
@@ -143,9 +143,13 @@ def _name_some(title: str, names: list[str]) -> str:
     return f"; {title}: {', '.join(names[:_SHOWN])}{more}"
 
 
-def _continues(done: int, total: int) -> str:
-    beyond = f"; step {done} is beyond that, so nothing is left to train" if done >= total else ""
+def _continues(steps_done: int, total: int) -> str:
+    beyond = (
+        f"; step {steps_done} is beyond that, so nothing is left to train"
+        if steps_done >= total
+        else ""
+    )
     return (
-        f"the images have changed, and data.if_changed=go_on: from step {done} on, order and "
-        f"length are those of the images that are there now, {total} steps in all{beyond}"
+        f"the images have changed, and data.if_changed=go_on: from step {steps_done} on, order and "
+        f"length are those of the current images, {total} steps in total{beyond}"
     )

@@ -73,7 +73,7 @@ def start_tracker(
 
 
 def print_problem(trouble: "MlflowProblem | None", uri: str, *, ended: bool) -> None:
-    """Print what MLflow does not accept, whether it is retried, and else the remedy.
+    """Print why MLflow does not accept records, when they are sent again, and the remedy, if any.
 
     Args:
         trouble: The problem; None prints nothing.
@@ -84,12 +84,12 @@ def print_problem(trouble: "MlflowProblem | None", uri: str, *, ended: bool) -> 
         return
     text, cure = trouble
     if ended:
-        what = f"MLflow did not take everything: {text}. Nothing is lost: "
+        what = f"MLflow did not accept everything: {text}. Nothing is lost: "
         then = "the same command sends the rest"
     else:
-        what = f"MLflow ({without_password(uri)}) takes nothing: {text}. The work goes on: "
-        then = "all of it is kept, and sent as soon as MLflow takes it, or by the same command"
-    say(f"  {what}{then}" if cure is None else f"  {what}{then}. MLflow will not by itself: {cure}")
+        what = f"MLflow ({without_password(uri)}) accepts nothing: {text}. Work continues: "
+        then = "records are stored, and sent when MLflow accepts them or by the same command"
+    say(f"  {what}{then}" if cure is None else f"  {what}{then}. What to do: {cure}")
 
 
 def end_tracker(

@@ -21,11 +21,11 @@ from raysl.nn.backbones import Backbone
 from raysl.nn.batchnorm import average_statistics
 from raysl.nn.collectives import barrier, broadcast_object, gather_objects, rank_and_size
 from raysl.run.build import build_method, build_optimizers, precision_on, save_networks
-from raysl.run.classify import Classified
+from raysl.run.classify import ClassifierEvaluation
 from raysl.run.labelled_sets import open_sets
 from raysl.run.measuring import Measuring, Place
 from raysl.run.method_pictures import write_method_pictures
-from raysl.run.online import Begin
+from raysl.run.online import EvaluationStarter
 from raysl.run.protocol_runs import protocols_to_train
 from raysl.run.recipe import Derived, RunConfig, derive_for, training_set
 from raysl.sources.source import Source
@@ -37,7 +37,7 @@ from raysl.train.checkpoint import load_checkpoint, load_state, save_checkpoint
 from raysl.train.health import HealthCheck
 from raysl.train.loop import Hooks, Log, Schedule, Trainer
 
-# Images of the source whose features are drawn as a map.
+# Largest number of images whose features are drawn as a map.
 _MAP_IMAGES = 1500
 
 
@@ -51,22 +51,22 @@ def pretrain(
     open_batches: Callable[[Derived], Iterator[NumpyBatch]],
     evaluated: Log | None = None,
     sets: LabelledSets | None = None,
-    begin: Begin | None = None,
+    begin: EvaluationStarter | None = None,
 ) -> Results:
     """Run one worker of a pretraining, from ``start_step`` to the written encoder.
 
     Every rank calls it with the same arguments except ``place``. Rank 0 writes into the folder.
 
     Args:
-        config: The run.
-        folder: The run's folder.
+        config: The run's configuration.
+        folder: The run folder.
         source: The training images, for evaluation.
         place: This worker's device and threads.
         start_step: Step of the checkpoint to resume from; 0 starts from scratch.
         open_batches: Opens this rank's stream of batches, beginning at ``start_step``.
         evaluated: Called with the metrics and the step of each evaluation, after the checkpoint;
             an exception that it raises ends the run.
-        sets: Result of :func:`open_sets` for this run or one with the same images; None opens them.
+        sets: The labelled images of the run, if already open; None opens them.
         begin: Starts an evaluation in the background; None evaluates in the workers.
 
     Returns:
@@ -91,7 +91,7 @@ def pretrain(
         hooks = worker.hooks(_log_into(metrics, worker.measuring), evaluated)
         trainer.run(batches, start_step=start_step, rank=worker.rank, hooks=hooks)
     average_statistics(worker.method)
-    if metrics is not None:  # first, so that a later error does not lose the networks
+    if metrics is not None:  # before the evaluation, so that its errors do not lose the networks
         save_networks(folder, worker.method, config)
         worker.draw(derived)
     counts: Results = {"steps": derived.total_steps, "num_bad_images": len(worker.bad_images)}
@@ -169,13 +169,15 @@ class _Worker:
             writes=self.rank == 0,
         )
         self.sets = sets or open_sets(config, source, num_threads=place.threads)
-        self.classified: Classified | None = None
+        self.classifier_evaluation: ClassifierEvaluation | None = None
         if self.method.label_classifier is not None and self.sets is not None:
             model = self.method.label_classifier
-            self.classified = Classified(model, self.sets, to_input=self.to_input)
-        seen = labels_record(source, config.data.labels)
-        if self.rank == 0 and seen is not None:
-            write_json(folder.labels, seen)
+            self.classifier_evaluation = ClassifierEvaluation(
+                model, self.sets, to_input=self.to_input
+            )
+        used_labels = labels_record(source, config.data.labels)
+        if self.rank == 0 and used_labels is not None:
+            write_json(folder.labels, used_labels)
         self.measuring = Measuring(
             config,
             self.method,
@@ -208,7 +210,7 @@ class _Worker:
         """Return the module that the loop calls: the method, wrapped in DDP on several ranks."""
         if rank_and_size()[1] == 1 or self.config.train.micro_batch_size is not None:
             return self.method  # the micro-batch step averages gradients itself
-        # The method keeps its buffers equal itself: queues are the same, statistics are averaged.
+        # The method keeps buffers equal on all ranks: queues are the same, statistics are averaged.
         device = self.place.device
         ids = [device.index] if device.type == "cuda" else None
         return DistributedDataParallel(self.method, device_ids=ids, broadcast_buffers=False)
@@ -227,8 +229,8 @@ class _Worker:
         """Load the checkpoint of a step."""
         state = load_checkpoint(self.folder.checkpoints, step=step, device=self.place.device)
         load_state(self.method, state["method"], owner=f"method {self.config.method.name}")
-        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.optimizer.load_state_dict(kept)
+        for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.optimizer.load_state_dict(optimizer_state)
 
     def checkpoint(self, step: int) -> None:
         """Write a checkpoint on rank 0; an error there is raised on every rank."""
@@ -249,34 +251,34 @@ class _Worker:
         if problem is not None:
             raise RunFolderError(problem)
 
-    def report_bad_images(self, found: Mapping[int, int], step: int) -> float:
+    def report_bad_images(self, flaws: Mapping[int, int], step: int) -> float:
         """Merge the bad images of all ranks; return the number of bad images so far."""
-        together = {row: flaw for part in gather_objects(found) for row, flaw in part.items()}
-        return float(self.bad_images.add(together, step=step))
+        merged = {row: flaw for part in gather_objects(flaws) for row, flaw in part.items()}
+        return float(self.bad_images.add(merged, step=step))
 
     def evaluate(self, step: int) -> Mapping[str, float]:
-        """Return the metrics of the encoder that are ready at once, or the classifier's."""
-        if self.classified is not None:
-            return self.classified.evaluate(step)
+        """Return the classifier's metrics, or those of the encoder that are already available."""
+        if self.classifier_evaluation is not None:
+            return self.classifier_evaluation.evaluate(step)
         return self.measuring.evaluate(step)
 
     def results(self) -> Results:
         """Return the final results on rank 0; they are incomplete on the other ranks."""
-        if self.classified is not None:
-            return self._classified(self.classified)
+        if self.classifier_evaluation is not None:
+            return self._classifier_results(self.classifier_evaluation)
         self.measuring.measure_last()
-        return self._probed()
+        return self._probe_results()
 
-    def _classified(self, classified: Classified) -> Results:
+    def _classifier_results(self, classifier_evaluation: ClassifierEvaluation) -> Results:
         total = derive_for(self.config, self.source).total_steps
-        found = classified.results(total, self.source)
+        results = classifier_evaluation.results(total, self.source)
         assert self.sets is not None
         features = embed(self.method.encoder, self.sets.test, to_input=self.to_input)
         if self.rank == 0:
             _write_features(self.folder, features, self.sets.test, self.sets.class_names)
-        return found
+        return results
 
-    def _probed(self) -> Results:
+    def _probe_results(self) -> Results:
         """Measure the encoder, the same encoder before training, and the bare pixels.
 
         Collective: every rank embeds its share, rank 0 computes the accuracies.
@@ -306,12 +308,12 @@ class _Worker:
 
     def _knn_only(self) -> Results:
         evaluate = self.config.evaluate
-        if self.rank == 0:  # of an earlier end of the run, with another encoder
+        if self.rank == 0:  # features of another encoder, from an earlier end of the run
             self.folder.features.unlink(missing_ok=True)
         if not evaluate.probes:
             return {}
         total = derive_for(self.config, self.source).total_steps
-        top1 = self.measuring.at(total)["eval/knn_top1"]
+        top1 = self.measuring.metrics_at(total)["eval/knn_top1"]
         return {"knn_top1": top1, "protocols": protocol_texts(evaluate, evaluate.probes)}
 
     def draw(self, derived: Derived) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from raysl.config.load import MISSING, Problem, drop_key, get_key, plain_copy, read_mapping
 from raysl.errors import ConfigError, RayslError
-from raysl.evaluate.old_keys import resolved
+from raysl.evaluate.old_keys import resolve_final
 from raysl.methods import load_method
 from raysl.run.recipe import RunConfig, run_or_problems
 from raysl.sweep.choices import Choices, options
@@ -215,7 +215,7 @@ def _trial_problems(
 
 def _unmeasured(sweep: SweepConfig, values: Mapping[str, Any]) -> Iterator[str]:
     """Reject metrics of a trial's end that its ``evaluate.final`` does not measure."""
-    section = resolved(values).get("evaluate")
+    section = resolve_final(values).get("evaluate")
     section = section if isinstance(section, dict) else {}
     final = section.get("final", ())
     leaves_out_untrained = (

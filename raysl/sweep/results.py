@@ -6,7 +6,7 @@ from typing import Any
 
 from raysl.config.load import get_key, read_mapping, set_key, to_yaml
 from raysl.errors import DivergedError
-from raysl.evaluate.old_keys import resolved
+from raysl.evaluate.old_keys import resolve_final
 from raysl.evaluate.registry import FINAL
 from raysl.folder.whole import write_text
 from raysl.report.terminal import console
@@ -145,7 +145,7 @@ def best_run(sweep: SweepConfig, trial: RunFolder) -> RunConfig[Any]:
         "output_dir": sweep.output_dir,
         "track": sweep.track.model_dump(mode="json"),
     }
-    values = resolved(values)
+    values = resolve_final(values)
     final = get_key(values, "evaluate.final")
     set_key(values, "evaluate.final", list(dict.fromkeys([*FINAL, *final])))
     set_key(values, "evaluate.online", "auto")

@@ -18,8 +18,8 @@ from raysl.config.load import (
 from raysl.errors import ConfigError
 from raysl.run.recipe import (
     RunConfig,
+    drop_idle,
     idle_problems,
-    layered,
     read_run_values,
     run_from_values,
 )
@@ -161,7 +161,7 @@ def run_values(
                 set_key(values, key, given[key])
             except ConfigError as error:
                 problems.append(Problem(tuple(key.split(".")), f"{key}: {error}"))
-        values = layered(below, values, list(given))
+        values = drop_idle(below, values, list(given))
     problems += list(_idle(values, candidate))
     for key, value in (_fixed(sweep) | _pace(sweep, candidate, values)).items():
         with suppress(ConfigError):  # an invalid section is reported separately

@@ -16,7 +16,7 @@ from raysl.errors import RunFolderError
 from raysl.folder.claim import ANOTHER_NAME, changes, refusal
 from raysl.folder.lock import held
 from raysl.folder.whole import read_json, write_json, write_text
-from raysl.run.environment import flat
+from raysl.run.environment import flatten_mapping
 from raysl.sources.place import as_place
 from raysl.sweep.config import IF_CHANGED, MetricConfig, SweepConfig
 from raysl.sweep.space import TRIALS, Candidate, trial_name
@@ -114,7 +114,7 @@ def _comparable(values: Mapping[str, Any]) -> dict[str, Any]:
 
     Folders of base files are left out, since each job has another working folder.
     """
-    settings = flat({**values, "base": [Path(base).name for base in values["base"]]})
+    settings = flatten_mapping({**values, "base": [Path(base).name for base in values["base"]]})
     settings.pop(f"set.{IF_CHANGED}", None)  # may change
     return {key: as_place(key.rpartition(".")[2], value) for key, value in settings.items()}
 

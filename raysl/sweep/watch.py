@@ -15,7 +15,7 @@ from rich.table import Table
 from raysl.config.load import read_mapping
 from raysl.folder.whole import write_json
 from raysl.report.terminal import console
-from raysl.run.environment import flat
+from raysl.run.environment import flatten_mapping
 from raysl.sweep.config import SweepConfig
 from raysl.sweep.summary import best_of, ranked
 from raysl.sweep.trial import (
@@ -69,7 +69,7 @@ class SweepTracking:
         self._parent = self._tracker(
             RunFolder(folder.path),
             sweep.name,
-            params=flat(sweep.model_dump(mode="json", exclude={"space", "set"}))
+            params=flatten_mapping(sweep.model_dump(mode="json", exclude={"space", "set"}))
             | {f"space.{key}": str(value) for key, value in _plain_space(sweep).items()}
             | {f"set.{key}": value for key, value in sweep.set.items()},
             tags={"raysl.kind": "sweep", **self._tags},
@@ -190,7 +190,7 @@ def _params(trial: Trial) -> dict[str, Any]:
     MLflow's compare page shows the first three parameters that differ, so the trial's name and
     copies of settings are left out.
     """
-    settings = flat(read_mapping(RunFolder(trial.path).config))
+    settings = flatten_mapping(read_mapping(RunFolder(trial.path).config))
     del settings["name"]
     labels = {k: v for k, v in trial.params.items() if str(settings.get(k)) != str(v)}
     return settings | {f"sweep.{key}": value for key, value in labels.items()}

@@ -9,8 +9,8 @@ import torch
 from raysl.data.decode import decode
 from raysl.downstream.attention import attention_maps
 from raysl.downstream.confusion import confusion_matrix, draw_confusion, worst_pairs
-from raysl.downstream.label_fraction import by_labels, draw_by_labels
-from raysl.downstream.neighbour_grid import nearest, vote
+from raysl.downstream.label_fraction import accuracy_points, draw_by_labels
+from raysl.downstream.neighbour_grid import find_nearest, vote
 from raysl.downstream.spectrum import draw_spectrum
 from raysl.errors import DataError
 from raysl.nn.backbones import BackboneConfig, build_backbone
@@ -31,14 +31,14 @@ def shape_of(path: Path) -> tuple[int, ...]:
 class TestNearest:
     def test_are_those_of_sorting_all_cosines(self) -> None:
         train, queries = normal(40, 5), normal(700, 5, seed=1)
-        found = nearest(train, queries, k=7)
+        found = find_nearest(train, queries, k=7)
         for row in (0, 511, 512, 699):
             cosines = [
                 float(queries[row] @ t / np.linalg.norm(t) / np.linalg.norm(queries[row]))
                 for t in train
             ]
             expected = np.argsort(cosines)[::-1][:7]
-            np.testing.assert_array_equal(found.places[row], expected)
+            np.testing.assert_array_equal(found.indices[row], expected)
             np.testing.assert_allclose(
                 found.similarities[row], np.sort(cosines)[::-1][:7], rtol=1e-5, atol=1e-6
             )
@@ -47,11 +47,11 @@ class TestNearest:
         train = normal(3, 4)
         train[1] = np.nan
         train[2] = -train[0]
-        found = nearest(train, train[:1], k=9)
-        assert found.places.tolist() == [[0, 1, 2]]
+        found = find_nearest(train, train[:1], k=9)
+        assert found.indices.tolist() == [[0, 1, 2]]
 
     def test_vote_by_similarity(self) -> None:
-        found = nearest(np.eye(3, dtype=np.float32), np.array([[3.0, 2.0, 2.0]], "f4"), k=3)
+        found = find_nearest(np.eye(3, dtype=np.float32), np.array([[3.0, 2.0, 2.0]], "f4"), k=3)
         labels = np.array([0, 1, 1])
         low, high = (vote(labels, found, temperature=t) for t in (0.01, 100.0))
         assert (low[0].tolist(), high[0].tolist()) == ([0], [1])
@@ -60,7 +60,7 @@ class TestNearest:
     def test_of_many_classes_take_memory_for_those_that_are_voted_for(self) -> None:
         features = np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
         labels = np.arange(40) % 3
-        found = nearest(features, features[:9] + 0.5, k=7)
+        found = find_nearest(features, features[:9] + 0.5, k=7)
         near = vote(labels, found, temperature=0.5)
         ids = np.array([5, 1 << 40, 1 << 50])
         far = vote(ids[labels], found, temperature=0.5)
@@ -112,7 +112,7 @@ class TestByLabels:
         def entry(mean: float, **settings: Any) -> dict[str, Any]:
             return {"mean": mean, "deviation": 0.01, "settings": settings}
 
-        points = by_labels(
+        points = accuracy_points(
             {
                 "linear": entry(0.6),
                 "few_shot": entry(0.3, labels_per_class=5),
@@ -131,12 +131,12 @@ class TestByLabels:
 
     def test_takes_several_numbers_of_one_protocol(self) -> None:
         several = {"10": {"mean": 0.2}, "100": {"mean": 0.5, "deviation": 0.1}}
-        points = by_labels({"few_shot": {"by_labels": several}}, num_train=1, num_classes=1)
+        points = accuracy_points({"few_shot": {"by_labels": several}}, num_train=1, num_classes=1)
         assert [(each.num_labels, each.deviation) for each in points] == [(10, 0.0), (100, 0.1)]
 
     def test_of_one_number_there_is_no_curve(self, tmp_path: Path) -> None:
-        points = by_labels({"linear": {"mean": 0.5}}, num_train=9, num_classes=3)
-        with pytest.raises(DataError, match="one number"):
+        points = accuracy_points({"linear": {"mean": 0.5}}, num_train=9, num_classes=3)
+        with pytest.raises(DataError, match="the same number"):
             draw_by_labels(tmp_path / "a.png", points)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from raysl.config.load import to_yaml, validate
-from raysl.downstream.pipeline import PipelineConfig, Runs, Step, load_pipeline, plan_steps
+from raysl.downstream.pipeline import PipelineConfig, RunConfigs, Step, load_pipeline, plan_steps
 from raysl.errors import ConfigError
 from raysl.run.recipe import RunConfig
 
@@ -90,7 +90,10 @@ class TestOverrides:
     @pytest.mark.parametrize(
         ("override", "answer"),
         [
-            ("trainn.epochs=3", "'trainn' is neither of a pipeline nor of a run; did you mean 't"),
+            (
+                "trainn.epochs=3",
+                "'trainn' is a setting of neither a pipeline nor a run; did you mean 't",
+            ),
             ("distil=[]", "did you mean 'distill'?"),
             ("qqqq=1", "known: adversary_optim, backbone, base, "),
             ("pretrain", "not of the form"),
@@ -201,13 +204,13 @@ class TestPlan:
         ],
     )
     def test_the_same_name_twice_is_refused(self, sections: dict[str, Any], twice: str) -> None:
-        with pytest.raises(ConfigError, match=f"the steps {twice} stand there twice"):
+        with pytest.raises(ConfigError, match=f"the steps {twice} occur twice"):
             plan_steps(make(**sections))
 
 
 def configs(config: PipelineConfig, folder: Path) -> dict[str, tuple[Step, RunConfig[Any]]]:
     """Return every run of a pipeline; of several teachers the first one teaches."""
-    runs = Runs(config, folder)
+    runs = RunConfigs(config, folder)
     return {
         step.name: (step, runs.config(step, step.teachers[0] if step.teachers else None))
         for step in plan_steps(config)
@@ -312,7 +315,7 @@ class TestTheRepositorys:
         config = load_pipeline(path)
         steps = plan_steps(config)
         assert {"pretrain", "finetune", "distill"} <= {step.kind for step in steps}
-        run = Runs(config, tmp_path).config(steps[0])
+        run = RunConfigs(config, tmp_path).config(steps[0])
         assert (run.name, run.method.name) == ("pretrain", "simclr")
         deepest = max(step.head_layers or 0 for step in steps)
         assert deepest <= run.method.projection_head_layers(is_vit=run.backbone.is_vit)

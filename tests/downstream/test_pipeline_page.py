@@ -98,8 +98,8 @@ class TestPage:
     def test_opens_with_the_best_network(self, draw: Any) -> None:
         page, _ = draw(ROWS)
         assert (
-            "Best of 5 networks: <code>distill-10percent-small</code>, right in 72.5 % of the test "
-            "images with 10 % of the labels." in page
+            "Best of 5 networks: <code>distill-10percent-small</code>, with 72.5 % top-1 "
+            "accuracy from 10 % of the labels." in page
         )
 
     def test_the_pretrainings_probe_is_not_among_the_best(self, draw: Any) -> None:

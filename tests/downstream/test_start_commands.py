@@ -123,4 +123,4 @@ def test_other_images_leave_the_settings_of_the_old_ones_and_say_which(
     ((config, _),) = asked
     assert config.data.limit is None
     name = origins[verb].name
-    assert f"data.source names other images than {name} has" in capsys.readouterr().err
+    assert f"data.source names other images than {name} uses" in capsys.readouterr().err

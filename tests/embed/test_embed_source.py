@@ -23,7 +23,7 @@ from raysl.embed.embeddings import Embeddings
 from raysl.embed.source import EmbedResult, embed_source, encoder_file
 from raysl.errors import ConfigError, DataError
 from raysl.evaluate import embedding as embedding_module
-from raysl.evaluate.embedding import Chunk, Chunks, Embedding, features_here, stream_here
+from raysl.evaluate.embedding import Chunk, ChunkPlan, EmbeddingSpec, features_here, stream_here
 from raysl.sources.open import open_source
 from raysl.sources.source import DataConfig, Source
 
@@ -44,7 +44,7 @@ def open_it(config: EmbedConfig) -> Source:
     return open_source(config, split=config.split, data=data)
 
 
-def make_here(source: Source, chunks: Chunks, embedding: Embedding) -> Iterator[Chunk]:
+def make_here(source: Source, chunks: ChunkPlan, embedding: EmbeddingSpec) -> Iterator[Chunk]:
     return stream_here(source, chunks, embedding, num_threads=1)
 
 
@@ -81,7 +81,7 @@ class TestFolder:
         assert frame["label_name"].iloc[-1] == "class1"
         assert frame["label"].iloc[-1] == 1
         wanted, _ = features_here(
-            source, frame["row"].to_numpy(), Embedding(str(path), 16), num_threads=1
+            source, frame["row"].to_numpy(), EmbeddingSpec(str(path), 16), num_threads=1
         )
         assert np.abs(np.stack(frame["features"]) - wanted).max() < 1e-5
         bad = [json.loads(line) for line in (out / "_bad_images.jsonl").read_text().splitlines()]

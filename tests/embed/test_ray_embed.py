@@ -15,7 +15,7 @@ from raysl.embed import ray_embed as module
 from raysl.embed.ray_embed import features_on_ray, plan_pools, stream_on_ray
 from raysl.errors import ClusterError, DivergedError
 from raysl.evaluate import embedding as jobs
-from raysl.evaluate.embedding import Embedding, cut_rows, features_here
+from raysl.evaluate.embedding import EmbeddingSpec, cut_rows, features_here
 from raysl.sources.folder import FolderSource
 from raysl.sources.open import open_source
 from raysl.sources.source import DataConfig, Source
@@ -64,7 +64,7 @@ class TestFeaturesOnRay:
         monkeypatch.setattr(jobs, "_MOST_IMAGES", 8)
         rows = np.random.default_rng(0).permutation(101)
         rows = np.append(rows, rows[:2])
-        embedding = Embedding(str(tiny_encoder()), 16)
+        embedding = EmbeddingSpec(str(tiny_encoder()), 16)
         counted: list[int] = []
         fragile: Any = Fragile(source, tmp_path / "killed")
         features, bad = features_on_ray(
@@ -82,7 +82,7 @@ class TestFeaturesOnRay:
     ) -> None:
         monkeypatch.setattr(jobs, "_MOST_IMAGES", 4)
         chunks = cut_rows(np.arange(101), size_px=16)
-        embedding = Embedding(str(tiny_encoder()), 16)
+        embedding = EmbeddingSpec(str(tiny_encoder()), 16)
         stream = stream_on_ray(source, chunks, embedding, num_workers=1)
         next(iter(stream))
         stream.close()
@@ -93,12 +93,12 @@ class TestFeaturesOnRay:
     ) -> None:
         path = tiny_encoder(std=[1e-45, 1e-45, 1e-45])
         with pytest.raises(DivergedError, match="features that are not finite") as caught:
-            features_on_ray(source, np.arange(3), Embedding(str(path), 16), num_workers=1)
+            features_on_ray(source, np.arange(3), EmbeddingSpec(str(path), 16), num_workers=1)
         assert str(path) in str(caught.value)  # and not the copy that the actor has
         assert isinstance(source, FolderSource)
         (photos / "class1" / "001.png").unlink()
         rows = np.array([row for row in range(101) if source.where(row).endswith("001.png")])
-        good = Embedding(str(tiny_encoder("good")), 16)
+        good = EmbeddingSpec(str(tiny_encoder("good")), 16)
         _, bad = features_on_ray(source, rows, good, num_workers=1)
         assert len(bad) == 1  # a file that is gone is one bad image
 

@@ -199,7 +199,7 @@ class TestFinetuneThenDistill:
         run_yaml("pre")
         Path("runs").mkdir()
         for words, answer in (
-            (["finetune", "runs/nothing"], "no finished run and no encoder file"),
+            (["finetune", "runs/nothing"], "neither a finished run nor an encoder file"),
             (["distill", "runs"], "no run with a classifier.safetensors in it"),
         ):
             assert main(words) == 1

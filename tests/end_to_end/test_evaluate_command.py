@@ -94,8 +94,8 @@ def test_prints_writes_and_goes_on(
     words = [*FAST, NO_MLFLOW, "--json", "--protocols", "knn,linear_lbfgs"]
     status, text, said = call(capsys, "resnet18", *words, "linear_lbfgs.inverse_penalties=[1.0]")
     assert status == 0
-    assert "the features of 304 images are there already" in said
-    assert "1 of 2 measurements are there already" in said
+    assert "the features of 304 images are already computed" in said
+    assert "1 of 2 measurements are already done" in said
     more = last_json(text)
     assert {name: more[name] for name in found} == found  # to the last digit, its seconds too
     assert more["linear_lbfgs"]["seeds"] == []
@@ -103,7 +103,7 @@ def test_prints_writes_and_goes_on(
 
     status, _, said = call(capsys, "resnet18", *FAST, NO_MLFLOW, "features.crop_fraction=0.5")
     assert status == 1
-    assert "holds an evaluation of something else:\n  crop_fraction: 1.0 -> 0.5" in said
+    assert "contains another evaluation:\n  crop_fraction: 1.0 -> 0.5" in said
 
 
 def test_goes_on_after_a_crash(
@@ -130,7 +130,7 @@ def test_goes_on_after_a_crash(
     capsys.readouterr()
     status, text, said = call(capsys, *words)
     assert status == 0, said
-    assert "2 of 4 measurements are there already" in said
+    assert "2 of 4 measurements are already done" in said
     assert measured[3:] == [("linear", 1), ("linear", 2)]
     assert len(last_json(text)["linear"]["values"]) == 3
 
@@ -146,7 +146,7 @@ def test_without_labels_gives_what_needs_none(
     status, text, said = call(capsys, *words, HERE, NO_MLFLOW, "--json")
     assert status == 0
     assert "photos has no labels, so that no accuracy is measured" in said
-    assert "only the measures that need no labels are taken" in said
+    assert "only measures that need no labels are computed" in said
     assert list(last_json(text)) == ["label_free"]
     status, _, said = call(capsys, *words, HERE, NO_MLFLOW, "--protocols", "linear")
     assert status == 1
@@ -158,14 +158,17 @@ def test_without_labels_gives_what_needs_none(
     [
         (["resnet18", *FAST, "--protocols", "kn"], "'kn' is not known; allowed: knn, linear"),
         (["resnet81", "data.source=digits"], "no such run folder or encoder file, and no backbone"),
-        (["resnet18"], "data.source: missing; say on which images"),
+        (["resnet18"], "data.source: missing; name the images"),
         (["resnet18", "data.source=digits"], "features.size_px: resnet18 has random weights"),
         (
             ["resnet18", *FAST, "few_shot.labels_per_class=50", "--protocols", "few_shot"],
             "fewer than few_shot.labels_per_class=50",
         ),
         (["resnet18", *FAST, "--protocols", "semi_1"], "1 % of 203 labels is less than one for"),
-        (["resnet18", *FAST, "--protocols", "transfer"], "on which images? give transfer.source"),
+        (
+            ["resnet18", *FAST, "--protocols", "transfer"],
+            "needs labelled images: set transfer.source",
+        ),
         (
             ["resnet18", *FAST, "linear.epoch=3"],
             "linear: unknown key 'epoch'; did you mean 'epochs'",
@@ -215,7 +218,7 @@ def test_a_run_gets_the_numbers_in_its_own_mlflow_run(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     status, text, said = call(capsys, "runs/mine", *own, *training, down)
     assert status == 0
-    assert "MLflow did not take everything" in said
+    assert "MLflow did not accept everything" in said
     kept.write_text(before)
     status, again, _ = call(capsys, "runs/mine", *own, *training)
     assert status == 0

@@ -120,7 +120,10 @@ def test_again_it_is_finished_and_once_more_it_goes_on(
     assert run("r") == 0
     for _ in range(2):
         assert run("r", "train.steps=6", "--extend") == 0
-    assert "this run is finished; a larger train.epochs or train.steps" in capsys.readouterr().err
+    assert (
+        "this run is finished; --extend with a larger train.epochs or train.steps"
+        in capsys.readouterr().err
+    )
     assert run("r", "train.steps=7", "--extend") == 0
     totals = [record["total_steps"] for record in records_of(RunFolder(Path("runs/r")))]
     assert totals == [[4, 6], [6, 7]]
@@ -195,7 +198,7 @@ class TestRefusals:
         self, run: Run, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert run("r", "train.steps=8") == 1
-        assert "or --extend to go on with this one to the new length" in capsys.readouterr().err
+        assert "or --extend to continue this run to the new length" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("words", "told"),
@@ -222,5 +225,5 @@ class TestRefusals:
     ) -> None:
         shutil.rmtree("runs/r/checkpoints")
         assert run("r", "train.steps=8", "--extend") == 1
-        assert "holds none any more; --fresh trains the whole length" in capsys.readouterr().err
+        assert "contains none; --fresh trains the whole length" in capsys.readouterr().err
         assert Path("runs/r/results.json").exists()

@@ -134,7 +134,7 @@ class TestChangedImages:
         assert "new: emu" in said
         code, said = train("name=r", "data.source=p", "data.if_changed=go_on")
         assert code == 0
-        assert "from step 5 on, order and length are those of the images" in said
+        assert "from step 5 on, order and length are those of the current images" in said
         record = json.loads(Path("runs/r/source.json").read_text())
         assert (record["images"], record["earlier"][0]["images"]) == (32, 24)
 

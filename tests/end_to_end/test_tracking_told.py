@@ -26,11 +26,11 @@ def test_a_folder_of_files_is_told_first_and_its_cure_sends_the_run(
     assert main([*command, "track.tracking_uri=mlruns", "--json"]) == 0
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
-    told = next(n for n, line in enumerate(lines) if "MLflow (mlruns) takes nothing" in line)
+    told = next(n for n, line in enumerate(lines) if "MLflow (mlruns) accepts nothing" in line)
     assert told < next(n for n, line in enumerate(lines) if line.startswith("step "))
-    assert "The work goes on" in lines[told]
+    assert "Work continues" in lines[told]
     assert "track.tracking_uri=sqlite:///mlflow.db" in lines[told]
-    assert "MLflow will not by itself: give a database" in lines[-1]  # again, at the end
+    assert "What to do: give a database" in lines[-1]  # again, at the end
     assert json.loads(captured.out.splitlines()[-1])["mlflow_run_id"] is None
     assert "could not be drawn" not in captured.err  # nearest neighbours alone keep no features
     page = Path("runs/r/report.html").read_text()
@@ -59,7 +59,7 @@ def test_what_an_evaluation_leaves_of_a_runs_images_is_told(
     assert main(["pretrain", str(run_yaml("r")), *SMALL]) == 0
     own = ["--protocols", "knn", "cluster.num_train_workers=0", "track.mlflow=false"]
     assert main(["evaluate", "runs/r", f"data.source={photos}", *own]) == 0
-    told = "data.source names other images than r has: its settings of the old ones are left out: "
+    told = "data.source names other images than r uses; settings of the old images are dropped: "
     assert f"{told}data.limit=160\n" in capsys.readouterr().err
     assert main(["evaluate", "runs/r", *own]) == 0
     assert "left out" not in capsys.readouterr().err

@@ -13,11 +13,11 @@ from raysl.errors import DataError, DivergedError
 from raysl.evaluate import embedding as module
 from raysl.evaluate.embedding import (
     Chunk,
-    Embedding,
-    chunk_images,
+    EmbeddingSpec,
     collect,
     cut_rows,
     features_here,
+    images_per_chunk,
 )
 from raysl.evaluate.features import EvalImages
 from raysl.sources.open import open_source
@@ -62,7 +62,7 @@ class TestFeaturesHere:
         monkeypatch.setattr(module, "_MOST_IMAGES", chunk)
         counted: list[int] = []
         features, bad = features_here(
-            source, rows, Embedding(str(path), 16), num_threads=threads, advance=counted.append
+            source, rows, EmbeddingSpec(str(path), 16), num_threads=threads, advance=counted.append
         )
         assert features.dtype == np.float32
         assert np.abs(features - plain_features(path, source, rows)).max() < 1e-5
@@ -75,7 +75,7 @@ class TestFeaturesHere:
     ) -> None:
         path, source, rows = tiny_encoder(), open_photos(photos), np.arange(10)
         wanted = plain_features(path, source, rows, size_px=12, crop_fraction=0.8)
-        features, _ = features_here(source, rows, Embedding(str(path), 12, 0.8), num_threads=1)
+        features, _ = features_here(source, rows, EmbeddingSpec(str(path), 12, 0.8), num_threads=1)
         assert np.abs(features - wanted).max() < 1e-5
 
     def test_a_bad_image_counts_as_a_black_one(
@@ -83,7 +83,7 @@ class TestFeaturesHere:
     ) -> None:
         source = open_photos(photos)
         broken = next(row for row in range(101) if source.where(row).endswith("broken.png"))
-        embedding = Embedding(str(tiny_encoder()), 16)
+        embedding = EmbeddingSpec(str(tiny_encoder()), 16)
         features, bad = features_here(source, np.array([broken]), embedding, num_threads=1)
         black = ArraySource("black", np.zeros((1, 16, 16, 3), dtype=np.uint8))
         assert np.array_equal(
@@ -95,8 +95,8 @@ class TestFeaturesHere:
         self, tiny_encoder: Callable[..., Path], photos: Path
     ) -> None:
         path, source, rows = str(tiny_encoder()), open_photos(photos), np.arange(8)
-        exact, _ = features_here(source, rows, Embedding(path, 16), num_threads=1)
-        rough, _ = features_here(source, rows, Embedding(path, 16, 1.0, "bf16"), num_threads=1)
+        exact, _ = features_here(source, rows, EmbeddingSpec(path, 16), num_threads=1)
+        rough, _ = features_here(source, rows, EmbeddingSpec(path, 16, 1.0, "bf16"), num_threads=1)
         assert rough.dtype == np.float32
         assert 0 < np.abs(rough - exact).max() < 0.05 * np.abs(exact).max()
 
@@ -105,7 +105,7 @@ class TestFeaturesHere:
     ) -> None:
         before = torch.get_num_threads()
         features_here(
-            open_photos(photos), np.arange(3), Embedding(str(tiny_encoder()), 16), num_threads=3
+            open_photos(photos), np.arange(3), EmbeddingSpec(str(tiny_encoder()), 16), num_threads=3
         )
         assert torch.get_num_threads() == before
 
@@ -114,7 +114,7 @@ class TestFeaturesHere:
             features_here(
                 open_photos(photos),
                 np.empty(0, dtype=np.int64),
-                Embedding(str(tiny_encoder()), 16),
+                EmbeddingSpec(str(tiny_encoder()), 16),
                 num_threads=1,
             )
 
@@ -124,7 +124,7 @@ class TestFeaturesHere:
         path = tiny_encoder(mean=None)
         with pytest.raises(DataError, match=r"its header has mean=None, not three numbers"):
             features_here(
-                open_photos(photos), np.arange(3), Embedding(str(path), 16), num_threads=1
+                open_photos(photos), np.arange(3), EmbeddingSpec(str(path), 16), num_threads=1
             )
 
     def test_features_that_are_not_finite_end_it(
@@ -133,7 +133,7 @@ class TestFeaturesHere:
         path = tiny_encoder(std=[1e-45, 1e-45, 1e-45])
         with pytest.raises(DivergedError, match="features that are not finite"):
             features_here(
-                open_photos(photos), np.arange(3), Embedding(str(path), 16), num_threads=1
+                open_photos(photos), np.arange(3), EmbeddingSpec(str(path), 16), num_threads=1
             )
 
 
@@ -148,7 +148,7 @@ class TestChunks:
         assert len(chunks.rows_of(len(chunks))) == len(chunks.rows_of(10**6)) == 0
 
     def test_get_smaller_as_images_get_larger_and_never_empty(self) -> None:
-        sizes = [chunk_images(size) for size in (16, 32, 128, 224, 512, 8192)]
+        sizes = [images_per_chunk(size) for size in (16, 32, 128, 224, 512, 8192)]
         assert sizes == sorted(sizes, reverse=True)
         assert sizes[0] == 256
         assert sizes[-1] == 1
@@ -159,7 +159,7 @@ class TestChunks:
 
         def made() -> Iterator[Chunk]:
             for number in reversed(range(len(chunks))):
-                places = chunks.places_of(number)
+                places = chunks.positions_of(number)
                 flaws = np.zeros(len(places), dtype=np.uint8)
                 flaws[places == 7] = 3
                 yield Chunk(places, values[places], flaws)
@@ -170,6 +170,6 @@ class TestChunks:
 
     def test_one_that_is_missing_is_noticed(self) -> None:
         chunks = cut_rows(np.arange(300), size_px=32)
-        one = Chunk(chunks.places_of(0), np.zeros((256, 3), np.float32), np.zeros(256, np.uint8))
+        one = Chunk(chunks.positions_of(0), np.zeros((256, 3), np.float32), np.zeros(256, np.uint8))
         with pytest.raises(DataError, match="256 of 300"):
             collect(chunks, iter([one]))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from raysl.augment.pipeline import make_views
 from raysl.errors import ShapeError
 from raysl.evaluate.features import EvalImages
-from raysl.evaluate.label_free import label_free, pair_views, positive_pairs
+from raysl.evaluate.label_free import label_free_measures, pair_views, positive_pairs
 from raysl.nn.geometry import alignment, uniformity
 from raysl.sources.source import ArraySource
 
@@ -32,7 +32,7 @@ def images(count: int = 20, *, threads: int = 2) -> EvalImages:
 class TestLabelFree:
     def test_of_features_without_direction(self) -> None:
         features = torch.cat([torch.eye(32), -torch.eye(32)]).repeat(8, 1)
-        found = label_free(features, (features, features))
+        found = label_free_measures(features, (features, features))
         assert found["rankme"] == pytest.approx(32.0)
         assert found["alpha_req"] == pytest.approx(0.0, abs=1e-9)
         assert found["alignment"] == 0.0
@@ -42,10 +42,10 @@ class TestLabelFree:
     def test_of_a_power_law_is_its_exponent(self) -> None:
         signs = torch.linalg.qr(normal(64, 64).double()).Q
         features = torch.cat([signs, -signs]) * torch.arange(1, 65).double() ** -0.6
-        assert label_free(features)["alpha_req"] == pytest.approx(1.2, rel=1e-6)
+        assert label_free_measures(features)["alpha_req"] == pytest.approx(1.2, rel=1e-6)
 
     def test_of_collapsed_features(self) -> None:
-        found = label_free(torch.ones(40, 8), (torch.ones(5, 8), torch.ones(5, 8)))
+        found = label_free_measures(torch.ones(40, 8), (torch.ones(5, 8), torch.ones(5, 8)))
         expected = {"rankme": 1.0, "alignment": 0.0, "uniformity": 0.0, "feature_std": 0.0}
         assert found == pytest.approx(expected, abs=1e-3)
 
@@ -54,23 +54,23 @@ class TestLabelFree:
         features = torch.zeros(8192, 2)
         features[:4096, 0] = features[4096:, 1] = 1.0
         expected = math.log((1 + math.exp(-4)) / 2)
-        assert label_free(features)["uniformity"] == pytest.approx(expected, abs=1e-3)
+        assert label_free_measures(features)["uniformity"] == pytest.approx(expected, abs=1e-3)
 
     def test_knows_neither_scale_nor_rotation(self) -> None:
         features = normal(200, 12) * torch.arange(1, 13)
         turn = torch.linalg.qr(normal(12, 12)).Q
         pair = (features[:50], features[50:100])
-        one = label_free(features, pair)
-        other = label_free(features @ turn * 7, (pair[0] @ turn * 7, pair[1] @ turn * 7))
+        one = label_free_measures(features, pair)
+        other = label_free_measures(features @ turn * 7, (pair[0] @ turn * 7, pair[1] @ turn * 7))
         one.pop("feature_std")  # of each dimension: a rotation moves it
         other.pop("feature_std")
         assert other == pytest.approx(one, rel=1e-3)
 
     def test_leaves_out_what_cannot_be_computed(self) -> None:
-        assert "alignment" not in label_free(normal(30, 8))
-        assert "alpha_req" not in label_free(normal(30, 3))
-        assert label_free(torch.full((4, 3), math.nan)) == {}
-        assert label_free(normal(1, 8))["uniformity"] == 0.0
+        assert "alignment" not in label_free_measures(normal(30, 8))
+        assert "alpha_req" not in label_free_measures(normal(30, 3))
+        assert label_free_measures(torch.full((4, 3), math.nan)) == {}
+        assert label_free_measures(normal(1, 8))["uniformity"] == 0.0
 
     @pytest.mark.parametrize(
         "shapes", [((5,),), ((0, 3),), ((5, 3), (2, 3), (1, 3)), ((5, 3), (2, 4), (2, 4))]
@@ -78,7 +78,7 @@ class TestLabelFree:
     def test_refuses_shapes_that_do_not_fit(self, shapes: tuple[tuple[int, ...], ...]) -> None:
         features, *pair = (torch.zeros(shape) for shape in shapes)
         with pytest.raises(ShapeError, match="expected features"):
-            label_free(features, (pair[0], pair[1]) if pair else None)
+            label_free_measures(features, (pair[0], pair[1]) if pair else None)
 
 
 class TestPositivePairs:

@@ -303,9 +303,9 @@ class TestWhatIsLeftOut:
         assert found.train is not None
         assert found.test is not None
         assert not found.few_shot
-        unseen = int((~np.isin(found.test.known, found.train.known)).sum())
+        unseen = int((~np.isin(found.test.row_labels, found.train.row_labels)).sum())
         assert unseen > 0
-        assert f"{unseen} of 6 test images are of classes of which no image" in found.notes[0]
+        assert f"{unseen} of 6 test images are of classes without training images" in found.notes[0]
 
     @pytest.mark.parametrize("labels", [[0, 1], [0, 0, 0], [0, 1, -1]])
     def test_all_of_it_where_the_labels_are_too_few(self, labels: list[int]) -> None:

@@ -5,7 +5,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from raysl.errors import DataError
-from raysl.evaluate.linear import Features, Labels, few_shot_rows, scaled
+from raysl.evaluate.linear import Features, Labels, few_shot_rows, scale_features
 from raysl.evaluate.probes import (
     FewShotConfig,
     LbfgsConfig,
@@ -43,12 +43,12 @@ class TestScaled:
         train = np.array([[0, 10], [4, 10], [2, 16], [2, 4]], dtype=np.float32)
         test = np.array([[2, 10], [7, 10]], dtype=np.float32)
         one_number = np.sqrt((0 + 4 + 4 + 0 + 0 + 36 + 36 + 0) / 8)
-        found = scaled(train, test)
+        found = scale_features(train, test)
         np.testing.assert_allclose(found[0], (train - [2, 10]) / one_number, rtol=1e-6)
         np.testing.assert_allclose(found[1], (test - [2, 10]) / one_number, rtol=1e-6)
 
     def test_features_that_are_all_the_same_do_not_divide_by_zero(self) -> None:
-        train, test = scaled(np.full((4, 3), 5, np.float32), np.full((2, 3), 6, np.float32))
+        train, test = scale_features(np.full((4, 3), 5, np.float32), np.full((2, 3), 6, np.float32))
         np.testing.assert_array_equal(train, 0)
         np.testing.assert_array_equal(test, 1)
 
@@ -56,7 +56,7 @@ class TestScaled:
 class TestLinear:
     @pytest.mark.parametrize("inverse_penalty", [0.01, 1.0, 100.0])
     def test_equals_scikit_learn_called_directly(self, inverse_penalty: float) -> None:
-        train, test = scaled(TRAIN[0], TEST[0])
+        train, test = scale_features(TRAIN[0], TEST[0])
         expected = accuracy_of_scikit_learn((train, TRAIN[1]), (test, TEST[1]), inverse_penalty)
         found = linear_accuracy(*TRAIN, *TEST, inverse_penalty=inverse_penalty)
         assert found == pytest.approx(expected)
@@ -101,7 +101,9 @@ class TestFewShotRows:
 
 class TestFewShot:
     def test_equals_scikit_learn_called_directly(self) -> None:
-        train, test = scaled(TRAIN[0], TEST[0])  # by all images: the unlabelled are there too
+        train, test = scale_features(
+            TRAIN[0], TEST[0]
+        )  # by all images: the unlabelled are there too
         config = FewShotConfig(labels_per_class=3, inverse_penalty=10.0)
         for draw in range(4):
             rows = few_shot_rows(TRAIN[1], labels_per_class=3, seed=0, draw=draw)

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from raysl.evaluate.old_keys import new_keys, renamed, resolved
+from raysl.evaluate.old_keys import new_keys, rename_old_keys, resolve_final
 from raysl.evaluate.registry import FINAL
-from raysl.run.recipe import RunConfig, layered, run_from_user, run_from_values
+from raysl.run.recipe import RunConfig, drop_idle, run_from_user, run_from_values
 
 BASE: dict[str, Any] = {
     "name": "a",
@@ -54,15 +54,19 @@ class TestRenamed:
         assert evaluate.linear_lbfgs.inverse_penalties == (0.25,)
 
     def test_a_layer_on_top_wins_whichever_name_it_uses(self) -> None:
-        below = layered({}, BASE | {"evaluate": {"knn_k": 3}}, ["evaluate.knn_k"])
+        below = drop_idle({}, BASE | {"evaluate": {"knn_k": 3}}, ["evaluate.knn_k"])
         new = {**below, "evaluate": {**below["evaluate"], "knn": {"k": 5}}}
-        assert run_from_user(layered(below, new, ["evaluate.knn.k"]), where="x").evaluate.knn.k == 5
+        assert (
+            run_from_user(drop_idle(below, new, ["evaluate.knn.k"]), where="x").evaluate.knn.k == 5
+        )
         old = {**below, "evaluate": {**below["evaluate"], "knn_k": 7}}
-        assert run_from_user(layered(below, old, ["evaluate.knn_k"]), where="x").evaluate.knn.k == 7
+        assert (
+            run_from_user(drop_idle(below, old, ["evaluate.knn_k"]), where="x").evaluate.knn.k == 7
+        )
 
     def test_both_names_in_one_layer_are_refused_as_an_unknown_key(self) -> None:
         both = {"evaluate": {"knn_k": 3, "knn": {"k": 4}}}
-        assert renamed(both, ["evaluate.knn_k", "evaluate.knn.k"]) == both
+        assert rename_old_keys(both, ["evaluate.knn_k", "evaluate.knn.k"]) == both
 
     def test_a_key_that_an_override_gives_stands_for_its_new_names(self) -> None:
         assert new_keys("evaluate.few_shot_draws") == ["evaluate.few_shot.draws"]
@@ -96,7 +100,7 @@ class TestFinal:
         assert run(final=["knn", "finetune"], finetune=None).evaluate.final == ("knn",)
 
     def test_other_words_are_refused_with_the_most_similar_protocol(self) -> None:
-        assert resolved({"evaluate": {"final": "linear"}})["evaluate"]["final"] == ["linear"]
+        assert resolve_final({"evaluate": {"final": "linear"}})["evaluate"]["final"] == ["linear"]
         with pytest.raises(Exception, match="mean 'knn'"):
             run(final="knnn")
 

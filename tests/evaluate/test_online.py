@@ -6,7 +6,7 @@ from torch import Tensor
 
 from raysl.augment.pipeline import make_views
 from raysl.evaluate.features import embed_alone
-from raysl.evaluate.label_free import label_free, pair_views
+from raysl.evaluate.label_free import label_free_measures, pair_views
 from raysl.evaluate.labelled import open_labelled
 from raysl.evaluate.online import (
     LABEL_FREE,
@@ -130,7 +130,7 @@ class TestOnlineMetrics:
         )
         found = online_metrics(CONFIG, sets, OnlineFeatures(train, pairs, test))
         half = len(sets.train)
-        free = label_free(train, (pairs[:half], pairs[half:]))
+        free = label_free_measures(train, (pairs[:half], pairs[half:]))
         accuracy = knn_top1(CONFIG, sets.labelled, train, test)
         wanted = {"eval/knn_top1": accuracy, **{f"eval/{k}": free[k] for k in LABEL_FREE}}
         assert found == wanted

@@ -4,7 +4,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from raysl.errors import DataError
-from raysl.evaluate.linear import scaled
+from raysl.evaluate.linear import scale_features
 from raysl.evaluate.probes import (
     FewShotConfig,
     KnnConfig,
@@ -101,7 +101,7 @@ def test_degenerate_labels_raise_nothing(known: list[int]) -> None:
 class TestLinear:
     def test_is_within_three_tenths_of_a_point_of_logistic_regression(self) -> None:
         sets = made_up(train=2000, test=4000)
-        train, test = scaled(sets.train, sets.test)
+        train, test = scale_features(sets.train, sets.test)
         theirs = LogisticRegression(C=1.0, max_iter=1000).fit(train, sets.train_labels)
         expected = theirs.score(test, sets.test_labels)
         linear = measure_linear(LinearConfig(epochs=30), sets, seed=0, device="cpu")
@@ -140,7 +140,7 @@ class TestLinear:
 
     def test_rates_that_all_diverge_are_told(self) -> None:
         config = LinearConfig(base_lrs=(1e38,), epochs=3)
-        with pytest.raises(DataError, match=r"base_lr=1e\+38 diverges; give lower linear\.base_lr"):
+        with pytest.raises(DataError, match=r"base_lr=1e\+38 diverges; set lower linear\.base_lr"):
             measure_linear(config, SETS, seed=0, device="cpu")
 
 

@@ -98,7 +98,7 @@ class TestRefuseUnmeasured:
         self, override: str, names: list[str]
     ) -> None:
         section = re.split(r"[.=]", override)[0]
-        wanted = f"does nothing, as protocol {section} is not measured; .*--protocols knn,{section}"
+        wanted = f"has no effect, because {section} is not measured; .*--protocols knn,{section}"
         with pytest.raises(ConfigError, match=wanted):
             refuse_unmeasured(["seed=3", override], names)
 

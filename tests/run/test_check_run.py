@@ -47,7 +47,7 @@ class TestLengths:
     @pytest.mark.parametrize(("length", "steps"), [("{steps: 7}", 7), ("{epochs: 2}", 10)])
     def test_a_longer_one_is_refused(self, check: Check, length: str, steps: int) -> None:
         text = refused(check, f"optim.warmup={length}")
-        assert f"optim.warmup={length} is {steps} steps, longer than the run of 6 (5 an" in text
+        assert f"optim.warmup={length} is {steps} steps, longer than the run of 6 (5 per" in text
         assert "use at most 6 steps" in text
 
     def test_so_is_that_of_an_adversary(self, check: Check) -> None:

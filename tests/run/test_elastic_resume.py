@@ -32,7 +32,7 @@ from raysl.data.block import Block
 from raysl.data.plan import Plan
 from raysl.data.stream import BlockSpec, ItemMaker, iterate, joined
 from raysl.run.ray_cluster import Layout
-from raysl.run.ray_data import OpenRest, execution_options, iterate_shard
+from raysl.run.ray_data import RemainingDataset, execution_options, iterate_shard
 from raysl.sources.source import ArraySource
 from raysl.track.run_folder import checkpoint_path
 
@@ -89,9 +89,9 @@ def plan(item_size: int) -> Plan:
 
 def rest(
     folder: Path, images: Encoded, num_workers: int, *, item_size: int, num_data_workers: int
-) -> OpenRest:
+) -> RemainingDataset:
     """Return what opens the rest of the run whose checkpoints lie in a folder."""
-    return OpenRest(
+    return RemainingDataset(
         ray.put(images),
         plan(item_size),
         BlockSpec(VIEWS),
@@ -193,7 +193,7 @@ def log_of(folder: Path, stop: int, rank: int) -> Path:
     return folder / f"seen-until-{stop}-by-rank-{rank}.jsonl"
 
 
-def read_here(opened: OpenRest, num_steps: int) -> list[list[Block]]:
+def read_here(opened: RemainingDataset, num_steps: int) -> list[list[Block]]:
     """Return the batches of each rank as threads of this process read them."""
     num_workers = opened.layout.num_train_workers
     # What Ray Train does with its datasets once it knows its workers.

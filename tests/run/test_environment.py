@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from raysl.run import environment
-from raysl.run.environment import flat, git_state, packages, processor, tags_of
+from raysl.run.environment import flatten_mapping, git_state, packages, processor, tags_of
 from raysl.run.recipe import load_run
 from raysl.sources.source import ArraySource
 
 
 def test_nested_settings_get_dotted_names_and_lists_stay() -> None:
     values = {"a": {"b": {"c": 1}, "d": [1, {"e": 2}]}, "f": None, "g": {}}
-    assert flat(values) == {"a.b.c": 1, "a.d": [1, {"e": 2}], "f": None}
-    assert flat({"a": 1}, "derived.") == {"derived.a": 1}
+    assert flatten_mapping(values) == {"a.b.c": 1, "a.d": [1, {"e": 2}], "f": None}
+    assert flatten_mapping({"a": 1}, "derived.") == {"derived.a": 1}
 
 
 def test_packages_have_no_build_in_their_version(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -282,9 +282,11 @@ class TestFinetuneData:
 
 class TestFinetuneMistakes:
     def test_a_folder_without_an_encoder(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=r"no finished run and no encoder file; give a run"):
+        with pytest.raises(
+            DataError, match=r"neither a finished run nor an encoder file; give a run"
+        ):
             finetune_values(tmp_path)
-        with pytest.raises(DataError, match=r"nowhere\.safetensors: no finished run"):
+        with pytest.raises(DataError, match=r"nowhere\.safetensors: neither a finished run"):
             finetune_values(tmp_path / "nowhere.safetensors")
 
     def test_more_layers_than_the_head_has(self, pretrained: Make) -> None:
@@ -295,7 +297,7 @@ class TestFinetuneMistakes:
             finetune(pretrained_without_head(folder), "method.head_layers=1")
 
     def test_an_encoder_file_alone_needs_images(self, tiny_encoder: Callable[..., Path]) -> None:
-        with pytest.raises(ConfigError, match=r"give data\.source=\.\.\. with labels"):
+        with pytest.raises(ConfigError, match=r"set data\.source=\.\.\. to labelled images"):
             finetune_values(tiny_encoder("lone"))
 
     def test_images_without_labels(self, pretrained: Make, tmp_path: Path) -> None:

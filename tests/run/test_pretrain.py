@@ -89,7 +89,7 @@ def test_a_new_run_says_what_starts_and_keeps_its_results(
     assert results["run_dir"] == str(FOLDER.absolute())
     assert RunFolder(FOLDER).read_results() == results
     assert results["mlflow_run_id"] is None
-    assert "right in 50.0% of the test images" in said.out
+    assert "50.0% top-1 accuracy on the test images" in said.out
     assert worker.starts == ["here"]
 
 
@@ -99,7 +99,7 @@ def test_a_finished_run_trains_nothing_and_tells_the_same(
     first = train()
     assert train() == first
     assert worker.starts == ["here"]
-    assert "this run is finished; a larger train.epochs or train.steps with --extend" in (
+    assert "this run is finished; --extend with a larger train.epochs or train.steps" in (
         capsys.readouterr().err
     )
 
@@ -122,7 +122,7 @@ def test_an_interrupted_run_says_the_step_that_it_goes_on_after(
         train()
     worker.error = None
     train()
-    assert "r goes on after step 6: simclr" in capsys.readouterr().err
+    assert "r resumes after step 6: simclr" in capsys.readouterr().err
 
 
 class TestOtherSettings:
@@ -142,7 +142,7 @@ class TestOtherSettings:
         with pytest.raises(RunFolderError, match="holds a run with other settings") as caught:
             train(*overrides, extend=extend)
         assert told in str(caught.value)
-        assert ("or --extend to go on" in str(caught.value)) == (overrides == ["train.steps=9"])
+        assert ("or --extend to continue" in str(caught.value)) == (overrides == ["train.steps=9"])
         assert worker.starts == ["here"]
         assert (FOLDER / "config.yaml").read_bytes() == before
 

@@ -4,7 +4,7 @@ import pytest
 from ray.exceptions import RayTaskError
 
 from raysl.errors import ClusterError, DataError, DecodeError
-from raysl.run.ray_errors import own_errors, wrapped_in
+from raysl.run.ray_errors import own_errors, wrapped_errors
 
 TRACEBACK = """\
 Traceback (most recent call last):
@@ -28,7 +28,7 @@ def as_ray_raises(error: Exception, text: str = "a traceback") -> Exception:
 def test_what_a_task_raised_comes_out_with_its_own_text() -> None:
     raised = as_ray_raises(DataError("a.tar: is not there"))
     assert isinstance(raised, DataError)  # though its text is a traceback
-    (found,) = wrapped_in(raised)
+    (found,) = wrapped_errors(raised)
     assert type(found) is DataError
     assert str(found) == "a.tar: is not there"
 
@@ -36,12 +36,12 @@ def test_what_a_task_raised_comes_out_with_its_own_text() -> None:
 def test_causes_are_looked_into_the_outermost_first() -> None:
     outer = ClusterError("a worker is gone")
     outer.__cause__ = as_ray_raises(DecodeError("a.jpg: no image"))
-    assert [type(error) for error in wrapped_in(outer)] == [ClusterError, DecodeError]
+    assert [type(error) for error in wrapped_errors(outer)] == [ClusterError, DecodeError]
 
 
 @pytest.mark.parametrize("error", [None, OSError("full"), as_ray_raises(OSError("full"))])
 def test_others_hold_none(error: Exception | None) -> None:
-    assert list(wrapped_in(error)) == []
+    assert list(wrapped_errors(error)) == []
 
 
 def test_an_error_of_which_only_the_text_is_left_is_raised_again() -> None:

@@ -19,7 +19,7 @@ from raysl.nn.backbones import build_backbone
 from raysl.run.build import describe
 from raysl.run.measuring import measure_file
 from raysl.run.ray_cluster import Layout
-from raysl.run.ray_validate import Evaluator, Share, share_beside
+from raysl.run.ray_validate import Evaluator, Share, evaluator_share
 from raysl.run.recipe import load_run
 from raysl.sources.source import ArraySource
 
@@ -50,7 +50,7 @@ class TestShareBeside:
     ) -> None:
         config = load_run(run_yaml("a"), [f"evaluate.online={online}", *ON_RAY])
         layout = Layout(1, 1.0, 1, 1.0, use_gpu, 1, 1, spare_cpus, spare_gpus)
-        assert share_beside(config, layout) == wanted
+        assert evaluator_share(config, layout) == wanted
 
 
 @pytest.mark.ray

@@ -155,7 +155,7 @@ class TestDrawAll:
         assert draw(folder) == []
         page = Page(folder.report.read_text())
         assert "Nearest neighbours" in page.text
-        assert "a class" not in page.text.partition("Settings")[0]
+        assert "per class" not in page.text.partition("Settings")[0]
 
     def test_reports_a_page_that_cannot_be_written(self, folder: RunFolder) -> None:
         folder.report.mkdir()
@@ -188,10 +188,12 @@ class TestWriteReport:
 
     def test_says_how_accuracies_were_measured(self, folder: RunFolder) -> None:
         text = Page(self.write(folder)).text
-        for part in ("1,347 labelled", "450 others of 10", "C 1", "3 labels a class, 6 draws"):
+        for part in ("1,347 labelled", "450 others of 10", "C 1", "3 labels per class, 6 draws"):
             assert part in text
         assert "knn@1 (k 17, temperature 0.09" in text  # as the run kept, not as set now
-        assert "standard error of 94.6 is 1.1" in text  # sqrt(0.9456 * 0.0544 / 450)
+        assert (
+            "With 450 test images, the standard error of 94.6 % is 1.1 percentage points" in text
+        )  # sqrt(0.9456 * 0.0544 / 450)
 
     def test_says_what_fine_tuning_gave_where_it_was_asked_for(self, folder: RunFolder) -> None:
         assert "Fine-tuned" not in Page(self.write(folder)).text
@@ -199,7 +201,20 @@ class TestWriteReport:
         config = make_config(evaluate={"final": ["finetune"], "finetune": {"head_layers": 2}})
         text = Page(self.write(folder, config)).text
         assert "Fine-tuned on 1,234 of the labels, from layer 2 of the projection head" in text
-        assert "it is right in 87.6 %" in text
+        assert "it reaches 87.6 % top-1 accuracy" in text
+
+    def test_a_run_without_counts_names_none(self, folder: RunFolder) -> None:
+        write_json(folder.results, {"knn_top1": 0.9, "protocols": {"knn": "knn@1 (k 20)"}})
+        quick = Page(self.write(folder)).text.partition("Configuration")[0]
+        assert "90.0" in quick
+        assert "labelled images train" not in quick
+        write_json(folder.results, {"top1": 0.901})
+        views = {"recipe": "finetune", "size_px": 8}
+        config = make_config(
+            data={"source": "digits", "views": views}, method={"name": "supervised"}
+        )
+        text = Page(self.write(folder, config)).text
+        assert "it reaches 90.1 % top-1 accuracy on the test images." in text
 
     def test_says_which_weights_the_network_had_before_training(self, folder: RunFolder) -> None:
         backbone = {"name": "resnet18", "stem": "cifar"}
@@ -212,7 +227,7 @@ class TestWriteReport:
     def test_opens_with_what_was_done_in_a_sentence(self, folder: RunFolder) -> None:
         text = Page(self.write(folder)).text
         assert "simclr pretrained a resnet18 for 4 epochs on 1,347 images of digits" in text
-        assert "right in 94.6 %, against 82.2 % before training" in text
+        assert "reaches 94.6 % top-1 accuracy, against 82.2 % before training" in text
 
     def test_asks_the_network_for_nothing(self, folder: RunFolder) -> None:
         draw(folder)
@@ -280,7 +295,7 @@ class TestWriteReport:
         save_encoder(folder.encoder, backbone, description=description)
         code = Page(self.write(folder, config)).text
         code = code[code.index("Use the encoder") + len("Use the encoder") :]
-        code = code[: code.index("It takes RGB")]
+        code = code[: code.index("Its input is RGB")]
         scope: dict[str, Any] = {}
         exec(code.replace('"encoder.safetensors"', repr(str(folder.encoder))), scope)
         model = scope["model"]

@@ -100,5 +100,5 @@ def test_bad_images_and_failed_evaluations_are_told_with_their_lists(said: Say) 
     _, err = said({"num_bad_images": 1200})
     err = err.replace("\n", " ")
     assert f"1,200 bad images, listed in {folder.bad_images}" in err
-    assert "2 evaluation(s) on the way failed or were left out" in err
+    assert "2 evaluation(s) during training failed or were skipped" in err
     assert "step 4: problem 4" in err

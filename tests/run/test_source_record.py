@@ -79,7 +79,7 @@ def test_other_images_are_refused_in_words_with_what_to_do(folder: RunFolder) ->
     assert "the images have changed since this run began" in text
     assert "images of photos: 8 then, 12 now" in text
     assert "classes: 2 then, 3 now; new: emu, fox; gone: dog" in text
-    for cure in ("Put them back", "name=...", "--fresh", "data.if_changed=go_on"):
+    for cure in ("Restore them", "name=...", "--fresh", "data.if_changed=go_on"):
         assert cure in text
     assert known(folder) == before
 
@@ -87,7 +87,7 @@ def test_other_images_are_refused_in_words_with_what_to_do(folder: RunFolder) ->
 def test_as_many_other_images_are_told_apart(folder: RunFolder) -> None:
     record_source(folder, images(8), config())
     trained(folder, 3)
-    with pytest.raises(RunFolderError, match="8 then, 8 now; as many, but other files"):
+    with pytest.raises(RunFolderError, match="8 then, 8 now; the same number, but other files"):
         record_source(folder, images(8, seed=1), config())
 
 
@@ -96,8 +96,8 @@ def test_going_on_says_so_and_keeps_what_was_known(folder: RunFolder) -> None:
     trained(folder, 3)
     folder.bad_images.write_text('{"row": 7}\n')
     lines = record_source(folder, images(12), config("go_on"))
-    assert "from step 3 on, order and length are those of the images that are there now" in lines[0]
-    assert "6 steps in all" in lines[0]
+    assert "from step 3 on, order and length are those of the current images" in lines[0]
+    assert "6 steps in total" in lines[0]
     assert "8 then, 12 now" in lines[1]
     assert (known(folder)["images"], known(folder)["from_step"]) == (12, 3)
     assert [each["images"] for each in known(folder)["earlier"]] == [8]
@@ -129,7 +129,7 @@ def test_images_that_nothing_was_trained_on_may_be_put_back(folder: RunFolder) -
 def test_before_the_first_checkpoint_other_images_are_only_told(folder: RunFolder) -> None:
     record_source(folder, images(8), config())
     (line,) = record_source(folder, images(12), config())
-    assert "changed since the first start, which came to no checkpoint" in line
+    assert "changed since the first start, which wrote no checkpoint" in line
     assert known(folder)["images"] == 12
 
 

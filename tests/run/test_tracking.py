@@ -40,9 +40,9 @@ def test_a_problem_says_whether_waiting_helps_and_never_a_password(
 ) -> None:
     print_problem(MlflowProblem("no answer", cure), URI, ended=ended)
     said = capsys.readouterr().err
-    assert ("The work goes on" in said) == (not ended)
+    assert ("Work continues" in said) == (not ended)
     assert ("Nothing is lost: the same command sends the rest" in said) == ended
-    assert ("MLflow will not by itself: give a database" in said) == (cure is not None)
+    assert ("What to do: give a database" in said) == (cure is not None)
     assert "secret" not in said
 
 
@@ -70,7 +70,7 @@ def test_a_start_waits_for_the_first_answer_and_tells_once(
         ended=ended,
     )
     assert tracker.waited == [3.0]  # type: ignore[attr-defined]
-    assert ("takes nothing" in capsys.readouterr().err) == (not ended)
+    assert ("accepts nothing" in capsys.readouterr().err) == (not ended)
 
 
 def test_without_mlflow_the_results_say_so(tmp_path: Path) -> None:
