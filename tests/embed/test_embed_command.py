@@ -32,7 +32,7 @@ class TestWithoutRay:
         assert f"embedding 101 images from {photos}" in said
         assert "1, listed in " in printed
         assert (out / "_bad_images.jsonl").exists()
-        assert "64 an image" in printed
+        assert "64 per image" in printed
         assert f"next      raysl search '{out}' --grid neighbours.png\n" in printed
         assert f"          raysl duplicates '{out}' --contact-sheet duplicates.png\n" in printed
 
