@@ -48,7 +48,7 @@ class Embeddings:
         self.about: dict[str, Any] = read_about(self.folder)
         self.dim = int(self.about["embed_dim"])
         self._groups: list[_Group] = []
-        names = sorted(name for name in self.folder.listed() if name.startswith("features-"))
+        names = sorted(name for name in self.folder.file_sizes() if name.startswith("features-"))
         rows, labels = [], []
         start = 0
         for name in names:
@@ -101,8 +101,8 @@ class Embeddings:
         if not has_features.all():
             row, num_rows = int(source_rows[~has_features][0]), int(self.rows.max(initial=-1)) + 1
             raise DataError(
-                f"{self.folder.uri}: row {row} has no features: it was left out as a bad image, or is "
-                f"not one of the {num_rows:,} rows"
+                f"{self.folder.uri}: row {row} has no features: it was left out as a bad image, or "
+                f"is not one of the {num_rows:,} rows"
             )
         return positions.astype(np.int64)
 
@@ -123,7 +123,7 @@ class Embeddings:
             yield start, torch.cat(pending)
 
     def directions(self, positions: Ints) -> Tensor:
-        """Return the features at ``(n,)`` positions: ``(n, D)`` float32, unit length, on the CPU."""
+        """Return the features at ``(n,)`` positions: ``(n, D)`` float32 of unit length."""
         numbers = np.searchsorted(self._starts, positions, side="right") - 1
         result = torch.empty((len(positions), self.dim))
         for number in np.unique(numbers).tolist():

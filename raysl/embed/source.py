@@ -175,7 +175,7 @@ def embed_source(
         if not complete:
             made = writer.fill(make, embedding, view)
             about = writer.finish()
-        sizes = folder.listed()
+        sizes = folder.file_sizes()
     return EmbedResult(
         images=about["images"],
         bad_images=about["bad_images"],
@@ -231,7 +231,7 @@ class _Writer:
         width = about["embed_dim"] * np.dtype(config.store).itemsize
         shard_rows = max(1, int(config.shard_mib * _MIB / width) // self.chunk) * self.chunk
         self.plan = ShardPlan(int(source.group_sizes.sum()), shard_rows)
-        files = folder.listed()
+        files = folder.file_sizes()
         bad_images = {
             shard: read_bad(folder, self.plan.name(shard))
             for shard in range(self.plan.num_shards)

@@ -217,7 +217,7 @@ class TestGoingOn:
             write(*given, **more)
 
         monkeypatch.setattr(module, "write_shard", full)
-        with pytest.raises(DataError, match=r"the disk is full\. What is complete stays"):
+        with pytest.raises(DataError, match=r"the disk is full\. Complete files are kept"):
             embed_it(photos, path, out)
         monkeypatch.undo()
         monkeypatch.setattr(embedding_module, "_MOST_IMAGES", 8)
