@@ -80,9 +80,7 @@ class TestRefused:
     def test_another_architecture(self, tmp_path: Path) -> None:
         words = {"bert.embeddings.weight": torch.ones(3, 3), "bert.layer.0.weight": torch.ones(3)}
         path = write(tmp_path / "w.pth", words)
-        self.refused(
-            path, "no tensor names of a ResNet, ViT or ConvNeXt .* give backbone.name=torchvi"
-        )
+        self.refused(path, "no tensor names of a ResNet, .* give backbone.name=torchvision")
         self.refused(
             path, "no tensor has a name of one of the backbone's", backbone={"name": "resnet18"}
         )
@@ -120,9 +118,7 @@ class TestRefused:
         content: dict[str, Any] = {f"again{n}": None for n in range(50)}
         for name in content:
             content[name] = content
-        self.refused(
-            write(tmp_path / "w.pth", content), "no tensor names of a ResNet, ViT or ConvNeXt"
-        )
+        self.refused(write(tmp_path / "w.pth", content), "no tensor names of a ResNet")
 
     def test_a_full_disk_leaves_the_older_encoder(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
