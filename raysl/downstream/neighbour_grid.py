@@ -71,7 +71,7 @@ def vote(
     relative = close.similarities - close.similarities[:, :1]
     weights = np.exp(relative.astype(np.float64) / temperature)
     # One number for each query and class with a vote, because there may be many classes.
-    classes, numbers = np.unique(labels[close.positions], return_inverse=True)
+    classes, numbers = np.unique(labels[close.places], return_inverse=True)
     queries = np.arange(len(weights))
     pairs = queries[:, None] * len(classes) + numbers.reshape(weights.shape)
     voted, places = np.unique(pairs, return_inverse=True)
@@ -135,8 +135,7 @@ def draw_mistakes(path: Path, evaluation: Evaluation, *, k: int, temperature: fl
     order = np.lexsort((-close.similarities[wrong, 0], -share[wrong]))
     worst = wrong[order][:NUM_QUERIES]
     neighbours = Nearest(
-        labelled[close.positions[worst, :NUM_NEIGHBOURS]],
-        close.similarities[worst, :NUM_NEIGHBOURS],
+        labelled[close.places[worst, :NUM_NEIGHBOURS]], close.similarities[worst, :NUM_NEIGHBOURS]
     )
 
     def said(place: int, number: int) -> tuple[str, ...]:
@@ -155,15 +154,15 @@ def _draw(
 ) -> None:
     train, test = evaluation.train, evaluation.test
     query_images = test.thumbnails(queries, most_px=_MOST_PX)
-    near_images = train.thumbnails(close.positions.ravel(), most_px=_MOST_PX)
+    near_images = train.thumbnails(close.places.ravel(), most_px=_MOST_PX)
     rows = []
     for number, place in enumerate(queries.tolist()):
         label = int(test.labels[place])
         name = (_short(evaluation.name_of(label)),) if label >= 0 else ()
         row = [Cell(query_images[number], name + said(place, number), INK)]
-        for column, other in enumerate(close.positions[number].tolist()):
+        for column, other in enumerate(close.places[number].tolist()):
             similarity = f"{close.similarities[number, column]:.2f}"
-            image = near_images[number * close.positions.shape[1] + column]
+            image = near_images[number * close.places.shape[1] + column]
             row.append(_neighbour(evaluation, image, int(train.labels[other]), label, similarity))
         rows.append(row)
     save_grid(path, rows, cell_in=_CELL_IN)

@@ -38,7 +38,7 @@ class TestNearest:
                 for t in train
             ]
             expected = np.argsort(cosines)[::-1][:7]
-            np.testing.assert_array_equal(found.positions[row], expected)
+            np.testing.assert_array_equal(found.places[row], expected)
             np.testing.assert_allclose(
                 found.similarities[row], np.sort(cosines)[::-1][:7], rtol=1e-5, atol=1e-6
             )
@@ -48,7 +48,7 @@ class TestNearest:
         train[1] = np.nan
         train[2] = -train[0]
         found = nearest(train, train[:1], k=9)
-        assert found.positions.tolist() == [[0, 1, 2]]
+        assert found.places.tolist() == [[0, 1, 2]]
 
     def test_vote_by_similarity(self) -> None:
         found = nearest(np.eye(3, dtype=np.float32), np.array([[3.0, 2.0, 2.0]], "f4"), k=3)
