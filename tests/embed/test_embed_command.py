@@ -59,7 +59,7 @@ class TestWithoutRay:
         encoder = str(tiny_encoder(decoding=trained))
         words = ["digits", encoder, str(tmp_path / "out"), "limit=8", "num_workers=0"]
         assert main(["embed", *words]) == 0
-        assert 'color_profile="convert" here, and the encoder' in capsys.readouterr().err
+        assert 'color_profile="convert" here, but the encoder' in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("words", "text"),

@@ -118,7 +118,9 @@ class TestWhatTorchSaves:
 
     def test_a_whole_module_is_refused_with_what_to_do(self, tmp_path: Path, legacy: bool) -> None:
         path = self.save(nn.Linear(2, 2), tmp_path / "w.pth", legacy)
-        with pytest.raises(DataError, match=r"holds a whole torch\.nn\..*Linear.*state_dict\(\)"):
+        with pytest.raises(
+            DataError, match=r"holds an object of class torch\.nn\..*Linear.*state_dict\(\)"
+        ):
             read_content(path)
 
 

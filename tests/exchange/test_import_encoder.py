@@ -89,7 +89,9 @@ class TestRefused:
         config = BackboneConfig(name="vit_tiny", patch_size_px=8, depth=1)
         state = build_backbone(config, image_size_px=32).net.state_dict()
         state["blocks.0.ls1.gamma"] = torch.ones(192)  # DINOv2
-        text = r"unexpected: blocks\.0\.ls1\.gamma\. It has layer .*backbone\.name=timm:NAME"
+        text = (
+            r"unexpected: blocks\.0\.ls1\.gamma\. Its network has layer .*backbone\.name=timm:NAME"
+        )
         self.refused(write(tmp_path / "w.pth", state), text)
         del state["blocks.0.ls1.gamma"], state["blocks.0.attn.qkv.bias"]
         self.refused(write(tmp_path / "w.pth", state), r"missing: blocks\.0\.attn\.qkv\.bias")
