@@ -64,5 +64,5 @@ def test_other_pixels_than_the_encoder_knows_are_told(tiny_encoder: Callable[...
     encoder = tiny_encoder("told", decoding=known)
     assert other_decoding(encoder, bits) == []
     (line,) = other_decoding(encoder, EmbedConfig(source="a"))
-    assert line.startswith('intensity=null here, and the encoder was trained with intensity={"bits')
+    assert line.startswith('intensity=null here, but the encoder was trained with intensity={"bits')
     assert other_decoding(tiny_encoder("not told"), bits) == []

@@ -45,7 +45,7 @@ class TestNeighborsOfAll:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setattr(module, "_BLOCK_ROWS", block)
-        monkeypatch.setattr(module, "_QUERIES", 2 * block)
+        monkeypatch.setattr(module, "_BLOCK_QUERIES", 2 * block)
         embeddings = write_embeddings(
             tmp_path / "out", features + 1, center=center, cache_bytes=200
         )
