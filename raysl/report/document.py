@@ -63,7 +63,7 @@ def section(title: str, content: str, note: str = "") -> str:
     return f"<section>\n<h2>{title}</h2>\n{content}{note_html}\n</section>"
 
 
-def shown_picture(folder: Path, name: str, alt: str) -> str:
+def picture_html(folder: Path, name: str, alt: str) -> str:
     """Return HTML with an embedded picture.
 
     Its size on the page is half of its size in pixels, so that it is sharp on screens with two
@@ -102,7 +102,7 @@ def files_section(folder: Path, files: Iterable[tuple[str, str]]) -> str:
     return section("Files", f"{where}<div class=scroll><table>\n{rows}\n</table></div>")
 
 
-def folded(summary: str, content: str) -> str:
+def collapsible(summary: str, content: str) -> str:
     """Return HTML whose content opens on a click on the summary; both arguments are HTML."""
     return f"<details><summary>{summary}</summary>{content}</details>"
 
