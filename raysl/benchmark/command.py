@@ -1,4 +1,4 @@
-"""`raysl benchmark`: measure input, plan, embedding and loss on this machine or cluster."""
+"""`raysl benchmark`: measure input, plan, loss and embedding on this machine or cluster."""
 
 import argparse
 import math
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run one benchmark."""
+    """Run a benchmark."""
     results = _RUN[arguments.what](arguments)
     if arguments.json:
         print_json(results)
@@ -35,16 +35,17 @@ def _whole(text: str) -> int:
     """Parse a whole number above 0, which may be written as 1e9."""
     number = float(text)
     if not (number >= 1 and number.is_integer()):
-        raise argparse.ArgumentTypeError(f"give a whole number of at least 1; got {text}")
+        raise argparse.ArgumentTypeError(f"give a whole number, at least 1; got {text}")
     return int(number)
 
 
 def _positive(text: str) -> float:
     number = float(text)
     if not (math.isfinite(number) and number > 0):
-        raise argparse.ArgumentTypeError(f"a number above 0; got {text}")
+        raise argparse.ArgumentTypeError(f"give a number above 0; got {text}")
     return number
 
 
 def _wholes(text: str) -> list[int]:
+    """Parse whole numbers above 0, separated by commas."""
     return [_whole(part) for part in text.split(",")]

@@ -1,4 +1,4 @@
-"""`raysl benchmark embed`: measure embedding on Ray, and estimate what a billion images take."""
+"""`raysl benchmark embed`: measure embedding on Ray, and estimate the cost of a billion images."""
 
 import argparse
 import os
@@ -49,36 +49,41 @@ def add_arguments(
         whole: Parses a whole number above 0.
         positive: Parses a number above 0.
     """
-    text = "embedding on Ray, and what a billion images take at the measured rates"
+    text = "measure embedding on Ray, and estimate the cost of a billion images"
     parser = kinds.add_parser("embed", help=text, description=f"raysl benchmark embed: {text}")
     parser.add_argument("source", help="a source, as for raysl embed")
     parser.add_argument("encoder", metavar="run", help="a run folder, or an encoder.safetensors")
     parser.add_argument("overrides", nargs="*", help="settings of raysl embed: key=value")
     parser.add_argument("--repeats", type=whole, default=3, help="number of rounds (3)")
     parser.add_argument(
-        "--seconds", type=positive, default=20.0, help="seconds of each measurement (20)"
+        "--seconds",
+        type=positive,
+        default=20.0,
+        help="duration of each measurement in seconds (20)",
     )
-    parser.add_argument("--images", type=whole, default=10**9, help="images of the estimate (1e9)")
+    parser.add_argument(
+        "--images", type=whole, default=10**9, help="number of images in the estimate (1e9)"
+    )
     parser.add_argument(
         "--workers",
         type=whole,
         default=_WORKERS,
-        help=f"workers of the estimate: GPUs, or CPUs without GPUs ({_WORKERS})",
+        help=f"number of workers in the estimate: GPUs, or CPUs if there are none ({_WORKERS})",
     )
     parser.add_argument(
         "--worker-images-per-s",
         type=positive,
-        help="speed of a worker in the estimate (as measured here)",
+        help="speed of a worker in the estimate (the measured one)",
     )
     parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure in rounds, then print the rates and the estimate.
+    """Measure in rounds; print the rates and the estimate.
 
     Raises:
         ConfigError: If a setting is wrong, or there is no encoder.
-        ClusterError: If nothing of the cluster is free.
+        ClusterError: If no CPU of the cluster is free.
     """
     encoder = encoder_file(arguments.encoder)
     config, source = open_argument(arguments, EmbedConfig, where="raysl benchmark embed")
@@ -137,7 +142,7 @@ def _print_rates(results: Mapping[str, Any]) -> None:
     rates = results["ray"]
     low, high = rates["min"], rates["max"]
     rows = {
-        "images a second": f"{rates['images_per_s']:,.1f} ({low:,.1f}-{high:,.1f})",
+        "images per second": f"{rates['images_per_s']:,.1f} ({low:,.1f}-{high:,.1f})",
         "first chunk": f"{rates['first_batch_s']:.1f} s",
     }
     console().print(mapping_table(f"Embedding by Ray Data, {results['actors']} actors", rows))
@@ -175,18 +180,18 @@ def _print_plan(costs: EmbeddingCosts, lines: list[PlanLine], *, gpus: int) -> N
         f"{costs.images_per_s_per_worker:,.1f} images/s each",
         title_justify="left",
     )
-    for column in ("what", "formula", "is"):
-        table.add_column(column, justify="right" if column == "is" else "left")
+    for column in ("quantity", "formula", "value"):
+        table.add_column(column, justify="right" if column == "value" else "left")
     for line in lines:
         table.add_row(line.what, line.formula, value_text(line))
     out = console()
     out.print(table)
     out.print(
-        f"M images, G {kind}, r = {costs.images_per_s_per_worker:,.1f} images/s of one (measured "
-        f"here unless given), D = {costs.embed_dim} features of b = {costs.bytes_per_feature} "
-        f"bytes, c = {costs.chunk_images} images a chunk, S = {costs.size_px} px, "
-        f"d = {costs.decode_images_per_s_per_cpu:,.0f} images/s that one core reads and decodes, "
-        f"f = {costs.multiplications_per_s / 1e9:,.1f}e9 multiplications/s of one, measured here",
+        f"M images, G {kind}, r = {costs.images_per_s_per_worker:,.1f} images/s of each (measured "
+        f"here unless set), D = {costs.embed_dim} features of b = {costs.bytes_per_feature} "
+        f"bytes, c = {costs.chunk_images} images per chunk, S = {costs.size_px} px, "
+        f"d = {costs.decode_images_per_s_per_cpu:,.0f} images/s read and decoded by one core, "
+        f"f = {costs.multiplications_per_s / 1e9:,.1f}e9 multiplications/s of one worker",
         markup=False,
     )
 

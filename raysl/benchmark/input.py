@@ -1,4 +1,4 @@
-"""Measure the input of a run: how many images a second its views are made at, without training."""
+"""Measure the input of a run: the speed at which its views are made, without training."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -24,8 +24,8 @@ from raysl.run.ray_cluster import Layout
 from raysl.run.recipe import RunConfig, block_spec, plan_of
 from raysl.sources.source import Source
 
-_LONG = 1_000_000  # steps: a plan that no measurement in one process comes to the end of
-_ROUND_ITEMS = 10_000  # rounds begin at different items, where a source has as many
+_MANY_STEPS = 1_000_000  # more than a measurement in one process takes
+_ROUND_ITEMS = 10_000  # distance between the first items of rounds
 
 
 class InputBenchmark(NamedTuple):
@@ -34,27 +34,27 @@ class InputBenchmark(NamedTuple):
     config: RunConfig[Any]
     source: Source
     batch_size: int
-    """Images of each consumer's batch."""
+    """Images per batch of a consumer."""
     num_consumers: int
     seconds: float
-    """Length of each measurement after its warm-up."""
+    """Duration of each measurement after its warm-up."""
 
     @property
     def run_batch_size(self) -> int:
-        """Images of each worker's batch in the run itself."""
+        """Images per batch of a worker in the run itself."""
         workers = max(1, self.config.cluster.num_train_workers)
         return self.config.train.global_batch_size // workers
 
     @property
     def num_images(self) -> int:
-        """Images of an epoch; mixed sources count by their weights."""
+        """Images per epoch; mixed sources count by their weights."""
         return images_per_epoch(self.source.group_sizes, self.source.weights)
 
     def spec(self) -> BlockSpec:
-        """Return how the run makes blocks of views."""
+        """Return the description of the run's blocks of views."""
         return block_spec(self.config.data)
 
-    def plan(self, *, steps: int = _LONG, num_consumers: int = 1) -> Plan:
+    def plan(self, *, steps: int = _MANY_STEPS, num_consumers: int = 1) -> Plan:
         """Return the run's order of images with the benchmark's batch size."""
         train = {
             "global_batch_size": self.batch_size * num_consumers,
@@ -78,17 +78,18 @@ def open_input(
     num_consumers: int | None = None,
     seconds: float,
 ) -> InputBenchmark:
-    """Open the source of a run and choose the sizes of its benchmark.
+    """Open the source of a run, and choose batch size and consumers of its benchmark.
 
     Args:
-        config: The run.
-        batch_size: Images of each consumer's batch; None takes the run's, at most 256 and half of
+        config: The run's configuration.
+        batch_size: Images per batch of a consumer; None takes the run's, at most 256 and half of
             the source.
-        num_consumers: Processes that take batches; None takes the run's train workers.
-        seconds: Length of each measurement.
+        num_consumers: Number of processes that take batches; None takes the number of the run's
+            train workers.
+        seconds: Duration of each measurement.
 
     Raises:
-        ConfigError: If the source has fewer images than the consumers take at once.
+        ConfigError: If the source has fewer images than a batch of all consumers.
         DataError: If the source cannot be read.
     """
     config = with_absolute_sources(config)
@@ -120,15 +121,15 @@ def measure_round(
     """Measure each part of the input once, one after the other.
 
     Args:
-        bench: The input.
+        bench: The input to measure.
         layout: The data workers on the connected cluster.
-        source: Reference of the source in Ray's object store.
+        source: Reference to the source in Ray's object store.
         number: Number of the round, from 0.
-        label: Names the round in messages.
+        label: Name of the round, for messages.
 
     Returns:
-        Figures by name: of the function on one core, of decoding, of the function on all cores, and
-        of the stream through Ray Data.
+        Measurements by name: ``function_`` of the data workers' function on one core, ``decode_``
+        of decoding on one core, ``busy_`` of the function on all cores, ``ray_`` of the stream.
     """
     spec, seconds = bench.spec(), bench.seconds
     plan, start = bench.plan(), number * _ROUND_ITEMS
@@ -150,16 +151,16 @@ def measure_round(
 
 
 def measure_stream(bench: InputBenchmark, layout: Layout, source: Any, *, images: float) -> Stream:
-    """Measure the stream of batches through Ray Data, over about so many images.
+    """Measure the stream of batches through Ray Data.
 
     Args:
-        bench: The input.
+        bench: The input to measure.
         layout: The data workers on the connected cluster.
-        source: Reference of the source in Ray's object store.
-        images: Number of images to measure, after the warm-up.
+        source: Reference to the source in Ray's object store.
+        images: Approximate number of images to measure, after the warm-up.
 
     Raises:
-        RayslError: What a data worker raised.
+        RayslError: The error of a data worker.
         ClusterError: If the CPUs are in use.
     """
     spec = bench.spec()
@@ -176,9 +177,9 @@ def measure_stream(bench: InputBenchmark, layout: Layout, source: Any, *, images
 
 
 def medians(rounds: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
-    """Return the median of each figure over the rounds; None if a round lacks it."""
+    """Return the median of each measurement over the rounds; None if a round lacks it."""
     result: dict[str, float | None] = {}
     for name in rounds[0]:
-        values = [value for figures in rounds if (value := figures[name]) is not None]
+        values = [value for each in rounds if (value := each[name]) is not None]
         result[name] = statistics.median(values) if len(values) == len(rounds) else None
     return result

@@ -1,4 +1,4 @@
-"""`raysl benchmark input`: measure how many images a second a run's views are made at, and why."""
+"""`raysl benchmark input`: measure the speed of a run's input, and find its slowest stage."""
 
 import argparse
 import statistics
@@ -18,8 +18,9 @@ from raysl.run.ray_cluster import Layout, connect, disconnect
 from raysl.run.recipe import load_run
 
 _MIB = 1 << 20
-_GPU_IMAGES_PER_S = 1000.0
-_OF_THE_STREAM = {
+_GPU_IMAGES_PER_S = 1000.0  # assumed if it is not given
+# Keys of the results, and fields of `Stream` that they are from.
+_STREAM_KEYS = {
     "first_batch_s": "first_batch_s",
     "consumer_wait_s": "wait_s",
     "consumer_wait_p99_s": "wait_p99_s",
@@ -44,33 +45,39 @@ def add_arguments(
         whole: Parses a whole number above 0.
         positive: Parses a number above 0.
     """
-    text = "making views: on one core, on all cores, and through Ray Data"
+    text = "measure the making of views: on one core, on all cores, and through Ray Data"
     parser = kinds.add_parser("input", help=text, description=f"raysl benchmark input: {text}")
-    parser.add_argument("config", type=Path, help="a YAML file or a name: quickstart")
-    parser.add_argument("overrides", nargs="*", help="section.key=value, typed as YAML")
+    parser.add_argument(
+        "config",
+        type=Path,
+        help="a YAML file, or the name of a shipped configuration such as quickstart",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", help="settings as section.key=value, with YAML values"
+    )
     parser.add_argument("--repeats", type=whole, default=3, help="number of rounds (3)")
     parser.add_argument(
         "--seconds",
         type=positive,
         default=10.0,
-        help="seconds of each measurement after warm-up (10)",
+        help="duration of each measurement in seconds, after its warm-up (10)",
     )
-    parser.add_argument("--batch-size", type=whole, help="batch size of each consumer")
+    parser.add_argument("--batch-size", type=whole, help="images per batch of a consumer")
     parser.add_argument(
         "--consumers",
         type=whole,
-        help="processes that consume batches (cluster.num_train_workers)",
+        help="number of processes that take batches (cluster.num_train_workers)",
     )
     parser.add_argument(
         "--gpu-images-per-s",
         type=positive,
-        help="training speed of one GPU (the img/s of raysl pretrain), to size the CPUs",
+        help="training speed of one GPU (img/s of raysl pretrain), to compute the CPUs it needs",
     )
     parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure the input in rounds and print tables.
+    """Measure the input in rounds; print tables and advice.
 
     Raises:
         ConfigError: If a setting is wrong, or the source is too small for the batch size.
@@ -109,7 +116,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _say_start(bench: InputBenchmark, layout: Layout) -> None:
     data, usual = bench.config.data, bench.run_batch_size
-    on_device = ", colour left to the device" if data.color_on == "device" else ""
+    on_device = ", colour operations on the device" if data.color_on == "device" else ""
     less = "" if bench.batch_size == usual else f" (the run's is {usual})"
     say(
         f"raysl benchmark input: {bench.source.name}, {bench.num_images:,} images, recipe "
@@ -127,7 +134,7 @@ def _results(
     rounds: Sequence[Mapping[str, float | None]],
     gpu_images_per_s: float | None,
 ) -> dict[str, Any]:
-    """Return the medians over the rounds under the documented names."""
+    """Return the medians over the rounds, under the keys of ``--json``."""
     median: dict[str, Any] = medians(rounds)
     cores, rate = cores_of(layout), median["ray_images_per_s"]
     shares = {s: median[f"function_{s}_share"] for s in (READ, DECODE, AUGMENT)}
@@ -158,7 +165,7 @@ def _results(
         "ray_efficiency": rate / (cores * median["function_images_per_s"]),
         "ray_efficiency_all_busy": rate / (cores * median["busy_images_per_s"]),
         "bytes_per_s": rate * median["ray_bytes_per_image"],
-        **{name: median[f"ray_{key}"] for name, key in _OF_THE_STREAM.items()},
+        **{name: median[f"ray_{key}"] for name, key in _STREAM_KEYS.items()},
         "core_ms_per_image": cost.stages,
         "binding_stage": CONSUMER if slow_gpu else cost.binding,
         "repeats": list(rounds),
@@ -167,17 +174,17 @@ def _results(
 
 
 def _sentences(results: Mapping[str, Any], gpu_images_per_s: float | None) -> dict[str, str]:
-    """Return two sentences: which stage binds, and how many cores feed a GPU."""
+    """Return two sentences: the slowest stage, and the number of cores that feed a GPU."""
     costs = results["core_ms_per_image"]
     parts = ", ".join(f"{STAGES[stage]} {ms:.2f}" for stage, ms in costs.items())
     stage = STAGES[results["binding_stage"]]
     per_core = results["ray_images_per_s"] / results["cores"]
     gpu = gpu_images_per_s or _GPU_IMAGES_PER_S
     return {
-        "binding_sentence": f"What binds: {stage} (core-milliseconds an image: {parts}).",
+        "binding_sentence": f"Slowest stage: {stage} (core-milliseconds per image: {parts}).",
         "sizing": (
             f"A GPU that trains at {gpu:,.0f} images/s needs about {gpu / per_core:.1f} CPU cores "
-            f"of this kind to feed it ({per_core:,.0f} images/s a core through Ray)."
+            f"of this kind to feed it ({per_core:,.0f} images/s per core through Ray)."
         ),
     }
 
@@ -186,14 +193,14 @@ def _rates_table(results: Mapping[str, Any]) -> Table:
     rounds, cores = results["repeats"], results["cores"]
     count = len(rounds)
     table = Table(
-        title=f"Images a second, median of {count} repeat{'s' if count > 1 else ''}",
+        title=f"Images per second, median of {count} repeat{'s' if count > 1 else ''}",
         title_justify="left",
     )
     for column in ("", "images/s", "images/s/core", "min-max of images/s"):
         table.add_column(column, justify="left" if not column else "right")
 
-    def add(label: str, key: str, on: int, scale: int = 1) -> None:
-        values = [figures[key] for figures in rounds if figures[key] is not None]
+    def add_row(label: str, key: str, num_cores: int, scale: int = 1) -> None:
+        values = [each[key] for each in rounds if each[key] is not None]
         if not values:
             return
         middle = statistics.median(values)
@@ -201,14 +208,16 @@ def _rates_table(results: Mapping[str, Any]) -> Table:
         table.add_row(
             label,
             f"{scale * middle:,.0f}",
-            f"{scale * middle / on:,.0f}",
+            f"{scale * middle / num_cores:,.0f}",
             f"{low:,.0f}-{high:,.0f}",
         )
 
-    add("decoding alone, one core", "decode_images_per_s", 1)
-    add("function of a data worker, one core", "function_images_per_s", 1)
-    add(f"function, {cores} core(s) at once, without Ray Data", "busy_images_per_s", cores, cores)
-    add(f"through Ray Data, {cores} core(s)", "ray_images_per_s", cores)
+    add_row("decoding alone, one core", "decode_images_per_s", 1)
+    add_row("function of a data worker, one core", "function_images_per_s", 1)
+    add_row(
+        f"function, {cores} core(s) at once, without Ray Data", "busy_images_per_s", cores, cores
+    )
+    add_row(f"through Ray Data, {cores} core(s)", "ray_images_per_s", cores)
     return table
 
 
@@ -218,18 +227,18 @@ def _stream_table(results: Mapping[str, Any]) -> Table:
     spilled = results["spilled_bytes"]
     rows = {
         "efficiency": (
-            f"{results['ray_efficiency']:.0%} of cores x function on one core; "
-            f"{results['ray_efficiency_all_busy']:.0%} of the function on all cores"
+            f"{results['ray_efficiency']:.0%} of the function's speed on one core x cores; "
+            f"{results['ray_efficiency_all_busy']:.0%} of its speed on all cores at once"
         ),
-        "the function's time": ", ".join(f"{STAGES[s]} {v:.0%}" for s, v in shares.items()),
+        "time of the function": ", ".join(f"{STAGES[s]} {v:.0%}" for s, v in shares.items()),
         "first batch": f"{results['first_batch_s']:.1f} s",
-        "consumer's wait a batch": (
+        "wait per batch": (
             f"median {1000 * results['consumer_wait_s']:.0f} ms, 99th percentile "
             f"{1000 * results['consumer_wait_p99_s']:.0f} ms"
         ),
         "bytes": (
             f"{results['source_bytes_per_image']:,.0f} read and {results['bytes_per_image']:,.0f} "
-            f"moved an image, {results['bytes_per_s'] / _MIB:,.0f} MiB/s"
+            f"moved per image, {results['bytes_per_s'] / _MIB:,.0f} MiB/s"
         ),
         "peak of the object store": _mib(results["peak_object_store_bytes"]),
         "peak of this process": _mib(results["peak_driver_bytes"]),
@@ -237,7 +246,7 @@ def _stream_table(results: Mapping[str, Any]) -> Table:
             f"{_mib(results['peak_workers_bytes'])}, of which "
             f"{_mib(results['peak_workers_private_bytes'])} not shared"
         ),
-        "spilled to disk": "not known" if spilled is None else _mib(spilled),
+        "spilled to disk": "unknown" if spilled is None else _mib(spilled),
     }
     for label, text in rows.items():
         table.add_row(label, text)

@@ -12,7 +12,7 @@ from rich.table import Table
 from raysl.benchmark.loss import FORMS, device_name, measure_in_own_process
 from raysl.report.terminal import console, say
 
-_LONG_MS = 20_000.0  # a step of which is measured once
+_LONG_MS = 20_000.0  # a form with slower steps is measured once
 _MIB = 1 << 20
 
 
@@ -27,9 +27,9 @@ def add_arguments(
     Args:
         kinds: The subcommands of `raysl benchmark`.
         whole: Parses a whole number above 0.
-        wholes: Parses several of them, separated by commas.
+        wholes: Parses whole numbers above 0, separated by commas.
     """
-    text = "time and memory of NT-Xent in tiles, beside the matrix of all pairs"
+    text = "measure time and memory of NT-Xent, in tiles and with the matrix of all pairs"
     loss = kinds.add_parser("loss", help=text, description=f"raysl benchmark loss: {text}")
     loss.add_argument(
         "--batches",
@@ -43,20 +43,20 @@ def add_arguments(
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure both forms at each batch, in turns, and print a table."""
+    """Measure both forms at each batch size, in turns; print a table."""
     load = os.getloadavg()[0]
     measured: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for repeat in range(arguments.repeats):
         for batch_size in arguments.batches:
             for form in FORMS:
-                before = measured.setdefault((batch_size, form), [])
-                if before and (before[-1]["ms"] is None or before[-1]["ms"] > _LONG_MS):
+                earlier = measured.setdefault((batch_size, form), [])
+                if earlier and (earlier[-1]["ms"] is None or earlier[-1]["ms"] > _LONG_MS):
                     continue
                 say(
-                    f"measuring {form} at batch {batch_size:,}, repeat {repeat + 1} of "
+                    f"measuring {form} at batch size {batch_size:,}, repeat {repeat + 1} of "
                     f"{arguments.repeats}"
                 )
-                before.append(measure_in_own_process(form, batch_size, arguments.dim))
+                earlier.append(measure_in_own_process(form, batch_size, arguments.dim))
     results = {
         "device": device_name(),
         "num_threads": torch.get_num_threads(),
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def summarise(repeats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the median time and the largest memory of the repeats of one case."""
+    """Return the median time and the largest memory of the repeats of a form and batch size."""
     good = [repeat for repeat in repeats if repeat["problem"] is None]
     if not good:
         return {**repeats[0], "num_repeats": 0, "min_ms": None, "max_ms": None}
@@ -85,27 +85,27 @@ def summarise(repeats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def loss_table(results: Mapping[str, Any]) -> Table:
-    """Return the table of both forms over the batch."""
+    """Return the table of both forms over the batch size."""
     table = Table(
         title=f"NT-Xent forward and backward, {results['dim']} dimensions, {results['device']}",
         title_justify="left",
         caption=(
-            "plain: a matrix of all pairs of the 2N views; tiled: what the methods use. Median of "
-            "the repeats; memory above what the inputs take. "
-            f"{results['num_threads']} thread(s), load {results['load_before']:.1f} before."
+            "plain: a matrix of all pairs of the 2N views; tiled: the form that methods use. "
+            "Median of the repeats; memory without the inputs. "
+            f"{results['num_threads']} thread(s), system load {results['load_before']:.1f} before."
         ),
         caption_justify="left",
     )
     table.add_column("form")
-    for column in ("batch", "ms", "min-max of ms", "peak memory", "KiB an image"):
+    for column in ("batch size", "ms", "min-max of ms", "peak memory", "KiB per image"):
         table.add_column(column, justify="right")
     for case in results["cases"]:
-        begin = [case["form"], f"{case['batch_size']:,}"]
+        cells = [case["form"], f"{case['batch_size']:,}"]
         if case["problem"] is not None:
-            table.add_row(*begin, case["problem"])
+            table.add_row(*cells, case["problem"])
             continue
         table.add_row(
-            *begin,
+            *cells,
             f"{case['ms']:,.1f}",
             f"{case['min_ms']:,.1f}-{case['max_ms']:,.1f}",
             f"{case['peak_bytes'] / _MIB:,.1f} MiB",

@@ -1,6 +1,6 @@
-"""Run a measurement in a separate process, where no earlier one has left threads or memory.
+"""Run a measurement in a separate process, without threads and memory of earlier measurements.
 
-The process is ``python -m MODULE WORD ...``, and its result is the JSON object on its last line.
+The process is ``python -m MODULE WORD ...``; its result is the JSON object on its last line.
 """
 
 import json
@@ -14,12 +14,12 @@ from raysl.errors import DataError
 
 
 def run_in_own_process(module: str, *words: object, timeout_s: float) -> dict[str, Any]:
-    """Run a module with arguments in a separate process and return the JSON object that it prints.
+    """Run a module in a separate process, and return the JSON object on its last line.
 
     Args:
-        module: Dotted name; modules of raysl are those of this process.
-        words: Arguments of its command line.
-        timeout_s: The process is killed after this many seconds.
+        module: Dotted name of the module; raysl is imported from the same place as here.
+        words: Arguments of the command line.
+        timeout_s: Seconds after which the process is killed.
 
     Raises:
         DataError: If the process fails, takes longer or prints no JSON; the message is the last
@@ -28,7 +28,7 @@ def run_in_own_process(module: str, *words: object, timeout_s: float) -> dict[st
     package = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", module, *map(str, words)],
             capture_output=True,
             text=True,
@@ -39,10 +39,10 @@ def run_in_own_process(module: str, *words: object, timeout_s: float) -> dict[st
     except subprocess.TimeoutExpired:
         raise DataError(f"took more than {timeout_s:g} s") from None
     try:
-        if done.returncode == 0:
-            result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        if process.returncode == 0:
+            result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
             return result
     except (IndexError, ValueError):
         pass
-    lines = done.stderr.strip().splitlines()
-    raise DataError(lines[-1] if lines else f"ended with status {done.returncode}")
+    lines = process.stderr.strip().splitlines()
+    raise DataError(lines[-1] if lines else f"ended with status {process.returncode}")

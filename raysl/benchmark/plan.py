@@ -1,6 +1,6 @@
-"""Measure memory and start time of the plan over the number of images.
+"""Measure memory and start time of the plan, the order of a run's images, over their number.
 
-Each size is measured in a separate process (``python -m raysl.benchmark.plan``), whose memory is
+Each plan is measured in a separate process (``python -m raysl.benchmark.plan``), whose memory is
 limited to half of the free memory.
 """
 
@@ -24,40 +24,43 @@ from raysl.errors import DataError, RayslError
 
 KINDS = {
     "shards": "shards of 10,000 images, row groups of 100",
-    "folder": "one group, as of an image folder",
+    "folder": "one group, as in an image folder",
 }
 _GROUP_IMAGES = 100
-_IMAGE_BYTES = 110_000  # mean size of an image of ImageNet
+_IMAGE_BYTES = 110_000  # mean size of ImageNet's images
 _WINDOW_BYTES = 512 << 20
 _BATCH, _ITEM, _EPOCHS = 4096, 128, 100
 
-_SAMPLES = 50  # number of items of a median
-_LONGEST_S = 20.0  # limit of the time for these items
+_MAX_ITEMS = 50  # timed for a median
+_MAX_ITEMS_S = 20.0
 _TIMEOUT_S = 900.0
 
 
 class PlanCost(NamedTuple):
-    """Memory and time of a plan of ``num_images``; None if it did not fit into memory."""
+    """Memory and time of a plan; None if it could not be measured."""
 
     kind: str
     num_images: int
     plan_bytes: int | None
     """Size of the pickled plan, which is sent to each data worker."""
     table_bytes: int | None
-    """The part of it that holds the sizes of the groups."""
+    """Size of the pickled sizes of the groups, a part of the plan."""
     build_s: float | None
+    """Time to build the plan."""
     first_item_s: float | None
+    """Time of the first item."""
     item_in_order_ms: float | None
+    """Time of an item after the previous one."""
     item_at_random_ms: float | None
     """Time of an item at a random position, as after a resume."""
     peak_bytes: int | None
-    """Peak memory while the plan is built and used, group sizes included."""
+    """Peak memory while the plan is built and used, including the sizes of the groups."""
     problem: str | None = None
     """Why it was not measured."""
 
 
 def group_sizes(kind: str, num_images: int) -> npt.NDArray[np.int64]:
-    """Return the images in each group of a source of one of the :data:`KINDS`."""
+    """Return the number of images in each group of a source of a kind in :data:`KINDS`."""
     if kind == "folder":
         return np.array([num_images], dtype=np.int64)
     sizes = np.full(-(-num_images // _GROUP_IMAGES), _GROUP_IMAGES, dtype=np.int64)
@@ -79,16 +82,16 @@ def build(kind: str, sizes: npt.NDArray[np.int64]) -> Plan:
 
 
 def measure(kind: str, num_images: int) -> PlanCost:
-    """Measure a plan in this process: first times, then memory, whose tracing slows everything."""
+    """Measure a plan in this process: first times, then memory, because tracing memory is slow."""
     sizes = group_sizes(kind, num_images)
     began = time.perf_counter()
     plan = build(kind, sizes)
     build_s = time.perf_counter() - began
-    plan_bytes = len(pickle.dumps(plan))  # while its caches are empty
+    plan_bytes = len(pickle.dumps(plan))  # before its caches fill
     first_item_s = _time_item(plan, 0)
-    in_order = _median_s(plan, range(1, min(1 + _SAMPLES, plan.num_items)))
+    in_order = _median_s(plan, range(1, min(1 + _MAX_ITEMS, plan.num_items)))
     rng = np.random.default_rng(0)
-    at_random = _median_s(plan, rng.integers(plan.num_items, size=_SAMPLES).tolist())
+    at_random = _median_s(plan, rng.integers(plan.num_items, size=_MAX_ITEMS).tolist())
     del plan, sizes
     return PlanCost(
         kind,
@@ -110,16 +113,17 @@ def _time_item(plan: Plan, position: int) -> float:
 
 
 def _median_s(plan: Plan, positions: Iterable[int]) -> float:
+    """Return the median time of items at some positions; 0 without positions."""
     times: list[float] = []
     for position in positions:
         times.append(_time_item(plan, position))
-        if sum(times) > _LONGEST_S:
+        if sum(times) > _MAX_ITEMS_S:
             break
     return statistics.median(times) if times else 0.0
 
 
 def _peak_bytes(kind: str, num_images: int) -> int:
-    tracemalloc.start()  # NumPy reports its arrays to it
+    tracemalloc.start()  # it also counts NumPy's arrays
     try:
         plan = build(kind, group_sizes(kind, num_images))
         for position in (0, 1, plan.num_items // 2, plan.num_items - 1):
@@ -130,7 +134,7 @@ def _peak_bytes(kind: str, num_images: int) -> int:
 
 
 def measure_in_own_process(kind: str, num_images: int) -> dict[str, Any]:
-    """Measure a plan in a separate process, limited to half of the memory that is free now."""
+    """Measure a plan in a separate process, limited to half of the free memory."""
     limit = psutil.virtual_memory().available // 2
     words = (kind, num_images, limit)
     try:
@@ -145,16 +149,16 @@ def _failed(kind: str, num_images: int, problem: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure the kind and size on the command line; write one line to standard output."""
+    """Measure the plan that the arguments name; print one line of JSON."""
     kind, num_images, limit = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
-        answer = measure(kind, num_images)._asdict()
+        result = measure(kind, num_images)._asdict()
     except MemoryError:
-        answer = _failed(kind, num_images, f"needs more than {limit / 2**30:.1f} GiB")
+        result = _failed(kind, num_images, f"needs more than {limit / 2**30:.1f} GiB")
     except RayslError as error:
-        answer = _failed(kind, num_images, str(error))
-    sys.stdout.write(json.dumps(answer) + "\n")
+        result = _failed(kind, num_images, str(error))
+    sys.stdout.write(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":

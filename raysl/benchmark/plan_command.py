@@ -1,4 +1,4 @@
-"""`raysl benchmark plan`: measure memory and start time of a run's order, and draw them."""
+"""`raysl benchmark plan`: measure and draw memory and start time of the order of images."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,7 @@ _PANELS = (
     ("peak_bytes", "Peak memory of a plan in use, MiB", 1 / _MIB),
     ("start_s", "Time to the first item, s", 1.0),
 )
-_COLUMNS = ("images", "plan sent", "build", "first item", "an item in order", "at random")
+_COLUMNS = ("images", "plan size", "build", "first item", "next item", "random item")
 
 
 def add_arguments(
@@ -44,7 +44,7 @@ def add_arguments(
         kinds: The subcommands of `raysl benchmark`.
         wholes: Parses whole numbers above 0, separated by commas.
     """
-    text = "memory and start time of the plan (the order of a run) over the number of images"
+    text = "measure memory and start time of the plan (the order of images) over their number"
     parser = kinds.add_parser("plan", help=text, description=f"raysl benchmark plan: {text}")
     parser.add_argument(
         "--images",
@@ -52,12 +52,12 @@ def add_arguments(
         default=[10**6, 10**8, 10**9],
         help="numbers of images (1e6,1e8,1e9)",
     )
-    parser.add_argument("--figure", type=Path, help="PNG to draw")
+    parser.add_argument("--figure", type=Path, help="PNG for a figure of the results")
     parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure a plan of each kind and size, print a table and draw a figure if requested."""
+    """Measure a plan of each kind and size; print a table, and draw a figure if requested."""
     plans = []
     for kind in KINDS:
         for num_images in arguments.images:
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _table(plans: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(
-        title="The order of a run of 100 epochs",
+        title="The order of images in a run of 100 epochs",
         title_justify="left",
         caption="; ".join(f"{kind}: {text}" for kind, text in KINDS.items()),
         caption_justify="left",
@@ -81,12 +81,12 @@ def _table(plans: Sequence[Mapping[str, Any]]) -> Table:
     for column in (*_COLUMNS, "peak memory"):
         table.add_column(column, justify="right")
     for plan in plans:
-        begin = [plan["kind"], f"{plan['num_images']:.0e}".replace("e+0", "e")]
+        cells = [plan["kind"], f"{plan['num_images']:.0e}".replace("e+0", "e")]
         if plan["problem"] is not None:
-            table.add_row(*begin, plan["problem"])
+            table.add_row(*cells, plan["problem"])
             continue
         table.add_row(
-            *begin,
+            *cells,
             _bytes(plan["plan_bytes"]),
             f"{plan['build_s']:.3f} s",
             f"{plan['first_item_s']:.3f} s",
@@ -106,22 +106,22 @@ def draw_plan_scale(path: Path, plans: Sequence[Mapping[str, Any]]) -> None:
 
     Args:
         path: PNG to write.
-        plans: Records like :class:`raysl.benchmark.plan.PlanCost`; those that did not fit into
-            memory have None and are left out.
+        plans: Fields of :class:`raysl.benchmark.plan.PlanCost`; plans without measurements are left
+            out.
 
     Raises:
-        DataError: If no plan fitted.
+        DataError: If no plan was measured.
     """
-    drawn = [
+    measured = [
         {**plan, "start_s": plan["build_s"] + plan["first_item_s"]}
         for plan in plans
         if plan["peak_bytes"] is not None
     ]
-    if not drawn:
+    if not measured:
         raise DataError("no plan could be measured: there is nothing to draw")
     figure = new_figure(height_in=2.9)
     for axes, (key, title, scale) in zip(figure.subplots(1, 2), _PANELS, strict=True):
-        _draw(axes, drawn, key=key, title=title, scale=scale)
+        _draw(axes, measured, key=key, title=title, scale=scale)
     figure.supxlabel("images of the source", fontsize=9, color=INK)
     save_png(figure, path)
 

@@ -34,11 +34,11 @@ from raysl.run.ray_errors import own_errors
 if TYPE_CHECKING:  # the recipe imports torch, which the actors below must not do
     from raysl.run.recipe import RunConfig
 
-_MARGIN = 0.02
+_MARGIN = 0.02  # CPUs that stay free
+_SAMPLE_STORE_S = 0.5
+_SAMPLE_PROCESSES_S = 0.2
 # Listing a node's processes takes about 20 ms of the cores that are measured.
-_STORE_EVERY_S = 0.5
-_PROCESSES_EVERY_S = 0.2
-_LIST_EVERY_S = 5.0
+_LIST_PROCESSES_S = 5.0
 _FREE_WITHIN_S = 60.0
 _MIB = 1 << 20
 
@@ -66,18 +66,19 @@ def input_layout(config: "RunConfig[Any]") -> Layout:
     """Distribute the data workers over all CPUs of the connected cluster; no worker trains.
 
     Raises:
-        ClusterError: If they do not fit.
+        ClusterError: If the data workers do not fit.
     """
     cpus = float(ray.cluster_resources().get("CPU", 0.0))
     workers = config.cluster.num_data_workers or max(1, math.floor(cpus))
-    each = math.floor(100 * min(1.0, (cpus - READ_CPUS - _MARGIN) / workers)) / 100
-    if each < _MARGIN:
+    # Rounded down to hundredths, so that the workers fit in spite of rounding errors.
+    worker_cpus = math.floor(100 * min(1.0, (cpus - READ_CPUS - _MARGIN) / workers)) / 100
+    if worker_cpus < _MARGIN:
         raise ClusterError(
             f"{workers} data workers do not fit on the cluster's {cpus:g} CPUs; lower "
             f"cluster.num_data_workers or add nodes"
         )
     nodes = sum(node["Alive"] for node in ray.nodes())
-    return Layout(0, 0.0, workers, each, False, 1, nodes)
+    return Layout(0, 0.0, workers, worker_cpus, False, 1, nodes)
 
 
 def cores_of(layout: Layout) -> int:
@@ -93,21 +94,21 @@ def share_source(source: Any) -> Any:
 def function_on_all_cores(
     source: Any, plan: Plan, spec: BlockSpec, *, layout: Layout, seconds: float, start: int
 ) -> float:
-    """Return the images a second of each core if all run the function, without Ray Data.
+    """Return the images per second and core while all cores run the function, without Ray Data.
 
-    Cores share caches, memory and clock frequency, and hyperthreads share a core. So the speed of
-    all cores at once, not that of one, is the reference for Ray's transport.
+    Cores share caches, memory and clock frequency, and hyperthreads share a core. So the reference
+    for Ray's transport is the speed of all cores at once, not that of a single one.
 
     Args:
-        source: Reference of the source.
+        source: Reference to the source in the object store.
         plan: The order of the images.
         spec: The views to make.
-        layout: The data workers; each is one process.
-        seconds: How long to measure.
-        start: Position of the plan to begin at.
+        layout: The data workers, each of which is a process.
+        seconds: Duration of the measurement.
+        start: First position in the plan.
 
     Raises:
-        RayslError: What the function raised.
+        RayslError: The error of the function.
         ClusterError: If the CPUs are in use.
     """
     wait_for_cpus(layout)
@@ -126,11 +127,11 @@ def function_on_all_cores(
 
 
 def _actor(kind: type, **options: Any) -> Any:
-    """Return the Ray actor class of a class; its static type lacks the class's methods."""
+    """Return the Ray actor class of a class; as Any, since Ray adds ``remote`` to its methods."""
     return ray.remote(kind).options(**options)
 
 
-def _on(node: Any) -> NodeAffinitySchedulingStrategy:
+def _pinned_to(node: Any) -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
 
 
@@ -145,7 +146,7 @@ class _FunctionTimer:
         """Return once the process has started."""
 
     def time(self, seconds: float, start: int) -> float:
-        """Return the images a second."""
+        """Return the images per second."""
         return time_whole_items(self._make, seconds=seconds, start=start)
 
 
@@ -154,12 +155,12 @@ class StreamTask(NamedTuple):
 
     num_consumers: int
     batch_size: int
-    """Images of each consumer's batch."""
+    """Images per batch of a consumer."""
     prefetch_batches: int
     round_batches: int
-    """Batches in which each data worker delivers one block."""
+    """Number of batches in which each data worker delivers one block."""
     num_batches: int
-    """Batches to measure, after the first round."""
+    """Number of batches to measure, after the first round."""
 
 
 def stream_task(
@@ -180,15 +181,22 @@ def stream_task(
 
 
 def steps_needed(task: StreamTask) -> int:
-    """Return the steps that a plan needs, with some to spare so that no worker runs out of work."""
+    """Return the number of steps of a plan for the task, with a reserve so that no worker idles."""
     return task.num_batches + 3 * task.round_batches + task.prefetch_batches
 
 
 def stream(source: Any, plan: Plan, spec: BlockSpec, *, layout: Layout, task: StreamTask) -> Stream:
-    """Stream a plan through Ray Data as in training, into consumers that drop the batches.
+    """Measure a plan's stream through Ray Data as in training, to consumers that drop the batches.
+
+    Args:
+        source: Reference to the source in the object store.
+        plan: The order of the images.
+        spec: The views to make.
+        layout: The data workers.
+        task: The sizes of the measurement.
 
     Raises:
-        RayslError: What a data worker raised.
+        RayslError: The error of a data worker.
         ClusterError: If the CPUs are in use.
     """
     wait_for_cpus(layout)
@@ -214,26 +222,26 @@ def stream(source: Any, plan: Plan, spec: BlockSpec, *, layout: Layout, task: St
         )
     for consumer in consumers:
         ray.kill(consumer)
-    waits = np.concatenate([one.wait_s for one in measured])
+    waits = np.concatenate([each.wait_s for each in measured])
     return Stream(
-        images_per_s=sum(one.images_per_s for one in measured),
-        first_batch_s=opened_s + max(one.first_batch_s for one in measured),
+        images_per_s=sum(each.images_per_s for each in measured),
+        first_batch_s=opened_s + max(each.first_batch_s for each in measured),
         wait_s=float(np.median(waits)),
         wait_p99_s=float(np.percentile(waits, 99)),
-        wait_share=float(waits.sum() / sum(one.seconds for one in measured)),
-        bytes_per_image=statistics.fmean(one.bytes_per_image for one in measured),
+        wait_share=float(waits.sum() / sum(each.seconds for each in measured)),
+        bytes_per_image=statistics.fmean(each.bytes_per_image for each in measured),
         **watch.peaks(),
     )
 
 
 class _Consumer:
-    """An actor in the place of a train worker: takes batches and drops them."""
+    """An actor that replaces a train worker: it takes batches and drops them."""
 
     def ready(self) -> None:
         """Return once the process has started."""
 
     def consume(self, shard: Any, task: StreamTask, blocks_per_batch: int) -> Throughput:
-        """Take the batches of a shard and return their speed."""
+        """Take the batches of a shard, and return the speed."""
         return measure_batches(
             lambda: iterate_shard(
                 lambda: shard,
@@ -254,13 +262,13 @@ def _bytes_of(batch: Block) -> int:
 
 
 class _MemoryWatch:
-    """Samples memory between enter and exit: of the object store, the nodes and this process."""
+    """A context that samples the memory of object store, data workers and this process."""
 
     def __enter__(self) -> "_MemoryWatch":
         self._total = ray.cluster_resources().get("object_store_memory", 0.0)
         self._store = self._driver = 0
         self._nodes = [
-            _actor(_NodeWatch, num_cpus=0, scheduling_strategy=_on(node)).remote()
+            _actor(_NodeWatch, num_cpus=0, scheduling_strategy=_pinned_to(node)).remote()
             for node in ray.nodes()
             if node["Alive"]
         ]
@@ -280,15 +288,15 @@ class _MemoryWatch:
     def _sample(self) -> None:
         process = psutil.Process()
         ended = False
-        while not ended:  # samples once more at the end, so at least twice
-            ended = self._ended.wait(_STORE_EVERY_S)
+        while not ended:  # the last sample is taken at the end
+            ended = self._ended.wait(_SAMPLE_STORE_S)
             # Ray counts the memory of objects as a resource in use.
             free = ray.available_resources().get("object_store_memory", self._total)
             self._store = max(self._store, int(self._total - free))
             self._driver = max(self._driver, process.memory_info().rss)
 
     def peaks(self) -> dict[str, int]:
-        """Return the peaks in bytes."""
+        """Return the peaks in bytes, under names of :class:`Stream`."""
         return {
             "peak_object_store_bytes": self._store,
             "peak_driver_bytes": self._driver,
@@ -311,9 +319,9 @@ class _NodeWatch:
         daemon = psutil.Process().parent()
         workers: list[psutil.Process] = []
         listed = 0.0
-        while daemon is not None and not self._ended.wait(_PROCESSES_EVERY_S):
-            # Listed until there are some, and then at intervals in case there are more.
-            if not workers or time.monotonic() - listed > _LIST_EVERY_S:
+        while daemon is not None and not self._ended.wait(_SAMPLE_PROCESSES_S):
+            # Workers are listed until there are some, then at intervals, as more may start.
+            if not workers or time.monotonic() - listed > _LIST_PROCESSES_S:
                 workers, listed = _data_workers(daemon), time.monotonic()
             resident = private = 0
             for process in workers:
@@ -324,7 +332,7 @@ class _NodeWatch:
             self._peaks = max(self._peaks[0], resident), max(self._peaks[1], private)
 
     def peaks(self) -> tuple[int, int]:
-        """Stop; return the peaks of resident and of private memory in bytes."""
+        """Stop sampling; return the peaks of resident and of private memory in bytes."""
         self._ended.set()
         self._thread.join()
         return self._peaks
@@ -340,10 +348,10 @@ def _data_workers(daemon: psutil.Process) -> list[psutil.Process]:
 
 
 def wait_for_cpus(layout: Layout) -> None:
-    """Wait until the CPUs of the data workers are free, which the last measurement may still use.
+    """Wait until the CPUs for the data workers are free; the last measurement may still use them.
 
     Raises:
-        ClusterError: If they stay in use. Ray Data would wait for them and print nothing.
+        ClusterError: If they stay in use: Ray Data would wait for them without a message.
     """
     needed = layout.num_data_workers * layout.cpus_per_data_worker + READ_CPUS
     deadline = time.monotonic() + _FREE_WITHIN_S
@@ -360,12 +368,12 @@ def wait_for_cpus(layout: Layout) -> None:
 def spilled_bytes() -> int | None:
     """Return the bytes that the cluster has spilled from its object store to disk so far.
 
-    Only Ray's command line reports them, in MiB; None if it fails.
+    Only Ray's command line reports them, in whole MiB. None if the command fails.
     """
     address = ray.get_runtime_context().gcs_address
     command = [sys.executable, "-m", "ray.scripts.scripts", "memory", "--stats-only"]
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [*command, "--address", address],
             capture_output=True,
             text=True,
@@ -374,5 +382,5 @@ def spilled_bytes() -> int | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    match = re.search(r"Spilled (\d+) MiB", done.stdout)
+    match = re.search(r"Spilled (\d+) MiB", process.stdout)
     return int(match.group(1)) * _MIB if match else 0

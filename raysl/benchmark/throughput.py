@@ -1,4 +1,4 @@
-"""Measure the images a second of an iterator of batches."""
+"""Measure the speed of an iterator of batches."""
 
 import time
 from collections import deque
@@ -14,12 +14,13 @@ class Throughput(NamedTuple):
     """The speed of a stream, measured by a consumer that drops its batches."""
 
     images_per_s: float
-    """Without the first round."""
+    """Images per second after the first round."""
     first_batch_s: float
+    """Time from opening the stream to its first batch."""
     wait_s: list[float]
     """Waiting time for each counted batch."""
     seconds: float
-    """Time over which images were counted."""
+    """Duration of the measurement, after the first round."""
     bytes_per_image: float
 
 
@@ -32,23 +33,23 @@ def measure_batches(
     seconds: float | None = None,
     count: int | None = None,
 ) -> Throughput:
-    """Take batches and drop them.
+    """Measure the speed at which a stream delivers batches, which are dropped.
 
-    Workers begin together, so their first results arrive together; timing from the first batch on
-    would count results that were made before. Time starts when every worker has delivered once (a
-    round), and whole rounds are counted.
+    Workers begin together, so their first results arrive together: time that started at the first
+    batch would count results that were made before. So it starts after the first round, in which
+    every worker delivers once, and whole rounds are counted.
 
     Args:
         open_batches: Opens the stream; the first batch is timed from this call on.
-        batch_size: Images of a batch.
-        round_batches: Batches in which each worker delivers once, > 0.
+        batch_size: Images per batch.
+        round_batches: Number of batches in which each worker delivers once, > 0.
         size_of: Returns the bytes of a batch.
-        seconds: Stop after the first round that ends past this time.
-        count: Or stop after this many batches after the first round. The rest of the stream is
-            then taken too, so that it ends by itself and no worker is stopped in the middle.
+        seconds: Measure at least this long, up to the end of a round.
+        count: Measure at most this many batches after the first round. The rest of the stream is
+            then taken without being counted, so that no worker is stopped in the middle.
 
     Raises:
-        DataError: If the stream ends before anything could be counted.
+        DataError: If the stream ends before a batch could be counted.
     """
     began = time.perf_counter()
     batches = open_batches()
@@ -60,16 +61,16 @@ def measure_batches(
         raise DataError("the stream ended within its first round: nothing could be measured")
     num_bytes = size_of(batch)
     wait_s: list[float] = []
-    began = before = time.perf_counter()
+    began = previous = time.perf_counter()
     for _ in batches:
         now = time.perf_counter()
-        wait_s.append(now - before)
+        wait_s.append(now - previous)
         if count is not None and len(wait_s) >= count:
             break
         at_end_of_round = len(wait_s) % round_batches == 0
         if seconds is not None and at_end_of_round and now - began >= seconds:
             break
-        before = time.perf_counter()
+        previous = time.perf_counter()
     elapsed = time.perf_counter() - began
     if not wait_s:
         raise DataError("the stream ended after its first round: nothing could be measured")

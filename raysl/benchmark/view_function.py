@@ -1,4 +1,4 @@
-"""Time how fast one core makes views, stage by stage."""
+"""Measure the speed at which one core makes views, by stage."""
 
 import math
 import time
@@ -17,7 +17,7 @@ from raysl.data.stream import BlockSpec, ItemMaker
 from raysl.errors import DecodeError
 from raysl.sources.source import Encoded, Source, size_of
 
-_MOST_DECODED = 512  # different images that decoding alone repeats
+_MAX_DECODED = 512  # images that time_decode decodes repeatedly
 _MAX_BATCH = 256
 
 READ, DECODE, AUGMENT, TRANSPORT, CONSUMER = "read", "decode", "augment", "transport", "consumer"
@@ -38,13 +38,14 @@ class FunctionTime(NamedTuple):
     images_per_s: float
     read_share: float
     decode_share: float
-    """Includes crop and resize, which decide which part of an image is decoded."""
+    """Share of decoding, cropping and resizing: the crop decides which part is decoded."""
     augment_share: float
     source_bytes_per_image: float
+    """Bytes read from the source."""
 
 
 class TimedSource:
-    """A source that sums the seconds of reading and the bytes that were read."""
+    """A wrapper of a source that sums the time of reading and the bytes read."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -55,7 +56,7 @@ class TimedSource:
         return getattr(self._source, name)
 
     def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
-        """Read from the wrapped source."""
+        """Read from the wrapped source, and add time and bytes."""
         began = time.perf_counter()
         data = self._source.read(indices)
         self.seconds += time.perf_counter() - began
@@ -64,9 +65,9 @@ class TimedSource:
 
 
 def default_batch_size(batch_size_per_worker: int, *, num_images: int, num_consumers: int) -> int:
-    """Return the batch size of a benchmark: the run's, at most 256 and at most half of the source.
+    """Return the batch size of a benchmark: the run's, at most 256 and half of a consumer's images.
 
-    A batch that the source limits is rounded down to a power of two, so that items divide it.
+    If the number of images limits it, it is rounded down to a power of two, which items divide.
     """
     most = max(1, num_images // (2 * num_consumers))
     usual = min(batch_size_per_worker, _MAX_BATCH)
@@ -85,8 +86,8 @@ def time_function(
         source: The images.
         plan: The order of the images.
         spec: The views to make.
-        seconds: How long to measure; at least one item is made.
-        start: First position of the plan.
+        seconds: Duration of the measurement; at least one item is made.
+        start: First position in the plan.
     """
     timed = TimedSource(source)
     crops = tuple(view.model_copy(update={"ops": ()}) for view in spec.views)
@@ -94,28 +95,29 @@ def time_function(
     make_crops = ItemMaker(cast(Source, timed), plan, replace(spec, views=crops))
     make(start % plan.num_items)
     timed.num_bytes = 0
-    total = read = cropped = 0.0
+    total_s = read_s = cropped_s = 0.0
     items = 0
     began = time.perf_counter()
     while items == 0 or time.perf_counter() - began < seconds:
         position = (start + 1 + items) % plan.num_items
-        whole = _time_item(make, timed, position)
-        total, read = total + sum(whole), read + whole[0]
-        cropped += _time_item(make_crops, timed, position)[1]
+        item_read_s, item_rest_s = _time_item(make, timed, position)
+        total_s += item_read_s + item_rest_s
+        read_s += item_read_s
+        cropped_s += _time_item(make_crops, timed, position)[1]
         items += 1
     images = items * plan.item_size
-    decode_share = min(cropped, total - read) / total
+    decode_share = min(cropped_s, total_s - read_s) / total_s
     return FunctionTime(
-        images_per_s=images / total,
-        read_share=read / total,
+        images_per_s=images / total_s,
+        read_share=read_s / total_s,
         decode_share=decode_share,
-        augment_share=max(0.0, 1 - read / total - decode_share),
-        source_bytes_per_image=timed.num_bytes / (2 * images),
+        augment_share=max(0.0, 1 - read_s / total_s - decode_share),
+        source_bytes_per_image=timed.num_bytes / (2 * images),  # each item was made twice
     )
 
 
 def _time_item(make: ItemMaker, source: TimedSource, position: int) -> tuple[float, float]:
-    """Return the seconds that an item took to read, and those of all the rest."""
+    """Return the seconds of reading an item, and of the rest of making it."""
     read_before, began = source.seconds, time.perf_counter()
     make(position)
     elapsed, read = time.perf_counter() - began, source.seconds - read_before
@@ -123,7 +125,7 @@ def _time_item(make: ItemMaker, source: TimedSource, position: int) -> tuple[flo
 
 
 def time_whole_items(make: ItemMaker, *, seconds: float, start: int) -> float:
-    """Return the images a second of making whole items; the first one is not counted."""
+    """Return the images per second of making whole items; the first item is not counted."""
     plan = make.plan
     make(start % plan.num_items)
     items = 0
@@ -135,9 +137,9 @@ def time_whole_items(make: ItemMaker, *, seconds: float, start: int) -> float:
 
 
 def time_decode(source: Source, *, seconds: float) -> float | None:
-    """Return the images a second that one core decodes in full; None for a source of pixels."""
+    """Return the images per second that one core decodes at full size; None for decoded sources."""
     cv2.setNumThreads(1)
-    count = min(_MOST_DECODED, int(source.group_sizes.sum()))
+    count = min(_MAX_DECODED, int(source.group_sizes.sum()))
     encoded = source.read(np.arange(count))
     if isinstance(encoded[0], np.ndarray):
         return None
@@ -153,9 +155,10 @@ def time_decode(source: Source, *, seconds: float) -> float | None:
 
 
 class Cost(NamedTuple):
-    """The time of each stage, in core-milliseconds an image."""
+    """The time of each stage, and the slowest stage."""
 
     stages: dict[str, float]
+    """Core-milliseconds per image, by stage."""
     binding: str
     """The stage that limits the speed of the stream."""
 
@@ -168,12 +171,12 @@ def cost_of(
     shares: Mapping[str, float],
     wait_share: float,
 ) -> Cost:
-    """Divide the time of an image among the stages, and determine which one binds.
+    """Divide the time per image among the stages, and determine the slowest one.
 
     Args:
         cores: Cores that make views.
         ray_images_per_s: Speed through Ray Data, over all cores.
-        busy_images_per_s_per_core: Speed of the function on each core if all of them run it.
+        busy_images_per_s_per_core: Speed of the function per core while all cores run it.
         shares: Share of the function's time, by stage.
         wait_share: Share of the consumer's time in which it waits.
     """

@@ -11,12 +11,12 @@ from raysl.downstream.evaluation_record import ProtocolResult
 from raysl.errors import DataError, RayslError
 from raysl.evaluate.features import EvalImages
 from raysl.report.document import (
+    collapsible,
     draw_each,
     escape,
     files_section,
-    folded,
+    picture_html,
     section,
-    shown_picture,
     write_page,
 )
 from raysl.run.pictures import read_method_pictures
@@ -122,7 +122,7 @@ def _sections(
     def shown(name: str, title: str, note: str) -> str:
         if name not in drawings:
             return ""
-        return section(title, shown_picture(folder / PICTURES, name, title), note)
+        return section(title, picture_html(folder / PICTURES, name, title), note)
 
     labelled = evaluation.test.is_labelled and evaluation.train.is_labelled
     return [
@@ -247,7 +247,7 @@ def _method_sections(folder: Path, encoder: Path) -> list[str]:
     return [
         section(
             f"From pretraining: {escape(name.replace('_', ' '))}",
-            shown_picture(folder / PICTURES, f"method_{name}", escape(name)),
+            picture_html(folder / PICTURES, f"method_{name}", escape(name)),
             escape(grid.caption) + " On training images.",
         )
         for name, grid in pictures.items()
@@ -283,7 +283,7 @@ def _settings_section(evaluation: Evaluation) -> str:
         )
         table = f"<div class=scroll><table>\n{rows}\n</table></div>"
         version = escape(_value(measured.get("version")))
-        parts.append(folded(f"{_name(name)}, version {version}", table))
+        parts.append(collapsible(f"{_name(name)}, version {version}", table))
     record = evaluation.record
     rows = "\n".join(
         f"<tr><th scope=row>{words}<td class=path>{escape(value)}"

@@ -7,12 +7,12 @@ from typing import NamedTuple
 from matplotlib.lines import Line2D
 
 from raysl.report.document import (
+    collapsible,
     draw_each,
     escape,
     files_section,
-    folded,
+    picture_html,
     section,
-    shown_picture,
     write_page,
 )
 from raysl.report.figure import (
@@ -69,10 +69,10 @@ def draw_pipeline(
     picture = ""
     if _measured(rows):
         failures = draw_each(pictures, {"accuracy": lambda path: draw_accuracies(path, rows)})
-        picture = shown_picture(pictures, "accuracy", "Accuracy of each network as a dot")
+        picture = picture_html(pictures, "accuracy", "Accuracy of each network as a dot")
     sections = [
         section("Accuracy on the test images", picture + _table(rows), _NOTE),
-        section("Settings", folded("Configuration", f"<pre>{escape(settings)}</pre>")),
+        section("Settings", collapsible("Configuration", f"<pre>{escape(settings)}</pre>")),
         files_section(folder, _FILES),
     ]
     try:

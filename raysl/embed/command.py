@@ -33,10 +33,10 @@ _EPILOG = """\
 The settings and their defaults:
 {settings}
 
-OUT then holds Parquet shards with id (a file: its path below the source; in a tar: SHARD/MEMBER; of
-Parquet: FILE:ROW), row, label and label_name (if there are labels) and features; pandas, pyarrow
-and duckdb open it as one table. data.filter knows the id as row_id. Broken images are left out and
-listed in OUT/_bad_images.jsonl.
+OUT then holds Parquet shards with the columns id, row, label and label_name (if there are labels)
+and features; pandas, pyarrow and duckdb open it as one table. The id of a file is its path below
+the source, that of a tar member is SHARD/MEMBER, that of a Parquet row FILE:ROW; data.filter calls
+it row_id. Bad images are left out and listed in OUT/_bad_images.jsonl.
 
 The same command resumes an interrupted one; the result depends neither on interruptions nor on the
 number of workers. Two processes must not embed into one folder at once.
@@ -59,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source", help="a folder of images, Parquet, tar, s3://..., digits, cifar10, ..."
     )
     parser.add_argument("encoder", metavar="run", help="a run folder, or an encoder.safetensors")
-    parser.add_argument("output", metavar="out", help="a folder, local or such as s3://bucket/name")
+    parser.add_argument(
+        "output", metavar="out", help="a folder: a local path or a URI such as s3://bucket/name"
+    )
     parser.add_argument("overrides", nargs="*", help="key=value, typed as YAML")
     parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
 
@@ -77,8 +79,10 @@ def run(arguments: argparse.Namespace) -> int:
     view = CountView()
     with ExitStack() as stack:
         stack.callback(view.close)
-        make = _maker(config, stack)
-        result = embed_source(source, encoder, config, arguments.output, make=make, view=view)
+        make_chunks = _chunk_maker(config, stack)
+        result = embed_source(
+            source, encoder, config, arguments.output, make=make_chunks, view=view
+        )
     seconds = time.monotonic() - began
     _say_result(result, seconds=seconds)
     if arguments.json:
@@ -87,38 +91,38 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _maker(config: EmbedConfig, stack: ExitStack) -> MakeChunks:
+def _chunk_maker(config: EmbedConfig, stack: ExitStack) -> MakeChunks:
     if config.num_workers == 0:
         return lambda source, chunks, embedding: stream_here(
             source, chunks, embedding, num_threads=torch.get_num_threads()
         )
 
-    def make(
+    def make_on_ray(
         source: Source, chunks: ChunkPlan, embedding: EmbeddingSpec
     ) -> Generator[Chunk, None, None]:
-        # Not before the first chunk: a folder that is complete or refused needs no Ray.
+        # Ray is connected at the first chunk: a complete or refused folder does not need it.
         if connect():
             stack.callback(disconnect)
         quiet()
         yield from stream_on_ray(source, chunks, embedding, num_workers=config.num_workers)
 
-    return make
+    return make_on_ray
 
 
 def _say_result(result: EmbedResult, *, seconds: float) -> None:
     if result.complete_before:
         say(f"{result.output}: already embedded; nothing to do")
     rate = f", {result.made / seconds:,.0f} images/s" if result.made else ""
-    shown: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "images": f"{result.images:,}",
         "bad images": f"{result.bad_images:,}"
         + (f", listed in {result.output}/_bad_images.jsonl" if result.bad_images else ""),
-        "features": f"{result.embed_dim:,} an image",
+        "features": f"{result.embed_dim:,} per image",
         "shards": f"{result.shards:,}, {result.bytes / _MIB:,.1f} MiB",
         "seconds": f"{seconds:,.1f}{rate}",
     }
     out = console()
-    out.print(mapping_table(f"embedded into {result.output}", shown))
+    out.print(mapping_table(f"embedded into {result.output}", summary))
     search = command("search", result.output, "--grid", "neighbours.png")
     duplicates = command("duplicates", result.output, "--contact-sheet", "duplicates.png")
     out.print(f"next      {search}\n          {duplicates}", markup=False)

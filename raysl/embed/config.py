@@ -8,14 +8,14 @@ from raysl.config.base import PositiveInt, Probability
 from raysl.sources.source import LocatedSource
 
 # Settings that may change when resuming, since no feature depends on them.
-_FREE = {"source", "torchvision_root", "max_bad_share", "num_workers"}
+_CHANGEABLE = {"source", "torchvision_root", "max_bad_share", "num_workers"}
 
 
 class EmbedConfig(LocatedSource):
     """The source to embed, and the settings of its embedding."""
 
     size_px: PositiveInt | None = None
-    """Side of the square given to the encoder; null takes the side it was trained with."""
+    """Side of the encoder's input image in pixels; null takes the side that it was trained with."""
     crop_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Side of the centred square over the image's short side (0.875 is usual for ImageNet)."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -25,14 +25,13 @@ class EmbedConfig(LocatedSource):
     normalize: bool = False
     """Scale each feature vector to unit length."""
     max_bad_share: Probability = 0.01
-    """Stop once more than this share of the images turns out to be bad. Bad ones are skipped and
-    listed."""
+    """Largest allowed share of bad images; they are left out and listed, and more stop the work."""
     shard_mib: Annotated[float, Field(gt=0.0, le=1024.0)] = 32.0
-    """Size of the features of a shard; also the most work that an interruption loses."""
+    """Size of the features of a shard; an interruption loses the work on unfinished shards."""
     num_workers: Annotated[int, Field(ge=0)] | None = None
-    """Ray actors on CPUs; null takes one for each free CPU of the cluster (and one for each GPU), 0
-    works in this process without Ray."""
+    """Number of Ray actors on CPUs; null starts one per free CPU of the cluster (and one per GPU),
+    0 works in this process without Ray."""
 
     def lasting(self) -> dict[str, Any]:
         """Return the settings that the shards depend on, which must not change when resuming."""
-        return {k: v for k, v in self.model_dump(mode="json").items() if k not in _FREE}
+        return {k: v for k, v in self.model_dump(mode="json").items() if k not in _CHANGEABLE}

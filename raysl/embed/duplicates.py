@@ -1,4 +1,4 @@
-"""Find groups of near-duplicates: images connected by similarities above a threshold, exactly."""
+"""Find groups of near-duplicates, images connected by high similarities, by exact search."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,11 +19,11 @@ class Duplicates(NamedTuple):
     """Groups of near-duplicates."""
 
     groups: list[Ints]
-    """Indices of each group of two or more, ascending; groups are sorted by their first index."""
+    """Positions of each group of two or more, ascending; groups are sorted by their first one."""
     nearest: npt.NDArray[np.float32]
     """``(M,)``: similarity of each image to its nearest other image; -1 if there is none."""
     num_pairs: int
-    """Number of pairs above the threshold."""
+    """Number of pairs whose similarity is at least the threshold."""
 
 
 def find_duplicates(
@@ -38,8 +38,9 @@ def find_duplicates(
     Args:
         embeddings: M images.
         threshold: Two images are near-duplicates if their cosine similarity is at least this.
-        device: Device of the matrix products: M * M * D / 2 multiplications.
-        advance: Called with the number of images that were compared to all before them.
+        device: Device of the matrix products, which take M * M * D / 2 multiplications.
+        advance: Called with the number of images of each block that has been compared with itself
+            and all earlier blocks.
     """
     forest = Forest(len(embeddings))
     nearest = np.full(len(embeddings), -1.0, dtype=np.float32)
@@ -47,14 +48,14 @@ def find_duplicates(
     for start, block in embeddings.blocks(_BLOCK_ROWS):
         rows = block.to(device)
         for other, columns in embeddings.blocks(_BLOCK_ROWS):
-            if other > start:  # the matrix of similarities is symmetric
+            if other > start:  # the matrix of similarities is symmetric: its lower half is enough
                 break
             similarity = rows @ columns.to(device).T
             if other == start:
-                similarity.fill_diagonal_(-1.0)
-            _raise_to(nearest, start, similarity.amax(dim=1))
-            _raise_to(nearest, other, similarity.amax(dim=0))
-            if other == start:
+                similarity.fill_diagonal_(-1.0)  # an image is not its own neighbour
+            _update_maximum(nearest, start, similarity.amax(dim=1))
+            _update_maximum(nearest, other, similarity.amax(dim=0))
+            if other == start:  # count each pair once
                 similarity.masked_fill_(torch.ones_like(similarity, dtype=torch.bool).triu(), -2.0)
             pairs = (similarity >= threshold).nonzero().cpu().numpy()
             num_pairs += len(pairs)
@@ -64,7 +65,7 @@ def find_duplicates(
     return Duplicates(forest.groups(), nearest, num_pairs)
 
 
-def _raise_to(values: npt.NDArray[np.float32], start: int, similarity: Tensor) -> None:
+def _update_maximum(values: npt.NDArray[np.float32], start: int, similarity: Tensor) -> None:
     part = values[start : start + len(similarity)]
     np.maximum(part, similarity.cpu().numpy(), out=part)
 
@@ -72,7 +73,8 @@ def _raise_to(values: npt.NDArray[np.float32], start: int, similarity: Tensor) -
 class Forest:
     """Disjoint sets of numbers (union-find), each represented by its smallest member.
 
-    Joins many pairs at a time: of a million pairs in one set, only a few carry information.
+    Many pairs are joined at a time: of a million pairs in one set, most join what is one set
+    already.
 
     Args:
         count: Number of elements, each initially its own set.
@@ -113,35 +115,35 @@ class Forest:
 
 
 class Choice(NamedTuple):
-    """The images of a group to keep, and those that they represent."""
+    """Which images of a group to keep, and which kept image represents each one."""
 
     kept: npt.NDArray[np.bool_]
-    """``(n,)``."""
+    """``(n,)``: whether each image is kept."""
     by: Ints
-    """``(n,)``: the kept image that represents each one; itself if it is kept."""
+    """``(n,)``: index of the kept image that represents each one; its own if it is kept."""
     similarity: npt.NDArray[np.float32]
-    """``(n,)``: similarity to that image."""
+    """``(n,)``: similarity to the image that represents it; 1 if it is kept."""
 
 
 def choose(directions: Tensor, *, threshold: float) -> Choice:
     """Keep few images of a group, so that each dropped one is near a kept one.
 
     A group is connected by chains, and the ends of a chain may be dissimilar. So images are
-    processed in order, and one is kept unless a kept one is near enough.
+    processed in order, and an image is kept unless one that is kept already is near enough.
 
     Args:
         directions: ``(n, D)`` of unit length, in order of preference.
-        threshold: Similarity that is near enough.
+        threshold: Smallest similarity that is near enough.
     """
     count = len(directions)
     kept = np.zeros(count, dtype=np.bool_)
     by = np.arange(count, dtype=np.int64)
     best = np.full(count, -np.inf, dtype=np.float32)
-    for place in range(count):
-        if best[place] >= threshold:
+    for index in range(count):
+        if best[index] >= threshold:
             continue
-        similarity = (directions @ directions[place]).numpy()
+        similarity = (directions @ directions[index]).numpy()
         nearer = (similarity > best) & ~kept
-        best[nearer], by[nearer] = similarity[nearer], place
-        kept[place], by[place], best[place] = True, place, 1.0
+        best[nearer], by[nearer] = similarity[nearer], index
+        kept[index], by[index], best[index] = True, index, 1.0
     return Choice(kept, by, best)

@@ -17,8 +17,8 @@ from raysl.pack.folder import PackFolder
 
 Ints = npt.NDArray[np.int64]
 
-_KEPT_BYTES = 2 << 30
-_TINY = 1e-12
+_CACHE_BYTES = 2 << 30
+_SMALLEST_LENGTH = 1e-12  # of a vector that is divided by its length
 
 
 class _Group(NamedTuple):
@@ -26,7 +26,7 @@ class _Group(NamedTuple):
 
     path: str
     number: int
-    start: int  # index of its first row among all
+    start: int  # position of its first row among all images
     stop: int
 
 
@@ -37,18 +37,18 @@ class Embeddings:
         uri: A local path or a URI such as s3://bucket/folder.
         center: Whether to subtract the mean of all features before comparing them. Features of many
             encoders have a large common component, which makes all cosines large.
-        kept_bytes: Size limit of the features cached in memory.
+        cache_bytes: Largest size of the features that are cached in memory.
 
     Raises:
-        DataError: If it holds no embeddings, unfinished or damaged ones.
+        DataError: If the folder holds no embeddings, or they are unfinished or damaged.
     """
 
-    def __init__(self, uri: str, *, center: bool = False, kept_bytes: int = _KEPT_BYTES) -> None:
+    def __init__(self, uri: str, *, center: bool = False, cache_bytes: int = _CACHE_BYTES) -> None:
         self.folder: PackFolder = embeddings_folder(uri)
         self.about: dict[str, Any] = read_about(self.folder)
         self.dim = int(self.about["embed_dim"])
         self._groups: list[_Group] = []
-        names = sorted(name for name in self.folder.listed() if name.startswith("features-"))
+        names = sorted(name for name in self.folder.file_sizes() if name.startswith("features-"))
         rows, labels = [], []
         start = 0
         for name in names:
@@ -68,47 +68,49 @@ class Embeddings:
         if start != int(self.about["images"]):
             raise DataError(
                 f"{uri}: holds {start:,} images; {self.about['images']:,} were embedded. Shards "
-                f"were deleted or added: the same `raysl embed` makes those that are missing"
+                f"were deleted or added; the same `raysl embed` again writes missing shards"
             )
         self.rows: Ints = np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
-        """The source row of each index."""
+        """The source row at each position."""
         self.labels: Ints | None = np.concatenate(labels) if labels else None
-        """The class number of each index, -1 where unknown; None if there are no labels."""
+        """The class number at each position, -1 where unknown; None if there are no labels."""
         self.class_names: list[str] = list(self.about.get("class_names", []))
         self._starts = np.array([group.start for group in self._groups], dtype=np.int64)
-        self._kept: OrderedDict[int, Tensor] = OrderedDict()
-        fits = kept_bytes // max(
+        self._cache: OrderedDict[int, Tensor] = OrderedDict()
+        fits = cache_bytes // max(
             1, 4 * self.dim * max((g.stop - g.start for g in self._groups), default=1)
         )
-        self._most_kept = max(1, fits)
+        self._max_cached = max(1, fits)
         self.mean: Tensor | None = self._mean() if center and len(self.rows) else None
-        """``(D,)``, subtracted from all features; None if nothing is."""
+        """``(D,)``, subtracted from all features; None if nothing is subtracted."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def places_of(self, rows: Sequence[int] | Ints) -> Ints:
-        """Return the indices of rows of the source.
+    def positions_of(self, rows: Sequence[int] | Ints) -> Ints:
+        """Return the positions of rows of the source.
 
         Raises:
-            DataError: If one has no features.
+            DataError: If a row has no features.
         """
         source_rows = np.asarray(rows, dtype=np.int64)
-        places = np.searchsorted(self.rows, source_rows)
-        is_there = places < len(self.rows)
-        is_there[is_there] = self.rows[places[is_there]] == source_rows[is_there]
-        if not is_there.all():
+        positions = np.searchsorted(self.rows, source_rows)
+        has_features = positions < len(self.rows)
+        found_rows = self.rows[positions[has_features]]
+        has_features[has_features] = found_rows == source_rows[has_features]
+        if not has_features.all():
+            row, num_rows = int(source_rows[~has_features][0]), int(self.rows.max(initial=-1)) + 1
             raise DataError(
-                f"{self.folder.uri}: row {int(source_rows[~is_there][0])} has no features: it was "
-                f"left out as bad, or is not one of the {int(self.rows.max(initial=-1)) + 1:,} rows"
+                f"{self.folder.uri}: row {row} has no features: it was left out as a bad image, or "
+                f"is not one of the {num_rows:,} rows"
             )
-        return places.astype(np.int64)
+        return positions.astype(np.int64)
 
     def blocks(self, size: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield blocks of at least ``size`` directions, each with the index of its first row.
+        """Yield blocks of at least ``size`` directions; the last block may be smaller.
 
         Yields:
-            ``(B, D)`` float32 of unit length on the CPU, in order; the last block may be smaller.
+            Position of the first row, and ``(B, D)`` float32 of unit length on the CPU, in order.
         """
         pending: list[Tensor] = []
         start = 0
@@ -120,51 +122,53 @@ class Embeddings:
         if pending:
             yield start, torch.cat(pending)
 
-    def directions(self, places: Ints) -> Tensor:
-        """Return the features at some indices, at unit length, ``(n, D)`` float32 on the CPU."""
-        numbers = np.searchsorted(self._starts, places, side="right") - 1
-        result = torch.empty((len(places), self.dim))
+    def directions(self, positions: Ints) -> Tensor:
+        """Return the features at ``(n,)`` positions: ``(n, D)`` float32 of unit length."""
+        numbers = np.searchsorted(self._starts, positions, side="right") - 1
+        result = torch.empty((len(positions), self.dim))
         for number in np.unique(numbers).tolist():
-            own = np.flatnonzero(numbers == number)
-            offsets = torch.from_numpy(places[own] - self._starts[number])
-            result[torch.from_numpy(own)] = self._directions(number)[offsets]
+            in_group = np.flatnonzero(numbers == number)
+            offsets = torch.from_numpy(positions[in_group] - self._starts[number])
+            result[torch.from_numpy(in_group)] = self._directions(number)[offsets]
         return result
 
-    def ids(self, places: Ints) -> list[str]:
-        """Return the names of the images at some indices."""
-        numbers = np.searchsorted(self._starts, places, side="right") - 1
-        names = np.empty(len(places), dtype=object)
+    def ids(self, positions: Ints) -> list[str]:
+        """Return the ids of the images at ``(n,)`` positions."""
+        numbers = np.searchsorted(self._starts, positions, side="right") - 1
+        ids = np.empty(len(positions), dtype=object)
         for number in np.unique(numbers).tolist():
-            own = np.flatnonzero(numbers == number)
-            column = self._read(number, ID).take(pa.array(places[own] - self._starts[number]))
-            names[own] = column.to_pylist()
-        return [str(name) for name in names]
+            in_group = np.flatnonzero(numbers == number)
+            offsets = pa.array(positions[in_group] - self._starts[number])
+            ids[in_group] = self._read(number, ID).take(offsets).to_pylist()
+        return [str(row_id) for row_id in ids]
 
-    def label_name(self, place: int) -> str | None:
-        """Return the class name, or number, at an index; None without a label."""
-        if self.labels is None or self.labels[place] < 0:
+    def label_name(self, position: int) -> str | None:
+        """Return the class name, or the number of an unnamed class; None without a label."""
+        if self.labels is None or self.labels[position] < 0:
             return None
-        label = int(self.labels[place])
+        label = int(self.labels[position])
         return self.class_names[label] if label < len(self.class_names) else str(label)
 
     def to_directions(self, features: Tensor) -> Tensor:
-        """Prepare features ``(n, D)`` for comparison: scale them to unit length; zeros stay zero.
+        """Subtract the mean from features ``(n, D)`` if centred, and scale them to unit length.
 
-        They must match those of the folder: already normalised if the folder's are.
+        Zeros stay zero. The features must be normalised if those of the folder are.
         """
         if self.mean is not None:
             features = features - self.mean
-        directions: Tensor = features / features.norm(dim=1, keepdim=True).clamp_min(_TINY)
+        directions: Tensor = features / features.norm(dim=1, keepdim=True).clamp_min(
+            _SMALLEST_LENGTH
+        )
         return directions
 
     def _directions(self, number: int) -> Tensor:
-        if number in self._kept:
-            self._kept.move_to_end(number)
-            return self._kept[number]
+        if number in self._cache:
+            self._cache.move_to_end(number)
+            return self._cache[number]
         result = self.to_directions(self._features(number))
-        self._kept[number] = result
-        if len(self._kept) > self._most_kept:
-            self._kept.popitem(last=False)
+        self._cache[number] = result
+        if len(self._cache) > self._max_cached:
+            self._cache.popitem(last=False)
         return result
 
     def _features(self, number: int) -> Tensor:

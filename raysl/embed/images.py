@@ -1,4 +1,4 @@
-"""Reopen the images that embeddings were made of, to show them or to embed others alike."""
+"""Reopen the images of embeddings to show them, and open query images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,26 +30,26 @@ from raysl.sources.source import (
 _SHOWN_PX = 160
 
 
-def open_again(embeddings: Embeddings) -> Source:
-    """Open the source of embeddings.
+def reopen_source(embeddings: Embeddings) -> Source:
+    """Open the source that embeddings were made of.
 
     Raises:
-        DataError: If it is gone or has changed.
+        DataError: If the source is missing or has changed.
     """
     about = embeddings.about
-    config = embedded_as(embeddings)
+    config = embed_config(embeddings)
     data = DataConfig(source=config.source, torchvision_root=config.torchvision_root)
     source = open_source(config, data=data)
     if source.fingerprint != about["wanted"]["fingerprint"]:
         raise DataError(
-            f"{about['source']}: has changed since {embeddings.folder.uri} was made of it; embed "
-            f"it again into another folder"
+            f"{about['source']}: has changed since it was embedded into {embeddings.folder.uri}; "
+            f"embed it again into another folder"
         )
     return source
 
 
-def embedded_as(embeddings: Embeddings) -> EmbedConfig:
-    """Return the settings that embeddings were made with, with their source's place."""
+def embed_config(embeddings: Embeddings) -> EmbedConfig:
+    """Return the settings that embeddings were made with, including the path of their source."""
     about = embeddings.about
     settings: dict[str, Any] = {**about["settings"], "source": about["source"]}
     where = f"{embeddings.folder.uri}/{ABOUT}"
@@ -57,28 +57,33 @@ def embedded_as(embeddings: Embeddings) -> EmbedConfig:
 
 
 def open_queries(path: str, *, decoding: Decoding = PLAIN) -> tuple[Source, list[str]]:
-    """Open one image, or a folder of images, and return their names.
+    """Open an image file or all images of a folder; also return their names.
 
     Args:
-        path: A local path.
-        decoding: The decoding settings of the images that they are compared with.
+        path: Local path of an image file or a folder.
+        decoding: The decoding settings of the embedded images.
 
     Raises:
-        DataError: If there is none, or one is not an image.
+        DataError: If there is no such file, or no image in the folder.
     """
-    place = Path(path).expanduser()
-    files = [place]
-    if place.is_dir():
-        images = (p for p in place.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    root = Path(path).expanduser()
+    files = [root]
+    if root.is_dir():
+        images = (p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
         files = sorted(images)
     if not files or not files[0].is_file():
-        raise DataError(f"--query {path}: no such image, or a folder without images")
-    names = [str(file.relative_to(place)) if place.is_dir() else file.name for file in files]
+        raise DataError(f"--query {path}: no such file, or a folder without images")
+    names = [str(file.relative_to(root)) if root.is_dir() else file.name for file in files]
     return FileImages(files, decoding), names
 
 
 class FileImages(ArraySource):
-    """Image files by path."""
+    """Images in a list of files.
+
+    Args:
+        files: Path of each row.
+        decoding: The decoding settings of all files.
+    """
 
     def __init__(self, files: Sequence[Path], decoding: Decoding = PLAIN) -> None:
         super().__init__("queries", np.zeros((len(files), 1, 1), dtype=np.uint8))
@@ -86,15 +91,15 @@ class FileImages(ArraySource):
         self._decoding = decoding
 
     def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
-        """Return the bytes of these files."""
+        """Return the bytes of the files of these rows."""
         return [_read(self.files[index]) for index in indices]
 
     def decoding(self, index: int) -> Decoding:
-        """Return the common decoding settings."""
+        """Return the decoding settings, the same for all rows."""
         return self._decoding
 
     def where(self, index: int) -> str:
-        """Name a row."""
+        """Return the path of a row's file."""
         return str(self.files[index])
 
 
@@ -106,9 +111,9 @@ def _read(file: Path) -> Encoded:
 
 
 def squares(source: Source, rows: Sequence[int]) -> list[Image]:
-    """Return the centred squares of some images, ``(S, S, 3)`` uint8, for pictures.
+    """Return the centred squares of images for a picture, ``(S, S, 3)`` uint8, all of one size.
 
-    Small images are not enlarged; all images of a picture have the same size.
+    S is 160 px, or less if all images are smaller. A bad image is black.
     """
     images = [
         decode_or_flaw(encoded, source.decoding(row))

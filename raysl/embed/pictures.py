@@ -1,4 +1,4 @@
-"""Draw the results of a search for neighbours or duplicates."""
+"""Draw the results of `raysl search` and `raysl duplicates`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from raysl.augment.crop import Image
 from raysl.embed.embeddings import Embeddings
-from raysl.embed.images import open_again, squares
+from raysl.embed.images import reopen_source, squares
 from raysl.embed.search import Neighbors
 from raysl.errors import DataError
 from raysl.report.figure import BLUE, GREY, INK, RED, drawable_name
@@ -19,21 +19,22 @@ from raysl.sources.source import Source
 GRID_ROWS = 8
 _GRID_COLUMNS = 10
 _CELL_IN = 0.92
-_NAME_LETTERS = 12
+_MAX_NAME_LETTERS = 12
 
 
 class GridImage(NamedTuple):
-    """An image of a row, with its label and similarity."""
+    """An image in a row of the picture, with its label and similarity."""
 
     image: Image  # (S, S, 3) uint8, all of one size
     label: str | None = None
     similarity: float | None = None
     """Similarity to the first image of its row."""
     note: str = ""
+    """Text below an image without a label, such as its id."""
 
 
 class SearchResult(NamedTuple):
-    """Queries and their neighbours."""
+    """Query images and their neighbours."""
 
     names: list[str]
     labels: list[str | None]
@@ -41,36 +42,36 @@ class SearchResult(NamedTuple):
     source: Source
     """The source of the query images."""
     rows: list[int]
-    """The row of each query in that source."""
+    """The row of each query in ``source``."""
 
 
 def neighbors_of(neighbors: Neighbors, number: int) -> tuple[npt.NDArray[np.int64], list[float]]:
-    """Return the indices and similarities of a query's neighbours, without empty places."""
-    places = neighbors.places[number].numpy()
-    is_filled = places >= 0
-    return places[is_filled], neighbors.similarities[number].numpy()[is_filled].tolist()
+    """Return the positions and similarities of a query's neighbours, without empty entries."""
+    positions = neighbors.positions[number].numpy()
+    is_filled = positions >= 0
+    return positions[is_filled], neighbors.similarities[number].numpy()[is_filled].tolist()
 
 
 def draw_result(path: Path, embeddings: Embeddings, result: SearchResult) -> None:
     """Draw the first few queries with their neighbours.
 
     Raises:
-        DataError: If the embedded source is gone or has changed, or the file cannot be written.
+        DataError: If the embedded source is missing or has changed, or the file cannot be written.
     """
-    source = open_again(embeddings)
+    source = reopen_source(embeddings)
     count = min(GRID_ROWS, len(result.names))
     query_images = squares(result.source, result.rows[:count])
     rows = []
     for number in range(count):
-        places, similarities = neighbors_of(result.neighbors, number)
-        places = places[:_GRID_COLUMNS]
-        images = squares(source, embeddings.rows[places].tolist())
-        names = embeddings.ids(places)
+        positions, similarities = neighbors_of(result.neighbors, number)
+        positions = positions[:_GRID_COLUMNS]
+        images = squares(source, embeddings.rows[positions].tolist())
+        ids = embeddings.ids(positions)
         row = [GridImage(query_images[number], result.labels[number], note=result.names[number])]
         row += [
-            GridImage(image, embeddings.label_name(int(place)), similarity, name)
-            for image, place, similarity, name in zip(
-                images, places, similarities, names, strict=False
+            GridImage(image, embeddings.label_name(int(position)), similarity, row_id)
+            for image, position, similarity, row_id in zip(
+                images, positions, similarities, ids, strict=False
             )
         ]
         rows.append(row)
@@ -79,14 +80,14 @@ def draw_result(path: Path, embeddings: Embeddings, result: SearchResult) -> Non
 
 
 def draw_neighbor_grid(path: Path, rows: Sequence[Sequence[GridImage]], *, title: str) -> None:
-    """Draw queries at the left, each followed by its neighbours, the nearest first.
+    """Draw a row for each query: the query, then its neighbours, the nearest first.
 
-    A neighbour of the query's class has a blue frame, one of another class a dashed red one, and a
-    grey one if a label is missing.
+    The frame of a neighbour is blue if it has the query's class, dashed and red if it has another
+    class, and grey if a label is missing.
 
     Args:
         path: PNG to write.
-        rows: Each is a query and its neighbours.
+        rows: Rows of the picture, each a query and its neighbours.
         title: Title of the picture.
 
     Raises:
@@ -105,7 +106,7 @@ def draw_duplicate_sheet(path: Path, groups: Sequence[Sequence[GridImage]], *, t
 
     Args:
         path: PNG to write.
-        groups: Each is the kept image, then the others.
+        groups: Rows of the picture, each the kept image and its duplicates.
         title: Title of the picture.
 
     Raises:
@@ -132,9 +133,9 @@ def _neighbor_cell(query_label: str | None, neighbor: GridImage) -> Cell:
 
 
 def _short(name: str) -> str:
-    """Shorten a name at its start: the end of a path, or of a row in a shard, says more."""
-    end = name if len(name) <= _NAME_LETTERS else ".." + name[2 - _NAME_LETTERS :]
-    return drawable_name(end, otherwise="") if end else ""
+    """Shorten a name at its start, since the end of a path or an id distinguishes images better."""
+    short = name if len(name) <= _MAX_NAME_LETTERS else ".." + name[2 - _MAX_NAME_LETTERS :]
+    return drawable_name(short, otherwise="") if short else ""
 
 
 def _save(path: Path, cells: Sequence[Sequence[Cell]], title: str) -> None:

@@ -1,8 +1,8 @@
 """Compute the features of a source on Ray Data, using all nodes.
 
-Without GPUs, one actor on each CPU both decodes and encodes a chunk, so that no pixels pass through
-the object store. With GPUs, actors on the CPUs decode and an actor on each GPU encodes, so that a
-GPU does not wait for one core. Ray replaces a lost actor or node and repeats its chunks; each chunk
+Without GPUs, one actor per CPU decodes and encodes chunks, so that no pixels pass through the
+object store. With GPUs, actors on the CPUs decode and one actor per GPU encodes, so that a GPU
+does not wait for one core. Ray replaces a lost actor or node and repeats its chunks; each chunk
 carries its rows, so the order of results does not matter.
 """
 
@@ -43,20 +43,20 @@ from raysl.run.ray_errors import own_errors
 from raysl.sources.source import Source
 
 _NUMBER, _PLACE, _PIXELS, _FLAW, _FEATURES = "number", "place", "pixels", "flaw", "features"
-_MARGIN = 0.02
-_FEWEST_CPUS = 0.05
+_MARGIN = 0.02  # CPUs of each node that stay free
+_MIN_ACTOR_CPUS = 0.05
 # CPUs of work that has just ended are freed within a second or two.
 _SETTLE_S = 5.0
 _FREE_WITHIN_S = 60.0
-_LOOK_EVERY_S = 0.2
+_POLL_S = 0.2
 _GPU_ACTOR_CPUS = 0.5
 
 
 class Pools(NamedTuple):
-    """Numbers of actors, and the CPUs of each."""
+    """The number of actors, and the CPUs of each."""
 
     num_cpu_actors: int
-    """Actors that decode, and without GPUs encode too."""
+    """Actors that decode and, without GPUs, encode too."""
     cpus_each: float
     num_gpu_actors: int
     """Actors that encode, each on a GPU."""
@@ -71,23 +71,23 @@ def features_on_ray(
     advance: Advance | None = None,
     num_workers: int | None = None,
 ) -> tuple[Features, dict[int, str]]:
-    """Return the features of some rows, computed on the connected cluster.
+    """Compute the features of some rows on the connected cluster.
 
     Args:
         source: The images; every node must be able to read them.
         rows: ``(M,)`` rows to embed.
         embedding: The encoder, and how images are cropped for it. Only this process reads its file.
-        advance: Called with the number of images done since the last call.
-        num_workers: Actors on CPUs; None takes one for each free CPU.
+        advance: Called with the number of images finished since the last call.
+        num_workers: Number of actors on CPUs; None starts one per free CPU.
 
     Returns:
-        ``(M, D)`` float32 in the order of ``rows``, and the rows whose images are bad, with the
-        reason: the same as :func:`raysl.evaluate.embedding.features_here`.
+        ``(M, D)`` float32 in the order of ``rows``, and the reason for each row with a bad image:
+        the same values as of :func:`raysl.evaluate.embedding.features_here`.
 
     Raises:
         DataError: If the source or the encoder cannot be read.
         DivergedError: If a feature is not finite.
-        ClusterError: If nothing of the cluster is free, or actors are lost again and again.
+        ClusterError: If no CPU of the cluster is free, or actors are lost repeatedly.
     """
     chunks = cut_rows(np.asarray(rows, dtype=np.int64), size_px=embedding.size_px)
     if not len(chunks):
@@ -102,18 +102,24 @@ def stream_on_ray(
 ) -> Generator[Chunk, None, None]:
     """Yield the features of chunks in the order of their completion, computed on the cluster.
 
-    Arguments are those of :func:`features_on_ray`. Closing the iterator ends the work.
+    Closing the iterator ends the work.
+
+    Args:
+        source: The images; every node must be able to read them.
+        chunks: The rows to embed, in chunks.
+        embedding: The encoder, and how images are cropped for it. Only this process reads its file.
+        num_workers: Number of actors on CPUs; None starts one per free CPU.
     """
     normalisation(embedding.encoder)  # an invalid file is an error here, not in an actor
     pools = plan_pools(num_workers, most=len(chunks))
-    source.labels()  # read once, here, and sent with the source
+    source.labels()  # read the labels once, in this process; they are sent with the source
     shared = ray.put((source, chunks))
     weights = ray.put(Path(embedding.encoder).read_bytes())
     dataset = _dataset(shared, weights, embedding, num_chunks=len(chunks), pools=pools)
     with own_errors("embedding"):
         blocks: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="numpy")
         for block in blocks:
-            if len(block[_PLACE]):  # empty for chunks past the last
+            if len(block[_PLACE]):  # empty for numbers past the last chunk
                 yield Chunk(block[_PLACE], block[_FEATURES], block[_FLAW])
 
 
@@ -130,10 +136,10 @@ def _dataset(
         "num_cpus": pools.cpus_each,
     }
     if not pools.num_gpu_actors:
-        both = read.map_batches(
+        embedded = read.map_batches(
             EmbedChunk, fn_constructor_args=(shared, weights, embedding), **on_cpu
         )
-        return _without_order(both)
+        return _without_order(embedded)
     decoded = read.map_batches(DecodeChunk, fn_constructor_args=(shared, embedding), **on_cpu)
     encoded = decoded.map_batches(
         EncodeChunk,
@@ -159,7 +165,7 @@ def quiet() -> None:
 
 
 class DecodeChunk:
-    """An actor that reads and decodes; the pixels go to the object store of its node."""
+    """An actor that reads and decodes images; their pixels go to the object store of its node."""
 
     def __init__(self, shared: Any, embedding: EmbeddingSpec) -> None:
         cv2.setNumThreads(1)  # an actor has one CPU
@@ -175,12 +181,12 @@ class DecodeChunk:
 
 
 class EncodeChunk:
-    """An actor that encodes, on its GPU or its CPU."""
+    """An actor that computes features from pixels, on its GPU or its CPU."""
 
     def __init__(self, weights: Any, embedding: EmbeddingSpec) -> None:
         on_gpu = bool(ray.get_gpu_ids())
         torch.set_num_threads(1)
-        # The actor's node may not see the disk of the encoder file.
+        # The actor's node may not have access to the encoder file.
         with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
             file.write(ray.get(weights))
             file.flush()
@@ -197,7 +203,7 @@ class EncodeChunk:
 
 
 class EmbedChunk:
-    """An actor that decodes and encodes, on one CPU."""
+    """An actor that decodes images and computes their features, on one CPU."""
 
     def __init__(self, shared: Any, weights: Any, embedding: EmbeddingSpec) -> None:
         self._decode = DecodeChunk(shared, embedding)
@@ -209,35 +215,36 @@ class EmbedChunk:
 
 
 def plan_pools(num_workers: int | None, *, most: int) -> Pools:
-    """Choose the number and the size of actors from the free CPUs and GPUs of the cluster.
+    """Choose the number of actors and their CPUs from the free CPUs and GPUs of the cluster.
 
     Args:
-        num_workers: Actors on CPUs; None takes one for each free CPU.
-        most: Upper limit, such as the number of chunks.
+        num_workers: Number of actors on CPUs; None starts one per free CPU.
+        most: Largest number of actors on CPUs, such as the number of chunks.
 
     Raises:
-        ClusterError: If they do not fit. Ray Data would wait forever and print nothing.
+        ClusterError: If the actors do not fit: Ray Data would wait forever without a message.
     """
-    cpus, gpus = _free()
-    # The read task takes a little of one node, and it is not known of which.
+    cpus, gpus = _free_resources()
+    # The read task takes some CPU of one node, and it is not known of which node.
     cpus = np.maximum(cpus - (READ_CPUS + _MARGIN), 0.0)
     with_gpu = gpus > 0
-    beside_gpu = 0.0
+    gpu_actor_cpus = 0.0
     if with_gpu.any():
         half = float((cpus[with_gpu] / (2 * gpus[with_gpu])).min())
-        beside_gpu = math.floor(100 * min(_GPU_ACTOR_CPUS, half)) / 100
-    free_cpus = cpus - gpus * beside_gpu
-    one_each = np.where(free_cpus > _FEWEST_CPUS, np.maximum(1, np.round(free_cpus)), 0).sum()
-    num_actors = min(num_workers or int(one_each), most)
+        # Rounded down to hundredths, so that the actors fit in spite of rounding errors.
+        gpu_actor_cpus = math.floor(100 * min(_GPU_ACTOR_CPUS, half)) / 100
+    free_cpus = cpus - gpus * gpu_actor_cpus
+    node_actors = np.where(free_cpus > _MIN_ACTOR_CPUS, np.maximum(1, np.round(free_cpus)), 0)
+    num_actors = min(num_workers or int(node_actors.sum()), most)
     cpus_each = _largest_share(free_cpus, num_actors)
-    if not num_actors or cpus_each < _FEWEST_CPUS:
+    if not num_actors or cpus_each < _MIN_ACTOR_CPUS:
         total = ray.cluster_resources().get("CPU", 0.0)
         raise ClusterError(
             f"{max(1, num_actors)} embedding worker(s) do not fit: {free_cpus.sum():.2f} of the "
             f"cluster's {total:g} CPUs are free on {len(cpus)} node(s). Wait for the other work to "
             f"end, set num_workers lower, or add nodes"
         )
-    return Pools(num_actors, cpus_each, int(gpus.sum()), beside_gpu)
+    return Pools(num_actors, cpus_each, int(gpus.sum()), gpu_actor_cpus)
 
 
 def _largest_share(cpus: npt.NDArray[np.float64], count: int) -> float:
@@ -250,8 +257,8 @@ def _largest_share(cpus: npt.NDArray[np.float64], count: int) -> float:
     return 0.0
 
 
-def _free() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """Return the free CPUs and GPUs of each node, after waiting for work that is about to end.
+def _free_resources() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Return the free CPUs and GPUs of each node, after waiting for earlier work to end.
 
     Raises:
         ClusterError: If no CPU becomes free within a minute.
@@ -264,7 +271,7 @@ def _free() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
         gpus = np.array([int(node.get("GPU", 0.0)) for node in nodes], dtype=np.int64)
         waited = time.monotonic() - began
         all_free = cpus.sum() >= total.get("CPU", 0.0) and gpus.sum() >= total.get("GPU", 0.0)
-        enough = cpus.max(initial=0.0) >= READ_CPUS + _MARGIN + 2 * _FEWEST_CPUS
+        enough = cpus.max(initial=0.0) >= READ_CPUS + _MARGIN + 2 * _MIN_ACTOR_CPUS
         if all_free or (enough and waited > _SETTLE_S):
             return cpus, gpus
         if waited > _FREE_WITHIN_S:
@@ -272,4 +279,4 @@ def _free() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
                 f"embedding needs a CPU; {cpus.sum():g} of the cluster's {total.get('CPU', 0.0):g} "
                 f"are free. Wait for the other work to end, or add nodes"
             )
-        time.sleep(_LOOK_EVERY_S)
+        time.sleep(_POLL_S)

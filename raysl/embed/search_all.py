@@ -11,24 +11,30 @@ import pyarrow.parquet as pq
 import torch
 
 from raysl.embed.embeddings import Embeddings
-from raysl.embed.images import open_again
+from raysl.embed.images import reopen_source
 from raysl.embed.pictures import GRID_ROWS, SearchResult, draw_result
 from raysl.embed.search import Neighbors, neighbors_of_all, search
 from raysl.embed.shards import result_file
 from raysl.report.progress import CountView
 from raysl.report.terminal import console, say, say_notes
 
-NEIGHBORS = "_neighbors.parquet"
+_FILE_NAME = "_neighbors.parquet"
 
 
 def search_all(
     arguments: argparse.Namespace, embeddings: Embeddings, device: torch.device
 ) -> dict[str, Any]:
-    """Write the neighbours of every image among the others, and return a summary of them."""
+    """Search the neighbours of every image, write them to a file, and return their statistics.
+
+    Args:
+        arguments: The command's arguments: ``out``, ``k`` and ``grid``.
+        embeddings: M > 0 images.
+        device: Device of the matrix products.
+    """
     view = CountView()
     view.begin("searching", total=len(embeddings), done=0)
     nearest_sum, same, labelled = 0.0, 0, 0
-    place: str | Path = arguments.out or f"{embeddings.folder.uri}/{NEIGHBORS}"
+    output: str | Path = arguments.out or f"{embeddings.folder.uri}/{_FILE_NAME}"
     schema = pa.schema(
         [
             ("row", pa.int64()),
@@ -39,41 +45,43 @@ def search_all(
     )
     with (
         closing(view),
-        result_file(place) as stream,
+        result_file(output) as stream,
         pq.ParquetWriter(stream, schema) as writer,
     ):
         for start, neighbors in neighbors_of_all(
             embeddings, k=arguments.k, device=device, advance=view.advance
         ):
             writer.write_table(_table(embeddings, start, neighbors, schema))
-            has_neighbor = neighbors.places[:, 0] >= 0
+            has_neighbor = neighbors.positions[:, 0] >= 0
             nearest_sum += float(neighbors.similarities[has_neighbor, 0].sum())
             same_label, with_label = _same_label(embeddings, start, neighbors)
             same, labelled = same + same_label, labelled + with_label
     results: dict[str, Any] = {
         "images": len(embeddings),
         "k": arguments.k,
+        # Only a single image has no neighbour; its mean is 0.
         "mean_nearest_similarity": nearest_sum / len(embeddings),
         "nearest_has_same_label": same / labelled if labelled else None,
-        "out": str(place),
+        "out": str(output),
     }
-    shown = f"mean similarity to the nearest {results['mean_nearest_similarity']:.4f}"
+    summary = f"mean similarity to the nearest image: {results['mean_nearest_similarity']:.4f}"
     if labelled:
-        shown += f"; the nearest has the same label: {same / labelled:.1%}"
-    console().print(f"{len(embeddings):,} images, {shown}", markup=False)
-    say(f"written: {place}")
+        summary += f"; nearest image with the same label: {same / labelled:.1%}"
+    console().print(f"{len(embeddings):,} images, {summary}", markup=False)
+    say(f"written: {output}")
     if arguments.grid is not None:
-        draw_result(arguments.grid, embeddings, _spread(embeddings, arguments.k, device))
+        draw_result(arguments.grid, embeddings, _example_result(embeddings, arguments.k, device))
         say(f"drawn: {arguments.grid}")
     return results
 
 
 def _table(embeddings: Embeddings, start: int, neighbors: Neighbors, schema: pa.Schema) -> pa.Table:
-    near = neighbors.places.numpy()
-    rows = np.where(near >= 0, embeddings.rows[near], -1)
+    """Return the rows of the file for a block of images; row -1 means no neighbour."""
+    positions = neighbors.positions.numpy()
+    rows = np.where(positions >= 0, embeddings.rows[positions], -1)
     columns = [
-        pa.array(embeddings.rows[start : start + len(near)]),
-        pa.array(embeddings.ids(np.arange(start, start + len(near))), pa.string()),
+        pa.array(embeddings.rows[start : start + len(positions)]),
+        pa.array(embeddings.ids(np.arange(start, start + len(positions))), pa.string()),
         _lists(rows),
         _lists(neighbors.similarities.numpy()),
     ]
@@ -81,32 +89,36 @@ def _table(embeddings: Embeddings, start: int, neighbors: Neighbors, schema: pa.
 
 
 def _lists(values: "np.ndarray[Any, Any]") -> pa.ListArray:
+    """Return the rows of ``(n, k)`` values as a column of lists."""
     count, width = values.shape
     offsets = pa.array(np.arange(0, (count + 1) * width, width, dtype=np.int32))
     return pa.ListArray.from_arrays(offsets, pa.array(values.ravel()))
 
 
 def _same_label(embeddings: Embeddings, start: int, neighbors: Neighbors) -> tuple[int, int]:
-    """Count the images whose nearest neighbour has their label, and those where both have one."""
+    """Return how many nearest neighbours have the image's label, of how many labelled pairs."""
     if embeddings.labels is None:
         return 0, 0
-    own_labels = embeddings.labels[start : start + len(neighbors.places)]
-    nearest = neighbors.places[:, 0].numpy()
+    image_labels = embeddings.labels[start : start + len(neighbors.positions)]
+    nearest = neighbors.positions[:, 0].numpy()
     nearest_labels = embeddings.labels[np.maximum(nearest, 0)]
-    labelled = (own_labels >= 0) & (nearest_labels >= 0) & (nearest >= 0)
-    return int((own_labels == nearest_labels)[labelled].sum()), int(labelled.sum())
+    labelled = (image_labels >= 0) & (nearest_labels >= 0) & (nearest >= 0)
+    return int((image_labels == nearest_labels)[labelled].sum()), int(labelled.sum())
 
 
-def _spread(embeddings: Embeddings, k: int, device: torch.device) -> SearchResult:
-    """Return evenly spaced images of the source with their neighbours, for the picture."""
+def _example_result(embeddings: Embeddings, k: int, device: torch.device) -> SearchResult:
+    """Search the neighbours of evenly spaced images, for the picture."""
     count = min(GRID_ROWS, len(embeddings))
-    places = np.linspace(0, len(embeddings) - 1, count).astype(np.int64)
-    own = torch.from_numpy(places)
+    positions = np.linspace(0, len(embeddings) - 1, count).astype(np.int64)
     neighbors = search(
-        embeddings, embeddings.directions(places), k=k, device=device, own_places=own
+        embeddings,
+        embeddings.directions(positions),
+        k=k,
+        device=device,
+        own_positions=torch.from_numpy(positions),
     )
-    labels = [embeddings.label_name(int(place)) for place in places]
-    rows = embeddings.rows[places].tolist()
-    source = open_again(embeddings)
+    labels = [embeddings.label_name(int(position)) for position in positions]
+    rows = embeddings.rows[positions].tolist()
+    source = reopen_source(embeddings)
     say_notes(source, title=f"{source.name}:")
-    return SearchResult(embeddings.ids(places), labels, neighbors, source, rows)
+    return SearchResult(embeddings.ids(positions), labels, neighbors, source, rows)

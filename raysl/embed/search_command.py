@@ -1,4 +1,4 @@
-"""`raysl search`: find the images nearest to given ones, or to each other, among embeddings."""
+"""`raysl search`: find the nearest neighbours of images among embeddings."""
 
 import argparse
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from rich.table import Table
 
 from raysl.embed.embeddings import Embeddings
-from raysl.embed.images import embedded_as, open_again, open_queries
+from raysl.embed.images import embed_config, open_queries, reopen_source
 from raysl.embed.pictures import SearchResult, draw_result, neighbors_of
 from raysl.embed.search import search
 from raysl.embed.search_all import search_all
@@ -23,18 +23,18 @@ from raysl.evaluate.embedding import EmbeddingSpec, encoder_digest, features_her
 from raysl.report.terminal import console, print_json, say, say_notes
 from raysl.sources.source import Source
 
-_TABLE_QUERIES = 8
-_SHOWN = 5
+_TABLE_QUERIES, _TABLE_NEIGHBORS = 8, 5
 
-CENTER_HELP = "subtract the mean of all features before comparing: cosines spread"
+_CENTER_HELP = "subtract the mean of all features before comparing, so that cosines differ more"
 
 _EPILOG = """\
-Without --query and --rows the neighbours of every image among the others are written to
-EMBEDDINGS/_neighbors.parquet (or --out): row, id, neighbor_rows, similarities.
+Without --query and --rows, the neighbours of every image among the other images are written to
+EMBEDDINGS/_neighbors.parquet (or --out): row, id, neighbor_rows (-1 where there is none),
+similarities.
 
   raysl search embeddings/ --query cat.jpg -k 10 --grid neighbours.png
   raysl search embeddings/ --rows 0,17,42 --grid neighbours.png
-  raysl search embeddings/                             all against all
+  raysl search embeddings/                             neighbours of every image
 
 Similarities are cosines; the search is exact, on the GPU if there is one.
 """
@@ -45,19 +45,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
     parser.add_argument("embeddings", help="output of `raysl embed`")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--query", metavar="FILE", help="an image, or a folder of images")
-    what.add_argument("--rows", help="rows of the embedded source: 0,17,42")
+    queries = parser.add_mutually_exclusive_group()
+    queries.add_argument(
+        "--query", metavar="FILE", help="an image, or a folder of images, to find neighbours of"
+    )
+    queries.add_argument("--rows", help="rows of the embedded source, such as 0,17,42")
     parser.add_argument("-k", type=int, default=10, help="number of neighbours (10)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="a .parquet file for the result")
-    parser.add_argument("--grid", type=Path, metavar="PNG", help="a picture of the first few")
-    parser.add_argument("--center", action="store_true", help=CENTER_HELP)
-    parser.add_argument("--encoder", help="the encoder's path, if it was moved")
+    parser.add_argument(
+        "--grid", type=Path, metavar="PNG", help="picture of the first queries and their neighbours"
+    )
+    parser.add_argument("--center", action="store_true", help=_CENTER_HELP)
+    parser.add_argument("--encoder", help="path of the encoder, if it was moved")
     parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Search for the neighbours of files, of rows or of every image."""
+    """Search the neighbours of files, of rows or of every image."""
     if arguments.k < 1:
         raise ConfigError(f"-k {arguments.k}: give at least 1")
     embeddings = Embeddings(arguments.embeddings, center=arguments.center)
@@ -67,21 +71,23 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.query is None and arguments.rows is None:
         results = search_all(arguments, embeddings, device)
     else:
-        results = _some(arguments, embeddings, device)
+        results = _search_queries(arguments, embeddings, device)
     if arguments.json:
         print_json(results)
     return 0
 
 
-def _some(
+def _search_queries(
     arguments: argparse.Namespace, embeddings: Embeddings, device: torch.device
 ) -> dict[str, Any]:
     result = (
-        _of_files(arguments, embeddings, device)
+        _search_files(arguments, embeddings, device)
         if arguments.query is not None
-        else _of_rows(arguments, embeddings, device)
+        else _search_rows(arguments, embeddings, device)
     )
-    neighbors = [_described(embeddings, result, number) for number in range(len(result.names))]
+    neighbors = [
+        _neighbor_values(embeddings, result, number) for number in range(len(result.names))
+    ]
     console().print(_table(neighbors))
     if arguments.out is not None:
         _write(arguments.out, neighbors)
@@ -92,12 +98,12 @@ def _some(
     return {"images": len(embeddings), "k": arguments.k, "queries": neighbors}
 
 
-def _of_files(
+def _search_files(
     arguments: argparse.Namespace, embeddings: Embeddings, device: torch.device
 ) -> SearchResult:
-    decoding = embedded_as(embeddings).decoding()
+    decoding = embed_config(embeddings).decoding()
     source, names = open_queries(arguments.query, decoding=decoding)
-    features = _embed_like(arguments, embeddings, source, len(names))
+    features = _embed_queries(arguments, embeddings, source, len(names))
     queries = torch.from_numpy(features)
     if embeddings.about["settings"]["normalize"]:
         queries = torch.nn.functional.normalize(queries)
@@ -106,15 +112,15 @@ def _of_files(
     return SearchResult(names, [None] * len(names), neighbors, source, list(range(len(names))))
 
 
-def _embed_like(
+def _embed_queries(
     arguments: argparse.Namespace, embeddings: Embeddings, source: Source, count: int
 ) -> npt.NDArray[np.float32]:
-    """Embed the queries as the images were embedded, with the same encoder."""
+    """Embed queries with the encoder and the settings that made the embeddings."""
     about = embeddings.about
     encoder = encoder_file(arguments.encoder or about["encoder_path"])
     if encoder_digest(encoder) != about["wanted"]["encoder"]:
         raise DataError(
-            f"{encoder}: not the encoder that {arguments.embeddings} was made with (digest "
+            f"{encoder}: not the encoder that made {arguments.embeddings} (digest "
             f"{about['wanted']['encoder']}); give that one by --encoder"
         )
     settings = about["settings"]
@@ -129,41 +135,42 @@ def _embed_like(
     return features
 
 
-def _of_rows(
+def _search_rows(
     arguments: argparse.Namespace, embeddings: Embeddings, device: torch.device
 ) -> SearchResult:
     try:
         rows = [int(row) for row in arguments.rows.split(",")]
     except ValueError:
         raise ConfigError(f"--rows {arguments.rows}: give whole numbers, such as 0,17,42") from None
-    places = embeddings.places_of(rows)
+    positions = embeddings.positions_of(rows)
     neighbors = search(
         embeddings,
-        embeddings.directions(places),
+        embeddings.directions(positions),
         k=arguments.k,
         device=device,
-        own_places=torch.from_numpy(places),
+        own_positions=torch.from_numpy(positions),
     )
-    labels = [embeddings.label_name(int(place)) for place in places]
-    source = open_again(embeddings)
+    labels = [embeddings.label_name(int(position)) for position in positions]
+    source = reopen_source(embeddings)
     say_notes(source, title=f"{source.name}:")
-    return SearchResult(embeddings.ids(places), labels, neighbors, source, rows)
+    return SearchResult(embeddings.ids(positions), labels, neighbors, source, rows)
 
 
-def _described(embeddings: Embeddings, result: SearchResult, number: int) -> dict[str, Any]:
-    places, similarities = neighbors_of(result.neighbors, number)
+def _neighbor_values(embeddings: Embeddings, result: SearchResult, number: int) -> dict[str, Any]:
+    """Return a query and its neighbours as plain values, for ``--json``."""
+    positions, similarities = neighbors_of(result.neighbors, number)
     return {
         "query": result.names[number],
         "label": result.labels[number],
         "neighbors": [
             {
                 "id": name,
-                "row": int(embeddings.rows[place]),
+                "row": int(embeddings.rows[position]),
                 "similarity": similarity,
-                "label": embeddings.label_name(int(place)),
+                "label": embeddings.label_name(int(position)),
             }
-            for name, place, similarity in zip(
-                embeddings.ids(places), places, similarities, strict=True
+            for name, position, similarity in zip(
+                embeddings.ids(positions), positions, similarities, strict=True
             )
         ],
     }
@@ -171,10 +178,10 @@ def _described(embeddings: Embeddings, result: SearchResult, number: int) -> dic
 
 def _table(queries: list[dict[str, Any]]) -> Table:
     table = Table(title="Nearest images", title_justify="left")
-    for column in ("query", "near", "similarity", "label"):
+    for column in ("query", "neighbour", "similarity", "label"):
         table.add_column(column, justify="right" if column == "similarity" else "left")
     for query in queries[:_TABLE_QUERIES]:
-        for number, near in enumerate(query["neighbors"][:_SHOWN]):
+        for number, near in enumerate(query["neighbors"][:_TABLE_NEIGHBORS]):
             name = query["query"] if number == 0 else ""
             table.add_row(name, near["id"], f"{near['similarity']:.4f}", near["label"] or "")
     return table

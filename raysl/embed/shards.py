@@ -29,7 +29,7 @@ class ShardPlan(NamedTuple):
 
     num_rows: int
     shard_rows: int
-    """Rows of each shard; the last one has the remainder."""
+    """Number of rows per shard; the last shard has the remainder."""
 
     @property
     def num_shards(self) -> int:
@@ -47,7 +47,7 @@ class ShardPlan(NamedTuple):
 
 
 class ShardRows(NamedTuple):
-    """The content of a shard, one entry a row, without bad images."""
+    """The content of a shard, one entry per row, without bad images."""
 
     ids: Sequence[str]
     rows: npt.NDArray[np.int64]
@@ -57,7 +57,7 @@ class ShardRows(NamedTuple):
 
 
 def embeddings_folder(uri: str) -> PackFolder:
-    """Return the folder that embeddings are written to.
+    """Return the folder of embeddings, which may not exist yet.
 
     Raises:
         DataError: If the URI's scheme is unknown.
@@ -78,18 +78,18 @@ def write_shard(
     """Write a shard atomically.
 
     Args:
-        folder: The folder.
-        name: Name of the file.
+        folder: The folder of the shards.
+        name: File name of the shard.
         content: The rows of the shard.
-        class_names: Class names, by number.
-        store: Type of the features: float32 or float16.
+        class_names: Class names, by class number.
+        store: Type of the stored features: float32 or float16.
         about: Metadata of the features, stored in the schema's metadata with ``bad``.
-        bad: The skipped images of these rows.
+        bad: The images of the shard that are left out.
 
     Raises:
-        DataError: If it cannot be written, as on a full disk.
+        DataError: If it cannot be written, such as on a full disk.
     """
-    kind = pa.from_numpy_dtype(np.dtype(store))
+    value_type = pa.from_numpy_dtype(np.dtype(store))
     values = np.ascontiguousarray(content.features, dtype=store)
     dim = values.shape[1]
     columns: dict[str, pa.Array] = {
@@ -102,7 +102,7 @@ def write_shard(
             names = pa.array(list(class_names), pa.string())
             columns[LABEL_NAME] = names.take(columns[LABEL])
     columns[FEATURES] = pa.FixedSizeListArray.from_arrays(
-        pa.array(values.ravel(), kind), list_size=dim
+        pa.array(values.ravel(), value_type), list_size=dim
     )
     meta = json.dumps({**about, "bad": bad}).encode()
     table = pa.table(columns).replace_schema_metadata({_META: meta})
@@ -119,13 +119,13 @@ def write_shard(
 
 
 def read_bad(folder: PackFolder, name: str) -> list[Bad] | None:
-    """Return the bad images of an existing shard; None if its file is damaged."""
+    """Return the bad images that a shard's metadata lists; None if the file cannot be read."""
     try:
         with folder.filesystem.open_input_file(f"{folder.root}/{name}") as file:
             meta = pq.read_metadata(file).metadata or {}
         return [
-            Bad(int(row), str(row_id), str(why))
-            for row, row_id, why in json.loads(meta[_META])["bad"]
+            Bad(int(row), str(row_id), str(reason))
+            for row, row_id, reason in json.loads(meta[_META])["bad"]
         ]
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException):
         return None
@@ -135,7 +135,7 @@ def read_about(folder: PackFolder) -> dict[str, Any]:
     """Return the metadata of finished embeddings.
 
     Raises:
-        DataError: If there are none, or `raysl embed` has not finished there.
+        DataError: If the folder holds no embeddings, or `raysl embed` has not finished there.
     """
     try:
         text = folder.read(ABOUT)
@@ -149,20 +149,22 @@ def read_about(folder: PackFolder) -> dict[str, Any]:
     assert about is not None
     if "images" not in about:
         raise DataError(
-            f"{folder.uri}: `raysl embed` has not finished there; the same command goes on where "
-            f"it stopped"
+            f"{folder.uri}: `raysl embed` has not finished there; the same command resumes it"
         )
     return about
 
 
 @contextmanager
-def result_file(place: str | Path) -> Iterator[pa.NativeFile]:
-    """Open a file for a result, local or in an object store; written atomically.
+def result_file(path: str | Path) -> Iterator[pa.NativeFile]:
+    """Open a result file for writing; it appears atomically when the block ends.
+
+    Args:
+        path: A local path or a URI such as s3://bucket/folder/file.
 
     Raises:
         DataError: If it cannot be written.
     """
-    text = str(place)
+    text = str(path)
     head, _, name = text.rpartition("/")
     folder = PackFolder(head or "/" if "/" in text else ".")
     folder.create()

@@ -1,8 +1,8 @@
-"""Embed a source into a folder of shards, resuming where it stopped.
+"""Embed a source into a folder of shards; an interrupted embedding resumes.
 
-:func:`embed_source` gets the function that computes the chunks, in this process or on Ray. The
-shards depend on the source, the encoder and the settings only, not on the workers or on
-interruptions. Memory: the shards that are being filled, two or three of them.
+The caller passes the function that computes the chunks, in this process or on Ray. The shards
+depend on the source, the encoder and the settings only, not on the workers or on interruptions.
+Two or three unfinished shards are in memory at a time.
 """
 
 import json
@@ -42,12 +42,12 @@ from raysl.sources.place import absolute_source
 from raysl.sources.source import Source, SourceConfig
 
 _MIB = 1 << 20
-_ID_BYTES = 40  # approximate size of a row without its features
+_ROW_BYTES = 40  # approximate size of a row without its features
 _FILE = "encoder.safetensors"
 _DEFAULT_SIZE_PX = 224
-# Complete only at the end, or useless to the reader of a single shard.
+# Metadata that is complete only at the end, or that the reader of a single shard does not need.
 _NOT_IN_SHARDS = {"settings", "images", "bad_images", "class_names"}
-_OTHERS = "holds embeddings of another encoder or source, or with other settings"
+_HOLDS = "holds embeddings of another encoder or source, or with other settings"
 _TINY = np.finfo(np.float32).tiny
 
 MakeChunks = Callable[[Source, ChunkPlan, EmbeddingSpec], Generator[Chunk, None, None]]
@@ -55,14 +55,14 @@ MakeChunks = Callable[[Source, ChunkPlan, EmbeddingSpec], Generator[Chunk, None,
 
 
 class CountProgress(Protocol):
-    """The interface of a progress display."""
+    """The interface of a progress display that counts images."""
 
     def begin(self, what: str, *, total: int, done: int) -> None:
-        """Start to count images."""
+        """Start a count of ``total`` images, of which ``done`` are done."""
         ...
 
     def advance(self, count: int) -> None:
-        """Count more images."""
+        """Add ``count`` images that are done."""
         ...
 
 
@@ -72,7 +72,7 @@ class EmbedResult(NamedTuple):
     images: int
     """Images with features."""
     bad_images: int
-    """Images that were left out."""
+    """Bad images, which were left out."""
     embed_dim: int
     shards: int
     bytes: int
@@ -80,6 +80,7 @@ class EmbedResult(NamedTuple):
     made: int
     """Images that this call embedded."""
     output: str
+    """Absolute path or URI of the folder."""
     complete_before: bool
     """Whether the folder was complete before this call."""
 
@@ -94,17 +95,17 @@ def encoder_file(path_or_run: str) -> Path:
     path = path / _FILE if path.is_dir() else path
     if not path.is_file():
         raise ConfigError(
-            f"{path_or_run}: no encoder there; give a run folder that holds {_FILE} (a run writes "
-            f"it at its end), or the file"
+            f"{path_or_run}: no encoder there; give an encoder file, or a run folder that holds "
+            f"{_FILE}, which a run writes at its end"
         )
     return path
 
 
 def embedding_of(encoder: Path, config: EmbedConfig) -> EmbeddingSpec:
-    """Return how images are embedded: encoder, size, crop and precision.
+    """Return the settings of the embedding: encoder, size, crop and precision.
 
     Raises:
-        DataError: If the file is not an encoder of raysl, or its header lacks what is needed.
+        DataError: If the file is not an encoder of raysl, or its header lacks a needed entry.
     """
     normalisation(encoder)
     size = config.size_px or read_description(encoder).get("image_size_px", _DEFAULT_SIZE_PX)
@@ -120,8 +121,8 @@ def other_decoding(encoder: Path, config: SourceConfig) -> list[str]:
         return []  # imported, or written before these settings existed
     here = config.model_dump(mode="json", include=set(Decoding._fields))
     return [
-        f"{name}={json.dumps(here[name])} here, and the encoder was trained with "
-        f"{name}={json.dumps(trained[name])}: it sees other pixels than it knows"
+        f"{name}={json.dumps(here[name])} here, but the encoder was trained with "
+        f"{name}={json.dumps(trained[name])}: its features may be worse"
         for name in here
         if name in trained and trained[name] != here[name]
     ]
@@ -140,11 +141,11 @@ def embed_source(
 
     Args:
         source: The images.
-        encoder: ``encoder.safetensors``.
-        config: The settings.
+        encoder: Path of ``encoder.safetensors``.
+        config: The settings of the embedding.
         output: A local path or a URI such as s3://bucket/folder.
         make: Computes the chunks.
-        view: Progress display.
+        view: Displays the progress.
 
     Raises:
         DataError: If the folder belongs to another encoder, source or other settings, cannot be
@@ -167,14 +168,14 @@ def embed_source(
             }
             folder.write_claim(about)
         else:
-            folder.refuse_others(about["wanted"], identity, holds=_OTHERS)
+            folder.refuse_others(about["wanted"], identity, holds=_HOLDS)
         folder.sweep()
         writer = _Writer(source, config, folder, about)
         complete = not writer.missing and "images" in about
         if not complete:
             made = writer.fill(make, embedding, view)
             about = writer.finish()
-        sizes = folder.listed()
+        sizes = folder.file_sizes()
     return EmbedResult(
         images=about["images"],
         bad_images=about["bad_images"],
@@ -190,7 +191,7 @@ def embed_source(
 def _identity(
     source: Source, encoder: Path, config: EmbedConfig, embedding: EmbeddingSpec
 ) -> dict[str, Any]:
-    """Return all that the shards depend on: encoder, images and lasting settings."""
+    """Return everything that the shards depend on: encoder, images and lasting settings."""
     digest = encoder_digest(encoder)
     lasting = config.lasting() | {"size_px": embedding.size_px}
     return {"encoder": digest, "fingerprint": source.fingerprint, **lasting}
@@ -213,7 +214,14 @@ def _encoder_facts(encoder: Path, embedding: EmbeddingSpec) -> dict[str, Any]:
 
 
 class _Writer:
-    """Writes the missing shards of a folder."""
+    """Writes the missing shards of a folder.
+
+    Args:
+        source: The images.
+        config: The settings of the embedding.
+        folder: The folder of the shards.
+        about: The content of its claim.
+    """
 
     def __init__(
         self, source: Source, config: EmbedConfig, folder: PackFolder, about: dict[str, Any]
@@ -223,7 +231,7 @@ class _Writer:
         width = about["embed_dim"] * np.dtype(config.store).itemsize
         shard_rows = max(1, int(config.shard_mib * _MIB / width) // self.chunk) * self.chunk
         self.plan = ShardPlan(int(source.group_sizes.sum()), shard_rows)
-        files = folder.listed()
+        files = folder.file_sizes()
         bad_images = {
             shard: read_bad(folder, self.plan.name(shard))
             for shard in range(self.plan.num_shards)
@@ -238,27 +246,27 @@ class _Writer:
     def fill(self, make: MakeChunks, embedding: EmbeddingSpec, view: CountProgress) -> int:
         """Write all missing shards; return the number of embedded images."""
         bounds = [self.plan.bounds(shard) for shard in self.missing]
-        todo = sum(stop - start for start, stop in bounds)
-        self.folder.check_room(todo * (self._width + _ID_BYTES), instead="store=float16")
-        if not todo:
+        num_missing = sum(stop - start for start, stop in bounds)
+        self.folder.check_room(num_missing * (self._width + _ROW_BYTES), instead="store=float16")
+        if not num_missing:
             return 0
         starts = np.concatenate([np.arange(*each, self.chunk, dtype=np.int64) for each in bounds])
         chunks = ChunkPlan(None, starts, self.chunk, self.plan.num_rows)
-        view.begin("embedding", total=self.plan.num_rows, done=self.plan.num_rows - todo)
+        view.begin("embedding", total=self.plan.num_rows, done=self.plan.num_rows - num_missing)
         buffers: dict[int, _ShardBuffer] = {}
-        made = make(self.source, chunks, embedding)
-        with closing(made):
-            for chunk in made:
+        computed = make(self.source, chunks, embedding)
+        with closing(computed):
+            for chunk in computed:
                 for shard in np.unique(chunk.positions // self.plan.shard_rows).tolist():
                     start, stop = self.plan.bounds(shard)
                     buffer = buffers.setdefault(
                         shard, _ShardBuffer(start, stop, dim=self.about["embed_dim"])
                     )
-                    buffer.take(chunk)
-                    if buffer.left == 0:
+                    buffer.add(chunk)
+                    if buffer.num_missing == 0:
                         self._write(shard, buffers.pop(shard))
                 view.advance(len(chunk.positions))
-        return todo
+        return num_missing
 
     def finish(self) -> dict[str, Any]:
         """List the bad images and mark the folder as complete."""
@@ -287,11 +295,11 @@ class _Writer:
         if self.config.normalize:
             lengths = np.linalg.norm(features, axis=1, keepdims=True)
             features /= np.maximum(lengths, _TINY)
-        kept = rows[good]
+        good_rows = rows[good]
         content = ShardRows(
-            [self.source.row_id(row) for row in kept.tolist()],
-            kept,
-            None if self.labels is None else self.labels[kept].astype(np.int64),
+            [self.source.row_id(row) for row in good_rows.tolist()],
+            good_rows,
+            None if self.labels is None else self.labels[good_rows].astype(np.int64),
             features,
         )
         about = {k: v for k, v in self.about.items() if k not in _NOT_IN_SHARDS}
@@ -316,25 +324,31 @@ class _Writer:
 
 
 class _ShardBuffer:
-    """The features of a shard until all its rows have arrived."""
+    """The features of a shard whose rows have not all been computed.
+
+    Args:
+        start: First row of the shard.
+        stop: Row after the last one.
+        dim: Features per image.
+    """
 
     def __init__(self, start: int, stop: int, *, dim: int) -> None:
         self.start, self.stop = start, stop
         self.features: Features = np.empty((stop - start, dim), dtype=np.float32)
         self.flaws = np.zeros(stop - start, dtype=np.uint8)
         self._is_filled = np.zeros(stop - start, dtype=np.bool_)
-        self.left = stop - start
+        self.num_missing = stop - start
 
-    def take(self, chunk: Chunk) -> None:
+    def add(self, chunk: Chunk) -> None:
         """Copy the rows of a chunk that belong to this shard."""
-        own = (chunk.positions >= self.start) & (chunk.positions < self.stop)
-        index = chunk.positions[own] - self.start
+        in_shard = (chunk.positions >= self.start) & (chunk.positions < self.stop)
+        index = chunk.positions[in_shard] - self.start
         if chunk.features.shape[1] != self.features.shape[1]:
             raise DataError(
-                f"the encoder gives {chunk.features.shape[1]} features an image; its header says "
+                f"the encoder gives {chunk.features.shape[1]} features per image; its header says "
                 f"{self.features.shape[1]}"
             )
-        self.features[index] = chunk.features[own]
-        self.flaws[index] = chunk.flaws[own]
+        self.features[index] = chunk.features[in_shard]
+        self.flaws[index] = chunk.flaws[in_shard]
         self._is_filled[index] = True
-        self.left = int((~self._is_filled).sum())
+        self.num_missing = int((~self._is_filled).sum())

@@ -7,31 +7,31 @@ import re
 
 from raysl.encoder.stored import State, StoredTensor
 
-OF_TIMM = "stages.0.blocks.0.conv_dw.weight"
-"""A name that occurs in timm's files only."""
+TIMM_CONVNEXT_NAME = "stages.0.blocks.0.conv_dw.weight"
+"""A tensor name that only timm's ConvNeXt has."""
 
-# Layers of a block, by their index in torchvision.
+# timm's name of each layer of a block, by torchvision's index.
 _BLOCK = {"0": "conv_dw", "2": "norm", "3": "mlp.fc1", "5": "mlp.fc2"}
 _STEM = {"features.0.0.": "stem.0.", "features.0.1.": "stem.1.", "classifier.0.": "head.norm."}
 
 
 def from_timm(state: State) -> State:
     """Return timm's tensors under torchvision's names."""
-    return {_torchvision_name(name): _scales(name, value) for name, value in state.items()}
+    return {_torchvision_name(name): _reshaped(name, value) for name, value in state.items()}
 
 
 def timm_name(name: str) -> str:
-    """Return timm's name for one of torchvision's."""
+    """Return timm's name for a tensor of torchvision's; other names are unchanged."""
     for ours, theirs in _STEM.items():
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
     match = re.fullmatch(r"features\.(\d+)\.(\d+)\.(.+)", name)
     if match is None:
         return name
-    place, index, rest = int(match[1]), match[2], match[3]
-    if place % 2 == 0:
-        return f"stages.{place // 2}.downsample.{index}.{rest}"
-    block = f"stages.{place // 2}.blocks.{index}"
+    child, index, rest = int(match[1]), match[2], match[3]
+    if child % 2 == 0:  # torchvision's children: stem, stage 0, downsampling 1, stage 1, ...
+        return f"stages.{child // 2}.downsample.{index}.{rest}"
+    block = f"stages.{child // 2}.blocks.{index}"
     if rest == "layer_scale":
         return f"{block}.gamma"
     _, layer, what = rest.split(".")
@@ -56,8 +56,8 @@ def _torchvision_name(name: str) -> str:
     return f"{block}.block.{index}.{what}"
 
 
-def _scales(name: str, value: StoredTensor) -> StoredTensor:
-    """Layer scales are ``(C,)`` in timm and ``(C, 1, 1)`` in torchvision."""
+def _reshaped(name: str, value: StoredTensor) -> StoredTensor:
+    """Reshape layer scales from timm's ``(C,)`` to torchvision's ``(C, 1, 1)``."""
     if not name.endswith(".gamma") or len(value.shape) != 1:
         return value
     return StoredTensor((*value.shape, 1, 1), lambda: value.read()[:, None, None])

@@ -11,19 +11,20 @@ from torch import Tensor
 
 from raysl.encoder.stored import State, StoredTensor
 
-OF_DINOV2 = "blocks.0.ls1.gamma"
-"""A name of networks with layer scales, in timm's naming."""
+LAYER_SCALE_NAME = "blocks.0.ls1.gamma"
+"""timm's name of a tensor that only networks with layer scales have, such as DINOv2."""
 
 
 def is_dinov2(state: State) -> bool:
-    """Return whether a network has layer scales, in blocks or in chunks of blocks."""
-    return OF_DINOV2 in state or "blocks.0.0.ls1.gamma" in state
+    """Return whether a network has layer scales, under the names of timm or DINOv2."""
+    return LAYER_SCALE_NAME in state or "blocks.0.0.ls1.gamma" in state
 
 
 def dinov2_to_timm(state: State) -> State:
     """Return the tensors under timm's names.
 
-    With registers, timm's positions cover the patches alone; the class token includes its own.
+    With registers, timm's position embeddings are those of the patches only; that of the class
+    token is added to the token.
     """
     named = {_name(name): value for name, value in state.items() if name != "mask_token"}
     token, positions = named.get("cls_token"), named.get("pos_embed")
@@ -33,11 +34,13 @@ def dinov2_to_timm(state: State) -> State:
         named["cls_token"] = StoredTensor(
             token.shape, lambda: token.read() + positions.read()[:, :1]
         )
-        named["pos_embed"] = StoredTensor((one, count - 1, dim), partial(_patches, positions))
+        named["pos_embed"] = StoredTensor(
+            (one, count - 1, dim), partial(_patch_positions, positions)
+        )
     return named
 
 
-def _patches(positions: StoredTensor) -> Tensor:
+def _patch_positions(positions: StoredTensor) -> Tensor:
     return positions.read()[:, 1:].clone()
 
 

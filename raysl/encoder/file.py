@@ -1,4 +1,4 @@
-"""Write and load the encoder file: weights under their library's names, and metadata."""
+"""Write and load encoder files: weights under torchvision's or timm's names, and metadata."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from safetensors.torch import save
 from torch import nn
 
-from raysl.encoder.fit import fill, fitted, pooled_anew
+from raysl.encoder.fit import fill, fitted, without_token_norm
 from raysl.encoder.layouts import Network
 from raysl.encoder.networks import ChosenNetwork, choose, networks_named
 from raysl.encoder.read import read_content, read_header, read_safetensors
@@ -22,37 +22,37 @@ from raysl.nn.vit import VisionTransformer
 
 _FORMAT = "raysl-encoder-1"
 _FILE = "encoder.safetensors"
-_OF_HUGGING_FACE = ("model.safetensors", "pytorch_model.bin")
+_HUGGING_FACE_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def save_encoder(path: Path, backbone: Backbone, *, description: dict[str, Any]) -> None:
-    """Write an encoder's weights under torchvision's or timm's names, without the classifier.
+    """Write an encoder file.
 
     Args:
         path: A ``.safetensors`` file, written atomically.
         backbone: The encoder.
-        description: ``backbone`` (its section of the configuration, as JSON, without the path of
-            its initial weights), ``image_size_px``, ``mean``, ``std`` and further metadata; stored
-            in the file's header.
+        description: Metadata for the file's header: ``backbone`` (that section of the
+            configuration as JSON; the path of initial weights is not stored), ``image_size_px``,
+            ``mean``, ``std`` and others.
     """
     state = {
         name: value.detach().cpu().contiguous() for name, value in backbone.net.state_dict().items()
     }
-    known = description | {"embed_dim": backbone.embed_dim}
-    if "backbone" in known:
-        section = known["backbone"].items()
-        known["backbone"] = {key: value for key, value in section if key != "weights"}
-    header = {"format": _FORMAT, "raysl": json.dumps(known)}
-    # Written by open(): files of safetensors' own writer are only readable by their owner.
+    stored = description | {"embed_dim": backbone.embed_dim}
+    if "backbone" in stored:
+        section = stored["backbone"].items()
+        stored["backbone"] = {key: value for key, value in section if key != "weights"}
+    header = {"format": _FORMAT, "raysl": json.dumps(stored)}
+    # Not by safetensors' own writer, whose files only their owner may read.
     with appears_whole(path) as temporary:
         temporary.write_bytes(save(state, metadata=header))
 
 
 def read_description(path: str | Path) -> dict[str, Any]:
-    """Return the description in a file's header.
+    """Return the description in the header of an encoder file.
 
     Raises:
-        DataError: If it is not an encoder that raysl wrote.
+        DataError: If the file is not an encoder that raysl wrote.
     """
     header = read_header(Path(path))
     if header.get("format") != _FORMAT:
@@ -77,8 +77,8 @@ def load_encoder(path: str | Path) -> nn.Module:
         code from the file is run.
 
     Raises:
-        DataError: If it is not an encoder that raysl wrote, or its weights do not fit.
-        ConfigError: If it is a model of timm, and timm is not installed or does not know it.
+        DataError: If the file is not an encoder that raysl wrote, or its weights do not fit.
+        ConfigError: If the encoder is a model of timm, and timm is not installed or lacks it.
     """
     path = encoder_file(path)
     description = read_description(path)
@@ -102,8 +102,9 @@ def load_encoder(path: str | Path) -> nn.Module:
 def load_weights(backbone: Backbone, path: str | Path, *, layout: str = "auto") -> str:
     """Load weights into an encoder.
 
-    All of the encoder's tensors must exist and fit; otherwise nothing changes. A norm of the tokens
-    is replaced by a new one of their mean (:func:`raysl.encoder.fit.pooled_anew`).
+    The file must hold all tensors of the encoder, in their shapes; otherwise nothing changes. If
+    the encoder normalises the mean of the tokens and the file's network each token, the encoder
+    keeps its initial norm (:func:`raysl.encoder.fit.without_token_norm`).
 
     Args:
         backbone: The encoder, changed in place.
@@ -112,59 +113,59 @@ def load_weights(backbone: Backbone, path: str | Path, *, layout: str = "auto") 
         layout: Name of the layout, or ``auto``.
 
     Returns:
-        Which of the file's networks was used, in words.
+        A description of the network that was loaded.
 
     Raises:
-        DataError: If the file cannot be read, does not fit, or holds numbers that are not finite.
+        DataError: If the file cannot be read, does not fit, or holds weights that are not finite.
     """
     path = encoder_file(path)
     content = read_content(path)
     wanted = backbone.net.state_dict().keys()
     networks = networks_named(content, wanted) or [Network("", {}, "plain", {})]
-    found = choose(networks, layout)
-    if found is None:
+    chosen = choose(networks, layout)
+    if chosen is None:
         held = ", ".join(sorted({n.address or "the whole file" for n in networks}))
-        raise DataError(f"{path}: holds nothing of the layout {layout}; there is: {held}")
-    state = pooled_anew(found.network.state, backbone.net)
+        raise DataError(f"{path}: holds no network of the layout {layout}; it holds: {held}")
+    state = without_token_norm(chosen.network.state, backbone.net)
     tensors = fitted(state, backbone.net, where=path)
-    _check_told(backbone.net, found, path)
+    _check_fixed_settings(backbone.net, chosen, path)
     fill(backbone.net, tensors)
-    return found.taken
+    return chosen.description
 
 
-def _check_told(net: nn.Module, found: ChosenNetwork, path: Path) -> None:
-    """Reject settings that differ from those fixed by the file's training code."""
-    told = found.layout.fixed(found.network)
-    own: dict[str, tuple[Any, str]] = {}
+def _check_fixed_settings(net: nn.Module, chosen: ChosenNetwork, path: Path) -> None:
+    """Reject a network whose settings differ from those that the file's training code fixes."""
+    fixed = chosen.layout.fixed(chosen.network)
+    settings: dict[str, tuple[Any, str]] = {}
     if isinstance(net, VisionTransformer):
-        own = {"num_heads": (net.blocks[0].attn.num_heads, "{} attention heads")}  # type: ignore[union-attr]
+        settings = {"num_heads": (net.blocks[0].attn.num_heads, "{} attention heads")}  # type: ignore[union-attr]
     elif isinstance(net, ResNet):
-        own = {
+        settings = {
             "stem": (net.stem, "the stem {}"),
             "shortcut_edge": (net.shortcut_edge, "{} beyond the edge of its shortcuts"),
         }
-    for key, (value, words) in own.items():
-        if told.get(key, value) != value:
+    for key, (value, words) in settings.items():
+        if fixed.get(key, value) != value:
             raise DataError(
-                f"{path}: {found.layout.whose} has {words.format(told[key])}; set backbone.{key}="
-                f"{told[key]}"
+                f"{path}: {chosen.layout.origin} has {words.format(fixed[key])}; set "
+                f"backbone.{key}={fixed[key]}"
             )
 
 
 def encoder_file(path: str | Path) -> Path:
-    """Return the weight file of a run folder, or of a Hugging Face folder."""
+    """Return the weight file of a run folder or a Hugging Face folder, or the given file."""
     path = Path(path)
     if not path.is_dir():
         return path
-    theirs = [path / name for name in _OF_HUGGING_FACE if (path / name).is_file()]
-    return theirs[0] if theirs and not (path / _FILE).exists() else path / _FILE
+    hugging_face = [path / name for name in _HUGGING_FACE_FILES if (path / name).is_file()]
+    return hugging_face[0] if hugging_face and not (path / _FILE).exists() else path / _FILE
 
 
 def described_backbone(description: Mapping[str, Any], *, where: str | Path) -> BackboneConfig:
-    """Return the section of the configuration that a header contains.
+    """Return the settings of the backbone in the description of an encoder file.
 
     Raises:
-        DataError: If it does not describe an encoder that this version supports.
+        DataError: If they do not describe a backbone that this version supports.
     """
     section = description.get("backbone")
     if section is None:  # raysl 0.1 wrote these two keys, for residual networks only
@@ -173,8 +174,8 @@ def described_backbone(description: Mapping[str, Any], *, where: str | Path) -> 
         return BackboneConfig.model_validate(section)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, ("backbone", *first["loc"])))
+        key = ".".join(map(str, ("backbone", *first["loc"])))
         raise DataError(
-            f"{where}: its header describes no encoder that this version of raysl knows: "
-            f"{place}: {first['msg']}"
+            f"{where}: its header describes no encoder that this version of raysl supports: "
+            f"{key}: {first['msg']}"
         ) from None

@@ -8,46 +8,46 @@ from torch import Tensor, nn
 from raysl.encoder.stored import State, StoredTensor, stored
 from raysl.errors import DataError
 
-# Stored beside an encoder under the same prefix: classifiers, heads, decoders.
-_BESIDE = (
+# Parts that files store under the same prefix as the encoder: classifiers, heads, decoders.
+_OTHER_PARTS = (
     *("fc.", "head.", "heads.", "classifier.", "head_dist.", "linear.", "mask_token", "decoder_"),
     *("projection_head.", "projector.", "predictor.", "prototypes.", "pooler."),
 )
 # The norm of a vision transformer's tokens, and the norm of their mean.
-_NORM_BEFORE, _NORM_AFTER = ("norm.weight", "norm.bias"), ("fc_norm.weight", "fc_norm.bias")
+_TOKEN_NORM, _MEAN_NORM = ("norm.weight", "norm.bias"), ("fc_norm.weight", "fc_norm.bias")
 _NAMES_SHOWN = 5
 
 
 def fitted(state: State, net: nn.Module, *, where: str | Path) -> dict[str, Tensor]:
-    """Read the tensors that a network needs; heads beside them are left out.
+    """Read the tensors that a network needs; heads and classifiers are left out.
 
     Args:
         state: Tensors of a file under the network's names.
         net: The network; not changed.
-        where: The file, for messages.
+        where: Path of the file, for messages.
 
     Raises:
-        DataError: If tensors are missing, left over, of another shape, or not finite.
+        DataError: If tensors are missing, unexpected, of another shape, or not finite.
     """
     wanted = net.state_dict()
-    # Files from before torch 0.4 have no batch counts, and raysl never reads the counts.
+    # Files from before torch 0.4 lack the batch counts of norms, which raysl does not use.
     counts = {name: wanted[name] for name in wanted if name.endswith("num_batches_tracked")}
-    kept = {n: v for n, v in state.items() if n in wanted or not n.startswith(_BESIDE)}
-    problems = _misfits(kept, wanted, may_lack=counts)
+    encoder = {n: v for n, v in state.items() if n in wanted or not n.startswith(_OTHER_PARTS)}
+    problems = _misfits(encoder, wanted, may_lack=counts)
     if problems:
         raise DataError(f"{where}: its weights do not fit the backbone: {'; '.join(problems)}")
-    tensors = counts | {name: _read(value, name, where) for name, value in kept.items()}
+    tensors = counts | {name: _read(value, name, where) for name, value in encoder.items()}
     for name, value in tensors.items():
         if not value.isfinite().all():
             raise DataError(f"{where}: its weights are not all finite: {name}")
     return tensors
 
 
-def pooled_anew(state: State, net: nn.Module) -> State:
-    """Adapt a vision transformer's tensors to a network that takes the mean before its norm.
+def without_token_norm(state: State, net: nn.Module) -> State:
+    """Adapt a vision transformer's tensors to a network that normalises the mean of the tokens.
 
-    The file's norm of tokens does not apply to the mean of tokens: it is dropped, and the norm of
-    the mean keeps the network's values. All other tensors are unchanged.
+    The file's norm of single tokens does not apply to their mean: it is dropped, and the norm of
+    the mean keeps the network's values. Other tensors and other networks are unchanged.
 
     Args:
         state: Tensors of a file under the network's names.
@@ -57,19 +57,19 @@ def pooled_anew(state: State, net: nn.Module) -> State:
     this way.
     """
     wanted = net.state_dict()
-    after, before = set(_NORM_AFTER), set(_NORM_BEFORE)
-    if not after <= wanted.keys() or before & wanted.keys() or after & state.keys():
+    mean_norm, token_norm = set(_MEAN_NORM), set(_TOKEN_NORM)
+    if not mean_norm <= wanted.keys() or token_norm & wanted.keys() or mean_norm & state.keys():
         return state
-    kept = {name: value for name, value in state.items() if name not in before}
-    return kept | {name: stored(wanted[name].detach().clone()) for name in _NORM_AFTER}
+    others = {name: value for name, value in state.items() if name not in token_norm}
+    return others | {name: stored(wanted[name].detach().clone()) for name in _MEAN_NORM}
 
 
 def fill(net: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load a state dict strictly, without checking module versions, which files do not store."""
-    own = net.state_dict()
-    versioned = type(own)(state)
-    if hasattr(own, "_metadata"):
-        versioned._metadata = own._metadata  # type: ignore[attr-defined]
+    """Load a state dict strictly, as if it had the network's module versions: files store none."""
+    current = net.state_dict()
+    versioned = type(current)(state)
+    if hasattr(current, "_metadata"):
+        versioned._metadata = current._metadata  # type: ignore[attr-defined]
     net.load_state_dict(versioned)
 
 
@@ -84,7 +84,7 @@ def _read(value: StoredTensor, name: str, where: str | Path) -> Tensor:
 def _misfits(
     state: State, wanted: Mapping[str, Tensor], *, may_lack: Mapping[str, Tensor]
 ) -> list[str]:
-    """Describe why a state dict does not fit, one phrase for each reason; empty if it fits."""
+    """Return one phrase for each reason why a state dict does not fit; empty if it fits."""
     shapes = [
         f"{name} {state[name].shape} for {tuple(wanted[name].shape)}"
         for name in wanted
@@ -95,10 +95,10 @@ def _misfits(
         "unexpected": [name for name in state if name not in wanted],
         "of another shape": shapes,
     }
-    return [f"{what}: {_first(names)}" for what, names in kinds.items() if names]
+    return [f"{what}: {_examples(names)}" for what, names in kinds.items() if names]
 
 
-def _first(names: list[str]) -> str:
+def _examples(names: list[str]) -> str:
     more = len(names) - _NAMES_SHOWN
     examples = ", ".join(names[:_NAMES_SHOWN])
     return f"{examples} and {more} more" if more > 0 else examples

@@ -1,10 +1,10 @@
-"""Describe in one table where other projects' training code stores an encoder.
+"""A table of where other projects' training code stores an encoder.
 
-A layout lists its addresses, the best one first, how to distinguish it from others with the same
-addresses, and what its code fixes without storing it: attention heads, the padding of a stem, the
-normalisation of images.
+A layout lists its addresses, the best one first, and a sign that distinguishes it from layouts with
+the same addresses. It also lists what its code fixes without storing it: attention heads, the
+padding of a stem, the normalisation of images.
 
-The facts are from the authors' repositories: main_moco.py, main_lincls.py and convert_to_deit.py of
+Sources are the authors' repositories: main_moco.py, main_lincls.py and convert_to_deit.py of
 moco-v3, main_moco.py of moco, main_dino.py of dino, train/train.py of dinov2, main_pretrain.py and
 main_finetune.py of mae, main.py of barlowtwins, main_vicreg.py of vicreg, simsiam/builder.py,
 solo/methods/base.py of solo-learn, simclr.py of sthalles/SimCLR, simclr/simclr.py of
@@ -17,13 +17,13 @@ lightly-train.
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from raysl.encoder.dinov2_names import OF_DINOV2
-from raysl.encoder.naming import OF_TORCHVISION, NamingName
+from raysl.encoder.dinov2_names import LAYER_SCALE_NAME
+from raysl.encoder.naming import TORCHVISION_NAMES, NamingName
 from raysl.encoder.normalisation import (
-    CIFAR10_WITHIN,
+    CIFAR10_WITHIN_IMAGE,
     IMAGENET,
-    OF_SOLO_LEARN,
     PIXELS,
+    SOLO_LEARN,
     Normalisation,
 )
 from raysl.encoder.positions import fixed_positions
@@ -31,20 +31,21 @@ from raysl.encoder.stored import State
 from raysl.nn.vit import VIT_SIZES
 
 ANYWHERE = r".*"
-"""The address of layouts that are recognised by parameter names alone."""
+"""The address of layouts that are recognised by tensor names alone."""
 
 _STATE = r"((state_dict|model|model_state|model_state_dict)/)?(module\.)?"
 _TRAIN = r"wrapped_model\.(_model|_features)\."
 
 
 class Network(NamedTuple):
-    """An encoder in a file, and the tensors beside it."""
+    """An encoder in a file, and the other tensors of its state dict."""
 
     address: str
+    """The keys that lead to the state dict, and the prefix of the encoder's tensors."""
     state: State
     """The encoder's tensors, under torchvision's or timm's names."""
     naming: NamingName
-    """The naming that the file uses for it."""
+    """The convention of the tensor names in the file."""
     beside: State
     """The other tensors of the same state dict, with ``module.`` removed from their names."""
 
@@ -57,82 +58,87 @@ class Place(NamedTuple):
     what: str
     """The network's name in its paper."""
     sign: Callable[[Network], bool] = lambda _: True
-    """Tells whether a network at such an address really has this layout."""
+    """Returns whether a network at such an address has this layout."""
 
 
 class FileLayout(NamedTuple):
-    """How one project's training code writes its files."""
+    """How a project's training code stores encoders."""
 
     name: str
-    whose: str
+    origin: str
+    """The project, for messages."""
     places: tuple[Place, ...]
-    """The first one that a file contains is used."""
+    """Where it stores networks; the first place that a file has is used."""
     fixed: Callable[[Network], Mapping[str, Any]] = lambda _: {}
-    """Keys of :class:`BackboneConfig` that the code fixes but does not store."""
+    """Returns settings of :class:`BackboneConfig` that the code fixes but does not store."""
     normalisation: Callable[[Network], Normalisation] = lambda _: IMAGENET
-    """The normalisation of its training images."""
+    """Returns the normalisation of the training images."""
 
 
 def _has(*names: str) -> Callable[[Network], bool]:
+    """Return a sign: the network has a tensor with one of these names."""
     return lambda network: any(name in network.state for name in names)
 
 
-def _stands_beside(network: Network, *names: str) -> bool:
-    """Return whether a tensor beside the network has one of these names or prefixes."""
+def _has_beside(network: Network, *names: str) -> bool:
+    """Return whether a tensor beside the network has one of these names or prefixes.
+
+    Names that end with a dot are prefixes.
+    """
     prefixes = tuple(name for name in names if name.endswith("."))
     return any(name in names or name.startswith(prefixes or ("\0",)) for name in network.beside)
 
 
 def _is_lightly(network: Network) -> bool:
-    """Recognised by children of a Sequential, heads or addresses that only lightly uses."""
+    """Recognise it by children of a Sequential, or heads or addresses that only lightly uses."""
     return (
         network.naming == "sequential"
         or ".vit." in network.address
         or "wrapped_model" in network.address
-        or _stands_beside(network, "projection_head.", "prediction_head.", "online_classifier.")
+        or _has_beside(network, "projection_head.", "prediction_head.", "online_classifier.")
     )
 
 
 def _is_solo_learn(network: Network) -> bool:
-    """Recognised by the linear classifier that it trains beside every method."""
+    """Recognise it by the linear classifier that it trains beside every method."""
     return "classifier.weight" in network.beside
 
 
 def _is_mae(network: Network) -> bool:
-    """Recognised by its decoder or its norm of the mean; in released files, by its positions."""
+    """Recognise it by its decoder or its norm of the mean; released files by their positions."""
     names = ("mask_token", "decoder_embed.weight", "fc_norm.weight")
     return _has(*names)(network) or fixed_positions(network.state) == "mae"
 
 
 def _is_simsiam(network: Network) -> bool:
-    """Recognised by the projector in place of the classifier, and a predictor."""
-    return "fc.0.weight" in network.state and _stands_beside(network, "predictor.")
+    """Recognise it by the projector in place of the classifier, and a predictor."""
+    return "fc.0.weight" in network.state and _has_beside(network, "predictor.")
 
 
 def _is_leftthomas(network: Network) -> bool:
-    """Recognised by children of a Sequential, and a head named g."""
-    return network.naming == "sequential" and _stands_beside(network, "g.")
+    """Recognise it by children of a Sequential, and a head named g."""
+    return network.naming == "sequential" and _has_beside(network, "g.")
 
 
 def _is_barlow(network: Network) -> bool:
-    return "bn.running_mean" in network.beside and _stands_beside(network, "projector.")
+    return "bn.running_mean" in network.beside and _has_beside(network, "projector.")
 
 
 def _is_vicreg(network: Network) -> bool:
-    """Recognised by a projector with norms, without predictor or classifier."""
+    """Recognise it by a projector with norms, without predictor or classifier."""
     others = ("predictor.", "classifier.", "bn.", "momentum_")
     normalised = "projector.1.running_mean" in network.beside
     return normalised and not any(n.startswith(others) for n in network.beside)
 
 
 def _is_sthalles(network: Network) -> bool:
-    """Recognised by the head of two layers without norms inside of the backbone."""
+    """Recognise it by a head of two layers without norms, inside the backbone."""
     head = {"fc.0.weight", "fc.2.weight"} <= network.state.keys()
     return head and not any(name.startswith("fc.1.") for name in network.state)
 
 
 def _is_spijkervet(network: Network) -> bool:
-    """Recognised by a head without norms and biases, and nothing else."""
+    """Recognise it by a head without norms and biases, and no other part."""
     head = "projector.0.weight" in network.beside
     others = ("projector.1.", "projector.0.bias", "predictor.", "classifier.", "momentum_")
     return head and not any(name.startswith(others) for name in network.beside)
@@ -153,27 +159,30 @@ def _width(network: Network) -> int:
 
 
 def _deit_heads(network: Network) -> dict[str, Any]:
-    """Return the heads of the DeiT paper, which DINO and MAE use for the sizes that they name."""
+    """Return the number of heads as in the DeiT paper, for the sizes that DINO and MAE name."""
     heads = {size.embed_dim: size.num_heads for size in VIT_SIZES.values()}.get(_width(network))
     return {"num_heads": heads} if heads else {}
 
 
 def _fixed_by_moco_v3(network: Network) -> dict[str, Any]:
-    """Source: vits.py: both sizes have 12 heads, where DeiT's small one has 6."""
+    """Source: vits.py. Both sizes have 12 heads; DeiT's small size has 6."""
     if "patch_embed.proj.weight" not in network.state:
         return {}
     return {"num_heads": 12, "positions": "sincos"}
 
 
 def _fixed_by_mae(network: Network) -> dict[str, Any]:
-    """Source: models_mae.py names base, large and huge; smaller models are by others."""
-    named = _width(network) >= VIT_SIZES["vit_base"].embed_dim
+    """Source: models_mae.py, for base, large and huge; smaller models are from other projects."""
+    is_named = _width(network) >= VIT_SIZES["vit_base"].embed_dim
     fixed = {} if "fc_norm.weight" in network.state else {"positions": "sincos"}
-    return fixed | (_deit_heads(network) if named else {})
+    return fixed | (_deit_heads(network) if is_named else {})
 
 
 def _fixed_by_solo_learn(network: Network) -> dict[str, Any]:
-    """For CIFAR it pads its 3 x 3 stem by 2; tiny and small have 12 heads in MAE and MoCo v3."""
+    """Return what solo-learn fixes.
+
+    Stems of 3 x 3, for CIFAR, are padded by 2. In MAE and MoCo v3, tiny and small have 12 heads.
+    """
     if _small_stem(network):
         return {"stem": "cifar_padded"}
     fixed = fixed_positions(network.state)
@@ -184,15 +193,15 @@ def _fixed_by_solo_learn(network: Network) -> dict[str, Any]:
 
 
 def _normalised_by_solo_learn(network: Network) -> Normalisation:
-    """Return the normalisation of its data set, derived from the stem and the number of classes."""
+    """Return the normalisation of its data set, by the stem and the number of classes."""
     classes = network.beside["classifier.weight"].shape[0] if _is_solo_learn(network) else 0
     if _small_stem(network):
-        return OF_SOLO_LEARN["cifar100" if classes == 100 else "cifar10"]
+        return SOLO_LEARN["cifar100" if classes == 100 else "cifar10"]
     return IMAGENET
 
 
 def _fixed_by_simclr_v2(network: Network) -> dict[str, Any]:
-    """Its resnet.py pads the pools of the shortcuts with zeros and counts them."""
+    """Source: resnet.py. Means of the shortcuts include zero padding at the edges."""
     selective = any(".squeeze." in name for name in network.state)
     return {"shortcut_edge": "zeros"} if selective else {}
 
@@ -222,9 +231,9 @@ LAYOUTS = (
         "dinov2",
         "DINOv2",
         (
-            Place(r"teacher/(module\.)?(backbone\.)?", "the teacher", _has(OF_DINOV2)),
-            Place(rf"{_STATE}(backbone\.)?", "the network", _has(OF_DINOV2)),
-            Place(r"student/(module\.)?(backbone\.)?", "the student", _has(OF_DINOV2)),
+            Place(r"teacher/(module\.)?(backbone\.)?", "the teacher", _has(LAYER_SCALE_NAME)),
+            Place(rf"{_STATE}(backbone\.)?", "the network", _has(LAYER_SCALE_NAME)),
+            Place(r"student/(module\.)?(backbone\.)?", "the student", _has(LAYER_SCALE_NAME)),
         ),
     ),
     FileLayout(
@@ -299,7 +308,7 @@ LAYOUTS = (
             Place(rf"{_STATE}encoder\.", "the encoder", _is_supcontrast),
         ),
         fixed=lambda network: {"stem": "cifar"} if _small_stem(network) else {},
-        normalisation=lambda _: CIFAR10_WITHIN,
+        normalisation=lambda _: CIFAR10_WITHIN_IMAGE,
     ),
     FileLayout(
         "lightly",
@@ -339,7 +348,7 @@ LAYOUTS = (
     FileLayout(
         "torchvision",
         "torchvision's names",
-        (Place(_STATE, "the network", _has(*OF_TORCHVISION)),),
+        (Place(_STATE, "the network", _has(*TORCHVISION_NAMES)),),
     ),
     FileLayout(
         "timm",
@@ -347,6 +356,6 @@ LAYOUTS = (
         (Place(rf"{_STATE}(timm_model\.)?", "the network"),),
     ),
 )
-"""In the order in which ``auto`` tries them; the first one with an address in the file is used."""
+"""The known layouts, in the order in which ``auto`` tries them; the first that fits is used."""
 
-OTHER = FileLayout("other", "none of the known ones", (Place(ANYWHERE, "the network"),))
+OTHER = FileLayout("other", "an unknown layout", (Place(ANYWHERE, "the network"),))

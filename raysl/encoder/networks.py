@@ -1,7 +1,7 @@
 """Find the encoders in a weight file, recognise their layout, and choose one.
 
-An encoder is found by a name that every network of its kind has (``layer1.0.conv1.weight``). What
-precedes that name, together with the keys that lead to its state dict, is its address, such as
+An encoder is found by a tensor name that every network of its kind has (``layer1.0.conv1.weight``).
+Its address consists of the keys that lead to its state dict and the prefix of that name, such as
 ``state_dict/module.encoder_q.``.
 """
 
@@ -10,14 +10,14 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from raysl.encoder.layouts import ANYWHERE, LAYOUTS, OTHER, FileLayout, Network, Place
-from raysl.encoder.naming import ANCHORS, plainly_named
+from raysl.encoder.naming import ANCHORS, to_plain_names
 from raysl.encoder.stored import Content, State, StoredTensor
 
-_DEEPEST = 6
+_MAX_DEPTH = 6  # of nested mappings
 
 
 class ChosenNetwork(NamedTuple):
-    """The chosen network, and the layout that it was recognised by."""
+    """The chosen network and its layout."""
 
     network: Network
     layout: FileLayout
@@ -27,12 +27,12 @@ class ChosenNetwork(NamedTuple):
     """Addresses of the other networks in the file."""
 
     @property
-    def taken(self) -> str:
-        """The choice in words, and from how many networks."""
-        at = f"{self.what} ({self.network.address or 'the whole file'})"
+    def description(self) -> str:
+        """The network's name and address, and the addresses of the others."""
+        text = f"{self.what} ({self.network.address or 'the whole file'})"
         if not self.others:
-            return at
-        return f"{at}; not {', '.join(other or 'the whole file' for other in self.others)}"
+            return text
+        return f"{text}; not {', '.join(other or 'the whole file' for other in self.others)}"
 
 
 def find_networks(content: Content, anchors: Collection[str] = ANCHORS) -> list[Network]:
@@ -40,7 +40,7 @@ def find_networks(content: Content, anchors: Collection[str] = ANCHORS) -> list[
 
     Args:
         content: The content of the file.
-        anchors: Names of which an encoder has at least one.
+        anchors: Tensor names, of which an encoder has at least one.
     """
     wanted = {*anchors}
     networks = []
@@ -57,7 +57,7 @@ def find_networks(content: Content, anchors: Collection[str] = ANCHORS) -> list[
                 if not name.startswith(prefix)
             }
             address = "".join(f"{key}/" for key in keys) + prefix
-            plain, naming = plainly_named(inner)
+            plain, naming = to_plain_names(inner)
             networks.append(Network(address, plain, naming, beside))
             if plain.keys() != inner.keys():
                 networks.append(Network(address, inner, "plain", beside))
@@ -65,7 +65,7 @@ def find_networks(content: Content, anchors: Collection[str] = ANCHORS) -> list[
 
 
 def networks_named(content: Content, wanted: Collection[str]) -> list[Network]:
-    """Return the networks with the largest number of the wanted names; possibly none."""
+    """Return the networks that have the largest number of the wanted tensor names; may be empty."""
     networks = find_networks(content, {*wanted, *ANCHORS})
     names = {*wanted}
     most = max((len(network.state.keys() & names) for network in networks), default=0)
@@ -75,27 +75,27 @@ def networks_named(content: Content, wanted: Collection[str]) -> list[Network]:
 def choose(
     networks: list[Network], layout: str = "auto", *, address: str | None = None
 ) -> ChosenNetwork | None:
-    """Choose a network; None if a named layout has none of them.
+    """Choose a network; None if no network has the layout or the address.
 
     Args:
-        networks: Not empty.
+        networks: The networks of a file.
         layout: Name of one of :data:`raysl.encoder.layouts.LAYOUTS`, or ``auto``.
-        address: Choose the network at this address; None takes the one that its layout prefers.
+        address: Address of the network to choose; None chooses the one that its layout prefers.
     """
     allowed = [n for n in networks if address is None or n.address == address]
-    layouts = [layouts for layouts in LAYOUTS if layout in ("auto", layouts.name)]
-    places = [(layouts, place) for layouts in layouts for place in layouts.places]
-    for owner, place in places:
+    layouts = [known for known in LAYOUTS if layout in ("auto", known.name)]
+    places = [(known, place) for known in layouts for place in known.places]
+    for known, place in places:
         fitting = [n for n in _at(place, allowed) if place.sign(n)]
         if fitting:
-            return ChosenNetwork(fitting[0], owner, place.what, _others(fitting[0], networks))
+            return ChosenNetwork(fitting[0], known, place.what, _others(fitting[0], networks))
     if layout == "auto" and allowed:
         best = max(allowed, key=lambda network: len(network.state))
         return ChosenNetwork(best, OTHER, "the network", _others(best, networks))
-    for owner, place in places:  # a named layout overrides its ``sign``
+    for known, place in places:  # the user named the layout, so its ``sign`` may be missing
         if layout != "auto" and place.address != ANYWHERE and _at(place, allowed):
             best = _at(place, allowed)[0]
-            return ChosenNetwork(best, owner, place.what, _others(best, networks))
+            return ChosenNetwork(best, known, place.what, _others(best, networks))
     return None
 
 
@@ -110,8 +110,8 @@ def _others(network: Network, networks: list[Network]) -> tuple[str, ...]:
 def _state_dicts(
     content: Content, keys: tuple[str, ...], seen: set[int]
 ) -> Iterator[tuple[tuple[str, ...], State]]:
-    """Yield every mapping that holds tensors, with the keys that lead to it."""
-    if id(content) in seen or len(keys) > _DEEPEST:  # a pickled mapping may contain itself
+    """Yield every mapping that directly holds tensors, with the keys that lead to it."""
+    if id(content) in seen or len(keys) > _MAX_DEPTH:  # a pickled mapping may contain itself
         return
     seen.add(id(content))
     tensors = {
@@ -127,7 +127,7 @@ def _state_dicts(
 
 
 def _prefixes(name: str, wanted: Collection[str]) -> Iterator[str]:
-    """Yield the prefix before each wanted name that this name ends with."""
+    """Yield the prefix that remains without each wanted name at the end of ``name``."""
     start = 0
     while start >= 0:
         if name[start:] in wanted:

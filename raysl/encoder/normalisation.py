@@ -1,4 +1,4 @@
-"""List the channel means and deviations that other projects train with; files omit them."""
+"""Means and standard deviations of other projects' training images, which files do not store."""
 
 from typing import NamedTuple
 
@@ -6,19 +6,20 @@ Channels = tuple[float, float, float]
 
 
 class Normalisation(NamedTuple):
-    """The values subtracted from the channels of an image in [0, 1], and those that divide them."""
+    """Mean and standard deviation of each channel of images in [0, 1]."""
 
     mean: Channels
     std: Channels
-    whose: str
+    origin: str
+    """Where the values are from, for messages."""
 
 
 IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "ImageNet's")
-PIXELS = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "none, the pixels as they are")
+PIXELS = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "none, unnormalised pixels")
 HALVES = Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "pixels in [-1, 1]")
 
-# solo-learn's solo/data/pretrain_dataloader.py, by data.dataset.
-OF_SOLO_LEARN = {
+# By data.dataset; source: solo-learn's solo/data/pretrain_dataloader.py.
+SOLO_LEARN = {
     "cifar10": Normalisation(
         (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "CIFAR-10's in solo-learn"
     ),
@@ -31,7 +32,8 @@ OF_SOLO_LEARN = {
     "imagenet": IMAGENET,
     "imagenet100": IMAGENET,
 }
-# main_supcon.py of SupContrast, utils.py of leftthomas/SimCLR: deviations within an image.
-CIFAR10_WITHIN = Normalisation(
+# Standard deviations within an image; source: main_supcon.py of SupContrast, utils.py of
+# leftthomas/SimCLR.
+CIFAR10_WITHIN_IMAGE = Normalisation(
     (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), "CIFAR-10's in these ports"
 )

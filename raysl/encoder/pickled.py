@@ -1,10 +1,10 @@
 """Read ``torch.save`` files as data: tensors and plain values only; no code is run.
 
 A pickle is a small program that names functions for its reader to call. This reader has its own
-versions of the few that build tensors and dictionaries. Any other name, class or function, becomes
-a placeholder that ignores its arguments: nothing is imported or called. So checkpoints that contain
-options, loggers or whole modules can be read. Names that only make sense in an attack are an error,
-because the rest of such a file should not be used either.
+versions of the few functions that build tensors and dictionaries. Any other name, of a class or a
+function, becomes a placeholder that ignores its arguments: nothing is imported or called. So
+checkpoints that contain options, loggers or whole modules can be read. Names that only an attack
+needs are an error, because such a file should not be used at all.
 """
 
 import pickle
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from raysl.encoder.stored import StoredTensor
 
-# torch/serialization.py: the first number of a file from before torch 1.6.
+# The first number of a file from before torch 1.6; source: torch/serialization.py.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PARTS = 3  # the magic number, the version, the machine's properties
 _LENGTH_BYTES = 8
@@ -41,6 +41,7 @@ _STORAGES = {
     "ComplexDoubleStorage": torch.complex128,
     "UntypedStorage": torch.uint8,
 }
+# Modules, and functions of _BUILTINS, that only an attack needs.
 _ATTACKS = {
     "os", "posix", "nt", "subprocess", "pty", "runpy", "importlib", "imp", "shutil", "socket",
     "ctypes", "webbrowser", "commands", "popen2", "pdb", "bdb", "timeit", "pip",
@@ -50,16 +51,16 @@ _BUILTINS = ("builtins", "__builtin__", "io", "_io")
 
 
 class AttackError(Exception):
-    """A file tries to run code in its reader."""
+    """A file tries to run code when it is read."""
 
 
 class _Storage(NamedTuple):
-    """A storage in the file: consecutive numbers."""
+    """Consecutive numbers in the file, which tensors refer to."""
 
     key: str
     dtype: torch.dtype
-    first: int
-    length: int
+    first: int  # index of the first number
+    length: int  # number of numbers
 
 
 class _StorageType(NamedTuple):
@@ -67,7 +68,7 @@ class _StorageType(NamedTuple):
 
 
 class Placeholder:
-    """Stands for everything that is neither a tensor nor plain data."""
+    """Replaces every object that is neither a tensor nor plain data."""
 
     name = "?"
 
@@ -85,7 +86,12 @@ class Placeholder:
 
 
 class _Reader:
-    """Unpickle a file, reading the storages of its tensors on demand."""
+    """Unpickles a file, and reads the storages of its tensors on demand.
+
+    Args:
+        numbers: Returns the bytes of a storage.
+        swapped: Whether the file has another byte order than this machine.
+    """
 
     def __init__(self, numbers: Callable[[_Storage], bytes], *, swapped: bool = False) -> None:
         self.numbers = numbers
@@ -93,7 +99,7 @@ class _Reader:
         self.storages: dict[str, _Storage] = {}
 
     def load(self, file: BinaryIO) -> Any:
-        """Read one pickle."""
+        """Read a pickle from an open file."""
         return _Unpickler(file, self).load()
 
     def tensor(
@@ -104,42 +110,45 @@ class _Reader:
         stride: tuple[int, ...],
         *rest: Any,
     ) -> StoredTensor:
-        """Replace ``torch._utils._rebuild_tensor`` and its later versions."""
+        """Build a stored tensor in place of ``torch._utils._rebuild_tensor`` and later versions."""
         if not isinstance(storage, _Storage):
-            raise pickle.UnpicklingError("a tensor without numbers")
+            raise pickle.UnpicklingError("a tensor without a storage")
         dtypes = [value for value in rest if isinstance(value, torch.dtype)]
         dtype = dtypes[0] if dtypes else storage.dtype
         shape = tuple(int(side) for side in size)
         strides = tuple(int(step) for step in stride)
 
         def read() -> Tensor:
-            line = self._line(storage, dtype)
-            return line.as_strided(shape, strides, int(offset)).clone(
+            values = self._values(storage, dtype)
+            return values.as_strided(shape, strides, int(offset)).clone(
                 memory_format=torch.contiguous_format
             )
 
         return StoredTensor(shape, read)
 
-    def _line(self, storage: _Storage, dtype: torch.dtype) -> Tensor:
+    def _values(self, storage: _Storage, dtype: torch.dtype) -> Tensor:
+        """Read a storage as a tensor of one dimension."""
         data = bytearray(self.numbers(storage))
         if not data:
             return torch.empty(0, dtype=dtype)
         if self.swapped:
-            line = torch.frombuffer(data, dtype=torch.uint8)
-            data = bytearray(line.view(-1, dtype.itemsize).flip(1).contiguous().numpy().tobytes())
+            swapped = torch.frombuffer(data, dtype=torch.uint8)
+            data = bytearray(
+                swapped.view(-1, dtype.itemsize).flip(1).contiguous().numpy().tobytes()
+            )
         return torch.frombuffer(data, dtype=dtype)
 
 
 class _Unpickler(pickle.Unpickler):
-    """Resolve names to this module's replacements only; one instance reads one file."""
+    """Resolves names to this module's replacements only; an instance reads one file."""
 
     def __init__(self, file: BinaryIO, reader: _Reader) -> None:
-        # As torch.load does for files of Python 2.
+        # The encoding and error handler of torch.load, for files of Python 2.
         super().__init__(file, encoding="utf-8", errors="surrogateescape")
         self._reader = reader
-        self._made: dict[tuple[str, str], type] = {}
+        self._classes: dict[tuple[str, str], type] = {}
         mapping = self._class("collections", "OrderedDict", dict)
-        self._own: dict[str, Any] = {
+        self._replacements: dict[str, Any] = {
             "OrderedDict": mapping,
             "dict": mapping,
             "defaultdict": lambda *_: mapping(),
@@ -149,14 +158,14 @@ class _Unpickler(pickle.Unpickler):
             "_rebuild_tensor_v3": reader.tensor,
             "_rebuild_parameter": lambda data, *_: data,
             "_rebuild_parameter_with_state": lambda data, *_: data,
-            # For tensors with attributes; the function is one of these.
+            # For tensors with attributes; ``function`` is one of the functions above.
             "_rebuild_from_type_v2": lambda function, _type, values, _state: function(*values),
         }
 
     def persistent_load(self, saved: Any) -> Any:
         """Return the storage that a tensor refers to."""
         if not isinstance(saved, tuple) or not saved:
-            raise pickle.UnpicklingError("a reference to nothing known")
+            raise pickle.UnpicklingError("an unknown kind of reference")
         if saved[0] == "module":  # a class with its source code, in old files
             return saved[1]
         kind, key, count = saved[1], str(saved[2]), int(saved[4])
@@ -170,7 +179,7 @@ class _Unpickler(pickle.Unpickler):
         return storage
 
     def find_class(self, module: str, name: str, /) -> Any:
-        """Return the replacement for a name, never the object it names in Python."""
+        """Return the replacement of a Python object, never the object itself."""
         root = module.partition(".")[0]
         if root in _ATTACKS or (module in _BUILTINS and name in _BUILTIN_ATTACKS):
             raise AttackError(f"{module}.{name}")
@@ -178,22 +187,24 @@ class _Unpickler(pickle.Unpickler):
             return _StorageType(_STORAGES[name])
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        own = self._own if root in ("torch", "collections", *_BUILTINS) else {}
-        return own[name] if name in own else self._class(module, name, Placeholder)
+        has_own = root in ("torch", "collections", *_BUILTINS)
+        if has_own and name in self._replacements:
+            return self._replacements[name]
+        return self._class(module, name, Placeholder)
 
     def _class(self, module: str, name: str, base: type) -> type:
         key = (module, name)
-        if key not in self._made:
-            self._made[key] = type("Stand", (base,), {"name": f"{module}.{name}"})
-        return self._made[key]
+        if key not in self._classes:
+            self._classes[key] = type("Placeholder", (base,), {"name": f"{module}.{name}"})
+        return self._classes[key]
 
 
 def read_pickled(path: Path) -> Any:
-    """Read what ``torch.save`` wrote, with :class:`StoredTensor` for tensors.
+    """Read a file by ``torch.save``, with :class:`StoredTensor` for tensors.
 
     Raises:
         AttackError: If the file tries to run code.
-        Exception: Any other error caused by a damaged file or one of another format.
+        Exception: Any error, if the file is damaged or has another format.
     """
     if zipfile.is_zipfile(path):
         return _read_zip(path)
@@ -229,7 +240,7 @@ def _read_zip(path: Path) -> Any:
 
 
 def _record(path: Path, info: zipfile.ZipInfo) -> bytes:
-    """Read one member of an archive at its known offset."""
+    """Read a member of an archive at its offset, and verify its checksum."""
     with open(path, "rb") as file:
         file.seek(info.header_offset)
         header = file.read(_LOCAL_HEADER_BYTES)
@@ -237,7 +248,7 @@ def _record(path: Path, info: zipfile.ZipInfo) -> bytes:
         file.seek(name + extra, 1)
         data = file.read(info.file_size)
     if zlib.crc32(data) != info.CRC:
-        raise ValueError("its checksum is not that of its numbers")
+        raise ValueError("the checksum of a tensor's numbers is wrong")
     return data
 
 
@@ -248,12 +259,12 @@ def _part(data: bytes, storage: _Storage) -> bytes:
 
 def _read_legacy(path: Path) -> Any:
     """Read a file from before torch 1.6: five pickles, then the storages one after the other."""
-    places: dict[str, int] = {}
+    offsets: dict[str, int] = {}
 
     def numbers(storage: _Storage) -> bytes:
-        with open(path, "rb") as again:
-            again.seek(places[storage.key] + storage.first * storage.dtype.itemsize)
-            return again.read(storage.length * storage.dtype.itemsize)
+        with open(path, "rb") as reopened:
+            reopened.seek(offsets[storage.key] + storage.first * storage.dtype.itemsize)
+            return reopened.read(storage.length * storage.dtype.itemsize)
 
     reader = _Reader(numbers)
     with open(path, "rb") as file:
@@ -266,10 +277,10 @@ def _read_legacy(path: Path) -> Any:
         for key in reader.load(file):
             storage = reader.storages[key]
             count = int.from_bytes(file.read(_LENGTH_BYTES), order)
-            places[key] = file.tell()
+            offsets[key] = file.tell()
             if count != storage.length:
                 raise ValueError(f"storage {key} has {count} numbers, not {storage.length}")
             file.seek(count * storage.dtype.itemsize, 1)
-        if path.stat().st_size < file.tell() or places.keys() != reader.storages.keys():
+        if path.stat().st_size < file.tell() or offsets.keys() != reader.storages.keys():
             raise ValueError("the file ends within its numbers")
     return content

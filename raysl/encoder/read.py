@@ -1,4 +1,4 @@
-"""Read any weight file: safetensors, or ``torch.save`` in any version since 0.4."""
+"""Read any weight file: safetensors, or a file by ``torch.save`` since version 0.4."""
 
 import pickle
 import tarfile
@@ -13,7 +13,7 @@ from raysl.encoder.pickled import AttackError, Placeholder, read_pickled
 from raysl.encoder.stored import Content, State, StoredTensor
 from raysl.errors import DataError
 
-_SHOWN_BYTES = 8
+_LENGTH_BYTES = 8  # a safetensors file starts with its header's length, then "{"
 
 
 def read_content(path: Path) -> Content:
@@ -26,8 +26,8 @@ def read_content(path: Path) -> Content:
         Nested mappings, with :class:`StoredTensor` for tensors.
 
     Raises:
-        DataError: If the file cannot be read, is damaged, holds no mapping, or tries to run code.
-            None of its code is ever run.
+        DataError: If the file cannot be read, is damaged, holds no mapping, or tries to run code,
+            which is never run.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file; give a run folder or a file of weights")
@@ -39,7 +39,7 @@ def read_content(path: Path) -> Content:
     content = _read_pickled(path, start)
     if isinstance(content, Placeholder):
         raise DataError(
-            f"{path}: holds a whole {content.name}, whose code would be needed; save its "
+            f"{path}: holds an object of class {content.name}, not its tensors; save its "
             "state_dict() instead"
         )
     if not isinstance(content, Mapping):
@@ -49,20 +49,20 @@ def read_content(path: Path) -> Content:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Return whether a file is in the safetensors format, by its name or its first bytes."""
-    return path.suffix == ".safetensors" or _start(path)[_SHOWN_BYTES:] == b"{"
+    """Return whether a file is in the safetensors format, by its suffix or its first bytes."""
+    return path.suffix == ".safetensors" or _start(path)[_LENGTH_BYTES:] == b"{"
 
 
 def _start(path: Path) -> bytes:
     with open(path, "rb") as file:
-        return file.read(_SHOWN_BYTES + 1)
+        return file.read(_LENGTH_BYTES + 1)
 
 
 def read_safetensors(path: Path) -> State:
     """Read the tensors of a safetensors file.
 
     Raises:
-        DataError: If it is not one, or damaged.
+        DataError: If the file is not in this format, or damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -81,10 +81,10 @@ def read_safetensors(path: Path) -> State:
 
 
 def read_header(path: Path) -> dict[str, str]:
-    """Return the metadata in a safetensors file's header.
+    """Return the metadata in the header of a safetensors file.
 
     Raises:
-        DataError: If it is not one, or damaged.
+        DataError: If the file is not in this format, or damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -94,7 +94,7 @@ def read_header(path: Path) -> dict[str, str]:
 
 
 def not_safetensors(path: Path, error: Exception) -> DataError:
-    """Build the error for a file that is missing or not in the safetensors format."""
+    """Return the error for a file that is missing or not in the safetensors format."""
     if not path.exists():
         return DataError(
             f"{path}: no such file or folder; give a finished run, or a file of weights"
@@ -107,14 +107,16 @@ def _read_pickled(path: Path, start: bytes) -> Any:
         return read_pickled(path)
     except AttackError as error:
         raise DataError(
-            f"{path}: not a file of tensors alone, and code in it is not run: it asks for {error}; "
-            "do not load it with anything else"
+            f"{path}: it tries to run code when loaded, by {error}. raysl does not run it; do "
+            "not load the file with other software"
         ) from None
     except Exception as error:  # a damaged or hostile pickle may raise anything
         if isinstance(error, pickle.UnpicklingError | UnicodeDecodeError) and start[0] != 0x80:
-            reason = f"neither safetensors nor of torch.save; it starts with {start[:-1]!r}"
+            reason = f"neither safetensors nor by torch.save; it starts with {start[:-1]!r}"
         else:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
         if tarfile.is_tarfile(path):
-            reason = "a tar archive, as torch wrote before 0.1.10; save it again with a later one"
+            reason = (
+                "a tar archive, as torch before 0.1.10 wrote; save it again with a later version"
+            )
         raise DataError(f"{path}: cannot be read as a file of weights: {reason}") from None

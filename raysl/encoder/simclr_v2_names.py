@@ -1,17 +1,17 @@
-"""Convert SimCLR v2's networks from the names of Separius/SimCLRv2-Pytorch to ours.
+"""Convert SimCLR v2's networks from the names of Separius/SimCLRv2-Pytorch to raysl's.
 
-Source: resnet.py and convert.py there; with selective kernels they have ResNet-D's stem and
-shortcuts.
+Source: resnet.py and convert.py of that repository. Networks with selective kernels have the stem
+and the shortcuts of ResNet-D.
 """
 
 import re
 
 from raysl.encoder.stored import State
 
-OF_SIMCLR_V2 = "net.1.blocks.0.net.0.weight"
-"""A name that only occurs in these files."""
+SIMCLR_V2_NAME = "net.1.blocks.0.net.0.weight"
+"""A tensor name that only occurs in these files."""
 
-# In a sequence, a norm and its ReLU are one entry, with the norm as its first child.
+# A norm and its ReLU are one child of a Sequential, whose first child is the norm.
 _STEM = {"0": "conv1", "1.0": "bn1"}
 _SELECTIVE_STEM = {
     **{"0": "conv1.0", "1.0": "conv1.1", "2": "conv1.3", "3.0": "conv1.4", "4": "conv1.6"},

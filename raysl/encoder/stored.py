@@ -1,4 +1,4 @@
-"""A tensor that is still in its file."""
+"""Tensors that are still in their file."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -11,15 +11,15 @@ class StoredTensor(NamedTuple):
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
-    """Reads the tensor to memory of its own, on the CPU."""
+    """Reads the tensor to new memory on the CPU."""
 
 
-# Nested mappings, with stored tensors and other objects as leaves.
 Content = Mapping[str, Any]
-# The tensors of one network, by name.
+"""The content of a file: nested mappings of stored tensors and other objects."""
 State = dict[str, StoredTensor]
+"""The tensors of a network, by name."""
 
 
 def stored(tensor: Tensor) -> StoredTensor:
-    """Wrap a tensor in memory as a stored one."""
+    """Wrap a tensor in memory as a stored tensor."""
     return StoredTensor(tuple(tensor.shape), lambda: tensor)

@@ -1,8 +1,8 @@
 """Convert ViT, ViTMAE, DINOv2 and ResNet from the names of Hugging Face's transformers.
 
 Source: transformers' modeling_vit.py, modeling_vit_mae.py, modeling_dinov2.py,
-modeling_dinov2_with_registers.py and modeling_resnet.py; ``save_pretrained`` of version 5 writes
-the names of version 4, its ``state_dict()`` uses new names.
+modeling_dinov2_with_registers.py and modeling_resnet.py. In version 5, ``save_pretrained`` writes
+the names of version 4, but ``state_dict()`` has new names.
 """
 
 import re
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from raysl.encoder.stored import State, StoredTensor
 
-OF_VIT = "embeddings.patch_embeddings.projection.weight"
-OF_RESNET = "embedder.embedder.convolution.weight"
+TRANSFORMERS_VIT_NAME = "embeddings.patch_embeddings.projection.weight"
+TRANSFORMERS_RESNET_NAME = "embedder.embedder.convolution.weight"
 
 _TOP = {
     "embeddings.patch_embeddings.projection.": "patch_embed.proj.",
@@ -44,7 +44,7 @@ _LAYER = {
     "mlp.down_proj": "mlp.fc2",
 }
 _JOINED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.fc1": ("mlp.gate", "mlp.up")}
-"""The tensors that timm keeps in one layer, in the order of its rows."""
+"""The layers that timm joins to one, in the order of its rows."""
 
 
 def vit_from_transformers(state: State) -> State:
@@ -74,16 +74,16 @@ def _vit_name(name: str) -> str:
 
 
 def _join(named: State, block: str, whole: str, rest: str) -> None:
-    """Concatenate layers that are stored separately; if one is missing, leave them separate."""
+    """Concatenate the tensors of layers that timm joins; if one is missing, change nothing."""
     names = [f"{block}{part}.{rest}" for part in _JOINED[whole]]
     if all(name in named for name in names):
         parts = [named.pop(name) for name in names]
         shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-        named[f"{block}{whole}.{rest}"] = StoredTensor(shape, _Rows(parts))
+        named[f"{block}{whole}.{rest}"] = StoredTensor(shape, _JoinedTensor(parts))
 
 
-class _Rows:
-    """Read several tensors as one."""
+class _JoinedTensor:
+    """Reads several stored tensors as one, concatenated by rows; it can be pickled."""
 
     def __init__(self, parts: list[StoredTensor]) -> None:
         self.parts = parts

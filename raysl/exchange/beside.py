@@ -1,4 +1,4 @@
-"""Read metadata stored beside weights: a header, or configuration files of the folder."""
+"""Read the metadata of a weight file: its header, or configuration files in the same folder."""
 
 import json
 import math
@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raysl.encoder.file import described_backbone
-from raysl.encoder.normalisation import OF_SOLO_LEARN
+from raysl.encoder.normalisation import SOLO_LEARN
 from raysl.encoder.read import is_safetensors, read_header
 from raysl.errors import DataError
 
 _VITS = ("vit", "vit_mae")
-# Options of transformers' networks that ours lack, with the values that ours correspond to.
+# Options of transformers' networks that raysl does not support, with the one value that it has.
 _TRANSFORMERS_FIXED: dict[str, dict[str, Any]] = {
     "hidden_act": {"vit": "gelu", "vit_mae": "gelu", "resnet": "relu"},
     "downsample_in_bottleneck": {"resnet": False},
@@ -22,22 +22,26 @@ _DINOV2_HEAD_DIM = 64
 
 
 class Beside(NamedTuple):
-    """Metadata of an encoder, stored beside its tensors."""
+    """Metadata of an encoder; None where it is not stored."""
 
     backbone: Mapping[str, Any] = {}
-    """Keys of :class:`BackboneConfig`."""
+    """Settings of :class:`BackboneConfig`."""
     image_size_px: int | None = None
+    """Side of the training images."""
     mean: Any = None
+    """Mean of each channel of the training images."""
     std: Any = None
+    """Standard deviation of each channel."""
     source: str = ""
-    """The file that contains it; empty for the header of the weight file itself."""
+    """The file with the metadata; empty for the header of the weight file, and without metadata."""
 
 
 def read_beside(file: Path) -> Beside:
     """Read the metadata of a weight file.
 
-    This is the header of raysl's exports; else ``config.json`` of timm, ``config.json`` and
-    ``preprocessor_config.json`` of transformers, or ``args.json`` of solo-learn in the same folder.
+    Exports of raysl have it in their header. For other files it is read from the same folder:
+    ``config.json`` of timm, ``config.json`` and ``preprocessor_config.json`` of transformers, or
+    ``args.json`` of solo-learn.
 
     Raises:
         DataError: If raysl's header is damaged, or transformers' config.json describes a network
@@ -80,14 +84,14 @@ def _from_timm(config: Mapping[str, Any]) -> Beside:
 def _from_transformers(
     config: Mapping[str, Any], processor: Mapping[str, Any], file: Path
 ) -> Beside:
-    """Read heads and norms, and mean and deviation from the image processor."""
+    """Read the settings of transformers' network and of its image processor."""
     kind = str(config["model_type"])
     for key, allowed in _TRANSFORMERS_FIXED.items():
         value = config.get(key, allowed.get(kind))
         if value != allowed.get(kind, value):
             raise DataError(
-                f"{file}: config.json has {key}={value}, and ours have {allowed[kind]}; export it "
-                "with transformers to ONNX instead"
+                f"{file}: config.json has {key}={value}; raysl's networks have {allowed[kind]}. "
+                "Export it with transformers to ONNX instead"
             )
     heads, dim = config.get("num_attention_heads"), config.get("hidden_size")
     section: dict[str, Any] = {}
@@ -96,7 +100,7 @@ def _from_transformers(
     elif kind.startswith("dinov2") and dim != _DINOV2_HEAD_DIM * (heads or 0):
         raise DataError(
             f"{file}: config.json has num_attention_heads={heads} for hidden_size={dim}; timm's "
-            f"DINOv2 has one for {_DINOV2_HEAD_DIM} features"
+            f"DINOv2 has one head per {_DINOV2_HEAD_DIM} features"
         )
     mean, std = processor.get("image_mean"), processor.get("image_std")
     if processor.get("do_normalize") is False:
@@ -112,20 +116,21 @@ def _from_solo_learn(arguments: Mapping[str, Any]) -> Beside:
     """Read the arguments that solo-learn's Checkpointer stores with every checkpoint."""
     data = arguments.get("data")
     name = data.get("dataset") if isinstance(data, dict) else None
-    if name in OF_SOLO_LEARN:
-        channels, size = OF_SOLO_LEARN[name], _crop_size(arguments.get("augmentations"))
+    if name in SOLO_LEARN:
+        channels, size = SOLO_LEARN[name], _crop_size(arguments.get("augmentations"))
         return Beside({}, size, channels.mean, channels.std, f"args.json (data.dataset: {name})")
     return Beside()
 
 
 def _crop_size(augmentations: Any) -> int | None:
-    """Return the side of the largest views in a list of solo-learn's augmentations."""
+    """Return the side of the largest views of solo-learn's augmentations; None if unknown."""
     entries = augmentations if isinstance(augmentations, list) else []
     sizes = [entry.get("crop_size") for entry in entries if isinstance(entry, dict)]
     return max((size for size in sizes if isinstance(size, int)), default=0) or None
 
 
 def _is_channels(values: Any) -> bool:
+    """Return whether a value is a list of three finite numbers."""
     return (
         isinstance(values, list | tuple)
         and len(values) == 3
@@ -134,7 +139,7 @@ def _is_channels(values: Any) -> bool:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """Return a file's mapping; empty if it is missing or holds something else."""
+    """Return the mapping in a JSON file; empty if there is no such file or no mapping in it."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

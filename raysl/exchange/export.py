@@ -1,4 +1,4 @@
-"""Export an encoder to other formats; each file is loaded and compared before it appears."""
+"""Export an encoder to other formats; each copy is verified before it gets its name."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,11 +36,11 @@ class ExportConfig(Config):
     """The settings of an export."""
 
     opset: Annotated[int, Field(ge=18, le=30)] = 18
-    """ONNX opset; the newest ones need newer readers."""
+    """ONNX opset; readers must be recent enough for it."""
     tolerance: PositiveFloat = 1e-5
-    """Largest accepted difference of a feature, relative to the largest feature if above 1."""
+    """Largest allowed difference of a feature, relative to the largest feature if it is above 1."""
     tracking_uri: str | None = None
-    """MLflow's address for --format mlflow; null takes that of the run, MLFLOW_TRACKING_URI or
+    """MLflow's address for --format mlflow; null takes the run's, else MLFLOW_TRACKING_URI, else
     sqlite:///mlflow.db."""
 
 
@@ -48,12 +48,13 @@ class Format(NamedTuple):
     """A file format to export."""
 
     file: str
-    """File name in the folder of exports; a folder has no suffix."""
+    """File name in the folder of exports; without suffix if the export is a folder."""
     write: Callable[[Exportable, Path, ExportConfig], None]
+    """Writes the file."""
     read: Callable[[Exportable, Path], Run]
-    """Loads the file as its users do."""
+    """Loads the file in the way that its users load it."""
     usage: Callable[[Exportable, Path], list[str]]
-    """Python lines that load it."""
+    """Returns Python lines that load the file."""
 
 
 class Exported(NamedTuple):
@@ -63,8 +64,9 @@ class Exported(NamedTuple):
     path: Path
     size_bytes: int
     difference: float
-    """Largest difference to the encoder on random images, over several batch sizes."""
+    """Largest difference from the encoder's outputs, on random images in several batch sizes."""
     usage: list[str]
+    """Python lines that load the file."""
 
 
 def _plain(library: str) -> Format:
@@ -127,20 +129,20 @@ LIBRARIES = ("torchvision", "timm")
 
 
 def export(exportable: Exportable, format_name: str, path: Path, config: ExportConfig) -> Exported:
-    """Write a copy, load it as its users do, compare it, and only then rename it.
+    """Write a copy, load it as its users do, compare its outputs, and only then give it its name.
 
     Args:
         exportable: The network to export.
         format_name: Key of :data:`FORMATS`.
-        path: The file or folder; an existing one is kept until the new one is verified.
-        config: The settings.
+        path: File or folder to write; an existing one is kept until the new one is verified.
+        config: The settings of the export.
 
     Raises:
         ConfigError: If the format does not support such a network, or a package is missing.
-        ExportError: If the copy computes other numbers.
+        ExportError: If the copy does not run or computes other numbers.
     """
     chosen = FORMATS[format_name]
-    _check_place(path, chosen)
+    _check_path(path, chosen)
     with appears_whole(path) as temporary:
         chosen.write(exportable, temporary, config)
         try:
@@ -164,14 +166,14 @@ def export(exportable: Exportable, format_name: str, path: Path, config: ExportC
     return Exported(format_name, path, size, difference, chosen.usage(exportable, path))
 
 
-def _check_place(path: Path, chosen: Format) -> None:
+def _check_path(path: Path, chosen: Format) -> None:
     """Refuse to overwrite anything but an earlier export."""
     is_folder = not Path(chosen.file).suffix
     if path.is_dir() != is_folder and path.exists():
         kind = "a file" if is_folder else "a folder"
-        raise ConfigError(f"{path} is {kind}; give -o another place")
+        raise ConfigError(f"{path} is {kind}; give another path by -o")
     if is_folder and path.is_dir() and any(path.iterdir()) and not (path / WEIGHTS).exists():
-        raise ConfigError(f"{path} holds other things than an export; give -o another place")
+        raise ConfigError(f"{path} holds files that are not an export; give another path by -o")
 
 
 def _size(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""`raysl export`: write an encoder in other formats, and check each copy."""
+"""`raysl export`: write an encoder in other formats, and verify each copy."""
 
 import argparse
 import difflib
@@ -24,20 +24,20 @@ _MIB = 1 << 20
 
 _EPILOG = """\
 The formats:
-  torchvision   safetensors that torchvision's own class loads: ResNets, ConvNeXt, torchvision:NAME
-  timm          the same for timm: ResNets, ViT, ConvNeXt, timm:NAME
+  torchvision   safetensors for torchvision's classes: ResNet, ConvNeXt, torchvision:NAME
+  timm          safetensors for timm's classes: ResNet, ViT, ConvNeXt, timm:NAME
   onnx          one file for any batch size; mean and std in its metadata (pip install raysl[onnx])
-  torchscript   a traced program, for libtorch and mobile; torch calls it deprecated
-  torch_export  a program of torch.export, any batch size
+  torchscript   a traced program for libtorch and mobile devices; deprecated by torch
+  torch_export  a program of torch.export for any batch size
   huggingface   a folder that timm and transformers open, with a model card
-  mlflow        a new version of a registered model, below the run that trained it
+  mlflow        a new version of a registered model, linked to the run that trained it
 
-A classifier.safetensors of `raysl finetune` gives logits, and can be written in all formats but
+A classifier.safetensors of `raysl finetune` gives logits; it can be written in all formats but
 torchvision, timm and huggingface.
 
-All take normalised float32 images (N, 3, S, S). Each is written under a temporary name, loaded as
-its users do, and compared with the encoder on random images in several batch sizes; only then does
-it replace an earlier export.
+All formats take normalised float32 images (N, 3, S, S). Each copy is written under a temporary
+name, loaded as its users load it, and compared with the encoder on random images in several batch
+sizes; only then does it replace an earlier export.
 
 The settings:
 {settings}
@@ -64,15 +64,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="NAME[,NAME]",
-        help=f"one or several of {', '.join(_NAMES)}",
+        help=f"one or more of {', '.join(_NAMES)}",
     )
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
         metavar="OUT",
-        help="a folder (default: exports beside the encoder); for a single format also the file "
-        "itself (a folder for huggingface)",
+        help="folder for the exports (default: exports beside the encoder); for a single format "
+        "also the path of the file, or of the folder for huggingface",
     )
     parser.add_argument("--name", help="name of the registered model, for --format mlflow")
     parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
@@ -82,8 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Export to every requested format.
 
     Raises:
-        ConfigError: If a format, a place or a setting is wrong.
-        ExportError: If a format could not be written; the others are.
+        ConfigError: If a format, a path or a setting is wrong.
+        ExportError: If a format could not be written; the other formats are written.
     """
     names = _formats(arguments)
     config = validate(ExportConfig, apply_overrides({}, arguments.overrides), where="raysl export")
@@ -91,15 +91,14 @@ def run(arguments: argparse.Namespace) -> int:
     results: dict[str, dict[str, Any]] = {}
     failed: list[str] = []
     for name in names:
-        say(f"{name}: writing and checking")
+        say(f"{name}: writing and verifying")
         began = time.monotonic()
         try:
             if name == _MLFLOW:
                 results[name] = _register(exportable, arguments, config)
             else:
-                path = _place(exportable, arguments.output, name, alone=len(names) == 1)
-                done = export(exportable, name, path, config)
-                results[name] = _values(done)
+                path = _path(exportable, arguments.output, name, alone=len(names) == 1)
+                results[name] = _values(export(exportable, name, path, config))
         except RayslError as error:
             if len(names) == 1:
                 raise
@@ -110,8 +109,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({"encoder": str(exportable.path), "exports": results, "failed": failed})
     if failed:
-        done_text = f"{len(results)} of {len(names)} formats written"
-        raise ExportError("\n  ".join([f"{done_text}; not these:", *failed]))
+        text = f"{len(results)} of {len(names)} formats were written; the others failed:"
+        raise ExportError("\n  ".join([text, *failed]))
     return 0
 
 
@@ -127,14 +126,14 @@ def _formats(arguments: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _place(exportable: Exportable, output: Path | None, name: str, *, alone: bool) -> Path:
-    """Return where a format's file goes."""
-    usual = FORMATS[name].file
+def _path(exportable: Exportable, output: Path | None, name: str, *, alone: bool) -> Path:
+    """Return the path of a format's file or folder."""
+    file_name = FORMATS[name].file
     if exportable.output == "logits":
-        usual = usual.replace("encoder", "classifier")
+        file_name = file_name.replace("encoder", "classifier")
     if output is None:
-        return exportable.path.parent.absolute() / "exports" / usual
-    suffix = Path(usual).suffix
+        return exportable.path.parent.absolute() / "exports" / file_name
+    suffix = Path(file_name).suffix
     if alone and not suffix:
         return output.absolute()
     if alone and output.suffix and not output.is_dir():
@@ -143,7 +142,7 @@ def _place(exportable: Exportable, output: Path | None, name: str, *, alone: boo
         return output.absolute()
     if output.is_file():
         raise ConfigError(f"-o {output} is a file; give a folder for several formats")
-    return output.absolute() / usual
+    return output.absolute() / file_name
 
 
 def _register(
@@ -188,32 +187,35 @@ def _register(
 
 
 def _address(trained_in: TrackedRun | None, config: ExportConfig) -> tuple[str, str | None]:
-    """Return MLflow's address, and the run that trained the encoder if it is there."""
-    given = config.tracking_uri
+    """Return MLflow's address, and the id of the training run if that address has it, else None."""
+    configured = config.tracking_uri
     if trained_in is None:
-        return tracking_uri(given, folder=Path.cwd()), None
-    uri = tracking_uri(trained_in.whole_uri if given is None else given, folder=Path.cwd())
+        return tracking_uri(configured, folder=Path.cwd()), None
+    address = trained_in.whole_uri if configured is None else configured
+    uri = tracking_uri(address, folder=Path.cwd())
     return uri, trained_in.run_id if same_store(trained_in.uri, uri) else None
 
 
-def _values(done: Exported) -> dict[str, Any]:
+def _values(exported: Exported) -> dict[str, Any]:
     return {
-        "path": str(done.path),
-        "bytes": done.size_bytes,
-        "difference": done.difference,
-        "usage": done.usage,
+        "path": str(exported.path),
+        "bytes": exported.size_bytes,
+        "difference": exported.difference,
+        "usage": exported.usage,
     }
 
 
 def _say(name: str, result: dict[str, Any]) -> None:
-    shown = {"largest difference": f"{result['difference']:.1e} (random images, batches of 1 to 5)"}
+    summary = {
+        "largest difference": f"{result['difference']:.1e} (random images, batches of 1 to 5)"
+    }
     if "bytes" in result:
-        shown["size"] = f"{result['bytes'] / _MIB:,.1f} MiB"
+        summary["size"] = f"{result['bytes'] / _MIB:,.1f} MiB"
         title = f"{name}: {shlex.quote(result['path'])}"
     else:
         title = f"{name}: version {result['version']} of {result['name']}"
-        shown["run"] = result["run_id"]
-        shown["store"] = result["tracking_uri"]
+        summary["run"] = result["run_id"]
+        summary["tracking"] = result["tracking_uri"]
     out = console()
-    out.print(mapping_table(title, shown))
+    out.print(mapping_table(title, summary))
     out.print("\n".join(f"    {line}" for line in result["usage"]) + "\n", markup=False)

@@ -1,4 +1,4 @@
-"""The object of an export: a network in evaluation mode, and its metadata."""
+"""A network to export, in evaluation mode, with its metadata."""
 
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,7 +12,7 @@ from raysl.errors import ConfigError, ExportError
 from raysl.nn.backbones import Backbone, BackboneConfig
 from raysl.nn.classifier import load_classifier
 
-# Batch sizes to compare a copy on, including others than it was traced with.
+# Batch sizes on which a copy is compared; it is traced with one of them only.
 TRACED_BATCH = 2
 _BATCHES = (1, TRACED_BATCH, 5)
 _CLASSIFIER = "raysl-classifier"
@@ -24,12 +24,17 @@ class Exportable(NamedTuple):
     model: nn.Module
     """``(N, 3, S, S)`` float32, normalised -> ``(N, width)`` float32; on the CPU."""
     backbone: Backbone
-    """The encoder in it."""
+    """The encoder in ``model``."""
     config: BackboneConfig
+    """The settings of the encoder."""
     path: Path
+    """The file of the network."""
     description: dict[str, Any]
+    """The description in the file's header."""
     size_px: int
+    """Side S of the training images."""
     width: int
+    """Number of features or logits."""
     output: Literal["features", "logits"]
 
     def example(self) -> Tensor:
@@ -37,7 +42,7 @@ class Exportable(NamedTuple):
         return self.images(TRACED_BATCH)
 
     def images(self, count: int) -> Tensor:
-        """Return random images, always the same for a given number."""
+        """Return ``count`` random images, the same for equal counts."""
         generator = torch.Generator().manual_seed(count)
         return torch.randn(count, 3, self.size_px, self.size_px, generator=generator)
 
@@ -52,7 +57,7 @@ class Exportable(NamedTuple):
 
     @property
     def std(self) -> list[float]:
-        """Deviation of each channel of the training images."""
+        """Standard deviation of each channel of the training images."""
         return list(self.description.get("std", (1.0, 1.0, 1.0)))
 
 
@@ -60,11 +65,11 @@ def open_exportable(path: Path) -> Exportable:
     """Load the network to export.
 
     Args:
-        path: A run folder, whose encoder is taken, an encoder file, or a classifier file of a
-            fine-tuned run.
+        path: An encoder file, a run folder that holds one, or the classifier file of a fine-tuned
+            run.
 
     Raises:
-        DataError: If it is not an encoder or a classifier that raysl wrote.
+        DataError: If the file is not an encoder or a classifier that raysl wrote.
     """
     file = encoder_file(path)
     if read_header(file).get("format", "").startswith(_CLASSIFIER):
@@ -101,17 +106,17 @@ def _open_classifier(file: Path) -> Exportable:
 
 @torch.no_grad()
 def largest_difference(exportable: Exportable, copy: Any) -> float:
-    """Compare a copy with the network on random batches of several sizes.
+    """Return the largest difference of a copy's outputs, on random batches of several sizes.
 
     Args:
         exportable: The original.
-        copy: Maps images to the same outputs as the original.
+        copy: Maps images to outputs, as the original does.
 
     Returns:
-        The largest difference, relative to the largest number if that is above 1.
+        The largest difference of a batch, relative to its largest output if that is above 1.
 
     Raises:
-        ExportError: If a batch's result has another shape or is not finite.
+        ExportError: If the copy's outputs have another shape or are not finite.
     """
     largest = 0.0
     for images in exportable.batches():
@@ -129,13 +134,13 @@ def largest_difference(exportable: Exportable, copy: Any) -> float:
 
 
 def refuse_logits(exportable: Exportable, format_name: str) -> None:
-    """Reject formats that only support an encoder.
+    """Reject a classifier for a format that only supports encoders.
 
     Raises:
-        ConfigError: If it is a classifier.
+        ConfigError: If the network is a classifier.
     """
     if exportable.output == "logits":
         raise ConfigError(
-            f"--format {format_name} holds an encoder, and {exportable.path} is a classifier; use "
-            "--format onnx, torch_export, torchscript or mlflow, or export its encoder"
+            f"--format {format_name} supports encoders only; {exportable.path} is a classifier. "
+            "Use --format onnx, torch_export, torchscript or mlflow, or export its encoder"
         )

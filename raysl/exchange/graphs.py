@@ -1,7 +1,7 @@
-"""Export programs that need neither raysl nor the model's code: ONNX, TorchScript, torch.export.
+"""Export programs that run without raysl and the model's code: ONNX, TorchScript, torch.export.
 
-All accept any batch size. Their convolutions are torch's own: raysl's matrix products are disabled
-while tracing (:mod:`raysl.nn.convolution`).
+All accept any batch size. They contain torch's convolutions: the matrix products by which raysl
+replaces some of them (:mod:`raysl.nn.convolution`) are disabled while tracing.
 """
 
 import importlib
@@ -22,8 +22,8 @@ from raysl.exchange.exportable import Exportable
 Run = Callable[[Tensor], Tensor]
 
 _INPUT = "images"
-_MOST_IMAGES = 1 << 16
-_MOST_ONNX_BYTES = 2_000_000_000  # limit of one protobuf message, minus its graph
+_MAX_BATCH = 1 << 16
+_MAX_ONNX_BYTES = 2_000_000_000  # a protobuf message ends at 2 GiB; the rest is for the graph
 
 
 def write_torchscript(exportable: Exportable, path: Path) -> None:
@@ -56,21 +56,22 @@ def open_torch_export(path: Path) -> Run:
 
 
 def write_onnx(exportable: Exportable, path: Path, *, opset: int) -> None:
-    """Write a network as an ONNX file with one input, ``images``, and its normalisation.
+    """Write a network as an ONNX file with one input, ``images``.
 
-    ``mean``, ``std``, ``image_size_px`` and the backbone's settings are in the file's metadata.
+    The file's metadata holds ``mean``, ``std``, ``image_size_px``, the backbone's settings and the
+    class names.
 
     Raises:
-        ConfigError: If a package is missing, or the network exceeds the size limit of such a file.
+        ConfigError: If a package is missing, or the network is too large for an ONNX file.
         ExportError: If torch cannot trace the network.
     """
     onnx = _package("onnx")
     _package("onnxscript")
     _package("onnxruntime")
     size = sum(p.numel() * p.element_size() for p in exportable.model.state_dict().values())
-    if size > _MOST_ONNX_BYTES:
+    if size > _MAX_ONNX_BYTES:
         raise ConfigError(
-            f"--format onnx: weights of {size:,} bytes, and an ONNX file ends at 2 GiB; use "
+            f"--format onnx: {size:,} bytes of weights exceed the 2 GiB of an ONNX file; use "
             "--format torch_export"
         )
     with _quiet():
@@ -101,7 +102,7 @@ def write_onnx(exportable: Exportable, path: Path, *, opset: int) -> None:
 
 
 def open_onnx(path: Path) -> Run:
-    """Load an ONNX file in onnxruntime, on the CPU."""
+    """Load an ONNX file with onnxruntime, on the CPU."""
     runtime = _package("onnxruntime")
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
@@ -113,7 +114,12 @@ def open_onnx(path: Path) -> Run:
 
 
 def _program(exportable: Exportable) -> torch.export.ExportedProgram:
-    batch = torch.export.Dim("batch", min=1, max=_MOST_IMAGES)
+    """Return a network as a program of torch.export, for any batch size.
+
+    Raises:
+        ExportError: If torch cannot trace the network.
+    """
+    batch = torch.export.Dim("batch", min=1, max=_MAX_BATCH)
     try:
         return torch.export.export(
             exportable.model, (exportable.example(),), dynamic_shapes=({0: batch},)
@@ -121,16 +127,21 @@ def _program(exportable: Exportable) -> torch.export.ExportedProgram:
     except Exception as error:  # a user's network may raise anything in torch's compiler
         reason = str(error).strip().partition("\n")[0]
         raise ExportError(
-            f"torch.export cannot follow {exportable.config.name}: {reason}; try --format "
+            f"torch.export cannot trace {exportable.config.name}: {reason}; try --format "
             "torchscript"
         ) from None
 
 
 def _package(name: str) -> Any:
+    """Import an optional package.
+
+    Raises:
+        ConfigError: If it is not installed.
+    """
     try:
-        return importlib.import_module(name)  # optional dependency
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != name:
+        if error.name != name:  # the package is there, but lacks one that it needs
             raise
         raise ConfigError(f"{name} is not installed; pip install raysl[onnx]") from None
 

@@ -1,4 +1,4 @@
-"""`raysl import`: convert a checkpoint of other training code to an encoder of raysl."""
+"""`raysl import`: convert a checkpoint of other training code to an encoder file of raysl."""
 
 import argparse
 from pathlib import Path
@@ -18,47 +18,48 @@ The layouts, which are recognised automatically:
 The settings:
 {settings}
 
-The backbone is recognised by the names and shapes of the tensors, and by config.json of
-transformers or timm and args.json of solo-learn beside the file. What these do not contain
-(normalisation, pooling, attention heads, stem, which of two networks) is assumed, and printed with
-the setting that changes it. No code from the file is run; optimizers, options and other networks
-are left out.
+The backbone is recognised by the names and shapes of the tensors, and by files beside the weights:
+config.json of transformers or timm, args.json of solo-learn. If they do not tell the normalisation,
+the pooling, the attention heads, the stem or which network to import, a value is assumed and
+printed, with the setting that changes it. No code from the file is run; optimizers, options and
+other networks are left out.
 
   raysl import moco_v2_800ep_pretrain.pth.tar
   raysl import dino_deitsmall16_pretrain_full_checkpoint.pth -o dino.safetensors
   raysl import last.ckpt backbone.stem=small image_size_px=64 mean=[0,0,0] std=[1,1,1]
   raysl import checkpoint.pth network=student/module.backbone.
   raysl import folder/of/save_pretrained
-  raysl pretrain CONFIG backbone.weights=checkpoint.pth      the same layouts, without this verb
+  raysl pretrain CONFIG backbone.weights=checkpoint.pth      reads the same layouts directly
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    layouts = "\n".join(f"  {layout.name:<13} {layout.whose}" for layout in LAYOUTS)
+    layouts = "\n".join(f"  {layout.name:<13} {layout.origin}" for layout in LAYOUTS)
     parser.epilog = _EPILOG.format(layouts=layouts, settings=settings_text(ImportConfig))
     parser.add_argument("file", type=Path, help="a weight file, or a Hugging Face folder")
-    parser.add_argument("overrides", nargs="*", help="key=value, typed as YAML")
+    parser.add_argument("overrides", nargs="*", help="settings as key=value, with YAML values")
     parser.add_argument(
         "--layout",
         default="auto",
         choices=("auto", *(layout.name for layout in LAYOUTS)),
         metavar="NAME",
-        help="training code that wrote it (default auto)",
+        help="layout of the file, by the training code that wrote it (default auto)",
     )
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
         metavar="OUT.safetensors",
-        help="default: FILE.encoder.safetensors beside the file; a folder gets encoder.safetensors",
+        help="file to write, or a folder for encoder.safetensors (default: "
+        "FILE.encoder.safetensors beside the file)",
     )
     parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Convert a weight file to an encoder file, and print what was recognised and assumed."""
+    """Convert a weight file to an encoder file; print what was recognised and assumed."""
     values = apply_overrides({}, arguments.overrides)
     config = validate(ImportConfig, values, where="raysl import")
     output = _output(arguments.file, arguments.output)
@@ -70,36 +71,45 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _output(file: Path, given: Path | None) -> Path:
-    output = given or file.with_name(f"{file.name.partition('.')[0]}.encoder.safetensors")
+def _output(file: Path, output: Path | None) -> Path:
+    """Return the absolute path of the encoder file to write.
+
+    Raises:
+        ConfigError: If it is the weight file itself, or has another suffix.
+    """
+    output = output or file.with_name(f"{file.name.partition('.')[0]}.encoder.safetensors")
     if output.is_dir() or not output.suffix:
         output /= "encoder.safetensors"
     if output.suffix != ".safetensors":
         raise ConfigError(f"-o {output}: give a folder, or a name that ends with .safetensors")
     if output.absolute() == file.absolute():
-        raise ConfigError(f"-o {output} is the file itself; give another place")
+        raise ConfigError(f"-o {output} is the file to import; give another path")
     return output.absolute()
 
 
 def _say(imported: Imported, output: Path) -> None:
     changed = imported.backbone.model_dump(mode="json", exclude_defaults=True)
-    shown = {
+    summary = {
         "layout": f"{imported.layout}: {imported.whose}",
-        "taken": imported.taken,
+        "network": imported.taken,
         "backbone": ", ".join(f"{key}={value}" for key, value in changed.items()) or "resnet50",
-        "features": f"{imported.embed_dim:,}",
-        "images": f"{imported.image_size_px} px, mean {_numbers(imported.mean)}, deviation "
-        f"{_numbers(imported.std)}",
+        "features": f"{imported.embed_dim:,} per image",
+        "images": f"{imported.image_size_px} px, mean {_numbers(imported.mean)}, standard "
+        f"deviation {_numbers(imported.std)}",
     }
     if imported.told:
-        shown["metadata"] = imported.told
-    for number, guess in enumerate(imported.guessed):
-        shown["assumed" if number == 0 else " " * number] = guess
+        summary["metadata"] = imported.told
+    for number, assumption in enumerate(imported.guessed):
+        # The rows of a table have different names: the later ones are blanks.
+        summary["assumed" if number == 0 else " " * number] = assumption
     out = console()
-    out.print(mapping_table(f"imported to {output}", shown))
+    out.print(mapping_table(f"imported to {output}", summary))
     if imported.guessed:
-        say("to set one of these otherwise: raysl import FILE SETTING=VALUE")
-    say("nothing in the file was run; its features are finite and the same after loading again")
+        say("to change an assumption: raysl import FILE SETTING=VALUE")
+    say(
+        "no code from the file was run; the features of random images are finite, and the encoder "
+        "file gives the same features"
+    )
     out.print(f"next      {command('evaluate', output, 'data.source=digits')}", markup=False)
     out.print(f"photos    {command('evaluate', output, 'data.source=FOLDER')}", markup=False)
 

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from raysl.config.base import Config, PositiveFloat, PositiveInt
 from raysl.config.load import validate
-from raysl.encoder.dinov2_names import OF_DINOV2
+from raysl.encoder.dinov2_names import LAYER_SCALE_NAME
 from raysl.encoder.file import encoder_file, load_encoder, save_encoder
 from raysl.encoder.fit import fill, fitted
 from raysl.encoder.layouts import LAYOUTS, Network
@@ -23,8 +23,8 @@ from raysl.nn.backbones import NAMES, Backbone, BackboneConfig, build_backbone
 from raysl.nn.vit import VIT_SIZES
 
 _SIZE_PX, _SMALL_PX = 224, 32
-# Layouts that many projects share, recognised by parameter names alone.
-_BY_NAMES_ALONE = ("torchvision", "timm", "transformers", "other")
+# Layouts that many projects use, so they do not tell the normalisation.
+_SHARED_LAYOUTS = ("torchvision", "timm", "transformers", "other")
 
 Channel = Annotated[float, Field(ge=0, le=1)]
 
@@ -33,38 +33,39 @@ class ImportConfig(Config):
     """The settings that a weight file may not contain."""
 
     network: str | None = None
-    """Address in the file of the network to import, as this verb prints it, such as
-    student/module.backbone. with the dot; null takes the one that the layout prefers."""
+    """Address in the file of the network to import, as raysl import prints it, such as
+    student/module.backbone. (with the final dot); null takes the one that the layout prefers."""
     backbone: dict[str, Any] = Field(default_factory=dict)
     """Settings of the backbone, as in a configuration: backbone.stem=small. Names and shapes of the
-    tensors show most of them; with a name of torchvision or timm nothing is recognised."""
+    tensors show most of them, but none if backbone.name is a model of torchvision or timm."""
     image_size_px: PositiveInt | None = None
-    """Side of the training images in pixels; null takes that of the position embeddings, else 224,
-    or 32 with a stem for small images."""
+    """Side of the training images in pixels; null takes the side that the position embeddings fit,
+    else 224, or 32 with a stem for small images."""
     mean: tuple[Channel, Channel, Channel] | None = None
-    """Mean of the channels of the training images in [0, 1]; null takes the value in the file or
-    beside it, else that of the layout's authors."""
+    """Mean of each channel of the training images, in [0, 1]; null takes the value in the file or
+    beside it, else the value that the layout's authors use."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
-    """Standard deviation of these channels, likewise."""
+    """Standard deviation of each channel; null takes the value in the file or beside it, else the
+    value that the layout's authors use."""
 
 
 class Imported(NamedTuple):
-    """The result of an import."""
+    """The result of an import; field names are keys of ``raysl import --json``."""
 
     backbone: BackboneConfig
     layout: str
     whose: str
-    """The project of the layout."""
+    """The project whose code writes the layout."""
     taken: str
-    """Description of the imported network of the file."""
+    """The imported network, its address, and the networks that were not imported, in words."""
     image_size_px: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     embed_dim: int
     told: str
-    """The file beside the weights that holds metadata; empty if there is none."""
+    """The files beside the weights that hold metadata; empty if there are none."""
     guessed: tuple[str, ...]
-    """Assumptions about missing information: ``setting (why); otherwise setting``."""
+    """Assumed settings, each as ``setting (reason); otherwise other settings``."""
 
 
 @torch.no_grad()
@@ -73,13 +74,13 @@ def import_encoder(path: Path, config: ImportConfig, output: Path, *, layout: st
 
     Args:
         path: A file in any known layout, or a Hugging Face folder.
-        config: The settings that the file does not contain.
-        output: A ``.safetensors`` file, written atomically.
+        config: Settings that the file may not contain.
+        output: The ``.safetensors`` file to write; it appears atomically.
         layout: Name of the layout, or ``auto``.
 
     Raises:
-        DataError: If the file cannot be read, is of another layout, or does not fit. No code from
-            it is run.
+        DataError: If the file cannot be read, has another layout, or does not fit the backbone. No
+            code from it is run.
         ConfigError: If settings contradict each other, or the backbone is not recognised.
     """
     file = encoder_file(path)
@@ -92,13 +93,13 @@ def import_encoder(path: Path, config: ImportConfig, output: Path, *, layout: st
         raise _no_network(file, layout, [n.address for n in networks])
     recognised = Recognised({}, None, ()) if chosen is None else recognise(chosen.network.state)
     if ":" in name:  # a torchvision or timm model, with its own names
-        recognised = recognised._replace(section={}, guessed=())
+        recognised = recognised._replace(section={}, assumptions=())
     backbone_config = _backbone_config(file, config, beside, recognised, chosen)
     size = config.image_size_px or recognised.image_size_px or beside.image_size_px
     usual_px = _SIZE_PX if backbone_config.stem == "imagenet" else _SMALL_PX
     with torch.random.fork_rng(devices=[]):
         backbone = build_backbone(backbone_config, image_size_px=size or usual_px)
-    if not recognised.section:  # names that the general table lacks
+    if not recognised.section:  # find the network by the names of this backbone's tensors
         chosen = _by_names(file, content, backbone, layout, config.network)
     assert chosen is not None
     fill(backbone.net, _fitted(chosen, backbone, file))
@@ -107,74 +108,85 @@ def import_encoder(path: Path, config: ImportConfig, output: Path, *, layout: st
     mean = config.mean or beside.mean or normalisation.mean
     std = config.std or beside.std or normalisation.std
     settings = {f"backbone.{key}" for key in (*config.backbone, *beside.backbone)}
-    guessed = _guessed(recognised, chosen, config, settings)
+    assumptions = _assumptions(recognised, chosen, config, settings)
     if size is None:
-        because = "nothing tells the side of its images"
-        guessed.append(assumed(f"image_size_px={usual_px}", because, otherwise="image_size_px=N"))
+        because = "the file does not tell the side of its images"
+        assumptions.append(
+            assumed(f"image_size_px={usual_px}", because, otherwise="image_size_px=N")
+        )
     if None in (config.mean or beside.mean, config.std or beside.std):
-        guessed.append(_assumed_normalisation(chosen, mean, std))
+        assumptions.append(_assumed_normalisation(chosen, mean, std))
     imported = Imported(
-        backbone_config, chosen.layout.name, chosen.layout.whose, chosen.taken, size or usual_px,
-        tuple(map(float, mean)), tuple(map(float, std)), backbone.embed_dim, beside.source,
-        tuple(guessed),
+        backbone_config, chosen.layout.name, chosen.layout.origin, chosen.description,
+        size or usual_px, tuple(map(float, mean)), tuple(map(float, std)),
+        backbone.embed_dim, beside.source, tuple(assumptions),
     )  # fmt: skip
     _write(output, backbone, imported, file)
     return imported
 
 
 def _fitted(chosen: ChosenNetwork, backbone: Backbone, file: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of the backbone; for layer scales, the error says what reads them."""
+    """Return the tensors of the backbone; an error on layer scales names backbones with them."""
     try:
         return fitted(chosen.network.state, backbone.net, where=file)
     except DataError as error:
-        if OF_DINOV2 not in chosen.network.state or backbone.net.state_dict().keys() >= {OF_DINOV2}:
+        if LAYER_SCALE_NAME not in chosen.network.state or backbone.net.state_dict().keys() >= {
+            LAYER_SCALE_NAME
+        }:
             raise
         raise DataError(
-            f"{error}. It has layer scales, which timm's networks have: give backbone.name=timm:"
-            "NAME, such as timm:vit_small_patch14_dinov2, whose size is that of the file"
+            f"{error}. Its network has layer scales, as some of timm's: give backbone.name=timm:"
+            "NAME of the same size, such as timm:vit_small_patch14_dinov2"
         ) from None
 
 
 def _address(file: Path, config: ImportConfig, networks: list[Network]) -> str | None:
-    """Return the configured address, after checking that it is in the file."""
+    """Return the configured address, after checking that the file has it; None if it is not set."""
     if config.network is None:
         return None
     addresses = sorted({network.address for network in networks})
     if addresses and config.network not in addresses:
         held = ", ".join(address or "'' (the whole file)" for address in addresses)
-        raise ConfigError(f"{file}: holds no network={config.network}; there is: {held}")
+        raise ConfigError(f"{file}: holds no network={config.network}; it holds: {held}")
     return config.network
 
 
-def _guessed(
+def _assumptions(
     recognised: Recognised, chosen: ChosenNetwork, config: ImportConfig, settings: set[str]
 ) -> list[str]:
-    """List the assumptions about network and backbone that ``settings`` do not decide."""
+    """Describe the assumed network and the assumed settings of the backbone.
+
+    Args:
+        recognised: The recognised backbone.
+        chosen: The network to import.
+        config: The settings of the import.
+        settings: Dotted names of settings that are not assumed.
+    """
     settings = settings | {f"backbone.{key}" for key in chosen.layout.fixed(chosen.network)}
-    guessed = [g for g in recognised.guessed if g.partition("=")[0] not in settings]
+    assumptions = [a for a in recognised.assumptions if a.partition("=")[0] not in settings]
     if config.network is None and chosen.others:
         others = " or ".join(f"network={address or repr('')}" for address in chosen.others)
         network = f"network={chosen.network.address or repr('')}"
-        guessed.insert(0, assumed(network, chosen.what, otherwise=others))
-    return guessed
+        assumptions.insert(0, assumed(network, chosen.what, otherwise=others))
+    return assumptions
 
 
 def _assumed_normalisation(chosen: ChosenNetwork, mean: Any, std: Any) -> str:
     normalisation = chosen.layout.normalisation(chosen.network)
-    if chosen.layout.name in _BY_NAMES_ALONE:
-        because = f"{normalisation.whose}, which most training codes have"
+    if chosen.layout.name in _SHARED_LAYOUTS:
+        because = f"{normalisation.origin}, as in most training code"
     else:
-        because = f"{normalisation.whose}, as in the code of this layout"
+        because = f"{normalisation.origin}, as in the code of this layout"
     other = PIXELS if normalisation != PIXELS else IMAGENET
     return assumed(
         f"mean={_list(mean)} std={_list(std)}",
         because,
-        otherwise=f"mean={_list(other.mean)} std={_list(other.std)} ({other.whose}) or your own",
+        otherwise=f"mean={_list(other.mean)} std={_list(other.std)} ({other.origin}) or your own",
     )
 
 
 def _list(values: Any) -> str:
-    """Format a list as one word of a command line."""
+    """Format a list as a single word of a command line."""
     return f"[{','.join(f'{float(value):g}' for value in values)}]"
 
 
@@ -185,7 +197,10 @@ def _backbone_config(
     recognised: Recognised,
     chosen: ChosenNetwork | None,
 ) -> BackboneConfig:
-    """Merge the settings from tensors, layout, files beside and user; later ones win."""
+    """Merge the backbone's settings from tensors, layout, files beside the weights and user.
+
+    Later ones override earlier ones.
+    """
     section = {**recognised.section}
     size = VIT_SIZES.get(str(section.get("name")))
     if chosen is not None and section:
@@ -195,7 +210,7 @@ def _backbone_config(
         del section["num_heads"]  # implied by the name
     if "name" not in section:
         raise ConfigError(
-            f"{file}: a network of a size that raysl has no name for ({_seen(recognised)}); give "
+            f"{file}: raysl has no backbone of this size ({_section_text(recognised)}); give "
             f"backbone.name: {', '.join(NAMES)}, torchvision:NAME or timm:NAME"
         )
     values = {"backbone": {**section, "weights": None}}
@@ -206,7 +221,7 @@ class _Section(Config):
     backbone: BackboneConfig
 
 
-def _seen(recognised: Recognised) -> str:
+def _section_text(recognised: Recognised) -> str:
     settings = ", ".join(f"{key}={value}" for key, value in recognised.section.items())
     return settings or "neither a ResNet, a ViT nor a ConvNeXt"
 
@@ -218,7 +233,7 @@ def _by_names(
     names = backbone.net.state_dict().keys()
     networks = [n for n in networks_named(content, names) if n.state.keys() & names]
     if not networks:
-        raise DataError(f"{file}: holds no tensor that is named as one of the backbone's")
+        raise DataError(f"{file}: no tensor has a name of one of the backbone's")
     chosen = choose(networks, layout, address=address)
     if chosen is None:
         raise _no_network(file, layout, [network.address for network in networks])
@@ -228,14 +243,14 @@ def _by_names(
 def _no_network(file: Path, layout_name: str, addresses: list[str]) -> DataError:
     if not addresses:
         return DataError(
-            f"{file}: holds no encoder that is known by its names (ResNet, ViT, ConvNeXt); if "
-            "it is one of torchvision's or timm's, give backbone.name=torchvision:NAME or timm:NAME"
+            f"{file}: no tensor names of a ResNet, ViT or ConvNeXt were found; for other models of "
+            "torchvision or timm, give backbone.name=torchvision:NAME or timm:NAME"
         )
     held = ", ".join(sorted({address or "the whole file" for address in addresses}))
     names = ", ".join(layout.name for layout in LAYOUTS)
     return DataError(
-        f"{file}: holds no network of the layout {layout_name}; there is: {held}. Leave --layout "
-        f"out, or give the right one: {names}"
+        f"{file}: holds no network of the layout {layout_name}; it holds: {held}. Leave --layout "
+        f"out, or give another layout: {names}"
     )
 
 
@@ -254,4 +269,4 @@ def _write(output: Path, backbone: Backbone, imported: Imported, file: Path) -> 
     with appears_whole(output) as temporary:
         save_encoder(temporary, backbone, description=description)
         if not torch.allclose(load_encoder(temporary)(images), features, rtol=1e-5, atol=1e-5):
-            raise DataError(f"{output}: loaded again, it gives other features; nothing is left")
+            raise DataError(f"{output}: the written encoder gives other features; it was deleted")

@@ -1,4 +1,4 @@
-"""Export files that the classes of torchvision, timm and Hugging Face load."""
+"""Export files that torchvision, timm and Hugging Face's transformers load."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -20,13 +20,14 @@ Run = Callable[[Tensor], Tensor]
 _FIRST_CONV = {"resnet": "conv1", "vit": "patch_embed.proj", "convnext": "stem.0"}
 _CLASSIFIER = {"resnet": "fc", "vit": "head", "convnext": "head.fc"}
 WEIGHTS = "model.safetensors"
+"""Name of the weight file in a Hugging Face folder."""
 
 
 def write_plain(exportable: Exportable, path: Path, library: Library) -> None:
-    """Write a state dict under a library's names.
+    """Write the tensors of an encoder under a library's names.
 
     Raises:
-        ConfigError: If the library has no such module.
+        ConfigError: If the library has no class for the encoder, or the network is a classifier.
     """
     refuse_logits(exportable, library)
     problem = plain_problem(exportable.config, library)
@@ -36,7 +37,7 @@ def write_plain(exportable: Exportable, path: Path, library: Library) -> None:
 
 
 def open_plain(exportable: Exportable, path: Path, library: Library) -> Run:
-    """Load a file with the same lines that are shown to users.
+    """Load a file by running the Python lines that users are shown.
 
     Raises:
         ConfigError: If timm is not installed.
@@ -46,17 +47,18 @@ def open_plain(exportable: Exportable, path: Path, library: Library) -> Run:
     lines = library_lines(
         exportable.config, library, image_size_px=exportable.size_px, file=str(path)
     )
-    names: dict[str, Any] = {}
+    variables: dict[str, Any] = {}
     with torch.random.fork_rng(devices=[]):
-        exec("\n".join(lines), names)
-    return names["model"]  # type: ignore[no-any-return]
+        exec("\n".join(lines), variables)
+    return variables["model"]  # type: ignore[no-any-return]
 
 
 def write_huggingface(exportable: Exportable, folder: Path) -> None:
     """Write a folder for timm and transformers, with a model card.
 
     Raises:
-        ConfigError: If timm has no such module with plain options, or is not installed.
+        ConfigError: If timm has no class for the encoder that a config.json can describe, or is not
+            installed, or if the network is a classifier.
     """
     refuse_logits(exportable, "huggingface")
     timm_library()
@@ -93,12 +95,13 @@ def _weights(exportable: Exportable, library: Library) -> bytes:
             for name, value in state.items()
         }
     tensors = {name: value.contiguous() for name, value in state.items()}
-    # Readers require this mark of torch's tensors.
+    # Readers require the entry "format": it says that torch wrote the tensors.
     header = {"format": "pt", "raysl": json.dumps(exportable.description)}
     return save(tensors, metadata=header)
 
 
 def _timm_config(exportable: Exportable) -> dict[str, Any]:
+    """Return the content of timm's config.json."""
     config, size = exportable.config, exportable.size_px
     call = timm_call(config, size)
     family: str = config.family
@@ -108,12 +111,12 @@ def _timm_config(exportable: Exportable) -> dict[str, Any]:
         pretrained = {
             key: timm_values.get(key) for key in ("first_conv", "classifier", "pool_size")
         }
-    pooled = {"cls": "token"}.get(config.pool, "avg") if family == "vit" else "avg"
+    global_pool = {"cls": "token"}.get(config.pool, "avg") if family == "vit" else "avg"
     pretrained |= {
         "tag": "raysl",
         "custom_load": False,
         "input_size": [3, size, size],
-        # Makes timm build positions for this size; convolutional networks do not have it.
+        # If true, timm builds position embeddings for this size; convolutional networks have none.
         "fixed_input_size": "img_size" in call.options,
         "interpolation": "bicubic",
         "crop_pct": 1.0,
@@ -132,7 +135,7 @@ def _timm_config(exportable: Exportable) -> dict[str, Any]:
         "model_args": call.options,
         "pretrained_cfg": pretrained,
     }
-    return values if family == "timm" else {**values, "global_pool": pooled}
+    return values if family == "timm" else {**values, "global_pool": global_pool}
 
 
 def _model_card(exportable: Exportable) -> str:
@@ -149,8 +152,8 @@ def _model_card(exportable: Exportable) -> str:
         f"# {exportable.config.name}, {exportable.width} features",
         "",
         f"An image encoder, {how} with raysl{run}. It takes RGB images of {exportable.size_px} px "
-        f"in [0, 1], minus the mean {_numbers(exportable.mean)}, over the deviation "
-        f"{_numbers(exportable.std)}.",
+        f"in [0, 1], minus the mean {_numbers(exportable.mean)}, divided by the standard "
+        f"deviation {_numbers(exportable.std)}.",
         "",
         "```python",
         "import timm",
@@ -167,7 +170,7 @@ def _model_card(exportable: Exportable) -> str:
         'features = model(**processor(image, return_tensors="pt")).pooler_output',
         "```",
         "",
-        "`raysl import PATH` makes an encoder file of raysl of it again.",
+        "`raysl import PATH` converts it back to an encoder file of raysl.",
         "",
     ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Generate the Python lines that load an encoder file, without raysl where possible."""
+"""Generate Python lines that load an encoder file, without raysl where possible."""
 
 import json
 from collections.abc import Sequence
@@ -18,12 +18,11 @@ from raysl.nn.backbones import (
 
 Library = Literal["torchvision", "timm"]
 _FILE = "encoder.safetensors"
-# Epsilon of timm's norms in a vision transformer.
-_EPS = 1e-6
+_TIMM_VIT_NORM_EPS = 1e-6
 
 
 class TimmCall(NamedTuple):
-    """The arguments of ``timm.create_model`` beside ``num_classes=0``; plain values."""
+    """The arguments of ``timm.create_model``, apart from ``num_classes=0``; plain values."""
 
     architecture: str
     options: dict[str, Any]
@@ -33,9 +32,9 @@ def encoder_lines(config: BackboneConfig, *, image_size_px: int, file: str = _FI
     """Return Python lines that build ``model`` from an encoder file.
 
     Args:
-        config: The backbone.
-        image_size_px: Side of the images that it was trained on.
-        file: Path of the file.
+        config: The settings of the backbone.
+        image_size_px: Side of the training images.
+        file: Path of the encoder file.
     """
     library: Library = "timm" if config.family in ("vit", "timm") else "torchvision"
     if plain_problem(config, library) is not None:
@@ -46,10 +45,10 @@ def encoder_lines(config: BackboneConfig, *, image_size_px: int, file: str = _FI
 def library_lines(
     config: BackboneConfig, library: Library, *, image_size_px: int, file: str
 ) -> list[str]:
-    """Return Python lines that build ``model`` from a library's module and load the file strictly.
+    """Return Python lines that build ``model`` from a library's class and load the file strictly.
 
     Raises:
-        ConfigError: If the library has no such module, or is not installed.
+        ConfigError: If the library has no class for the backbone, or is not installed.
     """
     problem = plain_problem(config, library)
     if problem is not None:
@@ -71,22 +70,22 @@ def library_lines(
 
 
 def plain_problem(config: BackboneConfig, library: Library) -> str | None:
-    """Return why a library has no module for an encoder's weights; None if it has one."""
+    """Return why a library has no class for an encoder; None if it has one."""
     other = {"torchvision": "timm", "timm": "torchvision"}[library]
-    only = {"vit": "timm", "timm": "timm", "torchvision": "torchvision"}.get(config.family)
-    if only == other:
+    only_library = {"vit": "timm", "timm": "timm", "torchvision": "torchvision"}.get(config.family)
+    if only_library == other:
         return f"{library} has no {config.name} with these names; use --format {other}"
-    foreign = _foreign(config)
-    if foreign:
+    unsupported = _unsupported_options(config)
+    if unsupported:
         return (
-            f"neither torchvision nor timm has a {config.name} with {foreign}; use --format onnx, "
-            "torch_export or torchscript, or raysl.load_encoder"
+            f"neither torchvision nor timm has a {config.name} with {unsupported}; use --format "
+            "onnx, torch_export or torchscript, or raysl.load_encoder"
         )
     return None
 
 
 def timm_call(config: BackboneConfig, image_size_px: int) -> TimmCall:
-    """Return how timm builds an encoder, apart from a ResNet's stem.
+    """Return the call by which timm builds an encoder, apart from a ResNet's stem.
 
     Raises:
         ConfigError: If timm is not installed.
@@ -111,15 +110,15 @@ def timm_call(config: BackboneConfig, image_size_px: int) -> TimmCall:
     return TimmCall(name, {})
 
 
-def _foreign(config: BackboneConfig) -> str:
-    """Return which options of a ResNet or a ViT no library has; empty if none."""
-    has = {
+def _unsupported_options(config: BackboneConfig) -> str:
+    """Return the options of a ResNet or a ViT that no library supports; empty if there are none."""
+    is_set = {
         f"width={config.width:g}": config.width != 1,
         "selective kernels": config.selective_kernels,
         "norm=none": config.norm == "none",
-        f"norm_eps={config.norm_eps:g}": config.norm_eps != _EPS,
+        f"norm_eps={config.norm_eps:g}": config.norm_eps != _TIMM_VIT_NORM_EPS,
     }
-    return " and ".join(what for what, is_so in has.items() if is_so)
+    return " and ".join(option for option, used in is_set.items() if used)
 
 
 def _torchvision_lines(config: BackboneConfig, image_size_px: int) -> list[str]:

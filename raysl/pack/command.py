@@ -11,8 +11,8 @@ from typing import Any
 from raysl.config.help_text import settings_text
 from raysl.data.first_look import first_look
 from raysl.pack.config import PackConfig
-from raysl.pack.ray_pack import on_ray
-from raysl.pack.run import Calls, Facts, PackResult, Runner, Unit, in_threads, pack
+from raysl.pack.ray_pack import ray_runner
+from raysl.pack.run import Calls, Facts, PackResult, Runner, Unit, pack, thread_runner
 from raysl.pack.shards import Job, Report
 from raysl.report.progress import CountView
 from raysl.report.terminal import console, mapping_table, print_json, say, say_notes
@@ -28,12 +28,12 @@ The settings and their defaults:
 {settings}
 
 Images keep their original bytes unless they must be shrunk or are neither JPEG, PNG nor WebP. The
-shards hold image, label (if there are labels), path (the id of an image in its source, row_id of
-data.filter), width and height.
-Broken images are left out and listed in OUT/bad_images.jsonl.
+shards have the columns image, label (if there are labels), path (the id of the image in its source,
+which data.filter calls row_id), width and height. Bad images are left out and listed in
+OUT/bad_images.jsonl.
 
-The same command resumes an interrupted one; the result is the same to the bit, whatever the
-interruptions and the number of workers. Two processes must not pack into one folder at once.
+The same command resumes an interrupted one; the result is the same to the bit for any
+interruptions and any number of workers. Two processes must not pack into one folder at once.
 
   raysl pack photos/ packed/ short_side_px=256
   raysl pack 's3://bucket/shards/*.tar' s3://bucket/packed num_workers=64
@@ -48,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", help="a folder of images, Parquet, tar, s3://..., digits, cifar10, ..."
     )
-    parser.add_argument("output", metavar="out", help="a folder, local or such as s3://bucket/name")
+    parser.add_argument(
+        "output", metavar="out", help="a folder: a local path or a URI such as s3://bucket/name"
+    )
     parser.add_argument("overrides", nargs="*", help="key=value, typed as YAML")
     parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
 
@@ -73,13 +75,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _runner(config: PackConfig, stack: ExitStack) -> Runner:
     if config.num_workers == 0:
-        return in_threads(os.cpu_count() or 1)
-    run_on_ray = on_ray(config.num_workers)
+        return thread_runner(os.cpu_count() or 1)
+    run_on_ray = ray_runner(config.num_workers)
 
     def run(
         function: Unit, source: Source, job: Job, calls: Calls, *, report: Report
     ) -> Iterator[Facts]:
-        # Not before the first unit: a folder that is complete or refused needs no Ray.
+        # Ray is connected at the first unit: a complete or refused folder does not need it.
         if connect():
             stack.callback(disconnect)
         yield from run_on_ray(function, source, job, calls, report=report)
@@ -90,7 +92,7 @@ def _runner(config: PackConfig, stack: ExitStack) -> Runner:
 def _say_result(result: PackResult, *, source_images: int, seconds: float) -> None:
     if result.complete_before:
         say(f"{result.output}: already packed; nothing to do")
-    shown = {
+    summary = {
         "images": f"{result.images:,} of {source_images:,}",
         "bad images": f"{result.bad_images:,}"
         + (f", listed in {result.output}/bad_images.jsonl" if result.bad_images else ""),
@@ -100,10 +102,10 @@ def _say_result(result: PackResult, *, source_images: int, seconds: float) -> No
         "seconds": f"{seconds:,.1f}",
     }
     out = console()
-    out.print(mapping_table(f"packed into {result.output}", shown))
-    place = shlex.quote(f"data.source={result.output}")
+    out.print(mapping_table(f"packed into {result.output}", summary))
+    source_setting = shlex.quote(f"data.source={result.output}")
     out.print(f"next      {command('data', result.output)}", markup=False)
-    out.print(f"then      raysl pretrain CONFIG {place} name=packed", markup=False)
+    out.print(f"then      raysl pretrain CONFIG {source_setting} name=packed", markup=False)
 
 
 def _values(result: PackResult, *, seconds: float) -> dict[str, Any]:

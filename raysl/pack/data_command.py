@@ -29,8 +29,9 @@ from raysl.sources.source import Encoded, LocatedSource, Source
 _SAMPLE = 10_000
 _SHEET_IMAGES = 63
 _SHEET_SIDE_PX = 480
-_SHOWN = 5
-_SHOWN_NAMES = 10
+_SHOWN_CLASSES = 5  # largest and smallest
+_SHOWN_DUPLICATES = 5
+_SHOWN_BAD = 10
 _MIB = 1 << 20
 
 _KINDS = {
@@ -41,11 +42,11 @@ _KINDS = {
 }
 
 _EPILOG = f"""\
-Of more than {_SAMPLE:,} images a random sample is drawn evenly; --sample 0 inspects every one.
-Each is read and decoded, in threads; nothing is written but the contact sheet, if requested.
+If there are more than {_SAMPLE:,} images, a random sample is inspected; --sample 0 inspects all.
+Each image is read and decoded, in threads. Only the contact sheet is written, if requested.
 
 Settings: image_column=..., label_column=..., filter=[[...]], limit=..., as under `data:` of a
-configuration; max_megapixels=100 (an image of more counts as broken); seed=0 (of the sample).
+configuration; max_megapixels=100 (larger images are bad); seed=0 (of the sample).
 
   raysl data photos/ --contact-sheet sheet.png
   raysl data 's3://bucket/shards/*.tar' --sample 1000
@@ -57,7 +58,7 @@ class InspectConfig(LocatedSource):
     """The source to inspect, and the settings of its inspection."""
 
     max_megapixels: Annotated[float, Field(gt=0.0, le=178.0)] = 100.0
-    """An image of more pixels counts as broken."""
+    """An image of more pixels is bad."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the sample."""
 
@@ -75,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_number_or_all,
         default=_SAMPLE,
         metavar="N",
-        help=f"number of images to inspect (default {_SAMPLE}); 0 or all: every one",
+        help=f"number of images to inspect (default {_SAMPLE}); 0 or all inspects every image",
     )
     parser.add_argument(
         "--contact-sheet",
@@ -87,13 +88,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Inspect a source and print its content, its problems and advice."""
+    """Inspect a source; print its properties, its problems and advice."""
     config, source = open_argument(arguments, InspectConfig, where="raysl data")
     sample = draw_sample(source, count=arguments.sample or None, seed=config.seed)
     cores = os.cpu_count() or 1
     cv2.setNumThreads(1)  # parallel over images
     view = CountView()
-    view.begin("looking", total=sum(map(len, sample.chunks)), done=0)
+    view.begin("inspecting", total=sum(map(len, sample.chunks)), done=0)
     try:
         facts = inspect(
             source,
@@ -140,12 +141,13 @@ def _kind(source: Source) -> str:
 def _say(summary: dict[str, Any], *, cores: int) -> None:
     out = console()
     out.print(mapping_table(summary["source"], _rows(summary, cores=cores)))
-    lines = [f"broken: {bad['name']}: {bad['reason']}" for bad in summary["broken"][:_SHOWN_NAMES]]
-    more = len(summary["broken"]) - _SHOWN_NAMES
-    lines += [f"broken: {more:,} more; --json has them all"] if more > 0 else []
+    bad_images = summary["broken"]
+    lines = [f"bad image: {bad['name']}: {bad['reason']}" for bad in bad_images[:_SHOWN_BAD]]
+    more = len(bad_images) - _SHOWN_BAD
+    lines += [f"bad images: {more:,} more; --json lists all"] if more > 0 else []
     lines += [
-        f"the same: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-        for names in summary["duplicate_names"][:_SHOWN]
+        f"duplicates: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        for names in summary["duplicate_names"][:_SHOWN_DUPLICATES]
     ]
     lines += [f"-> {advice}" for advice in summary["advice"]]
     out.print("\n".join(lines), markup=False)
@@ -157,24 +159,24 @@ def _rows(summary: dict[str, Any], *, cores: int) -> dict[str, str]:
         "kind": summary["kind"] + (f", {summary['groups']:,} groups" if summary["groups"] else ""),
         "images": f"{summary['images']:,}, {size:,.1f} MiB"
         + (" (estimated)" if summary["sample"] else ""),
-        "looked at": summary["sample"] or "every image",
+        "inspected": summary["sample"] or "every image",
         **_class_rows(summary["classes"]),
         "formats": _shares(summary["formats"], inspected),
     }
     if summary["traits"]:
-        rows["of these"] = _shares(summary["traits"], inspected)
-    rows["bytes of one"] = _range(summary["encoded_bytes"], "{:,.0f}")
+        rows["properties"] = _shares(summary["traits"], inspected)
+    rows["bytes per image"] = _range(summary["encoded_bytes"], "{:,.0f}")
     if summary["width"]:
         rows["width"] = _range(summary["width"], "{:,.0f}") + " px"
         rows["height"] = _range(summary["height"], "{:,.0f}") + " px"
         rows["short side"] = _range(summary["short_side"], "{:,.0f}") + " px"
         rows["width / height"] = _range(summary["aspect"], "{:.2f}")
-    rows["broken"] = f"{len(summary['broken']):,}"
+    rows["bad images"] = f"{len(summary['broken']):,}"
     rows["duplicates"] = f"{summary['duplicates']:,}"
     if summary["decoded_images_per_s"]:
         rows["decoding"] = (
             f"{summary['decoded_images_per_s']:,.0f} images/s on this machine's {cores} core(s): "
-            f"{duration_text(summary['epoch_s'])} an epoch, without making views"
+            f"{duration_text(summary['epoch_s'])} per epoch, decoding alone"
         )
     return rows
 
@@ -185,12 +187,12 @@ def _class_rows(classes: dict[str, Any] | None) -> dict[str, str]:
     sizes = list(classes["sizes"].items())
     rows = {"classes": f"{classes['count']:,}"}
     if classes["unlabelled"]:
-        rows["without label"] = f"{classes['unlabelled']:,} images"
-    if len(sizes) <= 2 * _SHOWN:
+        rows["unlabelled"] = f"{classes['unlabelled']:,} images"
+    if len(sizes) <= 2 * _SHOWN_CLASSES:
         rows["class sizes"] = ", ".join(f"{name}: {size:,}" for name, size in sizes)
     else:
-        rows["largest"] = ", ".join(f"{name}: {size:,}" for name, size in sizes[:_SHOWN])
-        rows["smallest"] = ", ".join(f"{name}: {size:,}" for name, size in sizes[-_SHOWN:])
+        rows["largest"] = ", ".join(f"{name}: {size:,}" for name, size in sizes[:_SHOWN_CLASSES])
+        rows["smallest"] = ", ".join(f"{name}: {size:,}" for name, size in sizes[-_SHOWN_CLASSES:])
     return rows
 
 
@@ -208,14 +210,16 @@ def _draw(
 ) -> None:
     good = [fact.row for fact in facts if not fact.flaw]
     if not good:
-        raise DataError(f"{summary['source']}: no image that a contact sheet could show")
+        raise DataError(
+            f"{summary['source']}: all inspected images are bad, so there is no contact sheet"
+        )
     rng = np.random.Generator(np.random.Philox(key=np.array([seed, 1], dtype=np.uint64)))
     rows = np.sort(rng.choice(good, min(_SHEET_IMAGES, len(good)), replace=False))
     images = [
         _decode_small(row, data, source)
         for row, data in zip(rows.tolist(), source.read(rows), strict=True)
     ]
-    order = rng.permutation(len(rows))  # read in the source's order, shown in another
+    order = rng.permutation(len(rows))  # read in the source's order, drawn in a random one
     labels, names = source.labels(), source.class_names
     captions = None
     if labels is not None:
@@ -226,10 +230,10 @@ def _draw(
 
     draw_contact_sheet(
         path,
-        [images[place] for place in order],
+        [images[index] for index in order],
         captions=captions,
         title=Path(summary["source"]).name or summary["source"],
-        subtitle=f"{summary['images']:,} images{classes}; {len(rows)} of them, drawn at random",
+        subtitle=f"{summary['images']:,} images{classes}; a random sample of {len(rows)}",
     )
 
 

@@ -1,7 +1,8 @@
-"""The output folder of `raysl pack` and `raysl embed`: its claim, and its complete files.
+"""The output folder of `raysl pack` and `raysl embed`.
 
-Every file is written under a hidden name and renamed when it is complete, so a file with its final
-name is complete, whenever and however the process ends.
+Its claim is a file that describes the source and the settings of its content. Every file is written
+under a hidden name and renamed when it is complete. So a file with its final name is complete,
+however the process ends.
 """
 
 import errno
@@ -26,8 +27,8 @@ from raysl.sources.storage import resolve
 
 CLAIM, BAD_IMAGES, BUCKETS = CLAIM_NAME, "bad_images.jsonl", "_buckets"
 _MIB = 1 << 20
-_SHOWN = 3
-_NAMED = {
+_SHOWN_BAD = 3
+_KEY_NAMES = {
     "encoder": "the encoder (digest of its weights)",
     "fingerprint": "the source's fingerprint",
 }
@@ -41,6 +42,7 @@ class Bad(NamedTuple):
     id: str
     """The image's id in every command, ``row_id``."""
     reason: str
+    """Why the image is bad."""
 
 
 class PackFolder:
@@ -48,8 +50,8 @@ class PackFolder:
 
     Args:
         uri: A local path or a URI such as s3://bucket/folder.
-        verb: The verb of raysl that writes into it, for messages.
-        claim_name: Name of the file that describes source and settings.
+        verb: The command of raysl that writes into it, for messages.
+        claim_name: File name of the claim.
 
     Raises:
         DataError: If the URI's scheme is not known.
@@ -64,7 +66,7 @@ class PackFolder:
         self.uri = self.root if self.is_local else uri
 
     def create(self, below: str = "") -> None:
-        """Create the folder, or one below it.
+        """Create the folder, or the folder ``below`` in it.
 
         Raises:
             DataError: If it cannot be created.
@@ -78,11 +80,11 @@ class PackFolder:
         """Raise if the folder lies in the source.
 
         Args:
-            source: The source of a configuration.
+            source: The setting ``source`` of the configuration.
             why: What the source would then do, for the message.
 
         Raises:
-            DataError: If it lies there.
+            DataError: If the folder lies in the source.
         """
         if source in BUILT_IN:
             return
@@ -90,7 +92,7 @@ class PackFolder:
         if filesystem == self.filesystem and f"{self.root}/".startswith(path.rstrip("/") + "/"):
             raise DataError(
                 f"{self.uri} lies in the source, {source}, which would then {why}; give a folder "
-                f"outside"
+                f"outside of it"
             )
 
     @contextmanager
@@ -98,7 +100,7 @@ class PackFolder:
         """Lock a local folder for this process; the lock ends with the process.
 
         Raises:
-            DataError: If another process holds it.
+            DataError: If another process holds the lock.
         """
         if not self.is_local:  # object stores have no locks
             yield
@@ -113,18 +115,18 @@ class PackFolder:
         ):
             yield
 
-    def listed(self, below: str = "") -> dict[str, int]:
-        """Return the sizes of the files directly in the folder, or in one below it, by name."""
-        place = f"{self.root}/{below}".rstrip("/")
-        infos = self.filesystem.get_file_info(pafs.FileSelector(place, allow_not_found=True))
+    def file_sizes(self, below: str = "") -> dict[str, int]:
+        """Return the sizes of the files directly in the folder, or in ``below``, by file name."""
+        path = f"{self.root}/{below}".rstrip("/")
+        infos = self.filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
         return {info.base_name: info.size for info in infos if info.type == pafs.FileType.File}
 
     @contextmanager
     def writing(self, name: str) -> Iterator[pa.NativeFile]:
-        """Open a file to write; it gets its name when the block ends without an error.
+        """Open a file for writing; it gets its name when the block ends without an error.
 
         Raises:
-            DataError: If it cannot be written, as on a full disk; no part of it is left.
+            DataError: If it cannot be written, such as on a full disk; no part of it remains.
         """
         head, _, tail = name.rpartition("/")
         temporary = f"{self.root}/{head}/.{tail}.{uuid.uuid4().hex}".replace("//.", "/.")
@@ -147,13 +149,13 @@ class PackFolder:
     def _cannot_write(self, name: str, error: Exception) -> DataError:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             return DataError(
-                f"{self.root}: the disk is full. What is complete stays: make room, and the same "
-                f"command goes on"
+                f"{self.root}: the disk is full. Complete files are kept: free some space, and the "
+                f"same command resumes"
             )
         return DataError(f"{self.root}/{name}: cannot be written: {error}")
 
     def read(self, name: str) -> bytes | None:
-        """Return a small file's bytes; None if it is not there."""
+        """Return the bytes of a small file; None if there is no such file."""
         path = f"{self.root}/{name}"
         if self.filesystem.get_file_info(path).type != pafs.FileType.File:
             return None
@@ -161,7 +163,7 @@ class PackFolder:
             return bytes(stream.read())
 
     def claim(self) -> dict[str, Any] | None:
-        """Return the claim: source and settings of the content; None in an empty folder.
+        """Return the claim, the source and the settings of the content; None in an empty folder.
 
         Raises:
             DataError: If the claim is damaged, or the folder holds other files.
@@ -169,11 +171,11 @@ class PackFolder:
         text = self.read(self.claim_name)
         if text is None:
             infos = self.filesystem.get_file_info(pafs.FileSelector(self.root))
-            others = [i.base_name for i in infos if not i.base_name.startswith(".")]
-            if others:
+            names = [i.base_name for i in infos if not i.base_name.startswith(".")]
+            if names:
                 raise DataError(
                     f"{self.root}: holds files that raysl {self.verb} did not write, such as "
-                    f"{min(others)}; give a new or empty folder"
+                    f"{min(names)}; give a new or empty folder"
                 )
             return None
         try:
@@ -185,20 +187,20 @@ class PackFolder:
         return values
 
     def refuse_others(self, old: Mapping[str, Any], new: Mapping[str, Any], *, holds: str) -> None:
-        """Raise if the folder was begun with another source or other settings.
+        """Raise if the folder's content is of another source or of other settings.
 
         Args:
-            old: What the content depends on, from the claim.
-            new: The same from this command.
+            old: Source and settings of the content, from the claim.
+            new: Source and settings of this command.
             holds: Describes the folder's content, for the message.
 
         Raises:
-            DataError: If they differ; it lists each difference.
+            DataError: If they differ; the message lists each difference.
         """
         line = "{key}: {old!r} there, {new!r} here"
-        changed = changes(old, new, compared=as_place, named=_NAMED, line=line)
+        changed = changes(old, new, compared=as_place, named=_KEY_NAMES, line=line)
         if changed:
-            instead = "Give the same ones to go on, or another folder"
+            instead = "Give the same settings to resume, or another folder"
             raise DataError(refusal(self.uri, holds, changed, instead=instead))
 
     def write_claim(self, values: Mapping[str, Any]) -> None:
@@ -209,12 +211,12 @@ class PackFolder:
     def write_bad(
         self, bad: Sequence[Bad], *, name: Callable[[int], str], file: str = BAD_IMAGES
     ) -> None:
-        """Write the list of images that are left out, one JSON object a line, sorted by row.
+        """Write the list of bad images, one JSON object per line, sorted by row.
 
         Args:
-            bad: The images.
+            bad: The bad images, which are left out.
             name: Returns the readable name of a row.
-            file: Name of the file.
+            file: Name of the list's file.
         """
         with self.writing(file) as stream:
             for each in sorted(bad):
@@ -237,52 +239,52 @@ class PackFolder:
             num_images: Number of images of the source.
             most: Largest allowed share of bad images.
             name: Returns the readable name of a row.
-            file: Name of the list.
+            file: Name of the list's file.
 
         Raises:
-            DataError: If their share is larger.
+            DataError: If their share is larger than ``most``.
         """
         if len(bad) <= most * num_images:
             return
         self.write_bad(bad, name=name, file=file)
-        shown = "\n  ".join(f"{name(each.row)}: {each.reason}" for each in sorted(bad)[:_SHOWN])
+        shown = "\n  ".join(f"{name(each.row)}: {each.reason}" for each in sorted(bad)[:_SHOWN_BAD])
         raise DataError(
             f"{len(bad):,} of {num_images:,} images are bad so far, more than max_bad_share="
-            f"{most:g}; such as\n  {shown}\nAll are in {self.uri}/{file}. Set max_bad_share higher "
-            f"to leave them out: the same command then goes on"
+            f"{most:g}; such as\n  {shown}\n{self.uri}/{file} lists them all. To leave them out, "
+            f"set max_bad_share higher: the same command then resumes"
         )
 
     def check_room(
         self, needed: float, *, instead: str, remark: str = "", doubt: float = 0.0
     ) -> str | None:
-        """Check before hours of work that the output fits on a local disk.
+        """Check that the output fits on a local disk, before hours of work.
 
         Args:
-            needed: Estimated size in bytes.
-            instead: Settings that make it smaller, for the message.
+            needed: Estimated size of the output in bytes.
+            instead: Settings that make the output smaller, for the message.
             remark: Explanation of the size, for the message.
             doubt: Relative error of the estimate.
 
         Returns:
-            A warning if it may not fit, else None.
+            A warning if the output may not fit, else None.
 
         Raises:
-            DataError: If it does not fit.
+            DataError: If the output does not fit.
         """
         if not self.is_local:
             return None
         free = shutil.disk_usage(self.root).free
-        what = f"some {needed / _MIB:,.0f} MiB are needed, {free / _MIB:,.0f} MiB are free{remark}"
+        what = f"about {needed / _MIB:,.0f} MiB are needed, {free / _MIB:,.0f} MiB are free{remark}"
         if (1 - doubt) * needed > free:
             raise DataError(
-                f"{self.root}: {what}; make room, give another folder, or set {instead}"
+                f"{self.root}: {what}; free some space, give another folder, or set {instead}"
             )
-        return f"{self.root}: {what}; it may not do" if (1 + doubt) * needed > free else None
+        return f"{self.root}: {what}; this may not suffice" if (1 + doubt) * needed > free else None
 
     def sweep(self, *, buckets: bool = False) -> None:
-        """Delete partly written files of an earlier process, and with ``buckets`` the buckets."""
+        """Delete partly written files of an earlier process, and all buckets if ``buckets``."""
         for below in ("", f"{BUCKETS}/"):
-            for name in self.listed(below):
+            for name in self.file_sizes(below):
                 if name.startswith(".") and name != LOCK:
                     self.delete(below + name)
         if buckets:
@@ -290,6 +292,6 @@ class PackFolder:
                 self.filesystem.delete_dir(f"{self.root}/{BUCKETS}")
 
     def delete(self, name: str) -> None:
-        """Delete a file if it is there."""
+        """Delete a file if it exists."""
         with suppress(FileNotFoundError):
             self.filesystem.delete_file(f"{self.root}/{name}")

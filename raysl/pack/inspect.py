@@ -1,4 +1,4 @@
-"""Inspect a source: sizes, formats, broken images, duplicates, and the cost of an epoch."""
+"""Inspect a source: sizes, formats, bad images, duplicates, and the time of an epoch."""
 
 import hashlib
 import shlex
@@ -26,14 +26,15 @@ Indices = npt.NDArray[np.int64]
 
 ADVISED_SHORT_SIDE_PX = 256  # for crops of 224 px, the usual size of a view
 
-_CHUNK = 32
-_MAX_GROUPS = 64  # row groups, or runs of a tar, that a sample is drawn from
+_CHUNK = 32  # images read together
+_MAX_GROUPS = 64  # groups of the source that a sample is drawn from
 _TIMED_IMAGES, _TIMED_ROUNDS = 24, 3
 _FEW_IMAGES = 1_000
 _MANY_FILES = 100_000
 _SMALL_PX = 64
 _ADVISED_SPEEDUP = 1.5
-_TURNED_BY = {"avif": "irot or imir", "heic": "irot or imir", "jpeg xl": "JPEG XL"}
+# Metadata that tells the rotation of an image; EXIF in other formats.
+_ROTATED_BY = {"avif": "irot or imir", "heic": "irot or imir", "jpeg xl": "JPEG XL"}
 
 
 class ImageFacts(NamedTuple):
@@ -43,18 +44,19 @@ class ImageFacts(NamedTuple):
     size_bytes: int
     header: Header
     width: int
-    """Pixels of the upright image; 0 for a bad one."""
+    """Width of the upright image in pixels; 0 for a bad image."""
     height: int
-    """Pixels, likewise."""
+    """Height of the upright image in pixels; 0 for a bad image."""
     flaw: str
-    """Reason why the image is bad; empty for a good one."""
+    """Reason why the image is bad; empty for a good image."""
     digest: bytes
     """Digest of the encoded bytes or the pixels."""
     decode_s: float
     profile: str = ""
-    """Name of the colour profile, or "broken"; empty without one."""
+    """Name of the colour profile, "broken" if it cannot be read; empty without a profile."""
     values: ValueRange | None = None
-    """Range of an image of more than 8 bits if no setting defines black and white."""
+    """Range of an image of more than 8 bits; None for other images, and if a setting defines black
+    and white."""
 
 
 class Sample(NamedTuple):
@@ -63,18 +65,18 @@ class Sample(NamedTuple):
     chunks: list[Indices]
     """Rows that are read together."""
     text: str
-    """Describes the draw; empty if the sample is the whole source."""
+    """Describes how the rows were drawn; empty if the sample is the whole source."""
 
 
 def draw_sample(source: Source, *, count: int | None, seed: int) -> Sample:
     """Draw rows of a source evenly, without replacement.
 
-    From a source that is read in groups, rows of at most 64 groups are drawn, so that not all of a
-    large source is read.
+    If the source is read in groups, the rows are from at most 64 groups, so that a large source is
+    not read as a whole.
 
     Args:
         source: The images.
-        count: Images to draw; None takes all.
+        count: Number of images to draw; None takes all.
         seed: Seed of the draw.
     """
     sizes = source.group_sizes
@@ -101,7 +103,8 @@ def draw_sample(source: Source, *, count: int | None, seed: int) -> Sample:
 
 
 def _cut(groups: Sequence[Indices]) -> list[Indices]:
-    return [g[at : at + _CHUNK] for g in groups for at in range(0, len(g), _CHUNK)]
+    """Cut groups of rows into chunks that are read together."""
+    return [g[start : start + _CHUNK] for g in groups for start in range(0, len(g), _CHUNK)]
 
 
 def inspect(
@@ -112,13 +115,13 @@ def inspect(
     num_threads: int,
     advance: Callable[[int], None],
 ) -> list[ImageFacts]:
-    """Read and decode the rows of a sample.
+    """Read and decode the rows of a sample, and return the facts about each image.
 
     Args:
         source: The images.
         sample: The rows to read.
         max_megapixels: Limit above which an image is bad.
-        num_threads: Threads that decode.
+        num_threads: Number of threads that decode.
         advance: Called with the number of images that were inspected since the last call.
     """
 
@@ -145,7 +148,7 @@ def _inspect_image(row: int, encoded: Encoded, decoding: Decoding, max_pixels: f
     else:
         header, size = read_header(encoded), len(encoded)
     profile = profile_name(header.profile) if header.profile else ""
-    header = header._replace(profile=b"")  # else ten thousand profiles are kept in memory
+    header = header._replace(profile=b"")  # frees its memory
     digest = hashlib.blake2b(np.ascontiguousarray(encoded).data if size else b"", digest_size=8)
     began = time.perf_counter()
     image = decode_or_flaw(encoded, decoding, max_pixels=max_pixels)
@@ -164,12 +167,12 @@ def _inspect_image(row: int, encoded: Encoded, decoding: Decoding, max_pixels: f
 
 
 def summarise(source: Source, facts: Sequence[ImageFacts], *, cores: int) -> dict[str, Any]:
-    """Return statistics of a source from the facts of a sample, as plain values.
+    """Return statistics of a source from the facts about a sample, as plain values.
 
     Args:
         source: The images.
-        facts: The facts of some or all of its images.
-        cores: Number of cores that decoded at the same time.
+        facts: The facts about some or all of its images.
+        cores: Number of cores that would decode an epoch.
     """
     good = [fact for fact in facts if not fact.flaw]
     total = int(source.group_sizes.sum())
@@ -200,6 +203,7 @@ def summarise(source: Source, facts: Sequence[ImageFacts], *, cores: int) -> dic
 
 
 def _spread(values: Sequence[float]) -> dict[str, float] | None:
+    """Return smallest, median and largest value; None without values."""
     if not values:
         return None
     return {
@@ -210,7 +214,10 @@ def _spread(values: Sequence[float]) -> dict[str, float] | None:
 
 
 def _classes(labels: Labels | None, names: Sequence[str]) -> dict[str, Any] | None:
-    """Return the sizes of all classes, largest first, and the number of unlabelled images."""
+    """Return the sizes of all classes, largest first, and the number of unlabelled images.
+
+    None if the source has no labels.
+    """
     if labels is None:
         return None
     counts = np.bincount(labels[labels >= 0], minlength=len(names))
@@ -220,7 +227,7 @@ def _classes(labels: Labels | None, names: Sequence[str]) -> dict[str, Any] | No
 
 
 def _traits(facts: Sequence[ImageFacts]) -> dict[str, int]:
-    """Count the properties of images that pipelines often handle wrongly."""
+    """Count the images with each property that image pipelines often handle wrongly."""
     headers = [fact.header for fact in facts]
     traits = {
         "grey": sum(h.color.startswith("grey") for h in headers),
@@ -241,14 +248,14 @@ def _traits(facts: Sequence[ImageFacts]) -> dict[str, int]:
 
 def _turned(headers: Sequence[Header]) -> dict[str, int]:
     """Count the images that are stored rotated, by the kind of metadata that tells the rotation."""
-    by = Counter(_TURNED_BY.get(h.format, "EXIF") for h in headers if h.orientation > 1)
-    return {f"turned by {what}": count for what, count in by.items()}
+    counts = Counter(_ROTATED_BY.get(h.format, "EXIF") for h in headers if h.orientation > 1)
+    return {f"turned by {what}": count for what, count in counts.items()}
 
 
 def _copies(facts: Sequence[ImageFacts]) -> list[list[int]]:
     """Return groups of rows with the same content, the largest group first.
 
-    Broken images do not count as copies of each other: many are empty files or web pages.
+    Bad images do not count as copies of each other: many are empty files or web pages.
     """
     rows: dict[bytes, list[int]] = defaultdict(list)
     for fact in facts:
@@ -261,23 +268,24 @@ def pack_speedup(source: Source, facts: Sequence[ImageFacts]) -> float | None:
     """Measure how much faster images decode once `raysl pack` has shrunk them to 256 px.
 
     Returns:
-        The ratio over a few images spread over the sample, or None if they are small already.
+        Time before over time after, for a few images of the sample; None if most images are small
+        already.
     """
     good = [f for f in facts if not f.flaw and f.header.format != "pixels"]
     if not good or np.median([min(f.width, f.height) for f in good]) <= ADVISED_SHORT_SIDE_PX:
         return None
     decoding = source.decoding(good[0].row)._asdict()
     config = PackConfig(source=source.name, short_side_px=ADVISED_SHORT_SIDE_PX, **decoding)
-    places = np.unique(np.linspace(0, len(good) - 1, _TIMED_IMAGES).astype(int))
-    before = source.read([good[place].row for place in places])
-    after = [pack_image(encoded, config).image for encoded in before]
-    decodings = [source.decoding(good[place].row) for place in places]
-    seconds = [_decode_seconds(images, decodings) for images in (before, after)]
-    return seconds[0] / seconds[1]
+    spread = np.unique(np.linspace(0, len(good) - 1, _TIMED_IMAGES).astype(int))
+    rows = [good[index].row for index in spread]
+    originals = source.read(rows)
+    packed = [pack_image(encoded, config).image for encoded in originals]
+    decodings = [source.decoding(row) for row in rows]
+    return _decode_seconds(originals, decodings) / _decode_seconds(packed, decodings)
 
 
 def _decode_seconds(images: Sequence[Encoded], decodings: Sequence[Decoding]) -> float:
-    """Return the shortest of a few times, since other processes use the machine too."""
+    """Return the shortest time of a few rounds, since other processes use the machine too."""
     seconds = []
     for _ in range(_TIMED_ROUNDS):
         began = time.perf_counter()
@@ -290,38 +298,40 @@ def _decode_seconds(images: Sequence[Encoded], decodings: Sequence[Decoding]) ->
 def advise(
     source: Source, summary: dict[str, Any], *, speedup: float | None, words: Sequence[str]
 ) -> list[str]:
-    """Return advice on the source, in whole sentences.
+    """Return advice on a source, in whole sentences.
 
     Args:
         source: The images.
         summary: Result of :func:`summarise`.
         speedup: Result of :func:`pack_speedup`.
-        words: Source and settings as on the command line, for the commands in the advice.
+        words: Source and settings as on the command line, for the commands that the advice shows.
     """
-    pack = shlex.join(["raysl", "pack", words[0], "packed", *words[1:]])
+    pack_command = shlex.join(["raysl", "pack", words[0], "packed", *words[1:]])
     advice = []
     total, inspected = summary["images"], summary["inspected"]
-    broken = len(summary["broken"])
-    if broken:
+    bad = len(summary["broken"])
+    if bad:
         advice.append(
-            f"{broken / inspected:.1%} of the images are broken: `raysl pack` leaves them out, and "
-            f"training deals with them as data.bad_images.policy says."
+            f"{bad / inspected:.1%} of the images are bad: `raysl pack` leaves them out; training "
+            f"follows data.bad_images.policy."
         )
-        (reason, number), *_ = Counter(bad["reason"] for bad in summary["broken"]).most_common(1)
+        (reason, number), *_ = Counter(image["reason"] for image in summary["broken"]).most_common(
+            1
+        )
         if number > 1:
-            advice.append(f"{number:,} of the broken ones: {reason}.")
+            advice.append(f"{number:,} of the bad images: {reason}.")
     advice += summary["value_range_advice"]
     if speedup is not None and speedup >= _ADVISED_SPEEDUP:
         side = summary["short_side"]["median"]
         advice.append(
-            f"The median short side is {side:,.0f} px: `{pack} "
-            f"short_side_px={ADVISED_SHORT_SIDE_PX}` makes decoding {speedup:.1f} times faster, "
-            f"enough for views of 224 px."
+            f"The median short side is {side:,.0f} px: `{pack_command} "
+            f"short_side_px={ADVISED_SHORT_SIDE_PX}` makes decoding {speedup:.1f} times faster; "
+            f"the images stay large enough for views of 224 px."
         )
     elif source.window_size is None and total > _MANY_FILES and "pixels" not in summary["formats"]:
         advice.append(
-            f"{total:,} single files are slow to list and to read from a network: "
-            f"`{pack}` makes a few large ones of them."
+            f"{total:,} single files are slow to list and slow to read over a network: "
+            f"`{pack_command}` stores the images in a few large files."
         )
     if total < _FEW_IMAGES:
         advice.append(
@@ -335,8 +345,8 @@ def advise(
         )
     if summary["duplicates"] > inspected / 100:
         advice.append(
-            f"{summary['duplicates']:,} images are copies of others: remove them, or each counts "
-            f"as often as it stands there, and the test images may be among the training images."
+            f"{summary['duplicates']:,} images are copies of others: remove them. Otherwise "
+            f"training sees them more often, and test images may be among the training images."
         )
     if summary["classes"] is None:
         advice.append(

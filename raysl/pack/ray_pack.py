@@ -1,7 +1,7 @@
 """Run the work units of a pack as Ray tasks on all nodes.
 
-Plain tasks, not Ray Data: a unit reads, decodes and writes by itself, so there is nothing to stream
-between workers, and Ray repeats a task that is lost with its node: it writes the same file.
+These are plain tasks, not Ray Data: a unit reads, decodes and writes by itself, so nothing is
+streamed between workers. Ray repeats a task that is lost with its node; it writes the same file.
 """
 
 from collections import deque
@@ -22,17 +22,18 @@ from raysl.sources.source import Source
 
 _MAX_RETRIES = 3
 _LOST = (
-    f"a task of the pack was lost {_MAX_RETRIES + 1} times, as when memory runs out; "
-    "the same command goes on, and a lower num_workers or shard_mib takes less memory"
+    f"a task of the pack was lost {_MAX_RETRIES + 1} times, possibly because memory ran out; "
+    "the same command resumes, and a lower num_workers or shard_mib takes less memory"
 )
-_LOOK_EVERY_S = 0.5
+_POLL_S = 0.5
 
 
-def on_ray(num_workers: int | None) -> Runner:
+def ray_runner(num_workers: int | None) -> Runner:
     """Return a function that runs units on the connected cluster.
 
     Args:
-        num_workers: Concurrent tasks, each on one CPU; None takes one for each CPU of the cluster.
+        num_workers: Number of concurrent tasks, each on one CPU; None runs one per CPU of the
+            cluster.
     """
 
     def run(
@@ -44,22 +45,22 @@ def on_ray(num_workers: int | None) -> Runner:
         report: Report,
     ) -> Iterator[Facts]:
         most = num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-        # One object in the store of each node; the labels must be read before it is sent.
+        # The source is one object in the store of each node; its labels are read before it is sent.
         source.labels()
         shared = ray.put(source)
         counter = _Counter.remote()  # type: ignore[attr-defined] # Ray's decorator adds it
         waiting = deque(calls)
         running: list[ray.ObjectRef[Facts]] = []
-        counted = 0
+        reported = 0
         try:
             while waiting or running:
                 while waiting and len(running) < most:
                     call = waiting.popleft()
                     running.append(_work.remote(function, shared, job, call, counter))
-                ended, running = ray.wait(running, num_returns=1, timeout=_LOOK_EVERY_S)
-                total = _count(counter, counted)
-                report(total - counted)
-                counted = total
+                ended, running = ray.wait(running, num_returns=1, timeout=_POLL_S)
+                total = _count(counter, reported)
+                report(total - reported)
+                reported = total
                 for reference in ended:
                     yield result_of(reference, lost=_LOST)
         finally:  # after an error, or Ctrl-C
@@ -88,14 +89,14 @@ def _work(function: Unit, source: Source, job: Job, call: tuple[Any, ...], count
     cv2.setNumThreads(1)  # a task has one CPU
     if PackFolder(job.output).read(CLAIM) is None:
         raise ClusterError(
-            f"node {ray.util.get_node_ip_address()} does not see {job.output}: on several nodes "
-            f"the shards must go to a disk that all share or to an object store"
+            f"node {ray.util.get_node_ip_address()} does not see {job.output}: on several nodes, "
+            f"the shards must be on a disk that all nodes share or in an object store"
         )
     return function(source, job, *call, num_threads=1, report=counter.add.remote)
 
 
-def _count(counter: Any, before: int) -> int:
-    """Return the finished images; a restarted counter begins at 0, so the larger number counts."""
+def _count(counter: Any, previous: int) -> int:
+    """Return the number of finished images; a restarted counter must not lower it."""
     with suppress(RayActorError):
-        return max(before, int(ray.get(counter.total.remote())))
-    return before
+        return max(previous, int(ray.get(counter.total.remote())))
+    return previous

@@ -1,8 +1,8 @@
-"""Rewrite any source as shuffled Parquet shards, resuming where it stopped.
+"""Rewrite any source as shuffled Parquet shards; an interrupted pack resumes.
 
-:func:`pack` gets the function that runs the units of work, in this process or on Ray. The result
-depends on the source, the settings and the seed only, not on the workers or on interruptions.
-Memory: a worker holds about two shards and one group of the source; the caller next to nothing.
+The caller passes the function that runs the units of work, in this process or on Ray. The result
+depends on the source, the settings and the seed only, not on the workers or on interruptions. A
+worker holds about two shards and one group of the source in memory; the caller almost nothing.
 """
 
 import math
@@ -22,8 +22,8 @@ from raysl.pack.shards import (
     Job,
     Report,
     ShardFacts,
-    bucket_is_whole,
     bucket_name,
+    is_complete_bucket,
     merge_shard,
     read_facts,
     write_bucket,
@@ -37,13 +37,14 @@ from raysl.sources.source import Source, digest
 _MIB = 1 << 20
 _ESTIMATE_IMAGES = 256
 _ESTIMATE_GROUPS = 8
-# The estimate is from a sample: clearly too little room is an error, a tight one a warning.
-_DOUBT = 0.1
+# Relative error of the estimated size, which is from a sample.
+_ESTIMATE_ERROR = 0.1
 
 Facts = BucketFacts | ShardFacts
 Unit = Callable[..., Facts]
+"""A function of :mod:`raysl.pack.shards` that does a part of the work."""
 Calls = Sequence[tuple[Any, ...]]
-"""The arguments of each call of a unit that differ between calls."""
+"""For each call of a unit, the arguments in which the calls differ."""
 
 
 class Runner(Protocol):
@@ -63,14 +64,14 @@ class Runner(Protocol):
 
 
 class CountProgress(Protocol):
-    """The interface of a progress display."""
+    """The interface of a progress display that counts images."""
 
     def begin(self, what: str, *, total: int, done: int) -> None:
-        """Start to count images."""
+        """Start a count of ``total`` images, of which ``done`` are done."""
         ...
 
     def advance(self, count: int) -> None:
-        """Count more images."""
+        """Add ``count`` images that are done."""
         ...
 
     def note(self, text: str) -> None:
@@ -88,13 +89,15 @@ class PackResult(NamedTuple):
     """Size of all shards."""
     shards: int
     fingerprint: str
+    """Fingerprint of the packed folder as a source."""
     output: str
+    """Absolute path or URI of the folder."""
     complete_before: bool
     """Whether the folder was complete before this call."""
 
 
-def in_threads(num_threads: int) -> Runner:
-    """Return a function that runs units one after the other, in threads of this process."""
+def thread_runner(num_threads: int) -> Runner:
+    """Return a function that runs one unit after the other, each in threads of this process."""
 
     def run(
         function: Unit,
@@ -117,10 +120,10 @@ def pack(
 
     Args:
         source: The images.
-        config: The settings.
+        config: The settings of the pack.
         output: A local path or a URI such as s3://bucket/folder.
         run: Runs the units of work.
-        view: Progress display.
+        view: Displays the progress.
 
     Raises:
         DataError: If the folder belongs to another source or other settings, cannot be written,
@@ -140,7 +143,7 @@ def pack(
                 folder.sweep(buckets=True)
                 return _result(folder, manifest, complete_before=True)
         else:
-            view.note("looking at a sample to size the shards")
+            view.note("packing a sample of the images to estimate the number of shards")
             claim = {
                 "source": absolute_source(config.source),
                 "wanted": identity,
@@ -152,7 +155,7 @@ def pack(
         num_images = int(source.group_sizes.sum())
         job = Job(config, folder.uri, num_images, claim["shards"], has_labels)
         shards = _Shards(folder, source, job, run, view)
-        facts = shards.make(estimate=claim["estimated_bytes"])
+        facts = shards.write(estimate=claim["estimated_bytes"])
         folder.write_bad([bad for shard in facts for bad in shard.bad], name=source.where)
         manifest = _describe(source, job, facts, claim)
         write_manifest(folder.filesystem, folder.root, manifest)
@@ -161,9 +164,10 @@ def pack(
 
 
 def _manifest(folder: PackFolder) -> Manifest | None:
+    """Return the manifest of a finished pack, else None."""
     try:
         return read_manifest(folder.filesystem, folder.root)
-    except DataError:  # damaged: written again from the shards' footers
+    except DataError:  # a damaged one is written again from the shards' footers
         return None
 
 
@@ -173,18 +177,18 @@ def _estimate(source: Source, config: PackConfig) -> dict[str, int]:
     sizes = source.group_sizes
     starts = np.cumsum(sizes) - sizes
     groups = np.sort(rng.permutation(len(sizes))[:_ESTIMATE_GROUPS])
-    made, read = 0, 0
+    packed_bytes, num_read = 0, 0
     for group in groups.tolist():
-        most = min(int(sizes[group]), math.ceil(_ESTIMATE_IMAGES / len(groups)))
-        rows = starts[group] + np.sort(rng.choice(int(sizes[group]), most, replace=False))
+        count = min(int(sizes[group]), math.ceil(_ESTIMATE_IMAGES / len(groups)))
+        rows = starts[group] + np.sort(rng.choice(int(sizes[group]), count, replace=False))
         encoded = source.read(rows)
         threads = os.cpu_count() or 1
         for packed in map_in_threads(
             partial(pack_image, config=config), encoded, num_threads=threads
         ):
-            made += len(packed.image)
-        read += most
-    estimate = math.ceil(made / max(1, read) * int(sizes.sum()))
+            packed_bytes += len(packed.image)
+        num_read += count
+    estimate = math.ceil(packed_bytes / max(1, num_read) * int(sizes.sum()))
     shards = max(1, math.ceil(estimate / (config.shard_mib * _MIB)))
     return {"shards": min(shards, int(sizes.sum())), "estimated_bytes": estimate}
 
@@ -198,9 +202,13 @@ class _Shards:
         self.folder, self.source, self.job = folder, source, job
         self.run, self.view = run, view
 
-    def make(self, *, estimate: int) -> list[ShardFacts]:
-        """Write the missing shards, and return the facts of all of them in order."""
-        files = self.folder.listed()
+    def write(self, *, estimate: int) -> list[ShardFacts]:
+        """Write the missing shards, and return the facts about all shards in order.
+
+        Args:
+            estimate: Estimated size of all shards in bytes.
+        """
+        files = self.folder.file_sizes()
         numbers = [n for n in range(self.job.num_shards) if self.job.shard_name(n) in files]
         footers = {n: read_facts(self.folder, self.job, n) for n in numbers}
         facts = {n: fact for n, fact in footers.items() if fact is not None}
@@ -208,27 +216,27 @@ class _Shards:
         in_groups = self.source.window_size is not None
         self._check_room(estimate * len(missing) // self.job.num_shards, in_groups=in_groups)
         if missing:
-            calls = self._through_buckets(missing) if in_groups else [(n,) for n in missing]
+            calls = self._write_buckets(missing) if in_groups else [(n,) for n in missing]
             bounds = self.job.bounds()
             done = sum(int(bounds[n + 1] - bounds[n]) for n in facts)
             what = "writing shards" if in_groups else "packing"
             self.view.begin(what, total=self.job.num_images, done=done)
             function = merge_shard if in_groups else write_shard
             bad = [entry for fact in facts.values() for entry in fact.bad]
-            for made in self._run(function, calls, bad):
-                assert isinstance(made, ShardFacts)
-                facts[made.shard] = made
+            for shard in self._run(function, calls, bad):
+                assert isinstance(shard, ShardFacts)
+                facts[shard.shard] = shard
         self._refuse_bad([entry for fact in facts.values() for entry in fact.bad])
         return [facts[n] for n in range(self.job.num_shards)]
 
-    def _through_buckets(self, missing: Sequence[int]) -> list[tuple[Any, ...]]:
+    def _write_buckets(self, missing: Sequence[int]) -> list[tuple[Any, ...]]:
         """Write the missing buckets; return the calls that merge them into shards."""
         units = self._units()
-        files = self.folder.listed(BUCKETS)
+        files = self.folder.file_sizes(BUCKETS)
         calls, done = [], 0
         for unit, (start, stop) in enumerate(units):
             name = bucket_name(unit).rpartition("/")[2]
-            if name in files and bucket_is_whole(self.folder, unit, self.job.num_shards):
+            if name in files and is_complete_bucket(self.folder, unit, self.job.num_shards):
                 done += stop - start
             else:
                 calls.append((unit, start, stop))
@@ -240,7 +248,11 @@ class _Shards:
         return [(n, len(units)) for n in missing]
 
     def _units(self) -> list[tuple[int, int]]:
-        """Cut the source into runs of whole groups, each about as large as a shard."""
+        """Cut the source into ranges of whole groups, each about as large as a shard.
+
+        Returns:
+            First row of each range, and the row after its last one.
+        """
         most = self.job.num_images // self.job.num_shards
         units, start, stop = [], 0, 0
         for size in self.source.group_sizes.tolist():
@@ -253,13 +265,13 @@ class _Shards:
     def _run(
         self, function: Unit, calls: Iterable[tuple[Any, ...]], bad: list[Bad]
     ) -> Iterator[Facts]:
-        """Run units; raise once too many images are bad."""
-        for made in self.run(
+        """Run units and yield their facts; raise once too many images are bad."""
+        for facts in self.run(
             function, self.source, self.job, list(calls), report=self.view.advance
         ):
-            bad += made.bad
+            bad += facts.bad
             self._refuse_bad(bad)
-            yield made
+            yield facts
 
     def _refuse_bad(self, bad: list[Bad]) -> None:
         self.folder.refuse_bad(
@@ -272,13 +284,13 @@ class _Shards:
     def _check_room(self, needed: int, *, in_groups: bool) -> None:
         remark = ""
         if in_groups and self.folder.is_local:
-            needed = max(0, 2 * needed - sum(self.folder.listed(BUCKETS).values()))
-            remark = " (the images twice while they are shuffled)"
-        tight = self.folder.check_room(
-            needed, instead="short_side_px or quality lower", remark=remark, doubt=_DOUBT
+            needed = max(0, 2 * needed - sum(self.folder.file_sizes(BUCKETS).values()))
+            remark = " (the shuffle stores the images twice)"
+        warning = self.folder.check_room(
+            needed, instead="a lower short_side_px or quality", remark=remark, doubt=_ESTIMATE_ERROR
         )
-        if tight is not None:
-            self.view.note(tight)
+        if warning is not None:
+            self.view.note(warning)
 
 
 def _describe(

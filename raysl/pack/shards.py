@@ -1,9 +1,10 @@
 """The work units of a pack: plain functions, called by threads or Ray tasks.
 
 A source with fast random access is read in the shuffled order, a shard at a time
-(:func:`write_shard`). One that must be read in groups is shuffled in two passes: each run of groups
-is read once and its rows are written, sorted by shard, to a bucket (:func:`write_bucket`); then a
-shard collects its rows from all buckets (:func:`merge_shard`). A worker holds at most two shards.
+(:func:`write_shard`). A source that is read in groups is shuffled in two passes: each range of
+groups is read once, and its rows are written to a bucket, sorted by shard (:func:`write_bucket`);
+then the rows of each shard are collected from all buckets (:func:`merge_shard`). A worker holds at
+most two shards in memory.
 """
 
 import hashlib
@@ -30,8 +31,8 @@ Report = Callable[[int], None]
 """Called with the number of images that were finished since the last call."""
 
 _MIB = 1 << 20
-_CHUNK = 32  # images of one call in a thread
-_FACTS = b"raysl"
+_CHUNK = 32  # images per call of a thread
+_FACTS_KEY = b"raysl"  # of the footer's metadata
 _BUCKET_SCHEMA = pa.schema(
     [
         ("place", pa.int64()),
@@ -52,17 +53,18 @@ class Job(NamedTuple):
 
     config: PackConfig
     output: str
+    """Absolute path or URI of the folder."""
     num_images: int
     num_shards: int
     has_labels: bool
 
     def bounds(self) -> Indices:
-        """Return the first place of each shard, and the end, ``(num_shards + 1,)``."""
+        """Return ``(num_shards + 1,)``: the first position of each shard, then the total number."""
         numbers = np.arange(self.num_shards + 1, dtype=np.int64)
         return numbers * self.num_images // self.num_shards
 
     def shuffled(self, start: int, stop: int) -> Indices:
-        """Return a slice of the shuffle: rows by place, which is also places by row."""
+        """Return a slice of the shuffle, its own inverse: rows by position or positions by row."""
         key = np.array([self.config.seed, 0], dtype=np.uint64)
         rng = np.random.Generator(np.random.Philox(key=key))
         return Permutation(rng, self.num_images)[start:stop]
@@ -75,14 +77,14 @@ class Job(NamedTuple):
 class Row(NamedTuple):
     """A packed image, before it is written to a shard."""
 
-    place: int
-    """Place in the shuffled order."""
+    position: int
+    """Position in the shuffled order."""
     row: int
     """Row of the source."""
     packed: Packed
     label: int
     path: str
-    """The image's id in the source."""
+    """The image's id, ``row_id`` of the source."""
 
 
 class ShardFacts(NamedTuple):
@@ -91,22 +93,26 @@ class ShardFacts(NamedTuple):
     shard: int
     size_bytes: int
     rows: list[int]
+    """Number of rows of each row group."""
     bytes: list[int]
     """Size of the encoded images of each row group."""
     bytes_in: int
+    """Size of the shard's images in the source."""
     bad: list[Bad]
     """The images that were left out."""
     digest: str
+    """Digest of images and labels."""
 
 
 class BucketFacts(NamedTuple):
     """The facts about a bucket."""
 
     bad: list[Bad]
+    """The images that will be left out."""
 
 
 def bucket_name(unit: int) -> str:
-    """Return the file name of a bucket."""
+    """Return the path of a bucket below the folder."""
     return f"{BUCKETS}/{unit:05d}.arrow"
 
 
@@ -115,8 +121,8 @@ def write_shard(
 ) -> ShardFacts:
     """Read a shard's rows in shuffled order and write the shard."""
     start, stop = job.bounds()[shard : shard + 2].tolist()
-    rows, places = job.shuffled(start, stop), np.arange(start, stop)
-    return _write(job, shard, _rows(source, job, rows, places, num_threads, report))
+    rows, positions = job.shuffled(start, stop), np.arange(start, stop)
+    return _write(job, shard, _rows(source, job, rows, positions, num_threads, report))
 
 
 def write_bucket(
@@ -129,7 +135,7 @@ def write_bucket(
     num_threads: int,
     report: Report,
 ) -> BucketFacts:
-    """Read the rows [start, stop) once and write them sorted by shard, one record batch each.
+    """Read the rows [start, stop) once and write them to a bucket, one record batch per shard.
 
     Args:
         source: The images.
@@ -137,15 +143,15 @@ def write_bucket(
         unit: Number of the bucket.
         start: First row of the source.
         stop: Row after the last one.
-        num_threads: Threads that decode.
-        report: Called with the number of finished images.
+        num_threads: Number of threads that decode.
+        report: Called with the number of images finished since the last call.
     """
-    rows, places = np.arange(start, stop), job.shuffled(start, stop)
-    shards = np.searchsorted(job.bounds(), places, side="right") - 1
+    rows, positions = np.arange(start, stop), job.shuffled(start, stop)
+    shards = np.searchsorted(job.bounds(), positions, side="right") - 1
     sorted_rows: list[list[Row]] = [[] for _ in range(job.num_shards)]
     bad = []
     for row, shard in zip(
-        _rows(source, job, rows, places, num_threads, report), shards.tolist(), strict=True
+        _rows(source, job, rows, positions, num_threads, report), shards.tolist(), strict=True
     ):
         sorted_rows[shard].append(row)
         if row.packed.flaw:
@@ -172,27 +178,27 @@ def merge_shard(
     return facts
 
 
-def bucket_is_whole(folder: PackFolder, unit: int, num_shards: int) -> bool:
-    """Return whether a bucket is readable, which one written just before a power cut may not be."""
+def is_complete_bucket(folder: PackFolder, unit: int, num_shards: int) -> bool:
+    """Return whether a bucket can be read; after a power cut, the last ones may be damaged."""
     try:
         with folder.filesystem.open_input_file(f"{folder.root}/{bucket_name(unit)}") as stream:
             bucket = pa.ipc.open_file(stream)
             # A bucket of an earlier version lacks a column.
-            is_whole = bucket.num_record_batches == num_shards
-            return bool(is_whole and bucket.schema == _BUCKET_SCHEMA)
+            has_all_shards = bucket.num_record_batches == num_shards
+            return bool(has_all_shards and bucket.schema == _BUCKET_SCHEMA)
     except (OSError, pa.ArrowException):
         return False
 
 
 def read_facts(folder: PackFolder, job: Job, shard: int) -> ShardFacts | None:
-    """Return the facts in the footer of a complete shard; None if it cannot be read."""
+    """Return the facts from the footer of a complete shard; None if it cannot be read."""
     path = f"{folder.root}/{job.shard_name(shard)}"
     try:
         with folder.filesystem.open_input_file(path) as stream:
             size = stream.size()
             footer = pq.read_metadata(stream)
-            values = json.loads(footer.metadata[_FACTS])
-            bad = [Bad(int(row), str(row_id), str(why)) for row, row_id, why in values["bad"]]
+            values = json.loads(footer.metadata[_FACTS_KEY])
+            bad = [Bad(int(row), str(row_id), str(reason)) for row, row_id, reason in values["bad"]]
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
         return None
     rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
@@ -200,35 +206,36 @@ def read_facts(folder: PackFolder, job: Job, shard: int) -> ShardFacts | None:
 
 
 def _rows(
-    source: Source, job: Job, rows: Indices, places: Indices, num_threads: int, report: Report
+    source: Source, job: Job, rows: Indices, positions: Indices, num_threads: int, report: Report
 ) -> Iterator[Row]:
+    """Yield the packed images of rows, with their positions, in this order."""
     labels = source.labels() if job.has_labels else None
 
-    def chunk(start: int) -> list[Row]:
+    def pack_chunk(start: int) -> list[Row]:
         part = rows[start : start + _CHUNK]
         encoded = source.read(part)
         return [
             Row(
-                place,
+                position,
                 row,
                 pack_image(data, job.config),
                 -1 if labels is None else int(labels[row]),
                 source.row_id(row),
             )
-            for row, place, data in zip(
-                part.tolist(), places[start : start + _CHUNK].tolist(), encoded, strict=True
+            for row, position, data in zip(
+                part.tolist(), positions[start : start + _CHUNK].tolist(), encoded, strict=True
             )
         ]
 
     starts = range(0, len(rows), _CHUNK)
-    for made in map_in_threads(chunk, starts, num_threads=num_threads):
-        yield from made
-        report(len(made))
+    for packed_rows in map_in_threads(pack_chunk, starts, num_threads=num_threads):
+        yield from packed_rows
+        report(len(packed_rows))
 
 
 def _to_batch(rows: Sequence[Row]) -> pa.RecordBatch:
     columns: list[list[Any]] = [
-        [row.place for row in rows],
+        [row.position for row in rows],
         [row.row for row in rows],
         [row.packed.image for row in rows],
         [row.label for row in rows],
@@ -244,8 +251,8 @@ def _to_batch(rows: Sequence[Row]) -> pa.RecordBatch:
 
 def _from_batch(batch: pa.RecordBatch) -> Iterator[Row]:
     for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-        place, row, image, label, path, width, height, bytes_in, flaw = values
-        yield Row(place, row, Packed(image, width, height, bytes_in, flaw), label, path)
+        position, row, image, label, path, width, height, bytes_in, flaw = values
+        yield Row(position, row, Packed(image, width, height, bytes_in, flaw), label, path)
 
 
 def _read_batch(folder: PackFolder, unit: int, shard: int) -> pa.RecordBatch:
@@ -255,7 +262,7 @@ def _read_batch(folder: PackFolder, unit: int, shard: int) -> pa.RecordBatch:
             return pa.ipc.open_file(stream).get_batch(shard)
     except (OSError, pa.ArrowException) as error:
         raise DataError(
-            f"{path}: cannot be read: {error}; remove it, and the same command makes it again"
+            f"{path}: cannot be read: {error}; delete it, and the same command writes it again"
         ) from None
 
 
@@ -280,13 +287,17 @@ class _ShardWriter:
         label = [("label", pa.int64())] if job.has_labels else []
         sizes = [("width", pa.int32()), ("height", pa.int32())]
         self._schema = pa.schema([("image", pa.binary()), *label, ("path", pa.string()), *sizes])
-        plain = {name: "NONE" if name == "image" else "ZSTD" for name in self._schema.names}
-        # Encoded images do not compress; their statistics and dictionaries only slow the reader.
+        compression = {name: "NONE" if name == "image" else "ZSTD" for name in self._schema.names}
+        # Encoded images do not compress, and their statistics and dictionaries slow down readers.
         others = [name for name in self._schema.names if name != "image"]
         self._writer = pq.ParquetWriter(
-            stream, self._schema, compression=plain, use_dictionary=False, write_statistics=others
+            stream,
+            self._schema,
+            compression=compression,
+            use_dictionary=False,
+            write_statistics=others,
         )
-        self._most = job.config.row_group_mib * _MIB
+        self._group_bytes = job.config.row_group_mib * _MIB
         self._pending: list[Row] = []
         self._pending_bytes = 0
         self._digest = hashlib.blake2b(digest_size=8)
@@ -303,22 +314,22 @@ class _ShardWriter:
         self._digest.update(row.packed.image)
         self._pending.append(row)
         self._pending_bytes += len(row.packed.image)
-        if self._pending_bytes >= self._most:
+        if self._pending_bytes >= self._group_bytes:
             self._flush()
 
     def close(self, shard: int) -> ShardFacts:
-        """Write the remaining rows and the footer."""
+        """Write the remaining rows and the footer, and return the facts."""
         if self._pending:
             self._flush()
         digest = self._digest.hexdigest()
         facts = self._facts._replace(shard=shard, bytes_in=self._bytes_in, digest=digest)
         values = {name: getattr(facts, name) for name in ("bytes", "bytes_in", "bad", "digest")}
-        self._writer.add_key_value_metadata({_FACTS: json.dumps(values).encode()})
+        self._writer.add_key_value_metadata({_FACTS_KEY: json.dumps(values).encode()})
         self._writer.close()
         return facts
 
     def abandon(self) -> None:
-        """Close before the stream is closed: a collected writer would still try to write."""
+        """Close the writer of a failed shard: one that is garbage-collected would still write."""
         with suppress(OSError, pa.ArrowException):
             self._writer.close()
 

@@ -9,21 +9,22 @@ from typing import TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
-_AHEAD = 2  # submitted calls for each thread: one runs, one waits
+_CALLS_PER_THREAD = 2  # submitted calls: one runs, one waits
 
 
 def map_in_threads(
     function: Callable[[T], R], arguments: Iterable[T], *, num_threads: int
 ) -> Iterator[R]:
-    """Yield ``function(argument)`` for each argument, in their order.
+    """Yield ``function(argument)`` for each argument, in the order of the arguments.
 
     Args:
         function: Called in several threads; it should release the GIL, as OpenCV and disks do.
         arguments: Consumed only as results are consumed, so that memory stays bounded.
-        num_threads: > 0; with 1, calls run in this thread and none is ahead.
+        num_threads: Number of threads, > 0; with 1, each call runs in this thread when its result
+            is requested.
 
     Raises:
-        Exception: What the function raised, in place of its result.
+        Exception: The error of a call, in place of its result.
     """
     if num_threads == 1:
         yield from map(function, arguments)
@@ -32,7 +33,7 @@ def map_in_threads(
     waiting: deque[Future[R]] = deque()
     with ThreadPoolExecutor(num_threads, thread_name_prefix="raysl") as pool:
         try:
-            for argument in islice(upcoming, _AHEAD * num_threads):
+            for argument in islice(upcoming, _CALLS_PER_THREAD * num_threads):
                 waiting.append(pool.submit(function, argument))
             while waiting:
                 result = waiting.popleft().result()

@@ -1,4 +1,4 @@
-"""Draw a contact sheet: sample images of a source with the names of their classes."""
+"""Draw a contact sheet: images of a source with the names of their classes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,18 +11,18 @@ from raysl.errors import DataError
 from raysl.report.figure import DPI, GREY, INK, drawable_name, new_figure, save_png, show_pixels
 
 WIDTH_IN = 9.0
-_ROW_IN = 1.0  # height of a row before it is scaled to the sheet's width
+_ROW_IN = 1.0  # largest height of a row
 _GAP_IN = 0.06
 _CAPTION_IN = 0.16
 _HEAD_IN = 0.62
 _MARGIN_IN = 0.18
-# The cell of a wider or taller image has this aspect ratio, with the image centred.
+# Wider or taller images are centred in a cell of this aspect ratio, or its inverse.
 _MAX_ASPECT = 2.5
 _CAPTION_LETTERS_PER_IN = 16
 
 
 class _Row(NamedTuple):
-    images: list[int]
+    images: list[int]  # indices of the images
     height_in: float
 
 
@@ -34,20 +34,20 @@ def draw_contact_sheet(
     title: str,
     subtitle: str = "",
 ) -> None:
-    """Draw images in rows of equal height, uncropped and in their own aspect ratio.
+    """Draw whole images in rows; all images of a row have the same height.
 
     Args:
         path: PNG to write.
         images: ``(H, W, 3)`` uint8 RGB, of any size.
-        captions: One for each image, such as its class; None for none.
+        captions: Caption of each image, such as its class; None for no captions.
         title: Title of the sheet.
-        subtitle: Second line.
+        subtitle: Line below the title.
 
     Raises:
         DataError: If there is no image, or the file cannot be written.
     """
     if not images:
-        raise DataError(f"{path}: there is no image to draw a contact sheet of")
+        raise DataError(f"{path}: there are no images for a contact sheet")
     caption_in = 0.0 if captions is None else _CAPTION_IN
     aspects = [_cell_aspect(image) for image in images]
     rows = _arrange(aspects)
@@ -69,11 +69,11 @@ def draw_contact_sheet(
             _put(axes, images[number], left=left, top=top, width=width, height=row.height_in)
             if captions is not None:
                 text = _caption(captions[number], width)
-                place = (left, top + row.height_in + 0.115)
-                axes.text(*place, text, fontsize=6.5, color=INK, **texts)
+                anchor = (left, top + row.height_in + 0.115)
+                axes.text(*anchor, text, fontsize=6.5, color=INK, **texts)
             left += width + _GAP_IN
         top += row.height_in + caption_in + _GAP_IN
-    # Drawing an image changes the limits.
+    # Drawing images has changed the limits of the axes.
     axes.set(xlim=(0, WIDTH_IN), ylim=(height_in, 0))
     try:
         save_png(figure, path)
@@ -88,30 +88,32 @@ def _cell_aspect(image: Image) -> float:
 
 
 def _arrange(aspects: Sequence[float]) -> list[_Row]:
-    """Fill rows and scale each to the sheet's width; the last one has the height of the others."""
-    room = WIDTH_IN - 2 * _MARGIN_IN
+    """Fill rows with images, each as wide as the sheet; the last row is as high as the others."""
+    width_in = WIDTH_IN - 2 * _MARGIN_IN
     rows: list[_Row] = []
     waiting: list[int] = []
     for number in range(len(aspects)):
         waiting.append(number)
-        height = _height(waiting, aspects, room)
+        height = _height(waiting, aspects, width_in)
         if height <= _ROW_IN:
             rows.append(_Row(waiting, height))
             waiting = []
     if waiting:
-        usual = sum(row.height_in for row in rows) / len(rows) if rows else _ROW_IN
-        rows.append(_Row(waiting, min(usual, _height(waiting, aspects, room))))
+        mean_height = sum(row.height_in for row in rows) / len(rows) if rows else _ROW_IN
+        rows.append(_Row(waiting, min(mean_height, _height(waiting, aspects, width_in))))
     return rows
 
 
-def _height(numbers: Sequence[int], aspects: Sequence[float], room: float) -> float:
+def _height(numbers: Sequence[int], aspects: Sequence[float], width_in: float) -> float:
+    """Return the height at which images side by side have the given total width."""
     gaps = _GAP_IN * (len(numbers) - 1)
-    return (room - gaps) / sum(aspects[number] for number in numbers)
+    return (width_in - gaps) / sum(aspects[number] for number in numbers)
 
 
 def _put(axes: Axes, image: Image, *, left: float, top: float, width: float, height: float) -> None:
-    shape = image.shape[1] / image.shape[0]
-    wide, high = min(width, height * shape), min(height, width / shape)
+    """Draw an image centred in a cell."""
+    aspect = image.shape[1] / image.shape[0]
+    wide, high = min(width, height * aspect), min(height, width / aspect)
     x, y = left + (width - wide) / 2, top + (height - high) / 2
     room_px = max(wide, high) * DPI
     show_pixels(axes, image, extent=(x, x + wide, y + high, y), room_px=room_px)

@@ -1,4 +1,4 @@
-"""Draw the curves of a run: every metric over the optimizer step, each in its own panel."""
+"""Draw the curves of a run: each metric over the optimizer step, in a panel of its own."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -26,17 +26,17 @@ from raysl.report.measure import measure
 
 Record = Mapping[str, Any]
 
-_SMOOTH_FROM = 60  # number of records from which a noisy curve gets a running mean
-_SMOOTH_SHARE = 30  # its window: this fraction of the records
+_SMOOTH_FROM = 60  # noisy curves of at least this many values get a running mean
+_WINDOWS = 30  # the window of the running mean is the number of values over this
 
 
 class _Panel(NamedTuple):
-    """One curve to draw."""
+    """A curve to draw."""
 
-    key: str
+    key: str  # of the metric
     color: str = BLUE
-    from_zero: bool = False
-    is_noisy: bool = False
+    from_zero: bool = False  # whether the axis starts at 0
+    is_noisy: bool = False  # whether to draw a running mean
 
 
 _LEARNING = (
@@ -61,15 +61,15 @@ _NOT_CURVES = ("final", "time")
 
 
 def draw_curves(path: Path, records: list[dict[str, Any]]) -> None:
-    """Draw every metric with values over the optimizer step, each in its own panel.
+    """Draw each metric that has values over the optimizer step, in a panel of its own.
 
     Args:
         path: PNG to write.
-        records: Lines of ``metrics.jsonl``; any key but ``step`` may be missing. Values that are
-            not finite are marked by a cross at the bottom of the panel.
+        records: Lines of ``metrics.jsonl``; any key but ``step`` may be missing. A cross at the
+            bottom of the panel marks values that are not finite.
 
     Raises:
-        DataError: If there is nothing to draw.
+        DataError: If no metric has a finite value.
     """
     panels = [p for p in _panels(records) if np.isfinite(_curve(records, p)[1]).any()]
     if not panels:
@@ -88,13 +88,13 @@ def draw_curves(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def _panels(records: Sequence[Record]) -> list[_Panel]:
-    """List the known panels; those of the method follow the ones about learning."""
-    listed = {panel.key for panel in (*_LEARNING, *_LABEL_FREE, *_HEALTH)} | {
+    """List the panels; those of the method's own metrics follow the ones about learning."""
+    known = {panel.key for panel in (*_LEARNING, *_LABEL_FREE, *_HEALTH)} | {
         "step",
         "time",
         "train/epoch",
     }
-    others = dict.fromkeys(key for record in records for key in record if key not in listed)
+    others = dict.fromkeys(key for record in records for key in record if key not in known)
     of_method = [
         _Panel(key, is_noisy=True) for key in others if key.partition("/")[0] not in _NOT_CURVES
     ]
@@ -102,11 +102,11 @@ def _panels(records: Sequence[Record]) -> list[_Panel]:
 
 
 def _curve(records: Sequence[Record], panel: _Panel) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Return the steps that have the metric and its values, in the panel's unit."""
+    """Return the steps that have the metric, and its values in the panel's unit."""
     pairs = [(record["step"], record[panel.key]) for record in records if panel.key in record]
     pairs = [(step, value) for step, value in pairs if isinstance(value, (int, float))]
-    both = np.array(sorted(pairs), dtype=np.float64).reshape(-1, 2)
-    return both[:, 0], both[:, 1] * measure(panel.key).scale
+    curve = np.array(sorted(pairs), dtype=np.float64).reshape(-1, 2)
+    return curve[:, 0], curve[:, 1] * measure(panel.key).scale
 
 
 def _draw_panel(axes: Axes, panel: _Panel, records: Sequence[Record]) -> None:
@@ -116,7 +116,7 @@ def _draw_panel(axes: Axes, panel: _Panel, records: Sequence[Record]) -> None:
     style_axes(axes, title=measure(panel.key).title)
     if panel.is_noisy and len(y) >= _SMOOTH_FROM:
         axes.plot(x, y, color=panel.color, linewidth=0.8, alpha=0.35)
-        axes.plot(x, _running_mean(y, len(y) // _SMOOTH_SHARE), color=panel.color, linewidth=1.6)
+        axes.plot(x, _running_mean(y, len(y) // _WINDOWS), color=panel.color, linewidth=1.6)
     else:
         marker = "o" if len(y) <= _SMOOTH_FROM // 2 else ""
         axes.plot(x, y, color=panel.color, linewidth=1.6, marker=marker, markersize=3)
@@ -125,10 +125,11 @@ def _draw_panel(axes: Axes, panel: _Panel, records: Sequence[Record]) -> None:
         axes.set_ylim(bottom=0, top=1.08 * y.max() if y.max() > 0 else 1)
     if panel.key == "eval/knn_top1":
         _draw_references(axes, records)
-    lost = steps[~finite]
-    if len(lost):
-        foot = axes.get_xaxis_transform()
-        axes.plot(lost, np.zeros(len(lost)), "x", color=RED, transform=foot, clip_on=False)
+    not_finite = steps[~finite]
+    if len(not_finite):
+        bottom = axes.get_xaxis_transform()  # y is relative to the axes
+        zeros = np.zeros(len(not_finite))
+        axes.plot(not_finite, zeros, "x", color=RED, transform=bottom, clip_on=False)
         axes.set_title("x: not finite", loc="right", fontsize=8, color=RED)
     axes.yaxis.set_major_formatter(tick_text)
     axes.xaxis.set_major_formatter(tick_text)
@@ -136,18 +137,18 @@ def _draw_panel(axes: Axes, panel: _Panel, records: Sequence[Record]) -> None:
 
 
 def _draw_references(axes: Axes, records: Sequence[Record]) -> None:
-    """Draw the accuracy of the untrained network and of the bare pixels, if it was measured."""
+    """Draw the accuracies of the untrained network and of plain pixels, if they were measured."""
     for key, text in (("untrained", "before training"), ("pixels", "bare pixels")):
         values = [r[f"final/{key}_knn_top1"] for r in records if f"final/{key}_knn_top1" in r]
         if values:
             axes.axhline(100 * values[-1], color=GREY, linewidth=1, linestyle="--")
-            right = axes.get_yaxis_transform()
-            place: dict[str, Any] = {"ha": "right", "va": "bottom", "fontsize": 7.5, "color": GREY}
-            axes.text(1, 100 * values[-1], text, transform=right, **place)
+            right = axes.get_yaxis_transform()  # x is relative to the axes
+            style: dict[str, Any] = {"ha": "right", "va": "bottom", "fontsize": 7.5, "color": GREY}
+            axes.text(1, 100 * values[-1], text, transform=right, **style)
 
 
 def _running_mean(values: npt.NDArray[Any], window: int) -> npt.NDArray[Any]:
-    """Return a centred running mean; its window is shorter at the ends."""
+    """Return a centred running mean; the window is shorter at both ends."""
     kernel = np.ones(2 * (window // 2) + 1)
     sums = np.convolve(values, kernel, mode="same")
     result: npt.NDArray[Any] = sums / np.convolve(np.ones_like(values), kernel, mode="same")

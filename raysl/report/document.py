@@ -1,4 +1,4 @@
-"""Building blocks of HTML pages: self-contained files that load nothing from the network."""
+"""Write HTML pages: self-contained files that load nothing from the network."""
 
 import base64
 import html
@@ -9,20 +9,21 @@ from pathlib import Path
 from raysl.folder.whole import write_text
 from raysl.report.style import STYLE
 
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+_PNG_SIZE = slice(16, 24)  # width and height in a PNG's first chunk, big-endian
+_CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def draw_each(
     pictures: Path, drawings: Mapping[str, Callable[[Path], None]]
 ) -> list[tuple[str, str]]:
-    """Draw pictures by name; one that fails does not stop the others.
+    """Draw pictures; a picture that fails does not stop the others.
 
     Args:
-        pictures: Folder for ``NAME.png``; the previous file of a picture that fails is removed.
-        drawings: For each name, a function that draws into a file.
+        pictures: Folder for ``NAME.png``; if a picture fails, its previous file is deleted.
+        drawings: Functions that draw into a file, by the picture's name.
 
     Returns:
-        The name and the error of each picture that failed.
+        Name and error of each picture that failed.
     """
     failures = []
     for name, draw in drawings.items():
@@ -39,16 +40,16 @@ def write_page(path: Path, *, name: str, lead: str, sections: Iterable[str]) -> 
     """Write a page atomically.
 
     Args:
-        path: The file.
-        name: Title and heading.
-        lead: HTML of the sentences below the heading.
-        sections: HTML of :func:`section`; empty ones are left out.
+        path: The file to write.
+        name: Title and heading, as plain text.
+        lead: HTML of the paragraph below the heading.
+        sections: HTML of each section, as from :func:`section`; empty ones are left out.
     """
     parts = [f"<h1>{escape(name)}</h1>\n<p class=lead>{lead}</p>", *filter(None, sections)]
     page = (
         "<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n"
         '<meta name=viewport content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv=Content-Security-Policy content="{_POLICY}">\n'
+        f'<meta http-equiv=Content-Security-Policy content="{_CONTENT_POLICY}">\n'
         f"<title>{escape(name)} - raysl</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(parts)
         + "\n</main>\n</body>\n</html>\n"
@@ -57,22 +58,25 @@ def write_page(path: Path, *, name: str, lead: str, sections: Iterable[str]) -> 
 
 
 def section(title: str, content: str, note: str = "") -> str:
-    """Return a section of a page; all arguments are HTML."""
-    after = f"\n<p class=note>{note}</p>" if note else ""
-    return f"<section>\n<h2>{title}</h2>\n{content}{after}\n</section>"
+    """Return the HTML of a section of a page; all arguments are HTML."""
+    note_html = f"\n<p class=note>{note}</p>" if note else ""
+    return f"<section>\n<h2>{title}</h2>\n{content}{note_html}\n</section>"
 
 
-def shown_picture(folder: Path, name: str, alt: str) -> str:
-    """Return a picture embedded in the page, at half of its pixel size.
+def picture_html(folder: Path, name: str, alt: str) -> str:
+    """Return HTML with an embedded picture.
+
+    Its size on the page is half of its size in pixels, so that it is sharp on screens with two
+    pixels per CSS pixel.
 
     Args:
-        folder: Holds ``NAME.png``; a missing or damaged file is replaced by a note.
+        folder: Folder of ``NAME.png``; if the file is missing or too short, the HTML is a note.
         name: The picture's name.
         alt: HTML of the alternative text.
     """
     try:
         data = (folder / f"{name}.png").read_bytes()
-        width, height = struct.unpack(">II", data[16:24])  # in the PNG's first chunk
+        width, height = struct.unpack(">II", data[_PNG_SIZE])
     except (OSError, struct.error):
         return f"<p class=note>This picture was not drawn ({folder.name}/{name}.png).</p>"
     encoded = base64.b64encode(data).decode("ascii")
@@ -83,23 +87,23 @@ def shown_picture(folder: Path, name: str, alt: str) -> str:
 
 
 def files_section(folder: Path, files: Iterable[tuple[str, str]]) -> str:
-    """Return a list of a folder's files.
+    """Return the HTML of a section that lists the files of a folder.
 
     Args:
-        folder: The folder.
-        files: Name and description; missing files are left out.
+        folder: The folder of the files.
+        files: Name and HTML description of each file; missing files are left out.
     """
     rows = "\n".join(
-        f"<tr><th scope=row><code>{name}</code><td>{what}"
-        for name, what in files
+        f"<tr><th scope=row><code>{name}</code><td>{description}"
+        for name, description in files
         if (folder / name).exists()
     )
     where = f"<p class=path><code>{escape(folder)}</code></p>"
     return section("Files", f"{where}<div class=scroll><table>\n{rows}\n</table></div>")
 
 
-def folded(summary: str, content: str) -> str:
-    """Return collapsible HTML that opens on a click."""
+def collapsible(summary: str, content: str) -> str:
+    """Return HTML whose content opens on a click on the summary; both arguments are HTML."""
     return f"<details><summary>{summary}</summary>{content}</details>"
 
 

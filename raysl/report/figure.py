@@ -1,4 +1,4 @@
-"""Shared style of all pictures: size, colours, fonts, and writing a PNG.
+"""The shared style of all pictures: size, colours and fonts; and writing a PNG.
 
 Figures are created without pyplot, whose global state belongs to the main thread.
 """
@@ -19,16 +19,16 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from raysl.folder.whole import appears_whole
 from raysl.report.measure import number_text
 
-DPI = 200  # the page shows a picture at half size, so 1 inch is 100 px of the page
+DPI = 200  # pages show pictures at half size, so 1 inch is 100 px of the page
 WIDTH_IN = 6.6
-NARROW_IN = 5.2  # for pictures whose text must be readable on a phone, 390 px wide
+NARROW_IN = 5.2  # for pictures whose text must be readable on a phone of 390 px
 _PAD_IN = 0.08  # around axes
 
-# Okabe and Ito 2008, "Color universal design": distinguishable with any colour blindness.
+# Distinguishable with any colour blindness: Okabe and Ito 2008, "Color universal design".
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 GREY, LIGHT_GREY, INK = "#7A7A7A", "#D9D9D9", "#222222"
 
-_MAX_NAME = 20
+_MAX_NAME_LETTERS = 20
 _LEGEND: dict[str, Any] = {
     "loc": "outside upper left",
     "ncols": 5,
@@ -53,7 +53,7 @@ def new_figure(*, width_in: float = WIDTH_IN, height_in: float) -> Figure:
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Write a figure atomically."""
+    """Write a figure as a PNG file, atomically."""
     with appears_whole(path, shared=True, synced=False) as temporary:
         figure.savefig(temporary, format="png", dpi=DPI)
 
@@ -70,12 +70,12 @@ def style_axes(axes: Axes, *, title: str, grid: str = "both") -> None:
 
 
 def tick_text(value: float, _: float = 0) -> str:
-    """Format the number at a tick, with matplotlib's signature."""
+    """Format the number at a tick; the signature is that of matplotlib's formatters."""
     return number_text(value)
 
 
 def legend_above(figure: Figure, handles: Sequence[Artist], *, title: str) -> None:
-    """Put a title, and below it a legend in one line, above a figure."""
+    """Put a title above a figure, and a legend in one line below the title."""
     figure.legend(handles=handles, title=title, **_LEGEND)
 
 
@@ -91,13 +91,13 @@ def turned_in(texts: Sequence[str], room_in: float) -> float:
 
 
 def drawable_name(name: str, *, otherwise: str) -> str:
-    """Return a short name on one line, or ``otherwise`` if the font lacks some of its letters.
+    """Shorten a name to one line; return ``otherwise`` if the font lacks a letter of it.
 
-    Classes may have any name; matplotlib has one font and warns about each missing letter.
+    Classes may have any name, and matplotlib warns about each letter that its font lacks.
     """
     short = " ".join(name.split())
-    if len(short) > _MAX_NAME:
-        short = short[: _MAX_NAME - 3] + "..."
+    if len(short) > _MAX_NAME_LETTERS:
+        short = short[: _MAX_NAME_LETTERS - 3] + "..."
     font = get_font(findfont(FontProperties(family="DejaVu Sans")))
     is_drawable = all(font.get_char_index(ord(letter)) for letter in short)
     return short if short and is_drawable else otherwise
@@ -110,7 +110,14 @@ def show_pixels(
     extent: tuple[float, float, float, float],
     room_px: float,
 ) -> None:
-    """Show an image with square pixels if it is enlarged, and averaged if it shrinks."""
-    enlarged = max(image.shape[:2]) <= room_px
-    kind = "nearest" if enlarged else "hanning"
-    axes.imshow(image, extent=extent, interpolation=kind, interpolation_stage="data", zorder=3)
+    """Draw an image, with sharp pixels if it is enlarged, smoothed if it is reduced.
+
+    Args:
+        axes: Axes to draw into.
+        image: ``(H, W, 3)`` uint8.
+        extent: Left, right, bottom and top in data coordinates.
+        room_px: Longest side of the extent in pixels of the picture.
+    """
+    is_enlarged = max(image.shape[:2]) <= room_px
+    method = "nearest" if is_enlarged else "hanning"
+    axes.imshow(image, extent=extent, interpolation=method, interpolation_stage="data", zorder=3)

@@ -1,4 +1,4 @@
-"""Draw framed images in rows, with two lines of text under each."""
+"""Draw a grid of framed images with text below each."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,24 +15,27 @@ _HEAD_IN = 0.34
 
 
 class Cell(NamedTuple):
-    """One framed image of the grid."""
+    """A framed image of the grid."""
 
     image: Image
     lines: tuple[str, ...]
+    """Text below the image, at most two lines."""
     color: str
+    """Colour of the frame."""
     dashed: bool = False
+    """Whether the frame is dashed."""
 
 
 def save_grid(
     path: Path, rows: Sequence[Sequence[Cell]], *, cell_in: float, head: str = ""
 ) -> None:
-    """Draw framed images in rows, with two lines of text under each.
+    """Draw framed images in rows, with up to two lines of text below each.
 
     Args:
         path: PNG to write.
-        rows: The rows; none is longer than the first.
+        rows: Cells of each row; rows may differ in length.
         cell_in: Width of a cell in inches.
-        head: A line at the top.
+        head: Line at the top; empty for none.
     """
     row_in = cell_in + _TEXT_IN
     top = _HEAD_IN if head else 0.0
@@ -46,9 +49,9 @@ def save_grid(
     axes.text(0.05, 0.7 * top, head, fontsize=10.5, color=INK, weight="bold", parse_math=False)
     for number, row in enumerate(rows):
         for column, cell in enumerate(row):
-            place = {"left": column * cell_in, "top": top + number * row_in}
-            _put(axes, cell, side=cell_in, **place)
-    axes.set(xlim=(0, width), ylim=(height, 0))  # drawing an image changes the limits
+            corner = {"left": column * cell_in, "top": top + number * row_in}
+            _put(axes, cell, side=cell_in, **corner)
+    axes.set(xlim=(0, width), ylim=(height, 0))  # drawing images has changed the limits
     save_png(figure, path)
 
 
@@ -62,5 +65,5 @@ def _put(axes: Axes, cell: Cell, *, left: float, top: float, side: float) -> Non
     axes.add_patch(Rectangle((x, y), side, side, fill=False, linestyle=style, **frame))
     text: dict[str, Any] = {"ha": "center", "va": "baseline", "fontsize": 9.5, "color": INK}
     for line, words in enumerate(cell.lines):
-        place = (left + cell_in / 2, top + cell_in + 0.1 + 0.16 * line)
-        axes.text(*place, words, parse_math=False, **text)
+        anchor = (left + cell_in / 2, top + cell_in + 0.1 + 0.16 * line)
+        axes.text(*anchor, words, parse_math=False, **text)

@@ -1,18 +1,20 @@
-"""Format metrics, parameters and times for readers: titles with units, short numbers."""
+"""Format metrics, parameters and times: titles with units, short numbers."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
-_PERCENT = ("_top1", "_share")
+_PERCENT_SUFFIXES = ("_top1", "_share")  # of metrics that are fractions
 
 
 class Measure(NamedTuple):
-    """How to print a metric."""
+    """The format of a metric."""
 
     words: str
+    """Name of the metric."""
     unit: str = ""
+    """Empty if it has none."""
     scale: float = 1.0
-    """Factor from the metric's value to that unit."""
+    """Factor from the metric's value to the unit."""
 
     @property
     def title(self) -> str:
@@ -20,7 +22,7 @@ class Measure(NamedTuple):
         return f"{self.words}, {self.unit}" if self.unit else self.words
 
     def text(self, value: float) -> str:
-        """Format a value in the unit, without the unit's name."""
+        """Format a value in the unit, without naming the unit."""
         return f"{self.scale * value:.1f}" if self.scale == 100 else number_text(value)
 
 
@@ -35,7 +37,7 @@ _KNOWN = {
     "final/knn_top1": _percent("Nearest-neighbour accuracy at the end"),
     "final/linear_top1": _percent("Accuracy of a linear probe, by SGD"),
     "final/linear_lbfgs_top1": _percent("Accuracy of a linear probe"),
-    "final/few_shot_top1": _percent("Accuracy by a few labels"),
+    "final/few_shot_top1": _percent("Accuracy with few labels"),
     "final/finetune_top1": _percent("Accuracy after fine-tuning"),
     "final/top1": _percent("Accuracy at the end"),
     "eval/rankme": Measure("RankMe when evaluated", "dimensions"),
@@ -52,18 +54,18 @@ _KNOWN = {
 
 
 def measure(key: str) -> Measure:
-    """Return the format of a metric, including those of a method."""
+    """Return the format of any metric, also of a method's own metrics."""
     if key in _KNOWN:
         return _KNOWN[key]
     section, _, name = key.partition("/")
     words = f"{section}: {name.removesuffix('_top1').replace('_', ' ') or key}"
     if name == "partner_top1":
         words = f"Partner view ranked first ({section})"
-    return _percent(words) if name.endswith(_PERCENT) else Measure(words)
+    return _percent(words) if name.endswith(_PERCENT_SUFFIXES) else Measure(words)
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
-    """Return a short name for each dotted key: its last part, or more if two keys share it.
+    """Return a short name for each dotted key: its last part, or more parts if keys share it.
 
     Keys such as ``backbone.name`` are named by their section.
     """
@@ -71,13 +73,13 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
     names = {}
     for key, parts in parts_of.items():
         tails = (parts[-length:] for length in range(1, len(parts) + 1))
-        alone = (t for t in tails if sum(p[-len(t) :] == t for p in parts_of.values()) == 1)
-        names[key] = " ".join(next(alone, parts)).replace("_", " ")
+        unique = (t for t in tails if sum(p[-len(t) :] == t for p in parts_of.values()) == 1)
+        names[key] = " ".join(next(unique, parts)).replace("_", " ")
     return names
 
 
 def value_text(value: object) -> str:
-    """Format a parameter's value; None is ``none``."""
+    """Format a parameter's value; None becomes ``none``."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (int, float)):
@@ -86,7 +88,7 @@ def value_text(value: object) -> str:
 
 
 def number_text(value: float) -> str:
-    """Format a number for readers: as an integer from 1,000 to 10 million, else with 4 digits."""
+    """Format a number: as an integer from 1,000 to 10 million, else with 4 significant digits."""
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
 
 

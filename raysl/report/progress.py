@@ -1,4 +1,4 @@
-"""Show progress over a count of images: a bar in a terminal, else a line every ten seconds."""
+"""Show the progress of a count of images: a bar on a terminal, else a line every ten seconds."""
 
 import time
 
@@ -16,7 +16,7 @@ class CountView:
         self._console = console(error=True)
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        self._what, self._total, self._done, self._began_with = "", 0, 0, 0
+        self._what, self._total, self._done, self._done_at_start = "", 0, 0, 0
         self._began = self._last_line = time.monotonic()
 
     def begin(self, what: str, *, total: int, done: int) -> None:
@@ -25,10 +25,10 @@ class CountView:
         Args:
             what: Name of the work, such as "packing".
             total: Number of images.
-            done: Number of images that were done in an earlier start.
+            done: Number of images that are already done, from an earlier start.
         """
         self.close()
-        self._what, self._total, self._done, self._began_with = what, total, done, done
+        self._what, self._total, self._done, self._done_at_start = what, total, done, done
         self._began = self._last_line = time.monotonic()
         if self._console.is_terminal:
             self._bar = Progress(
@@ -69,4 +69,4 @@ class CountView:
 
     def _speed(self) -> float:
         seconds = time.monotonic() - self._began
-        return (self._done - self._began_with) / seconds if seconds > 0 else 0.0
+        return (self._done - self._done_at_start) / seconds if seconds > 0 else 0.0

@@ -1,4 +1,4 @@
-"""Print to the terminal: a header, progress (on standard error), tables."""
+"""Print to the terminal: messages and progress on standard error, tables on standard output."""
 
 import json
 import shlex
@@ -25,9 +25,10 @@ from raysl.track.results import (
 
 _LINE_EVERY_S = 10.0
 _PLAIN_WIDTH = 110
-_MOST_NOTES = 12
+_MAX_NOTES = 12
 
-_SHOWN = (
+# Key, label and format of the metrics in a progress line.
+_PROGRESS_METRICS = (
     ("train/loss", "loss", "{:.3f}"),
     ("train/lr", "lr", "{:.2g}"),
     ("train/images_per_s", "img/s", "{:.0f}"),
@@ -40,7 +41,7 @@ _SHOWN = (
 
 
 def console(*, error: bool = False) -> Console:
-    """Return a console on standard output, or on standard error; as wide as a log line if piped."""
+    """Return a console on standard output, or on standard error; 110 columns wide if piped."""
     stream = sys.stderr if error else sys.stdout
     return Console(
         file=stream,
@@ -56,20 +57,20 @@ def say(text: str) -> None:
 
 
 def say_notes(source: Source, more: Sequence[str] = (), *, title: str | None = None) -> None:
-    """Print the notes of a source, such as on files that are skipped.
+    """Print the notes of a source, such as those about skipped files.
 
     Args:
-        source: The source.
+        source: The source of the notes.
         more: Further notes.
-        title: Line before the notes; None if the line before already names the source.
+        title: Line before the notes; None if the previous line names the source.
     """
     lines = [*source.notes, *more]
     if lines and title is not None:
         say(title)
-    for line in lines[:_MOST_NOTES]:
+    for line in lines[:_MAX_NOTES]:
         say(f"  {line}")
-    if len(lines) > _MOST_NOTES:
-        say(f"  {len(lines) - _MOST_NOTES:,} more: raysl data {shlex.quote(source.name)}")
+    if len(lines) > _MAX_NOTES:
+        say(f"  {len(lines) - _MAX_NOTES:,} more: raysl data {shlex.quote(source.name)}")
 
 
 def print_json(value: Mapping[str, Any]) -> None:
@@ -83,7 +84,7 @@ class ProgressView:
 
     Args:
         total_steps: Optimizer steps of the run.
-        done: Steps done before this start.
+        done: Optimizer steps that are already done, from an earlier start.
     """
 
     def __init__(self, *, total_steps: int, done: int) -> None:
@@ -94,7 +95,7 @@ class ProgressView:
         self._last_line = 0.0
         self._finished = False
         self._num_evaluations = 0
-        self._waits = False
+        self._said_waiting = False
         self._bar: Progress | None = None
         if self._console.is_terminal:
             self._bar = Progress(
@@ -110,7 +111,7 @@ class ProgressView:
             self._bar.start()
 
     def update(self, records: Sequence[Record], *, num_evaluations: int = 0) -> None:
-        """Show new records of the metrics file, and the number of unfinished evaluations."""
+        """Show new records of the metrics file, and the number of evaluations that are running."""
         changed = num_evaluations != self._num_evaluations
         self._num_evaluations = num_evaluations
         for record in records:
@@ -122,14 +123,14 @@ class ProgressView:
             self._bar.update(self._task, completed=self._step, metrics=self._text())
             return
         finished = self._step >= self.total_steps and not self._finished
-        due = time.monotonic() - self._last_line >= _LINE_EVERY_S and not self._finished
-        if due or finished:
+        is_due = time.monotonic() - self._last_line >= _LINE_EVERY_S and not self._finished
+        if is_due or finished:
             self._last_line = time.monotonic()
             self._finished = self._finished or finished
             text = self._text() or "first step done"
             self._console.print(f"step {self._step}/{self.total_steps}  {text}", markup=False)
-        if self._finished and num_evaluations and not self._waits:
-            self._waits = True
+        if self._finished and num_evaluations and not self._said_waiting:
+            self._said_waiting = True
             self._console.print(f"waiting for {self._evaluations()}", markup=False)
 
     def close(self) -> None:
@@ -140,11 +141,11 @@ class ProgressView:
     def _text(self) -> str:
         parts = [
             f"{label} {form.format(self._latest[name])}"
-            for name, label, form in _SHOWN
+            for name, label, form in _PROGRESS_METRICS
             if name in self._latest
         ]
         if self._num_evaluations:
-            parts.append(f"{self._evaluations()} under way")
+            parts.append(f"{self._evaluations()} running")
         return "  ".join(parts)
 
     def _evaluations(self) -> str:
@@ -153,7 +154,7 @@ class ProgressView:
 
 
 def accuracy_table(results: Results) -> Table:
-    """Return the table of what pretraining gave, against its start and bare pixels."""
+    """Return a table of accuracies: of pretrained features, untrained features and plain pixels."""
     table = Table(title="Accuracy of frozen features on the test images")
     table.add_column("features")
     probes = measured_probes(results)
@@ -173,7 +174,7 @@ def accuracy_table(results: Results) -> Table:
 
 
 def trained_lines(results: Results) -> list[str]:
-    """Return a line for each protocol that trained the network."""
+    """Return the accuracy of each protocol that trains the network, one line each."""
     values = cast(Mapping[str, Any], results)
     return [
         f"fine-tuned on {values[f'{name}_labels']:,} labels: {_cell(score)}"
@@ -186,7 +187,7 @@ def _probe_title(probe: str, results: Results) -> str:
     if probe == "knn":
         return f"kNN (k {results['knn_k']})"
     if probe == "few_shot":
-        few = f"{results['few_shot_labels']} labels a class"
+        few = f"{results['few_shot_labels']} labels per class"
         return f"{few} (mean of {results['few_shot_draws']})"
     return {"linear_lbfgs": "linear probe"}.get(probe, f"{probe} probe, by SGD")
 
@@ -209,6 +210,6 @@ def mapping_table(title: str, values: Mapping[str, Any]) -> Table:
 def classifier_line(results: Results) -> str:
     """Return the accuracy of a trained classifier in one line."""
     return (
-        f"right in {results['top1']:.1%} of {results['num_test_labels']:,} test images of "
-        f"{results['num_classes']} classes, with {results['num_labels']:,} labels"
+        f"{results['top1']:.1%} top-1 accuracy on {results['num_test_labels']:,} test images of "
+        f"{results['num_classes']} classes, trained with {results['num_labels']:,} labels"
     )

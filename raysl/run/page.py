@@ -13,12 +13,12 @@ from raysl.errors import DataError
 from raysl.evaluate.registry import PROTOCOLS
 from raysl.exchange.library_lines import encoder_lines
 from raysl.report.document import (
+    collapsible,
     draw_each,
     escape,
     files_section,
-    folded,
+    picture_html,
     section,
-    shown_picture,
     write_page,
 )
 from raysl.run.pictures import (
@@ -134,13 +134,13 @@ def write_report(folder: RunFolder, *, config: RunConfig[Any], derived: Derived)
     """
     results = folder.read_results() or Results()
     pictures = folder.pictures
-    curves = shown_picture(pictures, "curves", "Metrics over the optimizer step")
+    curves = picture_html(pictures, "curves", "Metrics over the optimizer step")
     sections = [
         _accuracy_section(folder, config, results),
         section("Training", curves, _CURVES),
-        section("What the method saw", shown_picture(pictures, "views", "Images, views"), _VIEWS),
+        section("What the method saw", picture_html(pictures, "views", "Images, views"), _VIEWS),
         _method_section(folder),
-        section("Map of the features", shown_picture(pictures, "map", "Map"), _MAP)
+        section("Map of the features", picture_html(pictures, "map", "Map"), _MAP)
         if _has_map(folder, config)
         else "",
         _encoder_section(config),
@@ -219,7 +219,7 @@ def _accuracy_section(folder: RunFolder, config: RunConfig[Any], results: Result
         cells = "".join(f"<td>{_accuracy_cell(results, features, probe)}" for probe in probes)
         rows.append(f"<tr><th scope=row>{escape(name)}{cells}")
     table = "<div class=scroll><table class=numbers>\n" + "\n".join(rows) + "\n</table></div>"
-    bars = shown_picture(folder.pictures, "accuracy", "Accuracies as bars")
+    bars = picture_html(folder.pictures, "accuracy", "Accuracies as bars")
     return section("Accuracy of the frozen features", table + bars, _protocol(config, results))
 
 
@@ -232,7 +232,7 @@ def _method_section(folder: RunFolder) -> str:
     return "\n".join(
         section(
             escape(name.replace("_", " ").capitalize()),
-            shown_picture(folder.pictures, f"method_{name}", escape(name)),
+            picture_html(folder.pictures, f"method_{name}", escape(name)),
             escape(grid.caption),
         )
         for name, grid in pictures.items()
@@ -319,8 +319,8 @@ def _settings_section(config: RunConfig[Any], derived: Derived) -> str:
         for key, value in derived._asdict().items()
     )
     table = f"<div class=scroll><table>\n{rows}\n</table></div>"
-    configuration = folded("Configuration, every value resolved", f"<pre>{escape(text)}</pre>")
-    derived_values = folded("Values derived from the configuration", table)
+    configuration = collapsible("Configuration, every value resolved", f"<pre>{escape(text)}</pre>")
+    derived_values = collapsible("Values derived from the configuration", table)
     return section("Settings", f"{configuration}\n{derived_values}")
 
 

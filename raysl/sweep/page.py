@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 from raysl.config.load import to_yaml
 from raysl.report.document import (
+    collapsible,
     draw_each,
     escape,
     files_section,
-    folded,
+    picture_html,
     section,
-    shown_picture,
     write_page,
 )
 from raysl.report.measure import (
@@ -132,7 +132,7 @@ def _write_page(
     sections = [_best_section(summary, display, next_line), _seeds_section(trials, sweep, display)]
     for name in pictures:
         title, note = about[name]
-        picture = f"<div class='scroll wide'>{shown_picture(folder.pictures, name, title)}</div>"
+        picture = f"<div class='scroll wide'>{picture_html(folder.pictures, name, title)}</div>"
         sections.append(section(title, picture, note))
     sections += [
         _trials_section(sweep, summary, display),
@@ -283,7 +283,7 @@ def _failed_section(summary: Summary) -> str:
 
 def _settings_section(sweep: SweepConfig) -> str:
     text = escape(to_yaml(sweep.model_dump(mode="json")))
-    return section("Settings", folded("The sweep, every value resolved", f"<pre>{text}</pre>"))
+    return section("Settings", collapsible("The sweep, every value resolved", f"<pre>{text}</pre>"))
 
 
 def _about_importance(summary: Summary) -> str:

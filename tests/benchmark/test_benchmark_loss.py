@@ -42,7 +42,7 @@ def test_measures_time_and_memory(form: str) -> None:
 def test_a_case_that_does_not_fit_is_told_and_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raysl.benchmark.loss.free_bytes", lambda: 4 << 30)
     found = measure_in_own_process("plain", 32768, 128)
-    assert found["problem"] == "not tried: needs 48 GiB, 4 GiB are free"
+    assert found["problem"] == "not run: needs 48 GiB, 4 GiB are free"
     assert found["ms"] is None
     assert found["peak_bytes"] is None
 
@@ -82,7 +82,7 @@ class TestCommand:
             asked.append((form, batch_size))
             cost = LossCost(form, batch_size, dim, 30_000.0, 1 << 20)
             if form == "plain" and batch_size > 8:
-                cost = LossCost(form, batch_size, dim, None, None, "not tried: needs 9 GiB")
+                cost = LossCost(form, batch_size, dim, None, None, "not run: needs 9 GiB")
             return cost._asdict()
 
         monkeypatch.setattr("raysl.benchmark.loss_command.measure_in_own_process", measured)
@@ -98,7 +98,7 @@ class TestCommand:
             (99, "tiled", 1 << 20),
         ]
         assert len(asked) == 4  # what takes half a minute, or does not fit, is not repeated
-        assert "not tried: needs 9 GiB" in out
+        assert "not run: needs 9 GiB" in out
         assert "measuring tiled at batch 8, repeat 1 of 2" in err
 
     @pytest.mark.parametrize("value", ["0", "x", "8,-1"])

@@ -54,7 +54,10 @@ class TestGivenFeatures:
     ) -> None:
         assert main(["duplicates", str(out), "--no-center"]) == 0
         printed, said = capsys.readouterr()
-        assert "2 groups at 0.98; 1 of them with several labels; 3 of 5 images to drop" in printed
+        assert (
+            "2 groups at similarity 0.98 (1 of them with several labels); 3 of 5 images to drop"
+            in printed
+        )
         assert (out / "_drop.txt").read_text().splitlines() == ["1.png", "3.png", "6.png"]
         condition = f'data.filter=[[row_id, not in file, "{out}/_drop.txt"]]'
         assert f"to leave them out: '{condition}'" in said
@@ -74,8 +77,8 @@ class TestGivenFeatures:
         command = ["duplicates", str(tmp_path / "apart"), "--no-center"]
         assert main([*command, "--contact-sheet", str(sheet)]) == 0
         printed, said = capsys.readouterr()
-        assert "0 groups at 0.98; 0 of 3 images to drop" in printed
-        assert "no groups at 0.98: nothing drawn" in said
+        assert "0 groups at similarity 0.98; 0 of 3 images to drop" in printed
+        assert "no groups at similarity 0.98: nothing was drawn" in said
         assert "to leave them out" not in said
         assert not sheet.exists()
         assert (tmp_path / "apart" / "_drop.txt").read_text() == ""

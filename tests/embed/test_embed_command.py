@@ -32,7 +32,7 @@ class TestWithoutRay:
         assert f"embedding 101 images from {photos}" in said
         assert "1, listed in " in printed
         assert (out / "_bad_images.jsonl").exists()
-        assert "64 an image" in printed
+        assert "64 per image" in printed
         assert f"next      raysl search '{out}' --grid neighbours.png\n" in printed
         assert f"          raysl duplicates '{out}' --contact-sheet duplicates.png\n" in printed
 
@@ -59,7 +59,7 @@ class TestWithoutRay:
         encoder = str(tiny_encoder(decoding=trained))
         words = ["digits", encoder, str(tmp_path / "out"), "limit=8", "num_workers=0"]
         assert main(["embed", *words]) == 0
-        assert 'color_profile="convert" here, and the encoder' in capsys.readouterr().err
+        assert 'color_profile="convert" here, but the encoder' in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("words", "text"),

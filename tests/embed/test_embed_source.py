@@ -189,7 +189,7 @@ class TestGoingOn:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         assert len(shards_of(out)) >= 2
-        with pytest.raises(DataError, match="has not finished there; the same command goes on"):
+        with pytest.raises(DataError, match="has not finished there; the same command resumes"):
             Embeddings(str(out))
         (out / ".features-000009-of-000013.parquet.0123").write_bytes(b"half")
         made = embed_it(photos, path, out)
@@ -217,7 +217,7 @@ class TestGoingOn:
             write(*given, **more)
 
         monkeypatch.setattr(module, "write_shard", full)
-        with pytest.raises(DataError, match=r"the disk is full\. What is complete stays"):
+        with pytest.raises(DataError, match=r"the disk is full\. Complete files are kept"):
             embed_it(photos, path, out)
         monkeypatch.undo()
         monkeypatch.setattr(embedding_module, "_MOST_IMAGES", 8)
@@ -261,7 +261,7 @@ class TestRefusals:
         assert embed_it(photos, tiny_encoder(), tmp_path / "out", max_bad_share=0.1).images == 100
 
     def test_no_encoder(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="no encoder there; give a run folder"):
+        with pytest.raises(ConfigError, match="no encoder there; give an encoder file"):
             encoder_file(str(tmp_path))
 
     def test_two_processes_in_one_folder(

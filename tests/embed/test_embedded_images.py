@@ -11,7 +11,7 @@ import pytest
 
 from raysl.embed.config import EmbedConfig
 from raysl.embed.embeddings import Embeddings
-from raysl.embed.images import embedded_as, open_again, open_queries
+from raysl.embed.images import embed_config, open_queries, reopen_source
 from raysl.embed.shards import embeddings_folder
 from raysl.embed.source import other_decoding
 from raysl.sources.open import open_source
@@ -51,9 +51,9 @@ def test_queries_are_decoded_as_the_embeddings_were(
     }
     embeddings_folder(str(out)).write_claim(about)
     embeddings = Embeddings(str(out))
-    assert embedded_as(embeddings) == config
-    assert open_again(embeddings).decoding(0) == config.decoding()
-    queries, _ = open_queries(str(image), decoding=embedded_as(embeddings).decoding())
+    assert embed_config(embeddings) == config
+    assert reopen_source(embeddings).decoding(0) == config.decoding()
+    queries, _ = open_queries(str(image), decoding=embed_config(embeddings).decoding())
     assert queries.decoding(0) == config.decoding()
     assert open_queries(str(image))[0].decoding(0) == PLAIN
 
@@ -64,5 +64,5 @@ def test_other_pixels_than_the_encoder_knows_are_told(tiny_encoder: Callable[...
     encoder = tiny_encoder("told", decoding=known)
     assert other_decoding(encoder, bits) == []
     (line,) = other_decoding(encoder, EmbedConfig(source="a"))
-    assert line.startswith('intensity=null here, and the encoder was trained with intensity={"bits')
+    assert line.startswith('intensity=null here, but the encoder was trained with intensity={"bits')
     assert other_decoding(tiny_encoder("not told"), bits) == []

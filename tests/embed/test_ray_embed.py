@@ -108,7 +108,7 @@ class TestPlanPools:
     def free(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         def set_free(cpus: list[float], gpus: list[int]) -> None:
             found = np.array(cpus), np.array(gpus, dtype=np.int64)
-            monkeypatch.setattr(module, "_free", lambda: found)
+            monkeypatch.setattr(module, "_free_resources", lambda: found)
             monkeypatch.setattr(module.ray, "cluster_resources", lambda: {"CPU": sum(cpus)})
 
         return set_free

@@ -45,18 +45,20 @@ class TestNeighborsOfAll:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setattr(module, "_BLOCK_ROWS", block)
-        monkeypatch.setattr(module, "_QUERIES", 2 * block)
-        embeddings = write_embeddings(tmp_path / "out", features + 1, center=center, kept_bytes=200)
+        monkeypatch.setattr(module, "_BLOCK_QUERIES", 2 * block)
+        embeddings = write_embeddings(
+            tmp_path / "out", features + 1, center=center, cache_bytes=200
+        )
         shifted = features.astype(np.float64) + (0 if center else 1)
         shifted -= shifted.mean(axis=0) if center else 0
         wanted, order = brute(shifted / np.linalg.norm(shifted, axis=1, keepdims=True), 9)
         parts = list(neighbors_of_all(embeddings, k=9, device=CPU))
-        assert sum(len(found.places) for _, found in parts) == 61
+        assert sum(len(found.positions) for _, found in parts) == 61
         found = Neighbors(
             *(torch.cat([getattr(p, f) for _, p in parts]) for f in Neighbors._fields)
         )
         assert np.abs(found.similarities.numpy() - wanted).max() < 1e-5
-        assert (found.places.numpy() == order).mean() > 0.99  # but for ties to rounding
+        assert (found.positions.numpy() == order).mean() > 0.99  # but for ties to rounding
 
     def test_of_equal_ones_the_first_come_first(
         self,
@@ -72,17 +74,17 @@ class TestNeighborsOfAll:
         embeddings = write_embeddings(tmp_path / "out", same)
         (start, found), *_ = neighbors_of_all(embeddings, k=3, device=CPU)
         assert start == 0
-        assert found.places[0].tolist() == [1, 2, 3]
-        assert found.places[2].tolist() == [0, 1, 3]
-        assert found.places[10].tolist() == [0, 1, 2]
+        assert found.positions[0].tolist() == [1, 2, 3]
+        assert found.positions[2].tolist() == [0, 1, 3]
+        assert found.positions[10].tolist() == [0, 1, 2]
 
     def test_fewer_than_k_are_minus_one(
         self, features: np.ndarray, tmp_path: Path, write_embeddings: Write
     ) -> None:
         embeddings = write_embeddings(tmp_path / "out", features[:3])
         ((_, found),) = neighbors_of_all(embeddings, k=5, device=CPU)
-        assert found.places[:, 2:].eq(-1).all()
-        assert found.places[:, :2].ge(0).all()
+        assert found.positions[:, 2:].eq(-1).all()
+        assert found.positions[:, :2].ge(0).all()
         assert found.similarities[:, 2:].eq(float("-inf")).all()
 
     def test_a_zero_vector_is_near_nothing(self, tmp_path: Path, write_embeddings: Write) -> None:
@@ -98,7 +100,7 @@ class TestNearest:
         angles = torch.linspace(0, 3.1, 12)
         block = torch.stack([angles.cos(), angles.sin()], dim=1)
         found = nearest(torch.tensor([[1.0, 0.0]]), [(5, block)], k=12)
-        assert found.places[0].tolist() == list(range(5, 17))
+        assert found.positions[0].tolist() == list(range(5, 17))
 
     def test_other_widths_are_refused(self) -> None:
         with pytest.raises(ShapeError, match="queries have 3 features, the embeddings 4"):
@@ -110,7 +112,7 @@ class TestNearest:
         embeddings = write_embeddings(tmp_path / "out", features)
         queries = embeddings.to_directions(torch.from_numpy(3 * features[[4, 50]]))
         found = search(embeddings, queries, k=2, device=CPU)
-        assert found.places[:, 0].tolist() == [4, 50]
+        assert found.positions[:, 0].tolist() == [4, 50]
         assert found.similarities[:, 0].numpy() == pytest.approx(1.0, abs=1e-6)
 
 
@@ -123,9 +125,9 @@ class TestEmbeddings:
         assert embeddings.rows[:4].tolist() == [0, 1, 3, 4]
         assert embeddings.ids(np.array([60, 2])) == [f"{embeddings.rows[60]}.png", "3.png"]
         assert [embeddings.label_name(place) for place in range(3)] == [None, "a", "b"]
-        assert embeddings.places_of([3, 0]).tolist() == [2, 0]
+        assert embeddings.positions_of([3, 0]).tolist() == [2, 0]
         with pytest.raises(DataError, match="row 2 has no features"):
-            embeddings.places_of([0, 2])
+            embeddings.positions_of([0, 2])
 
     def test_a_missing_shard_is_noticed(
         self, features: np.ndarray, tmp_path: Path, write_embeddings: Write

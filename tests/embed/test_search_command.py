@@ -112,7 +112,7 @@ def test_a_query_that_is_missing_or_no_image_is_named(
 ) -> None:
     command = ["search", str(embedded.out), "--query"]
     assert main([*command, "none.png"]) == 1
-    assert "--query none.png: no such image" in capsys.readouterr().err
+    assert "--query none.png: no such file" in capsys.readouterr().err
     (tmp_path / "text.png").write_bytes(b"<html>")
     assert main([*command, str(tmp_path / "text.png")]) == 1
     assert "text.png: " in capsys.readouterr().err

@@ -360,7 +360,7 @@ class TestWeightsRefused:
             path.write_bytes(pickle.dumps(content["extra"]))
         else:
             torch.save(content, path)
-        self.refused(path, "not a file of tensors alone, and code in it is not run")
+        self.refused(path, "it tries to run code when loaded")
         assert not trace.exists()
 
     def test_a_file_that_is_not_there(self, tmp_path: Path) -> None:

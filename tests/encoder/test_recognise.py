@@ -44,7 +44,7 @@ def test_what_the_tensors_do_not_tell_is_said() -> None:
         with torch.device("meta"):
             net = build_backbone(BackboneConfig(**section), image_size_px=32).net
         state = {n: StoredTensor(tuple(v.shape), v.clone) for n, v in net.state_dict().items()}
-        return recognise(state).guessed
+        return recognise(state).assumptions
 
     assert guesses(name="resnet18") == guesses(name="convnext_tiny") == ()
     assert "backbone.stem=cifar" in guesses(name="resnet18", stem="small")[0]
@@ -83,6 +83,6 @@ def test_heads_that_are_assumed_name_what_sets_them_otherwise() -> None:
     with torch.device("meta"):
         net = build_backbone(BackboneConfig(name="vit_small", depth=1), image_size_px=32).net
     state = {n: StoredTensor(tuple(v.shape), v.clone) for n, v in net.state_dict().items()}
-    heads = recognise(state).guessed[1]
+    heads = recognise(state).assumptions[1]
     assert heads.startswith("backbone.num_heads=6 (")
     assert heads.endswith("; otherwise backbone.num_heads=12")

@@ -173,7 +173,7 @@ def test_a_classifier_gives_its_logits(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(logits), model(images()), rtol=1e-5, atol=1e-5)
     known = session.get_modelmeta().custom_metadata_map
     assert json.loads(known["class_names"]) == ["cat", "dog", "cow"]
-    with pytest.raises(ConfigError, match=r"--format timm holds an encoder, and .* a classifier"):
+    with pytest.raises(ConfigError, match=r"--format timm supports encoders only; .* a classifier"):
         export(exportable, "timm", tmp_path / "c.safetensors", ExportConfig())
 
 
@@ -228,7 +228,7 @@ class TestHuggingFace:
         other = tmp_path / "photos"
         other.mkdir()
         (other / "cat.jpg").write_bytes(b"")
-        with pytest.raises(ConfigError, match="holds other things than an export"):
+        with pytest.raises(ConfigError, match="holds files that are not an export"):
             export(open_exportable(folder), "huggingface", other, ExportConfig())
         assert (other / "cat.jpg").exists()
 

@@ -35,7 +35,7 @@ def test_writes_below_the_run_checks_and_prints_how_to_load(
     assert export["difference"] < 1e-5
     assert export["seconds"] > 0
     assert f'    model = torch.jit.load("{path}")\n' in printed
-    assert "torchscript: writing and checking" in said
+    assert "torchscript: writing and verifying" in said
 
 
 def test_of_several_formats_one_that_fails_does_not_keep_the_others_from_being_written(

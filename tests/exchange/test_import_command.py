@@ -35,8 +35,8 @@ def test_prints_what_it_assumed_and_what_sets_it_otherwise(
     assert main(["import", str(moco_file), "-o", str(out)]) == 0
     printed, said = capsys.readouterr()
     assert "assumed" in printed
-    assert "to set one of these otherwise: raysl import FILE SETTING=VALUE" in said
-    assert "nothing in the file was run" in said
+    assert "to change an assumption: raysl import FILE SETTING=VALUE" in said
+    assert "no code from the file was run" in said
     file = out / "encoder.safetensors"
     assert f"next      raysl evaluate '{file}' data.source=digits\n" in printed
     assert f"photos    raysl evaluate '{file}' data.source=FOLDER\n" in printed
@@ -47,9 +47,9 @@ def test_prints_what_it_assumed_and_what_sets_it_otherwise(
     ("words", "text"),
     [
         (["-o", "moco.pth"], "ends with .safetensors"),
-        (["--layout", "dino"], "holds no network of the layout dino; there is: "),
+        (["--layout", "dino"], "holds no network of the layout dino; it holds: "),
         (["stem=small"], "unknown key 'stem'"),
-        (["network=none"], "holds no network=none; there is: "),
+        (["network=none"], "holds no network=none; it holds: "),
         (["image_size_px=0"], "image_size_px: Input should be greater than 0"),
     ],
 )
@@ -72,7 +72,7 @@ def test_does_not_write_over_the_file_itself(
 ) -> None:
     path = moco_file.rename(tmp_path / "w.safetensors")
     assert main(["import", str(path), "-o", str(path)]) == 1
-    assert "is the file itself; give another place" in capsys.readouterr().err
+    assert "is the file to import; give another path" in capsys.readouterr().err
 
 
 def test_a_layout_that_does_not_exist_is_a_usage_error(

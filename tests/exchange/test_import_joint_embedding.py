@@ -263,7 +263,7 @@ class TestWhatIsAssumed:
         torch.testing.assert_close(encoder(images), resnet(1)(images))
         assert imported.taken.startswith(f"the momentum backbone ({other})")
         assert not any(guess.startswith("network=") for guess in imported.guessed)
-        with pytest.raises(ConfigError, match=r"no network=teacher; there is: state_dict/backbone"):
+        with pytest.raises(ConfigError, match=r"no network=teacher; it holds: state_dict/backbone"):
             bring(tmp_path, content, network="teacher")
 
     def test_solo_learns_own_arguments_tell_the_data_set(self, tmp_path: Path) -> None:

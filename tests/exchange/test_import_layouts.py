@@ -420,7 +420,7 @@ def test_what_is_imported_gives_the_features_of_the_layouts_own_definition(
     assert_said(imported, case)
     found = choose(find_networks(read_content(path)), case.layout)
     assert found is not None
-    assert found.taken == imported.taken
+    assert found.description == imported.taken
 
     backbone = build_backbone(imported.backbone, image_size_px=imported.image_size_px).eval()
     said = load_weights(backbone, path)
@@ -435,5 +435,5 @@ def assert_said(imported: Imported, case: Case) -> None:
     assert imported.taken.startswith(f"{case.taken} (")
     unnormalised = case.layout == "simclr"
     assert imported.mean == ((0, 0, 0) if unnormalised else (0.485, 0.456, 0.406))
-    whose = "none, the pixels as they are" if unnormalised else "ImageNet's"
+    whose = "none, unnormalised pixels" if unnormalised else "ImageNet's"
     assert sum(f"] ({whose}, " in guess for guess in imported.guessed) == 1

@@ -131,7 +131,7 @@ class TestFolders:
     def test_what_ours_are_not_is_refused(self, tmp_path: Path) -> None:
         transformers = pytest.importorskip("transformers")
         net = transformers.ViTModel(transformers.ViTConfig(**TINY, hidden_act="relu"))
-        with pytest.raises(DataError, match=r"hidden_act=relu, and ours have gelu"):
+        with pytest.raises(DataError, match=r"hidden_act=relu; raysl's networks have gelu"):
             bring(saved(net, tmp_path / "vit"), tmp_path)
 
 

@@ -207,7 +207,7 @@ class TestAdvise:
         [
             ([jpeg(n, height=1024, width=1280) for n in range(3)], "short_side_px=256` makes"),
             ([jpeg(1)] * 3, "2 images are copies of others"),
-            ([jpeg(1), jpeg(2), b""], "33.3% of the images are broken"),
+            ([jpeg(1), jpeg(2), b""], "33.3% of the images are bad"),
             ([jpeg(1), jpeg(2)], "2 images are few"),
             ([jpeg(1), jpeg(2)], "The images are small (30 px)"),
             ([jpeg(1), jpeg(2)], "There are no labels"),
@@ -241,7 +241,7 @@ class TestAdvise:
         values = np.linspace(-3, 700, 64 * 64).reshape(64, 64).astype(np.float32)
         images = {f"{n}.tif": encoded("TIFF", values) for n in range(2)}
         said = self.advice(write(tmp_path / "images", images))
-        assert "100.0% of the images are broken" in said
+        assert "100.0% of the images are bad" in said
         assert "from -3 to 700" in said
         assert "data.intensity=[-3, 700]" in said
 

@@ -23,7 +23,7 @@ from raysl.errors import DataError
 from raysl.pack import run as pack_module
 from raysl.pack import shards as pack_shards
 from raysl.pack.config import PackConfig
-from raysl.pack.run import Facts, PackResult, in_threads, pack
+from raysl.pack.run import Facts, PackResult, pack, thread_runner
 from raysl.pack.shards import Job
 from raysl.sources.manifest import read_manifest
 from raysl.sources.open import open_source
@@ -48,7 +48,7 @@ def open_it(config: PackConfig) -> Source:
 
 def pack_it(out: Path, *, threads: int = 2, run: Any = None, **settings: Any) -> PackResult:
     config = PackConfig(num_workers=0, **settings)
-    runner = run or in_threads(threads)
+    runner = run or thread_runner(threads)
     return pack(open_it(config), config, str(out), run=runner, view=Silent())
 
 
@@ -181,7 +181,7 @@ class TestShards:
         monkeypatch.setattr(
             pack_module, "_estimate", lambda *_: {"shards": 3, "estimated_bytes": 30_000}
         )
-        pack(source, config, str(tmp_path / "out"), run=in_threads(1), view=Silent())
+        pack(source, config, str(tmp_path / "out"), run=thread_runner(1), view=Silent())
         assert asked == list(range(60))
 
     def test_open_as_a_source_that_the_manifest_describes(
@@ -278,13 +278,13 @@ class TestGoingOn:
         code = (
             "import time; from pathlib import Path; from unittest.mock import Mock\n"
             "from raysl.pack import shards as s; from raysl.sources.open import open_source\n"
-            "from raysl.pack.run import PackConfig, in_threads, pack\n"
+            "from raysl.pack.run import PackConfig, thread_runner, pack\n"
             "from raysl.sources.source import DataConfig\n"
             "kept = s.pack_image\n"
             "s.pack_image = lambda *a: (time.sleep(0.02), kept(*a))[1]\n"
             f"config = PackConfig(source={given!r}, num_workers=0, **{SMALL})\n"
             f"source = open_source(config, data=DataConfig(source={given!r}))\n"
-            f"pack(source, config, {str(out)!r}, run=in_threads(1), view=Mock())\n"
+            f"pack(source, config, {str(out)!r}, run=thread_runner(1), view=Mock())\n"
         )
         process = subprocess.Popen([sys.executable, "-c", code])
         ended = time.monotonic() + 60
@@ -319,7 +319,7 @@ class TestRoom:
 
         with monkeypatch.context() as patch:
             patch.setattr(writer, "_flush", full)
-            with pytest.raises(DataError, match=r"the disk is full.*the same command goes on"):
+            with pytest.raises(DataError, match=r"the disk is full.*the same command resumes"):
                 pack_it(out, source=given, **SMALL)
         assert [p for p in out.iterdir() if p.name.startswith(".part")] == []
         assert not (out / "manifest.json").exists()
@@ -332,7 +332,7 @@ class TestRoom:
     ) -> None:
         usage = namedtuple("usage", "total used free")
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10_000))
-        with pytest.raises(DataError, match="are needed, 0 MiB are free; make room"):
+        with pytest.raises(DataError, match="are needed, 0 MiB are free; free some space"):
             pack_it(tmp_path / "out", source=str(folder))
 
 

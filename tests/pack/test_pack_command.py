@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raysl.pack.config import PackConfig
-from raysl.pack.run import in_threads
+from raysl.pack.run import thread_runner
 from raysl.pack.shards import Job
 
 
@@ -59,17 +59,17 @@ class TestPack:
     ) -> None:
         events: list[Any] = []
 
-        def on_ray(num_workers: int | None) -> Any:
+        def ray_runner(num_workers: int | None) -> Any:
             events.append(num_workers)
 
             def run(function: Any, source: Any, job: Job, calls: Any, *, report: Any) -> Any:
                 assert isinstance(job.config, PackConfig)
                 events.append("run")
-                yield from in_threads(1)(function, source, job, calls, report=report)
+                yield from thread_runner(1)(function, source, job, calls, report=report)
 
             return run
 
-        monkeypatch.setattr("raysl.pack.command.on_ray", on_ray)
+        monkeypatch.setattr("raysl.pack.command.ray_runner", ray_runner)
         monkeypatch.setattr("raysl.pack.command.connect", lambda: events.append("on") or True)
         monkeypatch.setattr("raysl.pack.command.disconnect", lambda: events.append("off"))
         assert call("pack", "digits", tmp_path / "a", "limit=9", "num_workers=3").status == 0

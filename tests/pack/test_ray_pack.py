@@ -14,8 +14,8 @@ import pytest
 
 from raysl.errors import ClusterError, DataError
 from raysl.pack.config import PackConfig
-from raysl.pack.ray_pack import on_ray
-from raysl.pack.run import Runner, in_threads, pack
+from raysl.pack.ray_pack import ray_runner
+from raysl.pack.run import Runner, pack, thread_runner
 from raysl.pack.shards import BucketFacts, Job
 from raysl.sources.open import open_source
 from raysl.sources.source import DataConfig, Source
@@ -74,8 +74,8 @@ class TestOnRay:
     def test_gives_the_same_shards_to_the_bit(
         self, kind: str, num_workers: int | None, sources: dict[str, Path], tmp_path: Path
     ) -> None:
-        view = pack_it(tmp_path / "ray", on_ray(num_workers), source=sources[kind])
-        pack_it(tmp_path / "here", in_threads(2), source=sources[kind])
+        view = pack_it(tmp_path / "ray", ray_runner(num_workers), source=sources[kind])
+        pack_it(tmp_path / "here", thread_runner(2), source=sources[kind])
         assert files_of(tmp_path / "ray") == files_of(tmp_path / "here")
         assert len(list((tmp_path / "ray").glob("part-*.parquet"))) > 2
         assert all(0 < count <= 40 for count in view.counts)
@@ -96,14 +96,14 @@ class TestOnRay:
         source = open_source(config, data=DataConfig(source=config.source))
         (tmp_path / "pack.json").write_text("{}")
         job = Job(config, str(tmp_path), 40, 1, True)
-        made = on_ray(None)(fragile, source, job, [(0,), (1,)], report=lambda _: None)
+        made = ray_runner(None)(fragile, source, job, [(0,), (1,)], report=lambda _: None)
         assert sorted(facts.bad for facts in made) == [[("0", "ray")], [("1", "ray")]]
 
     def test_raises_what_a_task_raised(self, sources: dict[str, Path], tmp_path: Path) -> None:
         for path in list(sources["folder"].rglob("*.png"))[:20]:
             path.write_bytes(b"")
         with pytest.raises(DataError, match="images are bad so far"):
-            pack_it(tmp_path / "out", on_ray(None), source=sources["folder"])
+            pack_it(tmp_path / "out", ray_runner(None), source=sources["folder"])
 
     def test_a_node_that_does_not_see_the_folder_is_named(
         self, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -111,4 +111,4 @@ class TestOnRay:
         # The claim is what tells a node that it sees the folder.
         monkeypatch.setattr("raysl.pack.run.PackFolder.write_claim", lambda *_: None)
         with pytest.raises(ClusterError, match=r"node .* does not see .*/out: on several nodes"):
-            pack_it(tmp_path / "out", on_ray(None), source=sources["folder"])
+            pack_it(tmp_path / "out", ray_runner(None), source=sources["folder"])

@@ -53,7 +53,7 @@ class TestDrawContactSheet:
         assert read(tmp_path / "a.png").size
 
     def test_no_image_is_an_error_that_says_so(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="there is no image"):
+        with pytest.raises(DataError, match="there are no images"):
             draw_contact_sheet(tmp_path / "a.png", [], captions=None, title="x")
 
     def test_a_path_that_cannot_be_written_is_one_error(self, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from raysl.report.document import draw_each, files_section, section, shown_picture, write_page
+from raysl.report.document import draw_each, files_section, picture_html, section, write_page
 
 
 def test_what_cannot_be_drawn_is_told_and_leaves_no_old_picture(tmp_path: Path) -> None:
@@ -28,8 +28,8 @@ def test_a_page_holds_its_sections_in_order_and_leaves_out_empty_ones(tmp_path: 
 def test_a_picture_is_shown_at_half_its_pixels(tmp_path: Path) -> None:
     size = (1320).to_bytes(4, "big") + (620).to_bytes(4, "big")
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(8) + size)
-    assert "width=660 height=310" in shown_picture(tmp_path, "a", "A picture")
-    assert f"not drawn ({tmp_path.name}/b.png)" in shown_picture(tmp_path, "b", "Another")
+    assert "width=660 height=310" in picture_html(tmp_path, "a", "A picture")
+    assert f"not drawn ({tmp_path.name}/b.png)" in picture_html(tmp_path, "b", "Another")
 
 
 def test_lists_the_files_that_are_there(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ class TestAccuracyTable:
     def test_has_no_column_of_few_labels_where_there_were_too_few(self) -> None:
         known = {name: value for name, value in RESULTS.items() if "few_shot" not in name}
         shown = text(accuracy_table(known))
-        assert "labels a class" not in shown
+        assert "labels per class" not in shown
         assert all(part in shown for part in ("90.0%", "95.0%", "50.0%", "55.0%"))
 
     def test_says_what_fine_tuning_gave(self) -> None:
@@ -60,7 +60,7 @@ class TestProgressView:
     def test_says_what_the_end_waits_for_once(self, capsys: pytest.CaptureFixture[str]) -> None:
         view = ProgressView(total_steps=4, done=0)
         view.update([{"step": 2, "time": 0.0, "train/loss": 3.0}], num_evaluations=1)
-        assert "1 evaluation under way" in capsys.readouterr().err
+        assert "1 evaluation running" in capsys.readouterr().err
         view.update([{"step": 4, "time": 0.0, "train/loss": 2.0}], num_evaluations=2)
         view.update([], num_evaluations=2)
         view.update([{"step": 2, "time": 0.0, "eval/knn_top1": 0.5}], num_evaluations=1)
