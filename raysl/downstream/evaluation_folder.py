@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from raysl.errors import RunFolderError
 from raysl.folder.claim import changes, refusal
-from raysl.folder.lock import held
+from raysl.folder.lock import lock_folder
 from raysl.folder.whole import appears_whole, read_json, write_json
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -45,7 +45,7 @@ class EvaluationFolder:
             RunFolderError: On entering, if another process holds it, or it cannot be made.
         """
         instead = "give this evaluation another name=..."
-        return held(self.path, doing="is evaluating in", instead=instead)
+        return lock_folder(self.path, doing="is evaluating in", instead=instead)
 
     def claim(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return what is known of the features if they are there; refuse those of something else.
