@@ -241,5 +241,5 @@ def test_a_data_worker_loads_neither_torch_nor_scikit_learn_nor_ray_nor_mlflow(m
 
 def test_a_pack_that_has_not_finished_is_no_source(tmp_path: Path) -> None:
     (tmp_path / "pack.json").write_text("{}")
-    with pytest.raises(DataError, match="has not finished there; the same pack again"):
+    with pytest.raises(DataError, match="has not finished in this folder; run the same pack again"):
         open_source(SourceConfig(source=str(tmp_path)), data=DataConfig(source=str(tmp_path)))

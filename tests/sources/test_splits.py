@@ -148,8 +148,7 @@ class TestChoice:
     def test_is_said_with_what_lies_beside_it(self) -> None:
         line = describe_choice("train", {"train": 1200, "test": 30}, "image")
         assert line == (
-            "the split train is read (1,200 images); data.split=NAME reads what lies beside it: "
-            "test (30)"
+            "the split train is read (1,200 images); data.split=NAME reads another one: test (30)"
         )
         assert describe_choice("train", {"train": 2}, "file") == (
             "the split train is read (2 files)"
