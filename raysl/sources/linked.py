@@ -63,7 +63,7 @@ def _why_unsupported(link: Link, *, on_disk: bool) -> str:
     if not link.path:
         return "is empty"
     if "://" in link.path:
-        return "is a URL, but only file paths are read: download the images first"
+        return "is a URL; only file paths are read: download the images first"
     if on_disk:
         return ""
     if link.path.startswith("/"):

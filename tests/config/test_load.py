@@ -207,7 +207,7 @@ class TestExtends:
 
     def test_a_file_that_extends_itself_is_a_circle(self, tmp_path: Path) -> None:
         (tmp_path / "a.yaml").write_text("extends: ./a.yaml")
-        with pytest.raises(ConfigError, match="circle"):
+        with pytest.raises(ConfigError, match="forms a cycle"):
             read_mapping(tmp_path / "a.yaml")
 
     def test_a_missing_parent_names_the_nearest_file(self, tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ class TestListFiles:
         (path := tmp_path / "drop.txt").write_text("a/0.jpg\nc/0.jpg\n")
         _, notes = self.kept(path, "not in file", *parts)
         assert notes[1:] == (
-            f"1 of the 2 lines of {path} is no row_id of this source, such as 'c/0.jpg'",
+            f"1 of the 2 lines of {path} is not a row_id of this source, such as 'c/0.jpg'",
         )
 
     def test_an_empty_list_drops_nothing_and_says_so_but_cannot_keep_any(

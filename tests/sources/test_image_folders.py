@@ -63,7 +63,7 @@ class TestSplits:
 
     def test_one_that_is_not_there_is_an_error(self, tmp_path: Path) -> None:
         _write(tmp_path, *IMAGENET)
-        with pytest.raises(DataError, match=r"split=test: the splits .* are train, validation$"):
+        with pytest.raises(DataError, match=r"split=test: .*; existing splits: train, validation$"):
             _open(tmp_path, split="test")
         with pytest.raises(DataError, match=r"split=test: no such split; existing splits: none$"):
             _open(tmp_path / "train", split="test")
@@ -179,5 +179,5 @@ class TestShards:
 def test_a_built_in_set_has_two_splits() -> None:
     assert _open("digits", split="test").group_sizes.tolist() == [450]
     assert _open("digits", held_out=True).group_sizes.tolist() == [450]
-    with pytest.raises(DataError, match=r"split=validation: .* there are train, test$"):
+    with pytest.raises(DataError, match=r"split=validation: .*; existing splits: train, test$"):
         _open("digits", split="validation")

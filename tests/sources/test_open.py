@@ -207,7 +207,7 @@ class TestErrors:
 
     def test_a_file_of_another_kind_is_not_parquet(self, tmp_path: Path) -> None:
         (tmp_path / "list.csv").write_text("a,b\n")
-        with pytest.raises(DataError, match=r"list\.csv: not a Parquet file"):
+        with pytest.raises(DataError, match=r"list\.csv is not named like a Parquet file"):
             _open(tmp_path / "list.csv")
 
     def test_a_folder_without_images_names_the_endings_it_looked_for(self, tmp_path: Path) -> None:

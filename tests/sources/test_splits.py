@@ -136,7 +136,7 @@ class TestChoice:
         assert choose_split((), None, held_out=True, where="x") is None
 
     def test_of_one_that_is_not_there_lists_those_that_are(self) -> None:
-        with pytest.raises(DataError, match=r"^x: split=dev: .* there are train, test$"):
+        with pytest.raises(DataError, match=r"^x: split=dev: .*; existing splits: train, test$"):
             choose_split(("train", "test"), "dev", held_out=False, where="x")
         with pytest.raises(DataError, match=r"there are none$"):
             choose_split((), "test", held_out=False, where="x")

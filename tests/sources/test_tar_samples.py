@@ -157,8 +157,8 @@ class TestDots:
         assert _classes(source) == ["spring", "summer"]
         assert source.row_id(1) == "a.tar/day/photo.2021.06.jpg"
         assert source.notes == (
-            "2 images with the same names up to the first dot as others are taken one by "
-            "one: 2021.05.jpg (1), 2021.06.jpg (1)",
+            "2 images share their names up to the first dot with others but are used as separate "
+            "images: 2021.05.jpg (1), 2021.06.jpg (1)",
         )
 
     def test_masks_that_are_taken_for_images_are_said_with_the_setting_against_it(
@@ -188,8 +188,8 @@ class TestDots:
         assert len(found.tally.one_by_one) == 11
         assert found.tally.one_by_one.total() == 40
         assert _open(path).notes == (
-            "40 images with the same names up to the first dot as others are taken one by "
-            "one: 000.jpg (1), 001.jpg (1), 002.jpg (1), others (37)",
+            "40 images share their names up to the first dot with others but are used as separate "
+            "images: 000.jpg (1), 001.jpg (1), 002.jpg (1), others (37)",
         )
 
 
