@@ -1,4 +1,4 @@
-"""Every setting with its type, default and meaning, written from the classes that read them."""
+"""Write the reference of all settings, with type, default and meaning, from their classes."""
 
 import inspect
 import json
@@ -23,10 +23,10 @@ from raysl.sweep.config import SweepConfig
 _HEAD = """\
 # Every setting
 
-Written by `raysl config --reference FILE` from the classes that read the settings; a test compares.
-A key is `section.key`, in YAML and as an override (`optim.base_lr=0.1`). `null` is "not set"; no
-default means that it has to be given. What a setting needs to have an effect:
-[settings.md](settings.md). Ready configurations: `raysl config --list`.
+`raysl config --reference FILE` writes this file from the classes that read the settings; a test
+compares. A key is `section.key`, in YAML and as an override (`optim.base_lr=0.1`). `null` means
+"not set"; a setting without a default is required. [settings.md](settings.md) says when a setting
+has an effect. `raysl config --list` prints the shipped configurations.
 """
 _VERBS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("A sweep", "`raysl sweep`", SweepConfig),
@@ -40,18 +40,18 @@ _VERBS: tuple[tuple[str, str, type[BaseModel]], ...] = (
 _WORDS = {int: "integer", float: "number", str: "text", bool: "true, false", NoneType: "null"}
 _BOUNDS = (("gt", "> {}"), ("ge", ">= {}"), ("lt", "< {}"), ("le", "<= {}"))
 _TAGS = ("name", "recipe", "op")
-_OF_A_TAG = "Selects this section."
+_TAG_MEANING = "Selects this section."
 
 
 class _Section(NamedTuple):
     key: str
     model: type[BaseModel]
     title: str
-    """The key, and which of several sections that may stand there."""
+    """The key, with the name of the section if several are allowed there."""
 
 
 def reference() -> str:
-    """Return the page, in Markdown."""
+    """Return the reference of all settings, in Markdown."""
     seen: set[type[BaseModel]] = set()
     lines = [_HEAD, "## A run\n", "`raysl pretrain`, `finetune` and `distill`.\n"]
     lines += _tables(RunConfig, seen, without=("method",))
@@ -71,10 +71,10 @@ def _tables(
     title: str = "",
     without: tuple[str, ...] = (),
 ) -> Iterator[str]:
-    """Yield the table of a section, then those of the sections in it that had none before."""
-    waiting = [_Section(key, model, title)]
-    while waiting:
-        section = waiting.pop(0)
+    """Yield the tables of a section and of the sections in it, without those in ``seen``."""
+    queue = [_Section(key, model, title)]
+    while queue:
+        section = queue.pop(0)
         if section.model in seen:
             continue
         seen.add(section.model)
@@ -82,7 +82,7 @@ def _tables(
             yield f"### {section.title}\n"
         yield "| key | type | default | |"
         yield "|---|---|---|---|"
-        below: list[_Section] = []
+        subsections: list[_Section] = []
         for name, field in section.model.model_fields.items():
             if name in without and section.model is model:
                 continue
@@ -90,11 +90,11 @@ def _tables(
             is_tag = name in _TAGS and get_origin(field.annotation) is Literal
             default = "" if field.is_required() and not is_tag else _code(_default(field))
             cells = (_code(dotted), _type(field.annotation, field.metadata), default)
-            meaning = _meaning(section.model, name) or (_OF_A_TAG if is_tag else "")
+            meaning = _meaning(section.model, name) or (_TAG_MEANING if is_tag else "")
             yield f"| {' | '.join(cells)} | {meaning} |"
-            below += _sections(dotted, field)
+            subsections += _sections(dotted, field)
         yield ""
-        waiting = below + waiting
+        queue = subsections + queue
 
 
 def _sections(dotted: str, field: FieldInfo) -> Iterator[_Section]:
@@ -106,10 +106,10 @@ def _sections(dotted: str, field: FieldInfo) -> Iterator[_Section]:
 
 
 def _meaning(model: type[BaseModel], name: str) -> str:
-    """Return the description of a field, which a class that changes its default inherits."""
+    """Return the description of a field, inherited if a subclass only changes the default."""
     owners = [c for c in model.__mro__ if issubclass(c, BaseModel) and name in c.model_fields]
     texts = [owner.model_fields[name].description for owner in owners]
-    # A section that is not described where it stands says itself what it is.
+    # A field of one section without a description takes the docstring of the section.
     sections = models_in(model.model_fields[name].annotation)
     texts += [inspect.getdoc(section) for section in sections if len(sections) == 1]
     return " ".join(next((text for text in texts if text), "").split("\n\n")[0].split()).replace(
@@ -128,7 +128,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _type(annotation: Any, metadata: Any = ()) -> str:
-    """Return what a field takes, in words, with the bounds of numbers."""
+    """Return the type of a field in words, with the bounds of numbers."""
     bounds = [
         text.format("2^63" if getattr(rule, name) == 1 << 63 else f"{getattr(rule, name):g}")
         for rule in _rules(metadata)
@@ -170,7 +170,7 @@ def _union_type(arguments: tuple[Any, ...]) -> str:
 
 
 def _tag(model: type[BaseModel]) -> str | None:
-    """Return the name by which a section is chosen among those that may stand in one place."""
+    """Return the name that selects a section in a union; None if there is no single name."""
     tags = tags_of(model)
     return tags[0] if len(tags) == 1 else None
 

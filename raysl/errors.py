@@ -2,26 +2,26 @@
 
     RayslError
     +-- ConfigError         a key, a value or a combination in a YAML file or an override
-    +-- DataError           a source that cannot be opened or does not hold what was asked for
+    +-- DataError           a source that cannot be opened, or that lacks the requested content
     |   +-- DecodeError     bytes that are not an image
     +-- ShapeError          a tensor of the wrong shape (also a ValueError)
-    +-- ClusterError        too few CPUs or GPUs, a folder that a node does not see
+    +-- ClusterError        too few CPUs or GPUs, a folder that a node cannot reach
     +-- RunFolderError      a run folder in use, damaged, or of another configuration
-    +-- ExportError         what was written does not do what it should
+    +-- ExportError         an exported encoder with other results than the original
     +-- DivergedError       a loss or gradient that is not finite
     +-- CollapsedError      features that are the same for every image
-    +-- SweepError          a sweep whose trials were lost or failed, or that has no best one
+    +-- SweepError          a sweep whose trials were lost or failed, or that has no best trial
 
-Each takes one message: Ray pickles exceptions between processes, and a class whose ``__init__``
-takes more loses its text on the way. A message says where, what was given, what is allowed and
-what to do. Where an error has to cross as plain values it goes as an :class:`ErrorRecord`.
+Each takes one argument, the message: Ray pickles exceptions between processes, and a class whose
+``__init__`` takes more arguments loses its message. A message says where the problem is, what was
+given, what is allowed and what to do. :class:`ErrorRecord` stores an error as plain values.
 """
 
 from typing import TypedDict, final
 
 
 class RayslError(Exception):
-    """The parent of all; the command line prints its message without a traceback."""
+    """Base class of all; the command line prints its message without a traceback."""
 
 
 class ConfigError(RayslError):
@@ -29,11 +29,11 @@ class ConfigError(RayslError):
 
 
 class DataError(RayslError):
-    """A source cannot be opened, or does not hold what was asked for."""
+    """A source cannot be opened, or lacks the requested content."""
 
 
 class DecodeError(DataError):
-    """Bytes that are not an image we can decode."""
+    """Bytes are not an image that raysl can decode."""
 
 
 class ShapeError(RayslError, ValueError):
@@ -41,7 +41,7 @@ class ShapeError(RayslError, ValueError):
 
 
 class ClusterError(RayslError):
-    """The cluster cannot run what was asked for."""
+    """The cluster cannot run the requested work."""
 
 
 class RunFolderError(RayslError):
@@ -49,7 +49,7 @@ class RunFolderError(RayslError):
 
 
 class ExportError(RayslError):
-    """A copy in another format does not do what the original does; it is not kept."""
+    """An encoder in another format has other results than the original; it is not kept."""
 
 
 class DivergedError(RayslError):
@@ -61,7 +61,7 @@ class CollapsedError(RayslError):
 
 
 class SweepError(RayslError):
-    """A sweep lost trials, or some failed, or none of them is the best."""
+    """A sweep lost trials, some of its trials failed, or it has no best trial."""
 
 
 @final
@@ -69,7 +69,7 @@ class ErrorRecord(TypedDict):
     """A raysl error as plain values, for another process or a file."""
 
     error: str
-    """Name of its class."""
+    """Name of the error's class."""
     message: str
 
 
@@ -87,5 +87,5 @@ def from_record(record: ErrorRecord) -> RayslError:
 
 
 def counted(number: int, what: str) -> str:
-    """Return "1 image", "2 images", "1,200 images" for a message; ``what`` is the singular."""
+    """Format a count for a message: "1 image", "1,200 images"; ``what`` is the singular."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -1,8 +1,8 @@
-"""The base classes of augmentation operations, and what their batched versions share.
+"""Base classes of augmentation operations, and helpers of their batched versions.
 
-An operation is planned first, which draws all random numbers and sees no pixels, and then applied,
-which draws none. Data workers import this package and must not load torch: code for the
-accelerator imports it inside functions only.
+An operation runs in two steps: planning draws all random numbers and sees no pixels; applying the
+plan draws no numbers. Data workers import this package and must not load torch, so code for the
+accelerator imports torch inside functions only.
 """
 
 from abc import abstractmethod
@@ -24,10 +24,10 @@ LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
 class Operation(Config):
-    """A random transform of a view's pixels, which only the CPU can run.
+    """A random transform of a view's pixels on the CPU.
 
-    A subclass defines its settings, :meth:`draw` unless it has no parameters, and
-    :meth:`transform`.
+    A subclass defines its settings and :meth:`transform`. If the transform has parameters, the
+    subclass also defines :meth:`draw`.
     """
 
     op: str
@@ -48,7 +48,7 @@ class Operation(Config):
         return image if plan is None else self.transform(image, plan)
 
     def draw(self, rng: np.random.Generator, /) -> Any:
-        """Draw the parameters of one transform; True if there are none."""
+        """Draw the parameters of one transform. The default is True, for no parameters."""
         return True
 
     @abstractmethod
@@ -64,35 +64,38 @@ class Operation(Config):
 class DeviceOperation(Operation):
     """An operation that the accelerator can also run, on a batch (``data.color_on: device``).
 
-    Data workers still draw the plans, so the views equal those of the CPU up to rounding: the
-    batched version rounds to whole levels like its uint8 counterpart and differs from it by 0.03
-    levels on average; the hue, which OpenCV quantises to 256 steps, by 0.2.
+    The plan is drawn by a data worker in either case, so the views differ only by rounding. Both
+    versions round to whole levels; their mean difference is 0.03 levels. For the hue it is 0.2,
+    because OpenCV quantises the hue to 256 steps.
 
-    A subclass also defines :meth:`transform_batch`, and :attr:`num_params` and :meth:`to_numbers`
-    unless it has no parameters.
+    A subclass also defines :meth:`transform_batch`. If the transform has parameters, the subclass
+    also defines :attr:`num_params` and :meth:`to_numbers`.
     """
 
     num_params: ClassVar[int] = 0
     """Number of values that :meth:`to_numbers` returns."""
 
     def plan_numbers(self, plan: Any, *, size_px: int) -> tuple[float, ...]:
-        """Return a plan as 1 and its parameters, or as zeros if it is None.
+        """Convert a plan to numbers: 1 and the parameters, or only zeros for the plan None.
 
         Args:
-            plan: The result of :meth:`plan`.
-            size_px: Side of the view.
+            plan: The result of :meth:`plan`; None leaves the image unchanged.
+            size_px: Side of the view in pixels.
+
+        Returns:
+            ``1 + num_params`` numbers.
         """
         if plan is None:
             return (0.0,) * (1 + self.num_params)
         return (1.0, *self.to_numbers(plan, size_px))
 
     def apply_batch(self, images: "Tensor", numbers: Floats) -> "Tensor":
-        """Apply the plans of a batch.
+        """Transform the images of a batch whose plan is not None.
 
         Args:
             images: ``(N, 3, S, S)`` float32 on the device, whole levels in [0, 255]; not written
                 to.
-            numbers: ``(N, 1 + num_params)`` float32 on the CPU, from :meth:`plan_numbers`.
+            numbers: ``(N, 1 + num_params)`` float32 on the CPU: :meth:`plan_numbers` of each image.
 
         Returns:
             ``(N, 3, S, S)`` float32, whole levels in [0, 255].
@@ -104,7 +107,7 @@ class DeviceOperation(Operation):
         return images.index_copy(0, index, self.transform_batch(images[index], params))
 
     def to_numbers(self, params: Any, size_px: int, /) -> tuple[float, ...]:
-        """Return the parameters as numbers, for a view of ``size_px``."""
+        """Convert parameters to ``num_params`` numbers, for a view of side ``size_px``."""
         return ()
 
     @abstractmethod
@@ -114,7 +117,7 @@ class DeviceOperation(Operation):
         Args:
             images: ``(N, 3, S, S)`` float32 on the device, whole levels in [0, 255]; must not be
                 written to.
-            params: ``(N, num_params)`` float32 on the CPU, from :meth:`to_numbers`.
+            params: ``(N, num_params)`` float32 on the CPU: :meth:`to_numbers` of each image.
 
         Returns:
             ``(N, 3, S, S)`` float32, whole levels in [0, 255].
@@ -123,16 +126,16 @@ class DeviceOperation(Operation):
 
 def to_device(array: npt.NDArray[Any], images: "Tensor") -> "Tensor":
     """Copy an array to the device of ``images``."""
-    import torch  # noqa: PLC0415 - data workers load this module, and no torch
+    import torch  # noqa: PLC0415 - data workers load this module but not torch
 
     return torch.from_numpy(array).to(images.device, non_blocking=True)
 
 
 def to_levels(images: "Tensor") -> "Tensor":
-    """Round to whole levels and clamp to [0, 255]."""
+    """Round pixels to whole levels and clamp them to [0, 255]."""
     return images.round().clamp(0, 255)
 
 
 def to_luma(images: "Tensor") -> "Tensor":
-    """Return the luma of ``(N, 3, S, S)`` as ``(N, 1, S, S)``, not rounded."""
+    """Return the luma of images ``(N, 3, S, S)`` as ``(N, 1, S, S)``, without rounding."""
     return (images * to_device(LUMA, images).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)

@@ -17,16 +17,17 @@ Interpolation = Literal["bilinear", "bicubic"]
 Border = Literal["black", "reflect"]
 """The pixels beyond an image: black, or the mirror image without repeating the outermost row."""
 
-# Above this many samples a pixel and direction, direct area averaging is the faster way to shrink.
+# Above this many samples per output pixel and direction, direct area averaging shrinks faster.
 _MOST_SAMPLES = 3
-# Below this factor, plain interpolation is faster than two samples and as close to an antialiased
-# resize or closer (mean difference at 1.1: 0.7 levels both; at 1.05: 0.4 against 0.7).
-_BARELY = 1.1
+# Up to this downscaling factor, plain interpolation is faster than averaging two samples, and at
+# least as close to an antialiased resize (mean difference at 1.1: 0.7 levels for both; at 1.05: 0.4
+# against 0.7).
+_INTERPOLATE_UP_TO = 1.1
 # OpenCV's cubic kernel has a = -0.75, Pillow's and TensorFlow's -0.5. The kernel is linear in a, so
 # this share of a = -0.75 and the rest of a = 0 (nearly linear interpolation) give -0.5.
 _CUBIC_SHARE = 2 / 3
-# When shrinking further than this, Pillow first averages over whole pixels: the result looks the
-# same, and a frame of 2,000 pixels takes milliseconds instead of tens of them.
+# When shrinking by more than this factor, Pillow first averages blocks of whole pixels: the result
+# looks the same, and a frame of 2,000 pixels takes a few milliseconds instead of tens.
 _REDUCING_GAP = 3.0
 
 
@@ -43,18 +44,18 @@ class CropBox(NamedTuple):
 
 
 class Crop(Config):
-    """Random crop, resized to the view's side: of random area and aspect ratio, or a square."""
+    """Random crop, a box of random area and shape or a square, resized to the view's side."""
 
     idle: ClassVar[tuple[Idle, ...]] = (Idle(("scale", "ratio"), {"short_side": (GIVEN,)}),)
     scale: tuple[Fraction, Fraction] = (0.08, 1.0)
-    """Range of the crop's area over the image's."""
+    """Range of the crop's area, as a fraction of the image's area."""
     ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
     """Range of width over height."""
     short_side: tuple[Fraction, Fraction] | None = None
-    """Crop a square instead: range of its side over the image's short side."""
+    """Crop a square instead: range of its side, as a fraction of the image's short side."""
     pad: Fraction | None = None
-    """Add a border to the image before cropping the square: its width over the image's short side
-    (0.125: 4 px on each side of CIFAR-10's 32). Requires short_side."""
+    """Add a border to the image before cropping the square: its width, as a fraction of the image's
+    short side (0.125: 4 px on each side of CIFAR-10's 32). Requires short_side."""
     border: Border = "black"
     """The border: black, or the image's mirror image (reflect)."""
     interpolation: Interpolation = "bilinear"
@@ -64,16 +65,16 @@ class Crop(Config):
     """Average over the pixels when the crop shrinks; false interpolates, which is faster."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> "Crop":
+    def _check_order(self) -> "Crop":
         check_ranges(self, "scale", "ratio", "short_side")
         return self
 
     @model_validator(mode="after")
-    def _border_is_there(self) -> "Crop":
+    def _check_border(self) -> "Crop":
         if self.pad is not None and self.short_side is None:
             raise ValueError(
-                f"pad={self.pad:g} is for squares: give short_side too, [1, 1] for one of the "
-                f"image's shorter side"
+                f"pad={self.pad:g} needs short_side, as only squares get a border; set short_side "
+                f"too ([1, 1]: a square of the image's short side)"
             )
         if self.border != "black" and self.pad is None:
             raise ValueError(f"border={self.border} needs pad, the width of the border")
@@ -156,11 +157,11 @@ def apply_crop(
 
     Args:
         image: ``(H, W, 3)`` uint8.
-        box: A rectangle, inside the image or beyond it by less than the image's sides.
+        box: A rectangle inside the image, or beyond it by less than the image's sides.
         size_px: Side of the result in pixels, > 0.
         interpolation: See :func:`resize`.
         antialias: Whether shrinking averages over the source pixels.
-        border: The pixels beyond the image.
+        border: What fills the box beyond the image.
 
     Returns:
         ``(size_px, size_px, 3)`` uint8; shares memory with the image only if nothing changes.
@@ -171,14 +172,14 @@ def apply_crop(
 
 def _cut(image: Image, box: CropBox, border: Border) -> Image:
     height, width = image.shape[:2]
-    above, before = max(0, -box.top), max(0, -box.left)
+    above, left_of = max(0, -box.top), max(0, -box.left)
     below = max(0, box.top + box.height - height)
-    after = max(0, box.left + box.width - width)
-    if not above + before + below + after:
+    right_of = max(0, box.left + box.width - width)
+    if not above + left_of + below + right_of:
         return image[box.top : box.top + box.height, box.left : box.left + box.width]
     kind = cv2.BORDER_CONSTANT if border == "black" else cv2.BORDER_REFLECT_101
-    padded = cv2.copyMakeBorder(image, above, below, before, after, kind, value=0)
-    top, left = box.top + above, box.left + before
+    padded = cv2.copyMakeBorder(image, above, below, left_of, right_of, kind, value=0)
+    top, left = box.top + above, box.left + left_of
     return padded[top : top + box.height, left : left + box.width]  # type: ignore[return-value]
 
 
@@ -189,7 +190,7 @@ def resize(
     interpolation: Interpolation = "bilinear",
     antialias: bool = True,
 ) -> Image:
-    """Resize to a square.
+    """Resize an image to a square.
 
     Args:
         patch: ``(H, W, 3)`` uint8.
@@ -197,8 +198,8 @@ def resize(
         interpolation: ``bilinear``, the default of torchvision, or ``bicubic``: Keys' kernel with a
             = -0.5, as in Pillow and TensorFlow, which keeps more fine detail.
         antialias: Whether shrinking averages over the source pixels, in each direction separately,
-            as Pillow does. Without it, as in ``tf.image.resize``, and for enlarging, it
-            interpolates between the nearest two or four pixels.
+            as Pillow does. False, as in ``tf.image.resize``, interpolates between the nearest two
+            or four pixels; enlarging always does.
 
     Returns:
         ``(size_px, size_px, 3)`` uint8; shares memory with the input only if nothing changes.
@@ -218,13 +219,13 @@ def _bilinear(patch: Image, size_px: int, *, antialias: bool) -> Image:
     height, width = patch.shape[:2]
     size, longest = (size_px, size_px), max(height, width)
     factor = -(-longest // size_px)
-    if not antialias or longest <= _BARELY * size_px:
+    if not antialias or longest <= _INTERPOLATE_UP_TO * size_px:
         return cv2.resize(patch, size, interpolation=cv2.INTER_LINEAR)  # type: ignore[return-value]
     if factor > _MOST_SAMPLES and min(height, width) >= size_px:
         return cv2.resize(patch, size, interpolation=cv2.INTER_AREA)  # type: ignore[return-value]
-    # Area averaging is only fast by one integer factor in both directions. For a frame of 500 x
-    # 375, this takes 0.32 ms against 0.75 ms directly (0.45 ms by 1 x 2), and is closer to an
-    # antialiased resize.
+    # Area averaging is only fast if both directions shrink by the same integer factor, so
+    # interpolate to a multiple of the size first. A frame of 500 x 375 then takes 0.32 ms instead
+    # of 0.75 ms, and the result is closer to an antialiased resize.
     fine = (factor * size_px, factor * size_px)
     samples = cv2.resize(patch, fine, interpolation=cv2.INTER_LINEAR)
     return cv2.resize(samples, size, interpolation=cv2.INTER_AREA)  # type: ignore[return-value]
@@ -249,8 +250,8 @@ def shrink_box(box: CropBox, factor: float, *, height: int, width: int) -> CropB
     Args:
         box: The box.
         factor: Downscaling factor, > 0.
-        height: Height of the smaller image in pixels; the box is kept inside.
-        width: Likewise.
+        height: Height of the smaller image in pixels; the result lies inside it.
+        width: Width of the smaller image in pixels.
     """
     h = min(height, max(1, round(box.height / factor)))
     w = min(width, max(1, round(box.width / factor)))

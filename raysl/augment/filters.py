@@ -26,7 +26,8 @@ class Blur(DeviceOperation):
     sigma_px: tuple[PositiveFloat, PositiveFloat] = (0.1, 2.0)
     """Range of the standard deviation, in pixels of the view."""
     kernel_fraction: Fraction | None = 0.1
-    """Largest kernel over the view's side (SimCLR: a tenth); null: three standard deviations."""
+    """Largest kernel size, as a fraction of the view's side (SimCLR: a tenth); null ends the kernel
+    at three standard deviations."""
     num_params: ClassVar[int] = 2
 
     def draw(self, rng: np.random.Generator) -> float:
@@ -34,7 +35,7 @@ class Blur(DeviceOperation):
         return uniform(rng, *self.sigma_px)
 
     def num_taps(self, sigma_px: float, size_px: int) -> int:
-        """Return the number of taps of the kernel for a view of ``size_px``, odd.
+        """Return the number of taps of the kernel, an odd number, for a view of side ``size_px``.
 
         Taps beyond three standard deviations cost time and change nothing, so the kernel ends
         there at the latest.
@@ -88,18 +89,18 @@ class Sobel(DeviceOperation):
     prob: Probability = 0.5
 
     def transform(self, image: Image, params: bool) -> Image:
-        """Write the magnitude into all three channels."""
+        """Write the gradient's magnitude into all three channels."""
         grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
         across = cv2.Sobel(grey, cv2.CV_32F, 1, 0, borderType=cv2.BORDER_REPLICATE)
         down = cv2.Sobel(grey, cv2.CV_32F, 0, 1, borderType=cv2.BORDER_REPLICATE)
-        # Not cv2.magnitude: its last bit depends on where the arrays lie in memory, and so did one
-        # pixel in a thousand, by a level.
+        # cv2.magnitude is not reproducible: its last bit depends on the arrays' memory addresses,
+        # which changes one pixel in a thousand by one level.
         magnitude = np.sqrt(across * across + down * down)
         edges = np.clip(np.rint(magnitude / 4), 0, 255).astype(np.uint8)
         return cv2.cvtColor(edges, cv2.COLOR_GRAY2RGB)  # type: ignore[return-value]
 
     def transform_batch(self, images: "Tensor", params: Floats) -> "Tensor":
-        """Write the magnitude into all three channels of every image."""
+        """Write the gradient's magnitude into all three channels of every image."""
         from torch.nn.functional import conv2d, pad  # noqa: PLC0415 - data workers load no torch
 
         grey = pad(to_luma(images).round(), (1, 1, 1, 1), mode="replicate")
@@ -130,7 +131,7 @@ class Noise(Operation):
     """Range of the standard deviation, for pixels in [0, 1]."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> "Noise":
+    def _check_order(self) -> "Noise":
         check_ranges(self, "sigma")
         return self
 

@@ -29,13 +29,13 @@ class CropPart(DeviceOperation):
     op: Literal["crop"] = "crop"
     prob: Probability = 1.0
     scale: tuple[Fraction, Fraction] = (0.08, 1.0)
-    """Range of the crop's area over the view's."""
+    """Range of the crop's area, as a fraction of the view's area."""
     ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
     """Range of width over height."""
     num_params: ClassVar[int] = 4
 
     @model_validator(mode="after")
-    def _ordered(self) -> "CropPart":
+    def _check_order(self) -> "CropPart":
         check_ranges(self, "scale", "ratio")
         return self
 
@@ -66,18 +66,19 @@ class CropPart(DeviceOperation):
 def _enlarge(images: "Tensor", dim: int, *, first: Floats, length: Floats) -> "Tensor":
     """Stretch ``length`` rows or columns, starting at ``first``, to the full side, per image."""
     size = images.shape[dim]
-    position = (np.arange(size) + 0.5) * (length / size)[:, None] - 0.5  # (N, S), from ``first``
-    position = np.clip(position, 0, length[:, None] - 1)
-    below = np.floor(position)
+    # Source coordinate of each result pixel, relative to ``first``, ``(N, S)``.
+    coordinate = (np.arange(size) + 0.5) * (length / size)[:, None] - 0.5
+    coordinate = np.clip(coordinate, 0, length[:, None] - 1)
+    below = np.floor(coordinate)
     above = np.minimum(below + 1, length[:, None] - 1)
     shape = [len(images), 1, 1, 1]
     shape[dim] = size
 
-    def pixels_at(positions: npt.NDArray[np.float64]) -> "Tensor":
-        index = to_device((first[:, None] + positions).astype(np.int64), images)
+    def pixels_at(coordinates: npt.NDArray[np.float64]) -> "Tensor":
+        index = to_device((first[:, None] + coordinates).astype(np.int64), images)
         return images.gather(dim, index.view(shape).expand(images.shape))
 
-    share = to_device((position - below).astype(np.float32), images).view(shape)
+    share = to_device((coordinate - below).astype(np.float32), images).view(shape)
     return pixels_at(below).lerp(pixels_at(above), share)
 
 
@@ -138,8 +139,8 @@ class QuarterTurn(Operation):
 class CutoutPlan(NamedTuple):
     """A square to fill, in fractions of the view's side."""
 
-    row: float  # of its centre, in [0, 1)
-    column: float
+    row: float  # row of its centre, in [0, 1)
+    column: float  # column of its centre, in [0, 1)
     side: float
 
 
@@ -152,18 +153,18 @@ class Cutout(DeviceOperation):
     op: Literal["cutout"] = "cutout"
     prob: Probability = 0.5
     side: tuple[Fraction, Fraction] = (0.25, 0.5)
-    """Range of the square's side over the view's."""
+    """Range of the square's side, as a fraction of the view's side."""
     fill: Annotated[int, Field(ge=0, le=255)] = 124
     """Fill level; 124 is near zero after ImageNet's mean is subtracted."""
     num_params: ClassVar[int] = 3
 
     @model_validator(mode="after")
-    def _ordered(self) -> "Cutout":
+    def _check_order(self) -> "Cutout":
         check_ranges(self, "side")
         return self
 
     def draw(self, rng: np.random.Generator) -> CutoutPlan:
-        """Draw the square, all three numbers uniform."""
+        """Draw the square's centre and side, all uniform in their ranges."""
         return CutoutPlan(float(rng.random()), float(rng.random()), uniform(rng, *self.side))
 
     def transform(self, image: Image, square: CutoutPlan) -> Image:
@@ -177,18 +178,18 @@ class Cutout(DeviceOperation):
         return result
 
     def to_numbers(self, square: CutoutPlan, size_px: int) -> tuple[float, ...]:
-        """Return the square's centre and side, in fractions."""
+        """Return the square's centre (row, column) and side, as fractions of the view's side."""
         return square
 
     def transform_batch(self, images: "Tensor", params: Floats) -> "Tensor":
         """Fill the square of each image."""
         size = images.shape[2]
         row, column, side = params.T[:, :, None]  # each (N, 1)
-        half, positions = side * size / 2, np.arange(size)
+        half, pixels = side * size / 2, np.arange(size)
 
         def inside(centre: Floats) -> "Tensor":
             low, high = np.rint(centre * size - half), np.rint(centre * size + half)
-            return to_device((positions >= low) & (positions < high), images)
+            return to_device((pixels >= low) & (pixels < high), images)
 
         square = inside(row)[:, None, :, None] & inside(column)[:, None, None, :]
         return images.masked_fill(square, float(self.fill))

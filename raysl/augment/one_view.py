@@ -1,4 +1,4 @@
-"""View recipes with a single view, for methods that compare none and for supervised training."""
+"""View recipes with one view, for methods that compare no views and for supervised training."""
 
 from typing import Literal
 
@@ -72,7 +72,7 @@ class RotationViews(Recipe):
     and crop a square of that side anywhere (0.125 for CIFAR-10: 4 of 32 px)."""
 
     @model_validator(mode="after")
-    def _one_kind_of_crop(self) -> "RotationViews":
+    def _check_crop(self) -> "RotationViews":
         default = type(self).model_fields["min_scale"].default
         if self.pad is not None and self.min_scale != default:
             raise ValueError(

@@ -50,7 +50,7 @@ class PairViews(Config):
     first: Augmentation = "crop"
     """Augmentation of the one view that is transformed; the other view is plain."""
     second: Augmentation = "color"
-    """Applied after the first; the same as the first applies it once."""
+    """Augmentation applied after the first; if both are the same, it is applied once."""
 
     def views(self) -> tuple[View, ...]:
         """Return the transformed view and the plain one."""

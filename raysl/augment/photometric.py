@@ -23,7 +23,8 @@ _IDENTITY = np.eye(3, 4, dtype=np.float32)
 _LEVELS = np.arange(256, dtype=np.float32)
 
 BrightnessKind = Literal["multiply", "add"]
-"""Whether brightness multiplies the pixels, which also changes the contrast, or is added."""
+"""Whether the pixels are multiplied by the brightness, which also changes the contrast, or it is
+added to them."""
 
 
 class JitterPlan(NamedTuple):
@@ -51,9 +52,9 @@ class ColorJitter(DeviceOperation):
     """multiply: a factor from 1 - brightness to 1 + brightness, as in torchvision. add: a value
     from -brightness to +brightness, for pixels in [0, 1], as in the code of BYOL's authors."""
     contrast: NonNegativeFloat = 0.8
-    """Likewise the factor of contrast."""
+    """The factor of contrast is drawn from [max(0, 1 - contrast), 1 + contrast]."""
     saturation: NonNegativeFloat = 0.8
-    """Likewise the factor of saturation."""
+    """The factor of saturation is drawn from [max(0, 1 - saturation), 1 + saturation]."""
     hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.2
     """Largest shift of the hue to either side, in turns."""
     num_params: ClassVar[int] = 8
@@ -87,9 +88,9 @@ class ColorJitter(DeviceOperation):
         factors = to_device(params[:, :4], images)
         order = params[:, 4:].astype(np.int64)
         brighten = _brightness if self.brightness_kind == "multiply" else _added_brightness
-        for position in range(4):
+        for turn in range(4):
             for number, step in enumerate((brighten, _contrast, _saturation, _hue)):
-                rows = np.flatnonzero(order[:, position] == number)
+                rows = np.flatnonzero(order[:, turn] == number)
                 if len(rows):
                     index = to_device(rows, images)
                     changed = step(images[index], factors[index, number].view(-1, 1, 1, 1))
@@ -125,12 +126,12 @@ def apply_saturation(image: Image, factor: float) -> Image:
 
 
 def _mix_channels(image: Image, matrix: npt.NDArray[np.float32]) -> Image:
-    """Apply a (3, 4) matrix to (R, G, B, 1); rounds and clamps. Three times as fast as a table."""
+    """Apply a (3, 4) matrix to (R, G, B, 1), round and clamp: 3 times as fast as a lookup table."""
     return cv2.transform(image, matrix)  # type: ignore[return-value]
 
 
 def apply_hue(image: Image, shift: float) -> Image:
-    """Shift the hue by ``shift`` turns in [-0.5, 0.5]; value and saturation stay."""
+    """Shift the hue by ``shift`` turns in [-0.5, 0.5]; value and saturation do not change."""
     if shift == 0:
         return image
     # OpenCV maps a full turn to 256 levels in one direction and to 255 in the other.
@@ -158,14 +159,14 @@ def _saturation(images: "Tensor", factor: "Tensor") -> "Tensor":
 
 
 def _hue(images: "Tensor", shift: "Tensor") -> "Tensor":
-    """Shift the hue; saturation and value stay.
+    """Shift the hue; saturation and value do not change.
 
     Source: Smith 1978, "Color gamut transform pairs" (the hexcone model).
     """
     value = images.max(dim=1, keepdim=True).values
     chroma = value - images.min(dim=1, keepdim=True).values
     red, green, blue = images.split(1, dim=1)
-    safe = chroma.clamp(min=1)
+    safe = chroma.clamp(min=1)  # grey pixels have no chroma, and any sector leaves them grey
     sector = (2 + (blue - red) / safe).where(value == green, 4 + (red - green) / safe)
     sector = ((green - blue) / safe).where(value == red, sector) + 6 * shift
     offsets = to_device(np.array([5, 3, 1], dtype=np.float32), images).view(1, 3, 1, 1)
@@ -198,7 +199,7 @@ class Solarise(DeviceOperation):
     op: Literal["solarise"] = "solarise"
     prob: Probability = 0.2
     threshold: Annotated[int, Field(ge=0, le=256)] = 128
-    """Values from here on are inverted, of 255."""
+    """Levels from this one on are inverted; the highest level is 255."""
 
     def transform(self, image: Image, params: bool) -> Image:
         """Invert the levels from the threshold on."""

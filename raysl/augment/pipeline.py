@@ -1,4 +1,4 @@
-"""Define a view as a crop and a sequence of operations; plan it, then apply it."""
+"""Define a view as a crop and a sequence of operations; draw its plan, then apply the plan."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -126,7 +126,7 @@ def device_ops(view: View) -> tuple[DeviceOperation, ...]:
 
 
 def num_device_numbers(ops: Sequence[DeviceOperation]) -> int:
-    """Return the length of :func:`device_numbers`."""
+    """Return how many numbers :func:`device_numbers` returns."""
     return sum(1 + op.num_params for op in ops)
 
 
@@ -138,7 +138,7 @@ def device_numbers(
     Args:
         ops: The last operations of the view, from :func:`device_ops`.
         plan: The plan of the whole view.
-        size_px: Side of the view.
+        size_px: Side of the view in pixels.
     """
     steps = plan.steps[len(plan.steps) - len(ops) :]
     return tuple(
@@ -168,7 +168,7 @@ def apply_device_ops(images: "Tensor", ops: Sequence[DeviceOperation], numbers: 
 
 
 class Recipe(Config):
-    """Settings that the recipes of papers share."""
+    """Settings that all recipes from papers have."""
 
     size_px: PositiveInt = 224
     """Side of the views in pixels; of the large ones, if there are several sizes."""

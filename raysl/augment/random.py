@@ -6,8 +6,8 @@ import numpy as np
 
 MAX_VIEWS = 256
 _MASK_64 = (1 << 64) - 1
-_borrowed = threading.local()
-_REPLACEMENTS = 1 << 63  # not used as second word by any view's key
+_thread_state = threading.local()
+_REPLACEMENTS = 1 << 63  # second word of their keys, beyond those of all views
 
 
 def borrow_view_stream(*, seed: int, epoch: int, index: int, view: int) -> np.random.Generator:
@@ -20,23 +20,23 @@ def borrow_view_stream(*, seed: int, epoch: int, index: int, view: int) -> np.ra
     Args:
         seed: The run's seed, 0 <= seed < 2**64.
         epoch: Number of the epoch, >= 0.
-        index: Row of the image in its source, >= 0.
+        index: Key of the image, >= 0: its row, or a number beyond all rows if an epoch repeats it.
         view: Number of the view, 0 <= view < 256.
 
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
     if not 0 <= view < MAX_VIEWS:
         raise ValueError(f"view must be in [0, {MAX_VIEWS}); got {view}")
-    if not hasattr(_borrowed, "philox"):
-        _borrowed.philox = np.random.Philox(key=0)
-        _borrowed.generator = np.random.Generator(_borrowed.philox)
-        _borrowed.state = _borrowed.philox.state
+    if not hasattr(_thread_state, "philox"):
+        _thread_state.philox = np.random.Philox(key=0)
+        _thread_state.generator = np.random.Generator(_thread_state.philox)
+        _thread_state.state = _thread_state.philox.state
     key = np.array([seed & _MASK_64, (epoch * MAX_VIEWS + view) & _MASK_64], dtype=np.uint64)
     # The lowest word counts the numbers drawn, the highest is the image: streams never overlap.
     counter = np.array([0, 0, 0, index], dtype=np.uint64)
-    _borrowed.state["state"] = {"key": key, "counter": counter}
-    _borrowed.philox.state = _borrowed.state
-    return _borrowed.generator  # type: ignore[no-any-return]
+    _thread_state.state["state"] = {"key": key, "counter": counter}
+    _thread_state.philox.state = _thread_state.state
+    return _thread_state.generator  # type: ignore[no-any-return]
 
 
 def replacement_stream(*, seed: int, epoch: int, key: int) -> np.random.Generator:
@@ -53,5 +53,5 @@ def replacement_stream(*, seed: int, epoch: int, key: int) -> np.random.Generato
 
 
 def uniform(rng: np.random.Generator, low: float, high: float) -> float:
-    """Return the same number as ``rng.uniform(low, high)``, to the bit, three times as fast."""
+    """Draw the same number as ``rng.uniform(low, high)``, bit for bit, three times as fast."""
     return low + (high - low) * float(rng.random())

@@ -1,4 +1,4 @@
-"""View recipes of papers with several views, by name, with the usual settings to change."""
+"""View recipes with several views, named after their papers, and views composed in YAML."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -34,8 +34,8 @@ class SimCLRViews(Recipe):
     blur), and the authors' tf2/data_util.py: bicubic crops (319), multiplied brightness (36,
     version 2's, which is the default for both).
     Departs: The authors' resize does not average when it shrinks: antialias=false. This is not the
-    default here, because images of other sizes than ImageNet's would suffer. The sides of their
-    crops are uniform and contain a tenth of the image or more (TensorFlow's
+    default here, because it degrades images of other sizes than ImageNet's. The sides of their
+    crops are uniform and each crop contains at least a tenth of the image (TensorFlow's
     sample_distorted_bounding_box with min_object_covered 0.1); ours are uniform in the area.
     """
 
@@ -45,7 +45,7 @@ class SimCLRViews(Recipe):
     min_scale: Fraction = 0.08
     """Smallest area of a crop over the area of the image."""
     color_strength: NonNegativeFloat = 1.0
-    """s: jitter of 0.8 s in brightness, contrast and saturation, 0.2 s in hue."""
+    """Strength s of the jitter: 0.8 s for brightness, contrast and saturation, 0.2 s for hue."""
     color_prob: Probability = 0.8
     """Probability of the colour jitter."""
     grey_prob: Probability = 0.2
@@ -120,9 +120,9 @@ class BYOLViews(Recipe):
     Source: Grill et al. 2020, arXiv:2006.07733v3, appendix B, table 6, and the authors' code
     (deepmind-research, byol/utils): bicubic crops (dataset.py:201), brightness that is added
     (augmentations.py:239, 261).
-    Departs: Contrast turns about the image's mean grey level, there about each channel's mean;
-    saturation mixes with grey, there it scales that of HSV. Their resize does not average where it
-    shrinks: antialias=false.
+    Departs: Contrast is changed about the image's mean grey level; the authors change it about each
+    channel's mean. Saturation is a blend with grey; the authors scale the saturation of HSV. Their
+    resize does not average when it shrinks: antialias=false.
     """
 
     recipe: Literal["byol"] = "byol"
@@ -133,7 +133,8 @@ class BYOLViews(Recipe):
     min_scale: Fraction = 0.08
     """Smallest area of a crop over the area of the image."""
     blur_probs: tuple[Probability, Probability] = (1.0, 0.1)
-    """Of the first and the second view; use zeros for images as small as CIFAR-10's."""
+    """Probability of the blur in the first and in the second view; use zeros for images as small as
+    CIFAR-10's."""
 
     def views(self) -> tuple[View, ...]:
         """Return the definitions of the two views."""
@@ -142,7 +143,7 @@ class BYOLViews(Recipe):
             View(
                 size_px=self.size_px,
                 crop=crop,
-                ops=_distort(blur, solarise, kernel_fraction=0.1, brightness_kind=kind),
+                ops=_byol_ops(blur, solarise, kernel_fraction=0.1, brightness_kind=kind),
             )
             for blur, solarise in zip(self.blur_probs, (0.0, 0.2), strict=True)
         )
@@ -154,8 +155,8 @@ class VICRegViews(Recipe):
     Source: Bardes et al. 2021, arXiv:2105.04906v3, appendix C.1: blur with probability 0.5 and a
     kernel of 23 pixels, which does not truncate it, and solarise with probability 0.1. Bicubic
     crops and torchvision's colours as in the authors' augmentations.py (41 to 80).
-    Departs: That code uses BYOL's two different views; for that use the recipe byol with
-    brightness_kind=multiply.
+    Departs: The authors' code uses BYOL's two different views; the recipe byol with
+    brightness_kind=multiply does the same.
     """
 
     recipe: Literal["vicreg"] = "vicreg"
@@ -170,7 +171,7 @@ class VICRegViews(Recipe):
     def views(self) -> tuple[View, ...]:
         """Return the definition of the two views."""
         crop = self.crop((self.min_scale, 1.0))
-        ops = _distort(self.blur_prob, self.solarise_prob, kernel_fraction=None)
+        ops = _byol_ops(self.blur_prob, self.solarise_prob, kernel_fraction=None)
         return (View(count=2, size_px=self.size_px, crop=crop, ops=ops),)
 
 
@@ -186,15 +187,15 @@ class SwAVViews(Recipe):
     )
     recipe: Literal["swav"] = "swav"
     global_scale: tuple[Fraction, Fraction] = (0.14, 1.0)
-    """Range of a large crop's area over the image's."""
+    """Range of a large crop's area, as a fraction of the image's area."""
     local_count: Annotated[int, Field(ge=0, le=MAX_VIEWS - 2)] = 6
     """Number of local views."""
     local_size_px: PositiveInt = 96
     """Side of a local view in pixels."""
     local_scale: tuple[Fraction, Fraction] = (0.05, 0.14)
-    """Range of a small crop's area."""
+    """Range of a small crop's area, as a fraction of the image's area."""
     color_strength: NonNegativeFloat = 1.0
-    """As in SimCLR's recipe."""
+    """Strength of the colour jitter, as in the recipe simclr."""
     blur_prob: Probability = 0.5
     """Probability of the blur."""
 
@@ -224,22 +225,24 @@ class DINOViews(Recipe):
     recipe: Literal["dino"] = "dino"
     interpolation: Interpolation = "bicubic"
     global_scale: tuple[Fraction, Fraction] = (0.4, 1.0)
-    """Range of a large crop's area over the image's."""
+    """Range of a large crop's area, as a fraction of the image's area."""
     local_count: Annotated[int, Field(ge=0, le=MAX_VIEWS - 2)] = 8
     """Number of local views."""
     local_size_px: PositiveInt = 96
     """Side of a local view in pixels."""
     local_scale: tuple[Fraction, Fraction] = (0.05, 0.4)
-    """Range of a small crop's area."""
+    """Range of a small crop's area, as a fraction of the image's area."""
     blur_probs: tuple[Probability, Probability, Probability] = (1.0, 0.1, 0.5)
-    """Of the first large crop, the second, and the small ones."""
+    """Probability of the blur in the first large crop, in the second, and in the small ones."""
 
     def views(self) -> tuple[View, ...]:
         """Return the definitions: each large crop, then the small ones."""
         large = self.crop(self.global_scale)
         views = [
             View(
-                size_px=self.size_px, crop=large, ops=_distort(blur, solarise, kernel_fraction=None)
+                size_px=self.size_px,
+                crop=large,
+                ops=_byol_ops(blur, solarise, kernel_fraction=None),
             )
             for blur, solarise in zip(self.blur_probs[:2], (0.0, 0.2), strict=True)
         ]
@@ -250,7 +253,7 @@ class DINOViews(Recipe):
                     count=self.local_count,
                     size_px=self.local_size_px,
                     crop=small,
-                    ops=_distort(self.blur_probs[2], 0.0, kernel_fraction=None),
+                    ops=_byol_ops(self.blur_probs[2], 0.0, kernel_fraction=None),
                 )
             )
         return tuple(views)
@@ -278,7 +281,7 @@ def _simclr_ops(
     return tuple(ops)
 
 
-def _distort(
+def _byol_ops(
     blur_prob: float,
     solarise_prob: float,
     *,
@@ -313,7 +316,7 @@ class CustomViews(Config):
     """Kinds of view, each with its count, size, crop and operations."""
 
     @model_validator(mode="after")
-    def _not_too_many(self) -> "CustomViews":
+    def _check_count(self) -> "CustomViews":
         total = sum(view.count for view in self.kinds)
         if total > MAX_VIEWS:
             raise ValueError(f"at most {MAX_VIEWS} views of an image; the kinds add up to {total}")

@@ -1,1 +1,1 @@
-"""Strict, frozen, typed configuration: YAML in, pydantic models out, errors that name the key."""
+"""Strict, frozen, typed configuration: YAML becomes pydantic models; errors name the key."""

@@ -1,4 +1,4 @@
-"""The base class of every configuration section, and the units that sections share."""
+"""The base class of every configuration section, and the types that sections share."""
 
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, NamedTuple
@@ -17,17 +17,18 @@ GIVEN = object()
 
 
 class Idle(NamedTuple):
-    """Settings of a section that have no effect under some values of other settings."""
+    """Settings of a section that have no effect while other settings have certain values."""
 
     settings: tuple[str, ...]
     """Dotted keys within the section."""
     off: Mapping[str, tuple[Any, ...]]
-    """The other settings, each with its values that make ``settings`` ineffective; all of them must
-    have one of these values. A duration of length zero is ``0``."""
+    """The other settings, each with some of its values. ``settings`` have no effect if each of the
+    other settings has one of its values listed here. ``0`` also stands for a duration of length
+    zero."""
 
 
 class Config(BaseModel):
-    """Strict and frozen: a typo is an error, and nothing is edited after loading."""
+    """A strict and frozen section: an unknown key is an error, and values never change."""
 
     idle: ClassVar[tuple[Idle, ...]] = ()
     """Rules for settings without effect; see :mod:`raysl.config.idle`."""
@@ -43,7 +44,7 @@ class Config(BaseModel):
 
     @classmethod
     def idle_by(cls, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """Yield settings without effect, with the reason, that :attr:`idle` cannot express.
+        """Yield settings without effect that :attr:`idle` cannot express, each with the reason.
 
         Args:
             values: Plain values of the section, possibly invalid.
@@ -52,7 +53,7 @@ class Config(BaseModel):
 
 
 def check_ranges(section: Config, *names: str) -> None:
-    """Raise ValueError unless each of the settings is None or [low, high] with low <= high."""
+    """Raise ValueError unless each of these settings is None or [low, high] with low <= high."""
     for name in names:
         low, high = getattr(section, name) or (0, 0)
         if low > high:

@@ -23,7 +23,7 @@ _GROUPS = {
     "ten_minutes": "raysl pretrain NAME: every method for ten minutes on two CPU cores",
     "sweeps": "raysl sweep NAME",
     "pipelines": "raysl pipeline NAME",
-    "base": "extends: NAME, what others share",
+    "base": "extends: NAME, settings that other configurations share",
 }
 
 
@@ -33,35 +33,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "config", type=Path, nargs="?", help="a YAML file, or the name of a shipped one"
     )
     parser.add_argument("overrides", nargs="*", help="section.key=value, typed as YAML")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     other = parser.add_mutually_exclusive_group()
     other.add_argument(
-        "--list", action="store_true", help="the shipped configurations, and what each of them is"
+        "--list",
+        action="store_true",
+        help="list the shipped configurations with a summary",
     )
     other.add_argument(
-        "--reference", type=Path, metavar="FILE", help="write every setting there is, in Markdown"
+        "--reference",
+        type=Path,
+        metavar="FILE",
+        help="write a Markdown reference of all settings",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the resolved configuration after all checks of a start; start nothing."""
+    """Print the resolved configuration after all checks that a run makes; start nothing."""
     if arguments.list:
         return _list(as_json=arguments.json)
     if arguments.reference is not None:
-        # It loads every method and every verb's settings.
+        # Imported here, since it loads every method and every verb's settings.
         from raysl.config_reference import reference  # noqa: PLC0415
 
         write_text(arguments.reference, reference())
         say(f"written: {arguments.reference}")
         return 0
     if arguments.config is None:
-        raise ConfigError("give a YAML file or a shipped configuration's name; --list has those")
+        raise ConfigError(
+            "give a YAML file or the name of a shipped configuration; --list shows them"
+        )
     config = load_run(arguments.config, arguments.overrides)
     check_names(config)
-    placed = with_absolute_files(config, working_folder())
-    source = open_training_source(placed.data, placed.evaluate, placed.method)
+    absolute = with_absolute_files(config, working_folder())
+    source = open_training_source(absolute.data, absolute.evaluate, absolute.method)
     say_notes(source, title=f"{source.name}:")
-    derived = check_start(placed, source)
+    derived = check_start(absolute, source)
     values: dict[str, Any] = config.model_dump(mode="json")
     if arguments.json:
         print_json({"config": values, "derived": derived._asdict()})
@@ -74,12 +81,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _list(*, as_json: bool) -> int:
     """Print the names of the shipped configurations with the first line of each."""
-    first = {name: first_clause(path) for name, path in shipped_configs().items()}
+    summaries = {name: first_clause(path) for name, path in shipped_configs().items()}
     if as_json:
-        print_json({"configs": first})
+        print_json({"configs": summaries})
         return 0
-    width = max(map(len, first), default=0)
+    width = max(map(len, summaries), default=0)
     for folder, title in _GROUPS.items():
-        lines = [f"  {n:{width}}  {t}" for n, t in first.items() if n.rpartition("/")[0] == folder]
+        lines = [
+            f"  {name:{width}}  {summary}"
+            for name, summary in summaries.items()
+            if name.rpartition("/")[0] == folder
+        ]
         console().print("\n".join([title, *lines, ""]), markup=False)
     return 0

@@ -9,8 +9,8 @@ def settings_text(model: type[Config], *, without: Collection[str] = ()) -> str:
     """Return each key of a model with its default and its description.
 
     Args:
-        model: The configuration that the verb's overrides set.
-        without: Keys to leave out, which the verb takes as arguments.
+        model: The configuration class that the verb's overrides set.
+        without: Keys to leave out, because the verb takes them as arguments.
     """
     lines = []
     for name, field in model.model_fields.items():

@@ -1,10 +1,10 @@
-"""Find settings without effect: given, but ignored because of another setting.
+"""Find settings without effect: the user sets them, but another setting makes them ineffective.
 
 A setting at its default is never reported, because a run folder's file contains all defaults.
-Configurations come in layers: a file over the one that it extends, overrides over the file, the
-space of a sweep over its ``set`` over the base. If an upper layer makes a setting of a lower one
-idle, that setting is dropped, like a section whose ``name`` changes; a setting that a layer itself
-makes idle, or that was idle before, is a problem.
+Configurations come in layers: a file over the file that it extends, overrides over the file, the
+space of a sweep over its ``set`` over the base. If an upper layer makes a setting of a lower layer
+idle, the setting is dropped, like the settings of a section whose ``name`` changes. A setting that
+its own layer makes idle, or that was idle already, is a problem.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -35,9 +35,8 @@ def idle_settings(
 
     Args:
         model: The model of the values.
-        values: Plain values, possibly incomplete or invalid; what cannot be decided is not
-            reported.
-        within: The keys that lead to them.
+        values: Plain values, possibly incomplete or invalid; undecidable cases are not reported.
+        within: Keys of the sections around the values, from the top.
     """
     if not issubclass(model, Config):
         return
@@ -60,10 +59,10 @@ def refuse_idle(model: type[BaseModel], values: Mapping[str, Any], *, where: str
     Args:
         model: The model of the values.
         values: Plain values given by the user.
-        where: Their place, for the message.
+        where: Name of the file or command for the error message.
 
     Raises:
-        ConfigError: Lists all of them.
+        ConfigError: If there are any; the message lists all.
     """
     if problems := list(idle_settings(model, values)):
         raise bad_keys(problems, where=where)
@@ -75,13 +74,13 @@ def without_idle(
     after: Mapping[str, Any],
     given: Collection[str],
 ) -> dict[str, Any]:
-    """Return the values of a layer over others, without settings that it made idle.
+    """Return the values after a layer, without settings of lower layers that the layer made idle.
 
     Args:
         model: The model of the values.
-        before: The lower layers.
-        after: The lower layers with this layer on top.
-        given: The dotted keys of this layer.
+        before: Values of the lower layers.
+        after: Values of the lower layers with this layer applied.
+        given: Dotted keys that this layer sets.
     """
     idle_before = {problem.place for problem in idle_settings(model, before)}
     result = plain_copy(after)
@@ -93,7 +92,7 @@ def without_idle(
 
 
 def dotted_keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of all plain values that are not sections."""
+    """Yield the dotted key of every plain value that is not a section."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from dotted_keys(value, f"{prefix}{key}.")
@@ -110,16 +109,16 @@ def _inside(
 ) -> Iterator[Problem]:
     """Check a section, or a list of sections."""
     if isinstance(value, list):
-        for place, each in enumerate(value):
-            yield from _inside(models, each, (*within, name), str(place))
+        for index, entry in enumerate(value):
+            yield from _inside(models, entry, (*within, name), str(index))
     elif isinstance(value, dict) and models:
-        named = {value[tag] for tag in ("name", "recipe", "op") if isinstance(value.get(tag), str)}
-        fits = [model for model in models if named & set(tags_of(model))]
-        yield from idle_settings((fits or models)[0], value, within=(*within, name))
+        tags = {value[tag] for tag in ("name", "recipe", "op") if isinstance(value.get(tag), str)}
+        matching = [model for model in models if tags & set(tags_of(model))]
+        yield from idle_settings((matching or models)[0], value, within=(*within, name))
 
 
 def _value(model: type[BaseModel], values: Mapping[str, Any], key: str) -> Any:
-    """Return a plain value, or the model's default if none is given."""
+    """Return a plain value, or the model's default if the key is missing."""
     value = get_key(values, key)
     return _default(model, key) if value is MISSING else value
 
@@ -148,7 +147,7 @@ def _is_off(
 
 
 def _is_given(model: type[BaseModel], values: Mapping[str, Any], key: str) -> bool:
-    """Return whether a setting differs from its default."""
+    """Return whether a setting is set and differs from its default."""
     value = get_key(values, key)
     if value is MISSING or value is None:
         return False
@@ -163,7 +162,7 @@ def _without_null(value: Any) -> Any:
 
 def _problem(within: tuple[str, ...], name: str, values: Mapping[str, Any], why: str) -> Problem:
     place = (*within, *name.split("."))
-    value = shown(get_key(values, name))
+    value = format_value(get_key(values, name))
     return Problem(place, f"{'.'.join(place)}={value} does nothing {why}")
 
 
@@ -171,7 +170,7 @@ def _because(
     model: type[BaseModel], values: Mapping[str, Any], rule: Idle, within: tuple[str, ...]
 ) -> str:
     dots = "".join(f"{key}." for key in within)
-    switches = [f"{dots}{key}={shown(_value(model, values, key))}" for key in rule.off]
+    switches = [f"{dots}{key}={format_value(_value(model, values, key))}" for key in rule.off]
     others = {key: _others(model, key, off) for key, off in rule.off.items()}
     cures = [
         f"set {dots}{key}={text}"
@@ -184,26 +183,26 @@ def _because(
 
 
 def _others(model: type[BaseModel], key: str, off: tuple[Any, ...]) -> str:
-    """Describe the values under which a setting has an effect, if known."""
+    """Return the other values of a switch, as text; "" if they are not a short list."""
     field = model.model_fields.get(key)
     if field is None:
         return ""
     kind = field.annotation
     allowed = [True, False] if kind is bool else list(get_args(kind)) if _is_literal(kind) else []
-    return " or ".join(shown(value) for value in allowed if value not in off)
+    return " or ".join(format_value(value) for value in allowed if value not in off)
 
 
 def _is_literal(kind: Any) -> bool:
     return get_origin(kind) is Literal
 
 
-def shown(value: Any) -> str:
-    """Format a plain value as a user would type it."""
+def format_value(value: Any) -> str:
+    """Format a plain value as it is written in YAML."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, dict):
-        inside = ", ".join(f"{k}: {shown(v)}" for k, v in value.items() if v is not None)
+        inside = ", ".join(f"{k}: {format_value(v)}" for k, v in value.items() if v is not None)
         return f"{{{inside}}}"
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(shown, value))}]"
+        return f"[{', '.join(map(format_value, value))}]"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -19,7 +19,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads YAML 1.2 numbers: ``1e-3`` is a float, which PyYAML reads as a string.
+    """A YAML loader that reads ``1e-3`` as a float, as YAML 1.2 does; PyYAML reads it as a string.
 
     A repeated key is an error, not a silent overwrite.
     """
@@ -30,14 +30,14 @@ class _Loader(yaml.SafeLoader):
         for key in keys:
             if keys.count(key) > 1:
                 raise ConfigError(
-                    f"{node.start_mark.name}: key {key!r} stands twice in the section that begins "
+                    f"{node.start_mark.name}: key {key!r} occurs twice in the section that begins "
                     f"at line {node.start_mark.line + 1}; keep one"
                 )
         return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the strings that the loader would read as numbers, such as ``1e3``."""
+    """A YAML dumper that quotes strings which the loader would read as numbers, such as ``1e3``."""
 
 
 for _kind in (_Loader, _Dumper):
@@ -92,15 +92,15 @@ def read_layers(path: Path) -> list[dict[str, Any]]:
     following: Path | None = path
     while following is not None:
         if following.resolve() in chain:
-            raise ConfigError(f"{path}: 'extends' goes round in a circle at {following}")
+            raise ConfigError(f"{path}: 'extends' forms a cycle at {following}")
         chain.append(following.resolve())
         values = _read_one(following)
         parent = values.pop(EXTENDS, None)
         layers.append(values)
         if parent is not None and not isinstance(parent, str):
             raise ConfigError(
-                f"{following}: 'extends' names one file, as text; got {json.dumps(parent)}. Of "
-                f"several, let each extend the next, and this file the first"
+                f"{following}: 'extends' names one file, as text; got {json.dumps(parent)}. To "
+                f"extend several, let each file extend the next, and this file the first"
             )
         following = find_config(parent, beside=following.parent) if parent is not None else None
     return layers[::-1]
@@ -122,7 +122,7 @@ def _read_one(path: Path) -> dict[str, Any]:
 
 
 def _near(path: Path) -> str:
-    """Return a hint for a missing file: a similar name in its folder, else of a shipped one."""
+    """Return a hint for a missing file: a similar name in its folder, or of a shipped file."""
     beside = [file.name for file in path.parent.glob("*.yaml")]
     if near := difflib.get_close_matches(path.name, beside, 1):
         return f"; did you mean {path.parent / near[0]}?"
@@ -134,7 +134,7 @@ def _near(path: Path) -> str:
 
 
 def merge(parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a parent, overridden by those of a child; see :func:`read_mapping`."""
+    """Return a parent's values, overridden by a child's values; see :func:`read_mapping`."""
     merged = dict(parent)
     for key, value in child.items():
         old = merged.get(key)
@@ -194,7 +194,7 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
 
     Args:
         values: Plain values, changed in place.
-        key: ``section.key``; a number is an index into a list, whose length as index appends.
+        key: ``section.key``; a number is an index into a list, and the list's length appends to it.
         value: The value to set.
 
     Raises:
@@ -205,32 +205,32 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
     for depth, name in enumerate(names):
         last = depth == len(names) - 1
         if isinstance(target, list):
-            place = _place_in(target, name, ".".join(names[:depth]), may_add=last)
-            if place == len(target):
+            index = _list_index(target, name, ".".join(names[:depth]), may_add=last)
+            if index == len(target):
                 target.append(None)
-            at: Any = place
+            step: Any = index
         elif isinstance(target, dict):
-            at = name
+            step = name
         else:
             path = ".".join(names[:depth])
-            raise ConfigError(f"{path} is the value {target!r}, no section")
+            raise ConfigError(f"{path} is the value {target!r}, not a section")
         if last:
-            target[at] = value
-        elif isinstance(target, dict) and target.get(at) is None:
-            target[at] = {}
-        target = target[at]
+            target[step] = value
+        elif isinstance(target, dict) and target.get(step) is None:
+            target[step] = {}
+        target = target[step]
 
 
-def _place_in(items: Sequence[Any], name: str, path: str, *, may_add: bool) -> int:
+def _list_index(items: Sequence[Any], name: str, path: str, *, may_add: bool) -> int:
     """Return the list index that a part of a dotted key stands for."""
     most = len(items) if may_add else len(items) - 1
     if not name.isdecimal() or int(name) > most:
-        raise ConfigError(f"{path} is a list of {len(items)}; got the place {name!r} in it")
+        raise ConfigError(f"{path} is a list of {len(items)} entries; got the index {name!r}")
     return int(name)
 
 
 MISSING = object()
-"""Result of :func:`get_key` for a missing key, as opposed to null."""
+"""Result of :func:`get_key` for a missing key; None is the value null."""
 
 
 def get_key(values: Any, key: str) -> Any:
@@ -248,28 +248,28 @@ def get_key(values: Any, key: str) -> Any:
 def drop_key(values: Any, key: str) -> None:
     """Remove a dotted key from plain values, if it exists."""
     owner, _, name = key.rpartition(".")
-    inside = get_key(values, owner) if owner else values
-    if isinstance(inside, dict):
-        inside.pop(name, None)
-    elif isinstance(inside, list) and name.isdecimal() and int(name) < len(inside):
-        del inside[int(name)]
+    section = get_key(values, owner) if owner else values
+    if isinstance(section, dict):
+        section.pop(name, None)
+    elif isinstance(section, list) and name.isdecimal() and int(name) < len(section):
+        del section[int(name)]
 
 
 class Problem(NamedTuple):
     """One problem of plain values."""
 
     place: tuple[str, ...]
-    """Its keys from the top, as the user typed them; empty for a problem between sections."""
+    """Keys from the top, as the user typed them; empty if the problem concerns several sections."""
     text: str
-    """The message: the key, the allowed and the given value."""
+    """The message, with the key, the allowed values and the given value."""
 
 
 def validate(model: type[M], values: Mapping[str, Any], *, where: str) -> M:
     """Validate plain values against a model.
 
     Raises:
-        ConfigError: Lists every bad key at once: the key, the allowed and the given value, and for
-            an unknown key the most similar valid one.
+        ConfigError: Lists every bad key with its allowed and its given value; for an unknown key,
+            the most similar valid one.
     """
     config = validated(model, values)
     if isinstance(config, list):
@@ -278,7 +278,7 @@ def validate(model: type[M], values: Mapping[str, Any], *, where: str) -> M:
 
 
 def bad_keys(problems: Sequence[Problem], *, where: str) -> ConfigError:
-    """Return the error that lists all problems."""
+    """Build the error that lists all problems."""
     heading = f"{where}: {len(problems)} bad key{'s' if len(problems) > 1 else ''}"
     return ConfigError("\n".join([heading, *(f"  {problem.text}" for problem in problems)]))
 
@@ -286,7 +286,7 @@ def bad_keys(problems: Sequence[Problem], *, where: str) -> ConfigError:
 def validated(model: type[M], values: Mapping[str, Any]) -> M | list[Problem]:
     """Return the validated model, or all problems of the values."""
     try:
-        # As JSON, because strict mode then still reads a list as a tuple and an int as a float.
+        # From JSON, strict mode accepts a list for a tuple and an int for a float.
         return model.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
         errors = error.errors(include_url=False)
@@ -299,7 +299,7 @@ def validated(model: type[M], values: Mapping[str, Any]) -> M | list[Problem]:
 
 
 def _follows_from_another(error: Mapping[str, Any], errors: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether a list is too short only because pydantic did not count its bad entries."""
+    """Return whether pydantic reports a list as too short only because it has bad entries."""
     depth = len(error["loc"])
     return error["type"] == "too_short" and any(
         len(other["loc"]) > depth and other["loc"][:depth] == error["loc"] for other in errors
@@ -345,10 +345,10 @@ def _describe(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
         return f"{key}: {message}"
     value = problem["input"]
     if problem["type"] == "string_type" and isinstance(value, bool | int | float):
-        kind = "a truth value" if isinstance(value, bool) else "a number"
+        kind = "a Boolean" if isinstance(value, bool) else "a number"
         text = json.dumps(json.dumps(value))
         return (
-            f"{key}: takes text, and {json.dumps(value)} without quotes is {kind}; in a file write "
+            f"{key}: takes text, but {json.dumps(value)} without quotes is {kind}; in a file write "
             f"{location[-1]}: {text}, on the command line {key}='{text}'"
         )
     return f"{key}: {message}, got {json.dumps(problem['input'], default=str)}"
@@ -360,36 +360,36 @@ def _follow(
     """Follow a pydantic location; return the model at its end and the keys that the user typed."""
     current: list[type[BaseModel]] = [model]
     keys: list[str] = []
-    keyed = False  # whether the next part is a key of a mapping
+    is_key_next = False  # whether the next part is a key of a mapping
     for part in location:
         field = next((m.model_fields[part] for m in current if part in m.model_fields), None)
-        if keyed:
+        if is_key_next:
             keys.append(str(part))
-            keyed = False
+            is_key_next = False
         elif field is not None:
             keys.append(str(part))
             current = models_in(field.annotation)
-            keyed = get_origin(field.annotation) is dict
+            is_key_next = get_origin(field.annotation) is dict
         elif isinstance(part, int):
             keys.append(str(part))
-        else:  # the tag of a union, which is no key of the file, selects the member
+        else:  # the tag of a union, which is not a key in the file, selects the member
             current = [m for m in current if part in tags_of(m)] or current
     return (current[0] if current else None), keys
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
-    """Return the models of the sections that a field allows."""
+    """Return the models of the sections that an annotation allows."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for argument in get_args(annotation) for model in models_in(argument)]
 
 
 def tags_of(model: type[BaseModel]) -> list[str]:
-    """Return the values of ``name``, ``recipe`` or ``op`` that select this member of a union."""
+    """Return the values of ``name``, ``recipe`` or ``op`` that select this model in a union."""
     fields = [model.model_fields[t] for t in ("name", "recipe", "op") if t in model.model_fields]
     return [str(value) for field in fields for value in get_args(field.annotation)]
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:
-    """Return plain values as YAML, in their order."""
+    """Format plain values as YAML, in their order."""
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[1]
-# pyproject.toml puts the repository's configs/ there in a wheel.
+# In a wheel, pyproject.toml stores the repository's configs/ in this folder.
 _OF_WHEEL = _PACKAGE / "shipped_configs"
 _OF_CHECKOUT = _PACKAGE.parent / "configs"
 _SUFFIX = ".yaml"
@@ -13,7 +13,7 @@ _MOST_NEAR = 3
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Return the shipped files by name, which is the path below ``configs`` without its suffix."""
+    """Return the shipped files by name: the path below ``configs`` without its suffix."""
     folder = _OF_WHEEL if _OF_WHEEL.is_dir() else _OF_CHECKOUT
     return {
         path.relative_to(folder).with_suffix("").as_posix(): path
@@ -26,11 +26,11 @@ def find_config(given: str | Path, *, beside: Path = Path(), kind: str = "") -> 
 
     Args:
         given: A path, or a name with or without ``.yaml``.
-        beside: Base folder of a relative path.
+        beside: Folder that a relative path starts from.
         kind: Folder below ``configs`` that a name may omit, such as ``sweeps``.
 
     Returns:
-        The file, or the given path if neither exists.
+        The file; if neither exists, the given path.
     """
     file = beside / given
     if file.exists() and not file.is_dir():
@@ -42,12 +42,12 @@ def find_config(given: str | Path, *, beside: Path = Path(), kind: str = "") -> 
 
 def near_names(given: Path) -> list[str]:
     """Return the names of shipped configurations most similar to a path, best match first."""
-    by_last: dict[str, list[str]] = {}
+    names_by_stem: dict[str, list[str]] = {}
     for name in shipped_configs():
-        by_last.setdefault(name.rpartition("/")[2], []).append(name)
+        names_by_stem.setdefault(name.rpartition("/")[2], []).append(name)
     wanted = given.name.removesuffix(_SUFFIX)
-    near = difflib.get_close_matches(wanted, list(by_last), _MOST_NEAR)
-    return [name for last in near for name in by_last[last]]
+    near = difflib.get_close_matches(wanted, list(names_by_stem), _MOST_NEAR)
+    return [name for stem in near for name in names_by_stem[stem]]
 
 
 def first_clause(path: Path) -> str:

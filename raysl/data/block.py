@@ -1,6 +1,6 @@
 """Names of the columns of a block, which data workers write and training reads.
 
-Separate from the code that makes blocks, so that readers need not load it.
+Training reads blocks without loading the code that makes them, so the names are in this module.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ _VIEWS, _NUMBERS = "views_", "numbers_"
 
 
 def view_column(kind: int) -> str:
-    """Return the column name of a kind of view."""
+    """Return the name of the column that holds a kind of view."""
     return f"{_VIEWS}{kind}"
 
 
@@ -22,11 +22,11 @@ def is_view_column(name: str) -> bool:
     return name.startswith(_VIEWS)
 
 
-def kind_of(name: str) -> int:
-    """Return the kind of view that a column holds."""
+def view_kind(name: str) -> int:
+    """Return the number of the kind of view that a column holds."""
     return int(name.removeprefix(_VIEWS))
 
 
 def numbers_column(kind: int) -> str:
-    """Return the column name of the op parameters that the device needs for a kind of view."""
+    """Return the name of the column with the op parameters for a kind of view on the device."""
     return f"{_NUMBERS}{kind}"

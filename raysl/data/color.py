@@ -13,11 +13,11 @@ from raysl.data.samples import Color
 from raysl.data.shaper import Shaper, read_shaper
 from raysl.sources.pixels import ColorProfile
 
-_KEPT_TRANSFORMS = 64
+_CACHED_PROFILES = 64
 _MODES = {"grey": "L", "rgb": "RGB", "cmyk": "CMYK"}
 _SPACES = {"grey": "GRAY", "rgb": "RGB", "cmyk": "CMYK"}
 _LATTICE = 9  # grid points per channel at which a profile is compared with sRGB
-_SAME_LEVELS = 1
+_SAME_LEVELS = 1  # largest difference at which two colours count as equal
 _LONGEST_NAME = 60
 BROKEN = "broken"
 
@@ -29,16 +29,16 @@ def to_rgb(image: Image, color: Color, profile: bytes, how: ColorProfile) -> Ima
         image: ``(H, W)`` or ``(H, W, C)`` uint8; may be overwritten. In CMYK, 0 means no ink.
         color: The meaning of the channels.
         profile: An ICC profile, or empty bytes.
-        how: Convert by the profile, or ignore it.
+        how: Whether to convert the colours by the profile, or to ignore it.
 
     Returns:
-        ``(H, W, 3)`` uint8. A damaged profile, or one for another colour space than the image's, is
-        ignored. Perceptual intent, by LittleCMS.
+        ``(H, W, 3)`` uint8. LittleCMS converts, with perceptual intent. A damaged profile, or one
+        for another colour space than the image's, is ignored.
     """
     if profile and how == "convert" and color in _MODES:
-        change = _transform(bytes(profile), color)
-        if change is not None:
-            return _apply(change, image, color)
+        transform = _transform(bytes(profile), color)
+        if transform is not None:
+            return _apply(transform, image, color)
     if image.ndim == 2:
         return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)  # type: ignore[return-value]
     if color == "cmyk":
@@ -60,7 +60,7 @@ def profile_name(profile: bytes) -> str:
     return _profile_name(bytes(profile))
 
 
-@lru_cache(_KEPT_TRANSFORMS)
+@lru_cache(_CACHED_PROFILES)
 def _profile_name(profile: bytes) -> str:
     cms = importlib.import_module("PIL.ImageCms")
     try:
@@ -71,7 +71,7 @@ def _profile_name(profile: bytes) -> str:
     return " ".join(name.split())[:_LONGEST_NAME]
 
 
-@lru_cache(_KEPT_TRANSFORMS)
+@lru_cache(_CACHED_PROFILES)
 def _transform(profile: bytes, color: Color) -> Any | None:
     """Return the transform to sRGB, or None if the profile is unusable or already sRGB."""
     cms = importlib.import_module("PIL.ImageCms")  # imported lazily: most images have no profile
@@ -79,15 +79,19 @@ def _transform(profile: bytes, color: Color) -> Any | None:
         opened = cms.ImageCmsProfile(io.BytesIO(profile))
         if opened.profile.xcolor_space.strip() != _SPACES[color]:
             return None
-        change = cms.buildTransform(opened, cms.createProfile("sRGB"), _MODES[color], "RGB")
+        transform = cms.buildTransform(opened, cms.createProfile("sRGB"), _MODES[color], "RGB")
         if color == "cmyk":
-            return change
+            return transform
         before = _lattice(color)
-        after = _apply(change, before, color)
+        after = _apply(transform, before, color)
         if _same(after, before if color == "rgb" else np.repeat(before[..., None], 3, axis=2)):
             return None
-        quick = read_shaper(profile) if color == "rgb" else None
-        return quick if quick is not None and _same(quick.apply(before.copy()), after) else change
+        shaper = read_shaper(profile) if color == "rgb" else None
+        return (
+            shaper
+            if shaper is not None and _same(shaper.apply(before.copy()), after)
+            else transform
+        )
     except Exception:  # as above: a damaged profile does not make an image bad
         return None
 
@@ -107,11 +111,11 @@ def _same(one: Image, other: Image) -> bool:
     return bool(np.abs(one.astype(np.int16) - other).max() <= _SAME_LEVELS)
 
 
-def _apply(change: Any, image: Image, color: Color) -> Image:
-    if isinstance(change, Shaper):
-        return change.apply(image)
+def _apply(transform: Any, image: Image, color: Color) -> Image:
+    if isinstance(transform, Shaper):
+        return transform.apply(image)
     pil = importlib.import_module("PIL.Image")
     mode, (height, width) = _MODES[color], image.shape[:2]
     data = np.ascontiguousarray(image)
     picture = pil.frombuffer(mode, (width, height), data, "raw", mode, 0, 1)
-    return np.array(change.apply(picture))
+    return np.array(transform.apply(picture))

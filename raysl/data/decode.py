@@ -1,7 +1,7 @@
 """Decode an image file to uint8 RGB pixels.
 
-Every conversion is decided here. docs/formats.md lists, by format, what is read, rotated, scaled,
-converted and refused.
+This module decides every conversion. docs/formats.md lists what each format is converted to, and
+what is refused.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ import simplejpeg
 
 from raysl.augment.crop import Image
 from raysl.data.color import to_rgb
-from raysl.data.flaw import Flaw, kind_of_other_file
+from raysl.data.flaw import Flaw, flaw_of_other_file
 from raysl.data.header import read_header, read_jpeg
 from raysl.data.header_fields import Header
 from raysl.data.netpbm import read_netpbm
@@ -37,9 +37,9 @@ _SIGNATURE_BYTES = 4
 _JPEG = b"\xff\xd8\xff"
 # Factors by which libjpeg-turbo can downscale while decoding.
 JPEG_SHRINKS = (2, 4, 8)
-_CUT_SHORT = "premature end"
-# From this short side on, JPEG chroma is upsampled by repetition, which saves 0.1 ms.
-_COARSE_COLOR_FROM_PX = 256
+_CUT_SHORT = "premature end"  # in libjpeg-turbo's message about a truncated file
+# From this short side on, JPEG chroma is upsampled by repeating pixels, which saves 0.1 ms.
+_REPEAT_CHROMA_FROM_PX = 256
 _SWAPS_SIDES_FROM = 5  # EXIF orientations from this one on swap width and height
 
 Shrink = Callable[[int, int], int]
@@ -49,9 +49,9 @@ def decode(encoded: Encoded | memoryview, how: Decoding = PLAIN, *, where: str) 
     """Decode one image, or raise.
 
     Args:
-        encoded: See :func:`decode_or_flaw`.
-        how: See :func:`decode_or_flaw`.
-        where: The image's name in the error message.
+        encoded: The bytes of an image file, or its decoded pixels.
+        how: The decoding settings of the source.
+        where: Name of the image for the error message.
 
     Returns:
         ``(H, W, 3)`` uint8 RGB.
@@ -69,9 +69,9 @@ def flaw_error(flaw: Flaw, encoded: Encoded | memoryview, *, where: str) -> Deco
     """Build the error that names a bad image and its flaw."""
     if isinstance(encoded, Unreadable):
         return DecodeError(f"{where}: {encoded.reason}; remove it, or set data.bad_images.policy")
-    begins = bytes(encoded[:_SIGNATURE_BYTES]).hex() or "nothing"
+    first_bytes = bytes(encoded[:_SIGNATURE_BYTES]).hex() or "nothing"
     return DecodeError(
-        f"{where} ({len(encoded):,} bytes, begins with {begins}): {flaw.reason}; remove or "
+        f"{where} ({len(encoded):,} bytes, begins with {first_bytes}): {flaw.reason}; remove or "
         f"replace it, or set data.bad_images.policy"
     )
 
@@ -89,15 +89,15 @@ def decode_or_flaw(
         encoded: The bytes of an image file, or decoded pixels, ``(H, W)`` or ``(H, W, 3)`` uint8.
         how: The decoding settings of the source.
         max_pixels: Images with more pixels are refused.
-        shrink: Called with the height and width of an upright JPEG; returns 1 or one of
-            ``JPEG_SHRINKS``, the factor to downscale by while decoding (sides are rounded up).
+        shrink: Called with the height and width of a JPEG after its rotation. Returns the factor to
+            downscale by while decoding: 1 or one of ``JPEG_SHRINKS``. Sides are rounded up.
 
     Returns:
         ``(H, W, 3)`` uint8 RGB, upright, or the flaw. Grey, palette and CMYK images are converted;
-        an alpha channel is dropped and the colour below it kept; more than 8 bits are scaled by
-        ``how.intensity``; colours with a profile are converted as ``how.color_profile`` says. Of an
-        animation, the first frame is used. A truncated JPEG is bad; one with other defects that
-        decoders tolerate is not.
+        an alpha channel is dropped without changing the colours; values of more than 8 bits are
+        scaled by ``how.intensity``; ``how.color_profile`` says whether colours with a profile are
+        converted. An animation yields its first frame. A truncated JPEG is bad; one with other
+        defects that decoders tolerate is not.
     """
     if isinstance(encoded, Unreadable):
         return Flaw.UNREADABLE
@@ -115,9 +115,14 @@ def value_range(
 ) -> tuple[float, float, float, float] | None:
     """Return the value range of an image with more than 8 bits, before any scaling.
 
+    Args:
+        encoded: The bytes of an image file, or its decoded pixels.
+        how: The decoding settings of the source.
+        max_pixels: An image with more pixels counts as bad.
+
     Returns:
-        Its lowest and highest value, and the values that map to black and white by default. None
-        for 8-bit and bad images.
+        The image's lowest and highest value, and the values that map to black and white by default.
+        None for 8-bit and bad images.
     """
     if isinstance(encoded, Unreadable | np.ndarray) or not len(encoded):
         return None
@@ -136,9 +141,9 @@ def value_range(
 def _decode_jpeg(
     encoded: bytes | memoryview, how: Decoding, max_pixels: float, shrink: Shrink | None
 ) -> Image | Flaw:
-    """Decode a JPEG of one or three channels with libjpeg-turbo, and any other like other files.
+    """Decode a JPEG: with libjpeg-turbo if it has one or three channels of 8 bits.
 
-    Calling the library directly is a fifth faster than OpenCV and detects truncated files.
+    Calling libjpeg-turbo directly is a fifth faster than OpenCV, and it detects truncated files.
     """
     header = read_jpeg(encoded)
     if not (header.height and header.width):
@@ -155,20 +160,20 @@ def _decode_jpeg(
             encoded,
             "GRAY" if as_grey else "RGB",
             # Above this size the views downscale the image, which smooths the chroma anyway.
-            fastupsample=min(header.height, header.width) >= _COARSE_COLOR_FROM_PX,
+            fastupsample=min(header.height, header.width) >= _REPEAT_CHROMA_FROM_PX,
             min_height=size[0],
             min_width=size[1],
             min_factor=factor,
         )
     except ValueError as error:
         cut = _CUT_SHORT in str(error).lower()
-        return Flaw.DAMAGED if cut else _forgiven_jpeg(encoded, header, how, size)
+        return Flaw.DAMAGED if cut else _defective_jpeg(encoded, header, how, size)
     if header.orientation == 1 and not header.profile:
         return image
-    return _finish(_of_jpeg(image, header), how)
+    return _finish(_jpeg_samples(image, header), how)
 
 
-def _of_jpeg(image: Image, header: Header) -> Samples:
+def _jpeg_samples(image: Image, header: Header) -> Samples:
     grey = image.shape[2] == 1
     return Samples(
         image[..., 0] if grey else image,
@@ -178,10 +183,10 @@ def _of_jpeg(image: Image, header: Header) -> Samples:
     )
 
 
-def _forgiven_jpeg(
+def _defective_jpeg(
     encoded: bytes | memoryview, header: Header, how: Decoding, size: tuple[int, int]
 ) -> Image | Flaw:
-    """Decode a JPEG that libjpeg-turbo rejects with other libraries, to the given size."""
+    """Decode a JPEG that libjpeg-turbo rejects to ``size``, with other libraries."""
     samples = _read(encoded, header, how.pages, float("inf"))
     if isinstance(samples, Flaw):
         return samples
@@ -210,16 +215,16 @@ def _read(
 ) -> Samples | Flaw:
     """Decode a file of any format to its stored values."""
     if header.format == "unknown":
-        other = kind_of_other_file(encoded)
-        if other is not Flaw.NOT_AN_IMAGE:
-            return other
+        flaw = flaw_of_other_file(encoded)
+        if flaw is not Flaw.NOT_AN_IMAGE:
+            return flaw
         return rare_with_pillow(encoded, header, max_pixels)
     if header.format == "camera raw":
         return Flaw.CAMERA_RAW
     if header.width * header.height > max_pixels:
         return Flaw.TOO_LARGE
     if not header.width:
-        # Only the format's own library reads some headers, such as an AVIF with tracks alone.
+        # Some headers need the format's own library, such as an AVIF that has tracks but no items.
         size = size_by_pillow(encoded)
         if size is not None and size[0] * size[1] > max_pixels:
             return Flaw.TOO_LARGE
@@ -233,8 +238,8 @@ def _read_by_format(encoded: bytes | memoryview, header: Header, pages: Pages) -
         case "netpbm":
             return read_netpbm(encoded)
         case "heic" | "jpeg xl":
-            extra = with_heif if header.format == "heic" else with_jxl
-            return extra(encoded, header)
+            decoder = with_heif if header.format == "heic" else with_jxl
+            return decoder(encoded, header)
         case "jpeg" if header.bits != 8 or not header.color:
             return Flaw.JPEG_KIND
     for library in _libraries(header):
@@ -245,10 +250,10 @@ def _read_by_format(encoded: bytes | memoryview, header: Header, pages: Pages) -
 
 
 def _libraries(header: Header) -> Sequence[Callable[..., Samples | None]]:
-    """Return the decoders to try, the most faithful one first.
+    """Return the decoders to try, the most accurate one first.
 
-    OpenCV swaps red and blue of an AVIF with alpha, takes the sYCC of a JPEG 2000 for RGB and
-    cannot convert CMYK by its profile; it is faster, and keeps more than 8 bits.
+    OpenCV is faster and keeps more than 8 bits. But it swaps red and blue of an AVIF with alpha,
+    reads the sYCC of a JPEG 2000 as RGB, and cannot convert CMYK by its profile.
     """
     if header.format == "jpeg 2000" and header.bits > 8:
         return _deep_jpeg_2000, with_pillow
@@ -274,7 +279,7 @@ def _deep_jpeg_2000(encoded: bytes | memoryview, header: Header) -> Samples | No
 
 
 def _finish(samples: Samples, how: Decoding) -> Image | Flaw:
-    """Scale, rotate, convert colours: in this order, for every format."""
+    """Scale the values, rotate the image, convert its colours: in this order for every format."""
     image = to_8_bits(samples, how.intensity)
     if isinstance(image, Flaw):
         return image
@@ -283,7 +288,7 @@ def _finish(samples: Samples, how: Decoding) -> Image | Flaw:
 
 
 def _turn(pixels: Image, orientation: int) -> Image:
-    """Return uint8 pixels ``(H, W)`` or ``(H, W, C)`` upright.
+    """Rotate or mirror uint8 pixels ``(H, W)`` or ``(H, W, C)`` to be upright.
 
     Args:
         pixels: The pixels as stored.
@@ -304,6 +309,7 @@ def _turn(pixels: Image, orientation: int) -> Image:
 
 
 def _swap_sides(pixels: Image, orientation: int) -> Image:
+    # OpenCV's flip codes: 0 mirrors top to bottom, 1 left to right, -1 both.
     turned = cv2.transpose(pixels)
     flips = {5: None, 6: 1, 7: -1, 8: 0}[orientation]
     return turned if flips is None else cv2.flip(turned, flips)  # type: ignore[return-value]

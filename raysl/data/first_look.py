@@ -1,4 +1,4 @@
-"""Inspect a few images before a run for problems that would spoil it silently."""
+"""Inspect a few images before a run for problems that would otherwise go unnoticed."""
 
 import importlib.util
 from collections import Counter
@@ -25,11 +25,11 @@ _LIBRARIES = {
 def first_look(source: Source, *, count: int = 32) -> list[str]:
     """Inspect the headers of a few images, evenly spaced over a source.
 
-    Of a source that is read in groups, two groups are read. Only images of more than 8 bits, and
-    files of unknown format, are decoded.
+    If the source is read in groups, only two groups are read. An image is decoded only if it has
+    more than 8 bits or several pages, or if its header does not show that it can be read.
 
     Args:
-        source: The images.
+        source: The source to inspect.
         count: Number of images to inspect.
 
     Returns:
@@ -43,12 +43,12 @@ def first_look(source: Source, *, count: int = 32) -> list[str]:
         flaw = _flaw(encoded, how)
         if flaw is not None:
             flaws[flaw] += 1
-        if how.intensity is None and (measured_range := measured(encoded, how)) is not None:
-            ranges.append(measured_range)
+        if how.intensity is None and (limits := measure_range(encoded, how)) is not None:
+            ranges.append(limits)
     return [*range_advice(ranges), *_about(flaws, len(rows), name=source.name)]
 
 
-def measured(encoded: Encoded, how: Decoding, *, max_pixels: float = 1e8) -> ValueRange | None:
+def measure_range(encoded: Encoded, how: Decoding, *, max_pixels: float = 1e8) -> ValueRange | None:
     """Return the value range of an image of more than 8 bits; None for other images."""
     limits = value_range(encoded, how, max_pixels=max_pixels)
     if limits is None or isinstance(encoded, Unreadable | np.ndarray):
@@ -68,7 +68,7 @@ def _rows(source: Source, count: int) -> npt.NDArray[np.int64]:
 
 
 def _flaw(encoded: Encoded, how: Decoding) -> str | None:
-    """Return why an image is bad; None if it is good, or only its pixels could tell."""
+    """Return why an image is bad; None if it is good, or if only decoding could tell."""
     if isinstance(encoded, Unreadable):
         return encoded.reason
     if isinstance(encoded, np.ndarray):
@@ -86,6 +86,7 @@ def _flaw(encoded: Encoded, how: Decoding) -> str | None:
     return image.reason if isinstance(image, Flaw) else None
 
 
+# Flaws that a setting, a package or a command removes.
 _CURABLE = (
     Flaw.NEEDS_HEIF,
     Flaw.NEEDS_JXL,
@@ -97,19 +98,19 @@ _CURABLE = (
 )
 
 
-def _about(flaws: Counter[str], looked: int, *, name: str) -> Sequence[str]:
+def _about(flaws: Counter[str], num_inspected: int, *, name: str) -> Sequence[str]:
     """Return notes on flaws that the user can fix, and on a source whose images are mostly bad."""
     curable = {flaw.reason for flaw in _CURABLE}
     lines = [
-        f"{number:,} of {looked:,} images looked at in {name} cannot be used: {reason}"
+        f"{number:,} of {num_inspected:,} images looked at in {name} cannot be used: {reason}"
         for reason, number in flaws.most_common()
         if reason in curable
     ]
     others = Counter({reason: n for reason, n in flaws.items() if reason not in curable})
-    if 2 * flaws.total() > looked and others:
+    if 2 * flaws.total() > num_inspected and others:
         reasons = ", ".join(f"{reason} ({number:,})" for reason, number in others.most_common(3))
         lines.append(
-            f"{flaws.total():,} of {looked:,} images looked at in {name} are bad: {reasons}; look "
-            f"at the source with `raysl data`"
+            f"{flaws.total():,} of {num_inspected:,} images looked at in {name} are bad: "
+            f"{reasons}; look at the source with `raysl data`"
         )
     return lines

@@ -1,4 +1,4 @@
-"""Choose the rows that an epoch reads: every row once, or as often as its weight says.
+"""Choose the rows that an epoch reads: every row once, or each row by its weight.
 
 The terms are defined in ``plan.py``. A *span* is a run of neighbouring groups with equal weight; a
 *pass* reads every row of a span once.
@@ -14,7 +14,8 @@ from raysl.data.permute import Indices
 
 # Second word of the Philox keys of passes, distinct from those in ``plan.py``.
 _PASSES = (1 << 62) + (1 << 60)
-# A weighted span of few groups is cut so finely that part of a pass is a fair sample of it.
+# A weighted span is cut into at least this many fragments, so that part of a pass is a fair sample
+# of the span even if it has few groups.
 _MIN_FRAGMENTS = 4096
 
 
@@ -25,42 +26,42 @@ class Fragments(NamedTuple):
     sizes: Indices
     repeats: Indices  # 0 the first time a row occurs in an epoch, 1 the second time, ...
 
-    def take(self, which: npt.NDArray[np.integer[Any]]) -> "Fragments":
-        """Return the selected fragments, in the given order."""
-        return Fragments(self.starts[which], self.sizes[which], self.repeats[which])
+    def take(self, indices: npt.NDArray[np.integer[Any]]) -> "Fragments":
+        """Return the fragments at these indices, in the given order."""
+        return Fragments(self.starts[indices], self.sizes[indices], self.repeats[indices])
 
 
 def images_per_epoch(group_sizes: Indices, weights: npt.NDArray[np.float64] | None) -> int:
     """Return the number of images in one epoch."""
     if weights is None:
         return int(np.sum(group_sizes))
-    return sum(_share(group_sizes[span], weights[span]) for span in _spans(weights))
+    return sum(_images_read(group_sizes[span], weights[span]) for span in _spans(weights))
 
 
 def fragments_of(
     group_sizes: Indices, weights: npt.NDArray[np.float64] | None, *, seed: int, epoch: int
 ) -> Fragments:
-    """Return the fragments that an epoch reads, before the shuffle of ``plan.py``.
+    """Return the fragments that an epoch reads, before ``plan.py`` shuffles them.
 
-    A span with weight w and n images is read in endless passes, each shuffled anew. An epoch takes
-    the next round(w * n) images of that sequence, so that every image occurs equally often for any
-    w.
+    A span with weight w and n images is an endless sequence of passes, each shuffled anew. An epoch
+    reads the next round(w * n) images of that sequence, so that over many epochs every image of the
+    span is read equally often.
 
     Args:
-        group_sizes: Images in each group, in the order of the rows.
+        group_sizes: Images in each group, ``(num_groups,)``, in the order of the rows.
         weights: How often an epoch reads each image of a group; None means once.
         seed: The run's seed.
         epoch: Number of the epoch, from 0.
     """
     starts = np.cumsum(group_sizes) - group_sizes
     if weights is None:
-        none = np.broadcast_to(np.int64(0), group_sizes.shape)  # a broadcast view: takes no memory
-        return Fragments(starts, group_sizes, none)
-    chosen = []
+        zeros = np.broadcast_to(np.int64(0), group_sizes.shape)  # a view that takes no memory
+        return Fragments(starts, group_sizes, zeros)
+    pieces = []
     for number, span in enumerate(_spans(weights)):
         fragments = _cut(starts[span], group_sizes[span])
-        rows, share = int(fragments.sizes.sum()), _share(group_sizes[span], weights[span])
-        first, last = epoch * share, (epoch + 1) * share
+        rows, count = int(fragments.sizes.sum()), _images_read(group_sizes[span], weights[span])
+        first, last = epoch * count, (epoch + 1) * count
         for repeat, pass_number in enumerate(range(first // rows, -(-last // rows))):
             key = np.array([seed, _PASSES + pass_number], dtype=np.uint64)
             counter = np.array([0, 0, 0, number], dtype=np.uint64)
@@ -68,8 +69,8 @@ def fragments_of(
             shuffled = fragments.take(rng.permutation(len(fragments.sizes)))
             offset = pass_number * rows
             low, high = max(0, first - offset), min(rows, last - offset)
-            chosen.append(_between(shuffled, low, high, repeat))
-    return Fragments(*(np.concatenate(column) for column in zip(*chosen, strict=True)))
+            pieces.append(_between(shuffled, low, high, repeat))
+    return Fragments(*(np.concatenate(column) for column in zip(*pieces, strict=True)))
 
 
 def _spans(weights: npt.NDArray[np.float64]) -> list[slice]:
@@ -78,7 +79,8 @@ def _spans(weights: npt.NDArray[np.float64]) -> list[slice]:
     return [slice(low, high) for low, high in itertools.pairwise(cuts)]
 
 
-def _share(sizes: Indices, weights: npt.NDArray[np.float64]) -> int:
+def _images_read(sizes: Indices, weights: npt.NDArray[np.float64]) -> int:
+    """Return how many images of a span an epoch reads."""
     return max(1, round(float(weights[0]) * int(sizes.sum())))
 
 
@@ -97,7 +99,7 @@ def _cut(starts: Indices, sizes: Indices) -> Fragments:
 
 
 def _between(fragments: Fragments, low: int, high: int, repeat: int) -> Fragments:
-    """Return images [low, high) of a sequence of fragments; may cut the first and the last."""
+    """Return images [low, high) of a sequence of fragments, of which the ends may be cut."""
     ends = np.cumsum(fragments.sizes)
     begins = ends - fragments.sizes
     first, last = np.maximum(begins, low), np.minimum(ends, high)

@@ -1,6 +1,6 @@
 """Read an image file's header: format, size, colours, orientation, profile, pages.
 
-The only header reader: the decoder and ``raysl data`` both use it. Decodes no pixels.
+The decoder and ``raysl data`` both use this reader. It decodes no pixels.
 """
 
 import struct
@@ -27,7 +27,7 @@ _SIGNATURES = (
     (b"\0\0\0\x0cjP  \r\n\x87\n", "jpeg 2000"),
     (b"\xff\x4f\xff\x51", "jpeg 2000"),
 )
-# ISO 14496-12: bytes 4 to 8 of an "ftyp" box, then the brand.
+# Major brands of ISO 14496-12 files: bytes 8 to 12, after the box type "ftyp".
 _BRANDS = {b"avif": "avif", b"avis": "avif"} | dict.fromkeys(
     (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"heif"), "heic"
 )
@@ -51,7 +51,7 @@ def read_header(data: bytes | memoryview) -> Header:
         data: The file's bytes, or a sufficient prefix.
 
     Returns:
-        The known fields. A damaged header yields the format alone.
+        The fields that the format stores. A damaged header yields only the format.
     """
     kind = _format_of(data)
     if kind is None:
@@ -77,19 +77,19 @@ def _format_of(data: bytes | memoryview) -> str | None:
 
 
 def _format_of_brands(data: bytes | memoryview) -> str | None:
-    """Return the format of the major brand, or if that is generic, of a compatible one."""
+    """Return the format of the major brand; AVIF if that is generic and AVIF is compatible."""
     size = min(int.from_bytes(data[:4], "big"), 256)
-    first = bytes(data[8:12])
-    others = [bytes(data[at : at + 4]) for at in range(16, size - 3, 4)]
-    if first in (b"mif1", b"msf1") and {b"avif", b"avis"} & set(others):
+    major = bytes(data[8:12])
+    compatible = [bytes(data[at : at + 4]) for at in range(16, size - 3, 4)]
+    if major in (b"mif1", b"msf1") and {b"avif", b"avis"} & set(compatible):
         return "avif"
-    return _BRANDS.get(first)
+    return _BRANDS.get(major)
 
 
 def read_jpeg(data: bytes | memoryview) -> Header:
-    """Walk a JPEG's segments up to its frame header: orientation, profile, size and colours.
+    """Read a JPEG's orientation, profile, size and colours, up to its frame header.
 
-    Source: ITU-T T.81, annex B; the chunks of the profile: ICC specification, annex B.4.
+    Source: ITU-T T.81, annex B; ICC specification, annex B.4, for the chunks of a profile.
     """
     at, end, orientation = 2, len(data), 1
     parts: list[tuple[int, bytes]] = []
@@ -101,7 +101,7 @@ def read_jpeg(data: bytes | memoryview) -> Header:
             at += skipped
             continue
         marker = data[at + 1]
-        # Fill bytes and markers without length.
+        # Fill bytes, and markers that have no length field.
         if marker in (0x01, 0xFF) or 0xD0 <= marker <= 0xD8:
             at += 1 if marker == 0xFF else 2
             continue
@@ -171,7 +171,7 @@ def _webp(data: memoryview) -> Header:
 
 
 def _webp_chunks(data: memoryview) -> tuple[int, bytes]:
-    """Return orientation and profile of an extended WebP."""
+    """Return the orientation and the profile of an extended WebP."""
     orientation, profile, at = 1, b"", 12
     while at + 8 <= len(data):
         (length,) = struct.unpack_from("<I", data, at + 4)
@@ -180,8 +180,8 @@ def _webp_chunks(data: memoryview) -> tuple[int, bytes]:
             case b"ICCP":
                 profile = bytes(content)
             case b"EXIF":
-                named = bytes(content[:6]) == _EXIF  # some writers keep JPEG's prefix
-                orientation = exif_orientation(content[6:] if named else content)
+                has_prefix = bytes(content[:6]) == _EXIF  # some writers keep JPEG's prefix
+                orientation = exif_orientation(content[6:] if has_prefix else content)
         at += 8 + length + length % 2
     return orientation, profile
 

@@ -1,4 +1,4 @@
-"""Read the headers of formats made of ISO boxes: AVIF and HEIC, JPEG 2000, JPEG XL."""
+"""Read the headers of formats that consist of ISO boxes: AVIF, HEIC, JPEG 2000, JPEG XL."""
 
 import struct
 from collections.abc import Iterator
@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from raysl.data.header_fields import Header
 
 _FULL = 4  # bytes of version and flags at the start of a "full" box
-# EXIF orientations for a rotation by so many quarter turns counter-clockwise (irot), then for a
-# mirror (imir) that swaps top and bottom (0) or left and right (1) after it.
+# EXIF orientation of a rotation (irot), by its number of counter-clockwise quarter turns. A mirror
+# (imir) after it swaps top and bottom (0) or left and right (1): the orientation of both together.
 _TURNS = {0: 1, 1: 8, 2: 3, 3: 6}
 _MIRRORED = {
     0: {1: 4, 8: 5, 3: 2, 6: 7},
@@ -32,10 +32,11 @@ def _boxes(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
 
 
 def _box(data: memoryview, name: bytes) -> memoryview:
-    first = next((content for kind, content in _boxes(data) if kind == name), None)
-    if first is None:
+    """Return the content of the first box of this name; raise ValueError if there is none."""
+    content = next((content for kind, content in _boxes(data) if kind == name), None)
+    if content is None:
         raise ValueError(f"no box {name!r}")
-    return first
+    return content
 
 
 def read_heif(data: memoryview, kind: str) -> Header:
@@ -47,11 +48,11 @@ def read_heif(data: memoryview, kind: str) -> Header:
     primary = _box(meta, b"pitm")
     item = int.from_bytes(primary[4:6] if primary[0] == 0 else primary[4:8], "big")
     properties = _box(meta, b"iprp")
-    listed = list(_boxes(_box(properties, b"ipco")))
+    all_properties = list(_boxes(_box(properties, b"ipco")))
     width, height, bits, profile = 0, 0, 8, b""
     turns, mirror, aperture = 0, None, None
-    chosen = [listed[number - 1] for number in _associated(_box(properties, b"ipma"), item)]
-    for name, content in chosen:
+    numbers = _property_numbers(_box(properties, b"ipma"), item)
+    for name, content in [all_properties[number - 1] for number in numbers]:
         match name:
             case b"ispe":
                 width, height = struct.unpack_from(">II", content, _FULL)
@@ -68,13 +69,13 @@ def read_heif(data: memoryview, kind: str) -> Header:
                 profile = bytes(content[4:])
     orientation = _TURNS[turns]  # applied before the mirror, whatever their order in the list
     orientation = orientation if mirror is None else _MIRRORED[mirror][orientation]
-    color = "rgb alpha" if _has_alpha(listed) else "rgb"
+    color = "rgb alpha" if _has_alpha(all_properties) else "rgb"
     width, height = aperture or (width, height)
     return Header(kind, width, height, color, max(bits, 8), orientation, profile=profile)
 
 
-def _associated(table: memoryview, wanted: int) -> list[int]:
-    """Return the numbers of an item's properties, from 1, in order."""
+def _property_numbers(table: memoryview, wanted: int) -> list[int]:
+    """Return the numbers of an item's properties, counted from 1, in order."""
     version, wide = table[0], table[3] & 1
     (count,) = struct.unpack_from(">I", table, _FULL)
     at = _FULL + 4
@@ -94,8 +95,8 @@ def _associated(table: memoryview, wanted: int) -> list[int]:
     raise ValueError("the primary item has no properties")
 
 
-def _has_alpha(listed: list[tuple[bytes, memoryview]]) -> bool:
-    return any(name == b"auxC" and b"alpha" in bytes(content) for name, content in listed)
+def _has_alpha(properties: list[tuple[bytes, memoryview]]) -> bool:
+    return any(name == b"auxC" and b"alpha" in bytes(content) for name, content in properties)
 
 
 def read_jp2(data: memoryview) -> Header:
@@ -164,25 +165,26 @@ def _jxl_size(bits: "_Bits") -> tuple[int, int]:
     ratio = bits.take(3)
     if ratio == 0:
         return height, side()
-    above, below = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))[ratio - 1]
-    return height, height * above // below
+    numerator, denominator = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))[ratio - 1]
+    return height, height * numerator // denominator
 
 
 class _Bits:
-    """Read bits from the lowest bit of each byte upwards."""
+    """A reader of bits, from the lowest bit of each byte upwards."""
 
     def __init__(self, data: memoryview) -> None:
         self._value = int.from_bytes(data, "little")
-        self._left = 8 * len(data)
+        self._num_left = 8 * len(data)
 
     def take(self, count: int) -> int:
-        self._left -= count
-        if self._left < 0:
+        self._num_left -= count
+        if self._num_left < 0:
             raise ValueError("cut off")
         value = self._value & ((1 << count) - 1)
         self._value >>= count
         return value
 
     def choice(self, fixed: tuple[int, int, int], width: int) -> int:
-        which = self.take(2)
-        return fixed[which] if which < 3 else 1 + self.take(width)
+        """Read a 2-bit selector: one of three fixed values, or ``width`` bits plus 1."""
+        selector = self.take(2)
+        return fixed[selector] if selector < 3 else 1 + self.take(width)

@@ -13,12 +13,13 @@ class Header(NamedTuple):
     """jpeg, png, webp, bmp, tiff, gif, avif, heic, jpeg xl, jpeg 2000, netpbm, camera raw, or
     unknown."""
     width: int = 0
-    """In pixels, as stored: before the rotation."""
+    """Width in pixels, as stored: before the rotation."""
     height: int = 0
+    """Height in pixels, as stored: before the rotation."""
     color: str = ""
-    """grey, rgb, palette, cmyk, lab or channels, followed by "alpha" if there is one."""
+    """grey, rgb, palette, cmyk, lab or channels, then " alpha" if there is an alpha channel."""
     bits: int = 8
-    """Bits a channel, at least 8."""
+    """Bits per channel; 8 if there are fewer."""
     orientation: int = 1
     """The EXIF orientation, 1 to 8; 1 is upright."""
     progressive: bool = False
@@ -26,13 +27,13 @@ class Header(NamedTuple):
     is_float: bool = False
     """Whether the values are floating point numbers."""
     pages: int = 1
-    """Pages of a TIFF that are not marked as smaller copies of others."""
+    """Number of pages of a TIFF, without those marked as smaller copies of others."""
     profile: bytes = b""
     """The ICC profile."""
 
 
 def exif_orientation(exif: memoryview) -> int:
-    """Return the orientation in EXIF data; 1 if the data are damaged.
+    """Return the orientation in EXIF data; 1 if it is missing or the data are damaged.
 
     Source: CIPA DC-008 (Exif 2.32), sec. 4.5.4 and 4.6.4: a TIFF header and its first directory.
     """

@@ -11,7 +11,7 @@ SUBFILE, OLD_SUBFILE, WIDTH, HEIGHT, BITS = 254, 255, 256, 257, 258
 COMPRESSION, PHOTOMETRIC, DESCRIPTION, ORIENTATION, SAMPLES = 259, 262, 270, 274, 277
 PLANAR, SUB_DIRECTORIES, EXTRA, SAMPLE_FORMAT = 284, 330, 338, 339
 PROFILE, DNG_VERSION = 34675, 50706
-_KEPT = frozenset(
+_READ_TAGS = frozenset(
     {
         *(SUBFILE, OLD_SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, DESCRIPTION),
         *(ORIENTATION, SAMPLES, PLANAR, SUB_DIRECTORIES, EXTRA, SAMPLE_FORMAT, PROFILE),
@@ -27,7 +27,7 @@ MOST_PAGES = 1000
 _REDUCED, _MASK = 1, 4
 _SENSOR, _LINEAR_SENSOR = 32803, 34892
 _COLORS = {0: "grey", 1: "grey", 2: "rgb", 3: "palette", 5: "cmyk", 6: "rgb", 8: "lab"}
-_OF_COLOR = {"grey": 1, "rgb": 3, "palette": 1, "cmyk": 4, "lab": 3}
+_SAMPLES_OF_COLOR = {"grey": 1, "rgb": 3, "palette": 1, "cmyk": 4, "lab": 3}
 ASSOCIATED, UNASSOCIATED = 1, 2
 UNSIGNED, SIGNED, FLOAT = 1, 2, 3
 _IMAGEJ_IMAGES = re.compile(rb"^ImageJ=.*?^images=(\d+)", re.MULTILINE | re.DOTALL)
@@ -39,7 +39,7 @@ class Page(NamedTuple):
     """One page of a TIFF file."""
 
     offset: int
-    """Offset of its directory, in bytes."""
+    """Offset of the page's directory, in bytes."""
     width: int
     height: int
     color: str
@@ -79,7 +79,7 @@ def tiff_header(data: memoryview) -> Header:
 
 
 def read_pages(data: memoryview) -> tuple[list[Page], bool]:
-    """Return the pages except smaller copies and masks, and whether the file is camera raw.
+    """Return the pages, without smaller copies and masks, and whether the file is camera raw.
 
     Raises:
         ValueError, struct.error, IndexError: If there is no page, or its directory is damaged.
@@ -96,7 +96,7 @@ def read_pages(data: memoryview) -> tuple[list[Page], bool]:
 
 
 def as_first(encoded: bytes | memoryview, page: Page) -> bytes | memoryview:
-    """Return the file with this page first, for libraries that only read the first page."""
+    """Return the file with this page as the first, for libraries that read only the first page."""
     order = _order(memoryview(encoded))
     code, at = (order + "Q", 8) if _is_big(memoryview(encoded)) else (order + "I", 4)
     if struct.unpack_from(code, encoded, at)[0] == page.offset:
@@ -115,7 +115,7 @@ def _is_big(data: memoryview) -> bool:
 
 
 def _directories(data: memoryview) -> Iterator[tuple[int, Tags]]:
-    """Yield offset and tags of each directory; stops at a damaged one after the first."""
+    """Yield offset and tags of each directory, up to a damaged one; raise if that is the first."""
     order, big = _order(data), _is_big(data)
     (at,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
     seen: set[int] = set()
@@ -139,7 +139,7 @@ def _directory(data: memoryview, at: int, order: str, *, big: bool) -> tuple[Tag
     tags: Tags = {}
     for entry in range(begin, begin + size * min(count, 4096), size):
         tag, kind, number = struct.unpack_from(order + entry_code, data, entry)
-        if tag in _KEPT and kind in _TYPES:
+        if tag in _READ_TAGS and kind in _TYPES:
             tags[tag] = _values(data, entry + size - inline, order, _TYPES[kind], number, inline)
     offset = order + ("Q" if big else "I")
     try:
@@ -169,7 +169,7 @@ def _is_small(tags: Tags) -> bool:
 
 
 def _is_raw(data: memoryview, tags: Tags) -> bool:
-    """Return whether a directory, or one below it, holds sensor values."""
+    """Return whether a directory, or one of its subdirectories, holds sensor values."""
     if DNG_VERSION in tags or _first(tags, PHOTOMETRIC, -1) in (_SENSOR, _LINEAR_SENSOR):
         return True
     for offset in tags.get(SUB_DIRECTORIES, ())[:8]:
@@ -186,11 +186,11 @@ def _page(offset: int, tags: Tags) -> Page:
     photometric, samples = _first(tags, PHOTOMETRIC, -1), _first(tags, SAMPLES, 1)
     color = _COLORS.get(photometric, "")
     extra = tags.get(EXTRA, ())
-    more = samples - _OF_COLOR.get(color, samples)
+    num_extra = samples - _SAMPLES_OF_COLOR.get(color, samples)
     alpha = int(extra[0]) if len(extra) else 0
-    alpha = alpha if more and alpha in (ASSOCIATED, UNASSOCIATED) else 0
-    # Extra samples next to colours are ignored; next to grey, any but alpha makes it channels.
-    if color and (more < 0 or (color == "grey" and more > (1 if alpha else 0))):
+    alpha = alpha if num_extra and alpha in (ASSOCIATED, UNASSOCIATED) else 0
+    # Extra samples beside colours are ignored. Beside grey, any but alpha make the page "channels".
+    if color and (num_extra < 0 or (color == "grey" and num_extra > (1 if alpha else 0))):
         color = "channels"
     orientation = _first(tags, ORIENTATION, 1)
     profile = tags.get(PROFILE, b"")

@@ -1,6 +1,7 @@
 """Read Netpbm files (PBM, PGM, PPM, PAM) and PFM, in text or binary form.
 
-Not left to a library: libraries disagree if the maximum is neither 255 nor 65,535.
+This module does not use a library, because libraries disagree about other maxima than 255 and
+65,535.
 
 Source: the Netpbm manual's pages pbm(5), pgm(5), ppm(5), pam(5) and pfm(5).
 """
@@ -22,7 +23,7 @@ _COMMENT = re.compile(rb"#[^\n\r]*")
 
 
 class Netpbm(NamedTuple):
-    """The parsed header."""
+    """The parsed header of a Netpbm or PFM file."""
 
     kind: str
     """The digit or letter after the P."""
@@ -36,7 +37,7 @@ class Netpbm(NamedTuple):
 
 
 def read_netpbm_header(data: memoryview) -> Header:
-    """Return the fields that all formats share."""
+    """Return the header's fields that all image formats have."""
     head = netpbm_header(data)
     is_float = head.kind in "fF"
     bits = 32 if is_float else 16 if head.maximum > 255 else 8
@@ -46,7 +47,7 @@ def read_netpbm_header(data: memoryview) -> Header:
 
 
 def netpbm_header(data: bytes | memoryview) -> Netpbm:
-    """Parse the header.
+    """Parse the header of a Netpbm or PFM file.
 
     Raises:
         ValueError: If it is damaged.
@@ -64,7 +65,7 @@ def netpbm_header(data: bytes | memoryview) -> Netpbm:
         at = token.end()
     width, height, maximum = int(values[0]), int(values[1]), values[2] if len(values) > 2 else 1.0
     channels = {"F": 3, "f": 1}.get(kind) or _CHANNELS[int(kind)]
-    return _checked(Netpbm(kind, width, height, channels, maximum, at + 1))
+    return _check(Netpbm(kind, width, height, channels, maximum, at + 1))
 
 
 def _pam(head: bytes) -> Netpbm:
@@ -77,18 +78,18 @@ def _pam(head: bytes) -> Netpbm:
         )
     except KeyError as error:
         raise ValueError(f"no {error}") from error
-    return _checked(Netpbm("7", width, height, depth, float(maximum), end))
+    return _check(Netpbm("7", width, height, depth, float(maximum), end))
 
 
-def _checked(head: Netpbm) -> Netpbm:
-    sound = head.width > 0 and head.height > 0 and 1 <= head.channels <= 4 and head.maximum
-    if not sound or (head.kind not in "fF" and not 0 < head.maximum < 1 << 16):
-        raise ValueError("values that no such file has")
+def _check(head: Netpbm) -> Netpbm:
+    is_valid = head.width > 0 and head.height > 0 and 1 <= head.channels <= 4 and head.maximum
+    if not is_valid or (head.kind not in "fF" and not 0 < head.maximum < 1 << 16):
+        raise ValueError("values that no Netpbm file has")
     return head
 
 
 def read_netpbm(encoded: bytes | memoryview) -> Samples | Flaw:
-    """Return the pixels of the first image."""
+    """Decode the first image of a file."""
     try:
         head = netpbm_header(encoded)
         data = bytes(encoded[head.start :])
@@ -113,12 +114,12 @@ def _text(head: Netpbm, data: bytes) -> Values:
     data = _COMMENT.sub(b" ", data)
     if head.kind == "1":  # digits need no space between them
         digits = np.frombuffer(b"".join(data.split()), np.uint8)
-        return 1 - _shaped(head, digits.astype(np.int64) - ord("0"))
-    return _shaped(head, np.array(data.split()[: _count(head)], dtype=np.int64))
+        return 1 - _reshape(head, digits.astype(np.int64) - ord("0"))
+    return _reshape(head, np.array(data.split()[: _count(head)], dtype=np.int64))
 
 
 def _binary(head: Netpbm, data: bytes) -> Values:
-    if head.kind == "4":  # one bit a pixel, rows start at a byte, 1 is black
+    if head.kind == "4":  # one bit per pixel; each row starts at a byte; 1 is black
         row = -(-head.width // 8)
         packed = np.frombuffer(data, np.uint8, row * head.height).reshape(head.height, row)
         return 1 - np.unpackbits(packed, axis=1)[:, : head.width].astype(np.int64)
@@ -128,14 +129,14 @@ def _binary(head: Netpbm, data: bytes) -> Values:
         name = "u1" if head.maximum <= 255 else ">u2"
     kind: np.dtype[Any] = np.dtype(name)
     values = np.frombuffer(data, kind, _count(head))
-    return _shaped(head, values.astype(kind.newbyteorder("=")))
+    return _reshape(head, values.astype(kind.newbyteorder("=")))
 
 
 def _count(head: Netpbm) -> int:
     return head.height * head.width * head.channels
 
 
-def _shaped(head: Netpbm, values: Values) -> Values:
-    """Return ``(H, W)`` or ``(H, W, 3)`` without alpha."""
+def _reshape(head: Netpbm, values: Values) -> Values:
+    """Reshape values to ``(H, W)`` or ``(H, W, 3)``, without alpha."""
     shaped = values[: _count(head)].reshape(head.height, head.width, head.channels)
     return shaped[..., 0] if head.channels < 3 else np.ascontiguousarray(shaped[..., :3])

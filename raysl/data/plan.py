@@ -1,22 +1,23 @@
-"""The order of data as arithmetic: (seed, position) -> the images of one item.
+"""Compute the order of the data: (seed, position) -> the images of one item.
 
-The plan has no state. Where a run stands is one integer, the number of global batches consumed.
+The plan has no state. The progress of a run is one integer, the number of global batches consumed.
 
 Terms, used with these meanings in ``data/`` and ADR 1:
 
 - row: the number of an image in the source, in [0, number of images).
-- group: consecutive rows that are quick to read together, such as a Parquet row group.
-- fragment: consecutive rows as an epoch reads them: a group, or a part of one in a weighted source.
+- group: consecutive rows that are fast to read together, such as a Parquet row group.
+- fragment: consecutive rows that an epoch reads as a whole: a group, or part of one in a weighted
+  source.
 - window: fragments whose images are shuffled together in memory.
 - slot: the index of an image in the order of one epoch.
-- item: the images, of a fixed number, that a data worker reads, decodes and augments in one call.
+- item: a fixed number of images that a data worker reads, decodes and augments in one call.
 - position: the index of an item in the whole run.
 - step: the index of a global batch in the whole run; a batch is a fixed number of items.
-- key: the number that an image's views are drawn by: its row, unless the epoch repeats the row.
-- block: the arrays that an item becomes, one row an image.
+- key: the number that seeds an image's views: its row, or a number beyond all rows if repeated.
+- block: the arrays made from an item, one row per image.
 - packing: how many steps' items Ray Data puts into one block (``run/ray_data.py``).
 
-Images are shuffled in two stages, because some sources are only quick to read by group. First the
+Images are shuffled in two stages, because some sources are only fast to read by group. First the
 fragments are permuted and cut into windows that fit into memory; then the images of each window are
 permuted. A source that fits into one window is shuffled fully. Memory grows with the number of
 groups, not of images.
@@ -33,9 +34,9 @@ from raysl.data.fragments import Fragments, fragments_of, images_per_epoch
 from raysl.data.permute import Indices, Permutation
 from raysl.errors import ConfigError
 
-# Second words of the Philox keys of the two stages, distinct from those of the views.
+# Second words of the Philox keys of the two stages; the keys of views have others.
 _GROUPS, _WINDOWS = 1 << 62, (1 << 62) + (1 << 61)
-_CACHED_WINDOWS = 4
+_CACHE_SIZE = 4  # epochs and windows that are held at once
 _ITEM_IMAGES, _ITEM_BYTES = 128, 96 << 20
 _SMALL_ITEM_IMAGES, _SMALL_ITEM_BYTES = 1024, 8 << 20
 
@@ -47,7 +48,7 @@ class Item(NamedTuple):
     step: int  # global batch, counted from 0 over the whole run
     epoch: int
     indices: Indices  # rows of the source, ``(item_size,)``
-    keys: Indices  # the row, or for a repeated row a number beyond all rows
+    keys: Indices  # of the views, ``(item_size,)``: the row, or a number beyond all rows
 
 
 class Plan:
@@ -59,8 +60,8 @@ class Plan:
         global_batch_size: Images of one optimizer step over all workers.
         item_size: Images of one item; divides the global batch.
         num_steps: Optimizer steps of the whole run.
-        window_size: Most images that are shuffled together; a larger group is a window by itself.
-            None means all images.
+        window_size: Largest number of images in a window, None for all; a larger group is a window
+            of its own.
         weights: How often an epoch reads each image of a group; None means once.
 
     Raises:
@@ -109,7 +110,7 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole global batches in one epoch. The images left over are different ones each epoch."""
+        """Number of whole global batches in one epoch; each epoch leaves out different images."""
         return self.num_images // self.global_batch_size
 
     @property
@@ -152,14 +153,14 @@ class Plan:
             rng = _stream(self.seed, _GROUPS + epoch, 0)
             order = rng.permutation(len(fragments.sizes)).astype(np.int32)
             ends = np.cumsum(fragments.sizes[order])
-            cuts, taken = [0], 0
+            cuts, num_before = [0], 0
             while cuts[-1] < len(ends):
-                # Take all fragments that still fit, but at least one.
-                stop = int(np.searchsorted(ends, taken + self.window_size, side="right"))
+                # A window holds all fragments that fit, but at least one.
+                stop = int(np.searchsorted(ends, num_before + self.window_size, side="right"))
                 cuts.append(max(stop, cuts[-1] + 1))
-                taken = int(ends[cuts[-1] - 1])
+                num_before = int(ends[cuts[-1] - 1])
             bounds = np.array([0, *(int(ends[cut - 1]) for cut in cuts[1:])], dtype=np.int64)
-            _keep(self._layouts, epoch, _Layout(fragments, order, np.array(cuts), bounds))
+            _add_to_cache(self._layouts, epoch, _Layout(fragments, order, np.array(cuts), bounds))
         return self._layouts[epoch]
 
     def _window(self, epoch: int, number: int) -> "_Window":
@@ -170,7 +171,7 @@ class Plan:
                 layout.order[slice(*layout.cuts[number : number + 2])]
             )
             rng = _stream(self.seed, _WINDOWS + epoch, number)
-            _keep(self._windows, key, _Window(fragments, rng))
+            _add_to_cache(self._windows, key, _Window(fragments, rng))
         return self._windows[key]
 
 
@@ -194,9 +195,9 @@ class _Window:
     def rows(self, start: int, stop: int) -> tuple[Indices, Indices]:
         """Return rows and repeats at indices [start, stop) of the shuffled window."""
         numbers = self.order[start:stop]
-        which = np.searchsorted(self.ends, numbers, side="right")
-        starts, sizes, repeats = self.fragments.take(which)
-        return starts + numbers - self.ends[which] + sizes, repeats
+        fragment = np.searchsorted(self.ends, numbers, side="right")
+        starts, sizes, repeats = self.fragments.take(fragment)
+        return starts + numbers - self.ends[fragment] + sizes, repeats
 
 
 def _stream(seed: int, stage: int, counter: int) -> np.random.Generator:
@@ -206,9 +207,9 @@ def _stream(seed: int, stage: int, counter: int) -> np.random.Generator:
     )
 
 
-def _keep(cache: dict[Any, Any], key: Any, value: Any) -> None:
-    """Add to a cache that drops its oldest entry: items are requested almost in order."""
-    if len(cache) >= _CACHED_WINDOWS:
+def _add_to_cache(cache: dict[Any, Any], key: Any, value: Any) -> None:
+    """Add a value and drop the oldest one if the cache is full: items are read almost in order."""
+    if len(cache) >= _CACHE_SIZE:
         del cache[next(iter(cache))]
     cache[key] = value
 
@@ -216,9 +217,9 @@ def _keep(cache: dict[Any, Any], key: Any, value: Any) -> None:
 def item_size_for(batch_size_per_worker: int, *, bytes_per_image: int) -> int:
     """Return the largest divisor of a worker's batch that is a good item size.
 
-    An item costs a fixed 15 ms in Ray Data, so it should hold many images: up to 1,024 small ones.
-    A block in Ray Data should stay below 128 MiB, and a short item makes the first step start
-    early: at most 128 large images.
+    Each item costs a fixed 15 ms in Ray Data, so it holds up to 1,024 small images. It holds at
+    most 128 large ones, because a block should stay below 128 MiB and because the first step waits
+    for its items.
 
     Args:
         batch_size_per_worker: Images that a train worker takes in one step.

@@ -1,6 +1,7 @@
-"""Call the decoding libraries: bytes to values, or None if a library refuses the file.
+"""Decode files with OpenCV, Pillow and its plugins.
 
-One library may read what another one refuses, so a single refusal does not make an image bad.
+A reader returns None if its library refuses a file. Another library may read that file, so one
+refusal does not make an image bad.
 """
 
 import importlib
@@ -16,8 +17,8 @@ from raysl.data.flaw import Flaw
 from raysl.data.header_fields import Header
 from raysl.data.samples import Color, Samples, Values
 
-# Formats that Pillow may open if the signature is unknown. PostScript is left out: Pillow would
-# start another program.
+# Formats that Pillow may open if the signature is unknown. PostScript is not one of them, because
+# Pillow would start another program to read it.
 _RARE = ("PSD", "ICO", "ICNS", "TGA", "PCX", "SGI", "DDS", "SUN", "QOI", "XPM", "BLP", "DIB")
 _ORIENTATION = 0x0112
 _GREY_MODES = ("1", "L", "LA", "La")
@@ -38,7 +39,7 @@ def with_opencv(encoded: Encoded, header: Header) -> Samples | None:
 
 
 def stored_values(encoded: Encoded) -> Values | None:
-    """Decode with OpenCV to the stored values of any type; channel order RGB(A)."""
+    """Decode with OpenCV to the stored values of any type, in the channel order RGB(A)."""
     values = _imdecode(encoded, cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
     if values is not None and values.ndim == 3 and values.shape[2] >= 3:
         order = [2, 1, 0, *range(3, values.shape[2])]
@@ -55,27 +56,27 @@ def _imdecode(encoded: Encoded, flags: int) -> Values | None:
 
 def with_pillow(encoded: Encoded, header: Header) -> Samples | None:
     """Decode the first frame with Pillow."""
-    picture = _opened(encoded)
-    return None if isinstance(picture, Flaw) else of_pillow(picture, header)
+    picture = _open(encoded)
+    return None if isinstance(picture, Flaw) else pillow_samples(picture, header)
 
 
 def rare_with_pillow(encoded: Encoded, header: Header, max_pixels: float) -> Samples | Flaw:
     """Decode a file with an unknown signature, if Pillow supports it."""
-    picture = _opened(encoded, _RARE)
+    picture = _open(encoded, _RARE)
     if isinstance(picture, Flaw):
         return picture
     if picture.width * picture.height > max_pixels:
         return Flaw.TOO_LARGE
-    return of_pillow(picture, header) or Flaw.DAMAGED
+    return pillow_samples(picture, header) or Flaw.DAMAGED
 
 
 def size_by_pillow(encoded: Encoded) -> tuple[int, int] | None:
-    """Return width and height of a file whose header ``header.py`` cannot read."""
-    picture = _opened(encoded)
+    """Return width and height of a file whose header ``header.py`` cannot read; None if damaged."""
+    picture = _open(encoded)
     return None if isinstance(picture, Flaw) else picture.size
 
 
-def _opened(encoded: Encoded, formats: tuple[str, ...] | None = None) -> Any | Flaw:
+def _open(encoded: Encoded, formats: tuple[str, ...] | None = None) -> Any | Flaw:
     pil = importlib.import_module("PIL.Image")  # imported lazily: JPEGs do not need it
     try:
         with warnings.catch_warnings():
@@ -89,8 +90,8 @@ def _opened(encoded: Encoded, formats: tuple[str, ...] | None = None) -> Any | F
         return Flaw.DAMAGED
 
 
-def of_pillow(picture: Any, header: Header) -> Samples | None:
-    """Return the values of an image that Pillow opened, or None if it does not load."""
+def pillow_samples(picture: Any, header: Header) -> Samples | None:
+    """Return the values of an image that Pillow opened, or None if it cannot be decoded."""
     values: Values
     color: Color
     try:
@@ -109,16 +110,18 @@ def of_pillow(picture: Any, header: Header) -> Samples | None:
                 values = values.astype(values.dtype.newbyteorder("="))
             else:
                 values, color = np.array(_without_alpha(picture, "RGB")), "rgb"
-    except Exception:  # as above
+    except Exception:  # damaged files raise undocumented exceptions
         return None
     profile = b"" if mode == "LAB" else header.profile
-    # Newer versions of Pillow have rotated a TIFF by now and removed its orientation tag.
-    left = picture.getexif().get(_ORIENTATION, 1) if header.format == "tiff" else header.orientation
-    return Samples(values, color, orientation=left, profile=profile)
+    # Newer versions of Pillow rotate a TIFF while loading and remove its orientation tag.
+    orientation = (
+        picture.getexif().get(_ORIENTATION, 1) if header.format == "tiff" else header.orientation
+    )
+    return Samples(values, color, orientation=orientation, profile=profile)
 
 
 def _without_alpha(picture: Any, mode: str) -> Any:
-    """Return an image without alpha; premultiplied colours are divided by it."""
+    """Convert an image to a mode without alpha; premultiplied colours are divided by it."""
     if picture.mode in ("RGBa", "La"):
         picture = picture.convert({"RGBa": "RGBA", "La": "LA"}[picture.mode])
     return picture.convert(mode)
@@ -133,7 +136,7 @@ def with_heif(encoded: Encoded, header: Header) -> Samples | Flaw:
     try:
         picture = library.open_heif(bytes(encoded), convert_hdr_to_8bit=True)
         values = np.array(picture)
-    except Exception:  # as above
+    except Exception:  # damaged files raise undocumented exceptions
         return Flaw.DAMAGED
     if values.ndim == 2:
         return Samples(values, "grey", profile=header.profile)
@@ -141,13 +144,13 @@ def with_heif(encoded: Encoded, header: Header) -> Samples | Flaw:
 
 
 def with_jxl(encoded: Encoded, header: Header) -> Samples | Flaw:
-    """Decode a JPEG XL with pillow-jxl-plugin, and read the colour space of its output."""
+    """Decode a JPEG XL with pillow-jxl-plugin; the profile is that of the plugin's output."""
     try:
         importlib.import_module("pillow_jxl")  # optional; registers the format with Pillow
     except ImportError:
         return Flaw.NEEDS_JXL
-    picture = _opened(encoded)
+    picture = _open(encoded)
     if isinstance(picture, Flaw):
         return Flaw.DAMAGED
     profile = picture.info.get("icc_profile") or b""
-    return of_pillow(picture, header._replace(orientation=1, profile=profile)) or Flaw.DAMAGED
+    return pillow_samples(picture, header._replace(orientation=1, profile=profile)) or Flaw.DAMAGED

@@ -1,4 +1,4 @@
-"""Hold an image's values as stored, and scale them to 8 bits."""
+"""The values of an image as stored, and their scaling to 8 bits."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -12,23 +12,23 @@ from raysl.sources.pixels import Bits, Intensity, Percentiles
 Values = npt.NDArray[Any]
 Color = Literal["grey", "rgb", "cmyk", "channels"]
 
-# Half a level of 8 bits: how far interpolation and compression may leave [0, 1].
+# Half an 8-bit level: how far interpolation and compression may push values outside of [0, 1].
 _OVERSHOOT = 0.5 / 255
 _WHITE = 255.0
 
 
 class Samples(NamedTuple):
-    """Stored values and their meaning."""
+    """The stored values of an image, and what they mean."""
 
     values: Values
     """``(H, W)`` or ``(H, W, C)``: integers or floating point numbers."""
     color: Color
     """The meaning of the channels; in CMYK, 0 means no ink."""
     full: tuple[float, float] | None = None
-    """The declared values of black and white. None means the full range of an integer type, and 0
-    to 1 for floating point numbers."""
+    """The values of black and white that the file declares. None means the full range of an integer
+    type, and 0 to 1 for floating point numbers."""
     orientation: int = 1
-    """The EXIF orientation still to be applied."""
+    """The EXIF orientation that is still to be applied, 1 to 8."""
     profile: bytes = b""
     """The ICC profile."""
 
@@ -54,13 +54,14 @@ def to_8_bits(samples: Samples, intensity: Intensity | None) -> Image | Flaw:
         intensity: The setting ``data.intensity``.
 
     Returns:
-        uint8 of the same shape, or the flaw of floating point values that need the setting.
+        uint8 of the same shape; ``Flaw.FLOAT_RANGE`` for floating point values outside of their
+        range without the setting.
     """
     values = samples.values
     if values.dtype == np.uint8 and samples.full is None:
         return values
     if intensity is not None and values.dtype != np.uint8:
-        return _scaled(values, *_range_by_setting(samples, intensity))
+        return _scale(values, *_range_by_setting(samples, intensity))
     low, high = full_range(samples)
     if values.dtype.kind == "f":
         finite = values[np.isfinite(values)]
@@ -68,16 +69,16 @@ def to_8_bits(samples: Samples, intensity: Intensity | None) -> Image | Flaw:
         if finite.size and not (low - margin <= finite.min() and finite.max() <= high + margin):
             return Flaw.FLOAT_RANGE
     elif samples.full is None:
-        return _upper_eight(values)
-    return _scaled(values, low, high)
+        return _upper_8_bits(values)
+    return _scale(values, low, high)
 
 
 def _range_by_setting(samples: Samples, intensity: Intensity) -> tuple[Any, Any]:
-    """Return the values of black and white by the setting: scalars, or one value a channel."""
+    """Return the values of black and white by the setting: scalars, or one value per channel."""
     if isinstance(intensity, Bits):
         return 0.0, 2.0**intensity.bits - 1
     if isinstance(intensity, Percentiles):
-        # Unrelated channels get a range each; separate ranges for colours would tint them.
+        # Unrelated channels get a range each. Colours share one: separate ranges would tint them.
         axes = (0, 1) if samples.color == "channels" else None
         with np.errstate(all="ignore"):
             low, high = np.nanpercentile(samples.values, intensity.percentile, axis=axes)
@@ -85,7 +86,7 @@ def _range_by_setting(samples: Samples, intensity: Intensity) -> tuple[Any, Any]
     return intensity
 
 
-def _upper_eight(values: Values) -> Image:
+def _upper_8_bits(values: Values) -> Image:
     limits = np.iinfo(values.dtype)
     shift = limits.bits - 8
     if limits.min < 0:  # signed: the lowest value is black
@@ -93,7 +94,7 @@ def _upper_eight(values: Values) -> Image:
     return (values >> shift).astype(np.uint8)
 
 
-def _scaled(values: Values, low: Any, high: Any) -> Image:
+def _scale(values: Values, low: Any, high: Any) -> Image:
     # float32 is too coarse for 32-bit integers and float64 in a narrow range far from zero.
     exact = values.dtype.itemsize > 2 and values.dtype != np.float32
     kind = np.float64 if exact else np.float32

@@ -1,7 +1,7 @@
-"""Apply ICC profiles made of three curves and a matrix much faster than LittleCMS.
+"""Apply ICC profiles that consist of three curves and a matrix, much faster than LittleCMS.
 
-Most photo profiles are of this kind: Adobe RGB, Display P3, cameras, screens. ``color.py`` uses the
-result only after LittleCMS confirmed it.
+Most profiles of photographs are of this kind: Adobe RGB, Display P3, cameras, screens. ``color.py``
+uses a shaper only if its result agrees with that of LittleCMS.
 """
 
 import struct
@@ -17,7 +17,7 @@ _Floats = npt.NDArray[np.float64]
 
 _TAGS_AT, _FIRST_TAG = 128, 132
 _CURVES, _COLORANTS = (b"rTRC", b"gTRC", b"bTRC"), (b"rXYZ", b"gXYZ", b"bXYZ")
-_BY_TABLE = b"A2B0"  # a table that takes precedence over curves and matrix
+_TABLE = b"A2B0"  # a lookup table, which takes precedence over curves and matrix
 # XYZ of sRGB's red, green and blue under the profile illuminant D50. Source: IEC 61966-2-1, adapted
 # with Bradford's matrix, as in the ICC's sRGB profile.
 _SRGB = np.array(
@@ -27,7 +27,7 @@ _SRGB = np.array(
         [0.0139322, 0.0971045, 0.7141733],
     ]
 )
-_TOP = 65_535
+_WHITE = 65_535
 # Strips small enough for the cache, in a reused buffer: four times as fast as whole images.
 _STRIP_PIXELS = 16_384
 # Number of parameters (g, a, b, c, d, e, f) of each "para" curve type, ICC.1:2010 sec. 10.16.
@@ -35,13 +35,13 @@ _NUM_PARAMETERS = (1, 3, 4, 5, 7)
 
 
 class Shaper(NamedTuple):
-    """The transform from stored colours to sRGB."""
+    """The transform of a profile's colours to sRGB."""
 
     curves: npt.NDArray[np.uint16]
-    """``(1, 256)``, or ``(1, 256, 3)`` for one curve a channel: linear light of a level; 65,535 is
-    white."""
+    """Linear light of each level, where 65,535 is white: ``(1, 256)``, or ``(1, 256, 3)`` for one
+    curve per channel."""
     matrix: npt.NDArray[np.float32]
-    """``(3, 3)``: to linear sRGB."""
+    """``(3, 3)``: from linear light to linear sRGB."""
 
     def apply(self, image: Image) -> Image:
         """Convert an image ``(H, W, 3)`` uint8 to sRGB in place and return it."""
@@ -53,23 +53,23 @@ class Shaper(NamedTuple):
     def _apply(self, image: Image) -> Any:
         light: Any = cv2.transform(cv2.LUT(image, self.curves), self.matrix)  # rounds and clips
         try:
-            return cv2.LUT(light, _ENCODED[None])
-        except cv2.error:  # lookup tables end at 256 before OpenCV 5
-            return np.take(_ENCODED, light)
+            return cv2.LUT(light, _SRGB_LEVELS[None])
+        except cv2.error:  # before OpenCV 5, lookup tables have at most 256 entries
+            return np.take(_SRGB_LEVELS, light)
 
 
 def read_shaper(profile: bytes) -> Shaper | None:
     """Return curves and matrix of an RGB profile, or None if it is of another kind."""
     try:
         tags = _tags(profile)
-        if _BY_TABLE in tags:
+        if _TABLE in tags:
             return None
         curves = np.stack([_curve(tags[name]) for name in _CURVES], axis=-1)
         colorants = np.stack([_xyz(tags[name]) for name in _COLORANTS], axis=-1)
     except (KeyError, struct.error, ValueError):
         return None
-    light = np.rint(np.clip(curves, 0, 1) * _TOP).astype(np.uint16)[None]
-    if (light == light[..., :1]).all():  # one shared table is a third faster than one a channel
+    light = np.rint(np.clip(curves, 0, 1) * _WHITE).astype(np.uint16)[None]
+    if (light == light[..., :1]).all():  # one table for all channels is a third faster than three
         light = np.ascontiguousarray(light[..., 0])
     return Shaper(light, (np.linalg.inv(_SRGB) @ colorants).astype(np.float32))
 
@@ -93,17 +93,17 @@ def _curve(tag: bytes) -> _Floats:
     if tag[:4] != b"curv" or count == 0:
         if tag[:4] == b"curv":
             return levels
-        raise ValueError("a curve of another kind")
+        raise ValueError("an unsupported kind of curve")
     values = np.array(struct.unpack_from(f">{count}H", tag, 12), dtype=np.float64)
     if count == 1:
         return levels ** (values[0] / 256)  # type: ignore[no-any-return]
-    return np.interp(levels, np.linspace(0, 1, count), values / _TOP)
+    return np.interp(levels, np.linspace(0, 1, count), values / _WHITE)
 
 
 def _parametric(tag: bytes, levels: _Floats) -> _Floats:
     (kind,) = struct.unpack_from(">H", tag, 8)
     if kind >= len(_NUM_PARAMETERS):
-        raise ValueError("a curve of another kind")
+        raise ValueError("an unsupported kind of curve")
     number = _NUM_PARAMETERS[kind]
     values = [value / 65_536 for value in struct.unpack_from(f">{number}i", tag, 12)]
     g, a, b, c, d, e, f = values + [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0][number:]
@@ -115,12 +115,12 @@ def _parametric(tag: bytes, levels: _Floats) -> _Floats:
     return result
 
 
-def _encoded() -> npt.NDArray[np.uint8]:
+def _srgb_levels() -> npt.NDArray[np.uint8]:
     """Return the sRGB level of each of 65,536 steps of linear light."""
-    light = np.arange(_TOP + 1) / _TOP
+    light = np.arange(_WHITE + 1) / _WHITE
     levels = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
     encoded: npt.NDArray[np.uint8] = np.rint(255 * levels).astype(np.uint8)
     return encoded
 
 
-_ENCODED = _encoded()
+_SRGB_LEVELS = _srgb_levels()

@@ -1,7 +1,7 @@
 """Make blocks of views from items of the plan.
 
-Every data worker does this through :class:`ItemMaker`: Ray Data calls it in actors, :func:`iterate`
-in threads of this process. The pixels are the same.
+Every data worker uses :class:`ItemMaker`: Ray Data calls it in actors, :func:`iterate` in threads
+of this process. Both produce the same pixels.
 """
 
 from collections import deque
@@ -33,8 +33,8 @@ from raysl.data.plan import Plan
 from raysl.errors import DataError
 from raysl.sources.source import BadImagesConfig, Encoded, Source
 
-# After so many bad images in a row, assume that the source itself is broken.
-_MOST_DRAWS = 100
+# After this many bad images in a row, assume that the whole source is bad.
+_MAX_DRAWS = 100
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class BlockSpec:
 
     Args:
         views: The kinds of view.
-        color_on: ``device`` leaves the last ops of each view to the accelerator.
+        color_on: Whether the last operations of each view run here or on the accelerator.
         bad_images: What to do with an image that does not decode.
     """
 
@@ -56,9 +56,9 @@ class ItemMaker:
     """Read, decode and augment one item of the plan.
 
     Args:
-        source: The images.
-        plan: Their order.
-        spec: The views to make.
+        source: The source of the images.
+        plan: The order in which the run reads them.
+        spec: The views to make, and what to do with bad images.
     """
 
     def __init__(self, source: Source, plan: Plan, spec: BlockSpec) -> None:
@@ -78,13 +78,18 @@ class ItemMaker:
         """Make the block of one position.
 
         Returns:
-            ``views_0``, ``views_1``, ...: ``(item_size, V, S, S, 3)`` uint8 RGB, one column a kind
-            of view; ``numbers_0``, ...: ``(item_size, V, P)`` float32, only with ``color_on:
-            device``, the plans of the ops left to the device; ``index``: ``(item_size,)``
-            int64, rows of the source; ``step``: ``(item_size,)`` int64, the optimizer step that the
-            block belongs to; ``bad``: ``(item_size,)`` int64, the bad row that this image replaces,
-            else -1; ``flaw``: ``(item_size,)`` uint8, the flaw of that row. A position past the end
-            of the run yields zeros, to fill the last read task.
+            These columns, each of length ``item_size``:
+
+            - ``views_0``, ``views_1``, ...: ``(item_size, V, S, S, 3)`` uint8 RGB, for each kind of
+              view.
+            - ``numbers_0``, ...: ``(item_size, V, P)`` float32, only with ``color_on: device``: the
+              plans of the operations that the device runs.
+            - ``index``: int64, the row of the source.
+            - ``step``: int64, the optimizer step that uses the block.
+            - ``bad``: int64, the bad row that this image replaces, else -1.
+            - ``flaw``: uint8, the flaw of the bad row, else 0.
+
+            A position past the end of the run yields blank views, to fill the last read task.
 
         Raises:
             DecodeError: If an image is bad and the policy is ``fail``.
@@ -153,23 +158,23 @@ class ItemMaker:
     ) -> None:
         """Fill a bad image's row with another image, chosen by seed, epoch and key alone.
 
-        Its views are drawn by the bad image's key, so they differ from those in its own row.
+        Its views are drawn by the bad image's key, so they differ from the other image's own views.
         """
         rng = replacement_stream(seed=self.plan.seed, epoch=epoch, key=key)
         bad = int(block[BAD][row])
         good = np.flatnonzero(block[BAD] < 0)
         if self.spec.bad_images.policy == "skip" and good.size:
-            other = int(good[rng.integers(good.size)])
-            block[INDEX][row] = block[INDEX][other]
-            index = int(block[INDEX][other])
-            self._fill(block, row, encoded[other], index=index, epoch=epoch, key=key)
+            good_row = int(good[rng.integers(good.size)])
+            block[INDEX][row] = block[INDEX][good_row]
+            index = int(block[INDEX][good_row])
+            self._fill(block, row, encoded[good_row], index=index, epoch=epoch, key=key)
             return
         sizes = self.source.group_sizes
-        ends = np.cumsum(sizes)  # too rare to be cached
+        ends = np.cumsum(sizes)  # not cached, because bad images are rare
         group = int(np.searchsorted(ends, bad, side="right"))
         low, high = int(ends[group] - sizes[group]), int(ends[group])
-        for draw in range(_MOST_DRAWS):
-            if draw >= _MOST_DRAWS // 2:  # perhaps the whole group is bad
+        for draw in range(_MAX_DRAWS):
+            if draw >= _MAX_DRAWS // 2:  # perhaps the whole group is bad
                 low, high = 0, int(ends[-1])
             other = int(rng.integers(low, high))
             data = self.source.read([other])[0]
@@ -178,12 +183,12 @@ class ItemMaker:
                 return
         raise DataError(
             f"{self.source.where(bad)} is bad ({Flaw(int(block[FLAW][row])).reason}), and so were "
-            f"{_MOST_DRAWS} others drawn to take its place; look at the source with `raysl data`"
+            f"{_MAX_DRAWS} others drawn to take its place; look at the source with `raysl data`"
         )
 
 
 class _Planner:
-    """The view plans of one image, drawn once its size is known."""
+    """Draws the view plans of one image as soon as its size is known."""
 
     def __init__(self, views: Sequence[View], *, seed: int, epoch: int, key: int) -> None:
         self.views = views
@@ -198,7 +203,7 @@ class _Planner:
         return self._factor
 
     def for_image(self, image: Image) -> list[list[ViewPlan]]:
-        """Return the plans, scaled to the size at which the image was decoded."""
+        """Return the plans of each kind of view, scaled to the size of the decoded image."""
         height, width = image.shape[:2]
         if self._plans is None:
             return plan_views(self.views, height=height, width=width, **self._stream)
@@ -222,9 +227,9 @@ def iterate(
     """Yield this rank's batch of each step in order, made by threads of this process.
 
     Args:
-        make: Makes the block of an item.
+        make: Makes the block of a position.
         start_step: Number of global batches already consumed.
-        rank: This worker, in [0, world_size).
+        rank: Rank of this worker, in [0, world_size).
         world_size: Number of workers that share a global batch.
         num_threads: Number of threads that make items, > 0.
         prefetch_steps: Number of batches to make ahead of the current one.
@@ -233,29 +238,29 @@ def iterate(
     # Deal out items round-robin over the ranks, as Ray's streaming split does with blocks.
     items = range(start_step * plan.items_per_step + rank, plan.num_items, world_size)
     per_batch = plan.items_per_step // world_size
-    waiting: deque[Future[Block]] = deque()
+    pending: deque[Future[Block]] = deque()
     with ThreadPoolExecutor(num_threads, thread_name_prefix="raysl-views") as pool:
         try:
             upcoming = iter(items)
             for position in islice(upcoming, per_batch * (1 + prefetch_steps)):
-                waiting.append(pool.submit(make, position))
+                pending.append(pool.submit(make, position))
             for _ in range(len(items) // per_batch):
-                blocks = [waiting.popleft().result() for _ in range(per_batch)]
+                blocks = [pending.popleft().result() for _ in range(per_batch)]
                 for position in islice(upcoming, per_batch):
-                    waiting.append(pool.submit(make, position))
+                    pending.append(pool.submit(make, position))
                 yield concatenate(blocks)
         finally:
-            for future in waiting:
+            for future in pending:
                 future.cancel()
 
 
 def concatenate(blocks: Sequence[Block]) -> Block:
-    """Concatenate the blocks of one batch; a single block is returned without a copy."""
+    """Concatenate the blocks of one batch; return a single block without a copy."""
     if len(blocks) == 1:
         return blocks[0]
     return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
 
-def joined(batch: Block) -> Block:
-    """Return a batch whose columns are all arrays; a column may come as a tuple of chunks."""
+def join_chunks(batch: Block) -> Block:
+    """Concatenate the columns of a batch that are tuples of chunks, so that all are arrays."""
     return {n: np.concatenate(c) if isinstance(c, tuple) else c for n, c in batch.items()}

@@ -1,9 +1,9 @@
-"""Describe which part of their value range images of more than 8 bits use."""
+"""Describe how much of their value range images of more than 8 bits use."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# An image that uses less than this share of its range has at most 6 bits of grey levels.
+# An image that uses less than this share of its range gets at most 6 bits of grey levels.
 _LITTLE = 0.25
 _OVERSHOOT = 0.5 / 255
 
@@ -23,14 +23,14 @@ class ValueRange(NamedTuple):
 
     @property
     def is_outside(self) -> bool:
-        """Whether floating point values are below black or above white: a bad image."""
+        """Whether floating point values are below black or above white: then the image is bad."""
         margin = _OVERSHOOT * (self.white - self.black)
         beyond = self.low < self.black - margin or self.high > self.white + margin
         return self.is_float and beyond
 
     @property
     def is_little(self) -> bool:
-        """Whether the image uses little of its range, and so becomes few levels."""
+        """Whether the image uses so little of its range that it gets only few levels."""
         low = self.black if self.black == 0 else self.low
         return (self.high - low) < _LITTLE * (self.white - self.black)
 
@@ -39,7 +39,10 @@ def range_advice(ranges: Sequence[ValueRange]) -> list[str]:
     """Return advice on images whose values do not fit the default black and white.
 
     Args:
-        ranges: Ranges of images of more than 8 bits for which ``data.intensity`` is not set.
+        ranges: Value ranges of images of more than 8 bits for which ``data.intensity`` is not set.
+
+    Returns:
+        Up to two sentences; empty if the defaults fit.
     """
     lines = []
     outside = [r for r in ranges if r.is_outside]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from raysl.errors import RunFolderError
 from raysl.folder.claim import changes, refusal
-from raysl.folder.lock import held
+from raysl.folder.lock import lock_folder
 from raysl.folder.whole import appears_whole, read_json, write_json
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -55,7 +55,7 @@ class EvaluationFolder:
                 created.
         """
         instead = "give this evaluation another name=..."
-        return held(self.path, doing="is evaluating in", instead=instead)
+        return lock_folder(self.path, doing="is evaluating in", instead=instead)
 
     def claim(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the facts about stored features, or None if there are none.

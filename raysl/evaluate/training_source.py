@@ -82,5 +82,5 @@ def labels_record(
         "fingerprint": source.whole.fingerprint,
         "fraction": config.fraction,
         "seed": config.seed,
-        "rows": source.known.tolist(),
+        "rows": source.labelled.tolist(),
     }

@@ -1,7 +1,7 @@
 """Compare the settings of a folder with those of a command, refuse the folder, or rename it.
 
-Each kind of folder stores the settings it was created with in a file of its own, and knows which
-of them may change. This module is what all kinds share.
+Each kind of folder stores its settings in a file of its own and defines which of them may change.
+This module has the code that all kinds share.
 """
 
 import time
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 ANOTHER_NAME = "Give this one another name=..."
-_INDENTED = "\n  "
+_LINE_START = "\n  "
 OR_FRESH = f"{ANOTHER_NAME}, or --fresh to set the old one aside"
 
 
-def _as_it_is(_: str, value: Any) -> Any:
+def _unchanged(_: str, value: Any) -> Any:
     return value
 
 
@@ -24,7 +24,7 @@ def changes(
     new: Mapping[str, Any],
     *,
     keys: Iterable[str] | None = None,
-    compared: Callable[[str, Any], Any] = _as_it_is,
+    compared: Callable[[str, Any], Any] = _unchanged,
     named: Mapping[str, str] | None = None,
     line: str = "{key}: {old} -> {new}",
 ) -> list[str]:
@@ -34,8 +34,8 @@ def changes(
         old: Settings of the folder.
         new: Settings of the command.
         keys: Keys to compare, in this order; None compares all keys. A missing value is None.
-        compared: Maps a key and its value to what is compared, for example an absolute path.
-        named: Names of keys in the lines.
+        compared: Converts a key's value before the comparison, for example to an absolute path.
+        named: Other names of keys for the lines; keys without one keep theirs.
         line: Format of a line.
     """
     return [
@@ -51,32 +51,32 @@ def refusal(
     """Return the message that refuses a folder with other settings.
 
     Args:
-        place: The folder.
-        holds: Describes its content, such as ``holds a run with other settings``.
+        place: Path of the folder.
+        holds: Describes the folder's content, such as ``holds a run with other settings``.
         changed: The differences, one line each.
-        instead: What to do.
+        instead: Advice for the user.
     """
-    return f"{place} {holds}:{''.join(f'{_INDENTED}{line}' for line in changed)}\n{instead}"
+    return f"{place} {holds}:{''.join(f'{_LINE_START}{line}' for line in changed)}\n{instead}"
 
 
-class Holdable(Protocol):
+class Lockable(Protocol):
     """A folder that one process at a time may write to."""
 
     path: Path
 
     def locked(self) -> AbstractContextManager[None]:
-        """Lock it; raise RunFolderError if another process holds the lock."""
+        """Lock the folder; raise RunFolderError if another process holds the lock."""
         ...
 
 
-def set_aside(folder: Holdable) -> Path:
+def set_aside(folder: Lockable) -> Path:
     """Rename a folder to its name plus the current time, to free its name.
 
     Returns:
-        Its new name.
+        The new path.
 
     Raises:
-        RunFolderError: If another process holds its lock.
+        RunFolderError: If another process holds the folder's lock.
     """
     with folder.locked():
         aside = folder.path.with_name(f"{folder.path.name}.{time.strftime('%Y%m%d-%H%M%S')}")

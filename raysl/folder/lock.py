@@ -13,7 +13,7 @@ LOCK = ".lock"
 
 
 @contextmanager
-def held(
+def lock_folder(
     path: Path,
     *,
     doing: str,
@@ -21,14 +21,14 @@ def held(
     elsewhere: str = "set output_dir to a folder that can",
     error: type[RayslError] = RunFolderError,
 ) -> Iterator[None]:
-    """Create a folder and lock it; the lock ends with the process, however that ends.
+    """Create a folder and lock it in a ``with`` block; the lock also ends if the process dies.
 
     Args:
         path: The folder, on a local or shared disk.
         doing: What the process that holds the lock does, such as ``is training in``.
-        instead: An alternative for the user, such as ``give this run another name=...``.
+        instead: Advice for the user other than to wait, such as ``give this run another name=...``.
         elsewhere: Advice if the folder cannot be written.
-        error: Exception class to raise.
+        error: Class of the exception to raise.
 
     Raises:
         RayslError: Of class ``error``, if another process holds the lock or the folder cannot be

@@ -1,7 +1,7 @@
 """Write files and folders atomically: to a temporary name, synced, then renamed.
 
-A temporary name begins with :data:`UNFINISHED`, so that no reader takes it for complete. A rename
-is atomic for every reader, also when a process is killed, the disk is full or the machine stops.
+A temporary name begins with :data:`UNFINISHED`, by which readers skip it. A rename is atomic for
+every reader, even if a process is killed, the disk is full or the machine stops.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 UNFINISHED = ".tmp-"
-"""Prefix of names that are being written or deleted."""
+"""Prefix of the names of files and folders that are being written or deleted."""
 
 
 @contextmanager
@@ -23,8 +23,8 @@ def appears_whole(
 ) -> Iterator[Path]:
     """Provide a temporary path beside ``path``, and rename it to ``path`` at the end.
 
-    Any error in the block, including a full disk, leaves ``path`` as it was and nothing beside it.
-    A killed process leaves its temporary path: the next write replaces it, or, if ``shared``,
+    An error in the block, such as a full disk, leaves ``path`` as it was and removes the temporary
+    path. A killed process leaves its temporary path: the next write replaces it, or, if ``shared``,
     :func:`clear_unfinished` removes it.
 
     Args:
@@ -33,14 +33,14 @@ def appears_whole(
             path of its own, and the last one to finish wins.
         synced: Sync the content to disk before the rename. Not needed for files that are cheap to
             recreate, such as pictures.
-        lasting: Also sync the parent folder, for callers that then delete what this replaces.
+        lasting: Also sync the parent folder, for callers that afterwards delete older files.
 
     Yields:
-        The path to write to; a folder has to be created. It has the suffix of ``path``.
+        The temporary path, with the suffix of ``path``. For a folder, the caller creates it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    whose = f"{os.getpid()}-{threading.get_ident()}-" if shared else ""
-    temporary = path.with_name(f"{UNFINISHED}{whose}{path.name}")
+    writer = f"{os.getpid()}-{threading.get_ident()}-" if shared else ""
+    temporary = path.with_name(f"{UNFINISHED}{writer}{path.name}")
     _remove(temporary)
     try:
         yield temporary
@@ -72,10 +72,10 @@ def _take_name(temporary: Path, path: Path, *, lasting: bool) -> None:
 
 
 def give_up_name(path: Path) -> Path:
-    """Rename a folder before its deletion, so that half of it is not taken for complete.
+    """Rename a folder before its deletion, so that no reader sees a partly deleted folder.
 
     Returns:
-        Its temporary name; :func:`clear_unfinished` removes it if the caller is killed first.
+        The temporary path; :func:`clear_unfinished` removes it if the caller is killed first.
     """
     aside = path.with_name(f"{UNFINISHED}old-{path.name}")
     _remove(aside)
@@ -84,7 +84,10 @@ def give_up_name(path: Path) -> Path:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Delete what killed processes left; only the caller may write to this folder."""
+    """Delete the temporary files and folders that killed processes left in a folder.
+
+    No other process may write to the folder meanwhile.
+    """
     for leftover in folder.glob(f"{UNFINISHED}*"):
         _try_to_remove(leftover)
 

@@ -19,7 +19,7 @@ import pyarrow.fs as pafs
 
 from raysl.errors import DataError
 from raysl.folder.claim import changes, refusal
-from raysl.folder.lock import LOCK, held
+from raysl.folder.lock import LOCK, lock_folder
 from raysl.sources.manifest import CLAIM_NAME
 from raysl.sources.place import as_place
 from raysl.sources.source import BUILT_IN
@@ -106,7 +106,7 @@ class PackFolder:
             yield
             return
 
-        with held(
+        with lock_folder(
             Path(self.root),
             doing="writes into",
             instead="give another folder",

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from raysl.data.color import profile_name
 from raysl.data.decode import Flaw, decode_or_flaw
-from raysl.data.first_look import measured
+from raysl.data.first_look import measure_range
 from raysl.data.header import read_header
 from raysl.data.header_fields import Header
 from raysl.data.value_ranges import ValueRange, range_advice
@@ -154,7 +154,9 @@ def _inspect_image(row: int, encoded: Encoded, decoding: Decoding, max_pixels: f
     image = decode_or_flaw(encoded, decoding, max_pixels=max_pixels)
     seconds = time.perf_counter() - began
     values = (
-        measured(encoded, decoding, max_pixels=max_pixels) if decoding.intensity is None else None
+        measure_range(encoded, decoding, max_pixels=max_pixels)
+        if decoding.intensity is None
+        else None
     )
     height, width, reason = 0, 0, ""
     if isinstance(image, Flaw):
@@ -237,7 +239,7 @@ def _traits(facts: Sequence[ImageFacts]) -> dict[str, int]:
         "more than 8 bits": sum(h.bits > 8 for h in headers),
         "floating point": sum(h.is_float for h in headers),
         "several pages": sum(h.pages > 1 for h in headers),
-        "channels that are no colours": sum(h.color == "channels" for h in headers),
+        "channels that are not colours": sum(h.color == "channels" for h in headers),
         **_turned(headers),
         "progressive": sum(h.progressive for h in headers),
     }

@@ -70,7 +70,7 @@ class ClassifierEvaluation:
 
 def _num_labels(source: Source) -> int:
     if isinstance(source, SubsetSource):
-        return len(source.known)
+        return len(source.labelled)
     labels = source.labels()
     return 0 if labels is None else int((labels >= 0).sum())
 

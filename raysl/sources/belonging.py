@@ -1,8 +1,7 @@
-"""Drop settings that only make sense for the previous source when a run names another one.
+"""Drop settings that belong to the previous source when a command names another source.
 
-`raysl finetune RUN`, `distill` and `evaluate` start from the settings of a run. Settings that
-select images of the source, or say how to read them, would mean something else, or nothing, for
-another source.
+`raysl finetune RUN`, `distill` and `evaluate` start from the settings of a run. The settings that
+select images of the run's source, or say how to read them, do not fit another source.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,13 +13,13 @@ from raysl.sources.place import absolute_source, place_key
 from raysl.sources.source import DataConfig, SourceConfig
 
 OF_SOURCE = (*SourceConfig.model_fields, "mix", "labels", "if_changed")
-"""Keys of the section ``data`` that are dropped. The others describe how the method and its encoder
-see images, or how this machine reads them, and are kept: views, mean, std, the policy for bad
-images, folders, memory."""
+"""Keys of the section ``data`` that are dropped. The other keys are kept: they describe the input
+of the method and its encoder, or how this machine reads images (views, mean, std, the policy for
+bad images, folders, memory)."""
 
 OF_TEST_SOURCE = tuple(SourceConfig.model_fields)
-"""Keys of the section ``evaluate`` that are dropped: how its ``source`` is read. They are also
-dropped with the training images, because test images of another data set have other classes."""
+"""Keys of the section ``evaluate`` that are dropped: how its ``source`` is read. New training
+images also drop them, because the test images of another data set have other classes."""
 
 _SECTIONS = {"data": OF_SOURCE, "evaluate": OF_TEST_SOURCE}
 
@@ -29,16 +28,16 @@ def named_source(overrides: Sequence[str], key: str) -> str | None:
     """Return the source named by the last override that names one; None if there is none.
 
     Args:
-        overrides: ``section.key=value``.
+        overrides: Overrides in order, each ``section.key=value``.
         key: The setting, such as ``data.source``; an override may also set its whole section.
     """
     section, _, name = key.partition(".")
     named: str | None = None
     for override in overrides:
-        given, value = parse_override(override)
-        if given == section and isinstance(value, Mapping):
+        override_key, value = parse_override(override)
+        if override_key == section and isinstance(value, Mapping):
             value = value.get(name)
-        elif given != key:
+        elif override_key != key:
             continue
         named = None if value is None else str(value)
     return named
@@ -55,21 +54,21 @@ def without_other_source(
 
     Args:
         values: Plain values with the sections ``data`` and ``evaluate``.
-        source: The new training images, or None. A source at the same place as before is not a new
-            one.
-        test_source: The new test images, or None.
-        first: Folders to resolve the run's relative sources in, before the current one.
+        source: Source of the new training images, or None. The same place as before does not count
+            as new.
+        test_source: Source of the new test images, or None.
+        first: Folders in which the run's relative sources are looked up before the current folder.
 
     Returns:
         The remaining settings, and ``key=value`` of each dropped one that was not at its default.
     """
-    kept = plain_copy(values)
-    left: list[str] = []
-    if _is_other(kept, "data", source, first):
-        left += _drop(kept, "data") + _drop(kept, "evaluate")
-    elif _is_other(kept, "evaluate", test_source, first):
-        left += _drop(kept, "evaluate")
-    return kept, left
+    remaining = plain_copy(values)
+    dropped: list[str] = []
+    if _is_other(remaining, "data", source, first):
+        dropped += _drop(remaining, "data") + _drop(remaining, "evaluate")
+    elif _is_other(remaining, "evaluate", test_source, first):
+        dropped += _drop(remaining, "evaluate")
+    return remaining, dropped
 
 
 def _is_other(
@@ -84,7 +83,7 @@ def _is_other(
 
 
 def _drop(values: dict[str, Any], name: str) -> list[str]:
-    """Remove a section's settings of its source; return those that were not at their default."""
+    """Remove a section's settings of its source; return those not at their default as text."""
     section = values.get(name)
     if not isinstance(section, dict):
         return []

@@ -1,6 +1,6 @@
 """Open built-in data sets: scikit-learn's digits, torchvision's CIFAR-10, CIFAR-100 and STL-10.
 
-Only the driver and the evaluation open these; data workers receive the pixels.
+Only the driver and the evaluation open them; data workers receive the pixels.
 """
 
 import importlib
@@ -22,7 +22,7 @@ _DIGITS_TEST_IMAGES = 450
 def open_digits(split: str) -> ArraySource:
     """Open the 1,797 handwritten digits of 8 x 8 pixels in scikit-learn.
 
-    The 450 test images are a fixed draw, stratified by class.
+    The 450 test images are a fixed random sample, stratified by class.
 
     Source: Alpaydin and Kaynak 1998, "Optical recognition of handwritten digits", UCI.
     """
@@ -42,7 +42,7 @@ def open_digits(split: str) -> ArraySource:
 
 
 def open_torchvision(name: str, split: str, *, root: str) -> ArraySource:
-    """Open one of torchvision's data sets, downloading it if it is not below ``root``.
+    """Open one of torchvision's data sets; download it if it is not below ``root``.
 
     The training split of STL-10 has 105,000 images; those without a label have label -1.
 
@@ -68,7 +68,7 @@ def open_torchvision(name: str, split: str, *, root: str) -> ArraySource:
             images, labels = dataset.data, dataset.targets
     except (OSError, RuntimeError) as error:
         raise DataError(
-            f"data.source={name}: not found in {folder} and not to be downloaded ({error}). Put "
+            f"data.source={name}: not found in {folder}, and the download failed ({error}). Put "
             f"torchvision's files there, set data.torchvision_root, or use a folder or Parquet"
         ) from None
     numbers = np.asarray(labels, np.int64)

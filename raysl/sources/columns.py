@@ -15,8 +15,8 @@ from raysl.errors import DataError
 from raysl.sources.labels import number_classes
 from raysl.sources.source import SourceConfig
 
-# Names that Hugging Face, img2dataset and many exports use for columns of file names.
-_PATHS = ("image", "path", "file_name")
+# Names of columns of file paths in data sets of Hugging Face, img2dataset and other exports.
+_PATH_NAMES = ("image", "path", "file_name")
 _NULL = "__HIVE_DEFAULT_PARTITION__"
 _MOST_NAMED = 20
 
@@ -27,11 +27,12 @@ class Columns(NamedTuple):
     image: str
     """``image``, or ``image.bytes`` of a struct."""
     paths: str | None
-    """Column of paths to read where an image is null; the image column itself if it holds only
-    paths."""
+    """Column of paths, read where an image is null; the image column itself if it holds only paths.
+    None if there is none."""
     label: str | None
+    """Column of labels, or None."""
     label_in_path: bool
-    """Whether the label is only in a folder's name: ``label=cat/part-0.parquet``."""
+    """Whether the label is not in the file but in a folder's name: ``label=cat/part-0.parquet``."""
     class_names: tuple[str, ...]
     """Names of the integer labels 0, 1, ..., from the schema that Hugging Face writes."""
 
@@ -45,7 +46,7 @@ def find_columns(
         schema: The file's schema.
         config: The source's settings.
         path: The file's path, for messages.
-        in_path: Columns whose values are in the names of the file's folders.
+        in_path: Names of columns whose values are in the names of the file's folders.
 
     Raises:
         DataError: If no column or several could hold images, or a named column is missing.
@@ -54,8 +55,8 @@ def find_columns(
     names = [*schema.names, *(name for name in in_path if name not in schema.names)]
     label = _label_column(names, config, path)
     metadata = (schema.metadata or {}).get(b"huggingface", b"")
-    apart = label is not None and label not in schema.names
-    return Columns(image, paths, label, apart, _class_label_names(metadata, label))
+    label_in_path = label is not None and label not in schema.names
+    return Columns(image, paths, label, label_in_path, _class_label_names(metadata, label))
 
 
 def partition_values(path: str) -> dict[str, int | str | None]:
@@ -63,8 +64,8 @@ def partition_values(path: str) -> dict[str, int | str | None]:
 
     Spark, Hive, DuckDB and Delta partition tables this way and omit those columns from the files.
 
-    Source: Hive's partition layout: special characters are percent-encoded; null has a name of its
-    own.
+    Source: Hive's partition layout: special characters are percent-encoded, and null is
+    ``__HIVE_DEFAULT_PARTITION__``.
     """
     values: dict[str, int | str | None] = {}
     for folder in path.split("/")[:-1]:
@@ -85,8 +86,8 @@ def _image_column(schema: pa.Schema, config: SourceConfig, path: str) -> tuple[s
     if "image" in lists and not encoded:
         encoded = ["image"]
     if config.image_column is None:
-        candidates = encoded or [name for name in _PATHS if name in texts] or lists
-        # One of several columns of images may be guessed by its name, but not its column of paths.
+        candidates = encoded or [name for name in _PATH_NAMES if name in texts] or lists
+        # A column of images is preferred by its name among several; a column of paths is not.
         preferred = "image" in encoded
         name = "image" if preferred else candidates[0] if len(candidates) == 1 else None
     else:
@@ -99,19 +100,19 @@ def _image_column(schema: pa.Schema, config: SourceConfig, path: str) -> tuple[s
 def _no_images(
     path: str, kinds: Mapping[str, pa.DataType], encoded: Sequence[str], configured: str | None
 ) -> DataError:
-    called = "" if configured is None else f" called {configured!r}"
-    several = [
+    name_text = "" if configured is None else f" called {configured!r}"
+    image_lists = [
         name
         for name, kind in kinds.items()
         if pa.types.is_list(kind) and is_encoded(kind.value_type) and configured in (None, name)
     ]
     cure = (
-        f"{', '.join(several)} holds several images a row: write a row for each image first"
-        if several
+        f"{', '.join(image_lists)} holds several images per row: write a row for each image first"
+        if image_lists
         else "Set data.image_column"
     )
     return DataError(
-        f"{path}: no single column of encoded images{called}; binary columns: "
+        f"{path}: no single column of encoded images{name_text}; binary columns: "
         f"{', '.join(encoded) or 'none'}; all: {', '.join(kinds)}. {cure}"
     )
 
@@ -152,12 +153,12 @@ def _class_label_names(metadata: bytes, label: str | None) -> tuple[str, ...]:
 
 
 def label_advice(schema: pa.Schema | None, columns: Columns, in_path: Collection[str] = ()) -> str:
-    """Return advice on how to use other labels, naming the columns that could hold classes.
+    """Return advice on how to use other labels; it names the columns that could hold classes.
 
     Args:
         schema: The schema of one of the files; None if none was opened.
-        columns: The columns in use.
-        in_path: Columns whose values are in the names of the file's folders.
+        columns: The columns that the source uses.
+        in_path: Names of columns whose values are in the names of the file's folders.
     """
     if schema is None:
         return "set data.label_column to a column of classes"
@@ -166,17 +167,17 @@ def label_advice(schema: pa.Schema | None, columns: Columns, in_path: Collection
     names = [name for name in dict.fromkeys(possible) if name not in used]
     if not names:
         return (
-            f"use Parquet files with a column of classes (integers or names), and name it with "
-            f"data.label_column; the columns of these are {', '.join(schema.names)}"
+            f"use Parquet files with a column of classes (integers or names), and set "
+            f"data.label_column to it; these files have the columns {', '.join(schema.names)}"
         )
     more = ", ..." if len(names) > _MOST_NAMED else ""
     return f"set data.label_column to a column of classes: {', '.join(names[:_MOST_NAMED])}{more}"
 
 
 def no_classes(column: str | None, why: str) -> str:
-    """Return the note that says why a column yields no labels."""
+    """Return a note that says why a column yields no labels."""
     return (
-        f"the column {column!r} {why}; no accuracy is measured with it (data.label_column names "
+        f"the column {column!r} {why}; no accuracy is measured with it (data.label_column selects "
         f"another column)"
     )
 
@@ -185,8 +186,8 @@ def why_no_classes(kind: pa.DataType, first: pa.ChunkedArray) -> str:
     """Return why a column holds no classes, judging by its type; "" if it may hold some.
 
     Args:
-        kind: The column's type.
-        first: Some of its values, to recognise lists of zeros and ones.
+        kind: Type of the column.
+        first: Some values of the column, to recognise lists of zeros and ones.
     """
     if not (note := number_classes([pa.array([], kind)]).note):
         return ""
@@ -196,13 +197,13 @@ def why_no_classes(kind: pa.DataType, first: pa.ChunkedArray) -> str:
     lengths = pc.unique(pc.list_value_length(first)).drop_null().to_pylist()
     if len(lengths) != 1 or lengths[0] < 2 or not set(pc.unique(values).to_pylist()) <= {0, 1}:
         return note
-    several = len(first) - first.null_count != pc.sum(values.cast(pa.int64())).as_py()
-    what = "several labels an image" if several else "one-hot"
-    return f"holds {kind}: {lengths[0]} zeros and ones an image ({what}), not the number of a class"
+    is_multi_label = len(first) - first.null_count != pc.sum(values.cast(pa.int64())).as_py()
+    what = "several labels per image" if is_multi_label else "one-hot"
+    return f"holds {kind}: {lengths[0]} zeros and ones per image ({what}), not a class number"
 
 
 def leaf_of(metadata: pq.FileMetaData, column: str) -> int | None:
-    """Return a column's index in a footer; the values of a list have a longer name."""
+    """Return a column's index in a footer, or None; a list's values have a longer path."""
     paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
     if column in paths:
         return paths.index(column)
@@ -210,7 +211,7 @@ def leaf_of(metadata: pq.FileMetaData, column: str) -> int | None:
 
 
 def as_bytes(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Convert images stored as lists of bytes, as Spark and pandas write them, to binary."""
+    """Convert images that are lists of bytes, as Spark and pandas write them, to binary."""
     if not _is_byte_list(column.type):
         return column
     return pa.chunked_array(

@@ -1,4 +1,4 @@
-"""Open the source named on the command line, with the settings beside it."""
+"""Open the source that a command line names, with its settings."""
 
 import argparse
 from typing import TypeVar
@@ -12,16 +12,21 @@ from raysl.sources.source import DataConfig, LocatedSource, Source
 
 C = TypeVar("C", bound=LocatedSource)
 
-# Row groups are read once and forgotten, so there is no window to hold.
+# Such commands read each row group once, so the cache can be small.
 _WINDOW_MIB = 1
 
 
 def open_argument(arguments: argparse.Namespace, model: type[C], *, where: str) -> tuple[C, Source]:
     """Validate ``arguments.source`` and its overrides against a model, and open the source.
 
+    Args:
+        arguments: Parsed arguments with ``source`` and ``overrides``.
+        model: Configuration class of the command.
+        where: Name of the command for error messages.
+
     Raises:
         ConfigError: Lists every bad key at once; also if the source is given twice.
-        DataError: If there is nothing usable under that name.
+        DataError: If the source does not exist or has no usable images.
     """
     values = apply_overrides({"source": arguments.source}, arguments.overrides)
     if values["source"] != arguments.source:

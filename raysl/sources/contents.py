@@ -15,7 +15,7 @@ from raysl.sources.formats import (
     OPTIONAL_SUFFIXES,
     PARQUET_SUFFIXES,
     TAR_SUFFIXES,
-    about_others,
+    advice_on_suffix,
     missing_package,
     suffix_of,
 )
@@ -25,7 +25,7 @@ _SHOWN = 5
 
 
 class Contents(NamedTuple):
-    """The files below a folder, by kind: tables of ``path`` (relative to it) and ``bytes``."""
+    """The files below a folder, by kind: tables of ``path``, relative to it, and ``bytes``."""
 
     images: pa.Table
     parquet: pa.Table
@@ -33,11 +33,11 @@ class Contents(NamedTuple):
     compressed: pa.Table
     """Compressed tar shards."""
     notes: tuple[str, ...]
-    """One line each about other files, and about images whose library is missing."""
+    """Lines about other files, and about images whose library is missing."""
 
 
-def look_into(filesystem: pafs.FileSystem, root: str) -> Contents:
-    """List a folder recursively. Names that start with a dot are skipped.
+def list_by_kind(filesystem: pafs.FileSystem, root: str) -> Contents:
+    """List the files below a folder by kind, recursively; skip names that start with a dot.
 
     Raises:
         DataError: If a folder cannot be listed.
@@ -49,7 +49,7 @@ def sort_by_kind(files: pa.Table) -> Contents:
     """Sort files into kinds by suffix.
 
     Args:
-        files: ``path`` (large_binary) and ``bytes``.
+        files: Table of ``path`` (large_binary) and ``bytes``.
     """
     missing = tuple(suffix for suffix in OPTIONAL_SUFFIXES if missing_package(suffix))
     images = ending(files, tuple(suffix for suffix in IMAGE_SUFFIXES if suffix not in missing))
@@ -69,7 +69,7 @@ def ending(files: pa.Table, suffixes: Sequence[str]) -> pa.Table:
 
 
 def paths_below(files: pa.Table, root: str) -> list[str]:
-    """Prefix the paths of listed files with their folder."""
+    """Return the paths of listed files, with the folder ``root`` in front."""
     return [f"{root.rstrip('/')}/{name}" for name in names_of(files)]
 
 
@@ -108,8 +108,8 @@ def _unread_images(files: pa.Table) -> list[str]:
         name = missing_package(suffix) or suffix
         names[name] = names.get(name, 0) + count
     return [
-        f"{counted(count, f'{name} image')} left out: pip install 'raysl[formats]' installs what "
-        f"reads them"
+        f"{counted(count, f'{name} image')} left out: pip install 'raysl[formats]' installs "
+        f"their library"
         for name, count in names.items()
     ]
 
@@ -117,20 +117,19 @@ def _unread_images(files: pa.Table) -> list[str]:
 def _about(files: pa.Table) -> list[str]:
     """Describe other files: one line for each kind that may hold images, one for the rest.
 
-    Files that tools leave beside data (_SUCCESS, .crc) and metadata (.json, .txt) are counted
-    together.
+    The rest are files that tools leave beside data (_SUCCESS, .crc), and metadata (.json, .txt).
     """
     kinds: dict[str, dict[str, int]] = {}
     rest: dict[str, int] = {}
     for suffix, count in count_suffixes(files).items():
-        about = about_others(suffix)
-        (rest if about is None else kinds.setdefault(about, {}))[suffix or "no suffix"] = count
+        advice = advice_on_suffix(suffix)
+        (rest if advice is None else kinds.setdefault(advice, {}))[suffix or "no suffix"] = count
     lines = [
         f"{_counted(counts)} left out: {about}"
         for about, counts in sorted(kinds.items(), key=lambda item: -sum(item[1].values()))
     ]
     if rest:
-        lines.append(f"{_counted(rest)} left out: no images by their names")
+        lines.append(f"{_counted(rest)} left out: not named like images")
     return lines
 
 

@@ -20,8 +20,8 @@ Comparison = Literal[
 ]
 Condition = tuple[str, Comparison, Scalar | tuple[Scalar, ...]]
 """[column, comparison, value]; ``in`` and ``not in`` take a list, ``in file`` and ``not in file``
-the name of a text file of one value a line, ``matches`` a pattern with * and ? for strings. A row
-without a value in the column never matches."""
+the name of a text file with one value per line, ``matches`` a pattern with * and ? for strings. A
+row without a value in the column never matches."""
 
 _COMPARE = {
     "==": pc.equal,
@@ -44,7 +44,7 @@ def is_list_file(comparison: str) -> bool:
 
 
 def describe_filter(conditions: Sequence[Condition]) -> list[Any]:
-    """Describe a filter so that any change shows; list files count by content, not by name."""
+    """Describe a filter so that any change shows; list files by their content, not their name."""
     return [
         [column, comparison, "\n".join(_read_lines(str(value)))]
         if is_list_file(comparison)
@@ -54,10 +54,9 @@ def describe_filter(conditions: Sequence[Condition]) -> list[Any]:
 
 
 class RowFilter:
-    """The conditions of a source, applied part by part: by file or by shard.
+    """The conditions of a source, applied to one file or shard at a time. Thread-safe.
 
-    It records which lines of list files matched a row: otherwise a list that matches nothing would
-    go unnoticed. Thread-safe.
+    It records which lines of list files matched a row, to report a list that matches nothing.
 
     Args:
         conditions: A row must fulfil all of them.
@@ -72,41 +71,43 @@ class RowFilter:
         self._where = where
         self._lists = {c: _List(c, where=where) for c in self.conditions if is_list_file(c[1])}
         self._lock = threading.Lock()
-        self._rows, self._kept = 0, 0
+        self._num_rows, self._num_selected = 0, 0
 
     def keep(self, table: pa.Table, *, where: str | None = None) -> npt.NDArray[np.bool_]:
         """Return which rows of a table fulfil all conditions, ``(num_rows,)``.
 
         Args:
-            table: Has at least the columns that the conditions read.
-            where: Name of the table for the error message.
+            table: Table with at least the columns that the conditions read.
+            where: Name of the table for the error message; defaults to the source's name.
 
         Raises:
             DataError: If a column is missing or cannot be compared with the value.
         """
-        kept = np.ones(table.num_rows, dtype=np.bool_)
+        selected = np.ones(table.num_rows, dtype=np.bool_)
         for condition in self.conditions:
-            kept &= self._keep_one(table, condition, where or self._where)
+            selected &= self._fulfils(table, condition, where or self._where)
         with self._lock:
-            self._rows += len(kept)
-            self._kept += int(kept.sum())
-        return kept
+            self._num_rows += len(selected)
+            self._num_selected += int(selected.sum())
+        return selected
 
     def notes(self) -> tuple[str, ...]:
-        """Return notes for the whole filtered source, such as unmatched lines of list files."""
+        """Return notes on the whole source: dropped images, unmatched lines of list files."""
         lines = [note for each in self._lists.values() if (note := each.note())]
-        if out := self._rows - self._kept:
-            lines.insert(0, f"{out:,} of {self._rows:,} images are left out by data.filter")
+        if num_dropped := self._num_rows - self._num_selected:
+            lines.insert(
+                0, f"{num_dropped:,} of {self._num_rows:,} images are left out by data.filter"
+            )
         return tuple(lines)
 
     def nothing_left(self) -> DataError:
-        """Return the error to raise if no row is kept."""
+        """Build the error for a filter that selects no row."""
         why = "; ".join(note for each in self._lists.values() if (note := each.note()))
         return DataError(
             f"{self._where}: data.filter leaves no image" + (f": {why}" if why else "")
         )
 
-    def _keep_one(self, table: pa.Table, condition: Condition, where: str) -> npt.NDArray[np.bool_]:
+    def _fulfils(self, table: pa.Table, condition: Condition, where: str) -> npt.NDArray[np.bool_]:
         column, comparison, value = condition
         setting = f"data.filter {list(condition)}"
         if column not in table.column_names:
@@ -125,13 +126,13 @@ class RowFilter:
             ) from None
 
     def _listed(self, listed: "_List", column: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
-        """Return which rows have a value that the file lists, or for ``not in file`` does not."""
+        """Return which rows have a value that the file lists, or for ``not in file`` lacks."""
         lines = listed.lines.cast(column.type)
         is_listed = pc.is_in(column, value_set=lines)
         with self._lock:
-            listed.take(lines, column)
-        kept = pc.and_(is_listed if listed.wanted else pc.invert(is_listed), pc.is_valid(column))
-        return np.asarray(kept.to_numpy(zero_copy_only=False), dtype=np.bool_)
+            listed.record_matches(lines, column)
+        selected = pc.and_(is_listed if listed.keeps else pc.invert(is_listed), pc.is_valid(column))
+        return np.asarray(selected.to_numpy(zero_copy_only=False), dtype=np.bool_)
 
 
 class _List:
@@ -139,18 +140,20 @@ class _List:
 
     def __init__(self, condition: Condition, *, where: str) -> None:
         self.column, self.comparison, self.path = condition[0], condition[1], str(condition[2])
-        self.wanted = self.comparison == "in file"
+        self.keeps = self.comparison == "in file"
         setting = f"{where}: data.filter {list(condition)}"
         try:
             self.lines = pa.array(_read_lines(self.path), pa.string())
         except DataError as error:
-            raise DataError(f"{setting}: {error}; give a text file of one value a line") from None
-        if self.wanted and not len(self.lines):
-            raise DataError(f"{setting}: the file has no line, so that no image would be left")
+            raise DataError(
+                f"{setting}: {error}; give a text file with one value per line"
+            ) from None
+        if self.keeps and not len(self.lines):
+            raise DataError(f"{setting}: the file has no lines, so no image would be left")
         self._matched = np.zeros(len(self.lines), dtype=np.bool_)
         self._example: str | None = None
 
-    def take(self, lines: pa.Array, column: pa.ChunkedArray) -> None:
+    def record_matches(self, lines: pa.Array, column: pa.ChunkedArray) -> None:
         """Record the lines, cast to the column's type, that occur in the column."""
         if not self._matched.all():
             self._matched |= pc.is_in(lines, value_set=column.combine_chunks()).to_numpy(
@@ -161,26 +164,26 @@ class _List:
 
     def note(self) -> str:
         """Describe the lines that matched no row; "" if all did."""
-        total, missed = len(self.lines), np.flatnonzero(~self._matched)
+        total, unmatched = len(self.lines), np.flatnonzero(~self._matched)
         if not total:
-            return f"0 lines are in {self.path}: data.filter {self.comparison!r} drops nothing"
-        if not len(missed):
+            return f"{self.path} has no lines: data.filter {self.comparison!r} drops nothing"
+        if not len(unmatched):
             return ""
-        line = self.lines[int(missed[0])].as_py()
-        several = len(missed) > 1
-        if len(missed) == total:
+        line = self.lines[int(unmatched[0])].as_py()
+        several = len(unmatched) > 1
+        if len(unmatched) == total:
             what = (
                 f"none of the {total:,} lines of {self.path} is"
                 if total > 1
                 else (f"the line of {self.path} is not")
             )
             like = f"; they look like {line!r}" if several else f": {line!r}"
-            here = "" if self._example is None else f", the images' own like {self._example!r}"
+            here = "" if self._example is None else f", those of the images like {self._example!r}"
             return f"{what} a {self.column} of this source{like}{here}"
         verb = "are" if several else "is"
         return (
-            f"{len(missed):,} of the {total:,} lines of {self.path} {verb} no {self.column} of "
-            + (f"this source, such as {line!r}")
+            f"{len(unmatched):,} of the {total:,} lines of {self.path} {verb} not a {self.column} "
+            f"of this source, such as {line!r}"
         )
 
 

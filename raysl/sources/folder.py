@@ -36,10 +36,10 @@ from raysl.sources.storage import (
 
 
 class ClassFolders(NamedTuple):
-    """Which folder names in the paths of images are classes."""
+    """Which folders in the paths of images are classes."""
 
     above: tuple[str, ...] = ("",)
-    """Parents of the class folders, with a trailing slash; "" is the root."""
+    """Parent folders of the class folders, with a trailing slash; "" is the root."""
     are_classes: bool = True
     """False if there are no class folders."""
 
@@ -47,17 +47,17 @@ class ClassFolders(NamedTuple):
 class FolderSource:
     """Image files below a folder, sorted by path; the first folder level names the class.
 
-    An image beside the class folders has no label. Paths are one Arrow column of some tens of bytes
-    a file.
+    An image beside the class folders has no label. The paths are one Arrow column, which takes some
+    tens of bytes per file.
 
     Args:
         config: The source's settings.
         filesystem: The file system of the folder.
-        images: ``path``, relative to ``root``, and ``bytes`` of its files, sorted by path.
-        root: The folder.
-        classes: Which folder level names the class.
-        splits: The splits of the folder, including this one.
-        notes: Remarks about other content of the folder.
+        images: Table of ``path``, relative to ``root``, and ``bytes``, sorted by path.
+        root: Path of the folder.
+        classes: Which folders are classes.
+        splits: Names of the folder's splits, including this one.
+        notes: Notes about other content of the folder.
 
     Raises:
         DataError: If the filter leaves no image.
@@ -80,11 +80,11 @@ class FolderSource:
         self.root = root.rstrip("/")
         self.splits = tuple(splits)
         self.notes: tuple[str, ...] = tuple(notes)
-        self.label_advice = "put the images into folders, one a class"
+        self.label_advice = "put the images into folders, one per class"
         self._decoding = config.decoding()
         if config.filter:
             filtered = RowFilter(config.filter, where=f"data.source={self.name}")
-            images = images.filter(pa.array(_files_kept(images, filtered)))
+            images = images.filter(pa.array(_selected_files(images, filtered)))
             if images.num_rows == 0:
                 raise filtered.nothing_left()
             self.notes += filtered.notes()
@@ -106,7 +106,7 @@ class FolderSource:
         assert labels is not None  # every folder has a name
         if not names:
             return
-        # There are few classes: a byte or two a file keeps pickles small.
+        # There are few classes: one or two bytes per file keep pickles small.
         self._labels = labels.astype(np.min_scalar_type(-len(names)))
         self.class_names = names
         if beside := int((labels < 0).sum()):
@@ -114,11 +114,11 @@ class FolderSource:
 
     @property
     def group_sizes(self) -> npt.NDArray[np.int64]:
-        """Every file is a group of its own."""
+        """One group of all files: they are read one by one."""
         return np.array([len(self._paths)], dtype=np.int64)
 
     def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
-        """Return the bytes of these files.
+        """Return the bytes of the files of these rows.
 
         Raises:
             DataError: If a store does not answer.
@@ -144,7 +144,7 @@ class FolderSource:
         return self._decoding
 
     def row_id(self, index: int) -> str:
-        """Return the path below the folder."""
+        """Return the path of a row's file below the folder."""
         return readable(self._paths[index].as_py())
 
     def where(self, index: int) -> str:
@@ -152,23 +152,23 @@ class FolderSource:
         return readable(self._path(index))
 
     def labels(self) -> Labels | None:
-        """Return each file's class number, -1 for a file in no class folder; None if no classes."""
+        """Return each file's class number, -1 outside of class folders; None without classes."""
         return None if self._labels is None else self._labels.astype(np.int64)
 
 
-def _files_kept(files: pa.Table, conditions: RowFilter) -> npt.NDArray[np.bool_]:
+def _selected_files(files: pa.Table, conditions: RowFilter) -> npt.NDArray[np.bool_]:
     """Return which files fulfil all conditions, ``(num_files,)``; a file's row_id is its path."""
     texts = pa.array([readable(path) for path in files.column("path").to_pylist()], pa.string())
     return conditions.keep(files.set_column(0, "path", texts).append_column("row_id", texts))
 
 
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
-    """Return a column as one array without unused rows, so that its pickle is small."""
+    """Copy a column to one array without unused rows, so that its pickle is small."""
     return pa.concat_arrays([pa.array([], column.type), *column.chunks])
 
 
 def _buffers(paths: pa.Array) -> tuple[memoryview, memoryview]:
-    """Return the lengths of the paths, and all paths concatenated."""
+    """Return the lengths of the paths, and the bytes of all paths concatenated."""
     if len(paths) == 0:
         return memoryview(b""), memoryview(b"")
     _, offsets, values = paths.buffers()

@@ -1,4 +1,4 @@
-"""Read Parquet footers, or a packed folder's manifest, to learn what the files hold."""
+"""Read Parquet footers, or a packed folder's manifest: columns, rows and sizes of the files."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -19,16 +19,16 @@ from raysl.sources.filter import RowFilter, columns_of, describe_filter
 from raysl.sources.lasting import is_lasting
 from raysl.sources.manifest import MANIFEST_NAME, Manifest
 from raysl.sources.source import SourceConfig
-from raysl.sources.storage import below, num_readers, patiently
+from raysl.sources.storage import below, num_readers, with_retries
 
 T = TypeVar("T")
 
 Ints = npt.NDArray[np.int64]
 
-# The value of the source's ``row_id``, offered to filters as a column of every file.
+# Name of the column with ``Source.row_id``, which filters can read in every file.
 ROW_ID = "row_id"
 
-_FIRST_FILES, _FILES_AT_ONCE = 16, 256  # bounds what a limit or an error reads ahead
+_FIRST_FILES, _FILES_AT_ONCE = 16, 256  # few at first: a limit or an error may stop early
 _NAMED_FILES = 5
 
 
@@ -37,7 +37,7 @@ class DamagedError(DataError):
 
 
 class Footer(NamedTuple):
-    """The facts about one Parquet file, from its footer or a manifest."""
+    """Columns, rows and sizes of one Parquet file, from its footer or a manifest."""
 
     path: str
     columns: Columns
@@ -48,11 +48,11 @@ class Footer(NamedTuple):
     bytes: Ints
     """Bytes of the images in each row group."""
     identity: str
-    """Changes with the file; "" if a manifest's fingerprint stands for all files."""
+    """Text that changes with the file; "" if a manifest's fingerprint stands for all files."""
     nulls: int | None = None
     """Number of rows without an image; None if unknown."""
     kept: Ints | None = None
-    """Row numbers that the filter keeps; None without a filter."""
+    """Indices in the file of the rows that the filter keeps; None without a filter."""
 
 
 def open_parquet(
@@ -67,8 +67,8 @@ def open_parquet(
     try:
         return open_footer(filesystem, path, footer)
     except (OSError, pa.ArrowException) as error:
-        gone = isinstance(error, FileNotFoundError | PermissionError)
-        lasting = not gone and is_lasting(filesystem, error, path)
+        is_missing = isinstance(error, FileNotFoundError | PermissionError)
+        lasting = not is_missing and is_lasting(filesystem, error, path)
         cure = "; copy it again, or give a folder or glob without it" if lasting else ""
         kind = DamagedError if lasting else DataError
         raise kind(f"{path}: cannot be read as Parquet: {error}{cure}") from None
@@ -78,7 +78,7 @@ def open_footer(
     filesystem: pafs.FileSystem, path: str, footer: pq.FileMetaData | None = None
 ) -> pq.ParquetFile:
     """Open a Parquet file; errors are pyarrow's."""
-    return patiently(
+    return with_retries(
         filesystem,
         lambda: pq.ParquetFile(path, filesystem=filesystem, metadata=footer, pre_buffer=True),
     )
@@ -91,17 +91,17 @@ def read_footers(
     root: str,
     filtered: RowFilter,
 ) -> Iterator[Footer]:
-    """Read footers, and the columns of the filter, of several files at a time; yield in order.
+    """Yield the footers of files in order, with the rows that the filter keeps.
 
-    One damaged file is an error, not a bad image: a third of a data set could be missing without
-    training showing it, and the rows of all other files would shift once the file is repaired. All
-    damaged files are collected first, so that they can be repaired together.
+    A damaged file is an error, not a bad image: otherwise a third of a data set could be missing
+    unnoticed, and a repaired file would shift the rows of all files after it. The error lists all
+    damaged files, so that they can be repaired together.
 
     Args:
         filesystem: The file system of the files.
-        files: Their paths.
+        files: Paths of the files.
         config: The source's settings.
-        root: The folder that ``row_id`` is relative to.
+        root: Folder that ``row_id`` is relative to.
         filtered: The source's filter.
 
     Raises:
@@ -118,7 +118,7 @@ def read_footers(
         rows, sizes, nulls = _row_groups(metadata, columns.image)
         name = path.rsplit("/", 1)[-1]
         identity = f"{name}:{metadata.num_rows}:{metadata.serialized_size}:{sizes.tolist()}\n"
-        kept = _kept(parquet, filtered, path, root) if config.filter else None
+        kept = _selected_rows(parquet, filtered, path, root) if config.filter else None
         return Footer(path, columns, schema, rows, sizes, identity, nulls, kept)
 
     damaged = []
@@ -136,10 +136,10 @@ def read_footers(
 def _all_damaged(damaged: Sequence[DamagedError], num_files: int) -> DataError:
     if len(damaged) == 1:
         return damaged[0]
-    named = "\n".join(f"  {error}" for error in damaged[:_NAMED_FILES])
+    errors = "\n".join(f"  {error}" for error in damaged[:_NAMED_FILES])
     more = len(damaged) - _NAMED_FILES
     rest = f"\n  and {more:,} more" if more > 0 else ""
-    return DataError(f"{len(damaged):,} of {num_files:,} files are damaged:\n{named}{rest}")
+    return DataError(f"{len(damaged):,} of {num_files:,} files are damaged:\n{errors}{rest}")
 
 
 def manifest_footers(
@@ -150,14 +150,14 @@ def manifest_footers(
     order: Sequence[int],
     filtered: RowFilter,
 ) -> Iterator[Footer]:
-    """Yield the footers of a manifest's files, which are opened only for a filter.
+    """Yield the footers of a manifest's files; only a filter opens the files.
 
     Args:
         filesystem: The file system of the files.
-        root: Their folder.
+        root: Folder of the manifest and its files.
         manifest: The folder's manifest.
         config: The source's settings.
-        order: Indices of the files to return.
+        order: Indices of the files to read, in this order.
         filtered: The source's filter.
     """
     manifest_file = {f"{root.rstrip('/')}/{file.path}": file for file in manifest.files}
@@ -169,7 +169,7 @@ def manifest_footers(
     def read(path: str) -> Footer:
         file, kept = manifest_file[path], None
         if config.filter:
-            kept = _kept(open_parquet(filesystem, path), filtered, path, root)
+            kept = _selected_rows(open_parquet(filesystem, path), filtered, path, root)
         rows, sizes = np.array(file.rows, np.int64), np.array(file.bytes, np.int64)
         return Footer(path, columns, None, rows, sizes, "", None, kept)
 
@@ -182,20 +182,19 @@ def check_manifest(manifest: Manifest, files: pa.Table, root: str) -> None:
 
     Args:
         manifest: The manifest of the folder.
-        files: ``path`` (relative to the folder) and ``bytes`` of its Parquet files.
-        root: The folder.
+        files: Table of ``path`` (relative to the folder) and ``bytes`` of its Parquet files.
+        root: Path of the folder.
 
     Raises:
         DataError: If a file is missing, of another size, or not in the manifest.
     """
     paths = [path.decode(errors="replace") for path in files.column("path").to_pylist()]
-    there = dict(zip(paths, files.column("bytes").to_pylist(), strict=True))
+    listed_sizes = dict(zip(paths, files.column("bytes").to_pylist(), strict=True))
     advice = (
-        f"Run raysl pack again, or remove {MANIFEST_NAME} to read what is there by the files' "
-        f"own footers"
+        f"Run raysl pack again, or remove {MANIFEST_NAME} to read the files by their own footers"
     )
     for file in manifest.files:
-        size = there.pop(file.path, None)
+        size = listed_sizes.pop(file.path, None)
         if size is None:
             raise DataError(f"{root}/{file.path}: is missing; {MANIFEST_NAME} lists it. {advice}")
         if size != file.size_bytes:
@@ -203,11 +202,11 @@ def check_manifest(manifest: Manifest, files: pa.Table, root: str) -> None:
                 f"{root}/{file.path}: has {size:,} bytes, but {file.size_bytes:,} in "
                 f"{MANIFEST_NAME}. {advice}"
             )
-    if there:
-        raise DataError(f"{root}/{next(iter(there))}: is not in {MANIFEST_NAME}. {advice}")
+    if listed_sizes:
+        raise DataError(f"{root}/{next(iter(listed_sizes))}: is not in {MANIFEST_NAME}. {advice}")
 
 
-def describe_choice(config: SourceConfig) -> str:
+def describe_selection(config: SourceConfig) -> str:
     """Return a text that changes with the filter and the limit; "" without them."""
     if not config.filter and config.limit is None:
         return ""
@@ -220,26 +219,27 @@ def _in_order(
     if len(files) == 1:
         yield read(files[0])
         return
-    waiting, at_once = iter(files), _FIRST_FILES
+    remaining, at_once = iter(files), _FIRST_FILES
     with ThreadPoolExecutor(num_readers(filesystem)) as pool:
-        while some := list(islice(waiting, at_once)):
-            yield from pool.map(read, some)
+        while chunk := list(islice(remaining, at_once)):
+            yield from pool.map(read, chunk)
             at_once = min(2 * at_once, _FILES_AT_ONCE)
 
 
-def _kept(parquet: pq.ParquetFile, filtered: RowFilter, path: str, root: str) -> Ints:
-    wanted, name = columns_of(filtered.conditions), below(path, root)
-    there = [column for column in parquet.schema_arrow.names if column != ROW_ID]
-    added = {c: v for c, v in partition_values(name).items() if c not in there and c != ROW_ID}
-    columns = [column for column in wanted if column in there]
+def _selected_rows(parquet: pq.ParquetFile, filtered: RowFilter, path: str, root: str) -> Ints:
+    """Return the indices in the file of the rows that the filter keeps."""
+    filter_columns, name = columns_of(filtered.conditions), below(path, root)
+    in_file = [column for column in parquet.schema_arrow.names if column != ROW_ID]
+    in_path = {c: v for c, v in partition_values(name).items() if c not in in_file and c != ROW_ID}
+    columns = [column for column in filter_columns if column in in_file]
     try:
-        # A column name also selects columns whose names continue after a dot.
+        # ``read`` also returns columns whose names begin with a requested name and a dot.
         table = parquet.read(columns=columns).select(columns)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
-    if not {*wanted} <= {*there, *added, ROW_ID}:  # list every column that exists
-        table = parquet.schema_arrow.empty_table().select(there)
-    for column, value in added.items():
+    if not {*filter_columns} <= {*in_file, *in_path, ROW_ID}:  # the error lists every column
+        table = parquet.schema_arrow.empty_table().select(in_file)
+    for column, value in in_path.items():
         table = table.append_column(column, pa.repeat(pa.scalar(value), table.num_rows))
     numbers = pa.array(np.arange(table.num_rows)).cast(pa.string())
     table = table.append_column(ROW_ID, pc.binary_join_element_wise(f"{name}:", numbers, ""))
@@ -266,7 +266,7 @@ def _row_groups(metadata: pq.FileMetaData, image_column: str) -> tuple[Ints, Int
 
 
 def has_images(filesystem: pafs.FileSystem, path: str, config: SourceConfig) -> bool:
-    """Return whether a Parquet file holds encoded images, or the column named by the settings.
+    """Return whether a Parquet file holds encoded images, or the column ``image_column``.
 
     Raises:
         DataError: If it cannot be read or is not Parquet.

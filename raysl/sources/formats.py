@@ -1,4 +1,4 @@
-"""Classify files by suffix: images, shards, and formats that are not read."""
+"""Classify files by suffix: images, shards, and unsupported formats."""
 
 import importlib.util
 
@@ -7,7 +7,7 @@ PLAIN_SUFFIXES = (
     *(".avif", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".pam", ".pfm"),
     *(".psd", ".tga", ".pcx", ".sgi", ".dds", ".qoi", ".ico"),
 )
-# Formats read by a library of raysl[formats]: its module, and the format's common name.
+# Formats that need a library of raysl[formats]: its module, and the format's common name.
 OPTIONAL_SUFFIXES = {
     ".heic": ("pillow_heif", "HEIC"),
     ".heif": ("pillow_heif", "HEIC"),
@@ -19,12 +19,12 @@ PARQUET_SUFFIXES = (".parquet", ".pq")
 TAR_SUFFIXES = (".tar",)
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
-_RAW = "photographs as a camera's sensor saw them; develop them to JPEG or TIFF first"
+_RAW = "raw files of cameras; develop them to JPEG or TIFF first"
 _VIDEO = "videos; write their frames as JPEG first"
 _RECORDS = "records of another library; write them as Parquet or tar shards first"
 _ARCHIVE = "archives; unpack them first"
 _ARRAYS = "arrays; write them as PNG or TIFF first"
-# Image formats that are not read, by suffix: what they are and what to do.
+# Unsupported formats that may hold images, by suffix: what the files are and what to do.
 _OTHERS = {
     **dict.fromkeys((".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".srw"), _RAW),
     **dict.fromkeys((".dcm", ".dicom"), "DICOM; write them as PNG or TIFF first"),
@@ -42,18 +42,18 @@ _OTHERS = {
 
 
 def missing_package(suffix: str) -> str | None:
-    """Return the common name of a suffix's format if the library that reads it is missing."""
+    """Return the common name of a suffix's format if its library is missing, else None."""
     module, name = OPTIONAL_SUFFIXES.get(suffix.lower(), ("", ""))
     return name if module and importlib.util.find_spec(module) is None else None
 
 
-def about_others(suffix: str) -> str | None:
-    """Return what files of a suffix are and what to do with them, if they may hold images."""
+def advice_on_suffix(suffix: str) -> str | None:
+    """Return what files of an unsupported format are and what to do; None for other suffixes."""
     return _OTHERS.get(suffix.lower())
 
 
 def suffix_of(name: str) -> str:
-    """Return the lower-case suffix from the last dot on; "" without one."""
+    """Return the suffix in lower case, such as .png or .tar.gz; "" without one."""
     base = name.rpartition("/")[2].lower()
     stem, dot, end = base.rpartition(".")
     if not dot or not stem:

@@ -12,30 +12,33 @@ from raysl.sources.columns import Columns
 from raysl.sources.footers import Footer, Ints
 from raysl.sources.source import digest, spread_rows
 
-# A limit spreads over so many row groups, and so many files, if available: files may be sorted by
+# A limit spreads over at least this many row groups and files, if available: files may be sorted by
 # class or by day.
-_FAR_APART = 16
+_MIN_SPREAD = 16
 
 
 class Groups(NamedTuple):
-    """The row groups that hold kept rows, in order, as columns: compact for a million of them.
+    """The row groups that hold kept rows, in order, as columns: compact for a million groups.
 
-    ``file``, ``number`` (in the file) and ``rows`` (kept ones) are ``(num_groups,)``.
+    A row is kept if the filter and the limit select it.
     """
 
     file: npt.NDArray[np.int32]
+    """Index of each group's file, ``(num_groups,)``."""
     number: npt.NDArray[np.int32]
+    """Index of each group in its file, ``(num_groups,)``."""
     rows: Ints
+    """Number of kept rows in each group, ``(num_groups,)``."""
     places: npt.NDArray[np.int32] | None
     """Index within its row group of each kept row, ``(num_images,)``; None if all are kept."""
     firsts: Ints | None
     """Index within its file of each group's first row, ``(num_groups,)``; None if all are kept."""
     num_bytes: int
-    """Bytes of the images in these row groups."""
+    """Total bytes of the images in these row groups."""
 
 
 class _Part(NamedTuple):
-    """The row groups of one file that hold kept rows."""
+    """The row groups of one file that hold kept rows; fields as in :class:`Groups`."""
 
     footer: Footer
     number: npt.NDArray[np.int32]
@@ -45,54 +48,56 @@ class _Part(NamedTuple):
     places: npt.NDArray[np.int32] | None
 
 
-def gather(
+def collect_groups(
     footers: Iterable[tuple[int, Footer]], limit: int | None
 ) -> tuple[list[Footer], Groups, str]:
     """Collect the row groups of all files, reduced to the kept rows.
 
-    With a limit, it stops once enough files are known, then takes a few row groups at even
-    distances, and as many rows of each, also at even distances.
+    With a limit, reading stops once enough files are known. Then evenly spaced rows of evenly
+    spaced row groups are taken.
 
     Args:
-        footers: Files with their index among all, in ``reading_order``.
+        footers: Footers, each with the index of its file, in ``reading_order``.
         limit: Number of rows to take; None for all.
 
     Returns:
-        The footers that were read (with the schema kept in one of them), the groups in the files'
-        order, and a fingerprint of both.
+        The footers that were read, only one of them with its schema; their row groups in the order
+        of the files; and a fingerprint of both.
 
     Raises:
         DataError: If the files' columns differ.
     """
     numbered: list[tuple[int, _Part]] = []
     rows = files = 0
-    for place, footer in footers:
+    for index, footer in footers:
         _check_alike(footer, numbered[0][1].footer if numbered else footer)
         part = _cut(footer if not numbered else footer._replace(schema=None))
-        numbered.append((place, part))
+        numbered.append((index, part))
         rows += int(part.rows.sum())
         files += len(part.rows) > 0
-        if limit is not None and rows >= limit and files >= min(_FAR_APART, limit):
+        if limit is not None and rows >= limit and files >= min(_MIN_SPREAD, limit):
             break
     parts = [part for _, part in sorted(numbered, key=lambda each: each[0])]
-    looked = [part.footer for part in parts]
+    read_footers = [part.footer for part in parts]
     groups = _join(parts, None if limit is None or limit >= rows else limit)
     chosen = b"" if groups.places is None else groups.places.tobytes() + groups.rows.tobytes()
-    return looked, groups, digest(*(footer.identity for footer in looked), chosen)
+    identities = (footer.identity for footer in read_footers)
+    return read_footers, groups, digest(*identities, chosen)
 
 
 def _cut(footer: Footer) -> _Part:
+    """Reduce a file's row groups to those that hold kept rows."""
     ends = np.cumsum(footer.rows)
     starts = ends - footer.rows
     if footer.kept is None:
         rows, places = footer.rows, None
     else:
-        of = np.searchsorted(ends, footer.kept, side="right")
-        rows = np.bincount(of, minlength=len(ends)).astype(np.int64)
-        places = (footer.kept - starts[of]).astype(np.int32)
+        group = np.searchsorted(ends, footer.kept, side="right")
+        rows = np.bincount(group, minlength=len(ends)).astype(np.int64)
+        places = (footer.kept - starts[group]).astype(np.int32)
     number = np.flatnonzero(rows).astype(np.int32)
-    light = footer._replace(bytes=footer.bytes[:0], kept=None)
-    return _Part(light, number, rows[number], starts[number], footer.bytes[number], places)
+    small_footer = footer._replace(bytes=footer.bytes[:0], kept=None)
+    return _Part(small_footer, number, rows[number], starts[number], footer.bytes[number], places)
 
 
 def _join(parts: list[_Part], limit: int | None) -> Groups:
@@ -115,34 +120,34 @@ def _join(parts: list[_Part], limit: int | None) -> Groups:
 
 
 def _share_out(rows: Ints, limit: int) -> Ints:
-    """Return how many rows to take of each row group.
+    """Return how many rows to take of each row group, ``(num_groups,)``.
 
-    Uses about as many row groups as hold ``limit`` rows, or ``_FAR_APART`` if that is more.
+    Takes rows of as many row groups as ``limit`` rows fill, but of at least ``_MIN_SPREAD``.
 
     Args:
         rows: ``(num_groups,)``, all positive, more than ``limit`` in total.
         limit: Number of rows to take.
     """
     total = int(rows.sum())
-    count = min(len(rows), max(_FAR_APART, math.ceil(limit * len(rows) / total)), limit)
+    count = min(len(rows), max(_MIN_SPREAD, math.ceil(limit * len(rows) / total)), limit)
     while rows[used := spread_rows(len(rows), count)].sum() < limit:
         count = min(len(rows), count + 1 + count // 8)
     taken = np.zeros(len(rows), dtype=np.int64)
-    left = limit
-    # Larger groups make up for small ones.
-    for done, group in enumerate(used[np.argsort(rows[used], kind="stable")].tolist()):
-        taken[group] = min(int(rows[group]), left // (len(used) - done))
-        left -= int(taken[group])
+    num_left = limit
+    # In ascending order of size, so that larger groups make up for smaller ones.
+    for num_done, group in enumerate(used[np.argsort(rows[used], kind="stable")].tolist()):
+        taken[group] = min(int(rows[group]), num_left // (len(used) - num_done))
+        num_left -= int(taken[group])
     return taken
 
 
 def _take(rows: Ints, places: npt.NDArray[np.int32] | None, taken: Ints) -> npt.NDArray[np.int32]:
-    """Return indices of the taken rows within their row groups, at even distances."""
+    """Return the indices of evenly spaced rows within their row groups."""
     starts = np.cumsum(rows) - rows
     parts = []
     for group in np.flatnonzero(taken).tolist():
-        some = spread_rows(int(rows[group]), int(taken[group]))
-        parts.append(some if places is None else places[starts[group] + some])
+        selected = spread_rows(int(rows[group]), int(taken[group]))
+        parts.append(selected if places is None else places[starts[group] + selected])
     return np.concatenate(parts).astype(np.int32)
 
 
@@ -150,12 +155,12 @@ def _check_alike(footer: Footer, first: Footer) -> None:
     ours, theirs = footer.columns, first.columns
     if ours[:4] != theirs[:4]:
         mine, others = _describe(ours), _describe(theirs)
-    # Names may be missing where another program rewrote a file; existing ones must agree.
+    # A program that rewrites a file may drop the class names; names that exist must agree.
     elif ours.class_names == theirs.class_names or not (ours.class_names and theirs.class_names):
         return
     else:
         mine = f"the classes of {ours.label!r} have other names (ClassLabel)"
-        others = f"{len(theirs.class_names)} names from {theirs.class_names[0]!r} on"
+        others = f"{len(theirs.class_names)} names, the first is {theirs.class_names[0]!r}"
     raise DataError(
         f"{footer.path}: {mine}; unlike {first.path}: {others}. Files of one source have the same "
         f"columns: give a folder, or a glob such as DIR/train-*.parquet, with files of one kind"
@@ -164,5 +169,5 @@ def _check_alike(footer: Footer, first: Footer) -> None:
 
 def _describe(columns: Columns) -> str:
     kind = "paths of images" if columns.paths == columns.image else "images"
-    where = " of the folders' names" if columns.label_in_path else ""
+    where = " in the folders' names" if columns.label_in_path else ""
     return f"{kind} in {columns.image!r}, labels in {columns.label!r}{where}"

@@ -30,10 +30,10 @@ def open_images(
     Args:
         config: The source's settings.
         filesystem: The file system of the folder.
-        images: ``path``, relative to the folder, and ``bytes`` of all images below it.
-        root: The folder.
-        choose: Selects one of the given splits.
-        notes: Remarks about other content of the folder.
+        images: Table of ``path``, relative to the folder, and ``bytes`` of all images below it.
+        root: Path of the folder.
+        choose: Returns which of the existing splits to read; None if there are none.
+        notes: Notes about other content of the folder.
 
     Raises:
         DataError: If there is no such split, or the filter leaves no image.
@@ -80,21 +80,21 @@ def _doubts(layout: FolderLayout, images: pa.Table, root: str) -> list[str]:
     if layout.annotations:
         names = ", ".join(layout.annotations)
         lines.append(
-            f"folders {names} look like annotations of the images beside them: they are read as "
-            f"images like the others, and no folder is a class; data.source={root}/FOLDER reads "
-            f"one alone"
+            f"folders {names} look like annotations of the images beside them: their files are "
+            f"read as images, and no folder is a class; data.source={root}/FOLDER reads one "
+            f"folder"
         )
     elif layout.doubtful and len(_folders_below(images, "")) > 1:
         names = ", ".join(layout.doubtful)
         lines.append(
-            f"folders {names} are called like splits and taken for classes, since there is none "
-            f"for training and one to test beside it; data.source={root}/FOLDER reads one alone"
+            f"folders {names} are named like splits but used as classes, since there is not both a "
+            f"training and a test folder; data.source={root}/FOLDER reads one folder"
         )
     (*others, only) = _folders_below(images, "") or [""]
     if only and not others and len(below := _folders_below(images, f"{only}/")) > 1:
         shown = ", ".join(sorted(filter(None, below))[:_SHOWN])
         lines.append(
-            f"all images lie in the folder {only}, which is one class; data.source={root}/{only} "
-            f"takes the folders in it for classes ({shown}{', ...' if len(below) > _SHOWN else ''})"
+            f"all images are in the folder {only}, which is one class; data.source={root}/{only} "
+            f"uses the folders in it as classes ({shown}{', ...' if len(below) > _SHOWN else ''})"
         )
     return lines

@@ -1,4 +1,4 @@
-"""Report from img2dataset's tables how many downloads succeeded and failed."""
+"""Report how many downloads succeeded and failed, from the tables of img2dataset."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from raysl.errors import counted
 from raysl.sources.source import spread_rows
-from raysl.sources.storage import num_readers, patiently
+from raysl.sources.storage import num_readers, with_retries
 
 _MOST_FILES = 200
 _SHOWN = 3
@@ -20,51 +20,56 @@ _LONGEST_ERROR = 80
 _SUCCESS = "success"
 
 
-class _Rows(NamedTuple):
-    """Download results of the rows of one or more files."""
+class _Results(NamedTuple):
+    """The download results in the rows of a file."""
 
     status: Counter[str]
+    """Number of rows by status."""
     errors: Counter[str]
+    """Number of failed rows by error message."""
 
 
-def failed_rows(filesystem: pafs.FileSystem, parquet_files: Sequence[str]) -> tuple[str, ...]:
-    """Return notes of how many images were downloaded, how many failed, and why.
+def download_notes(filesystem: pafs.FileSystem, parquet_files: Sequence[str]) -> tuple[str, ...]:
+    """Return notes on how many images were downloaded, how many failed, and why.
 
-    Reads two columns of at most 200 files, evenly spaced. Files without these columns, or
-    unreadable ones, are counted.
+    Reads two columns of at most 200 files, evenly spaced, and counts files that cannot be read or
+    lack these columns.
 
     Args:
         filesystem: The file system of the files.
-        parquet_files: Their paths.
+        parquet_files: Paths of the tables.
     """
-    chosen = spread_rows(len(parquet_files), _MOST_FILES).tolist()
+    selected = spread_rows(len(parquet_files), _MOST_FILES).tolist()
     with ThreadPoolExecutor(num_readers(filesystem)) as pool:
-        read = list(pool.map(lambda place: _read(filesystem, parquet_files[place]), chosen))
-    readable = [rows for rows in read if rows is not None]
+        results = list(pool.map(lambda index: _read(filesystem, parquet_files[index]), selected))
+    readable = [each for each in results if each is not None]
     notes = []
     if readable:
         status, errors = Counter[str](), Counter[str]()
-        for rows in readable:
-            status.update(rows.status)
-            errors.update(rows.errors)
-        part = f" ({len(chosen):,} of the {len(parquet_files):,} tables looked at)"
-        notes.append(_summary(status, errors) + (part if len(chosen) < len(parquet_files) else ""))
-    if lost := len(read) - len(readable):
+        for each in readable:
+            status.update(each.status)
+            errors.update(each.errors)
+        part = f" ({len(selected):,} of the {len(parquet_files):,} tables looked at)"
         notes.append(
-            f"{counted(lost, 'Parquet file')} of {len(read):,} beside the images cannot be read or "
-            f"{'has' if lost == 1 else 'have'} no column 'status'"
+            _summary(status, errors) + (part if len(selected) < len(parquet_files) else "")
+        )
+    if unreadable := len(results) - len(readable):
+        verb = "has" if unreadable == 1 else "have"
+        notes.append(
+            f"{counted(unreadable, 'Parquet file')} of {len(results):,} beside the images cannot "
+            f"be read or {verb} no column 'status'"
         )
     return tuple(notes)
 
 
-def _read(filesystem: pafs.FileSystem, path: str) -> _Rows | None:
+def _read(filesystem: pafs.FileSystem, path: str) -> _Results | None:
     def read() -> pa.Table:
         with pq.ParquetFile(path, filesystem=filesystem) as file:
             wanted = [n for n in ("status", "error_message") if n in file.schema_arrow.names]
             return file.read(columns=wanted)
 
     try:
-        table = patiently(filesystem, read)
+        table = with_retries(filesystem, read)
         if "status" not in table.column_names:
             return None
         status = _count(table.column("status"))
@@ -72,7 +77,7 @@ def _read(filesystem: pafs.FileSystem, path: str) -> _Rows | None:
         if "error_message" in table.column_names:
             errors = _count(table.column("error_message"))
             errors.pop("", None)
-        return _Rows(status, errors)
+        return _Results(status, errors)
     except (OSError, ValueError, pa.ArrowException):  # invalid UTF-8 is a ValueError
         return None
 

@@ -1,4 +1,4 @@
-"""Turn a column of labels into class numbers and names, and draw subsets of labelled rows."""
+"""Convert a column of labels to class numbers and names, and draw subsets of labelled rows."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -32,17 +32,17 @@ class Classes(NamedTuple):
 def number_classes(chunks: Sequence[pa.Array], *, named: Sequence[str] = ()) -> Classes:
     """Number the classes that occur in a column, in sorted order.
 
-    Integers, and floating point numbers that are all whole (pandas writes integers with nulls that
-    way), are sorted as numbers; negative ones are not labels. Everything else is sorted as text.
+    Integers are sorted as numbers; negative ones are not labels. So are floating point numbers that
+    are all whole: pandas stores integers with nulls in this way. Other values are sorted as text.
 
     Args:
-        chunks: The column; chunks may differ in type.
-        named: Names of the integers 0, 1, ..., if known; other integers are named by their number.
+        chunks: The chunks of the column, which may differ in type.
+        named: Names of the integers 0, 1, ..., if known; the other integers are their own names.
     """
     chunks = [_plain(chunk) for chunk in chunks]
     kinds = [chunk.type for chunk in chunks if not pa.types.is_null(chunk.type)]
     if several := next((kind for kind in kinds if pa.types.is_nested(kind)), None):
-        return Classes(None, [], f"holds {several}: several labels an image, not one class")
+        return Classes(None, [], f"holds {several}: several labels per image, not one class")
     if kinds and all(pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in kinds):
         chunks = [c.cast(pa.int64()) if pa.types.is_null(c.type) else c for c in chunks]
         values = np.concatenate([_numbers(chunk) for chunk in chunks])
@@ -73,7 +73,7 @@ def _number_integers(chunks: Sequence[pa.Array], named: Sequence[str]) -> Classe
 
 
 def _plain(chunk: pa.Array) -> pa.Array:
-    """Decode dictionary columns; integers beyond 63 bits, such as hashes, become text."""
+    """Decode a dictionary column; convert integers beyond 63 bits, such as hashes, to text."""
     if pa.types.is_dictionary(chunk.type):
         chunk = chunk.dictionary_decode()
     if pa.types.is_uint64(chunk.type) and (pc.max(chunk).as_py() or 0) > np.iinfo(np.int64).max:
@@ -110,12 +110,12 @@ def _names(chunk: pa.Array) -> pa.Array:
 def balanced_subset(labels: Labels, *, fraction: float, seed: int) -> Rows:
     """Draw a class-balanced subset of the labels and return its indices.
 
-    If a class has too few, others fill up; 1 takes all. With the same seed, a smaller subset is
-    part of a larger one.
+    If a class has too few labels, other classes contribute more. With the same seed, a smaller
+    subset is part of a larger one.
 
     Args:
         labels: ``(M,)`` class numbers.
-        fraction: Share of the M labels, in (0, 1]; at least one of each class is taken.
+        fraction: Share of the M labels, in (0, 1]; at least one label of each class is drawn.
         seed: Seed of the draw.
 
     Returns:
@@ -124,7 +124,7 @@ def balanced_subset(labels: Labels, *, fraction: float, seed: int) -> Rows:
     rng = np.random.default_rng(seed)
     classes = np.unique(labels)
     members = [rng.permutation(np.flatnonzero(labels == number)) for number in classes]
-    # Round-robin over the classes, in a random order within each round.
+    # Take one label of each class per round, in a random order within the round.
     turn = np.concatenate([np.arange(len(each)) for each in members])
     within = np.repeat(rng.permutation(len(classes)), [len(each) for each in members])
     order = np.concatenate(members)[np.lexsort((within, turn))]
@@ -132,7 +132,7 @@ def balanced_subset(labels: Labels, *, fraction: float, seed: int) -> Rows:
 
 
 def hold_out(rows: Rows) -> tuple[Rows, Rows]:
-    """Split labelled rows, for lack of a test set, into four fifths to train and a fifth to test.
+    """Split labelled rows into 80 % for training and 20 % for testing, if there is no test set.
 
     The same rows always give the same split, for every run and measurement.
     """

@@ -1,4 +1,4 @@
-"""Tell lasting read errors (a bad image) from passing ones (which end a run), and remember both."""
+"""Distinguish lasting read errors (a bad image) from transient ones (which end a run)."""
 
 import errno
 import re
@@ -10,9 +10,9 @@ import pyarrow.fs as pafs
 
 from raysl.sources.storage import is_local
 
-# Errors of a local disk that may pass: no free file handles or memory, a network disk that does not
+# Transient errors of a local disk: no free file handles or memory, a network disk that does not
 # answer.
-_PASSING = frozenset(
+_TRANSIENT = frozenset(
     {
         errno.EMFILE,
         errno.ENFILE,
@@ -38,29 +38,30 @@ _REFUSED = re.compile("ACCESS_DENIED|NO_SUCH_KEY")
 def is_lasting(
     filesystem: pafs.FileSystem, error: Exception, path: str, *, start: int = 0, count: int = 1
 ) -> bool:
-    """Return whether a read error would recur however long one waits.
+    """Return whether a read error would also occur on a later attempt.
 
-    On a local disk, the error number tells. Errors of object stores have none, and damaged files
-    look like broken connections: if the raw bytes can be read, the file is damaged.
+    On a local disk, the error number decides. Errors of object stores have no number, and a damaged
+    file raises the same errors as a broken connection. If the raw bytes can be read, the file is
+    damaged and the error is lasting.
 
     Args:
         filesystem: The file system of the file.
         error: The exception raised by the read.
-        path: The file's path.
+        path: Path of the file.
         start: First byte of the range that was read.
-        count: Length of the range.
+        count: Length of the range in bytes.
     """
     if isinstance(error, MemoryError):
         return False
     if not isinstance(error, OSError) or _is_refusal(error):
         return True
     if is_local(filesystem):
-        return error.errno not in _PASSING
+        return error.errno not in _TRANSIENT
     try:
         with filesystem.open_input_file(path) as file:
             file.read_at(count, start)
-    except (OSError, pa.ArrowException) as again:
-        return not isinstance(again, OSError) or _is_refusal(again)
+    except (OSError, pa.ArrowException) as second_error:
+        return not isinstance(second_error, OSError) or _is_refusal(second_error)
     return True
 
 
@@ -70,9 +71,9 @@ def _is_refusal(error: OSError) -> bool:
 
 
 class Failures:
-    """Remember recent failures, so that the rows of one bad place do not each retry it.
+    """Recent read failures by place, so that the rows of one place do not each retry it.
 
-    Empty after unpickling.
+    A pickled object is empty.
 
     Args:
         seconds: Time after which a place is retried.

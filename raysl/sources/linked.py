@@ -1,4 +1,4 @@
-"""Read images that a table refers to by path."""
+"""Read image files whose paths are in a table."""
 
 import os
 import posixpath
@@ -13,22 +13,23 @@ import pyarrow.fs as pafs
 from raysl.errors import DataError
 from raysl.sources.lasting import is_lasting
 from raysl.sources.source import Encoded, Unreadable
-from raysl.sources.storage import REMOTE_READERS, is_local, patiently
+from raysl.sources.storage import REMOTE_READERS, is_local, with_retries
 
 
 class Link(NamedTuple):
     """A path found in a table."""
 
     folder: str
-    """The folder of the table's file; relative paths start there."""
+    """Folder of the table's file; relative paths start there."""
     path: str
+    """The path as written in the table."""
 
 
 def read_links(filesystem: pafs.FileSystem, links: Sequence[Link]) -> list[Encoded]:
-    """Return the bytes of the linked files, or the reason why there are none.
+    """Return the bytes of the linked files, or ``Unreadable`` with the reason.
 
-    Paths are relative to the folder, with forward slashes; on local disks they may be absolute.
-    URLs and paths outside of the file system become ``Unreadable``.
+    Paths are relative to the folder of their link, with forward slashes; on local disks they may be
+    absolute. URLs and paths that leave the store are ``Unreadable``.
 
     Raises:
         DataError: If a store does not answer.
@@ -41,28 +42,28 @@ def read_links(filesystem: pafs.FileSystem, links: Sequence[Link]) -> list[Encod
 
 def _read(filesystem: pafs.FileSystem, link: Link) -> Encoded:
     on_disk = isinstance(filesystem, pafs.LocalFileSystem)
-    if why := _out_of_reach(link, on_disk=on_disk):
+    if why := _why_unsupported(link, on_disk=on_disk):
         return Unreadable(f"its path {link.path!r} {why}")
     place = posixpath.normpath(posixpath.join(link.folder, link.path))
     try:
         if on_disk:
             return _read_from_disk(place)
-        return patiently(filesystem, lambda: _read_from_store(filesystem, place))
+        return with_retries(filesystem, lambda: _read_from_store(filesystem, place))
     except (OSError, ValueError, pa.ArrowException) as error:
         if not is_lasting(filesystem, error, place):
             raise DataError(f"{place}: cannot be read: {error}") from None
         text = getattr(error, "strerror", None) or str(error)
         if isinstance(error, FileNotFoundError):
-            text = f"no such file (the path {link.path!r} is taken from the Parquet file's folder)"
+            text = f"no such file (the path {link.path!r} is relative to the Parquet file's folder)"
         return Unreadable(f"{place}: {text}")
 
 
-def _out_of_reach(link: Link, *, on_disk: bool) -> str:
-    """Return why a path cannot be followed; "" if it can."""
+def _why_unsupported(link: Link, *, on_disk: bool) -> str:
+    """Return why the file of a path cannot be read; "" if it can."""
     if not link.path:
         return "is empty"
     if "://" in link.path:
-        return "is a URL; only paths of files beside the table are read: download the images first"
+        return "is a URL; only file paths are read: download the images first"
     if on_disk:
         return ""
     if link.path.startswith("/"):
@@ -70,8 +71,8 @@ def _out_of_reach(link: Link, *, on_disk: bool) -> str:
     # The first component of a path in a store is its bucket or container.
     bucket = link.folder.partition("/")[0]
     place = posixpath.normpath(posixpath.join(link.folder, link.path))
-    out = place.startswith("../") or (bucket and not place.startswith(f"{bucket}/"))
-    return "leads out of the store" if out else ""
+    leaves_store = place.startswith("../") or (bucket and not place.startswith(f"{bucket}/"))
+    return "leads out of the store" if leaves_store else ""
 
 
 def _read_from_disk(place: str) -> bytes:

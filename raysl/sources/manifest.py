@@ -1,7 +1,7 @@
-"""Read and write the manifest of a packed folder, which makes reading its footers unnecessary.
+"""Read and write the manifest of a packed folder, which replaces the footers of its shards.
 
-``raysl pack`` writes ``manifest.json`` beside its Parquet shards: each shard's size, and the rows
-and image bytes of each row group.
+``raysl pack`` writes ``manifest.json`` beside its Parquet shards. It lists each shard's size, and
+the rows and image bytes of each row group.
 """
 
 import json
@@ -17,7 +17,7 @@ from raysl.folder.whole import write_bytes
 from raysl.sources.storage import read_file
 
 MANIFEST_NAME = "manifest.json"
-# The file that a pack creates first in its folder.
+# A pack creates this file before all others in its folder.
 CLAIM_NAME = "pack.json"
 VERSION = 1
 
@@ -34,10 +34,10 @@ class ManifestFile(NamedTuple):
     """One Parquet file and its row groups."""
 
     path: str
-    """Relative to the folder, with forward slashes."""
+    """Path relative to the folder, with forward slashes."""
     size_bytes: int
     rows: tuple[int, ...]
-    """Rows in each row group."""
+    """Number of rows in each row group."""
     bytes: tuple[int, ...]
     """Bytes of the images in each row group."""
 
@@ -54,16 +54,16 @@ class Manifest(NamedTuple):
     label_column: str | None
     class_names: tuple[str, ...]
     files: tuple[ManifestFile, ...]
-    """In the order of their rows."""
+    """The files, in the order of their rows."""
     packed: dict[str, Any]
-    """The source it was packed from, and the settings."""
+    """The packed source and the settings of the pack."""
 
 
 def read_manifest(filesystem: pafs.FileSystem, folder: str) -> Manifest | None:
-    """Read a folder's manifest; None if it has none.
+    """Read a folder's manifest; return None if there is none.
 
     Raises:
-        DataError: If it is damaged, or of a version that this raysl does not read.
+        DataError: If it is damaged, or has a version that this raysl does not read.
     """
     path = f"{folder.rstrip('/')}/{MANIFEST_NAME}"
     if filesystem.get_file_info(path).type != pafs.FileType.File:
@@ -76,7 +76,7 @@ def read_manifest(filesystem: pafs.FileSystem, folder: str) -> Manifest | None:
         raise _damaged(path, "no version")
     if values["version"] != VERSION:
         raise DataError(
-            f"{path}: is of version {values['version']}; this raysl reads version {VERSION}. "
+            f"{path}: has version {values['version']}; this raysl reads version {VERSION}. "
             f"Update raysl, or remove the file to read the Parquet footers instead"
         )
     try:
@@ -90,8 +90,8 @@ def read_manifest(filesystem: pafs.FileSystem, folder: str) -> Manifest | None:
 def write_manifest(filesystem: pafs.FileSystem, folder: str, manifest: Manifest) -> None:
     """Write a folder's manifest atomically.
 
-    On a local disk it is written under a temporary name and renamed; an object store shows an
-    object only once it is complete.
+    On a local disk, it is written under a temporary name and renamed. An object store shows an
+    object only when it is complete.
 
     Raises:
         DataError: If the folder is not writable.
@@ -134,7 +134,7 @@ def _parse(values: dict[str, Any]) -> Manifest:
 
 
 def _check(manifest: Manifest, path: str) -> None:
-    """Reject a manifest that would yield wrong rows, or files outside of the folder."""
+    """Raise DataError for a manifest with inconsistent rows or files outside of the folder."""
     if not re.fullmatch("[0-9a-f]{16}", manifest.fingerprint):
         raise _damaged(path, f"fingerprint {manifest.fingerprint!r} is not 16 hex digits")
     for file in manifest.files:

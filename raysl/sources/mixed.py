@@ -1,4 +1,4 @@
-"""Concatenate several weighted sources into one."""
+"""Concatenate several weighted sources to one source."""
 
 from collections.abc import Sequence
 
@@ -12,11 +12,11 @@ from raysl.sources.source import Encoded, Labels, Source, digest
 class MixedSource:
     """The rows of several sources, one source after another.
 
-    Classes of equal name are merged. If some sources have no labels, their images are unlabelled.
+    Classes of equal name are merged. The images of sources without labels are unlabelled.
 
     Args:
-        parts: The sources.
-        weights: How often an epoch reads each image of a source.
+        parts: The sources to concatenate.
+        weights: For each source, how often an epoch reads each of its images.
     """
 
     def __init__(self, parts: Sequence[Source], weights: Sequence[float]) -> None:
@@ -49,13 +49,13 @@ class MixedSource:
     def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
         """Return the images of these rows, with one read per source."""
         rows = np.asarray(indices, dtype=np.int64)
-        of = np.searchsorted(self._starts, rows, side="right") - 1
+        part_of_row = np.searchsorted(self._starts, rows, side="right") - 1
         result: list[Encoded] = [b""] * len(rows)
-        for number in np.unique(of).tolist():
-            places = np.flatnonzero(of == number)
-            images = self.parts[number].read(rows[places] - self._starts[number])
-            for place, image in zip(places.tolist(), images, strict=True):
-                result[place] = image
+        for number in np.unique(part_of_row).tolist():
+            positions = np.flatnonzero(part_of_row == number)
+            images = self.parts[number].read(rows[positions] - self._starts[number])
+            for position, image in zip(positions.tolist(), images, strict=True):
+                result[position] = image
         return result
 
     def decoding(self, index: int) -> Decoding:
@@ -87,7 +87,7 @@ class MixedSource:
                 columns.append(np.full(size, -1, dtype=np.int64))
                 continue
             labelled = True
-            # One more entry, so that -1 (no label) maps to -1.
+            # The last entry, at index -1, maps -1 (no label) to -1.
             number_of = np.array([*(numbers[name] for name in part.class_names), -1], np.int64)
             columns.append(number_of[np.maximum(labels, -1)])
         return np.concatenate(columns) if labelled else None

@@ -7,12 +7,12 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from raysl.errors import DataError, counted
-from raysl.sources.contents import Contents, look_into, names_of, paths_below, sort_by_kind
+from raysl.sources.contents import Contents, list_by_kind, names_of, paths_below, sort_by_kind
 from raysl.sources.folder import FolderSource
 from raysl.sources.footers import check_manifest, has_images
 from raysl.sources.formats import IMAGE_SUFFIXES, TAR_SUFFIXES
 from raysl.sources.image_folders import open_images
-from raysl.sources.img2dataset import failed_rows
+from raysl.sources.img2dataset import download_notes
 from raysl.sources.manifest import is_half_packed, read_manifest
 from raysl.sources.mixed import MixedSource
 from raysl.sources.parquet import ParquetSource
@@ -45,7 +45,7 @@ from raysl.sources.tables import (
 from raysl.sources.tar import TarSource, expand_braces
 from raysl.sources.tar_members import compressed
 
-# Settings of a source in a message, but not in a path.
+# Matches the keys of a source's settings in a message, but not in a path.
 _KEY = re.compile(rf"(?<![\w/.-])data\.({'|'.join(SourceConfig.model_fields)})\b")
 
 
@@ -58,12 +58,12 @@ def open_source(
         config: The source's settings. For a ``DataConfig``, the training split includes
             ``data.mix``, and ``data.labels: none`` removes the labels.
         split: The split to open; None takes ``config.split``.
-        held_out: If no split is named, prefer images to test on: the validation split, then the
-            test split, then the training split. Without it, the training split.
-        data: Provides the folder of torchvision's sets and the memory for shuffling.
+        held_out: Which split to open if none is named: with True, the first of validation, test and
+            training that exists; with False, the training split.
+        data: Settings with the folder of torchvision's sets and the memory for shuffling.
 
     Raises:
-        DataError: If there is nothing, or nothing usable, at that place.
+        DataError: If the source does not exist or has no usable images.
     """
     source = _open_mixed(config, split, held_out, data)
     unlabelled = isinstance(config, DataConfig) and config.labels == "none"
@@ -71,12 +71,12 @@ def open_source(
 
 
 def with_keys_of(section: str, message: str, *, source: str = "") -> str:
-    """Return a message about a source with its settings under the section that gives them.
+    """Replace the section ``data`` in a message about a source by another section.
 
     Args:
-        section: Replaces ``data`` in ``data.filter``, ``data.split`` and so on.
-        message: The text, as for the source that ``data`` names.
-        source: Replaces ``data.source``; empty takes ``source`` of the section.
+        section: The section that replaces ``data`` in ``data.filter``, ``data.split`` and so on.
+        message: The message, with keys of the section ``data``.
+        source: The key that replaces ``data.source``; "" takes ``source`` of the section.
     """
     return _KEY.sub(
         lambda key: source if source and key[1] == "source" else f"{section}.{key[1]}", message
@@ -104,7 +104,7 @@ def _open_mixed(
 
 
 class _Opener:
-    """Open one source; a namespace for the arguments of :func:`open_source`."""
+    """Opens one source; holds the arguments of :func:`open_source`."""
 
     def __init__(
         self, config: SourceConfig, split: str | None, held_out: bool, data: DataConfig
@@ -127,10 +127,12 @@ class _Opener:
 
     def _built_in(self) -> ArraySource:
         config = self.config
-        refuse_columns(config, "a set by its name")
+        refuse_columns(config, "a built-in set")
         if config.filter:
-            raise DataError(f"{self.where}: has nothing that data.filter could look at")
-        # Imported here, since data workers import this module and must not load scikit-learn.
+            raise DataError(
+                f"{self.where}: data.filter does not apply to a built-in set, which has no columns"
+            )
+        # Imported here, because data workers import this module and must not load scikit-learn.
         from raysl.sources.builtin import (  # noqa: PLC0415
             SPLITS,
             open_digits,
@@ -143,12 +145,12 @@ class _Opener:
             if config.source == "digits"
             else open_torchvision(config.source, split, root=self.data.torchvision_root)
         )
-        return source if config.limit is None else _some(source, config.limit)
+        return source if config.limit is None else _with_limit(source, config.limit)
 
     def _choose(self, names: Sequence[str]) -> str | None:
         """Return which of the existing splits to read; None if there are none."""
         name = self.config.split
-        if names and self.split is not None:  # the caller's choice, for any source
+        if names and self.split is not None:  # the caller's choice replaces the setting
             name = self.split
         return choose_split(names, name, held_out=self.held_out, where=self.where)
 
@@ -164,14 +166,14 @@ class _Opener:
         ]
         if not kinds or (is_file and contents.images.num_rows):
             raise DataError(
-                f"{self.where}: not a Parquet file and not a tar shard ({path}), by its name; a "
-                f"single image is no source: give its folder"
+                f"{self.where}: {path} is not named like a Parquet file or a tar shard; "
+                f"for images, give their folder"
             )
         if len(kinds) > 1:
             raise DataError(
                 f"{self.where}: matches {contents.images.num_rows:,} images and both "
                 f"{contents.parquet.num_rows:,} .parquet and {contents.tars.num_rows:,} .tar "
-                f"files; give a pattern of one kind"
+                f"files; give a pattern that matches one kind"
             )
         if contents.images.num_rows:
             self._choose(())
@@ -201,10 +203,10 @@ class _Opener:
             return self._table(root, table)
         if is_half_packed(self.filesystem, root):
             raise DataError(
-                f"{self.where}: `raysl pack` has not finished there; the same pack again goes on "
-                f"where it stopped"
+                f"{self.where}: `raysl pack` has not finished in this folder; run the same pack "
+                f"again to resume it"
             )
-        contents = look_into(self.filesystem, root)
+        contents = list_by_kind(self.filesystem, root)
         images, parquet, tars = (
             contents.images.num_rows,
             contents.parquet.num_rows,
@@ -215,7 +217,7 @@ class _Opener:
             check_no_tables_below(self.filesystem, root, names_of(contents.parquet))
             return self._parquet(contents, root)
         if parquet:
-            notes += failed_rows(self.filesystem, paths_below(contents.parquet, root))
+            notes += download_notes(self.filesystem, paths_below(contents.parquet, root))
         if tars and images:
             raise DataError(
                 f"{self.where}: holds {images:,} images and {tars:,} .tar files; give "
@@ -269,7 +271,7 @@ class _Opener:
     def _shards(
         self, shards: pa.Table, root: str, notes: Sequence[str], *, by_name: bool = False
     ) -> Source:
-        """Open the Parquet or tar shards of one split; all of them if each was named."""
+        """Open the Parquet or tar shards of one split, or all shards if ``by_name``."""
         names = names_of(shards)
         parts = split_shards(names)
         counts = {name: parts.split_of.count(name) for name in parts.names}
@@ -277,12 +279,14 @@ class _Opener:
         chosen = self._choose(() if by_name else parts.names)
         if chosen is not None:
             lines.append(describe_choice(chosen, counts, "file"))
-            names = [n for n, of in zip(names, parts.split_of, strict=True) if of == chosen]
+            names = [
+                name for name, split in zip(names, parts.split_of, strict=True) if split == chosen
+            ]
             if outside := parts.split_of.count(None):
-                lines.append(f"{counted(outside, 'file')} of no split left out")
+                lines.append(f"{counted(outside, 'file')} in no split left out")
         elif len(counts) > 1:
             several = ", ".join(f"{name} ({count:,})" for name, count in counts.items())
-            lines.append(f"the files that were named are of several splits, read as one: {several}")
+            lines.append(f"the named files belong to several splits, read as one: {several}")
         kind = TarSource if names[0].lower().endswith(TAR_SUFFIXES) else ParquetSource
         return kind(
             self.config,
@@ -310,11 +314,11 @@ def _nothing_there(filesystem: pafs.FileSystem, path: str) -> str:
     if not bucket or is_local(filesystem):
         return "no such file or folder"
     if filesystem.get_file_info(bucket).type == pafs.FileType.NotFound:
-        return f"no such bucket, or no right to see it: {bucket!r}"
+        return f"no such bucket, or no permission to list it: {bucket!r}"
     return "no such object or folder"
 
 
-def _some(source: ArraySource, limit: int) -> ArraySource:
+def _with_limit(source: ArraySource, limit: int) -> ArraySource:
     labels, rows = source.labels(), spread_rows(len(source.images), limit)
     return ArraySource(
         source.name,

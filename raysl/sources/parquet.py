@@ -1,4 +1,4 @@
-"""Read Parquet files with a column of encoded images or of paths to them."""
+"""Read Parquet files with a column of encoded images or of paths to images."""
 
 import posixpath
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ from raysl.sources.filter import RowFilter
 from raysl.sources.footers import (
     Footer,
     Ints,
-    describe_choice,
+    describe_selection,
     manifest_footers,
     open_footer,
     read_footers,
 )
-from raysl.sources.groups import gather
+from raysl.sources.groups import collect_groups
 from raysl.sources.labels import number_classes
 from raysl.sources.lasting import is_lasting
 from raysl.sources.linked import Link, read_links
@@ -40,24 +40,24 @@ from raysl.sources.storage import (
 
 _MIB = 1 << 20
 _FOOTER_BYTES = 32 * _MIB  # for footers of files that are read repeatedly
-_FAILURE_BYTES = 1 << 10  # cache size of an unreadable row group
+_FAILURE_BYTES = 1 << 10  # size with which an unreadable row group counts in the cache
 
 
 class ParquetSource:
     """Rows of Parquet files in the order of the files' names.
 
-    Reads whole row groups, but the image column alone, and caches them: the plan shuffles within
+    A read takes the image column of whole row groups and caches it. The plan shuffles within
     windows that fit into this cache. An image that is null in the column is read from its path.
 
     Args:
         config: The source's settings.
         filesystem: The file system of the files.
-        files: Their paths, sorted; with a manifest, in its order.
+        files: Paths of the files, sorted; with a manifest, in its order.
         window_mib: MiB of encoded images to hold for shuffling.
-        manifest: The manifest by ``raysl pack``; if given, no footers are read.
-        root: The folder that rows are named from; "" takes the common folder of all files.
-        splits: The splits at this place, including this one.
-        notes: Remarks about other content of the folder.
+        manifest: Manifest written by ``raysl pack``; if given, no footers are read.
+        root: Folder that row names are relative to; "" takes the common folder of all files.
+        splits: Names of the folder's splits, including this one.
+        notes: Notes about other content of the folder.
 
     Raises:
         DataError: If a file is not Parquet, the column is missing or ambiguous, files differ, or
@@ -90,35 +90,36 @@ class ParquetSource:
             if manifest is None
             else manifest_footers(filesystem, self._root, manifest, config, order, filtered)
         )
-        looked, groups, fingerprint = gather(zip(order, footers, strict=False), config.limit)
+        numbered = zip(order, footers, strict=False)
+        used_footers, groups, fingerprint = collect_groups(numbered, config.limit)
         if len(groups.rows) == 0:
             if config.filter:
                 raise filtered.nothing_left()
             raise DataError(f"data.source={self.name}: the Parquet files hold no rows")
-        self._columns = looked[0].columns
-        choice = describe_choice(config)
-        self.fingerprint = digest(manifest.fingerprint if manifest else "", fingerprint, choice)
-        if manifest is not None and not choice:
+        self._columns = used_footers[0].columns
+        selection = describe_selection(config)
+        self.fingerprint = digest(manifest.fingerprint if manifest else "", fingerprint, selection)
+        if manifest is not None and not selection:
             self.fingerprint = manifest.fingerprint
-        # One Arrow column is cheaper to send to every worker than as many Python strings.
-        self._files = pa.array([footer.path for footer in looked], pa.large_string())
+        # One Arrow column is cheaper to send to every worker than a list of Python strings.
+        self._files = pa.array([footer.path for footer in used_footers], pa.large_string())
         self._file, self._number, self._rows, self._places, self._firsts, num_bytes = groups
         self._starts = _starts(self._rows)
         per_image = max(1, num_bytes // int(self._starts[-1]))
         self.window_size: int | None = max(1, window_mib * _MIB // per_image)
-        # Two windows: items near a border need row groups of both.
+        # Room for two windows: an item at their border needs row groups of both.
         self._cache: ByteCache[Images | Unreadable] = ByteCache(2 * window_mib * _MIB)
         self._footers: ByteCache[pq.FileMetaData] = ByteCache(_FOOTER_BYTES)
         self._named = next(
-            (each.columns.class_names for each in looked if each.columns.class_names), ()
+            (each.columns.class_names for each in used_footers if each.columns.class_names), ()
         )
-        schema = next((footer.schema for footer in looked if footer.schema is not None), None)
-        in_path = partition_values(below(looked[0].path, self._root))
+        schema = next((footer.schema for footer in used_footers if footer.schema is not None), None)
+        in_path = partition_values(below(used_footers[0].path, self._root))
         self.label_advice = label_advice(schema, self._columns, in_path)
         self._labels: Labels | None = None
         self._class_names: list[str] = []
         self._labels_read = self._columns.label is None
-        self.notes: tuple[str, ...] = (*notes, *_notes(looked), *filtered.notes())
+        self.notes: tuple[str, ...] = (*notes, *_notes(used_footers), *filtered.notes())
         self._check_label_type(schema)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -133,7 +134,7 @@ class ParquetSource:
         return self._rows
 
     def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
-        """Return the encoded images of these rows.
+        """Return the encoded images of these rows; ``Unreadable`` for those that cannot be read.
 
         Raises:
             DataError: If a store does not answer.
@@ -156,7 +157,7 @@ class ParquetSource:
             except IndexError:
                 raise self._changed(group) from None
             if image is None:
-                image = self._instead(images[group], group, place)
+                image = self._replacement(images[group], group, place)
                 if isinstance(image, Link):
                     links[len(result)] = image
                     image = b""
@@ -167,19 +168,21 @@ class ParquetSource:
             result[number] = linked
         return result
 
-    def _instead(self, images: Images | Unreadable, group: int, place: int) -> Unreadable | Link:
+    def _replacement(
+        self, images: Images | Unreadable, group: int, place: int
+    ) -> Unreadable | Link:
         """Return what replaces an image that is null in its row group."""
         if isinstance(images, Unreadable):
             return images
         path = None if images.paths is None else images.paths[place].as_py()
         if path is not None:
             return Link(posixpath.dirname(self._path(group)), path)
-        also = "" if self._columns.paths in (None, self._columns.image) else " and no path"
-        return Unreadable(f"null in the column {self._columns.image!r}{also}: no image")
+        no_path = "" if self._columns.paths in (None, self._columns.image) else " and no path"
+        return Unreadable(f"null in the column {self._columns.image!r}{no_path}: no image")
 
     def _changed(self, group: int) -> DataError:
         return DataError(
-            f"{self._path(group)} row group {self._number[group]}: has other rows than when the "
+            f"{self._path(group)} row group {self._number[group]}: has changed since the "
             f"source was opened; start the run again"
         )
 
@@ -221,7 +224,7 @@ class ParquetSource:
         return self._decoding
 
     def row_id(self, index: int) -> str:
-        """Name a row FILE:ROW: its file's path below the source, and its index in the file."""
+        """Name a row FILE:ROW: its file's path below the root, and its index in the file."""
         group, row = self._place(index)
         return f"{below(self._path(group), self._root)}:{row}"
 
@@ -231,7 +234,7 @@ class ParquetSource:
         return f"{self._path(group)} row {row} (row group {self._number[group]})"
 
     def _place(self, index: int) -> tuple[int, int]:
-        """Return a row's group and its index in the file, counting rows that are left out."""
+        """Return a row's group and its index among all rows of the file, kept or not."""
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
         if self._places is None or self._firsts is None:
             first = int(np.searchsorted(self._file, self._file[group]))
@@ -309,32 +312,32 @@ class ParquetSource:
         return column.take(pa.array(starts + places))
 
 
-def _notes(looked: Sequence[Footer]) -> tuple[str, ...]:
+def _notes(footers: Sequence[Footer]) -> tuple[str, ...]:
     """Return notes about images that the footers show to be missing or stored elsewhere."""
-    image, paths, *_ = looked[0].columns
-    empty = sum(not footer.rows.sum() for footer in looked)
-    notes = [f"{empty:,} of {len(looked):,} Parquet files hold no rows"] if empty else []
+    image, paths, *_ = footers[0].columns
+    empty = sum(not footer.rows.sum() for footer in footers)
+    notes = [f"{empty:,} of {len(footers):,} Parquet files hold no rows"] if empty else []
     if paths == image:
         notes.append(
-            f"the column {image!r} holds no images but paths of files; they are read, relative to "
-            f"the folder of the Parquet file that names them"
+            f"the column {image!r} holds paths, not images; the files are read, relative to the "
+            f"folder of the Parquet file that names them"
         )
         return tuple(notes)
-    nulls = sum(footer.nulls or 0 for footer in looked)
-    of = f"{nulls:,} of {int(sum(footer.rows.sum() for footer in looked)):,} rows"
+    nulls = sum(footer.nulls or 0 for footer in footers)
+    fraction = f"{nulls:,} of {int(sum(footer.rows.sum() for footer in footers)):,} rows"
     if nulls and paths is not None:
         notes.append(
-            f"{of} are null in {image!r}: their images are read from the files that {paths!r} "
-            f"names, relative to the folder of the Parquet file"
+            f"{fraction} are null in {image!r}: their images are read from the files that "
+            f"{paths!r} names, relative to the folder of the Parquet file"
         )
     elif nulls:
         notes.append(
-            f"{of} are null in the column {image!r}, without a path: bad images; "
-            f"data.image_column names another column"
+            f"{fraction} are null in the column {image!r}, without a path: bad images; "
+            f"data.image_column selects another column"
         )
     return tuple(notes)
 
 
 def _starts(sizes: Sequence[int] | Ints) -> Ints:
-    """Return the offset at which each part starts when concatenated, and the total."""
+    """Return where each part starts after concatenation, and the total, ``(num_parts + 1,)``."""
     return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])

@@ -1,4 +1,4 @@
-"""The settings of how a source's files become 8-bit RGB pixels, where files leave a choice."""
+"""The settings of how a source's files are converted to 8-bit RGB pixels."""
 
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -17,14 +17,14 @@ _Percent = Annotated[float, Field(ge=0.0, le=100.0)]
 
 
 class Bits(Config):
-    """Only the lowest bits are used, as by detectors that write 12 bits into 16."""
+    """Scale the lowest bits, for detectors that store 12 bits in 16."""
 
     bits: Annotated[int, Field(ge=1, le=32)]
     """Number of the lowest bits."""
 
 
 class Percentiles(Config):
-    """Scale between two percentiles of each image's own values, as for microscopes."""
+    """Scale between two percentiles of each image's values, for example for microscopes."""
 
     percentile: tuple[_Percent, _Percent]
     """[low, high]: the percentiles that become black and white."""
@@ -38,12 +38,12 @@ class Percentiles(Config):
 
 def _rising(levels: tuple[float, float]) -> tuple[float, float]:
     if levels[0] >= levels[1]:
-        raise ValueError("what is black must be below what is white")
+        raise ValueError("black must be below white")
     return levels
 
 
 def _in_one_line(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
-    """Report once what is allowed, not the errors of each of the three kinds."""
+    """Report all allowed forms in one error, instead of one error per form."""
     try:
         return validate(_with_tuples(value))
     except ValidationError:
@@ -54,7 +54,7 @@ def _in_one_line(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
 
 
 def _with_tuples(value: Any) -> Any:
-    """Turn lists in plain values into tuples, as the strict types require."""
+    """Convert lists in plain values to tuples, as the strict types require."""
     if isinstance(value, dict):
         return {key: _with_tuples(each) for key, each in value.items()}
     return tuple(value) if isinstance(value, list) else value

@@ -1,6 +1,6 @@
-"""Resolve relative paths of sources, so that a source has the same name from every folder.
+"""Resolve relative paths of sources, so that a source has the same name in every folder.
 
-All code that interprets a relative path of images is here.
+Only this module interprets relative paths of images.
 """
 
 import os
@@ -31,7 +31,7 @@ def absolute_source(source: str, *, first: Sequence[Path] = ()) -> str:
     """Return a source's absolute name.
 
     Built-in sets and URIs are unchanged; ``file://`` becomes a path. A relative path is looked up
-    in ``first``, in the current folder, then where runs are; if it does not exist, it is taken
+    in ``first``, in the current folder, then in the folder of the runs. If it exists in none, it is
     relative to the current folder. Globs and ranges keep their pattern.
 
     Args:
@@ -65,10 +65,10 @@ def absolute_conditions(
 
 
 def absolute_config(config: C, *, first: Sequence[Path] = ()) -> C:
-    """Return a section with every source in it made absolute by :func:`absolute_source`.
+    """Return a section whose sources are absolute, see :func:`absolute_source`.
 
-    This covers the fields ``source``, ``test_source``, ``torchvision_root``, the list files of
-    ``filter``, and the same in ``mix``, as far as the section has them.
+    The sources are the fields ``source``, ``test_source`` and ``torchvision_root``, the list files
+    of ``filter``, and those in ``mix``.
     """
     changed: dict[str, Any] = {}
     for name in _SOURCES:
@@ -85,10 +85,10 @@ def absolute_config(config: C, *, first: Sequence[Path] = ()) -> C:
 
 
 def place_key(source: str) -> str:
-    """Return a text that is equal for two names of the same place.
+    """Return a text that is equal for all names of the same place.
 
-    Follows symbolic links. The folder into which Ray unpacks a job's files changes with every start
-    of the job, so files in it are identified by the path below it.
+    Symbolic links are followed. Each start of a job unpacks its files into a new folder, so files
+    in such a folder are identified by the path below it.
     """
     place = absolute_source(source)
     if not place.startswith("/"):
@@ -97,11 +97,11 @@ def place_key(source: str) -> str:
 
 
 def as_place(key: str, value: Any) -> Any:
-    """Return a setting for comparison: sources in it are replaced by their :func:`place_key`.
+    """Return a setting for comparison, with :func:`place_key` in place of each source.
 
     Args:
-        key: The setting's name in its section.
-        value: Its plain value.
+        key: Name of the setting in its section.
+        value: Plain value of the setting.
     """
     if key in _SOURCES and isinstance(value, str):
         return place_key(value)
@@ -136,7 +136,7 @@ def _tidy(path: str) -> str:
     """Normalise a path: remove a trailing slash, ``.`` and ``..``."""
     plain = os.path.normpath(path)
     plain = "/" + plain.lstrip("/")  # POSIX keeps two leading slashes
-    # The parent of a symbolic link's target is another folder.
+    # Without ".." after a symbolic link: it means the parent of the link's target.
     same = ".." not in Path(path).parts or os.path.realpath(plain) == os.path.realpath(path)
     return plain if same else str(Path(path))
 

@@ -8,7 +8,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from raysl.sources.columns import Columns, as_bytes, leaf_of
-from raysl.sources.storage import patiently
+from raysl.sources.storage import with_retries
 
 
 class Images(NamedTuple):
@@ -26,12 +26,12 @@ class Images(NamedTuple):
 def read_images(
     filesystem: pafs.FileSystem, parquet: pq.ParquetFile, number: int, columns: Columns
 ) -> Images:
-    """Read the images of a row group; their paths only where an image is null.
+    """Read the images of a row group, and their paths if an image is null.
 
     Raises:
-        KeyError: If the file has no such column.
-        IndexError: If it has no such row group.
-        OSError, ArrowException: If it cannot be read.
+        KeyError: If the file lacks a column.
+        IndexError: If the file lacks the row group.
+        OSError, ArrowException: If the file cannot be read.
     """
     image, paths = columns.image, columns.paths
     encoded = read_column(filesystem, parquet, [number], image)
@@ -49,14 +49,14 @@ def read_column(
     """Read a column, or a field of a struct, of some row groups.
 
     Raises:
-        KeyError: If the file has no such column.
-        IndexError: If it has no such row group.
-        OSError, ArrowException: If it cannot be read.
+        KeyError: If the file lacks the column.
+        IndexError: If the file lacks a row group.
+        OSError, ArrowException: If the file cannot be read.
     """
     if max(numbers) >= parquet.metadata.num_row_groups:
         raise IndexError(max(numbers))
-    table = patiently(filesystem, lambda: parquet.read_row_groups(numbers, columns=[column]))
-    if column in table.column_names:  # also read: columns whose names continue after a dot
+    table = with_retries(filesystem, lambda: parquet.read_row_groups(numbers, columns=[column]))
+    if column in table.column_names:  # beside columns whose names begin with it and a dot
         return table.column(column)
     name, _, part = column.rpartition(".")
     if name not in table.column_names or not pa.types.is_struct(table.schema.field(name).type):
@@ -67,7 +67,10 @@ def read_column(
 
 
 def span_of(metadata: pq.FileMetaData, number: int, columns: Columns) -> tuple[int, int]:
-    """Return the offset in the file of a row group's images, and their length in bytes."""
+    """Return the offset of a row group's images in the file, and their length in bytes.
+
+    Returns (0, 1) if the file lacks the column or the row group.
+    """
     leaf = leaf_of(metadata, columns.image)
     if leaf is None or number >= metadata.num_row_groups:
         return 0, 1

@@ -1,4 +1,4 @@
-"""The protocol of a source of images, and the settings that name one."""
+"""The protocol of a source of images, and the settings that describe a source."""
 
 import hashlib
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ BUILT_IN = ("digits", "cifar10", "cifar100", "stl10")
 
 
 class SourceConfig(Config):
-    """A set of images, labelled or not."""
+    """The settings of a set of images, labelled or not."""
 
     idle: ClassVar[tuple[Idle, ...]] = (
         # Built-in sets are pixels in memory, with their own labels.
@@ -39,15 +39,15 @@ class SourceConfig(Config):
     DIR/{000..099}.tar. A path, or a URI such as s3://bucket/folder."""
     image_column: str | None = None
     """Parquet: column of encoded images; null takes 'image', or the only binary column. Tar shards:
-    suffix of the image in samples that hold several."""
+    suffix of the image to use in samples with several images."""
     label_column: str | None = None
     """Parquet: column of labels (integers or names); null takes 'label' if there is one. Tar
     shards: key in a sample's .json; null takes its .cls, or the key 'label'."""
     filter: tuple[Condition, ...] = ()
-    """Keep only the images for which all conditions hold, each [column, comparison, value]: columns
-    of a Parquet file; for files and tar members, their path and bytes."""
+    """Keep only the images that fulfil all conditions, each [column, comparison, value]. Files and
+    tar members have the columns path and bytes, Parquet files those that they hold."""
     limit: PositiveInt | None = None
-    """Use only this many images (of those that the filter keeps), spread over the source."""
+    """Use only this many of the images that the filter keeps, spread over the source."""
     split: str | None = None
     """Built-in sets: train or test. Sources with splits, as folders or in the names of shards: the
     split to use; null takes train."""
@@ -60,7 +60,7 @@ class SourceConfig(Config):
     the profile, as torchvision and OpenCV do."""
     pages: Pages = "refuse"
     """TIFF files with several pages, or with channels that are not colours: refuse them as bad
-    images, take the first page or channel, or up to three channels as red, green and blue."""
+    images, use the first page or channel, or use up to three of them as red, green and blue."""
 
     def decoding(self) -> Decoding:
         """Return the settings that the decoder needs."""
@@ -68,7 +68,7 @@ class SourceConfig(Config):
 
 
 class WeightedSource(SourceConfig):
-    """A source to mix in."""
+    """A source that is mixed with another one."""
 
     weight: PositiveFloat = 1.0
     """How often an epoch reads each image of this source, relative to data.source: 0.5 reads it
@@ -76,12 +76,13 @@ class WeightedSource(SourceConfig):
 
 
 class BadImagesConfig(Config):
-    """What to do with images that are broken, empty, too large, or not images."""
+    """What to do with files that are damaged, empty, too large, or not images."""
 
     idle: ClassVar[tuple[Idle, ...]] = (Idle(("max_share",), {"policy": ("fail",)}),)
     policy: Literal["skip", "replace", "fail"] = "replace"
     """skip fills an image's slot in the batch with another image of its item, with other views;
-    replace with one drawn from the same file or row group; fail ends the run. Batches stay full."""
+    replace fills it with an image from the same file or row group; fail ends the run. Batches stay
+    full."""
     max_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
     """End the run once more than this share of the source turns out to be bad."""
     max_megapixels: Annotated[float, Field(gt=0.0, le=178.0)] = 100.0
@@ -93,13 +94,13 @@ class LabelsConfig(Config):
 
     idle: ClassVar[tuple[Idle, ...]] = (Idle(("seed",), {"fraction": (1,)}),)
     fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Share of the labels, balanced over the classes as far as possible, at least one of each. Test
-    images that are held out of the source (evaluate.source) are never among them."""
+    """Share of the labels, balanced over the classes as far as possible, with at least one label of
+    each class. Test images that are held out of the source (evaluate.source) are never used."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the draw; with the same seed a smaller share is part of a larger one."""
     only: bool = False
-    """Train on these images alone. Otherwise the others are kept without a label, for distillation.
-    Supervised training always leaves them out."""
+    """Train only on the images with these labels. false keeps the other images without labels, for
+    distillation. Supervised training never uses them."""
 
 
 class LocatedSource(SourceConfig):
@@ -113,25 +114,25 @@ class DataConfig(LocatedSource):
     """The training images and their views."""
 
     mix: tuple[WeightedSource, ...] = ()
-    """More sources, mixed with data.source by their weights."""
+    """More sources, mixed with data.source according to their weights."""
     bad_images: BadImagesConfig = BadImagesConfig()
     """What to do with images that cannot be used."""
     if_changed: Literal["stop", "go_on"] = "stop"
-    """If the images have changed since the run began: stop and report what changed, or go on. Order
-    and length then follow the current images."""
+    """If the images have changed since the run began: stop and report the changes, or go_on:
+    resume with the order and length that the current images give."""
     labels: LabelsConfig | Literal["none"] | None = None
-    """Labels for methods that learn from labels; null: all of them. The run folder's labels.json
-    lists the rows used. none: treat the source as unlabelled, whatever its folders or columns are
-    called; nothing is measured with its labels."""
+    """Labels for methods that learn from labels; null uses all. The run folder's labels.json lists
+    the rows used. none treats the source as unlabelled, even if it has class folders or a column of
+    labels; nothing is measured with its labels."""
     views: Views = SimCLRViews()
-    """The views of an image that a method receives: a named recipe, or composed."""
+    """The views of an image that a method receives: a named recipe, or custom."""
     color_on: Literal["cpu", "device"] = "cpu"
     """Where the last operations of the views run: in the data workers, or batched on the
     accelerator of the train workers, which leaves the CPUs to decode and crop."""
     mean: tuple[_Channel, _Channel, _Channel] = (0.485, 0.456, 0.406)
     """Mean of the red, green and blue pixels in [0, 1], subtracted once on the device."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
-    """Their standard deviation."""
+    """Standard deviation of the red, green and blue pixels in [0, 1]."""
     shuffle_window_mib: PositiveInt = 512
     """Encoded images that a data worker holds to shuffle across row groups of Parquet files; a
     smaller source is shuffled fully."""
@@ -156,17 +157,18 @@ class DataConfig(LocatedSource):
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Stands for an image that exists but cannot be read; treated as a bad image."""
+    """Takes the place of an image that exists but cannot be read; counts as a bad image."""
 
     reason: str
+    """Why the image cannot be read, as a sentence fragment."""
 
 
 Encoded = bytes | Image | Unreadable
-"""A file's bytes, decoded pixels, or the reason why there are none."""
+"""The bytes of an image file, decoded pixels, or why the image cannot be read."""
 
 
 def size_of(encoded: Encoded) -> int:
-    """Return the size in bytes of a file, or of pixels in memory."""
+    """Return the size in bytes of a file or of decoded pixels; 0 if unreadable."""
     if isinstance(encoded, Unreadable):
         return 0
     return encoded.nbytes if isinstance(encoded, np.ndarray) else len(encoded)
@@ -177,25 +179,25 @@ class Source(Protocol):
 
     name: str
     weights: npt.NDArray[np.float64] | None
-    """How often an epoch reads each image of a group; None: once."""
+    """How often an epoch reads each image of a group, ``(num_groups,)``; None means once."""
     fingerprint: str
     """16 hex digits that change with the images."""
     notes: tuple[str, ...]
-    """What is at the source but skipped, mixed in or used in an unexpected way: how many and why, a
-    line each. Printed by `raysl data` and at the start of a run."""
+    """Lines about content that is skipped, mixed in or used in an unexpected way, with number and
+    reason. Printed by `raysl data` and at the start of a run."""
     splits: tuple[str, ...]
-    """Splits that the place holds, including this one: train, validation, test, ..."""
+    """Names of the splits at the same place, including this one: train, validation, test, ..."""
     label_advice: str
     """How to get (other) labels from a source of this kind; used in error messages."""
 
     @property
     def group_sizes(self) -> npt.NDArray[np.int64]:
-        """Images in each group of rows that is quick to read as a whole."""
+        """Images in each group, rows that are fast to read together; ``(num_groups,)``."""
         ...
 
     @property
     def window_size(self) -> int | None:
-        """Most images that a data worker can hold to shuffle; None for no limit."""
+        """Largest number of images that a data worker can hold to shuffle; None for no limit."""
         ...
 
     def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
@@ -214,15 +216,15 @@ class Source(Protocol):
         ...
 
     def row_id(self, index: int) -> str:
-        """Return a row's unique name within the source, independent of where the source is.
+        """Return a row's unique name within the source, the same wherever the source is stored.
 
-        A file's path, SHARD/MEMBER for tar, FILE:ROW for Parquet. It is the column ``row_id`` of
-        filters and the id of embeddings.
+        It is a file's path, SHARD/MEMBER for tar, FILE:ROW for Parquet. Filters offer it as the
+        column ``row_id``; embeddings use it as their id.
         """
         ...
 
     def labels(self) -> Labels | None:
-        """Return a class number for each row, ``(num_images,)``, or None."""
+        """Return class numbers ``(num_images,)``, -1 for unlabelled rows; None without labels."""
         ...
 
     @property
@@ -263,7 +265,7 @@ class ArraySource:
 
     @property
     def group_sizes(self) -> npt.NDArray[np.int64]:
-        """Every image is a group of its own."""
+        """One group of all images, since they are in memory."""
         return np.array([len(self.images)], dtype=np.int64)
 
     def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
@@ -283,12 +285,12 @@ class ArraySource:
         return self.where(index)
 
     def labels(self) -> Labels | None:
-        """Return the class numbers."""
+        """Return the class numbers, or None."""
         return self._labels
 
 
 def refuse_columns(config: SourceConfig, what: str) -> None:
-    """Reject settings about columns for a source without columns.
+    """Raise DataError for settings about columns, for a source without columns.
 
     Args:
         config: The source's settings.
@@ -306,9 +308,10 @@ def refuse_columns(config: SourceConfig, what: str) -> None:
 
 
 def reading_order(num_files: int, limit: int | None) -> list[int]:
-    """Return the order in which to read files; with a limit, any first few are far apart.
+    """Return the order in which to read files; with a limit, the first ones are far apart.
 
-    Halves, then quarters, then eighths of the way (van der Corput sequence).
+    With a limit, the order is the van der Corput sequence: the start, then 1/2, 1/4 and 3/4, then
+    the eighths of the list.
     """
     if limit is None:
         return list(range(num_files))
@@ -318,7 +321,7 @@ def reading_order(num_files: int, limit: int | None) -> list[int]:
 
 
 def spread_rows(total: int, limit: int | None) -> npt.NDArray[np.int64]:
-    """Return ``limit`` of ``total`` row numbers, evenly spaced and sorted; all without a limit."""
+    """Return ``limit`` of ``total`` rows, evenly spaced and sorted; all if the limit is None."""
     if limit is None or limit >= total:
         return np.arange(total, dtype=np.int64)
     return np.arange(limit, dtype=np.int64) * total // limit

@@ -1,9 +1,9 @@
-"""Assign files to splits (train, validation, test) by the names that people use.
+"""Assign files to splits (train, validation, test) by common names.
 
 Shards (Parquet, tar) follow the rules of Hugging Face's `datasets` (version 5.2, data_files.py):
 ``NAME-00000-of-00005``, else a word in a folder's name, else a word in the file's name. For image
-folders, only the first level with several folders counts, and only if it has a training folder:
-folders below it are classes, which may have any name.
+folders, only the first level with several folders is examined: folders below it are classes, which
+may have any name.
 """
 
 import re
@@ -28,7 +28,7 @@ _FOLDER = re.compile(
     rf"({_ANY})([{_SEPARATORS}]*(images|imgs|set|data))?[{_SEPARATORS}]*", re.IGNORECASE
 )
 _SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
-# Image folders whose siblings annotate their images pixel by pixel.
+# Names of folders of images, then of folders beside them with pixel-wise annotations.
 _PICTURES = {"images", "image", "imgs", "img", "photos", "rgb", "jpegimages"}
 _ANNOTATIONS = {
     *("masks", "mask", "labels", "label", "annotations", "segmentation", "segmentations", "seg"),
@@ -37,7 +37,7 @@ _ANNOTATIONS = {
 
 
 class Parts(NamedTuple):
-    """Files by split."""
+    """The assignment of files to splits."""
 
     split_of: list[str | None]
     """The split of each file; None if it belongs to none."""
@@ -51,22 +51,23 @@ class FolderLayout(NamedTuple):
     above: str
     """Path of the first folder with several subfolders, with a trailing slash; "" for the root."""
     splits: dict[str, list[str]]
-    """Its subfolders by split, sorted by name; empty if they are not splits."""
+    """Subfolders of ``above`` by split, sorted by name; empty if they are not splits."""
     annotations: list[str]
     """Folders that look like masks of the images in other folders."""
     doubtful: list[str]
-    """Folders named like splits but taken for classes."""
+    """Folders that are named like splits but used as classes."""
 
 
 def canonical(word: str) -> str | None:
-    """Return the split that a word stands for, or None."""
+    """Return the split that a word means, such as validation for "dev"; None for other words."""
     return _WORDS.get(word.lower())
 
 
 def split_shards(paths: Sequence[str]) -> Parts:
     """Assign shards to splits by their paths below the source.
 
-    They are splits only if one is for training, or if every file belongs to one.
+    The names of the first rule that yields a known split count. They are splits only if there are
+    several, and if one is for training or every file belongs to one.
     """
     for rule in (_by_count, _by_folder, _by_name):
         splits = [rule(path) for path in paths]
@@ -105,7 +106,7 @@ def _in_order(names: Sequence[str | None] | set[str | None]) -> tuple[str, ...]:
 
 
 def folder_layout(folders_below: Callable[[str], Sequence[str]]) -> FolderLayout:
-    """Describe the folders of a source, at the first level with several folders.
+    """Determine whether the first level with several folders holds splits, classes or annotations.
 
     Args:
         folders_below: Returns the names of a folder's subfolders that contain images at any depth.
@@ -149,38 +150,42 @@ def choose_split(
     """Return the split to read; None if there are none.
 
     Args:
-        names: The existing splits.
-        configured: The configured split, or None.
-        held_out: Whether to prefer images to test on.
+        names: Names of the existing splits.
+        configured: Name of the configured split, or None.
+        held_out: Whether to prefer validation and test images over training images.
         where: Name of the source for the error message.
 
     Raises:
         DataError: If the configured split does not exist, or the choice is ambiguous.
     """
-    there = ", ".join(names) or "none"
+    existing_text = ", ".join(names) or "none"
     if configured is not None:
         wanted = configured if configured in names else canonical(configured) or configured
         if wanted in names:
             return wanted
-        raise DataError(f"{where}: split={configured}: the splits that lie there are {there}")
+        raise DataError(
+            f"{where}: split={configured}: no such split; existing splits: {existing_text}"
+        )
     preferred = (*HELD_OUT, TRAIN) if held_out else (TRAIN,)
     if existing := [name for name in preferred if name in names]:
         return existing[0]
     if len(names) > 1:
-        raise DataError(f"{where}: holds the splits {there} and none for training; set data.split")
+        raise DataError(
+            f"{where}: holds the splits {existing_text} and none for training; set data.split"
+        )
     return names[0] if names else None
 
 
 def describe_choice(chosen: str, counts: Mapping[str, int], what: str) -> str:
-    """Return the note that names the split in use and the other ones.
+    """Return a note that names the split in use and the other splits.
 
     Args:
-        chosen: The split.
-        counts: Number of files of each split.
-        what: The unit counted, such as "image".
+        chosen: Name of the split in use.
+        counts: Number of files in each split.
+        what: The counted unit, such as "image".
     """
     others = [f"{name} ({count:,})" for name, count in counts.items() if name != chosen]
     line = f"the split {chosen} is read ({counted(counts[chosen], what)})"
     if not others:
         return line
-    return f"{line}; data.split=NAME reads what lies beside it: {', '.join(others)}"
+    return f"{line}; data.split=NAME reads another one: {', '.join(others)}"

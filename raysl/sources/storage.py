@@ -1,4 +1,4 @@
-"""Access local disks and object stores alike: resolve a URI, list files, read bytes."""
+"""Access local disks and object stores in the same way: resolve a URI, list files, read bytes."""
 
 import errno
 import fnmatch
@@ -23,11 +23,11 @@ T = TypeVar("T")
 HIDDEN = "._"
 """Prefixes of files that tools leave beside data: .crc, _SUCCESS, _temporary."""
 
-# Reading from object stores is waiting, so many threads help; a disk is busy with a few.
+# Reads from object stores spend their time waiting, so many threads help; few saturate a disk.
 REMOTE_READERS = 16
 LOCAL_READERS = 4
 
-# Schemes that pyarrow supports; fsspec handles others.
+# Schemes that pyarrow handles; fsspec handles the others.
 _NATIVE = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 _PACKAGES = {"az": "adlfs", "adl": "adlfs", "hf": "huggingface_hub", "oci": "ocifs", "oss": "ossfs"}
 _HELP = {
@@ -42,10 +42,10 @@ _HELP = {
 }
 _HELP |= {"gcs": _HELP["gs"], "abfss": _HELP["abfs"], "viewfs": _HELP["hdfs"]}
 _LONGEST_ERROR = 400
-_GCS_PATIENCE_S = 15  # pyarrow's own limit is a quarter of an hour
+_GCS_RETRY_LIMIT_S = 15  # pyarrow's default is 15 minutes
 
 _PAUSES_S = (0.5, 2.0, 5.0)
-# Words in the stores' errors that a retry cannot fix.
+# Words in the messages of errors that a retry cannot fix.
 _FINAL = re.compile("ACCESS_DENIED|NO_SUCH|INVALID_|SIGNATURE|NOT_FOUND|PERMISSION|UNAUTHENTICATED")
 
 
@@ -55,10 +55,10 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     pyarrow handles ``s3://BUCKET/PATH``, ``gs://``,
     ``abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH``, ``hdfs://`` and ``file://``; fsspec
     handles ``az://CONTAINER/PATH`` and every other scheme, if the required package is installed.
-    Credentials come from where each store's own tools look for them. For S3, ``AWS_ENDPOINT_URL``
-    or ``AWS_ENDPOINT_URL_S3`` in the environment selects a compatible store such as MinIO; it is
-    read here, and the file system carries it to the workers. The path is taken literally, including
-    spaces and globs, except after ``file://``, where %20 is a space.
+    Credentials are found as by each store's own tools. For S3, ``AWS_ENDPOINT_URL``
+    or ``AWS_ENDPOINT_URL_S3`` in the environment selects a compatible store such as MinIO; the file
+    system takes this setting to the workers. The path is literal, including spaces and wildcards;
+    only after ``file://`` does %20 mean a space.
 
     Raises:
         DataError: If the scheme is unknown, its package is missing, or the store cannot be reached.
@@ -77,7 +77,7 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
         place, _, more = place.partition("?")
         settings = settings or more
         if scheme in ("gs", "gcs") and "retry_limit_seconds" not in settings:
-            settings += f"{'&' if settings else ''}retry_limit_seconds={_GCS_PATIENCE_S}"
+            settings += f"{'&' if settings else ''}retry_limit_seconds={_GCS_RETRY_LIMIT_S}"
         address = f"{scheme}://{place}" + (f"?{settings}" if settings else "")
         filesystem, base = pafs.FileSystem.from_uri(address)
         return filesystem, f"{base.rstrip('/')}/{path}" if path else base.rstrip("/") or "/"
@@ -97,7 +97,7 @@ def _from_fsspec(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 def unreachable(uri: str, error: Exception) -> DataError:
-    """Build the error for a source that could not be opened, with advice on what to check."""
+    """Build the error for a source that cannot be opened, with advice on what to check."""
     hint = _HELP.get(uri.partition("://")[0], "") if "://" in uri else ""
     text = " ".join(str(error).split())
     if len(text) > _LONGEST_ERROR:  # libhdfs lists every place where it looked for Java
@@ -113,16 +113,16 @@ def is_local(filesystem: pafs.FileSystem) -> bool:
 
 
 def num_readers(filesystem: pafs.FileSystem) -> int:
-    """Return how many threads should read in parallel."""
+    """Return how many threads should read from a file system in parallel."""
     return LOCAL_READERS if is_local(filesystem) else REMOTE_READERS
 
 
-def patiently(filesystem: pafs.FileSystem, read: Callable[[], T]) -> T:
-    """Call ``read``; on an object store, retry after a passing error.
+def with_retries(filesystem: pafs.FileSystem, read: Callable[[], T]) -> T:
+    """Call ``read``; on an object store, retry after a transient error.
 
     Raises:
-        OSError: The last attempt's error. Errors on a local disk, and lasting ones such as a
-            missing object or missing permission, are raised at once.
+        OSError: The error of the last attempt. Errors of a local disk and lasting errors, such as a
+            missing object or permission, are raised without a retry.
     """
     for pause in () if is_local(filesystem) else _PAUSES_S:
         try:
@@ -141,7 +141,7 @@ def read_file(filesystem: pafs.FileSystem, path: str | bytes) -> bytes:
 
     Args:
         filesystem: The file system of the file.
-        path: Its path; bytes for a local name that is not UTF-8.
+        path: Path of the file; bytes for a local name that is not UTF-8.
 
     Raises:
         DataError: If it cannot be read.
@@ -153,12 +153,11 @@ def read_file(filesystem: pafs.FileSystem, path: str | bytes) -> bytes:
 
 
 def read_bytes(filesystem: pafs.FileSystem, path: str | bytes) -> bytes:
-    """Return the bytes of a file, as :func:`read_file` does.
+    """Return the bytes of a file, as :func:`read_file` does, but raise the original error.
 
     Raises:
-        OSError: If it cannot be read; :func:`raysl.sources.lasting.is_lasting` says whether waiting
-            could help.
-        pa.ArrowException: Likewise.
+        OSError, ArrowException: If it cannot be read; :func:`raysl.sources.lasting.is_lasting` says
+            whether another attempt could help.
     """
     if isinstance(filesystem, pafs.LocalFileSystem):
         with open(path, "rb", buffering=0) as file:
@@ -169,7 +168,7 @@ def read_bytes(filesystem: pafs.FileSystem, path: str | bytes) -> bytes:
         with filesystem.open_input_stream(name) as stream:
             return bytes(stream.read())
 
-    return patiently(filesystem, read)
+    return with_retries(filesystem, read)
 
 
 def why_unread(error: Exception) -> str:
@@ -184,7 +183,7 @@ def below(path: str, root: str) -> str:
 
 
 def readable(path: str | bytes) -> str:
-    r"""Return a path as printable text; bytes that are not UTF-8 become \xff escapes."""
+    r"""Return a path as printable text; bytes that are not UTF-8 become escapes such as \xff."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
@@ -195,18 +194,18 @@ def list_files(
 
     Args:
         filesystem: The file system of the folder.
-        root: The folder.
-        suffixes: Lower-case suffixes of the files to list; matched ignoring case.
+        root: Path of the folder.
+        suffixes: Suffixes of the files to list, in lower case; they match names in any case.
         hidden: Names below ``root`` that start with one of these characters are skipped.
 
     Returns:
-        ``path``: large_binary, relative to ``root`` (local names need not be UTF-8); ``bytes``:
-        int64, the files' sizes.
+        Table of ``path``: large_binary, relative to ``root`` (local names need not be UTF-8), and
+        ``bytes``: int64, the size of the file.
 
     Raises:
         DataError: If a folder cannot be listed.
     """
-    # One Arrow column a folder, because a million files must not become a million Python objects.
+    # One Arrow table per folder: a million files should not become a million Python objects.
     if isinstance(filesystem, pafs.LocalFileSystem):
         parts = _list_local(root, suffixes, hidden)
     else:
@@ -217,16 +216,16 @@ def list_files(
 
 
 def list_glob(filesystem: pafs.FileSystem, pattern: str) -> list[str]:
-    """List the files that a path with ``*``, ``?`` or ``[...]`` matches, sorted.
+    """Return the paths that match a path with ``*``, ``?`` or ``[...]``, sorted.
 
-    Wildcards also match slashes; hidden names (``HIDDEN``) are skipped.
+    Wildcards also match slashes. Hidden names (``HIDDEN``) are skipped.
     """
     root, files = match_glob(filesystem, pattern)
     return [f"{root}/{readable(name)}" for name in files.column("path").to_pylist()]
 
 
 def match_glob(filesystem: pafs.FileSystem, pattern: str) -> tuple[str, pa.Table]:
-    """Return a glob's folder, and the files below it that match, as ``list_files`` does."""
+    """Return a glob's folder, and a table of the matching files as ``list_files`` returns it."""
     root, rest = existing_part(filesystem, pattern)
     if not any(sign in rest for sign in "*?["):
         return root, _table([], [])
@@ -238,7 +237,7 @@ def match_glob(filesystem: pafs.FileSystem, pattern: str) -> tuple[str, pa.Table
 def existing_part(filesystem: pafs.FileSystem, pattern: str) -> tuple[str, str]:
     """Split a path into the folder above its first component with wildcards, and the rest.
 
-    A folder that exists is taken literally, even with wildcards in its name: "set [2020]".
+    If a folder exists, wildcards in its name are literal: "set [2020]".
     """
     parts = pattern.split("/")
     number = 0
@@ -255,7 +254,7 @@ def existing_part(filesystem: pafs.FileSystem, pattern: str) -> tuple[str, str]:
 
 
 def file_table(names: Sequence[str]) -> pa.Table:
-    """Return a table of the named files in their order, like the result of ``list_files``."""
+    """Return the named files in their order as a table like that of ``list_files``, sizes 0."""
     return _table([os.fsencode(name) for name in names], [0] * len(names))
 
 
@@ -266,8 +265,8 @@ def _table(paths: list[bytes], sizes: list[int]) -> pa.Table:
 
 class _Folder(NamedTuple):
     path: bytes
-    prefix: bytes  # of its files, relative to the root
-    entered: frozenset[bytes]  # resolved folders entered through links, to stop at cycles
+    prefix: bytes  # path relative to the root, with a trailing slash
+    link_targets: frozenset[bytes]  # folders entered through links, to detect cycles
 
 
 def _list_local(root: str, suffixes: Sequence[str], hidden: str) -> Iterable[pa.Table]:
@@ -276,11 +275,11 @@ def _list_local(root: str, suffixes: Sequence[str], hidden: str) -> Iterable[pa.
     level = [_Folder(top, b"", frozenset([os.path.realpath(top)]))]
     with ThreadPoolExecutor(2 * LOCAL_READERS) as pool:
         while level:
-            below: list[_Folder] = []
+            subfolders: list[_Folder] = []
             for table, folders in pool.map(lambda f: _scan(f, endings, hidden.encode()), level):
-                below += folders
+                subfolders += folders
                 yield table
-            level = below
+            level = subfolders
 
 
 def _scan(
@@ -305,20 +304,21 @@ def _scan(
 
 
 def _enter(folder: _Folder, entry: os.DirEntry[bytes]) -> list[_Folder]:
-    entered = folder.entered
+    """Return the subfolder of an entry; [] for a link that leads back into a cycle."""
+    link_targets = folder.link_targets
     if entry.is_symlink():
         target = os.path.realpath(entry.path)
         above = os.path.realpath(folder.path) + b"/"
-        if target in entered or above.startswith(target + b"/"):
+        if target in link_targets or above.startswith(target + b"/"):
             return []
-        entered |= {target}
-    return [_Folder(entry.path, folder.prefix + entry.name + b"/", entered)]
+        link_targets |= {target}
+    return [_Folder(entry.path, folder.prefix + entry.name + b"/", link_targets)]
 
 
 def _size(entry: os.DirEntry[bytes]) -> int | None:
-    """Return the size of a regular file, following links; None if it is none or gone by now.
+    """Return the size of a regular file, following links; None if it is not one or was deleted.
 
-    A dangling link counts as a file of zero bytes, so that reading it reports the error.
+    A dangling link counts as a file of zero bytes, so that a read reports the error.
     """
     try:
         status = entry.stat()
@@ -335,10 +335,10 @@ def _list_remote(
     skip = len(root.rstrip("/")) + 1
     endings = tuple(suffixes)
 
-    def below(folder: str, *, recursive: bool) -> tuple[pa.Table, list[str]]:
+    def list_folder(folder: str, *, recursive: bool) -> tuple[pa.Table, list[str]]:
         selector = pafs.FileSelector(folder, recursive=recursive)
         try:
-            infos = patiently(filesystem, lambda: filesystem.get_file_info(selector))
+            infos = with_retries(filesystem, lambda: filesystem.get_file_info(selector))
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{folder}: cannot be listed: {error}") from None
         paths, sizes, folders = [], [], []
@@ -353,8 +353,8 @@ def _list_remote(
                 sizes.append(int(info.size or 0))
         return _table(paths, sizes), folders
 
-    # A store lists a thousand names a request, one after another: list many folders in parallel.
-    table, folders = below(root, recursive=False)
+    # A store returns a thousand names per request, so many folders are listed in parallel.
+    table, folders = list_folder(root, recursive=False)
     yield table
     with ThreadPoolExecutor(REMOTE_READERS) as pool:
-        yield from (t for t, _ in pool.map(lambda f: below(f, recursive=True), folders))
+        yield from (t for t, _ in pool.map(lambda f: list_folder(f, recursive=True), folders))

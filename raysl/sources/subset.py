@@ -1,4 +1,4 @@
-"""Wrap a source to show part of its images or labels, or no labels."""
+"""Wrap a source to provide only some of its images or labels, or no labels."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,11 @@ from raysl.sources.pixels import Decoding
 from raysl.sources.source import Encoded, Labels, Source, digest
 
 
-class SeenSource:
-    """Forward everything to another source; base class of the wrappers below.
+class SourceWrapper:
+    """Base class of the wrappers below: forwards everything to another source.
 
     Args:
-        whole: The source.
+        whole: The wrapped source.
     """
 
     def __init__(self, whole: Source) -> None:
@@ -29,7 +29,7 @@ class SeenSource:
 
     @property
     def group_sizes(self) -> npt.NDArray[np.int64]:
-        """Images in each group of rows that is quick to read as a whole."""
+        """Number of images in each group of the wrapped source."""
         return self.whole.group_sizes
 
     def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
@@ -41,15 +41,15 @@ class SeenSource:
         return self.whole.decoding(self._row(index))
 
     def where(self, index: int) -> str:
-        """Name a row as the whole source does."""
+        """Name a row as the wrapped source does."""
         return self.whole.where(self._row(index))
 
     def row_id(self, index: int) -> str:
-        """Name a row as the whole source does."""
+        """Name a row as the wrapped source does."""
         return self.whole.row_id(self._row(index))
 
     def labels(self) -> Labels | None:
-        """Return the class numbers."""
+        """Return the class numbers of the wrapped source, or None."""
         return self.whole.labels()
 
     @property
@@ -64,13 +64,13 @@ class SeenSource:
         return np.asarray(indices, dtype=np.int64)
 
 
-class UnlabelledSource(SeenSource):
+class UnlabelledSource(SourceWrapper):
     """A source without its labels, for ``data.labels: none``; its images are the same.
 
-    Labels are never read, so an unusable label column costs nothing.
+    Labels are never read, so a column that holds no labels does no harm.
 
     Args:
-        whole: The source.
+        whole: The source with labels.
     """
 
     def __init__(self, whole: Source) -> None:
@@ -78,71 +78,71 @@ class UnlabelledSource(SeenSource):
         self.label_advice = "data.labels=none leaves them out"
 
     def labels(self) -> Labels | None:
-        """Return None."""
+        """Return None: the source is unlabelled."""
         return None
 
     @property
     def class_names(self) -> list[str]:
-        """Return no names."""
+        """No class names, since the source is unlabelled."""
         return []
 
 
-class SubsetSource(SeenSource):
-    """A source that shows some of its labels, and all images or only those labelled ones.
+class SubsetSource(SourceWrapper):
+    """A source with only some of its labels, and with all images or only the labelled ones.
 
-    Memory grows with the number of visible labels, not of images.
+    Memory grows with the number of labels in use, not with the number of images.
 
     Args:
-        whole: The source.
-        known: Rows whose labels are visible, in order.
-        only: Leave out the images without a visible label.
+        whole: The source with all images and labels.
+        labelled: Rows whose labels are used, in order, ``(num_labels,)``.
+        only: Whether to leave out the images whose labels are not used.
     """
 
-    def __init__(self, whole: Source, known: Rows, *, only: bool) -> None:
+    def __init__(self, whole: Source, labelled: Rows, *, only: bool) -> None:
         super().__init__(whole)
-        self.known = known
+        self.labelled = labelled
         self.only = only
         self.fingerprint = digest(
-            whole.fingerprint, str(only), np.ascontiguousarray(known, dtype=np.int64).data
+            whole.fingerprint, str(only), np.ascontiguousarray(labelled, dtype=np.int64).data
         )
         sizes = whole.group_sizes
         self._group_sizes = sizes
         if not only:
             return
-        groups = np.searchsorted(np.cumsum(sizes), known, side="right")
+        groups = np.searchsorted(np.cumsum(sizes), labelled, side="right")
         counts = np.bincount(groups, minlength=len(sizes)).astype(np.int64)
-        kept = np.flatnonzero(counts)
-        self._group_sizes = counts[kept]
+        used_groups = np.flatnonzero(counts)
+        self._group_sizes = counts[used_groups]
         if whole.weights is not None:
-            self.weights = whole.weights[kept]
+            self.weights = whole.weights[used_groups]
         if whole.window_size is not None:
-            # A group is read whole even if only a few of its images are kept.
-            share = len(known) / max(1, int(sizes.sum()))
+            # A group is read as a whole even if only a few of its images are used.
+            share = len(labelled) / max(1, int(sizes.sum()))
             self.window_size = max(1, round(whole.window_size * share))
 
     @property
     def group_sizes(self) -> npt.NDArray[np.int64]:
-        """Number of kept images in each group that has any."""
+        """Number of images in each group that has any."""
         return self._group_sizes
 
     def labels(self) -> Labels | None:
-        """Return the visible class numbers, -1 for the others."""
+        """Return the class numbers, -1 for images whose labels are not used."""
         labels = self.whole.labels()
-        assert labels is not None  # visible labels exist, so the source has labels
+        assert labels is not None  # some labels are used, so the source has labels
         if self.only:
-            return labels[self.known]
-        seen = np.full(len(labels), -1, dtype=np.int64)
-        seen[self.known] = labels[self.known]
-        return seen
+            return labels[self.labelled]
+        used_labels = np.full(len(labels), -1, dtype=np.int64)
+        used_labels[self.labelled] = labels[self.labelled]
+        return used_labels
 
     def _row(self, index: int) -> int:
-        return int(self.known[index]) if self.only else index
+        return int(self.labelled[index]) if self.only else index
 
     def _rows(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Rows:
         rows = np.asarray(indices, dtype=np.int64)
-        return self.known[rows] if self.only else rows
+        return self.labelled[rows] if self.only else rows
 
 
 def whole_source(source: Source) -> Source:
-    """Return the underlying source with all images, and the labels that evaluation may use."""
+    """Return the source under a ``SubsetSource``, with all images and labels; else ``source``."""
     return source.whole if isinstance(source, SubsetSource) else source

@@ -1,7 +1,7 @@
-"""Open table formats (Delta Lake, Iceberg, Hudi), whose log says which files are current.
+"""Open table formats (Delta Lake, Iceberg, Hudi): read from their log which files are current.
 
-These formats rewrite rows and leave the old files in place, so a listing mixes overwritten or
-deleted rows with their replacements.
+These formats rewrite rows and leave the old files in place, so a listing of the files mixes
+overwritten or deleted rows with their replacements.
 """
 
 import importlib
@@ -23,17 +23,17 @@ _NAMES = {"delta": "Delta", "iceberg": "Iceberg", "hudi": "Hudi"}
 _PACKAGES = {"delta": "deltalake", "iceberg": "pyiceberg"}
 _MARKS = {"_delta_log": "delta", "metadata": "iceberg", ".hoodie": "hudi"}
 _ICEBERG_VERSION = re.compile(r"v?(\d+)(-[^/]*)?(\.gz)?\.metadata\.json(\.gz)?")
-_MOST_FOLDERS = 64  # lakes keep tables side by side: few enough to check each
+_MAX_FOLDERS = 64  # each is checked; folders of tables side by side are few
 _REWRITE = {
-    "delta": "run OPTIMIZE or REORG TABLE ... APPLY (PURGE), which writes its files anew",
-    "iceberg": "run rewrite_data_files, which writes its files anew",
+    "delta": "run OPTIMIZE or REORG TABLE ... APPLY (PURGE), which rewrites its files",
+    "iceberg": "run rewrite_data_files, which rewrites its files",
 }
 
 
 def table_kind(filesystem: pafs.FileSystem, root: str) -> TableKind | None:
     """Return a folder's table format, recognised by ``_delta_log`` or ``metadata/*.metadata.json``.
 
-    None if it is not a table; ``hudi`` is recognised but not supported.
+    Returns None for another folder. ``hudi`` is recognised but not supported.
     """
     root = root.rstrip("/")
     infos = filesystem.get_file_info([f"{root}/{mark}" for mark in _MARKS])
@@ -46,38 +46,38 @@ def table_kind(filesystem: pafs.FileSystem, root: str) -> TableKind | None:
 
 
 def check_no_tables_below(filesystem: pafs.FileSystem, root: str, files: Iterable[str]) -> None:
-    """Reject a folder that contains a table among others, or beside other files.
+    """Raise DataError if a folder contains a table, among other tables or files.
 
     Args:
         filesystem: The file system of the folder.
-        root: The folder, not a table itself.
-        files: Paths of its Parquet files relative to it.
+        root: Path of the folder, which is not a table itself.
+        files: Paths of the folder's Parquet files, relative to it.
 
     Raises:
-        DataError: If a folder of its first two levels is a table.
+        DataError: If a folder in the first two levels is a table.
     """
     folders: dict[str, None] = {}
     for file in files:
         parts = file.split("/")[:-1]
         folders |= {"/".join(parts[: depth + 1]): None for depth in range(min(2, len(parts)))}
-        if len(folders) > _MOST_FOLDERS:
+        if len(folders) > _MAX_FOLDERS:
             break
-    for folder in list(folders)[:_MOST_FOLDERS]:
+    for folder in list(folders)[:_MAX_FOLDERS]:
         if kind := table_kind(filesystem, f"{root.rstrip('/')}/{folder}"):
             raise DataError(
-                f"data.source={root}: {folder} in it is a {_NAMES[kind]} table: rows that it has "
-                f"removed lie among its files. Give the table itself "
+                f"data.source={root}: {folder} in it is a {_NAMES[kind]} table, whose files "
+                f"also hold removed rows. Give the table itself "
                 f"(data.source={root.rstrip('/')}/{folder}), and others with data.mix"
             )
 
 
 def table_note(filesystem: pafs.FileSystem, folder: str) -> str:
-    """Return a note if files are part of a table and may be outdated; "" if they are not."""
+    """Return a note if files belong to a table and may be outdated; "" if they do not."""
     for root in (folder, folder.rpartition("/")[0]):
         if root and (kind := table_kind(filesystem, root)):
             return (
-                f"the files lie in a {_NAMES[kind]} table ({root}): rows that it has removed may "
-                f"be among them; the folder as data.source takes the current ones alone"
+                f"the files belong to a {_NAMES[kind]} table ({root}) and may also hold removed "
+                f"rows; data.source={root} reads only current rows"
             )
     return ""
 
@@ -85,23 +85,20 @@ def table_note(filesystem: pafs.FileSystem, folder: str) -> str:
 def current_files(filesystem: pafs.FileSystem, root: str, kind: TableKind, uri: str) -> list[str]:
     """Return the paths of a table's current files, sorted.
 
-    ``deltalake`` or ``pyiceberg`` reads the log. For Iceberg this is the newest metadata file;
-    catalogs are not consulted.
+    ``deltalake`` or ``pyiceberg`` reads the log. For Iceberg, it reads the newest metadata file;
+    catalogs are not read.
 
     Args:
         filesystem: The file system of the table.
-        root: Its folder.
+        root: Path of the table's folder.
         kind: The result of ``table_kind``.
-        uri: The user's URI, for messages and the store's settings.
+        uri: The source as configured, for messages and the settings of the store.
 
     Raises:
         DataError: If the library is not installed or cannot read the table, the store is not
-            supported, some rows of a file are deleted, or files are outside of the folder.
+            supported, only some rows of a file are removed, or files are outside of the folder.
     """
-    what = (
-        f"data.source={uri}: is a {_NAMES[kind]} table, and rows that it has removed lie among its "
-        f"files"
-    )
+    what = f"data.source={uri}: is a {_NAMES[kind]} table, whose files also hold removed rows"
     if kind == "hudi":
         raise DataError(f"{what}. {_export('its current rows')}")
     if not is_local(filesystem) and (not uri.startswith("s3://") or "?" in uri):
@@ -116,13 +113,13 @@ def current_files(filesystem: pafs.FileSystem, root: str, kind: TableKind, uri: 
             f"{what}. To read the current ones: pip install 'raysl[tables]' "
             f"({_PACKAGES[kind]} reads its log). Or: {_export('them')}"
         ) from None
-    place = root if is_local(filesystem) else f"s3://{root}"
+    location = root if is_local(filesystem) else f"s3://{root}"
     find = _delta_files if kind == "delta" else _iceberg_files
     try:
-        files = find(filesystem, place, what)
+        files = find(filesystem, location, what)
     except DataError:
         raise
-    except Exception as error:  # the libraries raise a dozen types without a common base
+    except Exception as error:  # the libraries raise many types without a common base
         raise DataError(f"{what}; {_PACKAGES[kind]} cannot read its log: {error}") from None
     below = _below(files, root, what)
     if not below:
@@ -134,13 +131,13 @@ def _export(rows: str) -> str:
     return f"Write {rows} to Parquet files in another folder with the engine that wrote the table"
 
 
-def _delta_files(filesystem: pafs.FileSystem, place: str, what: str) -> list[str]:
+def _delta_files(filesystem: pafs.FileSystem, location: str, what: str) -> list[str]:
     library: Any = importlib.import_module("deltalake")
     endpoint = _endpoint()
     settings = {"AWS_ENDPOINT_URL": endpoint} if endpoint else {}
     if endpoint.startswith("http://"):
         settings["AWS_ALLOW_HTTP"] = "true"
-    table = library.DeltaTable(place, storage_options=None if is_local(filesystem) else settings)
+    table = library.DeltaTable(location, storage_options=None if is_local(filesystem) else settings)
     if "deletionVectors" in (table.protocol().reader_features or []):
         removed = next(
             (b for b in pa.RecordBatchReader.from_stream(table.deletion_vectors()) if len(b)), None
@@ -161,14 +158,14 @@ def _delta_files(filesystem: pafs.FileSystem, place: str, what: str) -> list[str
             f"{what}. Its columns have other names in the files (column mapping: {logical!r} is "
             f"{physical!r} there). {_export('its current rows')}"
         )
-    # file_uris() would return partly encoded names: of the folder, but not of what is below.
+    # file_uris() encodes the names of the folder, but not those of the files.
     paths = pa.table(table.get_add_actions()).column("path").to_pylist()
-    return [path if ":/" in path else f"{place}/{unquote(path)}" for path in paths]
+    return [path if ":/" in path else f"{location}/{unquote(path)}" for path in paths]
 
 
-def _iceberg_files(filesystem: pafs.FileSystem, place: str, what: str) -> list[str]:
+def _iceberg_files(filesystem: pafs.FileSystem, location: str, what: str) -> list[str]:
     library: Any = importlib.import_module("pyiceberg.table")
-    root = place.removeprefix("s3://")
+    root = location.removeprefix("s3://")
     metadata = _newest_metadata(filesystem, root, what)
     settings = {"s3.endpoint": _endpoint()} if _endpoint() else {}
     prefix = "" if is_local(filesystem) else "s3://"
@@ -187,8 +184,8 @@ def _iceberg_files(filesystem: pafs.FileSystem, place: str, what: str) -> list[s
 
 def _in_part(what: str, kind: str, how: str, file: str) -> str:
     return (
-        f"{what}. Of some files only a part of the rows is removed ({how}: {file}); reading the "
-        f"files would bring those back. To read it: {_REWRITE[kind]}"
+        f"{what}. In some files, only some of the rows are removed ({how}: {file}); reading the "
+        f"files would restore them. To read the table: {_REWRITE[kind]}"
     )
 
 
@@ -211,7 +208,7 @@ def _newest_metadata(filesystem: pafs.FileSystem, root: str, what: str) -> str:
     names = [name for name, version in versions.items() if version == newest]
     if len(names) != 1:
         raise DataError(
-            f"{what}. Which of its states is the current one, its catalog alone knows: "
+            f"{what}. Only its catalog knows which state is the current one: "
             f"{', '.join(sorted(names)) or f'none of version {newest}'} in {folder}"
         )
     return f"{folder}/{names[0]}"
@@ -221,13 +218,13 @@ def _below(files: Iterable[str], root: str, what: str) -> list[str]:
     """Return paths in the source's file system, all below the table's folder."""
     paths = []
     top = root.rstrip("/") + "/"
-    for file in files:  # Iceberg does not percent-encode them, for any scheme
+    for file in files:  # Iceberg never percent-encodes paths, so none is decoded
         path = re.sub("^file:/+", "/", file)
         path = re.sub("^s3[an]?://", "", path)
         if not path.startswith(top):
             raise DataError(
-                f"{what}. Its log names files elsewhere ({file}), as after the folder was copied "
-                f"or moved. Give it where it was, or: {_export('its current rows')}"
+                f"{what}. Its log names files in another folder ({file}): the table was copied or "
+                f"moved. Give it in its original place, or: {_export('its current rows')}"
             )
         paths.append(path)
     return sorted(paths)

@@ -14,7 +14,7 @@ import pyarrow.fs as pafs
 
 from raysl.errors import DataError, counted
 from raysl.sources.cache import ByteCache
-from raysl.sources.footers import describe_choice
+from raysl.sources.footers import describe_selection
 from raysl.sources.labels import number_classes
 from raysl.sources.lasting import Failures, is_lasting
 from raysl.sources.pixels import Decoding
@@ -23,26 +23,26 @@ from raysl.sources.storage import (
     REMOTE_READERS,
     below,
     is_local,
-    patiently,
     readable,
     why_unread,
+    with_retries,
 )
-from raysl.sources.tar_choice import choose
+from raysl.sources.tar_choice import choose_images
 from raysl.sources.tar_index import index_shard
-from raysl.sources.tar_notes import Looked, tar_notes
+from raysl.sources.tar_notes import IndexedShard, tar_notes
 
 _MIB = 1 << 20
-_GROUP_BYTES = 8 * _MIB  # one read: few requests, little waste
+_GROUP_BYTES = 8 * _MIB  # size of one read: few requests, little unneeded data
 _NAMES_BYTES = 16 * _MIB  # cached member names of recently used shards
-_MOST_SHARDS = 1 << 20
+_MAX_SHARDS = 1 << 20
 
 
 class _LostError(Exception):
-    """Bytes that existed when the source was opened cannot be read any more."""
+    """Bytes that the source found when it was opened can no longer be read."""
 
 
 class _Names(NamedTuple):
-    """The images among a shard's members; both ``(num_images,)``, sorted by offset."""
+    """Offsets and names of the images in a shard, both ``(num_images,)``, sorted by offset."""
 
     offsets: npt.NDArray[np.int64]
     names: pa.Array
@@ -51,21 +51,22 @@ class _Names(NamedTuple):
 class TarSource:
     """Images of tar shards in the order of the shards' names and of their members.
 
-    Opening reads the headers once; on an object store this reads most of the shards (``raysl pack``
-    avoids that). Later, ranges of about 8 MiB are read whole and cached. It takes 17 bytes an image
-    and stores no path: to name a row, the headers of its shard are read again.
+    Opening reads all headers once; on an object store, this reads most of the shards' bytes
+    (``raysl pack`` avoids that). Later reads take whole ranges of about 8 MiB and cache them. The
+    source takes 17 bytes per image and stores no names: to name a row, it reads the headers of the
+    shard again.
 
-    Shards that are empty, damaged, truncated, compressed, without images or unreadable are counted
-    and named in ``notes``; intact images in them are used. If no image is left, the first problem
-    is raised as an error.
+    ``notes`` counts and names shards that are empty, damaged, truncated, compressed, unreadable or
+    without images; intact images in them are used. If no image is left, the first problem is raised
+    as an error.
 
     Args:
         config: The source's settings.
         filesystem: The file system of the shards.
-        files: Their paths, in order.
+        files: Paths of the shards, in order.
         window_mib: MiB of encoded images to hold for shuffling.
-        splits: The splits at this place.
-        notes: Remarks about other content of the place.
+        splits: Names of the folder's splits, including this one.
+        notes: Notes about other content of the folder.
         root: Folder that row names are relative to; "" takes the common folder of all files.
 
     Raises:
@@ -89,29 +90,29 @@ class TarSource:
         self.splits = tuple(splits)
         self.label_advice = (
             "give each sample a .cls member or a key `label` in its .json, or set "
-            "data.label_column to another key of it; folders within a tar are no classes"
+            "data.label_column to another key of it; folders in a tar are not classes"
         )
         self._config = config
         self._root = root or posixpath.commonpath([posixpath.dirname(file) for file in files])
         self.weights: npt.NDArray[np.float64] | None = None
-        shards, looked, filtered = choose(filesystem, files, config, self._root)
-        self.notes = (*notes, *tar_notes(looked), *filtered.notes())
+        shards, indexed, filtered = choose_images(filesystem, files, config, self._root)
+        self.notes = (*notes, *tar_notes(indexed), *filtered.notes())
         self._files = pa.array([shard.path for shard in shards], pa.large_string())
-        self.fingerprint = digest(*(s.digest for s in shards), describe_choice(config))
+        self.fingerprint = digest(*(s.digest for s in shards), describe_selection(config))
         self._offsets = np.concatenate([s.offsets for s in shards] or [np.empty(0, np.int64)])
         self._sizes = np.concatenate([s.sizes for s in shards] or [np.empty(0, np.int64)])
         if len(self._offsets) == 0:
-            raise DataError(_nothing(config, files, looked, self.notes))
+            raise DataError(_no_images(config, files, indexed, self.notes))
         shard = np.repeat(np.arange(len(shards)), [len(s.offsets) for s in shards])
         # A group: images of one shard that start in the same 8 MiB.
         chunk = self._offsets // _GROUP_BYTES
-        new = (np.diff(shard, prepend=-1) != 0) | (np.diff(chunk, prepend=-1) != 0)
-        self._starts = np.append(np.flatnonzero(new), len(shard))
+        is_first = (np.diff(shard, prepend=-1) != 0) | (np.diff(chunk, prepend=-1) != 0)
+        self._starts = np.append(np.flatnonzero(is_first), len(shard))
         self._shard = shard[self._starts[:-1]].astype(np.int32)
         spans = self._ends(self._starts[1:] - 1) - self._offsets[self._starts[:-1]]
         per_image = max(1, int(spans.sum()) // len(shard))
         self.window_size: int | None = max(1, window_mib * _MIB // per_image)
-        # Two windows, as for Parquet.
+        # Room for two windows, as for Parquet: an item at their border needs groups of both.
         self._cache: ByteCache[bytes] = ByteCache(2 * window_mib * _MIB)
         self._names: ByteCache[_Names] = ByteCache(_NAMES_BYTES)
         self._failures = Failures()
@@ -138,14 +139,14 @@ class TarSource:
 
     @property
     def group_sizes(self) -> npt.NDArray[np.int64]:
-        """Images in each 8 MiB group."""
+        """Number of images in each group of about 8 MiB."""
         return np.diff(self._starts)
 
     def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Encoded]:
         """Return the encoded images of these rows.
 
-        Images of a group that cannot be read (missing, truncated, a broken disk) are
-        ``Unreadable``; the group is retried after a minute.
+        If a group cannot be read (missing, truncated, a broken disk), its images are
+        ``Unreadable``, and the group is retried after a minute.
 
         Raises:
             DataError: If a store does not answer.
@@ -186,7 +187,7 @@ class TarSource:
                 return bytes(file.read_at(count, start))
 
         try:
-            run = patiently(self.filesystem, read)
+            run = with_retries(self.filesystem, read)
         except (OSError, pa.ArrowException) as error:
             if is_lasting(self.filesystem, error, path, start=start, count=count):
                 raise _LostError(why_unread(error)) from None
@@ -208,8 +209,8 @@ class TarSource:
     def row_id(self, index: int) -> str:
         """Name a row SHARD/MEMBER, with the shard's path below the source's folder.
 
-        The first request for a row of a shard reads the shard's headers again; ask in order. If the
-        member is gone because the shard has changed, the row is named by its byte offset.
+        The first call for a row of a shard reads the shard's headers again, so calls should be in
+        row order. If the shard has changed and lacks the member, its byte offset is the name.
 
         Raises:
             DataError: If a store does not answer.
@@ -225,7 +226,7 @@ class TarSource:
 
     def _names_of(self, shard: int) -> "_Names":
         path = str(self._files[shard].as_py())
-        lost = "names", shard  # distinct from a group's key, a plain number
+        failure_key = "names", shard  # distinct from the keys of groups, which are integers
 
         def read() -> tuple[_Names, int]:
             index = index_shard(self.filesystem, path, self._config, names=True, labels=False)
@@ -234,15 +235,15 @@ class TarSource:
             names = _Names(index.offsets, index.names)
             return names, names.offsets.nbytes + names.names.nbytes
 
-        if self._failures.get(lost) is None:
+        if self._failures.get(failure_key) is None:
             try:
                 return self._names.get(shard, read)
             except _LostError as error:
-                self._failures.add(lost, str(error))
+                self._failures.add(failure_key, str(error))
         return _Names(np.empty(0, np.int64), pa.array([], pa.large_binary()))
 
     def where(self, index: int) -> str:
-        """Name a row by its shard and its first byte in it."""
+        """Name a row by its shard and the offset of its first byte."""
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
         return f"{self._path(group)} image at byte {self._offsets[index]}"
 
@@ -251,19 +252,22 @@ class TarSource:
         return None if self._labels is None else self._labels.astype(np.int64)
 
 
-def _nothing(
-    config: SourceConfig, files: Sequence[str], looked: Sequence[Looked], notes: Sequence[str]
+def _no_images(
+    config: SourceConfig,
+    files: Sequence[str],
+    indexed: Sequence[IndexedShard],
+    notes: Sequence[str],
 ) -> str:
     where = f"data.source={config.source}"
-    if any(shard.num_images for shard in looked):
+    if any(shard.num_images for shard in indexed):
         return (
-            f"{where}: data.filter leaves no image of the tar shards; the path of one is "
-            f"SHARD/MEMBER, such as {looked[0].shard}/0001.jpg"
+            f"{where}: data.filter leaves no image of the tar shards; an image's path is "
+            f"SHARD/MEMBER, such as {indexed[0].shard}/0001.jpg"
         )
-    flaws = [(path, each.flaw) for path, each in zip(files, looked, strict=True) if each.flaw]
+    flaws = [(path, each.flaw) for path, each in zip(files, indexed, strict=True) if each.flaw]
     if flaws:
         (path, flaw), others = flaws[0], len(flaws) - 1
-        more = f". {counted(others, 'other shard')} can be read as little" if others else ""
+        more = f". {counted(others, 'other shard')} cannot be read either" if others else ""
         return f"{path}: {flaw.detail}{more}"
     wanted = f".{config.image_column}" if config.image_column else "the suffix of an image"
     more_notes = "".join(f"; {note}" for note in notes)
@@ -274,9 +278,9 @@ def _nothing(
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expand a path with ``{0000..0099}`` or ``{a,b}``, in order.
+    """Return the paths that a path with ``{0000..0099}`` or ``{a,b}`` stands for, in order.
 
-    Numbers are zero-padded to the width of the first one.
+    Numbers are zero-padded to the width of the first number.
 
     Raises:
         DataError: If a range is empty, or there are more than a million paths.
@@ -287,16 +291,16 @@ def expand_braces(pattern: str) -> list[str]:
         choices = [piece]
         if match := re.fullmatch(r"\{(\d+)\.\.(\d+)\}", piece):
             first, last = int(match[1]), int(match[2])
-            if last < first or last - first >= _MOST_SHARDS:
+            if last < first or last - first >= _MAX_SHARDS:
                 raise DataError(
-                    f"data.source={pattern}: {piece} must run upwards, over at most "
-                    f"{_MOST_SHARDS:,} shards"
+                    f"data.source={pattern}: {piece} must ascend, over at most "
+                    f"{_MAX_SHARDS:,} shards"
                 )
             choices = [str(n).zfill(len(match[1])) for n in range(first, last + 1)]
         elif piece.startswith("{") and piece.endswith("}") and "," in piece:
             choices = piece[1:-1].split(",")
         total *= len(choices)
-        if total > _MOST_SHARDS:
-            raise DataError(f"data.source={pattern}: is more than {_MOST_SHARDS:,} shards")
+        if total > _MAX_SHARDS:
+            raise DataError(f"data.source={pattern}: names more than {_MAX_SHARDS:,} shards")
         parts.append(choices)
     return ["".join(chosen) for chosen in itertools.product(*parts)]

@@ -15,10 +15,10 @@ from raysl.sources.filter import RowFilter
 from raysl.sources.source import SourceConfig, digest, reading_order, spread_rows
 from raysl.sources.storage import below, num_readers, readable
 from raysl.sources.tar_index import MISSING, ShardIndex, index_shard
-from raysl.sources.tar_notes import Looked
+from raysl.sources.tar_notes import IndexedShard
 
-# A limit spreads over so many shards, if available: a shard often holds one class.
-_FAR_APART = 16
+# A limit spreads over at least this many shards, if available: a shard often holds one class.
+_MIN_SPREAD = 16
 
 
 class Choice(NamedTuple):
@@ -26,46 +26,47 @@ class Choice(NamedTuple):
 
     shards: list[ShardIndex]
     """The shards, reduced to the selected images, in the files' order."""
-    looked: list[Looked]
-    """The indexed shards, in the same order."""
+    indexed: list[IndexedShard]
+    """Facts about each indexed shard, for notes, in the same order."""
     filtered: RowFilter
-    """The filter, after it was applied to all of them."""
+    """The filter, after its use on all these shards."""
 
 
-def choose(
+def choose_images(
     filesystem: pafs.FileSystem, files: Sequence[str], config: SourceConfig, root: str
 ) -> Choice:
     """Select the images of shards that the filter keeps, up to the limit.
 
-    With a limit, indexing stops once enough shards yield enough images; of these, evenly spaced
-    images are taken.
+    With a limit, indexing stops once enough shards yield enough images; evenly spaced images of
+    these are selected.
 
     Args:
         filesystem: The file system of the shards.
-        files: Their paths, in order.
-        config: Provides the filter and the limit.
+        files: Paths of the shards, in order.
+        config: Settings with the filter and the limit.
         root: Folder that row names are relative to.
 
     Returns:
-        The selection, and the records for notes about it.
+        The selected images, and facts about the shards for notes.
 
     Raises:
         DataError: If a shard is missing, its store does not answer, a sample holds several images
-            and none is selected, or the filter does not fit.
+            and none is selected, or the filter does not fit the columns.
     """
     order = reading_order(len(files), config.limit)
     filtered = RowFilter(config.filter, where=f"data.source={config.source}")
-    selected: list[tuple[int, ShardIndex, Looked]] = []
+    selected: list[tuple[int, ShardIndex, IndexedShard]] = []
     rows = used = 0
     indexed = _index_all(filesystem, [files[place] for place in order], config)
-    for place, shard in zip(order, indexed, strict=True):
+    for number, shard in zip(order, indexed, strict=True):
         if shard.flaw == MISSING:
             raise DataError(f"{shard.path}: {shard.flaw.detail}")
         name = below(shard.path, root)
-        kept = _filtered(shard, filtered, name)
-        selected.append((place, kept, Looked(name, len(shard.offsets), shard.tally, shard.flaw)))
-        rows += len(kept.offsets)
-        used += len(kept.offsets) > 0
+        reduced = _apply_filter(shard, filtered, name)
+        facts = IndexedShard(name, len(shard.offsets), shard.tally, shard.flaw)
+        selected.append((number, reduced, facts))
+        rows += len(reduced.offsets)
+        used += len(reduced.offsets) > 0
         if config.limit is not None and rows >= config.limit and used >= _enough(config.limit):
             break
     selected.sort(key=lambda each: each[0])
@@ -74,33 +75,33 @@ def choose(
 
 
 def _enough(limit: int) -> int:
-    return min(_FAR_APART, limit)
+    return min(_MIN_SPREAD, limit)
 
 
 def _index_all(
     filesystem: pafs.FileSystem, files: Sequence[str], config: SourceConfig
 ) -> Iterator[ShardIndex]:
     readers = num_readers(filesystem)
-    # Not all at once: a limit may need only the first shards.
-    at_once = 4 * readers if config.limit is None else _FAR_APART
-    waiting = iter(files)
+    # In chunks, because a limit may need only the first shards.
+    at_once = 4 * readers if config.limit is None else _MIN_SPREAD
+    remaining = iter(files)
     with ThreadPoolExecutor(readers) as pool:
-        while some := list(islice(waiting, at_once)):
+        while chunk := list(islice(remaining, at_once)):
             yield from pool.map(
-                lambda path: index_shard(filesystem, path, config, names=bool(config.filter)), some
+                lambda path: index_shard(filesystem, path, config, names=bool(config.filter)), chunk
             )
 
 
-def _filtered(shard: ShardIndex, conditions: RowFilter, name: str) -> ShardIndex:
+def _apply_filter(shard: ShardIndex, conditions: RowFilter, name: str) -> ShardIndex:
     if not conditions.conditions or shard.names is None:
         return shard
     ids = pa.array(
         [f"{name}/{readable(member)}" for member in shard.names.to_pylist()], pa.string()
     )
     table = pa.table({"path": ids, "row_id": ids, "bytes": shard.sizes})
-    kept = np.flatnonzero(conditions.keep(table, where=shard.path))
-    # A list file may have changed while its name has not.
-    return _rows(shard, kept)._replace(names=None, digest=digest(shard.digest, kept.tobytes()))
+    rows = np.flatnonzero(conditions.keep(table, where=shard.path))
+    # The digest includes the rows: a list file may change under the same name.
+    return _take_rows(shard, rows)._replace(names=None, digest=digest(shard.digest, rows.tobytes()))
 
 
 def _spread(shards: list[ShardIndex], limit: int | None) -> list[ShardIndex]:
@@ -111,11 +112,12 @@ def _spread(shards: list[ShardIndex], limit: int | None) -> list[ShardIndex]:
     parts = np.split(rows, np.searchsorted(rows, ends[:-1]))
     begins = [0, *ends[:-1].tolist()]
     return [
-        _rows(shard, part - begin) for shard, part, begin in zip(shards, parts, begins, strict=True)
+        _take_rows(shard, part - begin)
+        for shard, part, begin in zip(shards, parts, begins, strict=True)
     ]
 
 
-def _rows(shard: ShardIndex, rows: npt.NDArray[np.int64]) -> ShardIndex:
+def _take_rows(shard: ShardIndex, rows: npt.NDArray[np.int64]) -> ShardIndex:
     return shard._replace(
         offsets=shard.offsets[rows],
         sizes=shard.sizes[rows],

@@ -1,4 +1,4 @@
-"""Index a tar shard from its headers: where each image is, and its label.
+"""Index a tar shard from its headers: the offset and the label of each image.
 
 WebDataset's layout: members with equal names up to the first dot of the base name are one sample;
 the rest of the name is the member's suffix. Members of a sample need not be adjacent. A leading
@@ -23,32 +23,32 @@ from raysl.errors import DataError
 from raysl.sources.formats import IMAGE_SUFFIXES, missing_package
 from raysl.sources.lasting import is_lasting
 from raysl.sources.source import SourceConfig
-from raysl.sources.storage import is_local, patiently, readable, why_unread
+from raysl.sources.storage import is_local, readable, why_unread, with_retries
 from raysl.sources.tar_members import Flaw, Member, members
 
-# On a disk, read a header and the small members after it. On an object store, a request takes as
-# long as some MiB, so the data between headers are read as well.
+# On a disk, one read covers a header and small members after it. On an object store, a request
+# takes as long as some MiB of data, so the data between headers are read too.
 _LOCAL_READ_BYTES, _REMOTE_READ_BYTES = 8 << 10, 4 << 20
-_MOST_ENDS = 10
+_MAX_ENDS = 10
 OTHERS = ""
 """Stands for all rarer suffixes in a ``Tally``."""
-# Metadata of an image; not what a sample without an image holds instead.
+# Suffixes of metadata, which are not reported for a sample without an image.
 _TEXTS = {"cls", "json", "txt"}
 _NO_IMAGE, _DOTTED, _PLAIN = range(3)
 
 MISSING = Flaw("missing", "cannot be read: no such file", may_pass=True)
 
 _Label = int | float | str | list[Any] | dict[str, Any] | None
-# For each suffix, an image's number in the shard, or a marker for another member.
+# For each suffix, the number of the image in the shard, or _NONE for another member.
 _Sample = dict[bytes, int]
 _NONE = -1
 
 
 class Tally(NamedTuple):
-    """Counts, by suffix, of what is skipped in a shard or used in an unexpected way."""
+    """How much of a shard is skipped or used in an unexpected way; counters are by suffix."""
 
     repeated: int
-    """Members that occur again further on."""
+    """Members with the full name of a later member."""
     hidden: int
     """Images whose names start with a dot."""
     links: int
@@ -58,11 +58,11 @@ class Tally(NamedTuple):
     without: int
     """Samples without an image."""
     without_ends: Counter[str]
-    """Members of such samples."""
+    """Members of samples without an image."""
     left_out: Counter[str]
-    """Images with a dot in their suffix, beside a plain one of the same sample."""
+    """Images with a dot in their suffix, in a sample that has an image with a plain suffix."""
     one_by_one: Counter[str]
-    """Images with a dot in their suffix, several in a sample without a plain one."""
+    """Images with a dot in their suffix, several in a sample without a plain suffix."""
 
 
 class ShardIndex(NamedTuple):
@@ -70,12 +70,12 @@ class ShardIndex(NamedTuple):
 
     path: str
     offsets: npt.NDArray[np.int64]
-    """First byte of each image in the file."""
+    """Offset of each image in the file, in bytes."""
     sizes: npt.NDArray[np.int64]
     labels: pa.Array
     """Integers, floating point numbers, texts, or lists; null for an unlabelled sample."""
     names: pa.Array | None
-    """Names of the members, large_binary; only on request."""
+    """Names of the members, large_binary; None unless requested."""
     digest: str
     tally: Tally
     flaw: Flaw | None
@@ -90,28 +90,27 @@ def index_shard(
     names: bool = False,
     labels: bool = True,
 ) -> ShardIndex:
-    """Index the images of a shard, without reading them if that is faster.
+    """Index the images of a shard; image data are skipped where that is faster than reading them.
 
     If several members have the same full name, the last counts, as when tar unpacks them. A sample
     has one image: the member with a plain suffix (``cat.jpg``); without one, the only member that
     ends in an image suffix (``cat.v2.jpg``). If several do (``photo.2021.05.jpg``,
-    ``photo.2021.06.jpg``), the dots are part of their names, and each is an image of its own.
+    ``photo.2021.06.jpg``), the dots are part of their names, and each is a separate image.
     ``image_column`` replaces the image suffixes in these rules.
 
-    A label belongs to the image whose name it shares up to the last dot, or else to those of its
+    A label belongs to the image with the same name up to the last dot, else to all images of its
     sample.
 
-    A damaged shard does not end the run: intact images before the damage are used, and ``flaw``
-    reports the rest. One of ten thousand downloads may be truncated; users should neither discover
-    this one run at a time nor miss it.
+    A damaged shard is not an error, because one of ten thousand downloads may be truncated: the
+    intact images before the damage are used, and ``flaw`` reports it.
 
     Args:
         filesystem: The file system of the shard.
-        path: An uncompressed tar file.
-        config: ``image_column`` selects the image with that suffix, ``label_column`` the label
-            under that key of the sample's .json; else a label is its .cls, or the key ``label``.
-        names: Return the members' names.
-        labels: Return the labels.
+        path: Path of an uncompressed tar file.
+        config: Settings: ``image_column`` is the suffix of images, ``label_column`` the key of the
+            label in a sample's .json; by default, the label is the .cls or the key ``label``.
+        names: Whether to return the members' names.
+        labels: Whether to return the labels.
 
     Raises:
         DataError: If its store does not answer, or a sample holds several images and none is
@@ -119,11 +118,11 @@ def index_shard(
     """
     samples, flaw, size = _Samples(path, config, with_labels=labels), None, 0
     try:
-        with patiently(filesystem, lambda: filesystem.open_input_file(path)) as file:
+        with with_retries(filesystem, lambda: filesystem.open_input_file(path)) as file:
             size = file.size()
             step = _LOCAL_READ_BYTES if is_local(filesystem) else _REMOTE_READ_BYTES
             ahead = _ReadAhead(
-                lambda start, count: patiently(filesystem, lambda: file.read_at(count, start)),
+                lambda start, count: with_retries(filesystem, lambda: file.read_at(count, start)),
                 step,
             )
             for member in members(ahead.at, size):
@@ -146,30 +145,30 @@ def _unread(error: Exception) -> Flaw:
 
 
 class _ReadAhead:
-    """Read forwards in steps of a minimal size."""
+    """Reads a file forwards, at least ``step`` bytes at a time."""
 
     def __init__(self, read: Callable[[int, int], bytes], step: int) -> None:
         self._read, self._step = read, step
-        self._start, self._held = 0, b""
+        self._start, self._buffer = 0, b""
 
     def at(self, start: int, count: int) -> bytes:
         begin = start - self._start
-        if begin < 0 or begin + count > len(self._held):
-            self._held = bytes(self._read(start, max(count, self._step)))
+        if begin < 0 or begin + count > len(self._buffer):
+            self._buffer = bytes(self._read(start, max(count, self._step)))
             self._start, begin = start, 0
-        return self._held[begin : begin + count]
+        return self._buffer[begin : begin + count]
 
 
 class _Suffix(NamedTuple):
     """The part of a member's base name after its first dot."""
 
-    text: bytes  # shared by all members
-    end: str  # after the last dot, in lower case
-    rank: int
+    text: bytes  # one object for all members, to save memory
+    end: str  # the part after the last dot, in lower case
+    rank: int  # _NO_IMAGE, _DOTTED or _PLAIN
 
 
 class _Samples:
-    """Collect the members of a shard into samples, and samples into columns."""
+    """Collects the members of a shard to samples, and the samples to columns."""
 
     def __init__(self, path: str, config: SourceConfig, *, with_labels: bool) -> None:
         self._path = path
@@ -271,7 +270,7 @@ class _Samples:
         return key + b"." + text
 
     def _images(self, key: bytes, sample: _Sample) -> _Sample:
-        """Return the images of a sample, and count unexpected cases."""
+        """Return the images of a sample by suffix, and count unexpected cases."""
         images = {text: number for text, number in sample.items() if number != _NONE}
         plain = [text for text in images if self._suffixes[text].rank == _PLAIN]
         if len(plain) > 1:  # .jpg and .JPG: ``image_column`` tells them apart
@@ -313,15 +312,15 @@ class _Samples:
             self._links,
             self._bad_json,
             self._without,
-            few(self._without_ends),
-            few(self._left_out),
-            few(self._one_by_one),
+            keep_commonest(self._without_ends),
+            keep_commonest(self._left_out),
+            keep_commonest(self._one_by_one),
         )
 
 
-def few(counts: Counter[str]) -> Counter[str]:
-    """Return the most frequent counts and ``OTHERS``, so that sums over many shards stay small."""
-    common = Counter(dict(counts.most_common(_MOST_ENDS)))
+def keep_commonest(counts: Counter[str]) -> Counter[str]:
+    """Sum all but the largest counts as ``OTHERS``, so that sums over many shards stay small."""
+    common = Counter(dict(counts.most_common(_MAX_ENDS)))
     if rest := counts.total() - common.total():
         common[OTHERS] += rest
     return common
@@ -336,7 +335,7 @@ def _number_or_text(text: str) -> int | str:
 
 
 def _label_array(labels: list[_Label]) -> pa.Array:
-    """Return labels as one column whose type tells what they are; lists become a placeholder."""
+    """Convert labels to a column of the type that fits them; lists become empty lists."""
     kinds = {type(label) for label in labels if label is not None}
     if kinds & {list, dict}:
         return pa.array([None if label is None else [] for label in labels], pa.list_(pa.string()))

@@ -1,4 +1,4 @@
-"""Walk the headers of a tar file, to list its members and find defects of the file."""
+"""List the members of a tar file from its headers, and find defects of the file."""
 
 import re
 import zlib
@@ -11,6 +11,7 @@ _RECORD = 20 * _BLOCK  # tar pads files to a multiple of this
 _SPACES = 8 * b" "
 _ADLER_MODULUS = 65521
 _BASE_256 = 0x80
+# Type flags of regular files, of links, of members without content, and of extended headers.
 _PLAIN = b"0\x007"
 _LINKS = b"12"
 _NO_CONTENT = b"12345 6"
@@ -37,30 +38,30 @@ class Flaw(NamedTuple):
     """A defect of a tar file."""
 
     kind: str
-    """Text for a note, to follow "3 tar shards"."""
+    """Text of a note, after "3 tar shards"."""
     detail: str
-    """Text for an error, to follow the file's name."""
+    """Text of an error, after the file's name."""
     may_pass: bool = False
-    """Whether the storage is at fault and another attempt may succeed."""
+    """Whether the storage, not the file, caused it, so that another attempt may succeed."""
 
 
 def members(at: Callable[[int, int], bytes], size: int) -> Iterator[Member | Flaw]:
-    """Yield the files and links of a tar file in order, and finally its flaw, if any.
+    """Yield the files and links of a tar file in order, and at the end its flaw if it has one.
 
     Args:
-        at: Returns the bytes at an offset, fewer at the end of the file.
+        at: Returns ``count`` bytes at an offset, fewer at the end of the file.
         size: Size of the tar file in bytes.
     """
     place = 0
     fields: dict[bytes, bytes] = {}  # of the next file, from preceding extended headers
     if size == 0:
-        yield Flaw("left out: 0 bytes", "0 bytes: nothing is in it. Copy it again")
+        yield Flaw("left out: 0 bytes", "the file has 0 bytes. Copy it again")
         return
     while place < size:
         header = at(place, _BLOCK)
         if header == _END:
             if at(place, min(_RECORD, size - place)).strip(b"\0"):
-                yield _GOES_ON
+                yield _TRAILING_DATA
             return
         count = _content_size(header, place, fields)
         if isinstance(count, Flaw):
@@ -88,8 +89,8 @@ def compressed(path: str, how: str) -> str:
 def _compressed(how: str) -> Flaw:
     return Flaw(
         f"left out: compressed ({how}); unpack them to .tar",
-        f"is compressed ({how}), so that no image in it can be found without reading all before "
-        f"it. Unpack it to .tar, or make Parquet shards of it (raysl pack)",
+        f"is compressed ({how}), so an image in it cannot be read without all data before "
+        f"it. Unpack it to .tar, or convert it to Parquet shards (raysl pack)",
     )
 
 
@@ -97,9 +98,9 @@ _UNCLOSED = Flaw(
     "without the blocks that close a tar file, perhaps cut short",
     "ends without the blocks that close a tar file. Copy it again",
 )
-_GOES_ON = Flaw(
-    "with more after the closing blocks, which is not read (tar files put together with cat?)",
-    "goes on after its closing blocks. Put tar files together with tar -A, not with cat",
+_TRAILING_DATA = Flaw(
+    "with data after the closing blocks, which are not read (tar files joined with cat?)",
+    "has data after its closing blocks. Join tar files with tar -A, not with cat",
 )
 _SPARSE = Flaw(
     "read up to a sparse file; write them without tar -S",
@@ -116,7 +117,7 @@ def _cut_short(place: int, end: int, size: int) -> Flaw:
 
 
 def _content_size(header: bytes, place: int, fields: dict[bytes, bytes]) -> int | Flaw:
-    """Return how many bytes follow a header."""
+    """Return the size of the content after a header, or a flaw."""
     count, kind = _checked_size(header, place), header[156:157]
     if isinstance(count, Flaw) or (kind == b"0" and not fields):
         return count
@@ -131,7 +132,7 @@ def _content_size(header: bytes, place: int, fields: dict[bytes, bytes]) -> int 
 
 
 def _checked_size(header: bytes, place: int) -> int | Flaw:
-    """Return the size that a header states, if it is a valid header."""
+    """Return the size in a header's size field, or a flaw if the header is not valid."""
     if place == 0:
         for magic, name in _COMPRESSED.items():
             if header.startswith(magic):
@@ -141,8 +142,8 @@ def _checked_size(header: bytes, place: int) -> int | Flaw:
             return _NOT_TAR
         where = f"cut short at byte {place + len(header):,}. Copy it again"
         return Flaw("cut short, read up to there", where)
-    # The lower half of Adler-32 is a sum of bytes, computed in C; the checksum field counts as
-    # spaces.
+    # A header's checksum is the sum of its bytes, with spaces in the checksum field. The lower half
+    # of Adler-32 is 1 plus the sum of the bytes, and zlib computes it in C.
     total = zlib.adler32(header[156:], zlib.adler32(_SPACES, zlib.adler32(header[:148]))) & 0xFFFF
     try:
         if total == (_number(header[148:156]) + 1) % _ADLER_MODULUS:
@@ -152,18 +153,20 @@ def _checked_size(header: bytes, place: int) -> int | Flaw:
     return _NOT_TAR if place == 0 else _damaged(place)
 
 
-_NOT_TAR = Flaw("left out: not tar files", "not a tar file: no header of a member is there")
+_NOT_TAR = Flaw(
+    "left out: not tar files", "not a tar file: it does not begin with the header of a member"
+)
 
 
 def _damaged(place: int) -> Flaw:
     return Flaw(
         "damaged, read up to there",
-        f"damaged at byte {place:,}: no header of a member is there. Copy it again",
+        f"damaged at byte {place:,}: no valid header of a member. Copy it again",
     )
 
 
 def _number(field: bytes) -> int:
-    if field[0] == _BASE_256:  # encoding of sizes from 8 GiB on
+    if field[0] == _BASE_256:  # how sizes of 8 GiB and more are encoded
         return int.from_bytes(field[1:], "big")
     return int(field.strip(b" \0") or b"0", 8)
 
@@ -176,7 +179,7 @@ def _name(header: bytes) -> bytes:
 
 
 def _extended(kind: bytes, text: bytes) -> dict[bytes, bytes]:
-    """Return the fields that a header sets for the file after it."""
+    """Return the fields that an extended header sets for the file after it."""
     if kind == b"L":
         return {b"path": text.rstrip(b"\0")}
     return _pax(text) if kind == b"x" else {}

@@ -1,4 +1,4 @@
-"""Write notes about tar shards: what is skipped, and what is used in an unexpected way."""
+"""Write notes about tar shards: content that is skipped or used in an unexpected way."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -6,49 +6,49 @@ from typing import NamedTuple
 
 from raysl.errors import counted
 from raysl.sources.formats import missing_package
-from raysl.sources.tar_index import OTHERS, Tally, few
+from raysl.sources.tar_index import OTHERS, Tally, keep_commonest
 from raysl.sources.tar_members import Flaw
 
 _SHOWN = 3
 
 
-class Looked(NamedTuple):
-    """An indexed shard."""
+class IndexedShard(NamedTuple):
+    """Facts about an indexed shard."""
 
     shard: str
-    """Its path below the source's folder."""
+    """Path of the shard below the source's folder."""
     num_images: int
     """Number of images before any filter."""
     tally: Tally
     flaw: Flaw | None
 
 
-def tar_notes(looked: Sequence[Looked]) -> tuple[str, ...]:
+def tar_notes(indexed: Sequence[IndexedShard]) -> tuple[str, ...]:
     """Return a line for each kind of problem with shards, and for each kind of skipped member."""
-    return (*_of_shards(looked), *_of_samples([shard.tally for shard in looked], looked))
+    return (*_of_shards(indexed), *_of_samples([shard.tally for shard in indexed], indexed))
 
 
-def _of_shards(looked: Sequence[Looked]) -> list[str]:
+def _of_shards(indexed: Sequence[IndexedShard]) -> list[str]:
     kinds: dict[str, list[str]] = {}
-    for each in looked:
+    for each in indexed:
         if each.flaw is not None:
             kinds.setdefault(each.flaw.kind, []).append(each.shard)
         elif each.num_images == 0:
             kinds.setdefault("without an image", []).append(each.shard)
     return [
-        f"{len(names):,} of {counted(len(looked), 'tar shard')} {kind}: {_listed(names)}"
+        f"{len(names):,} of {counted(len(indexed), 'tar shard')} {kind}: {_listed(names)}"
         for kind, names in kinds.items()
     ]
 
 
-def _of_samples(tallies: Sequence[Tally], looked: Sequence[Looked]) -> list[str]:
+def _of_samples(tallies: Sequence[Tally], indexed: Sequence[IndexedShard]) -> list[str]:
     lines = []
     if repeated := sum(tally.repeated for tally in tallies):
-        shards = [each.shard for each in looked if each.tally.repeated]
-        verb = "stands" if repeated == 1 else "stand"
+        shards = [each.shard for each in indexed if each.tally.repeated]
+        verb = "occurs" if repeated == 1 else "occur"
         lines.append(
             f"{counted(repeated, 'member')} {verb} twice in {_listed(shards)}; the last of each is "
-            f"taken"
+            f"used"
         )
     left_out, one_by_one = (
         _sum([tally.left_out for tally in tallies]),
@@ -57,10 +57,10 @@ def _of_samples(tallies: Sequence[Tally], looked: Sequence[Looked]) -> list[str]
     if left_out:
         lines.append(
             f"{counted(left_out.total(), 'image')} left out beside another of the same sample: "
-            f"{_ends(left_out)}; data.image_column={_commonest(left_out)} takes those instead"
+            f"{_ends(left_out)}; data.image_column={_commonest(left_out)} uses those instead"
         )
     if one_by_one:
-        lines.append(_taken_one_by_one(one_by_one))
+        lines.append(_separate_images(one_by_one))
     if without := sum(tally.without for tally in tallies):
         ends = _sum([tally.without_ends for tally in tallies])
         verb = "has" if without == 1 else "have"
@@ -80,29 +80,29 @@ def _of_samples(tallies: Sequence[Tally], looked: Sequence[Looked]) -> list[str]
     return lines
 
 
-def _taken_one_by_one(ends: Counter[str]) -> str:
+def _separate_images(ends: Counter[str]) -> str:
     line = (
-        f"{counted(ends.total(), 'image')} with the same names up to the first dot as others are "
-        f"taken one by one: {_ends(ends)}"
+        f"{counted(ends.total(), 'image')} share their names up to the first dot with others but "
+        f"are used as separate images: {_ends(ends)}"
     )
     commonest = _commonest(ends)
     # In cat.0.jpg, cat.1.jpg the dots are part of the names; they are not columns of a sample.
     if ends[commonest] == 1 or commonest.partition(".")[0].isdigit():
         return line
-    return f"{line}; data.image_column={commonest} takes one of each sample"
+    return f"{line}; data.image_column={commonest} uses one per sample"
 
 
 def _installing(ends: Counter[str]) -> str:
     if not any(missing_package(f".{end}") for end in ends):
         return ""
-    return "; pip install 'raysl[formats]' installs what reads some of them"
+    return "; pip install 'raysl[formats]' installs libraries for some of them"
 
 
 def _sum(counters: Sequence[Counter[str]]) -> Counter[str]:
     total: Counter[str] = Counter()
     for counter in counters:
         total.update(counter)
-    return few(total)
+    return keep_commonest(total)
 
 
 def _commonest(ends: Counter[str]) -> str:

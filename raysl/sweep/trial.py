@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from raysl.config.load import read_mapping, to_yaml, validate
 from raysl.errors import RunFolderError
 from raysl.folder.claim import ANOTHER_NAME, changes, refusal
-from raysl.folder.lock import held
+from raysl.folder.lock import lock_folder
 from raysl.folder.whole import read_json, write_json, write_text
 from raysl.run.environment import flatten_mapping
 from raysl.sources.place import as_place
@@ -87,7 +87,7 @@ class SweepFolder:
             RunFolderError: On entering, if another process holds it, or it cannot be created.
         """
         instead = "give this sweep another name=..."
-        return held(self.path, doing="is training in", instead=instead)
+        return lock_folder(self.path, doing="is training in", instead=instead)
 
 
 def claim(folder: SweepFolder, sweep: SweepConfig) -> None:

@@ -1,1 +1,1 @@
-"""Record runs: their folder, their metrics, their MLflow run."""
+"""Record runs in their run folder and in MLflow."""

@@ -9,17 +9,17 @@ from raysl.errors import DataError
 
 
 class BadImages:
-    """The bad images of a run, in ``bad_images.jsonl``: one line per image, with row and reason.
+    """The bad images of a run, listed in ``bad_images.jsonl``: one line per image.
 
-    All ranks hold the same list, since they add the same images; one rank writes the file.
+    All ranks add the same images, so their lists are equal; one rank writes the file.
 
     Args:
-        path: The file; images that it already lists are included.
+        path: Path of ``bad_images.jsonl``; images that it already lists are included.
         num_images: Number of images of the source.
-        max_share: Largest share of them that may be bad, in [0, 1].
+        max_share: Largest share of the images that may be bad, in [0, 1].
         name: Returns the path or name of a row, for messages.
-        row_id: Returns the id of a row, as in the output of other commands.
-        reason: Returns a text for a row and the number of its flaw.
+        row_id: Returns the id of a row, see ``Source.row_id``.
+        reason: Returns why a row is bad, from the row and the number of its flaw.
         writes: Whether this process writes the file.
     """
 
@@ -47,11 +47,11 @@ class BadImages:
         return len(self._rows)
 
     def add(self, flaws: Mapping[int, int], *, step: int) -> int:
-        """Add bad images; return the number of bad images so far.
+        """Add bad images and return the number of bad images so far.
 
         Args:
-            flaws: The number of the flaw of each row.
-            step: The optimizer step that read them.
+            flaws: Bad rows, each with the number of its flaw; known rows are skipped.
+            step: Optimizer step that read the images.
 
         Raises:
             DataError: If the share of bad images exceeds ``max_share``.
@@ -75,13 +75,13 @@ class BadImages:
             raise DataError(
                 f"{len(self._rows):,} of {self.num_images:,} images are bad{example}; that is more "
                 f"than data.bad_images.max_share={self.max_share:g}. They are listed in "
-                f"{self.path}. Mend or remove them, or allow a larger share"
+                f"{self.path}. Repair or remove them, or allow a larger share"
             )
         return len(self._rows)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """Return the records of the file, without a last line that a crash cut short."""
+    """Return the records of the file, without incomplete lines; [] if there is no file."""
     if not path.exists():
         return []
     records = []

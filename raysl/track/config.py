@@ -16,16 +16,16 @@ class TrackConfig(Config):
     """URI of the MLflow server or store; null uses MLFLOW_TRACKING_URI, else a SQLite file in the
     working directory."""
     experiment: str = "raysl"
-    """Name of the experiment in MLflow, which is created if it does not exist."""
+    """Name of the experiment in MLflow; it is created if it does not exist."""
     log_model: bool = True
     """Store the encoder as an MLflow model with its signature."""
     registered_model: str | None = None
-    """Name in MLflow's model registry of which the model becomes the newest version; null does not
-    register it."""
+    """Name of a registered model in MLflow; the encoder becomes its newest version. null does not
+    register the encoder."""
 
 
 def check_run_name(name: str) -> str:
-    """Return the name of a run or a sweep; raise ValueError if it is no valid folder name."""
+    """Return the name of a run or a sweep; raise ValueError if it is not a valid name."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=-]*", name):
         raise ValueError(
             f"a name starts with a letter or digit and holds letters, digits, '.', '_', '=' "

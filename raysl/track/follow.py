@@ -1,7 +1,7 @@
 """Follow a run by reading its metrics file in threads while it is written.
 
 Training never waits for these threads. A run that restarts repeats the steps after its last
-checkpoint and rewrites the file; the reader then reads it from the start, and returns no value
+checkpoint and rewrites the file; the reader then reads it from the start, but returns no value
 twice.
 """
 
@@ -16,10 +16,10 @@ Record = dict[str, Any]
 
 
 class MetricsReader:
-    """Reads the new values of a metrics file.
+    """Reads new values from a metrics file.
 
     Args:
-        path: The file; it may not exist yet.
+        path: Path of the metrics file; it may not exist yet.
         seen: For each metric, the last step that an earlier reader returned.
     """
 
@@ -30,14 +30,14 @@ class MetricsReader:
         self._inode = 0
 
     def read(self) -> list[Record]:
-        """Return the new records, each with only the metrics that were not returned before."""
+        """Return the new records; each has ``step``, ``time`` and the metrics not yet returned."""
         if not self.path.exists():
             return []
         status = self.path.stat()
-        # A restart replaces the file, and the new one may have outgrown the old one by now.
+        # A restart replaces the file; the new file may already be longer than the old one.
         if status.st_ino != self._inode or status.st_size < self._offset:
             self._inode, self._offset = status.st_ino, 0
-        fresh = []
+        new_records = []
         for record, offset in follow_metrics(self.path, self._offset):
             self._offset = offset
             step = int(record["step"])
@@ -48,8 +48,8 @@ class MetricsReader:
             }
             if values:
                 self.seen.update(dict.fromkeys(values, step))
-                fresh.append({"step": step, "time": record["time"], **values})
-        return fresh
+                new_records.append({"step": step, "time": record["time"], **values})
+        return new_records
 
 
 class Follower:
@@ -57,7 +57,7 @@ class Follower:
 
     Args:
         reader: Reads the records.
-        consume: Called with each list of new records, also if it is empty.
+        consume: Called with the list of new records, which may be empty.
         every_s: Seconds between two calls.
     """
 

@@ -1,4 +1,4 @@
-"""Send an evaluation's results to the MLflow run that trained the encoder."""
+"""Send an evaluation's results to the MLflow run of the training of its encoder."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -20,9 +20,9 @@ class EvaluationRecord(NamedTuple):
     artifacts: Sequence[Path]
     """Files to send; missing ones are skipped."""
     root: Path
-    """Folder that the artifacts keep their relative paths to."""
+    """Folder above the artifacts; they keep their paths relative to it."""
     place: str
-    """Folder of the artifacts within the MLflow run."""
+    """Folder in the MLflow run for the artifacts."""
 
 
 def send_evaluation(
@@ -31,20 +31,20 @@ def send_evaluation(
     """Send an evaluation to an MLflow run, which may have ended, or to a new one.
 
     Args:
-        record: The results.
+        record: Metrics, tags and artifacts to send.
         uri: MLflow tracking URI.
-        run_id: The run; if it is None or was deleted, a new run is created.
+        run_id: Id of the MLflow run; if it is None or was deleted, a new run is created.
         experiment: Experiment of a new run.
         run_name: Name of a new run.
 
     Returns:
-        The run's id.
+        Id of the MLflow run that received the evaluation.
 
     Raises:
-        MlflowException: If the server does not answer or accept it; stores may raise other errors.
+        MlflowException: If the server does not answer or refuses; stores may raise other errors.
     """
     client = patient_client(uri)
-    if run_id is None or not _is_there(client, run_id):
+    if run_id is None or not _is_active(client, run_id):
         run = client.create_run(experiment_id(client, experiment), run_name=run_name)
         run_id = str(run.info.run_id)
         client.set_terminated(run_id, status="FINISHED")
@@ -56,13 +56,13 @@ def send_evaluation(
     )
     for path in record.artifacts:
         if path.exists():
-            below = path.parent.relative_to(record.root).as_posix()
-            where = record.place if below == "." else f"{record.place}/{below}"
+            relative = path.parent.relative_to(record.root).as_posix()
+            where = record.place if relative == "." else f"{record.place}/{relative}"
             client.log_artifact(run_id, str(path), where)
     return run_id
 
 
-def _is_there(client: MlflowClient, run_id: str) -> bool:
+def _is_active(client: MlflowClient, run_id: str) -> bool:
     try:
         run = client.get_run(run_id)
     except MlflowException as error:

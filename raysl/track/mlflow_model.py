@@ -30,7 +30,7 @@ class Registered(NamedTuple):
     version: str
     run_id: str
     difference: float
-    """Result of ``check``: the largest difference between the loaded model and the encoder."""
+    """Largest difference between the outputs of the loaded model and of the encoder."""
 
 
 def log_encoder(
@@ -43,7 +43,7 @@ def log_encoder(
     packages: list[str],
     registered_as: str | None = None,
 ) -> str:
-    """Store an encoder as a model of a run, with its signature.
+    """Store an encoder as a model of an MLflow run, with its signature.
 
     Args:
         encoder: A torch module, ``(N, 3, S, S)`` float32 -> ``(N, embed_dim)`` float32.
@@ -52,7 +52,7 @@ def log_encoder(
         size_px: Side S of the images in px.
         embed_dim: Width of the features.
         packages: Requirements for loading the model, such as ``torch==2.15.0``.
-        registered_as: Name in the model registry, of which it becomes the newest version.
+        registered_as: Name of a registered model, which gets this model as its newest version.
 
     Returns:
         The URI of the model in MLflow.
@@ -62,7 +62,7 @@ def log_encoder(
         inputs=Schema([TensorSpec(np.dtype(np.float32), shape)]),
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, embed_dim))]),
     )
-    with addressed(uri), mlflow.start_run(run_id=run_id):
+    with use_tracking_uri(uri), mlflow.start_run(run_id=run_id):
         info = mlflow.pytorch.log_model(
             encoder,
             name="encoder",
@@ -89,28 +89,29 @@ def register_encoder(
     """Register an encoder as the newest version of a model, after loading and checking it.
 
     Args:
-        encoder: See :func:`log_encoder`.
+        encoder: A torch module, as for :func:`log_encoder`.
         uri: MLflow tracking URI.
-        name: Name in the model registry.
-        run_id: The MLflow run that trained it; if it is None or no longer exists, a new one is
-            created.
+        name: Name of the registered model; it is created if it does not exist.
+        run_id: Id of the MLflow run that trained the encoder; if it is None or no longer exists, a
+            new run is created.
         experiment: Experiment of a new run.
         size_px: Side of the images in px.
         embed_dim: Width of the features.
-        packages: Requirements for loading the model.
-        check: Compares the loaded model with the encoder; returns the difference, or raises.
+        packages: Requirements for loading the model, such as ``torch==2.15.0``.
+        check: Compares the loaded model with the encoder; returns the largest difference, or raises
+            if it is too large.
 
     Raises:
         ExportError: If MLflow does not accept the model, or the check fails.
     """
     try:
         client = patient_client(uri)
-        run = run_id if _is_there(client, run_id) else _new_run(client, experiment, name)
+        run = run_id if _is_active(client, run_id) else _new_run(client, experiment, name)
         assert run is not None
         model_uri = log_encoder(
             encoder, uri=uri, run_id=run, size_px=size_px, embed_dim=embed_dim, packages=packages
         )
-        with addressed(uri):
+        with use_tracking_uri(uri):
             difference = check(mlflow.pytorch.load_model(model_uri, map_location="cpu"))
             version = mlflow.register_model(model_uri, name)
     except RayslError:
@@ -118,13 +119,13 @@ def register_encoder(
     except Exception as error:  # stores and MLflow's exporter may raise anything
         text, cure = problem_of(error, uri=uri, experiment=experiment)
         raise ExportError(
-            f"{without_password(uri)}: MLflow did not take the model: {text}"
+            f"{without_password(uri)}: MLflow did not accept the model: {text}"
             + ("" if cure is None else f"; {cure}")
         ) from None
     return Registered(name, str(version.version), run, difference)
 
 
-def _is_there(client: MlflowClient, run_id: str | None) -> bool:
+def _is_active(client: MlflowClient, run_id: str | None) -> bool:
     if run_id is None:
         return False
     try:
@@ -145,17 +146,17 @@ def _new_run(client: MlflowClient, experiment: str, name: str) -> str:
 
 
 @contextmanager
-def addressed(uri: str) -> Iterator[None]:
-    """Set MLflow's global tracking URI within a ``with`` block, and restore it.
+def use_tracking_uri(uri: str) -> Iterator[None]:
+    """Set MLflow's global tracking URI in a ``with`` block, and restore the previous one.
 
-    MLflow also sets the environment variable, which the next run in this process would read.
+    MLflow also sets an environment variable, which the next run in this process would read.
     """
-    before = os.environ.get(_URI_VARIABLE)
+    previous_uri = os.environ.get(_URI_VARIABLE)
     mlflow.set_tracking_uri(uri)
     try:
         yield
     finally:
-        mlflow.set_tracking_uri(before or "")
+        mlflow.set_tracking_uri(previous_uri or "")
         os.environ.pop(_URI_VARIABLE, None)
-        if before is not None:
-            os.environ[_URI_VARIABLE] = before
+        if previous_uri is not None:
+            os.environ[_URI_VARIABLE] = previous_uri

@@ -1,7 +1,7 @@
 """Classify errors of MLflow's client, and say whether to retry or what to change.
 
-The cases were collected with MLflow 3.17, whose client wraps errors of servers, database drivers
-and the network in few classes.
+The cases are those of MLflow 3.17. Its client wraps errors of servers, database drivers and the
+network in only a few classes, so the text of an error often decides.
 """
 
 import shlex
@@ -27,7 +27,7 @@ class MlflowProblem(NamedTuple):
 
 
 class DeletedExperimentError(Exception):
-    """The experiment was deleted in MLflow, and accepts no runs.
+    """The experiment was deleted in MLflow and does not accept runs.
 
     Args:
         name: Name of the experiment.
@@ -41,33 +41,35 @@ class DeletedExperimentError(Exception):
 
 
 def problem_of(error: BaseException, *, uri: str, experiment: str) -> MlflowProblem:
-    """Return the problem that an error of MLflow's client stands for.
+    """Describe an error of MLflow's client as a problem, with a cure if there is one.
 
     Args:
-        error: The exception.
+        error: Exception that MLflow's client raised.
         uri: MLflow tracking URI.
         experiment: Name of the experiment.
     """
     printable_uri = without_password(uri)
-    bare = uri.rstrip("/")  # MLflow's messages quote it so
-    text = f"{type(error).__name__}: {error}".replace(bare, without_password(bare)).splitlines()[0]
+    quoted = uri.rstrip("/")  # as MLflow's messages quote it
+    text = f"{type(error).__name__}: {error}".replace(
+        quoted, without_password(quoted)
+    ).splitlines()[0]
     return MlflowProblem(text, _cure(error, uri, printable_uri, experiment))
 
 
 def _cure(error: BaseException, uri: str, printable_uri: str, experiment: str) -> str | None:
     if any(_package(each) == "requests" for each in _chain(error)):
         return None  # a refused or slow connection, an unresolved host, a server that restarts
-    other = f"give another one by track.experiment=NAME (now {experiment})"
+    other = f"set another one with track.experiment=NAME (now {experiment})"
     code, text = str(getattr(error, "error_code", "")), str(error)
     if isinstance(error, DeletedExperimentError):
         restore = shlex.join(["mlflow", "experiments", "restore", "--experiment-id", error.number])
         variable = f"MLFLOW_TRACKING_URI={shlex.quote(printable_uri)}"
-        return f"{other}, or bring it back:\n    {variable} {restore}"
+        return f"{other}, or restore it:\n    {variable} {restore}"
     cases = (
         (
             code in _UNKNOWN_USER,
             "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, "
-            "to what the server knows",
+            "to a user of the server",
         ),
         (
             code == "PERMISSION_DENIED",
@@ -75,18 +77,18 @@ def _cure(error: BaseException, uri: str, printable_uri: str, experiment: str) -
         ),
         (
             code == "ENDPOINT_NOT_FOUND" or "not in a valid JSON format" in text,
-            f"what answers at {printable_uri} is no MLflow tracking server: check host, port and "
-            f"path",
+            f"what answers at {printable_uri} is not an MLflow tracking server: check host, port "
+            f"and path",
         ),
         (
             is_file_store(uri),
             "give a database, such as track.tracking_uri=sqlite:///mlflow.db (mlflow "
-            "migrate-filestore takes earlier runs along), or set MLFLOW_ALLOW_FILE_STORE=true",
+            "migrate-filestore moves earlier runs there), or set MLFLOW_ALLOW_FILE_STORE=true",
         ),
         (
             "unsupported URI" in text,
-            "give track.tracking_uri an address that MLflow knows: http://HOST:PORT, https://..., "
-            "sqlite:///FILE, postgresql://..., mysql://..., mssql://... or databricks",
+            "set track.tracking_uri to an address that MLflow supports: http://HOST:PORT, "
+            "https://..., sqlite:///FILE, postgresql://..., mysql://..., mssql://... or databricks",
         ),
         (
             "out-of-date database schema" in text,
@@ -104,7 +106,7 @@ def _cure(error: BaseException, uri: str, printable_uri: str, experiment: str) -
         ),
         (
             isinstance(error, OSError),
-            "make it writable, or give another place by track.tracking_uri",
+            "make it writable, or set another place with track.tracking_uri",
         ),
     )
     return next((cure for applies, cure in cases if applies), None)

@@ -1,4 +1,4 @@
-"""Read and write ``mlflow.json``: the MLflow run of a folder, and what it has received."""
+"""Read and write ``mlflow.json``: the MLflow run of a folder, and what was sent to it."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +9,7 @@ _HIDDEN = ":***@"
 
 
 class TrackedRun(NamedTuple):
-    """The MLflow run of a run, a sweep or a pipeline."""
+    """The MLflow run that tracks a run, a sweep or a pipeline."""
 
     run_id: str | None
     uri: str | None
@@ -25,20 +25,22 @@ class TrackedRun(NamedTuple):
 
 
 def read_tracked_run(path: Path) -> TrackedRun | None:
-    """Return the record, or None if this folder has no MLflow run."""
-    kept = read_json(path) or {}
-    if not kept.get("run_id"):
+    """Return the record at a path, or None if there is no MLflow run."""
+    stored = read_json(path) or {}
+    if not stored.get("run_id"):
         return None
-    return TrackedRun(kept["run_id"], kept.get("uri"), kept.get("experiment"), kept.get("sent"))
+    return TrackedRun(
+        stored["run_id"], stored.get("uri"), stored.get("experiment"), stored.get("sent")
+    )
 
 
 def write_tracked_run(path: Path, tracked: TrackedRun) -> None:
-    """Write the record for the next start."""
+    """Write the record at a path, for the next start of the run."""
     write_json(path, tracked._asdict())
 
 
 class TrackedEvaluation(NamedTuple):
-    """The MLflow run that received an evaluation; if possible that of the encoder."""
+    """The MLflow run that received an evaluation: that of the encoder, or one of its own."""
 
     run_id: str
     uri: str | None
@@ -48,13 +50,13 @@ class TrackedEvaluation(NamedTuple):
 
 
 def read_tracked_evaluation(path: Path) -> TrackedEvaluation | None:
-    """Return the record, or None if this evaluation was never sent."""
-    kept = read_json(path) or {}
-    if not kept.get("run_id"):
+    """Return the record at a path, or None if the evaluation was never sent."""
+    stored = read_json(path) or {}
+    if not stored.get("run_id"):
         return None
-    return TrackedEvaluation(kept["run_id"], kept.get("uri"), kept.get("what"))
+    return TrackedEvaluation(stored["run_id"], stored.get("uri"), stored.get("what"))
 
 
 def write_tracked_evaluation(path: Path, tracked: TrackedEvaluation) -> None:
-    """Write the record for the next evaluation of the same encoder."""
+    """Write the record at a path, for the next evaluation of the same encoder."""
     write_json(path, tracked._asdict())

@@ -32,8 +32,8 @@ from raysl.track.uri import same_store, without_password
 
 T = TypeVar("T")
 
-_METRICS_A_CALL = 1000
-_PARAMS_A_CALL = 100
+_METRICS_PER_CALL = 1000
+_PARAMS_PER_CALL = 100
 _LONGEST_PARAM = 6000
 _EVERY_S = 2.0
 _RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
@@ -43,11 +43,11 @@ _OPENING = threading.Lock()
 
 
 def patient_client(uri: str) -> MlflowClient:
-    """Return a client that logs only errors and fails after seconds; callers retry."""
-    # Messages about created tables and guessed versions do not concern the user.
+    """Return a client that logs only errors and gives up after seconds; callers retry."""
+    # Users need no messages about created tables and inferred versions.
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # MLflow would retry for minutes; the tracker's loop retries for as long as the run lasts.
+    # By itself, MLflow would retry for minutes; the tracker retries until the run ends.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     with _OPENING:
@@ -55,7 +55,7 @@ def patient_client(uri: str) -> MlflowClient:
 
 
 def warm_up(uri: str) -> None:
-    """Open a store and create it if necessary; errors are ignored, since its users report them."""
+    """Open a store, or create it; ignore errors, because later calls report them."""
     with contextlib.suppress(Exception):
         patient_client(uri).search_experiments(max_results=1)
 
@@ -69,7 +69,7 @@ class MlflowTracker:
     Args:
         folder: The run folder.
         uri: MLflow tracking URI.
-        experiment: Name of the experiment, which is created if it does not exist.
+        experiment: Name of the experiment; it is created if it does not exist.
         run_name: Name of the run in MLflow.
         params: The configuration, flattened to dotted names; each parameter is sent once.
         tags: Tags of the run in MLflow.
@@ -91,17 +91,19 @@ class MlflowTracker:
         self.run_name = run_name
         self.params = params
         self.tags = tags
-        kept = read_tracked_run(folder.mlflow)
-        if kept is not None and not (same_store(kept.uri, uri) and kept.experiment == experiment):
-            kept = None
-        self.run_id: str | None = None if kept is None else kept.run_id
+        stored = read_tracked_run(folder.mlflow)
+        if stored is not None and not (
+            same_store(stored.uri, uri) and stored.experiment == experiment
+        ):
+            stored = None
+        self.run_id: str | None = None if stored is None else stored.run_id
         self.trouble: MlflowProblem | None = None
-        self._reader = MetricsReader(folder.metrics, None if kept is None else kept.sent)
+        self._reader = MetricsReader(folder.metrics, None if stored is None else stored.sent)
         self._sent: dict[str, int] = dict(self._reader.seen)
         self._waiting: list[Record] = []
         self._client: MlflowClient | None = None
         self._stop = threading.Event()
-        self._tried = threading.Event()
+        self._first_try_done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="raysl-mlflow", daemon=True)
 
     def start(self) -> None:
@@ -110,15 +112,15 @@ class MlflowTracker:
 
     @property
     def problem(self) -> str | None:
-        """Return why MLflow has not accepted everything so far, or None."""
+        """Why MLflow has not accepted everything so far; None if it has."""
         return None if self.trouble is None else self.trouble.text
 
     def wait_for_run(self, timeout_s: float = _LAST_CHANCE_S) -> str | None:
-        """Wait until the MLflow run is created; return its id.
+        """Wait until the MLflow run is created, and return its id.
 
-        Returns None, with ``trouble`` set, if the server does not answer in time or refuses.
+        Returns None and sets ``trouble`` if the server refuses or does not answer in time.
         """
-        if not self._tried.wait(timeout_s):
+        if not self._first_try_done.wait(timeout_s):
             self.trouble = MlflowProblem(f"{NO_ANSWER} within {timeout_s:g} s", None)
         return self.run_id
 
@@ -130,13 +132,13 @@ class MlflowTracker:
         log_model: Callable[["MlflowTracker"], None] | None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """Send the rest and end the MLflow run; give up and set ``trouble`` if there is no answer.
+        """Send all remaining records and end the MLflow run; set ``trouble`` if there is no answer.
 
         Args:
             status: ``FINISHED``, ``FAILED`` or ``KILLED``.
-            artifacts: Files to store with the run; missing ones are skipped.
-            log_model: Called last to store the encoder.
-            tags: Additional tags of the run.
+            artifacts: Files to store in the run; missing ones are skipped.
+            log_model: Called last, with this tracker, to store the encoder.
+            tags: More tags of the run.
         """
         self._stop.set()
         self._thread.join(timeout=_LAST_CHANCE_S)
@@ -147,13 +149,13 @@ class MlflowTracker:
         if self.problem is not None:
             return
         self._try(lambda: self._store(artifacts, log_model, tags or {}))
-        # Also if an artifact could not be stored, or MLflow would show the run as running.
+        # End the run even if an artifact could not be stored: MLflow would show it as running.
         self._try(lambda: self._set_ended(status))
 
     def _run(self) -> None:
         failures = 0
         self._send_pending()  # creates the run at once, for callers that need its id
-        self._tried.set()
+        self._first_try_done.set()
         while True:
             stopping = self._stop.wait(_RETRY_S[min(failures, 5) - 1] if failures else _EVERY_S)
             if stopping:
@@ -182,7 +184,7 @@ class MlflowTracker:
             metrics: list[Metric] = []
             for record in self._waiting:
                 points = _metrics_of(record)
-                if metrics and len(metrics) + len(points) > _METRICS_A_CALL:
+                if metrics and len(metrics) + len(points) > _METRICS_PER_CALL:
                     break
                 records.append(record)
                 metrics += points
@@ -190,10 +192,10 @@ class MlflowTracker:
             for record in records:
                 self._sent.update({k: record["step"] for k in record if k not in ("step", "time")})
             del self._waiting[: len(records)]
-            self._keep()
+            self._write_record()
 
     def _ready(self) -> MlflowClient:
-        """Return the client, after creating or reopening the run and sending its parameters."""
+        """Return the client; the first call opens the MLflow run and sends its parameters."""
         if self._client is not None:
             return self._client
         client = patient_client(self.uri)
@@ -209,7 +211,7 @@ class MlflowTracker:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
                 deleted = True
-            if deleted:  # send the whole run again
+            if deleted:  # create a new run and send everything again
                 self.run_id = None
                 self._reader, self._sent, self._waiting = MetricsReader(self.folder.metrics), {}, []
                 self._waiting = self._reader.read()
@@ -219,14 +221,14 @@ class MlflowTracker:
                 start_time=int(time.time() * 1000),
                 run_name=self.run_name,
             ).info.run_id
-            self._keep()
+            self._write_record()
         new = [
             Param(k, str(v)[:_LONGEST_PARAM])
             for k, v in self.params.items()
             if k not in sent_params
         ]
-        for some in _chunks(new, _PARAMS_A_CALL):
-            client.log_batch(self.run_id, params=some)
+        for chunk in _chunks(new, _PARAMS_PER_CALL):
+            client.log_batch(self.run_id, params=chunk)
         client.log_batch(self.run_id, tags=[RunTag(k, str(v)) for k, v in self.tags.items()])
         self._client = client
         return client
@@ -252,17 +254,17 @@ class MlflowTracker:
         assert self.run_id is not None
         client.set_terminated(self.run_id, status=status)
 
-    def _keep(self) -> None:
+    def _write_record(self) -> None:
         uri = without_password(self.uri)
         tracked = TrackedRun(self.run_id, uri, self.experiment, self._sent)
         write_tracked_run(self.folder.mlflow, tracked)
 
 
 def experiment_id(client: MlflowClient, name: str) -> str:
-    """Return the id of an experiment, which is created if it does not exist.
+    """Return the id of an experiment, after creating it if it does not exist.
 
     Raises:
-        DeletedExperimentError: If it was deleted; MLflow does not free the name.
+        DeletedExperimentError: If it was deleted: MLflow does not free its name.
     """
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
@@ -278,7 +280,7 @@ def experiment_id(client: MlflowClient, name: str) -> str:
 
 
 def _metrics_of(record: Record) -> list[Metric]:
-    """Return the finite metrics: MLflow stores infinity as 1.8e308, which flattens its charts."""
+    """Return the finite metrics; MLflow stores infinity as 1.8e308, which flattens its charts."""
     timestamp = int(record["time"] * 1000)
     return [
         Metric(name, value, timestamp, int(record["step"]))
@@ -288,7 +290,7 @@ def _metrics_of(record: Record) -> list[Metric]:
 
 
 def _tags_of(records: list[Record]) -> list[RunTag]:
-    """Return a tag for each metric with a value that is not finite: the last value and step."""
+    """Return a tag for each metric with non-finite values: the last such value and its step."""
     texts = {
         name: f"{value} at step {record['step']}"
         for record in records
@@ -299,7 +301,7 @@ def _tags_of(records: list[Record]) -> list[RunTag]:
 
 
 def _values(record: Record) -> Iterator[tuple[str, float]]:
-    """Yield the metrics of a record, without times."""
+    """Yield the metrics of a record that MLflow plots: all except those of time."""
     for name, value in record.items():
         # Times are part of the results; as metrics they would only fill MLflow's plots.
         if name not in ("step", "time") and not name.startswith("time/"):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, cast, final, get_args
 
 Features = Literal["", "untrained_", "pixels_"]
-"""Prefix of the accuracies of the trained encoder, of the same before training, of bare pixels."""
+"""Prefix of accuracies: of the trained encoder, of the untrained encoder, of the pixels."""
 _OLD, _NEW = "linear_top1", "linear_lbfgs_top1"
 
 
@@ -20,9 +20,9 @@ class Results(TypedDict, total=False):
     """Results of a run: ``results.json``.
 
     Which keys are present depends on the labels and on the configuration. A protocol's accuracy is
-    ``PROTOCOL_top1`` in [0, 1], the mean over its seeds; if there are several, their deviation is
-    ``PROTOCOL_top1_std``. Of frozen features there are also those with a prefix of
-    :data:`Features`.
+    ``PROTOCOL_top1`` in [0, 1], the mean over its seeds. With several seeds,
+    ``PROTOCOL_top1_std`` is the standard deviation. Protocols of frozen features also have keys
+    with the other prefixes of :data:`Features`.
     """
 
     knn_top1: float
@@ -37,7 +37,7 @@ class Results(TypedDict, total=False):
     knn_temperature: float
     finetune_top1: float
     finetune_labels: int
-    """Number of labels that it was fine-tuned on."""
+    """Number of labels that the encoder was fine-tuned on."""
     top1: float
     """Accuracy of a classifier on the test images, in [0, 1]."""
     num_labels: int
@@ -50,7 +50,7 @@ class Results(TypedDict, total=False):
     num_bad_images: int
     num_failed_evaluations: int
     run_dir: str
-    """The driver adds this key and those below last; a run that has them is complete."""
+    """The driver adds this key and those below at the end; a run with these keys is complete."""
     images_per_s: float
     data_wait: float
     seconds_to_first_step: float
@@ -60,12 +60,12 @@ class Results(TypedDict, total=False):
 
 
 class StepResult(TypedDict):
-    """A finished step of a pipeline: a row of its table."""
+    """The results of a finished step of a pipeline: a row of its table."""
 
     step: str
     kind: str
     labels: float | None
-    """Share of the labels that it, or its teacher, saw; None for pretraining."""
+    """Share of the labels that the step, or its teacher, was trained on; None for pretraining."""
     num_labels: int | None
     head_layers: int | None
     teacher: str | None
@@ -114,7 +114,7 @@ class Score(NamedTuple):
 
 
 def score_of(results: Results, protocol: str, features: Features = "") -> Score | None:
-    """Return the accuracy that a protocol measured; None if it is missing or no finite number."""
+    """Return the accuracy that a protocol measured; None if it is missing or not finite."""
     values = cast(Mapping[str, Any], results)
     mean = values.get(f"{features}{protocol}_top1")
     if not isinstance(mean, int | float) or not math.isfinite(mean):
@@ -123,7 +123,7 @@ def score_of(results: Results, protocol: str, features: Features = "") -> Score 
 
 
 def measured_probes(results: Results) -> list[str]:
-    """Return the protocols that measured any kind of frozen features, in the order of tables."""
+    """Return the protocols that measured some kind of frozen features, in the order of tables."""
     kinds = get_args(Features)
     return [
         probe
@@ -133,15 +133,15 @@ def measured_probes(results: Results) -> list[str]:
 
 
 def with_prefix(features: Features, accuracies: Mapping[str, float]) -> Results:
-    """Return accuracies under the keys of one kind of features."""
+    """Add the prefix of one kind of features to the keys of accuracies."""
     return cast(Results, {f"{features}{name}": value for name, value in accuracies.items()})
 
 
 def with_new_names(results: Mapping[str, Any]) -> Results:
-    """Return results under the names of now.
+    """Return results with the current key names.
 
-    Until version 0.1, which wrote no ``protocols``, ``linear_top1`` was what ``linear_lbfgs_top1``
-    is: since then ``linear`` is the classifier trained by SGD.
+    Version 0.1, which wrote no ``protocols``, used ``linear_top1`` for what is now
+    ``linear_lbfgs_top1``; ``linear`` now means the classifier trained by SGD.
     """
     if "protocols" in results:
         return cast(Results, results)
@@ -149,11 +149,11 @@ def with_new_names(results: Mapping[str, Any]) -> Results:
 
 
 def new_name(key: str) -> str:
-    """Return the name of an accuracy, or of a metric ``final/...``, of version 0.1."""
+    """Convert the name of an accuracy, or of a metric ``final/...``, from version 0.1."""
     return key.removesuffix(_OLD) + _NEW if key.endswith(_OLD) else key
 
 
 def accuracies_of(results: Results) -> dict[str, float]:
-    """Return every measured accuracy of the network, by key."""
+    """Return every measured accuracy, by key, with standard deviations."""
     values = cast(Mapping[str, float], results)
     return {key: value for key, value in values.items() if "top1" in key}

@@ -1,4 +1,4 @@
-"""The folder of a run: its paths, lock, results, metrics file, and the error that ended it."""
+"""A run folder: its paths, lock, results, metrics file, and the error that ended the run."""
 
 import json
 import os
@@ -10,22 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from raysl.errors import ErrorRecord, RayslError, to_record
-from raysl.folder.lock import held
+from raysl.folder.lock import lock_folder
 from raysl.folder.whole import read_json, write_json, write_text
 from raysl.track.results import Results, with_new_names
 
 JOB_FOLDER = "/runtime_resources/"
-"""Part of the path at which Ray unpacks the working directory of a job, to delete it afterwards."""
+"""Part of the path of a Ray job's working directory, a copy that Ray deletes after the job."""
 
 _CHECKPOINT_NAME = re.compile(r"^step-(\d{9})$")
 _WAITING_NAME = re.compile(r"^step-(\d{9})\.safetensors$")
 
 
 def working_folder() -> Path:
-    """Return the folder for runs and mlflow.db: the current one, or a permanent one in a Ray job.
+    """Return the folder for runs and mlflow.db: ``RAYSL_HOME``, else the current folder.
 
-    The working directory of a Ray job is a copy that Ray deletes, so a job's results go to
-    ``RAYSL_HOME``, else to ``~/raysl`` of the node the job runs on.
+    In a Ray job, the current folder is a copy that Ray deletes. Without ``RAYSL_HOME``, a job's
+    results therefore go to ``~/raysl`` of the node that the job runs on.
     """
     if "RAYSL_HOME" in os.environ:
         return Path(os.environ["RAYSL_HOME"]).expanduser().absolute()
@@ -37,7 +37,8 @@ class RunFolder:
     """The paths in a run folder, ``runs/NAME``.
 
     Args:
-        path: The folder; made absolute, since workers have other working directories.
+        path: Path of the run folder; stored as absolute, since workers have other working
+            directories.
     """
 
     def __init__(self, path: Path) -> None:
@@ -64,13 +65,15 @@ class RunFolder:
         self.error = self.path / "error.json"
 
     def locked(self) -> AbstractContextManager[None]:
-        """Lock the folder for one process; the lock ends with the process, however that ends.
+        """Lock the folder for one process; the lock also ends if the process dies.
 
         Raises:
-            RunFolderError: On entering, if another process holds the lock, or the folder cannot be
-                created.
+            RunFolderError: On entering the ``with`` block, if another process holds the lock or the
+                folder cannot be created.
         """
-        return held(self.path, doing="is training in", instead="give this run another name=...")
+        return lock_folder(
+            self.path, doing="is training in", instead="give this run another name=..."
+        )
 
     def read_results(self) -> Results | None:
         """Return the results of a finished run, or None."""
@@ -101,12 +104,12 @@ def latest_step(folder: Path) -> int:
 
 
 def waiting_path(folder: Path, step: int) -> Path:
-    """Return the path of the encoder after ``step`` optimizer steps while its evaluation waits."""
+    """Return the path of an encoder after ``step`` steps that waits for its evaluation."""
     return folder / f"step-{step:09d}.safetensors"
 
 
 def list_waiting(folder: Path) -> list[int]:
-    """Return the steps with a waiting or running evaluation in a folder, in order."""
+    """Return the steps of the encoders in a folder whose evaluation waits or runs, in order."""
     if not folder.is_dir():
         return []
     matches = (_WAITING_NAME.match(entry.name) for entry in folder.iterdir())
@@ -116,21 +119,21 @@ def list_waiting(folder: Path) -> list[int]:
 class MetricsFile:
     """Appends one JSON record per logging step to ``metrics.jsonl``.
 
-    The file is the record of the run: MLflow, the progress bar and the report all read it.
+    MLflow, the progress bar and the report all read this file.
 
     Args:
-        path: The file.
-        start_step: Number of steps already done; records of later steps, which the run repeats
-            after a crash, are dropped.
+        path: Path of the metrics file.
+        start_step: Number of steps already done. Records of later steps are dropped, because the
+            run repeats them.
     """
 
     def __init__(self, path: Path, *, start_step: int) -> None:
-        kept = [record for record in read_metrics(path) if record["step"] <= start_step]
-        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        earlier_records = [record for record in read_metrics(path) if record["step"] <= start_step]
+        write_text(path, "".join(json.dumps(record) + "\n" for record in earlier_records))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Append the metrics of a step, with the time in seconds since 1970."""
+        """Append the metrics of a step, with the current time in seconds since 1970."""
         record = {"step": step, "time": time.time(), **{k: float(v) for k, v in metrics.items()}}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
@@ -141,14 +144,14 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics file, without a last line that was cut short."""
+    """Return the records of a metrics file, without incomplete lines; [] if there is no file."""
     if not path.exists():
         return []
     return [record for record, _ in follow_metrics(path, 0)]
 
 
 def follow_metrics(path: Path, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yield the records from a byte offset on, each with the offset after it."""
+    """Yield the records from a byte offset on, each with the offset of the next record."""
     with open(path, "rb") as file:
         file.seek(offset)
         for line in file:
@@ -168,7 +171,7 @@ def write_error(folder: RunFolder, error: RayslError) -> None:
 
 
 def read_error(folder: RunFolder) -> ErrorRecord | None:
-    """Return the error that ended a run, or None."""
+    """Return the error that ended a run, or None if it did not end with one."""
     record = read_json(folder.error)
     if record is None:
         return None
@@ -176,5 +179,5 @@ def read_error(folder: RunFolder) -> ErrorRecord | None:
 
 
 def forget_error(folder: RunFolder) -> None:
-    """Delete the error when a run starts or resumes."""
+    """Delete the stored error, when a run starts or resumes."""
     folder.error.unlink(missing_ok=True)

@@ -23,8 +23,8 @@ def tracking_uri(configured: str | None, *, folder: Path) -> str:
     Args:
         configured: ``track.tracking_uri``.
         folder: The working directory. The path of a SQLite file becomes absolute, because other
-            processes have other working directories, and because MLflow caches one engine for
-            each URI in a process, which would keep the first directory of a relative path.
+            processes have other working directories, and because MLflow caches one database
+            connection per URI, which would not follow a change of the directory.
     """
     uri = configured or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
@@ -33,15 +33,15 @@ def tracking_uri(configured: str | None, *, folder: Path) -> str:
     return f"{relative[1]}{folder.absolute()}/{relative[2]}" if relative else uri
 
 
-def same_store(kept: str | None, uri: str) -> bool:
-    """Return whether a URI stored in a run folder without its password denotes the same store.
+def same_store(stored: str | None, uri: str) -> bool:
+    """Return whether a URI from a run folder, stored without its password, is the same store.
 
     Args:
-        kept: The stored URI. Earlier versions stored relative SQLite files; they are resolved
-            against the working directory.
+        stored: The stored URI, or None. Earlier versions stored relative paths of SQLite files;
+            they are resolved against the working directory.
         uri: A result of :func:`tracking_uri`.
     """
-    return bool(kept) and tracking_uri(kept, folder=Path.cwd()) == without_password(uri)
+    return bool(stored) and tracking_uri(stored, folder=Path.cwd()) == without_password(uri)
 
 
 def check_tracking_uri(configured: str | None) -> None:
@@ -51,7 +51,7 @@ def check_tracking_uri(configured: str | None) -> None:
         configured: ``track.tracking_uri``; None uses MLFLOW_TRACKING_URI, if that is set.
 
     Raises:
-        ConfigError: If it does not, with the supported schemes, including those of plugins.
+        ConfigError: If it does not; the message lists the supported schemes, also of plugins.
     """
     uri = configured or os.environ.get("MLFLOW_TRACKING_URI")
     if uri is None:
@@ -65,14 +65,12 @@ def check_tracking_uri(configured: str | None) -> None:
     name, plus, _ = scheme.partition("+")
     if scheme not in {*supported, *_DATABASES} and not (plus and name in _DATABASES):
         raise ConfigError(
-            f"{key}={without_password(uri)}: MLflow knows no address that begins with "
-            f"{scheme}:; it may be a folder, or begin with one of {', '.join(sorted(supported))}. "
-            f"track.mlflow=false goes without it"
+            f"{key}={without_password(uri)}: MLflow does not support addresses that "
+            f"begin with {scheme}:; give a folder, or an address that begins with one of "
+            f"{', '.join(sorted(supported))}. track.mlflow=false turns MLflow off"
         )
     if scheme in ("http", "https") and not urlsplit(uri).hostname:
-        raise ConfigError(
-            f"{key}={without_password(uri)}: names no server; write {scheme}://HOST:PORT"
-        )
+        raise ConfigError(f"{key}={without_password(uri)}: has no host; write {scheme}://HOST:PORT")
 
 
 def without_password(uri: str) -> str:
@@ -87,7 +85,8 @@ def without_password(uri: str) -> str:
 def compare_line(configured: str | None, *, folder: Path) -> str:
     """Return how to compare the runs: MLflow's command, or the URL of a server.
 
-    It has no password: a URI from the environment is given by the variable's name.
+    The result has no password: for a URI with one from the environment, the command names the
+    variable.
 
     Args:
         configured: ``track.tracking_uri``.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from raysl.augment.base import DeviceOperation
 from raysl.augment.pipeline import apply_device_ops
-from raysl.data.block import INDEX, is_view_column, kind_of, numbers_column, view_column
+from raysl.data.block import INDEX, is_view_column, numbers_column, view_column, view_kind
 from raysl.methods.base import Batch
 
 NumpyBatch = Mapping[str, Any]
@@ -68,7 +68,7 @@ def view_converter(
 
     def to_views(batch: NumpyBatch) -> list[Tensor]:
         views: list[Tensor] = []
-        for kind in sorted(kind_of(name) for name in batch if is_view_column(name)):
+        for kind in sorted(view_kind(name) for name in batch if is_view_column(name)):
             column = batch[view_column(kind)]
             arrays = column if isinstance(column, tuple) else (column,)
             parts = [as_tensor(array).to(device, non_blocking=True) for array in arrays]

@@ -161,7 +161,7 @@ class TestConfigs:
             ({"ratio": (2.0, 1.0)}, r"ratio is \[low, high\] with low <= high; got \[2.0, 1.0\]"),
             ({"scale": (0.0, 1.0)}, "greater than 0"),
             ({"scale": (0.5, 1.5)}, "less than or equal to 1"),
-            ({"pad": 0.1}, r"pad=0\.1 is for squares: give short_side too, \[1, 1\]"),
+            ({"pad": 0.1}, r"pad=0\.1 needs short_side, .*; set short_side too \(\[1, 1\]"),
             ({"border": "reflect"}, r"border=reflect needs pad"),
         ],
     )

@@ -19,7 +19,7 @@ class _Named(Config):
     [
         ("name=2024", "2024 without quotes is a number", "name='\"2024\"'"),
         ("name=1e3", "1000.0 without quotes is a number", "name='\"1000.0\"'"),
-        ("name=true", "true without quotes is a truth value", "name='\"true\"'"),
+        ("name=true", "true without quotes is a Boolean", "name='\"true\"'"),
         ("source=7", "7 without quotes is a number", "source='\"7\"'"),
     ],
 )
@@ -27,7 +27,7 @@ def test_a_number_for_a_text_is_answered_with_its_cure(override: str, kind: str,
     with pytest.raises(ConfigError) as caught:
         validate(_Named, apply_overrides({"name": "a"}, [override]), where="x")
     text = str(caught.value)
-    assert f"takes text, and {kind}" in text
+    assert f"takes text, but {kind}" in text
     assert text.endswith(f"on the command line {cure}")
     cured = validate(_Named, apply_overrides({"name": "a"}, [cure.replace("'", "")]), where="x")
     assert getattr(cured, override.partition("=")[0]) == cure.split('"')[1]

@@ -1,7 +1,7 @@
 import subprocess
 import sys
 
-from raysl.data.block import BAD, FLAW, INDEX, STEP, is_view_column, kind_of, view_column
+from raysl.data.block import BAD, FLAW, INDEX, STEP, is_view_column, view_column, view_kind
 from raysl.data.block import numbers_column as numbers
 
 
@@ -13,7 +13,7 @@ def test_no_two_columns_have_one_name() -> None:
 
 
 def test_columns_of_views_tell_their_kind_and_others_are_none() -> None:
-    assert [kind_of(view_column(kind)) for kind in range(12)] == list(range(12))
+    assert [view_kind(view_column(kind)) for kind in range(12)] == list(range(12))
     assert all(is_view_column(view_column(kind)) for kind in range(12))
     assert not any(map(is_view_column, [INDEX, STEP, BAD, FLAW, numbers(0)]))
 

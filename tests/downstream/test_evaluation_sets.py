@@ -125,8 +125,8 @@ class TestSets:
         sets = opened(source=write_folder(tmp_path, {".": 10}))
         assert not sets.labelled
         assert (len(sets.train), len(sets.test)) == (8, 2)
-        assert sets.notes[0].endswith("is measured; put the images into folders, one a class")
-        with pytest.raises(DataError, match=r"one a class\. knn needs labels of two classes"):
+        assert sets.notes[0].endswith("is measured; put the images into folders, one per class")
+        with pytest.raises(DataError, match=r"one per class\. knn needs labels of two classes"):
             check_labels(asked(source="x"), sets, ["knn"])
 
     def test_left_out_labels_are_none(self, tmp_path: Path) -> None:

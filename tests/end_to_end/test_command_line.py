@@ -130,7 +130,7 @@ class TestPretrain:
         finally:
             process.kill()
         assert process.returncode == 130
-        assert "the same command goes on" in error
+        assert "the same command resumes" in error
         assert "Traceback" not in error
 
     def test_two_processes_cannot_train_in_one_folder(

@@ -119,7 +119,9 @@ class TestGivenTestSource:
 
     def test_without_labels_is_refused(self, tmp_path: Path) -> None:
         folder = write_folder(tmp_path / "a", {".": 2})
-        with pytest.raises(DataError, match=r"no labels; put the images into folders, one a class"):
+        with pytest.raises(
+            DataError, match=r"no labels; put the images into folders, one per class"
+        ):
             opened(made_up([0, 1]), source=folder)
 
     def test_its_images_without_a_label_are_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from raysl.errors import RunFolderError
 from raysl.folder.claim import changes, refusal, set_aside
-from raysl.folder.lock import held
+from raysl.folder.lock import lock_folder
 
 
 class TestChanges:
@@ -47,7 +47,7 @@ class Folder:
         self.path = path
 
     def locked(self) -> AbstractContextManager[None]:
-        return held(self.path, doing="is training in", instead="wait")
+        return lock_folder(self.path, doing="is training in", instead="wait")
 
 
 class TestSetAside:

@@ -4,15 +4,15 @@ from pathlib import Path
 import pytest
 
 from raysl.errors import DataError, RunFolderError
-from raysl.folder.lock import LOCK, held
+from raysl.folder.lock import LOCK, lock_folder
 
 
 def test_the_one_that_comes_second_is_told_who_holds_it_and_what_to_do(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
     with (
-        held(folder, doing="writes into", instead="give another folder", error=DataError),
+        lock_folder(folder, doing="writes into", instead="give another folder", error=DataError),
         pytest.raises(DataError) as caught,
-        held(folder, doing="writes into", instead="give another folder", error=DataError),
+        lock_folder(folder, doing="writes into", instead="give another folder", error=DataError),
     ):
         pytest.fail("two hold the folder")
     assert str(caught.value) == (
@@ -22,12 +22,15 @@ def test_the_one_that_comes_second_is_told_who_holds_it_and_what_to_do(tmp_path:
 
 
 def test_who_came_second_leaves_the_lock_as_it_is(tmp_path: Path) -> None:
-    with held(tmp_path, doing="is training in", instead="go"):
+    with lock_folder(tmp_path, doing="is training in", instead="go"):
         for _ in range(2):
-            with pytest.raises(RunFolderError), held(tmp_path, doing="waits for", instead="go"):
+            with (
+                pytest.raises(RunFolderError),
+                lock_folder(tmp_path, doing="waits for", instead="go"),
+            ):
                 pass
         assert (tmp_path / LOCK).read_text() == str(os.getpid())
-    with held(tmp_path, doing="is training in", instead="go"):
+    with lock_folder(tmp_path, doing="is training in", instead="go"):
         pass
 
 
@@ -36,7 +39,7 @@ def test_what_goes_wrong_inside_is_not_taken_for_a_folder_that_cannot_be_written
 ) -> None:
     with (
         pytest.raises(FileNotFoundError, match="no such image"),
-        held(tmp_path, doing="is training in", instead="go"),
+        lock_folder(tmp_path, doing="is training in", instead="go"),
     ):
         raise FileNotFoundError("no such image")
 
@@ -46,7 +49,9 @@ def test_a_folder_that_cannot_be_made_is_named_with_what_to_do(tmp_path: Path) -
     folder = tmp_path / "file" / "below"
     with (
         pytest.raises(RunFolderError) as caught,
-        held(folder, doing="is training in", instead="go", elsewhere="give a folder that can"),
+        lock_folder(
+            folder, doing="is training in", instead="go", elsewhere="give a folder that can"
+        ),
     ):
         pass
     assert str(caught.value) == (

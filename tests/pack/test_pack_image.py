@@ -110,7 +110,7 @@ class TestMadeAnew:
         stream = io.BytesIO()
         planes = [Image.fromarray(smooth(40, 60)[..., n].copy()) for n in range(3)]
         planes[0].save(stream, "TIFF", save_all=True, append_images=planes[1:])
-        assert pack_image(stream.getvalue(), config()).flaw.startswith("a TIFF of several pages")
+        assert pack_image(stream.getvalue(), config()).flaw.startswith("a TIFF with several pages")
         packed = pack_image(stream.getvalue(), config(pages="channels", re_encode="png"))
         assert np.array_equal(decode(packed.image, where="x"), smooth(40, 60))
 

@@ -86,7 +86,7 @@ class TestNames:
     ) -> None:
         text = refused(check, "track.mlflow=true", f"track.tracking_uri={uri}")
         scheme = uri.partition(":")[0]
-        assert f"MLflow knows no address that begins with {scheme}:" in text
+        assert f"MLflow does not support addresses that begin with {scheme}:" in text
         assert "sqlite" in text
         assert "secret" not in text
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -112,7 +112,7 @@ class TestNames:
         check_tracking_uri(uri)
 
     def test_a_server_without_a_host(self) -> None:
-        with pytest.raises(ConfigError, match="names no server; write http://HOST:PORT"):
+        with pytest.raises(ConfigError, match="has no host; write http://HOST:PORT"):
             check_tracking_uri("http://")
 
     def test_the_kinds_are_those_that_mlflow_registers(self) -> None:

@@ -30,7 +30,7 @@ from raysl.augment.ops import Blur, ColorJitter, Flip
 from raysl.augment.pipeline import View
 from raysl.data.block import Block
 from raysl.data.plan import Plan
-from raysl.data.stream import BlockSpec, ItemMaker, iterate, joined
+from raysl.data.stream import BlockSpec, ItemMaker, iterate, join_chunks
 from raysl.run.ray_cluster import Layout
 from raysl.run.ray_data import RemainingDataset, execution_options, iterate_shard
 from raysl.sources.source import ArraySource
@@ -136,7 +136,7 @@ def look_only(settings: dict[str, Any]) -> None:
     )
     with open(log_of(folder, settings["stop"], rank), "w") as file:
         for batch in batches:
-            found = hashes(joined(batch))
+            found = hashes(join_chunks(batch))
             file.write(json.dumps(found) + "\n")
             file.flush()
             # What the gradients do to a training: nobody begins the next step before all are here.
@@ -205,7 +205,7 @@ def read_here(opened: RemainingDataset, num_steps: int) -> list[list[Block]]:
         batches = iterate_shard(
             lambda: shards[rank]["train"], batch_size=BATCH // num_workers, prefetch_batches=2
         )
-        return [joined(batch) for batch in batches][
+        return [join_chunks(batch) for batch in batches][
             :num_steps
         ]  # all are read, so that Ray's execution ends
 

@@ -17,7 +17,7 @@ from raysl.augment.recipes import CustomViews
 from raysl.config.load import parse_yaml, validate
 from raysl.data.block import Block, view_column
 from raysl.data.plan import Plan
-from raysl.data.stream import BlockSpec, ItemMaker, iterate, joined
+from raysl.data.stream import BlockSpec, ItemMaker, iterate, join_chunks
 from raysl.run.ray_cluster import Layout
 from raysl.run.ray_data import execution_options, iterate_shard, open_dataset
 from raysl.sources.source import ArraySource
@@ -83,7 +83,7 @@ def in_ray() -> Iterator[Block]:
     dataset = open_dataset(
         ray.put(source()), plan(), BlockSpec(kinds()), start_step=0, layout=layout
     )
-    return map(joined, iterate_shard(dataset.iterator, batch_size=BATCH, prefetch_batches=2))
+    return map(join_chunks, iterate_shard(dataset.iterator, batch_size=BATCH, prefetch_batches=2))
 
 
 def bare(number: int, index: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from raysl.augment.ops import Blur, ColorJitter, Flip
 from raysl.augment.pipeline import View
 from raysl.data.block import Block
 from raysl.data.plan import Plan
-from raysl.data.stream import BlockSpec, ItemMaker, iterate, joined
+from raysl.data.stream import BlockSpec, ItemMaker, iterate, join_chunks
 from raysl.run.ray_cluster import Layout
 from raysl.run.ray_data import (
     Packing,
@@ -43,7 +43,7 @@ def layout(num_data_workers: int) -> Layout:
 
 
 def same(found: Block, expected: Block) -> bool:
-    found = joined(found)
+    found = join_chunks(found)
     return all(np.array_equal(found[name], expected[name]) for name in expected)
 
 

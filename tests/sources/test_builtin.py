@@ -180,7 +180,7 @@ class TestMissing:
     ) -> None:
         with pytest.raises(
             DataError,
-            match=rf"^data\.source={name}: not found in {tmp_path}/cache .*no network in tests.*"
+            match=rf"^data\.source={name}: not found in {tmp_path}/cache, .*no network in tests.*"
             r"set data\.torchvision_root, or use a folder or Parquet$",
         ):
             open_torchvision(name, "train", root=str(tmp_path / "cache"))

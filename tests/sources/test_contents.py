@@ -4,7 +4,7 @@ import pyarrow.fs as pafs
 import pytest
 
 from raysl.sources import contents, formats
-from raysl.sources.contents import count_suffixes, look_into, sort_by_kind
+from raysl.sources.contents import count_suffixes, list_by_kind, sort_by_kind
 from raysl.sources.formats import suffix_of
 from raysl.sources.storage import file_table
 
@@ -46,7 +46,7 @@ class TestNotes:
             file_table(["a.json", "b.json", "README", "c.txt", ".x/d.e", "LICENSE"])
         ).notes
         assert note == (
-            "6 files (no suffix 2, .json 2, .e 1, .txt 1) left out: no images by their names"
+            "6 files (no suffix 2, .json 2, .e 1, .txt 1) left out: not named like images"
         )
 
     def test_name_images_whose_library_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,8 +57,8 @@ class TestNotes:
         found = sort_by_kind(file_table(["IMG_1.HEIC", "IMG_2.heif", "a.jxl", "b.jpg"]))
         assert _names(found.images) == ["b.jpg"]
         assert found.notes == (
-            "2 HEIC images left out: pip install 'raysl[formats]' installs what reads them",
-            "1 JPEG XL image left out: pip install 'raysl[formats]' installs what reads them",
+            "2 HEIC images left out: pip install 'raysl[formats]' installs their library",
+            "1 JPEG XL image left out: pip install 'raysl[formats]' installs their library",
         )
 
     def test_of_a_library_that_is_there_are_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,9 +71,9 @@ def test_a_folder_is_listed_to_any_depth_without_hidden_names(tmp_path: Path) ->
     for name in ("a/b/1.png", ".git/2.png", "3.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    found = look_into(pafs.LocalFileSystem(), str(tmp_path))
+    found = list_by_kind(pafs.LocalFileSystem(), str(tmp_path))
     assert _names(found.images) == ["a/b/1.png"]
-    assert found.notes == ("1 file (.txt 1) left out: no images by their names",)
+    assert found.notes == ("1 file (.txt 1) left out: not named like images",)
 
 
 def test_ends_are_counted_the_most_frequent_first() -> None:

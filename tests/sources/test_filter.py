@@ -100,7 +100,7 @@ class TestListFiles:
         assert counts == [2, 3]
         assert notes == (
             f"none of the 2 lines of {path} is a row_id of this source; they look like "
-            f"'001.tar image at byte 20992', the images' own like 'a/0.jpg'",
+            f"'001.tar image at byte 20992', those of the images like 'a/0.jpg'",
         )
 
     def test_some_lines_that_name_nothing_are_counted(
@@ -109,7 +109,7 @@ class TestListFiles:
         (path := tmp_path / "drop.txt").write_text("a/0.jpg\nc/0.jpg\n")
         _, notes = self.kept(path, "not in file", *parts)
         assert notes[1:] == (
-            f"1 of the 2 lines of {path} is no row_id of this source, such as 'c/0.jpg'",
+            f"1 of the 2 lines of {path} is not a row_id of this source, such as 'c/0.jpg'",
         )
 
     def test_an_empty_list_drops_nothing_and_says_so_but_cannot_keep_any(
@@ -118,8 +118,8 @@ class TestListFiles:
         (path := tmp_path / "drop.txt").write_text("\n")
         counts, notes = self.kept(path, "not in file", *parts)
         assert counts == [2, 3]
-        assert notes == (f"0 lines are in {path}: data.filter 'not in file' drops nothing",)
-        with pytest.raises(DataError, match="the file has no line, so that no image would be left"):
+        assert notes == (f"{path} has no lines: data.filter 'not in file' drops nothing",)
+        with pytest.raises(DataError, match="the file has no lines, so no image would be left"):
             self.kept(path, "in file", *parts)
 
     def test_nothing_left_says_why(self, parts: list[pa.Table], tmp_path: Path) -> None:

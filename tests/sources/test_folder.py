@@ -10,7 +10,7 @@ import pytest
 
 from raysl.data.decode import decode
 from raysl.errors import DataError
-from raysl.sources.contents import look_into
+from raysl.sources.contents import list_by_kind
 from raysl.sources.folder import FolderSource
 from raysl.sources.source import SourceConfig, Unreadable
 
@@ -31,7 +31,7 @@ def _write(root: Path, *names: str) -> None:
 def _open(root: Path, **settings: Any) -> FolderSource:
     filesystem = pafs.LocalFileSystem()
     config = SourceConfig(source=str(root), **settings)
-    return FolderSource(config, filesystem, look_into(filesystem, str(root)).images, str(root))
+    return FolderSource(config, filesystem, list_by_kind(filesystem, str(root)).images, str(root))
 
 
 def _files(source: FolderSource) -> list[str]:
@@ -157,7 +157,9 @@ class TestReading:
         _write(tmp_path / "bucket", *names)
         filesystem = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
         config = SourceConfig(source="remote")
-        remote = FolderSource(config, filesystem, look_into(filesystem, "bucket").images, "bucket")
+        remote = FolderSource(
+            config, filesystem, list_by_kind(filesystem, "bucket").images, "bucket"
+        )
         order = np.random.default_rng(0).permutation(20)
         assert remote.read(order) == _open(tmp_path / "bucket").read(order)
         assert remote.where(0) == "bucket/00.png"
@@ -184,7 +186,7 @@ class TestReading:
         source = FolderSource(
             SourceConfig(source="remote"),
             filesystem,
-            look_into(filesystem, "bucket").images,
+            list_by_kind(filesystem, "bucket").images,
             "bucket",
         )
 

@@ -46,8 +46,7 @@ class TestSplits:
         assert source.class_names == ["cat", "dog"]
         assert source.splits == ("train", "validation")
         assert source.notes == (
-            "the split train is read (2 images); data.split=NAME reads what lies beside it: "
-            "validation (2)",
+            "the split train is read (2 images); data.split=NAME reads another one: validation (2)",
             "1 image in no split left out",
         )
 
@@ -64,9 +63,9 @@ class TestSplits:
 
     def test_one_that_is_not_there_is_an_error(self, tmp_path: Path) -> None:
         _write(tmp_path, *IMAGENET)
-        with pytest.raises(DataError, match=r"split=test: the splits .* are train, validation$"):
+        with pytest.raises(DataError, match=r"split=test: .*; existing splits: train, validation$"):
             _open(tmp_path, split="test")
-        with pytest.raises(DataError, match=r"split=test: the splits that lie there are none$"):
+        with pytest.raises(DataError, match=r"split=test: no such split; existing splits: none$"):
             _open(tmp_path / "train", split="test")
 
     def test_lie_below_a_chain_of_folders_too(self, tmp_path: Path) -> None:
@@ -95,13 +94,13 @@ class TestAnnotations:
         assert len(_ids(source)) == 2
         (note,) = source.notes
         assert note.startswith("folders masks look like annotations of the images beside them")
-        assert note.endswith(f"data.source={tmp_path}/FOLDER reads one alone")
+        assert note.endswith(f"data.source={tmp_path}/FOLDER reads one folder")
 
     def test_a_class_called_like_a_split_is_a_class_with_a_note(self, tmp_path: Path) -> None:
         _write(tmp_path, "car/1.png", "train/2.png")
         source = _open(tmp_path)
         assert source.class_names == ["car", "train"]
-        assert source.notes[0].startswith("folders train are called like splits and taken for")
+        assert source.notes[0].startswith("folders train are named like splits but used as")
 
 
 def test_a_single_folder_of_folders_is_one_class_with_a_note(tmp_path: Path) -> None:
@@ -109,7 +108,7 @@ def test_a_single_folder_of_folders_is_one_class_with_a_note(tmp_path: Path) -> 
     source = _open(tmp_path)
     assert source.class_names == ["pets"]
     (note,) = source.notes
-    assert f"data.source={tmp_path}/pets takes the folders in it for classes (cat, dog)" in note
+    assert f"data.source={tmp_path}/pets uses the folders in it as classes (cat, dog)" in note
     assert _open(tmp_path / "pets").notes == ()
 
 
@@ -149,7 +148,7 @@ class TestShards:
         source = _open(tmp_path)
         assert source.class_names == ["1"]
         assert source.splits == ("train", "validation", "test")
-        assert "reads what lies beside it: validation (1), test (1)" in source.notes[0]
+        assert "reads another one: validation (1), test (1)" in source.notes[0]
         assert _open(tmp_path, split="test").class_names == ["0"]
         assert _open(tmp_path, held_out=True).class_names == ["2"]
 
@@ -158,12 +157,12 @@ class TestShards:
         source = _open(tmp_path / "*.parquet")
         assert source.class_names == ["0", "1"]
         assert source.notes == (
-            "the files that were named are of several splits, read as one: train (1), test (1)",
+            "the named files belong to several splits, read as one: train (1), test (1)",
         )
 
     def test_of_no_split_are_counted(self, tmp_path: Path) -> None:
         self._write(tmp_path, "train/0.parquet", "val/0.parquet", "extra/0.parquet")
-        assert "1 file of no split left out" in _open(tmp_path).notes
+        assert "1 file in no split left out" in _open(tmp_path).notes
 
     def test_images_beside_them_are_counted(self, tmp_path: Path) -> None:
         self._write(tmp_path, "0.parquet")
@@ -180,5 +179,5 @@ class TestShards:
 def test_a_built_in_set_has_two_splits() -> None:
     assert _open("digits", split="test").group_sizes.tolist() == [450]
     assert _open("digits", held_out=True).group_sizes.tolist() == [450]
-    with pytest.raises(DataError, match=r"split=validation: .* there are train, test$"):
+    with pytest.raises(DataError, match=r"split=validation: .*; existing splits: train, test$"):
         _open("digits", split="validation")

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raysl.sources import img2dataset
-from raysl.sources.img2dataset import failed_rows
+from raysl.sources.img2dataset import download_notes
 
 LOCAL = pafs.LocalFileSystem()
 LOST = "HTTP Error 404: Not Found"
@@ -39,7 +39,7 @@ class TestFailedRows:
                 [None] * 5 + ["x", None],
             ),
         ]
-        assert failed_rows(LOCAL, files) == (
+        assert download_notes(LOCAL, files) == (
             "10 of 15 rows of the metadata downloaded, 5 not (failed_to_download 3, "
             "failed_to_resize 1, no status 1); most often: HTTP Error 404: Not Found 2, Image "
             "decoding error 1, x 1",
@@ -47,7 +47,7 @@ class TestFailedRows:
 
     def test_without_failures_it_is_short(self, tmp_path: Path) -> None:
         file = _write(tmp_path / "0.parquet", ["success"] * 4)
-        assert failed_rows(LOCAL, [file]) == ("4 of 4 rows of the metadata downloaded",)
+        assert download_notes(LOCAL, [file]) == ("4 of 4 rows of the metadata downloaded",)
 
     def test_files_without_the_column_or_damaged_are_counted(self, tmp_path: Path) -> None:
         files = [_write(tmp_path / "0.parquet", ["success", "failed_to_resize"])]
@@ -57,7 +57,7 @@ class TestFailedRows:
         nested = pa.table({"status": [["success"]], "url": ["u"], "key": ["1"]})
         pq.write_table(nested, tmp_path / "4.parquet")
         files += [str(tmp_path / f"{n}.parquet") for n in range(1, 6)]
-        assert failed_rows(LOCAL, files) == (
+        assert download_notes(LOCAL, files) == (
             "1 of 2 rows of the metadata downloaded, 1 not (failed_to_resize 1)",
             "5 Parquet files of 6 beside the images cannot be read or have no column 'status'",
         )
@@ -67,9 +67,9 @@ class TestFailedRows:
     ) -> None:
         monkeypatch.setattr(img2dataset, "_MOST_FILES", 4)
         files = [_write(tmp_path / f"{n}.parquet", ["success"] * (n + 1)) for n in range(12)]
-        assert failed_rows(LOCAL, files) == (
+        assert download_notes(LOCAL, files) == (
             "22 of 22 rows of the metadata downloaded (4 of the 12 tables looked at)",
         )
 
     def test_of_none_there_is_nothing_to_say(self) -> None:
-        assert failed_rows(LOCAL, []) == ()
+        assert download_notes(LOCAL, []) == ()

@@ -91,7 +91,7 @@ class TestFile:
         [
             (lambda text: text[:50], "damaged .not JSON"),
             (lambda text: "[]", "damaged .no version"),
-            (lambda text: text.replace('"version":1', '"version":2'), "is of version 2; .*reads"),
+            (lambda text: text.replace('"version":1', '"version":2'), "has version 2; .*reads"),
             (
                 lambda text: text.replace('"images":3', '"images":4'),
                 "4 images, .*row groups hold 3",

@@ -207,7 +207,7 @@ class TestErrors:
 
     def test_a_file_of_another_kind_is_not_parquet(self, tmp_path: Path) -> None:
         (tmp_path / "list.csv").write_text("a,b\n")
-        with pytest.raises(DataError, match=r"list\.csv: not a Parquet file"):
+        with pytest.raises(DataError, match=r"list\.csv is not named like a Parquet file"):
             _open(tmp_path / "list.csv")
 
     def test_a_folder_without_images_names_the_endings_it_looked_for(self, tmp_path: Path) -> None:
@@ -241,5 +241,5 @@ def test_a_data_worker_loads_neither_torch_nor_scikit_learn_nor_ray_nor_mlflow(m
 
 def test_a_pack_that_has_not_finished_is_no_source(tmp_path: Path) -> None:
     (tmp_path / "pack.json").write_text("{}")
-    with pytest.raises(DataError, match="has not finished there; the same pack again"):
+    with pytest.raises(DataError, match="has not finished in this folder; run the same pack again"):
         open_source(SourceConfig(source=str(tmp_path)), data=DataConfig(source=str(tmp_path)))

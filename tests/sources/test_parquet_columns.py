@@ -114,7 +114,7 @@ class TestKinds:
 
 def test_a_column_of_several_images_a_row_is_named_with_a_cure_that_helps(tmp_path: Path) -> None:
     images = pa.array([[{"bytes": b"a"}], []], pa.list_(pa.struct([("bytes", pa.binary())])))
-    with pytest.raises(DataError, match=r"images holds several images a row: write a row for each"):
+    with pytest.raises(DataError, match=r"images holds several images per row: write a row for"):
         _open(_write(tmp_path / "0.parquet", {"images": images}))
 
 
@@ -175,7 +175,7 @@ class TestPaths:
         assert source.read([0]) == [b"bytes of data/0.jpg"]
         assert "null" in _reason(source, 1)
         assert source.notes == (
-            f"the column {name!r} holds no images but paths of files; they are read, relative to "
+            f"the column {name!r} holds paths, not images; the files are read, relative to "
             f"the folder of the Parquet file that names them",
         )
 
@@ -288,12 +288,12 @@ class TestNoClasses:
     @pytest.mark.parametrize(
         ("column", "what"),
         [
-            (pa.array([[0, 2], [1], [], [1], None]), "several labels an image"),
-            (pa.array([["a", "b"]] * 5), "several labels an image"),
-            (pa.array([[0, 1, 0]] * 5), "3 zeros and ones an image .one-hot."),
+            (pa.array([[0, 2], [1], [], [1], None]), "several labels per image"),
+            (pa.array([["a", "b"]] * 5), "several labels per image"),
+            (pa.array([[0, 1, 0]] * 5), "3 zeros and ones per image .one-hot."),
             (pa.array([[0.0, 1.0]] * 5, pa.list_(pa.float32(), 2)), "2 zeros and ones .*one-hot"),
-            (pa.array([[1, 1, 0]] * 5), "3 zeros and ones an image .several labels an image."),
-            (pa.array([[0.2, 0.8]] * 5), "several labels an image"),
+            (pa.array([[1, 1, 0]] * 5), "3 zeros and ones per image .several labels per image."),
+            (pa.array([[0.2, 0.8]] * 5), "several labels per image"),
             (pa.array([[True, False]] * 5, pa.list_(pa.bool_(), 2)), "2 zeros and ones"),
         ],
         ids=["numbers", "names", "one-hot", "fixed", "multi-hot", "shares", "bools"],
@@ -308,7 +308,7 @@ class TestNoClasses:
             AssertionError, match=rf"^the column '{name or 'label'}' holds .*{what}"
         ):
             raise AssertionError(source.notes[0])
-        assert source.notes[0].endswith("(data.label_column names another column)")
+        assert source.notes[0].endswith("(data.label_column selects another column)")
         assert source.labels() is None
         assert source.class_names == []
         assert len(source.notes) == 1
@@ -320,7 +320,7 @@ class TestNoClasses:
         assert source.labels() is None
         assert source.notes == (
             "the column 'label' holds measurements (0.5), not classes; no accuracy is measured "
-            "with it (data.label_column names another column)",
+            "with it (data.label_column selects another column)",
         )
 
     def test_whole_numbers_beside_nulls_are_classes(self, tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ class TestNoClasses:
         source = _open(_write(tmp_path / "a.parquet", columns))
         assert source.label_advice.endswith("a column of classes: n, name, good, kind")
         bare = _open(_write(tmp_path / "b.parquet", {"image": IMAGES, "score": [0.5] * 5}))
-        assert bare.label_advice.endswith("the columns of these are image, score")
+        assert bare.label_advice.endswith("these files have the columns image, score")
 
 
 class TestPartitions:

@@ -176,9 +176,9 @@ class TestUnreadable:
     def test_another_file_of_fewer_rows_is_an_error(self, files: list[str]) -> None:
         source = _open(files)
         _write(Path(files[0]), 0, 2)
-        with pytest.raises(DataError, match=r"row group 0: has other rows than when the source"):
+        with pytest.raises(DataError, match=r"row group 0: has changed since the source"):
             source.read([3])
-        with pytest.raises(DataError, match=r"row group 2: has other rows than when the source"):
+        with pytest.raises(DataError, match=r"row group 2: has changed since the source"):
             source.read([9])
 
     def test_want_of_file_handles_is_an_error(

@@ -46,7 +46,7 @@ def test_settings_that_nobody_gives_are_the_plain_ones() -> None:
 
 def test_a_setting_of_columns_is_refused_for_a_built_in_set() -> None:
     config = DataConfig(source="digits", label_column="age")
-    with pytest.raises(DataError, match=r"data.label_column=age does nothing, as a set by its"):
+    with pytest.raises(DataError, match=r"data.label_column=age does nothing, as a built-in set"):
         open_source(config, data=config)
 
 

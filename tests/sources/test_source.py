@@ -115,7 +115,7 @@ class TestConfigs:
         ("given", "message"),
         [
             ({}, "source: missing; it has no default"),
-            ({"source": 3}, "source: takes text, and 3 without quotes is a number"),
+            ({"source": 3}, "source: takes text, but 3 without quotes is a number"),
             ({"source": "a", "limit": 0}, "limit: Input should be greater than 0, got 0"),
             ({"source": "a", "limits": 3}, "unknown key 'limits'; did you mean 'limit'"),
             ({"source": "a", "std": [0.2, 0.0, 0.2]}, r"std\.1: .*greater than 0, got 0\.0"),

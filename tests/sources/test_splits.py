@@ -136,9 +136,9 @@ class TestChoice:
         assert choose_split((), None, held_out=True, where="x") is None
 
     def test_of_one_that_is_not_there_lists_those_that_are(self) -> None:
-        with pytest.raises(DataError, match=r"^x: split=dev: .* there are train, test$"):
+        with pytest.raises(DataError, match=r"^x: split=dev: .*; existing splits: train, test$"):
             choose_split(("train", "test"), "dev", held_out=False, where="x")
-        with pytest.raises(DataError, match=r"there are none$"):
+        with pytest.raises(DataError, match=r"existing splits: none$"):
             choose_split((), "test", held_out=False, where="x")
 
     def test_without_one_for_training_has_to_be_made(self) -> None:
@@ -148,8 +148,7 @@ class TestChoice:
     def test_is_said_with_what_lies_beside_it(self) -> None:
         line = describe_choice("train", {"train": 1200, "test": 30}, "image")
         assert line == (
-            "the split train is read (1,200 images); data.split=NAME reads what lies beside it: "
-            "test (30)"
+            "the split train is read (1,200 images); data.split=NAME reads another one: test (30)"
         )
         assert describe_choice("train", {"train": 2}, "file") == (
             "the split train is read (2 files)"

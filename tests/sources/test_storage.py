@@ -11,7 +11,7 @@ from raysl.errors import DataError
 from raysl.sources import storage
 from raysl.sources.open import open_source
 from raysl.sources.source import DataConfig
-from raysl.sources.storage import list_files, list_glob, patiently, read_file, readable, resolve
+from raysl.sources.storage import list_files, list_glob, read_file, readable, resolve, with_retries
 
 
 @pytest.fixture
@@ -110,13 +110,13 @@ class TestPatience:
 
     def test_asks_again_after_growing_pauses(self, pauses: list[float]) -> None:
         failing = self._failing(3, OSError("AWS Error NETWORK_CONNECTION"))
-        assert patiently(self.REMOTE, failing) == "read"
+        assert with_retries(self.REMOTE, failing) == "read"
         assert pauses == sorted(pauses)
         assert len(set(pauses)) == 3
 
     def test_gives_up_in_the_end(self, pauses: list[float]) -> None:
         with pytest.raises(OSError, match="SLOW_DOWN"):
-            patiently(self.REMOTE, self._failing(99, OSError("SLOW_DOWN")))
+            with_retries(self.REMOTE, self._failing(99, OSError("SLOW_DOWN")))
         assert len(pauses) == 3
 
     @pytest.mark.parametrize(
@@ -131,13 +131,13 @@ class TestPatience:
         self, error: OSError, pauses: list[float]
     ) -> None:
         with pytest.raises(type(error)):
-            patiently(self.REMOTE, self._failing(1, error))
+            with_retries(self.REMOTE, self._failing(1, error))
         assert pauses == []
 
     def test_does_not_ask_a_local_disk_again(self, pauses: list[float]) -> None:
         for local in (pafs.LocalFileSystem(), pafs.SubTreeFileSystem("/", pafs.LocalFileSystem())):
             with pytest.raises(OSError, match="Input/output"):
-                patiently(local, self._failing(1, OSError(5, "Input/output error")))
+                with_retries(local, self._failing(1, OSError(5, "Input/output error")))
         assert pauses == []
 
 

@@ -129,7 +129,7 @@ class TestDelta:
         source = _open(f"{table}/*.parquet")
         assert len(_numbers(source)) == 39
         assert len(source.notes) == 1
-        assert source.notes[0].startswith(f"the files lie in a Delta table ({table})")
+        assert source.notes[0].startswith(f"the files belong to a Delta table ({table})")
 
     def test_a_folder_that_holds_tables_names_one(self, table: Path) -> None:
         with pytest.raises(DataError, match=rf"t in it is a Delta table.*data\.source={table}\)"):
@@ -234,14 +234,14 @@ class TestIceberg:
     def test_two_states_of_one_version_are_refused(self, table: Path) -> None:
         newest = max(table.glob("metadata/*.metadata.json"))
         shutil.copy(newest, newest.with_name(f"{newest.name.split('-')[0]}-x.metadata.json"))
-        with pytest.raises(DataError, match=r"is an? Iceberg table.*its catalog alone knows"):
+        with pytest.raises(DataError, match=r"is an? Iceberg table.*Only its catalog knows"):
             _open(table)
 
     def test_a_copy_is_refused_whose_log_names_the_files_of_the_original(
         self, table: Path, tmp_path: Path
     ) -> None:
         shutil.copytree(table, tmp_path / "copy")
-        with pytest.raises(DataError, match=r"names files elsewhere .*copied or moved"):
+        with pytest.raises(DataError, match=r"names files in another folder .*copied or moved"):
             _open(tmp_path / "copy")
 
     def test_delete_files_are_refused_by_name(
@@ -333,7 +333,8 @@ class TestWithoutLibrary:
         (tmp_path / mark).write_text("{}")
         pq.write_table(_rows(0, 3), tmp_path / "a.parquet")
         with pytest.raises(
-            DataError, match=rf"{name} table, and rows that it has removed.*pip install 'raysl\[tab"
+            DataError,
+            match=rf"{name} table, whose files also hold removed rows.*pip install 'raysl\[tab",
         ):
             _open(tmp_path)
 

@@ -134,7 +134,7 @@ class TestReading:
 
         def spy(self: _ReadAhead, start: int, count: int) -> bytes:
             found = read(self, start, count)
-            asked.append(len(self._held))
+            asked.append(len(self._buffer))
             return found
 
         monkeypatch.setattr(_ReadAhead, "at", spy)

@@ -77,7 +77,7 @@ class TestOpening:
             (lambda b: b[: 2 * _MEMBER_BYTES - 600], 1, "cut short, read up to there"),
             (lambda b: b[: 2 * _MEMBER_BYTES + 100], 2, "cut short, read up to there"),
             (lambda b: _flip(b, _MEMBER_BYTES + 9), 1, "damaged, read up to there"),
-            (lambda b: b + b, 3, r"with more after the closing blocks, which is not read \(tar "),
+            (lambda b: b + b, 3, r"with data after the closing blocks, which are not read \(tar "),
             (lambda b: _tar([]), 0, "without an image"),
             (lambda b: _tar(["b0.txt"]), 0, "without an image"),
         ],
@@ -114,10 +114,10 @@ class TestOpening:
     def test_if_nothing_is_left_the_first_is_an_error(self, folder: Path) -> None:
         for shard in "abc":
             (folder / f"{shard}.tar").write_bytes(b"")
-        message = r"a\.tar: 0 bytes: nothing is in it\. Copy it again\. 2 other shards can be read "
+        message = r"a\.tar: the file has 0 bytes\. Copy it again\. 2 other shards cannot be read "
         with pytest.raises(DataError, match=message):
             _open(folder)
-        with pytest.raises(DataError, match=rf"^{folder}/b\.tar: 0 bytes"):
+        with pytest.raises(DataError, match=rf"^{folder}/b\.tar: the file has 0 bytes"):
             _open(folder / "b.tar")
 
     def test_one_that_cannot_be_read_is_named_with_the_systems_reason(self, folder: Path) -> None:
@@ -192,7 +192,7 @@ class TestAfterOpening:
             raise OSError("Timeout was reached")
 
         monkeypatch.setattr(tar, "is_lasting", lambda *_, **__: False)
-        monkeypatch.setattr(tar, "patiently", no_answer)
+        monkeypatch.setattr(tar, "with_retries", no_answer)
         with pytest.raises(DataError, match=r"a\.tar: cannot be read at byte 512: Timeout was"):
             source.read([0])
 

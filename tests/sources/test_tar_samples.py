@@ -86,7 +86,7 @@ class TestRepeated:
         source = _open(path)
         assert _read(source) == [b"two", b"newest"]
         assert _classes(source) == [None, "dog"]
-        assert source.notes == ("3 members stand twice in d.tar; the last of each is taken",)
+        assert source.notes == ("3 members occur twice in d.tar; the last of each is used",)
         with tarfile.open(path) as shard:
             shard.extractall(tmp_path / "unpacked", filter="data")
         assert (tmp_path / "unpacked" / "1.jpg").read_bytes() == b"newest"
@@ -136,7 +136,7 @@ class TestDots:
         assert _classes(source) == ["c", None, None]
         assert source.notes == (
             "4 images left out beside another of the same sample: v2.jpg (3), seg.png (1); "
-            "data.image_column=v2.jpg takes those instead",
+            "data.image_column=v2.jpg uses those instead",
         )
         chosen = _open(path, image_column="v2.jpg")
         assert _read(chosen) == [b"v2.jpg"] * 3
@@ -157,8 +157,8 @@ class TestDots:
         assert _classes(source) == ["spring", "summer"]
         assert source.row_id(1) == "a.tar/day/photo.2021.06.jpg"
         assert source.notes == (
-            "2 images with the same names up to the first dot as others are taken one by "
-            "one: 2021.05.jpg (1), 2021.06.jpg (1)",
+            "2 images share their names up to the first dot with others but are used as separate "
+            "images: 2021.05.jpg (1), 2021.06.jpg (1)",
         )
 
     def test_masks_that_are_taken_for_images_are_said_with_the_setting_against_it(
@@ -168,17 +168,16 @@ class TestDots:
         path = _write(tmp_path / "a.tar", [(f"{n}.{end}", b"") for n in range(3) for end in ends])
         source = _open(path)
         assert source.notes == (
-            "6 images with the same names up to the first dot as others are taken one by "
-            "one: image.png (3), mask.png (3); data.image_column=image.png takes one of each "
-            "sample",
+            "6 images share their names up to the first dot with others but are used as separate "
+            "images: image.png (3), mask.png (3); data.image_column=image.png uses one per sample",
         )
         assert len(_read(_open(path, image_column="image.png"))) == 3
 
     def test_names_with_numbers_in_them_are_not_called_columns(self, tmp_path: Path) -> None:
         names = [f"{kind}.{n}.jpg" for kind in ("cat", "dog") for n in range(2)]
         assert _open(_write(tmp_path / "a.tar", [(name, b"") for name in names])).notes == (
-            "4 images with the same names up to the first dot as others are taken one by one: "
-            "0.jpg (2), 1.jpg (2)",
+            "4 images share their names up to the first dot with others but are used as separate "
+            "images: 0.jpg (2), 1.jpg (2)",
         )
 
     def test_many_different_names_are_counted_in_little_memory(self, tmp_path: Path) -> None:
@@ -189,8 +188,8 @@ class TestDots:
         assert len(found.tally.one_by_one) == 11
         assert found.tally.one_by_one.total() == 40
         assert _open(path).notes == (
-            "40 images with the same names up to the first dot as others are taken one by "
-            "one: 000.jpg (1), 001.jpg (1), 002.jpg (1), others (37)",
+            "40 images share their names up to the first dot with others but are used as separate "
+            "images: 000.jpg (1), 001.jpg (1), 002.jpg (1), others (37)",
         )
 
 
@@ -235,7 +234,7 @@ class TestLeftOut:
         assert _read(source) == [b"image"]
         assert source.notes == (
             "1 sample has no image: members end in heic (1); pip install 'raysl[formats]' "
-            "installs what reads some of them",
+            "installs libraries for some of them",
         )
 
     def test_without_any_image_the_error_says_what_lies_there(self, tmp_path: Path) -> None:
@@ -259,7 +258,7 @@ class TestLabels:
     @pytest.mark.parametrize(
         ("values", "note"),
         [
-            ([[1, 2], [2]], r"data\.label_column=label holds list<.*>: several labels an image, "),
+            ([[1, 2], [2]], r"data\.label_column=label holds list<.*>: several labels per image, "),
             ([{"id": 1}, {"id": 2}], r"data\.label_column=label holds list<"),
             ([0.5, 3], r"data\.label_column=label holds measurements \(0\.5\), not classes; the "),
         ],

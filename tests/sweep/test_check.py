@@ -75,7 +75,7 @@ class TestRuns:
 
     def test_a_setting_that_runs_through_a_value_is_named(self, sweep_of: Make) -> None:
         assert problems_of(sweep_of(set={"train.epochs.x": 1})) == [
-            "train.epochs.x: train.epochs is the value 4, no section"
+            "train.epochs.x: train.epochs is the value 4, not a section"
         ]
 
     def test_the_ends_of_a_range_are_tried_though_no_draw_comes_near(self, sweep_of: Make) -> None:

@@ -13,18 +13,18 @@ from raysl.encoder.file import save_encoder
 from raysl.errors import ExportError
 from raysl.folder.whole import write_json
 from raysl.nn.backbones import BackboneConfig, build_backbone
-from raysl.track.mlflow_model import Registered, addressed, register_encoder
+from raysl.track.mlflow_model import Registered, register_encoder, use_tracking_uri
 
 
 def test_storing_an_encoder_leaves_no_address_behind_for_the_next_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with addressed(f"sqlite:///{tmp_path}/one.db"):
+    with use_tracking_uri(f"sqlite:///{tmp_path}/one.db"):
         assert os.environ["MLFLOW_TRACKING_URI"].endswith("one.db")
     assert "MLFLOW_TRACKING_URI" not in os.environ
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere")
-    with addressed(f"sqlite:///{tmp_path}/two.db"):
+    with use_tracking_uri(f"sqlite:///{tmp_path}/two.db"):
         pass
     assert os.environ["MLFLOW_TRACKING_URI"] == "http://elsewhere"
 
@@ -59,7 +59,7 @@ def test_an_encoder_becomes_versions_of_a_name_with_a_signature(store: str) -> N
     assert again.run_id == first.run_id
     versions = MlflowClient(store).search_model_versions("name='photos'")
     assert {version.run_id for version in versions} == {first.run_id}
-    with addressed(store):
+    with use_tracking_uri(store):
         info = mlflow.models.get_model_info("models:/photos/1")
     assert info.signature.inputs.to_dict()[0]["tensor-spec"]["shape"] == (-1, 3, 4, 4)
 
@@ -83,7 +83,7 @@ def test_the_command_registers_below_the_run_that_trained_the_encoder(
     done = json.loads(capsys.readouterr().out.splitlines()[-1])["exports"]["mlflow"]
     assert (done["run_id"], done["version"]) == (run_id, "1")
     names: dict[str, Any] = {}
-    with addressed(store):
+    with use_tracking_uri(store):
         exec("\n".join(done["usage"]), names)
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
@@ -104,6 +104,6 @@ def test_a_store_that_takes_nothing_is_told_without_its_password(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(ExportError, match="MLflow did not take the model") as caught:
+    with pytest.raises(ExportError, match="MLflow did not accept the model") as caught:
         register("http://ann:secret@127.0.0.1:9")
     assert "secret" not in str(caught.value)

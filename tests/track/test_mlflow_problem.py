@@ -75,8 +75,8 @@ def first_trouble(folder: Path, uri: str) -> MlflowProblem:
     [
         (401, "You are not authenticated.", "set MLFLOW_TRACKING_USERNAME and"),
         (403, "Permission denied", "may not write to the experiment: ask its owner to allow it"),
-        (404, "<html>nothing here", "no MLflow tracking server: check host, port and path"),
-        (200, "<html>a page", "no MLflow tracking server: check host, port and path"),
+        (404, "<html>nothing here", "not an MLflow tracking server: check host, port and path"),
+        (200, "<html>a page", "not an MLflow tracking server: check host, port and path"),
     ],
 )
 def test_what_a_server_will_not_take_by_waiting(
@@ -110,7 +110,10 @@ def test_a_server_that_says_nothing_holds_the_start_so_long_and_no_longer(tmp_pa
     [
         ("mlruns", "MLFLOW_ALLOW_FILE_STORE=true"),
         ("file:///tmp/mlruns", "give a database, such as track.tracking_uri=sqlite:///mlflow.db"),
-        ("bogus://x", "give track.tracking_uri an address that MLflow knows: http://HOST:PORT"),
+        (
+            "bogus://x",
+            "set track.tracking_uri to an address that MLflow supports: http://HOST:PORT",
+        ),
         ("postgresql+nodriver://u:secret@h/db", None),
     ],
 )

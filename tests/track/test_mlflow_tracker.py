@@ -321,7 +321,7 @@ def test_neither_the_problem_nor_the_kept_file_shows_a_password(
     finish(tracker)
     assert tracker.problem is not None
     assert "secret" not in tracker.problem
-    tracker._keep()
+    tracker._write_record()
     assert "ann:***@127.0.0.1" in folder.mlflow.read_text()
     assert "secret" not in folder.mlflow.read_text()
 
