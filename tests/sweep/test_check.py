@@ -131,7 +131,7 @@ class TestSchedulersAndMetrics:
             ),
             (
                 {"set": {"evaluate.every": None}},
-                "evaluate.every=null: the metric of a sweep is read where a trial is evaluated",
+                "evaluate.every=null: a sweep reads its metric from evaluations; set an interval",
             ),
             (
                 {"metric": {"name": "simclr/uniformity"}},
@@ -240,7 +240,7 @@ class TestSpaceProblems:
             (
                 {"metric": {"name": "final/knn_top1"}, "scheduler": {"name": "asha"}},
                 "metric.name=final/knn_top1 is measured at the end only; scheduler asha needs one "
-                "that is measured on the way, such as eval/knn_top1",
+                "that is measured during training, such as eval/knn_top1",
             ),
             (
                 {
@@ -301,13 +301,13 @@ class TestSpaceProblems:
             "a.y": {"grid": [1], "when": {"a.x": 1}},
         }
         assert space_problems(sweep_of(space=space)) == [
-            "space: the conditions of a.x, a.y ask about each other"
+            "space: the conditions of a.x, a.y depend on each other"
         ]
 
     @pytest.mark.parametrize(
         ("exclude", "problem"),
         [
-            ({}, "exclude.0: names no setting, and would leave out everything"),
+            ({}, "exclude.0: names no setting, and would exclude everything"),
             ({"method.tempratur": 1}, "exclude.0: no setting 'method.tempratur'; did you mean"),
             (
                 {"method.temperature": 3},

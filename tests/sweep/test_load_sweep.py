@@ -120,8 +120,8 @@ class TestOverrides:
         )
         assert len(found) == 4
         assert found[0] == (
-            "override 'trainn.epochs=3': 'trainn' is neither of a sweep nor of a run; did you mean "
-            "'train'?"
+            "override 'trainn.epochs=3': 'trainn' is no setting of a sweep or of a run; did you "
+            "mean 'train'?"
         )
         assert found[1] == "override 'budget' is not of the form section.key=value"
         assert found[2].startswith("override 'a=[1': not valid YAML")
