@@ -221,7 +221,8 @@ def _check_fit(teacher: Classifier, path: str, data: TrainingSet) -> None:
     if data.class_names and list(data.class_names) != teacher.class_names:
         raise ConfigError(
             f"method.teacher={path}: knows the classes {_list_names(teacher.class_names)}, the "
-            f"training images have {_list_names(data.class_names)}; give a teacher of the same classes"
+            f"training images have {_list_names(data.class_names)}; give a teacher of the same "
+            f"classes"
         )
     num_known, num_classes = len(teacher.class_names), len(data.class_counts or ())
     if num_classes > num_known:

@@ -139,7 +139,7 @@ ROWS = {
         lambda: pages((GREY[::2, ::2], {"subfiletype": 1}), GREY), three(GREY)
     ),
     "Several pages, OME-TIFF": Row(_ome, Flaw.PAGES),
-    "Channels that are no colours": Row(
+    "Channels that are not colours": Row(
         lambda: tiff(np.dstack([DEEP, DEEP[..., :2]]), "minisblack", **EXTRA), Flaw.CHANNELS
     ),
     "Camera raw (DNG, NEF, CR2, ARW)": Row(_raw, Flaw.CAMERA_RAW),
