@@ -121,8 +121,8 @@ class TestSchedulersAndMetrics:
             ),
             (
                 {"scheduler": {"name": "asha"}, "set": {"evaluate.every": {"epochs": 2}}},
-                "evaluate.every={'epochs': 2}: scheduler asha decides every 1 epochs, and has to "
-                "be told then; leave it out",
+                "evaluate.every={'epochs': 2}: scheduler asha decides every 1 epochs, and needs "
+                "an evaluation then; leave it out",
             ),
             (
                 {"scheduler": {"name": "hyperband"}, "set": {"evaluate.every": {"epochs": 2}}},
@@ -179,7 +179,7 @@ class TestSpaceProblems:
             ),
             (
                 {"space": {"config": {"grid": [1]}}},
-                "space.config: is what tells several base files apart; list them in base",
+                "space.config: tells several base files apart; list them in base",
             ),
             (
                 {"set": {"optim.": 1}},
@@ -217,8 +217,7 @@ class TestSpaceProblems:
                     "space": TEMPERATURES,
                     "exclude": [{"method.temperature": 0.1}],
                 },
-                "exclude: search optuna would suggest what is left out; use when, or another "
-                "search",
+                "exclude: optuna would suggest excluded combinations; use when, or another search",
             ),
             (
                 {"search": GRID, "space": TEMPERATURES, "budget": {"trials": 1}},
@@ -251,7 +250,7 @@ class TestSpaceProblems:
                     }
                 },
                 "scheduler: hyperband with max_evaluations=2 and reduction_factor=3 compares "
-                "nobody; raise the first to the second or more",
+                "no trials; raise max_evaluations to reduction_factor or more",
             ),
         ],
     )
@@ -335,4 +334,4 @@ class TestSpaceProblems:
             "repeats=2:",
             "budget.trials=1:",
         ]
-        assert found[0].startswith("space: method.queue_length cannot change while")
+        assert found[0].startswith("space: method.queue_length cannot change during")

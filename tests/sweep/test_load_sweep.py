@@ -191,7 +191,7 @@ class TestEverythingAtOnce:
             "method.name: got 'mocoo', allowed",
             "final/linear_top1: final=knn leaves it unmeasured; add linear",
             "budget: give epochs=2 or steps=5, not both",
-            "space: name, data.limit, method cannot change while a trial is under way",
+            "space: name, data.limit, method cannot change during a trial, as pbt requires",
         ):
             assert sum(line.startswith(mistake) for line in found) == 1, mistake
 
