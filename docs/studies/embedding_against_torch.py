@@ -3,8 +3,8 @@
     python docs/studies/embedding_against_torch.py photos runs/mine
 
 The loops are those of a script that gets everything right: no gradients, channels last, all threads
-in the forward pass, a DataLoader of one worker a core. They are measured in processes of their own,
-because a DataLoader forks its workers, which a process connected to Ray must not do.
+in the forward pass, a DataLoader with one worker per core. They are measured in processes of their
+own, because a DataLoader forks its workers, which a process connected to Ray must not do.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     python docs/studies/input_against_torch.py simclr_resnet50_imagenet data.source=photos
 
 The peers decode with PIL and augment with torchvision, or are lightly's SimCLRTransform; each runs
-with one worker a core. All see the same images in the same order. A peer is measured in a process
+with one worker per core. All see the same images in the same order. A peer is measured in a process
 of its own, because a DataLoader forks its workers, which a process connected to Ray must not do.
 """
 
@@ -57,7 +57,7 @@ class PeerTask(NamedTuple):
     """Key of :data:`PEERS`."""
     source: Source
     plan: Plan
-    """Its global batch is the batch."""
+    """The order of the images; its global batch is the batch size."""
     data: DataConfig
     num_workers: int
     seconds: float
@@ -115,7 +115,7 @@ class EachView:
         self.composed = composed
 
     def __call__(self, image: PIL.Image.Image) -> list[torch.Tensor]:
-        """Return one tensor a view, ``(3, S, S)``."""
+        """Return one tensor per view, ``(3, S, S)``."""
         return [transform(image) for transform in self.composed]
 
 

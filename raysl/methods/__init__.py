@@ -1,4 +1,4 @@
-"""Self-supervised methods, one file a paper; the file's name is the method's name."""
+"""Self-supervised methods, one file per paper; the file's name is the method's name."""
 
 import importlib
 import pkgutil

@@ -88,16 +88,16 @@ class BarlowConfig(MethodConfig):
     redundancy: NonNegativeFloat = 0.0051
     """Lambda of Eq. (1): 0.005 in the paper (sec. 2.2), 0.0051 in the authors' main.py."""
     loss_scale: PositiveFloat = 1.0
-    """Factor of the loss; 1 is the paper's. It affects what an optimizer does not scale to its
-    gradient: everything under SGD, biases and norms under LARS, weight decay under both. For the
-    steps of the authors' code on R GPUs, use 1 / R; :class:`Barlow` explains why."""
+    """Factor of the loss; 1 is the paper's. It matters where a step depends on the size of the
+    gradient: for everything under SGD, for biases and norms under LARS, for weight decay under
+    both. For the steps of the authors' code on R GPUs, use 1 / R; :class:`Barlow` explains why."""
     projection_layers: Annotated[int, Field(ge=1, le=8)] = 3
     """Linear layers of the projector; batch norm and ReLU follow all but the last."""
     hidden_dim: PositiveInt = 8192
     """Width of the projector's hidden layers."""
     projection_dim: PositiveInt = 8192
     """D, the width of the embeddings (fig. 4: larger is better). About four D x D matrices of
-    float32 are held at once: 1 GiB at 8192, 64 MiB at 2048."""
+    float32 are in memory at once: 1 GiB at 8192, 64 MiB at 2048."""
 
     @property
     def norms_images(self) -> bool:
@@ -139,7 +139,7 @@ class Barlow(SiameseMethod):
     def loss_of(
         self, embeddings: tuple[Tensor, ...], batch: Batch, progress: Progress
     ) -> LossOutput:
-        """Return the scaled loss, and the size of both of its terms."""
+        """Return the scaled loss, and as metrics the mean entries of both of its terms."""
         features, z0, z1 = embeddings
         correlation = _cross_correlation(z0, z1)
         distance = _distance_to_identity(correlation, redundancy=self.config.redundancy)

@@ -20,7 +20,7 @@ class Batch:
     """This rank's images of one optimizer step, on the device."""
 
     views: Sequence[Tensor]
-    """One normalised ``(N, 3, S, S)`` float tensor a view; row i of all views is the same image."""
+    """One normalised ``(N, 3, S, S)`` float tensor per view; row i of every view is image i."""
     index: Tensor
     """``(N,)`` int64: the rows of the training source that the images come from."""
     labels: Tensor | None = None
@@ -54,7 +54,7 @@ class Progress(NamedTuple):
 
 
 class RunShape(NamedTuple):
-    """The properties of a run that follow from its configuration; methods check them."""
+    """The properties of a run that follow from its configuration, for a method to check."""
 
     global_batch_size: int
     num_workers: int
@@ -64,7 +64,7 @@ class RunShape(NamedTuple):
 
 
 class TrainingSet(NamedTuple):
-    """What a method knows of its training images in advance."""
+    """The properties of the training images that a method is given at its construction."""
 
     num_images: int
     """Number of rows of the source; ``Batch.index`` is smaller."""
@@ -77,7 +77,7 @@ class TrainingSet(NamedTuple):
     mean: tuple[float, ...] | None = None
     """The mean subtracted from the channels of the views; None if unknown."""
     std: tuple[float, ...] | None = None
-    """The deviation that divides them afterwards."""
+    """The standard deviation that they are then divided by; None if unknown."""
 
 
 class SizeDefault(NamedTuple):
@@ -98,7 +98,7 @@ class LossOutput(NamedTuple):
 
 
 class ImageGrid(NamedTuple):
-    """A picture of a batch by a method, drawn in the report."""
+    """A picture that a method makes of a batch, for the report."""
 
     images: Tensor
     """``(rows, columns, 3, S, S)`` float, normalised like the views, or in [0, 1]."""
@@ -120,7 +120,7 @@ class MethodConfig(Config):
     compares_images: ClassVar[bool] = False
     """Whether the loss compares the images of a batch, so that a batch of one is useless."""
     needs_labels: ClassVar[bool] = False
-    """Whether it only uses labelled images; others are left out."""
+    """Whether it only uses labelled images, so that others are left out."""
     classifies: ClassVar[bool] = False
     """Whether it trains a classifier (:attr:`Method.label_classifier`), whose accuracy is then
     measured instead of that of frozen features."""
@@ -147,8 +147,8 @@ class MethodConfig(Config):
     def norms_images(self) -> bool:
         """Whether batch norm in the method's heads normalises over images.
 
-        Each image yields one vector (or one a view), so a single image would be normalised to
-        nothing.
+        Each image yields one vector (or one per view), so a single image would be normalised to
+        zero.
         """
         return False
 
@@ -258,15 +258,15 @@ class Method(nn.Module, ABC):
         """Compute the loss of this rank's images.
 
         Args:
-            batch: The images.
-            progress: The state of training.
+            batch: This rank's images.
+            progress: The state of training at this step.
         """
 
     def before_optimizer_step(self, progress: Progress) -> None:
-        """Change gradients after the backward pass (such as a last layer frozen at first)."""
+        """Change gradients after the backward pass, such as to freeze a last layer at first."""
 
     def after_optimizer_step(self, progress: Progress) -> None:
-        """Update state that gradients do not: moving averages, queues."""
+        """Update state that the optimizer does not, such as moving averages and queues."""
 
     def pictures(self, batch: Batch, progress: Progress) -> Mapping[str, ImageGrid]:
         """Return pictures that show what the method does, by name; called in evaluation mode.
@@ -294,7 +294,7 @@ class EmbeddingMethod(Method):
     def embeddings(self, batch: Batch, progress: Progress) -> tuple[Tensor, ...]:
         """Return the features of one view, detached, followed by the inputs of the loss.
 
-        Each is ``(N, ...)`` with one row an image. Random numbers and state changes must be the
+        Each is ``(N, ...)`` with one row per image. Random numbers and state changes must be the
         same if the same part of the batch is embedded twice in one step (torch's global generator
         is restored for this).
         """
@@ -306,7 +306,7 @@ class EmbeddingMethod(Method):
         """Compute the loss from the embeddings of all of this rank's images."""
 
     def loss(self, batch: Batch, progress: Progress) -> LossOutput:
-        """Embed, then compare."""
+        """Embed the images, then compute the loss from the embeddings."""
         return self.loss_of(self.embeddings(batch, progress), batch, progress)
 
 
@@ -351,11 +351,11 @@ class SiameseMethod(EmbeddingMethod):
             n = len(batch.views[0])
             features = self.backbone(torch.cat(list(batch.views)))  # (2N, embed_dim)
             return features[:n].detach(), *self.projector(features).split(n)
-        of_views = [self.backbone(view) for view in batch.views]
-        return of_views[0].detach(), *(self.projector(features) for features in of_views)
+        by_view = [self.backbone(view) for view in batch.views]
+        return by_view[0].detach(), *(self.projector(features) for features in by_view)
 
 
 def at_most_dataset(value: int, data: TrainingSet) -> SizeDefault:
-    """Return the smaller of a length and the number of training images."""
+    """Return the smaller of a length and the number of training images, with its formula."""
     least = min(value, data.num_images)
     return SizeDefault(least, f"min({value:,}, {data.num_images:,} images) = {least:,}")

@@ -75,7 +75,7 @@ class BYOLConfig(MethodConfig):
 
     @property
     def norms_images(self) -> bool:
-        """True."""
+        """True: there is batch norm after the encoder."""
         return True
 
     def projection_head_layers(self, *, is_vit: bool) -> int:

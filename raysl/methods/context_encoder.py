@@ -32,7 +32,7 @@ from raysl.nn.decoders import LEAK, Discriminator, UpConvDecoder
 from raysl.nn.precision import at_least_float32
 
 MIN_VIEW_PX = 16
-REGION_CELLS = 8  # train_random.lua: 0.06 cells a pixel at 128 px
+REGION_CELLS = 8  # train_random.lua: 0.06 cells per pixel at 128 px
 
 
 def central_mask(n: int, size_px: int, *, share: float, device: torch.device) -> Tensor:
@@ -64,8 +64,8 @@ def block_mask(
     """
     side = max(1, int(size_px * math.sqrt(share / num_blocks)))
     starts = torch.randint(size_px - side + 1, (2, n, num_blocks, 1), device=device)
-    place = torch.arange(size_px, device=device)
-    inside = (place >= starts) & (place < starts + side)  # (2, N, B, S)
+    pixel = torch.arange(size_px, device=device)
+    inside = (pixel >= starts) & (pixel < starts + side)  # (2, N, B, S)
     blocks = inside[0][:, :, :, None] & inside[1][:, :, None, :]  # (N, B, S, S)
     return blocks.any(dim=1, keepdim=True)
 
@@ -76,7 +76,7 @@ def region_mask(n: int, size_px: int, *, share: float, device: torch.device) -> 
     Smooth noise, from torch's global generator, is cut at the level that leaves this share of the
     pixels of each image below it (ties aside).
 
-    Source: train_random.lua: noise of 0.06 cells a pixel, enlarged bicubically, is cut at a fixed
+    Source: train_random.lua: noise of 0.06 cells per pixel, enlarged bicubically, is cut at a fixed
     level, and patterns that cover 20 to 30 % are kept.
     Departs: Sec. 3.3 (c) takes outlines of objects from PASCAL VOC 2012, deformed and laid on other
     images; the authors published the above instead, and so do we. Here the share is exact, cells
@@ -120,8 +120,8 @@ def reconstruction_loss(prediction: Tensor, target: Tensor, weight: Tensor) -> T
         return (weighted / num_weighted.clamp_min(1)).mean()
 
 
-def discriminator_loss(real: Tensor, made: Tensor) -> Tensor:
-    """Return - log D(x) - log(1 - D(F(x))), the mean over ``(N,)`` logits of each.
+def discriminator_loss(real: Tensor, generated: Tensor) -> Tensor:
+    """Return - log D(x) - log(1 - D(F(x))), the mean over ``(N,)`` logits of each kind.
 
     Chance (logits 0) gives 2 log 2.
 
@@ -129,18 +129,19 @@ def discriminator_loss(real: Tensor, made: Tensor) -> Tensor:
     """
     with torch.autocast(real.device.type, enabled=False):
         return (
-            F.softplus(-at_least_float32(real)).mean() + F.softplus(at_least_float32(made)).mean()
+            F.softplus(-at_least_float32(real)).mean()
+            + F.softplus(at_least_float32(generated)).mean()
         )
 
 
-def adversarial_loss(made: Tensor) -> Tensor:
+def adversarial_loss(generated: Tensor) -> Tensor:
     """Return - log D(F(x)), the mean over ``(N,)`` logits; chance gives log 2.
 
     Departs: Eq. (2) has log(1 - D(F(x))), whose gradient vanishes while the discriminator wins; the
     authors' train.lua has this form, as GANs do in practice.
     """
-    with torch.autocast(made.device.type, enabled=False):
-        return F.softplus(-at_least_float32(made)).mean()
+    with torch.autocast(generated.device.type, enabled=False):
+        return F.softplus(-at_least_float32(generated)).mean()
 
 
 class ContextEncoderConfig(MethodConfig):
@@ -184,12 +185,12 @@ class ContextEncoderConfig(MethodConfig):
 
     @property
     def norms_images(self) -> bool:
-        """True."""
+        """True: there is batch norm after the encoder."""
         return True
 
     @property
     def num_views(self) -> int:
-        """One; the method removes the region."""
+        """One view, from which the method removes a region."""
         return 1
 
     def check(self, shape: RunShape) -> None:
@@ -273,18 +274,18 @@ class ContextEncoder(Method):
         hole = self._hole(images)
         features, painted = self._paint(images, hole)
         target = _window(images, hole)
-        rebuilt = reconstruction_loss(painted, target, hole.weight)
+        reconstruction = reconstruction_loss(painted, target, hole.weight)
         is_predicted = (hole.weight > 0).to(target.dtype)
         metrics: dict[str, Tensor] = {}
         if progress.is_logged:
             error = ((painted.detach().to(target.dtype) - target) * is_predicted).square().sum()
             metrics = {
-                "context_encoder/reconstruction_loss": rebuilt.detach(),
+                "context_encoder/reconstruction_loss": reconstruction.detach(),
                 # 1: no better than the mean colour, which is 0 in normalised views.
                 "context_encoder/relative_error": error
                 / (target * is_predicted).square().sum().clamp_min(1e-6),
             }
-        loss = self.config.reconstruction_weight * rebuilt
+        loss = self.config.reconstruction_weight * reconstruction
         if self.discriminator is None:
             return LossOutput(loss, features.detach(), metrics)
         # The discriminator only sees the predicted region (with context it would only look at the
@@ -292,22 +293,22 @@ class ContextEncoder(Method):
         fake = painted * is_predicted
         adversarial = adversarial_loss(_judge_frozen(self.discriminator, fake))
         real_logits = self.discriminator(target * is_predicted)
-        made_logits = self.discriminator(fake.detach())
+        generated_logits = self.discriminator(fake.detach())
         if progress.is_logged:
             metrics |= {
                 "context_encoder/adversarial_loss": adversarial.detach(),
                 "context_encoder/real_judged_real": (real_logits > 0).float().mean(),
-                "context_encoder/painted_judged_real": (made_logits > 0).float().mean(),
+                "context_encoder/painted_judged_real": (generated_logits > 0).float().mean(),
             }
         return LossOutput(
             loss + self.config.adversarial_weight * adversarial,
             features.detach(),
             metrics,
-            adversary_loss=discriminator_loss(real_logits, made_logits),
+            adversary_loss=discriminator_loss(real_logits, generated_logits),
         )
 
     def _hole(self, images: Tensor) -> _Hole:
-        """Draw this batch's holes."""
+        """Draw the holes of a batch."""
         config, n, size, device = self.config, len(images), images.shape[2], images.device
         if images.shape[2] != images.shape[3]:
             raise ShapeError(f"views must be (N, 3, S, S); got {tuple(images.shape)}")
@@ -341,11 +342,11 @@ class ContextEncoder(Method):
         images = batch.views[0]
         hole = self._hole(images)
         _, painted = self._paint(images, hole)
-        after = images.shape[2] - hole.start - hole.size
-        whole = F.pad(painted.to(images.dtype), (hole.start, after) * 2)
-        seen = images.masked_fill(hole.masked, 0.0)
+        margin = images.shape[2] - hole.start - hole.size
+        whole = F.pad(painted.to(images.dtype), (hole.start, margin) * 2)
+        visible = images.masked_fill(hole.masked, 0.0)
         filled = torch.where(hole.masked, whole, images)
-        grid = torch.stack([images, seen, filled], dim=1)
+        grid = torch.stack([images, visible, filled], dim=1)
         caption = "A view; what the encoder sees; what the decoder paints into the hole."
         return {"inpainting": ImageGrid(grid, ("view", "with a hole", "painted"), caption)}
 

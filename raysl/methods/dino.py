@@ -58,8 +58,8 @@ def dino_loss(
         P_t = softmax((g_t - c)/\tau_t), \quad P_s = softmax(g_s/\tau_s)
 
     Args:
-        student: The student's outputs, one ``(N, K)`` a view, any float dtype.
-        teacher: The teacher's for the first views, one ``(N, K)`` each; they get no gradient.
+        student: The student's outputs, one ``(N, K)`` per view, any float dtype.
+        teacher: The teacher's outputs for the first views, one ``(N, K)`` per view; no gradient.
         center: c, ``(K,)`` or ``(1, K)``.
         student_temperature: > 0.
         teacher_temperature: > 0; below the student's, it sharpens.
@@ -95,7 +95,7 @@ def _check_outputs(student: Sequence[Tensor], teacher: Sequence[Tensor], center:
 def _teacher_probs(
     teacher: Sequence[Tensor], center: Tensor, *, temperature: float
 ) -> list[Tensor]:
-    """Center, then sharpen: the student's targets, ``(N, K)`` a view."""
+    """Center and sharpen the outputs: the student's targets, one ``(N, K)`` per view."""
     centred = (at_least_float32(output) - center for output in teacher)
     return [(output / temperature).softmax(dim=1) for output in centred]
 
@@ -104,14 +104,14 @@ def _cross_entropy(
     student: Sequence[Tensor], targets: Sequence[Tensor], *, temperature: float
 ) -> Tensor:
     """Return the mean of H(target, student) over pairs of different views and over images."""
-    everything = torch.stack(list(targets)).sum(dim=0)
+    all_targets = torch.stack(list(targets)).sum(dim=0)
     pairs = len(student) * len(targets) - min(len(student), len(targets))
     terms = []
     for view, output in enumerate(student):
         others = [target for number, target in enumerate(targets) if number != view]
         if not others:
             continue
-        target = everything if len(others) == len(targets) else torch.stack(others).sum(dim=0)
+        target = all_targets if len(others) == len(targets) else torch.stack(others).sum(dim=0)
         with torch.autocast(output.device.type, enabled=False):
             log_probs = F.log_softmax(at_least_float32(output) / temperature, dim=1)
             terms.append(-(target * log_probs).sum(dim=1).mean())
@@ -146,11 +146,11 @@ class DINOConfig(MethodConfig):
     student_temperature: PositiveFloat = 0.1
     """tau_s of Eq. (1) (sec. 3.2)."""
     teacher_temperature: PositiveFloat | None = None
-    """Value after its warm-up: 0.04 to 0.07; higher is unstable (appendix D). null goes from 0.04
-    for 50,000 images (lightly's CIFAR-10 benchmark) to 0.07 for ImageNet's (the authors' best
-    runs): on few images a softer target collapses to the uniform one."""
+    """Teacher temperature after the warm-up: 0.04 to 0.07; higher is unstable (appendix D). null
+    goes from 0.04 for 50,000 images (lightly's CIFAR-10 benchmark) to 0.07 for ImageNet's (the
+    authors' best runs): on few images a softer target collapses to the uniform one."""
     warmup_teacher_temperature: PositiveFloat = 0.04
-    """Value at step 0."""
+    """Teacher temperature at step 0."""
     teacher_temperature_warmup: Duration = Duration(fraction=0.1)
     """Duration of the linear warm-up: the authors' 30 epochs of 300."""
     center_momentum: Probability = 0.9
@@ -169,7 +169,7 @@ class DINOConfig(MethodConfig):
 
     @property
     def norms_images(self) -> bool:
-        """As configured."""
+        """Whether there is batch norm in the head."""
         return self.head_batch_norm and self.head_layers > 1
 
     def projection_head_layers(self, *, is_vit: bool) -> int:
@@ -196,13 +196,13 @@ class DINOConfig(MethodConfig):
         )
         defaults = {
             "num_prototypes": SizeDefault(prototypes, formula),
-            "teacher_temperature": _between(images, 0.04, 0.07),
-            "ema_momentum": _between(images, 0.99, 0.996),
+            "teacher_temperature": _interpolate(images, 0.04, 0.07),
+            "ema_momentum": _interpolate(images, 0.99, 0.996),
         }
         return {name: defaults[name] for name in defaults if getattr(self, name) is None}
 
 
-def _between(images: int, small: float, large: float) -> SizeDefault:
+def _interpolate(images: int, small: float, large: float) -> SizeDefault:
     """Interpolate between CIFAR's and ImageNet's value, in the log of the number of images."""
     share = math.log(max(images, 1) / CIFAR_IMAGES) / math.log(IMAGENET_IMAGES / CIFAR_IMAGES)
     value = round(small + (large - small) * min(max(share, 0.0), 1.0), 4)
@@ -267,11 +267,11 @@ class DINO(Method):
     def __init__(self, config: DINOConfig, backbone: Backbone, data: TrainingSet) -> None:
         super().__init__(config, backbone, data)
         self.config = config
-        given = {name: found.value for name, found in config.size_defaults(data).items()}
-        given = {name: value for name, value in config if value is not None} | given
-        num_prototypes = int(given["num_prototypes"])
-        self.teacher_temperature: float = given["teacher_temperature"]
-        self.ema_momentum: float = given["ema_momentum"]
+        settings = {name: value for name, value in config if value is not None}
+        settings |= {name: each.value for name, each in config.size_defaults(data).items()}
+        num_prototypes = int(settings["num_prototypes"])
+        self.teacher_temperature: float = settings["teacher_temperature"]
+        self.ema_momentum: float = settings["ema_momentum"]
         head = Head(backbone.embed_dim, config, num_prototypes=num_prototypes)
         self.student = Network(backbone, head)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
@@ -284,13 +284,13 @@ class DINO(Method):
 
     @property
     def encoder(self) -> Backbone:
-        """The backbone of the teacher, or of the student if the configuration says so."""
+        """The backbone of the network to evaluate, the teacher or the student."""
         teacher = self.config.evaluate_network == "teacher"
         return self.teacher.backbone if teacher else self.student.backbone
 
     @property
     def projection_head(self) -> nn.Sequential:
-        """The layers before the prototypes, of the evaluated network."""
+        """The layers before the prototypes, of the network to evaluate."""
         teacher = self.config.evaluate_network == "teacher"
         return (self.teacher if teacher else self.student).head.mlp
 
@@ -316,16 +316,16 @@ class DINO(Method):
         with torch.no_grad():
             teacher = self.teacher(batch.views[:NUM_LARGE])[1]
         features, student = self.student(batch.views)
-        cold, warm = self.temperature_at(progress), self.config.student_temperature
-        targets = _teacher_probs(teacher.split(n), self.center, temperature=cold)
-        loss = _cross_entropy(student.split(n), targets, temperature=warm)
+        teacher_tau, student_tau = self.temperature_at(progress), self.config.student_temperature
+        targets = _teacher_probs(teacher.split(n), self.center, temperature=teacher_tau)
+        loss = _cross_entropy(student.split(n), targets, temperature=student_tau)
         if self.training and torch.is_grad_enabled():
             total, rows = self._teacher_outputs  # over the parts of the batch so far
             self._teacher_outputs = teacher.sum(dim=0) + total.to(teacher), rows + len(teacher)
         metrics: dict[str, Tensor] = {}
         if progress.is_logged:
             metrics = self._health(loss.detach(), torch.cat(targets)) | {
-                "dino/teacher_temperature": loss.new_tensor(cold),
+                "dino/teacher_temperature": loss.new_tensor(teacher_tau),
                 "dino/ema_momentum": loss.new_tensor(self.momentum_at(progress)),
             }
         return LossOutput(loss, features[:n].detach(), metrics)

@@ -29,7 +29,7 @@ from raysl.nn.geometry import entropy
 from raysl.nn.precision import at_least_float32
 
 _CHANNELS = 3
-_TOLERANCE = 1e-6  # for mean and deviation of the pixels
+_TOLERANCE = 1e-6  # for mean and standard deviation of the pixels
 
 
 def distillation_loss(
@@ -43,7 +43,7 @@ def distillation_loss(
 
     Args:
         student: Logits ``(N, C)``, any float dtype.
-        teacher: Likewise; gets no gradient.
+        teacher: Logits of the same shape; they get no gradient.
         temperature: tau, > 0, of both.
         hard: Use the teacher's best class as the target (pseudo-labels).
 
@@ -62,10 +62,10 @@ def distillation_loss(
             f"{tuple(teacher.shape)}"
         )
     with torch.autocast(student.device.type, enabled=False):
-        ours = at_least_float32(student) / temperature
-        theirs = at_least_float32(teacher.detach()) / temperature
-        targets = theirs.argmax(dim=1) if hard else theirs.softmax(dim=1)
-        return F.cross_entropy(ours, targets)
+        student_logits = at_least_float32(student) / temperature
+        teacher_logits = at_least_float32(teacher.detach()) / temperature
+        targets = teacher_logits.argmax(dim=1) if hard else teacher_logits.softmax(dim=1)
+        return F.cross_entropy(student_logits, targets)
 
 
 def known_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -111,12 +111,12 @@ class DistillConfig(MethodConfig):
 
     @property
     def num_views(self) -> int:
-        """One, seen by teacher and student: a crop and a flip (sec. 3.1)."""
+        """One view, which teacher and student see: a crop and a flip (sec. 3.1)."""
         return 1
 
     @property
     def uses_labels(self) -> bool:
-        """True if they have a weight."""
+        """Whether labels have a weight in the loss."""
         return self.distillation_weight < 1
 
     def check(self, shape: RunShape) -> None:
@@ -177,8 +177,8 @@ class Distill(EmbeddingMethod):
         images = batch.views[0]
         features = self.encoder(images)
         with torch.no_grad():
-            theirs = self.teacher(images)
-        return features.detach(), self.network.logits(features), theirs
+            teacher_logits = self.teacher(images)
+        return features.detach(), self.network.logits(features), teacher_logits
 
     def loss_of(
         self, embeddings: tuple[Tensor, ...], batch: Batch, progress: Progress
@@ -188,25 +188,28 @@ class Distill(EmbeddingMethod):
         Source: Eq. (3). Departs: means over images, where the paper has sums over the two data
         sets; the weight then includes their ratio.
         """
-        features, ours, theirs = embeddings
+        features, student_logits, teacher_logits = embeddings
         config = self.config
         hard, alpha = config.targets == "hard", config.distillation_weight
-        loss = distillation_loss(ours, theirs, temperature=config.temperature, hard=hard)
+        loss = distillation_loss(
+            student_logits, teacher_logits, temperature=config.temperature, hard=hard
+        )
         metrics = {"distill/loss": loss.detach()}
         if config.temperature_squared:
             loss = config.temperature**2 * loss
         if alpha < 1 and batch.labels is not None:
-            labelled = known_label_loss(ours, batch.labels)
+            labelled = known_label_loss(student_logits, batch.labels)
             metrics["distill/label_loss"] = labelled.detach()
             loss = (1 - alpha) * labelled + alpha * loss
         if not progress.is_logged:
             return LossOutput(loss, features, {})
         with torch.no_grad():
-            sure = theirs.float().softmax(dim=1).amax(dim=1)
-            softened = (theirs.float() / config.temperature).softmax(dim=1)
+            agrees = student_logits.argmax(1) == teacher_logits.argmax(1)
+            confidence = teacher_logits.float().softmax(dim=1).amax(dim=1)
+            softened = (teacher_logits.float() / config.temperature).softmax(dim=1)
             metrics |= {
-                "distill/agreement": (ours.argmax(1) == theirs.argmax(1)).float().mean(),
-                "distill/teacher_confidence": sure.mean(),
+                "distill/agreement": agrees.float().mean(),
+                "distill/teacher_confidence": confidence.mean(),
                 # Lower bound of the loss with soft targets.
                 "distill/teacher_entropy": entropy(softened),
             }
@@ -217,27 +220,29 @@ def _check_fit(teacher: Classifier, path: str, data: TrainingSet) -> None:
     """Reject a teacher with other classes, or one trained with another normalisation."""
     if data.class_names and list(data.class_names) != teacher.class_names:
         raise ConfigError(
-            f"method.teacher={path}: knows the classes {_some(teacher.class_names)}, the training "
-            f"images have {_some(data.class_names)}; give a teacher of the same classes"
+            f"method.teacher={path}: knows the classes {_list_names(teacher.class_names)}, the "
+            f"training images have {_list_names(data.class_names)}; give a teacher of the same "
+            f"classes"
         )
-    known, ours = len(teacher.class_names), len(data.class_counts or ())
-    if ours > known:
+    num_known, num_classes = len(teacher.class_names), len(data.class_counts or ())
+    if num_classes > num_known:
         raise ConfigError(
-            f"method.teacher={path}: knows {known} classes, the training images have {ours}; give "
-            f"a teacher of the same classes"
+            f"method.teacher={path}: knows {num_known} classes, the training images have "
+            f"{num_classes}; give a teacher of the same classes"
         )
     for name, pixels in (("mean", data.mean), ("std", data.std)):
-        theirs = teacher.description.get(name)
-        if pixels is None or theirs is None:
+        teacher_value = teacher.description.get(name)
+        if pixels is None or teacher_value is None:
             continue
-        if not _are_channels(theirs):
+        if not _are_channels(teacher_value):
             raise DataError(
-                f"method.teacher={path}: its header has {name}={theirs!r}, not a number a channel"
+                f"method.teacher={path}: its header has {name}={teacher_value!r}, not one "
+                f"number per channel"
             )
-        if any(abs(a - b) > _TOLERANCE for a, b in zip(pixels, theirs, strict=True)):
+        if any(abs(a - b) > _TOLERANCE for a, b in zip(pixels, teacher_value, strict=True)):
             raise ConfigError(
-                f"method.teacher={path}: was trained with data.{name}={theirs}, this run has "
-                f"{list(pixels)}; set data.{name} to the teacher's"
+                f"method.teacher={path}: was trained with data.{name}={teacher_value}, this run "
+                f"has {list(pixels)}; set data.{name} to the teacher's"
             )
 
 
@@ -249,7 +254,7 @@ def _are_channels(values: Any) -> bool:
     )
 
 
-def _some(names: Any) -> str:
+def _list_names(names: Any) -> str:
     names = list(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 

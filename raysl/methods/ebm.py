@@ -38,8 +38,8 @@ from raysl.methods.base import (
 )
 from raysl.nn.backbones import Backbone
 from raysl.nn.contrastive_divergence import contrastive_divergence_loss
-from raysl.nn.energies import by_row, contrast, mean_where, range_of
-from raysl.nn.langevin import ChainStarts, ReplayBuffer, energy_gradient, langevin, standing_still
+from raysl.nn.energies import contrast, mean_where, per_image, range_text
+from raysl.nn.langevin import ChainStarts, ReplayBuffer, energy_gradient, evaluation_mode, langevin
 from raysl.nn.noise_contrast import conditional_noise_contrastive_loss, noise_contrastive_loss
 from raysl.nn.perturbation import Perturbation, perturb
 from raysl.nn.precision import at_least_float32
@@ -48,15 +48,15 @@ from raysl.nn.spectral_noise import SpectralGaussian
 
 _NO_CHAINS = {"training": ("score_matching", "nce", "conditional_nce")}
 _SHOWN_ROWS = 8  # limit for a picture
-_OF_NOISE, _PERTURBED = ("perturbations", "noise_std_range"), ("mcmc", "conditional_nce")
+_NOISE_SETTINGS, _PERTURBING = ("perturbations", "noise_std_range"), ("mcmc", "conditional_nce")
 
 
 class EBMConfig(MethodConfig):
     """Settings of the energy-based model.
 
-    Steps, gradients and deviations are for pixels from -1 to 1, as JEM's are; ``value_range``
-    converts them. IGEBM's are for pixels from 0 to 1: a step of 10 there is one of 40 here, a
-    gradient of 0.01 one of 0.005, a deviation of 0.005 one of 0.01.
+    Steps, gradients and standard deviations are for pixels from -1 to 1, as JEM's are;
+    ``value_range`` converts them. IGEBM's are for pixels from 0 to 1: a step of 10 there is one of
+    40 here, a gradient of 0.01 one of 0.005, a standard deviation of 0.005 one of 0.01.
     """
 
     idle: ClassVar[tuple[Idle, ...]] = (
@@ -66,8 +66,8 @@ class EBMConfig(MethodConfig):
         Idle(("restart_from",), {"training": ("mcmc",), "restart_prob": (0,)}),
         Idle(("perturbations",), {"training": ("score_matching", "nce")}),
         Idle(("noise_std_range",), {"training": ("nce",)}),
-        Idle(_OF_NOISE, {"training": ("mcmc",), "restart_from": ("noise", "data")}),
-        Idle(("noise_std_range",), {"training": _PERTURBED, "perturbations": (["turn"],)}),
+        Idle(_NOISE_SETTINGS, {"training": ("mcmc",), "restart_from": ("noise", "data")}),
+        Idle(("noise_std_range",), {"training": _PERTURBING, "perturbations": (["turn"],)}),
         Idle(("num_noise",), {"training": ("mcmc", "score_matching")}),
     )
     name: Literal["ebm"] = "ebm"
@@ -79,7 +79,7 @@ class EBMConfig(MethodConfig):
     """Width of the energy's head on the features."""
     value_range: tuple[float, float] = (-2.7, 2.7)
     """Lowest and highest normalised pixel value; chains stay in this range. The default covers
-    black and white with ImageNet's mean and deviation."""
+    black and white with ImageNet's mean and standard deviation."""
     langevin_steps: PositiveInt = 20
     """mcmc: steps of each chain in a training step (JEM 20, IGEBM 60)."""
     langevin_step_size: PositiveFloat = 1.0
@@ -88,12 +88,12 @@ class EBMConfig(MethodConfig):
     """mcmc: bound on the absolute value of a pixel's gradient in a step; null: none (JEM none,
     IGEBM 0.005, so that a step of 40 moves a pixel by at most a tenth of its range)."""
     langevin_noise_std: NonNegativeFloat = 0.01
-    """mcmc: deviation of the noise in a step (JEM and IGEBM 0.01)."""
+    """mcmc: standard deviation of the noise in a step (JEM and IGEBM 0.01)."""
     input_noise_std: NonNegativeFloat = 0.03
-    """mcmc: deviation of the noise on the data (JEM 0.03)."""
+    """mcmc: standard deviation of the noise on the data (JEM 0.03)."""
     buffer_length: PositiveInt = 10000
-    """mcmc: chains in the replay buffer (JEM and IGEBM 10,000). It takes 6 bytes a pixel in memory
-    and in every checkpoint: 61 MB for 10,000 images of 32 px."""
+    """mcmc: chains in the replay buffer (JEM and IGEBM 10,000). It takes 6 bytes per pixel in
+    memory and in every checkpoint: 61 MB for 10,000 images of 32 px."""
     restart_prob: Probability = 0.05
     """mcmc: probability that a chain restarts from noise (JEM and IGEBM 0.05)."""
     restart_from: Literal["noise", "data", "perturbed_data"] = "noise"
@@ -102,8 +102,8 @@ class EBMConfig(MethodConfig):
     energy_regularisation: NonNegativeFloat = 0.0
     """mcmc: alpha, weight of squared energies (IGEBM 1, JEM none)."""
     noise_std_range: tuple[PositiveFloat, PositiveFloat] = (0.02, 2.0)
-    """score_matching, gaussian perturbations: least and largest deviation of the noise (Song and
-    Ermon: 0.01 and 1 for pixels from 0 to 1); an image's is drawn uniformly in its logarithm."""
+    """score_matching, gaussian perturbations: smallest and largest standard deviation of the
+    noise (Song and Ermon: 0.01 and 1 for pixels from 0 to 1), log-uniform for each image."""
     perturbations: Annotated[tuple[Perturbation, ...], Field(min_length=1)] = ("gaussian",)
     """conditional_nce, and chains from perturbed data: how to change an image; each is equally
     likely. gaussian: add noise (Ceylan and Gutmann). turn: rotate by one, two or three quarter
@@ -123,7 +123,7 @@ class EBMConfig(MethodConfig):
 
     @property
     def num_views(self) -> int:
-        """One view: the image."""
+        """One view, the image."""
         return 1
 
     def check(self, shape: RunShape) -> None:
@@ -152,7 +152,7 @@ class EBM(Method):
         nce: the model is p_n(x) exp(-E(x) - c), relative to the noise's density, so its energy over
         images is E - log p_n. Otherwise the network would first have to learn log p_n to within a
         nat: 3,610 +- 870 for CIFAR-10 images, 3,150 +- 40 for the noise.
-        conditional_nce: Gaussian noise of many deviations, as in score matching, and turns: the
+        conditional_nce: Gaussian noise of many levels, as in score matching, and turns: the
         conditional density of either is symmetric, as the loss requires. Turns alone only fit the
         ratios of p(x) among the four turns of an image.
     """
@@ -180,8 +180,8 @@ class EBM(Method):
         elif config.training == "nce":
             self.noise = SpectralGaussian(size_px)
             self.log_normaliser = nn.Parameter(torch.zeros(()))
-        self._ended: tuple[ChainStarts, Tensor] | None = None
-        self._seen: Tensor | None = None
+        self._finished_chains: tuple[ChainStarts, Tensor] | None = None
+        self._last_images: Tensor | None = None
 
     @property
     def encoder(self) -> Backbone:
@@ -201,9 +201,9 @@ class EBM(Method):
         """Return the loss of the configured training; the features are those of its data."""
         images = batch.views[0]
         if self._has_batch_norm and self.training:
-            # Updates its averages; with gradients, as autocast keeps its casts.
+            # Updates its averages; with gradients, because autocast caches the casts of weights.
             self.backbone(images)
-        with standing_still(self.backbone):
+        with evaluation_mode(self.backbone):
             if self.buffer is not None:
                 return self._mcmc(images, self.buffer, progress)
             if self.noise is not None:
@@ -228,31 +228,31 @@ class EBM(Method):
         generator = progress.shared_generator()
         starts = buffer.starts(len(images), restart_prob=config.restart_prob, generator=generator)
         data = images + config.input_noise_std * scale * torch.randn_like(images)
-        begin = starts.images.to(images)
+        start_images = starts.images.to(images)
         if config.restart_from != "noise":
             fresh = data if config.restart_from == "data" else self._perturb(data)[0]
-            begin = torch.where(by_row(starts.fresh), fresh, begin)
+            start_images = torch.where(per_image(starts.fresh), fresh, start_images)
         samples, gradients = langevin(
             self.energy,
-            begin,
+            start_images,
             num_steps=config.langevin_steps,
             step_size=config.langevin_step_size * scale**2,
             max_gradient=(config.langevin_max_gradient or math.inf) / scale,
             noise_std=config.langevin_noise_std * scale,
             value_range=config.value_range,
         )
-        self._ended = (starts, samples)
+        self._finished_chains = (starts, samples)
         energies, features = self._energy_and_features(torch.cat([data, samples]))
-        of_data, of_samples = energies.split(len(images))
+        data_energies, sample_energies = energies.split(len(images))
         loss = contrastive_divergence_loss(
-            of_data, of_samples, regularisation=config.energy_regularisation
+            data_energies, sample_energies, regularisation=config.energy_regularisation
         )
         features = features[: len(images)].detach()
         if not progress.is_logged:
             return LossOutput(loss, features, {})
-        metrics = contrast(of_data, of_samples, "samples") | {
+        metrics = contrast(data_energies, sample_energies, "samples") | {
             "ebm/sample_gradient_norm": gradients.mean() * scale,
-            "ebm/sample_moved_rms": (samples - begin).square().mean().sqrt() / scale,
+            "ebm/sample_moved_rms": (samples - start_images).square().mean().sqrt() / scale,
             "ebm/chain_length_steps": starts.num_steps.float().mean() + config.langevin_steps,
         }
         return LossOutput(loss, features, {key: v.detach() for key, v in metrics.items()})
@@ -261,28 +261,28 @@ class EBM(Method):
         low, high = self._log_noise_range
         sigma = torch.empty_like(images[:, 0, 0, 0]).uniform_(low, high).exp()
         noise = torch.randn_like(images)
-        seen: list[tuple[Tensor, Tensor]] = []
+        outputs: list[tuple[Tensor, Tensor]] = []
 
         def energy(noisy: Tensor) -> Tensor:
-            seen.append(self._energy_and_features(noisy))
-            return seen[0][0] / sigma
+            outputs.append(self._energy_and_features(noisy))
+            return outputs[0][0] / sigma
 
-        noisy = images + by_row(sigma) * noise
+        noisy = images + per_image(sigma) * noise
         with sdpa_kernel(SDPBackend.MATH):  # others have no second derivative
             scores = -energy_gradient(energy, noisy, create_graph=torch.is_grad_enabled())
-        energies, features = seen[0]
+        energies, features = outputs[0]
         loss = denoising_score_loss(scores, noise, sigma)
         if not progress.is_logged:
             return LossOutput(loss, features.detach(), {})
         with torch.no_grad():
-            left = (by_row(sigma) * scores + noise).square().flatten(1).mean(dim=1)
+            residual = (per_image(sigma) * scores + noise).square().flatten(1).mean(dim=1)
             fine = sigma < math.exp((low + high) / 2)
             metrics = {
                 "ebm/energy_data": energies.mean(),
                 "ebm/energy_std": energies.std(correction=0),
-                "ebm/score_length": (by_row(sigma) * scores).square().mean().sqrt(),
-                "ebm/noise_left_fine": mean_where(fine, left),
-                "ebm/noise_left_coarse": mean_where(~fine, left),
+                "ebm/score_length": (per_image(sigma) * scores).square().mean().sqrt(),
+                "ebm/noise_left_fine": mean_where(fine, residual),
+                "ebm/noise_left_coarse": mean_where(~fine, residual),
             }
         return LossOutput(loss, features.detach(), metrics)
 
@@ -293,22 +293,22 @@ class EBM(Method):
             log_noise = model.log_prob(images)
         energies, features = self._energy_and_features(torch.cat([images, noise]))
         # p(x) = p_n(x) exp(-E(x) - c): the noise's density, some thousand nats, cancels exactly.
-        of_data, of_noise = (-energies - self.log_normaliser).split([n, n * count])
+        data_logits, noise_logits = (-energies - self.log_normaliser).split([n, n * count])
         loss = noise_contrastive_loss(
-            of_data,
-            of_noise.view(n, count),
-            data_log_noise=torch.zeros_like(of_data),
-            noise_log_noise=torch.zeros_like(of_noise).view(n, count),
+            data_logits,
+            noise_logits.view(n, count),
+            data_log_noise=torch.zeros_like(data_logits),
+            noise_log_noise=torch.zeros_like(noise_logits).view(n, count),
             num_noise=count,
         )
-        self._seen = images
+        self._last_images = images
         if not progress.is_logged:
             return LossOutput(loss, features[:n].detach(), {})
         metrics = contrast(energies[:n], energies[n:], "noise") | {
-            "ebm/right_data": (of_data > math.log(count)).float().mean(),
-            "ebm/right_noise": (of_noise < math.log(count)).float().mean(),
+            "ebm/right_data": (data_logits > math.log(count)).float().mean(),
+            "ebm/right_noise": (noise_logits < math.log(count)).float().mean(),
             "ebm/log_normaliser": self.log_normaliser.clone(),
-            "ebm/nats_per_value": -(log_noise + of_data).mean() / images[0].numel(),
+            "ebm/nats_per_value": -(log_noise + data_logits).mean() / images[0].numel(),
         }
         features = features[:n].detach()
         return LossOutput(loss, features, {key: v.detach() for key, v in metrics.items()})
@@ -321,30 +321,30 @@ class EBM(Method):
         n, count, names = len(images), self.config.num_noise, self.config.perturbations
         noise, kinds = self._perturb(images.repeat_interleave(count, dim=0))
         energies, features = self._energy_and_features(torch.cat([images, noise]))
-        of_data, of_noise = energies[:n], energies[n:].view(n, count)
-        loss = conditional_noise_contrastive_loss(-of_data, -of_noise)
+        data_energies, noise_energies = energies[:n], energies[n:].view(n, count)
+        loss = conditional_noise_contrastive_loss(-data_energies, -noise_energies)
         if not progress.is_logged:
             return LossOutput(loss, features[:n].detach(), {})
-        right = (of_noise > of_data[:, None]).flatten().float()
-        metrics = contrast(of_data, of_noise, "noise")
+        is_correct = (noise_energies > data_energies[:, None]).flatten().float()
+        metrics = contrast(data_energies, noise_energies, "noise")
         for name in names:
-            metrics[f"ebm/right_{name}"] = mean_where(kinds == names.index(name), right)
+            metrics[f"ebm/right_{name}"] = mean_where(kinds == names.index(name), is_correct)
         features = features[:n].detach()
         return LossOutput(loss, features, {key: v.detach() for key, v in metrics.items()})
 
     @torch.no_grad()
     def after_optimizer_step(self, progress: Progress) -> None:
         """Put all ranks' samples into the buffer, or fit the noise to their images."""
-        if self.buffer is not None and self._ended is not None:
-            starts, samples = self._ended
+        if self.buffer is not None and self._finished_chains is not None:
+            starts, samples = self._finished_chains
             self.buffer.put(starts, samples, num_steps=self.config.langevin_steps)
-        if self.noise is not None and self._seen is not None:
-            self.noise.fit_(self._seen)
-        self._ended = self._seen = None
+        if self.noise is not None and self._last_images is not None:
+            self.noise.fit_(self._last_images)
+        self._finished_chains = self._last_images = None
 
     def pictures(self, batch: Batch, progress: Progress) -> Mapping[str, ImageGrid]:
         """Show samples of the chains, denoised images, or data and noise."""
-        with torch.inference_mode(False), standing_still(self.backbone):
+        with torch.inference_mode(False), evaluation_mode(self.backbone):
             images = batch.views[0].clone()
             if self.buffer is not None:
                 return {"samples": self._picture_of_samples(self.buffer)}
@@ -354,14 +354,14 @@ class EBM(Method):
 
     def _picture_of_samples(self, buffer: ReplayBuffer) -> ImageGrid:
         side = max(1, min(_SHOWN_ROWS, math.isqrt(len(buffer.num_steps))))
-        places = buffer.num_steps.argsort(descending=True)[: side * side]
-        samples, steps = buffer.samples[places].float(), buffer.num_steps[places]
+        slots = buffer.num_steps.argsort(descending=True)[: side * side]
+        samples, steps = buffer.samples[slots].float(), buffer.num_steps[slots]
         with torch.no_grad():
             energies = self.energy(samples)
         caption = (
             f"Samples of the oldest Langevin chains, {int(steps.min()):,} to "
-            f"{int(steps.max()):,} steps after their start at {self.config.restart_from}; "
-            f"their energies are {range_of(energies)}."
+            f"{int(steps.max()):,} steps after their start from {self.config.restart_from}; "
+            f"their energies are {range_text(energies)}."
         )
         return ImageGrid(samples.unflatten(0, (side, side)), (), caption)
 
@@ -370,9 +370,9 @@ class EBM(Method):
         sigma = torch.linspace(*self._log_noise_range, len(images)).exp().to(images)
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(images.shape, generator=generator).to(images)
-        noisy = images + by_row(sigma) * noise
+        noisy = images + per_image(sigma) * noise
         # The energy at noise level sigma is E / sigma, so sigma^2 times its score is:
-        denoised = noisy - by_row(sigma) * energy_gradient(self.energy, noisy)
+        denoised = noisy - per_image(sigma) * energy_gradient(self.energy, noisy)
         errors = [float((x - images).square().mean().sqrt()) for x in (noisy, denoised)]
         caption = (
             f"One step along the score, x + sigma^2 s(x), from noise of {float(sigma[0]):.2g} to "
@@ -386,13 +386,13 @@ class EBM(Method):
     def _picture_of_noise(self, images: Tensor) -> ImageGrid:
         images = images[:_SHOWN_ROWS]
         noise = self._perturb(images)[0]
-        which = f"noise made of them ({', '.join(self.config.perturbations)})"
+        noise_text = f"noise derived from them ({', '.join(self.config.perturbations)})"
         if self.noise is not None:
             noise = self.noise.sample(len(images)).to(images)
-            which = "Gaussian noise with their spectrum and colours"
+            noise_text = "Gaussian noise with their spectrum and colours"
         caption = (
-            f"Data, of energies {range_of(self.energy(images))}, and {which}, "
-            f"of energies {range_of(self.energy(noise))}."
+            f"Data, of energies {range_text(self.energy(images))}, and {noise_text}, "
+            f"of energies {range_text(self.energy(noise))}."
         )
         return ImageGrid(torch.stack([images, noise], dim=1), ("data", "noise"), caption)
 

@@ -52,7 +52,7 @@ def distant_permutations(num_tiles: int, num_permutations: int) -> NDArray[np.in
         num_permutations: P, at most T!.
 
     Returns:
-        ``(P, T)`` with a permutation of 0 .. T - 1 a row, all different; deterministic. In the
+        ``(P, T)`` with one permutation of 0 .. T - 1 per row, all different; deterministic. In the
         first T rows, the next T, ... each tile is once in each slot, unless the required
         permutation was chosen before.
 
@@ -64,17 +64,17 @@ def distant_permutations(num_tiles: int, num_permutations: int) -> NDArray[np.in
     flat = itertools.chain.from_iterable(itertools.permutations(range(num_tiles)))
     candidates = np.fromiter(flat, np.uint8, count * num_tiles).reshape(count, num_tiles)
     candidates = candidates[np.random.default_rng(0).permutation(count)]
-    places = np.ascontiguousarray(candidates.T)  # (T, T!)
-    same_as_all = np.zeros(count, np.int32)  # slots in common, summed over the chosen
+    tiles_by_slot = np.ascontiguousarray(candidates.T)  # (T, T!)
+    same_as_all = np.zeros(count, np.int32)  # slots in common, summed over the chosen ones
     same_as_one = np.zeros(count, np.int32)  # with the most similar chosen one
     chosen = [0]
     while len(chosen) < num_permutations:
         same = np.zeros(count, np.uint8)
-        for place, tile in zip(places, candidates[chosen[-1]], strict=True):
-            same += place == tile
+        for tile_in_slot, tile in zip(tiles_by_slot, candidates[chosen[-1]], strict=True):
+            same += tile_in_slot == tile
         same_as_all += same
         np.maximum(same_as_one, same, out=same_as_one)
-        same_as_all[chosen[-1]] = np.iinfo(np.int32).max >> 4  # never again
+        same_as_all[chosen[-1]] = np.iinfo(np.int32).max >> 4  # never chosen again
         chosen.append(int(np.argmin(same_as_all * (num_tiles + 1) + same_as_one)))
     return candidates[chosen].astype(np.int64)
 
@@ -124,11 +124,12 @@ def normalise_tiles(tiles: Tensor) -> Tensor:
     Args:
         tiles: ``(..., t, t)``, float32 or float64. A tile of one colour becomes 0.
 
-    Source: Sec. 4, "Low level statistics": adjacent tiles have similar means and deviations.
+    Source: Sec. 4, "Low level statistics": adjacent tiles have similar means and
+    standard deviations.
     """
     centred = tiles - tiles.mean(dim=(-2, -1), keepdim=True)
-    deviation = centred.square().mean(dim=(-2, -1), keepdim=True).sqrt()
-    return centred / deviation.clamp_min(1e-3)
+    std = centred.square().mean(dim=(-2, -1), keepdim=True).sqrt()
+    return centred / std.clamp_min(1e-3)
 
 
 def mosaic(tiles: Tensor) -> Tensor:
@@ -185,13 +186,13 @@ class JigsawConfig(MethodConfig):
     mosaic: it sees the shuffled tiles side by side, as one image, which is closer to the whole
     images it sees later; its features are classified without a head (JiGen)."""
     normalise_tiles: bool = True
-    """Give each tile mean 0 and deviation 1 (the paper; JiGen does not)."""
+    """Give each tile mean 0 and standard deviation 1 (the paper; JiGen does not)."""
     tile_dim: PositiveInt = 1000
     """apart: width of a tile's features before concatenation (VISSL)."""
 
     @property
     def num_views(self) -> int:
-        """One; the method cuts it into tiles."""
+        """One view, which the method cuts into tiles."""
         return 1
 
     @property
@@ -269,10 +270,10 @@ class Jigsaw(Method):
             return LossOutput(loss, features, {})
         with torch.no_grad():
             guess = logits.argmax(dim=1)
-            placed = self.permutations[guess] == self.permutations[answer]
+            is_in_place = self.permutations[guess] == self.permutations[answer]
             metrics = {
                 "jigsaw/accuracy": (guess == answer).float().mean(),
-                "jigsaw/tiles_in_place": placed.float().mean(),
+                "jigsaw/tiles_in_place": is_in_place.float().mean(),
                 # log P at chance level.
                 "jigsaw/entropy": entropy(logits.softmax(dim=1)),
             }
@@ -285,16 +286,16 @@ class Jigsaw(Method):
         return normalise_tiles(tiles) if self.config.normalise_tiles else tiles
 
     def _solve(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features ``(N, T, embed_dim)`` and logits ``(N, P)``, not bfloat16.
+        """Return features ``(N, T, embed_dim)`` and logits ``(N, P)``, at least float32.
 
-        Of a mosaic there is one row of features, ``(N, 1, embed_dim)``.
+        A mosaic has one row of features, ``(N, 1, embed_dim)``.
         """
         if self.config.arrangement == "mosaic":
             features = self.backbone(mosaic(tiles))
             return features[:, None], at_least_float32(self.classifier(features))
         features = self.backbone(tiles.flatten(0, 1))  # (NT, embed_dim)
-        beside = self.tile_head(features).view(len(tiles), -1)
-        return features.view(*tiles.shape[:2], -1), at_least_float32(self.classifier(beside))
+        concatenated = self.tile_head(features).view(len(tiles), -1)
+        return features.view(*tiles.shape[:2], -1), at_least_float32(self.classifier(concatenated))
 
     @torch.no_grad()
     def pictures(self, batch: Batch, progress: Progress) -> Mapping[str, ImageGrid]:
@@ -311,11 +312,11 @@ class Jigsaw(Method):
         solved = self._lay_out(tiles, self.permutations[logits.argmax(dim=1)], images.shape[2])
         grid = torch.stack([at_least_float32(images), shuffled, solved], dim=1)
         config = self.config
-        changed = "shuffled and each normalised" if config.normalise_tiles else "shuffled"
-        seen = "one by one" if config.arrangement == "apart" else "side by side, without the gaps"
+        treatment = "shuffled and each normalised" if config.normalise_tiles else "shuffled"
+        layout = "one by one" if config.arrangement == "apart" else "side by side, without the gaps"
         caption = (
-            f"A view; its tiles, {changed}, as the network gets them, {seen}; the same tiles in "
-            f"the order that it finds most likely of {len(self.permutations):,}."
+            f"A view; its tiles, {treatment}, as the network gets them, {layout}; the same tiles "
+            f"in the order that it finds most likely of {len(self.permutations):,}."
         )
         return {"jigsaw": ImageGrid(grid, ("view", "puzzle", "solution"), caption)}
 

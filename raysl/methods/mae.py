@@ -52,8 +52,8 @@ def patchify(images: Tensor, *, patch_size: int) -> Tensor:
             f"got {shape}"
         )
     n, _, height, width = shape
-    cut = images.reshape(n, 3, height // patch_size, patch_size, width // patch_size, patch_size)
-    return cut.permute(0, 2, 4, 3, 5, 1).reshape(n, -1, patch_size**2 * 3)
+    grid = images.reshape(n, 3, height // patch_size, patch_size, width // patch_size, patch_size)
+    return grid.permute(0, 2, 4, 3, 5, 1).reshape(n, -1, patch_size**2 * 3)
 
 
 def unpatchify(patches: Tensor, *, patch_size: int, rows: int) -> Tensor:
@@ -68,8 +68,8 @@ def unpatchify(patches: Tensor, *, patch_size: int, rows: int) -> Tensor:
         ``(N, 3, H, W)`` with H = rows * P.
     """
     n, length, _ = patches.shape
-    cut = patches.reshape(n, rows, length // rows, patch_size, patch_size, 3)
-    return cut.permute(0, 5, 1, 3, 2, 4).reshape(n, 3, rows * patch_size, -1)
+    grid = patches.reshape(n, rows, length // rows, patch_size, patch_size, 3)
+    return grid.permute(0, 5, 1, 3, 2, 4).reshape(n, 3, rows * patch_size, -1)
 
 
 def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor, *, normalize: bool) -> Tensor:
@@ -115,8 +115,8 @@ def _moments(patches: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _normalised(patches: Tensor) -> Tensor:
-    mean, deviation = _moments(patches)
-    return (patches - mean) / deviation
+    mean, std = _moments(patches)
+    return (patches - mean) / std
 
 
 class Masking(NamedTuple):
@@ -158,7 +158,7 @@ class MAEConfig(MethodConfig):
     mask_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.75
     """Share of patches to remove (sec. 4.1, fig. 5)."""
     normalize_targets: bool = True
-    """Predict each patch's pixels minus their mean, divided by their deviation (table 1d)."""
+    """Predict each patch's pixels minus their mean, over their standard deviation (table 1d)."""
     decoder_dim: PositiveInt = 512
     """Width of the decoder, a multiple of 4 and of decoder_heads (table 1b)."""
     decoder_depth: Annotated[int, Field(ge=0)] = 8
@@ -177,7 +177,7 @@ class MAEConfig(MethodConfig):
 
     @property
     def num_views(self) -> int:
-        """One view: there is nothing to compare."""
+        """One view; the method compares none."""
         return 1
 
 
@@ -185,9 +185,9 @@ class Decoder(nn.Module):
     """A small transformer over all patches, with a mask token for each removed one.
 
     Args:
-        config: Its size.
+        config: The method's settings, with the decoder's size.
         encoder_dim: Width of the encoder's tokens.
-        patch_values: P * P * 3.
+        patch_values: Number of values of a patch, P * P * 3.
 
     Source: Sec. 3, "MAE decoder", and appendix A.1: Xavier-uniform weights, fixed positions.
     """
@@ -223,15 +223,15 @@ class Decoder(nn.Module):
         n, length = restore.shape
         tokens = self.embed(tokens)
         missing = self.mask_token.to(tokens.dtype).expand(n, length + 1 - tokens.shape[1], -1)
-        patches = _take(torch.cat([tokens[:, 1:], missing], dim=1), restore)
-        everything = torch.cat([tokens[:, :1], patches], dim=1)
-        everything = everything + self._positions_of(rows, length // rows).to(everything)
+        patches = _gather_tokens(torch.cat([tokens[:, 1:], missing], dim=1), restore)
+        all_tokens = torch.cat([tokens[:, :1], patches], dim=1)
+        all_tokens = all_tokens + self._positions_of(rows, length // rows).to(all_tokens)
         for block in self.blocks:
-            everything = block(everything)
-        return self.predict(self.norm(everything))[:, 1:]  # type: ignore[no-any-return]
+            all_tokens = block(all_tokens)
+        return self.predict(self.norm(all_tokens))[:, 1:]  # type: ignore[no-any-return]
 
     def _positions_of(self, rows: int, columns: int) -> Tensor:
-        """Return positions on the device; computed from the size, so they are not saved."""
+        """Return a grid's positions on the device; they follow from its size and are not saved."""
         device = self.mask_token.device
         positions = self._positions.get((rows, columns))
         if positions is None or positions.device != device:
@@ -240,15 +240,15 @@ class Decoder(nn.Module):
         return positions
 
 
-def _take(tokens: Tensor, places: Tensor) -> Tensor:
+def _gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
     """Gather each image's tokens by index: ``(N, L, D)``, ``(N, T)`` to ``(N, T, D)``."""
-    return tokens.gather(1, places[:, :, None].expand(-1, -1, tokens.shape[2]))
+    return tokens.gather(1, indices[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
 class MAE(Method):
-    """An encoder of few patches and a decoder of all predict the pixels of the removed ones.
+    """Predict the pixels of removed patches from the visible ones, by an encoder and a decoder.
 
-    Departs: The encoder is initialised as configured; the authors' as with backbone.init mae.
+    Departs: The encoder is initialised as configured; the authors' is as with backbone.init mae.
     """
 
     Config = MAEConfig
@@ -278,7 +278,7 @@ class MAE(Method):
         return net
 
     def loss(self, batch: Batch, progress: Progress) -> LossOutput:
-        """Return the error on the removed patches, which are random for each image."""
+        """Return the error on the removed patches, drawn at random for each image."""
         images = batch.views[0]
         target = patchify(images, patch_size=self.transformer.patch_size_px)
         noise = torch.rand(target.shape[:2], device=images.device)
@@ -298,13 +298,13 @@ class MAE(Method):
 
         Args:
             images: ``(N, 3, H, W)`` float, normalised.
-            masking: Of their L patches.
+            masking: The visible and the removed ones of their L patches.
 
         Returns:
             The encoder's tokens ``(N, 1 + T, D)`` and the prediction ``(N, L, P * P * 3)``.
         """
         net = self.transformer
-        visible = _take(net.embed_patches(images), masking.visible)
+        visible = _gather_tokens(net.embed_patches(images), masking.visible)
         tokens = net.encode(net.with_class_token(visible))
         rows = images.shape[2] // net.patch_size_px
         return tokens, self.decoder(tokens, masking.restore, rows=rows)
@@ -342,18 +342,18 @@ class MAE(Method):
         masking = mask_by_noise(noise.to(images.device), mask_ratio=self.config.mask_ratio)
         predicted = self.rebuild(images, masking)[1].float()
         if self.config.normalize_targets:
-            mean, deviation = _moments(patches)
-            predicted = predicted * deviation + mean
+            mean, std = _moments(patches)
+            predicted = predicted * std + mean
         removed = masking.mask[:, :, None].bool()
         columns = {
             "image": patches,
-            "what it sees": patches.masked_fill(removed, 0.0),
-            "what it makes": predicted,
-            "with what it saw": torch.where(removed, predicted, patches),
+            "visible": patches.masked_fill(removed, 0.0),
+            "prediction": predicted,
+            "combined": torch.where(removed, predicted, patches),
         }
         rows = images.shape[2] // size
         grid = [unpatchify(column, patch_size=size, rows=rows) for column in columns.values()]
-        given = (
+        note = (
             " Each rebuilt patch has the true mean and spread: only its pattern is predicted."
             if self.config.normalize_targets
             else ""
@@ -362,7 +362,7 @@ class MAE(Method):
             "reconstruction": ImageGrid(
                 torch.stack(grid, dim=1),
                 tuple(columns),
-                f"Images rebuilt from {1 - self.config.mask_ratio:.0%} of their patches.{given}",
+                f"Images rebuilt from {1 - self.config.mask_ratio:.0%} of their patches.{note}",
             )
         }
 

@@ -101,7 +101,7 @@ class MarginConfig(MethodConfig):
 
     @property
     def uses_labels(self) -> bool:
-        """Only for pairs by labels."""
+        """Whether labels tell which pairs are similar."""
         return self.pairs == "labels"
 
     def projection_head_layers(self, *, is_vit: bool) -> int:
@@ -114,7 +114,7 @@ class MarginConfig(MethodConfig):
             raise ConfigError(
                 f"method.num_others={self.num_others}: an image has "
                 f"{shape.global_batch_size - 1} others in train.global_batch_size="
-                f"{shape.global_batch_size}; use at most as many"
+                f"{shape.global_batch_size}; use at most that many"
             )
         if self.normalize and self.margin > 2:
             raise ConfigError(
@@ -157,19 +157,19 @@ class Margin(SiameseMethod):
             z0, z1 = (at_least_float32(z) for z in views)
             if self.config.normalize:
                 z0, z1 = F.normalize(z0, dim=1), F.normalize(z1, dim=1)
-            everyone = gather_batch(z1)  # (RN, D)
+            all_z1 = gather_batch(z1)  # (RN, D)
             partner = _partners(
                 len(z0), self.config.num_others, generator=progress.shared_generator()
             ).to(z0.device)  # (N, K)
-            of_others = _distance(z0[:, None], everyone[partner])  # (N, K)
+            of_others = _distance(z0[:, None], all_z1[partner])  # (N, K)
             distance = torch.cat([_distance(z0, z1)[:, None], of_others], dim=1)  # (N, 1 + K)
-            own = torch.zeros_like(distance[:, :1], dtype=torch.bool)
-            dissimilar = torch.cat([own, self._differ(batch, partner)], dim=1)
+            is_similar = torch.zeros_like(distance[:, :1], dtype=torch.bool)
+            dissimilar = torch.cat([is_similar, self._is_dissimilar(batch, partner)], dim=1)
             loss = _losses(distance, dissimilar, margin=self.config.margin).mean()
         health = _health(distance.detach(), dissimilar, self.config) if progress.is_logged else {}
         return LossOutput(loss, features, health)
 
-    def _differ(self, batch: Batch, partner: Tensor) -> Tensor:
+    def _is_dissimilar(self, batch: Batch, partner: Tensor) -> Tensor:
         """Return whether each image and its partners are a dissimilar pair, ``(N, K)``."""
         if self.config.pairs == "views" or batch.labels is None:
             return torch.ones_like(partner, dtype=torch.bool)
@@ -180,13 +180,14 @@ class Margin(SiameseMethod):
 def _partners(n: int, num_others: int, *, generator: torch.Generator) -> Tensor:
     """Draw distinct partners, from all ranks' batch, for each image of this rank.
 
-    All images are arranged in a random circle, and an image's partners are the next ones. So no
-    partner is the image itself or repeated, and the draw does not depend on the number of ranks.
+    All images are arranged in a random circle, and an image's partners are the ones that follow it.
+    So no partner is the image itself or repeated, and the draw does not depend on the number of
+    ranks.
 
     Args:
-        n: N, images of this rank.
-        num_others: Partners of an image; fewer if there are not so many.
-        generator: Generator in the same state on all ranks.
+        n: N, number of images of this rank.
+        num_others: Number of partners of an image; fewer if the batch is smaller.
+        generator: A generator in the same state on all ranks.
 
     Returns:
         ``(N, K)`` rows of the batch of all ranks.
@@ -194,25 +195,26 @@ def _partners(n: int, num_others: int, *, generator: torch.Generator) -> Tensor:
     rank, size = rank_and_size()
     total = size * n
     circle = torch.randperm(total, generator=generator)
-    place = torch.empty_like(circle)
-    place[circle] = torch.arange(total)
-    mine = place[rank * n : (rank + 1) * n]
+    position = torch.empty_like(circle)
+    position[circle] = torch.arange(total)
+    mine = position[rank * n : (rank + 1) * n]
     steps = torch.arange(1, min(num_others, total - 1) + 1)
     return circle[(mine[:, None] + steps) % total]
 
 
 def _health(distance: Tensor, dissimilar: Tensor, config: MarginConfig) -> dict[str, Tensor]:
-    """Return mean distances of both kinds of pairs, and the share of dissimilar ones too close.
+    """Return the mean distance of both kinds of pairs, and the share of dissimilar ones too close.
 
     Both means near 0, and a share of 1, are a collapse.
     """
-    apart = dissimilar.to(distance.dtype)
-    together = 1 - apart
-    num_apart = apart.sum().clamp_min(1)
+    dissimilar_weight = dissimilar.to(distance.dtype)
+    similar_weight = 1 - dissimilar_weight
+    num_dissimilar = dissimilar_weight.sum().clamp_min(1)
     return {
-        "margin/similar_distance": (distance * together).sum() / together.sum(),
-        "margin/dissimilar_distance": (distance * apart).sum() / num_apart,
-        "margin/inside_share": ((distance < config.margin) * apart).sum() / num_apart,
+        "margin/similar_distance": (distance * similar_weight).sum() / similar_weight.sum(),
+        "margin/dissimilar_distance": (distance * dissimilar_weight).sum() / num_dissimilar,
+        "margin/inside_share": ((distance < config.margin) * dissimilar_weight).sum()
+        / num_dissimilar,
     }
 
 

@@ -71,7 +71,7 @@ def _info_nce(query: Tensor, key: Tensor, negatives: Tensor, *, temperature: flo
     return contrast(rows, unit_rows(key), negatives.to(rows.dtype), temperature=temperature)
 
 
-_PAPER_QUEUE = 65536
+_PAPER_QUEUE = 65536  # keys
 
 
 class MoCoConfig(MethodConfig):
@@ -140,7 +140,7 @@ class MoCoConfig(MethodConfig):
 
 
 class MoCo(Method):
-    """A query encoder learns to find its key, by its moving average, in a queue of keys."""
+    """A query encoder learns to find, among a queue of keys, the key of its moving average."""
 
     Config = MoCoConfig
 
@@ -205,21 +205,21 @@ class MoCo(Method):
 
     @torch.no_grad()
     def _keys(self, images: Tensor, progress: Progress, number: int) -> Tensor:
-        """Encode keys, with batch norm over a random part of all ranks' images (sec. 3.3)."""
+        """Return keys, with batch norm over a random part of all ranks' images (sec. 3.3)."""
         if not self.config.shuffle_batch_norm:
             return self.key_encoder(images)  # type: ignore[no-any-return]
         rank, size = rank_and_size()
         n = images.shape[0]
-        everything = gather_batch_no_grad(images)  # (RN, 3, S, S)
+        all_images = gather_batch_no_grad(images)  # (RN, 3, S, S)
         generator = progress.shared_generator()
         for _ in range(number + 1):
             order = torch.randperm(size * n, generator=generator)
         order = order.to(images.device)
-        mine = everything[order[rank * n : (rank + 1) * n]]
+        mine = all_images[order[rank * n : (rank + 1) * n]]
         keys = gather_batch_no_grad(self.key_encoder(mine))  # (RN, D), in shuffled order
-        back = torch.empty_like(order)
-        back[order] = torch.arange(size * n, device=order.device)
-        return keys[back[rank * n : (rank + 1) * n]]
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(size * n, device=order.device)
+        return keys[inverse[rank * n : (rank + 1) * n]]
 
     @torch.no_grad()
     def after_optimizer_step(self, progress: Progress) -> None:

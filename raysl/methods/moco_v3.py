@@ -94,7 +94,7 @@ class MoCoV3Config(MethodConfig):
 
     @property
     def norms_images(self) -> bool:
-        """True."""
+        """True: there is batch norm after the encoder."""
         return True
 
     def projection_head_layers(self, *, is_vit: bool) -> int:

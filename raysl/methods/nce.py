@@ -37,8 +37,8 @@ from raysl.nn.precision import at_least_float32
 
 NUM_NOISE = 4096  # Wu et al., secs. 4.1 and 4.2
 FULL_PRODUCT = 16
-"""Rows of the bank for each noise sample up to which the product with the whole bank is faster."""
-MOMENT_MOMENTUM = 0.99
+"""Up to this many rows of the bank per noise sample, the product with the whole bank is faster."""
+MOMENT_MOMENTUM = 0.99  # share of the second moments kept at each step
 ISOTROPIC_SHARE = 0.05
 """Share of the uniform direction in the Gaussian noise, for a density everywhere."""
 
@@ -60,14 +60,14 @@ def nce_loss(
     Args:
         data_logits: log p_m of the data: the log of the unnormalised model minus that of its
             normaliser, ``(N,)``.
-        noise_logits: Likewise of each datum's K noise samples, ``(N, K)``.
+        noise_logits: The same for each datum's K noise samples, ``(N, K)``.
         data_log_noise: log p_n, the noise distribution, of the data, ``(N,)``.
         noise_log_noise: log p_n of the noise samples, ``(N, K)``.
-        num_noise: nu, noise samples a datum, > 0; m in Wu et al.
+        num_noise: nu, number of noise samples per datum, > 0; m in Wu et al.
 
     Returns:
-        Scalar >= 0, float32, or float64 if given that: the data term plus the sum over the K noise
-        terms, mean over N. With p_m = p_n, log(1 + nu) + K log(1 + 1 / nu).
+        Scalar >= 0, float32, or float64 for float64 logits: the data term plus the sum over the K
+        noise terms, mean over N. With p_m = p_n, log(1 + nu) + K log(1 + 1 / nu).
 
     Raises:
         ShapeError: If the shapes do not fit.
@@ -94,14 +94,14 @@ class NCEConfig(MethodConfig):
     temperature: PositiveFloat = 0.07
     """Tau of Eq. (2): 0.07 for ImageNet (sec. 4.2), 0.1 for CIFAR-10 in the authors' code."""
     num_noise: PositiveInt | None = None
-    """m of Eq. (6), number of noise samples an image; null takes 4,096 (sec. 4.1), at most the
+    """m of Eq. (6), number of noise samples per image; null takes 4,096 (sec. 4.1), at most the
     number of images."""
     noise: Literal["uniform", "labels", "gaussian"] = "uniform"
-    """Distribution of noise. uniform: any row of the bank (the paper). labels: a class by its
-    number of images to :attr:`class_power`, then any row of it; rows of unknown class (a label is
-    learnt when its image is first seen) have the mean weight. gaussian: directions of a Gaussian
-    with zero mean and the second moments of recent embeddings; samples are points on the sphere,
-    not rows of the bank, and are shared by a worker's images."""
+    """Distribution of noise. uniform: any row of the bank (the paper). labels: a class, by its
+    number of images to the power of :attr:`class_power`, then any of its rows; rows of unknown
+    class (a label is learnt when its image is first seen) have the mean weight. gaussian:
+    directions of a Gaussian with zero mean and the second moments of recent embeddings; samples are
+    points on the sphere, not rows of the bank, and are shared by a worker's images."""
     class_power: Probability = 0.75
     """With ``noise: labels``: 1 is uniform over images, 0 over classes; 0.75 as for word2vec's
     unigrams (Mikolov et al. 2013, arXiv:1310.4546v1, sec. 2.2)."""
@@ -126,17 +126,17 @@ class NCEConfig(MethodConfig):
 
     @property
     def norms_images(self) -> bool:
-        """As configured."""
+        """Whether there is batch norm in the head."""
         return self.head_batch_norm
 
     @property
     def num_views(self) -> int:
-        """One: the other view of an image is its row in the bank."""
+        """One view; the other view of an image is its row in the bank."""
         return 1
 
     @property
     def uses_labels(self) -> bool:
-        """Only for noise by labels."""
+        """Whether noise is drawn by labels."""
         return self.noise == "labels"
 
     def projection_head_layers(self, *, is_vit: bool) -> int:
@@ -206,7 +206,7 @@ class NCE(EmbeddingMethod):
             self.register_buffer("class_weight", weight, persistent=False)
         if config.noise == "gaussian":
             self.register_buffer("second_moment", torch.eye(dim) / dim)
-        # Value for random rows; the start of a learnt one.
+        # log Z for random rows; the initial value if it is learnt.
         log_z = log_mean_exp_on_sphere(dim, 1 / config.temperature)
         if config.noise != "gaussian":
             log_z += math.log(data.num_images)
@@ -215,7 +215,7 @@ class NCE(EmbeddingMethod):
         else:
             self.register_buffer("log_normalizer", torch.tensor(log_z))
             self.register_buffer("normalizer_known", torch.zeros((), dtype=torch.long))
-        self._new: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._new_rows: tuple[Tensor, Tensor, Tensor | None] | None = None
 
     @property
     def encoder(self) -> Backbone:
@@ -240,9 +240,11 @@ class NCE(EmbeddingMethod):
         config = self.config
         with torch.autocast(z.device.type, enabled=False):
             v = F.normalize(at_least_float32(z), dim=1)  # (N, D)
-            own = self.bank[batch.index].to(v.dtype)
-            cosine = (v * own).sum(dim=1)
-            noise = self._gaussian(v, own) if config.noise == "gaussian" else self._rows(v, batch)
+            own_rows = self.bank[batch.index].to(v.dtype)
+            cosine = (v * own_rows).sum(dim=1)
+            noise = (
+                self._gaussian(v, own_rows) if config.noise == "gaussian" else self._rows(v, batch)
+            )
             log_z = self._log_normalizer(v, noise)
             data_logits = cosine / config.temperature - log_z
             noise_logits = noise.logits - log_z[..., None]
@@ -255,9 +257,9 @@ class NCE(EmbeddingMethod):
             )
             seen = self.bank_step[batch.index] >= 0
             if config.proximal_weight > 0:
-                drift = (v - own).square().sum(dim=1)
+                drift = (v - own_rows).square().sum(dim=1)
                 loss = loss + config.proximal_weight * (drift * seen).mean()
-        self._new = (batch.index, v.detach(), batch.labels)
+        self._new_rows = (batch.index, v.detach(), batch.labels)
         if not progress.is_logged:
             return LossOutput(loss, features, {})
         log_m = math.log(self.num_noise)
@@ -298,7 +300,7 @@ class NCE(EmbeddingMethod):
         # The last weight, at -1, is for rows of unknown class.
         return self.class_weight[self.bank_label]
 
-    def _gaussian(self, v: Tensor, own: Tensor) -> _Noise:
+    def _gaussian(self, v: Tensor, own_rows: Tensor) -> _Noise:
         """Draw directions of a Gaussian; densities are relative to the uniform one on the sphere.
 
         With u = x / |x| and x from N(0, S), log p_n(u) = -log det(S) / 2 - D log(u' S^-1 u) / 2.
@@ -316,19 +318,19 @@ class NCE(EmbeddingMethod):
             return -log_root - d / 2 * white.square().sum(dim=0).log()
 
         log_noise = log_density(u).expand(n, -1)
-        return _Noise(v @ u.T / self.config.temperature, log_noise, log_density(own))
+        return _Noise(v @ u.T / self.config.temperature, log_noise, log_density(own_rows))
 
     def _log_normalizer(self, v: Tensor, noise: _Noise) -> Tensor:
-        """Return log Z: a scalar, or one value an image if it is summed exactly."""
+        """Return log Z: a scalar, or one value per image if it is summed exactly."""
         config = self.config
         if config.normalizer == "exact" and config.noise != "gaussian":
             return log_sum_exp(v, self.bank.to(v.dtype), temperature=config.temperature)
         if config.normalizer == "first_batch":
             with torch.no_grad():
                 ratio = noise.logits - noise.log_noise  # Z is the mean of its exponential
-                mine = ratio.flatten().logsumexp(dim=0) - math.log(ratio.numel())
-                of_all = gather_batch_no_grad(mine[None])
-                estimate = of_all.logsumexp(dim=0) - math.log(len(of_all))
+                rank_estimate = ratio.flatten().logsumexp(dim=0) - math.log(ratio.numel())
+                all_estimates = gather_batch_no_grad(rank_estimate[None])
+                estimate = all_estimates.logsumexp(dim=0) - math.log(len(all_estimates))
                 log_z = torch.where(self.normalizer_known > 0, self.log_normalizer, estimate)
                 self.log_normalizer.copy_(log_z)
                 self.normalizer_known.fill_(1)
@@ -343,14 +345,14 @@ class NCE(EmbeddingMethod):
     @torch.no_grad()
     def after_optimizer_step(self, progress: Progress) -> None:
         """Update the rows of all ranks' images, and their metadata."""
-        assert self._new is not None
-        index, v, labels = self._new
-        self._new = None
+        assert self._new_rows is not None
+        index, v, labels = self._new_rows
+        self._new_rows = None
         index = gather_batch_no_grad(index)  # (RN,)
         v = gather_batch_no_grad(v).to(self.bank.dtype)  # (RN, D), the same on every rank
         first = _first_of_each(index)
-        stays = self.config.bank_momentum * (self.bank_step[index] >= 0)
-        rows = v[first].lerp(self.bank[index], stays[:, None].to(v.dtype))
+        momentum = self.config.bank_momentum * (self.bank_step[index] >= 0)
+        rows = v[first].lerp(self.bank[index], momentum[:, None].to(v.dtype))
         self.bank[index] = F.normalize(rows, dim=1)
         self.bank_step[index] = progress.step
         if self.config.noise == "labels" and labels is not None:
@@ -361,10 +363,10 @@ class NCE(EmbeddingMethod):
 
 
 def _class_weight(data: TrainingSet, *, power: float) -> Tensor:
-    """Return the noise weight of a row by its class, and last the mean of all rows, (C + 1,).
+    """Return the noise weight of a row of each class, then the mean of all rows, ``(C + 1,)``.
 
-    A class is drawn by its count to ``power`` and then one of its rows, so a row's weight is the
-    count to ``power - 1``; float64, because many are summed.
+    A class is drawn by its count to the power of ``power``, then one of its rows. So a row's weight
+    is the count to the power of ``power - 1``; float64, because many are summed.
 
     Raises:
         ConfigError: If the classes are not known.
@@ -379,17 +381,17 @@ def _class_weight(data: TrainingSet, *, power: float) -> Tensor:
 
 
 def _first_of_each(index: Tensor) -> Tensor:
-    """Return the index of the first entry with each entry's value, ``(N,)``.
+    """Return for each entry the index of the first entry with the same value, ``(N,)``.
 
     An image may occur twice in a batch: then its first embedding is written twice, so that the
     result does not depend on the order of writes, and ranks agree.
     """
     value, order = index.sort(stable=True)
-    place = torch.arange(len(index), device=index.device)
-    new = torch.ones_like(value, dtype=torch.bool)
-    new[1:] = value[1:] != value[:-1]
-    start = torch.where(new, place, 0).cummax(dim=0).values
-    first = torch.empty_like(place)
+    position = torch.arange(len(index), device=index.device)
+    is_new = torch.ones_like(value, dtype=torch.bool)
+    is_new[1:] = value[1:] != value[:-1]
+    start = torch.where(is_new, position, 0).cummax(dim=0).values
+    first = torch.empty_like(position)
     first[order] = order[start]
     return first
 

@@ -63,7 +63,7 @@ class RotationConfig(MethodConfig):
 
     @property
     def num_views(self) -> int:
-        """One, upright; the method rotates it."""
+        """One upright view, which the method rotates."""
         return 1
 
 
@@ -87,8 +87,8 @@ class Rotation(Method):
     def loss(self, batch: Batch, progress: Progress) -> LossOutput:
         """Rotate the images and classify the rotations.
 
-        The features are those of the upright images with ``rotations="all"``, else of the images as
-        they were turned.
+        The features are those of the upright images with ``rotations="all"``, otherwise those of
+        the rotated images.
         """
         images = batch.views[0]
         n, device = len(images), images.device
@@ -116,13 +116,15 @@ class Rotation(Method):
         images = batch.views[0]
         columns, titles = [], []
         for k in range(NUM_ROTATIONS):
-            turned = rotate(images, torch.full((len(images),), k, device=images.device))
-            right = self.classifier(self.backbone(turned)).float().softmax(dim=1)[:, k].mean()
-            columns.append(turned)
-            titles.append(f"{90 * k} deg\np = {float(right):.2f}")
+            rotated = rotate(images, torch.full((len(images),), k, device=images.device))
+            probability = (
+                self.classifier(self.backbone(rotated)).float().softmax(dim=1)[:, k].mean()
+            )
+            columns.append(rotated)
+            titles.append(f"{90 * k} deg\np = {float(probability):.2f}")
         caption = (
             "Each image in its four turns; p is the mean probability, over these images, that the "
-            "network gives to the right turn (0.25 without learning)."
+            "network gives to the correct turn (0.25 without learning)."
         )
         return {"rotations": ImageGrid(torch.stack(columns, dim=1), tuple(titles), caption)}
 

@@ -87,8 +87,8 @@ class SigmoidConfig(MethodConfig):
     initial_temperature: PositiveFloat = 0.1
     """Initial temperature, which is then learnt. The paper's t = 10 (sec. 3.2) is its inverse."""
     initial_bias: float = -10.0
-    """Initial b, which is then learnt. Nearly all pairs are negative, so a bias of 0 would start
-    with a large correction to all of them (sec. 3.2)."""
+    """Initial b, which is then learnt. Nearly all pairs are negative, so training from a bias of 0
+    would start with large corrections to all of them (sec. 3.2)."""
     projection_layers: Annotated[int, Field(ge=1, le=8)] = 2
     """Number of linear layers of the head; the paper's encoders have none, SimCLR two."""
     hidden_dim: PositiveInt | None = None
@@ -98,7 +98,7 @@ class SigmoidConfig(MethodConfig):
 
     @property
     def norms_images(self) -> bool:
-        """True."""
+        """True: there is batch norm after the encoder."""
         return True
 
     def projection_head_layers(self, *, is_vit: bool) -> int:
@@ -107,7 +107,7 @@ class SigmoidConfig(MethodConfig):
 
 
 class Sigmoid(SiameseMethod):
-    """Classify each pair of views separately: of one image, or not.
+    """Classify separately whether each pair of views comes from the same image.
 
     Departs: The paper's two towers see an image and its text; here one encoder and SimCLR's head
     see two views, with view 0 in the role of the image and view 1 of the text.

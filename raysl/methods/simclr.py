@@ -34,7 +34,7 @@ from raysl.nn.ema import ema_update_
 from raysl.nn.geometry import alignment, uniformity
 from raysl.nn.heads import projection_mlp
 
-_PAPER_MEMORY = 65536
+_PAPER_MEMORY = 65536  # embeddings
 
 
 def nt_xent_loss(z0: Tensor, z1: Tensor, *, temperature: float) -> Tensor:
@@ -71,11 +71,10 @@ def _nt_xent(
     n = z0.shape[0]
     rows = unit_rows(torch.cat([z0, z1]))  # (2N, D)
     keys = gather_batch(rows)  # (2RN, D): rank 0's views 0 and 1, rank 1's, ...
-    place = torch.arange(2 * n, device=z0.device)
-    own = place + rank_and_size()[0] * 2 * n
-    partner = own.roll(n)
+    own_keys = torch.arange(2 * n, device=z0.device) + rank_and_size()[0] * 2 * n
+    partner_keys = own_keys.roll(n)
     # The sum in Eq. (1) skips k = i; the partner is already included as the positive.
-    excluded = torch.stack([own, partner], dim=1)
+    excluded = torch.stack([own_keys, partner_keys], dim=1)
     return contrast(
         rows, rows.roll(n, 0), keys, temperature=temperature, excluded=excluded, memory=memory
     )
@@ -109,7 +108,7 @@ class SimCLRConfig(MethodConfig):
 
     @property
     def norms_images(self) -> bool:
-        """True."""
+        """True: there is batch norm after the encoder."""
         return True
 
     def projection_head_layers(self, *, is_vit: bool) -> int:
@@ -198,7 +197,7 @@ class SimCLR(SiameseMethod):
 
     @torch.no_grad()
     def after_optimizer_step(self, progress: Progress) -> None:
-        """Update the memory network and put all ranks' outputs of it into the memory."""
+        """Update the memory network, and put its outputs of all ranks into the memory."""
         if self.memory is None or self.memory_network is None:
             return
         online = nn.Sequential(self.backbone, self.projector)

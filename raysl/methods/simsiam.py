@@ -70,7 +70,7 @@ class SimSiamConfig(MethodConfig):
 
     @property
     def norms_images(self) -> bool:
-        """True."""
+        """True: there is batch norm after the encoder."""
         return True
 
     def projection_head_layers(self, *, is_vit: bool) -> int:
@@ -115,7 +115,7 @@ class SimSiam(Method):
 
     @property
     def constant_lr_modules(self) -> Sequence[nn.Module]:
-        """The predictor, if so configured."""
+        """The predictor if its learning rate is constant, else nothing."""
         return (self.predictor,) if self.config.constant_predictor_lr else ()
 
     def loss(self, batch: Batch, progress: Progress) -> LossOutput:

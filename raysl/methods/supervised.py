@@ -81,12 +81,12 @@ class SupervisedConfig(MethodConfig):
 
     @property
     def num_views(self) -> int:
-        """One: a crop and a flip (SimCLR v2, sec. 3.1)."""
+        """One view: a crop and a flip (SimCLR v2, sec. 3.1)."""
         return 1
 
     @property
     def uses_labels(self) -> bool:
-        """True."""
+        """True: the loss needs labels."""
         return True
 
     @model_validator(mode="after")
@@ -111,7 +111,7 @@ class Supervised(Method):
     """Train an encoder and a linear classifier on labels.
 
     All parameters are trained, unless ``freeze_encoder``. The classifier is initialised with
-    normals of deviation 0.01, and LARS does not adapt it, as in the SimCLR authors' code.
+    normals of standard deviation 0.01, and LARS does not adapt it, as in the SimCLR authors' code.
     """
 
     Config = SupervisedConfig
@@ -120,18 +120,18 @@ class Supervised(Method):
     def __init__(self, config: SupervisedConfig, backbone: Backbone, data: TrainingSet) -> None:
         super().__init__(config, backbone, data)
         self.config = config
-        self.network = Classifier(backbone, _kept_head(config, backbone), class_names(data))
+        self.network = Classifier(backbone, _load_head_layers(config, backbone), class_names(data))
         if config.freeze_encoder:
             backbone.requires_grad_(False)
 
     @property
     def encoder(self) -> Backbone:
-        """The backbone without kept layers and classifier."""
+        """The backbone, without the kept layers of the head and the classifier."""
         return self.network.encoder
 
     @property
     def label_classifier(self) -> Classifier:
-        """Encoder, kept layers, linear classifier."""
+        """The encoder, the kept layers of the head and the linear classifier."""
         return self.network
 
     @property
@@ -140,7 +140,7 @@ class Supervised(Method):
         return (self.network.linear,)
 
     def loss(self, batch: Batch, progress: Progress) -> LossOutput:
-        """Classify one view of each image."""
+        """Return the cross entropy of the classes, from one view of each image."""
         images, labels = batch.views[0], batch.labels
         assert labels is not None
         targets = labels
@@ -154,10 +154,10 @@ class Supervised(Method):
         if not progress.is_logged:
             return LossOutput(loss, features.detach(), {})
         with torch.no_grad():
-            right = targets if targets.ndim == 1 else targets.argmax(dim=1)
+            classes = targets if targets.ndim == 1 else targets.argmax(dim=1)
             probabilities = logits.float().softmax(dim=1)
             metrics = {
-                "supervised/accuracy": (logits.argmax(dim=1) == right).float().mean(),
+                "supervised/accuracy": (logits.argmax(dim=1) == classes).float().mean(),
                 "supervised/confidence": probabilities.amax(dim=1).mean(),
             }
         return LossOutput(loss, features.detach(), metrics)
@@ -170,12 +170,13 @@ class Supervised(Method):
             return self.encoder(images)  # type: ignore[no-any-return]
 
 
-def _kept_head(config: SupervisedConfig, backbone: Backbone) -> nn.Sequential:
+def _load_head_layers(config: SupervisedConfig, backbone: Backbone) -> nn.Sequential:
+    """Return the first layers of the configured head; empty if none are kept."""
     if config.head is None or not config.head_layers:
         return nn.Sequential()
-    whole = load_head(config.head)
+    full_head = load_head(config.head)
     try:
-        head = first_layers(whole, config.head_layers)
+        head = first_layers(full_head, config.head_layers)
     except ConfigError as error:
         raise ConfigError(f"method.head_layers: {config.head}: {error}") from None
     first = head[0]

@@ -104,12 +104,12 @@ def sinkhorn_codes(
         log_codes = at_least_float32(scores) / epsilon
         log_queue = None if queue_scores is None else at_least_float32(queue_scores) / epsilon
         for _ in range(iterations):
-            mine = log_codes.logsumexp(dim=0, keepdim=True)  # (1, K)
-            of_prototype = gather_batch_no_grad(mine).logsumexp(dim=0)  # (K)
+            rank_totals = log_codes.logsumexp(dim=0, keepdim=True)  # (1, K)
+            prototype_totals = gather_batch_no_grad(rank_totals).logsumexp(dim=0)  # (K)
             if log_queue is not None:
-                of_prototype = torch.logaddexp(of_prototype, log_queue.logsumexp(dim=0))
-                log_queue = F.log_softmax(log_queue - of_prototype, dim=1)
-            log_codes = F.log_softmax(log_codes - of_prototype, dim=1)
+                prototype_totals = torch.logaddexp(prototype_totals, log_queue.logsumexp(dim=0))
+                log_queue = F.log_softmax(log_queue - prototype_totals, dim=1)
+            log_codes = F.log_softmax(log_codes - prototype_totals, dim=1)
         return log_codes.softmax(dim=1)
 
 
@@ -140,13 +140,13 @@ class SwAVConfig(MethodConfig):
     """Number of stored features of earlier images, for each large view, that take part in the
     assignment, for batches that are small relative to the number of prototypes: 3840 for 256 images
     and 3000 prototypes in the authors' swav_200ep_bs256_pretrain.sh; null has none. Each rank holds
-    all of it, 4 MB there, and its scores in a step, about 50 MB a copy."""
+    all of it, 4 MB there, and its scores in a step, about 50 MB per copy."""
     queue_start: Duration = Duration(epochs=15.0)
     """When the queue starts to fill; it is used once it is full."""
 
     @property
     def norms_images(self) -> bool:
-        """True."""
+        """True: there is batch norm after the encoder."""
         return True
 
     def projection_head_layers(self, *, is_vit: bool) -> int:
@@ -164,12 +164,12 @@ class SwAVConfig(MethodConfig):
         if self.queue_length is not None and self.queue_length < shape.global_batch_size:
             raise ConfigError(
                 f"method.queue_length={self.queue_length} is shorter than the "
-                f"{shape.global_batch_size} images of one step; use at least as many, or null"
+                f"{shape.global_batch_size} images of one step; use at least that many, or null"
             )
 
 
 class SwAV(Method):
-    """Predict from every view of an image to which prototypes another view was assigned."""
+    """Predict from every view of an image the prototypes that another view was assigned to."""
 
     Config = SwAVConfig
     queue: Tensor
@@ -187,7 +187,7 @@ class SwAV(Method):
             if config.queue_length > data.num_images:
                 raise ConfigError(
                     f"method.queue_length={config.queue_length} is longer than the data set of "
-                    f"{data.num_images} images: use at most as many, or null"
+                    f"{data.num_images} images: use at most that many, or null"
                 )
             queue = torch.zeros(config.queue_length, _NUM_LARGE, config.projection_dim)
             self.register_buffer("queue", queue)
@@ -206,7 +206,9 @@ class SwAV(Method):
     def loss(self, batch: Batch, progress: Progress) -> LossOutput:
         """Return the loss of all views; batch norm is over all views of equal size."""
         n = len(batch.views[0])
-        features = torch.cat([self.backbone(torch.cat(list(g))) for g in _by_size(batch.views)])
+        features = torch.cat(
+            [self.backbone(torch.cat(list(g))) for g in _group_by_size(batch.views)]
+        )
         projected = at_least_float32(self.projector(features))  # (VN, D)
         with torch.autocast(features.device.type, enabled=False):
             z = F.normalize(projected, dim=1)
@@ -230,8 +232,8 @@ class SwAV(Method):
         if self.config.queue_length is not None and steps >= 0:
             assert self._new_features is not None
             rows = gather_batch_no_grad(self._new_features)  # (RN, 2, D), the same on every rank
-            place = torch.arange(len(rows), device=rows.device) + steps * len(rows)
-            self.queue[place % self.config.queue_length] = rows.to(self.queue.dtype)
+            slot = torch.arange(len(rows), device=rows.device) + steps * len(rows)
+            self.queue[slot % self.config.queue_length] = rows.to(self.queue.dtype)
         self._new_features = None
 
     @torch.no_grad()
@@ -254,7 +256,7 @@ class SwAV(Method):
         )
 
 
-def _by_size(views: Sequence[Tensor]) -> Iterator[Iterator[Tensor]]:
+def _group_by_size(views: Sequence[Tensor]) -> Iterator[Iterator[Tensor]]:
     """Group consecutive views of equal size."""
     return (group for _, group in groupby(views, key=lambda view: view.shape[-2:]))
 
@@ -263,14 +265,14 @@ def _by_size(views: Sequence[Tensor]) -> Iterator[Iterator[Tensor]]:
 def _metrics(scores: Tensor, codes: Sequence[Tensor]) -> dict[str, Tensor]:
     """Return how hard the codes are, how many prototypes are in use, and how views agree."""
     nearest = F.one_hot(scores.argmax(dim=1), scores.shape[1]).to(scores.dtype)
-    use = mean_over_ranks(nearest.mean(dim=0))  # (K)
-    agree = codes[0].argmax(dim=1) == codes[1].argmax(dim=1)
+    usage = mean_over_ranks(nearest.mean(dim=0))  # (K)
+    agrees = codes[0].argmax(dim=1) == codes[1].argmax(dim=1)
     return {
         # In nats: at most log K; 0 if every code is a single prototype.
         "swav/code_entropy": torch.special.entr(torch.cat(list(codes))).sum(dim=1).mean(),
         # Over the share of a batch's images nearest to each prototype; 0 is a collapse.
-        "swav/prototype_entropy": torch.special.entr(use).sum(),
-        "swav/code_agreement": agree.to(scores.dtype).mean(),
+        "swav/prototype_entropy": torch.special.entr(usage).sum(),
+        "swav/code_agreement": agrees.to(scores.dtype).mean(),
     }
 
 

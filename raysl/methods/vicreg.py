@@ -65,7 +65,7 @@ def vicreg_loss(
     nor Algorithm 1 does). Covariances are summed over ranks; the authors gather embeddings, which
     gives the same.
     """
-    terms = _terms(z0, z1)
+    terms = _compute_terms(z0, z1)
     return similarity * terms.invariance + variance * terms.variance + covariance * terms.covariance
 
 
@@ -78,7 +78,7 @@ class _Terms(NamedTuple):
     std: Tensor  # mean standard deviation of the entries, over both views; detached
 
 
-def _terms(z0: Tensor, z1: Tensor) -> _Terms:
+def _compute_terms(z0: Tensor, z1: Tensor) -> _Terms:
     if z0.ndim != 2 or z0.shape != z1.shape:
         raise ShapeError(f"z0 and z1 must both be (N, D); got {tuple(z0.shape)}, {tuple(z1.shape)}")
     if z0.shape[0] * rank_and_size()[1] < 2:
@@ -159,7 +159,7 @@ class VICReg(SiameseMethod):
     ) -> LossOutput:
         """Return the weighted sum of the three terms, and the terms."""
         features, z0, z1 = embeddings
-        terms, config = _terms(z0, z1), self.config
+        terms, config = _compute_terms(z0, z1), self.config
         loss = (
             config.similarity * terms.invariance
             + config.variance * terms.variance

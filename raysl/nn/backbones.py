@@ -74,8 +74,8 @@ class BackboneConfig(Config):
     depth: Annotated[int, Field(gt=0, le=200)] | None = None
     """ViT: number of blocks; null is 12, in vit_large 24, in vit_huge 32."""
     num_heads: Annotated[int, Field(gt=0, le=64)] | None = None
-    """ViT: number of attention heads, a divisor of the features; null is one for 64 features, in
-    vit_huge for 80. MoCo v3's small model has 12."""
+    """ViT: number of attention heads, a divisor of the features; null: one per 64 features, in
+    vit_huge per 80. MoCo v3's small model has 12."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """ViT and ConvNeXt: stochastic depth of the last block, rising linearly from 0 in the first."""
     pool: Literal["cls", "mean", "mean_norm"] = "cls"
@@ -86,8 +86,8 @@ class BackboneConfig(Config):
     """ViT: learnt positions, or fixed sines and cosines (MAE, MoCo v3)."""
     init: Init = "normal"
     """ViT: initialisation; dino, mae and moco_v3 follow their authors. normal and dino: truncated
-    normals of 0.02; with dino the patch projection as a convolution. mae and moco_v3:
-    Xavier-uniform; the class token has a deviation of 0.02 and 1e-6."""
+    normals of standard deviation 0.02; dino initialises the patch projection as a convolution. mae
+    and moco_v3: Xavier-uniform; the class token has a standard deviation of 0.02 (mae) or 1e-6."""
     norm_eps: Annotated[float, Field(gt=0, le=1e-2)] = 1e-6
     """ViT: epsilon added to a token's variance in the norms; 1e-12 in transformers."""
     batch_norm: BatchNormScope = "worker"
@@ -131,8 +131,8 @@ class BackboneConfig(Config):
         foreign = {name for names in _FIELDS.values() for name in names} - {*_FIELDS[self.family]}
         for name in sorted(foreign):
             if getattr(self, name) != type(self).model_fields[name].default:
-                of = [family for family, names in _FIELDS.items() if name in names]
-                raise ValueError(f"{name} is for {' and '.join(of)}; {self.name} has none")
+                families = [family for family, names in _FIELDS.items() if name in names]
+                raise ValueError(f"{name} is for {' and '.join(families)}; {self.name} has none")
         return self
 
     @model_validator(mode="after")
@@ -196,7 +196,7 @@ def build_backbone(config: BackboneConfig, *, image_size_px: int = 224) -> Backb
 
     Raises:
         ConfigError: If a model of torchvision or timm is unknown, timm is missing, or the model
-            cannot take such images.
+            cannot take images of this size.
     """
     if config.family == "resnet":
         resnet = ResNet(
@@ -232,7 +232,7 @@ def build_backbone(config: BackboneConfig, *, image_size_px: int = 224) -> Backb
         net = _torchvision_model(config, image_size_px)
     if config.batch_norm != "worker":
         _refuse_special_batch_norms(net, config)
-    return Backbone(net, embed_dim=_features_of(net, config, image_size_px))
+    return Backbone(net, embed_dim=_num_features(net, config, image_size_px))
 
 
 def check_model_name(config: BackboneConfig) -> None:
@@ -246,14 +246,14 @@ def check_model_name(config: BackboneConfig) -> None:
     name = library_name(config)
     if config.family == "timm":
         # A tag after a dot selects pretrained weights; here weights are random.
-        known, name = timm_library().list_models(), name.partition(".")[0]
+        allowed_names, name = timm_library().list_models(), name.partition(".")[0]
     else:
         models = _torchvision_models()
-        known = models.list_models(module=models)
-    if name not in known:
+        allowed_names = models.list_models(module=models)
+    if name not in allowed_names:
         raise ConfigError(
             f"backbone.name={config.name}: {config.family} has no classifier of this name"
-            f"{_near(name, known)}"
+            f"{_near(name, allowed_names)}"
         )
 
 
@@ -262,8 +262,8 @@ def library_name(config: BackboneConfig) -> str:
     return config.name.partition(":")[2] or config.name
 
 
-def _near(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), 3)
+def _near(name: str, allowed_names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(allowed_names), 3)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
@@ -287,7 +287,7 @@ def timm_library() -> Any:
 
 
 def torchvision_options(config: BackboneConfig, image_size_px: int) -> dict[str, Any]:
-    """Return the arguments of torchvision's constructor for a model, beside its name."""
+    """Return the arguments of torchvision's constructor for a model, except its name."""
     name = library_name(config)
     if config.family == "convnext":
         return {"stochastic_depth_prob": config.drop_path}
@@ -337,13 +337,13 @@ def timm_model(config: BackboneConfig, image_size_px: int) -> tuple[nn.Module, d
         ConfigError: If timm is not installed, or the model cannot take such images.
     """
     create, name = timm_library().create_model, library_name(config)
-    # Transformers accept both, some networks only the first, convolutional ones neither.
-    sized: list[dict[str, Any]] = [
+    # Transformers accept both arguments, some networks only the first, convolutional ones neither.
+    size_options: list[dict[str, Any]] = [
         {"img_size": image_size_px, "dynamic_img_size": True},
         {"img_size": image_size_px},
         {},
     ]
-    for options in sized:
+    for options in size_options:
         try:
             net: nn.Module = create(name, pretrained=False, num_classes=0, **options)
         except TypeError as error:
@@ -368,8 +368,8 @@ def _refuse_special_batch_norms(net: nn.Module, config: BackboneConfig) -> None:
 
 
 @torch.no_grad()
-def _features_of(net: nn.Module, config: BackboneConfig, image_size_px: int) -> int:
-    """Count a model's features by passing one black image."""
+def _num_features(net: nn.Module, config: BackboneConfig, image_size_px: int) -> int:
+    """Return a model's number of features, from passing one black image."""
     training = net.training
     device = next(net.parameters()).device
     image = torch.zeros(1, 3, image_size_px, image_size_px, device=device)

@@ -31,7 +31,7 @@ class SyncBatchNorm(_BatchNorm):
             raise ShapeError(f"expected (N, C, ...); got {tuple(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise ``(N, C, ...)`` by the statistics of the global batch while training."""
+        """Normalise ``(N, C, ...)``, in training by the statistics of the global batch."""
         self._check_input_dim(input)
         _, size = rank_and_size()
         if not self.training or size == 1:
@@ -43,7 +43,7 @@ class SyncBatchNorm(_BatchNorm):
                 self.weight,
                 self.bias,
                 self.training,
-                self._momentum_now() if tracks else 0.0,
+                self._next_momentum() if tracks else 0.0,
                 self.eps,
             )
         dims = [0, *range(2, input.ndim)]
@@ -55,19 +55,19 @@ class SyncBatchNorm(_BatchNorm):
         variance = sum_over_ranks(centred.square().sum(dims)) / count
         if self.track_running_stats:
             self._update(mean.detach(), variance.detach() * count / (count - 1))
-        normed = centred * torch.rsqrt(variance + self.eps).view(shape)
+        normalised = centred * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
-            normed = normed * self.weight.view(shape) + self.bias.view(shape)
-        return normed.to(input.dtype)
+            normalised = normalised * self.weight.view(shape) + self.bias.view(shape)
+        return normalised.to(input.dtype)
 
-    def _momentum_now(self) -> float:
+    def _next_momentum(self) -> float:
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         return 0.1 if self.momentum is None else self.momentum
 
     @torch.no_grad()
     def _update(self, mean: Tensor, variance: Tensor) -> None:
-        momentum = self._momentum_now()
+        momentum = self._next_momentum()
         cast(Tensor, self.running_mean).lerp_(mean, momentum)
         cast(Tensor, self.running_var).lerp_(variance, momentum)
 
@@ -103,7 +103,7 @@ class SplitBatchNorm(_BatchNorm):
         mean = cast(Tensor, self.running_mean).repeat(parts)
         variance = cast(Tensor, self.running_var).repeat(parts)
         momentum = 0.1 if self.momentum is None else self.momentum
-        normed = F.batch_norm(
+        normalised = F.batch_norm(
             folded,
             mean,
             variance,
@@ -118,7 +118,7 @@ class SplitBatchNorm(_BatchNorm):
                 cast(Tensor, self.running_mean).copy_(mean.view(parts, channels).mean(0))
                 cast(Tensor, self.running_var).copy_(variance.view(parts, channels).mean(0))
                 cast(Tensor, self.num_batches_tracked).add_(1)
-        unfolded = normed.view(n // parts, parts, channels, *rest).transpose(0, 1)
+        unfolded = normalised.view(n // parts, parts, channels, *rest).transpose(0, 1)
         return unfolded.reshape(input.shape)
 
 
@@ -143,9 +143,9 @@ def set_batch_norm_scope(
         return cast(nn.Module, nn.SyncBatchNorm.convert_sync_batchnorm(module))
     if isinstance(module, _BatchNorm):
         if scope == "worker":  # one part is the whole batch
-            ours = isinstance(module, SyncBatchNorm | nn.SyncBatchNorm | SplitBatchNorm)
-            return _converted(module, SplitBatchNorm, 1) if ours else module
-        return _converted(module, SyncBatchNorm if scope == "sync" else SplitBatchNorm, num_splits)
+            is_special = isinstance(module, SyncBatchNorm | nn.SyncBatchNorm | SplitBatchNorm)
+            return _convert(module, SplitBatchNorm, 1) if is_special else module
+        return _convert(module, SyncBatchNorm if scope == "sync" else SplitBatchNorm, num_splits)
     for name, child in module.named_children():
         replaced = set_batch_norm_scope(child, scope, num_splits=num_splits)
         if replaced is not child:
@@ -153,7 +153,7 @@ def set_batch_norm_scope(
     return module
 
 
-def _converted(old: Any, kind: type[Any], num_splits: int) -> nn.Module:
+def _convert(old: Any, kind: type[Any], num_splits: int) -> nn.Module:
     new = kind(
         old.num_features,
         eps=old.eps,

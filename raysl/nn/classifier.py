@@ -18,8 +18,8 @@ HEAD_FILE = "projection_head.safetensors"
 
 _CLASSIFIER, _HEAD = "raysl-classifier-1", "raysl-projection-head-1"
 _CLASSIFIER_STD = 0.01  # of the initial weights, as in the SimCLR authors' code
-_KEPT = "projection_head."
-# The names of the classifier in torchvision and timm.
+_HEAD_PREFIX = "projection_head."
+# The names of the classifier in torchvision and timm, by family.
 _NAMES = {"resnet": "fc", "vit": "head", "convnext": "classifier.2"}
 
 
@@ -27,7 +27,7 @@ class Classifier(nn.Module):
     """An encoder with a classification layer.
 
     Args:
-        encoder: Images to features.
+        encoder: Maps images to features.
         head: The layers kept from the projection head, possibly none.
         class_names: Class names, by number.
 
@@ -62,13 +62,13 @@ def save_classifier(path: Path, model: Classifier, *, description: Mapping[str, 
         path: A ``.safetensors`` file, written atomically.
         model: The classifier.
         description: ``backbone`` (its section of the configuration), ``image_size_px``, ``mean``,
-            ``std`` and whatever else is worth knowing.
+            ``std`` and any further facts.
     """
     backbone = {key: v for key, v in description["backbone"].items() if key != "weights"}
     config = BackboneConfig.model_validate(backbone)
     name = _name_in_library(config, model.encoder.net)
     state = dict(model.encoder.net.state_dict())
-    state |= {_KEPT + key: value for key, value in model.head.state_dict().items()}
+    state |= {_HEAD_PREFIX + key: value for key, value in model.head.state_dict().items()}
     state |= {f"{name}.{key}": value for key, value in model.linear.state_dict().items()}
     metadata = {
         **description,
@@ -101,8 +101,8 @@ def load_classifier(path: str | Path) -> Classifier:
     name = str(description.get("classifier"))
     parts: dict[str, dict[str, Tensor]] = {"net": {}, "head": {}, "linear": {}}
     for key, value in state.items():
-        if key.startswith(_KEPT):
-            parts["head"][key.removeprefix(_KEPT)] = value
+        if key.startswith(_HEAD_PREFIX):
+            parts["head"][key.removeprefix(_HEAD_PREFIX)] = value
         elif key.startswith(f"{name}."):
             parts["linear"][key.removeprefix(f"{name}.")] = value
         else:

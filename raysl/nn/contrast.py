@@ -2,7 +2,7 @@
 
 NT-Xent, InfoNCE and the sigmoid loss compare each of M rows with each of K keys. Here the M x K
 similarities are computed tile by tile, and again for the gradient, so that memory grows with M + K.
-Gradients of rows and keys are exact. If one tile holds everything, it is kept.
+Gradients of rows and keys are exact. If one tile holds all pairs, it is kept for the gradient.
 """
 
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ def contrast(
     memory: Tensor | None = None,
     tile: int | None = None,
 ) -> Contrast:
-    r"""Cross entropy of each row's positive against the keys.
+    r"""Compute the cross entropy of each row's positive against the keys.
 
     .. math::
         \ell_i = -\log \frac{\exp(r_i \cdot p_i/\tau)}
@@ -53,9 +53,9 @@ def contrast(
 
     Args:
         rows: ``(M, D)`` from :func:`unit_rows`.
-        positives: ``(M, D)`` likewise, the key that matches each row.
-        keys: ``(K, D)`` likewise, the negatives; those of other workers come from ``gather_batch``,
-            which returns their gradient to them.
+        positives: ``(M, D)`` from :func:`unit_rows`: the key that matches each row.
+        keys: ``(K, D)`` from :func:`unit_rows`: the negatives. Those of other workers come from
+            ``gather_batch``, which returns their gradient to them.
         temperature: Tau, > 0.
         excluded: ``(M, E)`` int64: for each row, the keys that are not its negatives (itself, its
             positive). None if all are.
@@ -76,9 +76,9 @@ def contrast(
         positive = (scaled * positives).sum(dim=1)
         negative, nearest = _LogSumExp.apply(scaled, keys, excluded, tile)  # type: ignore[no-untyped-call]
         if memory is not None:
-            more, nearer = _LogSumExp.apply(scaled, memory.to(rows.dtype), None, tile)  # type: ignore[no-untyped-call]
-            negative = torch.logaddexp(negative, more)
-            nearest = torch.maximum(nearest, nearer)
+            memory_sum, memory_nearest = _LogSumExp.apply(scaled, memory.to(rows.dtype), None, tile)  # type: ignore[no-untyped-call]
+            negative = torch.logaddexp(negative, memory_sum)
+            nearest = torch.maximum(nearest, memory_nearest)
         # -log(e^p / (e^p + e^n)), accurate even if p is much larger than n.
         loss = -F.logsigmoid(positive - negative).mean()
     return Contrast(loss, (positive.detach() > nearest).float().mean())
@@ -111,7 +111,7 @@ def pairwise_sigmoid(
     excluded: Tensor,
     tile: int | None = None,
 ) -> Contrast:
-    r"""Binary cross entropy of every row with every key; only its positive is a matching pair.
+    r"""Compute the binary cross entropy of every row with every key; only its positive matches.
 
     .. math::
         \ell_i = \log(1 + \exp(-(s\, r_i \cdot p_i + b)))
@@ -119,8 +119,8 @@ def pairwise_sigmoid(
 
     Args:
         rows: ``(M, D)`` from :func:`unit_rows`.
-        positives: ``(M, D)`` likewise.
-        keys: ``(K, D)`` likewise, the negatives.
+        positives: ``(M, D)`` from :func:`unit_rows`: the key that matches each row.
+        keys: ``(K, D)`` from :func:`unit_rows`: the negatives.
         scale: Scalar factor on similarities, with gradient.
         bias: Scalar added after scaling, with gradient.
         excluded: ``(M, E)`` int64: for each row, the keys that are not its negatives.
@@ -135,9 +135,9 @@ def pairwise_sigmoid(
         scaled = rows * scale
         positive = (scaled * positives).sum(dim=1)
         # An extra column carries the bias and its gradient: [s r, b] . [k, 1] = s r . k + b.
-        wide = torch.cat([scaled, bias.to(rows.dtype).expand(len(rows), 1)], dim=1)
-        with_one = torch.cat([keys, keys.new_ones(len(keys), 1)], dim=1)
-        negative, nearest = _SoftplusSum.apply(wide, with_one, excluded, tile)  # type: ignore[no-untyped-call]
+        rows_and_bias = torch.cat([scaled, bias.to(rows.dtype).expand(len(rows), 1)], dim=1)
+        keys_and_one = torch.cat([keys, keys.new_ones(len(keys), 1)], dim=1)
+        negative, nearest = _SoftplusSum.apply(rows_and_bias, keys_and_one, excluded, tile)  # type: ignore[no-untyped-call]
         loss = (negative - F.logsigmoid(positive + bias)).mean()
     is_nearest = (positive + bias).detach() > nearest
     return Contrast(loss, is_nearest.float().mean())
@@ -156,7 +156,7 @@ def _tile_for(rows: Tensor) -> int:
 
 
 class _Tile(NamedTuple):
-    """A block of the similarities: which rows, which keys, and the values."""
+    """A block of the similarities: its rows, its keys, and the values."""
 
     rows: slice
     keys: slice
@@ -164,25 +164,25 @@ class _Tile(NamedTuple):
 
 
 def _tiles(rows: Tensor, keys: Tensor, excluded: Tensor | None, tile: int) -> Iterator[_Tile]:
-    """Yield the similarities of rows and keys; excluded pairs are -inf. Writable."""
+    """Yield the similarities of rows and keys, writable; excluded pairs are -inf."""
     height = max(1, min(tile, len(rows)))
     width = tile**2 // height  # with few rows, more keys at once
     for first_row in range(0, len(rows), height):
-        here = slice(first_row, first_row + height)
+        row_slice = slice(first_row, first_row + height)
         for first_key in range(0, len(keys), width):
-            there = slice(first_key, first_key + width)
-            values = rows[here] @ keys[there].T
-            for column in () if excluded is None else excluded[here].T:
+            key_slice = slice(first_key, first_key + width)
+            values = rows[row_slice] @ keys[key_slice].T
+            for column in () if excluded is None else excluded[row_slice].T:
                 _exclude(values, column - first_key)
-            yield _Tile(here, there, values)
+            yield _Tile(row_slice, key_slice, values)
 
 
 def _exclude(values: Tensor, column: Tensor) -> None:
     """Write -inf at each row's column if the tile contains it, without waiting for the device."""
     last = values.shape[1] - 1
-    place = column.clamp(0, last)[:, None]
+    index = column.clamp(0, last)[:, None]
     inside = (column >= 0) & (column <= last)
-    values.scatter_(1, place, values.gather(1, place).masked_fill(inside[:, None], float("-inf")))
+    values.scatter_(1, index, values.gather(1, index).masked_fill(inside[:, None], float("-inf")))
 
 
 def _gradients(
@@ -191,9 +191,9 @@ def _gradients(
     """Sum up the gradients of rows and keys.
 
     Args:
-        ctx: Says which gradients are required.
+        ctx: The autograd context; it knows which gradients are required.
         tiles: The gradient of the similarities, without each row's factor.
-        weights: That factor, ``(M,)``: cheaper to apply to the result than to all pairs.
+        weights: Each row's factor, ``(M,)``: cheaper to apply to the result than to all pairs.
         rows: ``(M, D)``.
         keys: ``(K, D)``.
     """
@@ -239,9 +239,9 @@ class _LogSumExp(torch.autograd.Function):
         rows, keys, excluded, total, powers, sums = ctx.saved_tensors
         with torch.autocast(rows.device.type, enabled=False):
             if powers is not None:
-                everything = _Tile(slice(0, None), slice(0, None), powers)
+                single_tile = _Tile(slice(0, None), slice(0, None), powers)
                 weights = gradients[0] / sums.clamp_min(torch.finfo(sums.dtype).tiny)
-                return _gradients(ctx, iter([everything]), weights, rows, keys)
+                return _gradients(ctx, iter([single_tile]), weights, rows, keys)
             shift = total.masked_fill(total == float("-inf"), 0.0)
             tiles = (
                 part._replace(values=part.values.sub_(shift[part.rows, None]).exp_())
@@ -300,9 +300,9 @@ class KeyQueue(nn.Module):
     def put(self, keys: Tensor, *, step: int) -> None:
         """Replace the oldest keys by those of a step, ``(M, D)`` with M <= K."""
         length = len(self.keys)
-        places = (self.place + torch.arange(len(keys), device=keys.device)) % length
-        self.keys[places] = keys.to(self.keys.dtype)
-        self.put_at_step[places] = step
+        slots = (self.place + torch.arange(len(keys), device=keys.device)) % length
+        self.keys[slots] = keys.to(self.keys.dtype)
+        self.put_at_step[slots] = step
         self.place.copy_((self.place + len(keys)) % length)
 
     @torch.no_grad()
@@ -315,13 +315,13 @@ class KeyQueue(nn.Module):
 def check_queue_length(
     field: str, length: int, *, keys_per_step: int, num_images: int | None = None
 ) -> None:
-    """Reject a queue too short for a step's keys, or so long that it holds keys of one image.
+    """Reject a queue too short for a step's keys, or longer than the data set.
 
     Args:
-        field: Its name in the configuration, such as ``method.queue_length``.
-        length: Its length in keys.
-        keys_per_step: Keys that a step puts in.
-        num_images: Training images; None if that is not known yet.
+        field: Name of the setting for messages, such as ``method.queue_length``.
+        length: Length of the queue, in keys.
+        keys_per_step: Number of keys that each step adds.
+        num_images: Number of training images; None if not known yet.
 
     Raises:
         ConfigError: If it is shorter than the keys of a step, or longer than the data set.

@@ -4,16 +4,16 @@ Y. Du, I. Mordatch: "Implicit Generation and Modeling with Energy-Based Models",
 arXiv:1903.08689v6 (IGEBM).
 """
 
-import torch
 from torch import Tensor
 
 from raysl.errors import ShapeError
+from raysl.nn.precision import at_least_float32
 
 
 def contrastive_divergence_loss(
     data_energies: Tensor, sample_energies: Tensor, *, regularisation: float = 0.0
 ) -> Tensor:
-    r"""Lower the energy of data and raise that of the model's samples.
+    r"""Compute the loss that lowers the energy of data and raises that of samples.
 
     .. math::
         L = \frac1N \sum_n \big( E(x_n^+) - E(x_n^-) \big)
@@ -28,7 +28,7 @@ def contrastive_divergence_loss(
         regularisation: Alpha, >= 0.
 
     Returns:
-        Scalar float32, or float64 if given that.
+        Scalar float32, or float64 for float64 energies.
 
     Raises:
         ShapeError: If either is not a vector.
@@ -40,10 +40,6 @@ def contrastive_divergence_loss(
             f"energies must be (N,) and (M,); got {tuple(data_energies.shape)}, "
             f"{tuple(sample_energies.shape)}"
         )
-    data, samples = _exact(data_energies), _exact(sample_energies)
-    size = data.square().mean() + samples.square().mean()
-    return data.mean() - samples.mean() + regularisation * size
-
-
-def _exact(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()
+    data, samples = at_least_float32(data_energies), at_least_float32(sample_energies)
+    squares = data.square().mean() + samples.square().mean()
+    return data.mean() - samples.mean() + regularisation * squares

@@ -42,9 +42,9 @@ class Conv2d(nn.Conv2d):
             return False
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return False  # an exported graph needs a single convolution
-        plain = self.groups == 1 and self.bias is None and self.dilation == (1, 1)
-        square = self.kernel_size == (size, size) and self.stride == _pair(self.stride[0])
-        return plain and square and self.padding == _pair(self.padding[0])
+        is_plain = self.groups == 1 and self.bias is None and self.dilation == (1, 1)
+        is_square = self.kernel_size == (size, size) and self.stride == _pair(self.stride[0])
+        return is_plain and is_square and self.padding == _pair(self.padding[0])
 
 
 class _SmallConvolution(torch.autograd.Function):
@@ -61,12 +61,12 @@ class _SmallConvolution(torch.autograd.Function):
         (grad,) = grads
         maps, weight = ctx.saved_tensors
         stride, padding = ctx.stride, ctx.padding
-        of_maps = of_weight = None
+        maps_gradient = weight_gradient = None
         if ctx.needs_input_grad[0]:
-            of_maps = _maps_gradient(grad, maps, weight, stride, padding)
+            maps_gradient = _maps_gradient(grad, maps, weight, stride, padding)
         if ctx.needs_input_grad[1]:
-            of_weight = _weight_gradient(grad, maps, weight.shape[-1], stride, padding)
-        return of_maps, of_weight, None, None
+            weight_gradient = _weight_gradient(grad, maps, weight.shape[-1], stride, padding)
+        return maps_gradient, weight_gradient, None, None
 
 
 def _convolve(maps: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
@@ -83,10 +83,10 @@ def _convolve(maps: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor
 
 
 def _maps_gradient(grad: Tensor, maps: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    """At stride 1, convolve the gradient with the rotated weights."""
-    turned = weight.shape[-1] - 1 - padding
-    if stride == 1 and turned >= 0:
-        return _convolve(grad, weight.flip(2, 3).transpose(0, 1), 1, turned)
+    """Return the gradient of the maps: at stride 1, a convolution with the rotated weights."""
+    full_padding = weight.shape[-1] - 1 - padding
+    if stride == 1 and full_padding >= 0:
+        return _convolve(grad, weight.flip(2, 3).transpose(0, 1), 1, full_padding)
     gradients = torch.ops.aten.convolution_backward(
         grad, maps, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1,
         [True, False, False],
@@ -96,21 +96,21 @@ def _maps_gradient(grad: Tensor, maps: Tensor, weight: Tensor, stride: int, padd
 
 
 def _weight_gradient(grad: Tensor, maps: Tensor, size: int, stride: int, padding: int) -> Tensor:
-    """Compute one product for each weight of the kernel, over the pixels that it touches."""
+    """Return the gradient of the weights: one product per kernel weight, over its pixels."""
     inputs, outputs = maps.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1)
     channels, out_channels = inputs.shape[-1], outputs.shape[-1]
     products = []
     for top in range(size):
-        of_grad_y, of_maps_y = _touched(top - padding, maps.shape[2], grad.shape[2], stride)
+        of_grad_y, of_maps_y = _overlap(top - padding, maps.shape[2], grad.shape[2], stride)
         for left in range(size):
-            of_grad_x, of_maps_x = _touched(left - padding, maps.shape[3], grad.shape[3], stride)
+            of_grad_x, of_maps_x = _overlap(left - padding, maps.shape[3], grad.shape[3], stride)
             rows = outputs[:, of_grad_y, of_grad_x].reshape(-1, out_channels)
             columns = inputs[:, of_maps_y, of_maps_x].reshape(-1, channels)
             products.append(rows.T @ columns)
     return torch.stack(products).view(size, size, out_channels, channels).permute(2, 3, 0, 1)
 
 
-def _touched(offset: int, in_side: int, out_side: int, stride: int) -> tuple[slice, slice]:
+def _overlap(offset: int, in_side: int, out_side: int, stride: int) -> tuple[slice, slice]:
     """Return the outputs whose input at ``offset`` lies inside the map, and those inputs."""
     first = max(0, -(offset // stride))
     last = min(out_side - 1, (in_side - 1 - offset) // stride)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NATIVE_SIDE_PX = 4  # side of the smallest map; each layer doubles or halves it
-MAX_WIDENING = 8
-LEAK = 0.2
+MAX_WIDENING = 8  # most channels, as a multiple of the width
+LEAK = 0.2  # slope of the leaky ReLU below 0
 INIT_STD = 0.02
 
 
@@ -98,7 +98,7 @@ def resize(images: Tensor, size_px: int) -> Tensor:
 
 
 def init_dcgan_(module: nn.Module) -> None:
-    """Draw weights with a deviation of 0.02, around 0 for convolutions and 1 for batch norm."""
+    """Draw weights of standard deviation 0.02, around 0 for convolutions, 1 for batch norm."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
             nn.init.normal_(layer.weight, 0.0, INIT_STD)

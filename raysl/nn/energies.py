@@ -3,22 +3,22 @@
 from torch import Tensor
 
 
-def contrast(of_data: Tensor, of_others: Tensor, others: str) -> dict[str, Tensor]:
-    """Return the mean energies ``(N,)`` of data and of other images, and their difference."""
-    data, rest = of_data.mean(), of_others.mean()
+def contrast(data_energies: Tensor, other_energies: Tensor, others: str) -> dict[str, Tensor]:
+    """Return metrics of the energies ``(N,)`` of data and other images: means and difference."""
+    data, rest = data_energies.mean(), other_energies.mean()
     return {"ebm/energy_data": data, f"ebm/energy_{others}": rest, "ebm/energy_gap": rest - data}
 
 
-def by_row(values: Tensor) -> Tensor:
-    """Reshape one value an image, ``(N,)``, to ``(N, 1, 1, 1)``, to broadcast with images."""
+def per_image(values: Tensor) -> Tensor:
+    """Reshape one value per image, ``(N,)``, to ``(N, 1, 1, 1)``, to broadcast with images."""
     return values.view(-1, 1, 1, 1)
 
 
-def mean_where(chosen: Tensor, values: Tensor) -> Tensor:
+def mean_where(mask: Tensor, values: Tensor) -> Tensor:
     """Return the mean of the values ``(N,)`` selected by a bool mask; 0 if none is."""
-    return (values * chosen).sum() / chosen.sum().clamp(min=1)
+    return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
-def range_of(energies: Tensor) -> str:
-    """Describe the range of energies in words."""
+def range_text(energies: Tensor) -> str:
+    """Return the range of energies as a text."""
     return f"{float(energies.min()):.2f} to {float(energies.max()):.2f}"

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_MOST_ROWS = 512
+_MOST_ROWS = 512  # rows of which all pairs are compared
 _ROWS_AT_ONCE = 8192  # converted to float64 at a time
 # Relative to the largest eigenvalue: rounding errors of a dimension without variance.
 _NO_VARIANCE = 1e-12
-_FIRST_FITTED, _LAST_FITTED = 4, 100
+_FIRST_FITTED, _LAST_FITTED = 4, 100  # ranks; see fit_power_law
 
 
 @torch.no_grad()
@@ -20,7 +20,7 @@ def alignment(z0: Tensor, z1: Tensor) -> Tensor:
 
     Args:
         z0: ``(N, D)``, any float dtype, not normalised.
-        z1: Likewise; row i comes from the same image as ``z0[i]``.
+        z1: ``(N, D)``, not normalised; row i comes from the same image as ``z0[i]``.
 
     Returns:
         Scalar float32 in [0, 4]: 0 if both views of every image have the same direction.
@@ -86,8 +86,8 @@ def effective_rank(features: Tensor) -> Tensor:
         Scalar float32 in [1, min(N, D)]; 0 if all features are zero, nan if one is not finite.
 
     Source: RankMe, eq. (1), Garrido et al. 2022, arXiv:2210.02885v3; Roy and Vetterli 2007.
-    Departs: From the Gram matrix of the shorter side, whose eigenvalues are the squared singular
-        values: several times faster than a decomposition of the features.
+    Departs: Computed from the Gram matrix of the shorter side, whose eigenvalues are the squared
+        singular values: several times faster than a decomposition of the features.
     """
     if not features.isfinite().all():  # eigvalsh would raise before the loss is checked
         return features.new_tensor(math.nan, dtype=torch.float32)
@@ -134,7 +134,7 @@ def fit_power_law(
     Args:
         eigenvalues: ``(K,)`` float64 >= 0, the largest first.
         first: Rank of the first one to fit, from 1.
-        last: Rank of the last one; eigenvalues that are only rounding errors are left out.
+        last: Rank of the last one to fit; eigenvalues that are only rounding errors are left out.
 
     Returns:
         The power law, or None if fewer than two eigenvalues remain.
@@ -158,16 +158,16 @@ def fit_power_law(
 def _gram(features: Tensor, *, center: Tensor | None = None) -> Tensor:
     """Return the Gram matrix of ``(M, D)`` features in float64: ``(min(M, D),) * 2``."""
 
-    def rows(part: Tensor) -> Tensor:
+    def centred(part: Tensor) -> Tensor:
         return part.double() if center is None else part.double() - center
 
     if features.shape[0] <= features.shape[1]:
-        x = rows(features)
+        x = centred(features)
         return x @ x.T
     width = features.shape[1]
     gram = torch.zeros(width, width, dtype=torch.float64, device=features.device)
     for part in features.split(_ROWS_AT_ONCE):
-        x = rows(part)
+        x = centred(part)
         gram.addmm_(x.T, x)
     return gram
 

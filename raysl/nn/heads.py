@@ -1,4 +1,4 @@
-"""Build, cut, describe and rebuild the projection heads on an encoder."""
+"""Build, shorten, describe and rebuild the projection heads on an encoder."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -71,7 +71,7 @@ def first_layers(head: nn.Sequential, num_layers: int) -> nn.Sequential:
     Raises:
         ConfigError: If the head has fewer.
     """
-    starts = [place for place, layer in enumerate(head) if isinstance(layer, nn.Linear)]
+    starts = [index for index, layer in enumerate(head) if isinstance(layer, nn.Linear)]
     if not 0 <= num_layers <= len(starts):
         raise ConfigError(f"{num_layers} layers of a head that has {len(starts)}")
     return head[: [*starts, len(head)][num_layers]]
@@ -109,7 +109,7 @@ def build_layers(
     """Build a head from the result of :func:`describe_layers`, with random weights.
 
     Args:
-        layers: Its layers.
+        layers: The layers of the head, in order.
         inputs: Expected number of input features; None accepts any.
 
     Raises:

@@ -15,14 +15,14 @@ Energy = Callable[[Tensor], Tensor]
 
 
 @contextmanager
-def standing_still(network: nn.Module) -> Iterator[None]:
-    """Make a network a function of single images in the block: batch norm in eval, no dropout."""
-    before = network.training
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Put a network into evaluation mode in the block: each output depends on one image only."""
+    was_training = network.training
     network.eval()
     try:
         yield
     finally:
-        network.train(before)
+        network.train(was_training)
 
 
 def energy_gradient(energy: Energy, images: Tensor, *, create_graph: bool = False) -> Tensor:
@@ -31,13 +31,13 @@ def energy_gradient(energy: Energy, images: Tensor, *, create_graph: bool = Fals
     No parameter's ``grad`` changes, and data-parallel training is not triggered.
 
     Args:
-        energy: Each image's energy.
-        images: Where to evaluate the gradient; not changed.
+        energy: Computes each image's energy.
+        images: The images at which to evaluate the gradient, ``(N, 3, S, S)``; not changed.
         create_graph: Whether the gradient will itself be differentiated.
     """
     with torch.enable_grad():
-        place = images.detach().requires_grad_()
-        gradient = torch.autograd.grad(energy(place).sum(), place, create_graph=create_graph)
+        points = images.detach().requires_grad_()
+        gradient = torch.autograd.grad(energy(points).sum(), points, create_graph=create_graph)
     return gradient[0]
 
 
@@ -61,9 +61,9 @@ def langevin(
     With s = sqrt(2 a), small a and no clipping, the chains converge to samples of exp(-E) / Z.
 
     Args:
-        energy: Each image's energy.
-        images: Where the chains start, ``(N, 3, S, S)``; not changed.
-        num_steps: Steps, >= 0.
+        energy: Computes each image's energy.
+        images: The starts of the chains, ``(N, 3, S, S)``; not changed.
+        num_steps: Number of steps, >= 0.
         step_size: a, > 0.
         noise_std: s, >= 0.
         max_gradient: Bound on the absolute value of each pixel's gradient, > 0.
@@ -77,24 +77,24 @@ def langevin(
     arXiv:1903.08689v6 and arXiv:1912.03263v3; the clipping is that of the former's code
     (openai/ebm_code_release, train.py:760).
     """
-    lengths = images.new_zeros(len(images))
+    gradient_norms = images.new_zeros(len(images))
     for _ in range(num_steps):
         gradient = energy_gradient(energy, images)
-        lengths = gradient.flatten(1).norm(dim=1)
+        gradient_norms = gradient.flatten(1).norm(dim=1)
         images = images - step_size * gradient.clamp(-max_gradient, max_gradient)
         if noise_std > 0:
             images = images + noise_std * torch.randn_like(images)
         images = images.clamp(*value_range)
-    return images, lengths
+    return images, gradient_norms
 
 
 class ChainStarts(NamedTuple):
     """The starting points of a step's chains."""
 
     images: Tensor  # (N, 3, S, S): of this rank
-    fresh: Tensor  # (N,) bool: which start from noise
+    fresh: Tensor  # (N,) bool: whether a chain of this rank starts from noise
     slots: Tensor  # (R * N,) int64: buffer rows for all ranks' samples
-    restarted: Tensor  # (R * N,) bool: which start from noise
+    restarted: Tensor  # (R * N,) bool: whether a chain of any rank starts from noise
     num_steps: Tensor  # (R * N,) int32: steps done by each chain
 
 
@@ -125,9 +125,9 @@ class ReplayBuffer(nn.Module):
         """Draw a rank's chains, each from a different slot.
 
         Args:
-            count: N, chains of this rank, the same on every rank; R * N at most the length.
+            count: N, number of chains of each rank; R * N is at most the length of the buffer.
             restart_prob: Probability that a chain restarts from noise.
-            generator: On the CPU, in the same state on every rank.
+            generator: A CPU generator in the same state on every rank.
         """
         rank, size = rank_and_size()
         slots = torch.randperm(len(self.samples), generator=generator)[: size * count]
@@ -136,12 +136,12 @@ class ReplayBuffer(nn.Module):
         low, high = self.value_range
         noise = low + (high - low) * torch.rand(shape, generator=generator)
         mine = slice(rank * count, (rank + 1) * count)
-        before = int(restarted[: mine.start].sum())
+        first_noise = int(restarted[: mine.start].sum())
         device = self.samples.device
         fresh, slots = restarted[mine], slots.to(device)
         images = self.samples[slots[mine]].float()
         fresh = fresh.to(device)
-        images[fresh] = noise[before : before + int(fresh.sum())].to(device)
+        images[fresh] = noise[first_noise : first_noise + int(fresh.sum())].to(device)
         restarted = restarted.to(device)
         return ChainStarts(images, fresh, slots, restarted, self.num_steps[slots] * ~restarted)
 

@@ -19,7 +19,8 @@ def mix_batch(
         images: ``(N, 3, H, W)``.
         targets: Class probabilities ``(N, C)``.
         mixup: alpha of the ratio's Beta(alpha, alpha) for a mean of pixels; 0 disables it.
-        cutmix: Likewise for a rectangle of the other image. With both, one of them is drawn.
+        cutmix: alpha of the ratio for a rectangle of the other image; 0 disables it. With both, one
+            of them is drawn.
 
     Returns:
         New images and targets; drawn from torch's global CPU generator.
@@ -27,11 +28,11 @@ def mix_batch(
     Source: arXiv:1710.09412v2, sec. 2; arXiv:1905.04899v2, Eqs. (1) and (2). Images are paired as
     in timm, which MAE's fine-tuning uses.
     """
-    cuts = bool(torch.rand(()) < 0.5) if mixup > 0 and cutmix > 0 else cutmix > 0
-    alpha = cutmix if cuts else mixup
+    is_cutmix = bool(torch.rand(()) < 0.5) if mixup > 0 and cutmix > 0 else cutmix > 0
+    alpha = cutmix if is_cutmix else mixup
     share = float(torch.distributions.Beta(alpha, alpha).sample())
     others = images.flip(0)
-    if cuts:
+    if is_cutmix:
         images, share = _with_rectangle(images, others, share)
     else:
         images = share * images + (1 - share) * others
@@ -39,7 +40,7 @@ def mix_batch(
 
 
 def _with_rectangle(images: Tensor, others: Tensor, share: float) -> tuple[Tensor, float]:
-    """Paste a rectangle of the other images; also return the share of the original image left."""
+    """Paste a rectangle of the other images; also return the remaining share of the original."""
     height, width = images.shape[2:]
     side = math.sqrt(1 - share)
     half_height, half_width = int(height * side) // 2, int(width * side) // 2

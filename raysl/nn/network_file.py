@@ -15,7 +15,7 @@ from raysl.folder.whole import appears_whole
 
 
 class NetworkFile(NamedTuple):
-    """The content of a file."""
+    """The content of a network's file."""
 
     description: dict[str, Any]
     state: dict[str, Tensor]
@@ -38,10 +38,11 @@ def read_network(path: Path, *, kind: str, what: str) -> NetworkFile:
     Args:
         path: The file.
         kind: The format that its header must name.
-        what: Name of that kind, for error messages.
+        what: Description of that format, for error messages.
 
     Raises:
-        DataError: If it is missing, damaged, of another format, or has values that are not finite.
+        DataError: If the file is missing, damaged, of another format, or has values that are not
+            finite.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file; it should be {what}")
@@ -72,10 +73,10 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], *, path: Path) -> None:
     Raises:
         DataError: If names or shapes do not fit.
     """
-    own = module.state_dict()
-    versioned = type(own)(state)
-    if hasattr(own, "_metadata"):
-        versioned._metadata = own._metadata  # type: ignore[attr-defined]
+    module_state = module.state_dict()
+    versioned = type(module_state)(state)
+    if hasattr(module_state, "_metadata"):
+        versioned._metadata = module_state._metadata  # type: ignore[attr-defined]
     try:
         module.load_state_dict(versioned)
     except RuntimeError as error:

@@ -25,7 +25,7 @@ def noise_contrastive_loss(
     noise_log_noise: Tensor,
     num_noise: float,
 ) -> Tensor:
-    r"""Logistic regression between data and noise, with log density ratios as the logits.
+    r"""Compute the loss of a logistic regression of data against noise, on log density ratios.
 
     .. math::
         L = \frac{1}{N} \sum_n \Big[ \mathrm{softplus}(-u(x_n))
@@ -39,11 +39,11 @@ def noise_contrastive_loss(
         noise_logits: log p_m of each datum's K noise samples, ``(N, K)``.
         data_log_noise: log p_n of the data, ``(N,)``.
         noise_log_noise: log p_n of the noise samples, ``(N, K)``.
-        num_noise: nu, noise samples a datum in the model of the classes, > 0; K where all of them
-            are given.
+        num_noise: nu, number of noise samples per datum that the logits assume, > 0; K if all of
+            them are given.
 
     Returns:
-        Scalar >= 0, float32, or float64 if given that. Where both densities are equal it is
+        Scalar >= 0, float32, or float64 for float64 logits. Where both densities are equal it is
         log(1 + nu) + K log(1 + 1 / nu).
 
     Raises:
@@ -61,9 +61,9 @@ def noise_contrastive_loss(
             f"got {shapes[0]}, {shapes[1]}, {noise_shapes[0]}, {noise_shapes[1]}"
         )
     with torch.autocast(data_logits.device.type, enabled=False):
-        of_data, of_noise = at_least_float32(data_logits), at_least_float32(noise_logits)
-        u_data = of_data - at_least_float32(data_log_noise) - math.log(num_noise)
-        u_noise = of_noise - at_least_float32(noise_log_noise) - math.log(num_noise)
+        data, noise = at_least_float32(data_logits), at_least_float32(noise_logits)
+        u_data = data - at_least_float32(data_log_noise) - math.log(num_noise)
+        u_noise = noise - at_least_float32(noise_log_noise) - math.log(num_noise)
         return (F.softplus(-u_data) + F.softplus(u_noise).sum(dim=1)).mean()
 
 
@@ -82,8 +82,8 @@ def conditional_noise_contrastive_loss(data_logits: Tensor, noise_logits: Tensor
         noise_logits: The same for the noise derived from each datum, ``(N, K)``.
 
     Returns:
-        Scalar >= 0, float32, or float64 if given that. Where data and noise are equally probable it
-        is 2 log 2.
+        Scalar >= 0, float32, or float64 for float64 logits. Where data and noise are equally
+        probable it is 2 log 2.
 
     Raises:
         ShapeError: If the shapes do not fit.

@@ -60,7 +60,7 @@ class ChannelAffine(nn.Module):
         return maps * self.weight[:, None, None] + self.bias[:, None, None]
 
 
-def norm_of(name: NormName) -> Norm:
+def norm_builder(name: NormName) -> Norm:
     """Return a function that builds a norm for a number of channels."""
     norms: dict[NormName, Norm] = {
         "batch": nn.BatchNorm2d,
@@ -205,12 +205,13 @@ class ResNet(nn.Module):
     network of the same name without ``fc``, and its features agree.
 
     Args:
-        layout: Blocks and groups.
+        layout: The blocks and groups of the network.
         stem: imagenet: 7 x 7 of stride 2, then max-pool (with selective kernels three of 3 x 3 and
             max-pool, ResNet-D). cifar: 3 x 3 of stride 1. cifar_padded: the same, with two pixels
             of zeros around the image instead of one. small: 3 x 3 of stride 2.
         width: Factor on all channels, which are rounded to a multiple of 8.
-        selective_kernels: In every block (in basic blocks the first convolution, as in timm).
+        selective_kernels: Use them in every block (in basic blocks as the first convolution, as in
+            timm).
         shortcut_edge: How the pools of selective kernels' shortcuts treat the edge.
         norm: batch, group, or none: a learnt scale and shift for each channel.
         zero_init_residual: Start each residual branch at zero.
@@ -229,7 +230,7 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         style = _Style(
-            norm_of(norm), selective_kernels, layout.groups, layout.group_width, shortcut_edge
+            norm_builder(norm), selective_kernels, layout.groups, layout.group_width, shortcut_edge
         )
         self.stem = stem
         self.shortcut_edge = shortcut_edge
@@ -265,10 +266,16 @@ class ResNet(nn.Module):
 
 
 def _conv(
-    in_channels: int, channels: int, size: int, *, stride: int = 1, groups: int = 1, more: int = 0
+    in_channels: int,
+    channels: int,
+    size: int,
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    extra_padding: int = 0,
 ) -> Conv2d:
     """Return a convolution that keeps the resolution up to its stride, without bias."""
-    padding = size // 2 + more
+    padding = size // 2 + extra_padding
     return Conv2d(
         in_channels, channels, size, stride=stride, padding=padding, groups=groups, bias=False
     )
@@ -277,7 +284,7 @@ def _conv(
 def _stem_conv(stem: Stem, channels: int, style: _Style) -> nn.Module:
     if stem != "imagenet":
         return _conv(
-            3, channels, 3, stride=2 if stem == "small" else 1, more=stem == "cifar_padded"
+            3, channels, 3, stride=2 if stem == "small" else 1, extra_padding=stem == "cifar_padded"
         )
     if not style.selective_kernels:
         return _conv(3, channels, 7, stride=2)

@@ -23,16 +23,16 @@ def rotate(images: Tensor, turns: Tensor) -> Tensor:
         ``(N, C, S, S)``.
 
     Raises:
-        ShapeError: If the images are not square or there is not one number an image.
+        ShapeError: If the images are not square or there is not one number per image.
 
     Source: Sec. 2.2: g(X|y) turns by y times 90 degrees, counted here from 0.
     """
     if images.ndim != 4 or images.shape[2] != images.shape[3]:
         raise ShapeError(f"images must be (N, C, S, S) to be turned; got {tuple(images.shape)}")
     if turns.shape != images.shape[:1]:
-        raise ShapeError(f"turns must be ({len(images)},), one an image; got {tuple(turns.shape)}")
+        raise ShapeError(f"turns must be ({len(images)},), one per image; got {tuple(turns.shape)}")
     quarters = (turns % NUM_ROTATIONS).view(-1, 1, 1, 1)
-    turned = images
+    rotated = images
     for k in range(1, NUM_ROTATIONS):
-        turned = torch.where(quarters == k, torch.rot90(images, k, (2, 3)), turned)
-    return turned
+        rotated = torch.where(quarters == k, torch.rot90(images, k, (2, 3)), rotated)
+    return rotated

@@ -12,7 +12,7 @@ from raysl.nn.precision import at_least_float32
 
 
 def denoising_score_loss(scores: Tensor, noise: Tensor, noise_std: Tensor) -> Tensor:
-    r"""Squared distance between the score at a noisy image and the direction back.
+    r"""Compute the squared distance of the score at a noisy image to the direction back.
 
     .. math::
         L = \frac{1}{2 N D} \sum_n \| \sigma_n\, s(x_n + \sigma_n \epsilon_n) + \epsilon_n \|^2
@@ -20,12 +20,12 @@ def denoising_score_loss(scores: Tensor, noise: Tensor, noise_std: Tensor) -> Te
     At its minimum s is the gradient of the log density of images with that noise.
 
     Args:
-        scores: s, ``(N, ...)``, D values each.
-        noise: Epsilon, standard normal, same shape.
+        scores: s, ``(N, ...)``, D values per image.
+        noise: Epsilon, standard normal, same shape as ``scores``.
         noise_std: Sigma of each image, ``(N,)``, > 0.
 
     Returns:
-        Scalar float32 >= 0, or float64 if given that. A score of 0 gives 1/2 in expectation.
+        Scalar float32 >= 0, or float64 for float64 scores. A score of 0 gives 1/2 in expectation.
 
     Raises:
         ShapeError: If the shapes do not fit.

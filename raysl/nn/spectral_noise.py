@@ -54,16 +54,16 @@ class SpectralGaussian(nn.Module):
     def fit_(self, images: Tensor) -> None:
         """Add the images of all ranks, ``(N, 3, S, S)`` on each, to the averages."""
         images = images.to(self.mean.dtype)
-        new = len(images) * rank_and_size()[1]
-        share = new / (self.count + new)
+        num_new = len(images) * rank_and_size()[1]
+        share = num_new / (self.count + num_new)
         center = mean_over_ranks(images.mean(dim=0))
         rows = self._transform(images - center)
         within = mean_over_ranks(_outer(rows) / len(rows))
-        moved = self._transform(center - self.mean)[None]
-        between = _outer(moved)
+        shift = self._transform(center - self.mean)[None]
+        between = _outer(shift)
         self.covariance.mul_(1 - share).add_(share * within + share * (1 - share) * between)
         self.mean.lerp_(center, share)
-        self.count.add_(new)
+        self.count.add_(num_new)
 
     @torch.no_grad()
     def sample(self, count: int) -> Tensor:
@@ -94,9 +94,9 @@ class SpectralGaussian(nn.Module):
     def _factor(self) -> Tensor:
         """Return the Cholesky factors ``(S, S // 2 + 1, 3, 3)``, computed in double precision."""
         exact = torch.view_as_complex(self.covariance.double().unflatten(2, (3, 3, 2)))
-        half = torch.complex64 if self.covariance.dtype == torch.float32 else torch.complex128
+        dtype = torch.complex64 if self.covariance.dtype == torch.float32 else torch.complex128
         factor: Tensor = torch.linalg.cholesky(exact)
-        return factor.to(half)
+        return factor.to(dtype)
 
 
 def _outer(rows: Tensor) -> Tensor:

@@ -53,8 +53,8 @@ class DropPath(nn.Module):
         if not self.training or self.prob == 0:
             return branch
         keep = 1 - self.prob
-        kept = branch.new_empty(len(branch), *[1] * (branch.ndim - 1)).bernoulli_(keep)
-        return branch * kept.div_(keep)
+        mask = branch.new_empty(len(branch), *[1] * (branch.ndim - 1)).bernoulli_(keep)
+        return branch * mask.div_(keep)
 
 
 class Attention(nn.Module):
@@ -154,16 +154,16 @@ class VisionTransformer(nn.Module):
             other sizes.
         patch_size_px: Side P of a patch; must divide every image's sides.
         embed_dim: Features D of a token.
-        depth: Blocks.
-        num_heads: Attention heads of a block.
+        depth: Number of blocks.
+        num_heads: Number of attention heads of a block.
         mlp_ratio: Hidden features of the perceptrons for each feature of a token.
         drop_path: Stochastic depth of the last block; rises linearly from 0 at the first.
         pool: Features of an image: its class token, or the mean of its patches' tokens. The class
             token takes part in attention in any case. mean_norm normalises the mean instead of the
             tokens (MAE's fine-tuned models), by ``fc_norm`` as in timm.
         positions: learned, or fixed sines and cosines (MAE, MoCo v3).
-        init: Initialisation: truncated normals of 0.02 with a matching patch projection, or as the
-            authors of DINO, MAE or MoCo v3 do.
+        init: Initialisation: truncated normals of standard deviation 0.02, with a Xavier-uniform
+            patch projection, or as the authors of DINO, MAE or MoCo v3 do.
         norm_eps: Epsilon added to a token's variance in the norms, > 0.
 
     Departs: no dropout; DINO, MAE and MoCo v3 use none.
@@ -207,9 +207,9 @@ class VisionTransformer(nn.Module):
             )
             for drop in drops
         )
-        norm, after = nn.LayerNorm(embed_dim, eps=norm_eps), pool == "mean_norm"
-        self.norm: nn.Module = nn.Identity() if after else norm
-        self.fc_norm: nn.Module = norm if after else nn.Identity()
+        norm, is_after_pool = nn.LayerNorm(embed_dim, eps=norm_eps), pool == "mean_norm"
+        self.norm: nn.Module = nn.Identity() if is_after_pool else norm
+        self.fc_norm: nn.Module = norm if is_after_pool else nn.Identity()
         self._init_weights(init)
         if positions == "sincos":
             with torch.no_grad():
@@ -217,7 +217,7 @@ class VisionTransformer(nn.Module):
             self.pos_embed.requires_grad_(False)
 
     def _init_weights(self, init: Init) -> None:
-        """Draw the weights; biases start at zero, learnt positions as truncated normals of 0.02.
+        """Draw the weights; biases start at zero, positions as truncated normals.
 
         ``patch_embed.proj`` is drawn like a linear map, Xavier-uniform (MAE, MoCo v3). With dino,
         and in timm, it keeps the default of a convolution, +-1 / sqrt(3 P^2) with its bias, which
@@ -261,7 +261,7 @@ class VisionTransformer(nn.Module):
         if height % self.patch_size_px or width % self.patch_size_px:
             raise ShapeError(
                 f"images of {height} x {width} px do not divide into patches of "
-                f"{self.patch_size_px} px; take a size that is a multiple of it"
+                f"{self.patch_size_px} px; use a size that is a multiple of it"
             )
         grid = self.patch_embed(images)  # (N, D, rows, columns)
         return grid.flatten(2).transpose(1, 2) + self._positions(*grid.shape[-2:])  # type: ignore[no-any-return]
@@ -308,11 +308,11 @@ class VisionTransformer(nn.Module):
         # Separable bicubic, as matrix products: F.interpolate has no deterministic gradient on
         # CUDA.
         grid = patches.reshape(self.side, self.side, self.embed_dim)
-        down = _bicubic_weights(self.side, rows).to(grid)
-        across = _bicubic_weights(self.side, columns).to(grid)
+        row_weights = _bicubic_weights(self.side, rows).to(grid)
+        column_weights = _bicubic_weights(self.side, columns).to(grid)
         with torch.autocast(grid.device.type, enabled=False):
-            moved = torch.einsum("ri,cj,ijd->rcd", down, across, grid)
-        return moved.reshape(1, rows * columns, self.embed_dim)
+            resampled = torch.einsum("ri,cj,ijd->rcd", row_weights, column_weights, grid)
+        return resampled.reshape(1, rows * columns, self.embed_dim)
 
 
 def sincos_positions(dim: int, rows: int, columns: int) -> Tensor:
@@ -321,7 +321,7 @@ def sincos_positions(dim: int, rows: int, columns: int) -> Tensor:
     Each half holds the sines, then the cosines, of the coordinate over ``10000**(4k / dim)``.
 
     Args:
-        dim: Features, a multiple of 4.
+        dim: Number of features, a multiple of 4.
         rows: Patches from top to bottom.
         columns: Patches from left to right.
 

@@ -22,7 +22,7 @@ from raysl.config.base import (
 from raysl.nn.schedules import cosine, warmup_cosine
 from raysl.optim.lars import LARS
 
-LR_REFERENCE_BATCH = 256
+LR_REFERENCE_BATCH = 256  # global batch that ``base_lr`` is for
 
 
 class OptimConfig(Config):
@@ -53,7 +53,7 @@ class OptimConfig(Config):
     warmup: Duration = Duration(epochs=0.0)
     """Linear rise to the peak learning rate."""
     final_lr_ratio: Probability = 0.0
-    """Learning rate at the end over the peak, for the cosine schedule."""
+    """Ratio of the learning rate at the end to the peak, for the cosine schedule."""
     weight_decay: NonNegativeFloat = 1e-4
     """Coefficient of weight decay at the start, or throughout."""
     final_weight_decay: NonNegativeFloat | None = None
@@ -73,7 +73,7 @@ class OptimConfig(Config):
     ] = (0.9, 0.999)
     """Betas of AdamW."""
     trust_coefficient: PositiveFloat = 0.001
-    """LARS: eta."""
+    """LARS: eta, the factor of each layer's adapted rate."""
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Learning rate of an encoder's layer over that of the layer above it: blocks of a ViT (MAE
     fine-tunes ViT-Base with 0.65), stages of a ResNet. 1 treats all alike."""
@@ -111,7 +111,7 @@ def weight_decay_at(config: OptimConfig, step: int, *, total_steps: int) -> floa
 
 
 class Special(NamedTuple):
-    """Parameters with a special treatment by the optimizer."""
+    """The parameters that an optimizer treats differently from the others."""
 
     constant_lr: AbstractSet[nn.Parameter] = frozenset()
     """Parameters whose learning rate stays at the peak."""
@@ -127,12 +127,12 @@ NOTHING_SPECIAL = Special()
 def param_groups(
     parameters: Iterable[nn.Parameter], config: OptimConfig, *, special: Special = NOTHING_SPECIAL
 ) -> list[dict[str, Any]]:
-    """Split trainable parameters into weights, and biases and norms (all vectors).
+    """Return torch's groups of the trainable parameters: weights, and biases and norms (vectors).
 
     Args:
         parameters: The parameters of this optimizer; those without gradient are left out.
-        config: Which of them decay.
-        special: Parameters that get groups of their own.
+        config: The optimizer's settings.
+        special: Parameters with a special treatment, which get groups of their own.
     """
     is_lars = config.name == "lars"
     members: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
@@ -194,7 +194,7 @@ class ScheduledOptimizer:
     Args:
         optimizer: Its groups may have ``constant_lr``, ``lr_scale`` and ``decays``, as set by
             :func:`param_groups`.
-        rates: Maps a step, counted from 0, to its rates.
+        rates: Maps a step, counted from 0, to the rates of that step.
     """
 
     def __init__(self, optimizer: Optimizer, rates: Callable[[int], Rates]) -> None:

@@ -73,19 +73,19 @@ def check(
     return runs if candidates else []
 
 
-def all_problems(sweep: SweepConfig, *, known: Iterable[str] = ()) -> list[str]:
+def all_problems(sweep: SweepConfig, *, invalid: Iterable[str] = ()) -> list[str]:
     """List the problems of a sweep and of the runs that can be drawn from it.
 
     Args:
         sweep: The sweep, possibly without the invalid parts of its file.
-        known: The dimensions that were left out of it.
+        invalid: The dimensions that were left out of it because they are invalid.
     """
     run_problems, _ = _run_problems(sweep, samples(sweep), folder=Path(), check_run=None)
-    return [*space_problems(sweep, known=known), *run_problems]
+    return [*space_problems(sweep, invalid=invalid), *run_problems]
 
 
-class _Seen:
-    """A problem, and the candidates that have it."""
+class _FoundProblem:
+    """A problem, with the number of candidates that have it and the parameters of one."""
 
     def __init__(self, text: str, example: Mapping[str, Any]) -> None:
         self.text = text
@@ -93,7 +93,7 @@ class _Seen:
         self.count = 0
 
     def line(self, total: int) -> str:
-        """Describe it in one line."""
+        """Describe the problem and its candidates in one line, ``total`` candidates in all."""
         example = " ".join(f"{key}={value}" for key, value in self.example.items())
         if not example or (total == 1 and self.count == 1):
             return self.text
@@ -106,39 +106,39 @@ class _Seen:
 def _run_problems(
     sweep: SweepConfig, candidates: Sequence[Candidate], *, folder: Path, check_run: RunCheck | None
 ) -> tuple[list[str], list[RunConfig[Any]]]:
-    """Return the problems of the runs, a line each, and the valid runs."""
+    """Return the problems of the runs, one line each, and the valid runs of the candidates."""
     unreadable = {str(base) for base in sweep.bases.values() if not _can_be_read(base)}
     runs: list[RunConfig[Any]] = []
-    seen: dict[tuple[Any, ...], _Seen] = {}
-    for place, candidate in enumerate([*candidates, *_probes(sweep, candidates)]):
+    seen: dict[tuple[Any, ...], _FoundProblem] = {}
+    for index, candidate in enumerate([*candidates, *_probes(sweep, candidates)]):
         if candidate.base in unreadable:
             continue
         problems, run = _problems_of(sweep, candidate, folder=folder, check_run=check_run)
-        is_candidate = place < len(candidates)
+        is_candidate = index < len(candidates)
         if run is not None and is_candidate:
             runs.append(run)
         for problem in problems:
             # The same problem with another number counts as the same.
             key = (problem.place, re.sub(r"\d[\d.,e+-]*", "#", problem.text))
-            entry = seen.setdefault(key, _Seen(problem.text, candidate.params))
+            entry = seen.setdefault(key, _FoundProblem(problem.text, candidate.params))
             entry.count += is_candidate
     return [entry.line(len(candidates)) for entry in seen.values()], runs
 
 
 def _probes(sweep: SweepConfig, candidates: Sequence[Candidate]) -> Iterator[Candidate]:
-    """Yield candidates for what the others lack: further values, ends of ranges."""
+    """Yield candidates with values and ends of ranges that no other candidate has."""
     choices = Choices(sweep)
     for name, dimension in choices.dimensions.items():
         ends = dimension.labels() if dimension.is_listed else list(dimension.bounds)
         tried = [candidate.params.get(name, MISSING) for candidate in candidates]
-        demanded = choices.demands(name) or {}
+        required = choices.demands(name) or {}
         for label in ends:
             if label in tried:
                 continue
-            wanted = demanded | {name: label}
+            wanted = required | {name: label}
 
-            def pick(key: str, of: Dimension, wanted: Mapping[str, Scalar] = wanted) -> Scalar:
-                return wanted[key] if key in wanted else options(of)[0]
+            def pick(key: str, other: Dimension, wanted: Mapping[str, Scalar] = wanted) -> Scalar:
+                return wanted[key] if key in wanted else options(other)[0]
 
             candidate = candidate_of(sweep, len(candidates), pick)
             if name in candidate.params and not choices.is_excluded(candidate.params):
@@ -157,21 +157,21 @@ def _problems_of(
     sweep: SweepConfig, candidate: Candidate, *, folder: Path, check_run: RunCheck | None
 ) -> tuple[list[Problem], RunConfig[Any] | None]:
     """Return the problems of a run, and the run if it can be built."""
-    values, own = run_values(sweep, candidate, folder=folder)
-    own += [Problem((), text) for text in _trial_problems(sweep, candidate, values)]
+    values, problems = run_values(sweep, candidate, folder=folder)
+    problems += [Problem((), text) for text in _trial_problems(sweep, candidate, values)]
     outcome = run_or_problems(values)
     if isinstance(outcome, list):
-        return [*outcome, *_behind(outcome, values), *own], None
+        return [*outcome, *_hidden_problems(outcome, values), *problems], None
     if check_run is not None:
         try:
             check_run(outcome)
         except RayslError as error:
-            own.append(Problem((), str(error)))
-    return own, outcome
+            problems.append(Problem((), str(error)))
+    return problems, outcome
 
 
-def _behind(problems: Sequence[Problem], values: dict[str, Any]) -> list[Problem]:
-    """Return further problems once bad keys are removed: invalid combinations of the others."""
+def _hidden_problems(problems: Sequence[Problem], values: dict[str, Any]) -> list[Problem]:
+    """Return problems that bad keys hide: invalid combinations of the remaining settings."""
     values, bad = plain_copy(values), list(problems)
     for _ in range(_MAX_REPAIRS):
         places = [problem.place for problem in bad if problem.place]
@@ -214,7 +214,7 @@ def _trial_problems(
 
 
 def _unmeasured(sweep: SweepConfig, values: Mapping[str, Any]) -> Iterator[str]:
-    """Reject metrics of a trial's end that its ``evaluate.final`` does not measure."""
+    """Reject metrics of the end of a trial that its ``evaluate.final`` leaves out."""
     section = resolve_final(values).get("evaluate")
     section = section if isinstance(section, dict) else {}
     final = section.get("final", ())
@@ -238,9 +238,9 @@ def _classifier_problems(sweep: SweepConfig, method: str) -> Iterator[str]:
         return
     for name in (sweep.metric.name, *sweep.metric.also):
         if name in OF_CLASSIFIERS and not classifies:
-            yield f"{name}: method {method} trains no classifier; take eval/knn_top1"
+            yield f"{name}: method {method} trains no classifier; use eval/knn_top1"
         elif "top1" in name and name not in OF_CLASSIFIERS and classifies:
-            yield f"{name}: method {method} trains a classifier; take eval/top1"
+            yield f"{name}: method {method} trains a classifier; use eval/top1"
 
 
 def _pace_problems(sweep: SweepConfig, values: Mapping[str, Any]) -> Iterator[str]:
@@ -248,10 +248,10 @@ def _pace_problems(sweep: SweepConfig, values: Mapping[str, Any]) -> Iterator[st
     every, period = get_key(values, EVERY), decision_period(sweep)
     if sweep.scheduler.name == "hyperband":
         yield f"{EVERY}: hyperband spaces evaluations by scheduler.max_evaluations; leave it out"
-    elif period is not None and not meets(every, period, whole=length_epochs(sweep, values)):
+    elif period is not None and not meets(every, period, total_epochs=length_epochs(sweep, values)):
         yield (
             f"{EVERY}={every}: scheduler {sweep.scheduler.name} decides every {period:g} epochs, "
-            f"and has to be told then; leave it out"
+            f"and needs an evaluation then; leave it out"
         )
     elif every is None:
-        yield f"{EVERY}=null: the metric of a sweep is read where a trial is evaluated"
+        yield f"{EVERY}=null: a sweep reads its metric from evaluations; set an interval"

@@ -19,10 +19,10 @@ Params = dict[str, Any]
 Pick = Callable[[str, Dimension], Scalar]
 """Chooses the displayed value of a dimension."""
 
-# A draw that repeats an earlier one is retried. After so many failures in a row, few or no new
-# combinations are left, and enumerating them is faster.
+# A draw that repeats an earlier one is retried. After this many failures in a row, few or
+# no new combinations are left, and enumerating them is faster.
 _ATTEMPTS = 32
-_DIGITS = 4
+_DIGITS = 4  # significant digits of drawn real numbers
 _ORDER = "\0order"  # a stream name that no dimension has
 
 
@@ -38,7 +38,7 @@ class Choices:
         self.dimensions: dict[str, Dimension] = dict(sweep.space)
         if len(sweep.bases) > 1:
             self.dimensions = {CONFIG: Dimension(grid=tuple(sweep.bases)), **self.dimensions}
-        self.order, self.in_circles = self._sorted()
+        self.order, self.in_cycles = self._sorted()
         self._settings: dict[str, dict[str, Any]] = {}
 
     @property
@@ -57,7 +57,7 @@ class Choices:
         for name in self.order:
             if self.exists(name, params):
                 params[name] = pick(name, self.dimensions[name])
-        return self._in_given_order(params)
+        return self._in_space_order(params)
 
     def combinations(self, names: Iterable[str] | None = None) -> Iterator[Params]:
         """Yield every combination of finite dimensions; the last one changes fastest.
@@ -67,19 +67,19 @@ class Choices:
                 for all.
         """
         wanted = set(self.order if names is None else names)
-        kept = [name for name in self.order if name in wanted]
+        chosen = [name for name in self.order if name in wanted]
 
         def extend(params: Params, rest: Sequence[str]) -> Iterator[Params]:
             if not rest:
-                if not self.is_excluded(params, names=kept):
-                    yield self._in_given_order(params)
+                if not self.is_excluded(params, names=chosen):
+                    yield self._in_space_order(params)
             elif not self.exists(rest[0], params):
                 yield from extend(params, rest[1:])
             else:
                 for label in options(self.dimensions[rest[0]]):
                     yield from extend(params | {rest[0]: label}, rest[1:])
 
-        return extend({}, kept)
+        return extend({}, chosen)
 
     def values(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Convert displayed values to real values."""
@@ -93,7 +93,7 @@ class Choices:
 
     def holds(self, key: str, wanted: Any, params: Mapping[str, Any]) -> bool:
         """Return whether a setting has the value, or one of the values, that a condition names."""
-        names = self._seen_as(key, params)
+        names = self._values_in_conditions(key, params)
         return any(value in names for value in (wanted if isinstance(wanted, list) else [wanted]))
 
     def is_excluded(self, params: Mapping[str, Any], *, names: Iterable[str] | None = None) -> bool:
@@ -103,58 +103,58 @@ class Choices:
             params: The combination.
             names: The dimensions that were chosen; None for all.
         """
-        open_ones = set(self.dimensions) - set(self.dimensions if names is None else names)
+        undecided = set(self.dimensions) - set(self.dimensions if names is None else names)
         return any(
             all(self.holds(key, wanted, params) for key, wanted in conditions.items())
             for conditions in self._sweep.exclude
             if conditions
-            and not any(_covers(name, key) for name in open_ones for key in conditions)
+            and not any(_covers(name, key) for name in undecided for key in conditions)
         )
 
     def demands(self, name: str) -> Params | None:
         """Return choices for other dimensions under which this one exists, or None."""
         for start in self.combinations([CONFIG]):
-            demanded = self._demands(name, start)
-            if self.exists(name, demanded):
-                return demanded
+            required = self._demands(name, start)
+            if self.exists(name, required):
+                return required
         return None
 
     def _demands(self, name: str, start: Params) -> Params:
         """Choose values for the dimensions that a condition depends on, recursively."""
-        demanded = dict(start)
+        required = dict(start)
         conditions = list(self.dimensions[name].when.items())
         for key, wanted in conditions:
             for other in self.dimensions:
-                if other in demanded or not _covers(other, key):
+                if other in required or not _covers(other, key):
                     continue
                 for label in options(self.dimensions[other]):
-                    if self.holds(key, wanted, demanded | {other: label}):
-                        demanded[other] = label
+                    if self.holds(key, wanted, required | {other: label}):
+                        required[other] = label
                         conditions += self.dimensions[other].when.items()
                         break
-        return demanded
+        return required
 
     def settings(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a run's settings outside of the space: of its base, ``set``, defaults."""
+        """Return a run's settings without those of the space: defaults, base file, ``set``."""
         label = str(params.get(CONFIG, next(iter(self._sweep.bases))))
         if label not in self._settings:
             self._settings[label] = self._read_settings(label)
         return self._settings[label]
 
     def _read_settings(self, label: str) -> dict[str, Any]:
-        """Read a base; if it, or ``set``, is invalid, as much as possible."""
+        """Return the settings of a base file with ``set``, as far as they are valid."""
         try:
             values = plain_copy(read_mapping(self._sweep.bases[label]))
         except ConfigError:
             return {}
-        for given in (with_set(self._sweep, values), values):
-            outcome = run_or_problems({"name": label, **given})
+        for attempt in (with_set(self._sweep, values), values):
+            outcome = run_or_problems({"name": label, **attempt})
             if isinstance(outcome, RunConfig):
                 return with_set(self._sweep, outcome.model_dump(mode="json"))
         return with_set(self._sweep, values)
 
-    def _seen_as(self, key: str, params: Mapping[str, Any]) -> list[Any]:
-        """Return the names of a setting's value in a condition."""
+    def _values_in_conditions(self, key: str, params: Mapping[str, Any]) -> list[Any]:
+        """Return the names that a condition may use for a setting's value; none if unset."""
         if key in params:
             return [params[key], self.dimensions[key].value_of(params[key])]
         for name, label in params.items():
@@ -178,12 +178,12 @@ class Choices:
             rest.remove(ready[0])
         return order, []
 
-    def _in_given_order(self, params: Params) -> Params:
+    def _in_space_order(self, params: Params) -> Params:
         return {name: params[name] for name in self.dimensions if name in params}
 
 
 def with_set(sweep: SweepConfig, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a run's plain values with those of ``set``, as far as they can be set."""
+    """Return a copy of a run's plain values with ``set``; keys that cannot be set are skipped."""
     result = plain_copy(values)
     for key, value in sweep.set.items():
         with suppress(ConfigError):  # reported when the runs are checked
@@ -194,25 +194,25 @@ def with_set(sweep: SweepConfig, values: Mapping[str, Any]) -> dict[str, Any]:
 def draw_random(choices: Choices, *, seed: int, count: int) -> list[Params]:
     """Draw distinct combinations.
 
-    Each combination of the grids occurs equally often; the rest is drawn. A number only depends on
-    the seed, on how many were drawn before, and on its dimension's name: adding a dimension leaves
-    the others unchanged, and more draws start with the same ones.
+    Each combination of the grids occurs equally often; the rest is drawn. A value only depends on
+    the seed, on the number of earlier draws, and on its dimension's name: adding a dimension leaves
+    the others unchanged, and a larger count starts with the same combinations.
 
     Args:
         choices: The dimensions.
         seed: 0 <= seed < 2**63.
         count: Number of draws; if there are fewer combinations, each occurs once.
     """
-    cycle = list(choices.combinations(_cycled(choices)))
+    cycle = list(choices.combinations(_independent_grids(choices)))
     drawn: dict[str, Params] = {}
-    place = stale = 0
+    draw = stale = 0
     while len(drawn) < count and stale < len(cycle):
-        turn, spot = divmod(place, len(cycle))
+        turn, spot = divmod(draw, len(cycle))
         fixed = cycle[int(_stream(seed, turn, _ORDER).permutation(len(cycle))[spot])]
-        drawn_now = _new_one(choices, drawn, fixed, seed=seed, place=place)
-        stale = 0 if drawn_now else stale + 1
-        drawn |= drawn_now
-        place += 1
+        new = _draw_new(choices, drawn, fixed, seed=seed, draw=draw)
+        stale = 0 if new else stale + 1
+        drawn |= new
+        draw += 1
     for params in choices.combinations() if len(drawn) < count else ():
         drawn.setdefault(json.dumps(params), params)
         if len(drawn) == count:
@@ -220,16 +220,16 @@ def draw_random(choices: Choices, *, seed: int, count: int) -> list[Params]:
     return list(drawn.values())
 
 
-def _new_one(
-    choices: Choices, drawn: Mapping[str, Params], fixed: Params, *, seed: int, place: int
+def _draw_new(
+    choices: Choices, drawn: Mapping[str, Params], fixed: Params, *, seed: int, draw: int
 ) -> dict[str, Params]:
-    """Draw a combination that was not drawn before, by its text; empty if that fails."""
+    """Draw a combination that is not in ``drawn``, by its JSON text; empty if attempts fail."""
     for attempt in range(_ATTEMPTS):
 
         def pick(name: str, dimension: Dimension, attempt: int = attempt) -> Scalar:
             if name in fixed:
                 return fixed[name]  # type: ignore[no-any-return]
-            return sample(dimension, float(_stream(seed, place, name, attempt).random()))
+            return sample(dimension, float(_stream(seed, draw, name, attempt).random()))
 
         params = choices.choose(pick)
         if json.dumps(params) not in drawn and not choices.is_excluded(params):
@@ -253,7 +253,7 @@ def sample(dimension: Dimension, share: float) -> Scalar:
     return min(max(float(f"{value:.{_DIGITS}g}"), low), high)  # short enough to type
 
 
-def _cycled(choices: Choices) -> list[str]:
+def _independent_grids(choices: Choices) -> list[str]:
     """Return the grids that do not depend on drawn dimensions."""
     names: list[str] = []
     for name in choices.order:
@@ -263,7 +263,7 @@ def _cycled(choices: Choices) -> list[str]:
 
 
 def options(dimension: Dimension) -> Sequence[Scalar]:
-    """Return the displayed values; of a range of real numbers, its ends."""
+    """Return the displayed values of a dimension; for a range of real numbers, its ends."""
     if dimension.is_listed:
         return dimension.labels()
     low, high = dimension.bounds
@@ -275,9 +275,9 @@ def _covers(name: str, key: str) -> bool:
     return key == name or key.startswith(name + ".")
 
 
-def _stream(seed: int, place: int, name: str, attempt: int = 0) -> np.random.Generator:
-    """Return the random stream of one dimension of one draw."""
+def _stream(seed: int, draw: int, name: str, attempt: int = 0) -> np.random.Generator:
+    """Return the random stream of one dimension of one draw, from a counter-based generator."""
     word = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
-    key = np.array([seed, place], dtype=np.uint64)
+    key = np.array([seed, draw], dtype=np.uint64)
     counter = np.array([0, 0, attempt, word], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))

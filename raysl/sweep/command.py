@@ -110,14 +110,14 @@ class _PendingTrials:
 
     def __init__(self, folder: SweepFolder, numbers: Sequence[int], *, in_flight: bool) -> None:
         self._folder = folder
-        self._left = deque(numbers)
+        self._numbers = deque(numbers)
         self._in_flight = in_flight
 
     def next(self) -> tuple[int, Mapping[str, Any]] | None:
-        """Return the next trial; if parameters may change in flight, with their current values."""
-        if not self._left:
+        """Return the next trial, with the current parameters if they may change in flight."""
+        if not self._numbers:
             return None
-        number = self._left.popleft()
+        number = self._numbers.popleft()
         folder = self._folder.trial(number)
         candidate = read_candidate(folder)
         assert candidate is not None
@@ -131,7 +131,7 @@ class _PendingTrials:
 
 
 class _OptunaTrials:
-    """Supplies the interrupted trials, by number, then candidates from Optuna."""
+    """Supplies the interrupted trials in the order of their numbers, then Optuna's candidates."""
 
     def __init__(self, start: "_Start", numbers: Sequence[int]) -> None:
         self._start = start
@@ -167,7 +167,7 @@ class _Start:
         sweep: The sweep.
         folder: The sweep's folder, locked by this process.
         home: Base of relative paths.
-        sources: The training images of its runs.
+        sources: The training images of the sweep's runs.
     """
 
     def __init__(
@@ -186,9 +186,9 @@ class _Start:
         for candidate, config in candidates:
             self.write(candidate, config)
         trials = self._trials()
-        left = [trial.number for trial in trials if trial.status not in ENDED]
-        if left or self._has_suggestions():
-            self._run(trials, left)
+        pending = [trial.number for trial in trials if trial.status not in ENDED]
+        if pending or self._has_suggestions():
+            self._run(trials, pending)
         else:
             say(f"{self.folder.path}: this sweep is finished; name=... starts another")
         return self._conclude()
@@ -197,7 +197,7 @@ class _Start:
         """Raise if the sweep failed, after results and report are written.
 
         Raises:
-            SweepError: If trials were lost, failed otherwise than by diverging, or none is best.
+            SweepError: If trials were lost or failed except by diverging, or none has the metric.
         """
         problems = failures_of(self.sweep, self._trials(), self._lost)
         if problems:
@@ -256,19 +256,20 @@ class _Start:
             return False
         return len(self._trials()) < (self.sweep.budget.trials or 0)
 
-    def _run(self, trials: list[Trial], left: list[int]) -> None:
+    def _run(self, trials: list[Trial], pending: list[int]) -> None:
         folders = {trial.number: self.folder.trial(trial.number) for trial in trials}
-        ended = [folders[number] for number in folders if number not in left]
-        self._sources.check_unchanged((folders[number] for number in left), ended, self.sweep.set)
+        ended = [folders[number] for number in folders if number not in pending]
+        resumed = (folders[number] for number in pending)
+        self._sources.check_unchanged(resumed, ended, self.sweep.set)
         hours = self.sweep.budget.hours
         until = math.inf if hours is None else time.monotonic() + hours * 3600
         with ExitStack() as stack:
             if connect():
                 stack.callback(disconnect)
             shares = plan_shares(
-                self.sweep, self._example_runs(left), most_trials=self._num_left(left)
+                self.sweep, self._example_runs(pending), most_trials=self._num_left(pending)
             )
-            self._say_start(trials, left, shares)
+            self._say_start(trials, pending, shares)
             self._tracking = self._start_tracking()
             watch = stack.enter_context(
                 SweepWatch(self.sweep, self.folder, tracking=self._tracking, trials=trials)
@@ -284,16 +285,16 @@ class _Start:
         """Run the trials that have not ended; retry those that Tune lost, ``retries`` times."""
         for _ in range(1 + self.sweep.retries):
             trials = self._trials()
-            left = [trial.number for trial in trials if trial.status not in ENDED]
+            pending = [trial.number for trial in trials if trial.status not in ENDED]
             in_flight = self.sweep.scheduler.name == "pbt"
             self._lost = sweep_on_ray(
                 self.sweep,
-                _OptunaTrials(self, left)
+                _OptunaTrials(self, pending)
                 if self.sweep.search.name == "optuna"
-                else _PendingTrials(self.folder, left, in_flight=in_flight),
+                else _PendingTrials(self.folder, pending, in_flight=in_flight),
                 watch,
                 shares=shares,
-                most_trials=self._num_left(left),
+                most_trials=self._num_left(pending),
                 earlier=trials,
                 sources=self._sources.opened,
                 folder=self.folder,
@@ -301,16 +302,16 @@ class _Start:
             )
             if not self._lost or time.monotonic() >= until:
                 return
-            say(f"going on with what Ray lost: {by_reason(self._lost)}")
+            say(f"retrying the trials that Ray lost: {by_reason(self._lost)}")
 
-    def _num_left(self, left: Sequence[int]) -> int:
+    def _num_left(self, pending: Sequence[int]) -> int:
         """Return the number of trials left, including those that Optuna may still suggest."""
-        num_ended = len(self._trials()) - len(left)
-        return max(len(left), (self.sweep.budget.trials or 0) - num_ended)
+        num_ended = len(self._trials()) - len(pending)
+        return max(len(pending), (self.sweep.budget.trials or 0) - num_ended)
 
-    def _example_runs(self, left: Sequence[int]) -> list[RunConfig[Any]]:
-        """Return the runs that are left, or a random one before Optuna's first suggestion."""
-        runs = [read_run(self.folder.trial(number)) for number in left]
+    def _example_runs(self, pending: Sequence[int]) -> list[RunConfig[Any]]:
+        """Return the unfinished runs, or a random one before Optuna's first suggestion."""
+        runs = [read_run(self.folder.trial(number)) for number in pending]
         drawn = samples(self.sweep)[:1] if not runs else []
         return runs or [run_config(self.sweep, each, folder=self.folder.path) for each in drawn]
 
@@ -327,13 +328,15 @@ class _Start:
         print_problem(tracking.trouble, self._uri, ended=False)
         return tracking
 
-    def _say_start(self, trials: Sequence[Trial], left: Sequence[int], shares: Shares) -> None:
+    def _say_start(self, trials: Sequence[Trial], pending: Sequence[int], shares: Shares) -> None:
         sweep = self.sweep
-        ended = len(trials) - len(left)
-        most = sweep.budget.trials if sweep.search.name == "optuna" else len(trials)
-        again = f"goes on: {ended} of {most} trials have ended" if ended else f"{most} trials"
+        ended = len(trials) - len(pending)
+        num_trials = sweep.budget.trials if sweep.search.name == "optuna" else len(trials)
+        progress = f"{ended} of {num_trials} trials have ended" if ended else f"{num_trials} trials"
+        search, scheduler = sweep.search.name, sweep.scheduler.name
         say(
-            f"{sweep.name}: {again}, {sweep.search.name} search, scheduler {sweep.scheduler.name}\n"
+            f"{sweep.name}{' resumes' if ended else ''}: {progress}, {search} search, "
+            f"scheduler {scheduler}\n"
             f"  {shares.why}\n  {self.folder.path}"
         )
 
@@ -341,9 +344,9 @@ class _Start:
         """Compare the trials; write the summary, the report and the best trial's configuration."""
         sweep, folder = self.sweep, self.folder
         trials = self._trials()
-        left = sum(trial.status not in ENDED for trial in trials)
-        if left and not self._lost:
-            say(f"budget.hours is up; {left} trials have not ended: the same command goes on")
+        pending = sum(trial.status not in ENDED for trial in trials)
+        if pending and not self._lost:
+            say(f"budget.hours is up; {pending} trials are left: the same command resumes them")
         summary = summarise(trials, sweep.metric)
         write_best(sweep, folder, summary)
         results = results_of(sweep, folder, trials, summary)
@@ -361,13 +364,13 @@ class _Start:
         return results
 
     def _end_tracking(self, results: SweepResults) -> None:
-        """Send the rest to MLflow, and add MLflow's run id and problem to the results."""
+        """Send what is missing to MLflow, and add its run id and problem to the results."""
         folder = self.folder
         if not self.sweep.track.mlflow:
             return
         tracking = self._tracking or self._start_tracking()
         assert tracking is not None
-        say(f"sending the rest to MLflow ({without_password(tracking.uri)})")
+        say(f"sending what is missing to MLflow ({without_password(tracking.uri)})")
         tracking.catch_up(self._trials())
         tags = {
             "trials": str(results["trials"]),

@@ -31,11 +31,11 @@ def _check_values(given: Any) -> Any:
     if not isinstance(given, list | tuple):
         raise ValueError(f"takes a list of values, or a section of label: value; got {given!r}")
     problems = [] if given else ["no values; give at least one"]
-    for place, value in enumerate(given):
+    for index, value in enumerate(given):
         if isinstance(value, list | dict):
             problems.append(f"the value {value} needs a name; give a section of label: value")
-        elif value in given[:place]:
-            problems.append(f"the value {value} stands twice")
+        elif value in given[:index]:
+            problems.append(f"the value {value} is listed twice")
     if problems:
         raise ValueError("\n".join(problems))
     return tuple(given)
@@ -98,7 +98,7 @@ class Dimension(Config):
 
     @property
     def kind(self) -> Kind:
-        """The kind that was given."""
+        """The name of the one kind that is set."""
         return next(kind for kind in _KINDS if getattr(self, kind) is not None)
 
     @property
@@ -118,7 +118,7 @@ class Dimension(Config):
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Low and high of a range."""
+        """Lower and upper end of a range."""
         low, high = getattr(self, self.kind)
         return low, high
 
@@ -155,13 +155,13 @@ class BudgetConfig(Config):
     """Limits of a sweep."""
 
     trials: PositiveInt | None = None
-    """Number of points of the space to try, each ``repeats`` times; null takes all of a grid."""
+    """Number of points of the space to try, each ``repeats`` times; null: all points of a grid."""
     hours: PositiveFloat | None = None
     """Wall time, in hours, after which all trials end."""
     epochs: PositiveFloat | None = None
     """Epochs of a trial, instead of the base's train.epochs and train.steps."""
     steps: PositiveInt | None = None
-    """Optimizer steps of a trial, instead of the base's."""
+    """Optimizer steps of a trial, instead of the base's train.epochs and train.steps."""
 
 
 class NoScheduler(Config):
@@ -178,7 +178,7 @@ class AshaScheduler(Config):
 
     name: Literal["asha"] = "asha"
     grace_epochs: PositiveFloat = 1.0
-    """The first rung; the next ones are this times reduction_factor, its square, and so on."""
+    """Epoch of the first rung; each later rung is reduction_factor times the one before."""
     reduction_factor: Annotated[float, Field(gt=1.0)] = 3.0
     """One of this many trials continues at each rung."""
 
@@ -250,8 +250,8 @@ class ResourcesConfig(Config):
     """GPUs of a trial with one train worker; 0.25 lets four share a GPU."""
 
 
-def _all_of(given: Any) -> Any:
-    """Convert one word to all values it stands for, and a list to a tuple for strict validation."""
+def _as_tuple(given: Any) -> Any:
+    """Convert a list, or a single string, to a tuple for strict validation."""
     return (
         tuple(given) if isinstance(given, list) else (given,) if isinstance(given, str) else given
     )
@@ -266,7 +266,7 @@ class SweepConfig(Config):
     """Parent of the sweep's folder, which is called ``name``."""
     base: Annotated[
         tuple[str, ...],
-        BeforeValidator(_all_of),
+        BeforeValidator(_as_tuple),
         Field(min_length=1),
     ]
     """Run configurations, relative to the sweep's file; ``*`` matches any name. Several of them
@@ -294,8 +294,8 @@ class SweepConfig(Config):
     track: TrackConfig = TrackConfig()
     final: tuple[str, ...] | Literal["knn", "full"] = "knn"
     """Protocols to measure at the end of a trial, as ``evaluate.final`` of a run. knn: nearest
-    neighbours alone; full: those of a run. Both words also fine-tune if ``evaluate.finetune`` is
-    given."""
+    neighbours alone; full: the default protocols of a run. Both words also fine-tune if
+    ``evaluate.finetune`` is given."""
 
     @field_validator("name")
     @classmethod

@@ -32,7 +32,7 @@ _MAX_REPAIRS = 5
 
 
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
-    """Load a sweep; its name defaults to the file's, and its base files are resolved.
+    """Load a sweep; its name defaults to the file's stem, and its base files are resolved.
 
     An override whose first part is a field of the sweep changes the sweep, such as
     ``budget.trials=20`` or ``space.optim.base_lr={log_uniform: [1e-4, 1e-1]}``; one of a run, such
@@ -44,7 +44,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
 
     Raises:
         ConfigError: Lists all problems of the overrides, of the file, and of the runs, as far as
-            the valid parts allow to check them.
+            the valid parts allow checking them.
     """
     where = " ".join([str(path), *overrides])
     path = find_config(path, kind="sweeps")
@@ -62,12 +62,12 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
             return result
     else:
         problems += [problem.text for problem in result]
-        problems += _behind(values, result)
+        problems += _hidden_problems(values, result)
     raise problems_error(problems, where=where)
 
 
 def _rename_metrics(values: dict[str, Any]) -> None:
-    """Give metrics of earlier versions, whose word ``final: full`` is, their names of now."""
+    """Rename metrics of earlier versions, whose sweeps say ``final: full``, to their new names."""
     metric = values.get("metric")
     if values.get("final") == "full" and isinstance(metric, dict):
         for key, value in metric.items():
@@ -97,14 +97,15 @@ def _override(values: dict[str, Any], text: str) -> Iterator[str]:
             fields = sorted({*SweepConfig.model_fields, *RunConfig.model_fields})
             near = difflib.get_close_matches(first, fields, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
-            yield f"override {text!r}: {first!r} is neither of a sweep nor of a run; {hint}"
+            yield f"override {text!r}: {first!r} is no setting of a sweep or of a run; {hint}"
     except ConfigError as error:
-        given = " ".join(str(error).split())  # YAML's own errors have several lines
-        yield given if given.startswith("override") else f"override {text!r}: {given}"
+        text_in_one_line = " ".join(str(error).split())  # YAML's own errors have several lines
+        is_named = text_in_one_line.startswith("override")
+        yield text_in_one_line if is_named else f"override {text!r}: {text_in_one_line}"
 
 
 def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return a section to change; a temporary one if it is invalid, reported elsewhere."""
+    """Return a section to change; an unused one if it is invalid, which is reported elsewhere."""
     section = values.setdefault(name, {})
     return section if isinstance(section, dict) else {}
 
@@ -124,8 +125,8 @@ def _base_files(given: Any, folder: Path) -> Iterator[Any]:
             yield os.path.abspath(find_config(each, beside=folder))
 
 
-def _behind(values: dict[str, Any], problems: Sequence[Problem]) -> list[str]:
-    """Return further problems of a sweep once its invalid parts are left out."""
+def _hidden_problems(values: dict[str, Any], problems: Sequence[Problem]) -> list[str]:
+    """Return the problems that remain when the invalid parts of a sweep are left out."""
     values = plain_copy(values)
     left_out: list[str] = []
     for _ in range(_MAX_REPAIRS):
@@ -133,7 +134,7 @@ def _behind(values: dict[str, Any], problems: Sequence[Problem]) -> list[str]:
             left_out += _leave_out(values, problem.place)
         result = validated(SweepConfig, values)
         if isinstance(result, SweepConfig):
-            return all_problems(result, known=left_out)
+            return all_problems(result, invalid=left_out)
         problems = result
     return []
 

@@ -19,7 +19,7 @@ class MetricCheck:
     """Checks that runs have the labels that a sweep's metrics need.
 
     Args:
-        metric: The metrics of the sweep.
+        metric: The metrics that the sweep compares and reports.
     """
 
     def __init__(self, metric: MetricConfig) -> None:
@@ -31,8 +31,8 @@ class MetricCheck:
         """Check that a run has the labels that the sweep's metric needs.
 
         Args:
-            config: The run.
-            source: The training images.
+            config: The run's configuration.
+            source: The run's training images.
 
         Raises:
             DataError: If labels are missing, with the reason and the remedy.
@@ -44,7 +44,7 @@ class MetricCheck:
         if reason is not None:
             raise DataError(
                 f"metric.name={self._metric.name}: {reason}\n  Set evaluate.source to labelled "
-                f"images, or metric.name to what needs no labels, such as eval/{LABEL_FREE[0]}"
+                f"images, or metric.name to one that needs no labels, such as eval/{LABEL_FREE[0]}"
             )
         for name in self._metric.also:
             if (reason := _missing_reason(name, labelling)) is not None:
@@ -66,8 +66,8 @@ class MetricCheck:
 
 
 def _needs_labels(name: str) -> bool:
-    free: Sequence[str] = [f"eval/{each}" for each in LABEL_FREE]
-    return name.startswith(("eval/", "final/")) and name not in free
+    label_free: Sequence[str] = [f"eval/{each}" for each in LABEL_FREE]
+    return name.startswith(("eval/", "final/")) and name not in label_free
 
 
 def _missing_reason(name: str, labelling: Labelling) -> str | None:

@@ -38,10 +38,10 @@ from raysl.sweep.trial_marks import STATUS_TEXTS
 _FILES = (
     ("sweep.yaml", "the sweep, every setting resolved"),
     ("best.yaml", "the run of the best trial, for <code>raysl pretrain</code>"),
-    ("summary.json", "what this page says, as numbers"),
-    ("trials", "a run folder a trial, by its number"),
+    ("summary.json", "the numbers of this page"),
+    ("trials", "one run folder per trial, named by its number"),
     ("pictures", "the pictures of this page"),
-    ("mlflow.json", "which MLflow run this is"),
+    ("mlflow.json", "the MLflow run of the sweep"),
 )
 _CURVES = "Look for curves that cross late: a slow starter may have been stopped too early."
 _HEAT_MAP = (
@@ -50,7 +50,7 @@ _HEAT_MAP = (
 )
 _PARAMETERS = (
     "Look for best values at the end of a range: widen it there. Bars: medians of finished trials; "
-    "dots on the edge lie beyond."
+    "dots on the edge are out of range."
 )
 
 
@@ -72,8 +72,8 @@ def draw_sweep(
         sweep: The sweep.
         trials: All trials, in any order and state.
         summary: The summary of these trials.
-        next_line: The command for a long run with the settings of the best trial; None if there is
-            none.
+        next_line: The command for a long run with the settings of the best trial; None if no
+            trial is best.
 
     Returns:
         The name and the error of each picture, or of ``report``, that failed.
@@ -106,9 +106,9 @@ def _drawings(
     if summary.importance:
         drawings["importance"] = partial(draw_importance, importance=summary.importance)
     if measured and varied:
-        by = sorted(varied, key=lambda one: -summary.importance.get(one.key, 0.0))
+        ranked = sorted(varied, key=lambda one: -summary.importance.get(one.key, 0.0))
         drawings["parameters"] = partial(
-            draw_parameters, trials=trials, metric=metric, parameters=by, best=best
+            draw_parameters, trials=trials, metric=metric, parameters=ranked, best=best
         )
     return drawings
 
@@ -123,7 +123,7 @@ def _write_page(
     pictures: Sequence[str],
 ) -> None:
     display = measure(sweep.metric.name)
-    about = {
+    captions = {
         "curves": ("Learning curves", _CURVES),
         "heat_map": ("Two parameters at a time", _HEAT_MAP),
         "importance": ("What matters", _about_importance(summary)),
@@ -131,7 +131,7 @@ def _write_page(
     }
     sections = [_best_section(summary, display, next_line), _seeds_section(trials, sweep, display)]
     for name in pictures:
-        title, note = about[name]
+        title, note = captions[name]
         picture = f"<div class='scroll wide'>{picture_html(folder.pictures, name, title)}</div>"
         sections.append(section(title, picture, note))
     sections += [
@@ -158,12 +158,12 @@ def _lead(summary: Summary, metric: MetricConfig) -> str:
         return f"{tried} Nothing was measured yet."
     value = escape(f"{display.text(best.metric)} {display.unit}".rstrip())
     title = "Best" if best.status == "finished" else "Best so far, not finished"
-    over = next((g for g in means_over_seeds(trials, metric) if best in g.trials), None)
+    seed_mean = next((g for g in means_over_seeds(trials, metric) if best in g.trials), None)
     seeds = ""
-    if over is not None and over.deviation is not None:
+    if seed_mean is not None and seed_mean.std is not None:
         seeds = (
-            f"; its {len(over.trials)} seeds {display.text(over.mean)} &plusmn; "
-            f"{display.text(over.deviation)}"
+            f"; its {len(seed_mean.trials)} seeds {display.text(seed_mean.mean)} &plusmn; "
+            f"{display.text(seed_mean.std)}"
         )
     return (
         f"{tried} {title}: trial {best.number}, {_lower(display.words)} {value} after "
@@ -186,7 +186,9 @@ def _best_section(summary: Summary, display: Measure, next_line: str | None) -> 
     table = f"<div class=scroll><table>\n{rows}\n</table></div>" if rows else ""
     line = f"<pre class=command>{escape(next_line)}</pre>" if next_line else ""
     return section(
-        f"Best: trial {best.number}", table + line, line and "Its run, trained for long."
+        f"Best: trial {best.number}",
+        table + line,
+        line and "The run of this trial, ten times as long.",
     )
 
 
@@ -197,7 +199,7 @@ def _seeds_section(trials: Sequence[Trial], sweep: SweepConfig, display: Measure
         return ""
     columns = _parameter_columns([group.params for group in means])
     values = [display.text(group.mean) for group in means]
-    spread = ["" if g.deviation is None else display.text(g.deviation) for g in means]
+    spread = ["" if g.std is None else display.text(g.std) for g in means]
     columns += [
         _Column(display.title, values),
         _Column("\u00b1", spread),
@@ -205,7 +207,7 @@ def _seeds_section(trials: Sequence[Trial], sweep: SweepConfig, display: Measure
     ]
     note = (
         "Mean and standard deviation over the seeds that finished, best first; a difference no "
-        "larger than the deviations may be chance."
+        "larger than the standard deviations may be chance."
     )
     return section("Means over seeds", _table(columns), note)
 
@@ -227,8 +229,8 @@ def _trials_section(sweep: SweepConfig, summary: Summary, display: Measure) -> s
         _Column("time", [duration_text(trial.seconds) for trial in ranking]),
     ]
     note = (
-        "Finished trials by their metric, then the others by how far they came. The marked one is "
-        "best."
+        "Finished trials by their metric, then the others by the epoch they reached. The marked "
+        "trial is the best."
     )
     best = None if summary.best is None else ranking.index(summary.best)
     return section("All trials", _table(columns, marked=best), note)
@@ -275,7 +277,7 @@ def _table(columns: Sequence[_Column], *, marked: int | None = None) -> str:
 def _failed_section(summary: Summary) -> str:
     failed = [trial for trial in summary.ranking if trial.status == "failed"]
     rows = "\n".join(
-        f"<tr><th scope=row>{trial.number}<td>{escape(trial.error or 'no error was kept')}"
+        f"<tr><th scope=row>{trial.number}<td>{escape(trial.error or 'no error was recorded')}"
         for trial in failed
     )
     return section("Failed trials", f"<table>\n{rows}\n</table>") if failed else ""

@@ -51,7 +51,7 @@ def draw_parameters(
         path: PNG to write.
         trials: The trials of the sweep.
         metric: The metric to draw.
-        parameters: In the order of the panels.
+        parameters: The parameters to draw, in the order of the panels.
         best: The trial to mark; None marks none.
 
     Raises:
@@ -126,9 +126,9 @@ def _set_axis(axes: Axes, parameter: Parameter, *, turned: bool) -> None:
             axes.locator_params(axis="x", nbins=4)
         axes.xaxis.set_major_formatter(tick_text)
         return
-    places = range(parameter.num_places)
-    axes.set_xticks(places, parameter.tick_texts(), parse_math=False)
-    axes.set_xlim(-0.5, parameter.num_places - 0.5)
+    slots = range(parameter.num_slots)
+    axes.set_xticks(slots, parameter.tick_texts(), parse_math=False)
+    axes.set_xlim(-0.5, parameter.num_slots - 0.5)
     if turned:
         axes.tick_params(axis="x", rotation=90)
 
@@ -147,18 +147,18 @@ def _draw_trials(
         if parameter.key not in trial.params or not _is_shown(trial):
             continue
         value = trial.params[parameter.key]
-        x, y = float(value) if parameter.is_binned else _spread(trial, parameter.place(value)), low
+        x, y = float(value) if parameter.is_binned else _spread(trial, parameter.slot(value)), low
         look = look_of(trial, best)
         if trial.status != "failed" and trial.metric is not None:
             y = display.scale * trial.metric
             if trial.status == "finished" and not parameter.is_binned:
-                finished.setdefault(parameter.place(value), []).append(y)
+                finished.setdefault(parameter.slot(value), []).append(y)
         order = 5 if look is BEST else 3
         axes.plot(x, min(max(y, low), high), **marker(look), clip_on=False, zorder=order)
-    for place, ys in finished.items():
-        axes.hlines(np.median(ys), place - 0.36, place + 0.36, color=INK, linewidth=1.4, zorder=4)
+    for slot, ys in finished.items():
+        axes.hlines(np.median(ys), slot - 0.36, slot + 0.36, color=INK, linewidth=1.4, zorder=4)
 
 
-def _spread(trial: Trial, place: int) -> float:
+def _spread(trial: Trial, slot: int) -> float:
     """Return a trial's horizontal position within a slot, with a fixed jitter."""
-    return place + _JITTER * (2 * (trial.number * _GOLDEN % 1) - 1)
+    return slot + _JITTER * (2 * (trial.number * _GOLDEN % 1) - 1)

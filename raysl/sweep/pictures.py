@@ -97,10 +97,10 @@ def draw_importance(path: Path, importance: Mapping[str, float]) -> None:
 
     Args:
         path: PNG to write.
-        importance: From :class:`raysl.sweep.summary.Summary`.
+        importance: Each parameter's share, from :class:`raysl.sweep.summary.Summary`.
 
     Raises:
-        DataError: If there is none.
+        DataError: If ``importance`` is empty.
     """
     if not importance:
         raise DataError("no parameter's importance is known: there is nothing to draw")
@@ -108,9 +108,9 @@ def draw_importance(path: Path, importance: Mapping[str, float]) -> None:
     figure = new_figure(height_in=0.75 + _BAR_IN * len(importance))
     axes = figure.subplots()
     style_axes(axes, title="Share of the explained differences between trials, %", grid="x")
-    for place, share in enumerate(importance.values()):
-        axes.barh(place, 100 * share, 0.62, color=BLUE)
-        axes.text(100 * share + 1, place, f"{100 * share:.0f}", va="center", fontsize=8, color=INK)
+    for row, share in enumerate(importance.values()):
+        axes.barh(row, 100 * share, 0.62, color=BLUE)
+        axes.text(100 * share + 1, row, f"{100 * share:.0f}", va="center", fontsize=8, color=INK)
     texts = [drawable_name(names[key], otherwise=f"parameter {n}") for n, key in enumerate(names)]
     axes.set_yticks(range(len(texts)), texts, fontsize=8.5, parse_math=False)
     axes.invert_yaxis()

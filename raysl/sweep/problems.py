@@ -14,13 +14,13 @@ from raysl.sweep.config import CONFIG, SweepConfig
 from raysl.track.results import PROBES, TRAINING
 
 # Settings of a run that the sweep controls, and what to use instead.
-_OF_THE_SWEEP = {
+_SWEEP_SETTINGS = {
     "name": "a trial is named after its number; set name",
     "output_dir": "set output_dir",
     "seed": "set repeats, which trains each candidate with several seeds,",
     "track": "set track",
     "evaluate.final": "set final",
-    "evaluate.online": "trials wait for each value, by which schedulers decide; leave it out",
+    "evaluate.online": "trials wait for the evaluations that schedulers need; leave it out",
 }
 _LENGTHS = ("train.epochs", "train.steps")
 # Folders of trials are named 0000 to 9999.
@@ -38,14 +38,15 @@ _MUTABLE = (
     *(f"method.{key}" for key in ("margin", "epsilon", "mask_ratio", "proximal_weight")),
 )
 
-_DEVIATING = ("linear", "few_shot", *TRAINING)  # over their seeds
+# Protocols whose results include a standard deviation over seeds.
+_WITH_STD = ("linear", "few_shot", *TRAINING)
 FINAL_METRICS = {
     f"final/{prefix}{protocol}_top1{suffix}": protocol
     for prefix, protocols in (("", (*PROBES, *TRAINING)), ("untrained_", PROBES))
     for protocol in protocols
-    for suffix in ("", *["_std"] * (protocol in _DEVIATING))
+    for suffix in ("", *["_std"] * (protocol in _WITH_STD))
 }
-"""Metrics of a run's end, and the protocol that measures each."""
+"""Metrics measured at the end of a run, and the protocol that measures each."""
 _ALWAYS = (
     "eval/knn_top1",
     *(f"eval/{name}" for name in LABEL_FREE),
@@ -53,28 +54,28 @@ _ALWAYS = (
     *("train/images_per_s", "data/wait_share", "time/train_s", "time/evaluate_s"),
 )
 MEASURED_SECTIONS = ("eval", "train", "data", "time", "final")
-"""Prefixes of metrics that every method has; others start with the method's name."""
+"""Prefixes of metrics that do not depend on the method; others start with its name."""
 OF_CLASSIFIERS = ("eval/top1", "final/top1")
 """Metrics of methods that train a classifier, instead of nearest neighbours and probes."""
 METRICS = (*_ALWAYS, "train/adversary_loss", *FINAL_METRICS, *OF_CLASSIFIERS)
-"""Metrics of every run whatever its method; there are more with labels."""
+"""All metrics whose prefix is in :data:`MEASURED_SECTIONS`."""
 
 
-def space_problems(sweep: SweepConfig, *, known: Iterable[str] = ()) -> list[str]:
+def space_problems(sweep: SweepConfig, *, invalid: Iterable[str] = ()) -> list[str]:
     """List the problems of a sweep itself: its base files, space, conditions, budget, search.
 
     Args:
         sweep: The sweep.
-        known: Names that conditions may use although the space lacks them: dimensions already
-            reported as invalid.
+        invalid: Dimensions that the space lacks because they are invalid, which is reported
+            elsewhere; conditions may name them.
     """
     choices = Choices(sweep)
     checks: list[Callable[[], Iterator[str]]] = [
         lambda: _base_problems(sweep),
         lambda: _key_problems(sweep),
-        lambda: _twice_problems(sweep),
-        lambda: _condition_problems(choices, sweep, set(known)),
-        lambda: _exclude_problems(choices, sweep, set(known)),
+        lambda: _duplicate_problems(sweep),
+        lambda: _condition_problems(choices, sweep, set(invalid)),
+        lambda: _exclude_problems(choices, sweep, set(invalid)),
         lambda: _search_problems(choices, sweep),
         lambda: _scheduler_problems(sweep),
         lambda: _metric_problems(sweep),
@@ -83,7 +84,7 @@ def space_problems(sweep: SweepConfig, *, known: Iterable[str] = ()) -> list[str
 
 
 def problems_error(problems: Sequence[str], *, where: str) -> ConfigError:
-    """Build the error that lists problems, a line each."""
+    """Build the error that lists problems, one line each."""
     heading = f"{where}: {len(problems)} problem{'s' if len(problems) > 1 else ''}"
     return ConfigError("\n".join([heading, *(f"  {problem}" for problem in problems)]))
 
@@ -104,16 +105,17 @@ def _key_problems(sweep: SweepConfig) -> Iterator[str]:
     """Reject settings that the sweep controls, and unknown ones."""
     for section, keys in (("set", sweep.set), ("space", sweep.space)):
         for key in keys:
-            own = next((k for k in _OF_THE_SWEEP if key == k or key.startswith(k + ".")), None)
-            if own is not None:
-                yield f"{section}.{key}: is the sweep's own setting; {_OF_THE_SWEEP[own]} instead"
+            owner = next((k for k in _SWEEP_SETTINGS if key == k or key.startswith(k + ".")), None)
+            if owner is not None:
+                remedy = _SWEEP_SETTINGS[owner]
+                yield f"{section}.{key}: is the sweep's own setting; {remedy} instead"
             elif not all(key.split(".")):
                 yield f"{section}.{key}: is not of the form section.key"
             elif key == CONFIG:
-                yield f"{section}.{key}: is what tells several base files apart; list them in base"
+                yield f"{section}.{key}: tells several base files apart; list them in base"
 
 
-def _twice_problems(sweep: SweepConfig) -> Iterator[str]:
+def _duplicate_problems(sweep: SweepConfig) -> Iterator[str]:
     """Reject settings that are given twice."""
     for key in sweep.space:
         if key in sweep.set:
@@ -129,40 +131,40 @@ def _twice_problems(sweep: SweepConfig) -> Iterator[str]:
             yield f"{key}: budget.{given} already says how long a trial is; drop one of the two"
 
 
-def _condition_problems(choices: Choices, sweep: SweepConfig, known: set[str]) -> Iterator[str]:
-    if choices.in_circles:
-        yield f"space: the conditions of {', '.join(choices.in_circles)} ask about each other"
+def _condition_problems(choices: Choices, sweep: SweepConfig, invalid: set[str]) -> Iterator[str]:
+    if choices.in_cycles:
+        yield f"space: the conditions of {', '.join(choices.in_cycles)} depend on each other"
         return
     for name in sweep.space:
         problems = [
             problem
             for key, wanted in sweep.space[name].when.items()
-            for problem in _one_condition(choices, sweep, key, wanted, known=known)
+            for problem in _one_condition(choices, sweep, key, wanted, invalid=invalid)
         ]
         yield from (f"space.{name}.when: {problem}" for problem in problems)
-        asks_known = any(key in known for key in sweep.space[name].when)
-        if not problems and not asks_known and choices.demands(name) is None:
+        names_invalid = any(key in invalid for key in sweep.space[name].when)
+        if not problems and not names_invalid and choices.demands(name) is None:
             yield f"space.{name}.when: is never met; the dimension would never be tried"
 
 
-def _exclude_problems(choices: Choices, sweep: SweepConfig, known: set[str]) -> Iterator[str]:
+def _exclude_problems(choices: Choices, sweep: SweepConfig, invalid: set[str]) -> Iterator[str]:
     for place, conditions in enumerate(sweep.exclude):
         if not conditions:
-            yield f"exclude.{place}: names no setting, and would leave out everything"
+            yield f"exclude.{place}: names no setting, and would exclude everything"
         for key, wanted in conditions.items():
-            problems = _one_condition(choices, sweep, key, wanted, known=known)
+            problems = _one_condition(choices, sweep, key, wanted, invalid=invalid)
             yield from (f"exclude.{place}: {problem}" for problem in problems)
     if sweep.exclude and sweep.search.name == "optuna":
-        yield "exclude: search optuna would suggest what is left out; use when, or another search"
+        yield "exclude: optuna would suggest excluded combinations; use when, or another search"
     elif sweep.exclude and choices.is_finite and next(choices.combinations(), None) is None:
         yield "exclude: leaves nothing to try"
 
 
 def _one_condition(
-    choices: Choices, sweep: SweepConfig, key: str, wanted: Any, *, known: set[str]
+    choices: Choices, sweep: SweepConfig, key: str, wanted: Any, *, invalid: set[str]
 ) -> Iterator[str]:
-    """Reject a condition on something missing, or on a value that it cannot have."""
-    if key in known or key == CONFIG:
+    """Reject a condition on a setting that does not exist, or on a value it cannot have."""
+    if key in invalid or key == CONFIG:
         return
     dimension = choices.dimensions.get(key)
     if dimension is not None and not dimension.is_listed:
@@ -176,8 +178,8 @@ def _one_condition(
     elif not any(key.startswith(name + ".") for name in choices.dimensions):
         settings = [choices.settings({CONFIG: label}) for label in sweep.bases]
         if all(get_key(values, key) is MISSING for values in settings):
-            there = {*choices.dimensions, *(k for values in settings for k in _dotted(values))}
-            yield f"no setting {key!r}{_near(key, there)}"
+            existing = {*choices.dimensions, *(k for values in settings for k in _dotted(values))}
+            yield f"no setting {key!r}{_near(key, existing)}"
 
 
 def _search_problems(choices: Choices, sweep: SweepConfig) -> Iterator[str]:
@@ -191,7 +193,7 @@ def _search_problems(choices: Choices, sweep: SweepConfig) -> Iterator[str]:
             )
     elif trials is None and (ranges or search == "optuna"):
         yield f"budget.trials: missing; search {search} needs it to know when to end"
-    if search == "grid" and not ranges and not choices.in_circles:
+    if search == "grid" and not ranges and not choices.in_cycles:
         count = len(list(islice(choices.combinations(), MOST_CANDIDATES + 1)))
         if trials is not None and trials < count:
             yield (
@@ -214,8 +216,8 @@ def _scheduler_problems(sweep: SweepConfig) -> Iterator[str]:
     if scheduler.name == "hyperband" and scheduler.reduction_factor > scheduler.max_evaluations:
         yield (
             f"scheduler: hyperband with max_evaluations={scheduler.max_evaluations} and "
-            f"reduction_factor={scheduler.reduction_factor:g} compares nobody; raise the first to "
-            f"the second or more"
+            f"reduction_factor={scheduler.reduction_factor:g} compares no trials; raise "
+            f"max_evaluations to reduction_factor or more"
         )
 
 
@@ -223,22 +225,22 @@ def _pbt_problems(sweep: SweepConfig) -> Iterator[str]:
     fixed = [key for key in sweep.space if key not in _MUTABLE]
     if fixed:
         yield (
-            f"space: {', '.join(fixed)} cannot change while a trial is under way, as pbt "
-            f"does; what can: {', '.join(_MUTABLE)}"
+            f"space: {', '.join(fixed)} cannot change during a trial, as pbt requires; "
+            f"settings that can: {', '.join(_MUTABLE)}"
         )
     for key, dimension in sweep.space.items():
         if dimension.when:
             yield f"space.{key}.when: pbt changes every setting of every trial; drop the condition"
     if sweep.exclude:
-        yield "exclude: pbt changes settings on the way; drop it"
+        yield "exclude: pbt changes settings during trials; drop it"
     if sweep.search.name == "optuna":
         yield "search.name=optuna: pbt draws settings itself; set search.name=random"
     if sweep.repeats > 1:
-        yield f"repeats={sweep.repeats}: trials of pbt go on from each other; set it to 1"
+        yield f"repeats={sweep.repeats}: trials of pbt continue from each other; set it to 1"
     if len(sweep.bases) > 1:
-        yield "base: trials of pbt go on from each other; give one base"
+        yield "base: trials of pbt continue from each other; give one base"
     if sweep.budget.trials == 1:
-        yield "budget.trials=1: trials of pbt go on from each other; use 2 or more"
+        yield "budget.trials=1: trials of pbt continue from each other; use 2 or more"
 
 
 def _metric_problems(sweep: SweepConfig) -> Iterator[str]:
@@ -255,12 +257,12 @@ def _metric_problems(sweep: SweepConfig) -> Iterator[str]:
     if name.startswith("final/") and sweep.scheduler.name != "none":
         yield (
             f"metric.name={name} is measured at the end only; scheduler {sweep.scheduler.name} "
-            f"needs one that is measured on the way, such as eval/knn_top1"
+            f"needs one that is measured during training, such as eval/knn_top1"
         )
 
 
-def _near(key: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
+def _near(key: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, sorted(names), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

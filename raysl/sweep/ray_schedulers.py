@@ -29,7 +29,7 @@ class _EvaluationsByTrial:
     def __init__(self) -> None:
         self._by_id: dict[str, Evaluations] = {}
 
-    def of(self, trial: Any, epoch: float) -> Evaluations:
+    def get(self, trial: Any, epoch: float) -> Evaluations:
         return self._by_id.setdefault(trial.trial_id, Evaluations(epoch))
 
 
@@ -83,7 +83,7 @@ class Asha(FIFOScheduler):
         """Record a trial's value at the rung that it reached; stop it if most there are better."""
         if self._metric not in result:
             return self.CONTINUE
-        evaluations = self._evaluations.of(trial, result["epoch"])
+        evaluations = self._evaluations.get(trial, result["epoch"])
         number = evaluations.number(result["epoch"])
         rung = self._brackets[0].reached(trial.trial_id, number, evaluations)
         if rung is None:
@@ -141,11 +141,11 @@ class _Halving:
             values = self._values[self._level]
             if not self.alive <= values.keys() | ended:
                 return
-            kept = max(1, math.floor(len(self.alive) / self._factor))
+            num_survivors = max(1, math.floor(len(self.alive) / self._factor))
             ranked = sorted(
                 self.alive & values.keys(), key=lambda number: (-values[number], number)
             )
-            self.alive = {number for number in ranked[:kept] if values[number] > -math.inf}
+            self.alive = {number for number in ranked[:num_survivors] if values[number] > -math.inf}
             self._level += 1
 
     def waits(self, number: int) -> bool:
@@ -183,7 +183,7 @@ class HyperBand(FIFOScheduler):
 
         Args:
             num_trials: Number of trials of the sweep, including those of earlier starts.
-            max_running: Number of concurrent trials; None leaves it to their resources.
+            max_running: Maximum number of concurrent trials; None leaves it to their resources.
         """
         self._max_running = max_running
         first = 0
@@ -220,7 +220,7 @@ class HyperBand(FIFOScheduler):
         if self._metric not in result:
             return self.CONTINUE
         number = trial.config[NUMBER]
-        evaluation = self._evaluations.of(trial, result["epoch"]).number(result["epoch"])
+        evaluation = self._evaluations.get(trial, result["epoch"]).number(result["epoch"])
         self._record(number, evaluation, float(result[self._metric]))
         bracket = self._bracket_of[number]
         bracket.compare(self._ended)
@@ -308,7 +308,7 @@ class Pbt(PopulationBasedTraining):
 
         After the last evaluation, an exchange would give a trial settings that train no step.
         """
-        evaluations = self._evaluations.of(trial, result["epoch"])
+        evaluations = self._evaluations.get(trial, result["epoch"])
         if result.get(AGAIN) or result.get(LAST):
             return self.CONTINUE
         periods = evaluations.periods(result["epoch"], self._every_epochs)

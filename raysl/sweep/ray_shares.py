@@ -34,8 +34,8 @@ def plan_shares(
 
     Args:
         sweep: The sweep.
-        configs: The runs of the trials to run, or one example.
-        most_trials: Maximal number of trials to run.
+        configs: The configurations of the trials to run, or one example.
+        most_trials: Maximum number of trials to run.
 
     Raises:
         ClusterError: If a single trial does not fit.

@@ -37,7 +37,7 @@ NUMBER = "number"
 """Key of a trial's number in the point that Tune passes to it."""
 
 _POLL_S = 0.5
-# The file in Tune's checkpoint, which only names ours: that one stays in the trial's folder.
+# The only file of a checkpoint for Tune; it names a checkpoint in the trial's folder.
 _POINTER = "checkpoint.json"
 
 
@@ -51,7 +51,7 @@ def source_key(config: RunConfig[Any]) -> str:
     return json.dumps(facts, sort_keys=True)
 
 
-# Images that a process keeps for later trials, by the key of their settings.
+# Training images and labelled images that a process keeps for later trials, by their settings.
 _SOURCES: dict[str, Source] = {}
 _SETS: dict[str, LabelledSets | None] = {}
 
@@ -119,15 +119,15 @@ def _train(
     metrics: tuple[str, ...],
     num_cpus: int,
 ) -> Results:
-    """Train a trial, then what its ``evaluate.final`` trains, with the trial's share of Ray."""
+    """Train a trial, then the protocols of its ``evaluate.final`` that train, on its resources."""
 
-    def train_run(run: RunConfig[Any], place: RunFolder, images: Source) -> Results:
-        told = evaluated if place is folder else None
+    def train_run(run: RunConfig[Any], run_folder: RunFolder, images: Source) -> Results:
+        log = evaluated if run_folder is folder else None
         if run.cluster.num_train_workers > 1:
-            return _train_below(run, place, images, told, metrics)
-        sets = _sets_of(run, images, num_threads=num_cpus) if place is folder else None
+            return _train_nested(run, run_folder, images, log, metrics)
+        sets = _sets_of(run, images, num_threads=num_cpus) if run_folder is folder else None
         return pretrain_here(
-            run, folder=place, source=images, num_cpus=num_cpus, evaluated=told, sets=sets
+            run, folder=run_folder, source=images, num_cpus=num_cpus, evaluated=log, sets=sets
         )
 
     results = train_run(config, folder, source)
@@ -155,7 +155,7 @@ def _config_of(folder: RunFolder) -> RunConfig[Any]:
 
 
 def _source_of(config: RunConfig[Any], sources: Mapping[str, Source]) -> Source:
-    """Return the training images, from an earlier trial or from the driver if they have them."""
+    """Return the training images: of an earlier trial, else of the driver, else opened here."""
     key = source_key(config)
     if key not in _SOURCES:
         source = sources.get(key)
@@ -206,7 +206,7 @@ def _exchange(
         write_change(folder, Change(latest_step(folder.checkpoints), params, values))
 
 
-def _train_below(
+def _train_nested(
     config: RunConfig[Any],
     folder: RunFolder,
     source: Source,

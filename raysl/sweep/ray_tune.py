@@ -84,15 +84,15 @@ def sweep_on_ray(
         suggestions: Supplies the trials.
         watcher: Callbacks for the events of trials.
         shares: Resources of a trial, and the number of concurrent trials.
-        most_trials: Maximal number of trials that ``suggestions`` supplies.
+        most_trials: Maximum number of trials that ``suggestions`` supplies.
         earlier: All trials of earlier starts, for the scheduler to compare with.
         sources: Training images by :func:`source_key`; others are opened by the trials.
         folder: The sweep's folder, on a disk that all nodes share.
         seconds: Time limit in seconds, after which all trials end; None for no limit.
 
     Returns:
-        Numbers of the trials that Tune gave up without calling back, which have not ended, and the
-        reasons.
+        The trials that Tune gave up without a callback, by number, and the reason for each. They
+        have not ended.
     """
     _prepare()
     scheduler = _scheduler(sweep)
@@ -298,7 +298,7 @@ class _Callback(tune.Callback):
         self._ended: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # see _Search
+        return {}  # as in _Search: the state is never read
 
     @property
     def num_running(self) -> int:

@@ -15,14 +15,14 @@ from raysl.run.shell import command
 from raysl.sweep.config import SweepConfig
 from raysl.sweep.space import trial_name
 from raysl.sweep.summary import Summary
-from raysl.sweep.trial import SweepFolder, Trial, change_behind, last_measured
+from raysl.sweep.trial import SweepFolder, Trial, change_before, last_measured
 from raysl.sweep.watch import params_text, placed_seconds, trials_table
 from raysl.track.results import SweepResults
 from raysl.track.run_folder import RunFolder, working_folder
 from raysl.track.uri import compare_line
 
-_BEST_SHOWN = 10
-_LONGER = 10
+_BEST_SHOWN = 10  # rows of the printed table
+_LONGER = 10  # factor on the length of the best trial's run
 _DIVERGED = DivergedError.__name__
 
 
@@ -41,7 +41,7 @@ def write_best(sweep: SweepConfig, folder: SweepFolder, summary: Summary) -> Non
 
 
 def next_line(sweep: SweepConfig, folder: SweepFolder, summary: Summary) -> str | None:
-    """Return the command that trains the best trial ten times as long."""
+    """Return the command that trains the best trial ten times as long; None without a best one."""
     if summary.best is None:
         return None
     train = best_run(sweep, RunFolder(summary.best.path)).train
@@ -110,21 +110,23 @@ def failures_of(sweep: SweepConfig, trials: Sequence[Trial], lost: Mapping[int, 
     """
     problems = []
     if lost:
-        problems.append(f"trials were lost: {by_reason(lost)}; the same command goes on with them")
+        problems.append(f"trials were lost: {by_reason(lost)}; the same command resumes them")
     failed = {trial.number: str(trial.error) for trial in trials if trial.status == "failed"}
-    died = {n: error for n, error in failed.items() if not error.startswith(_DIVERGED)}
-    if died:
-        problems.append(f"{len(died)} of {len(trials)} trials failed: {by_reason(died)}")
+    other_failures = {n: error for n, error in failed.items() if not error.startswith(_DIVERGED)}
+    if other_failures:
+        problems.append(
+            f"{len(other_failures)} of {len(trials)} trials failed: {by_reason(other_failures)}"
+        )
     if all(trial.metric is None or trial.status == "failed" for trial in trials):
         text = f"no trial has {sweep.metric.name}, so none is the best"
-        if failed and not died:
+        if failed and not other_failures:
             text += f": {len(failed)} of {len(trials)} diverged; lower optim.base_lr"
         problems.append(text)
     return problems
 
 
 def by_reason(reasons: Mapping[int, str]) -> str:
-    """Return a text of trials grouped by reason."""
+    """Return one text that groups the trials by reason."""
     groups: dict[str, list[str]] = {}
     for number, reason in sorted(reasons.items()):
         groups.setdefault(reason, []).append(trial_name(number))
@@ -132,12 +134,12 @@ def by_reason(reasons: Mapping[int, str]) -> str:
 
 
 def best_run(sweep: SweepConfig, trial: RunFolder) -> RunConfig[Any]:
-    """Return a trial as an independent run, tracked and with all final measurements.
+    """Return a trial's configuration as an independent run, tracked and with all final protocols.
 
     If its settings changed in flight, the run has those that trained the last measured weights.
     """
     values = read_mapping(trial.config)
-    change = change_behind(trial, last_measured(trial, sweep.metric))
+    change = change_before(trial, last_measured(trial, sweep.metric))
     for key, value in ({} if change is None else change.values).items():
         set_key(values, key, value)
     values |= {

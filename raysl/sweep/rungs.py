@@ -42,8 +42,8 @@ class Evaluations:
         return max(1, nearest(epoch / self._spacing))
 
     def periods(self, epoch: float, period: float) -> int:
-        """Return how many multiples of a period have had their nearest evaluation by an epoch."""
-        # From here on, epochs are nearest to the next evaluation.
+        """Return how many multiples of a period have their nearest evaluation by an epoch."""
+        # Halfway to the next evaluation: later epochs are nearest to that one.
         end = (self.number(epoch) + Fraction(1, 2)) * self._spacing
         return math.ceil(end / exact(period)) - 1
 
@@ -64,7 +64,7 @@ def hyperband(max_evaluations: int, reduction_factor: float) -> list[BracketPlan
 
     Args:
         max_evaluations: R, number of evaluations of a trial that is never stopped.
-        reduction_factor: eta.
+        reduction_factor: eta; one of this many trials continues at each rung.
     """
     factor = exact(reduction_factor)
     most = 0

@@ -39,7 +39,7 @@ class Sources:
         """Check that a run can start on its images; networks of equal shapes are built once.
 
         Raises:
-            RayslError: If it cannot.
+            RayslError: If it cannot start.
         """
         check_names(config)
         config = with_absolute_files(config, working_folder())
@@ -57,27 +57,30 @@ class Sources:
             say_notes(whole, title=f"{whole.name}:")
 
     def check_unchanged(
-        self, left: Iterable[RunFolder], ended: Iterable[RunFolder], settings: Mapping[str, Any]
+        self,
+        unfinished: Iterable[RunFolder],
+        ended: Iterable[RunFolder],
+        settings: Mapping[str, Any],
     ) -> None:
         """Check that the images have not changed since the sweep began, before trials resume.
 
         Args:
-            left: Folders of the trials to start or resume. Their configurations are updated: paths
-                of images become absolute, ``data.if_changed`` is the current setting.
-            ended: Folders of the ended trials, with which they are compared.
+            unfinished: Folders of the trials to start or resume. Their configurations are updated:
+                paths of images become absolute, ``data.if_changed`` is the current setting.
+            ended: Folders of the ended trials, whose images are compared with the current ones.
             settings: The sweep's section ``set``.
 
         Raises:
             RunFolderError: If the images have changed.
         """
-        left = list(left)
-        if not left:
+        unfinished = list(unfinished)
+        if not unfinished:
             return
         policy = settings.get(IF_CHANGED, "stop")
         if policy == "stop":
             self._check_ended(ended)
         printed: set[str] = set()
-        for folder in left:
+        for folder in unfinished:
             config = read_run(folder)
             data = config.data.model_copy(update={"if_changed": policy})
             config = config.model_copy(update={"data": data})
@@ -100,9 +103,9 @@ class Sources:
                 changed = "\n  ".join(what_changed(record, facts))
                 raise RunFolderError(
                     f"{folder.path}: the images have changed since this trial ended:\n  {changed}\n"
-                    f"The trials that are left would not be comparable with it: put the images "
-                    f"back as they were, give the sweep another name=..., or {IF_CHANGED}=go_on to "
-                    f"go on with those that are there now"
+                    f"The unfinished trials would not be comparable with it: restore the images, "
+                    f"give the sweep another name=..., or set {IF_CHANGED}=go_on to continue with "
+                    f"the current images"
                 )
 
 

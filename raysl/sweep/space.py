@@ -28,8 +28,9 @@ from raysl.sweep.config import CONFIG, SEED, SweepConfig
 from raysl.sweep.problems import MOST_CANDIDATES, problems_error, space_problems
 
 TRIALS = "trials"
-"""The folder of the trials, within the sweep's."""
+"""Name of the folder of the trials in the sweep's folder."""
 EVERY = "evaluate.every"
+"""The setting of the interval between evaluations."""
 
 # Number of random candidates to check for a search without candidates in advance.
 _SAMPLES = 50
@@ -41,8 +42,8 @@ class Candidate(NamedTuple):
     number: int
     """0, 1, ...; also the name of the trial's folder."""
     params: dict[str, Any]
-    """Displayed and compared: dotted setting (or ``config``, ``seed``) to a scalar, or to the label
-    of another value."""
+    """Dotted setting (or ``config``, ``seed``) to its displayed value: a scalar, or the label of
+    another value."""
     values: dict[str, Any]
     """Dotted setting to its real value in the run; without ``config``."""
     base: str
@@ -57,7 +58,7 @@ def trial_name(number: int) -> str:
 def draw(sweep: SweepConfig) -> list[Candidate]:
     """Return all candidates of a grid or random search; none for a search that suggests them later.
 
-    A function of the sweep alone. Repeats of a candidate are adjacent, and a larger
+    The result depends on the sweep alone. Repeats of a candidate are adjacent, and a larger
     ``budget.trials`` appends candidates to the previous ones.
 
     Raises:
@@ -71,7 +72,7 @@ def draw(sweep: SweepConfig) -> list[Candidate]:
     choices = Choices(sweep)
     return [
         _candidate(sweep, choices, place * sweep.repeats + repeat, params, repeat=repeat)
-        for place, params in enumerate(_drawn(sweep, choices))
+        for place, params in enumerate(_draw_params(sweep, choices))
         for repeat in range(sweep.repeats)
     ]
 
@@ -84,7 +85,7 @@ def candidate_of(sweep: SweepConfig, number: int, pick: Pick, *, repeat: int = 0
         number: The candidate's number.
         pick: Called with each existing dimension and its name, in dependency order; returns the
             label of one of its values, or a number in its range.
-        repeat: Which of its repeats, from 0.
+        repeat: Index of the repeat, from 0; it is added to the seed.
     """
     choices = Choices(sweep)
     return _candidate(sweep, choices, number, choices.choose(pick), repeat=repeat)
@@ -98,11 +99,11 @@ def samples(sweep: SweepConfig) -> list[Candidate]:
     choices = Choices(sweep)
     return [
         _candidate(sweep, choices, place, params, repeat=0)
-        for place, params in enumerate(_drawn(sweep, choices))
+        for place, params in enumerate(_draw_params(sweep, choices))
     ]
 
 
-def _drawn(sweep: SweepConfig, choices: Choices) -> list[Params]:
+def _draw_params(sweep: SweepConfig, choices: Choices) -> list[Params]:
     trials = sweep.budget.trials
     if sweep.search.name == "grid":
         return list(islice(choices.combinations(), MOST_CANDIDATES))
@@ -155,35 +156,35 @@ def run_values(
     with suppress(ConfigError):  # an invalid section is reported separately
         set_key(values, "evaluate.final", plain_copy({"final": sweep.final})["final"])
     for given in (sweep.set, candidate.values):
-        below = plain_copy(values)
+        base_values = plain_copy(values)
         for key in sorted(given, key=lambda key: key.count(".")):  # a section before its keys
             try:
                 set_key(values, key, given[key])
             except ConfigError as error:
                 problems.append(Problem(tuple(key.split(".")), f"{key}: {error}"))
-        values = drop_idle(below, values, list(given))
-    problems += list(_idle(values, candidate))
-    for key, value in (_fixed(sweep) | _pace(sweep, candidate, values)).items():
+        values = drop_idle(base_values, values, list(given))
+    problems += list(_idle_settings(values, candidate))
+    for key, value in (_fixed_settings(sweep) | _intervals(sweep, candidate, values)).items():
         with suppress(ConfigError):  # an invalid section is reported separately
             set_key(values, key, value)
-    own = {
+    sweep_settings = {
         "name": trial_name(candidate.number),
         "output_dir": str(folder / TRIALS),
         # The sweep's own process reports all trials to MLflow.
         "track": sweep.track.model_dump(mode="json") | {"mlflow": False},
     }
-    return values | own, problems
+    return values | sweep_settings, problems
 
 
-def _idle(values: Mapping[str, Any], candidate: Candidate) -> Iterator[Problem]:
-    """Yield settings without effect; a dimension may depend on another one."""
+def _idle_settings(values: Mapping[str, Any], candidate: Candidate) -> Iterator[Problem]:
+    """Yield settings without effect; for a dimension, advise a condition."""
     for problem in idle_problems(values):
         key = ".".join(problem.place)
         varied = f", or say when: space.{key}.when" if key in candidate.values else ""
         yield problem._replace(text=problem.text + varied)
 
 
-def _fixed(sweep: SweepConfig) -> dict[str, Any]:
+def _fixed_settings(sweep: SweepConfig) -> dict[str, Any]:
     """Return the sweep's settings for the length of trials and for measurements."""
     budget = sweep.budget
     length = {"train.epochs": budget.epochs, "train.steps": budget.steps}
@@ -194,14 +195,18 @@ def _fixed(sweep: SweepConfig) -> dict[str, Any]:
     return fixed
 
 
-def _pace(sweep: SweepConfig, candidate: Candidate, values: Mapping[str, Any]) -> dict[str, Any]:
+def _intervals(
+    sweep: SweepConfig, candidate: Candidate, values: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the intervals of evaluations, and of checkpoints if trials continue from others."""
     scheduler, period = sweep.scheduler, decision_period(sweep)
     every = get_key(values, EVERY)
     if not gives_every(sweep, candidate):
         if scheduler.name == "hyperband":
             every = {"fraction": 1 / scheduler.max_evaluations}
-        elif period is not None and not meets(every, period, whole=length_epochs(sweep, values)):
+        elif period is not None and not meets(
+            every, period, total_epochs=length_epochs(sweep, values)
+        ):
             every = {"epochs": period}
         elif every is None:
             every = {"fraction": 1.0}
@@ -212,7 +217,7 @@ def _pace(sweep: SweepConfig, candidate: Candidate, values: Mapping[str, Any]) -
 
 
 def decision_period(sweep: SweepConfig) -> float | None:
-    """Return the epochs between the scheduler's decisions; None if it counts otherwise."""
+    """Return the epochs between the scheduler's decisions; None if it does not count in epochs."""
     scheduler = sweep.scheduler
     if scheduler.name == "asha":
         return scheduler.grace_epochs
@@ -227,22 +232,22 @@ def gives_every(sweep: SweepConfig, candidate: Candidate) -> bool:
 
 def length_epochs(sweep: SweepConfig, values: Mapping[str, Any]) -> float | None:
     """Return the epochs of a run; None if its length is in steps, or invalid."""
-    whole = sweep.budget.epochs or get_key(values, "train.epochs")
-    return None if sweep.budget.steps or not isinstance(whole, int | float) else whole
+    epochs = sweep.budget.epochs or get_key(values, "train.epochs")
+    return None if sweep.budget.steps or not isinstance(epochs, int | float) else epochs
 
 
-def meets(every: Any, period: float, *, whole: float | None) -> bool:
+def meets(every: Any, period: float, *, total_epochs: float | None) -> bool:
     """Return whether evaluations include the multiples of a period.
 
     Args:
         every: The evaluation interval, as a plain value.
-        period: In epochs.
-        whole: Epochs of the run, if known.
+        period: The period, in epochs.
+        total_epochs: Epochs of the run; None if unknown.
     """
-    each = every.get("epochs") if isinstance(every, dict) else None
-    if isinstance(every, dict) and "fraction" in every and whole is not None:
-        each = every["fraction"] * whole
-    if not isinstance(each, int | float) or each <= 0:
+    spacing = every.get("epochs") if isinstance(every, dict) else None
+    if isinstance(every, dict) and "fraction" in every and total_epochs is not None:
+        spacing = every["fraction"] * total_epochs
+    if not isinstance(spacing, int | float) or spacing <= 0:
         return False
-    times = period / each
-    return round(times) >= 1 and math.isclose(times, round(times))
+    ratio = period / spacing
+    return round(ratio) >= 1 and math.isclose(ratio, round(ratio))

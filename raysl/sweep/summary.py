@@ -13,24 +13,24 @@ from sklearn.ensemble import RandomForestRegressor
 from raysl.sweep.config import SEED, MetricConfig
 from raysl.sweep.trial import Status, Trial
 
-_FEWEST_TRIALS = 4
+_FEWEST_TRIALS = 4  # fewest to compute importances from
 _NUM_TREES = 200
 _NUM_SHUFFLES = 3
 _SAME_EPOCH = 1.05  # batch sizes divide an epoch differently, so evaluations may be a step apart
-_FAR_OUT = 3.0
-_PLACES = ("finished", "running", "stopped", "waiting", "failed")
+_FAR_OUT = 3.0  # interquartile ranges; see visible_range
+_RANK_ORDER = ("finished", "running", "stopped", "waiting", "failed")
 
 
 class SeedMean(NamedTuple):
     """The mean of a candidate over its seeds."""
 
     params: dict[str, Any]
-    """Without the seed."""
+    """Parameters without the seed."""
     mean: float
-    deviation: float | None
+    std: float | None
     """Sample standard deviation (over n - 1); None for one seed."""
     trials: tuple[Trial, ...]
-    """The finished ones, best first."""
+    """The finished trials, best first."""
 
 
 class Summary(NamedTuple):
@@ -48,6 +48,7 @@ class Summary(NamedTuple):
     compared_at_epoch: float | None
     """Epoch at which trials are compared for importance if some were stopped; None for the end."""
     counts: dict[Status, int]
+    """Number of trials by status."""
 
 
 def summarise(trials: Sequence[Trial], metric: MetricConfig) -> Summary:
@@ -56,7 +57,7 @@ def summarise(trials: Sequence[Trial], metric: MetricConfig) -> Summary:
     A failed trial is never the best, whatever it reached before.
 
     Args:
-        trials: In any order.
+        trials: All trials, in any order.
         metric: The metric to compare by.
     """
     ranking = ranked(trials, metric)
@@ -95,8 +96,8 @@ def _without_seed(trial: Trial) -> tuple[Any, ...]:
 def _mean_of(group: Sequence[Trial]) -> SeedMean:
     values = np.array([trial.metric for trial in group], dtype=np.float64)
     params = {key: value for key, value in group[0].params.items() if key != SEED}
-    deviation = float(values.std(ddof=1)) if len(values) > 1 else None
-    return SeedMean(params, float(values.mean()), deviation, tuple(group))
+    std = float(values.std(ddof=1)) if len(values) > 1 else None
+    return SeedMean(params, float(values.mean()), std, tuple(group))
 
 
 def visible_range(values: Sequence[float], metric: MetricConfig) -> tuple[float, float]:
@@ -107,11 +108,11 @@ def visible_range(values: Sequence[float], metric: MetricConfig) -> tuple[float,
     """
     lower, upper = np.percentile(values, [25, 75])
     low, high = min(values), max(values)
-    reach = _FAR_OUT * (upper - lower)
+    margin = _FAR_OUT * (upper - lower)
     if metric.mode == "max":
-        low = min(value for value in values if value >= lower - reach)
+        low = min(value for value in values if value >= lower - margin)
     else:
-        high = max(value for value in values if value <= upper + reach)
+        high = max(value for value in values if value <= upper + margin)
     return float(low), float(high)
 
 
@@ -123,9 +124,9 @@ def _signed(value: float | None, metric: MetricConfig) -> float:
 
 
 def _rank(trial: Trial, metric: MetricConfig) -> tuple[float, ...]:
-    place = 1 if trial.status == "stopped" else _PLACES.index(trial.status)
-    far = 0.0 if trial.status == "finished" else -trial.epoch
-    return place, far, _signed(trial.metric, metric), trial.number
+    place = 1 if trial.status == "stopped" else _RANK_ORDER.index(trial.status)
+    progress = 0.0 if trial.status == "finished" else -trial.epoch
+    return place, progress, _signed(trial.metric, metric), trial.number
 
 
 def best_of(trials: Sequence[Trial], metric: MetricConfig) -> Trial | None:
@@ -164,7 +165,7 @@ def _importance(
 
 
 def _value_at(trial: Trial, epoch: float | None) -> float:
-    """Return a trial's last value up to an epoch; its first one if all are later."""
+    """Return a trial's last value up to an epoch, or its first value if all are later."""
     reached = [value for at, value in trial.curve if epoch is None or at <= epoch * _SAME_EPOCH]
     return reached[-1] if reached else trial.curve[0][1]
 
@@ -177,7 +178,7 @@ def _shares(trials: Sequence[Trial], values: npt.NDArray[np.float64]) -> dict[st
 
     Source: Breiman 2001, "Random forests", sec. 10.
     """
-    columns = {key: _column(trials, key) for key in varied(trials)}
+    columns = {key: _column(trials, key) for key in varied_parameters(trials)}
     if not columns or np.ptp(values) == 0:
         return {}
     inputs = np.concatenate(list(columns.values()), axis=1)
@@ -185,11 +186,11 @@ def _shares(trials: Sequence[Trial], values: npt.NDArray[np.float64]) -> dict[st
     forest.fit(inputs, values)
     ends = np.cumsum([column.shape[1] for column in columns.values()])
     places = np.split(np.arange(inputs.shape[1]), ends[:-1])
-    grown = np.array([_grown_error(forest, inputs, values, place) for place in places])
-    grown = np.maximum(grown, 0.0)
-    if not grown.sum():
+    increases = np.array([_error_increase(forest, inputs, values, place) for place in places])
+    increases = np.maximum(increases, 0.0)
+    if not increases.sum():
         return {}
-    shares = dict(zip(columns, (grown / grown.sum()).tolist(), strict=True))
+    shares = dict(zip(columns, (increases / increases.sum()).tolist(), strict=True))
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 
@@ -210,7 +211,7 @@ def _column(trials: Sequence[Trial], key: str) -> npt.NDArray[np.float64]:
     )
 
 
-def varied(trials: Sequence[Trial]) -> list[str]:
+def varied_parameters(trials: Sequence[Trial]) -> list[str]:
     """Return the parameters that differ between trials, in the order of the space."""
     keys = dict.fromkeys(key for trial in trials for key in trial.params)
     return [key for key in keys if len({trial.params.get(key) for trial in trials}) > 1]
@@ -221,22 +222,22 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _grown_error(
+def _error_increase(
     forest: RandomForestRegressor,
     inputs: npt.NDArray[np.float64],
     values: npt.NDArray[np.float64],
     columns: npt.NDArray[np.int64],
 ) -> float:
-    """Return the increase of the squared error on unseen rows if some columns are shuffled."""
+    """Return the mean increase of the squared error on unseen rows if columns are shuffled."""
     rng = np.random.default_rng(0)
-    grown = []
-    for tree, drawn in zip(forest.estimators_, forest.estimators_samples_, strict=True):
-        unseen = np.setdiff1d(np.arange(len(values)), drawn)
+    increases = []
+    for tree, drawn_rows in zip(forest.estimators_, forest.estimators_samples_, strict=True):
+        unseen = np.setdiff1d(np.arange(len(values)), drawn_rows)
         if len(unseen) < 2:
             continue
-        before = np.square(tree.predict(inputs[unseen]) - values[unseen]).mean()
+        error = np.square(tree.predict(inputs[unseen]) - values[unseen]).mean()
         for _ in range(_NUM_SHUFFLES):
             shuffled = inputs[unseen]
             shuffled[:, columns] = shuffled[rng.permutation(len(unseen))][:, columns]
-            grown.append(np.square(tree.predict(shuffled) - values[unseen]).mean() - before)
-    return float(np.mean(grown)) if grown else 0.0
+            increases.append(np.square(tree.predict(shuffled) - values[unseen]).mean() - error)
+    return float(np.mean(increases)) if increases else 0.0

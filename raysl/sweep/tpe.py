@@ -1,7 +1,7 @@
 """Get candidates one by one from Optuna's tree-structured Parzen estimator.
 
 Akiba et al. 2019, Optuna, arXiv:1907.10902v1. The study is a journal in the sweep's folder, so that
-an interrupted sweep continues with everything it has learnt.
+an interrupted sweep continues with the results so far.
 """
 
 import logging
@@ -25,7 +25,7 @@ class ParzenSearch:
 
     Args:
         sweep: The sweep.
-        journal: The file of the study.
+        journal: The file that stores Optuna's study.
     """
 
     def __init__(self, sweep: SweepConfig, journal: Path) -> None:
@@ -46,7 +46,7 @@ class ParzenSearch:
 
     @property
     def num_asked(self) -> int:
-        """Number of candidates so far, including earlier starts."""
+        """Number of candidates asked for so far, including those of earlier starts."""
         return len(self._study.get_trials(deepcopy=False))
 
     def ask(self) -> Candidate:

@@ -29,7 +29,7 @@ ENDED: tuple[Status, ...] = ("finished", "stopped", "failed")
 """Final states of a trial."""
 
 # Sections that may change from one start of a sweep to the next.
-_FREE = ("budget", "resources", "retries", "track", "output_dir", "metric")
+_MAY_CHANGE = ("budget", "resources", "retries", "track", "output_dir", "metric")
 
 
 class Trial(NamedTuple):
@@ -37,10 +37,10 @@ class Trial(NamedTuple):
 
     number: int
     params: dict[str, Any]
-    """Displayed and compared: setting (or ``config``, ``seed``) to a scalar. With population based
-    training, the settings that trained the last measured weights."""
+    """Setting (or ``config``, ``seed``) to its displayed value. With population based training, the
+    settings that trained the last measured weights."""
     status: Status
-    """running: started and not ended, whether or not a process is working on it."""
+    """``running`` means started and not ended, whether or not a process is working on it."""
     curve: tuple[tuple[float, float], ...]
     """(epoch, metric) wherever the metric was measured and is finite."""
     metric: float | None
@@ -52,7 +52,7 @@ class Trial(NamedTuple):
     seconds: float
     """Seconds of training, without start, evaluation and pauses."""
     error: str | None
-    """The reason if it failed."""
+    """The reason if the trial failed, else None."""
     path: Path
     """Its run folder."""
     mlflow_run_id: str | None
@@ -101,7 +101,7 @@ def claim(folder: SweepFolder, sweep: SweepConfig) -> None:
         # Validation gives settings that are newer than the folder their defaults.
         earlier = validate(SweepConfig, read_mapping(folder.config), where=str(folder.config))
         old, new = (_comparable(each) for each in (earlier.model_dump(mode="json"), values))
-        keys = [key for key in sorted({*old, *new}) if key.split(".")[0] not in _FREE]
+        keys = [key for key in sorted({*old, *new}) if key.split(".")[0] not in _MAY_CHANGE]
         changed = changes(old, new, keys=keys)
         if changed:
             text = refusal(folder.path, "holds another sweep", changed, instead=ANOTHER_NAME)
@@ -138,59 +138,59 @@ def write_trial(
         candidate: The candidate.
         status: How it ended without finishing; None while it may continue. Whether it waits, runs
             or has finished follows from other files of its folder.
-        error: The reason if it failed.
+        error: The reason if it failed, else None.
     """
     ended = {key: value for key, value in (("status", status), ("error", error)) if value}
     write_json(trial_file(folder), candidate._asdict() | ended)
 
 
 def read_candidate(folder: RunFolder) -> Candidate | None:
-    """Return the candidate of a trial's folder; None if it is not one.
+    """Return the candidate of a trial's folder; None if the folder is no trial's.
 
     Raises:
-        RunFolderError: If the file is of another version of raysl.
+        RunFolderError: If another version of raysl wrote the file.
     """
-    kept = read_json(trial_file(folder))
-    if kept is None:
+    stored = read_json(trial_file(folder))
+    if stored is None:
         return None
-    missing = sorted(set(Candidate._fields) - set(kept))
+    missing = sorted(set(Candidate._fields) - set(stored))
     if missing:
         raise RunFolderError(
             f"{trial_file(folder)}: no {', '.join(missing)}; another version of raysl wrote it. "
             f"Give the sweep another name=..."
         )
-    return Candidate(**{field: kept[field] for field in Candidate._fields})
+    return Candidate(**{field: stored[field] for field in Candidate._fields})
 
 
 def read_trial(folder: RunFolder, metric: MetricConfig) -> Trial | None:
-    """Read a trial from its folder; None if it is not one.
+    """Read a trial from its folder; None if the folder is no trial's.
 
     Raises:
-        RunFolderError: If ``trial.json`` is of another version of raysl.
+        RunFolderError: If another version of raysl wrote ``trial.json``.
     """
     candidate = read_candidate(folder)
     if candidate is None:
         return None
-    kept = read_json(trial_file(folder)) or {}
+    stored = read_json(trial_file(folder)) or {}
     tracked = read_tracked_run(folder.mlflow)
     records = _read_metrics(folder, metric)
-    measured = _curve(records, metric.name)
+    curve = _curve(records, metric.name)
     also = {name: [value for _, value in _curve(records, name)] for name in metric.also}
     epochs = [epoch for epoch, _ in _curve(records, "train/epoch")]
-    change = change_behind(folder, last_measured(folder, metric))
-    status: Status = kept.get("status") or ("running" if records else "waiting")
+    change = change_before(folder, last_measured(folder, metric))
+    status: Status = stored.get("status") or ("running" if records else "waiting")
     if folder.results.exists():
         status = "finished"
     return Trial(
         number=candidate.number,
         params=candidate.params | ({} if change is None else change.params),
         status=status,
-        curve=measured,
-        metric=measured[-1][1] if measured else None,
+        curve=curve,
+        metric=curve[-1][1] if curve else None,
         also={name: values[-1] for name, values in also.items() if values},
         epoch=max(epochs, default=0.0),
         seconds=sum(value for _, value in _curve(records, "time/train_s")),
-        error=kept.get("error") if status == "failed" else None,
+        error=stored.get("error") if status == "failed" else None,
         path=folder.path,
         mlflow_run_id=None if tracked is None else tracked.run_id,
     )
@@ -202,7 +202,7 @@ def last_measured(folder: RunFolder, metric: MetricConfig) -> int:
 
 
 def _read_metrics(folder: RunFolder, metric: MetricConfig) -> list[dict[str, Any]]:
-    """Read a trial's metrics, under the names of now for a sweep that compares by one of these."""
+    """Read a trial's metrics; rename those of earlier versions if the sweep uses the new names."""
     records = read_metrics(folder.metrics)
     if not any("linear_lbfgs" in name for name in (metric.name, *metric.also)):
         return records
@@ -240,7 +240,7 @@ def _curve(records: Sequence[Mapping[str, Any]], name: str) -> tuple[tuple[float
 
 
 class Change(NamedTuple):
-    """Settings from a step on."""
+    """Settings that apply from a step on."""
 
     after_step: int
     """They apply to all steps after this one."""
@@ -252,10 +252,10 @@ class Change(NamedTuple):
 
 def write_change(folder: RunFolder, change: Change) -> None:
     """Record the settings that a trial trains with from here on; later records are dropped."""
-    kept = [each for each in _read_changes(folder) if each.after_step < change.after_step]
-    if not kept or kept[-1].params != change.params:
-        kept.append(change)
-    write_json(folder.path / "changes.json", {"changes": [each._asdict() for each in kept]})
+    stored = [each for each in _read_changes(folder) if each.after_step < change.after_step]
+    if not stored or stored[-1].params != change.params:
+        stored.append(change)
+    write_json(folder.path / "changes.json", {"changes": [each._asdict() for each in stored]})
 
 
 def newest_change(folder: RunFolder) -> Change | None:
@@ -263,11 +263,11 @@ def newest_change(folder: RunFolder) -> Change | None:
     return next(reversed(_read_changes(folder)), None)
 
 
-def change_behind(folder: RunFolder, step: int) -> Change | None:
+def change_before(folder: RunFolder, step: int) -> Change | None:
     """Return the settings that trained a step; None if they are those drawn for the trial."""
     return next((each for each in reversed(_read_changes(folder)) if each.after_step < step), None)
 
 
 def _read_changes(folder: RunFolder) -> list[Change]:
-    kept = read_json(folder.path / "changes.json") or {}
-    return [Change(**each) for each in kept.get("changes", ())]
+    stored = read_json(folder.path / "changes.json") or {}
+    return [Change(**each) for each in stored.get("changes", ())]

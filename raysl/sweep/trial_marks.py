@@ -20,7 +20,7 @@ STATUS_TEXTS: dict[Status, str] = {
 }
 """A trial's status, in words for readers."""
 
-_BRIGHTEST = 0.8  # of the colour map: brighter colours are invisible on white
+_BRIGHTEST = 0.8  # share of the colour map; brighter colours are invisible on white
 
 
 class Look(NamedTuple):
@@ -51,7 +51,7 @@ def bright(share: float) -> Any:
     """Return a colour visible on white, brighter for a larger share.
 
     Args:
-        share: Clipped to [0, 1].
+        share: Brightness, clipped to [0, 1].
     """
     return colormaps["viridis"](_BRIGHTEST * min(max(share, 0.0), 1.0))
 
@@ -80,7 +80,7 @@ def draw_legend(
     """Draw the metric's title and, below it, entries for the best trial and each status in use.
 
     Args:
-        figure: The legend is placed above it.
+        figure: The figure; the legend goes above its panels.
         trials: The trials in the picture.
         best: The marked trial; None for none.
         display: The metric.

@@ -58,9 +58,9 @@ def run_trial(
             last.append({**values, LAST: 1.0})
 
     forget_error(folder)
-    done = latest_step(folder.checkpoints)
+    resumed_step = latest_step(folder.checkpoints)
     for record in read_metrics(folder.metrics):
-        if record["step"] <= done and metrics[0] in record:
+        if record["step"] <= resumed_step and metrics[0] in record:
             report_step(record, int(record["step"]), {AGAIN: 1.0})
     try:
         train(lambda logged, step: report_step(logged, step, {}))
@@ -98,6 +98,6 @@ def take_over(folder: RunFolder, donor: RunFolder, *, step: int, total_steps: in
         return 0
     with appears_whole(checkpoint_path(folder.checkpoints, chosen)) as temporary:
         shutil.copytree(checkpoint_path(donor.checkpoints, chosen), temporary)
-        for own in list_checkpoints(folder.checkpoints):
-            shutil.rmtree(checkpoint_path(folder.checkpoints, own))
+        for old_step in list_checkpoints(folder.checkpoints):
+            shutil.rmtree(checkpoint_path(folder.checkpoints, old_step))
     return chosen

@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # MLflow takes seconds to load, and not every sweep needs it
 
 _LINE_EVERY_S = 10.0
 _ROWS = 20
-# File in a trial's folder that marks it as completely sent to MLflow.
+# File in a trial's folder that marks the trial as completely sent to MLflow.
 _SENT = "told.json"
 _STATUS_IN_MLFLOW = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}
 
@@ -84,12 +84,12 @@ class SweepTracking:
 
     @property
     def problem(self) -> str | None:
-        """Return why MLflow did not accept everything, or None."""
+        """Return the reason why MLflow did not accept everything, or None."""
         return self._parent.problem
 
     @property
     def trouble(self) -> "MlflowProblem | None":
-        """Return the problem with its remedy, or None."""
+        """Return that problem with its remedy, or None."""
         return self._parent.trouble
 
     def start(self, trial: Trial) -> None:
@@ -358,7 +358,7 @@ class _View:
 
 
 def params_text(params: Mapping[str, Any]) -> str:
-    """Return parameters in short: the last part of each key, and its value."""
+    """Return parameters as a short text: the last part of each key, and its value."""
     return ", ".join(
         f"{key.rsplit('.', 1)[-1]} {short_text(value)}" for key, value in params.items()
     )
@@ -375,7 +375,7 @@ def trials_table(sweep: SweepConfig, trials: list[Trial], *, rows: int) -> Table
     Args:
         sweep: The sweep.
         trials: All trials.
-        rows: Maximal number of rows.
+        rows: Maximum number of rows.
     """
     running = [trial for trial in trials if trial.status == "running"]
     ended = [trial for trial in ranked(trials, sweep.metric) if trial.status in ENDED]

@@ -29,8 +29,8 @@ def batch_converter(
     Args:
         to_views: The result of :func:`view_converter`.
         device: Destination of rows and labels.
-        labels: The label of every row of the source, -1 where unknown; None if the method uses
-            none.
+        labels: The label of every row of the source, -1 where unknown; None if the method uses no
+            labels.
     """
 
     def to_batch(batch: NumpyBatch) -> Batch:
@@ -56,8 +56,8 @@ def view_converter(
 
     Args:
         device: Destination of the views.
-        mean: Of red, green and blue in [0, 1].
-        std: Likewise.
+        mean: Mean of red, green and blue, for values in [0, 1].
+        std: Standard deviation of red, green and blue, for values in [0, 1].
         channels_last: Memory layout of the views.
         device_ops: For each kind of view, the operations that the data workers left to the device;
             applied if the batch contains their plans.
@@ -91,14 +91,14 @@ def input_converter(
     std: tuple[float, float, float],
     channels_last: bool,
 ) -> Callable[[npt.NDArray[np.uint8]], Tensor]:
-    """Return the function that turns pixels into what an encoder takes, as training does.
+    """Return a function that converts pixels to an encoder's input, as training does.
 
-    ``(N, S, S, 3)`` uint8 become ``(N, 3, S, S)`` float32 on the device, normalised there.
+    It converts ``(N, S, S, 3)`` uint8 to ``(N, 3, S, S)`` float32 on the device, normalised there.
 
     Args:
-        device: Where the images go.
-        mean: Of red, green and blue in [0, 1].
-        std: Likewise.
+        device: Destination of the images.
+        mean: Mean of red, green and blue, for values in [0, 1].
+        std: Standard deviation of red, green and blue, for values in [0, 1].
         channels_last: Memory layout of the images.
     """
     to_views = view_converter(device=device, mean=mean, std=std, channels_last=channels_last)

@@ -13,7 +13,7 @@ from raysl.folder.whole import appears_whole, clear_unfinished, give_up_name
 from raysl.track.run_folder import checkpoint_path, list_checkpoints
 
 _STATE = "state.pt"
-_SHOWN = 3
+_SHOWN = 3  # differences in an error message
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], *, step: int, keep: int) -> Path:
@@ -33,8 +33,8 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, step: int, keep: int
     """
     final = checkpoint_path(folder, step)
     try:
-        # Shared: a worker that is thought dead may write the same step. One that is there already
-        # is of a run that resumed from an earlier one.
+        # Shared: a worker that Ray presumes dead may write the same step. An existing checkpoint
+        # of this step was written before the run resumed from an earlier one.
         with appears_whole(final, shared=True, lasting=True) as temporary:
             temporary.mkdir()
             with open(temporary / _STATE, "wb") as file:
@@ -63,33 +63,33 @@ def load_checkpoint(folder: Path, *, step: int, device: torch.device) -> dict[st
     except Exception as error:
         raise RunFolderError(
             f"{path}: the checkpoint is damaged: {_reason(error)}. Delete the folder {path.parent} "
-            f"to go on from the one before it"
+            f"to resume from the one before it"
         ) from None
     return state
 
 
 def load_state(module: nn.Module, state: Mapping[str, Any], *, owner: str) -> None:
-    """Load a checkpoint's state into a module, whose sizes may depend on the training images.
+    """Load a checkpoint's state into a module; sizes may depend on the training images.
 
     Args:
         module: A module of the current run.
         state: The saved ``module.state_dict()``.
-        owner: Names the module in the error message.
+        owner: Name of the module in the error message.
 
     Raises:
-        RunFolderError: If a size differs, such as that of a memory bank with one entry an image.
+        RunFolderError: If a size differs, such as that of a memory bank with one entry per image.
     """
-    here = module.state_dict()
-    others = [
+    current = module.state_dict()
+    differences = [
         f"{name} {tuple(state[name].shape)} in the checkpoint, {tuple(value.shape)} now"
-        for name, value in here.items()
+        for name, value in current.items()
         if isinstance(value, Tensor) and name in state and state[name].shape != value.shape
     ]
-    if others:
+    if differences:
         raise RunFolderError(
-            f"{owner} cannot go on with these images: what it keeps has the size of those that the "
-            f"run began with: {'; '.join(others[:_SHOWN])}. Put the images back as they were, or "
-            f"start anew with --fresh or another name=..."
+            f"{owner} cannot continue with these images: its state has the size of the images that "
+            f"the run began with: {'; '.join(differences[:_SHOWN])}. Restore the images, or start "
+            f"anew with --fresh or another name=..."
         )
     module.load_state_dict(state)
 

@@ -17,6 +17,7 @@ from raysl.nn.batchnorm import untracked_statistics
 from raysl.nn.collectives import average_gradients
 
 Autocast = Callable[[], AbstractContextManager[Any]]
+"""Opens the context of a forward pass, which may use a lower precision."""
 
 
 def can_split(method: type[Method]) -> bool:
@@ -40,7 +41,7 @@ def backward(
         batch: All images of this rank in the step.
         progress: The state of training at this step.
         model: The method, or its data-parallel wrapper; called for a whole batch.
-        autocast: Opens the context of forward passes.
+        autocast: Opens the context of a forward pass.
         micro_batch_size: Images of one forward pass; None, or at least the batch size, takes all.
 
     Returns:
@@ -52,14 +53,14 @@ def backward(
     if micro_batch_size is None:
         with autocast():
             output: LossOutput = model(batch, progress)
-        _total(output).backward()  # type: ignore[no-untyped-call]
-        return _detached(output)
+        _total_loss(output).backward()  # type: ignore[no-untyped-call]
+        return _detach(output)
     parts = _split(batch, micro_batch_size)
     # The data-parallel wrapper averages at the end of every backward pass; average once instead.
     if isinstance(method, EmbeddingMethod):
-        output = _cached(method, batch, parts, progress, autocast)
+        output = _backward_cached(method, batch, parts, progress, autocast)
     elif method.loss_is_mean_over_images:
-        output = _accumulated(method, parts, progress, autocast)
+        output = _backward_accumulated(method, parts, progress, autocast)
     else:
         raise ConfigError(
             f"train.micro_batch_size={micro_batch_size}: the loss of {type(method).__name__} can "
@@ -69,7 +70,7 @@ def backward(
     return output
 
 
-def _cached(
+def _backward_cached(
     method: EmbeddingMethod,
     batch: Batch,
     parts: Sequence[Batch],
@@ -92,37 +93,41 @@ def _cached(
     whole = tuple(torch.cat(same).requires_grad_() for same in zip(*embedded, strict=True))
     with autocast():
         output = method.loss_of((whole[0].detach(), *whole[1:]), batch, progress)
-    _total(output).backward()  # type: ignore[no-untyped-call]
+    _total_loss(output).backward()  # type: ignore[no-untyped-call]
     sizes = [len(part.index) for part in parts]
     gradients = [None if w.grad is None else w.grad.split(sizes) for w in whole]
     after_loss = _RandomState(device)
     for number, part in enumerate(parts):
         states[number].restore()
         with autocast():
-            again = method.embeddings(part, progress)
-        outputs, along = [], []
-        for tensor, gradient in zip(again, gradients, strict=True):
+            recomputed = method.embeddings(part, progress)
+        outputs, output_gradients = [], []
+        for tensor, gradient in zip(recomputed, gradients, strict=True):
             if tensor.requires_grad and gradient is not None:
                 outputs.append(tensor)
-                along.append(gradient[number])
-        torch.autograd.backward(outputs, along)
+                output_gradients.append(gradient[number])
+        torch.autograd.backward(outputs, output_gradients)
     after_loss.restore()
-    return _detached(output)
+    return _detach(output)
 
 
-def _accumulated(
+def _backward_accumulated(
     method: Method, parts: Sequence[Batch], progress: Progress, autocast: Autocast
 ) -> LossOutput:
-    """Add up the gradients of the parts, weighted by their share of the images."""
+    """Add up the gradients of the parts, weighted by their share of the images.
+
+    Returns:
+        The output for the whole batch: weighted means of losses and metrics, and all features.
+    """
     total = sum(len(part.index) for part in parts)
     shares, outputs = [], []
     for part in parts:
         share = len(part.index) / total
         with autocast():
             output = method(part, progress)
-        (_total(output) * share).backward()
+        (_total_loss(output) * share).backward()
         shares.append(share)
-        outputs.append(_detached(output))
+        outputs.append(_detach(output))
 
     def mean(values: Sequence[Tensor]) -> Tensor:
         return torch.stack([v * s for v, s in zip(values, shares, strict=True)]).sum(0)
@@ -155,19 +160,19 @@ def _split(batch: Batch, size: int) -> list[Batch]:
     index = batch.index.split(size)
     labels = [None] * len(index) if batch.labels is None else batch.labels.split(size)
     return [
-        Batch([view[i] for view in views], rows, known)
-        for i, (rows, known) in enumerate(zip(index, labels, strict=True))
+        Batch([view[i] for view in views], rows, part_labels)
+        for i, (rows, part_labels) in enumerate(zip(index, labels, strict=True))
     ]
 
 
-def _total(output: LossOutput) -> Tensor:
+def _total_loss(output: LossOutput) -> Tensor:
     """Return the sum of both losses: neither has a gradient in the other's parameters."""
     if output.adversary_loss is None:
         return output.loss
     return output.loss + output.adversary_loss
 
 
-def _detached(output: LossOutput) -> LossOutput:
+def _detach(output: LossOutput) -> LossOutput:
     adversary = output.adversary_loss
     return output._replace(
         loss=output.loss.detach(), adversary_loss=None if adversary is None else adversary.detach()

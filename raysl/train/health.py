@@ -34,6 +34,10 @@ class HealthCheck:
     def __call__(self, metrics: Mapping[str, float], *, step: int) -> None:
         """Raise if the run has diverged or collapsed.
 
+        Args:
+            metrics: The metrics of a logging step.
+            step: Number of optimizer steps done.
+
         Raises:
             DivergedError: If the loss or the gradient norm is not finite.
             CollapsedError: If the features of all images have been equal for too long.
@@ -55,5 +59,5 @@ class HealthCheck:
                 f"health.min_feature_std={self.config.min_feature_std} for {self.config.patience} "
                 f"logging steps. Likely settings: method.temperature (too high), optim.base_lr "
                 f"(too high), method.ema_momentum (too low), data.views (too weak or too strong); "
-                f"health.min_feature_std=0 goes on regardless"
+                f"health.min_feature_std=0 disables this check"
             )

@@ -47,7 +47,7 @@ class TrainConfig(Config):
     log_every: PositiveInt = 10
     """Optimizer steps between two lines of metrics; each checkpoint has a line too."""
     checkpoint_every: Duration = Duration(epochs=1.0)
-    """Interval between checkpoints; the end always has one."""
+    """Interval between checkpoints; the last step always has one."""
     keep_checkpoints: PositiveInt = 2
     """Number of newest checkpoints to keep."""
 
@@ -132,48 +132,51 @@ class Trainer:
         Raises:
             RayslError: If a batch does not belong to the step.
             DivergedError: If a loss is not finite at a logging step.
-            CollapsedError: If the features of all images are equal.
+            CollapsedError: If the features of all images have been equal for too long.
         """
         schedule = self.schedule
         meter = _Meter()
         self.method.train()
         for step in range(start_step, schedule.total_steps):
             batch = meter.wait_for(batches)
-            _check_place(batch, step)
+            _check_step(batch, step)
             self._bad.update(_bad_images(batch))
-            done = step + 1
-            saves = self._due(done, schedule.checkpoint_every) or done == schedule.total_steps
+            steps_done = step + 1
+            is_checkpoint = (
+                self._due(steps_done, schedule.checkpoint_every)
+                or steps_done == schedule.total_steps
+            )
             # Also check before each checkpoint: a diverged state must not replace a good one.
-            evaluates = self._evaluates(done)
-            reads = saves or evaluates or self._due(done, schedule.log_every)
+            is_evaluation = self._evaluates(steps_done)
+            is_read = is_checkpoint or is_evaluation or self._due(steps_done, schedule.log_every)
             _seed_step(schedule.seed, step, rank)
             metrics, features = self._step(
-                self.to_batch(batch), schedule.progress(step, is_logged=reads)
+                self.to_batch(batch), schedule.progress(step, is_logged=is_read)
             )
             meter.count(len(batch[INDEX]))
-            if done == start_step + 1:
+            if steps_done == start_step + 1:
                 self._synchronize()
-                hooks.log({"time/first_step_at": time.time()}, done)
+                hooks.log({"time/first_step_at": time.time()}, steps_done)
                 meter = _Meter()  # speed is measured from the first step on, not from the start
             logged: dict[str, float] = {}
-            if reads:
+            if is_read:
                 logged = self._read(metrics, features, meter)
                 if logged.pop(_NEW_BAD) > 0:  # on some rank: all of them report
-                    logged["data/bad_images"] = hooks.bad_images(self._bad, done)
+                    logged["data/bad_images"] = hooks.bad_images(self._bad, steps_done)
                     self._bad = {}
                 logged["train/lr"] = self.optimizers[0].rates(step).lr
-                logged["train/epoch"] = done / schedule.steps_per_epoch
-            if evaluates:
-                logged |= meter.pause(lambda done=done: hooks.evaluate(done))  # type: ignore[misc]
+                logged["train/epoch"] = steps_done / schedule.steps_per_epoch
+            if is_evaluation:
+                logged |= meter.pause(lambda steps_done=steps_done: hooks.evaluate(steps_done))  # type: ignore[misc]
                 self.method.train()
             if logged:
-                hooks.log(logged, done)
+                hooks.log(logged, steps_done)
             if "train/loss" in logged:
-                self.health(logged, step=done)
-            if saves:
-                meter.pause(lambda done=done: hooks.checkpoint(done))  # type: ignore[misc]
-            if evaluates and (tell := hooks.evaluated) is not None:
-                meter.pause(lambda done=done, seen=logged: tell(seen, done))  # type: ignore[misc]
+                self.health(logged, step=steps_done)
+            if is_checkpoint:
+                meter.pause(lambda steps_done=steps_done: hooks.checkpoint(steps_done))  # type: ignore[misc]
+            if is_evaluation and (report := hooks.evaluated) is not None:
+                meter.pause(lambda steps_done=steps_done, values=logged: report(values, steps_done))  # type: ignore[misc]
 
     def _step(self, batch: Batch, progress: Progress) -> tuple[dict[str, Tensor], Tensor]:
         for optimizer in self.optimizers:
@@ -200,7 +203,7 @@ class Trainer:
     def _read(
         self, metrics: dict[str, Tensor], features: Tensor, meter: "_Meter"
     ) -> dict[str, float]:
-        """Wait for the device and return the means over ranks (for images a second, the sum)."""
+        """Wait for the device and return the means over ranks (for images per second, the sum)."""
         metrics = metrics | {
             "train/feature_std": feature_std(features),
             "train/effective_rank": effective_rank(features),
@@ -220,13 +223,15 @@ class Trainer:
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
 
-    def _evaluates(self, done: int) -> bool:
+    def _evaluates(self, steps_done: int) -> bool:
         """Return whether to evaluate a step: at intervals, and always the last one."""
         every = self.schedule.evaluate_every
-        return self._due(done, every) or (every is not None and done == self.schedule.total_steps)
+        return self._due(steps_done, every) or (
+            every is not None and steps_done == self.schedule.total_steps
+        )
 
-    def _due(self, done: int, every: int | None) -> bool:
-        return every is not None and every > 0 and done % every == 0
+    def _due(self, steps_done: int, every: int | None) -> bool:
+        return every is not None and every > 0 and steps_done % every == 0
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -245,9 +250,9 @@ class _Meter:
         self._images = 0
 
     def wait_for(self, batches: Iterator[NumpyBatch]) -> NumpyBatch:
-        before = time.perf_counter()
+        start = time.perf_counter()
         batch = next(batches, None)
-        self._waited_s += time.perf_counter() - before
+        self._waited_s += time.perf_counter() - start
         if batch is None:
             raise RayslError("the stream of batches ended before the last step")
         return batch
@@ -257,21 +262,21 @@ class _Meter:
 
     def pause(self, work: Callable[[], Any]) -> Any:
         """Run something whose time does not count as training time."""
-        before = time.perf_counter()
+        start = time.perf_counter()
         result = work()
-        self._start += time.perf_counter() - before
+        self._start += time.perf_counter() - start
         return result
 
     def read(self) -> tuple[int, float, float]:
-        """Return this worker's images, its seconds of training and of waiting for data."""
+        """Return this worker's images, seconds of training and of waiting for data; then reset."""
         elapsed_s = max(time.perf_counter() - self._start, 1e-9)
         result = self._images, elapsed_s, self._waited_s
         self._reset()
         return result
 
 
-def _check_place(batch: NumpyBatch, step: int) -> None:
-    """Reject a batch of another step: stream and model would be out of sync."""
+def _check_step(batch: NumpyBatch, step: int) -> None:
+    """Raise if a batch belongs to another step: stream and model would be out of sync."""
     steps = np.unique(batch[STEP])
     if len(steps) != 1 or steps[0] != step:
         raise RayslError(

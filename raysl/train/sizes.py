@@ -9,7 +9,7 @@ from raysl.nn.backbones import BackboneConfig
 from raysl.train.gradient import can_split
 from raysl.train.loop import TrainConfig
 
-_FEWEST = 2  # fewest images to compute statistics over
+_FEWEST = 2  # images that batch statistics need at least
 
 
 def check_sizes(
@@ -18,8 +18,8 @@ def check_sizes(
     """Reject a batch that the workers cannot share equally, or with parts too small for the method.
 
     Args:
-        train: The batch and its micro-batches.
-        backbone: Over which images batch norm computes its statistics.
+        train: The sizes of the batch and its micro-batches.
+        backbone: The scope of batch norm: the images over which it computes its statistics.
         method: The method's settings; None if unknown.
         num_workers: Number of workers that share the batch.
 
@@ -47,7 +47,7 @@ def check_sizes(
 
 
 def images_of_a_norm(train: TrainConfig, backbone: BackboneConfig, *, num_workers: int) -> int:
-    """Return over how many images batch norm computes its statistics in a forward pass."""
+    """Return the number of images over which batch norm computes its statistics in a pass."""
     size = train.micro_batch_size or train.global_batch_size // num_workers
     if backbone.batch_norm == "sync":
         return size * num_workers
@@ -60,31 +60,33 @@ def too_few(
     """Build the error for statistics over a single image, with sizes that work.
 
     Args:
-        train: The batch and its micro-batches.
-        backbone: Over which images batch norm computes its statistics.
+        train: The sizes of the batch and its micro-batches.
+        backbone: The scope of batch norm: the images over which it computes its statistics.
         what: What computes the statistics, such as "method byol".
         num_workers: Number of workers that share the batch.
     """
     splits = backbone.batch_norm_splits if backbone.batch_norm == "split" else 1
     least, per_worker = _FEWEST * splits, train.global_batch_size // num_workers
     batch, micro = train.global_batch_size, train.micro_batch_size
-    given = f"train.global_batch_size={batch}"
+    setting = f"train.global_batch_size={batch}"
     if num_workers > 1:
-        given += f" over cluster.num_train_workers={num_workers}"
-    enough = max(_FEWEST, num_workers) if backbone.batch_norm == "sync" else least * num_workers
-    cures = [f"train.global_batch_size={enough} or more"]
+        setting += f" over cluster.num_train_workers={num_workers}"
+    least_batch = (
+        max(_FEWEST, num_workers) if backbone.batch_norm == "sync" else least * num_workers
+    )
+    remedies = [f"train.global_batch_size={least_batch} or more"]
     if micro is not None:
-        given = f"train.micro_batch_size={micro}"
+        setting = f"train.micro_batch_size={micro}"
         sizes = [n for n in range(least, per_worker + 1) if per_worker % n == 0 and n % splits == 0]
-        cures = [f"train.micro_batch_size={sizes[0]} or null"] if sizes else cures
+        remedies = [f"train.micro_batch_size={sizes[0]} or null"] if sizes else remedies
     if splits > 1 and min(micro or per_worker, per_worker) >= _FEWEST:
-        cures.append(f"backbone.batch_norm_splits={(micro or per_worker) // _FEWEST}")
+        remedies.append(f"backbone.batch_norm_splits={(micro or per_worker) // _FEWEST}")
     if backbone.batch_norm == "worker" and num_workers > 1:
-        cures.append("backbone.batch_norm=sync")
+        remedies.append("backbone.batch_norm=sync")
     part = f"one of backbone.batch_norm_splits={splits}" if splits > 1 else "a forward pass"
     return ConfigError(
-        f"{given}: {what} has batch norm whose statistics are of all images of {part}, and there "
-        f"is {counted(1, 'image')} in it, which leaves nothing to tell; use {', or '.join(cures)}"
+        f"{setting}: {what} has batch norm whose statistics are of all images of {part}, which has "
+        f"only {counted(1, 'image')}; use {', or '.join(remedies)}"
     )
 
 

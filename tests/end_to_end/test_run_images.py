@@ -160,7 +160,7 @@ class TestChangedImages:
         (here / "p" / "cat" / "000.png").unlink()
         code, said = train("name=r", "data.source=p", *NCE, "data.if_changed=go_on")
         assert code == 1
-        assert "RunFolderError: method nce cannot go on with these images" in said
+        assert "RunFolderError: method nce cannot continue with these images" in said
         assert "bank (24, 128) in the checkpoint, (23, 128) now" in said
         draw(here / "p" / "cat", range(1))
         assert train("name=r", "data.source=p", *NCE)[0] == 0  # put back

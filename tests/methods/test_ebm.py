@@ -226,8 +226,8 @@ class TestMCMC:
         pixels = view.sigmoid()
         images = low + (high - low) * pixels
         method(batch_of([images]), progress)
-        assert method._ended is not None
-        moved = (method._ended[1] - low) / (high - low)
+        assert method._finished_chains is not None
+        moved = (method._finished_chains[1] - low) / (high - low)
         place = pixels.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(
             method.eval().energy(low + (high - low) * place).sum(), place

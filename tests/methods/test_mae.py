@@ -330,7 +330,7 @@ class TestPictures:
         grid = method.pictures(batch_of(images), progress)["reconstruction"]
         assert torch.equal(torch.get_rng_state(), state)
         assert grid.images.shape == (4, 4, 3, 32, 32)
-        assert grid.columns == ("image", "what it sees", "what it makes", "with what it saw")
+        assert grid.columns == ("image", "visible", "prediction", "combined")
         assert torch.equal(grid.images[:, 0], images)
 
         original, sees, makes, pasted = (

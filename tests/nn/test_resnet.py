@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from raysl.nn.resnet import LAYOUTS, ResNet, SelectiveKernel, ShortcutPool, norm_of
+from raysl.nn.resnet import LAYOUTS, ResNet, SelectiveKernel, ShortcutPool, norm_builder
 
 
 def build(name: str = "resnet18", **options: Any) -> ResNet:
@@ -114,7 +114,7 @@ class TestWidth:
 class TestSelectiveKernel:
     def test_mixes_two_convolutions_by_a_softmax_over_them(self) -> None:
         torch.manual_seed(0)
-        kernel = SelectiveKernel(4, 6, stride=2, norm=norm_of("batch"))
+        kernel = SelectiveKernel(4, 6, stride=2, norm=norm_builder("batch"))
         maps = torch.randn(3, 4, 8, 8)
         branches = F.relu(kernel.bn(kernel.conv(maps))).view(3, 2, 6, 4, 4)
         pooled = branches.sum(1).mean((2, 3)).view(3, 6, 1, 1)
@@ -127,7 +127,7 @@ class TestSelectiveKernel:
         self, channels: int, hidden: int
     ) -> None:
         with torch.device("meta"):
-            kernel = SelectiveKernel(8, channels, stride=1, norm=norm_of("batch"))
+            kernel = SelectiveKernel(8, channels, stride=1, norm=norm_builder("batch"))
         assert kernel.squeeze.out_channels == hidden
 
 

@@ -27,7 +27,7 @@ class TestRotate:
         ("shape", "turns", "message"),
         [
             ((2, 3, 4, 5), (2,), r"must be \(N, C, S, S\) to be turned; got \(2, 3, 4, 5\)"),
-            ((2, 3, 4, 4), (3,), r"turns must be \(2,\), one an image; got \(3,\)"),
+            ((2, 3, 4, 4), (3,), r"turns must be \(2,\), one per image; got \(3,\)"),
         ],
     )
     def test_says_what_it_cannot_turn(

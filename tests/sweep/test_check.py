@@ -121,8 +121,8 @@ class TestSchedulersAndMetrics:
             ),
             (
                 {"scheduler": {"name": "asha"}, "set": {"evaluate.every": {"epochs": 2}}},
-                "evaluate.every={'epochs': 2}: scheduler asha decides every 1 epochs, and has to "
-                "be told then; leave it out",
+                "evaluate.every={'epochs': 2}: scheduler asha decides every 1 epochs, and needs "
+                "an evaluation then; leave it out",
             ),
             (
                 {"scheduler": {"name": "hyperband"}, "set": {"evaluate.every": {"epochs": 2}}},
@@ -131,7 +131,7 @@ class TestSchedulersAndMetrics:
             ),
             (
                 {"set": {"evaluate.every": None}},
-                "evaluate.every=null: the metric of a sweep is read where a trial is evaluated",
+                "evaluate.every=null: a sweep reads its metric from evaluations; set an interval",
             ),
             (
                 {"metric": {"name": "simclr/uniformity"}},
@@ -179,7 +179,7 @@ class TestSpaceProblems:
             ),
             (
                 {"space": {"config": {"grid": [1]}}},
-                "space.config: is what tells several base files apart; list them in base",
+                "space.config: tells several base files apart; list them in base",
             ),
             (
                 {"set": {"optim.": 1}},
@@ -217,8 +217,7 @@ class TestSpaceProblems:
                     "space": TEMPERATURES,
                     "exclude": [{"method.temperature": 0.1}],
                 },
-                "exclude: search optuna would suggest what is left out; use when, or another "
-                "search",
+                "exclude: optuna would suggest excluded combinations; use when, or another search",
             ),
             (
                 {"search": GRID, "space": TEMPERATURES, "budget": {"trials": 1}},
@@ -240,7 +239,7 @@ class TestSpaceProblems:
             (
                 {"metric": {"name": "final/knn_top1"}, "scheduler": {"name": "asha"}},
                 "metric.name=final/knn_top1 is measured at the end only; scheduler asha needs one "
-                "that is measured on the way, such as eval/knn_top1",
+                "that is measured during training, such as eval/knn_top1",
             ),
             (
                 {
@@ -251,7 +250,7 @@ class TestSpaceProblems:
                     }
                 },
                 "scheduler: hyperband with max_evaluations=2 and reduction_factor=3 compares "
-                "nobody; raise the first to the second or more",
+                "no trials; raise max_evaluations to reduction_factor or more",
             ),
         ],
     )
@@ -301,13 +300,13 @@ class TestSpaceProblems:
             "a.y": {"grid": [1], "when": {"a.x": 1}},
         }
         assert space_problems(sweep_of(space=space)) == [
-            "space: the conditions of a.x, a.y ask about each other"
+            "space: the conditions of a.x, a.y depend on each other"
         ]
 
     @pytest.mark.parametrize(
         ("exclude", "problem"),
         [
-            ({}, "exclude.0: names no setting, and would leave out everything"),
+            ({}, "exclude.0: names no setting, and would exclude everything"),
             ({"method.tempratur": 1}, "exclude.0: no setting 'method.tempratur'; did you mean"),
             (
                 {"method.temperature": 3},
@@ -335,4 +334,4 @@ class TestSpaceProblems:
             "repeats=2:",
             "budget.trials=1:",
         ]
-        assert found[0].startswith("space: method.queue_length cannot change while")
+        assert found[0].startswith("space: method.queue_length cannot change during")

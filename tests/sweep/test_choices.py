@@ -140,7 +140,7 @@ class TestConditions:
             "a.y": {"grid": [1], "when": {"a.x": 1}},
             "a.z": {"grid": [1]},
         }
-        assert choices(space).in_circles == ["a.x", "a.y"]
+        assert choices(space).in_cycles == ["a.x", "a.y"]
 
 
 class TestExclude:

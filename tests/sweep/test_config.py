@@ -63,7 +63,7 @@ class TestDimension:
                 ".choice: takes a list of values, or a section of label: value; got {}",
             ),
             ({"grid": 3}, ".grid: takes a list of values, or a section of label: value; got 3"),
-            ({"grid": [1, 2, 1]}, ".grid: the value 1 stands twice"),
+            ({"grid": [1, 2, 1]}, ".grid: the value 1 is listed twice"),
             (
                 {"grid": [[1, 2], 3]},
                 ".grid: the value [1, 2] needs a name; give a section of label: value",

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from raysl.sweep.trial import Change, change_behind, newest_change, write_change
+from raysl.sweep.trial import Change, change_before, newest_change, write_change
 from raysl.track.run_folder import RunFolder
 
 
@@ -24,11 +24,11 @@ def folder(tmp_path: Path) -> RunFolder:
 def test_there_is_none_at_first(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     assert newest_change(folder) is None
-    assert change_behind(folder, 10) is None
+    assert change_before(folder, 10) is None
 
 
 def test_a_step_was_trained_by_what_was_there_before_it(folder: RunFolder) -> None:
-    found = [change_behind(folder, step) for step in (1, 10, 11, 20, 21, 99)]
+    found = [change_before(folder, step) for step in (1, 10, 11, 20, 21, 99)]
     assert [each.params["optim.base_lr"] for each in found if each] == [
         0.1,
         0.1,
@@ -43,8 +43,8 @@ def test_a_step_was_trained_by_what_was_there_before_it(folder: RunFolder) -> No
 def test_going_back_forgets_what_came_later(folder: RunFolder) -> None:
     write_change(folder, change(10, 0.3))
     assert newest_change(folder) == change(10, 0.3)
-    assert change_behind(folder, 10) == change(0, 0.1)
-    assert change_behind(folder, 21) == change(10, 0.3)
+    assert change_before(folder, 10) == change(0, 0.1)
+    assert change_before(folder, 21) == change(10, 0.3)
 
 
 def test_going_on_with_the_same_is_no_change(folder: RunFolder) -> None:

@@ -120,8 +120,8 @@ class TestOverrides:
         )
         assert len(found) == 4
         assert found[0] == (
-            "override 'trainn.epochs=3': 'trainn' is neither of a sweep nor of a run; did you mean "
-            "'train'?"
+            "override 'trainn.epochs=3': 'trainn' is no setting of a sweep or of a run; did you "
+            "mean 'train'?"
         )
         assert found[1] == "override 'budget' is not of the form section.key=value"
         assert found[2].startswith("override 'a=[1': not valid YAML")
@@ -191,7 +191,7 @@ class TestEverythingAtOnce:
             "method.name: got 'mocoo', allowed",
             "final/linear_top1: final=knn leaves it unmeasured; add linear",
             "budget: give epochs=2 or steps=5, not both",
-            "space: name, data.limit, method cannot change while a trial is under way",
+            "space: name, data.limit, method cannot change during a trial, as pbt requires",
         ):
             assert sum(line.startswith(mistake) for line in found) == 1, mistake
 

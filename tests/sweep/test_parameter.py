@@ -29,7 +29,7 @@ class TestListed:
 
     def test_many_listed_numbers_keep_a_place_each(self, axis: Any) -> None:
         values = tuple(range(12))
-        assert axis(list(values), Dimension(grid=values)).num_places == 12
+        assert axis(list(values), Dimension(grid=values)).num_slots == 12
 
     def test_a_setting_that_is_off_comes_before_its_numbers(self, axis: Any) -> None:
         assert axis([1.0, None, 0.5]).texts() == ["none", "0.5", "1"]
@@ -52,13 +52,13 @@ class TestBinned:
     def test_every_value_has_a_place_and_larger_ones_no_lower_one(self, axis: Any) -> None:
         values = sorted(0.9 ** (7 * n % 48) for n in range(48))
         found = axis(values, Dimension(log_uniform=(1e-4, 1)))
-        places = [found.place(value) for value in values]
+        places = [found.slot(value) for value in values]
         assert places == sorted(places)
-        assert set(places) == set(range(found.num_places))
+        assert set(places) == set(range(found.num_slots))
 
     def test_more_trials_get_more_bins_up_to_six(self, axis: Any) -> None:
         space = Dimension(uniform=(0, 1))
-        nums = [axis([n / 400 for n in range(count)], space).num_places for count in (6, 48, 400)]
+        nums = [axis([n / 400 for n in range(count)], space).num_slots for count in (6, 48, 400)]
         assert nums == [3, 4, 6]
 
     def test_a_long_range_of_whole_numbers_is_binned(self, axis: Any) -> None:

@@ -6,7 +6,13 @@ from typing import Any
 import pytest
 
 from raysl.sweep.config import MetricConfig
-from raysl.sweep.summary import means_over_seeds, ranked, summarise, varied, visible_range
+from raysl.sweep.summary import (
+    means_over_seeds,
+    ranked,
+    summarise,
+    varied_parameters,
+    visible_range,
+)
 
 HIGH = MetricConfig(mode="max")
 LOW = MetricConfig(mode="min")
@@ -94,9 +100,9 @@ class TestMeansOverSeeds:
         means = means_over_seeds(trials, HIGH)
         assert [group.params for group in means] == [{"x": 2}, {"x": 3}, {"x": 1}]
         assert [group.mean for group in means] == pytest.approx([0.5, 0.3, 0.2])
-        assert means[0].deviation == pytest.approx(math.sqrt(0.02))
-        assert means[1].deviation is None
-        assert means[2].deviation == pytest.approx(0.1)
+        assert means[0].std == pytest.approx(math.sqrt(0.02))
+        assert means[1].std is None
+        assert means[2].std == pytest.approx(0.1)
         assert [trial.number for trial in means[2].trials] == [12, 11, 10]
 
     def test_leaves_out_what_did_not_finish(self, make_trial: Any) -> None:
@@ -202,4 +208,4 @@ class TestVaried:
             make_trial(0, {"c": 1, "b": 1, "a": 1}, []),
             make_trial(1, {"c": 2, "b": 1, "a": 1, "only_here": 3}, []),
         ]
-        assert varied(trials) == ["c", "only_here"]
+        assert varied_parameters(trials) == ["c", "only_here"]

@@ -131,7 +131,7 @@ class TestWhatFailed:
         self, sweep: SweepConfig, outcome: tuple[list[Any], Any]
     ) -> None:
         assert failures_of(sweep, outcome[0], {2: "no process", 0: "no process"}) == [
-            "trials were lost: 0000, 0002 (no process); the same command goes on with them"
+            "trials were lost: 0000, 0002 (no process); the same command resumes them"
         ]
 
     def test_is_trials_that_died(self, sweep: SweepConfig, outcome: tuple[list[Any], Any]) -> None:

@@ -173,7 +173,7 @@ def test_a_damaged_file_says_which_folder_to_delete(tmp_path: Path, kept_bytes: 
     with pytest.raises(RunFolderError) as caught:
         load_checkpoint(tmp_path, step=2, device=CPU)
     assert str(caught.value).startswith(f"{path}: the checkpoint is damaged: ")
-    assert f"Delete the folder {path.parent} to go on from the one before" in str(caught.value)
+    assert f"Delete the folder {path.parent} to resume from the one before" in str(caught.value)
     assert value_at(tmp_path, 1) == 1.0
 
 
