@@ -95,7 +95,7 @@ class TestNested:
         assert "cluster.num_data_workers" in found.why
 
     def test_one_that_does_not_fit_is_refused(self) -> None:
-        with pytest.raises(ClusterError, match="leave no CPU"):
+        with pytest.raises(ClusterError, match="leave none of the cluster's 2 CPUs"):
             shares({"CPU": 2.0}, num_train_workers=2, cpus_per_train_worker=1.0, device="cpu")
 
 

@@ -172,6 +172,8 @@ def test_a_run_deleted_while_it_is_written_to_is_told_anew(tmp_path: Path, store
     assert first is not None
     MlflowClient(store).delete_run(first)
     MetricsFile(RunFolder(tmp_path).metrics, start_step=0).log({"loss": 2.0}, step=1)
+    tracker._stop.set()  # its thread must not send at the same time as this one
+    tracker._thread.join()
     for _ in range(2):  # the first attempt meets the deleted run
         tracker._send_pending()
     tracker.finish(status="FINISHED", artifacts=[], log_model=None)
