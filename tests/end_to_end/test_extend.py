@@ -107,7 +107,7 @@ def test_the_cosine_is_that_of_the_new_length_from_there_on_and_it_is_said_and_k
     )
     told = f"extended after step 4 from 4 to 8 steps (train.steps=8); learning rate {before[4]:.4g}"
     assert f"{told} before, {after[5]:.4g} from there on" in captured.err
-    assert "the cosine of the learning rate" in captured.err
+    assert "the learning rate's cosine" in captured.err
     (record,) = records_of(RunFolder(Path("runs/r")))
     assert (record["after_step"], record["total_steps"], record["results"]) == (4, [4, 8], results)
     assert record["learning_rate"] == pytest.approx([rate(3, 4), rate(4, 8)])

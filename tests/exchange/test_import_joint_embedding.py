@@ -237,7 +237,7 @@ class TestWhatIsAssumed:
         found = self.guesses(tmp_path, unknown_code().content)
         assert set(found) == {"image_size_px", "mean"}
         assert found["mean"].startswith("mean=[0.485,0.456,0.406] std=[0.229,0.224,0.225] (ImageN")
-        assert "most training codes" in found["mean"]
+        assert "as in most training code" in found["mean"]
         assert "otherwise mean=[0,0,0] std=[1,1,1]" in found["mean"]
 
     def test_what_is_given_is_not_assumed(self, tmp_path: Path) -> None:

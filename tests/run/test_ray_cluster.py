@@ -32,7 +32,7 @@ class TestPlanLayout:
         self, run_yaml: Callable[[str], Path]
     ) -> None:
         overrides = ["cluster={num_train_workers: 2, cpus_per_train_worker: 2.0}"]
-        with pytest.raises(ClusterError, match=r"leave no CPU of the cluster's 4 to make views"):
+        with pytest.raises(ClusterError, match=r"leave none of the cluster's 4 CPUs to make views"):
             plan_layout(load_run(run_yaml("full"), overrides))
 
     def test_as_many_workers_as_cpus_share_them_unless_told_otherwise(
