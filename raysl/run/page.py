@@ -162,6 +162,13 @@ _MAP = (
     "of its axes have no meaning. Labels only set the colours: the layout does not use them."
 )
 
+# The probe that summarises a run is the first one that was measured.
+_HEADLINES = {
+    "linear_lbfgs": "a linear classifier on its features reaches",
+    "linear": "a linear classifier on its features reaches",
+    "knn": "the nearest neighbours of its features reach",
+}
+
 
 def _summary(config: RunConfig[Any], derived: Derived, results: Results) -> str:
     epochs = derived.total_steps / derived.steps_per_epoch
@@ -172,8 +179,8 @@ def _summary(config: RunConfig[Any], derived: Derived, results: Results) -> str:
         f"{epochs:,.4g} epoch{'' if epochs == 1 else 's'} on {derived.num_images:,} images of "
         f"{escape(config.data.source)}, without labels"
     )
-    probe, linear = _linear(results)
-    if linear is None:
+    probe, score = _headline(results)
+    if score is None:
         why_unknown = (
             "there are no labels to measure it with, or too few"
             if results
@@ -182,16 +189,13 @@ def _summary(config: RunConfig[Any], derived: Derived, results: Results) -> str:
         return f"{sentence}; its accuracy is not known: {why_unknown}."
     untrained = score_of(results, probe, "untrained_")
     than = "" if untrained is None else f", against {100 * untrained.mean:.1f} % before training"
-    return (
-        f"{sentence}; a linear classifier on its features reaches {100 * linear.mean:.1f} % top-1 "
-        f"accuracy{than}."
-    )
+    return f"{sentence}; {_HEADLINES[probe]} {100 * score.mean:.1f} % top-1 accuracy{than}."
 
 
-def _linear(results: Results) -> tuple[str, Score | None]:
-    """Return the name and the score of the linear probe that summarises the run."""
-    probe = "linear_lbfgs" if "linear_lbfgs_top1" in results else "linear"
-    return probe, score_of(results, probe)
+def _headline(results: Results) -> tuple[str, Score | None]:
+    """Return the name and the score of the probe that summarises the run; "" and None without."""
+    probe = next((name for name in _HEADLINES if f"{name}_top1" in results), "")
+    return probe, score_of(results, probe) if probe else None
 
 
 def _classifier_summary(config: RunConfig[Any], derived: Derived, results: Results) -> str:
@@ -272,11 +276,11 @@ def _protocol(config: RunConfig[Any], results: Results) -> str:
                 f"Fine-tuned on {labels} of the labels, from layer {layers} of the projection head "
                 f"(0: the encoder alone), it reaches {100 * tuned.mean:.1f} % top-1 accuracy."
             )
-    linear, count = _linear(results)[1], results.get("num_test_labels")
-    if linear is not None and count:
-        error = 100 * math.sqrt(linear.mean * (1 - linear.mean) / count)
+    score, count = _headline(results)[1], results.get("num_test_labels")
+    if score is not None and count:
+        error = 100 * math.sqrt(score.mean * (1 - score.mean) / count)
         sentences.append(
-            f"With {_number(count)} test images, the standard error of {100 * linear.mean:.1f} % "
+            f"With {_number(count)} test images, the standard error of {100 * score.mean:.1f} % "
             f"is {error:.1f} percentage points."
         )
     return " ".join(sentences)
