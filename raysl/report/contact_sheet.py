@@ -11,12 +11,13 @@ from raysl.errors import DataError
 from raysl.report.figure import DPI, GREY, INK, drawable_name, new_figure, save_png, show_pixels
 
 WIDTH_IN = 9.0
-_ROW_IN = 1.0  # largest height of a row
+_MAX_ROW_IN = 1.0  # largest height of a row
 _GAP_IN = 0.06
 _CAPTION_IN = 0.16
 _HEAD_IN = 0.62
 _MARGIN_IN = 0.18
-# Wider or taller images are centred in a cell of this aspect ratio, or its inverse.
+# Largest aspect ratio of a cell; its inverse is the smallest. A more elongated image is centred in
+# its cell.
 _MAX_ASPECT = 2.5
 _CAPTION_LETTERS_PER_IN = 16
 
@@ -34,7 +35,7 @@ def draw_contact_sheet(
     title: str,
     subtitle: str = "",
 ) -> None:
-    """Draw whole images in rows; all images of a row have the same height.
+    """Draw images, uncropped, in rows of cells; all cells of a row have the same height.
 
     Args:
         path: PNG to write.
@@ -88,18 +89,21 @@ def _cell_aspect(image: Image) -> float:
 
 
 def _arrange(aspects: Sequence[float]) -> list[_Row]:
-    """Fill rows with images, each as wide as the sheet; the last row is as high as the others."""
+    """Arrange images in rows that fill the sheet's width.
+
+    A last row with too few images for that has the mean height of the other rows.
+    """
     width_in = WIDTH_IN - 2 * _MARGIN_IN
     rows: list[_Row] = []
     waiting: list[int] = []
     for number in range(len(aspects)):
         waiting.append(number)
         height = _height(waiting, aspects, width_in)
-        if height <= _ROW_IN:
+        if height <= _MAX_ROW_IN:
             rows.append(_Row(waiting, height))
             waiting = []
     if waiting:
-        mean_height = sum(row.height_in for row in rows) / len(rows) if rows else _ROW_IN
+        mean_height = sum(row.height_in for row in rows) / len(rows) if rows else _MAX_ROW_IN
         rows.append(_Row(waiting, min(mean_height, _height(waiting, aspects, width_in))))
     return rows
 

@@ -30,12 +30,12 @@ class Share(NamedTuple):
 def evaluator_share(config: RunConfig[Any], layout: Layout) -> Share | None:
     """Return the resources of the evaluation actor; None if the train workers evaluate.
 
-    The actor uses a spare GPU if there is one, else idle CPU time: it reserves no CPU, so that it
-    never holds one that Ray Data waits for, and runs at low priority.
+    The actor uses a spare GPU if there is one, else the CPU. In both cases it runs at low priority
+    and reserves no CPU, so that Ray Data never waits for a CPU that the actor holds.
     """
     online = config.evaluate.online
     has_gpu = layout.use_gpu and layout.spare_gpus >= 1
-    # If training uses GPUs, one evaluation on CPU may take longer than the steps between two.
+    # If training uses GPUs, evaluations on the CPU may take longer than the training between them.
     if online == "blocking" or (online == "auto" and layout.use_gpu and not has_gpu):
         return None
     return Share(has_gpu, min(max(1, layout.spare_cpus), _MOST_THREADS))
@@ -44,8 +44,8 @@ def evaluator_share(config: RunConfig[Any], layout: Layout) -> Share | None:
 class Evaluator:
     """Evaluates encoders one after the other in its own actor.
 
-    The first call starts the actor. It ends with :meth:`close`, or with the train worker that
-    started it, however that ends.
+    The first call starts the actor. The actor stops on :meth:`close`, or when the train worker that
+    started it ends, even by a crash.
 
     Args:
         config: The run's configuration.
@@ -60,15 +60,18 @@ class Evaluator:
         self._actor: Any = None
 
     def __call__(self, path: Path, sets: OnlineSets) -> "Future[Mapping[str, float]]":
-        """Start to evaluate the encoder in a file; return the future of its metrics."""
+        """Start to evaluate the encoder in a file; return the future of its metrics.
+
+        The actor keeps the ``sets`` of the first call; those of later calls are ignored.
+        """
         if self._actor is None:
             self._actor = self._start(sets)
         future: Future[Mapping[str, float]] = Future()
 
-        def copy_outcome(task: "Future[Any]") -> None:
-            error = task.exception()
+        def copy_outcome(ray_future: "Future[Any]") -> None:
+            error = ray_future.exception()
             if error is None:
-                future.set_result(task.result())
+                future.set_result(ray_future.result())
             else:  # the cause, since the text of Ray's exception is a traceback
                 future.set_exception(getattr(error, "cause", None) or error)
 
@@ -82,7 +85,8 @@ class Evaluator:
             self._actor = None
 
     def _start(self, sets: OnlineSets) -> Any:
-        # The train workers hold their GPUs by now; another run may have taken the spare one.
+        # The train workers hold their GPUs by now, so a GPU still available is a spare one. There
+        # is none if another run has taken it.
         on_gpu = self._share.use_gpu and ray.available_resources().get("GPU", 0.0) >= 1
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         return (
@@ -105,7 +109,7 @@ class Evaluator:
 
 
 class _Measurer:
-    """The actor that evaluates; it caches the decoded images between evaluations."""
+    """The actor that evaluates; ``sets`` keeps the decoded images between evaluations."""
 
     def __init__(
         self, config: dict[str, Any], sets: OnlineSets, *, threads: int, num_ranks: int
@@ -115,8 +119,8 @@ class _Measurer:
         self._config = run_from_values(config, where="the run")
         self._sets = sets
         self._num_ranks = num_ranks
-        images = [sets.train, sets.pairs, *([sets.labelled.test] if sets.labelled else [])]
-        for each in images:
+        image_sets = [sets.train, sets.pairs, *([sets.labelled.test] if sets.labelled else [])]
+        for each in image_sets:
             each.num_threads = threads
         self._device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
 

@@ -12,33 +12,38 @@ from raysl.sources.columns import Columns
 from raysl.sources.footers import Footer, Ints
 from raysl.sources.source import digest, spread_rows
 
-# A limit spreads over at least this many row groups and files, if available: files may be sorted by
-# class or by day.
+# The rows taken under a limit come from at least this many row groups and files, if there are that
+# many, because files may be sorted by class or by day.
 _MIN_SPREAD = 16
 
 
 class Groups(NamedTuple):
-    """The row groups that hold kept rows, in order, as columns: compact for a million groups.
+    """The row groups that hold kept rows, ordered by file.
 
-    A row is kept if the filter and the limit select it.
+    A row is kept if the filter and the limit select it. Each field is one array, which is compact
+    even for a million groups.
     """
 
     file: npt.NDArray[np.int32]
-    """Index of each group's file, ``(num_groups,)``."""
+    """Index of each group's file among the footers of :func:`collect_groups`, ``(num_groups,)``."""
     number: npt.NDArray[np.int32]
     """Index of each group in its file, ``(num_groups,)``."""
     rows: Ints
     """Number of kept rows in each group, ``(num_groups,)``."""
     places: npt.NDArray[np.int32] | None
-    """Index within its row group of each kept row, ``(num_images,)``; None if all are kept."""
+    """Index within its row group of each kept row, ``(num_images,)``; None if all rows are kept."""
     firsts: Ints | None
-    """Index within its file of each group's first row, ``(num_groups,)``; None if all are kept."""
+    """Index within its file of each group's first row, kept or not, ``(num_groups,)``; None if all
+    rows are kept."""
     num_bytes: int
     """Total bytes of the images in these row groups."""
 
 
 class _Part(NamedTuple):
-    """The row groups of one file that hold kept rows; fields as in :class:`Groups`."""
+    """The row groups of one file that hold kept rows; fields as in :class:`Groups`.
+
+    ``bytes`` is the size of the images of each group.
+    """
 
     footer: Footer
     number: npt.NDArray[np.int32]
@@ -53,16 +58,17 @@ def collect_groups(
 ) -> tuple[list[Footer], Groups, str]:
     """Collect the row groups of all files, reduced to the kept rows.
 
-    With a limit, reading stops once enough files are known. Then evenly spaced rows of evenly
-    spaced row groups are taken.
+    With a limit, reading stops once the files read hold that many rows and are enough to spread
+    over. Then evenly spaced rows of evenly spaced row groups are taken.
 
     Args:
-        footers: Footers, each with the index of its file, in ``reading_order``.
+        footers: Footers, each with the index of its file, in the order of
+            :func:`raysl.sources.footers.reading_order`.
         limit: Number of rows to take; None for all.
 
     Returns:
-        The footers that were read, only one of them with its schema; their row groups in the order
-        of the files; and a fingerprint of both.
+        The footers that were read, ordered by file (only the first one read keeps its schema, to
+        save memory); the selected row groups; and a fingerprint of the files and selected rows.
 
     Raises:
         DataError: If the files' columns differ.
@@ -122,7 +128,8 @@ def _join(parts: list[_Part], limit: int | None) -> Groups:
 def _share_out(rows: Ints, limit: int) -> Ints:
     """Return how many rows to take of each row group, ``(num_groups,)``.
 
-    Takes rows of as many row groups as ``limit`` rows fill, but of at least ``_MIN_SPREAD``.
+    Uses about as few row groups as can hold ``limit`` rows, but at least ``_MIN_SPREAD`` if there
+    are that many.
 
     Args:
         rows: ``(num_groups,)``, all positive, more than ``limit`` in total.
@@ -142,7 +149,7 @@ def _share_out(rows: Ints, limit: int) -> Ints:
 
 
 def _take(rows: Ints, places: npt.NDArray[np.int32] | None, taken: Ints) -> npt.NDArray[np.int32]:
-    """Return the indices of evenly spaced rows within their row groups."""
+    """Return, for evenly spaced kept rows, their index within their row group."""
     starts = np.cumsum(rows) - rows
     parts = []
     for group in np.flatnonzero(taken).tolist():

@@ -32,7 +32,8 @@ TRIALS = "trials"
 EVERY = "evaluate.every"
 """The setting of the interval between evaluations."""
 
-# Number of random candidates to check for a search without candidates in advance.
+# Number of random candidates to draw from an infinite space without budget.trials, and the most to
+# check for Optuna, which has no candidates in advance.
 _SAMPLES = 50
 
 
@@ -42,8 +43,8 @@ class Candidate(NamedTuple):
     number: int
     """0, 1, ...; also the name of the trial's folder."""
     params: dict[str, Any]
-    """Dotted setting (or ``config``, ``seed``) to its displayed value: a scalar, or the label of
-    another value."""
+    """Dotted setting (or ``config``, ``seed``) to the value to display: the value itself if it is a
+    scalar, else its label."""
     values: dict[str, Any]
     """Dotted setting to its real value in the run; without ``config``."""
     base: str
@@ -56,7 +57,7 @@ def trial_name(number: int) -> str:
 
 
 def draw(sweep: SweepConfig) -> list[Candidate]:
-    """Return all candidates of a grid or random search; none for a search that suggests them later.
+    """Return all candidates of a grid or random search; none for Optuna, which suggests them later.
 
     The result depends on the sweep alone. Repeats of a candidate are adjacent, and a larger
     ``budget.trials`` appends candidates to the previous ones.
@@ -78,13 +79,13 @@ def draw(sweep: SweepConfig) -> list[Candidate]:
 
 
 def candidate_of(sweep: SweepConfig, number: int, pick: Pick, *, repeat: int = 0) -> Candidate:
-    """Build a candidate from external choices.
+    """Build a candidate whose values the caller chooses.
 
     Args:
         sweep: The sweep.
         number: The candidate's number.
-        pick: Called with each existing dimension and its name, in dependency order; returns the
-            label of one of its values, or a number in its range.
+        pick: Called for each dimension whose condition holds, after the dimensions it depends on;
+            returns the label of one of its values, or a number in its range.
         repeat: Index of the repeat, from 0; it is added to the seed.
     """
     choices = Choices(sweep)
@@ -92,9 +93,10 @@ def candidate_of(sweep: SweepConfig, number: int, pick: Pick, *, repeat: int = 0
 
 
 def samples(sweep: SweepConfig) -> list[Candidate]:
-    """Return the candidates of :func:`draw`, or random ones for a search without any.
+    """Return candidates for checking the space: those of :func:`draw` without their repeats.
 
-    Also works, as far as possible, for an invalid sweep: the candidates are to be checked.
+    For Optuna, which has none in advance, they are random. An invalid sweep is accepted as far as
+    possible, because its problems are found with these candidates.
     """
     choices = Choices(sweep)
     return [
@@ -126,7 +128,7 @@ def _candidate(
 
 
 def run_config(sweep: SweepConfig, candidate: Candidate, *, folder: Path) -> RunConfig[Any]:
-    """Build the run of a candidate; its run folder is ``folder/trials/NUMBER``.
+    """Build the configuration of a candidate; its run folder is ``folder/trials/NUMBER``.
 
     Args:
         sweep: The sweep.
@@ -177,11 +179,11 @@ def run_values(
 
 
 def _idle_settings(values: Mapping[str, Any], candidate: Candidate) -> Iterator[Problem]:
-    """Yield settings without effect; for a dimension, advise a condition."""
+    """Yield a problem for each setting without effect, with advice if the sweep varies it."""
     for problem in idle_problems(values):
         key = ".".join(problem.place)
-        varied = f", or say when: space.{key}.when" if key in candidate.values else ""
-        yield problem._replace(text=problem.text + varied)
+        advice = f", or say when: space.{key}.when" if key in candidate.values else ""
+        yield problem._replace(text=problem.text + advice)
 
 
 def _fixed_settings(sweep: SweepConfig) -> dict[str, Any]:
@@ -198,7 +200,7 @@ def _fixed_settings(sweep: SweepConfig) -> dict[str, Any]:
 def _intervals(
     sweep: SweepConfig, candidate: Candidate, values: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the intervals of evaluations, and of checkpoints if trials continue from others."""
+    """Return the interval of evaluations, and of checkpoints if the scheduler pauses trials."""
     scheduler, period = sweep.scheduler, decision_period(sweep)
     every = get_key(values, EVERY)
     if not gives_every(sweep, candidate):
@@ -237,7 +239,7 @@ def length_epochs(sweep: SweepConfig, values: Mapping[str, Any]) -> float | None
 
 
 def meets(every: Any, period: float, *, total_epochs: float | None) -> bool:
-    """Return whether evaluations include the multiples of a period.
+    """Return whether there is an evaluation at every multiple of a period.
 
     Args:
         every: The evaluation interval, as a plain value.
