@@ -63,7 +63,7 @@ def collect_groups(
 
     Args:
         footers: Footers, each with the index of its file, in the order of
-            :func:`raysl.sources.footers.reading_order`.
+            :func:`raysl.sources.source.reading_order`.
         limit: Number of rows to take; None for all.
 
     Returns:
