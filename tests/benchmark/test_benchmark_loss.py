@@ -99,7 +99,7 @@ class TestCommand:
         ]
         assert len(asked) == 4  # what takes half a minute, or does not fit, is not repeated
         assert "not run: needs 9 GiB" in out
-        assert "measuring tiled at batch 8, repeat 1 of 2" in err
+        assert "measuring tiled at batch size 8, repeat 1 of 2" in err
 
     @pytest.mark.parametrize("value", ["0", "x", "8,-1"])
     def test_a_batch_that_is_no_number_above_zero_is_refused(self, value: str) -> None:
