@@ -231,7 +231,7 @@ def _train(opened: Opened, notes_printed: Collection[str]) -> Results:
             say(f"  {note}")
         tracker = _start_tracker(opened, facts)
         progress = ProgressView(total_steps=derived.total_steps, done=steps_done)
-        reader = MetricsReader(folder.metrics, dict.fromkeys((), steps_done))
+        reader = MetricsReader(folder.metrics, only_new=True)
         try:
             with Follower(reader, _show_progress(progress, folder), every_s=_PROGRESS_EVERY_S):
                 results = train(config, folder, opened.source)

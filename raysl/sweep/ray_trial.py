@@ -214,11 +214,11 @@ def _train_nested(
     metrics: tuple[str, ...],
 ) -> Results:
     """Run Ray Train inside the trial, and report the evaluations from its metrics file."""
+    reader = MetricsReader(folder.metrics, only_new=True)
     work = in_background(
         lambda: pretrain_on_ray(config, folder=folder, source=source, layout=plan_layout(config)),
         name="raysl-nested",
     )
-    reader = MetricsReader(folder.metrics, dict.fromkeys(metrics, latest_step(folder.checkpoints)))
     while True:
         ended = work.done()
         for record in reader.read():

@@ -146,6 +146,7 @@ class MlflowTracker:
             self.trouble = self.trouble or MlflowProblem(NO_ANSWER, None)
             return
         self._send_pending()
+        self._reader.close()
         if self.problem is not None:
             return
         self._try(lambda: self._store(artifacts, log_model, tags or {}))
@@ -213,7 +214,8 @@ class MlflowTracker:
                 deleted = True
             if deleted:  # create a new run and send everything again
                 self.run_id = None
-                self._reader, self._sent, self._waiting = MetricsReader(self.folder.metrics), {}, []
+                self._reader.close()
+                self._reader, self._sent = MetricsReader(self.folder.metrics), {}
                 self._waiting = self._reader.read()
         if self.run_id is None:
             self.run_id = client.create_run(

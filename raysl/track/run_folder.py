@@ -150,11 +150,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [record for record, _ in follow_metrics(path, 0)]
 
 
-def follow_metrics(path: Path, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yield the records from a byte offset on, each with the offset of the next record."""
-    with open(path, "rb") as file:
-        file.seek(offset)
-        for line in file:
+def follow_metrics(file: Path | int, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield the records from a byte offset on, each with the offset of the next record.
+
+    Args:
+        file: Path of a metrics file, or the descriptor of an open one, which stays open.
+        offset: Where a record begins, in bytes.
+    """
+    with open(file, "rb", closefd=isinstance(file, Path)) as lines:
+        lines.seek(offset)
+        for line in lines:
             if not line.endswith(b"\n"):
                 return
             offset += len(line)

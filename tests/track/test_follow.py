@@ -46,19 +46,56 @@ class TestMetricsReader:
         reader.path.write_text(line(1, loss=2.0) + second)
         assert reader.read() == [{"step": 2, "time": 102.0, "loss": 1.0}]
 
-    def test_hands_out_only_later_steps_of_a_file_that_a_restart_cut_short(
-        self, tmp_path: Path
-    ) -> None:
+    def test_hands_out_a_repeated_step_only_where_its_value_differs(self, tmp_path: Path) -> None:
         reader = MetricsReader(tmp_path / "metrics.jsonl")
-        reader.path.write_text("".join(line(step, loss=1.0) for step in range(1, 6)))
+        file = MetricsFile(reader.path, start_step=0)
+        for step in range(1, 6):
+            file.log({"loss": 1.0, "norm": float("nan"), "train/images_per_s": step}, step=step)
+        file.close()
         assert steps(reader.read()) == [1, 2, 3, 4, 5]
         restarted = MetricsFile(reader.path, start_step=2)
         assert reader.read() == []
-        for step in (3, 4, 5, 6):
-            restarted.log({"loss": 0.5}, step=step)
+        for step in (3, 4):
+            values = {"loss": 1.0 if step == 3 else 0.5, "norm": float("nan")}
+            restarted.log({**values, "train/images_per_s": 9.0}, step=step)
         restarted.close()
-        assert steps(reader.read()) == [6]
+        assert [(r["step"], r.get("loss"), len(r)) for r in reader.read()] == [(4, 0.5, 3)]
+        # A second restart: step 4 was returned with .5 last, step 5 with 1 by the first file.
+        again = MetricsFile(reader.path, start_step=2)
+        for step in (3, 4, 5, 6):
+            again.log({"loss": 1.0}, step=step)
+        again.close()
+        assert [(r["step"], r["loss"]) for r in reader.read()] == [(4, 1.0), (6, 1.0)]
         assert reader.read() == []
+        reader.close()
+
+    def test_knows_the_repeated_values_of_a_file_that_an_earlier_reader_returned(
+        self, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "metrics.jsonl"
+        path.write_text("".join(line(step, loss=1.0) for step in (1, 2, 3)))
+        reader = MetricsReader(path, {"loss": 2})
+        file = MetricsFile(path, start_step=1)
+        for step in (2, 3):
+            file.log({"loss": step / 2}, step=step)
+        file.close()
+        assert [(r["step"], r["loss"]) for r in reader.read()] == [(3, 1.0), (3, 1.5)]
+
+    def test_hands_out_only_what_is_written_from_now_on(self, tmp_path: Path) -> None:
+        path = tmp_path / "metrics.jsonl"
+        path.write_text("".join(line(step, loss=1.0) for step in (1, 2, 3)))
+        reader = MetricsReader(path, only_new=True)
+        assert reader.read() == []
+        file = MetricsFile(path, start_step=1)
+        for step in (2, 3, 4):
+            file.log({"loss": 1.0}, step=step)
+        assert steps(reader.read()) == [2, 3, 4]
+        file.close()
+        file = MetricsFile(path, start_step=3)
+        file.log({"loss": 1.0}, step=4)
+        file.log({"loss": 1.0}, step=5)
+        file.close()
+        assert steps(reader.read()) == [5]
 
     def test_misses_nothing_of_a_file_that_was_rewritten_and_grew_between_two_reads(
         self, tmp_path: Path
@@ -77,7 +114,7 @@ class TestMetricsReader:
             restarted.log({"loss": 0.5}, step=later)
         restarted.close()
         assert later > 4
-        assert steps(reader.read()) == list(range(4, later + 1))
+        assert steps(reader.read()) == list(range(2, later + 1))
 
     def test_tells_metrics_of_one_step_apart(self, tmp_path: Path) -> None:
         reader = MetricsReader(tmp_path / "metrics.jsonl", {"loss": 2})
