@@ -72,6 +72,8 @@ class Lockable(Protocol):
 def set_aside(folder: Lockable) -> Path:
     """Rename a folder to its name plus the current time, to free its name.
 
+    Folders set aside within one second get ``-2``, ``-3``, ... behind it.
+
     Returns:
         The new path.
 
@@ -80,5 +82,8 @@ def set_aside(folder: Lockable) -> Path:
     """
     with folder.locked():
         aside = folder.path.with_name(f"{folder.path.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        named, number = aside.name, 2
+        while aside.exists():
+            aside, number = aside.with_name(f"{named}-{number}"), number + 1
         folder.path.rename(aside)
     return aside

@@ -22,13 +22,13 @@ from raysl.report.document import (
     write_page,
 )
 from raysl.run.pictures import (
-    ENCODERS,
     accuracy,
     draw_accuracy,
     draw_curves,
     draw_grid,
     draw_map,
     draw_views,
+    measured_encoders,
     percent,
     probe_name,
     read_method_pictures,
@@ -219,7 +219,7 @@ def _accuracy_section(folder: RunFolder, config: RunConfig[Any], results: Result
     probes = measured_probes(results)
     heads = "".join(f"<th scope=col>{escape(probe_name(probe, results))}" for probe in probes)
     rows = [f"<tr><th scope=col>Top-1, %{heads}"]
-    for features, name in ENCODERS:
+    for features, name in measured_encoders(results):
         cells = "".join(f"<td>{_accuracy_cell(results, features, probe)}" for probe in probes)
         rows.append(f"<tr><th scope=row>{escape(name)}{cells}")
     table = "<div class=scroll><table class=numbers>\n" + "\n".join(rows) + "\n</table></div>"
@@ -255,10 +255,9 @@ def _protocol(config: RunConfig[Any], results: Results) -> str:
     """Describe the settings and the images of the accuracies."""
     weights = config.backbone.weights
     start = "random weights" if weights is None else f"the weights of {escape(weights)}"
-    sentences = [
-        f"Before training, the same network has {start}. Networks are frozen and see centred "
-        f"images of {config.image_size_px} px."
-    ]
+    sentences = [f"Networks are frozen and see centred images of {config.image_size_px} px."]
+    if any(features == "untrained_" for features, _ in measured_encoders(results)):
+        sentences.insert(0, f"Before training, the same network has {start}.")
     keys = ("num_train_labels", "num_test_labels", "num_classes")
     counts = [results.get(key) for key in keys]
     if None not in counts:  # a run that only measures nearest neighbours stores no counts

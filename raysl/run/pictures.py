@@ -167,16 +167,19 @@ def draw_accuracy(path: Path, results: Results) -> None:
     figure = new_figure(height_in=3.4)
     axes = figure.subplots()
     style_axes(axes, title="", grid="y")
-    drawn = list(zip(ENCODERS, (BLUE, ORANGE, GREY), strict=True))
     probes = measured_probes(results)
+    measured = measured_encoders(results)
+    colors = dict(zip(ENCODERS, (BLUE, ORANGE, GREY), strict=True))
+    drawn = [(encoder, colors[encoder]) for encoder in measured]
     for number, ((features, _), color) in enumerate(drawn):
         values = [accuracy(results, features, probe) for probe in probes]
-        _draw_bars(axes, values, color=color, shift=0.27 * (number - 1))
+        _draw_bars(axes, values, color=color, shift=0.27 * (number - (len(drawn) - 1) / 2))
     handles: list[Artist] = [Patch(color=color, label=name) for (_, name), color in drawn]
     if results.get("num_classes"):
         chance = axes.axhline(100 / results["num_classes"], color=INK, linewidth=1, linestyle=":")
         chance.set_label("Chance, equal classes")
         handles.append(chance)
+    axes.set_xlim(-0.6, len(probes) - 0.4)
     axes.set_xticks(range(len(probes)), [probe_name(probe, results) for probe in probes])
     axes.tick_params(axis="x", labelsize=9.5)
     axes.set(ylim=(0, 112), yticks=range(0, 101, 20))
@@ -184,6 +187,16 @@ def draw_accuracy(path: Path, results: Results) -> None:
     place: dict[str, Any] = {"loc": "outside upper left", "ncols": 4, "frameon": False}
     figure.legend(handles=handles, fontsize=8, columnspacing=1.2, **place)
     save_png(figure, path)
+
+
+def measured_encoders(results: Results) -> list[tuple[Features, str]]:
+    """Return the entries of ``ENCODERS`` with at least one accuracy in the results."""
+    probes = measured_probes(results)
+    return [
+        (features, name)
+        for features, name in ENCODERS
+        if any(score_of(results, probe, features) is not None for probe in probes)
+    ]
 
 
 def accuracy(results: Results, features: Features, probe: str) -> tuple[float, float | None] | None:

@@ -6,7 +6,6 @@ same cluster. An interrupted run resumes from its last checkpoint.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from raysl.evaluate.embedding import encoder_digest
 from raysl.evaluate.protocol import mean_and_std, protocol_texts
 from raysl.evaluate.registry import ProtocolRun, key_of, settings_of, units_of
 from raysl.evaluate.training_source import seen_part
+from raysl.folder.claim import set_aside
 from raysl.folder.whole import read_json, write_json, write_text
 from raysl.methods import load_method
 from raysl.report.terminal import say
@@ -161,7 +161,7 @@ def _train_seed(
 ) -> Results:
     run = protocol_run(config, unit, folder=folder, source=source)
     run_folder = RunFolder(folder.protocols / run.name)
-    _remove_stale_run(run_folder, run, encoder=encoder_digest(folder.encoder))
+    _set_stale_run_aside(run_folder, run, encoder=encoder_digest(folder.encoder))
     say(f"training {run.name}: {run_folder.path}")
 
     def open_images() -> Source:
@@ -174,8 +174,8 @@ def _train_seed(
         raise DivergedError(f"evaluate.{unit.protocol}: {error}; {lower}") from None
 
 
-def _remove_stale_run(folder: RunFolder, config: RunConfig[Any], *, encoder: str) -> None:
-    """Remove a run that began with other settings or another encoder, as before ``--extend``."""
+def _set_stale_run_aside(folder: RunFolder, config: RunConfig[Any], *, encoder: str) -> None:
+    """Set aside a run that began with other settings or another encoder, as before ``--extend``."""
     claim = folder.path / "encoder.json"
     wanted = {"encoder": encoder}
     values = config.model_dump(mode="json")
@@ -183,7 +183,7 @@ def _remove_stale_run(folder: RunFolder, config: RunConfig[Any], *, encoder: str
     if folder.path.exists() and (
         read_json(claim) != wanted or _fixed_values(stored) != _fixed_values(values)
     ):
-        shutil.rmtree(folder.path)
+        say(f"the earlier {folder.path.name} is now in {set_aside(folder)}")
     folder.path.mkdir(parents=True, exist_ok=True)
     write_json(claim, wanted)
 

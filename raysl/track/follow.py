@@ -4,6 +4,7 @@ Training never waits for these threads. A run that restarts repeats the steps af
 checkpoint and replaces the file by one without them.
 """
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -81,7 +82,8 @@ class MetricsReader:
 
     def _records(self) -> Iterator[Record]:
         assert self._file is not None
-        for record, self._offset in follow_metrics(self._file, self._offset):
+        for record, offset in follow_metrics(self._file, self._offset):
+            self._offset = offset
             yield record
 
     def _new(self, record: Record) -> Record:
@@ -90,8 +92,7 @@ class MetricsReader:
         new = {"step": step, "time": record["time"]}
         for name, value in _values(record):
             before = self._dropped.pop((step, name), None)
-            same = before is not None and (before == value or value != value)
-            if not same and not (before is not None and _is_speed(name)):
+            if before is None or not (_is_same(before, value) or _is_speed(name)):
                 new[name] = value
                 self.seen[name] = step
         return new
@@ -123,6 +124,10 @@ def _values(record: Record) -> Iterator[tuple[str, float]]:
     for name, value in record.items():
         if name not in ("step", "time"):
             yield name, value
+
+
+def _is_same(before: float, value: float) -> bool:
+    return before == value or (math.isnan(before) and math.isnan(value))
 
 
 def _is_speed(name: str) -> bool:

@@ -60,6 +60,19 @@ class TestSetAside:
         assert list(tmp_path.iterdir()) == [aside]
         assert (aside / "config.yaml").read_text() == "seed: 1"
 
+    def test_two_of_one_second_are_both_kept(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("raysl.folder.claim.time.strftime", lambda _: "20260102-030405")
+        folder = Folder(tmp_path / "run")
+        for text in ("first", "second", "third"):
+            folder.path.mkdir()
+            (folder.path / "config.yaml").write_text(text)
+            set_aside(folder)
+        kept = {path.name: (path / "config.yaml").read_text() for path in tmp_path.iterdir()}
+        at = "run.20260102-030405"
+        assert kept == {at: "first", f"{at}-2": "second", f"{at}-3": "third"}
+
     def test_one_that_is_written_to_stays(self, tmp_path: Path) -> None:
         folder = Folder(tmp_path / "run")
         with folder.locked(), pytest.raises(RunFolderError, match="is training in this folder"):

@@ -102,7 +102,9 @@ class TestTrainProtocols:
         trained(given, train)
         assert [run.seed for run in train.runs] == [0, 1]
 
-    def test_another_encoder_starts_anew(self, pretrained: Callable[..., Pretrained]) -> None:
+    def test_another_encoder_starts_anew_and_keeps_the_old_run(
+        self, pretrained: Callable[..., Pretrained]
+    ) -> None:
         given, train = pretrained(), Trains()
         trained(given, train)
         config, folder, _ = given
@@ -113,6 +115,7 @@ class TestTrainProtocols:
         )
         trained(given, train)
         assert [run.seed for run in train.runs] == [0, 1, 0, 1]
+        assert len([path for path in folder.protocols.iterdir() if path.is_dir()]) == 4
 
     def test_an_error_names_the_protocol(self, pretrained: Callable[..., Pretrained]) -> None:
         def diverge(*_: Any) -> Results:

@@ -208,6 +208,9 @@ class TestWriteReport:
         quick = Page(self.write(folder)).text.partition("Configuration")[0]
         assert "the nearest neighbours of its features reach 90.0 % top-1 accuracy." in quick
         assert "labelled images train" not in quick
+        assert "Pretrained90.0" in quick
+        for missing in ("Bare pixels", "Before training"):  # neither was measured
+            assert missing not in quick
         write_json(folder.results, {"top1": 0.901})
         views = {"recipe": "finetune", "size_px": 8}
         config = make_config(

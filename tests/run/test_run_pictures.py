@@ -138,6 +138,19 @@ class TestDrawAccuracy:
         heights = {c: len(bar_heights_px(tmp_path / "a.png", c)) for c in (BLUE, ORANGE, GREY)}
         assert heights == {BLUE: 3, ORANGE: 0, GREY: 3}
 
+    def test_one_encoder_stands_above_its_names_and_alone_in_the_legend(
+        self, tmp_path: Path
+    ) -> None:
+        draw_accuracy(tmp_path / "a.png", {"knn_top1": 0.5})
+        image = read(tmp_path / "a.png")
+        for color in (ORANGE, GREY):  # no area of it, neither bar nor legend
+            mask = color_mask(image, color).astype(np.uint8)
+            assert not cv2.erode(mask, np.ones((5, 5))).any()
+        bar = np.flatnonzero(color_mask(image[DPI // 2 :], BLUE).sum(axis=0) > 9)
+        label = (image[-DPI // 3 :, 150:] < 150).all(axis=2)  # right of the numbers of the axis
+        name = 150 + np.flatnonzero((label & (label.sum(axis=1) < 400)[:, None]).any(axis=0))
+        assert (bar[0] + bar[-1]) / 2 == pytest.approx((name[0] + name[-1]) / 2, abs=4)
+
     def test_draws_the_deviation_over_draws(self, tmp_path: Path) -> None:
         def num_dark_pixels(results: dict[str, Any]) -> int:
             draw_accuracy(tmp_path / "a.png", results)
