@@ -38,6 +38,16 @@ WORKER_ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 
+# Environment of a cluster that this process starts for itself.
+_LOCAL_ENVIRONMENT = {
+    # Ray would otherwise write a token to the home folder, and later clusters would require it.
+    "RAY_AUTH_MODE": "disabled",
+    # An actor that asks whether the cloud takes nodes away, which this machine is not.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Ray Train looks this often whether its few workers are done.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+}
+
 
 class Layout(NamedTuple):
     """Workers of a run and their shares of the cluster."""
@@ -66,12 +76,19 @@ def connect() -> bool:
         os.environ.setdefault(name, value)
     if ray.is_initialized():
         return False
+    options: dict[str, Any] = {}
     if "RAY_ADDRESS" not in os.environ:
-        # For a new cluster on this machine Ray would otherwise write a token to the home folder
-        # and later clusters would require it.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        for name, value in _LOCAL_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        # Not the cluster, dead or a stranger's, that a file of an earlier Ray may name.
+        options = {"address": "local", "include_dashboard": False}
     try:
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env=worker_runtime_env())
+        ray.init(
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            runtime_env=worker_runtime_env(),
+            **options,
+        )
     except Exception as error:  # Ray raises a plain Exception if its start takes over 30 s
         raise ClusterError(
             f"cannot connect to Ray ({os.environ.get('RAY_ADDRESS', 'this machine')}): {error}"
@@ -83,6 +100,30 @@ def disconnect() -> None:
     """Disconnect from the cluster, and stop it if :func:`connect` started it."""
     with suppress(RuntimeError):
         ray.shutdown()
+
+
+def started_here() -> bool:
+    """Return whether this process started the cluster, which then ends with it."""
+    node = ray._private.worker._global_node
+    return node is not None and node.is_head()
+
+
+def start_shared_actors() -> None:
+    """Start the actors that Ray Data shares in a cluster, without waiting for them.
+
+    Ray starts each when it first needs it, and then waits for its process for a second or two.
+    """
+    from ray.data._internal import stats  # noqa: PLC0415 - one second, for runs on Ray only
+    from ray.data._internal.cluster_autoscaler import (  # noqa: PLC0415
+        get_or_create_autoscaling_coordinator,
+    )
+    from ray.data._internal.execution.node_trackers import (  # noqa: PLC0415
+        get_or_create_actor_location_tracker,
+    )
+
+    get_or_create_autoscaling_coordinator()
+    stats.get_or_create_stats_actor()
+    get_or_create_actor_location_tracker()
 
 
 def worker_runtime_env() -> dict[str, dict[str, str]] | None:

@@ -1,32 +1,30 @@
-"""Train a run on Ray Train: the worker function, the dataset factory, restarts and errors."""
+"""Train a run on Ray Train: the dataset factory, the workers, restarts and errors."""
 
 import logging
-import os
-from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
-import ray.train.torch
 from ray.train import DataConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.config import RunConfig as RayRunConfig
 
-from raysl.errors import ClusterError, ErrorRecord, RayslError, from_record, to_record
-from raysl.nn.collectives import broadcast_object, rank_and_size
-from raysl.run.measuring import Place
-from raysl.run.ray_cluster import Layout, in_background, worker_runtime_env
-from raysl.run.ray_data import RemainingDataset, execution_options, iterate_shard
-from raysl.run.ray_errors import wrapped_errors
-from raysl.run.ray_validate import Evaluator, Share, evaluator_share
-from raysl.run.recipe import RunConfig, block_spec, plan_of, run_from_values
-from raysl.run.worker import pretrain
+from raysl.errors import ClusterError, ErrorRecord, from_record
+from raysl.run.ray_cluster import (
+    Layout,
+    in_background,
+    start_shared_actors,
+    started_here,
+    worker_runtime_env,
+)
+from raysl.run.ray_data import RemainingDataset, execution_options
+from raysl.run.ray_group import BatchShape, ProcessGroupConfig, train_worker
+from raysl.run.ray_validate import evaluator_share
+from raysl.run.recipe import RunConfig, block_spec, derive_for, plan_of
 from raysl.sources.source import Source
 from raysl.track.results import Results
-from raysl.track.run_folder import RunFolder, forget_error, latest_step, read_error, write_error
-
-_ERROR = "error"
+from raysl.track.run_folder import RunFolder, forget_error
 
 
 def pretrain_on_ray(
@@ -42,6 +40,7 @@ def pretrain_on_ray(
     for name in ("ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
+    start_shared_actors()
     trainer = _trainer(config, folder=folder, source=source, layout=layout)
     try:
         # In the main thread Ray handles Ctrl-C itself and ends the process with its own error; in
@@ -59,17 +58,28 @@ def _trainer(
     config: RunConfig[Any], *, folder: RunFolder, source: Source, layout: Layout
 ) -> TorchTrainer:
     reference = ray.put(source)
+    backend = "nccl" if layout.use_gpu else "gloo"
+    settings = {
+        "config": config.model_dump(mode="json"),
+        "folder": str(folder.path),
+        "source": reference,
+        "threads": layout.threads_per_train_worker,
+        "backend": backend,
+        "evaluation": evaluator_share(config, layout),
+    }
+    derived = derive_for(config, source)
+    shape = BatchShape(
+        batch_size=derived.batch_size_per_worker,
+        prefetch_batches=config.cluster.prefetch_batches,
+        blocks_per_batch=derived.batch_size_per_worker // derived.item_size,
+    )
     resources = {"CPU": layout.cpus_per_train_worker}
     failures = config.cluster.max_failures
-    return TorchTrainer(
-        _train_worker,  # type: ignore[arg-type] # Train V2 takes a function that returns
-        train_loop_config={
-            "config": config.model_dump(mode="json"),
-            "folder": str(folder.path),
-            "source": reference,
-            "threads": layout.threads_per_train_worker,
-            "evaluation": evaluator_share(config, layout),
-        },
+    return _Trainer(
+        train_worker,
+        # A reference, because the controller loads this dict, and the settings' classes need torch.
+        train_loop_config={"worker": ray.put(settings), "batches": shape},
+        torch_config=ProcessGroupConfig(backend),  # type: ignore[arg-type] # a BackendConfig too
         scaling_config=ScalingConfig(
             num_workers=layout.num_train_workers,
             use_gpu=layout.use_gpu,
@@ -94,58 +104,16 @@ def _trainer(
     )
 
 
-def _train_worker(settings: dict[str, Any]) -> Results | ErrorRecord:
-    """Run one train worker; return, rather than raise, an error that a restart would not fix.
+class _Trainer(TorchTrainer):
+    def _create_default_callbacks(self) -> list[Any]:
+        """Leave out what frees the CPUs of a dead controller where the cluster ends with us.
 
-    Ray Train restarts all workers if one raises. With several workers, an error of this rank is
-    written to the run folder and raised, so that Ray stops the other ranks, which wait for this
-    one; after the restart every rank returns the written error.
-    """
-    folder = RunFolder(Path(settings["folder"]))
-    if not folder.config.exists():
-        raise ClusterError(
-            f"node {ray.util.get_node_ip_address()} does not see the run folder {folder.path}: on "
-            f"several nodes output_dir must be on a disk that all share"
-        )
-    written = read_error(folder)
-    if written is not None:
-        return written
-    config = run_from_values(settings["config"], where="the run")
-    device = ray.train.torch.get_device()
-    start_step = int(broadcast_object(latest_step(folder.checkpoints)))
-    share: Share | None = settings["evaluation"]
-    _, num_ranks = rank_and_size()
-    evaluator = None if share is None else Evaluator(config, share, num_ranks=num_ranks)
-    try:
-        return pretrain(
-            config,
-            folder=folder,
-            source=ray.get(settings["source"]),
-            # Ray may count more CPUs than the machine has.
-            place=Place(device, min(settings["threads"], os.cpu_count() or 1)),
-            start_step=start_step,
-            open_batches=lambda derived: iterate_shard(
-                lambda: ray.train.get_dataset_shard("train"),
-                batch_size=derived.batch_size_per_worker,
-                prefetch_batches=config.cluster.prefetch_batches,
-                blocks_per_batch=derived.batch_size_per_worker // derived.item_size,
-            ),
-            begin=evaluator,
-        )
-    except (RayslError, ray.exceptions.RayTaskError) as error:
-        # A cluster error may not recur after a restart, so it is raised.
-        own_error = next(
-            (e for e in wrapped_errors(error) if not isinstance(e, ClusterError)), None
-        )
-        if own_error is None:
-            raise
-        if rank_and_size()[1] == 1:
-            return to_record(own_error)
-        write_error(folder, own_error)
-        raise
-    finally:
-        if evaluator is not None:
-            evaluator.close()
+        It is an actor of its own, and each costs two seconds of a core at the start.
+        """
+        callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
+        if not started_here():
+            return callbacks
+        return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
 
 
 def _as_cluster_error(error: Any, config: RunConfig[Any]) -> ClusterError:

@@ -1,0 +1,89 @@
+"""Run one worker of Ray Train, from its settings to its results or its error."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group
+
+from raysl.data.block import Block
+from raysl.errors import ClusterError, ErrorRecord, RayslError, to_record
+from raysl.nn.collectives import broadcast_object, rank_and_size
+from raysl.run.measuring import Place
+from raysl.run.ray_errors import wrapped_errors
+from raysl.run.ray_validate import Evaluator, Share
+from raysl.run.recipe import run_from_values
+from raysl.run.worker import pretrain
+from raysl.track.results import Results
+from raysl.track.run_folder import RunFolder, latest_step, read_error, write_error
+
+
+def train_worker(settings: dict[str, Any], batches: Iterator[Block]) -> Results | ErrorRecord:
+    """Run one train worker; return, rather than raise, an error that a restart would not fix.
+
+    Ray Train restarts all workers if one raises. With several workers, an error of this rank is
+    written to the run folder and raised, so that Ray stops the other ranks, which wait for this
+    one; after the restart every rank returns the written error.
+
+    Args:
+        settings: ``config``, ``folder``, ``source``, ``threads``, ``backend`` and ``evaluation``.
+        batches: This worker's batches from the newest checkpoint on.
+    """
+    folder = RunFolder(Path(settings["folder"]))
+    if not folder.config.exists():
+        raise ClusterError(
+            f"node {ray.util.get_node_ip_address()} does not see the run folder {folder.path}: on "
+            f"several nodes output_dir must be on a disk that all share"
+        )
+    written = read_error(folder)
+    if written is not None:
+        return written
+    config = run_from_values(settings["config"], where="the run")
+    device = _join_process_group(settings["backend"])
+    start_step = int(broadcast_object(latest_step(folder.checkpoints)))
+    share: Share | None = settings["evaluation"]
+    _, num_ranks = rank_and_size()
+    evaluator = None if share is None else Evaluator(config, share, num_ranks=num_ranks)
+    try:
+        return pretrain(
+            config,
+            folder=folder,
+            source=ray.get(settings["source"]),
+            # Ray may count more CPUs than the machine has.
+            place=Place(device, min(settings["threads"], os.cpu_count() or 1)),
+            start_step=start_step,
+            open_batches=lambda _: batches,
+            begin=evaluator,
+        )
+    except (RayslError, ray.exceptions.RayTaskError) as error:
+        # A cluster error may not recur after a restart, so it is raised.
+        own_error = next(
+            (e for e in wrapped_errors(error) if not isinstance(e, ClusterError)), None
+        )
+        if own_error is None:
+            raise
+        if rank_and_size()[1] == 1:
+            return to_record(own_error)
+        write_error(folder, own_error)
+        raise
+    finally:
+        if evaluator is not None:
+            evaluator.close()
+
+
+def _join_process_group(backend: str) -> torch.device:
+    """Join the process group of all train workers, and return this worker's device."""
+    context = ray.train.get_context()
+    _set_torch_distributed_env_vars()
+    _setup_torch_process_group(
+        backend, context.get_world_rank(), context.get_world_size(), "env://"
+    )
+    device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
