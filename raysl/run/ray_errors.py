@@ -18,29 +18,35 @@ _OWN_ERROR = re.compile(r"^raysl\.errors\.(\w+): (.+?)(?=\n\s*\n|\Z)", re.MULTIL
 def own_errors(what: str) -> Iterator[None]:
     """Raise raysl's own error instead of the Ray exception that wraps it.
 
-    Ray Data drops the exception object between its processes, but keeps its traceback as text.
-
     Args:
         what: Name of the failed operation, for errors of Ray itself.
     """
     try:
         yield
     except ray.exceptions.RayError as error:
-        matches = _OWN_ERROR.findall(str(error))
-        if matches:
-            name, message = matches[-1]
-            raise from_record({"error": name, "message": message}) from None
+        own = next(wrapped_errors(error), None)
+        if own is not None:
+            raise own from None
         last = str(error).strip().splitlines()[-1]
         raise ClusterError(f"{what} failed: {type(error).__name__}: {last}") from None
 
 
 def wrapped_errors(error: BaseException | None) -> Iterator[RayslError]:
-    """Yield raysl's own errors in a chain of Ray exceptions, outermost first."""
+    """Yield raysl's own errors in a chain of Ray exceptions, outermost first.
+
+    Ray Data drops the exception object between its processes, but keeps its traceback as text. If
+    the chain holds no error of raysl's own, the last one in that text is yielded.
+    """
+    outermost, is_named = error, False
     while error is not None:
         # Ray derives classes from both RayError and the cause; their text is a traceback.
         if isinstance(error, RayslError) and not isinstance(error, ray.exceptions.RayError):
+            is_named = True
             yield error
         error = getattr(error, "cause", None) or error.__cause__
+    if not is_named and isinstance(outermost, ray.exceptions.RayError):
+        for name, message in _OWN_ERROR.findall(str(outermost))[-1:]:
+            yield from_record({"error": name, "message": message})
 
 
 def result_of(reference: "ray.ObjectRef[T]", *, lost: str) -> T:

@@ -45,8 +45,11 @@ def test_others_hold_none(error: Exception | None) -> None:
 
 
 def test_an_error_of_which_only_the_text_is_left_is_raised_again() -> None:
+    error = RayTaskError("read", TRACEBACK, OSError("lost"))
+    (found,) = wrapped_errors(error)
+    assert (type(found), str(found)) == (DecodeError, "a.jpg: no image")
     with pytest.raises(DecodeError, match=r"^a\.jpg: no image$"), own_errors("the stream"):
-        raise RayTaskError("read", TRACEBACK, OSError("lost"))
+        raise error
 
 
 def test_an_error_that_is_rays_alone_says_what_failed() -> None:
