@@ -25,6 +25,8 @@ os.environ.update(
         "GIT_PYTHON_REFRESH": "quiet",
     }
 )
+if "PYTEST_XDIST_WORKER" in os.environ:  # another process of tests needs the other cores
+    os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
@@ -43,6 +45,13 @@ evaluate: {every: {steps: 3}, final: [knn], max_train_images: 200, max_test_imag
 cluster: {num_train_workers: 0, threads_per_train_worker: 1, num_data_workers: 1}
 track: {mlflow: false}
 """
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give all tests on Ray to one of xdist's processes, and each other file to any of them."""
+    for item in items:
+        group = "ray" if item.get_closest_marker("ray") else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

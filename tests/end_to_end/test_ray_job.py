@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,26 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("no_ray
 REPOSITORY = Path(__file__).parents[2]
 RAY = Path(sys.executable).with_name("ray")
 GCS_PORT, DASHBOARD_PORT = 26379, 28265
+
+
+def wait_for_agents(env: dict[str, str], cwd: Path) -> None:
+    """Wait until the cluster takes jobs, which it does seconds after it has started."""
+    probe = [
+        str(RAY),
+        "job",
+        "submit",
+        f"--address=http://127.0.0.1:{DASHBOARD_PORT}",
+        "--",
+        "true",
+    ]
+    deadline = time.monotonic() + 120
+    while True:
+        done = subprocess.run(probe, env=env, cwd=cwd, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return
+        assert "No available agent" in done.stderr, done.stderr
+        assert time.monotonic() < deadline, done.stderr
+        time.sleep(0.5)
 
 
 def run(*command: str, env: dict[str, str], cwd: Path | None = None) -> str:
@@ -45,6 +66,7 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
     run(str(RAY), "start", *head, "--num-cpus=2", "--disable-usage-stats", env=env)
     run(str(RAY), "start", f"--address=127.0.0.1:{GCS_PORT}", "--num-cpus=2", env=env)
     try:
+        wait_for_agents(env, tmp_path)
         yield env
     finally:
         ours = [
