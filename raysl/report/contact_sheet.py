@@ -16,14 +16,13 @@ _GAP_IN = 0.06
 _CAPTION_IN = 0.16
 _HEAD_IN = 0.62
 _MARGIN_IN = 0.18
-# Largest aspect ratio of a cell; its inverse is the smallest. A more elongated image is centred in
-# its cell.
+# A cell's aspect ratio is between 1 / this and this; a more elongated image is centred in it.
 _MAX_ASPECT = 2.5
 _CAPTION_LETTERS_PER_IN = 16
 
 
 class _Row(NamedTuple):
-    images: list[int]  # indices of the images
+    indices: list[int]  # of the images
     height_in: float
 
 
@@ -59,19 +58,21 @@ def draw_contact_sheet(
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     axes.set(xlim=(0, WIDTH_IN), ylim=(height_in, 0))
     axes.set_axis_off()
-    texts: dict[str, Any] = {"ha": "left", "va": "baseline", "parse_math": False}
-    axes.text(_MARGIN_IN, 0.3, title, fontsize=12, color=INK, weight="bold", **texts)
-    axes.text(_MARGIN_IN, 0.49, subtitle, fontsize=8.5, color=GREY, **texts)
+    text_options: dict[str, Any] = {"ha": "left", "va": "baseline", "parse_math": False}
+    axes.text(_MARGIN_IN, 0.3, title, fontsize=12, color=INK, weight="bold", **text_options)
+    axes.text(_MARGIN_IN, 0.49, subtitle, fontsize=8.5, color=GREY, **text_options)
     top = _HEAD_IN
     for row in rows:
         left = _MARGIN_IN
-        for number in row.images:
-            width = aspects[number] * row.height_in
-            _put(axes, images[number], left=left, top=top, width=width, height=row.height_in)
+        for index in row.indices:
+            width = aspects[index] * row.height_in
+            _put(
+                axes, images[index], left=left, top=top, cell_width=width, cell_height=row.height_in
+            )
             if captions is not None:
-                text = _caption(captions[number], width)
+                text = _shorten(captions[index], width)
                 anchor = (left, top + row.height_in + 0.115)
-                axes.text(*anchor, text, fontsize=6.5, color=INK, **texts)
+                axes.text(*anchor, text, fontsize=6.5, color=INK, **text_options)
             left += width + _GAP_IN
         top += row.height_in + caption_in + _GAP_IN
     # Drawing images has changed the limits of the axes.
@@ -91,40 +92,42 @@ def _cell_aspect(image: Image) -> float:
 def _arrange(aspects: Sequence[float]) -> list[_Row]:
     """Arrange images in rows that fill the sheet's width.
 
-    A last row with too few images for that has the mean height of the other rows.
+    A last row that does not fill it has the mean height of the other rows.
     """
     width_in = WIDTH_IN - 2 * _MARGIN_IN
     rows: list[_Row] = []
-    waiting: list[int] = []
-    for number in range(len(aspects)):
-        waiting.append(number)
-        height = _height(waiting, aspects, width_in)
+    row: list[int] = []
+    for index in range(len(aspects)):
+        row.append(index)
+        height = _height(row, aspects, width_in)
         if height <= _MAX_ROW_IN:
-            rows.append(_Row(waiting, height))
-            waiting = []
-    if waiting:
-        mean_height = sum(row.height_in for row in rows) / len(rows) if rows else _MAX_ROW_IN
-        rows.append(_Row(waiting, min(mean_height, _height(waiting, aspects, width_in))))
+            rows.append(_Row(row, height))
+            row = []
+    if row:
+        mean_height = sum(each.height_in for each in rows) / len(rows) if rows else _MAX_ROW_IN
+        rows.append(_Row(row, mean_height))
     return rows
 
 
-def _height(numbers: Sequence[int], aspects: Sequence[float], width_in: float) -> float:
+def _height(indices: Sequence[int], aspects: Sequence[float], width_in: float) -> float:
     """Return the height at which images side by side have the given total width."""
-    gaps = _GAP_IN * (len(numbers) - 1)
-    return (width_in - gaps) / sum(aspects[number] for number in numbers)
+    gaps = _GAP_IN * (len(indices) - 1)
+    return (width_in - gaps) / sum(aspects[index] for index in indices)
 
 
-def _put(axes: Axes, image: Image, *, left: float, top: float, width: float, height: float) -> None:
+def _put(
+    axes: Axes, image: Image, *, left: float, top: float, cell_width: float, cell_height: float
+) -> None:
     """Draw an image centred in a cell."""
     aspect = image.shape[1] / image.shape[0]
-    wide, high = min(width, height * aspect), min(height, width / aspect)
-    x, y = left + (width - wide) / 2, top + (height - high) / 2
-    room_px = max(wide, high) * DPI
-    show_pixels(axes, image, extent=(x, x + wide, y + high, y), room_px=room_px)
+    width, height = min(cell_width, cell_height * aspect), min(cell_height, cell_width / aspect)
+    x, y = left + (cell_width - width) / 2, top + (cell_height - height) / 2
+    room_px = max(width, height) * DPI
+    show_pixels(axes, image, extent=(x, x + width, y + height, y), room_px=room_px)
 
 
-def _caption(name: str, width_in: float) -> str:
-    """Shorten a name to fit below an image."""
-    most = max(4, int(width_in * _CAPTION_LETTERS_PER_IN))
+def _shorten(name: str, width_in: float) -> str:
+    """Shorten a name to fit; "?" if undrawable."""
+    max_letters = max(4, int(width_in * _CAPTION_LETTERS_PER_IN))
     short = drawable_name(name, otherwise="?")
-    return short if len(short) <= most else short[: most - 2].rstrip(" .") + ".."
+    return short if len(short) <= max_letters else short[: max_letters - 2].rstrip(" .") + ".."

@@ -202,7 +202,7 @@ def why_no_classes(kind: pa.DataType, first: pa.ChunkedArray) -> str:
     return f"holds {kind}: {lengths[0]} zeros and ones per image ({what}), not a class number"
 
 
-def leaf_of(metadata: pq.FileMetaData, column: str) -> int | None:
+def leaf_index(metadata: pq.FileMetaData, column: str) -> int | None:
     """Return a column's index in a footer, or None; a list's values have a longer path."""
     paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
     if column in paths:

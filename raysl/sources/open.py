@@ -9,7 +9,7 @@ import pyarrow.fs as pafs
 from raysl.errors import DataError, counted
 from raysl.sources.contents import Contents, list_by_kind, names_of, paths_below, sort_by_kind
 from raysl.sources.folder import FolderSource
-from raysl.sources.footers import check_manifest, has_images
+from raysl.sources.footers import check_manifest, may_have_images
 from raysl.sources.formats import IMAGE_SUFFIXES, TAR_SUFFIXES
 from raysl.sources.image_folders import open_images
 from raysl.sources.img2dataset import download_notes
@@ -247,7 +247,7 @@ class _Opener:
         if not (contents.tars.num_rows or contents.images.num_rows):
             return False
         first = paths_below(contents.parquet, root)[0]
-        return not has_images(self.filesystem, first, self.config)
+        return not may_have_images(self.filesystem, first, self.config)
 
     def _parquet(self, contents: Contents, root: str) -> Source:
         manifest = read_manifest(self.filesystem, root)

@@ -18,10 +18,10 @@ from raysl.sources.filter import RowFilter
 from raysl.sources.footers import (
     Footer,
     Ints,
-    describe_selection,
     manifest_footers,
-    open_footer,
+    open_parquet_raw,
     read_footers,
+    selection_key,
 )
 from raysl.sources.groups import collect_groups
 from raysl.sources.labels import number_classes
@@ -33,9 +33,9 @@ from raysl.sources.row_group import Images, read_column, read_images, span_of
 from raysl.sources.source import Encoded, Labels, SourceConfig, Unreadable, digest, reading_order
 from raysl.sources.storage import (
     REMOTE_READERS,
-    below,
     is_local,
     num_readers,
+    relative_path,
 )
 
 _MIB = 1 << 20
@@ -83,21 +83,21 @@ class ParquetSource:
         self.weights: npt.NDArray[np.float64] | None = None
         self._root = root or posixpath.commonpath([posixpath.dirname(file) for file in files])
         order = reading_order(len(files), config.limit)
-        filtered = RowFilter(config.filter, where=f"data.source={self.name}")
+        row_filter = RowFilter(config.filter, where=f"data.source={self.name}")
         ordered = [files[place] for place in order]
         footers = (
-            read_footers(filesystem, ordered, config, self._root, filtered)
+            read_footers(filesystem, ordered, config, self._root, row_filter)
             if manifest is None
-            else manifest_footers(filesystem, self._root, manifest, config, order, filtered)
+            else manifest_footers(filesystem, self._root, manifest, config, order, row_filter)
         )
         numbered = zip(order, footers, strict=False)
         used_footers, groups, fingerprint = collect_groups(numbered, config.limit)
         if len(groups.rows) == 0:
             if config.filter:
-                raise filtered.nothing_left()
+                raise row_filter.nothing_left()
             raise DataError(f"data.source={self.name}: the Parquet files hold no rows")
         self._columns = used_footers[0].columns
-        selection = describe_selection(config)
+        selection = selection_key(config)
         self.fingerprint = digest(manifest.fingerprint if manifest else "", fingerprint, selection)
         if manifest is not None and not selection:
             self.fingerprint = manifest.fingerprint
@@ -114,12 +114,12 @@ class ParquetSource:
             (each.columns.class_names for each in used_footers if each.columns.class_names), ()
         )
         schema = next((footer.schema for footer in used_footers if footer.schema is not None), None)
-        in_path = partition_values(below(used_footers[0].path, self._root))
+        in_path = partition_values(relative_path(used_footers[0].path, self._root))
         self.label_advice = label_advice(schema, self._columns, in_path)
         self._labels: Labels | None = None
         self._class_names: list[str] = []
         self._labels_read = self._columns.label is None
-        self.notes: tuple[str, ...] = (*notes, *_notes(used_footers), *filtered.notes())
+        self.notes: tuple[str, ...] = (*notes, *_notes(used_footers), *row_filter.notes())
         self._check_label_type(schema)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -194,11 +194,11 @@ class ParquetSource:
         opened: list[pq.ParquetFile] = []
 
         def read() -> tuple[pq.FileMetaData, int]:
-            opened.append(open_footer(self.filesystem, path))
+            opened.append(open_parquet_raw(self.filesystem, path))
             return opened[0].metadata, opened[0].metadata.serialized_size
 
         footer = self._footers.get(path, read)
-        return opened[0] if opened else open_footer(self.filesystem, path, footer)
+        return opened[0] if opened else open_parquet_raw(self.filesystem, path, footer)
 
     def _read_group(self, group: int) -> tuple[Images | Unreadable, int]:
         path, number = self._path(group), int(self._number[group])
@@ -226,7 +226,7 @@ class ParquetSource:
     def row_id(self, index: int) -> str:
         """Name a row FILE:ROW: its file's path below the root, and its index in the file."""
         group, row = self._place(index)
-        return f"{below(self._path(group), self._root)}:{row}"
+        return f"{relative_path(self._path(group), self._root)}:{row}"
 
     def where(self, index: int) -> str:
         """Name a row by its file, its index in the file and its row group."""
@@ -290,7 +290,7 @@ class ParquetSource:
         first, last = np.searchsorted(self._file, [file, file + 1])
         numbers = self._number[first:last].tolist()
         if self._columns.label_in_path:
-            value = partition_values(below(path, self._root))[label]
+            value = partition_values(relative_path(path, self._root))[label]
             rows = int(self._rows[first:last].sum())
             return pa.chunked_array([pa.repeat(pa.scalar(value), rows)])
         try:

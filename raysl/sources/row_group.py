@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from raysl.sources.columns import Columns, as_bytes, leaf_of
+from raysl.sources.columns import Columns, as_bytes, leaf_index
 from raysl.sources.storage import with_retries
 
 
@@ -71,8 +71,8 @@ def span_of(metadata: pq.FileMetaData, number: int, columns: Columns) -> tuple[i
 
     Returns (0, 1) if the file lacks the column or the row group.
     """
-    leaf = leaf_of(metadata, columns.image)
-    if leaf is None or number >= metadata.num_row_groups:
+    index = leaf_index(metadata, columns.image)
+    if index is None or number >= metadata.num_row_groups:
         return 0, 1
-    chunk = metadata.row_group(number).column(leaf)
+    chunk = metadata.row_group(number).column(index)
     return chunk.dictionary_page_offset or chunk.data_page_offset, chunk.total_compressed_size

@@ -177,7 +177,7 @@ def why_unread(error: Exception) -> str:
     return f"cannot be read: {reason}"
 
 
-def below(path: str, root: str) -> str:
+def relative_path(path: str, root: str) -> str:
     """Return a file's path relative to a folder."""
     return path.removeprefix(root.rstrip("/") + "/")
 

@@ -14,16 +14,16 @@ import pyarrow.fs as pafs
 
 from raysl.errors import DataError, counted
 from raysl.sources.cache import ByteCache
-from raysl.sources.footers import describe_selection
+from raysl.sources.footers import selection_key
 from raysl.sources.labels import number_classes
 from raysl.sources.lasting import Failures, is_lasting
 from raysl.sources.pixels import Decoding
 from raysl.sources.source import Encoded, Labels, SourceConfig, Unreadable, digest
 from raysl.sources.storage import (
     REMOTE_READERS,
-    below,
     is_local,
     readable,
+    relative_path,
     why_unread,
     with_retries,
 )
@@ -98,7 +98,7 @@ class TarSource:
         shards, indexed, filtered = choose_images(filesystem, files, config, self._root)
         self.notes = (*notes, *tar_notes(indexed), *filtered.notes())
         self._files = pa.array([shard.path for shard in shards], pa.large_string())
-        self.fingerprint = digest(*(s.digest for s in shards), describe_selection(config))
+        self.fingerprint = digest(*(s.digest for s in shards), selection_key(config))
         self._offsets = np.concatenate([s.offsets for s in shards] or [np.empty(0, np.int64)])
         self._sizes = np.concatenate([s.sizes for s in shards] or [np.empty(0, np.int64)])
         if len(self._offsets) == 0:
@@ -217,7 +217,7 @@ class TarSource:
         """
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
         shard, offset = int(self._shard[group]), int(self._offsets[index])
-        name = below(self._path(group), self._root)
+        name = relative_path(self._path(group), self._root)
         names = self._names_of(shard)
         place = int(np.searchsorted(names.offsets, offset))
         if place == len(names.offsets) or names.offsets[place] != offset:

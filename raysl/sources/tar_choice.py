@@ -13,7 +13,7 @@ import pyarrow.fs as pafs
 from raysl.errors import DataError
 from raysl.sources.filter import RowFilter
 from raysl.sources.source import SourceConfig, digest, reading_order, spread_rows
-from raysl.sources.storage import below, num_readers, readable
+from raysl.sources.storage import num_readers, readable, relative_path
 from raysl.sources.tar_index import MISSING, ShardIndex, index_shard
 from raysl.sources.tar_notes import IndexedShard
 
@@ -61,7 +61,7 @@ def choose_images(
     for number, shard in zip(order, indexed, strict=True):
         if shard.flaw == MISSING:
             raise DataError(f"{shard.path}: {shard.flaw.detail}")
-        name = below(shard.path, root)
+        name = relative_path(shard.path, root)
         reduced = _apply_filter(shard, filtered, name)
         facts = IndexedShard(name, len(shard.offsets), shard.tally, shard.flaw)
         selected.append((number, reduced, facts))

@@ -16,7 +16,7 @@ from ray.tune.schedulers import FIFOScheduler, PopulationBasedTraining
 
 from raysl.sweep.config import AshaScheduler, HyperBandScheduler, MetricConfig, PbtScheduler
 from raysl.sweep.ray_trial import NUMBER
-from raysl.sweep.rungs import Evaluations, exact, hyperband
+from raysl.sweep.rungs import Evaluations, hyperband, to_fraction
 from raysl.sweep.trial import Trial
 from raysl.sweep.trial_run import AGAIN, LAST
 
@@ -50,8 +50,8 @@ class _Bracket:
     """
 
     def __init__(self, first: float, factor: float) -> None:
-        self._rungs: list[_Rung] = [_Rung(exact(first), {})]
-        self._factor = exact(factor)
+        self._rungs: list[_Rung] = [_Rung(to_fraction(first), {})]
+        self._factor = to_fraction(factor)
 
     def reached(self, trial: str, number: int, evaluations: Evaluations) -> _Rung | None:
         """Return the last rung reached by a trial; None if it already has a value there."""
@@ -84,7 +84,7 @@ class Asha(FIFOScheduler):
         if self._metric not in result:
             return self.CONTINUE
         evaluations = self._evaluations.get(trial, result["epoch"])
-        number = evaluations.number(result["epoch"])
+        number = evaluations.number_at(result["epoch"])
         rung = self._brackets[0].reached(trial.trial_id, number, evaluations)
         if rung is None:
             return self.CONTINUE
@@ -171,7 +171,7 @@ class HyperBand(FIFOScheduler):
         self._metric = metric.name
         self._sign = 1.0 if metric.mode == "max" else -1.0
         self._plans = hyperband(config.max_evaluations, config.reduction_factor)
-        self._factor = exact(config.reduction_factor)
+        self._factor = to_fraction(config.reduction_factor)
         self._evaluations = _EvaluationsByTrial()
         self._bracket_of: dict[int, _Halving] = {}
         self._added: set[int] = set()
@@ -190,7 +190,7 @@ class HyperBand(FIFOScheduler):
         while first < num_trials:
             for plan in self._plans:
                 members = range(min(first, num_trials), min(first + plan.size, num_trials))
-                bracket = _Halving(plan.rungs, members, self._factor)
+                bracket = _Halving(plan.evaluations, members, self._factor)
                 self._bracket_of.update(dict.fromkeys(members, bracket))
                 first += plan.size
 
@@ -200,7 +200,7 @@ class HyperBand(FIFOScheduler):
             evaluations = Evaluations(trial.curve[0][0]) if trial.curve else None
             for epoch, value in trial.curve:
                 assert evaluations is not None
-                self._record(trial.number, evaluations.number(epoch), value)
+                self._record(trial.number, evaluations.number_at(epoch), value)
         self._added |= set(ended)
         self._ended |= set(ended)
 
@@ -220,7 +220,7 @@ class HyperBand(FIFOScheduler):
         if self._metric not in result:
             return self.CONTINUE
         number = trial.config[NUMBER]
-        evaluation = self._evaluations.get(trial, result["epoch"]).number(result["epoch"])
+        evaluation = self._evaluations.get(trial, result["epoch"]).number_at(result["epoch"])
         self._record(number, evaluation, float(result[self._metric]))
         bracket = self._bracket_of[number]
         bracket.compare(self._ended)
@@ -311,7 +311,7 @@ class Pbt(PopulationBasedTraining):
         evaluations = self._evaluations.get(trial, result["epoch"])
         if result.get(AGAIN) or result.get(LAST):
             return self.CONTINUE
-        periods = evaluations.periods(result["epoch"], self._every_epochs)
+        periods = evaluations.num_periods_ended(result["epoch"], self._every_epochs)
         decision: str = super().on_trial_result(
             tune_controller, trial, {**result, _PERIOD: periods}
         )

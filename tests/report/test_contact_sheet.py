@@ -68,9 +68,9 @@ class TestArrange:
     def test_full_rows_are_as_wide_as_the_sheet_and_no_higher_than_usual(self) -> None:
         aspects = np.random.default_rng(0).uniform(0.4, 2.5, 60).tolist()
         rows = _arrange(aspects)
-        assert [n for row in rows for n in row.images] == list(range(60))
+        assert [n for row in rows for n in row.indices] == list(range(60))
         for row in rows[:-1]:
-            wide = sum(aspects[n] for n in row.images) * row.height_in
-            wide += 0.06 * (len(row.images) - 1)
+            wide = sum(aspects[n] for n in row.indices) * row.height_in
+            wide += 0.06 * (len(row.indices) - 1)
             assert wide == pytest.approx(WIDTH_IN - 2 * _MARGIN_IN)
             assert 0.6 < row.height_in <= 1.0

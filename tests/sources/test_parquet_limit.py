@@ -51,13 +51,13 @@ def _classes(source: ParquetSource) -> list[int]:
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files whose footers were read."""
     names: list[str] = []
-    read = footers.open_footer
+    read = footers.open_parquet_raw
 
-    def spy(filesystem: Any, path: str, footer: Any = None) -> Any:
+    def spy(filesystem: Any, path: str, metadata: Any = None) -> Any:
         names.append(Path(path).name)
-        return read(filesystem, path, footer)
+        return read(filesystem, path, metadata)
 
-    monkeypatch.setattr(footers, "open_footer", spy)
+    monkeypatch.setattr(footers, "open_parquet_raw", spy)
     return names
 
 

@@ -189,7 +189,7 @@ class TestUnreadable:
         def too_many(*_: Any, **__: Any) -> Any:
             raise OSError(errno.EMFILE, "Too many open files")
 
-        monkeypatch.setattr(parquet, "open_footer", too_many)
+        monkeypatch.setattr(parquet, "open_parquet_raw", too_many)
         with pytest.raises(DataError, match=r"row group 0: cannot be read: .*Too many open files"):
             source.read([0])
 
@@ -204,7 +204,7 @@ class TestDamagedAtOpening:
         lines = str(caught.value).splitlines()
         assert len(lines) == 7
         assert lines[1].startswith(f"  {paths[1]}: cannot be read as Parquet: ")
-        assert lines[1].endswith("; copy it again, or give a folder or glob without it")
+        assert lines[1].endswith("; copy it again, or exclude it from the folder or glob")
         assert lines[-1] == "  and 1 more"
 
     def test_one_that_a_limit_looks_at_is_an_error_too(self, tmp_path: Path) -> None:

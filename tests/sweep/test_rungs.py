@@ -4,30 +4,30 @@ from fractions import Fraction
 
 import pytest
 
-from raysl.sweep.rungs import Evaluations, exact, hyperband, nearest
+from raysl.sweep.rungs import Evaluations, hyperband, round_half_up, to_fraction
 
 
 def test_a_float_stands_for_its_simple_fraction() -> None:
-    assert exact(0.1) == Fraction(1, 10)
-    assert exact(7 / 195) == Fraction(7, 195)
-    assert exact(0.1 * 3) == Fraction(3, 10)
+    assert to_fraction(0.1) == Fraction(1, 10)
+    assert to_fraction(7 / 195) == Fraction(7, 195)
+    assert to_fraction(0.1 * 3) == Fraction(3, 10)
 
 
 @pytest.mark.parametrize(("value", "whole"), [("5/2", 3), ("7/3", 2), ("1/4", 0)])
 def test_nearest_takes_the_later_of_two(value: str, whole: int) -> None:
-    assert nearest(Fraction(value)) == whole
+    assert round_half_up(Fraction(value)) == whole
 
 
 class TestEvaluations:
     def test_are_numbered_whatever_the_steps_per_epoch(self) -> None:
         for steps_per_epoch, every in ((5, 2), (10, 1), (195, 39), (781, 234)):
             clock = Evaluations(every / steps_per_epoch)
-            found = [clock.number(n * every / steps_per_epoch) for n in range(1, 50)]
+            found = [clock.number_at(n * every / steps_per_epoch) for n in range(1, 50)]
             assert found == list(range(1, 50))
 
     def test_the_last_one_may_come_early(self) -> None:
         clock = Evaluations(3 / 5)  # every 3 of 20 steps: 3, 6, ..., 18, 20
-        assert [clock.number(step / 5) for step in (15, 18, 20)] == [5, 6, 7]
+        assert [clock.number_at(step / 5) for step in (15, 18, 20)] == [5, 6, 7]
 
     def test_a_rung_is_met_at_the_nearest_one(self) -> None:
         clock = Evaluations(2 / 5)
@@ -49,7 +49,8 @@ class TestEvaluations:
     ) -> None:
         clock = Evaluations(every / steps_per_epoch)
         found = [
-            clock.periods(n * every / steps_per_epoch, period) for n in range(1, len(counts) + 1)
+            clock.num_periods_ended(n * every / steps_per_epoch, period)
+            for n in range(1, len(counts) + 1)
         ]
         assert found == counts
 
@@ -59,7 +60,7 @@ class TestHyperband:
         """Table 1 of arXiv:1603.06560v4: R = 81, eta = 3."""
         plans = hyperband(81, 3.0)
         assert [plan.size for plan in plans] == [81, 34, 15, 8, 5]
-        assert [plan.rungs for plan in plans] == [
+        assert [plan.evaluations for plan in plans] == [
             (1, 3, 9, 27),
             (3, 9, 27),
             (9, 27),
