@@ -49,6 +49,7 @@ from raysl.track.run_folder import (
     working_folder,
 )
 from raysl.track.uri import tracking_uri
+from raysl.train.checkpoint import set_damaged_aside
 
 if TYPE_CHECKING:  # MLflow takes seconds to load, and not every run needs it
     from raysl.track.mlflow_tracker import MlflowTracker
@@ -130,7 +131,8 @@ def _open(run: Run, shorter: RunConfig[Any] | None) -> Opened:
     check_names(config)
     source = open_training_source(config.data, config.evaluate, config.method)
     derived = check_start(config, source)
-    lines = record_source(run.folder, source, config)
+    lines = set_damaged_aside(run.folder.checkpoints)
+    lines += record_source(run.folder, source, config)
     if shorter is not None:
         lines += extend_run(run.folder, (shorter, derive_for(shorter, source)), (config, derived))
     for line in lines:

@@ -26,6 +26,7 @@ from raysl.sources.source import LabelsConfig, Source
 from raysl.sources.subset import whole_source
 from raysl.track.results import Results, accuracies_of
 from raysl.track.run_folder import MetricsFile, RunFolder
+from raysl.train.checkpoint import set_damaged_aside
 
 TrainFunction = Callable[[RunConfig[Any], RunFolder, Source], Results]
 """Trains or resumes a run in its folder, and returns its results."""
@@ -147,6 +148,8 @@ def train_in(
     """Train or resume a run in its folder; return the stored results of a finished run."""
     with folder.locked():
         write_text(folder.config, to_yaml(config.model_dump(mode="json")))
+        for line in set_damaged_aside(folder.checkpoints):
+            say(line)
         results = folder.read_results()
         return train(config, folder, open_images()) if results is None else results
 

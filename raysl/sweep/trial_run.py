@@ -15,6 +15,7 @@ from raysl.track.run_folder import (
     read_metrics,
     write_error,
 )
+from raysl.train.checkpoint import set_damaged_aside
 from raysl.train.loop import Log
 
 AGAIN = "again"
@@ -58,6 +59,7 @@ def run_trial(
             last.append({**values, LAST: 1.0})
 
     forget_error(folder)
+    set_damaged_aside(folder.checkpoints)  # the log of a trial is not on any screen
     resumed_step = latest_step(folder.checkpoints)
     for record in read_metrics(folder.metrics):
         if record["step"] <= resumed_step and metrics[0] in record:

@@ -1,6 +1,8 @@
 """Write and read checkpoints. A checkpoint folder that exists is complete."""
 
 import contextlib
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,15 @@ from raysl.folder.whole import appears_whole, clear_unfinished, give_up_name
 from raysl.track.run_folder import checkpoint_path, list_checkpoints
 
 _STATE = "state.pt"
+# What zipfile raises for files that are cut, missing, or changed where sizes and names stand.
+_DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    FileNotFoundError,
+    NotImplementedError,
+    RuntimeError,
+)
 _SHOWN = 3  # differences in an error message
 
 
@@ -59,13 +70,56 @@ def load_checkpoint(folder: Path, *, step: int, device: torch.device) -> dict[st
     """
     path = checkpoint_path(folder, step) / _STATE
     try:
+        if problem := _damage(path):
+            raise ValueError(problem)
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
         raise RunFolderError(
-            f"{path}: the checkpoint is damaged: {_reason(error)}. Delete the folder {path.parent} "
-            f"to resume from the one before it"
+            f"{path}: the checkpoint is damaged: {_reason(error)}. The same command sets it aside "
+            f"and resumes from the one before it"
         ) from None
     return state
+
+
+def set_damaged_aside(folder: Path) -> list[str]:
+    """Rename damaged checkpoints, newest first, until one is intact; return a line about each.
+
+    No other process may write to the folder meanwhile.
+
+    Args:
+        folder: The run's checkpoint folder.
+    """
+    lines = []
+    for step in reversed(list_checkpoints(folder)):
+        path = checkpoint_path(folder, step)
+        problem = _damage(path / _STATE)
+        if problem is None:
+            break
+        aside = path.with_name(f"damaged-{path.name}")
+        if aside.exists():
+            give_up_name(aside)
+        path.rename(aside)
+        before = max(list_checkpoints(folder), default=0)
+        lines.append(
+            f"{path}: the checkpoint is damaged: {problem}. It is now in {aside.name}, and the run "
+            f"resumes from step {before}"
+        )
+    clear_unfinished(folder)
+    return lines
+
+
+def _damage(path: Path) -> str | None:
+    """Return what is wrong with a file of ``torch.save``; None if it is intact.
+
+    torch writes a checksum (CRC-32) for each tensor but, as of 2.13, does not compare it when it
+    loads the file: a flipped bit becomes another weight.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            part = archive.testzip()
+    except _DAMAGED as error:
+        return _reason(error)
+    return None if part is None else f"{part} does not match its checksum"
 
 
 def load_state(module: nn.Module, state: Mapping[str, Any], *, owner: str) -> None:

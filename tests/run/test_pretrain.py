@@ -17,7 +17,8 @@ from raysl.run.ray_cluster import Layout
 from raysl.run.recipe import load_run
 from raysl.track.mlflow_problem import MlflowProblem
 from raysl.track.results import Results
-from raysl.track.run_folder import RunFolder, checkpoint_path
+from raysl.track.run_folder import RunFolder
+from raysl.train.checkpoint import save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -34,7 +35,7 @@ class Worker:
     def __call__(self, config: Any, *, folder: RunFolder, **more: Any) -> Results:
         self.starts.append("ray" if "layout" in more else "here")
         assert folder.config.exists(), "the folder is claimed before anything starts"
-        checkpoint_path(folder.checkpoints, config.train.steps).mkdir(parents=True, exist_ok=True)
+        save_checkpoint(folder.checkpoints, {}, step=config.train.steps, keep=1)
         if self.error is not None:
             raise self.error
         return {"steps": config.train.steps, "knn_top1": 0.5}

@@ -3,16 +3,18 @@ import io
 import os
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from raysl.errors import RunFolderError
 from raysl.track.run_folder import checkpoint_path, latest_step, list_checkpoints
 from raysl.train import checkpoint
-from raysl.train.checkpoint import load_checkpoint, save_checkpoint
+from raysl.train.checkpoint import load_checkpoint, save_checkpoint, set_damaged_aside
 
 CPU = torch.device("cpu")
 
@@ -165,16 +167,67 @@ def test_a_file_that_cannot_be_synced_is_no_checkpoint(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("kept_bytes", [0, 100, -10])
-def test_a_damaged_file_says_which_folder_to_delete(tmp_path: Path, kept_bytes: int) -> None:
-    save(tmp_path, 1)
-    path = save(tmp_path, 2) / "state.pt"
+def cut(path: Path, kept_bytes: int) -> None:
     path.write_bytes(path.read_bytes()[:kept_bytes])
-    with pytest.raises(RunFolderError) as caught:
-        load_checkpoint(tmp_path, step=2, device=CPU)
-    assert str(caught.value).startswith(f"{path}: the checkpoint is damaged: ")
-    assert f"Delete the folder {path.parent} to resume from the one before" in str(caught.value)
-    assert value_at(tmp_path, 1) == 1.0
+
+
+def flip_a_bit(path: Path) -> None:
+    """Change one bit of the tensor, which torch would load as another weight."""
+    content = bytearray(path.read_bytes())
+    step = int(path.parent.name.removeprefix("step-"))
+    content[content.index(np.full(6, step).tobytes())] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGE: list[Callable[[Path], None]] = [
+    lambda path: cut(path, 0),
+    lambda path: cut(path, 100),
+    lambda path: cut(path, -10),
+    flip_a_bit,
+    Path.unlink,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+class TestDamage:
+    def test_is_an_error_that_says_how_to_go_on(
+        self, tmp_path: Path, damage: Callable[[Path], None]
+    ) -> None:
+        save(tmp_path, 1)
+        path = save(tmp_path, 2) / "state.pt"
+        damage(path)
+        with pytest.raises(RunFolderError) as caught:
+            load_checkpoint(tmp_path, step=2, device=CPU)
+        assert str(caught.value).startswith(f"{path}: the checkpoint is damaged: ")
+        assert "The same command sets it aside and resumes from the one before" in str(caught.value)
+        assert value_at(tmp_path, 1) == 1.0
+
+    def test_is_set_aside_so_that_the_one_before_is_the_newest(
+        self, tmp_path: Path, damage: Callable[[Path], None]
+    ) -> None:
+        for step in (1, 2, 3):
+            save(tmp_path, step)
+        for step in (2, 3):
+            damage(checkpoint_path(tmp_path, step) / "state.pt")
+        lines = set_damaged_aside(tmp_path)
+        assert [line.partition(": ")[0] for line in lines] == [
+            str(checkpoint_path(tmp_path, step)) for step in (3, 2)
+        ]
+        assert lines[-1].endswith("in damaged-step-000000002, and the run resumes from step 1")
+        assert list_checkpoints(tmp_path) == [1]
+        assert (tmp_path / "damaged-step-000000003").is_dir()
+        # The same again: the one that was set aside before makes room.
+        damage(save(tmp_path, 2) / "state.pt")
+        assert len(set_damaged_aside(tmp_path)) == 1
+        assert list_checkpoints(tmp_path) == [1]
+
+
+def test_intact_checkpoints_stay(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+    assert set_damaged_aside(tmp_path) == []
+    assert list_checkpoints(tmp_path) == [1, 2]
+    assert set_damaged_aside(tmp_path / "none") == []
 
 
 class _Malicious:
