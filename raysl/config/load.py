@@ -14,6 +14,9 @@ from raysl.config.shipped import find_config, near_names
 from raysl.errors import ConfigError
 
 EXTENDS = "extends"
+# Far beyond any configuration; what is larger is another kind of file, or would fill the memory.
+_MAX_BYTES = 1 << 20
+_MAX_VALUES = 100_000
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -51,18 +54,58 @@ for _kind in (_Loader, _Dumper):
 def parse_yaml(text: str, *, where: str) -> Any:
     """Parse one YAML document.
 
+    Args:
+        text: The document.
+        where: Its file or override, for messages.
+
     Raises:
-        ConfigError: If the text is not YAML; the message names the line.
+        ConfigError: If the text is not YAML (the message names the line), is nested too deeply,
+            contains itself through an alias, or has too many values.
     """
     try:
         loader = _Loader(text)
         loader.name = where
         try:
-            return loader.get_single_data()
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _check_size(node, where=where)
+            return loader.construct_document(node)
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: sections are nested too deeply to be read") from None
+
+
+def _check_size(root: yaml.Node, *, where: str) -> None:
+    """Raise ConfigError if a document has too many values with all its aliases written out."""
+    sizes: dict[int, int | None] = {}  # None while the node is being counted
+
+    def size(node: yaml.Node) -> int:
+        if id(node) in sizes:
+            counted = sizes[id(node)]
+            if counted is None:
+                raise ConfigError(
+                    f"{where}, line {node.start_mark.line + 1}: this section contains itself "
+                    f"through an alias (*); write out what it should contain"
+                )
+            return counted
+        sizes[id(node)] = None
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            children = [each for pair in node.value for each in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            children = node.value
+        sizes[id(node)] = total = 1 + sum(size(child) for child in children)
+        return total
+
+    if size(root) > _MAX_VALUES:
+        raise ConfigError(
+            f"{where}: more than {_MAX_VALUES:,} values, with aliases (*) written out; a "
+            f"configuration has hundreds"
+        )
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -108,6 +151,11 @@ def read_layers(path: Path) -> list[dict[str, Any]]:
 
 def _read_one(path: Path) -> dict[str, Any]:
     try:
+        if (size := path.stat().st_size) > _MAX_BYTES:
+            raise ConfigError(
+                f"{path}: {size:,} bytes are too many for a configuration, which has thousands; "
+                f"give the YAML file of a run"
+            )
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file{_near(path)}") from None

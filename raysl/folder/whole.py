@@ -111,8 +111,16 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """Return the object in a JSON file, or None if the file is missing or damaged."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return json_object(path.read_bytes())
+    except OSError:
+        return None
+
+
+def json_object(line: bytes | str) -> dict[str, Any] | None:
+    """Return the object in a line of JSON; None for a cut line or another kind of value."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

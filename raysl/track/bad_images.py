@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from raysl.errors import DataError
+from raysl.folder.whole import json_object
 
 
 class BadImages:
@@ -81,13 +82,8 @@ class BadImages:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """Return the records of the file, without incomplete lines; [] if there is no file."""
+    """Return the records of the file, without lines that are none; [] if there is no file."""
     if not path.exists():
         return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
+    objects = map(json_object, path.read_bytes().splitlines())
+    return [each for each in objects if each is not None and type(each.get("row")) is int]

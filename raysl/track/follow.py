@@ -77,7 +77,7 @@ class MetricsReader:
             values = {k: v for k, v in _values(record) if step > earlier.get(k, -1)}
             if values:
                 self.seen.update(dict.fromkeys(values, step))
-                records.append({"step": step, "time": record["time"], **values})
+                records.append({"step": step, "time": record.get("time", 0.0), **values})
         return records
 
     def _records(self) -> Iterator[Record]:
@@ -89,7 +89,7 @@ class MetricsReader:
     def _new(self, record: Record) -> Record:
         """Return a record of the open file without the values that are repeated."""
         step = int(record["step"])
-        new = {"step": step, "time": record["time"]}
+        new = {"step": step, "time": record.get("time", 0.0)}
         for name, value in _values(record):
             before = self._dropped.pop((step, name), None)
             if before is None or not (_is_same(before, value) or _is_speed(name)):
@@ -122,7 +122,7 @@ class MetricsReader:
 
 def _values(record: Record) -> Iterator[tuple[str, float]]:
     for name, value in record.items():
-        if name not in ("step", "time"):
+        if name not in ("step", "time") and isinstance(value, (int, float)):
             yield name, value
 
 

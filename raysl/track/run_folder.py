@@ -11,7 +11,7 @@ from typing import Any
 
 from raysl.errors import ErrorRecord, RayslError, to_record
 from raysl.folder.lock import lock_folder
-from raysl.folder.whole import read_json, write_json, write_text
+from raysl.folder.whole import json_object, read_json, write_json, write_text
 from raysl.track.results import Results, with_new_names
 
 JOB_FOLDER = "/runtime_resources/"
@@ -63,6 +63,7 @@ class RunFolder:
         self.to_evaluate = self.path / "to_evaluate"
         self.failed_evaluations = self.path / "failed_evaluations.jsonl"
         self.error = self.path / "error.json"
+        self.stop = self.path / "stop"  # while it exists, the workers stop after their step
 
     def locked(self) -> AbstractContextManager[None]:
         """Lock the folder for one process; the lock also ends if the process dies.
@@ -163,11 +164,9 @@ def follow_metrics(file: Path | int, offset: int) -> Iterator[tuple[dict[str, An
             if not line.endswith(b"\n"):
                 return
             offset += len(line)
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue  # a line that was incomplete on disk when the machine crashed
-            yield record, offset
+            record = json_object(line)  # None if a crash of the machine left it incomplete
+            if record is not None and type(record.get("step")) is int:
+                yield record, offset
 
 
 def write_error(folder: RunFolder, error: RayslError) -> None:

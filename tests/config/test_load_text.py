@@ -46,3 +46,34 @@ def test_layers_come_from_the_bottom_up(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text("extends: c.yaml\n")
     (tmp_path / "c.yaml").write_text("name: c\n")
     assert read_layers(tmp_path / "a.yaml") == [{"name": "c"}, {}, {"name": "a"}]
+
+
+class TestTooLarge:
+    def test_a_section_that_contains_itself_is_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "run.yaml"
+        path.write_text("name: r\ndata: &data\n  views: [*data]\n")
+        with pytest.raises(ConfigError, match=r"run\.yaml, line 2: .* contains itself through an"):
+            read_mapping(path)
+
+    def test_aliases_count_as_what_they_stand_for(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "run.yaml"
+        path.write_text("a: &a [1, 2, 3]\nb: &b [*a, *a, *a]\nc: [*b, *b]\n")
+        # 1 mapping, 3 keys, 4 values in a, 1 + 3 * 4 in b, 1 + 2 * 13 in c
+        monkeypatch.setattr("raysl.config.load._MAX_VALUES", 48)
+        assert len(read_mapping(path)["c"]) == 2
+        monkeypatch.setattr("raysl.config.load._MAX_VALUES", 47)
+        with pytest.raises(ConfigError, match=r"run\.yaml: more than 47 values, with aliases"):
+            read_mapping(path)
+
+    def test_deep_sections_and_large_files_are_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "run.yaml"
+        path.write_text("a: " + "[" * 3000 + "]" * 3000)
+        with pytest.raises(ConfigError, match=r"run\.yaml: sections are nested too deeply"):
+            read_mapping(path)
+        monkeypatch.setattr("raysl.config.load._MAX_BYTES", 5999)
+        with pytest.raises(ConfigError, match=r"run\.yaml: 6,003 bytes are too many"):
+            read_mapping(path)

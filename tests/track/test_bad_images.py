@@ -39,6 +39,7 @@ def test_a_resumed_run_goes_on_with_the_list(tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     _list(path).add({1: 1, 2: 1}, step=1)
     with open(path, "a") as file:
+        file.write('[1]\n{"row": "3"}\n')  # not written by raysl
         file.write('{"row": 9, "na')  # cut short by a crash
     again = _list(path)
     assert len(again) == 2

@@ -148,10 +148,26 @@ class TestMetricsFile:
         assert steps_in(path) == [10, 20, 30]
         assert all(json.loads(line) for line in path.read_text().splitlines())
 
-    def test_a_damaged_line_in_between_is_left_out(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        "damaged",
+        [
+            b"\x00\x00\xff",
+            b"[1]",
+            b'"text"',
+            b'{"time": 2.0}',
+            b'{"step": "2", "time": 2.0}',
+            b"[" * 3000,
+        ],
+    )
+    def test_a_line_in_between_that_is_no_record_is_left_out(
+        self, tmp_path: Path, damaged: bytes
+    ) -> None:
         path = tmp_path / "metrics.jsonl"
-        path.write_bytes(b'{"step": 1}\n\x00\x00\xff\n{"step": 3}\n')
+        first, last = (b'{"step": %d, "time": 1.0}\n' % step for step in (1, 3))
+        path.write_bytes(first + damaged + b"\n" + last)
         assert steps_in(path) == [1, 3]
+        logged(path, 4, start_step=3)  # and by the run that goes on
+        assert steps_in(path) == [1, 3, 4]
 
     def test_a_file_that_is_not_there_is_empty(self, tmp_path: Path) -> None:
         assert read_metrics(tmp_path / "metrics.jsonl") == []
@@ -167,11 +183,12 @@ class TestMetricsFile:
 class TestFollow:
     def test_goes_on_where_it_stopped_and_waits_for_the_end_of_a_line(self, tmp_path: Path) -> None:
         path = tmp_path / "metrics.jsonl"
-        path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+        path.write_text('{"step": 1, "time": 1.0}\n{"step": 2, "time": 2.0}\n{"st')
         found = list(follow_metrics(path, 0))
         assert [record["step"] for record, _ in found] == [1, 2]
         offset = found[-1][1]
         assert list(follow_metrics(path, offset)) == []
         with open(path, "a") as file:
-            file.write('ep": 3}\n')
-        assert list(follow_metrics(path, offset)) == [({"step": 3}, path.stat().st_size)]
+            file.write('ep": 3, "time": 3.0}\n')
+        last = {"step": 3, "time": 3.0}
+        assert list(follow_metrics(path, offset)) == [(last, path.stat().st_size)]
