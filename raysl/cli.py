@@ -4,11 +4,13 @@ import argparse
 import importlib
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-from raysl.errors import RayslError
+from raysl.errors import RayslError, Terminated
+from raysl.run.stop import sigterm_raises
 
 VERBS = {
     "pretrain": "train an encoder on unlabelled images, measure it, write it",
@@ -71,13 +73,14 @@ The same command resumes a stopped run. Compare runs in MLflow's UI:
   mlflow ui --backend-store-uri sqlite:///mlflow.db
 """
 
-_INTERRUPTED = 130
+_INTERRUPTED = 128 + signal.SIGINT
+_TERMINATED = 128 + signal.SIGTERM
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 # Printed after Ctrl-C, for verbs that can resume.
 _RESUME_HINTS = {
-    "pretrain": "; the same command resumes from the last checkpoint",
-    "finetune": "; the same command resumes from the last checkpoint",
-    "distill": "; the same command resumes from the last checkpoint",
+    "pretrain": "; the same command resumes from its last checkpoint, if it has one",
+    "finetune": "; the same command resumes from its last checkpoint, if it has one",
+    "distill": "; the same command resumes from its last checkpoint, if it has one",
     "pipeline": "; the same command resumes and keeps finished steps",
     "sweep": "; the same command resumes and keeps finished trials",
     "evaluate": "; the same command resumes and keeps finished measurements",
@@ -109,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 after success, 1 after a ``RayslError`` (printed without a traceback),
-        2 for invalid arguments, 130 after Ctrl-C.
+        2 for invalid arguments, 130 after Ctrl-C, 143 after SIGTERM.
     """
     let_waiting_threads_sleep()
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -126,13 +129,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             verb_parser = subparser
     parsed = _parse(parser, verb_parser, arguments)
     try:
-        status: int = importlib.import_module(_module_of(parsed.verb)).run(parsed)
+        with sigterm_raises():
+            status: int = importlib.import_module(_module_of(parsed.verb)).run(parsed)
     except RayslError as error:
         sys.stderr.write(f"raysl {parsed.verb}: {type(error).__name__}: {error}\n")
         return 1
-    except KeyboardInterrupt:
-        sys.stderr.write(f"raysl {parsed.verb}: stopped{_RESUME_HINTS.get(parsed.verb, '')}\n")
-        return _INTERRUPTED
+    except KeyboardInterrupt as error:
+        when = f" {error}" if str(error) else ""
+        hint = _RESUME_HINTS.get(parsed.verb, "")
+        sys.stderr.write(f"raysl {parsed.verb}: stopped{when}{hint}\n")
+        return _TERMINATED if isinstance(error, Terminated) else _INTERRUPTED
     return status
 
 

@@ -11,6 +11,9 @@
     +-- DivergedError       a loss or gradient that is not finite
     +-- CollapsedError      features that are the same for every image
     +-- SweepError          a sweep whose trials were lost or failed, or that has no best trial
+    +-- StoppedError        a training that was asked to stop, and has written a checkpoint
+    KeyboardInterrupt
+    +-- Terminated          SIGTERM, which ends a command as Ctrl-C does
 
 Each takes one argument, the message: Ray pickles exceptions between processes, and a class whose
 ``__init__`` takes more arguments loses its message. A message says where the problem is, what was
@@ -62,6 +65,14 @@ class CollapsedError(RayslError):
 
 class SweepError(RayslError):
     """A sweep lost trials, some of its trials failed, or it has no best trial."""
+
+
+class StoppedError(RayslError):
+    """A training was asked to stop, and has written a checkpoint of its last step."""
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end by SIGTERM: by Slurm, Kubernetes or ``ray job stop``."""
 
 
 @final

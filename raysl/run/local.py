@@ -1,6 +1,7 @@
 """Train a run in this process, without Ray: the same plan, the same pixels, the same loss."""
 
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from raysl.data.stream import ItemMaker, iterate
 from raysl.evaluate.protocol import LabelledSets
 from raysl.run.measuring import Place
 from raysl.run.recipe import ClusterConfig, RunConfig, block_spec, plan_of
+from raysl.run.stop import stops_after_step
 from raysl.run.worker import pretrain
 from raysl.sources.source import Source
 from raysl.track.results import Results
@@ -48,25 +50,29 @@ def pretrain_here(
 
     Raises:
         RayslError: If training fails, as in :func:`raysl.run.worker.pretrain`.
+        KeyboardInterrupt: If Ctrl-C or SIGTERM stopped it.
     """
     cluster = config.cluster
     cpus = num_cpus or os.cpu_count() or 1
     start_step = latest_step(folder.checkpoints)
-    return pretrain(
-        config,
-        folder=folder,
-        source=source,
-        place=Place(
-            torch.device("cuda" if uses_gpu(cluster) else "cpu"),
-            cluster.threads_per_train_worker or cpus,
-        ),
-        start_step=start_step,
-        open_batches=lambda _: _batches(
-            config, source, start_step=start_step, num_threads=cluster.num_data_workers or cpus
-        ),
-        evaluated=evaluated,
-        sets=sets,
-    )
+    stop = threading.Event()
+    with stops_after_step(stop.set):
+        return pretrain(
+            config,
+            folder=folder,
+            source=source,
+            place=Place(
+                torch.device("cuda" if uses_gpu(cluster) else "cpu"),
+                cluster.threads_per_train_worker or cpus,
+            ),
+            start_step=start_step,
+            open_batches=lambda _: _batches(
+                config, source, start_step=start_step, num_threads=cluster.num_data_workers or cpus
+            ),
+            evaluated=evaluated,
+            sets=sets,
+            stops=stop.is_set,
+        )
 
 
 def _batches(

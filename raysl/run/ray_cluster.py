@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import ray
 
 from raysl.errors import ClusterError
+from raysl.run.stop import keeps_sigterm
 
 if TYPE_CHECKING:  # the recipe loads torch; Ray's actors import this file and must not
     from raysl.run.recipe import RunConfig
@@ -83,12 +84,13 @@ def connect() -> bool:
         # Not the cluster, dead or a stranger's, that a file of an earlier Ray may name.
         options = {"address": "local", "include_dashboard": False}
     try:
-        ray.init(
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            runtime_env=worker_runtime_env(),
-            **options,
-        )
+        with keeps_sigterm():
+            ray.init(
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                runtime_env=worker_runtime_env(),
+                **options,
+            )
     except Exception as error:  # Ray raises a plain Exception if its start takes over 30 s
         raise ClusterError(
             f"cannot connect to Ray ({os.environ.get('RAY_ADDRESS', 'this machine')}): {error}"

@@ -17,7 +17,7 @@ from ray.train.backend import Backend, BackendConfig
 from raysl.run.ray_data import iterate_shard
 
 
-class BatchShape(NamedTuple):
+class BatchOptions(NamedTuple):
     """How a train worker takes batches from its shard of the stream.
 
     Attributes:
@@ -35,15 +35,15 @@ def train_worker(settings: dict[str, Any]) -> Any:
     """Open this worker's stream, then run :func:`raysl.run.ray_worker.train_worker` with it.
 
     Args:
-        settings: ``batches``, a :class:`BatchShape`; and ``worker``, the object reference of the
-            other settings.
+        settings: ``batches``, a :class:`BatchOptions`; and ``settings``, the object reference of
+            the other settings.
     """
     batches = iterate_shard(
         lambda: ray.train.get_dataset_shard("train"), **settings["batches"]._asdict()
     )
     from raysl.run import ray_worker  # noqa: PLC0415 - loads torch, while the stream starts
 
-    return ray_worker.train_worker(ray.get(settings["worker"]), batches)
+    return ray_worker.train_worker(ray.get(settings["settings"]), batches)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Train a run on Ray Train: the dataset factory, the workers, restarts and errors."""
+"""Train a run on Ray Train: configure the trainer, and convert its errors."""
 
 import logging
 from typing import Any
@@ -19,9 +19,10 @@ from raysl.run.ray_cluster import (
     worker_runtime_env,
 )
 from raysl.run.ray_data import RemainingDataset, execution_options
-from raysl.run.ray_group import BatchShape, ProcessGroupConfig, train_worker
+from raysl.run.ray_group import BatchOptions, ProcessGroupConfig, train_worker
 from raysl.run.ray_validate import evaluator_share
 from raysl.run.recipe import RunConfig, block_spec, derive_for, plan_of
+from raysl.run.stop import stops_after_step
 from raysl.sources.source import Source
 from raysl.track.results import Results
 from raysl.track.run_folder import RunFolder, forget_error
@@ -33,8 +34,9 @@ def pretrain_on_ray(
     """Train a run on the connected cluster and return its results.
 
     Raises:
-        RayslError: The error that a worker raised, with its class and message.
+        RayslError: If a worker returned an error; same class and message.
         ClusterError: If workers failed more often than ``cluster.max_failures``.
+        KeyboardInterrupt: If Ctrl-C or SIGTERM stopped it.
     """
     forget_error(folder)
     for name in ("ray.train", "ray.data"):
@@ -42,44 +44,48 @@ def pretrain_on_ray(
     ray.data.DataContext.get_current().enable_progress_bars = False
     start_shared_actors()
     trainer = _trainer(config, folder=folder, source=source, layout=layout)
+    folder.stop.unlink(missing_ok=True)
     try:
-        # In the main thread Ray handles Ctrl-C itself and ends the process with its own error; in
-        # a thread, Ctrl-C interrupts the wait and the caller disconnects from the cluster.
-        fitted = in_background(trainer.fit, name="raysl-train").result()
-        outcome: Results | ErrorRecord = fitted.return_value  # type: ignore[attr-defined] # of V2
+        with stops_after_step(folder.stop.touch):
+            # Run `fit` in a thread, so that Ctrl-C interrupts only the wait and the caller
+            # disconnects. In the main thread, Ray would end the process with its own error.
+            fitted = in_background(trainer.fit, name="raysl-train").result()
+            outcome: Results | ErrorRecord = fitted.return_value  # type: ignore[attr-defined] # V2
+            if "error" in outcome:
+                raise from_record(outcome)
     except ray.train.TrainingFailedError as error:
         raise _as_cluster_error(error, config) from None
-    if "error" in outcome:
-        raise from_record(outcome)
+    finally:
+        folder.stop.unlink(missing_ok=True)
     return outcome
 
 
 def _trainer(
     config: RunConfig[Any], *, folder: RunFolder, source: Source, layout: Layout
 ) -> TorchTrainer:
-    reference = ray.put(source)
+    source_ref = ray.put(source)
     backend = "nccl" if layout.use_gpu else "gloo"
-    settings = {
+    worker_settings = {
         "config": config.model_dump(mode="json"),
         "folder": str(folder.path),
-        "source": reference,
+        "source": source_ref,
         "threads": layout.threads_per_train_worker,
         "backend": backend,
         "evaluation": evaluator_share(config, layout),
     }
     derived = derive_for(config, source)
-    shape = BatchShape(
+    batches = BatchOptions(
         batch_size=derived.batch_size_per_worker,
         prefetch_batches=config.cluster.prefetch_batches,
         blocks_per_batch=derived.batch_size_per_worker // derived.item_size,
     )
     resources = {"CPU": layout.cpus_per_train_worker}
-    failures = config.cluster.max_failures
-    return _Trainer(
+    max_failures = config.cluster.max_failures
+    return _TrainerWithoutCleaner(
         train_worker,
-        # A reference, because the controller loads this dict, and the settings' classes need torch.
-        train_loop_config={"worker": ray.put(settings), "batches": shape},
-        torch_config=ProcessGroupConfig(backend),  # type: ignore[arg-type] # a BackendConfig too
+        # Pass a reference: the controller loads this dict, and loading the settings imports torch.
+        train_loop_config={"settings": ray.put(worker_settings), "batches": batches},
+        torch_config=ProcessGroupConfig(backend),  # type: ignore[arg-type] # any BackendConfig works
         scaling_config=ScalingConfig(
             num_workers=layout.num_train_workers,
             use_gpu=layout.use_gpu,
@@ -87,7 +93,7 @@ def _trainer(
         ),
         datasets={
             "train": RemainingDataset(
-                reference,
+                source_ref,
                 plan_of(config, source),
                 block_spec(config.data),
                 checkpoints=folder.checkpoints,
@@ -95,20 +101,22 @@ def _trainer(
             )
         },
         dataset_config=DataConfig(execution_options=execution_options()),
-        run_config=RayRunConfig(  # type: ignore[arg-type] # typed as V1's
+        run_config=RayRunConfig(  # type: ignore[arg-type] # stubs are of V1
             name="ray",
             storage_path=str(folder.path),
-            failure_config=FailureConfig(max_failures=failures, controller_failure_limit=failures),
+            failure_config=FailureConfig(
+                max_failures=max_failures, controller_failure_limit=max_failures
+            ),
             worker_runtime_env=worker_runtime_env(),
         ),
     )
 
 
-class _Trainer(TorchTrainer):
+class _TrainerWithoutCleaner(TorchTrainer):
     def _create_default_callbacks(self) -> list[Any]:
-        """Leave out what frees the CPUs of a dead controller where the cluster ends with us.
+        """Omit Ray's placement group cleaner if this process started the cluster.
 
-        It is an actor of its own, and each costs two seconds of a core at the start.
+        Its actor costs two CPU seconds at the start and is needed only in lasting clusters.
         """
         callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
         if not started_here():
@@ -117,11 +125,11 @@ class _Trainer(TorchTrainer):
 
 
 def _as_cluster_error(error: Any, config: RunConfig[Any]) -> ClusterError:
-    failures = getattr(error, "worker_failures", None) or {}
-    inner = next(iter(failures.values()), error)
+    error_by_rank = getattr(error, "worker_failures", None) or {}
+    inner = next(iter(error_by_rank.values()), error)
     text = str(inner).strip() or type(inner).__name__
     return ClusterError(
-        f"the workers failed more often than cluster.max_failures={config.cluster.max_failures}; "
-        f"the last time: {type(inner).__name__}: {text}. The same command resumes from the last "
-        f"checkpoint; Ray's own logs are below session_latest/logs/train of its temporary folder"
+        f"training failed more often than cluster.max_failures={config.cluster.max_failures}; "
+        f"last error: {type(inner).__name__}: {text}. The same command resumes from the last "
+        f"checkpoint; Ray's own logs are in session_latest/logs/train of its folder, /tmp/ray"
     )

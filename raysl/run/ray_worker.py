@@ -12,7 +12,7 @@ import torch
 from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group
 
 from raysl.data.block import Block
-from raysl.errors import ClusterError, ErrorRecord, RayslError, to_record
+from raysl.errors import ClusterError, ErrorRecord, RayslError, StoppedError, to_record
 from raysl.nn.collectives import broadcast_object, rank_and_size
 from raysl.run.measuring import Place
 from raysl.run.ray_errors import wrapped_errors
@@ -59,7 +59,10 @@ def train_worker(settings: dict[str, Any], batches: Iterator[Block]) -> Results 
             start_step=start_step,
             open_batches=lambda _: batches,
             begin=evaluator,
+            stops=folder.stop.exists,
         )
+    except StoppedError as error:
+        return to_record(error)  # on every rank
     except (RayslError, ray.exceptions.RayTaskError) as error:
         # A cluster error may not recur after a restart, so it is raised.
         own_error = next(

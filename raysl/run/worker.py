@@ -52,6 +52,7 @@ def pretrain(
     evaluated: Log | None = None,
     sets: LabelledSets | None = None,
     begin: EvaluationStarter | None = None,
+    stops: Callable[[], bool] = lambda: False,
 ) -> Results:
     """Run one worker of a pretraining, from ``start_step`` to the written encoder.
 
@@ -68,11 +69,13 @@ def pretrain(
             an exception that it raises ends the run.
         sets: The labelled images of the run, if already open; None opens them.
         begin: Starts an evaluation in the background; None evaluates in the workers.
+        stops: Whether to stop after the current step, with a checkpoint.
 
     Returns:
         The results; rank 0 writes ``results.json`` unless protocols are trained after the run.
 
     Raises:
+        StoppedError: If ``stops`` asked for it.
         DivergedError: If the loss is not finite.
         CollapsedError: If the features are the same for all images.
         RunFolderError: If a checkpoint cannot be written or read.
@@ -88,7 +91,7 @@ def pretrain(
     worker.measuring.open(metrics, begin, start_step=start_step)
     if batches is not None:
         trainer = worker.trainer(_schedule(config, derived))
-        hooks = worker.hooks(_log_into(metrics, worker.measuring), evaluated)
+        hooks = worker.hooks(_log_into(metrics, worker.measuring), evaluated, stops)
         trainer.run(batches, start_step=start_step, rank=worker.rank, hooks=hooks)
     average_statistics(worker.method)
     if metrics is not None:  # before the evaluation, so that its errors do not lose the networks
@@ -215,7 +218,7 @@ class _Worker:
         ids = [device.index] if device.type == "cuda" else None
         return DistributedDataParallel(self.method, device_ids=ids, broadcast_buffers=False)
 
-    def hooks(self, log: Log, evaluated: Log | None) -> Hooks:
+    def hooks(self, log: Log, evaluated: Log | None, stops: Callable[[], bool]) -> Hooks:
         """Return the callbacks of the loop on this rank."""
         return Hooks(
             log=log,
@@ -223,6 +226,7 @@ class _Worker:
             evaluate=self.evaluate,
             bad_images=self.report_bad_images,
             evaluated=evaluated,
+            stops=stops,
         )
 
     def restore(self, step: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from raysl.config.base import Config, Duration, PositiveInt
 from raysl.data.block import BAD, FLAW, INDEX, STEP
-from raysl.errors import RayslError
+from raysl.errors import RayslError, StoppedError
 from raysl.methods.base import Batch, Method, Progress
 from raysl.nn.collectives import mean_over_ranks, rank_and_size
 from raysl.nn.geometry import effective_rank, feature_std
@@ -23,6 +23,7 @@ from raysl.train.gradient import backward
 from raysl.train.health import HealthCheck
 
 _NEW_BAD = "data/new_bad_images"
+_STOPS = "stops"
 
 
 class TrainConfig(Config):
@@ -66,6 +67,9 @@ class Hooks:
     bad_images: Callable[[Mapping[int, int], int], float]  # {row: flaw} since the last call, step
     # Receives a step's evaluation results after the step's checkpoint; may raise to end the run.
     evaluated: Log | None = None
+    # Whether to stop after this step, with a checkpoint. One rank is asked after every step;
+    # several agree at logging steps, where they exchange metrics anyway.
+    stops: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True)
@@ -130,12 +134,14 @@ class Trainer:
         """Train from ``start_step`` to the last step, which is known beforehand.
 
         Raises:
+            StoppedError: If ``hooks.stops`` asked for it, after a checkpoint.
             RayslError: If a batch does not belong to the step.
             DivergedError: If a loss is not finite at a logging step.
             CollapsedError: If the features of all images have been equal for too long.
         """
         schedule = self.schedule
         meter = _Meter()
+        is_alone = rank_and_size()[1] == 1
         self.method.train()
         for step in range(start_step, schedule.total_steps):
             batch = meter.wait_for(batches)
@@ -149,6 +155,8 @@ class Trainer:
             # Also check before each checkpoint: a diverged state must not replace a good one.
             is_evaluation = self._evaluates(steps_done)
             is_read = is_checkpoint or is_evaluation or self._due(steps_done, schedule.log_every)
+            stops = (is_read or is_alone) and hooks.stops()
+            is_read = is_read or stops
             _seed_step(schedule.seed, step, rank)
             metrics, features = self._step(
                 self.to_batch(batch), schedule.progress(step, is_logged=is_read)
@@ -160,7 +168,9 @@ class Trainer:
                 meter = _Meter()  # speed is measured from the first step on, not from the start
             logged: dict[str, float] = {}
             if is_read:
+                metrics[_STOPS] = torch.tensor(float(stops))
                 logged = self._read(metrics, features, meter)
+                stops = logged.pop(_STOPS) > 0  # on some rank: all of them stop
                 if logged.pop(_NEW_BAD) > 0:  # on some rank: all of them report
                     logged["data/bad_images"] = hooks.bad_images(self._bad, steps_done)
                     self._bad = {}
@@ -173,10 +183,15 @@ class Trainer:
                 hooks.log(logged, steps_done)
             if "train/loss" in logged:
                 self.health(logged, step=steps_done)
-            if is_checkpoint:
+            if is_checkpoint or stops:
                 meter.pause(lambda steps_done=steps_done: hooks.checkpoint(steps_done))  # type: ignore[misc]
             if is_evaluation and (report := hooks.evaluated) is not None:
                 meter.pause(lambda steps_done=steps_done, values=logged: report(values, steps_done))  # type: ignore[misc]
+            self._end_if(stops, steps_done)
+
+    def _end_if(self, stops: bool, steps_done: int) -> None:
+        if stops and steps_done < self.schedule.total_steps:  # else nothing is left to stop
+            raise StoppedError(f"after step {steps_done} of {self.schedule.total_steps}")
 
     def _step(self, batch: Batch, progress: Progress) -> tuple[dict[str, Tensor], Tensor]:
         for optimizer in self.optimizers:

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from mlflow.tracking import MlflowClient
 
 from raysl.cli import main
 from raysl.encoder.file import load_encoder
-from raysl.track.run_folder import RunFolder, read_metrics
+from raysl.track.run_folder import RunFolder, list_checkpoints, read_metrics
 
 PIPELINE = Path(__file__).parents[2] / "pipelines" / "pretrain.py"
 
@@ -110,12 +111,22 @@ class TestPretrain:
         ours, theirs = (load_encoder(path).state_dict() for path in files)
         assert all((ours[key] == theirs[key]).all() for key in ours)
 
-    @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.ray)])
-    @pytest.mark.usefixtures("no_ray_cluster")
-    def test_ctrl_c_says_how_to_go_on(self, run_yaml: Callable[[str], Path], workers: int) -> None:
+    @pytest.mark.parametrize(
+        ("workers", "number"),
+        [(0, signal.SIGINT), pytest.param(1, signal.SIGTERM, marks=pytest.mark.ray)],
+    )
+    @pytest.mark.usefixtures("no_ray_cluster", "empty_store_here")
+    def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(
+        self,
+        run_yaml: Callable[[str], Path],
+        workers: int,
+        number: signal.Signals,
+        tmp_path: Path,
+    ) -> None:
         config = run_yaml("stopped")
         command = [sys.executable, PIPELINE, config, "train.steps=5000", "evaluate.every=null"]
-        command += [f"cluster.num_train_workers={workers}"]
+        command += [f"cluster.num_train_workers={workers}", "train.checkpoint_every={steps: 4000}"]
+        command += ["track={mlflow: true}"]
         process = subprocess.Popen(
             command,
             stderr=subprocess.PIPE,
@@ -125,13 +136,20 @@ class TestPretrain:
         )
         try:
             wait_for(lambda: bool(losses("stopped")))
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             _, error = process.communicate(timeout=300)
         finally:
             process.kill()
-        assert process.returncode == 130
-        assert "the same command resumes" in error
+        assert process.returncode == 128 + number
+        folder = RunFolder(Path("runs/stopped"))
+        (step,) = list_checkpoints(folder.checkpoints)
+        assert 1 <= step < 4000
+        told = f"stopped after step {step} of 5000; the same command resumes from its last checkp"
+        assert told in error.splitlines()[-1]
         assert "Traceback" not in error
+        assert max(losses("stopped")) == step  # no step is wasted
+        (run,) = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["1"])
+        assert run.info.status == "KILLED"
 
     def test_two_processes_cannot_train_in_one_folder(
         self, run_yaml: Callable[[str], Path], capsys: pytest.CaptureFixture[str]

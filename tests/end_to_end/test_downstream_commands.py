@@ -156,7 +156,7 @@ class TestFinetuneThenDistill:
         with monkeypatch.context() as patch:
             patch.setattr("raysl.methods.supervised.supervised_loss", stopping_at(6))
             assert main(parted) == 130
-        assert "the same command resumes from the last checkpoint" in capsys.readouterr().err
+        assert "the same command resumes from its last checkpoint" in capsys.readouterr().err
         folders = [RunFolder(Path("runs") / name) for name in ("whole", "parted")]
         assert list_checkpoints(folders[1].checkpoints)[-1] == 4
         assert not folders[1].classifier.exists()

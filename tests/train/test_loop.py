@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raysl.errors import CollapsedError, DivergedError, RayslError
+from raysl.errors import CollapsedError, DivergedError, RayslError, StoppedError
 from raysl.methods.base import Batch, LossOutput, Method, MethodConfig, Progress, TrainingSet
 from raysl.nn.backbones import Backbone
 from raysl.optim.build import Rates, ScheduledOptimizer
@@ -127,6 +127,7 @@ class Run:
         start_step: int = 0,
         rank: int = 0,
         checkpoint: Callable[[int], None] | None = None,
+        stops: Callable[[], bool] = lambda: False,
     ) -> "Run":
         total = self.trainer.schedule.total_steps
         hooks = Hooks(
@@ -135,6 +136,7 @@ class Run:
             evaluate=self._evaluate,
             bad_images=self._bad_images,
             evaluated=self._evaluated,
+            stops=stops,
         )
         stream = batches(start_step, total) if stream is None else stream
         self.trainer.run(stream, start_step=start_step, rank=rank, hooks=hooks)
@@ -219,6 +221,23 @@ class TestResume:
     def test_a_finished_run_takes_no_batch(self) -> None:
         run = Run().start(iter([]), start_step=10)
         assert run.calls == []
+
+
+class TestStop:
+    def test_a_step_that_is_asked_to_be_the_last_leaves_metrics_and_a_checkpoint(self) -> None:
+        run = Run(log_every=100)
+        with pytest.raises(StoppedError, match=r"^after step 4 of 10$"):
+            run.start(stops=lambda: len(run.method.after) == 3)
+        assert run.calls[-2:] == ["log 4", "checkpoint 4"]
+        assert run.checkpoints == [4]
+        assert "stops" not in run.logged[-1][1]
+        whole = Run().start()
+        assert run.values("train/loss")[4] == whole.values("train/loss")[4]
+
+    def test_nothing_is_left_to_stop_after_the_last_step(self) -> None:
+        run = Run()
+        run.start(stops=lambda: len(run.method.after) == 9)
+        assert run.checkpoints == [10]
 
 
 class TestStream:
