@@ -48,10 +48,10 @@ track: {mlflow: false}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give all tests on Ray to one of xdist's processes, and each other file to any of them."""
+    """Give tests that share a Ray, or a pool of ranks, to one of xdist's processes."""
     for item in items:
-        group = "ray" if item.get_closest_marker("ray") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+        shared = [mark for mark in ("ray", "distributed") if item.get_closest_marker(mark)]
+        item.add_marker(pytest.mark.xdist_group(shared[0] if shared else str(item.path)))
 
 
 @pytest.fixture(scope="session")

@@ -94,7 +94,7 @@ def sweep_on_ray(
         The trials that Tune gave up without a callback, by number, and the reason for each. They
         have not ended.
     """
-    _prepare()
+    _prepare(shares)
     scheduler = _scheduler(sweep)
     max_running = shares.at_a_time if shares.nested else None
     _add_earlier(scheduler, earlier, most_trials=most_trials, max_running=max_running)
@@ -104,7 +104,7 @@ def sweep_on_ray(
     if sweep.scheduler.name == "pbt":  # Tune's PBT accepts no searcher
         search, space = _all_points(suggestions)
     else:
-        search, space = _Search(suggestions, callback, scheduler, max_running=max_running), {}
+        search, space = _Search(suggestions, callback, scheduler, max_running=shares.at_a_time), {}
     tuner = tune.Tuner(
         tune.with_resources(_trainable(sweep, folder, sources), _resources(shares)),
         param_space=space,
@@ -127,11 +127,14 @@ def sweep_on_ray(
     return callback.lost
 
 
-def _prepare() -> None:
+def _prepare(shares: Shares) -> None:
     """Set the environment variables that Tune reads in the driver, and silence its loggers."""
     for name in ("ray.tune", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.update(_TUNE_ENVIRONMENT)
+    # With a searcher, Tune starts one trial after the other, each for the seconds in which its
+    # process loads torch, unless it is told otherwise.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(shares.at_a_time)
 
 
 def _trainable(sweep: SweepConfig, folder: SweepFolder, sources: Mapping[str, Source]) -> Any:

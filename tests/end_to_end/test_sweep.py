@@ -30,7 +30,7 @@ data:
   limit: 320
   views:
     recipe: custom
-    kinds: [{count: 2, size_px: 32, crop: {scale: [0.5, 1.0]}, ops: [{op: rotate}]}]
+    kinds: [{count: 2, size_px: 16, crop: {scale: [0.5, 1.0]}, ops: [{op: rotate}]}]
 backbone: {name: resnet18, stem: small, width: 0.125}
 method: {name: moco, queue_length: 64, ema_momentum: 0.9}
 optim: {name: adamw, base_lr: 1.0e-3}
@@ -41,7 +41,7 @@ SWEEP = """\
 base: base.yaml
 space:
   method.temperature: {grid: [0.1, 0.5]}
-  method.queue_length: {grid: [64, 128]}
+  method.queue_length: {grid: [64]}
   optim.base_lr: {grid: [1.0e-3, 1.0e+30]}
 search: {name: grid}
 metric: {also: [train/effective_rank]}
@@ -112,9 +112,9 @@ def test_a_sweep_that_is_killed_goes_on_and_loses_and_repeats_nothing(
     status, results, said = sweep()  # on another cluster than the one that was killed
 
     assert status == 0, said
-    assert results["trials"] == 8
-    assert results["failed"] == 4  # a learning rate at which everything diverges
-    assert results["finished"] + results["stopped_early"] == 4
+    assert results["trials"] == 4
+    assert results["failed"] == 2  # a learning rate at which everything diverges
+    assert results["finished"] + results["stopped_early"] == 2
     assert results["best_params"]["optim.base_lr"] == 1e-3
     for path, written in finished.items():
         assert path.stat().st_mtime_ns == written
@@ -128,14 +128,14 @@ def test_a_sweep_that_is_killed_goes_on_and_loses_and_repeats_nothing(
     children = [
         run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id
     ]
-    assert len(runs) == 9
-    assert sorted(run.data.tags["trial"] for run in children) == [str(n) for n in range(8)]
-    assert [run.data.tags["status"] for run in children].count("failed") == 4
+    assert len(runs) == 5
+    assert sorted(run.data.tags["trial"] for run in children) == [str(n) for n in range(4)]
+    assert [run.data.tags["status"] for run in children].count("failed") == 2
     assert {run.info.status for run in children} == {"FINISHED", "FAILED"}
     assert parent.info.status == "FINISHED"
     for run in children:
         assert run.data.params["method.temperature"] in ("0.1", "0.5")
-        assert run.data.params["method.queue_length"] in ("64", "128")
+        assert run.data.params["method.queue_length"] == "64"
         if run.data.tags["status"] == "failed":
             assert "DivergedError" in run.data.tags["error"]
     files = {f.path for f in MlflowClient(store(folder)).list_artifacts(parent.info.run_id)}
@@ -148,7 +148,7 @@ def test_a_sweep_that_is_killed_goes_on_and_loses_and_repeats_nothing(
     status, again, said = sweep()
     assert (status, "this sweep is finished" in said) == (0, True), said
     assert again["parent_run_id"] == results["parent_run_id"]
-    assert len(runs_in_mlflow(folder)) == 9
+    assert len(runs_in_mlflow(folder)) == 5
 
 
 def store(folder: Path) -> str:
