@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,14 @@ class TestTwoWorkers:
         calm = ["method.temperature=1.0", "optim.base_lr=1e-4", "optim.warmup={steps: 0}"]
         calm += ["backbone={name: resnet18, batch_norm: sync}", "evaluate.every=null"]
         assert pretrain(run_yaml("one"), *calm) == 0
+        loads_torch: dict[str, bool] = {}
+        names = ("TrainController", "DatasetManager", "RayTrainWorker")
+        watcher = threading.Thread(target=watch_torch, args=("two", names, loads_torch))
+        watcher.start()
         assert pretrain(run_yaml("two"), *calm, "cluster.num_train_workers=2") == 0
+        watcher.join()
+        # The workers wait for the other two, which must not load for seconds what they do not use.
+        assert loads_torch == dict(zip(names, (False, False, True), strict=True))
         one, two = losses("one"), losses("two")
         assert two == pytest.approx(one, abs=1e-3)
         assert max(one.values()) - min(one.values()) > 0.02  # each step has images of its own
@@ -130,6 +137,18 @@ def kill_at(name: str, step: int, killed: list[list[int]]) -> None:
                 killed.append(list_waiting(folder.to_evaluate))
             return
         time.sleep(0.05)
+
+
+def watch_torch(name: str, processes_of: Sequence[str], loads_torch: dict[str, bool]) -> None:
+    """Note which of Ray's processes have loaded torch by a run's first step."""
+    folder = RunFolder(Path("runs") / name)
+    deadline = time.monotonic() + 400
+    while not read_metrics(folder.metrics) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for each in processes_of:
+        for process in processes(each):
+            maps = Path(f"/proc/{process.pid}/maps").read_text()
+            loads_torch[each] = "libtorch" in maps
 
 
 def processes(name: str) -> list[Any]:

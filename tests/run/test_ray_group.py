@@ -1,0 +1,71 @@
+"""What the controller loads: it must not need torch, and lets the workers find each other."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from raysl.run import ray_group
+from raysl.run.ray_group import ProcessGroup, ProcessGroupConfig
+
+pytestmark = pytest.mark.usefixtures("done_at_once")
+
+
+class Workers:
+    """Stands for Ray Train's worker group: runs each function here, and notes it."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __len__(self) -> int:
+        return self.size
+
+    def execute_single(self, rank: int, function: Callable[[], Any]) -> Any:
+        assert rank == 0
+        return "10.0.0.7", 29500
+
+    def execute(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.calls.append((function.__name__, arguments))
+        function(*arguments)
+
+    def execute_async(self, function: Callable[..., Any], *arguments: Any) -> list[str]:
+        self.calls.append((function.__name__, arguments))
+        return ["leaving"] * self.size
+
+
+@pytest.fixture
+def done_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(ray_group.ray, "wait", lambda refs, **_: (refs, []))
+
+
+def test_importing_it_does_not_load_torch() -> None:
+    code = "import sys, raysl.run.ray_group; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_workers_are_told_where_rank_0_is() -> None:
+    workers, config = Workers(3), ProcessGroupConfig("gloo")
+    assert config.backend_cls is ProcessGroup
+    ProcessGroup().on_start(workers, config)
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.7", "29500")
+
+
+@pytest.mark.parametrize(("size", "destroys"), [(1, False), (2, True)])
+def test_workers_leave_the_group_if_there_is_one(size: int, destroys: bool) -> None:
+    workers = Workers(size)
+    ProcessGroup().on_shutdown(workers, ProcessGroupConfig("gloo"))
+    assert workers.calls == [("_leave", (destroys,))]
+
+
+def test_a_worker_that_never_loaded_torch_has_no_group_to_leave(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setitem(sys.modules, "ray.train.torch.config", None)  # importing it would fail
+    ray_group._leave(True)
