@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import secrets
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -41,8 +42,6 @@ WORKER_ENVIRONMENT = {
 
 # Environment of a cluster that this process starts for itself.
 _LOCAL_ENVIRONMENT = {
-    # Ray would otherwise write a token to the home folder, and later clusters would require it.
-    "RAY_AUTH_MODE": "disabled",
     # An actor that asks whether the cloud takes nodes away, which this machine is not.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Ray Train looks this often whether its few workers are done.
@@ -81,8 +80,17 @@ def connect() -> bool:
     if "RAY_ADDRESS" not in os.environ:
         for name, value in _LOCAL_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        if os.environ.get("RAY_AUTH_MODE") is None:
+            # Who reaches a port of Ray can start processes, so each call carries a token, which
+            # only this process and its children know. A file in the home folder would make later
+            # clusters require it.
+            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
         # Not the cluster, dead or a stranger's, that a file of an earlier Ray may name.
-        options = {"address": "local", "include_dashboard": False}
+        options = {
+            "address": "local",
+            "include_dashboard": False,
+            "_node_ip_address": "127.0.0.1",
+        }
     try:
         with keeps_sigterm():
             ray.init(

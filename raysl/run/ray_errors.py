@@ -26,7 +26,12 @@ def own_errors(what: str) -> Iterator[None]:
     except ray.exceptions.RayError as error:
         own = next(wrapped_errors(error), None)
         if own is not None:
-            raise own from None
+            try:
+                raise own from None
+            finally:
+                # Its traceback refers to this frame: a cycle that would keep the stream's actors,
+                # and their CPUs, until the garbage collector runs.
+                del own
         last = str(error).strip().splitlines()[-1]
         raise ClusterError(f"{what} failed: {type(error).__name__}: {last}") from None
 
