@@ -25,8 +25,6 @@ os.environ.update(
         "GIT_PYTHON_REFRESH": "quiet",
     }
 )
-if "PYTEST_XDIST_WORKER" in os.environ:  # another process of tests needs the other cores
-    os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
@@ -45,13 +43,6 @@ evaluate: {every: {steps: 3}, final: [knn], max_train_images: 200, max_test_imag
 cluster: {num_train_workers: 0, threads_per_train_worker: 1, num_data_workers: 1}
 track: {mlflow: false}
 """
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give tests that share a Ray, or a pool of ranks, to one of xdist's processes."""
-    for item in items:
-        shared = [mark for mark in ("ray", "distributed") if item.get_closest_marker(mark)]
-        item.add_marker(pytest.mark.xdist_group(shared[0] if shared else str(item.path)))
 
 
 @pytest.fixture(scope="session")
