@@ -34,7 +34,7 @@ ENTRANCES = {"__init__", "__main__"}
 COMMAND = "command"
 COMMAND_FLOOR = FLOOR_OF["cli"]
 
-ONLY_IN = {"ray": "*/ray_*.py", "mlflow": "track/mlflow_*.py", "yaml": "config/load.py"}
+ONLY_IN = {"ray": "*/ray_*.py", "mlflow": "track/mlflow_*.py", "yaml": "config/yaml_text.py"}
 METHODS_DO_NOT_KNOW = {"ray", "mlflow", "logging", "torch.distributed", "torch.optim"}
 NOT_A_NAME = {"utils", "util", "helpers", "helper", "common", "misc", "core", "tools"}
 

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from raysl.config.load import to_yaml
 from raysl.config.shipped import first_clause, shipped_configs
+from raysl.config.yaml_text import to_yaml
 from raysl.errors import ConfigError
 from raysl.evaluate.training_source import open_training_source
 from raysl.folder.whole import write_text

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 
-from raysl.config.load import read_mapping, to_yaml
+from raysl.config.load import read_mapping
+from raysl.config.yaml_text import to_yaml
 from raysl.downstream.pipeline import PipelineConfig, RunConfigs, Step, load_pipeline, plan_steps
 from raysl.errors import RunFolderError
 from raysl.evaluate.training_source import seen_part

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from raysl.config.load import to_yaml
+from raysl.config.yaml_text import to_yaml
 from raysl.errors import DataError
 from raysl.evaluate.registry import PROTOCOLS
 from raysl.exchange.library_lines import encoder_lines

@@ -5,7 +5,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from raysl.config.load import read_mapping, to_yaml
+from raysl.config.load import read_mapping
+from raysl.config.yaml_text import to_yaml
 from raysl.data.first_look import first_look
 from raysl.errors import RayslError, RunFolderError
 from raysl.evaluate.training_source import open_training_source

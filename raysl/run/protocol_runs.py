@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from raysl.config.load import read_mapping, to_yaml
+from raysl.config.load import read_mapping
+from raysl.config.yaml_text import to_yaml
 from raysl.errors import ConfigError, DivergedError
 from raysl.evaluate.embedding import encoder_digest
 from raysl.evaluate.protocol import mean_and_std, protocol_texts

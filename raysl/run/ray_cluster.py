@@ -80,17 +80,12 @@ def connect() -> bool:
     if "RAY_ADDRESS" not in os.environ:
         for name, value in _LOCAL_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        if os.environ.get("RAY_AUTH_MODE") is None:
-            # Who reaches a port of Ray can start processes, so each call carries a token, which
-            # only this process and its children know. A file in the home folder would make later
-            # clusters require it.
-            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+        # A new Ray asks for a token unless RAY_AUTH_MODE says otherwise, because who reaches one of
+        # its ports can start processes. This one only this process and its children know. Ray would
+        # write its own to a file in the home folder, and later clusters would require that.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         # Not the cluster, dead or a stranger's, that a file of an earlier Ray may name.
-        options = {
-            "address": "local",
-            "include_dashboard": False,
-            "_node_ip_address": "127.0.0.1",
-        }
+        options = {"address": "local", "include_dashboard": False}
     try:
         with keeps_sigterm():
             ray.init(

@@ -65,11 +65,10 @@ def pretrain(
         place: This worker's device and threads.
         start_step: Step of the checkpoint to resume from; 0 starts from scratch.
         open_batches: Opens this rank's stream of batches, beginning at ``start_step``.
-        evaluated: Called with the metrics and the step of each evaluation, after the checkpoint;
-            an exception that it raises ends the run.
+        evaluated: Called with each evaluation's metrics and step, after the checkpoint; may raise.
         sets: The labelled images of the run, if already open; None opens them.
         begin: Starts an evaluation in the background; None evaluates in the workers.
-        stops: Whether to stop after the current step, with a checkpoint.
+        stops: Whether to stop after this step, with a checkpoint.
 
     Returns:
         The results; rank 0 writes ``results.json`` unless protocols are trained after the run.
@@ -82,7 +81,6 @@ def pretrain(
     """
     torch.set_num_threads(place.threads)
     derived = derive_for(config, source)
-    # Opened first, so that the stream starts while the model is built.
     batches = open_batches(derived) if start_step < derived.total_steps else None
     worker = _Worker(config, folder=folder, source=source, place=place, sets=sets)
     if start_step:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from raysl.config.load import to_yaml
+from raysl.config.yaml_text import to_yaml
 from raysl.errors import ConfigError, RayslError, SweepError
 from raysl.folder.whole import write_json, write_text
 from raysl.report.terminal import console, print_json, say

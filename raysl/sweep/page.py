@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from raysl.config.load import to_yaml
+from raysl.config.yaml_text import to_yaml
 from raysl.report.document import (
     collapsible,
     draw_each,

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raysl.config.load import get_key, read_mapping, set_key, to_yaml
+from raysl.config.load import get_key, read_mapping, set_key
+from raysl.config.yaml_text import to_yaml
 from raysl.errors import DivergedError
 from raysl.evaluate.old_keys import resolve_final
 from raysl.evaluate.registry import FINAL

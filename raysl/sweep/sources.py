@@ -4,7 +4,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from raysl.config.load import read_mapping, to_yaml
+from raysl.config.load import read_mapping
+from raysl.config.yaml_text import to_yaml
 from raysl.errors import RunFolderError
 from raysl.evaluate.training_source import open_training_source
 from raysl.folder.whole import read_json, write_text

@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from raysl.config.load import read_mapping, to_yaml, validate
+from raysl.config.load import read_mapping, validate
+from raysl.config.yaml_text import to_yaml
 from raysl.errors import RunFolderError
 from raysl.folder.claim import ANOTHER_NAME, changes, refusal
 from raysl.folder.lock import lock_folder

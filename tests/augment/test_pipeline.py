@@ -11,7 +11,8 @@ from raysl.augment.crop import Crop, CropBox, Image, apply_crop
 from raysl.augment.ops import Blur, Flip, Grey, Op, Rotate, Solarise
 from raysl.augment.pipeline import View, ViewPlan, apply_view, make_views, plan_view
 from raysl.augment.random import borrow_view_stream
-from raysl.config.load import parse_yaml, to_yaml, validate
+from raysl.config.load import validate
+from raysl.config.yaml_text import parse_yaml, to_yaml
 from raysl.errors import ConfigError
 
 EVERY_OP = tuple(kind(prob=0.5) for kind in get_args(get_args(Op)[0]))

@@ -26,7 +26,8 @@ from raysl.augment.recipes import (
     Views,
 )
 from raysl.config.base import Config
-from raysl.config.load import parse_yaml, to_yaml, validate
+from raysl.config.load import validate
+from raysl.config.yaml_text import parse_yaml, to_yaml
 from raysl.errors import ConfigError
 
 

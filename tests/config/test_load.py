@@ -10,12 +10,11 @@ from raysl.config.load import (
     apply_overrides,
     drop_key,
     get_key,
-    parse_yaml,
     read_mapping,
-    to_yaml,
     validate,
     validated,
 )
+from raysl.config.yaml_text import parse_yaml, to_yaml
 from raysl.errors import ConfigError
 
 

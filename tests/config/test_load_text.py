@@ -61,9 +61,9 @@ class TestTooLarge:
         path = tmp_path / "run.yaml"
         path.write_text("a: &a [1, 2, 3]\nb: &b [*a, *a, *a]\nc: [*b, *b]\n")
         # 1 mapping, 3 keys, 4 values in a, 1 + 3 * 4 in b, 1 + 2 * 13 in c
-        monkeypatch.setattr("raysl.config.load._MAX_VALUES", 48)
+        monkeypatch.setattr("raysl.config.yaml_text._MAX_VALUES", 48)
         assert len(read_mapping(path)["c"]) == 2
-        monkeypatch.setattr("raysl.config.load._MAX_VALUES", 47)
+        monkeypatch.setattr("raysl.config.yaml_text._MAX_VALUES", 47)
         with pytest.raises(ConfigError, match=r"run\.yaml: more than 47 values, with aliases"):
             read_mapping(path)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from raysl.config.load import to_yaml
+from raysl.config.yaml_text import to_yaml
 from raysl.methods import pretraining_method_names
 from raysl.run.recipe import RunConfig, load_run
 

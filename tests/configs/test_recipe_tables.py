@@ -12,7 +12,7 @@ from torch import nn
 
 from raysl.augment.pipeline import View
 from raysl.config.base import Config
-from raysl.config.load import parse_yaml
+from raysl.config.yaml_text import parse_yaml
 from raysl.methods import load_method
 from raysl.methods.base import Method, TrainingSet
 from raysl.nn.backbones import build_backbone

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from raysl.config.load import read_mapping, to_yaml, validate
+from raysl.config.load import read_mapping, validate
+from raysl.config.yaml_text import to_yaml
 from raysl.methods import pretraining_method_names
 from raysl.run.recipe import RunConfig
 from raysl.sweep.check import check

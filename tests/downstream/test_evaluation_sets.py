@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from raysl.config.load import to_yaml
+from raysl.config.yaml_text import to_yaml
 from raysl.downstream.evaluation_config import (
     EvaluationConfig,
     EvaluationData,

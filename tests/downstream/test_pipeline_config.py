@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from raysl.config.load import to_yaml, validate
+from raysl.config.load import validate
+from raysl.config.yaml_text import to_yaml
 from raysl.downstream.pipeline import PipelineConfig, RunConfigs, Step, load_pipeline, plan_steps
 from raysl.errors import ConfigError
 from raysl.run.recipe import RunConfig

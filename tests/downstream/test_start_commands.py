@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from raysl.cli import main
-from raysl.config.load import to_yaml
+from raysl.config.yaml_text import to_yaml
 from raysl.run.recipe import RunConfig, load_run
 from raysl.run.shell import Typed
 from raysl.track.run_folder import RunFolder

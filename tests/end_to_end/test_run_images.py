@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from raysl.cli import main
-from raysl.config.load import read_mapping, to_yaml
+from raysl.config.load import read_mapping
+from raysl.config.yaml_text import to_yaml
 from raysl.sources.folder import FolderSource
 from raysl.sources.source import Encoded, Unreadable
 from raysl.track.run_folder import RunFolder, checkpoint_path, latest_step, list_checkpoints

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from raysl.config.load import to_yaml
+from raysl.config.yaml_text import to_yaml
 from raysl.errors import ConfigError, DataError
 from raysl.evaluate.training_source import open_training_source
 from raysl.nn.backbones import build_backbone

@@ -14,7 +14,8 @@ from raysl.augment.ops import Op
 from raysl.augment.pipeline import View
 from raysl.augment.random import borrow_view_stream
 from raysl.augment.recipes import CustomViews
-from raysl.config.load import parse_yaml, validate
+from raysl.config.load import validate
+from raysl.config.yaml_text import parse_yaml
 from raysl.data.block import Block, view_column
 from raysl.data.plan import Plan
 from raysl.data.stream import BlockSpec, ItemMaker, iterate, join_chunks

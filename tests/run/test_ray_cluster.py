@@ -1,5 +1,7 @@
 """A run that does not fit the cluster is refused before it starts."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,3 +62,35 @@ def test_whatever_keeps_ray_from_starting_is_told_as_what_it_is(
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(ClusterError, match=r"cannot connect to Ray.*timed out during startup"):
         connect()
+
+
+_STRANGER = """
+import os, subprocess, sys
+from raysl.run.ray_cluster import connect, disconnect
+assert connect()
+import ray
+address = ray.get_runtime_context().gcs_address
+assert ray.get(ray.remote(lambda: 7).remote()) == 7  # its own processes know the token
+environment = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_TOKEN"}
+environment["RAY_AUTH_MODE"] = "disabled"  # as somebody's Ray that knows no tokens; told at once
+code = "import sys; from ray._raylet import GcsClient; print(GcsClient(sys.argv[1]).get_all_node_info())"
+done = subprocess.run([sys.executable, "-c", code, address], env=environment, text=True,
+                      capture_output=True, timeout=120)
+print(done.returncode, done.stdout, done.stderr[-2000:])
+disconnect()
+"""
+
+
+def test_a_cluster_of_its_own_refuses_who_does_not_know_its_token(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", _STRANGER], text=True, capture_output=True, timeout=240, check=True
+    )
+    assert done.stdout.startswith("1 "), done.stdout
+    assert "uthentication" in done.stdout
+    assert "NodeID" not in done.stdout
+    assert not (tmp_path / ".ray").exists()  # a token there would be asked for by later clusters

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from raysl.config.load import to_yaml
+from raysl.config.yaml_text import to_yaml
 from raysl.errors import ConfigError
 from raysl.methods import load_method, method_names
 from raysl.run.recipe import RunConfig, idle_problems, load_run, run_from_user

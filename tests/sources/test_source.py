@@ -8,7 +8,8 @@ import pytest
 
 from raysl.augment.pipeline import View
 from raysl.augment.recipes import CustomViews, MoCoV1Views
-from raysl.config.load import parse_yaml, to_yaml, validate
+from raysl.config.load import validate
+from raysl.config.yaml_text import parse_yaml, to_yaml
 from raysl.errors import ConfigError, DataError
 from raysl.sources.source import ArraySource, DataConfig, SourceConfig, digest
 from raysl.sources.storage import resolve

@@ -5,7 +5,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from raysl.config.load import parse_override, parse_yaml, to_yaml, validate
+from raysl.config.load import parse_override, validate
+from raysl.config.yaml_text import parse_yaml, to_yaml
 from raysl.sources.labels import Rows, balanced_subset, hold_out
 from raysl.sources.mixed import MixedSource
 from raysl.sources.open import open_source

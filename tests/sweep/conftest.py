@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from raysl.config.load import to_yaml, validate
+from raysl.config.load import validate
+from raysl.config.yaml_text import to_yaml
 from raysl.sweep.config import SweepConfig
 
 MOCO = {

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from raysl.config.load import to_yaml, validate
+from raysl.config.load import validate
+from raysl.config.yaml_text import to_yaml
 from raysl.sweep.choices import Choices, draw_random, sample
 from raysl.sweep.config import Dimension, SweepConfig
 

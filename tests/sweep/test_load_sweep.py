@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from raysl.config.load import to_yaml
+from raysl.config.yaml_text import to_yaml
 from raysl.errors import ConfigError
 from raysl.sweep.load import load_sweep
 from raysl.sweep.space import draw

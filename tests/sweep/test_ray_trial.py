@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from raysl.config.load import read_mapping, to_yaml
+from raysl.config.load import read_mapping
+from raysl.config.yaml_text import to_yaml
 from raysl.errors import ClusterError
 from raysl.folder.whole import write_json
 from raysl.run.recipe import RunConfig, load_run

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from raysl.config.base import Duration
-from raysl.config.load import to_yaml
+from raysl.config.yaml_text import to_yaml
 from raysl.errors import ConfigError
 from raysl.evaluate.registry import FINAL
 from raysl.run.recipe import RunConfig

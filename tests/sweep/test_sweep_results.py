@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from raysl.config.load import to_yaml
+from raysl.config.yaml_text import to_yaml
 from raysl.evaluate.registry import FINAL
 from raysl.folder.whole import write_json
 from raysl.run.recipe import load_run

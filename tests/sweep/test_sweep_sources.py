@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from raysl.config.load import read_mapping, to_yaml
+from raysl.config.load import read_mapping
+from raysl.config.yaml_text import to_yaml
 from raysl.errors import RunFolderError
 from raysl.run.recipe import RunConfig, run_from_values
 from raysl.run.source_record import record_source

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from raysl.config.load import to_yaml
+from raysl.config.yaml_text import to_yaml
 from raysl.sweep.config import SweepConfig
 from raysl.sweep.space import Candidate
 from raysl.sweep.trial import SweepFolder, read_trial, write_trial
