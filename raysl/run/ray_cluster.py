@@ -49,6 +49,16 @@ _LOCAL_ENVIRONMENT = {
 }
 
 
+class ClusterNeeds(NamedTuple):
+    """What a run asks of the cluster; the settings of ``cluster`` by the same names."""
+
+    num_train_workers: int
+    device: str
+    cpus_per_train_worker: float | None
+    num_data_workers: int | None
+    threads_per_train_worker: int | None
+
+
 class Layout(NamedTuple):
     """Workers of a run and their shares of the cluster."""
 
@@ -143,14 +153,34 @@ def worker_runtime_env() -> dict[str, dict[str, str]] | None:
     return {"env_vars": variables}
 
 
+def needs_of(config: "RunConfig[Any]", layout: Layout | None = None) -> ClusterNeeds:
+    """Return what a run asks of the cluster.
+
+    Args:
+        config: The run's configuration.
+        layout: Where its train workers run already, so that their device and CPUs are fixed.
+    """
+    cluster = config.cluster
+    needs = ClusterNeeds(*(getattr(cluster, name) for name in ClusterNeeds._fields))
+    if layout is None:
+        return needs
+    device = "cuda" if layout.use_gpu else "cpu"
+    return needs._replace(device=device, cpus_per_train_worker=layout.cpus_per_train_worker)
+
+
 def plan_layout(config: "RunConfig[Any]") -> Layout:
-    """Divide the connected cluster between train workers and data workers.
+    """Divide the connected cluster between the workers of a run; see :func:`layout_for`."""
+    return layout_for(needs_of(config))
+
+
+def layout_for(cluster: ClusterNeeds) -> Layout:
+    """Divide the connected cluster, as it is now, between train workers and data workers.
 
     Raises:
         ClusterError: If the run does not fit. Ray Data would wait forever, without a message, for
             CPUs that the train workers hold.
     """
-    cluster, total = config.cluster, ray.cluster_resources()
+    total = ray.cluster_resources()
     workers, cpus = cluster.num_train_workers, total.get("CPU", 0.0)
     gpus = total.get("GPU", 0.0)
     use_gpu = cluster.device == "cuda" or (cluster.device == "auto" and gpus >= workers)

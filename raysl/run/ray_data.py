@@ -18,7 +18,7 @@ from ray.data.datasource import Datasource, ReadTask
 from raysl.data.block import INDEX, Block, is_view_column
 from raysl.data.plan import Plan
 from raysl.data.stream import BlockSpec, ItemMaker, concatenate
-from raysl.run.ray_cluster import READ_CPUS, Layout, in_background
+from raysl.run.ray_cluster import READ_CPUS, ClusterNeeds, Layout, in_background, layout_for
 from raysl.track.run_folder import latest_step
 
 _NUMBER = "number"
@@ -187,7 +187,8 @@ class RemainingDataset:
         plan: The order of the images.
         spec: The views to make.
         checkpoints: Folder of the checkpoints; the newest complete one gives the first step.
-        layout: Numbers of data workers and train workers.
+        needs: What the run asks of the cluster. Data workers are planned at each start, because
+            nodes may have gone or come since the last.
     """
 
     def __init__(
@@ -197,22 +198,26 @@ class RemainingDataset:
         spec: BlockSpec,
         *,
         checkpoints: Path,
-        layout: Layout,
+        needs: ClusterNeeds,
     ) -> None:
         self.source = source
         self.plan = plan
         self.spec = spec
         self.checkpoints = checkpoints
-        self.layout = layout
+        self.needs = needs
 
     def __call__(self) -> Dataset:
-        """Return the dataset from the newest complete checkpoint on."""
+        """Return the dataset from the newest complete checkpoint on.
+
+        Raises:
+            ClusterError: If the nodes that are left have no CPU to make views.
+        """
         return open_dataset(
             self.source,
             self.plan,
             self.spec,
             start_step=latest_step(self.checkpoints),
-            layout=self.layout,
+            layout=layout_for(self.needs),
         )
 
 

@@ -14,6 +14,7 @@ from raysl.errors import ClusterError, ErrorRecord, from_record
 from raysl.run.ray_cluster import (
     Layout,
     in_background,
+    needs_of,
     start_shared_actors,
     started_here,
     worker_runtime_env,
@@ -97,7 +98,7 @@ def _trainer(
                 plan_of(config, source),
                 block_spec(config.data),
                 checkpoints=folder.checkpoints,
-                layout=layout,
+                needs=needs_of(config, layout),
             )
         },
         dataset_config=DataConfig(execution_options=execution_options()),

@@ -9,7 +9,8 @@ import pytest
 import ray
 
 from raysl.errors import ClusterError
-from raysl.run.ray_cluster import connect, plan_layout
+from raysl.run import ray_data
+from raysl.run.ray_cluster import Layout, connect, needs_of, plan_layout
 from raysl.run.recipe import load_run
 
 pytestmark = pytest.mark.ray
@@ -50,6 +51,37 @@ class TestPlanLayout:
             plan_layout(load_run(run_yaml("gpus"), overrides))
 
 
+def test_data_workers_are_planned_for_the_nodes_that_are_there_at_each_start(
+    run_yaml: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def set_cpus(cpus: float) -> None:
+        node = {"Alive": True, "Resources": {"CPU": cpus}}
+        monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus})
+        monkeypatch.setattr(ray, "nodes", lambda: [node])
+
+    config = load_run(run_yaml("nodes"), ["cluster={num_train_workers: 2}"])
+    set_cpus(8.0)
+    layout = plan_layout(config)
+    assert (layout.num_data_workers, layout.cpus_per_train_worker) == (6, 1.0)
+    opened: list[Layout] = []
+    monkeypatch.setattr(ray_data, "open_dataset", lambda *_, layout, **__: opened.append(layout))
+    open_rest = ray_data.RemainingDataset(
+        None,
+        None,  # type: ignore[arg-type]
+        None,  # type: ignore[arg-type]
+        checkpoints=Path("none"),
+        needs=needs_of(config, layout),
+    )
+    for cpus in (8.0, 4.0, 16.0):
+        set_cpus(cpus)
+        open_rest()
+    assert [each.num_data_workers for each in opened] == [6, 2, 14]
+    assert {each.cpus_per_train_worker for each in opened} == {1.0}  # they run already
+    set_cpus(2.0)  # where a new run would let its train workers take half of each CPU
+    with pytest.raises(ClusterError, match="leave none of the cluster's 2 CPUs to make views"):
+        open_rest()
+
+
 def test_whatever_keeps_ray_from_starting_is_told_as_what_it_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -64,7 +96,7 @@ def test_whatever_keeps_ray_from_starting_is_told_as_what_it_is(
         connect()
 
 
-_STRANGER = """
+_STRANGER = '''
 import os, subprocess, sys
 from raysl.run.ray_cluster import connect, disconnect
 assert connect()
@@ -73,12 +105,15 @@ address = ray.get_runtime_context().gcs_address
 assert ray.get(ray.remote(lambda: 7).remote()) == 7  # its own processes know the token
 environment = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_TOKEN"}
 environment["RAY_AUTH_MODE"] = "disabled"  # as somebody's Ray that knows no tokens; told at once
-code = "import sys; from ray._raylet import GcsClient; print(GcsClient(sys.argv[1]).get_all_node_info())"
+code = """import sys
+from ray._raylet import GcsClient
+print(GcsClient(sys.argv[1]).get_all_node_info())
+"""
 done = subprocess.run([sys.executable, "-c", code, address], env=environment, text=True,
                       capture_output=True, timeout=120)
 print(done.returncode, done.stdout, done.stderr[-2000:])
 disconnect()
-"""
+'''
 
 
 def test_a_cluster_of_its_own_refuses_who_does_not_know_its_token(
