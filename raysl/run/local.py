@@ -66,7 +66,7 @@ def pretrain_here(
                 cluster.threads_per_train_worker or cpus,
             ),
             start_step=start_step,
-            open_batches=lambda _: _batches(
+            open_batches=lambda: _batches(
                 config, source, start_step=start_step, num_threads=cluster.num_data_workers or cpus
             ),
             evaluated=evaluated,

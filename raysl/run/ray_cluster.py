@@ -42,9 +42,9 @@ WORKER_ENVIRONMENT = {
 
 # Environment of a cluster that this process starts for itself.
 _LOCAL_ENVIRONMENT = {
-    # An actor that asks whether the cloud takes nodes away, which this machine is not.
+    # No watcher for preempted nodes: the only node is this machine.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    # Ray Train looks this often whether its few workers are done.
+    # How often the controller asks its workers whether they are done; Ray's default is 2 s.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
 
@@ -145,7 +145,7 @@ def worker_runtime_env() -> dict[str, dict[str, str]] | None:
     """Return the runtime environment of workers in an existing cluster, else None.
 
     Workers of a cluster that this process started inherit its environment. None lets Ray use its
-    prestarted processes, which saves seconds before the first step.
+    prestarted processes for the actors that Ray Data shares.
     """
     if "RAY_ADDRESS" not in os.environ:
         return None
@@ -158,7 +158,7 @@ def needs_of(config: "RunConfig[Any]", layout: Layout | None = None) -> ClusterN
 
     Args:
         config: The run's configuration.
-        layout: Where its train workers run already, so that their device and CPUs are fixed.
+        layout: The layout that its train workers started with; it fixes their device and CPUs.
     """
     cluster = config.cluster
     needs = ClusterNeeds(*(getattr(cluster, name) for name in ClusterNeeds._fields))

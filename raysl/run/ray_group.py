@@ -1,7 +1,8 @@
-"""What Ray Train's controller loads of a run: the start of a train worker and of its group.
+"""Start a train worker and its process group, without torch in Ray Train's controller.
 
-The train workers wait for the controller. It therefore must not import torch, which takes seconds;
-and a train worker starts its stream, whose actors take seconds as well, before it imports torch.
+The controller loads this module, and the train workers wait for the controller. So the module must
+not import torch, which takes seconds. A train worker opens its stream, whose actors take seconds as
+well, before it imports torch.
 """
 
 import os

@@ -57,7 +57,7 @@ def train_worker(settings: dict[str, Any], batches: Iterator[Block]) -> Results 
             # Ray may count more CPUs than the machine has.
             place=Place(device, min(settings["threads"], os.cpu_count() or 1)),
             start_step=start_step,
-            open_batches=lambda _: batches,
+            open_batches=lambda: batches,
             begin=evaluator,
             stops=folder.stop.exists,
         )

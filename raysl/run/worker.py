@@ -48,7 +48,7 @@ def pretrain(
     source: Source,
     place: Place,
     start_step: int,
-    open_batches: Callable[[Derived], Iterator[NumpyBatch]],
+    open_batches: Callable[[], Iterator[NumpyBatch]],
     evaluated: Log | None = None,
     sets: LabelledSets | None = None,
     begin: EvaluationStarter | None = None,
@@ -64,7 +64,7 @@ def pretrain(
         source: The training images, for evaluation.
         place: This worker's device and threads.
         start_step: Step of the checkpoint to resume from; 0 starts from scratch.
-        open_batches: Opens this rank's stream of batches, beginning at ``start_step``.
+        open_batches: Opens this rank's stream at ``start_step``, while the model is built.
         evaluated: Called with each evaluation's metrics and step, after the checkpoint; may raise.
         sets: The labelled images of the run, if already open; None opens them.
         begin: Starts an evaluation in the background; None evaluates in the workers.
@@ -81,7 +81,7 @@ def pretrain(
     """
     torch.set_num_threads(place.threads)
     derived = derive_for(config, source)
-    batches = open_batches(derived) if start_step < derived.total_steps else None
+    batches = open_batches() if start_step < derived.total_steps else None
     worker = _Worker(config, folder=folder, source=source, place=place, sets=sets)
     if start_step:
         worker.restore(start_step)

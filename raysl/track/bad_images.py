@@ -82,7 +82,7 @@ class BadImages:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """Return the records of the file, without lines that are none; [] if there is no file."""
+    """Return the records of the file; other lines are left out. [] if there is no file."""
     if not path.exists():
         return []
     objects = map(json_object, path.read_bytes().splitlines())

@@ -15,7 +15,7 @@ from raysl.track.run_folder import follow_metrics
 
 Record = dict[str, Any]
 
-# A repeated step takes another time, which is no other value of the step.
+# Speeds differ whenever a step is repeated; they are returned once.
 _SPEEDS = ("train/images_per_s", "data/wait_share")
 
 
@@ -98,7 +98,7 @@ class MetricsReader:
         return new
 
     def _switch(self) -> None:
-        """Open the file that replaced the one read so far, behind the records that both hold."""
+        """Open the file that replaced this one, and go on after the records that both contain."""
         assert self._file is not None
         old, end, begin = self._file, self._offset, self._begin
         self._file = os.open(self.path, os.O_RDONLY)

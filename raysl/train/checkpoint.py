@@ -15,7 +15,7 @@ from raysl.folder.whole import appears_whole, clear_unfinished, give_up_name
 from raysl.track.run_folder import checkpoint_path, list_checkpoints
 
 _STATE = "state.pt"
-# What zipfile raises for files that are cut, missing, or changed where sizes and names stand.
+# Errors of zipfile for files that are missing, cut, or damaged in their headers.
 _DAMAGED = (
     zipfile.BadZipFile,
     zlib.error,
@@ -99,10 +99,11 @@ def set_damaged_aside(folder: Path) -> list[str]:
         if aside.exists():
             give_up_name(aside)
         path.rename(aside)
-        before = max(list_checkpoints(folder), default=0)
+        earlier = list_checkpoints(folder)
+        follows = f"resumes from step {earlier[-1]}" if earlier else "starts over"
         lines.append(
             f"{path}: the checkpoint is damaged: {problem}. It is now in {aside.name}, and the run "
-            f"resumes from step {before}"
+            f"{follows}"
         )
     clear_unfinished(folder)
     return lines

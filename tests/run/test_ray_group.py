@@ -69,3 +69,4 @@ def test_a_worker_that_never_loaded_torch_has_no_group_to_leave(
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     monkeypatch.setitem(sys.modules, "ray.train.torch.config", None)  # importing it would fail
     ray_group._leave(True)
+    assert "torch" not in sys.modules

@@ -220,6 +220,8 @@ class TestDamage:
         damage(save(tmp_path, 2) / "state.pt")
         assert len(set_damaged_aside(tmp_path)) == 1
         assert list_checkpoints(tmp_path) == [1]
+        damage(checkpoint_path(tmp_path, 1) / "state.pt")
+        assert set_damaged_aside(tmp_path)[0].endswith("and the run starts over")
 
 
 def test_intact_checkpoints_stay(tmp_path: Path) -> None:
