@@ -28,6 +28,30 @@ os.environ.update(
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Run the whole suite in two processes, and a choice of tests in this one."""
+    return 2 if config.args_source is not pytest.Config.ArgsSource.ARGS else 0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let one process run all tests on Ray, from the start, and the other process the rest.
+
+    Two tests on Ray at the same time would slow each other down until something times out. The
+    other tests wait much less and use one core, file by file; the pool of ranks is started once.
+    """
+    items.sort(key=lambda item: not _is_on_ray(item))
+    for item in items:
+        folder = item.path.parent.name
+        other = folder if folder == "distributed" else str(item.path)
+        item.add_marker(pytest.mark.xdist_group("ray" if _is_on_ray(item) else other))
+
+
+def _is_on_ray(item: pytest.Item) -> bool:
+    names = getattr(item, "fixturenames", ())
+    return item.get_closest_marker("ray") is not None or "ray_cluster" in names
+
+
 RUN = """\
 data:
   source: digits

@@ -179,7 +179,7 @@ class AshaScheduler(Config):
     name: Literal["asha"] = "asha"
     grace_epochs: PositiveFloat = 1.0
     """Epoch of the first rung; each later rung is reduction_factor times the one before."""
-    reduction_factor: Annotated[float, Field(gt=1.0)] = 3.0
+    reduction_factor: Annotated[float, Field(ge=1.1)] = 3.0
     """One of this many trials continues at each rung."""
 
 
@@ -192,7 +192,7 @@ class HyperBandScheduler(Config):
     name: Literal["hyperband"] = "hyperband"
     max_evaluations: Annotated[int, Field(gt=1)] = 9
     """R: number of evaluations of a trial that is never stopped, evenly spaced over its length."""
-    reduction_factor: Annotated[float, Field(gt=1.0)] = 3.0
+    reduction_factor: Annotated[float, Field(ge=1.1)] = 3.0
     """One of this many trials continues at each rung."""
 
 
