@@ -26,6 +26,9 @@ from typing import TypedDict, final
 class RayslError(Exception):
     """Base class of all; the command line prints its message without a traceback."""
 
+    on_every_rank = False
+    """Whether every train worker raises this error at the same step, so that none waits."""
+
 
 class ConfigError(RayslError):
     """A key, a value or a combination of them is wrong."""

@@ -133,6 +133,10 @@ class ProgressView:
             self._said_waiting = True
             self._console.print(f"waiting for {self._evaluations()}", markup=False)
 
+    def note(self, text: str) -> None:
+        """Print a message that is not progress."""
+        self._console.print(text, markup=False)
+
     def close(self) -> None:
         """Leave the last state on the screen."""
         if self._bar is not None:

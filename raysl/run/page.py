@@ -53,6 +53,7 @@ _FILES = (
     ("protocols", "the runs that fine-tuned a copy of the encoder"),
     ("features.npz", "features, labels and small images behind the map"),
     ("checkpoints", "the complete state of training, to resume from"),
+    ("events.jsonl", "what happened besides training, such as resumes"),
     ("pictures", "the pictures of this page"),
     ("mlflow.json", "the MLflow run that tracks this run"),
 )

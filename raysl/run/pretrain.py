@@ -40,6 +40,7 @@ from raysl.run.tracking import end_tracker, load_mlflow, run_artifacts, start_tr
 from raysl.sources.open import open_source
 from raysl.sources.source import Source
 from raysl.sources.subset import whole_source
+from raysl.track.events import EventsReader
 from raysl.track.follow import Follower, MetricsReader, Record
 from raysl.track.results import Results
 from raysl.track.run_folder import (
@@ -254,9 +255,14 @@ def _train(opened: Opened, notes_printed: Collection[str]) -> Results:
 
 
 def _show_progress(progress: ProgressView, folder: RunFolder) -> Callable[[list[Record]], None]:
-    return lambda records: progress.update(
-        records, num_evaluations=len(list_waiting(folder.to_evaluate))
-    )
+    events = EventsReader(folder.events)
+
+    def show(records: list[Record]) -> None:
+        progress.update(records, num_evaluations=len(list_waiting(folder.to_evaluate)))
+        for event in events.read():
+            progress.note(event["text"])
+
+    return show
 
 
 def _start_tracker(

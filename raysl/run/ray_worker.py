@@ -70,7 +70,7 @@ def train_worker(settings: dict[str, Any], batches: Iterator[Block]) -> Results 
         )
         if own_error is None:
             raise
-        if rank_and_size()[1] == 1:
+        if rank_and_size()[1] == 1 or own_error.on_every_rank:
             return to_record(own_error)
         write_error(folder, own_error)
         raise

@@ -45,7 +45,7 @@ M = TypeVar("M", bound=MethodConfig)
 # Settings that may change between a run's start and its resume: where it runs and what it reports.
 FREE_SECTIONS = ("cluster", "track", "output_dir", "evaluate", "health")
 FREE_KEYS = {
-    "train": ("log_every", "checkpoint_every", "keep_checkpoints"),
+    "train": ("log_every", "checkpoint_every", "keep_checkpoints", "checkpoint_retry_s"),
     "data": ("bad_images", "if_changed"),
 }
 

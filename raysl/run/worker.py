@@ -11,7 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 from raysl.augment.pipeline import device_ops
 from raysl.data.decode import Flaw
 from raysl.data.flaw import reason_of
-from raysl.errors import RunFolderError
 from raysl.evaluate.features import EvalImages, embed
 from raysl.evaluate.protocol import LabelledSets, facts_of, measure_probes, protocol_texts
 from raysl.evaluate.training_source import labels_record
@@ -19,8 +18,9 @@ from raysl.folder.whole import appears_whole, write_json
 from raysl.methods.base import Progress
 from raysl.nn.backbones import Backbone
 from raysl.nn.batchnorm import average_statistics
-from raysl.nn.collectives import barrier, broadcast_object, gather_objects, rank_and_size
+from raysl.nn.collectives import barrier, gather_objects, rank_and_size
 from raysl.run.build import build_method, build_optimizers, precision_on, save_networks
+from raysl.run.checkpoints import Checkpoints
 from raysl.run.classify import ClassifierEvaluation
 from raysl.run.labelled_sets import open_sets
 from raysl.run.measuring import Measuring, Place
@@ -33,7 +33,6 @@ from raysl.track.bad_images import BadImages
 from raysl.track.results import Features, Results, accuracies_of, with_prefix
 from raysl.track.run_folder import MetricsFile, RunFolder
 from raysl.train.batches import NumpyBatch, batch_converter, input_converter, view_converter
-from raysl.train.checkpoint import load_checkpoint, load_state, save_checkpoint
 from raysl.train.health import HealthCheck
 from raysl.train.loop import Hooks, Log, Schedule, Trainer
 
@@ -84,21 +83,28 @@ def pretrain(
     batches = open_batches() if start_step < derived.total_steps else None
     worker = _Worker(config, folder=folder, source=source, place=place, sets=sets)
     if start_step:
-        worker.restore(start_step)
+        worker.checkpoints.restore(start_step, device=place.device)
     metrics = MetricsFile(folder.metrics, start_step=start_step) if worker.rank == 0 else None
     worker.measuring.open(metrics, begin, start_step=start_step)
     if batches is not None:
         trainer = worker.trainer(_schedule(config, derived))
         hooks = worker.hooks(_log_into(metrics, worker.measuring), evaluated, stops)
-        trainer.run(batches, start_step=start_step, rank=worker.rank, hooks=hooks)
+        with worker.checkpoints.written(metrics):
+            trainer.run(batches, start_step=start_step, rank=worker.rank, hooks=hooks)
+    return _end(worker, derived, metrics)
+
+
+def _end(worker: "_Worker", derived: Derived, metrics: MetricsFile | None) -> Results:
+    """Write the networks of a trained run and measure its results. Collective."""
     average_statistics(worker.method)
     if metrics is not None:  # before the evaluation, so that its errors do not lose the networks
-        save_networks(folder, worker.method, config)
+        save_networks(worker.folder, worker.method, worker.config)
         worker.draw(derived)
     counts: Results = {"steps": derived.total_steps, "num_bad_images": len(worker.bad_images)}
     results = worker.results() | counts
+    worker.checkpoints.raise_trouble()  # such as a folder that was deleted meanwhile
     if metrics is not None:
-        _write_results(config, folder, metrics, results, worker.measuring)
+        _write_results(worker.config, worker.folder, metrics, results, worker.measuring)
     barrier()
     return results
 
@@ -147,6 +153,7 @@ class _Worker:
         self.data = training_set(config, source)
         self.method = build_method(config, self.data, device=place.device)
         self.optimizers = build_optimizers(self.method, config, derive_for(config, source))
+        self.checkpoints = Checkpoints(config, folder, self.method, self.optimizers)
         self.to_input = input_converter(
             device=place.device,
             mean=config.data.mean,
@@ -218,40 +225,22 @@ class _Worker:
 
     def hooks(self, log: Log, evaluated: Log | None, stops: Callable[[], bool]) -> Hooks:
         """Return the callbacks of the loop on this rank."""
+
+        def evaluated_with_checkpoint(metrics: Mapping[str, float], step: int) -> None:
+            assert evaluated is not None
+            self.checkpoints.wait()  # who is told may refer to the step's checkpoint
+            evaluated(metrics, step)
+
         return Hooks(
             log=log,
-            checkpoint=self.checkpoint,
+            checkpoint=self.checkpoints.save,
             evaluate=self.evaluate,
             bad_images=self.report_bad_images,
-            evaluated=evaluated,
+            evaluated=None if evaluated is None else evaluated_with_checkpoint,
             stops=stops,
+            troubled=self.checkpoints.troubled,
+            raise_trouble=self.checkpoints.raise_trouble,
         )
-
-    def restore(self, step: int) -> None:
-        """Load the checkpoint of a step."""
-        state = load_checkpoint(self.folder.checkpoints, step=step, device=self.place.device)
-        load_state(self.method, state["method"], owner=f"method {self.config.method.name}")
-        for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.optimizer.load_state_dict(optimizer_state)
-
-    def checkpoint(self, step: int) -> None:
-        """Write a checkpoint on rank 0; an error there is raised on every rank."""
-        average_statistics(self.method)
-        problem: str | None = None
-        if self.rank == 0:
-            state = {
-                "method": self.method.state_dict(),
-                "optimizers": [each.optimizer.state_dict() for each in self.optimizers],
-                "step": step,
-            }
-            keep = self.config.train.keep_checkpoints
-            try:
-                save_checkpoint(self.folder.checkpoints, state, step=step, keep=keep)
-            except RunFolderError as error:
-                problem = str(error)
-        problem = broadcast_object(problem)
-        if problem is not None:
-            raise RunFolderError(problem)
 
     def report_bad_images(self, flaws: Mapping[int, int], step: int) -> float:
         """Merge the bad images of all ranks; return the number of bad images so far."""

@@ -5,11 +5,11 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
-from raysl.errors import ErrorRecord, RayslError, to_record
+from raysl.errors import ErrorRecord, RayslError, RunFolderError, to_record
 from raysl.folder.lock import lock_folder
 from raysl.folder.whole import json_object, read_json, write_json, write_text
 from raysl.track.results import Results, with_new_names
@@ -18,6 +18,7 @@ JOB_FOLDER = "/runtime_resources/"
 """Part of the path of a Ray job's working directory, a copy that Ray deletes after the job."""
 
 _CHECKPOINT_NAME = re.compile(r"^step-(\d{9})$")
+_COMPARED_BYTES = 4096
 _WAITING_NAME = re.compile(r"^step-(\d{9})\.safetensors$")
 
 
@@ -63,6 +64,7 @@ class RunFolder:
         self.to_evaluate = self.path / "to_evaluate"
         self.failed_evaluations = self.path / "failed_evaluations.jsonl"
         self.error = self.path / "error.json"
+        self.events = self.path / "events.jsonl"
         self.stop = self.path / "stop"  # while it exists, the workers stop after their step
 
     def locked(self) -> AbstractContextManager[None]:
@@ -120,7 +122,8 @@ def list_waiting(folder: Path) -> list[int]:
 class MetricsFile:
     """Appends one JSON record per logging step to ``metrics.jsonl``.
 
-    MLflow, the progress bar and the report all read this file.
+    MLflow, the progress bar and the report all read this file. While it cannot be written, as on a
+    full disk, its records wait in memory.
 
     Args:
         path: Path of the metrics file.
@@ -131,17 +134,56 @@ class MetricsFile:
     def __init__(self, path: Path, *, start_step: int) -> None:
         earlier_records = [record for record in read_metrics(path) if record["step"] <= start_step]
         write_text(path, "".join(json.dumps(record) + "\n" for record in earlier_records))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._path = path
+        self._file = open(path, "ab+", buffering=0)  # noqa: SIM115 - closed by close()
+        self._unwritten = b""
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
         """Append the metrics of a step, with the current time in seconds since 1970."""
         record = {"step": step, "time": time.time(), **{k: float(v) for k, v in metrics.items()}}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._unwritten += (json.dumps(record) + "\n").encode()
+        with suppress(OSError):  # a full disk is reported when a checkpoint fails
+            self._write()
+
+    def is_in_place(self) -> bool:
+        """Return whether the path still names this file; False if its folder was deleted or moved.
+
+        An error other than a missing file, as from a disk that does not answer, counts as True.
+        """
+        try:
+            named = self._path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:
+            return True
+        opened = os.fstat(self._file.fileno())
+        if (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino):
+            return True
+        # Some network disks change the numbers of a file, but not what it contains.
+        begin = max(0, opened.st_size - _COMPARED_BYTES)
+        written = os.pread(self._file.fileno(), _COMPARED_BYTES, begin)
+        return bool(written) and self._path.read_bytes()[begin:] == written
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Write the records that wait, and close the file.
+
+        Raises:
+            RunFolderError: If records cannot be written.
+        """
+        try:
+            self._write()
+        except OSError as error:
+            raise RunFolderError(
+                f"{self._path}: cannot be written: {error.strerror}; free space, then run the same "
+                f"command"
+            ) from None
+        finally:
+            self._file.close()
+
+    def _write(self) -> None:
+        while self._unwritten:
+            written = self._file.write(self._unwritten) or 0
+            self._unwritten = self._unwritten[written:]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -52,8 +52,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, step: int, keep: int
                 torch.save(state, file)
     except (OSError, RuntimeError) as error:  # torch's writer wraps a full disk in a RuntimeError
         raise RunFolderError(
-            f"{final}: the checkpoint cannot be written: {_reason(error)}. Earlier checkpoints are "
-            f"untouched; free space or set output_dir to another disk, then run the same command"
+            f"{final}: the checkpoint cannot be written: {_reason(error)}"
         ) from None
     for old in list_checkpoints(folder)[:-keep]:
         with contextlib.suppress(OSError):

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from raysl.config.base import Config, Duration, PositiveInt
+from raysl.config.base import Config, Duration, NonNegativeFloat, PositiveInt
 from raysl.data.block import BAD, FLAW, INDEX, STEP
 from raysl.errors import RayslError, StoppedError
 from raysl.methods.base import Batch, Method, Progress
@@ -24,6 +24,7 @@ from raysl.train.health import HealthCheck
 
 _NEW_BAD = "data/new_bad_images"
 _STOPS = "stops"
+_TROUBLE = "trouble"
 
 
 class TrainConfig(Config):
@@ -51,6 +52,9 @@ class TrainConfig(Config):
     """Interval between checkpoints; the last step always has one."""
     keep_checkpoints: PositiveInt = 2
     """Number of newest checkpoints to keep."""
+    checkpoint_retry_s: NonNegativeFloat = 300.0
+    """Seconds for which a checkpoint that cannot be written (a full disk, a store that is down) is
+    tried again while training continues; then the run ends with an error."""
 
 
 Log = Callable[[Mapping[str, float], int], None]
@@ -70,6 +74,11 @@ class Hooks:
     # Whether to stop after this step, with a checkpoint. One rank is asked after every step;
     # several agree at logging steps, where they exchange metrics anyway.
     stops: Callable[[], bool] = lambda: False
+    # Whether something on this rank must end the run, such as a checkpoint that could not be
+    # written. Not collective; the ranks tell each other at logging steps.
+    troubled: Callable[[], bool] = lambda: False
+    # Raises the trouble of any rank on every rank.
+    raise_trouble: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,7 @@ class Trainer:
             RayslError: If a batch does not belong to the step.
             DivergedError: If a loss is not finite at a logging step.
             CollapsedError: If the features of all images have been equal for too long.
+            RayslError: If ``hooks.troubled`` on some rank.
         """
         schedule = self.schedule
         meter = _Meter()
@@ -148,13 +158,7 @@ class Trainer:
             _check_step(batch, step)
             self._bad.update(_bad_images(batch))
             steps_done = step + 1
-            is_checkpoint = (
-                self._due(steps_done, schedule.checkpoint_every)
-                or steps_done == schedule.total_steps
-            )
-            # Also check before each checkpoint: a diverged state must not replace a good one.
-            is_evaluation = self._evaluates(steps_done)
-            is_read = is_checkpoint or is_evaluation or self._due(steps_done, schedule.log_every)
+            is_checkpoint, is_evaluation, is_read = self._due_after(steps_done)
             stops = (is_read or is_alone) and hooks.stops()
             is_read = is_read or stops
             _seed_step(schedule.seed, step, rank)
@@ -169,11 +173,10 @@ class Trainer:
             logged: dict[str, float] = {}
             if is_read:
                 metrics[_STOPS] = torch.tensor(float(stops))
+                metrics[_TROUBLE] = torch.tensor(float(hooks.troubled()))
                 logged = self._read(metrics, features, meter)
                 stops = logged.pop(_STOPS) > 0  # on some rank: all of them stop
-                if logged.pop(_NEW_BAD) > 0:  # on some rank: all of them report
-                    logged["data/bad_images"] = hooks.bad_images(self._bad, steps_done)
-                    self._bad = {}
+                self._tell_all_ranks(logged, steps_done, hooks)
                 logged["train/lr"] = self.optimizers[0].rates(step).lr
                 logged["train/epoch"] = steps_done / schedule.steps_per_epoch
             if is_evaluation:
@@ -188,6 +191,14 @@ class Trainer:
             if is_evaluation and (report := hooks.evaluated) is not None:
                 meter.pause(lambda steps_done=steps_done, values=logged: report(values, steps_done))  # type: ignore[misc]
             self._end_if(stops, steps_done)
+
+    def _tell_all_ranks(self, logged: dict[str, float], steps_done: int, hooks: Hooks) -> None:
+        """Replace what some rank has to tell, in the means over ranks, by what all of them do."""
+        if logged.pop(_TROUBLE) > 0:
+            hooks.raise_trouble()
+        if logged.pop(_NEW_BAD) > 0:
+            logged["data/bad_images"] = hooks.bad_images(self._bad, steps_done)
+            self._bad = {}
 
     def _end_if(self, stops: bool, steps_done: int) -> None:
         if stops and steps_done < self.schedule.total_steps:  # else nothing is left to stop
@@ -238,12 +249,17 @@ class Trainer:
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
 
-    def _evaluates(self, steps_done: int) -> bool:
-        """Return whether to evaluate a step: at intervals, and always the last one."""
-        every = self.schedule.evaluate_every
-        return self._due(steps_done, every) or (
-            every is not None and steps_done == self.schedule.total_steps
-        )
+    def _due_after(self, steps_done: int) -> tuple[bool, bool, bool]:
+        """Return whether to save, to evaluate and to read the metrics after a step.
+
+        The last step has a checkpoint, and an evaluation if others have. Metrics are also read with
+        each checkpoint, before it: a diverged state must not replace a good one.
+        """
+        schedule, is_last = self.schedule, steps_done == self.schedule.total_steps
+        saves = is_last or self._due(steps_done, schedule.checkpoint_every)
+        every = schedule.evaluate_every
+        evaluates = every is not None and (is_last or self._due(steps_done, every))
+        return saves, evaluates, saves or evaluates or self._due(steps_done, schedule.log_every)
 
     def _due(self, steps_done: int, every: int | None) -> bool:
         return every is not None and every > 0 and steps_done % every == 0

@@ -1,3 +1,5 @@
+import errno
+import io
 import json
 import os
 import signal
@@ -178,6 +180,84 @@ class TestMetricsFile:
         file.log({"train/loss": float("nan")}, step=1)
         file.close()
         assert read_metrics(path)[0]["train/loss"] != read_metrics(path)[0]["train/loss"]
+
+
+class TestAMetricsFileOnATroubledDisk:
+    def full(self, monkeypatch: pytest.MonkeyPatch, file: MetricsFile) -> None:
+        class Full(io.RawIOBase):
+            def write(self, content: object) -> int:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(file, "_file", Full())
+
+    def test_keeps_its_records_until_there_is_room(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "metrics.jsonl"
+        file = MetricsFile(path, start_step=0)
+        with monkeypatch.context() as patch:
+            self.full(patch, file)
+            file.log({"train/loss": 1}, step=1)
+            file.log({"train/loss": 2}, step=2)
+        assert steps_in(path) == []
+        file.log({"train/loss": 3}, step=3)
+        assert steps_in(path) == [1, 2, 3]
+        file.close()
+
+    def test_says_at_the_end_what_it_could_not_write(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        file = MetricsFile(tmp_path / "metrics.jsonl", start_step=0)
+        self.full(monkeypatch, file)
+        file.log({"train/loss": 1}, step=1)
+        told = f"{tmp_path}/metrics.jsonl: cannot be written: No space left on device"
+        with pytest.raises(RunFolderError, match=told):
+            file.close()
+
+    def test_goes_on_after_a_part_of_a_line(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        file = MetricsFile(tmp_path / "metrics.jsonl", start_step=0)
+        whole = file._file
+
+        class AlmostFull(io.RawIOBase):
+            def write(self, content: bytes) -> int:  # type: ignore[override]
+                return whole.write(content[:5]) or 0
+
+        monkeypatch.setattr(file, "_file", AlmostFull())
+        file.log({"train/loss": 1}, step=1)
+        assert steps_in(tmp_path / "metrics.jsonl") == [1]
+
+    @pytest.mark.parametrize("harm", ["unlink", "rename", "replace", "copy", "folder"])
+    def test_knows_whether_its_path_still_names_it(self, tmp_path: Path, harm: str) -> None:
+        path = tmp_path / "run" / "metrics.jsonl"
+        file = MetricsFile(path, start_step=0)
+        file.log({"train/loss": 1}, step=1)
+        assert file.is_in_place()
+        content = path.read_text()
+        path.rename(tmp_path / "elsewhere")
+        if harm == "rename":
+            path.write_text(content[:-5])
+        elif harm == "replace":
+            path.write_text(content.replace("1.0", "2.0"))
+        elif harm == "copy":  # the same content; what follows tells them apart
+            path.write_text(content)
+            file.log({"train/loss": 2}, step=2)
+        elif harm == "folder":
+            path.parent.rmdir()
+        assert not file.is_in_place()
+
+    def test_on_a_disk_that_renumbers_files_is_in_place(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Some network disks give a file another number once they have forgotten it."""
+        file = MetricsFile(tmp_path / "metrics.jsonl", start_step=0)
+        file.log({"train/loss": 1}, step=1)
+        other = os.stat(tmp_path)
+        numbers = (other.st_mode, other.st_ino, other.st_dev, 1, 0, 0)
+        size = (tmp_path / "metrics.jsonl").stat().st_size
+        monkeypatch.setattr(os, "fstat", lambda _: os.stat_result((*numbers, size, 0, 0, 0)))
+        assert file.is_in_place()
 
 
 class TestFollow:

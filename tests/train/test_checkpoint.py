@@ -147,9 +147,8 @@ def test_a_full_disk_is_named_and_the_earlier_checkpoints_stay(
         patch.setattr(checkpoint.torch, "save", half_then_full)
         with pytest.raises(RunFolderError) as caught:
             save(tmp_path, 2, keep=1)
-    message = str(caught.value)
-    assert f"{tmp_path}/step-000000002: the checkpoint cannot be written: {error}" in message
-    assert "free space or set output_dir to another disk" in message
+    told = f"{tmp_path}/step-000000002: the checkpoint cannot be written: {error}"
+    assert str(caught.value) == told
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
     assert value_at(tmp_path, 1) == 1.0
 

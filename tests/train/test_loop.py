@@ -128,6 +128,7 @@ class Run:
         rank: int = 0,
         checkpoint: Callable[[int], None] | None = None,
         stops: Callable[[], bool] = lambda: False,
+        **more: Callable[..., Any],
     ) -> "Run":
         total = self.trainer.schedule.total_steps
         hooks = Hooks(
@@ -137,6 +138,7 @@ class Run:
             bad_images=self._bad_images,
             evaluated=self._evaluated,
             stops=stops,
+            **more,
         )
         stream = batches(start_step, total) if stream is None else stream
         self.trainer.run(stream, start_step=start_step, rank=rank, hooks=hooks)
@@ -419,3 +421,23 @@ class TestBadImages:
         counts = [(step, m["data/bad_images"]) for step, m in run.logged if "data/bad_images" in m]
         assert counts == [(4, 2.0), (8, 3.0)]
         assert not any("data/new_bad_images" in metrics for _, metrics in run.logged)
+
+
+class TestTrouble:
+    @pytest.mark.parametrize(("log_every", "at"), [(1, 4), (3, 6), (100, 10)])
+    def test_ends_the_run_at_the_next_logging_step_before_anything_is_written(
+        self, log_every: int, at: int
+    ) -> None:
+        run = Run(log_every=log_every)
+
+        def raise_trouble() -> None:
+            raise RayslError("the disk")
+
+        with pytest.raises(RayslError, match="the disk"):
+            run.start(troubled=lambda: len(run.method.after) >= 4, raise_trouble=raise_trouble)
+        assert len(run.method.after) == at
+        assert not any(call.startswith(f"log {at}") for call in run.calls)
+        assert run.checkpoints == []
+
+    def test_that_there_is_not_is_in_no_record(self) -> None:
+        assert not any("trouble" in metrics for _, metrics in Run().start().logged)
