@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from raysl.encoder.fit import fill, fitted, without_token_norm
 from raysl.encoder.layouts import Network
@@ -35,10 +35,15 @@ def save_encoder(path: Path, backbone: Backbone, *, description: dict[str, Any])
             configuration as JSON; the path of initial weights is not stored), ``image_size_px``,
             ``mean``, ``std`` and others.
     """
-    state = {
-        name: value.detach().cpu().contiguous() for name, value in backbone.net.state_dict().items()
-    }
-    stored = description | {"embed_dim": backbone.embed_dim}
+    write_encoder(path, backbone.net.state_dict(), backbone.embed_dim, description=description)
+
+
+def write_encoder(
+    path: Path, weights: Mapping[str, Tensor], embed_dim: int, *, description: dict[str, Any]
+) -> None:
+    """Write an encoder file from the state of its network; see :func:`save_encoder`."""
+    state = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    stored = description | {"embed_dim": embed_dim}
     if "backbone" in stored:
         section = stored["backbone"].items()
         stored["backbone"] = {key: value for key, value in section if key != "weights"}

@@ -3,6 +3,7 @@
 `raysl config`, every start of a run and the check of a sweep use these functions.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,7 +62,7 @@ def check_lengths(config: RunConfig[Any], source: Source) -> Derived:
         ConfigError: If a duration is longer than the run.
     """
     derived = derive_for(config, source)
-    for problem in _length_problems(config, derived):
+    for problem in (*_length_problems(config, derived), *_keep_problems(config, derived)):
         raise ConfigError(problem)
     return derived
 
@@ -88,6 +89,22 @@ def _length_problems(config: RunConfig[Any], derived: Derived) -> Iterator[str]:
                 f"({derived.steps_per_epoch:,} per epoch); use at most {total:,} steps, such as "
                 f"{key}={{fraction: 0.1}}, or a longer run"
             )
+
+
+def _keep_problems(config: RunConfig[Any], derived: Derived) -> Iterator[str]:
+    """Yield a message if no checkpoint before the end would have the metric of the best ones."""
+    best, every = config.train.keep_best, derived.evaluate_every_steps
+    if best is None or not best.metric.startswith("eval/"):
+        return
+    where, saved_every = f"train.keep_best.metric={best.metric}", derived.checkpoint_every_steps
+    if every is None:
+        yield f"{where} is measured during training, which evaluate.every=null leaves out; set it"
+    elif math.lcm(every, saved_every) >= derived.total_steps:
+        yield (
+            f"{where}: evaluations every {every:,} steps and checkpoints every {saved_every:,} "
+            f"never fall on the same step before the end, at {derived.total_steps:,}; set "
+            f"train.checkpoint_every to {{steps: {every}}}, or evaluate.every to a multiple of it"
+        )
 
 
 def _as_yaml(duration: Duration) -> str:

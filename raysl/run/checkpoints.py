@@ -1,22 +1,27 @@
 """Save and restore the state of a run: rank 0 writes in a thread, errors reach every rank."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from raysl.encoder.file import write_encoder
 from raysl.errors import RunFolderError, StoppedError
 from raysl.methods.base import Method
 from raysl.nn.batchnorm import average_statistics
 from raysl.nn.collectives import broadcast_object, rank_and_size
 from raysl.optim.build import ScheduledOptimizer
-from raysl.run.recipe import RunConfig
+from raysl.run.build import describe
+from raysl.run.recipe import Derived, RunConfig
 from raysl.track.events import note_event
-from raysl.track.run_folder import MetricsFile, RunFolder
+from raysl.track.run_folder import MetricsFile, RunFolder, list_waiting, read_metrics
 from raysl.train.checkpoint import load_checkpoint, load_state, save_checkpoint
 from raysl.train.checkpoint_writer import CheckpointWriter
+from raysl.train.keep import KeepRule
 
+_ENCODER = "encoder"  # key of a state, whose value goes to a file of its own
 _REMEDY = (
     "Earlier checkpoints are untouched; free space or set output_dir to another disk, then run the "
     "same command"
@@ -34,6 +39,7 @@ class Checkpoints:
         folder: The run folder.
         method: The method that is trained.
         optimizers: Its optimizers.
+        derived: The derived values of the configuration.
     """
 
     def __init__(
@@ -42,11 +48,23 @@ class Checkpoints:
         folder: RunFolder,
         method: Method,
         optimizers: Sequence[ScheduledOptimizer],
+        derived: Derived,
     ) -> None:
         self._config = config
         self._folder = folder
         self._method = method
         self._optimizers = optimizers
+        train = config.train
+        sizes = {
+            "steps_per_epoch": derived.steps_per_epoch,
+            "total_steps": derived.total_steps,
+        }
+        self._rule = KeepRule(
+            newest=train.keep_checkpoints,
+            best=train.keep_best,
+            every=None if train.keep_every is None else max(1, train.keep_every.in_steps(**sizes)),
+            saved_every=derived.checkpoint_every_steps,
+        )
         self._metrics: MetricsFile | None = None
         self._writer = CheckpointWriter(
             self._write,
@@ -93,11 +111,13 @@ class Checkpoints:
         """Begin the checkpoint of a step. Collective; it waits only for an earlier one."""
         average_statistics(self._method)
         if rank_and_size()[0] == 0:
-            state = {
+            state: dict[str, Any] = {
                 "method": self._method.state_dict(),
                 "optimizers": [each.optimizer.state_dict() for each in self._optimizers],
                 "step": step,
             }
+            if self._rule.best is not None or self._rule.every is not None:
+                state[_ENCODER] = self._method.encoder.net.state_dict()
             self._writer.save(state, step=step)
 
     def wait(self) -> None:
@@ -144,5 +164,23 @@ class Checkpoints:
         )
 
     def _write(self, state: Any, step: int) -> None:
-        keep = self._config.train.keep_checkpoints
-        save_checkpoint(self._folder.checkpoints, state, step=step, keep=keep)
+        rest = dict(state)
+        encoder = rest.pop(_ENCODER, None)
+
+        def also(path: Path) -> None:
+            if encoder is not None:
+                write_encoder(
+                    path / self._folder.encoder.name,
+                    encoder,
+                    self._method.encoder.embed_dim,
+                    description=describe(self._config),
+                )
+
+        save_checkpoint(self._folder.checkpoints, rest, step=step, keep=self._kept_steps, also=also)
+
+    def _kept_steps(self, steps: Sequence[int]) -> Collection[int]:
+        best, values = self._rule.best, {}
+        if best is not None:  # only then is it worth reading the whole file
+            records = read_metrics(self._folder.metrics)
+            values = {int(r["step"]): float(r[best.metric]) for r in records if best.metric in r}
+        return self._rule.kept(steps, values=values, pending=list_waiting(self._folder.to_evaluate))

@@ -37,7 +37,7 @@ from raysl.sources.source import DataConfig, Source
 from raysl.track.config import TrackConfig, check_run_name
 from raysl.track.results import TRAINING
 from raysl.train.health import HealthConfig
-from raysl.train.loop import TrainConfig
+from raysl.train.loop import CHECKPOINT_KEYS, TrainConfig
 from raysl.train.sizes import check_sizes
 
 M = TypeVar("M", bound=MethodConfig)
@@ -45,7 +45,7 @@ M = TypeVar("M", bound=MethodConfig)
 # Settings that may change between a run's start and its resume: where it runs and what it reports.
 FREE_SECTIONS = ("cluster", "track", "output_dir", "evaluate", "health")
 FREE_KEYS = {
-    "train": ("log_every", "checkpoint_every", "keep_checkpoints", "checkpoint_retry_s"),
+    "train": ("log_every", *CHECKPOINT_KEYS),
     "data": ("bad_images", "if_changed"),
 }
 

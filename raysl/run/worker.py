@@ -152,8 +152,9 @@ class _Worker:
         self.rank, _ = rank_and_size()
         self.data = training_set(config, source)
         self.method = build_method(config, self.data, device=place.device)
-        self.optimizers = build_optimizers(self.method, config, derive_for(config, source))
-        self.checkpoints = Checkpoints(config, folder, self.method, self.optimizers)
+        derived = derive_for(config, source)
+        self.optimizers = build_optimizers(self.method, config, derived)
+        self.checkpoints = Checkpoints(config, folder, self.method, self.optimizers, derived)
         self.to_input = input_converter(
             device=place.device,
             mean=config.data.mean,

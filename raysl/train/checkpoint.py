@@ -3,7 +3,7 @@
 import contextlib
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from raysl.errors import RunFolderError
 from raysl.folder.whole import appears_whole, clear_unfinished, give_up_name
 from raysl.track.run_folder import checkpoint_path, list_checkpoints
+from raysl.train.keep import Keep
 
 _STATE = "state.pt"
 # Errors of zipfile for files that are missing, cut, or damaged in their headers.
@@ -27,7 +28,14 @@ _DAMAGED = (
 _SHOWN = 3  # differences in an error message
 
 
-def save_checkpoint(folder: Path, state: dict[str, Any], *, step: int, keep: int) -> Path:
+def save_checkpoint(
+    folder: Path,
+    state: dict[str, Any],
+    *,
+    step: int,
+    keep: Keep,
+    also: Callable[[Path], None] = lambda path: None,
+) -> Path:
     """Write a checkpoint atomically, then delete old ones.
 
     The state goes to a temporary folder, is synced to disk, and the folder is renamed. A process
@@ -37,7 +45,8 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, step: int, keep: int
         folder: The run's checkpoint folder.
         state: Tensors, numbers, strings, and lists and dicts of them.
         step: Number of optimizer steps done.
-        keep: Number of newest checkpoints to keep, > 0.
+        keep: Chooses the checkpoints to keep.
+        also: Writes more files into the folder of the checkpoint.
 
     Raises:
         RunFolderError: If it cannot be written; earlier checkpoints are untouched.
@@ -50,11 +59,13 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, step: int, keep: int
             temporary.mkdir()
             with open(temporary / _STATE, "wb") as file:
                 torch.save(state, file)
+            also(temporary)
     except (OSError, RuntimeError) as error:  # torch's writer wraps a full disk in a RuntimeError
         raise RunFolderError(
             f"{final}: the checkpoint cannot be written: {_reason(error)}"
         ) from None
-    for old in list_checkpoints(folder)[:-keep]:
+    steps = list_checkpoints(folder)
+    for old in sorted({*steps} - {*keep(steps)}):
         with contextlib.suppress(OSError):
             give_up_name(checkpoint_path(folder, old))
     clear_unfinished(folder)

@@ -21,6 +21,7 @@ from raysl.optim.build import ScheduledOptimizer
 from raysl.train.batches import NumpyBatch
 from raysl.train.gradient import backward
 from raysl.train.health import HealthCheck
+from raysl.train.keep import KeepBest
 
 _NEW_BAD = "data/new_bad_images"
 _STOPS = "stops"
@@ -52,11 +53,22 @@ class TrainConfig(Config):
     """Interval between checkpoints; the last step always has one."""
     keep_checkpoints: PositiveInt = 2
     """Number of newest checkpoints to keep."""
+    keep_best: KeepBest | None = None
+    """Also keep the checkpoints that are best by a metric, each with its encoder; null keeps
+    none."""
+    keep_every: Duration | None = None
+    """Also keep the first checkpoint at or after each multiple of this, with its encoder; null
+    keeps none."""
     checkpoint_retry_s: NonNegativeFloat = 300.0
     """Seconds for which a checkpoint that cannot be written (a full disk, a store that is down) is
     tried again while training continues; then the run ends with an error."""
 
 
+CHECKPOINT_KEYS = (
+    *("checkpoint_every", "checkpoint_retry_s"),
+    *("keep_checkpoints", "keep_best", "keep_every"),
+)
+"""Settings of :class:`TrainConfig` that do not change what is trained."""
 Log = Callable[[Mapping[str, float], int], None]
 """Receives metrics and their step."""
 

@@ -39,6 +39,36 @@ def refused(check: Check, *overrides: str) -> str:
     return str(caught.value)
 
 
+class TestBestCheckpoints:
+    @pytest.mark.parametrize("every", ["{steps: 2}", "{steps: 4}"])
+    def test_are_measured_where_evaluations_meet_checkpoints(
+        self, check: Check, every: str
+    ) -> None:
+        check("train.keep_best={}", f"evaluate.every={every}")
+
+    @pytest.mark.parametrize(
+        ("every", "told"),
+        [
+            ("null", "which evaluate.every=null leaves out"),
+            ("{steps: 3}", "every 3 steps and checkpoints every 2 never fall on the same step"),
+        ],
+    )
+    def test_that_would_never_be_measured_are_refused(
+        self, check: Check, every: str, told: str
+    ) -> None:
+        text = refused(check, "train.keep_best={}", f"evaluate.every={every}")
+        assert text.startswith("train.keep_best.metric=eval/knn_top1")
+        assert told in text
+
+    def test_by_the_loss_need_no_evaluation(self, check: Check) -> None:
+        check("train.keep_best={metric: train/loss, mode: min}", "evaluate.every=null")
+
+    def test_by_an_unknown_metric_are_refused_with_the_known_ones(self, check: Check) -> None:
+        text = refused(check, "train.keep_best={metric: knn}")
+        assert "train.keep_best.metric" in text
+        assert "eval/knn_top1" in text
+
+
 class TestLengths:
     @pytest.mark.parametrize("length", ["{steps: 6}", "{epochs: 1}", "{fraction: 1.0}"])
     def test_a_warm_up_as_long_as_the_run_may_be(self, check: Check, length: str) -> None:

@@ -19,6 +19,7 @@ from raysl.track.mlflow_problem import MlflowProblem
 from raysl.track.results import Results
 from raysl.track.run_folder import RunFolder
 from raysl.train.checkpoint import save_checkpoint
+from raysl.train.keep import newest
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -35,7 +36,7 @@ class Worker:
     def __call__(self, config: Any, *, folder: RunFolder, **more: Any) -> Results:
         self.starts.append("ray" if "layout" in more else "here")
         assert folder.config.exists(), "the folder is claimed before anything starts"
-        save_checkpoint(folder.checkpoints, {}, step=config.train.steps, keep=1)
+        save_checkpoint(folder.checkpoints, {}, step=config.train.steps, keep=newest(1))
         if self.error is not None:
             raise self.error
         return {"steps": config.train.steps, "knn_top1": 0.5}

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from raysl.encoder.file import load_encoder
 from raysl.errors import RunFolderError
 from raysl.run import checkpoints, local
 from raysl.run.local import pretrain_here
@@ -19,7 +20,7 @@ from raysl.run.recipe import RunConfig, load_run
 from raysl.run.worker import pretrain
 from raysl.sources.open import open_source
 from raysl.track.results import Results
-from raysl.track.run_folder import RunFolder, list_checkpoints, read_metrics
+from raysl.track.run_folder import RunFolder, checkpoint_path, list_checkpoints, read_metrics
 from raysl.train.checkpoint_writer import CheckpointWriter
 
 # Small enough that a run takes a fraction of a second.
@@ -220,3 +221,38 @@ def test_the_state_that_is_written_is_that_of_its_step(
     train("train.checkpoint_every={steps: 2}", "train.keep_checkpoints=9")
     got = [(FOLDER / "checkpoints" / f"step-{n:09d}" / "state.pt").read_bytes() for n in (2, 4, 6)]
     assert got == want
+
+
+class TestKeptCheckpoints:
+    def test_are_the_best_and_the_newest_each_with_an_encoder_that_loads(
+        self, train: Train, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        accuracies = iter([0.3, 0.9, 0.5, 0.7])
+        monkeypatch.setattr(
+            "raysl.run.measuring.online_metrics", lambda *_: {"eval/knn_top1": next(accuracies)}
+        )
+        train(
+            *("train.steps=8", "train.checkpoint_every={steps: 2}", "train.keep_checkpoints=1"),
+            *("evaluate.every={steps: 2}", "train.keep_best={metric: eval/knn_top1}"),
+        )
+        folder = RunFolder(FOLDER)
+        assert list_checkpoints(folder.checkpoints) == [4, 8]
+        final = load_encoder(FOLDER).state_dict()
+        for step, is_final in ((8, True), (4, False)):
+            path = checkpoint_path(folder.checkpoints, step) / "encoder.safetensors"
+            kept = load_encoder(path).state_dict()
+            assert all(torch.equal(final[name], kept[name]) for name in final) == is_final
+
+    def test_have_no_encoder_where_only_the_newest_are_kept(self, train: Train) -> None:
+        train("train.steps=2")
+        folder = checkpoint_path(RunFolder(FOLDER).checkpoints, 2)
+        assert [path.name for path in folder.iterdir()] == ["state.pt"]
+
+    def test_with_an_encoder_are_whole_after_a_second_attempt(
+        self, train: Train, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch, "save", FullDisk(after=0, failures=1))
+        monkeypatch.setattr(checkpoints, "CheckpointWriter", impatient)
+        train("train.steps=2", "train.keep_every={steps: 2}")
+        folder = checkpoint_path(RunFolder(FOLDER).checkpoints, 2)
+        assert sorted(path.name for path in folder.iterdir()) == ["encoder.safetensors", "state.pt"]

@@ -22,6 +22,7 @@ from raysl.track.run_folder import (
     read_error,
 )
 from raysl.train.checkpoint import save_checkpoint
+from raysl.train.keep import newest
 from raysl.train.loop import Log
 
 METRICS = ("eval/knn_top1", "train/loss")
@@ -119,7 +120,7 @@ def test_tells_what_was_measured_before_the_checkpoint_again_and_no_more(
         metrics.log({"eval/knn_top1": step / 10, "train/epoch": step / 2}, step=step)
     metrics.log({"train/loss": 1.0, "train/epoch": 1.5}, step=3)
     metrics.close()
-    save_checkpoint(folder.checkpoints, {}, step=4, keep=1)
+    save_checkpoint(folder.checkpoints, {}, step=4, keep=newest(1))
     scheduler = Scheduler()
     run_trial(
         folder,

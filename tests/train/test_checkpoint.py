@@ -15,6 +15,7 @@ from raysl.errors import RunFolderError
 from raysl.track.run_folder import checkpoint_path, latest_step, list_checkpoints
 from raysl.train import checkpoint
 from raysl.train.checkpoint import load_checkpoint, save_checkpoint, set_damaged_aside
+from raysl.train.keep import newest
 
 CPU = torch.device("cpu")
 
@@ -24,7 +25,7 @@ def state(value: float) -> dict[str, Any]:
 
 
 def save(folder: Path, step: int, *, keep: int = 10) -> Path:
-    return save_checkpoint(folder, state(step), step=step, keep=keep)
+    return save_checkpoint(folder, state(step), step=step, keep=newest(keep))
 
 
 def value_at(folder: Path, step: int) -> float:
@@ -45,7 +46,7 @@ def test_a_real_optimizer_and_module_make_the_round_trip(tmp_path: Path) -> None
     module(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     both = {"method": module.state_dict(), "optimizer": optimizer.state_dict()}
-    save_checkpoint(tmp_path, both, step=1, keep=1)
+    save_checkpoint(tmp_path, both, step=1, keep=newest(1))
     loaded = load_checkpoint(tmp_path, step=1, device=CPU)
     other = torch.nn.Linear(3, 2)
     other.load_state_dict(loaded["method"])
@@ -123,7 +124,7 @@ def test_a_process_killed_while_it_deletes_leaves_complete_checkpoints_only(
 
 def test_the_same_step_again_replaces_the_old_one(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    save_checkpoint(tmp_path, state(99.0), step=1, keep=2)
+    save_checkpoint(tmp_path, state(99.0), step=1, keep=newest(2))
     assert value_at(tmp_path, 1) == 99.0
 
 

@@ -17,6 +17,7 @@ from raysl.optim.build import Rates, ScheduledOptimizer
 from raysl.train.batches import NumpyBatch
 from raysl.train.checkpoint import load_checkpoint, save_checkpoint
 from raysl.train.health import HealthCheck, HealthConfig
+from raysl.train.keep import newest
 from raysl.train.loop import Hooks, Schedule, Trainer
 
 EMBED_DIM = 4
@@ -184,7 +185,7 @@ class TestResume:
                 "method": killed.method.state_dict(),
                 "optimizer": killed.optimizer.state_dict(),
             }
-            save_checkpoint(tmp_path, state, step=step, keep=1)
+            save_checkpoint(tmp_path, state, step=step, keep=newest(1))
             raise _KilledError
 
         killed = Run(checkpoint_every=5)
