@@ -10,6 +10,7 @@
     +-- ExportError         an exported encoder with other results than the original
     +-- DivergedError       a loss or gradient that is not finite
     +-- CollapsedError      features that are the same for every image
+    +-- HungError           a training step that does not end
     +-- SweepError          a sweep whose trials were lost or failed, or that has no best trial
     +-- StoppedError        a training that was asked to stop, and has written a checkpoint
     KeyboardInterrupt
@@ -64,6 +65,10 @@ class DivergedError(RayslError):
 
 class CollapsedError(RayslError):
     """All images have the same features."""
+
+
+class HungError(RayslError):
+    """A training step does not end."""
 
 
 class SweepError(RayslError):

@@ -11,7 +11,7 @@ from raysl.data.stream import ItemMaker, iterate
 from raysl.evaluate.protocol import LabelledSets
 from raysl.run.measuring import Place
 from raysl.run.recipe import ClusterConfig, RunConfig, block_spec, plan_of
-from raysl.run.stop import stops_after_step
+from raysl.run.stop import ends_when_hung, stops_after_step
 from raysl.run.worker import pretrain
 from raysl.sources.source import Source
 from raysl.track.results import Results
@@ -56,7 +56,7 @@ def pretrain_here(
     cpus = num_cpus or os.cpu_count() or 1
     start_step = latest_step(folder.checkpoints)
     stop = threading.Event()
-    with stops_after_step(stop.set):
+    with stops_after_step(stop.set), ends_when_hung() as hung:
         return pretrain(
             config,
             folder=folder,
@@ -72,6 +72,7 @@ def pretrain_here(
             evaluated=evaluated,
             sets=sets,
             stops=stop.is_set,
+            hung=hung,
         )
 
 

@@ -1,6 +1,7 @@
 """Train a run on Ray Train: configure the trainer, and convert its errors."""
 
 import logging
+import time
 from typing import Any
 
 import ray
@@ -25,6 +26,7 @@ from raysl.run.ray_validate import evaluator_share
 from raysl.run.recipe import RunConfig, block_spec, derive_for, plan_of
 from raysl.run.stop import stops_after_step
 from raysl.sources.source import Source
+from raysl.track.events import last_hang
 from raysl.track.results import Results
 from raysl.track.run_folder import RunFolder, forget_error
 
@@ -39,6 +41,7 @@ def pretrain_on_ray(
         ClusterError: If workers failed more often than ``cluster.max_failures``.
         KeyboardInterrupt: If Ctrl-C or SIGTERM stopped it.
     """
+    began = time.time()
     forget_error(folder)
     for name in ("ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -55,7 +58,7 @@ def pretrain_on_ray(
             if "error" in outcome:
                 raise from_record(outcome)
     except ray.train.TrainingFailedError as error:
-        raise _as_cluster_error(error, config) from None
+        raise _as_cluster_error(error, config, hung=last_hang(folder, since=began)) from None
     finally:
         folder.stop.unlink(missing_ok=True)
     return outcome
@@ -125,10 +128,10 @@ class _TrainerWithoutCleaner(TorchTrainer):
         return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
 
 
-def _as_cluster_error(error: Any, config: RunConfig[Any]) -> ClusterError:
+def _as_cluster_error(error: Any, config: RunConfig[Any], *, hung: str | None) -> ClusterError:
     error_by_rank = getattr(error, "worker_failures", None) or {}
     inner = next(iter(error_by_rank.values()), error)
-    text = str(inner).strip() or type(inner).__name__
+    text = hung or str(inner).strip() or type(inner).__name__
     return ClusterError(
         f"training failed more often than cluster.max_failures={config.cluster.max_failures}; "
         f"last error: {type(inner).__name__}: {text}. The same command resumes from the last "

@@ -60,6 +60,8 @@ def train_worker(settings: dict[str, Any], batches: Iterator[Block]) -> Results 
             open_batches=lambda: batches,
             begin=evaluator,
             stops=folder.stop.exists,
+            # Nothing else ends a thread that does not answer. Ray starts all workers again.
+            hung=lambda text: os._exit(1),
         )
     except StoppedError as error:
         return to_record(error)  # on every rank

@@ -1,4 +1,4 @@
-"""Stop a run after its current step, with a checkpoint, when Ctrl-C or SIGTERM asks for it."""
+"""End a training: by Ctrl-C or SIGTERM after its current step, or at once because it hangs."""
 
 import os
 import signal
@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from raysl.errors import StoppedError, Terminated
+from raysl.errors import HungError, StoppedError, Terminated
 
 _SIGNALS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+_HUNG = signal.SIGUSR2  # wakes up the main thread
+_UNWINDING_S = 10.0  # how long a training that hangs has for ending by an exception
 _NOTICE = b"\nstopping after the current step, with a checkpoint; Ctrl-C stops at once\n"
 
 
@@ -53,6 +55,41 @@ def stops_after_step(ask: Callable[[], None]) -> Iterator[None]:
     finally:
         for kind, handler in earlier.items():
             signal.signal(kind, handler)
+
+
+@contextmanager
+def ends_when_hung() -> Iterator[Callable[[str], None]]:
+    """Provide a function that ends the training in the block from another thread.
+
+    It raises HungError in the block. A block that does not end by that, because it is not in the
+    main thread or not in Python, ends with the process, with status 1.
+
+    Raises:
+        HungError: If the function was called.
+    """
+    main, texts, is_over = threading.main_thread(), [], threading.Event()
+
+    def end(text: str) -> None:
+        texts.append(text)
+        if is_main:
+            signal.pthread_kill(main.ident or 0, _HUNG)
+            if is_over.wait(_UNWINDING_S):
+                return
+        os.write(2, f"\nraysl: HungError: {text}\n".encode())
+        os._exit(1)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if texts and not is_over.is_set():
+            raise HungError(texts[0])
+
+    is_main = threading.current_thread() is main
+    earlier = signal.signal(_HUNG, handle) if is_main else None
+    try:
+        yield end
+    finally:
+        is_over.set()
+        if is_main and not texts:  # else the signal may still come
+            signal.signal(_HUNG, earlier or signal.SIG_DFL)
 
 
 @contextmanager

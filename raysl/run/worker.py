@@ -28,13 +28,15 @@ from raysl.run.method_pictures import write_method_pictures
 from raysl.run.online import EvaluationStarter
 from raysl.run.protocol_runs import protocols_to_train
 from raysl.run.recipe import Derived, RunConfig, derive_for, training_set
+from raysl.run.resume import open_metrics, repeated_steps
+from raysl.run.watchdog import End, watch
 from raysl.sources.source import Source
 from raysl.track.bad_images import BadImages
 from raysl.track.results import Features, Results, accuracies_of, with_prefix
 from raysl.track.run_folder import MetricsFile, RunFolder
 from raysl.train.batches import NumpyBatch, batch_converter, input_converter, view_converter
 from raysl.train.health import HealthCheck
-from raysl.train.loop import Hooks, Log, Schedule, Trainer
+from raysl.train.loop import Doing, Hooks, Log, Schedule, Trainer
 
 # Largest number of images whose features are drawn as a map.
 _MAP_IMAGES = 1500
@@ -52,6 +54,7 @@ def pretrain(
     sets: LabelledSets | None = None,
     begin: EvaluationStarter | None = None,
     stops: Callable[[], bool] = lambda: False,
+    hung: End | None = None,
 ) -> Results:
     """Run one worker of a pretraining, from ``start_step`` to the written encoder.
 
@@ -68,6 +71,7 @@ def pretrain(
         sets: The labelled images of the run, if already open; None opens them.
         begin: Starts an evaluation in the background; None evaluates in the workers.
         stops: Whether to stop after this step, with a checkpoint.
+        hung: Ends a training that hangs, see ``health.max_step_s``; None lets it hang.
 
     Returns:
         The results; rank 0 writes ``results.json`` unless protocols are trained after the run.
@@ -84,12 +88,14 @@ def pretrain(
     worker = _Worker(config, folder=folder, source=source, place=place, sets=sets)
     if start_step:
         worker.checkpoints.restore(start_step, device=place.device)
-    metrics = MetricsFile(folder.metrics, start_step=start_step) if worker.rank == 0 else None
+    metrics = open_metrics(folder, start_step) if worker.rank == 0 else None
     worker.measuring.open(metrics, begin, start_step=start_step)
     if batches is not None:
         trainer = worker.trainer(_schedule(config, derived))
-        hooks = worker.hooks(_log_into(metrics, worker.measuring), evaluated, stops)
-        with worker.checkpoints.written(metrics):
+        log = _log_into(metrics, worker.measuring)
+        watched = watch(folder, start_step=start_step, limit_s=config.health.max_step_s, end=hung)
+        with watched as doing, worker.checkpoints.written(metrics):
+            hooks = worker.hooks(log, evaluated, stops, doing)
             trainer.run(batches, start_step=start_step, rank=worker.rank, hooks=hooks)
     return _end(worker, derived, metrics)
 
@@ -100,7 +106,11 @@ def _end(worker: "_Worker", derived: Derived, metrics: MetricsFile | None) -> Re
     if metrics is not None:  # before the evaluation, so that its errors do not lose the networks
         save_networks(worker.folder, worker.method, worker.config)
         worker.draw(derived)
-    counts: Results = {"steps": derived.total_steps, "num_bad_images": len(worker.bad_images)}
+    counts: Results = {
+        "steps": derived.total_steps,
+        "repeated_steps": repeated_steps(worker.folder),
+        "num_bad_images": len(worker.bad_images),
+    }
     results = worker.results() | counts
     worker.checkpoints.raise_trouble()  # such as a folder that was deleted meanwhile
     if metrics is not None:
@@ -224,7 +234,9 @@ class _Worker:
         ids = [device.index] if device.type == "cuda" else None
         return DistributedDataParallel(self.method, device_ids=ids, broadcast_buffers=False)
 
-    def hooks(self, log: Log, evaluated: Log | None, stops: Callable[[], bool]) -> Hooks:
+    def hooks(
+        self, log: Log, evaluated: Log | None, stops: Callable[[], bool], doing: Doing
+    ) -> Hooks:
         """Return the callbacks of the loop on this rank."""
 
         def evaluated_with_checkpoint(metrics: Mapping[str, float], step: int) -> None:
@@ -241,6 +253,7 @@ class _Worker:
             stops=stops,
             troubled=self.checkpoints.troubled,
             raise_trouble=self.checkpoints.raise_trouble,
+            doing=doing,
         )
 
     def report_bad_images(self, flaws: Mapping[int, int], step: int) -> float:

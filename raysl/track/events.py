@@ -10,7 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from raysl.track.run_folder import follow_metrics
+from raysl.track.run_folder import RunFolder, follow_metrics, read_metrics
+
+_HUNG = "hung"
 
 
 def note_event(path: Path, text: str, *, step: int, **facts: float | str) -> None:
@@ -52,3 +54,14 @@ class EventsReader:
             if isinstance(record.get("text"), str):
                 events.append(record)
         return events
+
+
+def note_hang(folder: RunFolder, text: str, *, step: int) -> None:
+    """Append that workers hang."""
+    note_event(folder.events, text, step=step, **{_HUNG: 1.0})
+
+
+def last_hang(folder: RunFolder, *, since: float) -> str | None:
+    """Return the text about the last hang since a time in seconds since 1970, or None."""
+    events = [e for e in read_metrics(folder.events) if e.get(_HUNG) and e["time"] >= since]
+    return str(events[-1]["text"]) if events else None

@@ -47,6 +47,8 @@ class Results(TypedDict, total=False):
     num_bad_test_images: int
     num_classes: int
     steps: int
+    repeated_steps: int
+    """Number of steps that were done again after faults."""
     num_bad_images: int
     num_failed_evaluations: int
     run_dir: str

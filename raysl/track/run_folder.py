@@ -65,6 +65,8 @@ class RunFolder:
         self.failed_evaluations = self.path / "failed_evaluations.jsonl"
         self.error = self.path / "error.json"
         self.events = self.path / "events.jsonl"
+        self.last_step = self.path / "last_step"
+        self.stacks = self.path / "stacks"  # of workers that hung
         self.stop = self.path / "stop"  # while it exists, the workers stop after their step
 
     def locked(self) -> AbstractContextManager[None]:

@@ -6,18 +6,23 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from raysl.config.base import Config, Idle, NonNegativeFloat
+from raysl.config.base import Config, Idle, NonNegativeFloat, PositiveFloat
 from raysl.errors import CollapsedError, DivergedError
 
 
 class HealthConfig(Config):
-    """When to stop a run that has diverged or collapsed."""
+    """When to stop a run that has diverged, collapsed or hangs."""
 
     idle: ClassVar[tuple[Idle, ...]] = (Idle(("patience",), {"min_feature_std": (0,)}),)
     min_feature_std: NonNegativeFloat = 0.003
     """A run whose features vary less than this has collapsed; 0 never stops."""
     patience: Annotated[int, Field(gt=0)] = 5
     """Number of consecutive logging steps before the run is stopped."""
+    max_step_s: PositiveFloat | None = 1200.0
+    """Seconds after which a step, an evaluation in the train workers or a checkpoint hangs: the
+    stacks of all workers are written to ``stacks`` of the run folder, and the workers start again
+    from the last checkpoint, which counts as a failure (``cluster.max_failures``); without Ray the
+    run ends. Ten times the longest one so far is allowed in any case. null never ends a run."""
 
 
 class HealthCheck:

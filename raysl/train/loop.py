@@ -23,6 +23,8 @@ from raysl.train.gradient import backward
 from raysl.train.health import HealthCheck
 from raysl.train.keep import KeepBest
 
+FIRST_BATCH = "waiting for the first batch"
+"""What a start does for as long as the cluster and the source take; see ``Hooks.doing``."""
 _NEW_BAD = "data/new_bad_images"
 _STOPS = "stops"
 _TROUBLE = "trouble"
@@ -71,6 +73,8 @@ CHECKPOINT_KEYS = (
 """Settings of :class:`TrainConfig` that do not change what is trained."""
 Log = Callable[[Mapping[str, float], int], None]
 """Receives metrics and their step."""
+Doing = Callable[[int, str], None]
+"""Told which work begins, and for which step, counted from 1."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,8 @@ class Hooks:
     troubled: Callable[[], bool] = lambda: False
     # Raises the trouble of any rank on every rank.
     raise_trouble: Callable[[], None] = lambda: None
+    # Told what begins on this rank. Not collective.
+    doing: Doing = lambda step, what: None
 
 
 @dataclass(frozen=True)
@@ -166,10 +172,12 @@ class Trainer:
         is_alone = rank_and_size()[1] == 1
         self.method.train()
         for step in range(start_step, schedule.total_steps):
+            steps_done = step + 1
+            hooks.doing(steps_done, FIRST_BATCH if step == start_step else "waiting for its batch")
             batch = meter.wait_for(batches)
+            hooks.doing(steps_done, "training")
             _check_step(batch, step)
             self._bad.update(_bad_images(batch))
-            steps_done = step + 1
             is_checkpoint, is_evaluation, is_read = self._due_after(steps_done)
             stops = (is_read or is_alone) and hooks.stops()
             is_read = is_read or stops
@@ -192,6 +200,7 @@ class Trainer:
                 logged["train/lr"] = self.optimizers[0].rates(step).lr
                 logged["train/epoch"] = steps_done / schedule.steps_per_epoch
             if is_evaluation:
+                hooks.doing(steps_done, "evaluating")
                 logged |= meter.pause(lambda steps_done=steps_done: hooks.evaluate(steps_done))  # type: ignore[misc]
                 self.method.train()
             if logged:
@@ -199,6 +208,7 @@ class Trainer:
             if "train/loss" in logged:
                 self.health(logged, step=steps_done)
             if is_checkpoint or stops:
+                hooks.doing(steps_done, "saving a checkpoint")
                 meter.pause(lambda steps_done=steps_done: hooks.checkpoint(steps_done))  # type: ignore[misc]
             if is_evaluation and (report := hooks.evaluated) is not None:
                 meter.pause(lambda steps_done=steps_done, values=logged: report(values, steps_done))  # type: ignore[misc]

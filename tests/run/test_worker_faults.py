@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from raysl.encoder.file import load_encoder
-from raysl.errors import RunFolderError
+from raysl.errors import HungError, RunFolderError
 from raysl.run import checkpoints, local
 from raysl.run.local import pretrain_here
 from raysl.run.recipe import RunConfig, load_run
@@ -22,6 +22,7 @@ from raysl.sources.open import open_source
 from raysl.track.results import Results
 from raysl.track.run_folder import RunFolder, checkpoint_path, list_checkpoints, read_metrics
 from raysl.train.checkpoint_writer import CheckpointWriter
+from raysl.train.loop import Trainer
 
 # Small enough that a run takes a fraction of a second.
 TINY = [
@@ -256,3 +257,29 @@ class TestKeptCheckpoints:
         train("train.steps=2", "train.keep_every={steps: 2}")
         folder = checkpoint_path(RunFolder(FOLDER).checkpoints, 2)
         assert sorted(path.name for path in folder.iterdir()) == ["encoder.safetensors", "state.pt"]
+
+
+class TestAStepThatHangs:
+    def test_ends_the_run_with_its_place_and_the_run_resumes(
+        self, train: Train, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        step, done = Trainer._step, []
+
+        def hang(self: Trainer, *given: Any) -> Any:
+            done.append(1)
+            if len(done) == 4:
+                time.sleep(30)
+            return step(self, *given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "_step", hang)
+            with pytest.raises(HungError, match="the train worker hangs: no progress") as caught:
+                train("health.max_step_s=0.5", "train.checkpoint_every={steps: 2}")
+        assert "worker 0: step 4, training, at " in str(caught.value)
+        folder = RunFolder(FOLDER)
+        assert "in hang" in (folder.stacks / "rank0.txt").read_text()
+        assert list_checkpoints(folder.checkpoints) == [2]
+        results = train("train.checkpoint_every={steps: 2}")
+        told = [str(event["text"]) for event in read_metrics(folder.events)]
+        assert told[1:] == ["resumes after step 2; step 3 is done again"]
+        assert results["repeated_steps"] == 1
