@@ -17,7 +17,7 @@ FLOORS = [
     ["config", "folder"],
     ["nn", "augment", "track"],
     ["methods", "sources", "optim"],
-    ["data"],
+    ["data", "store"],
     ["train", "encoder"],
     ["evaluate", "exchange", "report"],
     ["run"],

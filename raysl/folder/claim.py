@@ -69,6 +69,11 @@ class Lockable(Protocol):
         ...
 
 
+def aside_name(name: str) -> str:
+    """Return a folder's name, or its address, plus the current time."""
+    return f"{name}.{time.strftime('%Y%m%d-%H%M%S')}"
+
+
 def set_aside(folder: Lockable) -> Path:
     """Rename a folder to its name plus the current time, to free its name.
 
@@ -81,7 +86,7 @@ def set_aside(folder: Lockable) -> Path:
         RunFolderError: If another process holds the folder's lock.
     """
     with folder.locked():
-        aside = folder.path.with_name(f"{folder.path.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        aside = folder.path.with_name(aside_name(folder.path.name))
         named, number = aside.name, 2
         while aside.exists():
             aside, number = aside.with_name(f"{named}-{number}"), number + 1

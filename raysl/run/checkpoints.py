@@ -177,6 +177,7 @@ class Checkpoints:
                 )
 
         save_checkpoint(self._folder.checkpoints, rest, step=step, keep=self._kept_steps, also=also)
+        self._folder.publish()
 
     def _kept_steps(self, steps: Sequence[int]) -> Collection[int]:
         best, values = self._rule.best, {}

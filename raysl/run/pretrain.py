@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raysl.config.load import read_mapping
@@ -10,7 +9,7 @@ from raysl.config.yaml_text import to_yaml
 from raysl.data.first_look import first_look
 from raysl.errors import RayslError, RunFolderError
 from raysl.evaluate.training_source import open_training_source
-from raysl.folder.claim import OR_FRESH, refusal, set_aside
+from raysl.folder.claim import OR_FRESH, refusal
 from raysl.folder.whole import read_json, write_text
 from raysl.report.terminal import ProgressView, say, say_notes
 from raysl.run.build import precision_note
@@ -36,6 +35,7 @@ from raysl.run.recipe import (
 from raysl.run.results import Run, print_results, speed
 from raysl.run.shell import Typed
 from raysl.run.source_record import is_same, record_source, source_facts, what_changed
+from raysl.run.stored import opened_folder
 from raysl.run.tracking import end_tracker, load_mlflow, run_artifacts, start_tracker
 from raysl.sources.open import open_source
 from raysl.sources.source import Source
@@ -112,10 +112,7 @@ def train_run(
     """
     home = working_folder()
     config = with_absolute_files(config, home)
-    folder = RunFolder(home / Path(config.output_dir).expanduser() / config.name)
-    if fresh and folder.path.exists():
-        say(f"the earlier run is now in {set_aside(folder)}")
-    with folder.locked():
+    with opened_folder(config, home, fresh=fresh) as folder:
         shorter = _run_to_extend(folder, config, extend=extend)
         run = Run(config, folder, home, typed, tags or {}, began_at)
         results = folder.read_results()
@@ -123,7 +120,7 @@ def train_run(
             results = _train(_open(run, shorter), notes_printed)
         else:
             results = _finished(run, results)
-    print_results(run, results)
+        print_results(run, results)
     return results
 
 
@@ -188,8 +185,8 @@ def _finished(run: Run, results: Results) -> Results:
     folder, config = run.folder, run.config
     write_text(folder.config, to_yaml(config.model_dump(mode="json")))
     say(
-        f"{folder.path}: this run is finished; --extend with a larger train.epochs or train.steps "
-        f"continues it, --fresh starts over, name=... starts another run"
+        f"{folder.shown()}: this run is finished; --extend with a larger train.epochs or "
+        f"train.steps continues it, --fresh starts over, name=... starts another run"
     )
     try:
         source = open_training_source(config.data, config.evaluate, config.method)
@@ -302,7 +299,7 @@ def _finish(opened: Opened, results: Results, tracker: "MlflowTracker | None") -
         folder, source=opened.source, config=opened.config, derived=opened.derived
     ):
         say(f"  {picture} could not be drawn: {problem}")
-    place: Results = {"run_dir": str(folder.path)}
+    place: Results = {"run_dir": folder.shown()}
     results = place | results | _end_tracker(opened, tracker)
     folder.write_results(results)
     return results
@@ -317,6 +314,7 @@ def _send_again(opened: Opened, results: Results) -> Results:
     """Send to MLflow what it did not accept when the run ended."""
     if results.get("mlflow_problem") is None:
         return results
+    opened.folder.fetch()
     tracker = _start_tracker(opened, {}, ended=True)
     results = results | _end_tracker(opened, tracker)
     opened.folder.write_results(results)
@@ -329,7 +327,7 @@ def _say_start(opened: Opened, steps_done: int, notes_printed: Collection[str]) 
     say(
         f"{config.name} {what}: {config.method.name}, {config.backbone.name}, "
         f"{derived.num_images:,} images from {opened.source.name}, {derived.total_steps} steps of "
-        f"{config.train.global_batch_size} images\n  {opened.folder.path}"
+        f"{config.train.global_batch_size} images\n  {opened.folder.shown()}"
     )
     for name, default in size_defaults(config, opened.source).items():
         say(f"  {name}: {default.formula}")

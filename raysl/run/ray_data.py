@@ -6,7 +6,7 @@ costs its time four times. It therefore imports neither torch nor the configurat
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,9 @@ from raysl.data.plan import Plan
 from raysl.data.stream import BlockSpec, ItemMaker, concatenate
 from raysl.run.ray_cluster import READ_CPUS, ClusterNeeds, Layout, in_background, layout_for
 from raysl.track.run_folder import latest_step
+
+if TYPE_CHECKING:  # loads the configuration
+    from raysl.run.stored import StoredRun
 
 _NUMBER = "number"
 _BLOCKS_PER_READ_TASK = 100
@@ -187,6 +190,7 @@ class RemainingDataset:
         plan: The order of the images.
         spec: The views to make.
         checkpoints: Folder of the checkpoints; the newest complete one gives the first step.
+        stored: The run's folder in a store, whose checkpoints are then listed instead.
         needs: What the run asks of the cluster. Data workers are planned at each start, because
             nodes may have gone or come since the last.
     """
@@ -199,24 +203,28 @@ class RemainingDataset:
         *,
         checkpoints: Path,
         needs: ClusterNeeds,
+        stored: "StoredRun | None" = None,
     ) -> None:
         self.source = source
         self.plan = plan
         self.spec = spec
         self.checkpoints = checkpoints
         self.needs = needs
+        self.stored = stored
 
     def __call__(self) -> Dataset:
         """Return the dataset from the newest complete checkpoint on.
 
         Raises:
             ClusterError: If the nodes that are left have no CPU to make views.
+            RunFolderError: If the store of the run's folder cannot be reached.
         """
+        stored = self.stored
         return open_dataset(
             self.source,
             self.plan,
             self.spec,
-            start_step=latest_step(self.checkpoints),
+            start_step=latest_step(self.checkpoints) if stored is None else stored.newest_step(),
             layout=layout_for(self.needs),
         )
 

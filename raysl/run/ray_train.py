@@ -49,6 +49,7 @@ def pretrain_on_ray(
     start_shared_actors()
     trainer = _trainer(config, folder=folder, source=source, layout=layout)
     folder.stop.unlink(missing_ok=True)
+    folder.publish(waits=True)
     try:
         with stops_after_step(folder.stop.touch):
             # Run `fit` in a thread, so that Ctrl-C interrupts only the wait and the caller
@@ -57,6 +58,7 @@ def pretrain_on_ray(
             outcome: Results | ErrorRecord = fitted.return_value  # type: ignore[attr-defined] # V2
             if "error" in outcome:
                 raise from_record(outcome)
+            folder.fetch()
     except ray.train.TrainingFailedError as error:
         raise _as_cluster_error(error, config, hung=last_hang(folder, since=began)) from None
     finally:
@@ -68,10 +70,12 @@ def _trainer(
     config: RunConfig[Any], *, folder: RunFolder, source: Source, layout: Layout
 ) -> TorchTrainer:
     source_ref = ray.put(source)
+    stored = None if folder.stored is None else folder.stored.for_workers()
     backend = "nccl" if layout.use_gpu else "gloo"
     worker_settings = {
         "config": config.model_dump(mode="json"),
         "folder": str(folder.path),
+        "stored": stored,
         "source": source_ref,
         "threads": layout.threads_per_train_worker,
         "backend": backend,
@@ -102,12 +106,15 @@ def _trainer(
                 block_spec(config.data),
                 checkpoints=folder.checkpoints,
                 needs=needs_of(config, layout),
+                stored=stored,
             )
         },
         dataset_config=DataConfig(execution_options=execution_options()),
         run_config=RayRunConfig(  # type: ignore[arg-type] # stubs are of V1
             name="ray",
-            storage_path=str(folder.path),
+            # Ray checks that every worker sees this folder, and writes nothing else to it.
+            storage_path=str(folder.path) if stored is None else stored.store.root,
+            storage_filesystem=None if stored is None else stored.store.filesystem,
             failure_config=FailureConfig(
                 max_failures=max_failures, controller_failure_limit=max_failures
             ),

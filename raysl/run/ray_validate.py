@@ -1,6 +1,7 @@
 """Evaluate in parallel to training: one actor evaluates encoders while the workers continue."""
 
 import os
+import tempfile
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -51,9 +52,14 @@ class Evaluator:
         config: The run's configuration.
         share: Resources of the actor.
         num_ranks: Number of train workers of the run.
+        sees_files: Whether every node sees the files of this worker; else the actor gets their
+            content.
     """
 
-    def __init__(self, config: RunConfig[Any], share: Share, *, num_ranks: int) -> None:
+    def __init__(
+        self, config: RunConfig[Any], share: Share, *, num_ranks: int, sees_files: bool = True
+    ) -> None:
+        self._sees_files = sees_files
         self._config = config
         self._share = share
         self._num_ranks = num_ranks
@@ -75,7 +81,8 @@ class Evaluator:
             else:  # the cause, since the text of Ray's exception is a traceback
                 future.set_exception(getattr(error, "cause", None) or error)
 
-        self._actor.measure.remote(str(path)).future().add_done_callback(copy_outcome)
+        content = None if self._sees_files else path.read_bytes()
+        self._actor.measure.remote(str(path), content).future().add_done_callback(copy_outcome)
         return future
 
     def close(self) -> None:
@@ -124,12 +131,17 @@ class _Measurer:
             each.num_threads = threads
         self._device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
 
-    def measure(self, path: str) -> dict[str, float]:
-        """Return the metrics of the encoder in the file at ``path``."""
-        return measure_file(
-            Path(path),
-            self._sets,
-            self._config,
-            device=self._device,
-            num_ranks=self._num_ranks,
-        )
+    def measure(self, path: str, content: bytes | None) -> dict[str, float]:
+        """Return the metrics of the encoder in the file at ``path``, or in its ``content``."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(path)
+            if content is not None:
+                file = Path(folder, file.name)
+                file.write_bytes(content)
+            return measure_file(
+                file,
+                self._sets,
+                self._config,
+                device=self._device,
+                num_ranks=self._num_ranks,
+            )

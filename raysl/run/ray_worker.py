@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,26 @@ import torch
 from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group
 
 from raysl.data.block import Block
-from raysl.errors import ClusterError, ErrorRecord, RayslError, StoppedError, to_record
+from raysl.errors import (
+    ClusterError,
+    ErrorRecord,
+    RayslError,
+    RunFolderError,
+    StoppedError,
+    to_record,
+)
 from raysl.nn.collectives import broadcast_object, rank_and_size
 from raysl.run.measuring import Place
+from raysl.run.ray_cluster import in_background
 from raysl.run.ray_errors import wrapped_errors
 from raysl.run.ray_validate import Evaluator, Share
 from raysl.run.recipe import run_from_values
+from raysl.run.stored import shown_in_errors, start_worker, worker_folder
 from raysl.run.worker import pretrain
 from raysl.track.results import Results
-from raysl.track.run_folder import RunFolder, latest_step, read_error, write_error
+from raysl.track.run_folder import RunFolder, read_error, write_error
+
+_LAST_COPY_S = 20.0
 
 
 def train_worker(settings: dict[str, Any], batches: Iterator[Block]) -> Results | ErrorRecord:
@@ -31,40 +43,51 @@ def train_worker(settings: dict[str, Any], batches: Iterator[Block]) -> Results 
     one; after the restart every rank returns the written error.
 
     Args:
-        settings: ``config``, ``folder``, ``source``, ``threads``, ``backend`` and ``evaluation``.
+        settings: ``config``, ``folder``, ``stored``, ``source``, ``threads``, ``backend`` and
+            ``evaluation``.
         batches: This worker's batches from the newest checkpoint on.
     """
-    folder = RunFolder(Path(settings["folder"]))
+    with worker_folder(Path(settings["folder"]), settings["stored"]) as folder:
+        return _train(settings, batches, folder)
+
+
+def _train(
+    settings: dict[str, Any], batches: Iterator[Block], folder: RunFolder
+) -> Results | ErrorRecord:
     if not folder.config.exists():
         raise ClusterError(
-            f"node {ray.util.get_node_ip_address()} does not see the run folder {folder.path}: on "
-            f"several nodes output_dir must be on a disk that all share"
+            f"node {ray.util.get_node_ip_address()} does not see the run folder {folder.shown()}: "
+            f"on several nodes output_dir must be on a disk that all share, or an address of an "
+            f"object store, such as s3://BUCKET/FOLDER"
         )
     written = read_error(folder)
     if written is not None:
         return written
     config = run_from_values(settings["config"], where="the run")
     device = _join_process_group(settings["backend"])
-    start_step = int(broadcast_object(latest_step(folder.checkpoints)))
+    rank, num_ranks = rank_and_size()
+    start_step = start_worker(folder, agreed=lambda own: int(broadcast_object(own)), rank=rank)
     share: Share | None = settings["evaluation"]
-    _, num_ranks = rank_and_size()
-    evaluator = None if share is None else Evaluator(config, share, num_ranks=num_ranks)
+    evaluator = None
+    if share is not None:
+        sees_files = folder.stored is None
+        evaluator = Evaluator(config, share, num_ranks=num_ranks, sees_files=sees_files)
     try:
-        return pretrain(
-            config,
-            folder=folder,
-            source=ray.get(settings["source"]),
-            # Ray may count more CPUs than the machine has.
-            place=Place(device, min(settings["threads"], os.cpu_count() or 1)),
-            start_step=start_step,
-            open_batches=lambda: batches,
-            begin=evaluator,
-            stops=folder.stop.exists,
-            # Nothing else ends a thread that does not answer. Ray starts all workers again.
-            hung=lambda text: os._exit(1),
-        )
-    except StoppedError as error:
-        return to_record(error)  # on every rank
+        with shown_in_errors(folder):
+            return pretrain(
+                config,
+                folder=folder,
+                source=ray.get(settings["source"]),
+                # Ray may count more CPUs than the machine has.
+                place=Place(device, min(settings["threads"], os.cpu_count() or 1)),
+                start_step=start_step,
+                open_batches=lambda: batches,
+                begin=evaluator,
+                stops=folder.stop.exists,
+                hung=lambda text: _end_hung(folder),
+            )
+    except StoppedError as error:  # on every rank
+        return to_record(_published(folder) or error)
     except (RayslError, ray.exceptions.RayTaskError) as error:
         # A cluster error may not recur after a restart, so it is raised.
         own_error = next(
@@ -75,10 +98,28 @@ def train_worker(settings: dict[str, Any], batches: Iterator[Block]) -> Results 
         if rank_and_size()[1] == 1 or own_error.on_every_rank:
             return to_record(own_error)
         write_error(folder, own_error)
+        _published(folder)  # if the store is down too, that is not what ended the run
         raise
     finally:
         if evaluator is not None:
             evaluator.close()
+
+
+def _end_hung(folder: RunFolder) -> None:
+    """End this process, whose training hangs; Ray starts all workers again."""
+    # The thread that hangs may hold what a copy to a store needs, so it is not waited for long.
+    with suppress(TimeoutError):
+        in_background(lambda: _published(folder), name="raysl-last-copy").result(_LAST_COPY_S)
+    os._exit(1)  # nothing else ends a thread that does not answer
+
+
+def _published(folder: RunFolder) -> RunFolderError | None:
+    """Let other nodes see the last checkpoint; return why they cannot."""
+    try:
+        folder.publish(waits=True)
+    except RunFolderError as error:
+        return error
+    return None
 
 
 def _join_process_group(backend: str) -> torch.device:

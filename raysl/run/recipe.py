@@ -34,7 +34,7 @@ from raysl.nn.depth import check_layer_decay
 from raysl.optim.build import OptimConfig, peak_lr
 from raysl.sources.place import as_place
 from raysl.sources.source import DataConfig, Source
-from raysl.track.config import TrackConfig, check_run_name
+from raysl.track.config import OutputDir, TrackConfig, check_run_name
 from raysl.track.results import TRAINING
 from raysl.train.health import HealthConfig
 from raysl.train.loop import CHECKPOINT_KEYS, TrainConfig
@@ -76,8 +76,8 @@ class RunConfig(Config, Generic[M]):
 
     name: str
     """The run folder is output_dir/name; the same name resumes the same run."""
-    output_dir: str = "runs"
-    """Parent of the run folder."""
+    output_dir: OutputDir = "runs"
+    """Parent of the run folder: a path, or an address of a store such as s3://BUCKET/FOLDER."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of weights, order and views."""
     data: DataConfig

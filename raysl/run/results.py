@@ -63,19 +63,21 @@ def print_results(run: Run, results: Results) -> None:
     if "top1" in results:
         out.print(classifier_line(results), markup=False)
     if results.get("num_bad_images"):
-        say(f"{results['num_bad_images']:,} bad images, listed in {folder.bad_images}")
+        say(
+            f"{results['num_bad_images']:,} bad images, listed in {folder.shown(folder.bad_images)}"
+        )
     failures = read_failures(folder)
     if failures:
         say(
             f"{len(failures)} evaluation(s) during training failed or were skipped, listed in "
-            f"{folder.failed_evaluations}; the last: step {failures[-1]['step']}: "
+            f"{folder.shown(folder.failed_evaluations)}; the last: step {failures[-1]['step']}: "
             f"{failures[-1]['problem']}"
         )
-    lines = [f"model     {folder.classifier}"] if config.method.classifies else []
+    lines = [f"model     {folder.shown(folder.classifier)}"] if config.method.classifies else []
     lines += [
-        f"encoder   {folder.encoder}",
-        f"report    {folder.report}",
-        f"metrics   {folder.metrics}",
+        f"encoder   {folder.shown(folder.encoder)}",
+        f"report    {folder.shown(folder.report)}",
+        f"metrics   {folder.shown(folder.metrics)}",
     ]
     if config.track.mlflow:
         lines.append(f"compare   {compare_line(config.track.tracking_uri, folder=run.home)}")
@@ -88,12 +90,12 @@ def print_results(run: Run, results: Results) -> None:
 def _next_command(run: Run, results: Results) -> str:
     """Return a complete command for the next step with this run."""
     if run.config.method.classifies:
-        return command("distill", run.folder.path)
+        return command("distill", run.folder.shown())
     if run.typed is not None:
         return longer_command(run.typed, run.config, times=_LONGER)
     if "knn_top1" in results:  # there are labels
-        return command("finetune", run.folder.path, "data.labels.fraction=0.1")
-    return command("evaluate", run.folder.path)
+        return command("finetune", run.folder.shown(), "data.labels.fraction=0.1")
+    return command("evaluate", run.folder.shown())
 
 
 def _photos_command(run: Run) -> str:

@@ -141,6 +141,7 @@ def _write_results(
     metrics.close()
     if not protocols_to_train(config):  # otherwise the driver adds their results
         folder.write_results(results)
+    folder.publish(waits=True)
 
 
 class _Worker:

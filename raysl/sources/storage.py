@@ -49,7 +49,7 @@ _PAUSES_S = (0.5, 2.0, 5.0)
 _FINAL = re.compile("ACCESS_DENIED|NO_SUCH|INVALID_|SIGNATURE|NOT_FOUND|PERMISSION|UNAUTHENTICATED")
 
 
-def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
+def resolve(uri: str, *, setting: str = "data.source") -> tuple[pafs.FileSystem, str]:
     """Return the pyarrow file system and the path of a local path or a URI.
 
     pyarrow handles ``s3://BUCKET/PATH``, ``gs://``,
@@ -59,6 +59,10 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     or ``AWS_ENDPOINT_URL_S3`` in the environment selects a compatible store such as MinIO; the file
     system takes this setting to the workers. The path is literal, including spaces and wildcards;
     only after ``file://`` does %20 mean a space.
+
+    Args:
+        uri: A local path or a URI.
+        setting: The setting that gives it, for messages.
 
     Raises:
         DataError: If the scheme is unknown, its package is missing, or the store cannot be reached.
@@ -84,9 +88,9 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     except ImportError as error:
         package = _PACKAGES.get(scheme)
         hint = f". Install it: pip install {package}" if package else ""
-        raise DataError(f"data.source={uri}: {error}{hint}") from None
+        raise DataError(f"{setting}={uri}: {error}{hint}") from None
     except (ValueError, OSError, pa.ArrowException) as error:
-        raise unreachable(uri, error) from None
+        raise unreachable(uri, error, setting=setting) from None
 
 
 def _from_fsspec(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -96,13 +100,13 @@ def _from_fsspec(uri: str) -> tuple[pafs.FileSystem, str]:
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), str(path).rstrip("/")
 
 
-def unreachable(uri: str, error: Exception) -> DataError:
-    """Build the error for a source that cannot be opened, with advice on what to check."""
+def unreachable(uri: str, error: Exception, *, setting: str = "data.source") -> DataError:
+    """Build the error for a place that cannot be opened, with advice on what to check."""
     hint = _HELP.get(uri.partition("://")[0], "") if "://" in uri else ""
     text = " ".join(str(error).split())
     if len(text) > _LONGEST_ERROR:  # libhdfs lists every place where it looked for Java
         text = text[:_LONGEST_ERROR] + " ..."
-    return DataError(f"data.source={uri}: " + (f"{text.rstrip('.')}. {hint}" if hint else text))
+    return DataError(f"{setting}={uri}: " + (f"{text.rstrip('.')}. {hint}" if hint else text))
 
 
 def is_local(filesystem: pafs.FileSystem) -> bool:
@@ -127,13 +131,17 @@ def with_retries(filesystem: pafs.FileSystem, read: Callable[[], T]) -> T:
     for pause in () if is_local(filesystem) else _PAUSES_S:
         try:
             return read()
-        except (FileNotFoundError, PermissionError, IsADirectoryError):
-            raise
         except OSError as error:
-            if _FINAL.search(str(error)):
+            if is_final(error):
                 raise
         time.sleep(pause)
     return read()
+
+
+def is_final(error: Exception) -> bool:
+    """Return whether an error of a store would also occur on a later attempt."""
+    kinds = (FileNotFoundError, PermissionError, IsADirectoryError)
+    return isinstance(error, kinds) or bool(_FINAL.search(str(error)))
 
 
 def read_file(filesystem: pafs.FileSystem, path: str | bytes) -> bytes:

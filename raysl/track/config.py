@@ -1,9 +1,15 @@
 """The settings of a run's name, folder and tracking."""
 
 import re
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from pydantic import AfterValidator
 
 from raysl.config.base import Config, Idle
+from raysl.folder.address import check_output_dir
+
+OutputDir = Annotated[str, AfterValidator(check_output_dir)]
+"""Parent of run folders: a path, or an address of a store without a password."""
 
 
 class TrackConfig(Config):

@@ -4,10 +4,10 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from raysl.errors import ErrorRecord, RayslError, RunFolderError, to_record
 from raysl.folder.lock import lock_folder
@@ -34,16 +34,37 @@ def working_folder() -> Path:
     return Path.home() / "raysl" if JOB_FOLDER in f"{current}/" else current
 
 
+class Copied(Protocol):
+    """The copy in a store of a run folder that is a local copy itself; see ``raysl.store``."""
+
+    address: str
+    """Address of the folder in the store."""
+
+    def publish(self, *, waits: bool) -> None:
+        """Copy the folder's changes to the store."""
+        ...
+
+    def fetch(self) -> None:
+        """Copy what other processes have written from the store."""
+        ...
+
+    def for_workers(self) -> Any:
+        """Return what workers need to open the folder; it can be pickled."""
+        ...
+
+
 class RunFolder:
     """The paths in a run folder, ``runs/NAME``.
 
     Args:
         path: Path of the run folder; stored as absolute, since workers have other working
             directories.
+        stored: The folder's copy in a store; None if the folder is on a disk that all nodes share.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, stored: Copied | None = None) -> None:
         self.path = path.absolute()
+        self.stored = stored
         self.config = self.path / "config.yaml"
         self.source = self.path / "source.json"
         self.extensions = self.path / "extensions.json"
@@ -80,6 +101,30 @@ class RunFolder:
             self.path, doing="is training in", instead="give this run another name=..."
         )
 
+    def publish(self, *, waits: bool = False) -> None:
+        """Let other nodes see what is in the folder; on a disk, they do already.
+
+        Without ``waits`` this copies in the background, and only waits for the copy before.
+
+        Raises:
+            RunFolderError: If the store fails for longer than a minute.
+        """
+        if self.stored is not None:
+            self.stored.publish(waits=waits)
+
+    def fetch(self) -> None:
+        """Get what other nodes have written; on a disk, it is there already."""
+        if self.stored is not None:
+            self.stored.fetch()
+
+    def shown(self, path: Path | None = None) -> str:
+        """Return the path or address of the folder, or of a file in it, for messages."""
+        path = path or self.path
+        if self.stored is None:
+            return str(path)
+        name = path.relative_to(self.path).as_posix()
+        return self.stored.address if name == "." else f"{self.stored.address}/{name}"
+
     def read_results(self) -> Results | None:
         """Return the results of a finished run, or None."""
         results = read_json(self.results)
@@ -99,7 +144,12 @@ def list_checkpoints(folder: Path) -> list[int]:
     """Return the steps of the complete checkpoints in a folder, in order."""
     if not folder.is_dir():
         return []
-    matches = (_CHECKPOINT_NAME.match(entry.name) for entry in folder.iterdir())
+    return list_steps(entry.name for entry in folder.iterdir())
+
+
+def list_steps(names: Iterable[str]) -> list[int]:
+    """Return the steps of the checkpoints among names of folders, in order."""
+    matches = map(_CHECKPOINT_NAME.match, names)
     return sorted(int(match.group(1)) for match in matches if match)
 
 

@@ -91,6 +91,11 @@ def load_checkpoint(folder: Path, *, step: int, device: torch.device) -> dict[st
     return state
 
 
+def is_damaged(folder: Path, *, step: int) -> bool:
+    """Return whether the checkpoint of a step is damaged."""
+    return _damage(checkpoint_path(folder, step) / _STATE) is not None
+
+
 def set_damaged_aside(folder: Path) -> list[str]:
     """Rename damaged checkpoints, newest first, until one is intact; return a line about each.
 

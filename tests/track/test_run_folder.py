@@ -89,7 +89,7 @@ class TestRunFolder:
 
     def test_everything_lies_below_it_under_a_name_of_its_own(self, tmp_path: Path) -> None:
         folder = RunFolder(tmp_path)
-        paths = [path for name, path in vars(folder).items() if name != "path"]
+        paths = [path for name, path in vars(folder).items() if name not in ("path", "stored")]
         assert len(set(paths)) == len(paths)
         assert all(path.parent == tmp_path for path in paths)
 

@@ -1,0 +1,257 @@
+"""Copy a local folder to a store, and back, so that the store is consistent at any moment.
+
+An upload is whole or absent, so the order of uploads is all that matters: first what a checkpoint
+refers to (metrics, bad images, encoders to evaluate), then the checkpoint, then ``results.json``,
+which ends a run; deletions last. Several processes may mirror one folder if each changes other
+files: a mirror only replaces and deletes what it wrote or read itself.
+
+Files that grow, ``*.jsonl``, are objects of ``PART_BYTES`` each: ``metrics.jsonl``,
+``metrics.jsonl.000001``, ... A new line uploads the last of them, whatever the length of the file.
+"""
+
+import hashlib
+import os
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from raysl.folder.whole import UNFINISHED, write_bytes
+from raysl.store.objects import Entry, Store
+from raysl.track.run_folder import list_steps
+
+PART_BYTES = 1 << 20
+"""Size of the objects of a file that grows."""
+
+CHECKPOINTS = "checkpoints/"
+STATE = "state.pt"
+RESULTS = "results.json"
+
+_GROWS = ".jsonl"
+_PART = re.compile(r"^(?P<file>.+\.jsonl)(?:\.(?P<number>\d{6}))?$")
+
+Wanted = Callable[[str], bool]
+"""Whether to copy the file of a name relative to the folder."""
+
+_Signature = tuple[int, int, int]  # inode, bytes, nanoseconds of the last change
+
+
+@dataclass
+class _Grown:
+    """What a mirror knows of a file that grows."""
+
+    inode: int = -1
+    size: int = 0  # bytes that the store holds
+    digests: list[bytes] = field(default_factory=list)  # of each part
+    entries: list[Entry] = field(default_factory=list)  # of the parts that were read
+
+
+class Mirror:
+    """A local folder and its copy in a store. Thread-safe.
+
+    Args:
+        folder: The local folder.
+        store: The folder in the store.
+        check: Raises if this process may no longer write; called before it does.
+    """
+
+    def __init__(self, folder: Path, store: Store, *, check: Callable[[], None]) -> None:
+        self.folder = folder
+        self.store = store
+        self._check = check
+        self._lock = threading.RLock()
+        self._files: dict[str, _Signature] = {}  # as they were when they were last copied
+        self._read: dict[str, Entry] = {}  # objects as they were when they were last read
+        self._grown: dict[str, _Grown] = {}
+
+    def push(self, wanted: Wanted = lambda _: True) -> None:
+        """Copy what has changed in the folder since the last copy to the store.
+
+        Raises:
+            RunFolderError: If the store fails, or this process may no longer write.
+        """
+        with self._lock:
+            local = {name: each for name, each in _files(self.folder) if wanted(name)}
+            known = [name for name in [*self._files, *self._grown] if wanted(name)]
+            gone = [name for name in known if name not in local]
+            changed = [name for name, each in local.items() if self._has_changed(name, each)]
+            if not gone and not changed:
+                return
+            self._check()
+            if RESULTS in gone:  # before anything of the run that goes on
+                self._delete([RESULTS])
+            for name in sorted(changed, key=_turn):
+                self._upload(name, local[name])
+            self._delete([name for name in gone if name != RESULTS])
+
+    def pull(self, wanted: Wanted, *, recursive: bool = True) -> None:
+        """Copy what has changed in the store since the last copy to the folder.
+
+        Wanted files that another process deleted from the store are deleted.
+
+        Args:
+            wanted: The files to copy. This process must not have changed them since the last copy.
+            recursive: Also look at files in folders below.
+
+        Raises:
+            RunFolderError: If the store fails.
+        """
+        with self._lock:
+            entries = self.store.list(recursive=recursive)
+            parts: dict[str, dict[int, Entry]] = {}
+            for name, entry in entries.items():
+                if any(map(_is_hidden, name.split("/"))):  # a lease, an upload that was cut
+                    continue
+                if (part := _PART.match(name)) and wanted(part["file"]):
+                    parts.setdefault(part["file"], {})[int(part["number"] or 0)] = entry
+                elif not part and wanted(name) and self._read.get(name) != entry:
+                    self._download(name, entry)
+            for name, numbered in parts.items():
+                self._download_parts(name, numbered)
+            for name in [*self._files, *self._grown]:
+                is_listed = wanted(name) and (recursive or "/" not in name)
+                if is_listed and name not in parts and name not in entries:
+                    (self.folder / name).unlink(missing_ok=True)
+                    self._forget(name)
+
+    def pull_checkpoint(self, step: int) -> None:
+        """Copy a checkpoint to the folder.
+
+        Raises:
+            RunFolderError: If the store fails.
+        """
+        top = f"{CHECKPOINTS}step-{step:09d}/"
+        self.pull(lambda name: name.startswith(top))
+
+    def _has_changed(self, name: str, signature: _Signature) -> bool:
+        if name.endswith(_GROWS):
+            grown = self._grown.get(name)
+            return grown is None or (grown.inode, grown.size) != signature[:2]
+        return self._files.get(name) != signature
+
+    def _upload(self, name: str, signature: _Signature) -> None:
+        try:
+            if name.endswith(_GROWS):
+                self._upload_parts(name)
+            else:
+                self.store.put_file(name, self.folder / name)
+                self._files[name] = signature
+        except FileNotFoundError:  # deleted meanwhile: the next copy sees it
+            return
+
+    def _upload_parts(self, name: str) -> None:
+        """Upload the parts of a file that have changed, then delete those beyond its end."""
+        grown = self._grown.setdefault(name, _Grown())
+        with open(self.folder / name, "rb") as file:
+            status = os.fstat(file.fileno())
+            is_longer = status.st_ino == grown.inode and status.st_size >= grown.size
+            number = min(grown.size // PART_BYTES if is_longer else 0, len(grown.digests))
+            size = number * PART_BYTES
+            file.seek(size)
+            while True:
+                content = file.read(PART_BYTES)
+                if not content and number:
+                    break
+                size += len(content)
+                digest = hashlib.blake2b(content).digest()
+                if grown.digests[number : number + 1] != [digest]:
+                    self.store.put(_part_name(name, number), content)
+                    grown.digests[number : number + 1] = [digest]
+                    del grown.entries[number:]
+                number += 1
+                if len(content) < PART_BYTES:
+                    break
+        surplus = range(number, len(grown.digests))
+        self.store.delete(_part_name(name, each) for each in reversed(surplus))
+        del grown.digests[number:]
+        grown.inode, grown.size = status.st_ino, size
+
+    def _download(self, name: str, entry: Entry) -> None:
+        path = self.folder / name
+        try:
+            self.store.get_file(name, path)
+        except FileNotFoundError:  # deleted since the listing
+            return
+        self._files[name], self._read[name] = _signature(path), entry
+
+    def _download_parts(self, name: str, numbered: dict[int, Entry]) -> None:
+        """Bring a file that grows up to date; readers that follow it see lines appended."""
+        entries = [numbered[each] for each in range(len(numbered)) if each in numbered]
+        grown = self._grown.setdefault(name, _Grown())
+        same = 0
+        while (
+            entries[same : same + 1] and entries[same : same + 1] == grown.entries[same : same + 1]
+        ):
+            same += 1
+        path = self.folder / name
+        if same == len(entries) == len(grown.entries) and path.exists():
+            return
+        contents = [self.store.get(_part_name(name, each)) for each in range(same, len(entries))]
+        old = path.read_bytes() if path.exists() else None
+        start = (old or b"")[: same * PART_BYTES]
+        new = start + b"".join(content or b"" for content in contents)
+        if old is not None and new.startswith(old):
+            with open(path, "ab") as file:
+                file.write(new[len(old) :])
+        else:
+            write_bytes(path, new)
+        grown.entries = entries
+        grown.digests[same:] = [hashlib.blake2b(content or b"").digest() for content in contents]
+        grown.inode, grown.size = _signature(path)[:2]
+
+    def _delete(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name.endswith(_GROWS):
+                count = len(self._grown.get(name, _Grown()).digests)
+                self.store.delete(_part_name(name, each) for each in reversed(range(count)))
+            else:
+                self.store.delete([name])
+            self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        self._files.pop(name, None)
+        self._read.pop(name, None)
+        self._grown.pop(name, None)
+
+
+def checkpoint_steps(store: Store) -> list[int]:
+    """Return the steps of the complete checkpoints in a run's folder in a store, in order."""
+    names = store.list(CHECKPOINTS.rstrip("/"))
+    folders = (name.split("/")[1] for name in names if name.endswith(f"/{STATE}"))
+    return list_steps(folders)
+
+
+def _turn(name: str) -> tuple[int, str]:
+    """Return a file's place in the order of uploads."""
+    if name == RESULTS:
+        return 3, name
+    if name.startswith(CHECKPOINTS):
+        return (2 if name.endswith(f"/{STATE}") else 1), name
+    return 0, name
+
+
+def _part_name(name: str, number: int) -> str:
+    return f"{name}.{number:06d}" if number else name
+
+
+def _files(folder: Path) -> Iterator[tuple[str, _Signature]]:
+    """Yield the complete files below a folder."""
+    for root, folders, names in os.walk(folder):
+        folders[:] = [each for each in folders if not _is_hidden(each)]
+        for name in names:
+            if not _is_hidden(name):
+                path = Path(root, name)
+                try:
+                    yield path.relative_to(folder).as_posix(), _signature(path)
+                except FileNotFoundError:  # deleted meanwhile
+                    continue
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((UNFINISHED, "."))
+
+
+def _signature(path: Path) -> _Signature:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
