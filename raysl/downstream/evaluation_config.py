@@ -1,6 +1,7 @@
 """The settings of `raysl evaluate`, and their defaults from the run that trained the encoder."""
 
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -15,9 +16,12 @@ from raysl.config.load import (
     validate,
     validated,
 )
-from raysl.encoder.file import read_description, save_encoder
+from raysl.encoder.file import encoder_file, read_description, save_encoder
 from raysl.errors import ConfigError, DataError
+from raysl.evaluate.embedding import encoder_digest
 from raysl.evaluate.registry import ProtocolSettings
+from raysl.folder.address import is_address
+from raysl.folder.whole import appears_whole
 from raysl.nn.backbones import NAMES, BackboneConfig, build_backbone, check_model_name
 from raysl.run.places import start_folder
 from raysl.run.recipe import ClusterConfig
@@ -26,7 +30,8 @@ from raysl.sources.filter import Condition
 from raysl.sources.pixels import ColorProfile, Intensity, Pages
 from raysl.sources.place import absolute_config, place_key
 from raysl.sources.source import DataConfig, LocatedSource, WeightedSource
-from raysl.track.config import TrackConfig, check_run_name
+from raysl.store.reading import local_copy
+from raysl.track.config import DiskDir, TrackConfig, check_run_name
 from raysl.track.run_folder import RunFolder
 
 NOT_FROM_RUN = ("data.labels", "data.if_changed")
@@ -96,8 +101,8 @@ class EvaluationConfig(ProtocolSettings):
 
     name: str | None = None
     """Folder of the evaluation below the run's; null uses the name of the images."""
-    output_dir: str = "runs"
-    """Parent of the results of an encoder that is not in a run folder."""
+    output_dir: DiskDir = "runs"
+    """Parent of the results of an encoder that is not in a run folder on a disk."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the random weights, if a backbone is named instead of an encoder."""
     data: EvaluationData
@@ -159,7 +164,7 @@ def load_evaluation(
     output = home / Path(config.output_dir).expanduser()
     if path is None:
         return config, _untrained(config, output)
-    return config, _origin_of(path, output)
+    return config, _origin_of(_placed(path, output) if is_address(encoder) else path, output)
 
 
 def _with_absolute_sources(config: EvaluationConfig) -> EvaluationConfig:
@@ -206,6 +211,8 @@ def images_of(data: EvaluationData) -> dict[str, Any]:
 
 
 def _find_encoder(encoder: str, home: Path) -> Path | None:
+    if is_address(encoder):
+        return local_copy(encoder)
     for path in (Path(encoder).expanduser(), home / Path(encoder).expanduser()):
         if path.exists():
             return path.absolute()
@@ -263,6 +270,33 @@ def _origin_of(path: Path, output: Path) -> EncoderOrigin:
         return EncoderOrigin(encoder, folder, folder, size_px)
     name = folder.name if encoder.stem == "encoder" else encoder.stem
     return EncoderOrigin(encoder, output / re.sub(r"[^A-Za-z0-9._=-]+", "-", name), None, size_px)
+
+
+def _placed(copy: Path, output: Path) -> Path:
+    """Copy a run, or an encoder file and what is beside it, to where all nodes and times see it.
+
+    Args:
+        copy: The local copy of a run or a file in a store.
+        output: Parent of the results.
+
+    Raises:
+        ConfigError: If another encoder has the same name there.
+    """
+    source = copy if copy.is_dir() else copy.parent
+    target = output / source.name
+    files = [each if copy.is_dir() else each / copy.name for each in (source, target)]
+    if target.exists() and not _is_same_encoder(*map(encoder_file, files)):
+        raise ConfigError(
+            f"{target}: holds another encoder than the address; set output_dir to another folder"
+        )
+    if not target.exists():
+        with appears_whole(target) as temporary:
+            shutil.copytree(source, temporary)
+    return target if copy.is_dir() else target / copy.name
+
+
+def _is_same_encoder(one: Path, other: Path) -> bool:
+    return other.exists() and encoder_digest(one) == encoder_digest(other)
 
 
 def _untrained(config: EvaluationConfig, output: Path) -> EncoderOrigin:

@@ -7,6 +7,7 @@ import psutil
 
 from raysl.config.shipped import find_config
 from raysl.errors import ConfigError
+from raysl.folder.address import path_or_address
 from raysl.report.terminal import print_json, say
 from raysl.run.command import add_start_arguments
 from raysl.run.from_run import finetune_values, run_after
@@ -14,6 +15,8 @@ from raysl.run.places import dropped_settings_note
 from raysl.run.pretrain import train_run
 from raysl.run.recipe import load_run
 from raysl.run.shell import Typed, command
+from raysl.run.stored import named_after
+from raysl.store.reading import local_copy
 
 CONFIG_SUFFIXES = (".yaml", ".yml")
 
@@ -22,8 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument(
         "origin",
-        type=Path,
-        help="a pretrained run folder, an encoder file, or the YAML file of a whole run",
+        type=path_or_address,
+        help="a pretrained run folder or its address in a store, an encoder file, or the YAML "
+        "file of a whole run",
     )
     parser.add_argument(
         "overrides",
@@ -36,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Fine-tune, or resume it; settings that are not given follow SimCLR v2, or MAE for a ViT."""
-    origin: Path = arguments.origin
+    given: Path | str = arguments.origin
+    origin = local_copy(given)
     is_shipped = not origin.exists() and find_config(origin).is_file()
     is_config = is_shipped or origin.suffix in CONFIG_SUFFIXES
     if is_config:
@@ -52,8 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
         )
         if note:
             say(note)
-        values = finetune_values(origin, arguments.overrides)
-        config = run_after(values, arguments.overrides, where=str(origin))
+        with named_after(given, origin) as names:
+            values = names(finetune_values(origin, arguments.overrides))
+        config = run_after(values, arguments.overrides, where=str(given))
     results = train_run(
         config,
         began_at=psutil.Process().create_time(),

@@ -26,7 +26,7 @@ from raysl.errors import ConfigError
 from raysl.run.from_run import RunOrigin, distill_from, finetune_from, origin_of
 from raysl.run.recipe import RunConfig, drop_idle, read_run_values, run_from_user
 from raysl.sources.source import Source
-from raysl.track.config import TrackConfig, check_run_name
+from raysl.track.config import DiskDir, TrackConfig, check_run_name
 from raysl.track.run_folder import RunFolder
 
 Kind = Literal["pretrain", "finetune", "linear", "scratch", "distill"]
@@ -75,7 +75,7 @@ class PipelineConfig(Config):
 
     name: str
     """The folder is output_dir/name, with a folder per run; the same name resumes the pipeline."""
-    output_dir: str = "runs"
+    output_dir: DiskDir = "runs"
     """Parent of the pipeline's folder."""
     base: str
     """The YAML file of the pretraining, relative to this one."""

@@ -40,6 +40,7 @@ from raysl.pack.folder import Bad, PackFolder
 from raysl.sources.pixels import Decoding
 from raysl.sources.place import absolute_source
 from raysl.sources.source import Source, SourceConfig
+from raysl.store.reading import local_copy
 
 _MIB = 1 << 20
 _ROW_BYTES = 40  # approximate size of a row without its features
@@ -88,10 +89,13 @@ class EmbedResult(NamedTuple):
 def encoder_file(path_or_run: str) -> Path:
     """Return the absolute path of an encoder file, or of the encoder in a run folder.
 
+    Of an address in a store, it is the path of a local copy.
+
     Raises:
         ConfigError: If there is no such file.
+        DataError: If there is nothing at the address.
     """
-    path = Path(path_or_run).expanduser().absolute()
+    path = local_copy(path_or_run).expanduser().absolute()
     path = path / _FILE if path.is_dir() else path
     if not path.is_file():
         raise ConfigError(

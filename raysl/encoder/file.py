@@ -19,6 +19,7 @@ from raysl.folder.whole import appears_whole
 from raysl.nn.backbones import Backbone, BackboneConfig, build_backbone
 from raysl.nn.resnet import ResNet
 from raysl.nn.vit import VisionTransformer
+from raysl.store.reading import local_copy
 
 _FORMAT = "raysl-encoder-1"
 _FILE = "encoder.safetensors"
@@ -75,7 +76,7 @@ def load_encoder(path: str | Path) -> nn.Module:
     """Load an encoder.
 
     Args:
-        path: ``encoder.safetensors``, or the run folder that holds it.
+        path: ``encoder.safetensors``, or the run folder that holds it; a path or an address.
 
     Returns:
         A module in evaluation mode on the CPU: ``(N, 3, H, W)`` float, normalised -> ``(N, D)``. No
@@ -158,8 +159,14 @@ def _check_fixed_settings(net: nn.Module, chosen: ChosenNetwork, path: Path) -> 
 
 
 def encoder_file(path: str | Path) -> Path:
-    """Return the weight file of a run folder or a Hugging Face folder, or the given file."""
-    path = Path(path)
+    """Return the weight file of a run folder or a Hugging Face folder, or the given file.
+
+    Of an address in a store, it is the file of a local copy.
+
+    Raises:
+        DataError: If there is nothing at the address.
+    """
+    path = local_copy(path)
     if not path.is_dir():
         return path
     hugging_face = [path / name for name in _HUGGING_FACE_FILES if (path / name).is_file()]

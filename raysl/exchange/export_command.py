@@ -12,6 +12,7 @@ from raysl.config.load import apply_overrides, validate
 from raysl.errors import ConfigError, ExportError, RayslError
 from raysl.exchange.export import FORMATS, ExportConfig, Exported, export
 from raysl.exchange.exportable import Exportable, largest_difference, open_exportable
+from raysl.folder.address import is_address, path_or_address
 from raysl.report.terminal import console, mapping_table, print_json, say
 from raysl.run.environment import packages
 from raysl.track.mlflow_record import TrackedRun, read_tracked_run
@@ -55,8 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG.format(settings=settings_text(ExportConfig))
     parser.add_argument(
         "encoder",
-        type=Path,
-        help="a run folder, its encoder.safetensors, or its classifier.safetensors",
+        type=path_or_address,
+        help="a run folder or its address in a store, its encoder.safetensors, or its "
+        "classifier.safetensors",
     )
     parser.add_argument("overrides", nargs="*", help="key=value, typed as YAML")
     parser.add_argument(
@@ -87,6 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     names = _formats(arguments)
     config = validate(ExportConfig, apply_overrides({}, arguments.overrides), where="raysl export")
+    if is_address(arguments.encoder) and arguments.output is None:
+        raise ConfigError(f"{arguments.encoder}: give a folder for the exports: -o FOLDER")
     exportable = open_exportable(arguments.encoder)
     results: dict[str, dict[str, Any]] = {}
     failed: list[str] = []

@@ -61,12 +61,12 @@ class Exportable(NamedTuple):
         return list(self.description.get("std", (1.0, 1.0, 1.0)))
 
 
-def open_exportable(path: Path) -> Exportable:
+def open_exportable(path: Path | str) -> Exportable:
     """Load the network to export.
 
     Args:
         path: An encoder file, a run folder that holds one, or the classifier file of a fine-tuned
-            run.
+            run; a path or an address in a store.
 
     Raises:
         DataError: If the file is not an encoder or a classifier that raysl wrote.

@@ -4,8 +4,6 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from raysl.errors import ConfigError
-
 _ADDRESS = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
 _FILE = "file://"
 
@@ -55,14 +53,17 @@ def check_output_dir(value: str) -> str:
     return value.rstrip("/")
 
 
-def refuse_address(value: str, *, key: str, verb: str) -> None:
-    """Reject an address for a verb that only writes to disks.
+def check_disk_dir(value: str) -> str:
+    """Return ``output_dir`` of a command that only writes to disks; ``file://`` becomes a path.
 
     Raises:
-        ConfigError: If ``value`` is an address.
+        ValueError: If it is an address of a store.
     """
-    if is_address(value) and not value.startswith(_FILE):
-        raise ConfigError(
-            f"{key}={value.rpartition('@')[2]}: raysl {verb} writes to a disk, which all nodes "
-            f"share; give a path. raysl pretrain, finetune and distill also write to object stores"
+    path = check_output_dir(value)
+    if is_address(path):
+        raise ValueError(
+            f"{path}: sweeps, pipelines and evaluations are written to a disk that all nodes "
+            f"share; give a path. pretrain, finetune and distill also write to object stores, and "
+            f"evaluate, embed and export read an encoder there"
         )
+    return path

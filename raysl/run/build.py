@@ -19,6 +19,7 @@ from raysl.nn.precision import bf16_slowdown_on_cpu
 from raysl.optim.build import ScheduledOptimizer, Special, scheduled_optimizer
 from raysl.run.recipe import Derived, RunConfig
 from raysl.sources.pixels import Decoding
+from raysl.store.reading import local_copy
 from raysl.track.run_folder import RunFolder
 
 # With bfloat16 instructions a CPU is faster than in float32; a slowdown of two is not noise.
@@ -40,7 +41,13 @@ def build_method(config: RunConfig[Any], data: TrainingSet, *, device: torch.dev
     if config.backbone.weights is not None:  # before the method, which may copy the backbone
         load_weights(backbone, config.backbone.weights)
     with _created_on(device):
-        method = load_method(config.method.name)(config.method, backbone, data)
+        files = {
+            name: str(local_copy(value))
+            for name in config.method.files
+            if (value := getattr(config.method, name)) is not None
+        }
+        settings = config.method.model_copy(update=files)
+        method = load_method(config.method.name)(settings, backbone, data)
         set_batch_norm_scope(
             method,
             config.backbone.batch_norm,

@@ -6,9 +6,11 @@ from typing import Any, TypeVar
 
 from raysl.config.load import read_mapping
 from raysl.errors import DataError
+from raysl.folder.address import is_address
 from raysl.run.recipe import RunConfig, run_from_values
 from raysl.sources.belonging import named_source, without_other_source
 from raysl.sources.place import absolute_config
+from raysl.store.reading import local_copy
 from raysl.track.run_folder import RunFolder
 
 R = TypeVar("R", bound=RunConfig[Any])
@@ -118,6 +120,9 @@ def with_absolute_files(config: RunConfig[Any], home: Path) -> RunConfig[Any]:
 def _absolute(key: str, value: str | None, home: Path) -> str | None:
     if value is None:
         return None
+    if is_address(value):
+        local_copy(value)  # raises if there is nothing
+        return value
     candidates = [folder / Path(value).expanduser() for folder in (Path.cwd(), home)]
     path = next((candidate for candidate in candidates if candidate.exists()), None)
     if path is None:

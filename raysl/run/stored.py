@@ -211,6 +211,43 @@ def shown_in_errors(folder: RunFolder) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def named_after(
+    given: Path | str, copy: Path
+) -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
+    """Provide a function that replaces a local copy's path in settings by the address.
+
+    Other processes, and later commands, have other local copies. Errors in the block name the
+    address too.
+
+    Args:
+        given: The argument of a command, a path or an address.
+        copy: Its local copy; the same as a path.
+    """
+    if not is_address(given):
+        yield lambda values: values
+        return
+    address, path = str(given).rstrip("/"), str(copy.resolve())
+    places = {path: address}
+    places[str(Path(path).parent)] = address.rpartition("/")[0]
+    if copy.is_file():  # beside it are a projection head and the run's settings
+        folder = Path(path).parent
+        places[str(folder.parent)] = address.rsplit("/", 2)[0]
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: replaced(each) for key, each in value.items()}
+        if not isinstance(value, str):
+            return value
+        for local, there in places.items():
+            if value == local or value.startswith(f"{local}/"):
+                return there + value.removeprefix(local)
+        return value
+
+    with _shown_in_errors(Path(path), address):
+        yield replaced
+
+
 class _WorkerCopy:
     """A worker's local copy of a folder in a store. Rank 0 copies what it writes to the store."""
 

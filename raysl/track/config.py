@@ -6,10 +6,13 @@ from typing import Annotated, ClassVar
 from pydantic import AfterValidator
 
 from raysl.config.base import Config, Idle
-from raysl.folder.address import check_output_dir
+from raysl.folder.address import check_disk_dir, check_output_dir
 
 OutputDir = Annotated[str, AfterValidator(check_output_dir)]
 """Parent of run folders: a path, or an address of a store without a password."""
+
+DiskDir = Annotated[str, AfterValidator(check_disk_dir)]
+"""Parent of folders on a disk that all nodes share."""
 
 
 class TrackConfig(Config):
