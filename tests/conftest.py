@@ -1,5 +1,6 @@
 """Fixtures that several rooms' tests need."""
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -134,6 +135,39 @@ def no_ray_cluster() -> None:
     import ray
 
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def _s3_server() -> Iterator[Any]:
+    moto_server = pytest.importorskip(
+        "moto.server", reason="no moto; `uv sync --all-groups` installs it"
+    )
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def bucket(
+    _s3_server: Any, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """The address of a new bucket of a server on the loopback, and a scratch of the test."""
+    import pyarrow.fs as pafs
+
+    host, port = _s3_server.get_host_and_port()
+    scratch = tmp_path_factory.mktemp("scratch")
+    monkeypatch.setenv("RAYSL_SCRATCH", str(scratch))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "name")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    name = f"bucket-{scratch.name.removeprefix('scratch')}"
+    pafs.S3FileSystem(
+        endpoint_override=f"http://{host}:{port}", allow_bucket_creation=True, region="us-east-1"
+    ).create_dir(name)
+    return f"s3://{name}"
 
 
 @pytest.fixture
