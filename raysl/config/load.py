@@ -14,6 +14,10 @@ from raysl.config.yaml_text import parse_yaml
 from raysl.errors import ConfigError
 
 EXTENDS = "extends"
+# A user with a password, and a key, in an address.
+_SECRET = re.compile(
+    r"(?<=://)[^/\s:@]*:[^/\s@]*(?=@)|(?<=[?&])\w*(key|secret|token|sig|word)=[^&\s]*"
+)
 _MAX_BYTES = 1 << 20  # far beyond any configuration: a larger file is of another kind
 
 M = TypeVar("M", bound=BaseModel)
@@ -238,6 +242,7 @@ def validate(model: type[M], values: Mapping[str, Any], *, where: str) -> M:
 
 def bad_keys(problems: Sequence[Problem], *, where: str) -> ConfigError:
     """Build the error that lists all problems."""
+    where = _SECRET.sub("***", where)  # the overrides as typed, perhaps with an address
     heading = f"{where}: {len(problems)} bad key{'s' if len(problems) > 1 else ''}"
     return ConfigError("\n".join([heading, *(f"  {problem.text}" for problem in problems)]))
 

@@ -27,6 +27,7 @@ PART_BYTES = 1 << 20
 CHECKPOINTS = "checkpoints/"
 STATE = "state.pt"
 RESULTS = "results.json"
+_STEPS = f"{CHECKPOINTS}step-"
 
 _GROWS = ".jsonl"
 _PART = re.compile(r"^(?P<file>.+\.jsonl)(?:\.(?P<number>\d{6}))?$")
@@ -64,6 +65,7 @@ class Mirror:
         self._files: dict[str, _Signature] = {}  # as they were when they were last copied
         self._read: dict[str, Entry] = {}  # objects as they were when they were last read
         self._grown: dict[str, _Grown] = {}
+        self._older: list[str] = []  # objects of checkpoints that only the store holds
 
     def push(self, wanted: Wanted = lambda _: True) -> None:
         """Copy what has changed in the folder since the last copy to the store.
@@ -84,6 +86,10 @@ class Mirror:
             for name in sorted(changed, key=_turn):
                 self._upload(name, local[name])
             self._delete([name for name in gone if name != RESULTS])
+            if all(any(name.startswith(_STEPS) for name in each) for each in (changed, gone)):
+                # A new checkpoint took the place of one: as many are here as should be kept.
+                self.store.delete(self._older)
+                self._older = []
 
     def pull(self, wanted: Wanted, *, recursive: bool = True) -> None:
         """Copy what has changed in the store since the last copy to the folder.
@@ -118,11 +124,14 @@ class Mirror:
     def pull_checkpoint(self, step: int) -> None:
         """Copy a checkpoint to the folder.
 
+        Older ones stay in the store until this process deletes the first of its own.
+
         Raises:
             RunFolderError: If the store fails.
         """
-        top = f"{CHECKPOINTS}step-{step:09d}/"
+        top = f"{_STEPS}{step:09d}/"
         self.pull(lambda name: name.startswith(top))
+        self._older = [each for each in self.store.list() if _STEPS <= each < top]
 
     def _has_changed(self, name: str, signature: _Signature) -> bool:
         if name.endswith(_GROWS):

@@ -1,6 +1,7 @@
 """A local folder and its copy in a store: whatever ends in the middle, what is there fits."""
 
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,6 @@ from raysl.errors import RunFolderError
 from raysl.store import mirror as module
 from raysl.store.mirror import Mirror, checkpoint_steps
 from raysl.store.objects import Store
-
-Part = Callable[[int], None]
 
 
 class Noted(Store):
@@ -128,6 +127,24 @@ class TestOrder:
                 continue
             assert requests > 8
             return
+
+    def test_older_checkpoints_go_when_the_process_that_resumed_deletes_its_first(
+        self, tmp_path: Path, store: Noted
+    ) -> None:
+        here, new = tmp_path / "here", tmp_path / "new"
+        first, second = mirror(here, store), mirror(new, store)
+        for step in (1, 2):
+            checkpoint(here, step)
+        first.push()
+        second.pull_checkpoint(2)
+        assert not (new / "checkpoints/step-000000001").exists()
+        checkpoint(new, 3)
+        second.push()
+        assert checkpoint_steps(store) == [1, 2, 3]
+        checkpoint(new, 4)
+        shutil.rmtree(new / "checkpoints/step-000000002")
+        second.push()
+        assert checkpoint_steps(store) == [3, 4]
 
     def test_nothing_is_asked_of_the_store_if_nothing_has_changed(
         self, tmp_path: Path, store: Noted
