@@ -21,8 +21,8 @@ from raysl.data.stream import BlockSpec, ItemMaker, concatenate
 from raysl.run.ray_cluster import READ_CPUS, ClusterNeeds, Layout, in_background, layout_for
 from raysl.track.run_folder import latest_step
 
-if TYPE_CHECKING:  # loads the configuration
-    from raysl.run.stored import StoredRun
+if TYPE_CHECKING:  # loads file systems, which runs on a disk do not need
+    from raysl.store.mirror import StoredRun
 
 _NUMBER = "number"
 _BLOCKS_PER_READ_TASK = 100

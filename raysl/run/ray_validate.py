@@ -131,7 +131,7 @@ class _Measurer:
             each.num_threads = threads
         self._device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
 
-    def measure(self, path: str, content: bytes | None) -> dict[str, float]:
+    def measure(self, path: str, content: bytes | None = None) -> dict[str, float]:
         """Return the metrics of the encoder in the file at ``path``, or in its ``content``."""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(path)

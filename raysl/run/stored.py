@@ -8,7 +8,7 @@ of the workers owns metrics, checkpoints, networks and results. Without Ray the 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from raysl.errors import ConfigError, RayslError, RunFolderError
 from raysl.folder.address import below, is_address
@@ -17,7 +17,7 @@ from raysl.report.terminal import say
 from raysl.run.protocol_runs import protocols_to_train
 from raysl.run.recipe import RunConfig
 from raysl.store.lease import LEASE, Lease, check_lease
-from raysl.store.mirror import CHECKPOINTS, Mirror, checkpoint_steps
+from raysl.store.mirror import CHECKPOINTS, Mirror, StoredRun, checkpoint_steps
 from raysl.store.objects import Store
 from raysl.store.publisher import Publisher
 from raysl.store.scratch import scratch_folder
@@ -145,7 +145,7 @@ class _DriverCopy:
         if not self._trains_here:
             self._mirror.pull(lambda name: not name.startswith((*_FOLDERS_OF_OTHERS, *_OF_DRIVER)))
 
-    def for_workers(self) -> "StoredRun":
+    def for_workers(self) -> StoredRun:
         """Return what workers need to open the folder."""
         return StoredRun(self._store, self._token)
 
@@ -153,18 +153,6 @@ class _DriverCopy:
         if not self._trains_here:  # for the terminal and MLflow
             self._mirror.pull(lambda name: name in (_METRICS, _EVENTS), recursive=False)
         self._mirror.push()
-
-
-class StoredRun(NamedTuple):
-    """A run's folder in a store, for its workers."""
-
-    store: Store
-    token: str
-    """Token of the driver's lease."""
-
-    def newest_step(self) -> int:
-        """Return the step of the newest complete checkpoint, 0 if there is none."""
-        return max(checkpoint_steps(self.store), default=0)
 
 
 @contextmanager

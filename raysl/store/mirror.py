@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from raysl.folder.whole import UNFINISHED, write_bytes
 from raysl.store.objects import Entry, Store
@@ -229,6 +230,18 @@ def checkpoint_steps(store: Store) -> list[int]:
     names = store.list(CHECKPOINTS.rstrip("/"))
     folders = (name.split("/")[1] for name in names if name.endswith(f"/{STATE}"))
     return list_steps(folders)
+
+
+class StoredRun(NamedTuple):
+    """A run's folder in a store, for its workers and for Ray's controller, which loads no torch."""
+
+    store: Store
+    token: str
+    """Token of the driver's lease."""
+
+    def newest_step(self) -> int:
+        """Return the step of the newest complete checkpoint, 0 if there is none."""
+        return max(checkpoint_steps(self.store), default=0)
 
 
 def _turn(name: str) -> tuple[int, str]:

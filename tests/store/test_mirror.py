@@ -1,6 +1,9 @@
 """A local folder and its copy in a store: whatever ends in the middle, what is there fits."""
 
+import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -8,7 +11,7 @@ import pytest
 
 from raysl.errors import RunFolderError
 from raysl.store import mirror as module
-from raysl.store.mirror import Mirror, checkpoint_steps
+from raysl.store.mirror import Mirror, StoredRun, checkpoint_steps
 from raysl.store.objects import Store
 
 
@@ -292,3 +295,10 @@ class TestFilesThatGrow:
         copy.push()
         names = {f"bad_images.0123.jsonl{end}" for end in ("", ".000001", ".000002")}
         assert set(store.list()) == names
+
+
+def test_what_ray_s_controller_gets_of_a_run_loads_no_torch(store: Noted) -> None:
+    run = StoredRun(Store(store.address), "token")
+    code = "import pickle, sys; run = pickle.loads(sys.stdin.buffer.read()); "
+    code += "assert run.newest_step() == 0; assert 'torch' not in sys.modules, 'torch'"
+    subprocess.run([sys.executable, "-c", code], input=pickle.dumps(run), check=True)
