@@ -277,9 +277,9 @@ class _WorkerCopy:
         return self.run
 
     def _copy(self) -> None:
+        self._mirror.push()
         # The driver asks for a stop by a file.
         self._mirror.pull(lambda name: name == _STOP, recursive=False)
-        self._mirror.push()
 
 
 @contextmanager

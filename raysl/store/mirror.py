@@ -87,8 +87,8 @@ class Mirror:
             for name in sorted(changed, key=_turn):
                 self._upload(name, local[name])
             self._delete([name for name in gone if name != RESULTS])
-            if all(any(name.startswith(_STEPS) for name in each) for each in (changed, gone)):
-                # A new checkpoint took the place of one: as many are here as should be kept.
+            if self._older and len(_steps(local)) >= len(_steps(self._older)) + 1:
+                # As many newer checkpoints are here as the store held: the older ones may go.
                 self.store.delete(self._older)
                 self._older = []
 
@@ -125,7 +125,7 @@ class Mirror:
     def pull_checkpoint(self, step: int) -> None:
         """Copy a checkpoint to the folder.
 
-        Older ones stay in the store until this process deletes the first of its own.
+        Older ones stay in the store until as many newer ones are there.
 
         Raises:
             RunFolderError: If the store fails.
@@ -227,9 +227,13 @@ class Mirror:
 
 def checkpoint_steps(store: Store) -> list[int]:
     """Return the steps of the complete checkpoints in a run's folder in a store, in order."""
-    names = store.list(CHECKPOINTS.rstrip("/"))
-    folders = (name.split("/")[1] for name in names if name.endswith(f"/{STATE}"))
-    return list_steps(folders)
+    return _steps(store.list(CHECKPOINTS.rstrip("/")))
+
+
+def _steps(names: Iterable[str]) -> list[int]:
+    """Return the steps of the complete checkpoints among names of files, in order."""
+    states = (name.split("/") for name in names if name.startswith(CHECKPOINTS))
+    return list_steps(parts[1] for parts in states if parts[-1] == STATE)
 
 
 class StoredRun(NamedTuple):

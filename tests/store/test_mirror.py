@@ -131,23 +131,24 @@ class TestOrder:
             assert requests > 8
             return
 
-    def test_older_checkpoints_go_when_the_process_that_resumed_deletes_its_first(
+    def test_older_checkpoints_go_once_as_many_newer_ones_are_there(
         self, tmp_path: Path, store: Noted
     ) -> None:
         here, new = tmp_path / "here", tmp_path / "new"
         first, second = mirror(here, store), mirror(new, store)
-        for step in (1, 2):
+        for step in (1, 2, 3):
             checkpoint(here, step)
         first.push()
-        second.pull_checkpoint(2)
+        second.pull_checkpoint(3)
         assert not (new / "checkpoints/step-000000001").exists()
-        checkpoint(new, 3)
-        second.push()
-        assert checkpoint_steps(store) == [1, 2, 3]
         checkpoint(new, 4)
-        shutil.rmtree(new / "checkpoints/step-000000002")
         second.push()
-        assert checkpoint_steps(store) == [3, 4]
+        assert checkpoint_steps(store) == [1, 2, 3, 4]
+        checkpoint(new, 5)
+        shutil.rmtree(new / "checkpoints/step-000000003")
+        checkpoint(new, 6)
+        second.push()
+        assert checkpoint_steps(store) == [4, 5, 6]
 
     def test_nothing_is_asked_of_the_store_if_nothing_has_changed(
         self, tmp_path: Path, store: Noted
