@@ -250,8 +250,8 @@ class _WorkerCopy:
 
     def start(self, step: int, *, rank: int) -> None:
         """Copy what this worker resumes from, and start to copy what it writes."""
-        own = ("failed_evaluations.jsonl", _METRICS, "results.json", "labels.json")
-        own += (_EVENTS, _LAST_STEP)
+        own = {_METRICS, _EVENTS, _LAST_STEP}
+        own |= {"failed_evaluations.jsonl", "results.json", "labels.json"}
         self._mirror.pull(
             lambda name: (
                 name == _BAD or (rank == 0 and (name in own or name.startswith(_EVALUATED)))
