@@ -14,17 +14,19 @@ from raysl.run.check_network import check_network
 from raysl.run.labelled_sets import labelling_notes
 from raysl.run.protocol_runs import check_protocol_runs
 from raysl.run.recipe import Derived, RunConfig, derive_for
+from raysl.run.stored import check_stored
 from raysl.sources.source import Source
 from raysl.track.uri import check_tracking_uri
 
 
 def check_names(config: RunConfig[Any]) -> None:
-    """Check the names of the model and of the tracking URI; open and build nothing.
+    """Check the names of the model, the tracking URI and a store; open and build nothing.
 
     Raises:
-        ConfigError: If torchvision or timm do not have the model, or MLflow does not support the
-            URI's scheme.
+        ConfigError: If torchvision or timm do not have the model, MLflow does not support the
+            URI's scheme, or the run cannot be in a store.
     """
+    check_stored(config)
     check_model_name(config.backbone)
     if config.track.mlflow:
         check_tracking_uri(config.track.tracking_uri)

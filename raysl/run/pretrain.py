@@ -112,7 +112,7 @@ def train_run(
     """
     home = working_folder()
     config = with_absolute_files(config, home)
-    with opened_folder(config, home, fresh=fresh) as folder:
+    with opened_folder(config, home, fresh=fresh, extend=extend) as folder:
         shorter = _run_to_extend(folder, config, extend=extend)
         run = Run(config, folder, home, typed, tags or {}, began_at)
         results = folder.read_results()

@@ -36,20 +36,23 @@ _IN_ONE_PROCESS = "memory://"
 
 
 @contextmanager
-def opened_folder(config: RunConfig[Any], home: Path, *, fresh: bool) -> Iterator[RunFolder]:
+def opened_folder(
+    config: RunConfig[Any], home: Path, *, fresh: bool, extend: bool = False
+) -> Iterator[RunFolder]:
     """Lock a run's folder, on a disk or in a store, and provide it in a ``with`` block.
 
     Args:
         config: The run's configuration.
         home: Base folder of a relative ``output_dir``.
         fresh: Rename the folder of an earlier run.
+        extend: A finished run may go on; else its checkpoint is not copied from a store.
 
     Raises:
         RunFolderError: If another process holds the folder, or it cannot be reached.
         ConfigError: If the run cannot be in a store.
     """
     if is_address(config.output_dir):
-        with _stored_folder(config, fresh=fresh) as folder:
+        with _stored_folder(config, fresh=fresh, extend=extend) as folder:
             yield folder
         return
     folder = RunFolder(home / Path(config.output_dir).expanduser() / config.name)
@@ -60,8 +63,8 @@ def opened_folder(config: RunConfig[Any], home: Path, *, fresh: bool) -> Iterato
 
 
 @contextmanager
-def _stored_folder(config: RunConfig[Any], *, fresh: bool) -> Iterator[RunFolder]:
-    _check(config)
+def _stored_folder(config: RunConfig[Any], *, fresh: bool, extend: bool) -> Iterator[RunFolder]:
+    check_stored(config)
     store = Store(below(config.output_dir, config.name))
     here = config.cluster.num_train_workers == 0
     with (
@@ -74,8 +77,10 @@ def _stored_folder(config: RunConfig[Any], *, fresh: bool) -> Iterator[RunFolder
             store.move_to(aside, without=[LEASE])
             say(f"the earlier run is now in {aside.address}")
         copy = _DriverCopy(path, store, lease, trains_here=here)
-        copy.restore()
         folder = RunFolder(path, stored=copy)
+        copy.restore()
+        if extend or "run_dir" not in (folder.read_results() or {}):
+            copy.restore_checkpoint()
         with copy.publisher:
             try:
                 yield folder
@@ -87,8 +92,14 @@ def _stored_folder(config: RunConfig[Any], *, fresh: bool) -> Iterator[RunFolder
             copy.publish(waits=True)
 
 
-def _check(config: RunConfig[Any]) -> None:
-    """Reject what only works on a disk, before anything is written."""
+def check_stored(config: RunConfig[Any]) -> None:
+    """Reject what only works on a disk, if the run is in a store.
+
+    Raises:
+        ConfigError: If the run trains runs below its folder, or its processes share no store.
+    """
+    if not is_address(config.output_dir):
+        return
     if names := protocols_to_train(config):
         raise ConfigError(
             f"evaluate.final={','.join(names)}: trains runs below the run folder, which needs an "
@@ -115,7 +126,7 @@ class _DriverCopy:
         self.publisher = Publisher(self._copy)
 
     def restore(self) -> None:
-        """Copy what a run resumes from: its records, and the newest checkpoint that is intact."""
+        """Copy the records of an earlier start."""
         self._mirror.pull(
             lambda name: (
                 name == _STOP
@@ -123,6 +134,9 @@ class _DriverCopy:
                 or (self._trains_here and (name == _LAST_STEP or name.startswith(_EVALUATED)))
             )
         )
+
+    def restore_checkpoint(self) -> None:
+        """Copy the newest checkpoint, and if it is damaged, older ones until one is intact."""
         checkpoints = self._path / CHECKPOINTS
         for step in reversed(checkpoint_steps(self._store)):
             self._mirror.pull_checkpoint(step)
