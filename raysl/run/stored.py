@@ -122,7 +122,7 @@ class _DriverCopy:
         self._store = store
         self._token = lease.token
         self._trains_here = trains_here
-        self._mirror = Mirror(path, store, check=lambda: check_lease(store, self._token))
+        self._mirror = Mirror(path, store, check=lambda own: check_lease(own, lease.token))
         self.publisher = Publisher(self._copy)
 
     def restore(self) -> None:
@@ -163,10 +163,11 @@ class _DriverCopy:
         """Return what workers need to open the folder."""
         return StoredRun(self._store, self._token)
 
-    def _copy(self) -> None:
+    def _copy(self, patient: bool) -> None:
         if not self._trains_here:  # for the terminal and MLflow
-            self._mirror.pull(lambda name: name in (_METRICS, _EVENTS), recursive=False)
-        self._mirror.push()
+            seen = {_METRICS, _EVENTS}
+            self._mirror.pull(lambda name: name in seen, recursive=False, patient=patient)
+        self._mirror.push(patient=patient)
 
 
 @contextmanager
@@ -259,7 +260,7 @@ class _WorkerCopy:
         self._path = path
         self._stack = stack
         self._publisher: Publisher | None = None
-        self._mirror = Mirror(path, run.store, check=lambda: check_lease(run.store, run.token))
+        self._mirror = Mirror(path, run.store, check=lambda own: check_lease(own, run.token))
         self._mirror.pull(lambda name: name in ("config.yaml", _ERROR), recursive=False)
 
     def start(self, step: int, *, rank: int) -> None:
@@ -290,10 +291,10 @@ class _WorkerCopy:
         """Return what another worker needs to open the folder."""
         return self.run
 
-    def _copy(self) -> None:
-        self._mirror.push()
+    def _copy(self, patient: bool) -> None:
+        self._mirror.push(patient=patient)
         # The driver asks for a stop by a file.
-        self._mirror.pull(lambda name: name == _STOP, recursive=False)
+        self._mirror.pull(lambda name: name == _STOP, recursive=False, patient=patient)
 
 
 @contextmanager

@@ -14,6 +14,8 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -58,9 +60,9 @@ class Mirror:
         check: Raises if this process may no longer write; called before it does.
     """
 
-    def __init__(self, folder: Path, store: Store, *, check: Callable[[], None]) -> None:
+    def __init__(self, folder: Path, store: Store, *, check: Callable[[Store], None]) -> None:
         self.folder = folder
-        self.store = store
+        self.store = copy(store)  # its patience changes
         self._check = check
         self._lock = threading.RLock()
         self._files: dict[str, _Signature] = {}  # as they were when they were last copied
@@ -68,20 +70,24 @@ class Mirror:
         self._grown: dict[str, _Grown] = {}
         self._older: list[str] = []  # objects of checkpoints that only the store holds
 
-    def push(self, wanted: Wanted = lambda _: True) -> None:
+    def push(self, wanted: Wanted = lambda _: True, *, patient: bool = True) -> None:
         """Copy what has changed in the folder since the last copy to the store.
+
+        Args:
+            wanted: The files to copy.
+            patient: Repeat requests for a while after transient errors.
 
         Raises:
             RunFolderError: If the store fails, or this process may no longer write.
         """
-        with self._lock:
+        with self._patience(patient):
             local = {name: each for name, each in _files(self.folder) if wanted(name)}
             known = [name for name in [*self._files, *self._grown] if wanted(name)]
             gone = [name for name in known if name not in local]
             changed = [name for name, each in local.items() if self._has_changed(name, each)]
             if not gone and not changed:
                 return
-            self._check()
+            self._check(self.store)
             if RESULTS in gone:  # before anything of the run that goes on
                 self._delete([RESULTS])
             for name in sorted(changed, key=_turn):
@@ -92,7 +98,7 @@ class Mirror:
                 self.store.delete(self._older)
                 self._older = []
 
-    def pull(self, wanted: Wanted, *, recursive: bool = True) -> None:
+    def pull(self, wanted: Wanted, *, recursive: bool = True, patient: bool = True) -> None:
         """Copy what has changed in the store since the last copy to the folder.
 
         Wanted files that another process deleted from the store are deleted.
@@ -100,11 +106,12 @@ class Mirror:
         Args:
             wanted: The files to copy. This process must not have changed them since the last copy.
             recursive: Also look at files in folders below.
+            patient: Repeat requests for a while after transient errors.
 
         Raises:
             RunFolderError: If the store fails.
         """
-        with self._lock:
+        with self._patience(patient):
             entries = self.store.list(recursive=recursive)
             parts: dict[str, dict[int, Entry]] = {}
             for name, entry in entries.items():
@@ -133,6 +140,16 @@ class Mirror:
         top = f"{_STEPS}{step:09d}/"
         self.pull(lambda name: name.startswith(top))
         self._older = [each for each in self.store.list() if _STEPS <= each < top]
+
+    @contextmanager
+    def _patience(self, patient: bool) -> Iterator[None]:
+        with self._lock:
+            usual_s = self.store.retry_s
+            self.store.retry_s = usual_s if patient else 0.0
+            try:
+                yield
+            finally:
+                self.store.retry_s = usual_s
 
     def _has_changed(self, name: str, signature: _Signature) -> bool:
         if name.endswith(_GROWS):

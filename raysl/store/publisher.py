@@ -1,9 +1,11 @@
 """Copy to and from a store in a thread, at intervals and on request."""
 
 import threading
+import time
 from collections.abc import Callable
 
 from raysl.errors import RunFolderError
+from raysl.store.objects import RETRY_S
 
 EVERY_S = 3.0
 """Seconds between two copies of what a run writes all the time, such as metrics."""
@@ -12,21 +14,22 @@ EVERY_S = 3.0
 class Publisher:
     """Runs a copy in a thread in a ``with`` block.
 
-    A copy at intervals that fails is repeated by the next. A requested copy that fails is repeated
-    by the next request, which then waits for it and raises: a store that is down for less than the
-    time between two checkpoints costs nothing.
+    A copy at intervals that fails is repeated by the next. A requested copy is patient; if it fails
+    all the same, the next request repeats it, waits for it and raises, without patience if it comes
+    soon. A store that is down for less than the time between two checkpoints costs nothing.
 
     Args:
-        copy: Copies what has changed.
+        copy: Copies what has changed; called with whether it is patient after transient errors.
         every_s: Seconds between two copies; None takes ``EVERY_S``.
     """
 
-    def __init__(self, copy: Callable[[], None], *, every_s: float | None = None) -> None:
+    def __init__(self, copy: Callable[[bool], None], *, every_s: float | None = None) -> None:
         self._copy = copy
         self._every_s = EVERY_S if every_s is None else every_s
         self._state = threading.Condition()
         self._asked = self._done = 0
         self._problem: RunFolderError | None = None
+        self._failed_at = 0.0
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="raysl-publish", daemon=True)
 
@@ -69,15 +72,18 @@ class Publisher:
                 asked = self._asked
                 if self._ended and asked == self._done:
                     return
-            problem = self._try()
+                soon = self._problem is not None and time.monotonic() - self._failed_at < RETRY_S
+                patient = asked > self._done and not soon
+            problem = self._try(patient)
             with self._state:
                 if asked > self._done:
                     self._done, self._problem = asked, problem
+                    self._failed_at = time.monotonic()
                     self._state.notify_all()
 
-    def _try(self) -> RunFolderError | None:
+    def _try(self, patient: bool) -> RunFolderError | None:
         try:
-            self._copy()
+            self._copy(patient)
         except RunFolderError as error:
             return error
         except Exception as error:  # whoever waits must learn of it, or would wait forever

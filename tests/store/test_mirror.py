@@ -51,7 +51,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def mirror(folder: Path, store: Store) -> Mirror:
     folder.mkdir(exist_ok=True)
-    return Mirror(folder, store, check=lambda: None)
+    return Mirror(folder, store, check=lambda _: None)
 
 
 def write(folder: Path, name: str, text: str) -> None:
@@ -156,7 +156,7 @@ class TestOrder:
         here = tmp_path / "here"
         checks: list[int] = []
         here.mkdir()
-        copy = Mirror(here, store, check=lambda: checks.append(1))
+        copy = Mirror(here, store, check=lambda _: checks.append(1))
         write(here, "config.yaml", "a")
         append(here, "metrics.jsonl", "{}\n")
         copy.push()
@@ -165,7 +165,7 @@ class TestOrder:
         assert checks == [1]
 
     def test_who_may_not_write_writes_nothing(self, tmp_path: Path, store: Noted) -> None:
-        def check() -> None:
+        def check(_: Store) -> None:
             raise RunFolderError("taken over")
 
         write(tmp_path / "here", "config.yaml", "a")

@@ -18,9 +18,11 @@ class Copies:
         self.error = error or (lambda: RunFolderError("down"))
         self.gate = threading.Event()
         self.gate.set()
+        self.patient: list[bool] = []
 
-    def __call__(self) -> None:
+    def __call__(self, patient: bool) -> None:
         assert self.gate.wait(20)
+        self.patient.append(patient)
         self.count += 1
         if self.count in self.fails:
             raise self.error()
@@ -50,11 +52,23 @@ def test_a_copy_that_failed_once_is_made_up_for_by_the_next() -> None:
 
 
 def test_a_store_that_stays_down_is_raised_at_the_next_request() -> None:
-    with Publisher(Copies(1, 2), every_s=60) as publisher:
+    copies = Copies(1, 2)
+    with Publisher(copies, every_s=60) as publisher:
         publisher.publish(waits=False)
         with pytest.raises(RunFolderError, match="down"):
             publisher.publish(waits=False)
         publisher.publish(waits=True)
+        publisher.publish(waits=True)
+    assert copies.patient == [True, False, False, True]  # a minute was enough for the first
+
+
+def test_patience_is_back_when_the_error_is_long_ago(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raysl.store.publisher.RETRY_S", 0.0)
+    copies = Copies(1)
+    with Publisher(copies, every_s=60) as publisher:
+        publisher.publish(waits=False)
+        publisher.publish(waits=False)
+    assert copies.patient == [True, True]
 
 
 def test_who_waits_learns_of_every_error() -> None:
@@ -71,3 +85,4 @@ def test_copies_at_intervals_end_nothing() -> None:
         while copies.count < 3:
             pass
         publisher.publish(waits=True)
+    assert not any(copies.patient[:3])  # a request need not wait for their patience
