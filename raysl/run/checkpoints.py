@@ -152,7 +152,8 @@ class Checkpoints:
             return None
         patience_s = self._config.train.checkpoint_retry_s
         tried = f"It was tried for {patience_s:g} s (train.checkpoint_retry_s). " * (patience_s > 0)
-        return f"{self._writer.problem}. {tried}{_REMEDY}"
+        remedy = _REMEDY if self._folder.stored is None else ""  # a store's errors name their own
+        return f"{self._writer.problem}. {tried}{remedy}".rstrip()
 
     def _lost(self) -> str | None:
         if self._metrics is None or self._metrics.is_in_place():
@@ -177,7 +178,7 @@ class Checkpoints:
                 )
 
         save_checkpoint(self._folder.checkpoints, rest, step=step, keep=self._kept_steps, also=also)
-        self._folder.publish()
+        self._folder.publish(waits=True)  # what a store does not hold is not written
 
     def _kept_steps(self, steps: Sequence[int]) -> Collection[int]:
         best, values = self._rule.best, {}

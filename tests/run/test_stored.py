@@ -137,7 +137,7 @@ class TestInMemory:
         monkeypatch.setattr(Store, "_upload", breaks)
         monkeypatch.setattr(objects, "RETRY_S", 0.2)
         began = time.monotonic()
-        assert main(command) == 1
+        assert main([*command, "train.checkpoint_retry_s=0.5"]) == 1
         assert time.monotonic() - began < 60
         error = capsys.readouterr().err
         assert error.count("RunFolderError: output_dir=") == 1
