@@ -18,6 +18,7 @@ from raysl.track.mlflow_record import (
     TrackedEvaluation,
     read_tracked_evaluation,
     read_tracked_run,
+    run_key,
     write_tracked_evaluation,
 )
 from raysl.track.run_folder import RunFolder
@@ -111,6 +112,7 @@ def send(request: EvaluationRequest, record: EvaluationResult, *, home: Path) ->
             run_id=None if tracked is None else tracked.run_id,
             experiment=track.experiment,
             run_name=f"{request.origin.folder.name}-evaluation",
+            key=run_key(folder.mlflow),
         )
     except Exception as error:  # a store may raise anything, and the numbers are on the disk
         trouble = problem_of(error, uri=uri, experiment=track.experiment)

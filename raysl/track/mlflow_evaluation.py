@@ -5,11 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mlflow.entities import LifecycleStage, Metric, RunTag
-from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
+from mlflow.entities import Metric, RunTag
 
-from raysl.track.mlflow_tracker import experiment_id, patient_client
+from raysl.track.mlflow_runs import active_run, open_run
+from raysl.track.mlflow_tracker import patient_client
 
 
 class EvaluationRecord(NamedTuple):
@@ -26,7 +25,13 @@ class EvaluationRecord(NamedTuple):
 
 
 def send_evaluation(
-    record: EvaluationRecord, *, uri: str, run_id: str | None, experiment: str, run_name: str
+    record: EvaluationRecord,
+    *,
+    uri: str,
+    run_id: str | None,
+    experiment: str,
+    run_name: str,
+    key: str,
 ) -> str:
     """Send an evaluation to an MLflow run, which may have ended, or to a new one.
 
@@ -36,6 +41,7 @@ def send_evaluation(
         run_id: Id of the MLflow run; if it is None or was deleted, a new run is created.
         experiment: Experiment of a new run.
         run_name: Name of a new run.
+        key: Random key of a new run, the same at every try, see ``run_key``.
 
     Returns:
         Id of the MLflow run that received the evaluation.
@@ -44,9 +50,8 @@ def send_evaluation(
         MlflowException: If the server does not answer or refuses; stores may raise other errors.
     """
     client = patient_client(uri)
-    if run_id is None or not _is_active(client, run_id):
-        run = client.create_run(experiment_id(client, experiment), run_name=run_name)
-        run_id = str(run.info.run_id)
+    if run_id is None or active_run(client, run_id) is None:
+        run_id = str(open_run(client, experiment, key=key, run_name=run_name).info.run_id)
         client.set_terminated(run_id, status="FINISHED")
     now = int(time.time() * 1000)
     client.log_batch(
@@ -60,13 +65,3 @@ def send_evaluation(
             where = record.place if relative == "." else f"{record.place}/{relative}"
             client.log_artifact(run_id, str(path), where)
     return run_id
-
-
-def _is_active(client: MlflowClient, run_id: str) -> bool:
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return False
-    return bool(run.info.lifecycle_stage != LifecycleStage.DELETED)

@@ -1,23 +1,21 @@
 """Store encoders as MLflow models: log, load, and register versions."""
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import mlflow
 import mlflow.pytorch
 import numpy as np
-from mlflow.entities import LifecycleStage
-from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
-from mlflow.tracking import MlflowClient
 from mlflow.types import Schema, TensorSpec
 
 from raysl.errors import ExportError, RayslError
 from raysl.track.mlflow_problem import problem_of
-from raysl.track.mlflow_tracker import experiment_id, patient_client
+from raysl.track.mlflow_runs import active_run, open_run
+from raysl.track.mlflow_tracker import patient_client
 from raysl.track.uri import without_password
 
 _URI_VARIABLE = "MLFLOW_TRACKING_URI"
@@ -106,10 +104,11 @@ def register_encoder(
     """
     try:
         client = patient_client(uri)
-        run = run_id if _is_active(client, run_id) else _new_run(client, experiment, name)
-        assert run is not None
+        if run_id is None or active_run(client, run_id) is None:
+            run_name = f"export of {name}"
+            run_id = open_run(client, experiment, key=uuid4().hex, run_name=run_name).info.run_id
         model_uri = log_encoder(
-            encoder, uri=uri, run_id=run, size_px=size_px, embed_dim=embed_dim, packages=packages
+            encoder, uri=uri, run_id=run_id, size_px=size_px, embed_dim=embed_dim, packages=packages
         )
         with use_tracking_uri(uri):
             difference = check(mlflow.pytorch.load_model(model_uri, map_location="cpu"))
@@ -122,27 +121,7 @@ def register_encoder(
             f"{without_password(uri)}: MLflow did not accept the model: {text}"
             + ("" if cure is None else f"; {cure}")
         ) from None
-    return Registered(name, str(version.version), run, difference)
-
-
-def _is_active(client: MlflowClient, run_id: str | None) -> bool:
-    if run_id is None:
-        return False
-    try:
-        return bool(client.get_run(run_id).info.lifecycle_stage != LifecycleStage.DELETED)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return False
-
-
-def _new_run(client: MlflowClient, experiment: str, name: str) -> str:
-    run = client.create_run(
-        experiment_id(client, experiment),
-        start_time=int(time.time() * 1000),
-        run_name=f"export of {name}",
-    )
-    return str(run.info.run_id)
+    return Registered(name, str(version.version), str(run_id), difference)
 
 
 @contextmanager

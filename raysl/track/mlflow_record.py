@@ -1,7 +1,8 @@
 """Read and write ``mlflow.json``: the MLflow run of a folder, and what was sent to it."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from uuid import uuid4
 
 from raysl.folder.whole import read_json, write_json
 
@@ -36,7 +37,7 @@ def read_tracked_run(path: Path) -> TrackedRun | None:
 
 def write_tracked_run(path: Path, tracked: TrackedRun) -> None:
     """Write the record at a path, for the next start of the run."""
-    write_json(path, tracked._asdict())
+    _write_beside_key(path, tracked._asdict())
 
 
 class TrackedEvaluation(NamedTuple):
@@ -59,4 +60,22 @@ def read_tracked_evaluation(path: Path) -> TrackedEvaluation | None:
 
 def write_tracked_evaluation(path: Path, tracked: TrackedEvaluation) -> None:
     """Write the record at a path, for the next evaluation of the same encoder."""
-    write_json(path, tracked._asdict())
+    _write_beside_key(path, tracked._asdict())
+
+
+def run_key(path: Path) -> str:
+    """Return the random key of a folder's MLflow run; the first call draws and stores it.
+
+    It is stored before the run is created, so that a run whose id was lost on the way is found.
+    """
+    stored = read_json(path) or {}
+    key = stored.get("key")
+    if not isinstance(key, str):
+        key = uuid4().hex
+        write_json(path, {**stored, "key": key})
+    return key
+
+
+def _write_beside_key(path: Path, values: dict[str, Any]) -> None:
+    key = (read_json(path) or {}).get("key")
+    write_json(path, values if key is None else {**values, "key": key})

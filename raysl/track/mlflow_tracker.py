@@ -9,24 +9,17 @@ import logging
 import math
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mlflow.entities import LifecycleStage, Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
+from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.tracking import MlflowClient
 
 from raysl.track.follow import MetricsReader, Record
-from raysl.track.mlflow_problem import (
-    NO_ANSWER,
-    DeletedExperimentError,
-    MlflowProblem,
-    is_inactive,
-    problem_of,
-)
-from raysl.track.mlflow_record import TrackedRun, read_tracked_run, write_tracked_run
+from raysl.track.mlflow_problem import NO_ANSWER, MlflowProblem, is_inactive, problem_of
+from raysl.track.mlflow_record import TrackedRun, read_tracked_run, run_key, write_tracked_run
+from raysl.track.mlflow_runs import active_run, drop_doubles, open_run
 from raysl.track.run_folder import RunFolder
 from raysl.track.uri import same_store, without_password
 
@@ -63,8 +56,8 @@ def warm_up(uri: str) -> None:
 class MlflowTracker:
     """Sends a run to MLflow from its own thread.
 
-    The run's id and the last step sent of each metric are stored in ``mlflow.json`` of the run
-    folder, so that a resumed training continues the same MLflow run and sends no value twice.
+    The run's key, its id and the last step sent of each metric are stored in ``mlflow.json`` of the
+    run folder, so that a resumed training continues the same MLflow run and sends no value twice.
 
     Args:
         folder: The run folder.
@@ -102,6 +95,7 @@ class MlflowTracker:
         self._sent: dict[str, int] = dict(self._reader.seen)
         self._waiting: list[Record] = []
         self._client: MlflowClient | None = None
+        self._experiment_id = ""  # of the run; known with the client
         self._stop = threading.Event()
         self._first_try_done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="raysl-mlflow", daemon=True)
@@ -200,40 +194,38 @@ class MlflowTracker:
         if self._client is not None:
             return self._client
         client = patient_client(self.uri)
-        sent_params: set[str] = set()
-        if self.run_id is not None:
-            try:
-                run = client.get_run(self.run_id)
-                deleted = run.info.lifecycle_stage == LifecycleStage.DELETED
-                if not deleted:
-                    sent_params = set(run.data.params)
-                    client.update_run(self.run_id, status="RUNNING")
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
-                deleted = True
-            if deleted:  # create a new run and send everything again
-                self.run_id = None
-                self._reader.close()
-                self._reader, self._sent = MetricsReader(self.folder.metrics), {}
-                self._waiting = self._reader.read()
-        if self.run_id is None:
-            self.run_id = client.create_run(
-                experiment_id(client, self.experiment),
-                start_time=int(time.time() * 1000),
-                run_name=self.run_name,
-            ).info.run_id
-            self._write_record()
+        run = self._run_in(client)
+        sent_params = set(run.data.params)
+        run_id = run.info.run_id
         new = [
             Param(k, str(v)[:_LONGEST_PARAM])
             for k, v in self.params.items()
             if k not in sent_params
         ]
         for chunk in _chunks(new, _PARAMS_PER_CALL):
-            client.log_batch(self.run_id, params=chunk)
-        client.log_batch(self.run_id, tags=[RunTag(k, str(v)) for k, v in self.tags.items()])
-        self._client = client
+            client.log_batch(run_id, params=chunk)
+        client.log_batch(run_id, tags=[RunTag(k, str(v)) for k, v in self.tags.items()])
+        self._client, self._experiment_id = client, str(run.info.experiment_id)
         return client
+
+    def _run_in(self, client: MlflowClient) -> Run:
+        """Return the MLflow run, which is marked as running: the folder's, or a new one."""
+        run = None
+        if self.run_id is not None:
+            run = active_run(client, self.run_id)
+            if run is None:  # deleted: send everything again, to a new run
+                self.run_id = None
+                self._reader.close()
+                self._reader, self._sent = MetricsReader(self.folder.metrics), {}
+                self._waiting = self._reader.read()
+        if run is None:
+            key = run_key(self.folder.mlflow)
+            run = open_run(client, self.experiment, key=key, run_name=self.run_name)
+            self.run_id = str(run.info.run_id)
+            self._write_record()
+        if run.info.status != "RUNNING":
+            client.update_run(run.info.run_id, status="RUNNING")
+        return run
 
     def _store(
         self,
@@ -255,30 +247,12 @@ class MlflowTracker:
         client = self._ready()
         assert self.run_id is not None
         client.set_terminated(self.run_id, status=status)
+        drop_doubles(client, self._experiment_id, self.run_id, key=run_key(self.folder.mlflow))
 
     def _write_record(self) -> None:
         uri = without_password(self.uri)
         tracked = TrackedRun(self.run_id, uri, self.experiment, self._sent)
         write_tracked_run(self.folder.mlflow, tracked)
-
-
-def experiment_id(client: MlflowClient, name: str) -> str:
-    """Return the id of an experiment, after creating it if it does not exist.
-
-    Raises:
-        DeletedExperimentError: If it was deleted: MLflow does not free its name.
-    """
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        try:
-            return str(client.create_experiment(name))
-        except MlflowException:
-            experiment = client.get_experiment_by_name(name)  # created by another run meanwhile
-            if experiment is None:
-                raise
-    if experiment.lifecycle_stage == LifecycleStage.DELETED:
-        raise DeletedExperimentError(name, str(experiment.experiment_id))
-    return str(experiment.experiment_id)
 
 
 def _metrics_of(record: Record) -> list[Metric]:

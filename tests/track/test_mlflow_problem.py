@@ -191,4 +191,6 @@ def test_an_evaluation_meets_a_deleted_experiment_in_the_same_way(
     client.delete_experiment(client.create_experiment("measured"))
     record = EvaluationRecord({}, {}, [], tmp_path, "evaluations/x")
     with pytest.raises(DeletedExperimentError, match="'measured' was deleted"):
-        send_evaluation(record, uri=store, run_id=None, experiment="measured", run_name="r")
+        send_evaluation(
+            record, uri=store, run_id=None, experiment="measured", run_name="r", key="k"
+        )

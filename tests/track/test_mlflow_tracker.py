@@ -11,6 +11,7 @@ from mlflow.tracking import MlflowClient
 
 from raysl.folder.whole import read_json
 from raysl.track.mlflow_model import log_encoder
+from raysl.track.mlflow_record import run_key
 from raysl.track.mlflow_tracker import MlflowTracker
 from raysl.track.run_folder import MetricsFile, RunFolder, read_metrics
 
@@ -278,6 +279,7 @@ def test_a_run_that_the_server_never_knew_is_told_anew(folder: RunFolder, store:
     finish(first)
     assert first.run_id is not None
     text = folder.mlflow.read_text()
+    text = text.replace(run_key(folder.mlflow), "of another server")
     folder.mlflow.write_text(text.replace(first.run_id, "0" * 32))
     second = tracker_of(folder, store)
     second.start()
