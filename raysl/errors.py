@@ -11,6 +11,7 @@
     +-- DivergedError       a loss or gradient that is not finite
     +-- CollapsedError      features that are the same for every image
     +-- HungError           a training step that does not end
+    +-- RanksDifferError    train workers whose weights or buffers are no longer equal
     +-- SweepError          a sweep whose trials were lost or failed, or that has no best trial
     +-- StoppedError        a training that was asked to stop, and has written a checkpoint
     KeyboardInterrupt
@@ -69,6 +70,10 @@ class CollapsedError(RayslError):
 
 class HungError(RayslError):
     """A training step does not end."""
+
+
+class RanksDifferError(RayslError):
+    """Train workers hold different values of weights or buffers that must be equal."""
 
 
 class SweepError(RayslError):

@@ -171,6 +171,16 @@ def _convert(old: Any, kind: type[Any], num_splits: int) -> nn.Module:
     return cast(nn.Module, new)
 
 
+def names_of_own_statistics(module: nn.Module) -> set[str]:
+    """Return the names of the running statistics that each rank takes from its own images."""
+    return {
+        f"{name}.{buffer}" if name else buffer
+        for name, norm in module.named_modules()
+        if isinstance(norm, _BatchNorm) and not isinstance(norm, SyncBatchNorm | nn.SyncBatchNorm)
+        for buffer in ("running_mean", "running_var")
+    }
+
+
 @contextmanager
 def untracked_statistics(module: nn.Module) -> Iterator[None]:
     """Freeze the running statistics within the block; training still uses the batch's."""

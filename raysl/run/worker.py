@@ -78,7 +78,7 @@ def pretrain(
 
     Raises:
         StoppedError: If ``stops`` asked for it.
-        DivergedError: If the loss is not finite.
+        DivergedError: If the loss is not finite; RanksDifferError if the ranks' weights differ.
         CollapsedError: If the features are the same for all images.
         RunFolderError: If a checkpoint cannot be written or read.
     """
@@ -224,6 +224,7 @@ class _Worker:
             precision=precision_on(self.config, self.place.device),
             max_grad_norm=self.config.optim.max_grad_norm,
             health=HealthCheck(self.config.health),
+            check_ranks=self.config.health.check_ranks,
         )
 
     def _model(self) -> nn.Module:

@@ -6,12 +6,12 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from raysl.config.base import Config, Idle, NonNegativeFloat, PositiveFloat
+from raysl.config.base import Config, Idle, NonNegativeFloat, PositiveFloat, PositiveInt
 from raysl.errors import CollapsedError, DivergedError
 
 
 class HealthConfig(Config):
-    """When to stop a run that has diverged, collapsed or hangs."""
+    """When to stop a run that has diverged, collapsed or hangs, or whose workers differ."""
 
     idle: ClassVar[tuple[Idle, ...]] = (Idle(("patience",), {"min_feature_std": (0,)}),)
     min_feature_std: NonNegativeFloat = 0.003
@@ -23,6 +23,10 @@ class HealthConfig(Config):
     stacks of all workers are written to ``stacks`` of the run folder, and the workers start again
     from the last checkpoint, which counts as a failure (``cluster.max_failures``); without Ray the
     run ends. Ten times the longest one so far is allowed in any case. null never ends a run."""
+    check_ranks: PositiveInt | None = 10
+    """Number of logging steps between two checks that weights, teachers, queues, statistics and
+    optimizer states are equal on all train workers, to the bit; the first logging step is checked
+    too. null never checks, for workers on different devices."""
 
 
 class HealthCheck:

@@ -22,6 +22,7 @@ from raysl.train.batches import NumpyBatch
 from raysl.train.gradient import backward
 from raysl.train.health import HealthCheck
 from raysl.train.keep import KeepBest
+from raysl.train.rank_check import RankCheck
 
 FIRST_BATCH = "waiting for the first batch"
 """What a start does for as long as the cluster and the source take; see ``Hooks.doing``."""
@@ -128,6 +129,7 @@ class Trainer:
         max_grad_norm: Clip the gradient of the first optimizer's parameters to this norm, or None.
         micro_batch_size: Images of one forward pass, or None for all.
         health: Raises if the run has diverged or collapsed.
+        check_ranks: Logging steps between two comparisons of the ranks, or None for no comparison.
     """
 
     def __init__(
@@ -142,6 +144,7 @@ class Trainer:
         max_grad_norm: float | None,
         health: HealthCheck,
         micro_batch_size: int | None = None,
+        check_ranks: int | None = None,
     ) -> None:
         self.method = method
         self.optimizers = optimizers
@@ -152,6 +155,7 @@ class Trainer:
         self.max_grad_norm = max_grad_norm
         self.health = health
         self.micro_batch_size = micro_batch_size
+        self.rank_check = RankCheck(method, optimizers, every=check_ranks)
         self.device = next(method.parameters()).device
         self._bad: dict[int, int] = {}  # {row: flaw} on this rank since the last report
 
@@ -162,7 +166,7 @@ class Trainer:
 
         Raises:
             StoppedError: If ``hooks.stops`` asked for it, after a checkpoint.
-            RayslError: If a batch does not belong to the step.
+            RayslError: If a batch does not belong to the step, or the ranks differ.
             DivergedError: If a loss is not finite at a logging step.
             CollapsedError: If the features of all images have been equal for too long.
             RayslError: If ``hooks.troubled`` on some rank.
@@ -206,7 +210,7 @@ class Trainer:
             if logged:
                 hooks.log(logged, steps_done)
             if "train/loss" in logged:
-                self.health(logged, step=steps_done)
+                self._check(logged, steps_done)
             if is_checkpoint or stops:
                 hooks.doing(steps_done, "saving a checkpoint")
                 meter.pause(lambda steps_done=steps_done: hooks.checkpoint(steps_done))  # type: ignore[misc]
@@ -221,6 +225,10 @@ class Trainer:
         if logged.pop(_NEW_BAD) > 0:
             logged["data/bad_images"] = hooks.bad_images(self._bad, steps_done)
             self._bad = {}
+
+    def _check(self, logged: Mapping[str, float], steps_done: int) -> None:
+        self.health(logged, step=steps_done)
+        self.rank_check(steps_done)
 
     def _end_if(self, stops: bool, steps_done: int) -> None:
         if stops and steps_done < self.schedule.total_steps:  # else nothing is left to stop
