@@ -191,7 +191,10 @@ class MoCo(Method):
                 features, first_query = pair_features.detach(), query.detach()
         assert features is not None
         assert first_query is not None
-        self._new_keys = unit_rows(torch.cat(keys))
+        new_keys = unit_rows(torch.cat(keys))
+        self._new_keys = new_keys.view(len(keys), -1, new_keys.shape[1]).transpose(
+            0, 1
+        )  # (N, 1|2, D)
         loss = torch.stack([result.loss for result in results]).mean()
         if not progress.is_logged:
             return LossOutput(loss, features, {})
@@ -226,7 +229,9 @@ class MoCo(Method):
         """Update the key encoder (Eq. (2)) and put all ranks' keys into the queue."""
         ema_update_(self.key_encoder, self.query_encoder, momentum=self.config.ema_momentum)
         assert self._new_keys is not None
-        self.queue.put(gather_batch_no_grad(self._new_keys), step=progress.step)
+        new_keys = gather_batch_no_grad(self._new_keys)
+        # View by view, as one worker would: keys of a step that leave the queue are then the same.
+        self.queue.put(new_keys.transpose(0, 1).flatten(0, 1), step=progress.step)
         self._new_keys = None
 
 

@@ -7,18 +7,18 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from two_ranks import Results, TwoRanks
+from two_ranks import Ranks, Results
 
 
 @pytest.fixture(scope="session")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoRanks]:
-    processes = TwoRanks(tmp_path_factory.mktemp("ranks"))
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    processes = Ranks(tmp_path_factory.mktemp("ranks"))
     yield processes
     processes.end()
 
 
 @pytest.fixture(scope="module")
-def ranks(request: pytest.FixtureRequest, two_ranks: TwoRanks) -> list[Results]:
+def ranks(request: pytest.FixtureRequest, two_ranks: Ranks) -> list[Results]:
     """What each of two ranks computed; the file's numbers are cut in two by ``mine``."""
     return two_ranks(request.module.everything)
 

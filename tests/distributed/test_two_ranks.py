@@ -387,14 +387,13 @@ class TestQueue:
                 buffers["queue.keys"], expected["queue.keys"], rtol=1e-4, atol=1e-4
             )
 
-    def test_of_a_symmetric_loss_holds_the_same_keys_in_the_order_of_ranks(
+    def test_of_a_symmetric_loss_holds_the_same_keys_at_the_same_places(
         self, ranks: list[Results], alone: Results
     ) -> None:
+        """View by view: with fewer places than keys of two steps, the same ones are kept."""
         found = ranks[0]["moco_symmetric"]["buffers"]["queue.keys"][:16]
         expected = alone["moco_symmetric"]["buffers"]["queue.keys"][:16]
-        places = (found @ expected.T).argmax(dim=1)  # rank 0: views 1 and 0, then rank 1
-        assert places.tolist() == [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15]
-        torch.testing.assert_close(found, expected[places], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 class TestEmbed:

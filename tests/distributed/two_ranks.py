@@ -1,4 +1,4 @@
-"""What two gloo processes run for the tests of this folder.
+"""What two gloo processes, or more, run for the tests of this folder.
 
 A module, as a process that is started anew finds functions by their module's name, which is the
 same for every ``conftest.py``.
@@ -34,14 +34,15 @@ def mine(rows: Tensor) -> Tensor:
     return rows.chunk(size)[rank].clone()
 
 
-class TwoRanks:
-    """Two processes that compute one function after the other, each on its rank.
+class Ranks:
+    """Processes that compute one function after the other, each on its rank.
 
     They end with the first function that fails on a rank; the next one gets new processes.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, count: int = RANKS) -> None:
         self._folder = folder
+        self._count = count
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self._lines: list[Connection] = []
         self._number = 0
@@ -51,7 +52,7 @@ class TwoRanks:
         if not self._processes:
             self._start()
         self._number += 1
-        files = [self._folder / f"{self._number}-of-rank-{rank}.pt" for rank in range(RANKS)]
+        files = [self._folder / f"{self._number}-of-rank-{rank}.pt" for rank in range(self._count)]
         try:
             for line, file in zip(self._lines, files, strict=True):
                 line.send((compute, str(file)))
@@ -64,10 +65,10 @@ class TwoRanks:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         rendezvous = self._folder / f"rendezvous-{self._number}"
-        for rank in range(RANKS):
+        for rank in range(self._count):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, str(rendezvous), theirs), daemon=True
+                target=_serve, args=(rank, self._count, str(rendezvous), theirs), daemon=True
             )
             process.start()
             theirs.close()  # so that the end of the process is the end of the line
@@ -79,7 +80,7 @@ class TwoRanks:
         waiting = list(self._lines)
         while waiting:
             ready = multiprocessing.connection.wait(waiting, deadline - time.monotonic())
-            assert ready, f"two ranks took more than {TIMEOUT_S} s"
+            assert ready, f"the ranks took more than {TIMEOUT_S} s"
             for line in ready:
                 assert isinstance(line, Connection)
                 failed = line.recv()  # raises EOFError where the process has ended
@@ -95,13 +96,13 @@ class TwoRanks:
         self._processes, self._lines = [], []
 
 
-def _serve(rank: int, rendezvous: str, line: Connection) -> None:
+def _serve(rank: int, count: int, rendezvous: str, line: Connection) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{rendezvous}",
         rank=rank,
-        world_size=RANKS,
+        world_size=count,
         timeout=timedelta(seconds=TIMEOUT_S / 2),
     )
     with suppress(EOFError):  # the tests are over
