@@ -3,7 +3,7 @@
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,41 @@ def bucket(
         endpoint_override=f"http://{host}:{port}", allow_bucket_creation=True, region="us-east-1"
     ).create_dir(name)
     return f"s3://{name}"
+
+
+@pytest.fixture
+def refused() -> Callable[..., Any]:
+    """Try bad inputs at a door; return what came of each: its message, or None if it was taken.
+
+    Fails if one ends in another error than raysl's own, which would be a traceback, if a message
+    names nothing of what was given, or if one takes longer than half a minute.
+    """
+    from time import perf_counter
+
+    from raysl.errors import RayslError
+
+    def attempt(
+        door: Callable[[Any], object], cases: Mapping[str, tuple[Any, Sequence[str]]]
+    ) -> dict[str, str | None]:
+        found: dict[str, str | None] = {}
+        wrong = []
+        for name, (given, names) in cases.items():
+            start = perf_counter()
+            try:
+                door(given)
+                found[name] = None
+            except RayslError as error:
+                found[name] = str(error)
+                if not any(each in str(error) for each in names):
+                    wrong.append(f"{name}: names none of {names}: {error}")
+            except Exception as error:
+                wrong.append(f"{name}: {error!r}")
+            if perf_counter() - start > 30:
+                wrong.append(f"{name}: took {perf_counter() - start:.0f} s")
+        assert not wrong, "\n".join(wrong)
+        return found
+
+    return attempt
 
 
 @pytest.fixture

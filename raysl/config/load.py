@@ -2,8 +2,9 @@
 
 import difflib
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args, get_origin
 
@@ -18,6 +19,9 @@ EXTENDS = "extends"
 _SECRET = re.compile(
     r"(?<=://)[^/\s:@]*:[^/\s@]*(?=@)|(?<=[?&])\w*(key|secret|token|sig|word)=[^&\s]*"
 )
+_LARGEST_INT = 2**63 - 1
+_LARGEST_FLOAT, _SMALLEST_FLOAT = 3.4e38, 1.2e-38  # normal numbers of float32
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 _MAX_BYTES = 1 << 20  # far beyond any configuration: a larger file is of another kind
 
 M = TypeVar("M", bound=BaseModel)
@@ -52,7 +56,12 @@ def read_layers(path: Path) -> list[dict[str, Any]]:
         if following.resolve() in chain:
             raise ConfigError(f"{path}: 'extends' forms a cycle at {following}")
         chain.append(following.resolve())
-        values = _read_one(following)
+        try:
+            values = _read_one(following)
+        except ConfigError as error:
+            if len(chain) == 1:
+                raise
+            raise ConfigError(f"{chain[-2]}: extends: {error}") from None
         parent = values.pop(EXTENDS, None)
         layers.append(values)
         if parent is not None and not isinstance(parent, str):
@@ -66,6 +75,10 @@ def read_layers(path: Path) -> list[dict[str, Any]]:
 
 def _read_one(path: Path) -> dict[str, Any]:
     try:
+        if path.is_dir():
+            raise ConfigError(
+                f"{path}: cannot be read: it is a folder; give the YAML file of a run"
+            )
         if (size := path.stat().st_size) > _MAX_BYTES:
             raise ConfigError(
                 f"{path}: {size:,} bytes are too many for a configuration, which has thousands; "
@@ -249,6 +262,8 @@ def bad_keys(problems: Sequence[Problem], *, where: str) -> ConfigError:
 
 def validated(model: type[M], values: Mapping[str, Any]) -> M | list[Problem]:
     """Return the validated model, or all problems of the values."""
+    if unusable := list(_unusable(values)):
+        return unusable
     try:
         # From JSON, strict mode accepts a list for a tuple and an int for a float.
         return model.model_validate_json(json.dumps(values, default=str))
@@ -260,6 +275,31 @@ def validated(model: type[M], values: Mapping[str, Any]) -> M | list[Problem]:
             if not _follows_from_another(raw, errors)
             for line in raw["msg"].split("\n")  # a rule between keys may report several problems
         ]
+
+
+def _unusable(value: Any, place: tuple[str, ...] = ()) -> Iterator[Problem]:
+    """Yield a problem for each number that torch cannot hold and each text with control codes."""
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from _unusable(each, (*place, str(key)))
+    elif isinstance(value, list | tuple):
+        for index, each in enumerate(value):
+            yield from _unusable(each, (*place, str(index)))
+    elif (reason := _why_unusable(value)) is not None:
+        yield Problem(place, f"{'.'.join(place)}: {reason}")
+
+
+def _why_unusable(value: Any) -> str | None:
+    if isinstance(value, int) and abs(value) > _LARGEST_INT:
+        return f"{float(min(value, 10**300)):.3g} is beyond {_LARGEST_INT:,}, the largest integer"
+    if isinstance(value, float) and math.isfinite(value):
+        if abs(value) > _LARGEST_FLOAT:
+            return f"{value:g} is infinite in float32, whose largest number is {_LARGEST_FLOAT:g}"
+        if 0.0 < abs(value) < _SMALLEST_FLOAT:
+            return f"{value:g} is zero in float32; write 0, or at least {_SMALLEST_FLOAT:g}"
+    if isinstance(value, str) and (found := _CONTROL.search(value)):
+        return f"the text contains the character {found[0]!r}, which no name or path can have"
+    return None
 
 
 def _follows_from_another(error: Mapping[str, Any], errors: Sequence[Mapping[str, Any]]) -> bool:

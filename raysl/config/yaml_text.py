@@ -8,6 +8,11 @@ import yaml
 
 from raysl.errors import ConfigError
 
+_INT = "tag:yaml.org,2002:int"
+# Numbers that YAML 1.1, which PyYAML reads, takes to the base 60 or 8 and readers to the base 10.
+_OTHER_BASE = re.compile(r"[-+]?(?:[0-9_]+:[0-9_:]+|0[0-9_]+)")
+_MOST_DIGITS = 100  # Python refuses to read or print more than 4,300
+_SHORT = 40
 # Far beyond any configuration; what unfolds to more would fill the memory.
 _MAX_VALUES = 100_000
 
@@ -18,8 +23,10 @@ class _Loader(yaml.SafeLoader):
     A repeated key is an error, not a silent overwrite.
     """
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping; raise ConfigError for a repeated key."""
+        if not isinstance(node, yaml.MappingNode):  # such as !!map 5
+            return super().construct_mapping(node, deep)
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
@@ -28,6 +35,31 @@ class _Loader(yaml.SafeLoader):
                     f"at line {node.start_mark.line + 1}; keep one"
                 )
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Build a value; raise ConfigError where its tag or its digits make none."""
+        try:
+            if node.tag == _INT and isinstance(node, yaml.ScalarNode):
+                _check_int(node)
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            what = node.value if isinstance(node.value, str) else "a section"
+            raise ConfigError(
+                f"{node.start_mark.name}, line {node.start_mark.line + 1}: {_short(what)} is no "
+                f"value of the kind {node.tag.rpartition(':')[2]}: {error}; quote it if it is text"
+            ) from None
+
+
+def _check_int(node: yaml.ScalarNode) -> None:
+    if len(node.value) > _MOST_DIGITS:
+        raise ValueError(f"it has {len(node.value):,} digits")
+    if _OTHER_BASE.fullmatch(node.value):
+        base = 60 if ":" in node.value else 8
+        raise ValueError(f"YAML reads it to the base {base}")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHORT else f"{text[:_SHORT]}..."
 
 
 class _Dumper(yaml.SafeDumper):

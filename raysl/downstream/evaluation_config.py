@@ -90,7 +90,7 @@ class FeaturesConfig(Config):
 
     size_px: PositiveInt | None = None
     """Side of the square; null uses the image size that the encoder was trained for."""
-    crop_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    crop_fraction: Annotated[float, Field(ge=0.01, le=1.0)] = 1.0
     """Side of the centred square over the image's shorter side (0.875 is usual for ImageNet)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the forward pass."""

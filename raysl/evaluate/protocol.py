@@ -71,7 +71,7 @@ class EvaluateConfig(ProtocolSettings, SourceConfig):
     """Maximal number of labelled training images, a fixed random subset."""
     max_test_images: PositiveInt = 10_000
     """Maximal number of test images."""
-    crop_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    crop_fraction: Annotated[float, Field(ge=0.01, le=1.0)] = 1.0
     """Side of the centred square over the image's short side (0.875 is usual for ImageNet)."""
 
     @field_validator("final")

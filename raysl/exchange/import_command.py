@@ -77,6 +77,7 @@ def _output(file: Path, output: Path | None) -> Path:
     Raises:
         ConfigError: If it is the weight file itself, or has another suffix.
     """
+    file = file if file.name else file.absolute()  # "." has no name to put another beside
     output = output or file.with_name(f"{file.name.partition('.')[0]}.encoder.safetensors")
     if output.is_dir() or not output.suffix:
         output /= "encoder.safetensors"

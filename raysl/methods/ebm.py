@@ -80,7 +80,7 @@ class EBMConfig(MethodConfig):
     value_range: tuple[float, float] = (-2.7, 2.7)
     """Lowest and highest normalised pixel value; chains stay in this range. The default covers
     black and white with ImageNet's mean and standard deviation."""
-    langevin_steps: PositiveInt = 20
+    langevin_steps: Annotated[int, Field(gt=0, le=100_000)] = 20
     """mcmc: steps of each chain in a training step (JEM 20, IGEBM 60)."""
     langevin_step_size: PositiveFloat = 1.0
     """mcmc: factor of the energy's gradient in a step (JEM 1, IGEBM 40)."""

@@ -126,7 +126,7 @@ class SwAVConfig(MethodConfig):
     """Tau of Eq. (2)."""
     epsilon: PositiveFloat = 0.05
     """Epsilon of Eq. (3)."""
-    sinkhorn_iterations: Annotated[int, Field(ge=0)] = 3
+    sinkhorn_iterations: Annotated[int, Field(ge=0, le=1000)] = 3
     """Number of Sinkhorn-Knopp iterations (sec. 3.1)."""
     num_prototypes: PositiveInt = 3000
     """K: 3000 for the 1,000 classes of ImageNet; lightly's benchmark has 512 for CIFAR-10."""

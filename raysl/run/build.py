@@ -9,6 +9,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from raysl.encoder.file import load_weights, save_encoder
+from raysl.errors import RayslError
 from raysl.methods import load_method
 from raysl.methods.base import Method, TrainingSet
 from raysl.nn.backbones import build_backbone
@@ -39,7 +40,10 @@ def build_method(config: RunConfig[Any], data: TrainingSet, *, device: torch.dev
     with _created_on(device):
         backbone = build_backbone(config.backbone, image_size_px=config.image_size_px)
     if config.backbone.weights is not None:  # before the method, which may copy the backbone
-        load_weights(backbone, config.backbone.weights)
+        try:
+            load_weights(backbone, config.backbone.weights)
+        except RayslError as error:
+            raise type(error)(f"backbone.weights: {error}") from None
     with _created_on(device):
         files = {
             name: str(local_copy(value))

@@ -18,6 +18,8 @@ from raysl.run.stored import check_stored
 from raysl.sources.source import Source
 from raysl.track.uri import check_tracking_uri
 
+_MOST_IMAGES = 10**15  # a billion images, a million times
+
 
 def check_names(config: RunConfig[Any]) -> None:
     """Check the names of the model, the tracking URI and a store; open and build nothing.
@@ -61,12 +63,32 @@ def check_lengths(config: RunConfig[Any], source: Source) -> Derived:
     """Check that warm-up and other durations fit into the run; return the derived values.
 
     Raises:
-        ConfigError: If a duration is longer than the run.
+        ConfigError: If a duration is longer than the run, an interval is zero, or the run would
+            never end.
     """
     derived = derive_for(config, source)
-    for problem in (*_length_problems(config, derived), *_keep_problems(config, derived)):
+    problems = (_run_problems, _length_problems, _keep_problems)
+    for problem in (text for each in problems for text in each(config, derived)):
         raise ConfigError(problem)
     return derived
+
+
+def _run_problems(config: RunConfig[Any], derived: Derived) -> Iterator[str]:
+    """Yield a message for a length or an interval that makes no sense."""
+    train, total = config.train, derived.total_steps
+    if total * train.global_batch_size > _MOST_IMAGES:
+        key = "train.epochs" if train.steps is None else "train.steps"
+        yield (
+            f"{key} makes {total:,} steps of {train.global_batch_size} images; a run has at most "
+            f"{_MOST_IMAGES:,} images in all"
+        )
+    intervals = {
+        "train.checkpoint_every": train.checkpoint_every,
+        "evaluate.every": config.evaluate.every,
+    }
+    for key, interval in intervals.items():
+        if interval is not None and not any(interval.model_dump(exclude_none=True).values()):
+            yield f"{key}={_as_yaml(interval)} is no interval; give one of at least one step"
 
 
 def _length_problems(config: RunConfig[Any], derived: Derived) -> Iterator[str]:

@@ -60,11 +60,11 @@ class ClusterConfig(Config):
     cpus_per_train_worker: PositiveFloat | None = None
     """CPUs that Ray reserves for a train worker; the others make views. null reserves 1, or less
     if that would take all CPUs."""
-    threads_per_train_worker: PositiveInt | None = None
+    threads_per_train_worker: Annotated[int, Field(gt=0, le=1024)] | None = None
     """Threads of torch in a train worker on CPU; null divides the node's cores evenly."""
     num_data_workers: PositiveInt | None = None
     """Number of processes that read, decode and augment; null uses all CPUs that are left."""
-    prefetch_batches: PositiveInt = 2
+    prefetch_batches: Annotated[int, Field(gt=0, le=1000)] = 2
     """Number of batches that a train worker prefetches."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Number of failures of workers or nodes after which a run stops; after each of them it resumes

@@ -115,7 +115,7 @@ def _base_files(given: Any, folder: Path) -> Iterator[Any]:
 
     A pattern without a match is yielded unchanged, and reported later as a missing file.
     """
-    for each in [given] if isinstance(given, str) else given:
+    for each in given if isinstance(given, list) else [given]:
         if not isinstance(each, str):
             yield each
         elif "*" in each:

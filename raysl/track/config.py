@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, ClassVar
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from raysl.config.base import Config, Idle
 from raysl.folder.address import check_disk_dir, check_output_dir
@@ -14,6 +14,9 @@ OutputDir = Annotated[str, AfterValidator(check_output_dir)]
 DiskDir = Annotated[str, AfterValidator(check_disk_dir)]
 """Parent of folders on a disk that all nodes share."""
 
+_Named = Annotated[str, Field(min_length=1)]
+_LONGEST_NAME = 200  # file systems take 255 bytes, and others are added behind it
+
 
 class TrackConfig(Config):
     """How the run is tracked in MLflow."""
@@ -21,20 +24,22 @@ class TrackConfig(Config):
     idle: ClassVar[tuple[Idle, ...]] = (Idle(("registered_model",), {"log_model": (False,)}),)
     mlflow: bool = True
     """Track the run in MLflow."""
-    tracking_uri: str | None = None
+    tracking_uri: _Named | None = None
     """URI of the MLflow server or store; null uses MLFLOW_TRACKING_URI, else a SQLite file in the
     working directory."""
-    experiment: str = "raysl"
+    experiment: _Named = "raysl"
     """Name of the experiment in MLflow; it is created if it does not exist."""
     log_model: bool = True
     """Store the encoder as an MLflow model with its signature."""
-    registered_model: str | None = None
+    registered_model: _Named | None = None
     """Name of a registered model in MLflow; the encoder becomes its newest version. null does not
     register the encoder."""
 
 
 def check_run_name(name: str) -> str:
     """Return the name of a run or a sweep; raise ValueError if it is not a valid name."""
+    if len(name) > _LONGEST_NAME:
+        raise ValueError(f"a name has at most {_LONGEST_NAME} characters; got {len(name):,}")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=-]*", name):
         raise ValueError(
             f"a name starts with a letter or digit and holds letters, digits, '.', '_', '=' "

@@ -5,7 +5,7 @@ import re
 import shlex
 from importlib.metadata import entry_points
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 from raysl.errors import ConfigError
 
@@ -57,7 +57,7 @@ def check_tracking_uri(configured: str | None) -> None:
     if uri is None:
         return
     key = "track.tracking_uri" if configured else "MLFLOW_TRACKING_URI"
-    scheme = urlsplit(uri).scheme
+    scheme = _parts_of(uri, key).scheme
     if len(scheme) < 2 or uri in _DATABRICKS:  # a folder; one letter is a drive
         return
     plugins = {point.name for point in entry_points(group="mlflow.tracking_store")}
@@ -71,6 +71,20 @@ def check_tracking_uri(configured: str | None) -> None:
         )
     if scheme in ("http", "https") and not urlsplit(uri).hostname:
         raise ConfigError(f"{key}={without_password(uri)}: has no host; write {scheme}://HOST:PORT")
+
+
+def _parts_of(uri: str, key: str) -> SplitResult:
+    try:
+        parts = urlsplit(uri)
+        _ = parts.port  # of a port that is no number from 0 to 65535, only this tells
+    except ValueError as error:
+        # The address is left out: where it cannot be taken apart, neither can its password.
+        raise ConfigError(
+            f"{key}: the address has no valid host or port ({error}); write http://HOST:PORT"
+        ) from None
+    if any(character.isspace() for character in uri.strip()) and parts.scheme in ("http", "https"):
+        raise ConfigError(f"{key}={without_password(uri)}: an address has no spaces")
+    return parts
 
 
 def without_password(uri: str) -> str:

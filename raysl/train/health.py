@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from raysl.config.base import Config, Idle, NonNegativeFloat, PositiveFloat, PositiveInt
+from raysl.config.base import Config, Idle, PositiveFloat, PositiveInt
 from raysl.errors import CollapsedError, DivergedError
 
 
@@ -14,7 +14,7 @@ class HealthConfig(Config):
     """When to stop a run that has diverged, collapsed or hangs, or whose workers differ."""
 
     idle: ClassVar[tuple[Idle, ...]] = (Idle(("patience",), {"min_feature_std": (0,)}),)
-    min_feature_std: NonNegativeFloat = 0.003
+    min_feature_std: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.003
     """A run whose features vary less than this has collapsed; 0 never stops."""
     patience: Annotated[int, Field(gt=0)] = 5
     """Number of consecutive logging steps before the run is stopped."""

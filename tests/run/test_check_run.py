@@ -170,7 +170,7 @@ class TestNetwork:
         assert "; lower " in text
 
     def test_a_size_that_no_number_holds(self, check: Check) -> None:
-        text = refused(check, f"method.hidden_dim={10**20}")
+        text = refused(check, f"method.hidden_dim={10**18}")
         assert "method simclr on backbone.name=resnet18 cannot be built" in text
 
     def test_weights_that_do_not_fit(self, check: Check, tiny_encoder: Callable[..., Path]) -> None:
