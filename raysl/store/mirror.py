@@ -215,14 +215,17 @@ class Mirror:
         if same == len(entries) == len(grown.entries) and path.exists():
             return
         contents = [self.store.get(_part_name(name, each)) for each in range(same, len(entries))]
-        old = path.read_bytes() if path.exists() else None
-        start = (old or b"")[: same * PART_BYTES]
-        new = start + b"".join(content or b"" for content in contents)
-        if old is not None and new.startswith(old):
-            with open(path, "ab") as file:
+        new = b"".join(content or b"" for content in contents)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        with open(path, "r+b") as file:
+            file.seek(same * PART_BYTES)
+            old = file.read()
+            if new.startswith(old):
                 file.write(new[len(old) :])
-        else:
-            write_bytes(path, new)
+            else:
+                file.seek(0)
+                write_bytes(path, file.read(same * PART_BYTES) + new)
         grown.entries = entries
         grown.digests[same:] = [hashlib.blake2b(content or b"").digest() for content in contents]
         grown.inode, grown.size = _signature(path)[:2]
