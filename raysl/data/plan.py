@@ -108,6 +108,22 @@ class Plan:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
 
+    def with_item_size(self, item_size: int) -> "Plan":
+        """Return the same order of images, in items of another size.
+
+        Raises:
+            ConfigError: If the item does not divide the global batch.
+        """
+        return Plan(
+            self.group_sizes,
+            seed=self.seed,
+            global_batch_size=self.global_batch_size,
+            item_size=item_size,
+            num_steps=self.num_steps,
+            window_size=self.window_size,
+            weights=self.weights,
+        )
+
     @property
     def steps_per_epoch(self) -> int:
         """Number of whole global batches in one epoch; each epoch leaves out different images."""

@@ -51,6 +51,11 @@ class BlockSpec:
     color_on: Literal["cpu", "device"] = "cpu"
     bad_images: BadImagesConfig = field(default_factory=BadImagesConfig)
 
+    @property
+    def bytes_per_image(self) -> int:
+        """Bytes of all views of one image."""
+        return sum(3 * view.count * view.size_px**2 for view in self.views)
+
 
 class ItemMaker:
     """Read, decode and augment one item of the plan.

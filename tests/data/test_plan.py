@@ -197,6 +197,25 @@ class TestItem:
         assert len(set(left_out)) == 10
 
 
+@pytest.mark.parametrize(("groups", "window"), SOURCES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_items_of_another_size_hold_the_same_images_in_the_same_order(
+    groups: list[int], window: int | None, weighted: bool
+) -> None:
+    weights = np.full(len(groups), 1.5) if weighted else None
+    first = _plan(groups, window, weights=weights)
+    for size in (1, 6, 12):
+        other = first.with_item_size(size)
+        assert other.item_size == size
+        assert other.num_items * size == first.num_items * first.item_size
+        for name in ("indices", "keys"):
+            found, wanted = (
+                np.concatenate([getattr(plan.item(p), name) for p in range(plan.num_items)])
+                for plan in (other, first)
+            )
+            np.testing.assert_array_equal(found, wanted)
+
+
 class TestErrors:
     def test_a_batch_larger_than_the_source_says_what_would_fit(self) -> None:
         with pytest.raises(
