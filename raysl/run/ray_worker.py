@@ -15,7 +15,9 @@ from raysl.data.block import Block
 from raysl.errors import ClusterError, ErrorRecord, RayslError, StoppedError, to_record
 from raysl.nn.collectives import broadcast_object, rank_and_size
 from raysl.run.measuring import Place
+from raysl.run.ray_cluster import nodes_now, threads_for
 from raysl.run.ray_errors import wrapped_errors
+from raysl.run.ray_notes import Notes
 from raysl.run.ray_validate import Evaluator, Share
 from raysl.run.recipe import run_from_values
 from raysl.run.worker import pretrain
@@ -32,6 +34,7 @@ def train_worker(settings: dict[str, Any], batches: Iterator[Block]) -> Results 
 
     Args:
         settings: ``config``, ``folder``, ``source``, ``threads``, ``backend`` and ``evaluation``.
+            ``threads`` is None if they follow from the nodes that are there at this start.
         batches: This worker's batches from the newest checkpoint on.
     """
     folder = RunFolder(Path(settings["folder"]))
@@ -47,7 +50,10 @@ def train_worker(settings: dict[str, Any], batches: Iterator[Block]) -> Results 
     device = _join_process_group(settings["backend"])
     start_step = int(broadcast_object(latest_step(folder.checkpoints)))
     share: Share | None = settings["evaluation"]
-    _, num_ranks = rank_and_size()
+    rank, num_ranks = rank_and_size()
+    if rank == 0:
+        Notes(settings["folder"]).clear()  # the next note waits for the first batch
+    threads = settings["threads"] or threads_for(num_ranks, nodes_now().all)
     evaluator = None if share is None else Evaluator(config, share, num_ranks=num_ranks)
     try:
         return pretrain(
@@ -55,7 +61,7 @@ def train_worker(settings: dict[str, Any], batches: Iterator[Block]) -> Results 
             folder=folder,
             source=ray.get(settings["source"]),
             # Ray may count more CPUs than the machine has.
-            place=Place(device, min(settings["threads"], os.cpu_count() or 1)),
+            place=Place(device, min(threads, os.cpu_count() or 1)),
             start_step=start_step,
             open_batches=lambda: batches,
             begin=evaluator,

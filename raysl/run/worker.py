@@ -89,7 +89,7 @@ def pretrain(
     worker.measuring.open(metrics, begin, start_step=start_step)
     if batches is not None:
         trainer = worker.trainer(_schedule(config, derived))
-        hooks = worker.hooks(_log_into(metrics, worker.measuring), evaluated, stops)
+        hooks = worker.hooks(_log_into(metrics, worker), evaluated, stops)
         trainer.run(batches, start_step=start_step, rank=worker.rank, hooks=hooks)
     average_statistics(worker.method)
     if metrics is not None:  # before the evaluation, so that its errors do not lose the networks
@@ -103,11 +103,14 @@ def pretrain(
     return results
 
 
-def _log_into(metrics: MetricsFile | None, measuring: Measuring) -> Log:
+def _log_into(metrics: MetricsFile | None, worker: "_Worker") -> Log:
+    is_elastic = worker.config.cluster.is_elastic
+    always = {"cluster/train_workers": float(rank_and_size()[1])} if is_elastic else {}
+
     def log(values: Mapping[str, float], step: int) -> None:
         if metrics is not None:  # on rank 0
-            metrics.log(values, step=step)
-            measuring.collect()
+            metrics.log({**values, **always}, step=step)
+            worker.measuring.collect()
 
     return log
 

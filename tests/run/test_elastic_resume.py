@@ -96,7 +96,7 @@ def rest(
         plan(item_size),
         BlockSpec(VIEWS),
         checkpoints=folder / "checkpoints",
-        needs=ClusterNeeds(num_workers, "cpu", CPUS_PER_TRAIN_WORKER, num_data_workers, 1),
+        needs=ClusterNeeds((num_workers,), "cpu", CPUS_PER_TRAIN_WORKER, num_data_workers, 1),
     )
 
 
@@ -195,7 +195,7 @@ def log_of(folder: Path, stop: int, rank: int) -> Path:
 
 def read_here(opened: RemainingDataset, num_steps: int) -> list[list[Block]]:
     """Return the batches of each rank as threads of this process read them."""
-    num_workers = opened.needs.num_train_workers
+    num_workers = opened.num_workers
     # What Ray Train does with its datasets once it knows its workers.
     shards = DataConfig(execution_options=execution_options()).configure(
         {"train": opened()}, num_workers, worker_handles=None, worker_node_ids=None

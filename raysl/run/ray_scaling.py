@@ -1,0 +1,154 @@
+"""Start as many train workers as the nodes have room for, in Ray Train's controller.
+
+Ray's own policies do not know that data workers need CPUs as well, that only some numbers of
+workers divide a batch, or where the checkpoints are. They start workers that cannot be placed, and
+wait without a word. The controller loads this module, so it must not import torch.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.scaling_policy import (
+    NoopDecision,
+    ResizeDecision,
+    ScalingDecision,
+    ScalingPolicy,
+)
+from ray.train.v2.api.config import ScalingConfig
+
+from raysl.errors import ClusterError, StoppedError, counted
+from raysl.run.ray_cluster import ClusterNeeds, Node, Nodes, layout_for, nodes_now
+from raysl.run.ray_data import RemainingDataset
+from raysl.run.ray_notes import Notes, data_worker_actors
+from raysl.run.scaling import Pace, WorkerCounts, with_held
+from raysl.run.waiting import RESIZE, Note, Patience
+from raysl.track.run_folder import RunFolder, latest_step
+
+_POLL_S = 0.5
+_PLACE, _START = "place", "start"
+
+
+class RunScaling(ScalingPolicy):
+    """Ray Train's policy of a run: when its train workers start, and how many.
+
+    Args:
+        scaling_config: Ray Train's settings; they hold the resources of a worker.
+        needs: What the run asks of the cluster, with device and CPUs of a train worker decided.
+        num_workers: Number of train workers of the first layout.
+        num_steps: Number of steps of the run.
+        folder: The run folder.
+        pace: How soon the number of workers follows the nodes.
+        max_wait_s: Longest wait for room or for a first batch; None waits for ever.
+    """
+
+    def __init__(
+        self,
+        scaling_config: ScalingConfig,
+        *,
+        needs: ClusterNeeds,
+        num_workers: int,
+        num_steps: int,
+        folder: RunFolder,
+        pace: Pace,
+        max_wait_s: float | None,
+    ) -> None:
+        super().__init__(scaling_config)
+        self._counts = WorkerCounts(needs, pace, time.monotonic)
+        self._num_workers = num_workers
+        self._num_steps = num_steps
+        self._folder = folder
+        self._patience = Patience(max_wait_s)
+        self._notes = Notes(str(folder.path))
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        """Start the workers if there is room, else wait.
+
+        Raises:
+            ClusterError: If this has lasted too long.
+            StoppedError: If the run was asked to stop.
+        """
+        self._maybe_send_resource_request()  # type: ignore[no-untyped-call]
+        nodes = nodes_now()
+        count = self._counts.at_start(nodes)
+        if count is None:
+            note = Note(_PLACE, self._counts.missing(nodes))
+            self._notes.write(*note)
+            self._end_if_too_long(note)
+            if self._folder.stop.exists():
+                raise StoppedError("stopped while it waited for room for its train workers")
+            time.sleep(_POLL_S)
+            return NoopDecision()
+        return self._resize(count)
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: Any, worker_group_status: Any
+    ) -> ScalingDecision:
+        """Go on, or start the workers anew because nodes have come or gone.
+
+        Raises:
+            ClusterError: If the workers wait for their first batch for too long.
+        """
+        self._maybe_send_resource_request()  # type: ignore[no-untyped-call]
+        self._end_if_too_long(self._notes.read())
+        if not self.scaling_config.elasticity_enabled:
+            return NoopDecision()
+        step = latest_step(self._folder.checkpoints)
+        if step >= self._num_steps:
+            return NoopDecision()
+        nodes, workers = nodes_now(), worker_group_state.workers
+        count = self._counts.while_running(
+            nodes, current=len(workers), step=step, room=lambda: self._room(nodes, workers)
+        )
+        return NoopDecision() if count is None else self._resize(count)
+
+    def _resize(self, count: int) -> ScalingDecision:
+        """Start so many workers; their number must reach Ray Data before their CPUs do."""
+        text = f"starts {counted(count, 'train worker')}"
+        if count == self._num_workers:
+            self._notes.write(_START, text)
+        else:
+            self._notes.write(RESIZE, f"{text} instead of {self._num_workers}")
+            self._num_workers = count
+            self._send_resource_request()  # type: ignore[no-untyped-call]
+        return ResizeDecision(
+            num_workers=count,
+            resources_per_worker=self.scaling_config._resources_per_worker_not_none,
+        )
+
+    def _room(self, nodes: Nodes, workers: Sequence[Any]) -> list[Node]:
+        """Return what of each node this run holds, or nothing does."""
+        needs = self._counts.needs._replace(worker_counts=(len(workers),))
+        layout, gpus = layout_for(needs, nodes.all), 1.0 if self.scaling_config.use_gpu else 0.0
+        held = [(worker.metadata.node_id, layout.cpus_per_train_worker, gpus) for worker in workers]
+        held += [
+            (actor["Address"]["NodeID"], layout.cpus_per_data_worker, 0.0)
+            for actor in data_worker_actors()
+            if actor["State"] == "ALIVE"
+        ]
+        return with_held(nodes, held)
+
+    def _end_if_too_long(self, note: Note | None) -> None:
+        message = self._patience.too_long(note)
+        if message is not None:
+            raise ClusterError(message)
+
+    def _get_num_workers_for_resource_request(self) -> int:
+        # Not the most that the run may have: what Ray Train reserves, Ray Data cannot use.
+        return self._num_workers
+
+
+class TellNumWorkers(WorkerGroupCallback):
+    """Tells the dataset, before it is opened, how many train workers start.
+
+    Args:
+        dataset: The dataset factory; Ray passes both to the controller in one message.
+    """
+
+    def __init__(self, dataset: RemainingDataset) -> None:
+        self._dataset = dataset
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        """Pass on the number of workers."""
+        self._dataset.num_workers = worker_group_context.num_workers
