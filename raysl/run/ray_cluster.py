@@ -256,14 +256,16 @@ def _layout_of(
     per_worker = needs.cpus_per_train_worker or (1.0 if workers < cpus else half)
     left = cpus - workers * per_worker - READ_CPUS - _MARGIN
     data_workers = needs.num_data_workers or max(1, math.floor(left + READ_CPUS + _MARGIN))
-    cpus_each = math.floor(100 * min(1.0, left / data_workers)) / 100
+    each = left / data_workers
+    if per_worker > 0 and (placed := places_for(per_worker, nodes, use_gpu=use_gpu)) >= workers:
+        each = min(each, _largest_rest(workers, per_worker, nodes, use_gpu=use_gpu))
+    cpus_each = math.floor(100 * min(1.0, each)) / 100
     if per_worker <= 0 or cpus_each < _MARGIN:
         raise ClusterError(
             f"{workers} train workers with cluster.cpus_per_train_worker={per_worker:g} leave none "
             f"of the cluster's {cpus:g} CPUs to make views. Lower cluster.num_train_workers or "
             f"cluster.cpus_per_train_worker, or add nodes"
         )
-    placed = places_for(per_worker, nodes, use_gpu=use_gpu)
     if placed < workers:
         raise ClusterError(
             f"the nodes have room for {placed} of {workers} train workers of {per_worker:g} CPUs"
@@ -294,10 +296,19 @@ def threads_for(workers: int, nodes: Sequence[Node]) -> int:
 
 def places_for(cpus: float, nodes: Sequence[Node], *, use_gpu: bool) -> int:
     """Return how many train workers of so many CPUs the nodes have room for, each on one node."""
-    return sum(
-        min(math.floor(node.cpus / cpus + _ROUNDING), math.floor(node.gpus) if use_gpu else 1 << 30)
-        for node in nodes
-    )
+    return sum(_places_on(node, cpus, use_gpu=use_gpu) for node in nodes)
+
+
+def _places_on(node: Node, cpus: float, *, use_gpu: bool) -> int:
+    places = math.floor(node.cpus / cpus + _ROUNDING)
+    return min(places, math.floor(node.gpus)) if use_gpu else places
+
+
+def _largest_rest(workers: int, cpus: float, nodes: Sequence[Node], *, use_gpu: bool) -> float:
+    """Return the CPUs that some node has left, wherever Ray places so many train workers."""
+    places = [_places_on(node, cpus, use_gpu=use_gpu) for node in nodes]
+    rests = [node.cpus - taken * cpus for node, taken in zip(nodes, places, strict=True)]
+    return max(*rests, cpus) if workers < sum(places) else max(rests)
 
 
 def describe_nodes(nodes: Sequence[Node], free: Sequence[Node] | None = None) -> str:

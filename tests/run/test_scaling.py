@@ -67,6 +67,21 @@ class TestTheLayout:
         found = layout_for(needs(1, 2, 4, device="auto"), cluster(8.0, gpus=1).all)
         assert (found.num_train_workers, found.use_gpu) == (1, True)
 
+    @pytest.mark.parametrize(
+        ("cpus", "workers", "each"),
+        [
+            ((2.0, 2.0, 2.0), 3, 0.5),  # each node has half a CPU left, so no node has a whole one
+            ((2.0, 2.0), 1, 1.0),
+            ((2.0, 4.0), 3, 1.0),
+            ((2.0,), 1, 0.47),
+        ],
+    )
+    def test_a_data_worker_fits_on_a_node_wherever_the_train_workers_are(
+        self, cpus: tuple[float, ...], workers: int, each: float
+    ) -> None:
+        found = layout_for(needs(workers, cpus=1.5), cluster(*cpus).all)
+        assert found.cpus_per_data_worker == each
+
     def test_a_worker_needs_its_cpus_on_one_node(self) -> None:
         halves = cluster(1.5, 1.5, 1.5).all
         assert layout_for(needs(1, 2, 4, cpus=1.0), halves).num_train_workers == 2
