@@ -24,6 +24,7 @@ from raysl.run.local import pretrain_here, uses_gpu
 from raysl.run.places import start_folder, with_absolute_files, with_absolute_sources
 from raysl.run.protocol_runs import TrainFunction, train_protocols
 from raysl.run.ray_cluster import connect, describe_cluster, disconnect, plan_layout
+from raysl.run.ray_preflight import check_cluster
 from raysl.run.ray_train import pretrain_on_ray
 from raysl.run.recipe import (
     Derived,
@@ -228,6 +229,8 @@ def _train(opened: Opened, notes_printed: Collection[str]) -> Results:
                 f"{'GPU' if layout.use_gpu else f'CPU ({layout.threads_per_train_worker} threads)'}"
                 f", {layout.num_data_workers} data worker(s), {layout.num_nodes} node(s)"
             )
+            for line in check_cluster(config, opened.source, layout):
+                say(f"  {line}")
             train = lambda run, place, images: pretrain_on_ray(  # noqa: E731
                 run, folder=place, source=images, layout=plan_layout(run)
             )

@@ -44,7 +44,7 @@ def done_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_group.ray, "wait", lambda refs, **_: (refs, []))
 
 
-@pytest.mark.parametrize("module", ["ray_group", "ray_scaling"])
+@pytest.mark.parametrize("module", ["ray_group", "ray_scaling", "ray_preflight"])
 def test_importing_it_does_not_load_torch(module: str) -> None:
     code = f"import sys, raysl.run.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
