@@ -55,7 +55,8 @@ class ClusterConfig(Config):
     """Number of batches that a train worker prefetches."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Number of failures of workers or nodes after which a run stops; after each of them it resumes
-    from its last checkpoint."""
+    from its last checkpoint. With a range of train workers, failures with a new checkpoint between
+    them do not add up."""
     max_wait_s: PositiveFloat | None = 1800.0
     """Seconds that a run waits for room for its workers, or for its first batch, before it ends
     with an error; null waits for ever."""

@@ -36,6 +36,8 @@ WORKER_ENVIRONMENT = {
     # If on, a driver under `uv run` starts every worker through uv with a copy of the folder.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # Train workers start when there is room, so a start without it has a node that was just lost.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
     # Workers keep the driver's current folder, so that relative paths resolve.
@@ -206,13 +208,18 @@ def plan_layout(config: "RunConfig[Any]") -> Layout:
     return layout_for(needs_of(config))
 
 
+def all_nodes() -> list[Node]:
+    """Return the nodes of the connected cluster."""
+    return [_node(node, node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
 def nodes_now() -> Nodes:
     """Return the nodes of the connected cluster, and what nothing holds of each."""
     held: Any = ray._private.state.available_resources_per_node()
     alive = [node for node in ray.nodes() if node["Alive"]]
     return Nodes(
         [_node(node, node["Resources"]) for node in alive],
-        [_node(node, held.get(node.get("NodeID"), {})) for node in alive],
+        [_node(node, held.get(node["NodeID"], {})) for node in alive],
     )
 
 
@@ -232,7 +239,7 @@ def layout_for(needs: ClusterNeeds, nodes: Sequence[Node] | None = None) -> Layo
         ClusterError: If the run does not fit. Ray Data would wait forever, without a message, for
             CPUs that the train workers hold.
     """
-    nodes = nodes_now().all if nodes is None else nodes
+    nodes = all_nodes() if nodes is None else nodes
     fewest, gpus = needs.worker_counts[0], sum(node.gpus for node in nodes)
     use_gpu = needs.device == "cuda" or (needs.device == "auto" and gpus >= fewest)
     for workers in reversed(needs.worker_counts[1:]):

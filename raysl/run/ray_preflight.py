@@ -13,7 +13,7 @@ import raysl
 from raysl.data.plan import Plan
 from raysl.data.stream import BlockSpec
 from raysl.errors import ClusterError, counted
-from raysl.run.ray_cluster import Layout, Node, nodes_now, worker_runtime_env
+from raysl.run.ray_cluster import Layout, Node, all_nodes, worker_runtime_env
 from raysl.run.ray_data import packing_for, plan_for
 from raysl.run.ray_errors import wrapped_errors
 from raysl.sources.source import Source, Unreadable
@@ -76,7 +76,7 @@ def check_cluster(config: "RunConfig[Any]", source: Source, layout: Layout) -> l
     if len(nodes) == 1:
         return notes_on([(next(iter(stores)), facts_here(None))], stores)
     here = facts_here(source)
-    answers = ask_nodes(nodes_now().all, ray.put(source if here.problem is None else None))
+    answers = ask_nodes(all_nodes(), ray.put(source if here.problem is None else None))
     raise_problems(here, answers)
     return notes_on(answers, stores)
 

@@ -6,17 +6,21 @@ wait without a word. The controller loads this module, so it must not import tor
 """
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.failure_handling import (
+    DefaultFailurePolicy,
+    FailureDecision,
+)
 from ray.train.v2._internal.execution.scaling_policy import (
     NoopDecision,
     ResizeDecision,
     ScalingDecision,
     ScalingPolicy,
 )
-from ray.train.v2.api.config import ScalingConfig
+from ray.train.v2.api.config import FailureConfig, ScalingConfig
 
 from raysl.errors import ClusterError, StoppedError, counted
 from raysl.run.ray_cluster import ClusterNeeds, Node, Nodes, layout_for, nodes_now
@@ -28,6 +32,11 @@ from raysl.track.run_folder import RunFolder, latest_step
 
 _POLL_S = 0.5
 _PLACE, _START = "place", "start"
+
+# The node of each train worker that Ray Train holds room for, also of dead ones: it gives up the
+# room only when the next workers start. Ray passes policy and callback to the controller as
+# separate copies, so what the callback is told reaches the policy here.
+_held_nodes: list[str] = []
 
 
 class RunScaling(ScalingPolicy):
@@ -61,6 +70,7 @@ class RunScaling(ScalingPolicy):
         self._folder = folder
         self._patience = Patience(max_wait_s)
         self._notes = Notes(str(folder.path))
+        self._cpus_per_data_worker = 0.0
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         """Start the workers if there is room, else wait.
@@ -71,16 +81,17 @@ class RunScaling(ScalingPolicy):
         """
         self._maybe_send_resource_request()  # type: ignore[no-untyped-call]
         nodes = nodes_now()
+        nodes = nodes._replace(free=self._room(nodes))
+        note = Note(_PLACE, self._counts.missing(nodes))
+        self._end_if_too_long(note)  # also if there is room: the last start may have found none
         count = self._counts.at_start(nodes)
         if count is None:
-            note = Note(_PLACE, self._counts.missing(nodes))
             self._notes.write(*note)
-            self._end_if_too_long(note)
             if self._folder.stop.exists():
                 raise StoppedError("stopped while it waited for room for its train workers")
             time.sleep(_POLL_S)
             return NoopDecision()
-        return self._resize(count)
+        return self._resize(count, nodes)
 
     def make_decision_for_running_worker_group(
         self, worker_group_state: Any, worker_group_status: Any
@@ -97,13 +108,13 @@ class RunScaling(ScalingPolicy):
         step = latest_step(self._folder.checkpoints)
         if step >= self._num_steps:
             return NoopDecision()
-        nodes, workers = nodes_now(), worker_group_state.workers
+        nodes, current = nodes_now(), worker_group_state.num_workers
         count = self._counts.while_running(
-            nodes, current=len(workers), step=step, room=lambda: self._room(nodes, workers)
+            nodes, current=current, step=step, room=lambda: self._room(nodes)
         )
-        return NoopDecision() if count is None else self._resize(count)
+        return NoopDecision() if count is None else self._resize(count, nodes)
 
-    def _resize(self, count: int) -> ScalingDecision:
+    def _resize(self, count: int, nodes: Nodes) -> ScalingDecision:
         """Start so many workers; their number must reach Ray Data before their CPUs do."""
         text = f"starts {counted(count, 'train worker')}"
         if count == self._num_workers:
@@ -112,18 +123,19 @@ class RunScaling(ScalingPolicy):
             self._notes.write(RESIZE, f"{text} instead of {self._num_workers}")
             self._num_workers = count
             self._send_resource_request()  # type: ignore[no-untyped-call]
+        needs = self._counts.needs._replace(worker_counts=(count,))
+        self._cpus_per_data_worker = layout_for(needs, nodes.all).cpus_per_data_worker
         return ResizeDecision(
             num_workers=count,
             resources_per_worker=self.scaling_config._resources_per_worker_not_none,
         )
 
-    def _room(self, nodes: Nodes, workers: Sequence[Any]) -> list[Node]:
+    def _room(self, nodes: Nodes) -> list[Node]:
         """Return what of each node this run holds, or nothing does."""
-        needs = self._counts.needs._replace(worker_counts=(len(workers),))
-        layout, gpus = layout_for(needs, nodes.all), 1.0 if self.scaling_config.use_gpu else 0.0
-        held = [(worker.metadata.node_id, layout.cpus_per_train_worker, gpus) for worker in workers]
+        each = self.scaling_config._resources_per_worker_not_none
+        held = [(node_id, each.get("CPU", 0.0), each.get("GPU", 0.0)) for node_id in _held_nodes]
         held += [
-            (actor["Address"]["NodeID"], layout.cpus_per_data_worker, 0.0)
+            (actor["Address"]["NodeID"], self._cpus_per_data_worker, 0.0)
             for actor in data_worker_actors()
             if actor["State"] == "ALIVE"
         ]
@@ -139,8 +151,40 @@ class RunScaling(ScalingPolicy):
         return self._num_workers
 
 
-class TellNumWorkers(WorkerGroupCallback):
-    """Tells the dataset, before it is opened, how many train workers start.
+class RunFailures(DefaultFailurePolicy):
+    """Ray Train's policy of failures, for workers that start when there is room.
+
+    A start that finds no room after all, since a node has just been lost or another job was faster,
+    is no failure: the next one waits. Where nodes come and go each lost node is a failure, so only
+    those without a new checkpoint between them add up.
+
+    Args:
+        failure_config: Ray Train's settings.
+        folder: The run folder.
+        is_elastic: Whether nodes come and go.
+    """
+
+    def __init__(
+        self, failure_config: FailureConfig, *, folder: RunFolder, is_elastic: bool
+    ) -> None:
+        super().__init__(failure_config)
+        self._folder = folder
+        self._is_elastic = is_elastic
+        self._step = -1
+
+    def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        """Decide whether the workers start again."""
+        cause = getattr(training_failed_error, "controller_failure", None)
+        if isinstance(cause, WorkerGroupStartupTimeoutError):
+            return FailureDecision.RETRY
+        step = latest_step(self._folder.checkpoints) if self._is_elastic else -1
+        if step > self._step:
+            self._step, self._worker_group_failures, self._controller_failures = step, 0, 0
+        return super().make_decision(training_failed_error)
+
+
+class TellWorkers(WorkerGroupCallback):
+    """Tells the dataset how many train workers start, and the policy where they are.
 
     Args:
         dataset: The dataset factory; Ray passes both to the controller in one message.
@@ -150,5 +194,13 @@ class TellNumWorkers(WorkerGroupCallback):
         self._dataset = dataset
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
-        """Pass on the number of workers."""
+        """Pass on the number of workers, before the dataset is opened."""
         self._dataset.num_workers = worker_group_context.num_workers
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Pass on the workers' nodes."""
+        _held_nodes[:] = [worker.metadata.node_id for worker in worker_group.get_workers()]
+
+    def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
+        """Pass on that Ray Train has given up the room of the workers."""
+        _held_nodes.clear()

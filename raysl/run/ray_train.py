@@ -24,7 +24,7 @@ from raysl.run.ray_cluster import (
 from raysl.run.ray_data import RemainingDataset, execution_options
 from raysl.run.ray_group import BatchOptions, ProcessGroupConfig, train_worker
 from raysl.run.ray_notes import Notes
-from raysl.run.ray_scaling import RunScaling, TellNumWorkers
+from raysl.run.ray_scaling import RunFailures, RunScaling, TellWorkers
 from raysl.run.ray_validate import evaluator_share
 from raysl.run.recipe import RunConfig, block_spec, plan_of
 from raysl.run.scaling import Pace
@@ -92,20 +92,16 @@ def _trainer(
         "backend": backend,
         "evaluation": evaluator_share(config, layout),
     }
-    loop_settings = {
-        # Pass a reference: the controller loads this dict, and loading the settings imports torch.
-        "settings": ray.put(worker_settings),
-        "batches": BatchOptions(
-            plan.global_batch_size, spec.bytes_per_image, cluster.prefetch_batches
-        ),
-        "notes": str(folder.path),
-    }
+    batches = BatchOptions(plan.global_batch_size, spec.bytes_per_image, cluster.prefetch_batches)
     counts = needs.worker_counts
     scaling_config = ScalingConfig(
         num_workers=(counts[0], counts[-1]) if cluster.is_elastic else counts[0],
         use_gpu=layout.use_gpu,
         resources_per_worker={"CPU": layout.cpus_per_train_worker}
         | ({"GPU": 1} if layout.use_gpu else {}),
+    )
+    failure_config = FailureConfig(
+        max_failures=cluster.max_failures, controller_failure_limit=cluster.max_failures
     )
     return _Trainer(
         train_worker,
@@ -118,7 +114,13 @@ def _trainer(
             pace=Pace(cluster.resize_every_s),
             max_wait_s=cluster.max_wait_s,
         ),
-        train_loop_config=loop_settings,
+        failures=RunFailures(failure_config, folder=folder, is_elastic=cluster.is_elastic),
+        # Pass a reference: the controller loads this dict, and loading the settings imports torch.
+        train_loop_config={
+            "settings": ray.put(worker_settings),
+            "batches": batches,
+            "notes": str(folder.path),
+        },
         torch_config=ProcessGroupConfig(backend),
         scaling_config=scaling_config,
         datasets={
@@ -130,9 +132,7 @@ def _trainer(
         run_config=RayRunConfig(
             name="ray",
             storage_path=str(folder.path),
-            failure_config=FailureConfig(
-                max_failures=cluster.max_failures, controller_failure_limit=cluster.max_failures
-            ),
+            failure_config=failure_config,
             worker_runtime_env=worker_runtime_env(),
         ),
     )
@@ -144,17 +144,24 @@ class _Trainer(TorchTrainer):
     Args:
         train_loop: The function that each train worker runs.
         policy: When the train workers start, and how many.
+        failures: After which failures they start again.
         settings: The arguments of TorchTrainer; its dataset ``train`` is a RemainingDataset.
     """
 
-    def __init__(self, train_loop: Any, *, policy: RunScaling, **settings: Any) -> None:
+    def __init__(
+        self,
+        train_loop: Any,
+        *,
+        policy: RunScaling,
+        failures: RunFailures,
+        **settings: Any,
+    ) -> None:
         super().__init__(train_loop, **settings)
-        self._policy = policy
+        self._policies = {"scaling_policy": policy, "failure_policy": failures}
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        """Run the controller with this run's policy; Ray chooses among its own."""
-        arguments |= {"scaling_policy": self._policy}
-        return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
+        """Run the controller with this run's policies; Ray chooses among its own."""
+        return super()._initialize_and_run_controller(**{**arguments, **self._policies})  # type: ignore[misc]
 
     def _create_default_callbacks(self) -> list[Any]:
         """Tell the dataset how many workers start, and leave out Ray's cleaner in a Ray of our own.
@@ -167,7 +174,7 @@ class _Trainer(TorchTrainer):
             unneeded = "PlacementGroupCleanerCallback"
             callbacks = [c for c in callbacks if type(c).__name__ != unneeded]
         datasets: Any = self.datasets  # type: ignore[attr-defined] # stubs are of V1
-        return [TellNumWorkers(datasets["train"]), *callbacks]
+        return [TellWorkers(datasets["train"]), *callbacks]
 
 
 def _own_or_cluster_error(error: Any, config: RunConfig[Any]) -> RayslError:

@@ -15,7 +15,7 @@ from raysl.data.block import Block
 from raysl.errors import ClusterError, ErrorRecord, RayslError, StoppedError, to_record
 from raysl.nn.collectives import broadcast_object, rank_and_size
 from raysl.run.measuring import Place
-from raysl.run.ray_cluster import nodes_now, threads_for
+from raysl.run.ray_cluster import all_nodes, threads_for
 from raysl.run.ray_errors import wrapped_errors
 from raysl.run.ray_notes import Notes
 from raysl.run.ray_validate import Evaluator, Share
@@ -53,7 +53,7 @@ def train_worker(settings: dict[str, Any], batches: Iterator[Block]) -> Results 
     rank, num_ranks = rank_and_size()
     if rank == 0:
         Notes(settings["folder"]).clear()  # the next note waits for the first batch
-    threads = settings["threads"] or threads_for(num_ranks, nodes_now().all)
+    threads = settings["threads"] or threads_for(num_ranks, all_nodes())
     evaluator = None if share is None else Evaluator(config, share, num_ranks=num_ranks)
     try:
         return pretrain(

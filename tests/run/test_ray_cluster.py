@@ -11,7 +11,7 @@ import ray
 from raysl.data.plan import Plan
 from raysl.errors import ClusterError
 from raysl.run import ray_cluster, ray_data
-from raysl.run.ray_cluster import Layout, Node, Nodes, connect, needs_of, plan_layout
+from raysl.run.ray_cluster import Layout, Node, connect, needs_of, plan_layout
 from raysl.run.recipe import block_spec, load_run
 
 pytestmark = pytest.mark.ray
@@ -57,7 +57,7 @@ def test_data_workers_are_planned_for_the_nodes_that_are_there_at_each_start(
 ) -> None:
     def set_cpus(cpus: float) -> None:
         nodes = [Node("here", cpus)]
-        monkeypatch.setattr(ray_cluster, "nodes_now", lambda: Nodes(nodes, nodes))
+        monkeypatch.setattr(ray_cluster, "all_nodes", lambda: nodes)
 
     config = load_run(run_yaml("nodes"), ["cluster={num_train_workers: 2}"])
     set_cpus(8.0)

@@ -16,7 +16,7 @@ from raysl.data.plan import Plan
 from raysl.data.stream import BlockSpec
 from raysl.errors import ClusterError
 from raysl.run import ray_preflight
-from raysl.run.ray_cluster import Layout, nodes_now
+from raysl.run.ray_cluster import Layout, all_nodes
 from raysl.run.ray_preflight import (
     Answers,
     NodeFacts,
@@ -134,7 +134,7 @@ class TestAskingNodes:
     def test_brings_their_facts_or_why_there_are_none(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        nodes = nodes_now().all
+        nodes = all_nodes()
         ((_, facts),) = ask_nodes(nodes, ray.put(images()))
         assert facts == facts_here(images())
         ((_, facts),) = ask_nodes(nodes, ray.put(images(lambda: Unreadable("is gone"))))

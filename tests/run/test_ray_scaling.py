@@ -5,14 +5,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
-from ray.train.v2.api.config import ScalingConfig
-from ray.train.v2.api.exceptions import ControllerError
+from ray.train.v2.api.config import FailureConfig, ScalingConfig
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from raysl.errors import ClusterError, StoppedError
 from raysl.run import ray_scaling
 from raysl.run.ray_cluster import ClusterNeeds, Node, Nodes
-from raysl.run.ray_scaling import RunScaling, TellNumWorkers
+from raysl.run.ray_scaling import RunFailures, RunScaling, TellWorkers
 from raysl.run.ray_train import _own_or_cluster_error
 from raysl.run.scaling import Pace
 from raysl.run.waiting import Note, Patience
@@ -54,6 +55,7 @@ def ray_(monkeypatch: pytest.MonkeyPatch) -> Ray:
     monkeypatch.setattr(
         ray_scaling, "Patience", lambda limit: Patience(limit, clock=clock.monotonic)
     )
+    monkeypatch.setattr(ray_scaling, "_held_nodes", [])
     monkeypatch.setattr(ray_scaling, "nodes_now", lambda: state.nodes)
     monkeypatch.setattr(ray_scaling, "data_worker_actors", lambda: state.actors)
     request = RunScaling._get_num_workers_for_resource_request
@@ -80,10 +82,12 @@ def policy(folder: Path, *counts: int, max_wait_s: float | None = 60.0) -> RunSc
     )
 
 
-def running(*places: str) -> Any:
-    return SimpleNamespace(
-        workers=[SimpleNamespace(metadata=SimpleNamespace(node_id=place)) for place in places]
-    )
+def started(*places: str) -> Any:
+    """Return the state of train workers that have started on some nodes."""
+    workers = [SimpleNamespace(metadata=SimpleNamespace(node_id=place)) for place in places]
+    dataset: Any = SimpleNamespace(num_workers=1)
+    TellWorkers(dataset).after_worker_group_start(SimpleNamespace(get_workers=lambda: workers))
+    return SimpleNamespace(num_workers=len(workers))
 
 
 class TestAStart:
@@ -110,6 +114,16 @@ class TestAStart:
         found = patient.make_decision_for_non_running_worker_group()
         assert found == ResizeDecision(2, RESOURCES)
 
+    def test_that_finds_no_room_again_and_again_ends_too(self, ray_: Ray, tmp_path: Path) -> None:
+        fixed = policy(tmp_path, 1)  # a node that is lost, but still counted
+        for _ in range(4):
+            assert fixed.make_decision_for_non_running_worker_group() == ResizeDecision(
+                1, RESOURCES
+            )
+            ray_.now += 20.0
+        with pytest.raises(ClusterError, match="waited for 80 s"):
+            fixed.make_decision_for_non_running_worker_group()
+
     def test_that_waits_ends_when_it_is_asked_to_stop(self, ray_: Ray, tmp_path: Path) -> None:
         fixed = policy(tmp_path, 2)
         RunFolder(tmp_path).stop.touch()
@@ -130,29 +144,53 @@ class TestAStart:
         assert found == ResizeDecision(1, RESOURCES)
         assert ray_.requested == [2, 1]
 
+    def test_after_a_failure_has_the_room_that_ray_train_still_holds_for_the_dead(
+        self, ray_: Ray, tmp_path: Path
+    ) -> None:
+        fixed = policy(tmp_path, 1)
+        assert fixed.make_decision_for_non_running_worker_group() == ResizeDecision(1, RESOURCES)
+        started("id 0")
+        ray_.nodes = nodes(2.0, free=(0.0,))
+        ray_.actors = [{"State": "ALIVE", "Address": {"NodeID": "id 0"}}]
+        assert fixed.make_decision_for_non_running_worker_group() == ResizeDecision(1, RESOURCES)
+        TellWorkers(SimpleNamespace()).after_worker_group_shutdown(None)  # type: ignore[arg-type]
+        ray_.actors = []
+        assert fixed.make_decision_for_non_running_worker_group() == NoopDecision()
+
+    def test_of_fewer_has_the_room_of_those_whose_node_is_left(
+        self, ray_: Ray, tmp_path: Path
+    ) -> None:
+        elastic = policy(tmp_path, 1, 2)
+        ray_.nodes = nodes(2.0, 2.0)
+        assert elastic.make_decision_for_non_running_worker_group() == ResizeDecision(2, RESOURCES)
+        started("id 0", "id 1")
+        ray_.nodes = nodes(2.0, free=(1.0,))
+        assert elastic.make_decision_for_non_running_worker_group() == ResizeDecision(1, RESOURCES)
+        assert ray_.now == 0.0
+
 
 class TestRunningWorkers:
     def test_end_if_their_first_batch_does_not_come(self, ray_: Ray, tmp_path: Path) -> None:
         fixed = policy(tmp_path, 1)
         ray_.note = Note("first batch", "waits for the first batch of 1 data worker: ...")
-        assert fixed.make_decision_for_running_worker_group(running("id 0"), None) == NoopDecision()
+        assert fixed.make_decision_for_running_worker_group(started("id 0"), None) == NoopDecision()
         ray_.now = 61.0
         with pytest.raises(ClusterError, match="the run waits for the first batch of 1 data"):
-            fixed.make_decision_for_running_worker_group(running("id 0"), None)
+            fixed.make_decision_for_running_worker_group(started("id 0"), None)
 
     def test_go_on_for_as_long_as_they_wait_for_nothing(self, ray_: Ray, tmp_path: Path) -> None:
         fixed = policy(tmp_path, 1)
         for note in (None, Note("load", "waits"), None):
             ray_.note = note
             for _ in range(2):
-                found = fixed.make_decision_for_running_worker_group(running("id 0"), None)
+                found = fixed.make_decision_for_running_worker_group(started("id 0"), None)
                 assert found == NoopDecision()
                 ray_.now += 59.0
 
     def test_become_more_after_the_next_checkpoint_but_not_after_the_last(
         self, ray_: Ray, tmp_path: Path
     ) -> None:
-        elastic, alone = policy(tmp_path, 1, 2), running("id 0")
+        elastic, alone = policy(tmp_path, 1, 2), started("id 0")
         ray_.nodes = nodes(2.0, 2.0, free=(0.0, 2.0))
         ray_.actors = [{"State": "ALIVE", "Address": {"NodeID": "id 0"}}]
         checkpoints = RunFolder(tmp_path).checkpoints
@@ -171,13 +209,13 @@ class TestRunningWorkers:
         ray_.nodes = nodes(2.0, 2.0, free=(0.0, 0.0))
         for step in range(1, 4):
             checkpoint_path(RunFolder(tmp_path).checkpoints, step).mkdir(parents=True)
-            found = elastic.make_decision_for_running_worker_group(running("id 0"), None)
+            found = elastic.make_decision_for_running_worker_group(started("id 0"), None)
             assert found == NoopDecision()
 
 
 def test_the_dataset_is_told_how_many_workers_start() -> None:
     dataset: Any = SimpleNamespace(num_workers=1)
-    TellNumWorkers(dataset).before_worker_group_start(SimpleNamespace(num_workers=3))
+    TellWorkers(dataset).before_worker_group_start(SimpleNamespace(num_workers=3))
     assert dataset.num_workers == 3
 
 
@@ -187,3 +225,27 @@ def test_an_error_of_the_policy_is_raised_as_it_is() -> None:
     assert _own_or_cluster_error(ControllerError(own), config) is own
     other = _own_or_cluster_error(ControllerError(ValueError("x")), config)
     assert "more often than cluster.max_failures=3" in str(other)
+
+
+@pytest.mark.parametrize(
+    ("is_elastic", "steps", "decisions"),
+    [
+        (True, (0, 0, 0), "RETRY RETRY RAISE"),
+        (True, (0, 5, 9, 9, 9), "RETRY RETRY RETRY RETRY RAISE"),
+        (False, (0, 5, 9), "RETRY RETRY RAISE"),
+    ],
+)
+def test_lost_nodes_add_up_but_with_a_range_only_without_a_checkpoint_between_them(
+    tmp_path: Path, is_elastic: bool, steps: tuple[int, ...], decisions: str
+) -> None:
+    folder = RunFolder(tmp_path)
+    failures = RunFailures(FailureConfig(max_failures=2), folder=folder, is_elastic=is_elastic)
+    lost = WorkerGroupError("a node was lost", {0: RuntimeError()})
+    no_room = ControllerError(WorkerGroupStartupTimeoutError(2))
+    found = []
+    for step in steps:
+        if step:
+            checkpoint_path(folder.checkpoints, step).mkdir(parents=True, exist_ok=True)
+        found.append(failures.make_decision(lost).value)
+        assert failures.make_decision(no_room).value == "RETRY"
+    assert " ".join(found) == decisions
