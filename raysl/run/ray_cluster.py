@@ -258,9 +258,11 @@ def _layout_of(
             f"cluster.device=cuda needs {workers} GPUs, one per train worker; the cluster has "
             f"{gpus:g}. Lower cluster.num_train_workers or set cluster.device=cpu"
         )
-    # On a machine of one or two CPUs, train workers take half of them instead of failing.
+    # On a machine of one or two CPUs, train workers take half of them instead of failing, but a
+    # range does not have more of them for that.
     half = math.floor(50 * cpus / workers) / 100
-    per_worker = needs.cpus_per_train_worker or (1.0 if workers < cpus else half)
+    whole = workers < cpus or workers > needs.worker_counts[0]
+    per_worker = needs.cpus_per_train_worker or (1.0 if whole else half)
     left = cpus - workers * per_worker - READ_CPUS - _MARGIN
     data_workers = needs.num_data_workers or max(1, math.floor(left + READ_CPUS + _MARGIN))
     each = left / data_workers

@@ -59,6 +59,21 @@ class TestTheLayout:
         found = layout_for(needs(1, 2, 4), cluster(*cpus).all)
         assert (found.num_train_workers, found.num_data_workers) == (workers, data_workers)
 
+    @pytest.mark.parametrize(
+        ("cpus", "counts", "workers", "each"),
+        [
+            (2.0, (1, 2, 4), 1, 1.0),
+            (1.0, (1, 2, 4), 1, 0.5),
+            (2.0, (2, 4), 2, 0.5),
+            (8.0, (2, 4, 8), 4, 1.0),
+        ],
+    )
+    def test_shares_few_cpus_only_between_the_fewest_workers(
+        self, cpus: float, counts: tuple[int, ...], workers: int, each: float
+    ) -> None:
+        found = layout_for(needs(*counts, cpus=None), cluster(cpus).all)
+        assert (found.num_train_workers, found.cpus_per_train_worker) == (workers, each)
+
     def test_has_a_gpu_for_each_worker(self) -> None:
         found = layout_for(needs(1, 2, 4, device="auto"), cluster(8.0, gpus=3).all)
         assert (found.num_train_workers, found.use_gpu) == (2, True)
