@@ -6,6 +6,7 @@ wait without a word. The controller loads this module, so it must not import tor
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
@@ -28,7 +29,7 @@ from raysl.run.ray_data import RemainingDataset
 from raysl.run.ray_notes import Notes, data_worker_actors
 from raysl.run.scaling import Pace, WorkerCounts, with_held
 from raysl.run.waiting import RESIZE, Note, Patience
-from raysl.track.run_folder import RunFolder, latest_step
+from raysl.track.run_folder import RunFolder
 
 _POLL_S = 0.5
 _PLACE, _START = "place", "start"
@@ -47,6 +48,7 @@ class RunScaling(ScalingPolicy):
         needs: What the run asks of the cluster, with device and CPUs of a train worker decided.
         num_workers: Number of train workers of the first layout.
         num_steps: Number of steps of the run.
+        newest_step: Returns the step of the newest checkpoint.
         folder: The run folder.
         pace: How soon the number of workers follows the nodes.
         max_wait_s: Longest wait for room or for a first batch; None waits for ever.
@@ -59,6 +61,7 @@ class RunScaling(ScalingPolicy):
         needs: ClusterNeeds,
         num_workers: int,
         num_steps: int,
+        newest_step: Callable[[], int],
         folder: RunFolder,
         pace: Pace,
         max_wait_s: float | None,
@@ -67,6 +70,7 @@ class RunScaling(ScalingPolicy):
         self._counts = WorkerCounts(needs, pace, time.monotonic)
         self._num_workers = num_workers
         self._num_steps = num_steps
+        self._newest_step = newest_step
         self._folder = folder
         self._patience = Patience(max_wait_s)
         self._notes = Notes(str(folder.path))
@@ -105,14 +109,13 @@ class RunScaling(ScalingPolicy):
         self._end_if_too_long(self._notes.read())
         if not self.scaling_config.elasticity_enabled:
             return NoopDecision()
-        step = latest_step(self._folder.checkpoints)
-        if step >= self._num_steps:
-            return NoopDecision()
         nodes, current = nodes_now(), worker_group_state.num_workers
         count = self._counts.while_running(
-            nodes, current=current, step=step, room=lambda: self._room(nodes)
+            nodes, current=current, step=self._newest_step, room=lambda: self._room(nodes)
         )
-        return NoopDecision() if count is None else self._resize(count, nodes)
+        if count is None or self._newest_step() >= self._num_steps:
+            return NoopDecision()
+        return self._resize(count, nodes)
 
     def _resize(self, count: int, nodes: Nodes) -> ScalingDecision:
         """Start so many workers; their number must reach Ray Data before their CPUs do."""
@@ -160,15 +163,15 @@ class RunFailures(DefaultFailurePolicy):
 
     Args:
         failure_config: Ray Train's settings.
-        folder: The run folder.
+        newest_step: Returns the step of the newest checkpoint.
         is_elastic: Whether nodes come and go.
     """
 
     def __init__(
-        self, failure_config: FailureConfig, *, folder: RunFolder, is_elastic: bool
+        self, failure_config: FailureConfig, *, newest_step: Callable[[], int], is_elastic: bool
     ) -> None:
         super().__init__(failure_config)
-        self._folder = folder
+        self._newest_step = newest_step
         self._is_elastic = is_elastic
         self._step = -1
 
@@ -177,7 +180,7 @@ class RunFailures(DefaultFailurePolicy):
         cause = getattr(training_failed_error, "controller_failure", None)
         if isinstance(cause, WorkerGroupStartupTimeoutError):
             return FailureDecision.RETRY
-        step = latest_step(self._folder.checkpoints) if self._is_elastic else -1
+        step = self._newest_step() if self._is_elastic else -1
         if step > self._step:
             self._step, self._worker_group_failures, self._controller_failures = step, 0, 0
         return super().make_decision(training_failed_error)

@@ -2,6 +2,7 @@
 
 import logging
 from concurrent.futures import wait
+from functools import partial
 from typing import Any
 
 import ray
@@ -32,7 +33,7 @@ from raysl.run.stop import stops_after_step
 from raysl.run.waiting import WaitMessages
 from raysl.sources.source import Source
 from raysl.track.results import Results
-from raysl.track.run_folder import RunFolder, forget_error
+from raysl.track.run_folder import RunFolder, forget_error, latest_step
 
 _LOOK_EVERY_S = 2.0
 
@@ -93,6 +94,7 @@ def _trainer(
         "evaluation": evaluator_share(config, layout),
     }
     batches = BatchOptions(plan.global_batch_size, spec.bytes_per_image, cluster.prefetch_batches)
+    newest_step = partial(latest_step, folder.checkpoints)
     counts = needs.worker_counts
     scaling_config = ScalingConfig(
         num_workers=(counts[0], counts[-1]) if cluster.is_elastic else counts[0],
@@ -100,9 +102,8 @@ def _trainer(
         resources_per_worker={"CPU": layout.cpus_per_train_worker}
         | ({"GPU": 1} if layout.use_gpu else {}),
     )
-    failure_config = FailureConfig(
-        max_failures=cluster.max_failures, controller_failure_limit=cluster.max_failures
-    )
+    most = cluster.max_failures
+    failure_config = FailureConfig(max_failures=most, controller_failure_limit=most)
     return _Trainer(
         train_worker,
         policy=RunScaling(
@@ -110,11 +111,14 @@ def _trainer(
             needs=needs,
             num_workers=layout.num_train_workers,
             num_steps=plan.num_steps,
+            newest_step=newest_step,
             folder=folder,
             pace=Pace(cluster.resize_every_s),
             max_wait_s=cluster.max_wait_s,
         ),
-        failures=RunFailures(failure_config, folder=folder, is_elastic=cluster.is_elastic),
+        failures=RunFailures(
+            failure_config, newest_step=newest_step, is_elastic=cluster.is_elastic
+        ),
         # Pass a reference: the controller loads this dict, and loading the settings imports torch.
         train_loop_config={
             "settings": ray.put(worker_settings),

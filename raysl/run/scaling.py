@@ -64,7 +64,12 @@ class WorkerCounts:
         return possible
 
     def while_running(
-        self, nodes: Nodes, *, current: int, step: int, room: Callable[[], Sequence[Node]]
+        self,
+        nodes: Nodes,
+        *,
+        current: int,
+        step: Callable[[], int],
+        room: Callable[[], Sequence[Node]],
     ) -> int | None:
         """Return with how many workers to go on; None goes on with those that run.
 
@@ -74,7 +79,7 @@ class WorkerCounts:
         Args:
             nodes: The nodes of the cluster.
             current: Number of train workers that run.
-            step: Step of the newest checkpoint.
+            step: Returns the step of the newest checkpoint; asked rarely, as it may be far away.
             room: Returns what of each node this run holds or nothing does; asked rarely.
         """
         if len(self.needs.worker_counts) == 1:
@@ -90,9 +95,9 @@ class WorkerCounts:
             if now - self._looked_at >= self.pace.resize_every_s:
                 self._looked_at = now
                 if (self._most(room()) or 0) > current:
-                    self._step_at_look = step
+                    self._step_at_look = step()
             return None
-        if step == self._step_at_look:
+        if step() == self._step_at_look:
             return None
         self._step_at_look, self._looked_at = None, now
         more = self._most(room()) or 0

@@ -1,5 +1,6 @@
 """Ray Train's policy of a run, with stand-ins for Ray: what it decides, says and raises."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from raysl.run.ray_scaling import RunFailures, RunScaling, TellWorkers
 from raysl.run.ray_train import _own_or_cluster_error
 from raysl.run.scaling import Pace
 from raysl.run.waiting import Note, Patience
-from raysl.track.run_folder import RunFolder, checkpoint_path
+from raysl.track.run_folder import RunFolder, checkpoint_path, latest_step
 
 RESOURCES = {"CPU": 1.0}
 
@@ -76,6 +77,7 @@ def policy(folder: Path, *counts: int, max_wait_s: float | None = 60.0) -> RunSc
         needs=ClusterNeeds(counts, "cpu", 1.0, None, None),
         num_workers=counts[0],
         num_steps=100,
+        newest_step=partial(latest_step, RunFolder(folder).checkpoints),
         folder=RunFolder(folder),
         pace=Pace(resize_every_s=0.0),
         max_wait_s=max_wait_s,
@@ -239,7 +241,10 @@ def test_lost_nodes_add_up_but_with_a_range_only_without_a_checkpoint_between_th
     tmp_path: Path, is_elastic: bool, steps: tuple[int, ...], decisions: str
 ) -> None:
     folder = RunFolder(tmp_path)
-    failures = RunFailures(FailureConfig(max_failures=2), folder=folder, is_elastic=is_elastic)
+    newest_step = partial(latest_step, folder.checkpoints)
+    failures = RunFailures(
+        FailureConfig(max_failures=2), newest_step=newest_step, is_elastic=is_elastic
+    )
     lost = WorkerGroupError("a node was lost", {0: RuntimeError()})
     no_room = ControllerError(WorkerGroupStartupTimeoutError(2))
     found = []

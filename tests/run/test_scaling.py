@@ -8,6 +8,7 @@ from raysl.errors import ClusterError
 from raysl.run.ray_cluster import ClusterNeeds, Node, Nodes, describe_nodes, layout_for
 from raysl.run.scaling import Pace, WorkerCounts, with_held
 
+Held = Sequence[tuple[str, float, float]]
 PACE = Pace(resize_every_s=300.0, settle_s=15.0, stuck_s=30.0)
 
 
@@ -25,9 +26,12 @@ def cluster(*cpus: float, free: Sequence[float] | None = None, gpus: int = 0) ->
     )
 
 
-def go_on(counts: WorkerCounts, nodes: Nodes, *, current: int, step: int) -> int | None:
-    """Ask running workers that have the cluster for themselves."""
-    return counts.while_running(nodes, current=current, step=step, room=lambda: nodes.all)
+def go_on(
+    counts: WorkerCounts, nodes: Nodes, *, current: int, step: int, held: Held | None = None
+) -> int | None:
+    """Ask running workers; without what they hold, they have the cluster for themselves."""
+    room = nodes.all if held is None else with_held(nodes, held)
+    return counts.while_running(nodes, current=current, step=lambda: step, room=lambda: room)
 
 
 class Clock:
@@ -192,18 +196,12 @@ class TestRunningWorkers:
         held = [("id 0", 1.0, 0.0), ("id 0", 0.98, 0.0)]  # a train worker and a data worker
         for step in range(5):  # the second node is another job's
             clock.now += 300
-            found = counts.while_running(
-                busy, current=1, step=step, room=lambda: with_held(busy, held)
-            )
-            assert found is None
+            assert go_on(counts, busy, current=1, step=step, held=held) is None
         half = cluster(2.0, 2.0, free=(0.0, 1.0))
         assert [node.cpus for node in with_held(half, held)] == [1.98, 1.0]
         for step, count in ((8, None), (9, 2)):
             clock.now += 300
-            found = counts.while_running(
-                half, current=1, step=step, room=lambda: with_held(half, held)
-            )
-            assert found == count
+            assert go_on(counts, half, current=1, step=step, held=held) == count
 
     def test_give_up_cpus_at_once_that_data_workers_have_lost(self, clock: Clock) -> None:
         counts = WorkerCounts(needs(1, 2), PACE, clock)
