@@ -95,13 +95,7 @@ def _trainer(
     }
     batches = BatchOptions(plan.global_batch_size, spec.bytes_per_image, cluster.prefetch_batches)
     newest_step = partial(latest_step, folder.checkpoints)
-    counts = needs.worker_counts
-    scaling_config = ScalingConfig(
-        num_workers=(counts[0], counts[-1]) if cluster.is_elastic else counts[0],
-        use_gpu=layout.use_gpu,
-        resources_per_worker={"CPU": layout.cpus_per_train_worker}
-        | ({"GPU": 1} if layout.use_gpu else {}),
-    )
+    scaling_config = _scaling_config(config, layout)
     most = cluster.max_failures
     failure_config = FailureConfig(max_failures=most, controller_failure_limit=most)
     return _Trainer(
@@ -139,6 +133,16 @@ def _trainer(
             failure_config=failure_config,
             worker_runtime_env=worker_runtime_env(),
         ),
+    )
+
+
+def _scaling_config(config: RunConfig[Any], layout: Layout) -> ScalingConfig:
+    counts = config.worker_counts
+    resources = {"CPU": layout.cpus_per_train_worker}
+    return ScalingConfig(
+        num_workers=(counts[0], counts[-1]) if config.cluster.is_elastic else counts[0],
+        use_gpu=layout.use_gpu,
+        resources_per_worker=resources | ({"GPU": 1} if layout.use_gpu else {}),
     )
 
 
