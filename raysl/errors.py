@@ -22,6 +22,7 @@ Each takes one argument, the message: Ray pickles exceptions between processes, 
 given, what is allowed and what to do. :class:`ErrorRecord` stores an error as plain values.
 """
 
+from collections.abc import Iterable
 from typing import TypedDict, final
 
 
@@ -113,3 +114,9 @@ def from_record(record: ErrorRecord) -> RayslError:
 def counted(number: int, what: str) -> str:
     """Format a count for a message: "1 image", "1,200 images"; ``what`` is the singular."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def listed(values: Iterable[object], *, last: str = "and") -> str:
+    """Format values for a message: "1", "1 and 2", "1, 2 and 4"; none give an empty text."""
+    *first, end = [str(value) for value in values] or [""]
+    return f"{', '.join(first)} {last} {end}" if first else end

@@ -42,8 +42,7 @@ class InputBenchmark(NamedTuple):
     @property
     def run_batch_size(self) -> int:
         """Images per batch of a worker in the run itself."""
-        workers = max(1, self.config.cluster.num_train_workers)
-        return self.config.train.global_batch_size // workers
+        return self.config.train.global_batch_size // self.config.worker_counts[-1]
 
     @property
     def num_images(self) -> int:
@@ -94,7 +93,7 @@ def open_input(
     """
     config = with_absolute_sources(config)
     source = open_training_source(config.data, config.evaluate, config.method)
-    num_consumers = num_consumers or max(1, config.cluster.num_train_workers)
+    num_consumers = num_consumers or config.worker_counts[-1]
     bench = InputBenchmark(config, source, batch_size or 1, num_consumers, seconds)
     num_images = bench.num_images
     if num_images < num_consumers:

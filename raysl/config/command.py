@@ -12,7 +12,7 @@ from raysl.folder.whole import write_text
 from raysl.report.terminal import console, mapping_table, print_json, say, say_notes
 from raysl.run.check import check_names, check_start
 from raysl.run.places import with_absolute_files
-from raysl.run.recipe import load_run
+from raysl.run.recipe import derived_facts, load_run
 from raysl.track.run_folder import working_folder
 
 HELP = "print a resolved configuration and its derived values"
@@ -69,13 +69,14 @@ def run(arguments: argparse.Namespace) -> int:
     source = open_training_source(absolute.data, absolute.evaluate, absolute.method)
     say_notes(source, title=f"{source.name}:")
     derived = check_start(absolute, source)
+    facts = derived_facts(absolute, derived)
     values: dict[str, Any] = config.model_dump(mode="json")
     if arguments.json:
-        print_json({"config": values, "derived": derived._asdict()})
+        print_json({"config": values, "derived": facts})
         return 0
     out = console()
     out.print(to_yaml(values), markup=False, end="")
-    out.print(mapping_table("derived", derived._asdict()))
+    out.print(mapping_table("derived", facts))
     return 0
 
 

@@ -209,7 +209,7 @@ def _evaluate_sets(
 def _backend(request: EvaluationRequest, view: CountView, stack: ExitStack) -> EvaluationBackend:
     """Return the functions that compute; Ray starts only when one of them needs it."""
     cluster, total = request.config.cluster, len(request.sets.train) + len(request.sets.test)
-    on_ray = cluster.num_train_workers > 0
+    on_ray = cluster.uses_ray
     threads = cluster.threads_per_train_worker or os.cpu_count() or 1
     started = False
 

@@ -23,8 +23,8 @@ from raysl.evaluate.registry import ProtocolSettings
 from raysl.folder.address import is_address
 from raysl.folder.whole import appears_whole
 from raysl.nn.backbones import NAMES, BackboneConfig, build_backbone, check_model_name
+from raysl.run.cluster_config import ClusterConfig
 from raysl.run.places import start_folder
-from raysl.run.recipe import ClusterConfig
 from raysl.sources.belonging import OF_SOURCE, named_source, without_other_source
 from raysl.sources.filter import Condition
 from raysl.sources.pixels import ColorProfile, Intensity, Pages

@@ -59,7 +59,7 @@ def run_of(request: EvaluationRequest, unit: ProtocolRun) -> RunConfig[Any]:
         is_vit=backbone.is_vit,
         size_px=request.sets.train.size_px,
         num_images=len(request.sets.train),
-        num_workers=config.cluster.num_train_workers,
+        batch_multiple=config.cluster.batch_multiple,
         seed=unit.seed,
     )
     return run_from_values(

@@ -100,7 +100,7 @@ def _check(steps: Sequence[Step], runs: RunConfigs) -> tuple[bool, set[str]]:
     ]
     for config in configs:
         derive_for(config, seen_part(whole, config.data, config.evaluate, config.method))
-    needs_ray = any(config.cluster.num_train_workers > 0 for config in configs)
+    needs_ray = any(config.cluster.uses_ray for config in configs)
     return needs_ray, {whole.fingerprint}
 
 

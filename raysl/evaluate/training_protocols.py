@@ -58,7 +58,7 @@ class FinetuneProtocol(Config):
         return f"whole network, {self.epochs} epochs, {share} labels"
 
     def overrides(
-        self, *, is_vit: bool, size_px: int, num_images: int, seed: int, num_workers: int = 1
+        self, *, is_vit: bool, size_px: int, num_images: int, seed: int, batch_multiple: int = 1
     ) -> list[str]:
         """Return the settings of the run that trains the network, without its paths.
 
@@ -67,10 +67,9 @@ class FinetuneProtocol(Config):
             size_px: Side of the network's input.
             num_images: Number of labelled training images.
             seed: Seed of labels, views, order and classifier.
-            num_workers: Number of train workers; the batch size is a multiple of it.
+            batch_multiple: The batch size is a multiple of it.
         """
         used = max(1, round(self.label_fraction * num_images))
-        workers = max(1, num_workers)
         sgd = {
             "name": "sgd",
             "base_lr": self.base_lr,
@@ -97,7 +96,8 @@ class FinetuneProtocol(Config):
             "method.head_layers": self.head_layers,
             "optim": adamw if is_vit else sgd,
             "train.epochs": float(self.vit_epochs if is_vit else self.epochs),
-            "train.global_batch_size": max(1, min(self.batch_size, used) // workers) * workers,
+            "train.global_batch_size": max(1, min(self.batch_size, used) // batch_multiple)
+            * batch_multiple,
         }
         if is_vit:
             values |= {

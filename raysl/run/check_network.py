@@ -46,9 +46,9 @@ def check_network(config: RunConfig[Any], source: Source, derived: Derived) -> N
     _check_memory(config, views)  # first, since the network's size may depend on the views' size
     method = _build_on_meta(config, source)
     _check_memory(config, views, method)
-    workers = max(1, config.cluster.num_train_workers)
-    if images_of_a_norm(config.train, config.backbone, num_workers=workers) < _FEWEST:
-        _check_norms(config, method, num_workers=workers)
+    for workers in config.worker_counts:
+        if images_of_a_norm(config.train, config.backbone, num_workers=workers) < _FEWEST:
+            _check_norms(config, method, num_workers=workers)
 
 
 def _build_on_meta(config: RunConfig[Any], source: Source) -> Method:
@@ -122,7 +122,7 @@ def _largest(method: Method) -> tuple[str, int]:
 def _memory(config: RunConfig[Any]) -> tuple[int, str]:
     """Return an upper bound of a train worker's memory in bytes, and the name of its owner."""
     is_remote = os.environ.get("RAY_ADDRESS", "local") != "local"
-    if is_remote and config.cluster.num_train_workers > 0:
+    if is_remote and config.cluster.uses_ray:
         return _NODE_BYTES, "no machine more than"
     total = psutil.virtual_memory().total
     if config.cluster.device != "cpu" and (count := torch.cuda.device_count()):

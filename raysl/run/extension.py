@@ -14,7 +14,8 @@ from raysl.config.load import drop_key, plain_copy
 from raysl.errors import RunFolderError
 from raysl.folder.whole import read_json, write_json
 from raysl.optim.build import lr_at, peak_lr
-from raysl.run.recipe import Derived, RunConfig, differences
+from raysl.run.differences import differences
+from raysl.run.recipe import Derived, RunConfig
 from raysl.track.run_folder import RunFolder, latest_step
 
 LENGTH = ("train.epochs", "train.steps")

@@ -25,6 +25,7 @@ from raysl.methods import load_method
 from raysl.nn.backbones import BackboneConfig
 from raysl.nn.classifier import CLASSIFIER_FILE, HEAD_FILE, load_classifier, load_head
 from raysl.nn.heads import count_layers
+from raysl.run.cluster_config import ClusterConfig
 from raysl.run.places import read_run
 from raysl.run.recipe import RunConfig, drop_idle, run_from_user
 from raysl.sources.belonging import named_source, without_other_source
@@ -308,8 +309,10 @@ def _train_section(
         train.setdefault("epochs", epochs)
     if "global_batch_size" not in train:
         num_images = _num_images(values, whole, otherwise=most)
-        workers = max(1, (values.get("cluster") or {}).get("num_train_workers", 1))
-        train["global_batch_size"] = max(1, min(most, num_images) // workers) * workers
+        cluster = validated(ClusterConfig, values.get("cluster") or {})
+        # All problems are reported when the whole run is validated.
+        multiple = 1 if isinstance(cluster, list) else cluster.batch_multiple
+        train["global_batch_size"] = max(1, min(most, num_images) // multiple) * multiple
     return train
 
 

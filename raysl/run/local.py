@@ -9,8 +9,9 @@ import torch
 
 from raysl.data.stream import ItemMaker, iterate
 from raysl.evaluate.protocol import LabelledSets
+from raysl.run.cluster_config import ClusterConfig
 from raysl.run.measuring import Place
-from raysl.run.recipe import ClusterConfig, RunConfig, block_spec, plan_of
+from raysl.run.recipe import RunConfig, block_spec, plan_of
 from raysl.run.stop import ends_when_hung, stops_after_step
 from raysl.run.worker import pretrain
 from raysl.sources.source import Source

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from raysl.config.load import read_mapping
 from raysl.config.yaml_text import to_yaml
 from raysl.data.first_look import first_look
-from raysl.errors import RayslError, RunFolderError
+from raysl.errors import RayslError, RunFolderError, listed
 from raysl.evaluate.training_source import open_training_source
 from raysl.folder.claim import OR_FRESH, refusal
 from raysl.folder.whole import read_json, write_text
 from raysl.report.terminal import ProgressView, say, say_notes
 from raysl.run.build import precision_note
 from raysl.run.check import check_names, check_start
+from raysl.run.differences import differences
 from raysl.run.environment import flatten_mapping, tags_of
 from raysl.run.extension import differences_besides_length, tags_of_extensions
 from raysl.run.extension import extend as extend_run
@@ -22,12 +23,13 @@ from raysl.run.local import pretrain_here, uses_gpu
 from raysl.run.places import start_folder, with_absolute_files, with_absolute_sources
 from raysl.run.protocol_runs import TrainFunction, train_protocols
 from raysl.run.ray_cluster import connect, describe_cluster, disconnect, plan_layout
+from raysl.run.ray_preflight import check_cluster
 from raysl.run.ray_train import pretrain_on_ray
 from raysl.run.recipe import (
     Derived,
     RunConfig,
     derive_for,
-    differences,
+    derived_facts,
     drop_idle,
     run_or_problems,
     size_defaults,
@@ -206,7 +208,7 @@ def _train(opened: Opened, notes_printed: Collection[str]) -> Results:
     config, folder, derived = opened.config, opened.folder, opened.derived
     steps_done = latest_step(folder.checkpoints)
     _say_start(opened, steps_done, notes_printed)
-    if config.track.mlflow and config.cluster.num_train_workers > 0:
+    if config.track.mlflow and config.cluster.uses_ray:
         load_mlflow(opened.uri)
     with ExitStack() as stack:
         train: TrainFunction = lambda run, place, images: pretrain_here(  # noqa: E731
@@ -214,17 +216,19 @@ def _train(opened: Opened, notes_printed: Collection[str]) -> Results:
         )
         facts: dict[str, str] = {}
         use_gpu = uses_gpu(config.cluster)
-        if config.cluster.num_train_workers > 0:
+        if config.cluster.uses_ray:
             if connect():
                 stack.callback(disconnect)
             layout = plan_layout(config)
             use_gpu = layout.use_gpu
             facts = describe_cluster()
             say(
-                f"  {layout.num_train_workers} train worker(s) on "
+                f"  {layout.num_train_workers}{_other_counts(config)} train worker(s) on "
                 f"{'GPU' if layout.use_gpu else f'CPU ({layout.threads_per_train_worker} threads)'}"
                 f", {layout.num_data_workers} data worker(s), {layout.num_nodes} node(s)"
             )
+            for line in check_cluster(config, opened.source, layout):
+                say(f"  {line}")
             train = lambda run, place, images: pretrain_on_ray(  # noqa: E731
                 run, folder=place, source=images, layout=plan_layout(run)
             )
@@ -249,6 +253,12 @@ def _train(opened: Opened, notes_printed: Collection[str]) -> Results:
             raise
         progress.close()
     return _finish(opened, results, tracker)
+
+
+def _other_counts(config: RunConfig[Any]) -> str:
+    """Return the numbers of train workers that the run may have, if it is not one."""
+    counts = config.worker_counts
+    return f" (of {listed(counts, last='or')})" if len(counts) > 1 else ""
 
 
 def _show_progress(progress: ProgressView, folder: RunFolder) -> Callable[[list[Record]], None]:
@@ -276,7 +286,7 @@ def _start_tracker(
         uri=opened.uri,
         run_name=opened.config.name,
         params=flatten_mapping(opened.config.model_dump(mode="json"))
-        | flatten_mapping({"derived": opened.derived._asdict() | by_size}),
+        | flatten_mapping({"derived": derived_facts(opened.config, opened.derived) | by_size}),
         tags={
             **tags_of(opened.config, opened.source, facts),
             **tags_of_extensions(opened.folder),

@@ -133,7 +133,7 @@ def protocol_run(
         is_vit=config.backbone.is_vit,
         size_px=config.image_size_px,
         num_images=num_images,
-        num_workers=config.cluster.num_train_workers,
+        batch_multiple=config.cluster.batch_multiple,
         seed=unit.seed,
     )
     origin = origin_of(config, folder.path)

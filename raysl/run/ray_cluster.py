@@ -5,7 +5,7 @@ import math
 import os
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -23,6 +23,8 @@ T = TypeVar("T")
 # The read stage yields only numbers, but Ray starts it only if this share of a CPU is free.
 READ_CPUS = 0.01
 _MARGIN = 0.02
+_ROUNDING = 1e-6  # Ray counts in units of 1e-4
+_SHOWN_NODES = 8
 
 # Environment of every process of a run. Ray reads most of these variables only when it starts.
 WORKER_ENVIRONMENT = {
@@ -34,6 +36,8 @@ WORKER_ENVIRONMENT = {
     # If on, a driver under `uv run` starts every worker through uv with a copy of the folder.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # Train workers start when there is room, so a start without it has a node that was just lost.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
     # Workers keep the driver's current folder, so that relative paths resolve.
@@ -50,13 +54,38 @@ _LOCAL_ENVIRONMENT = {
 
 
 class ClusterNeeds(NamedTuple):
-    """What a run asks of the cluster; the settings of ``cluster`` by the same names."""
+    """What a run asks of the cluster.
 
-    num_train_workers: int
+    Attributes:
+        worker_counts: Numbers of train workers that the run may have, ascending; one if fixed.
+        device: ``cluster.device``, or what the first layout decided.
+        cpus_per_train_worker: ``cluster.cpus_per_train_worker``, or what the first layout decided.
+        num_data_workers: ``cluster.num_data_workers``.
+        threads_per_train_worker: ``cluster.threads_per_train_worker``.
+    """
+
+    worker_counts: tuple[int, ...]
     device: str
     cpus_per_train_worker: float | None
     num_data_workers: int | None
     threads_per_train_worker: int | None
+
+
+class Node(NamedTuple):
+    """A node, with all its CPUs and GPUs or with those that nothing holds."""
+
+    name: str
+    cpus: float
+    gpus: float = 0.0
+    node_id: str = ""
+
+
+class Nodes(NamedTuple):
+    """The nodes of a cluster, in one order."""
+
+    all: Sequence[Node]
+    free: Sequence[Node]
+    """The same nodes with the CPUs and GPUs that nothing holds."""
 
 
 class Layout(NamedTuple):
@@ -161,7 +190,13 @@ def needs_of(config: "RunConfig[Any]", layout: Layout | None = None) -> ClusterN
         layout: The layout that its train workers started with; it fixes their device and CPUs.
     """
     cluster = config.cluster
-    needs = ClusterNeeds(*(getattr(cluster, name) for name in ClusterNeeds._fields))
+    needs = ClusterNeeds(
+        config.worker_counts,
+        cluster.device,
+        cluster.cpus_per_train_worker,
+        cluster.num_data_workers,
+        cluster.threads_per_train_worker,
+    )
     if layout is None:
         return needs
     device = "cuda" if layout.use_gpu else "cpu"
@@ -173,38 +208,82 @@ def plan_layout(config: "RunConfig[Any]") -> Layout:
     return layout_for(needs_of(config))
 
 
-def layout_for(cluster: ClusterNeeds) -> Layout:
-    """Divide the connected cluster, as it is now, between train workers and data workers.
+def all_nodes() -> list[Node]:
+    """Return the nodes of the connected cluster."""
+    return [_node(node, node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def nodes_now() -> Nodes:
+    """Return the nodes of the connected cluster, and what nothing holds of each."""
+    held: Any = ray._private.state.available_resources_per_node()
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return Nodes(
+        [_node(node, node["Resources"]) for node in alive],
+        [_node(node, held.get(node["NodeID"], {})) for node in alive],
+    )
+
+
+def _node(node: Any, resources: Any) -> Node:
+    cpus, gpus = (float(resources.get(kind, 0.0)) for kind in ("CPU", "GPU"))
+    return Node(node.get("NodeManagerAddress", ""), cpus, gpus, node.get("NodeID", ""))
+
+
+def layout_for(needs: ClusterNeeds, nodes: Sequence[Node] | None = None) -> Layout:
+    """Divide nodes between train workers, as many as fit of the allowed counts, and data workers.
+
+    Args:
+        needs: What the run asks of the cluster.
+        nodes: The nodes to divide; None takes those that are there now.
 
     Raises:
         ClusterError: If the run does not fit. Ray Data would wait forever, without a message, for
             CPUs that the train workers hold.
     """
-    total = ray.cluster_resources()
-    workers, cpus = cluster.num_train_workers, total.get("CPU", 0.0)
-    gpus = total.get("GPU", 0.0)
-    use_gpu = cluster.device == "cuda" or (cluster.device == "auto" and gpus >= workers)
+    nodes = all_nodes() if nodes is None else nodes
+    fewest, gpus = needs.worker_counts[0], sum(node.gpus for node in nodes)
+    use_gpu = needs.device == "cuda" or (needs.device == "auto" and gpus >= fewest)
+    for workers in reversed(needs.worker_counts[1:]):
+        with suppress(ClusterError):
+            return _layout_of(workers, needs, nodes, use_gpu=use_gpu)
+    return _layout_of(fewest, needs, nodes, use_gpu=use_gpu)
+
+
+def _layout_of(
+    workers: int, needs: ClusterNeeds, nodes: Sequence[Node], *, use_gpu: bool
+) -> Layout:
+    """Divide nodes between so many train workers and their data workers."""
+    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     if use_gpu and gpus < workers:
         raise ClusterError(
             f"cluster.device=cuda needs {workers} GPUs, one per train worker; the cluster has "
             f"{gpus:g}. Lower cluster.num_train_workers or set cluster.device=cpu"
         )
-    # On a machine of one or two CPUs, train workers take half of them instead of failing.
+    # On a machine of one or two CPUs, train workers take half of them instead of failing, but a
+    # range does not have more of them for that.
     half = math.floor(50 * cpus / workers) / 100
-    per_worker = cluster.cpus_per_train_worker or (1.0 if workers < cpus else half)
+    whole = workers < cpus or workers > needs.worker_counts[0]
+    per_worker = needs.cpus_per_train_worker or (1.0 if whole else half)
     left = cpus - workers * per_worker - READ_CPUS - _MARGIN
-    data_workers = cluster.num_data_workers or max(1, math.floor(left + READ_CPUS + _MARGIN))
-    cpus_each = math.floor(100 * min(1.0, left / data_workers)) / 100
+    data_workers = needs.num_data_workers or max(1, math.floor(left + READ_CPUS + _MARGIN))
+    each = left / data_workers
+    if per_worker > 0 and (placed := places_for(per_worker, nodes, use_gpu=use_gpu)) >= workers:
+        each = min(each, _largest_rest(workers, per_worker, nodes, use_gpu=use_gpu))
+    cpus_each = math.floor(100 * min(1.0, each)) / 100
     if per_worker <= 0 or cpus_each < _MARGIN:
         raise ClusterError(
             f"{workers} train workers with cluster.cpus_per_train_worker={per_worker:g} leave none "
             f"of the cluster's {cpus:g} CPUs to make views. Lower cluster.num_train_workers or "
             f"cluster.cpus_per_train_worker, or add nodes"
         )
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    cores = min(int(node["Resources"].get("CPU", 0)) for node in nodes) or 1
-    on_one_node = math.ceil(workers / len(nodes))
-    threads = cluster.threads_per_train_worker or max(1, cores // on_one_node)
+    if placed < workers:
+        raise ClusterError(
+            f"the nodes have room for {placed} of {workers} train workers of {per_worker:g} CPUs"
+            f"{' and 1 GPU' if use_gpu else ''} each: {describe_nodes(nodes)}. Lower "
+            f"cluster.num_train_workers or cluster.cpus_per_train_worker, or add nodes"
+        )
+    threads = needs.threads_per_train_worker or threads_for(workers, nodes)
+    # The train workers of a later start may need a GPU that is spare now.
+    spare_gpus = math.floor(gpus) - workers if use_gpu and len(needs.worker_counts) == 1 else 0
     return Layout(
         workers,
         per_worker,
@@ -214,7 +293,49 @@ def layout_for(cluster: ClusterNeeds) -> Layout:
         threads,
         len(nodes),
         spare_cpus=max(0, math.floor(left - data_workers * cpus_each)),
-        spare_gpus=max(0, math.floor(gpus) - workers) if use_gpu else 0,
+        spare_gpus=max(0, spare_gpus),
+    )
+
+
+def threads_for(workers: int, nodes: Sequence[Node]) -> int:
+    """Return the threads of each train worker: the cores of the smallest node, divided evenly."""
+    cores = min(int(node.cpus) for node in nodes) or 1
+    return max(1, cores // math.ceil(workers / len(nodes)))
+
+
+def places_for(cpus: float, nodes: Sequence[Node], *, use_gpu: bool) -> int:
+    """Return how many train workers of so many CPUs the nodes have room for, each on one node."""
+    return sum(_places_on(node, cpus, use_gpu=use_gpu) for node in nodes)
+
+
+def _places_on(node: Node, cpus: float, *, use_gpu: bool) -> int:
+    places = math.floor(node.cpus / cpus + _ROUNDING)
+    return min(places, math.floor(node.gpus)) if use_gpu else places
+
+
+def _largest_rest(workers: int, cpus: float, nodes: Sequence[Node], *, use_gpu: bool) -> float:
+    """Return the CPUs that some node has left, wherever Ray places so many train workers."""
+    places = [_places_on(node, cpus, use_gpu=use_gpu) for node in nodes]
+    rests = [node.cpus - taken * cpus for node, taken in zip(nodes, places, strict=True)]
+    return max(*rests, cpus) if workers < sum(places) else max(rests)
+
+
+def describe_nodes(nodes: Sequence[Node], free: Sequence[Node] | None = None) -> str:
+    """Return the CPUs and GPUs of each node in one line, and how many of them are free."""
+    shown = [
+        f"{node.name or 'node'} has {_amounts(node, left)}"
+        for node, left in zip(nodes[:_SHOWN_NODES], (free or nodes)[:_SHOWN_NODES], strict=True)
+    ]
+    more = len(nodes) - len(shown)
+    return "; ".join(shown + [f"{more} more nodes"] * (more > 0)) or "no node"
+
+
+def _amounts(node: Node, free: Node) -> str:
+    kinds = [(node.cpus, free.cpus, "CPUs"), (node.gpus, free.gpus, "GPUs")]
+    return " and ".join(
+        f"{total:g} {what}" if left == total else f"{left:g} of {total:g} {what} free"
+        for total, left, what in kinds
+        if total or what == "CPUs"
     )
 
 

@@ -5,8 +5,8 @@ costs its time four times. It therefore imports neither torch nor the configurat
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from concurrent.futures import Future
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -16,14 +16,11 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from raysl.data.block import INDEX, Block, is_view_column
-from raysl.data.plan import Plan
+from raysl.data.plan import Plan, item_size_for
 from raysl.data.stream import BlockSpec, ItemMaker, concatenate
 from raysl.run.ray_cluster import READ_CPUS, ClusterNeeds, Layout, in_background, layout_for
-from raysl.track.run_folder import latest_step
 
-if TYPE_CHECKING:  # loads file systems, which runs on a disk do not need
-    from raysl.store.mirror import StoredRun
-
+_FirstBatch = tuple[Block | None, Iterator[Block]]
 _NUMBER = "number"
 _BLOCKS_PER_READ_TASK = 100
 # Limits of a block that holds several steps, and the fewest blocks of a run, so that many data
@@ -124,10 +121,9 @@ def packing_for(plan: Plan, spec: BlockSpec, *, start_step: int, num_workers: in
         start_step: Number of global batches already consumed.
         num_workers: Number of train workers.
     """
-    bytes_per_image = sum(3 * view.count * view.size_px**2 for view in spec.views)
     steps = 1
     if plan.items_per_step == num_workers:
-        images = min(_BLOCK_IMAGES, _BLOCK_BYTES // bytes_per_image)
+        images = min(_BLOCK_IMAGES, _BLOCK_BYTES // spec.bytes_per_image)
         steps_left = plan.num_steps - start_step
         steps = max(1, min(images // plan.item_size, steps_left // _FEWEST_BLOCKS))
     return Packing(start_step, num_workers, steps)
@@ -189,10 +185,12 @@ class RemainingDataset:
         source: Object reference of the source.
         plan: The order of the images.
         spec: The views to make.
-        checkpoints: Folder of the checkpoints; the newest complete one gives the first step.
-        stored: The run's folder in a store, whose checkpoints are then listed instead.
+        newest_step: Returns the step of the newest complete checkpoint, which is the first step.
         needs: What the run asks of the cluster. Data workers are planned at each start, because
             nodes may have gone or come since the last.
+
+    Attributes:
+        num_workers: Number of train workers of the start; the controller sets it before each.
     """
 
     def __init__(
@@ -201,16 +199,15 @@ class RemainingDataset:
         plan: Plan,
         spec: BlockSpec,
         *,
-        checkpoints: Path,
+        newest_step: Callable[[], int],
         needs: ClusterNeeds,
-        stored: "StoredRun | None" = None,
     ) -> None:
         self.source = source
         self.plan = plan
         self.spec = spec
-        self.checkpoints = checkpoints
+        self.newest_step = newest_step
         self.needs = needs
-        self.stored = stored
+        self.num_workers = needs.worker_counts[0]
 
     def __call__(self) -> Dataset:
         """Return the dataset from the newest complete checkpoint on.
@@ -219,14 +216,19 @@ class RemainingDataset:
             ClusterError: If the nodes that are left have no CPU to make views.
             RunFolderError: If the store of the run's folder cannot be reached.
         """
-        stored = self.stored
         return open_dataset(
             self.source,
-            self.plan,
+            plan_for(self.plan, self.spec, num_workers=self.num_workers),
             self.spec,
-            start_step=latest_step(self.checkpoints) if stored is None else stored.newest_step(),
-            layout=layout_for(self.needs),
+            start_step=self.newest_step(),
+            layout=layout_for(self.needs._replace(worker_counts=(self.num_workers,))),
         )
+
+
+def plan_for(plan: Plan, spec: BlockSpec, *, num_workers: int) -> Plan:
+    """Return the same order of images, in items that suit so many train workers."""
+    batch_size = plan.global_batch_size // num_workers
+    return plan.with_item_size(item_size_for(batch_size, bytes_per_image=spec.bytes_per_image))
 
 
 def iterate_shard(
@@ -235,6 +237,7 @@ def iterate_shard(
     batch_size: int,
     prefetch_batches: int,
     blocks_per_batch: int = 1,
+    wait: Callable[["Future[_FirstBatch]"], _FirstBatch] = Future.result,
 ) -> Iterator[Block]:
     """Yield this worker's batches; their pixels stay in the object store.
 
@@ -246,13 +249,14 @@ def iterate_shard(
         batch_size: Images per batch.
         prefetch_batches: Number of batches to prefetch.
         blocks_per_batch: Blocks per batch; 1 if a block holds one or several batches.
+        wait: Waits for the first batch.
 
     Yields:
         The columns of :class:`ItemMaker`. If several blocks make a batch, the view columns are
         tuples of arrays: concatenating them would copy every pixel once more.
     """
 
-    def begin() -> tuple[Block | None, Iterator[Block]]:
+    def begin() -> _FirstBatch:
         blocks = open_shard().iter_batches(
             batch_size=None,
             batch_format="numpy",
@@ -264,7 +268,7 @@ def iterate_shard(
     first_batch = in_background(begin, name="raysl-first-batch")
 
     def batches() -> Iterator[Block]:
-        first, rest = first_batch.result()
+        first, rest = wait(first_batch)
         if first is not None:
             yield first
             yield from rest

@@ -7,6 +7,7 @@ well, before it imports torch.
 
 import os
 import sys
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,32 +16,51 @@ import ray.train
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
 
+from raysl.data.plan import item_size_for
 from raysl.run.ray_data import iterate_shard
+from raysl.run.ray_notes import Notes, first_batch_with_notes
 
 
 class BatchOptions(NamedTuple):
-    """How a train worker takes batches from its shard of the stream.
+    """How the train workers take batches from their shards of the stream.
 
     Attributes:
-        batch_size: Images per batch.
-        prefetch_batches: Number of batches to prefetch.
-        blocks_per_batch: Blocks per batch; 1 if a block holds one or several batches.
+        global_batch_size: Images of one step over all workers.
+        bytes_per_image: Bytes of all views of one image.
+        prefetch_batches: Number of batches that a worker prefetches.
     """
 
-    batch_size: int
+    global_batch_size: int
+    bytes_per_image: int
     prefetch_batches: int
-    blocks_per_batch: int
+
+    def of_worker(self, num_workers: int) -> dict[str, int]:
+        """Return the sizes for :func:`iterate_shard` in one of so many workers."""
+        batch_size = self.global_batch_size // num_workers
+        item_size = item_size_for(batch_size, bytes_per_image=self.bytes_per_image)
+        return {
+            "batch_size": batch_size,
+            "prefetch_batches": self.prefetch_batches,
+            "blocks_per_batch": batch_size // item_size,
+        }
 
 
 def train_worker(settings: dict[str, Any]) -> Any:
     """Open this worker's stream, then run :func:`raysl.run.ray_worker.train_worker` with it.
 
     Args:
-        settings: ``batches``, a :class:`BatchOptions`; and ``settings``, the object reference of
-            the other settings.
+        settings: ``batches``, a :class:`BatchOptions`; ``notes``, the run's name for
+            :class:`raysl.run.ray_notes.Notes`; and ``settings``, the object reference of the other
+            settings.
     """
+    context, notes = ray.train.get_context(), Notes(settings["notes"])
+    tells = context.get_world_rank() == 0
+    if tells:
+        notes.write("load", "waits for its train workers to load and to find each other")
     batches = iterate_shard(
-        lambda: ray.train.get_dataset_shard("train"), **settings["batches"]._asdict()
+        lambda: ray.train.get_dataset_shard("train"),
+        wait=first_batch_with_notes(notes) if tells else Future.result,
+        **settings["batches"].of_worker(context.get_world_size()),
     )
     from raysl.run import ray_worker  # noqa: PLC0415 - loads torch, while the stream starts
 

@@ -2,16 +2,19 @@
 
 import logging
 import time
+from concurrent.futures import wait
+from functools import partial
 from typing import Any
 
 import ray
 import ray.train
-from ray.train import DataConfig, ScalingConfig
+from ray.train import DataConfig
 from ray.train.torch import TorchTrainer
-from ray.train.v2.api.config import FailureConfig
+from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.train.v2.api.config import RunConfig as RayRunConfig
 
-from raysl.errors import ClusterError, ErrorRecord, from_record
+from raysl.errors import ClusterError, ErrorRecord, RayslError, from_record
+from raysl.report.terminal import say
 from raysl.run.ray_cluster import (
     Layout,
     in_background,
@@ -22,13 +25,19 @@ from raysl.run.ray_cluster import (
 )
 from raysl.run.ray_data import RemainingDataset, execution_options
 from raysl.run.ray_group import BatchOptions, ProcessGroupConfig, train_worker
+from raysl.run.ray_notes import Notes
+from raysl.run.ray_scaling import RunFailures, RunScaling, TellWorkers
 from raysl.run.ray_validate import evaluator_share
-from raysl.run.recipe import RunConfig, block_spec, derive_for, plan_of
+from raysl.run.recipe import RunConfig, block_spec, plan_of
+from raysl.run.scaling import Pace
 from raysl.run.stop import stops_after_step
+from raysl.run.waiting import WaitMessages
 from raysl.sources.source import Source
 from raysl.track.events import last_hang
 from raysl.track.results import Results
-from raysl.track.run_folder import RunFolder, forget_error
+from raysl.track.run_folder import RunFolder, forget_error, latest_step
+
+_LOOK_EVERY_S = 2.0
 
 
 def pretrain_on_ray(
@@ -38,7 +47,8 @@ def pretrain_on_ray(
 
     Raises:
         RayslError: If a worker returned an error; same class and message.
-        ClusterError: If workers failed more often than ``cluster.max_failures``.
+        ClusterError: If workers failed more often than ``cluster.max_failures``, or the run waited
+            for longer than ``cluster.max_wait_s``.
         KeyboardInterrupt: If Ctrl-C or SIGTERM stopped it.
     """
     began = time.time()
@@ -48,20 +58,28 @@ def pretrain_on_ray(
     ray.data.DataContext.get_current().enable_progress_bars = False
     start_shared_actors()
     trainer = _trainer(config, folder=folder, source=source, layout=layout)
+    notes = Notes(str(folder.path))
+    notes.write("controller", "waits for Ray Train's controller to start")
+    messages = WaitMessages(notes.read, say)
     folder.stop.unlink(missing_ok=True)
     folder.publish(waits=True)
     try:
         with stops_after_step(folder.stop.touch):
             # Run `fit` in a thread, so that Ctrl-C interrupts only the wait and the caller
             # disconnects. In the main thread, Ray would end the process with its own error.
-            fitted = in_background(trainer.fit, name="raysl-train").result()
-            outcome: Results | ErrorRecord = fitted.return_value  # type: ignore[attr-defined] # V2
+            fitting = in_background(trainer.fit, name="raysl-train")
+            while not wait([fitting], timeout=_LOOK_EVERY_S).done:
+                messages.look()
+            fitted: Any = fitting.result()
+            outcome: Results | ErrorRecord = fitted.return_value
             if "error" in outcome:
                 raise from_record(outcome)
             folder.fetch()
     except ray.train.TrainingFailedError as error:
-        raise _as_cluster_error(error, config, hung=last_hang(folder, since=began)) from None
+        hung = last_hang(folder, since=began)
+        raise _own_or_cluster_error(error, config, hung=hung) from None
     finally:
+        notes.clear()
         folder.stop.unlink(missing_ok=True)
     return outcome
 
@@ -69,73 +87,117 @@ def pretrain_on_ray(
 def _trainer(
     config: RunConfig[Any], *, folder: RunFolder, source: Source, layout: Layout
 ) -> TorchTrainer:
-    source_ref = ray.put(source)
+    cluster, needs = config.cluster, needs_of(config, layout)
+    source_ref, plan, spec = ray.put(source), plan_of(config, source), block_spec(config.data)
     stored = None if folder.stored is None else folder.stored.for_workers()
     backend = "nccl" if layout.use_gpu else "gloo"
+    by_nodes = cluster.is_elastic and cluster.threads_per_train_worker is None
     worker_settings = {
         "config": config.model_dump(mode="json"),
         "folder": str(folder.path),
         "stored": stored,
         "source": source_ref,
-        "threads": layout.threads_per_train_worker,
+        "threads": None if by_nodes else layout.threads_per_train_worker,
         "backend": backend,
         "evaluation": evaluator_share(config, layout),
     }
-    derived = derive_for(config, source)
-    batches = BatchOptions(
-        batch_size=derived.batch_size_per_worker,
-        prefetch_batches=config.cluster.prefetch_batches,
-        blocks_per_batch=derived.batch_size_per_worker // derived.item_size,
-    )
-    resources = {"CPU": layout.cpus_per_train_worker}
-    max_failures = config.cluster.max_failures
-    return _TrainerWithoutCleaner(
+    batches = BatchOptions(plan.global_batch_size, spec.bytes_per_image, cluster.prefetch_batches)
+    newest_step = partial(latest_step, folder.checkpoints) if stored is None else stored.newest_step
+    scaling_config = _scaling_config(config, layout)
+    most = cluster.max_failures
+    failure_config = FailureConfig(max_failures=most, controller_failure_limit=most)
+    return _Trainer(
         train_worker,
-        # Pass a reference: the controller loads this dict, and loading the settings imports torch.
-        train_loop_config={"settings": ray.put(worker_settings), "batches": batches},
-        torch_config=ProcessGroupConfig(backend),  # type: ignore[arg-type] # any BackendConfig works
-        scaling_config=ScalingConfig(
+        policy=RunScaling(
+            scaling_config,
+            needs=needs,
             num_workers=layout.num_train_workers,
-            use_gpu=layout.use_gpu,
-            resources_per_worker=resources | ({"GPU": 1} if layout.use_gpu else {}),
+            num_steps=plan.num_steps,
+            newest_step=newest_step,
+            folder=RunFolder(folder.path),
+            pace=Pace(cluster.resize_every_s),
+            max_wait_s=cluster.max_wait_s,
         ),
+        failures=RunFailures(
+            failure_config, newest_step=newest_step, is_elastic=cluster.is_elastic
+        ),
+        # Pass a reference: the controller loads this dict, and loading the settings imports torch.
+        train_loop_config={
+            "settings": ray.put(worker_settings),
+            "batches": batches,
+            "notes": str(folder.path),
+        },
+        torch_config=ProcessGroupConfig(backend),
+        scaling_config=scaling_config,
         datasets={
-            "train": RemainingDataset(
-                source_ref,
-                plan_of(config, source),
-                block_spec(config.data),
-                checkpoints=folder.checkpoints,
-                needs=needs_of(config, layout),
-                stored=stored,
-            )
+            "train": RemainingDataset(source_ref, plan, spec, newest_step=newest_step, needs=needs)
         },
         dataset_config=DataConfig(execution_options=execution_options()),
-        run_config=RayRunConfig(  # type: ignore[arg-type] # stubs are of V1
+        run_config=RayRunConfig(
             name="ray",
             # Ray checks that every worker sees this folder, and writes nothing else to it.
             storage_path=str(folder.path) if stored is None else stored.store.root,
             storage_filesystem=None if stored is None else stored.store.filesystem,
-            failure_config=FailureConfig(
-                max_failures=max_failures, controller_failure_limit=max_failures
-            ),
+            failure_config=failure_config,
             worker_runtime_env=worker_runtime_env(),
         ),
     )
 
 
-class _TrainerWithoutCleaner(TorchTrainer):
-    def _create_default_callbacks(self) -> list[Any]:
-        """Omit Ray's placement group cleaner if this process started the cluster.
+def _scaling_config(config: RunConfig[Any], layout: Layout) -> ScalingConfig:
+    counts = config.worker_counts
+    resources = {"CPU": layout.cpus_per_train_worker}
+    return ScalingConfig(
+        num_workers=(counts[0], counts[-1]) if config.cluster.is_elastic else counts[0],
+        use_gpu=layout.use_gpu,
+        resources_per_worker=resources | ({"GPU": 1} if layout.use_gpu else {}),
+    )
 
-        Its actor costs two CPU seconds at the start and is needed only in lasting clusters.
+
+class _Trainer(TorchTrainer):
+    """Ray Train's trainer with the policy of this run.
+
+    Args:
+        train_loop: The function that each train worker runs.
+        policy: When the train workers start, and how many.
+        failures: After which failures they start again.
+        settings: The arguments of TorchTrainer; its dataset ``train`` is a RemainingDataset.
+    """
+
+    def __init__(
+        self,
+        train_loop: Any,
+        *,
+        policy: RunScaling,
+        failures: RunFailures,
+        **settings: Any,
+    ) -> None:
+        super().__init__(train_loop, **settings)
+        self._policies = {"scaling_policy": policy, "failure_policy": failures}
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        """Run the controller with this run's policies; Ray chooses among its own."""
+        return super()._initialize_and_run_controller(**{**arguments, **self._policies})  # type: ignore[misc]
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """Tell the dataset how many workers start, and leave out Ray's cleaner in a Ray of our own.
+
+        The cleaner of placement groups costs two CPU seconds at the start and is needed only in
+        lasting clusters.
         """
         callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
-        if not started_here():
-            return callbacks
-        return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
+        if started_here():
+            unneeded = "PlacementGroupCleanerCallback"
+            callbacks = [c for c in callbacks if type(c).__name__ != unneeded]
+        datasets: Any = self.datasets  # type: ignore[attr-defined] # stubs are of V1
+        return [TellWorkers(datasets["train"]), *callbacks]
 
 
-def _as_cluster_error(error: Any, config: RunConfig[Any], *, hung: str | None) -> ClusterError:
+def _own_or_cluster_error(error: Any, config: RunConfig[Any], *, hung: str | None) -> RayslError:
+    """Return raysl's own error of the controller, else that workers failed too often."""
+    own = getattr(error, "controller_failure", None)
+    if isinstance(own, RayslError):
+        return own
     error_by_rank = getattr(error, "worker_failures", None) or {}
     inner = next(iter(error_by_rank.values()), error)
     text = hung or str(inner).strip() or type(inner).__name__

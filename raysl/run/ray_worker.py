@@ -23,8 +23,9 @@ from raysl.errors import (
 )
 from raysl.nn.collectives import broadcast_object, rank_and_size
 from raysl.run.measuring import Place
-from raysl.run.ray_cluster import in_background
+from raysl.run.ray_cluster import all_nodes, in_background, threads_for
 from raysl.run.ray_errors import wrapped_errors
+from raysl.run.ray_notes import Notes
 from raysl.run.ray_validate import Evaluator, Share
 from raysl.run.recipe import run_from_values
 from raysl.run.stored import shown_in_errors, start_worker, worker_folder
@@ -44,7 +45,8 @@ def train_worker(settings: dict[str, Any], batches: Iterator[Block]) -> Results 
 
     Args:
         settings: ``config``, ``folder``, ``stored``, ``source``, ``threads``, ``backend`` and
-            ``evaluation``.
+            ``evaluation``. ``threads`` is None if they follow from the nodes that are there at this
+            start.
         batches: This worker's batches from the newest checkpoint on.
     """
     with worker_folder(Path(settings["folder"]), settings["stored"]) as folder:
@@ -68,6 +70,9 @@ def _train(
     rank, num_ranks = rank_and_size()
     start_step = start_worker(folder, agreed=lambda own: int(broadcast_object(own)), rank=rank)
     share: Share | None = settings["evaluation"]
+    if rank == 0:
+        Notes(settings["folder"]).clear()  # the next note waits for the first batch
+    threads = settings["threads"] or threads_for(num_ranks, all_nodes())
     evaluator = None
     if share is not None:
         sees_files = folder.stored is None
@@ -79,7 +84,7 @@ def _train(
                 folder=folder,
                 source=ray.get(settings["source"]),
                 # Ray may count more CPUs than the machine has.
-                place=Place(device, min(settings["threads"], os.cpu_count() or 1)),
+                place=Place(device, min(threads, os.cpu_count() or 1)),
                 start_step=start_step,
                 open_batches=lambda: batches,
                 begin=evaluator,

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from raysl.config.base import Config, PositiveFloat, PositiveInt
+from raysl.config.base import Config
 from raysl.config.idle import dotted_keys, idle_settings, without_idle
 from raysl.config.load import (
     Problem,
@@ -23,52 +23,23 @@ from raysl.config.shipped import find_config
 from raysl.data.fragments import images_per_epoch
 from raysl.data.plan import Plan, item_size_for
 from raysl.data.stream import BlockSpec
-from raysl.errors import ConfigError
+from raysl.errors import ConfigError, listed
 from raysl.evaluate.old_keys import new_keys, rename_old_keys, resolve_final
 from raysl.evaluate.protocol import EvaluateConfig
-from raysl.folder.claim import changes
 from raysl.methods import load_method
 from raysl.methods.base import MethodConfig, RunShape, SizeDefault, TrainingSet
 from raysl.nn.backbones import BackboneConfig
 from raysl.nn.depth import check_layer_decay
 from raysl.optim.build import OptimConfig, peak_lr
-from raysl.sources.place import as_place
+from raysl.run.cluster_config import ClusterConfig
 from raysl.sources.source import DataConfig, Source
 from raysl.track.config import OutputDir, TrackConfig, check_run_name
 from raysl.track.results import TRAINING
 from raysl.train.health import HealthConfig
-from raysl.train.loop import CHECKPOINT_KEYS, TrainConfig
+from raysl.train.loop import TrainConfig
 from raysl.train.sizes import check_sizes
 
 M = TypeVar("M", bound=MethodConfig)
-
-# Settings that may change between a run's start and its resume: where it runs and what it reports.
-FREE_SECTIONS = ("cluster", "track", "output_dir", "evaluate", "health")
-FREE_KEYS = {
-    "train": ("log_every", *CHECKPOINT_KEYS),
-    "data": ("bad_images", "if_changed"),
-}
-
-
-class ClusterConfig(Config):
-    """The part of the Ray cluster that a run uses."""
-
-    num_train_workers: Annotated[int, Field(ge=0)] = 1
-    """Number of processes that train; 0 trains in this process, without Ray."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto uses one GPU per train worker if the cluster has enough, else CPUs."""
-    cpus_per_train_worker: PositiveFloat | None = None
-    """CPUs that Ray reserves for a train worker; the others make views. null reserves 1, or less
-    if that would take all CPUs."""
-    threads_per_train_worker: Annotated[int, Field(gt=0, le=1024)] | None = None
-    """Threads of torch in a train worker on CPU; null divides the node's cores evenly."""
-    num_data_workers: PositiveInt | None = None
-    """Number of processes that read, decode and augment; null uses all CPUs that are left."""
-    prefetch_batches: Annotated[int, Field(gt=0, le=1000)] = 2
-    """Number of batches that a train worker prefetches."""
-    max_failures: Annotated[int, Field(ge=0)] = 3
-    """Number of failures of workers or nodes after which a run stops; after each of them it resumes
-    from its last checkpoint."""
 
 
 class RunConfig(Config, Generic[M]):
@@ -128,35 +99,52 @@ class RunConfig(Config, Generic[M]):
         """Yield a message for each invalid combination of settings."""
         if (self.train.epochs is None) == (self.train.steps is None):
             yield "give exactly one of train.epochs and train.steps"
+        yield from self._worker_misfits()
         checks: list[Callable[[], None]] = [
-            self._check_sizes,
             lambda: self.backbone.check_view_sizes(self.view_sizes_px),
-            lambda: self.method.check_shape(self._shape()),
             lambda: self.evaluate.check_head_layers(self.method, is_vit=self.backbone.is_vit),
             lambda: check_layer_decay(self.backbone, self.optim.layer_decay),
             self._check_online,
         ]
-        for check in checks:
-            try:
-                check()
-            except ConfigError as error:
-                yield str(error)
+        yield from _messages(checks)
 
-    def _check_sizes(self) -> None:
+    def _worker_misfits(self) -> Iterator[str]:
+        """Yield why the fewest train workers that the run may have cannot train it."""
+        counts, problems = self.cluster.counts, self._count_misfits(self.cluster.counts[0])
+        if not (problems and self.cluster.is_elastic):
+            yield from problems
+            return
+        usable = self.worker_counts
+        use = f"can, so set min to {usable[0]}" if usable else "can"
+        yield (
+            f"cluster.num_train_workers={self.cluster.num_train_workers}: {counts[0]} cannot train "
+            f"this run: {'; '.join(problems)}. Of {counts[0]} to {counts[-1]} train workers, "
+            f"{listed(usable) or 'none'} {use}"
+        )
+
+    def _count_misfits(self, num_workers: int) -> list[str]:
+        """Return why so many train workers cannot train this run."""
         method = None if isinstance(self.method, _UnknownMethod) else self.method
-        workers = max(1, self.cluster.num_train_workers)
-        check_sizes(self.train, self.backbone, method, num_workers=workers)
-
-    def _shape(self) -> RunShape:
-        return RunShape(
+        shape = RunShape(
             global_batch_size=self.train.global_batch_size,
-            num_workers=max(1, self.cluster.num_train_workers),
+            num_workers=num_workers,
             view_sizes_px=self.view_sizes_px,
             backbone=self.backbone,
         )
+        return _messages(
+            [
+                lambda: check_sizes(self.train, self.backbone, method, num_workers=num_workers),
+                lambda: self.method.check_shape(shape),
+            ]
+        )
+
+    @property
+    def worker_counts(self) -> tuple[int, ...]:
+        """Numbers of train workers that the run may have, ascending: those that share its batch."""
+        return tuple(n for n in self.cluster.counts if not self._count_misfits(n))
 
     def _check_online(self) -> None:
-        if self.evaluate.online == "background" and self.cluster.num_train_workers == 0:
+        if self.evaluate.online == "background" and not self.cluster.uses_ray:
             raise ConfigError(
                 "evaluate.online=background needs Ray, which cluster.num_train_workers=0 does "
                 "not use; set evaluate.online=auto or cluster.num_train_workers=1"
@@ -173,8 +161,22 @@ class RunConfig(Config, Generic[M]):
         return max(self.view_sizes_px)
 
 
+def _messages(checks: Sequence[Callable[[], None]]) -> list[str]:
+    """Return the messages of the checks that fail."""
+    messages = []
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            messages.append(str(error))
+    return messages
+
+
 class Derived(NamedTuple):
-    """Values that follow from a configuration and the number of training images."""
+    """Values that follow from a configuration and the number of training images.
+
+    Sizes of a worker's part are those with the fewest train workers that the run may have.
+    """
 
     num_images: int
     steps_per_epoch: int
@@ -215,7 +217,7 @@ def derive(config: RunConfig[Any], *, num_images: int) -> Derived:
     if total < 1:
         raise ConfigError(f"train.epochs={train.epochs} is less than one step of {batch} images")
     views = config.data.views.views()
-    per_worker = batch // max(1, config.cluster.num_train_workers)
+    per_worker = batch // config.cluster.counts[0]
     every = config.evaluate.every
     sizes = {"steps_per_epoch": per_epoch, "total_steps": total}
     return Derived(
@@ -224,7 +226,7 @@ def derive(config: RunConfig[Any], *, num_images: int) -> Derived:
         total_steps=total,
         batch_size_per_worker=per_worker,
         item_size=item_size_for(
-            per_worker, bytes_per_image=sum(3 * v.count * v.size_px**2 for v in views)
+            per_worker, bytes_per_image=block_spec(config.data).bytes_per_image
         ),
         peak_lr=peak_lr(config.optim, global_batch_size=batch),
         warmup_steps=config.optim.warmup.in_steps(**sizes),
@@ -232,6 +234,19 @@ def derive(config: RunConfig[Any], *, num_images: int) -> Derived:
         evaluate_every_steps=None if every is None else max(1, every.in_steps(**sizes)),
         views_per_image=sum(view.count for view in views),
     )
+
+
+def derived_facts(config: RunConfig[Any], derived: Derived) -> dict[str, Any]:
+    """Return the derived values; sizes of a worker's part by number of workers, if that varies."""
+    facts: dict[str, Any] = derived._asdict()
+    if config.cluster.is_elastic:
+        sizes = {n: config.train.global_batch_size // n for n in config.worker_counts}
+        image = block_spec(config.data).bytes_per_image
+        facts["batch_size_per_worker"] = sizes
+        facts["item_size"] = {
+            n: item_size_for(size, bytes_per_image=image) for n, size in sizes.items()
+        }
+    return facts
 
 
 def training_set(config: RunConfig[Any], source: Source) -> TrainingSet:
@@ -380,20 +395,3 @@ class _UnknownMethod(MethodConfig):
 
     def projection_head_layers(self, *, is_vit: bool) -> int:
         return 99
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """List the changed settings that must not change between start and resume, one line each.
-
-    Sources are compared by absolute path.
-    """
-    lines: list[str] = []
-    for section in sorted({*old, *new} - set(FREE_SECTIONS)):
-        before, after = old.get(section), new.get(section)
-        if isinstance(before, dict) and isinstance(after, dict):
-            keys = sorted({*before, *after} - set(FREE_KEYS.get(section, ())))
-            changed = changes(before, after, keys=keys, compared=as_place)
-            lines += [f"{section}.{line}" for line in changed]
-        else:
-            lines += changes(old, new, keys=[section])
-    return lines

@@ -92,7 +92,7 @@ def pretrain(
     worker.measuring.open(metrics, begin, start_step=start_step)
     if batches is not None:
         trainer = worker.trainer(_schedule(config, derived))
-        log = _log_into(metrics, worker.measuring)
+        log = _log_into(metrics, worker)
         watched = watch(folder, start_step=start_step, limit_s=config.health.max_step_s, end=hung)
         with watched as doing, worker.checkpoints.written(metrics):
             hooks = worker.hooks(log, evaluated, stops, doing)
@@ -119,11 +119,14 @@ def _end(worker: "_Worker", derived: Derived, metrics: MetricsFile | None) -> Re
     return results
 
 
-def _log_into(metrics: MetricsFile | None, measuring: Measuring) -> Log:
+def _log_into(metrics: MetricsFile | None, worker: "_Worker") -> Log:
+    is_elastic = worker.config.cluster.is_elastic
+    always = {"cluster/train_workers": float(rank_and_size()[1])} if is_elastic else {}
+
     def log(values: Mapping[str, float], step: int) -> None:
         if metrics is not None:  # on rank 0
-            metrics.log(values, step=step)
-            measuring.collect()
+            metrics.log({**values, **always}, step=step)
+            worker.measuring.collect()
 
     return log
 

@@ -209,6 +209,11 @@ def _trial_problems(
     method = get_key(values, "method.name")
     if section not in MEASURED_SECTIONS and section != method:
         yield f"metric.name={sweep.metric.name}: method {method} does not measure it"
+    if isinstance(get_key(values, "cluster.num_train_workers"), dict):
+        yield (
+            "cluster.num_train_workers: trials share the cluster, so each has a fixed number of "
+            "train workers; give one number"
+        )
     yield from _classifier_problems(sweep, str(method))
     yield from _unmeasured(sweep, values)
 

@@ -42,7 +42,7 @@ def plan_shares(
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     wanted = sweep.resources
-    workers = max(config.cluster.num_train_workers for config in configs)
+    workers = max(config.cluster.counts[-1] for config in configs)
     if workers > 1:
         return _nested_shares(sweep, configs, most_trials)
     total_gpus = sum(node.get("GPU", 0.0) for node in nodes)

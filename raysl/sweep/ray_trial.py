@@ -123,7 +123,7 @@ def _train(
 
     def train_run(run: RunConfig[Any], run_folder: RunFolder, images: Source) -> Results:
         log = evaluated if run_folder is folder else None
-        if run.cluster.num_train_workers > 1:
+        if run.cluster.counts[-1] > 1:
             return _train_nested(run, run_folder, images, log, metrics)
         sets = _sets_of(run, images, num_threads=num_cpus) if run_folder is folder else None
         return pretrain_here(

@@ -120,7 +120,7 @@ def _shape_of(config: RunConfig[Any]) -> str:
         {
             "method": {key: v for key, v in method.items() if not isinstance(v, float)},
             "sizes": [config.view_sizes_px, config.optim.name, config.train.micro_batch_size],
-            "batch": [config.train.global_batch_size, config.cluster.num_train_workers],
+            "batch": [config.train.global_batch_size, config.worker_counts],
             **config.model_dump(mode="json", include={"backbone", "evaluate"}),
             "source": source_key(config),
         }

@@ -69,7 +69,7 @@ def test_vision_transformers_have_settings_of_their_own() -> None:
     plain = FinetuneProtocol(label_fraction=0.1).overrides(is_vit=False, **sizes)
     vit = FinetuneProtocol().overrides(is_vit=True, **sizes)
     assert "train.global_batch_size=100" in plain
-    shared = FinetuneProtocol(label_fraction=0.1).overrides(is_vit=False, **sizes, num_workers=3)
+    shared = FinetuneProtocol(label_fraction=0.1).overrides(is_vit=False, **sizes, batch_multiple=3)
     assert "train.global_batch_size=99" in shared
     assert "train.epochs=30.0" in plain
     assert any(text.startswith('optim={"name": "sgd", "base_lr": 0.05') for text in plain)

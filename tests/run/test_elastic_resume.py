@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from raysl.data.stream import BlockSpec, ItemMaker, iterate, join_chunks
 from raysl.run.ray_cluster import ClusterNeeds
 from raysl.run.ray_data import RemainingDataset, execution_options, iterate_shard
 from raysl.sources.source import ArraySource
-from raysl.track.run_folder import checkpoint_path
+from raysl.track.run_folder import checkpoint_path, latest_step
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster", "known_to_workers")]
 
@@ -95,8 +96,8 @@ def rest(
         ray.put(images),
         plan(item_size),
         BlockSpec(VIEWS),
-        checkpoints=folder / "checkpoints",
-        needs=ClusterNeeds(num_workers, "cpu", CPUS_PER_TRAIN_WORKER, num_data_workers, 1),
+        newest_step=partial(latest_step, folder / "checkpoints"),
+        needs=ClusterNeeds((num_workers,), "cpu", CPUS_PER_TRAIN_WORKER, num_data_workers, 1),
     )
 
 
@@ -195,7 +196,7 @@ def log_of(folder: Path, stop: int, rank: int) -> Path:
 
 def read_here(opened: RemainingDataset, num_steps: int) -> list[list[Block]]:
     """Return the batches of each rank as threads of this process read them."""
-    num_workers = opened.needs.num_train_workers
+    num_workers = opened.num_workers
     # What Ray Train does with its datasets once it knows its workers.
     shards = DataConfig(execution_options=execution_options()).configure(
         {"train": opened()}, num_workers, worker_handles=None, worker_node_ids=None

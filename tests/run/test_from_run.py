@@ -202,6 +202,10 @@ class TestFinetune:
         assert finetune(folder, TEN_PERCENT).train.global_batch_size == 16
         few = ["data.labels.fraction=0.2", "cluster.num_train_workers=3"]
         assert finetune(folder, *few).train.global_batch_size == 30  # of 32
+        few[1] = "cluster.num_train_workers={min: 2, max: 5}"
+        found = finetune(folder, *few)
+        assert found.train.global_batch_size == 30
+        assert found.worker_counts == (2, 3, 5)
         assert finetune(folder, "data.limit=null").train.global_batch_size == 1024
 
     def test_goes_on_from_the_runs_encoder_images_and_place(self, pretrained: Make) -> None:

@@ -227,6 +227,7 @@ def test_on_ray_it_says_the_layout_and_leaves_only_a_ray_that_it_started(
         disconnect=lambda: left.append("left"),
         plan_layout=lambda _: Layout(2, 1.0, 3, 0.5, False, 4, 1),
         describe_cluster=lambda: {},
+        check_cluster=lambda *_: ["a node is slow"],
     )
     for name, stand_in in vars(stand_ins).items():
         monkeypatch.setattr(driver, name, stand_in)
@@ -238,6 +239,6 @@ def test_on_ray_it_says_the_layout_and_leaves_only_a_ray_that_it_started(
         train("cluster.num_train_workers=2")
     assert worker.starts == ["ray"]
     assert left == (["left"] if connected else [])
-    assert "2 train worker(s) on CPU (4 threads), 3 data worker(s), 1 node(s)" in (
-        capsys.readouterr().err
-    )
+    printed = capsys.readouterr().err
+    assert "2 train worker(s) on CPU (4 threads), 3 data worker(s), 1 node(s)\n" in printed
+    assert "  a node is slow\n" in printed

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import ray
 
+from raysl.data.plan import Plan
 from raysl.errors import ClusterError
-from raysl.run import ray_data
-from raysl.run.ray_cluster import Layout, connect, needs_of, plan_layout
-from raysl.run.recipe import load_run
+from raysl.run import ray_cluster, ray_data
+from raysl.run.ray_cluster import Layout, Node, connect, needs_of, plan_layout
+from raysl.run.recipe import block_spec, load_run
 
 pytestmark = pytest.mark.ray
 
@@ -55,9 +56,8 @@ def test_data_workers_are_planned_for_the_nodes_that_are_there_at_each_start(
     run_yaml: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def set_cpus(cpus: float) -> None:
-        node = {"Alive": True, "Resources": {"CPU": cpus}}
-        monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus})
-        monkeypatch.setattr(ray, "nodes", lambda: [node])
+        nodes = [Node("here", cpus)]
+        monkeypatch.setattr(ray_cluster, "all_nodes", lambda: nodes)
 
     config = load_run(run_yaml("nodes"), ["cluster={num_train_workers: 2}"])
     set_cpus(8.0)
@@ -67,9 +67,9 @@ def test_data_workers_are_planned_for_the_nodes_that_are_there_at_each_start(
     monkeypatch.setattr(ray_data, "open_dataset", lambda *_, layout, **__: opened.append(layout))
     open_rest = ray_data.RemainingDataset(
         None,
-        None,  # type: ignore[arg-type]
-        None,  # type: ignore[arg-type]
-        checkpoints=Path("none"),
+        Plan([64], seed=0, global_batch_size=32, item_size=32, num_steps=2),
+        block_spec(config.data),
+        newest_step=lambda: 0,
         needs=needs_of(config, layout),
     )
     for cpus in (8.0, 4.0, 16.0):

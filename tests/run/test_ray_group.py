@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from raysl.run import ray_group
-from raysl.run.ray_group import ProcessGroup, ProcessGroupConfig
+from raysl.run.ray_group import BatchOptions, ProcessGroup, ProcessGroupConfig
 
 pytestmark = pytest.mark.usefixtures("done_at_once")
 
@@ -44,8 +44,9 @@ def done_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_group.ray, "wait", lambda refs, **_: (refs, []))
 
 
-def test_importing_it_does_not_load_torch() -> None:
-    code = "import sys, raysl.run.ray_group; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize("module", ["ray_group", "ray_scaling", "ray_preflight"])
+def test_importing_it_does_not_load_torch(module: str) -> None:
+    code = f"import sys, raysl.run.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -54,6 +55,20 @@ def test_workers_are_told_where_rank_0_is() -> None:
     assert config.backend_cls is ProcessGroup
     ProcessGroup().on_start(workers, config)
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.7", "29500")
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "batch_size", "blocks_per_batch"), [(1, 256, 2), (2, 128, 1), (3, 85, 1)]
+)
+def test_a_workers_part_of_a_batch_follows_from_the_number_of_workers(
+    num_workers: int, batch_size: int, blocks_per_batch: int
+) -> None:
+    large = BatchOptions(global_batch_size=256, bytes_per_image=300_000, prefetch_batches=2)
+    assert large.of_worker(num_workers) == {
+        "batch_size": batch_size,
+        "prefetch_batches": 2,
+        "blocks_per_batch": blocks_per_batch,
+    }
 
 
 @pytest.mark.parametrize(("size", "destroys"), [(1, False), (2, True)])

@@ -54,6 +54,11 @@ class TestRuns:
         assert "does not divide over" in found[0]
         assert "method.queue_length=32 is shorter than the 63 keys" in found[1]
 
+    def test_trials_have_a_fixed_number_of_workers(self, sweep_of: Make) -> None:
+        found = problems_of(sweep_of(set={"cluster.num_train_workers": {"min": 1, "max": 2}}))
+        assert len(found) == 1
+        assert found[0].startswith("cluster.num_train_workers: trials share the cluster")
+
     def test_a_bad_key_does_not_hide_a_combination(self, sweep_of: Make) -> None:
         settings = {"method.queue_length": 32, "optim.base_rl": 1, "data.limit": "many"}
         found = problems_of(sweep_of(set=settings))
