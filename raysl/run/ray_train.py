@@ -193,7 +193,9 @@ class _Trainer(TorchTrainer):
         return [TellWorkers(datasets["train"]), *callbacks]
 
 
-def _own_or_cluster_error(error: Any, config: RunConfig[Any], *, hung: str | None) -> RayslError:
+def _own_or_cluster_error(
+    error: Any, config: RunConfig[Any], *, hung: str | None = None
+) -> RayslError:
     """Return raysl's own error of the controller, else that workers failed too often."""
     own = getattr(error, "controller_failure", None)
     if isinstance(own, RayslError):
