@@ -322,19 +322,20 @@ def _largest_rest(workers: int, cpus: float, nodes: Sequence[Node], *, use_gpu: 
 
 def describe_nodes(nodes: Sequence[Node], free: Sequence[Node] | None = None) -> str:
     """Return the CPUs and GPUs of each node in one line, and how many of them are free."""
+    lefts: Sequence[Node | None] = [None] * len(nodes) if free is None else free
     shown = [
         f"{node.name or 'node'} has {_amounts(node, left)}"
-        for node, left in zip(nodes[:_SHOWN_NODES], (free or nodes)[:_SHOWN_NODES], strict=True)
+        for node, left in list(zip(nodes, lefts, strict=True))[:_SHOWN_NODES]
     ]
     more = len(nodes) - len(shown)
     return "; ".join(shown + [f"{more} more nodes"] * (more > 0)) or "no node"
 
 
-def _amounts(node: Node, free: Node) -> str:
-    kinds = [(node.cpus, free.cpus, "CPUs"), (node.gpus, free.gpus, "GPUs")]
+def _amounts(node: Node, free: Node | None) -> str:
+    kinds = [("CPUs", node.cpus, free and free.cpus), ("GPUs", node.gpus, free and free.gpus)]
     return " and ".join(
-        f"{total:g} {what}" if left == total else f"{left:g} of {total:g} {what} free"
-        for total, left, what in kinds
+        f"{total:g} {what}" if left is None else f"{left:g} of {total:g} {what} free"
+        for what, total, left in kinds
         if total or what == "CPUs"
     )
 

@@ -228,6 +228,7 @@ class TestRunningWorkers:
 def test_nodes_are_described_in_one_line_whatever_their_number() -> None:
     nodes = cluster(*[4.0] * 100, gpus=1)
     text = describe_nodes(nodes.all, nodes.free)
-    assert text.startswith("10.0.0.0 has 4 CPUs and 1 GPUs; 10.0.0.1 has")
+    assert text.startswith("10.0.0.0 has 4 of 4 CPUs free and 1 of 1 GPUs free; 10.0.0.1 has")
+    assert describe_nodes(nodes.all[:1]) == "10.0.0.0 has 4 CPUs and 1 GPUs"
     assert text.endswith("; 92 more nodes")
-    assert len(text) < 400
+    assert len(text) < 500
