@@ -22,15 +22,32 @@ Each takes one argument, the message: Ray pickles exceptions between processes, 
 given, what is allowed and what to do. :class:`ErrorRecord` stores an error as plain values.
 """
 
+import re
 from collections.abc import Iterable
 from typing import TypedDict, final
 
+HIDDEN = "***"
+"""Replaces a password in what is printed or stored."""
+_PASSWORD = re.compile(r"(?<=://)([^\s/?#@:]*):[^\s/?#]*(?=@)")
+_PARAMETER = re.compile(r"(?<=[?&])(password|secret_key|access_key|token)=[^&\s]*", re.IGNORECASE)
+
+
+def hide_passwords(text: str) -> str:
+    """Return a text in which the passwords of addresses are hidden.
+
+    They are those of ``scheme://user:password@host`` and of parameters such as ``?password=``.
+    """
+    return _PARAMETER.sub(rf"\1={HIDDEN}", _PASSWORD.sub(rf"\1:{HIDDEN}", text))
+
 
 class RayslError(Exception):
-    """Base class of all; the command line prints its message without a traceback."""
+    """Base class of all; the command line prints its message without a traceback or passwords."""
 
     on_every_rank = False
     """Whether every train worker raises this error at the same step, so that none waits."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(hide_passwords(str(message)))
 
 
 class ConfigError(RayslError):

@@ -266,6 +266,7 @@ class RunConfigs:
         # Settings for all steps, or from the previous one, may have no effect on this step.
         values = drop_idle({}, values, given) if step.kind != "pretrain" else values
         track = self._config.track.model_dump(mode="json")
+        track["tracking_uri"] = self._config.track.tracking_uri  # dumps leave its password out
         fixed = {"name": step.name, "output_dir": str(self._folder), "track": track}
         run = run_from_user(values | fixed, where=f"step {step.name}")
         self._built[step.name] = run

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from raysl.errors import hide_passwords
 from raysl.sources.source import Source
 from raysl.track.follow import Record
 from raysl.track.results import (
@@ -52,8 +53,8 @@ def console(*, error: bool = False) -> Console:
 
 
 def say(text: str) -> None:
-    """Print a message to standard error."""
-    console(error=True).print(text, markup=False)
+    """Print a message to standard error, without the passwords of addresses in it."""
+    console(error=True).print(hide_passwords(text), markup=False)
 
 
 def say_notes(source: Source, more: Sequence[str] = (), *, title: str | None = None) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from raysl.config.load import parse_override
+from raysl.errors import hide_passwords
 from raysl.run.recipe import RunConfig
 
 _LENGTH = re.compile(r"-\d+(\.\d+)?(e[+-]?\d+)?(epochs|steps)$")
@@ -20,8 +21,8 @@ class Typed(NamedTuple):
 
 
 def command(verb: str, *words: object) -> str:
-    """Return ``raysl VERB WORDS`` with each word quoted as a shell needs it."""
-    return shlex.join(["raysl", *verb.split(), *map(str, words)])
+    """Return ``raysl VERB WORDS``, quoted for a shell and without the passwords of addresses."""
+    return shlex.join(["raysl", *verb.split(), *(hide_passwords(str(word)) for word in words)])
 
 
 def longer_command(typed: Typed, config: RunConfig, *, times: float) -> str:  # type: ignore[type-arg]

@@ -7,13 +7,13 @@ from typing import Annotated, ClassVar, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from raysl.augment.crop import Image
 from raysl.augment.pipeline import device_ops
 from raysl.augment.recipes import SimCLRViews, Views
 from raysl.config.base import Config, Idle, PositiveFloat, PositiveInt
-from raysl.errors import DataError
+from raysl.errors import DataError, hide_passwords
 from raysl.sources.filter import Condition
 from raysl.sources.pixels import PLAIN, ColorProfile, Decoding, Intensity, Pages
 
@@ -37,6 +37,20 @@ class SourceConfig(Config):
     """digits, cifar10, cifar100, stl10; a folder of images (with or without class folders); Parquet
     files or WebDataset .tar shards: a file, a folder of them, a glob, or a range such as
     DIR/{000..099}.tar. A path, or a URI such as s3://bucket/folder."""
+
+    @field_validator("source")
+    @classmethod
+    def _has_no_password(cls, source: str | None) -> str | None:
+        if (
+            source is not None and hide_passwords(source) != source
+        ):  # it is stored, printed and sent to MLflow
+            raise ValueError(
+                "an address of images must not contain a password or a secret key; set the "
+                "variables of its store instead, such as AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY"
+            )
+        return source
+
     image_column: str | None = None
     """Parquet: column of encoded images; null takes 'image', or the only binary column. Tar shards:
     suffix of the image to use in samples with several images."""

@@ -3,9 +3,10 @@
 import re
 from typing import Annotated, ClassVar
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, field_serializer
 
 from raysl.config.base import Config, Idle
+from raysl.errors import hide_passwords
 from raysl.folder.address import check_disk_dir, check_output_dir
 
 OutputDir = Annotated[str, AfterValidator(check_output_dir)]
@@ -34,6 +35,11 @@ class TrackConfig(Config):
     registered_model: _Named | None = None
     """Name of a registered model in MLflow; the encoder becomes its newest version. null does not
     register the encoder."""
+
+    @field_serializer("tracking_uri")
+    def _without_password(self, uri: str | None) -> str | None:
+        """Leave the password out of everything that is written, such as config.yaml and MLflow."""
+        return None if uri is None else hide_passwords(uri)
 
 
 def check_run_name(name: str) -> str:

@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
-from raysl.errors import ConfigError
+from raysl.errors import HIDDEN, ConfigError, hide_passwords
 
 # mlflow/tracking/_tracking_service/utils.py and mlflow/store/db/db_types.py of MLflow 3.
 _DATABASES = ("postgresql", "mysql", "sqlite", "mssql")
@@ -57,7 +57,14 @@ def check_tracking_uri(configured: str | None) -> None:
     if uri is None:
         return
     key = "track.tracking_uri" if configured else "MLFLOW_TRACKING_URI"
-    scheme = _parts_of(uri, key).scheme
+    parts = _parts_of(uri, key)
+    if parts.password == HIDDEN:
+        raise ConfigError(
+            f"{key}={uri}: passwords are not stored, and this address is from a stored "
+            f"configuration; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD and leave "
+            f"them out of the address, or give {key} with its password again"
+        )
+    scheme = parts.scheme
     if len(scheme) < 2 or uri in _DATABRICKS:  # a folder; one letter is a drive
         return
     plugins = {point.name for point in entry_points(group="mlflow.tracking_store")}
@@ -89,11 +96,7 @@ def _parts_of(uri: str, key: str) -> SplitResult:
 
 def without_password(uri: str) -> str:
     """Return a URI with its password replaced by ``***``."""
-    parts = urlsplit(uri)
-    if parts.password is None:
-        return uri
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{parts.username}:***@{host}"))
+    return hide_passwords(uri)
 
 
 def compare_line(configured: str | None, *, folder: Path) -> str:

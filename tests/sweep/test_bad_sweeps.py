@@ -29,7 +29,7 @@ space: {method.temperature: {grid: [0.1, 0.1, abc]}}|space: {method.temperature:
 space: {method.temperature: {grid: [.nan]}}|space: {method.temperature: {grid: [1e300]}}
 space: {method.temperature: {grid: [0.1], uniform: [0, 1]}}|space: {temperature: {grid: [1]}}
 space: {method.temperature: {uniform: [1, 0]}}|space: {method.temperature: {uniform: [0]}}
-space: {method.temperature: {log_uniform: [0, 1]}}|space: {method.temperatur: {grid: [1]}}
+space: {method.temperature: {log_uniform: [0, 1]}}|space: {method.temperatures: {grid: [1]}}
 space: {method.temperature: {log_uniform: [-1, 1]}}|space: {method.name: {grid: [nothing]}}
 space: {train.global_batch_size: {uniform: [1, .inf]}}|space: {name: {grid: [a]}}
 space: {backbone.width: {grid: [1e-7]}}|space: {5: {grid: [1]}}|space: {a..b: {grid: [1]}}
