@@ -1,5 +1,6 @@
 """Checkpoints are written in a thread: what training waits for, and what becomes of errors."""
 
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from raysl.errors import RunFolderError
 from raysl.train.checkpoint_writer import CheckpointWriter
@@ -224,6 +225,24 @@ class TestCopy:
         assert written["method"]._metadata == state._metadata  # type: ignore[attr-defined]
         assert written["method"]["weight"].stride() == conv.weight.stride()
         assert torch.equal(written["method"]["weight"], conv.weight)
+
+    @pytest.mark.parametrize(
+        "value",
+        [
+            torch.arange(6).reshape(2, 3).t(),  # dense, in another order
+            torch.arange(12).reshape(3, 4)[:, ::2],  # with gaps
+            torch.arange(12)[3:9],  # a part of a larger one
+            torch.tensor([0.1, math.nan]).bfloat16(),
+            torch.tensor([True, False]),
+            torch.tensor(5),
+            torch.ones(1).expand(4),
+            torch.empty(0, 3),
+        ],
+    )
+    def test_is_exact_for_every_kind_of_tensor(self, value: Tensor) -> None:
+        for written in self.states({"v": value}, {"v": value}):
+            assert written["v"].dtype == value.dtype
+            assert torch.equal(written["v"].nan_to_num(), value.nan_to_num())
 
     def test_shares_memory_where_the_state_does(self) -> None:
         """Else tied weights would take their space in the file twice."""
