@@ -29,7 +29,7 @@ from typing import TypedDict, final
 HIDDEN = "***"
 """Replaces a password in what is printed or stored."""
 _PASSWORD = re.compile(r"(?<=://)([^\s/?#@:]*):[^\s/?#]*(?=@)")
-_PARAMETER = re.compile(r"(?<=[?&])(password|secret_key|access_key|token)=[^&\s]*", re.IGNORECASE)
+_PARAMETER = re.compile(r"(?<=[?&])(\w*(?:key|secret|token|sig|word))=[^&\s]*", re.IGNORECASE)
 
 
 def hide_passwords(text: str) -> str:

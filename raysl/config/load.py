@@ -15,10 +15,6 @@ from raysl.config.yaml_text import parse_yaml
 from raysl.errors import ConfigError
 
 EXTENDS = "extends"
-# A user with a password, and a key, in an address.
-_SECRET = re.compile(
-    r"(?<=://)[^/\s:@]*:[^/\s@]*(?=@)|(?<=[?&])\w*(key|secret|token|sig|word)=[^&\s]*"
-)
 _LARGEST_INT = 2**63 - 1
 _LARGEST_FLOAT, _SMALLEST_FLOAT = 3.4e38, 1.2e-38  # normal numbers of float32
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
@@ -255,7 +251,6 @@ def validate(model: type[M], values: Mapping[str, Any], *, where: str) -> M:
 
 def bad_keys(problems: Sequence[Problem], *, where: str) -> ConfigError:
     """Build the error that lists all problems."""
-    where = _SECRET.sub("***", where)  # the overrides as typed, perhaps with an address
     heading = f"{where}: {len(problems)} bad key{'s' if len(problems) > 1 else ''}"
     return ConfigError("\n".join([heading, *(f"  {problem.text}" for problem in problems)]))
 
