@@ -240,7 +240,7 @@ def derived_facts(config: RunConfig[Any], derived: Derived) -> dict[str, Any]:
     """Return the derived values; sizes of a worker's part by number of workers, if that varies."""
     facts: dict[str, Any] = derived._asdict()
     if config.cluster.is_elastic:
-        sizes = {n: config.train.global_batch_size // n for n in config.worker_counts}
+        sizes = {str(n): config.train.global_batch_size // n for n in config.worker_counts}
         image = block_spec(config.data).bytes_per_image
         facts["batch_size_per_worker"] = sizes
         facts["item_size"] = {

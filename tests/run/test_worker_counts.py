@@ -7,6 +7,7 @@ import pytest
 from raysl.config.load import validated
 from raysl.errors import ConfigError, listed
 from raysl.run.cluster_config import ClusterConfig
+from raysl.run.environment import flatten_mapping
 from raysl.run.recipe import RunConfig, derive, derived_facts, run_from_user
 
 BASE: dict[str, Any] = {
@@ -90,8 +91,11 @@ def test_sizes_of_a_workers_part_are_those_of_each_number_of_workers() -> None:
     derived = derive(config, num_images=100)
     assert derived.batch_size_per_worker == 24  # the most memory
     facts = derived_facts(config, derived)
-    assert facts["batch_size_per_worker"] == {1: 24, 2: 12, 3: 8, 4: 6}
-    assert facts["item_size"] == {1: 24, 2: 12, 3: 8, 4: 6}
+    sizes = {"1": 24, "2": 12, "3": 8, "4": 6}
+    assert facts["batch_size_per_worker"] == facts["item_size"] == sizes
+    params = flatten_mapping({"derived": facts} | config.model_dump(mode="json"))
+    assert params["derived.batch_size_per_worker.3"] == 8
+    assert params["cluster.num_train_workers.max"] == 4
     fixed = run_from_user(BASE | {"cluster": {"num_train_workers": 2}}, where="test")
     derived = derive(fixed, num_images=100)
     assert derived_facts(fixed, derived) == derived._asdict()
