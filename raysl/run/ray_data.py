@@ -183,7 +183,7 @@ class RemainingDataset:
 
     Args:
         source: Object reference of the source.
-        plan: The order of the images.
+        plan: The order of the images, in items for the fewest train workers of the run.
         spec: The views to make.
         newest_step: Returns the step of the newest complete checkpoint, which is the first step.
         needs: What the run asks of the cluster. Data workers are planned at each start, because
@@ -216,9 +216,12 @@ class RemainingDataset:
             ClusterError: If the nodes that are left have no CPU to make views.
             RunFolderError: If the store of the run's folder cannot be reached.
         """
+        plan = self.plan
+        if self.num_workers != self.needs.worker_counts[0]:
+            plan = plan_for(plan, self.spec, num_workers=self.num_workers)
         return open_dataset(
             self.source,
-            plan_for(self.plan, self.spec, num_workers=self.num_workers),
+            plan,
             self.spec,
             start_step=self.newest_step(),
             layout=layout_for(self.needs._replace(worker_counts=(self.num_workers,))),

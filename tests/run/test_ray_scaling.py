@@ -11,8 +11,12 @@ from ray.train.v2._internal.execution.scaling_policy import NoopDecision, Resize
 from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
+from raysl.augment.crop import Crop
+from raysl.augment.pipeline import View
+from raysl.data.plan import Plan
+from raysl.data.stream import BlockSpec
 from raysl.errors import ClusterError, StoppedError
-from raysl.run import ray_scaling
+from raysl.run import ray_cluster, ray_data, ray_scaling
 from raysl.run.ray_cluster import ClusterNeeds, Node, Nodes
 from raysl.run.ray_scaling import RunFailures, RunScaling, TellWorkers
 from raysl.run.ray_train import _own_or_cluster_error
@@ -254,3 +258,28 @@ def test_lost_nodes_add_up_but_with_a_range_only_without_a_checkpoint_between_th
         found.append(failures.make_decision(lost).value)
         assert failures.make_decision(no_room).value == "RETRY"
     assert " ".join(found) == decisions
+
+
+def test_the_rest_of_a_run_is_opened_in_items_for_the_workers_that_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    opened: list[tuple[int, int]] = []
+    monkeypatch.setattr(ray_cluster, "all_nodes", lambda: nodes(8.0).all)
+    monkeypatch.setattr(
+        ray_data,
+        "open_dataset",
+        lambda _, plan, *__, layout, **___: opened.append(
+            (plan.item_size, layout.num_train_workers)
+        ),
+    )
+    dataset = ray_data.RemainingDataset(
+        None,
+        Plan([64], seed=0, global_batch_size=24, item_size=24, num_steps=2),
+        BlockSpec((View(count=2, size_px=8, crop=Crop()),)),
+        checkpoints=tmp_path,
+        needs=ClusterNeeds((1, 2, 3), "cpu", 1.0, None, None),
+    )
+    for count in (1, 3, 2, 1):
+        TellWorkers(dataset).before_worker_group_start(SimpleNamespace(num_workers=count))
+        dataset()
+    assert opened == [(24, 1), (8, 3), (12, 2), (24, 1)]
