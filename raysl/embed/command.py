@@ -20,6 +20,7 @@ from raysl.embed.source import (
     other_decoding,
 )
 from raysl.evaluate.embedding import Chunk, ChunkPlan, EmbeddingSpec, stream_here
+from raysl.folder.address import is_address
 from raysl.report.progress import CountView
 from raysl.report.terminal import console, mapping_table, print_json, say, say_notes
 from raysl.run.ray_cluster import connect, disconnect
@@ -81,7 +82,13 @@ def run(arguments: argparse.Namespace) -> int:
         stack.callback(view.close)
         make_chunks = _chunk_maker(config, stack)
         result = embed_source(
-            source, encoder, config, arguments.output, make=make_chunks, view=view
+            source,
+            encoder,
+            config,
+            arguments.output,
+            make=make_chunks,
+            view=view,
+            address=arguments.encoder if is_address(arguments.encoder) else None,
         )
     seconds = time.monotonic() - began
     _say_result(result, seconds=seconds)

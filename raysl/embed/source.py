@@ -140,6 +140,7 @@ def embed_source(
     *,
     make: MakeChunks,
     view: CountProgress,
+    address: str | None = None,
 ) -> EmbedResult:
     """Embed a source into a folder, or resume an unfinished one.
 
@@ -150,6 +151,7 @@ def embed_source(
         output: A local path or a URI such as s3://bucket/folder.
         make: Computes the chunks.
         view: Displays the progress.
+        address: Where later commands find the encoder, if ``encoder`` is a local copy.
 
     Raises:
         DataError: If the folder belongs to another encoder, source or other settings, cannot be
@@ -166,7 +168,7 @@ def embed_source(
             about = {
                 "wanted": identity,
                 "source": absolute_source(config.source),
-                "encoder_path": str(encoder),
+                "encoder_path": address or str(encoder),
                 "settings": config.model_dump(mode="json"),
                 **_encoder_facts(encoder, embedding),
             }

@@ -93,6 +93,13 @@ def test_an_evaluation_copies_the_run_to_a_disk_and_only_its_own(
         load_evaluation(run, [], home=tmp_path)
 
 
+def test_embeddings_name_their_encoder_in_the_store(run: str, tmp_path: Path) -> None:
+    assert main(["embed", "digits", run, "out", "limit=8", "num_workers=0"]) == 0
+    records = [path.read_text() for path in (tmp_path / "out").rglob("*.json")]
+    assert any(run in text for text in records)
+    assert not any(str(scratch_base()) in text for text in records)
+
+
 def test_an_export_of_a_run_in_a_store_needs_a_folder(
     run: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
