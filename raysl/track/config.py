@@ -1,9 +1,14 @@
 """The settings of a run's name, folder and tracking."""
 
 import re
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, Field, field_serializer
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from raysl.config.base import Config, Idle
 from raysl.errors import hide_passwords
@@ -36,10 +41,13 @@ class TrackConfig(Config):
     """Name of a registered model in MLflow; the encoder becomes its newest version. null does not
     register the encoder."""
 
-    @field_serializer("tracking_uri")
-    def _without_password(self, uri: str | None) -> str | None:
+    @model_serializer(mode="wrap")
+    def _without_password(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave the password out of everything that is written, such as config.yaml and MLflow."""
-        return None if uri is None else hide_passwords(uri)
+        values: dict[str, Any] = serialize(self)
+        if values.get("tracking_uri"):
+            values["tracking_uri"] = hide_passwords(values["tracking_uri"])
+        return values
 
 
 def check_run_name(name: str) -> str:
