@@ -26,6 +26,7 @@ from raysl.run.measuring import Place
 from raysl.run.ray_cluster import all_nodes, in_background, threads_for
 from raysl.run.ray_errors import wrapped_errors
 from raysl.run.ray_notes import Notes
+from raysl.run.ray_stopped import beats
 from raysl.run.ray_validate import Evaluator, Share
 from raysl.run.recipe import run_from_values
 from raysl.run.stored import shown_in_errors, start_worker, worker_folder
@@ -78,7 +79,7 @@ def _train(
         sees_files = folder.stored is None
         evaluator = Evaluator(config, share, num_ranks=num_ranks, sees_files=sees_files)
     try:
-        with shown_in_errors(folder):
+        with shown_in_errors(folder), beats(folder, rank=rank, limit_s=config.health.max_step_s):
             return pretrain(
                 config,
                 folder=folder,
@@ -100,7 +101,7 @@ def _train(
         )
         if own_error is None:
             raise
-        if rank_and_size()[1] == 1 or own_error.on_every_rank:
+        if num_ranks == 1 or own_error.on_every_rank:
             return to_record(own_error)
         write_error(folder, own_error)
         _published(folder)  # if the store is down too, that is not what ended the run

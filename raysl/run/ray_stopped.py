@@ -1,0 +1,131 @@
+"""Notice a train worker whose process does not run at all, and end it, so that Ray replaces it.
+
+A worker notices by itself that a step hangs (:mod:`raysl.run.watchdog`), but not that its process
+is stopped, or that a thread keeps Python's lock. Ray takes ten minutes to notice it. So each worker
+writes a small file from a thread, and the driver ends a worker whose file does not change for long.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raysl.folder.whole import read_json, write_json
+from raysl.track.events import note_hang
+from raysl.track.run_folder import RunFolder
+from raysl.track.step_note import read_step_note
+
+_BEATS = 10  # per limit
+_SHORTEST_BEAT_S = 0.5
+_PATIENCE = 1.5  # limits without a beat
+_NOTES = ".beat-{}.json"
+_KILL_TIMEOUT_S = 60.0
+_TITLE = "RayTrainWorker"  # in the command line of such a process
+
+Kill = Callable[[dict[str, Any]], bool]
+"""Ends the process of a note, and returns whether it was there."""
+
+
+@contextmanager
+def beats(folder: RunFolder, *, rank: int, limit_s: float | None) -> Iterator[None]:
+    """Show within the block that the process of a train worker runs."""
+    if limit_s is None:
+        yield
+        return
+    path, is_over = folder.path / _NOTES.format(rank), threading.Event()
+    facts = {
+        **{"rank": rank, "pid": os.getpid()},
+        "node": ray.get_runtime_context().get_node_id(),
+    }
+
+    def beat() -> None:
+        while True:
+            with suppress(OSError):
+                if folder.config.exists():  # else the folder is gone, and must not come back
+                    write_json(path, {**facts, "time": time.time()})
+            if is_over.wait(_every_s(limit_s)):
+                return
+
+    thread = threading.Thread(target=beat, name="raysl-beats", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def ends_stopped_workers(
+    folder: RunFolder, *, limit_s: float | None, kill: Kill | None = None
+) -> Iterator[None]:
+    """End within the block, in the driver, each train worker whose process does not run.
+
+    Args:
+        folder: The run folder.
+        limit_s: ``health.max_step_s``; None ends none.
+        kill: Replaces the end of a process, in tests.
+    """
+    if limit_s is None:
+        yield
+        return
+    is_over = threading.Event()
+    last: dict[Path, tuple[Any, float]] = {}  # each note, and when it changed
+
+    def look(path: Path) -> None:
+        note, now = read_json(path), time.monotonic()
+        if note is None or path not in last or last[path][0] != note:
+            last[path] = note, now
+        elif now - last[path][1] > _PATIENCE * limit_s:
+            last[path] = note, float("inf")  # once
+            if (kill or _kill_on_node)(note):
+                note_hang(
+                    folder,
+                    f"train worker {note['rank']} hangs: its process {note['pid']} has not run for "
+                    f"{_PATIENCE * limit_s:.0f} s (health.max_step_s={limit_s:g}), and was ended",
+                    step=read_step_note(folder.last_step),
+                )
+
+    def watch() -> None:
+        while not is_over.wait(_every_s(limit_s)):
+            for path in folder.path.glob(_NOTES.format("*")):
+                with suppress(OSError, ray.exceptions.RayError):
+                    look(path)
+
+    thread = threading.Thread(target=watch, name="raysl-stopped", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+
+
+def _kill_on_node(note: dict[str, Any]) -> bool:
+    place = NodeAffinitySchedulingStrategy(note["node"], soft=False)
+    task = ray.remote(kill_worker).options(num_cpus=0, scheduling_strategy=place)
+    return bool(ray.get(task.remote(note["pid"]), timeout=_KILL_TIMEOUT_S))
+
+
+def kill_worker(pid: int) -> bool:
+    """End a train worker on this node; return whether the process was there."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        if _TITLE.encode() not in command:  # another process got the number
+            return False
+        os.kill(pid, signal.SIGKILL)
+    except OSError:
+        return False
+    return True
+
+
+def _every_s(limit_s: float) -> float:
+    return max(_SHORTEST_BEAT_S, limit_s / _BEATS)
