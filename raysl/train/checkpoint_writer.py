@@ -6,12 +6,9 @@ page-locked, for which torch rounds each tensor up to a power of two, so at most
 """
 
 import copy
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -22,7 +19,6 @@ from torch import Tensor
 
 from raysl.errors import RunFolderError
 
-_NICENESS = 10  # of the thread: checksums must not slow down the training step
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 5.0, 60.0
 
 Write = Callable[[Any, int], None]
@@ -112,7 +108,6 @@ class CheckpointWriter:
             self._changed.wait_for(lambda: self._waiting is None)
 
     def _run(self) -> None:
-        _lower_priority()
         try:
             while (waiting := self._next()) is not None:
                 problem, is_final = self._attempt(*waiting)
@@ -253,9 +248,3 @@ def _bytes(dense: Tensor) -> npt.NDArray[np.uint8]:
     flat = dense.as_strided((dense.numel(),), (1,))
     result: npt.NDArray[np.uint8] = flat.view(torch.uint8).numpy()
     return result
-
-
-def _lower_priority() -> None:
-    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
