@@ -16,14 +16,48 @@ from raysl.run.waiting import Note
 T = TypeVar("T")
 
 _NAMESPACE = b"raysl"
+_NOTE = "note"
 _FIRST_BATCH = "first batch"
 _TELL_EVERY_S = 5.0
 
 
+class Board:
+    """Small values that the processes of one run tell each other.
+
+    Ray's key-value store needs no process of its own and no common disk, and is there in every
+    process.
+
+    Args:
+        kind: What the values are about.
+        run: A text that names the run in the cluster.
+    """
+
+    def __init__(self, kind: str, run: str) -> None:
+        self._prefix = f"{kind}/{run}/".encode()
+
+    def write(self, name: str, value: Any) -> None:
+        """Write a value that JSON can hold, instead of an earlier one."""
+        key, text = self._prefix + name.encode(), json.dumps(value).encode()
+        internal_kv._internal_kv_put(key, text, overwrite=True, namespace=_NAMESPACE)
+
+    def read(self, name: str) -> Any:
+        """Return a value; None if there is none."""
+        key = self._prefix + name.encode()
+        text = internal_kv._internal_kv_get(key, namespace=_NAMESPACE)
+        return None if text is None else json.loads(text)
+
+    def names(self) -> list[str]:
+        """Return the names of all values."""
+        keys: list[bytes] = internal_kv._internal_kv_list(self._prefix, namespace=_NAMESPACE)
+        return [key.removeprefix(self._prefix).decode() for key in keys]
+
+    def remove(self, name: str) -> None:
+        """Remove a value, if it is there."""
+        internal_kv._internal_kv_del(self._prefix + name.encode(), namespace=_NAMESPACE)
+
+
 class Notes:
     """What one run waits for: its controller and its rank 0 write it, its driver reads it.
-
-    Ray's store needs no process of its own and no common disk, and is there in every process.
 
     Args:
         run: A text that names the run in the cluster.
@@ -31,24 +65,20 @@ class Notes:
 
     def __init__(self, run: str) -> None:
         self.run = run
+        self._board = Board("waits", run)
 
     def write(self, phase: str, text: str) -> None:
         """Write what the run waits for, instead of what it waited for before."""
-        value = json.dumps(Note(phase, text)).encode()
-        internal_kv._internal_kv_put(self._key, value, overwrite=True, namespace=_NAMESPACE)
+        self._board.write(_NOTE, Note(phase, text))
 
     def read(self) -> Note | None:
         """Return what the run waits for; None if nothing."""
-        value = internal_kv._internal_kv_get(self._key, namespace=_NAMESPACE)
-        return None if value is None else Note(*json.loads(value))
+        value = self._board.read(_NOTE)
+        return None if value is None else Note(*value)
 
     def clear(self) -> None:
         """Write that the run waits for nothing."""
-        internal_kv._internal_kv_del(self._key, namespace=_NAMESPACE)
-
-    @property
-    def _key(self) -> bytes:
-        return f"waits/{self.run}".encode()
+        self._board.remove(_NOTE)
 
 
 def first_batch_with_notes(notes: Notes) -> Callable[["Future[T]"], T]:

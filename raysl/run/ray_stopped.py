@@ -2,7 +2,7 @@
 
 A worker notices by itself that a step hangs (:mod:`raysl.run.watchdog`), but not that its process
 is stopped, or that a thread keeps Python's lock. Ray takes ten minutes to notice it. So each worker
-writes a small file from a thread, and the driver ends a worker whose file does not change for long.
+writes a small note from a thread, and the driver ends a worker whose note does not change for long.
 """
 
 import os
@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raysl.folder.whole import read_json, write_json
+from raysl.run.ray_notes import Board
 from raysl.track.events import note_hang
 from raysl.track.run_folder import RunFolder
 from raysl.track.step_note import read_step_note
@@ -25,7 +25,6 @@ from raysl.track.step_note import read_step_note
 _BEATS = 10  # per limit
 _SHORTEST_BEAT_S = 0.5
 _PATIENCE = 1.5  # limits without a beat
-_NOTES = ".beat-{}.json"
 _KILL_TIMEOUT_S = 60.0
 _TITLE = "RayTrainWorker"  # in the command line of such a process
 
@@ -33,13 +32,42 @@ Kill = Callable[[dict[str, Any]], bool]
 """Ends the process of a note, and returns whether it was there."""
 
 
+class Notes(Protocol):
+    """The notes of a run's workers by rank; a :class:`Board`, or a substitute in tests."""
+
+    def write(self, name: str, value: Any) -> None:
+        """Write the note of a rank."""
+        ...
+
+    def read(self, name: str) -> Any:
+        """Return the note of a rank; None if there is none."""
+        ...
+
+    def names(self) -> list[str]:
+        """Return the ranks with a note."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Remove the note of a rank."""
+        ...
+
+
+def beats_of(run: str) -> Notes:
+    """Return where the workers of a run show that they run.
+
+    Args:
+        run: A text that names the run in the cluster.
+    """
+    return Board("beats", run)
+
+
 @contextmanager
-def beats(folder: RunFolder, *, rank: int, limit_s: float | None) -> Iterator[None]:
+def beats(notes: Notes, *, rank: int, limit_s: float | None) -> Iterator[None]:
     """Show within the block that the process of a train worker runs."""
     if limit_s is None:
         yield
         return
-    path, is_over = folder.path / _NOTES.format(rank), threading.Event()
+    is_over = threading.Event()
     facts = {
         **{"rank": rank, "pid": os.getpid()},
         "node": ray.get_runtime_context().get_node_id(),
@@ -47,9 +75,8 @@ def beats(folder: RunFolder, *, rank: int, limit_s: float | None) -> Iterator[No
 
     def beat() -> None:
         while True:
-            with suppress(OSError):
-                if folder.config.exists():  # else the folder is gone, and must not come back
-                    write_json(path, {**facts, "time": time.time()})
+            with suppress(ray.exceptions.RayError):
+                notes.write(str(rank), {**facts, "time": time.time()})
             if is_over.wait(_every_s(limit_s)):
                 return
 
@@ -60,33 +87,36 @@ def beats(folder: RunFolder, *, rank: int, limit_s: float | None) -> Iterator[No
     finally:
         is_over.set()
         thread.join()
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
+        with suppress(ray.exceptions.RayError):
+            notes.remove(str(rank))
 
 
 @contextmanager
 def ends_stopped_workers(
-    folder: RunFolder, *, limit_s: float | None, kill: Kill | None = None
+    folder: RunFolder, notes: Notes, *, limit_s: float | None, kill: Kill | None = None
 ) -> Iterator[None]:
     """End within the block, in the driver, each train worker whose process does not run.
 
     Args:
-        folder: The run folder.
+        folder: The run folder, where it is told.
+        notes: The notes of the run's workers; those of an earlier start are removed.
         limit_s: ``health.max_step_s``; None ends none.
         kill: Replaces the end of a process, in tests.
     """
+    for rank in notes.names():
+        notes.remove(rank)
     if limit_s is None:
         yield
         return
     is_over = threading.Event()
-    last: dict[Path, tuple[Any, float]] = {}  # each note, and when it changed
+    last: dict[str, tuple[Any, float]] = {}  # each note, and when it changed
 
-    def look(path: Path) -> None:
-        note, now = read_json(path), time.monotonic()
-        if note is None or path not in last or last[path][0] != note:
-            last[path] = note, now
-        elif now - last[path][1] > _PATIENCE * limit_s:
-            last[path] = note, float("inf")  # once
+    def look(rank: str) -> None:
+        note, now = notes.read(rank), time.monotonic()
+        if note is None or rank not in last or last[rank][0] != note:
+            last[rank] = note, now
+        elif now - last[rank][1] > _PATIENCE * limit_s:
+            last[rank] = note, float("inf")  # once
             if (kill or _kill_on_node)(note):
                 note_hang(
                     folder,
@@ -97,9 +127,9 @@ def ends_stopped_workers(
 
     def watch() -> None:
         while not is_over.wait(_every_s(limit_s)):
-            for path in folder.path.glob(_NOTES.format("*")):
-                with suppress(OSError, ray.exceptions.RayError):
-                    look(path)
+            with suppress(OSError, ray.exceptions.RayError):
+                for rank in notes.names():
+                    look(rank)
 
     thread = threading.Thread(target=watch, name="raysl-stopped", daemon=True)
     thread.start()
@@ -107,6 +137,7 @@ def ends_stopped_workers(
         yield
     finally:
         is_over.set()
+        thread.join()
 
 
 def _kill_on_node(note: dict[str, Any]) -> bool:

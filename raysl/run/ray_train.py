@@ -27,7 +27,7 @@ from raysl.run.ray_data import RemainingDataset, execution_options
 from raysl.run.ray_group import BatchOptions, ProcessGroupConfig, train_worker
 from raysl.run.ray_notes import Notes
 from raysl.run.ray_scaling import RunFailures, RunScaling, TellWorkers
-from raysl.run.ray_stopped import ends_stopped_workers
+from raysl.run.ray_stopped import beats_of, ends_stopped_workers
 from raysl.run.ray_validate import evaluator_share
 from raysl.run.recipe import RunConfig, block_spec, plan_of
 from raysl.run.scaling import Pace
@@ -65,7 +65,8 @@ def pretrain_on_ray(
     folder.stop.unlink(missing_ok=True)
     folder.publish(waits=True)
     try:
-        watched = ends_stopped_workers(folder, limit_s=config.health.max_step_s)
+        beats = beats_of(str(folder.path))
+        watched = ends_stopped_workers(folder, beats, limit_s=config.health.max_step_s)
         with stops_after_step(folder.stop.touch), watched:
             # Run `fit` in a thread, so that Ctrl-C interrupts only the wait and the caller
             # disconnects. In the main thread, Ray would end the process with its own error.

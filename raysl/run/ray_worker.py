@@ -26,7 +26,7 @@ from raysl.run.measuring import Place
 from raysl.run.ray_cluster import all_nodes, in_background, threads_for
 from raysl.run.ray_errors import wrapped_errors
 from raysl.run.ray_notes import Notes
-from raysl.run.ray_stopped import beats
+from raysl.run.ray_stopped import beats, beats_of
 from raysl.run.ray_validate import Evaluator, Share
 from raysl.run.recipe import run_from_values
 from raysl.run.stored import shown_in_errors, start_worker, worker_folder
@@ -79,7 +79,8 @@ def _train(
         sees_files = folder.stored is None
         evaluator = Evaluator(config, share, num_ranks=num_ranks, sees_files=sees_files)
     try:
-        with shown_in_errors(folder), beats(folder, rank=rank, limit_s=config.health.max_step_s):
+        beating = beats(beats_of(settings["folder"]), rank=rank, limit_s=config.health.max_step_s)
+        with shown_in_errors(folder), beating:
             return pretrain(
                 config,
                 folder=folder,

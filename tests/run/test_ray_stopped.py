@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import ray
 
-from raysl.folder.whole import read_json, write_json
 from raysl.run import ray_stopped
 from raysl.run.ray_stopped import beats, ends_stopped_workers, kill_worker
 from raysl.track.run_folder import RunFolder, read_metrics
 
 SOON_S = 10.0
+STOPPED = {"rank": 0, "pid": 77, "node": "here", "time": 1.0}
 
 
 @pytest.fixture(autouse=True)
@@ -40,27 +40,31 @@ def until(condition: Callable[[], Any]) -> None:
         time.sleep(0.01)
 
 
-def note(folder: RunFolder, rank: int = 0) -> Path:
-    return folder.path / f".beat-{rank}.json"
+class Notes(dict[str, Any]):
+    """The notes of a run's workers, without a cluster."""
+
+    write = dict.__setitem__
+    read = dict.get
+    names = dict.copy
+
+    def remove(self, name: str) -> None:
+        self.pop(name, None)
 
 
 class TestBeats:
-    def test_go_on_as_long_as_the_process_runs_and_leave_nothing(self, folder: RunFolder) -> None:
-        with beats(folder, rank=1, limit_s=0.2):
-            until(note(folder, 1).exists)
-            first = read_json(note(folder, 1))
-            until(lambda: read_json(note(folder, 1)) != first)
-            assert (first or {}).keys() == {"rank", "pid", "node", "time"}
-        assert not note(folder, 1).exists()
+    def test_go_on_as_long_as_the_process_runs_and_leave_nothing(self) -> None:
+        notes = Notes()
+        with beats(notes, rank=1, limit_s=0.2):
+            until(lambda: "1" in notes)
+            first = notes["1"]
+            until(lambda: notes["1"] != first)
+            assert first.keys() == {"rank", "pid", "node", "time"}
+        assert not notes
 
-    def test_do_not_bring_a_deleted_folder_back(self, tmp_path: Path) -> None:
-        with beats(RunFolder(tmp_path / "gone"), rank=0, limit_s=0.2):
-            time.sleep(0.1)
-        assert not (tmp_path / "gone").exists()
-
-    def test_without_a_limit_are_none(self, folder: RunFolder) -> None:
-        with beats(folder, rank=0, limit_s=None):
-            assert not note(folder).exists()
+    def test_without_a_limit_are_none(self) -> None:
+        notes = Notes()
+        with beats(notes, rank=0, limit_s=None):
+            assert not notes
 
 
 class TestStoppedWorkers:
@@ -71,8 +75,9 @@ class TestStoppedWorkers:
             killed.append(stopped["pid"])
             return True
 
-        write_json(note(folder), {"rank": 0, "pid": 77, "node": "here", "time": 1.0})
-        with ends_stopped_workers(folder, limit_s=0.1, kill=kill):
+        notes = Notes()
+        with ends_stopped_workers(folder, notes, limit_s=0.1, kill=kill):
+            notes["0"] = STOPPED
             until(lambda: killed)
             time.sleep(0.4)
         assert killed == [77]
@@ -81,20 +86,30 @@ class TestStoppedWorkers:
 
     def test_that_are_not_there_any_more_are_not_told(self, folder: RunFolder) -> None:
         asked: list[int] = []
-        write_json(note(folder), {"rank": 0, "pid": 77, "node": "here", "time": 1.0})
+        notes = Notes()
         kill = lambda stopped: bool(asked.append(stopped["pid"]))  # noqa: E731
-        with ends_stopped_workers(folder, limit_s=0.1, kill=kill):
+        with ends_stopped_workers(folder, notes, limit_s=0.1, kill=kill):
+            notes["0"] = STOPPED
             until(lambda: asked)
         assert not folder.events.exists()
 
     def test_do_not_include_one_that_beats(self, folder: RunFolder) -> None:
         killed: list[int] = []
+        notes = Notes()
         kill = lambda stopped: bool(killed.append(stopped["pid"]))  # noqa: E731
         with (
-            beats(folder, rank=0, limit_s=1.0),
-            ends_stopped_workers(folder, limit_s=1.0, kill=kill),
+            ends_stopped_workers(folder, notes, limit_s=1.0, kill=kill),
+            beats(notes, rank=0, limit_s=1.0),
         ):
             time.sleep(2.5)
+        assert killed == []
+
+    def test_of_an_earlier_start_are_forgotten(self, folder: RunFolder) -> None:
+        killed: list[int] = []
+        kill = lambda stopped: bool(killed.append(stopped["pid"]))  # noqa: E731
+        notes = Notes({"0": STOPPED})
+        with ends_stopped_workers(folder, notes, limit_s=0.1, kill=kill):
+            time.sleep(0.5)
         assert killed == []
 
 
@@ -106,6 +121,8 @@ class TestKill:
         def start(title: str) -> int:
             command = [sys.executable, "-c", "import time; time.sleep(60)", title]
             started.append(subprocess.Popen(command))
+            line = Path(f"/proc/{started[-1].pid}/cmdline")
+            until(lambda: title.encode() in line.read_bytes())  # empty while the process starts
             return started[-1].pid
 
         yield start
