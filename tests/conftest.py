@@ -35,6 +35,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 2 if config.args_source is not pytest.Config.ArgsSource.ARGS else 0
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let one process run all tests on Ray, from the start, and the other process the rest.
 
