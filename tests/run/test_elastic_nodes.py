@@ -19,7 +19,7 @@ from raysl.data.stream import ItemMaker, iterate, join_chunks
 from raysl.run import ray_group
 from raysl.run.recipe import block_spec, load_run, plan_of
 from raysl.sources.open import open_source
-from raysl.track.run_folder import RunFolder, read_metrics
+from raysl.track.run_folder import RunFolder, latest_step, read_metrics
 
 pytestmark = [
     pytest.mark.ray,
@@ -114,7 +114,7 @@ def test_a_node_that_comes_gives_the_run_another_worker_after_its_next_checkpoin
         target=lambda: statuses.append(main(["pretrain", str(config), *CALM, *ELASTIC]))
     )
     training.start()
-    while training.is_alive() and not (folder.path / "seen-by-0-of-1.jsonl").exists():
+    while training.is_alive() and not latest_step(folder.checkpoints):
         time.sleep(0.1)
     one_node.add_node(num_cpus=2, object_store_memory=200 << 20)  # only in the main thread
     (folder.path / "added").touch()
