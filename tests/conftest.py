@@ -2,12 +2,15 @@
 
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 # Before anything loads torch or Ray, and inherited by every process the tests start. Threads that
 # wait must sleep; Ray's report interval, start-up patience and noise are for tests.
@@ -35,23 +38,28 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 2 if config.args_source is not pytest.Config.ArgsSource.ARGS else 0
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let one process run all tests on Ray, from the start, and the other process the rest.
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """Let one process run all files with tests on Ray, and the other process the rest."""
+    return _OneForRay(config, log)
+
+
+class _OneForRay(LoadScopeScheduling):
+    """Sends whole files to the processes, and those with tests on Ray to the same one.
 
     Two tests on Ray at the same time would slow each other down until something times out. The
-    other tests wait much less and use one core, file by file; the pool of ranks is started once.
+    other tests wait much less and use one core. The pool of ranks is started by one process.
     """
-    items.sort(key=lambda item: not _is_on_ray(item))
-    for item in items:
-        folder = item.path.parent.name
-        other = folder if folder == "distributed" else str(item.path)
-        item.add_marker(pytest.mark.xdist_group("ray" if _is_on_ray(item) else other))
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = Path(nodeid.partition("::")[0])
+        if _is_on_ray(self.config.rootpath / path):
+            return "ray"
+        return path.parent.name if path.parent.name == "distributed" else str(path)
 
 
-def _is_on_ray(item: pytest.Item) -> bool:
-    names = getattr(item, "fixturenames", ())
-    return item.get_closest_marker("ray") is not None or "ray_cluster" in names
+@cache
+def _is_on_ray(path: Path) -> bool:
+    return re.search(r"mark\.ray\b|ray_cluster\b", path.read_text()) is not None
 
 
 RUN = """\
