@@ -13,7 +13,7 @@ check:
 	uv run mypy
 	uv run codespell
 
-test:  # no cluster, no second process: under a minute
+test:  # no cluster: under a minute
 	uv run pytest -m "not ray and not distributed and not slow"
 
 test-all:

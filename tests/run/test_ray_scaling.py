@@ -276,7 +276,7 @@ def test_the_rest_of_a_run_is_opened_in_items_for_the_workers_that_start(
         None,
         Plan([64], seed=0, global_batch_size=24, item_size=24, num_steps=2),
         BlockSpec((View(count=2, size_px=8, crop=Crop()),)),
-        checkpoints=tmp_path,
+        newest_step=lambda: 0,
         needs=ClusterNeeds((1, 2, 3), "cpu", 1.0, None, None),
     )
     for count in (1, 3, 2, 1):
