@@ -13,6 +13,7 @@ from raysl.run.cluster_config import ClusterConfig
 from raysl.run.measuring import Place
 from raysl.run.recipe import RunConfig, block_spec, plan_of
 from raysl.run.stop import ends_when_hung, stops_after_step
+from raysl.run.watchdog import OnHang
 from raysl.run.worker import pretrain
 from raysl.sources.source import Source
 from raysl.track.results import Results
@@ -73,7 +74,7 @@ def pretrain_here(
             evaluated=evaluated,
             sets=sets,
             stops=stop.is_set,
-            hung=hung,
+            on_hang=OnHang(hung),
         )
 
 

@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raysl.run.ray_notes import Board
+from raysl.run.notes import Notes
 from raysl.track.events import note_hang
 from raysl.track.run_folder import RunFolder
 from raysl.track.step_note import read_step_note
@@ -30,35 +30,6 @@ _TITLE = "RayTrainWorker"  # in the command line of such a process
 
 Kill = Callable[[dict[str, Any]], bool]
 """Ends the process of a note, and returns whether it was there."""
-
-
-class Notes(Protocol):
-    """The notes of a run's workers by rank; a :class:`Board`, or a substitute in tests."""
-
-    def write(self, name: str, value: Any) -> None:
-        """Write the note of a rank."""
-        ...
-
-    def read(self, name: str) -> Any:
-        """Return the note of a rank; None if there is none."""
-        ...
-
-    def names(self) -> list[str]:
-        """Return the ranks with a note."""
-        ...
-
-    def remove(self, name: str) -> None:
-        """Remove the note of a rank."""
-        ...
-
-
-def beats_of(run: str) -> Notes:
-    """Return where the workers of a run show that they run.
-
-    Args:
-        run: A text that names the run in the cluster.
-    """
-    return Board("beats", run)
 
 
 @contextmanager

@@ -25,9 +25,9 @@ from raysl.run.ray_cluster import (
 )
 from raysl.run.ray_data import RemainingDataset, execution_options
 from raysl.run.ray_group import BatchOptions, ProcessGroupConfig, train_worker
-from raysl.run.ray_notes import Notes
+from raysl.run.ray_notes import Board, Notes
 from raysl.run.ray_scaling import RunFailures, RunScaling, TellWorkers
-from raysl.run.ray_stopped import beats_of, ends_stopped_workers
+from raysl.run.ray_stopped import ends_stopped_workers
 from raysl.run.ray_validate import evaluator_share
 from raysl.run.recipe import RunConfig, block_spec, plan_of
 from raysl.run.scaling import Pace
@@ -65,7 +65,7 @@ def pretrain_on_ray(
     folder.stop.unlink(missing_ok=True)
     folder.publish(waits=True)
     try:
-        beats = beats_of(str(folder.path))
+        beats = Board("beats", str(folder.path))
         watched = ends_stopped_workers(folder, beats, limit_s=config.health.max_step_s)
         with stops_after_step(folder.stop.touch), watched:
             # Run `fit` in a thread, so that Ctrl-C interrupts only the wait and the caller

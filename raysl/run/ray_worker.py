@@ -25,11 +25,12 @@ from raysl.nn.collectives import broadcast_object, rank_and_size
 from raysl.run.measuring import Place
 from raysl.run.ray_cluster import all_nodes, in_background, threads_for
 from raysl.run.ray_errors import wrapped_errors
-from raysl.run.ray_notes import Notes
-from raysl.run.ray_stopped import beats, beats_of
+from raysl.run.ray_notes import Board, Notes
+from raysl.run.ray_stopped import beats
 from raysl.run.ray_validate import Evaluator, Share
 from raysl.run.recipe import run_from_values
 from raysl.run.stored import shown_in_errors, start_worker, worker_folder
+from raysl.run.watchdog import OnHang
 from raysl.run.worker import pretrain
 from raysl.track.results import Results
 from raysl.track.run_folder import RunFolder, read_error, write_error
@@ -79,7 +80,9 @@ def _train(
         sees_files = folder.stored is None
         evaluator = Evaluator(config, share, num_ranks=num_ranks, sees_files=sees_files)
     try:
-        beating = beats(beats_of(settings["folder"]), rank=rank, limit_s=config.health.max_step_s)
+        beating = beats(
+            Board("beats", settings["folder"]), rank=rank, limit_s=config.health.max_step_s
+        )
         with shown_in_errors(folder), beating:
             return pretrain(
                 config,
@@ -91,7 +94,7 @@ def _train(
                 open_batches=lambda: batches,
                 begin=evaluator,
                 stops=folder.stop.exists,
-                hung=lambda text: _end_hung(folder),
+                on_hang=OnHang(lambda text: _end_hung(folder), Board("hangs", settings["folder"])),
             )
     except StoppedError as error:  # on every rank
         return to_record(_published(folder) or error)

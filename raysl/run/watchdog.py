@@ -1,9 +1,9 @@
 """Notice a training step that does not end, and say which worker hangs, where and since when.
 
 Each rank watches itself in a thread: a worker that waits for another one waits as long as that one
-hangs. So every rank writes its stacks and what it is doing into the run folder, and the one that is
-not waiting for the others is named. A process that does not run at all writes nothing, which names
-it too.
+hangs. So every rank writes its stacks into the run folder and leaves a note of what it is doing,
+and the one that is not waiting for the others is named. A process that does not run at all writes
+nothing, which names it too.
 """
 
 import faulthandler
@@ -17,8 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from raysl.folder.whole import read_json, write_json
 from raysl.nn.collectives import rank_and_size
+from raysl.run.notes import FolderNotes, Notes
 from raysl.track.events import note_hang
 from raysl.track.run_folder import RunFolder
 from raysl.track.step_note import StepNote
@@ -38,6 +38,14 @@ Tell = Callable[[int, str], None]
 """Receives the step and a line about the workers that hang, on one of the ranks."""
 
 
+class OnHang(NamedTuple):
+    """What to do when a training hangs."""
+
+    end: End
+    notes: Notes | None = None
+    """Where the ranks tell each other what they are doing; None is the run folder."""
+
+
 class Stuck(NamedTuple):
     """What a rank was doing when it made no progress."""
 
@@ -52,7 +60,7 @@ class Stuck(NamedTuple):
 
 @contextmanager
 def watch(
-    folder: RunFolder, *, start_step: int, limit_s: float | None, end: End | None
+    folder: RunFolder, *, start_step: int, limit_s: float | None, on_hang: OnHang | None
 ) -> Iterator[Doing]:
     """Provide what the loop of this rank tells of each step within a block.
 
@@ -62,15 +70,18 @@ def watch(
         folder: The run folder.
         start_step: Number of steps already done.
         limit_s: Seconds without progress; None never ends a training.
-        end: Ends a training that hangs; None lets it hang.
+        on_hang: What to do then; None lets a training hang.
     """
     rank, size = rank_and_size()
+    end, notes = on_hang or OnHang(end=lambda text: None)
     watchdog = Watchdog(
         folder.stacks,
+        shown=folder.shown(folder.stacks),
+        notes=FolderNotes(folder.stacks) if notes is None else notes,
         rank=rank,
         size=size,
-        limit_s=None if end is None else limit_s,
-        end=end or (lambda text: None),
+        limit_s=None if on_hang is None else limit_s,
+        end=end,
         tell=lambda step, text: note_hang(folder, text, step=step),
     )
     if rank != 0:
@@ -92,7 +103,9 @@ class Watchdog:
     Time in which the process was stopped as a whole does not count.
 
     Args:
-        folder: Where the ranks write what they are doing; its parent must exist.
+        folder: Where this rank writes its stacks; its parent must exist.
+        shown: The folder's name in messages.
+        notes: Where the ranks tell each other what they are doing.
         rank: This rank.
         size: Number of ranks.
         limit_s: Seconds without progress; None never ends a training. Ten times the longest phase
@@ -102,9 +115,20 @@ class Watchdog:
     """
 
     def __init__(
-        self, folder: Path, *, rank: int, size: int, limit_s: float | None, end: End, tell: Tell
+        self,
+        folder: Path,
+        *,
+        shown: str,
+        notes: Notes,
+        rank: int,
+        size: int,
+        limit_s: float | None,
+        end: End,
+        tell: Tell,
     ) -> None:
         self._folder = folder
+        self._shown = shown
+        self._notes = notes
         self._rank = rank
         self._size = size
         self._limit_s = limit_s
@@ -125,9 +149,9 @@ class Watchdog:
         self._phase, self._began = (step, doing), now
 
     def __enter__(self) -> "Watchdog":
-        for old in (self._note(self._rank), self._stacks(self._rank)):
-            with suppress(OSError):
-                old.unlink(missing_ok=True)
+        self._notes.remove(_name(self._rank))
+        with suppress(OSError):
+            self._stacks(self._rank).unlink(missing_ok=True)
         self._watched = threading.get_ident()
         if self._limit_s is not None:
             self._thread.start()
@@ -160,27 +184,26 @@ class Watchdog:
             self._folder.mkdir(exist_ok=True)
             with open(self._stacks(self._rank), "w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-            write_json(self._note(self._rank), stuck._asdict())
+        self._notes.write(_name(self._rank), stuck._asdict())
         deadline = time.monotonic() + min(_FOR_OTHERS_S, max(1.0, self._limit_s or 0.0))
         while time.monotonic() < deadline and not self._over.is_set():
-            if all(self._note(rank).exists() for rank in range(self._size)):
+            if all(self._notes.read(_name(rank)) is not None for rank in range(self._size)):
                 break
             time.sleep(0.05)
         if self._over.is_set() or self._phase != seen:
-            with suppress(OSError):
-                self._note(self._rank).unlink(missing_ok=True)
+            self._notes.remove(_name(self._rank))
             return False
         return True
 
     def _tell_and_end(self, step: int, idle_s: float) -> None:
-        notes = [(rank, read_json(self._note(rank))) for rank in range(self._size)]
+        notes = [(rank, self._notes.read(_name(rank))) for rank in range(self._size)]
         stuck = [Stuck(**note) for _, note in notes if note is not None]
         silent = [rank for rank, note in notes if note is None]
         text = (
             f"{_who_hangs(stuck, silent)}: no progress for {idle_s:.0f} s "
             f"(health.max_step_s={self._limit_s:g}). "
             f"{'; '.join([*map(_told, stuck), *map(_told_of_silent, silent)])}. The stacks of all "
-            f"threads are in {self._folder}"
+            f"threads are in {self._shown}"
         )
         if self._rank == min(each.rank for each in stuck):
             self._tell(step, text)
@@ -193,11 +216,12 @@ class Watchdog:
         waits = self._size > 1 and _waits_for_ranks(frame)
         return Stuck(self._rank, step, doing, _innermost(frame), waits)
 
-    def _note(self, rank: int) -> Path:
-        return self._folder / f"rank{rank}.json"
-
     def _stacks(self, rank: int) -> Path:
-        return self._folder / f"rank{rank}.txt"
+        return self._folder / f"{_name(rank)}.txt"
+
+
+def _name(rank: int) -> str:
+    return f"rank{rank}"
 
 
 def _who_hangs(stuck: list[Stuck], silent: list[int]) -> str:

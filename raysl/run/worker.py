@@ -29,7 +29,7 @@ from raysl.run.online import EvaluationStarter
 from raysl.run.protocol_runs import protocols_to_train
 from raysl.run.recipe import Derived, RunConfig, derive_for, training_set
 from raysl.run.resume import open_metrics, repeated_steps
-from raysl.run.watchdog import End, watch
+from raysl.run.watchdog import OnHang, watch
 from raysl.sources.source import Source
 from raysl.track.bad_images import BadImages
 from raysl.track.results import Features, Results, accuracies_of, with_prefix
@@ -54,7 +54,7 @@ def pretrain(
     sets: LabelledSets | None = None,
     begin: EvaluationStarter | None = None,
     stops: Callable[[], bool] = lambda: False,
-    hung: End | None = None,
+    on_hang: OnHang | None = None,
 ) -> Results:
     """Run one worker of a pretraining, from ``start_step`` to the written encoder.
 
@@ -71,7 +71,7 @@ def pretrain(
         sets: The labelled images of the run, if already open; None opens them.
         begin: Starts an evaluation in the background; None evaluates in the workers.
         stops: Whether to stop after this step, with a checkpoint.
-        hung: Ends a training that hangs, see ``health.max_step_s``; None lets it hang.
+        on_hang: What to do if a step hangs, see ``health.max_step_s``; None lets it hang.
 
     Returns:
         The results; rank 0 writes ``results.json`` unless protocols are trained after the run.
@@ -93,7 +93,8 @@ def pretrain(
     if batches is not None:
         trainer = worker.trainer(_schedule(config, derived))
         log = _log_into(metrics, worker)
-        watched = watch(folder, start_step=start_step, limit_s=config.health.max_step_s, end=hung)
+        limit_s = config.health.max_step_s
+        watched = watch(folder, start_step=start_step, limit_s=limit_s, on_hang=on_hang)
         with watched as doing, worker.checkpoints.written(metrics):
             hooks = worker.hooks(log, evaluated, stops, doing)
             trainer.run(batches, start_step=start_step, rank=worker.rank, hooks=hooks)

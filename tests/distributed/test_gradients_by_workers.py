@@ -289,6 +289,7 @@ def test_table(found: dict[int, list[Results]], capsys: pytest.CaptureFixture[st
     for case in CASES:
         apart = [max(difference(rank, alone, case) for rank in found[w]) for w in WORKERS]
         size = largest(alone[case]["gradients"])
+        assert max(apart) <= LIMIT * max(1.0, size)
         lines.append(f"| {case} | {size:.1g} | {apart[0]:.0e} | {apart[1]:.0e} |")
     with capsys.disabled():
         sys.stdout.write("\n" + "\n".join(lines) + "\n")

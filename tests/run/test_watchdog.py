@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from raysl.errors import HungError
+from raysl.run.notes import FolderNotes
 from raysl.run.stop import ends_when_hung
-from raysl.run.watchdog import Watchdog, watch
+from raysl.run.watchdog import OnHang, Watchdog, watch
 from raysl.track.events import last_hang
 from raysl.track.run_folder import RunFolder, read_metrics
 from raysl.track.step_note import read_step_note
@@ -24,12 +25,22 @@ SOON_S = 10.0
 class Rank:
     """A rank whose loop does something in a thread, under a watchdog."""
 
-    def __init__(self, folder: Path, rank: int, size: int, *, limit_s: float = 0.2) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        size: int,
+        *,
+        limit_s: float = 0.2,
+        notes: FolderNotes | None = None,
+    ) -> None:
         self.ended: list[str] = []
         self.told: list[tuple[int, str]] = []
         self.has_ended = threading.Event()
         self.watchdog = Watchdog(
             folder,
+            shown=str(folder),
+            notes=notes or FolderNotes(folder),
             **{"rank": rank, "size": size, "limit_s": limit_s},  # type: ignore[arg-type]
             end=self.end,
             tell=lambda step, text: self.told.append((step, text)),
@@ -126,6 +137,18 @@ class TestTwoWorkers:
             assert "in wait, where it waits for the other workers; worker 1: step 42, trai" in text
         assert [len(rank.told) for rank in ranks] == [1, 0]
 
+    def test_without_a_common_disk_know_of_each_other(self, tmp_path: Path) -> None:
+        notes = FolderNotes(tmp_path / "told")  # on Ray, its key-value store
+        ranks = [Rank(tmp_path / str(number), number, 2, notes=notes) for number in range(2)]
+        for thread in [rank.run(hangs) for rank in ranks]:
+            thread.join(2 * SOON_S)
+        for number, rank in enumerate(ranks):
+            assert "train workers 0, 1 hang" in rank.ended[0]
+            assert "does not run" not in rank.ended[0]
+            assert [file.name for file in (tmp_path / str(number)).iterdir()] == [
+                f"rank{number}.txt"
+            ]
+
     def test_of_which_one_does_not_run_at_all_name_that(self, tmp_path: Path) -> None:
         (rank,) = self.run(tmp_path, hangs)
         assert rank.ended[0].startswith("train worker 1 hangs")
@@ -136,7 +159,7 @@ def test_the_run_folder_gets_the_step_and_the_hang(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     ended = threading.Event()
     began = time.time()
-    watched = watch(folder, start_step=40, limit_s=0.2, end=lambda text: ended.set())
+    watched = watch(folder, start_step=40, limit_s=0.2, on_hang=OnHang(lambda text: ended.set()))
     with watched as doing:
         assert read_step_note(folder.last_step) == 40
         doing(41, FIRST_BATCH)
