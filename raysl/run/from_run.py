@@ -253,6 +253,7 @@ def finetune_data(pretrained: RunConfig[Any]) -> dict[str, Any]:
     views: dict[str, Any] = {"recipe": "finetune", "size_px": largest.size_px}
     if not any(isinstance(op, Flip) for kind in kinds for op in kind.ops):
         views["flip_prob"] = 0.0
+        data["color_on"] = "cpu"  # no operation is left for the accelerator
     if largest.crop.short_side is None:
         views["min_scale"] = largest.crop.scale[0]
     resized = {"interpolation": largest.crop.interpolation, "antialias": largest.crop.antialias}
