@@ -100,8 +100,10 @@ def run_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out a run's pictures and its page, which have tests of their own."""
-    monkeypatch.setattr("raysl.run.page.draw_all", lambda *_, **__: [])
+    """Leave out all pictures and pages of runs, evaluations and sweeps: they have other tests."""
+    for name in ("run.page.draw_all", "downstream.evaluation_page.draw_evaluation"):
+        monkeypatch.setattr(f"raysl.{name}", lambda *_, **__: [])
+    monkeypatch.setattr("raysl.sweep.page.draw_sweep", lambda *_, **__: [])
 
 
 @pytest.fixture(scope="session")

@@ -48,14 +48,19 @@ def test_the_configurations_that_they_name_are_shipped() -> None:
     shipped = shipped_configs()
     verbs = {"pretrain": "", "config": "", "benchmark input": "", "sweep": "sweeps/"}
     verbs["pipeline"] = "pipelines/"
+    named = set()
     for page in PAGES:
         for verb, folder in verbs.items():
             for name in re.findall(rf"^raysl {verb} (\w\S*)", page.read_text(), re.MULTILINE):
                 if not name.isupper() and not name.endswith(".yaml"):
+                    named.add(f"{folder}{name}")
                     assert f"{folder}{name}" in shipped, f"{page}: raysl {verb} {name}"
+    assert "quickstart" in named  # they are found at all
 
 
 def test_every_decision_has_a_status_and_a_date() -> None:
-    for page in (ROOT / "docs" / "adr").glob("*.md"):
+    pages = sorted((ROOT / "docs" / "adr").glob("*.md"))
+    assert pages
+    for page in pages:
         third = page.read_text().splitlines()[2]
         assert re.fullmatch(r"Status: \w.*\. Date: \d{4}-\d\d-\d\d\.", third), page

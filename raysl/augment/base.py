@@ -48,7 +48,7 @@ class Operation(Config):
         return image if plan is None else self.transform(image, plan)
 
     def draw(self, rng: np.random.Generator, /) -> Any:
-        """Draw the parameters of one transform. The default is True, for no parameters."""
+        """Draw the parameters of one transform. The default, True, means none."""
         return True
 
     @abstractmethod
@@ -90,7 +90,7 @@ class DeviceOperation(Operation):
         return (1.0, *self.to_numbers(plan, size_px))
 
     def apply_batch(self, images: "Tensor", numbers: Floats) -> "Tensor":
-        """Transform the images of a batch whose plan is not None.
+        """Transform those images of a batch that have a plan; leave the others as they are.
 
         Args:
             images: ``(N, 3, S, S)`` float32 on the device, whole levels in [0, 255]; not written

@@ -3,13 +3,14 @@
 import argparse
 import os
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
+from raysl.benchmark.arguments import add_benchmark, add_json, add_rounds, positive, whole
 from raysl.benchmark.embedding import (
     EmbeddingCosts,
     PlanLine,
@@ -36,31 +37,14 @@ _UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _TIMES = ((31_557_600.0, "years"), (86_400.0, "days"), (3600.0, "h"), (60.0, "min"))
 
 
-def add_arguments(
-    kinds: "argparse._SubParsersAction[argparse.ArgumentParser]",
-    *,
-    whole: Callable[[str], int],
-    positive: Callable[[str], float],
-) -> None:
-    """Declare the arguments.
-
-    Args:
-        kinds: The subcommands of `raysl benchmark`.
-        whole: Parses a whole number above 0.
-        positive: Parses a number above 0.
-    """
-    text = "measure embedding on Ray, and estimate the cost of a billion images"
-    parser = kinds.add_parser("embed", help=text, description=f"raysl benchmark embed: {text}")
+def add_arguments(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the arguments."""
+    summary = "measure embedding on Ray, and estimate the cost of a billion images"
+    parser = add_benchmark(kinds, "embed", summary)
     parser.add_argument("source", help="a source, as for raysl embed")
     parser.add_argument("encoder", metavar="run", help="a run folder, or an encoder.safetensors")
     parser.add_argument("overrides", nargs="*", help="settings of raysl embed: key=value")
-    parser.add_argument("--repeats", type=whole, default=3, help="number of rounds (3)")
-    parser.add_argument(
-        "--seconds",
-        type=positive,
-        default=20.0,
-        help="duration of each measurement in seconds (20)",
-    )
+    add_rounds(parser, seconds=20.0)
     parser.add_argument(
         "--images", type=whole, default=10**9, help="number of images in the estimate (1e9)"
     )
@@ -75,7 +59,7 @@ def add_arguments(
         type=positive,
         help="speed of a worker in the estimate (the measured one)",
     )
-    parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

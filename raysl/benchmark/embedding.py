@@ -37,7 +37,7 @@ def sample_rows(source: Source) -> Rows:
 
 def embedding_pools(num_workers: int | None) -> Pools:
     """Return the pools of actors that would embed a large source on the connected cluster."""
-    return plan_pools(num_workers, most=_MANY_CHUNKS)
+    return plan_pools(num_workers, max_actors=_MANY_CHUNKS)
 
 
 def measure_on_ray(

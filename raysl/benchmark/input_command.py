@@ -2,13 +2,14 @@
 
 import argparse
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from raysl.benchmark.arguments import add_benchmark, add_json, add_rounds, positive, whole
 from raysl.benchmark.input import InputBenchmark, measure_round, medians, open_input
 from raysl.benchmark.ray_input import cores_of, input_layout, share_source, spilled_bytes
 from raysl.benchmark.view_function import AUGMENT, CONSUMER, DECODE, READ, STAGES, cost_of
@@ -32,21 +33,10 @@ _STREAM_KEYS = {
 }
 
 
-def add_arguments(
-    kinds: "argparse._SubParsersAction[argparse.ArgumentParser]",
-    *,
-    whole: Callable[[str], int],
-    positive: Callable[[str], float],
-) -> None:
-    """Declare the arguments.
-
-    Args:
-        kinds: The subcommands of `raysl benchmark`.
-        whole: Parses a whole number above 0.
-        positive: Parses a number above 0.
-    """
-    text = "measure the making of views: on one core, on all cores, and through Ray Data"
-    parser = kinds.add_parser("input", help=text, description=f"raysl benchmark input: {text}")
+def add_arguments(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the arguments."""
+    summary = "measure the making of views: on one core, on all cores, and through Ray Data"
+    parser = add_benchmark(kinds, "input", summary)
     parser.add_argument(
         "config",
         type=Path,
@@ -55,13 +45,7 @@ def add_arguments(
     parser.add_argument(
         "overrides", nargs="*", help="settings as section.key=value, with YAML values"
     )
-    parser.add_argument("--repeats", type=whole, default=3, help="number of rounds (3)")
-    parser.add_argument(
-        "--seconds",
-        type=positive,
-        default=10.0,
-        help="duration of each measurement in seconds, after its warm-up (10)",
-    )
+    add_rounds(parser, seconds=10.0, after=", after its warm-up")
     parser.add_argument("--batch-size", type=whole, help="images per batch of a consumer")
     parser.add_argument(
         "--consumers",
@@ -73,7 +57,7 @@ def add_arguments(
         type=positive,
         help="training speed of one GPU (img/s of raysl pretrain), to compute the CPUs it needs",
     )
-    parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

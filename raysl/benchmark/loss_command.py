@@ -3,12 +3,13 @@
 import argparse
 import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from rich.table import Table
 
+from raysl.benchmark.arguments import add_benchmark, add_json, add_repeats, whole, wholes
 from raysl.benchmark.loss import FORMS, device_name, measure_in_own_process
 from raysl.report.terminal import console, say
 
@@ -16,21 +17,10 @@ _LONG_MS = 20_000.0  # a form with slower steps is measured once
 _MIB = 1 << 20
 
 
-def add_arguments(
-    kinds: "argparse._SubParsersAction[argparse.ArgumentParser]",
-    *,
-    whole: Callable[[str], int],
-    wholes: Callable[[str], list[int]],
-) -> None:
-    """Declare the arguments.
-
-    Args:
-        kinds: The subcommands of `raysl benchmark`.
-        whole: Parses a whole number above 0.
-        wholes: Parses whole numbers above 0, separated by commas.
-    """
-    text = "measure time and memory of NT-Xent, in tiles and with the matrix of all pairs"
-    loss = kinds.add_parser("loss", help=text, description=f"raysl benchmark loss: {text}")
+def add_arguments(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the arguments."""
+    summary = "measure time and memory of NT-Xent, in tiles and with the matrix of all pairs"
+    loss = add_benchmark(kinds, "loss", summary)
     loss.add_argument(
         "--batches",
         type=wholes,
@@ -38,8 +28,8 @@ def add_arguments(
         help="batch sizes (512,4096,32768)",
     )
     loss.add_argument("--dim", type=whole, default=128, help="width of an embedding (128)")
-    loss.add_argument("--repeats", type=whole, default=3, help="number of rounds (3)")
-    loss.add_argument("--json", action="store_true", help="end with one JSON object of results")
+    add_repeats(loss)
+    add_json(loss)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """`raysl benchmark plan`: measure and draw memory and start time of the order of images."""
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from rich.table import Table
 
+from raysl.benchmark.arguments import add_benchmark, add_json, wholes
 from raysl.benchmark.plan import KINDS, measure_in_own_process
 from raysl.errors import DataError
 from raysl.report.figure import BLUE, INK, ORANGE, new_figure, save_png, style_axes
@@ -33,19 +34,10 @@ _PANELS = (
 _COLUMNS = ("images", "plan size", "build", "first item", "next item", "random item")
 
 
-def add_arguments(
-    kinds: "argparse._SubParsersAction[argparse.ArgumentParser]",
-    *,
-    wholes: Callable[[str], list[int]],
-) -> None:
-    """Declare the arguments.
-
-    Args:
-        kinds: The subcommands of `raysl benchmark`.
-        wholes: Parses whole numbers above 0, separated by commas.
-    """
-    text = "measure memory and start time of the plan (the order of images) over their number"
-    parser = kinds.add_parser("plan", help=text, description=f"raysl benchmark plan: {text}")
+def add_arguments(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the arguments."""
+    summary = "measure memory and start time of the plan (the order of images) over their number"
+    parser = add_benchmark(kinds, "plan", summary)
     parser.add_argument(
         "--images",
         type=wholes,
@@ -53,7 +45,7 @@ def add_arguments(
         help="numbers of images (1e6,1e8,1e9)",
     )
     parser.add_argument("--figure", type=Path, help="PNG for a figure of the results")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -15,8 +15,6 @@ from raysl.run.places import with_absolute_files
 from raysl.run.recipe import derived_facts, load_run
 from raysl.track.run_folder import working_folder
 
-HELP = "print a resolved configuration and its derived values"
-
 # The folders of shipped configurations, with their headings.
 _GROUPS = {
     "": "raysl pretrain NAME: recipes as published, and the quickstart",

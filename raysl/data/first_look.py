@@ -13,7 +13,7 @@ from raysl.data.value_ranges import ValueRange, range_advice
 from raysl.sources.pixels import Decoding
 from raysl.sources.source import Encoded, Source, Unreadable, spread_rows
 
-_GROUPS = 2
+_GROUPS = 2  # of a source that is read in groups
 # Formats that can be read if their header is complete and has no unusual fields.
 _TRUSTED = ("jpeg", "png", "webp", "bmp", "gif", "avif", "jpeg 2000", "netpbm", "tiff")
 _LIBRARIES = {
@@ -39,18 +39,21 @@ def first_look(source: Source, *, count: int = 32) -> list[str]:
     ranges: list[ValueRange] = []
     flaws: Counter[str] = Counter()
     for row, encoded in zip(rows.tolist(), source.read(rows), strict=True):
-        how = source.decoding(row)
-        flaw = _flaw(encoded, how)
+        decoding = source.decoding(row)
+        flaw = _flaw(encoded, decoding)
         if flaw is not None:
             flaws[flaw] += 1
-        if how.intensity is None and (limits := measure_range(encoded, how)) is not None:
-            ranges.append(limits)
-    return [*range_advice(ranges), *_about(flaws, len(rows), name=source.name)]
+        if decoding.intensity is None:
+            limits = measure_range(encoded, decoding)
+            ranges += [] if limits is None else [limits]
+    return [*range_advice(ranges), *_flaw_notes(flaws, len(rows), name=source.name)]
 
 
-def measure_range(encoded: Encoded, how: Decoding, *, max_pixels: float = 1e8) -> ValueRange | None:
+def measure_range(
+    encoded: Encoded, decoding: Decoding, *, max_pixels: float = 1e8
+) -> ValueRange | None:
     """Return the value range of an image of more than 8 bits; None for other images."""
-    limits = value_range(encoded, how, max_pixels=max_pixels)
+    limits = value_range(encoded, decoding, max_pixels=max_pixels)
     if limits is None or isinstance(encoded, Unreadable | np.ndarray):
         return None
     return ValueRange(*limits, is_float=read_header(encoded).is_float)
@@ -63,11 +66,11 @@ def _rows(source: Source, count: int) -> npt.NDArray[np.int64]:
     starts = np.cumsum(sizes) - sizes
     groups = np.flatnonzero(sizes)
     groups = groups[spread_rows(len(groups), _GROUPS)]
-    each = max(1, count // max(1, len(groups)))
-    return np.concatenate([starts[g] + spread_rows(int(sizes[g]), each) for g in groups])
+    per_group = max(1, count // max(1, len(groups)))
+    return np.concatenate([starts[g] + spread_rows(int(sizes[g]), per_group) for g in groups])
 
 
-def _flaw(encoded: Encoded, how: Decoding) -> str | None:
+def _flaw(encoded: Encoded, decoding: Decoding) -> str | None:
     """Return why an image is bad; None if it is good, or if only decoding could tell."""
     if isinstance(encoded, Unreadable):
         return encoded.reason
@@ -82,7 +85,7 @@ def _flaw(encoded: Encoded, how: Decoding) -> str | None:
     sound = header.format in _TRUSTED and header.width and header.color not in ("", "channels")
     if sound and header.bits <= 8 and header.pages == 1 and not header.is_float:
         return None
-    image = decode_or_flaw(encoded, how, max_pixels=1e8)
+    image = decode_or_flaw(encoded, decoding, max_pixels=1e8)
     return image.reason if isinstance(image, Flaw) else None
 
 
@@ -98,7 +101,7 @@ _CURABLE = (
 )
 
 
-def _about(flaws: Counter[str], num_inspected: int, *, name: str) -> Sequence[str]:
+def _flaw_notes(flaws: Counter[str], num_inspected: int, *, name: str) -> Sequence[str]:
     """Return notes on flaws that the user can fix, and on a source whose images are mostly bad."""
     curable = {flaw.reason for flaw in _CURABLE}
     lines = [

@@ -34,7 +34,7 @@ from raysl.downstream.evaluation_sets import (
 from raysl.downstream.ray_evaluate import run_on_ray
 from raysl.embed.ray_embed import features_on_ray
 from raysl.embed.source import other_decoding
-from raysl.errors import ConfigError
+from raysl.errors import ConfigError, counted
 from raysl.evaluate.embedding import features_here
 from raysl.evaluate.registry import (
     DEFAULT,
@@ -157,6 +157,7 @@ def _request(
 
 
 def _transfer(request: EvaluationRequest) -> EvaluationRequest:
+    """Return the request to measure the same encoder on the images of ``transfer``."""
     assert request.config.transfer is not None
     config = request.config.model_copy(update={"data": request.config.transfer})
     sets = _open(config, request.origin)
@@ -270,6 +271,6 @@ def _say_results(request: EvaluationRequest, record: EvaluationResult) -> None:
     if record["label_free"]:
         out.print(mapping_table("Without labels", record["label_free"]))
     if record["bad_images"]:
-        say(f"{record['bad_images']:,} bad images were replaced by black ones, which count")
+        say(f"{counted(record['bad_images'], 'bad image')} replaced by black, and measured too")
     lines = [f"numbers   {request.folder.record}", f"report    {request.folder.report}"]
     out.print("\n".join(lines), markup=False)

@@ -1,17 +1,14 @@
 """The settings of `raysl embed`."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from raysl.config.base import PositiveInt, Probability
-from raysl.sources.source import LocatedSource
-
-# Settings that may change when resuming, since no feature depends on them.
-_CHANGEABLE = {"source", "torchvision_root", "max_bad_share", "num_workers"}
+from raysl.pack.config import ResumableSource
 
 
-class EmbedConfig(LocatedSource):
+class EmbedConfig(ResumableSource):
     """The source to embed, and the settings of its embedding."""
 
     size_px: PositiveInt | None = None
@@ -31,7 +28,3 @@ class EmbedConfig(LocatedSource):
     num_workers: Annotated[int, Field(ge=0)] | None = None
     """Number of Ray actors on CPUs; null starts one per free CPU of the cluster (and one per GPU),
     0 works in this process without Ray."""
-
-    def lasting(self) -> dict[str, Any]:
-        """Return the settings that the shards depend on, which must not change when resuming."""
-        return {k: v for k, v in self.model_dump(mode="json").items() if k not in _CHANGEABLE}

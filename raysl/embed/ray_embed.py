@@ -1,9 +1,9 @@
 """Compute the features of a source on Ray Data, using all nodes.
 
 Without GPUs, one actor per CPU decodes and encodes chunks, so that no pixels pass through the
-object store. With GPUs, actors on the CPUs decode and one actor per GPU encodes, so that a GPU
-does not wait for one core. Ray replaces a lost actor or node and repeats its chunks; each chunk
-carries its rows, so the order of results does not matter.
+object store. With GPUs, actors on the CPUs decode and one actor per GPU encodes, because one core
+cannot decode as fast as a GPU encodes. Ray replaces a lost actor or node and repeats its chunks;
+each chunk carries its rows, so the order of results does not matter.
 """
 
 import logging
@@ -42,10 +42,11 @@ from raysl.run.ray_data import PlanSource
 from raysl.run.ray_errors import own_errors
 from raysl.sources.source import Source
 
+# Columns of the blocks that go from actor to actor.
 _NUMBER, _PLACE, _PIXELS, _FLAW, _FEATURES = "number", "place", "pixels", "flaw", "features"
 _MARGIN = 0.02  # CPUs of each node that stay free
 _MIN_ACTOR_CPUS = 0.05
-# CPUs of work that has just ended are freed within a second or two.
+# Work that has just ended gives its CPUs back within a second or two; wait somewhat longer for it.
 _SETTLE_S = 5.0
 _FREE_WITHIN_S = 60.0
 _POLL_S = 0.2
@@ -82,7 +83,7 @@ def features_on_ray(
 
     Returns:
         ``(M, D)`` float32 in the order of ``rows``, and the reason for each row with a bad image:
-        the same values as of :func:`raysl.evaluate.embedding.features_here`.
+        the same values that :func:`raysl.evaluate.embedding.features_here` returns.
 
     Raises:
         DataError: If the source or the encoder cannot be read.
@@ -110,8 +111,8 @@ def stream_on_ray(
         embedding: The encoder, and how images are cropped for it. Only this process reads its file.
         num_workers: Number of actors on CPUs; None starts one per free CPU.
     """
-    normalisation(embedding.encoder)  # an invalid file is an error here, not in an actor
-    pools = plan_pools(num_workers, most=len(chunks))
+    normalisation(embedding.encoder)  # raises here, not in an actor, if the file is invalid
+    pools = plan_pools(num_workers, max_actors=len(chunks))
     source.labels()  # read the labels once, in this process; they are sent with the source
     shared = ray.put((source, chunks))
     weights = ray.put(Path(embedding.encoder).read_bytes())
@@ -119,7 +120,7 @@ def stream_on_ray(
     with own_errors("embedding"):
         blocks: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="numpy")
         for block in blocks:
-            if len(block[_PLACE]):  # empty for numbers past the last chunk
+            if len(block[_PLACE]):  # the last read task may yield numbers past the last chunk
                 yield Chunk(block[_PLACE], block[_FEATURES], block[_FLAW])
 
 
@@ -214,35 +215,36 @@ class EmbedChunk:
         return self._encode(self._decode(batch))
 
 
-def plan_pools(num_workers: int | None, *, most: int) -> Pools:
+def plan_pools(num_workers: int | None, *, max_actors: int) -> Pools:
     """Choose the number of actors and their CPUs from the free CPUs and GPUs of the cluster.
 
     Args:
         num_workers: Number of actors on CPUs; None starts one per free CPU.
-        most: Largest number of actors on CPUs, such as the number of chunks.
+        max_actors: Largest useful number of actors on CPUs: the number of chunks.
 
     Raises:
         ClusterError: If the actors do not fit: Ray Data would wait forever without a message.
     """
     cpus, gpus = _free_resources()
-    # The read task takes some CPU of one node, and it is not known of which node.
+    # The read task takes part of a CPU on one of the nodes; leave that much free on each of them.
     cpus = np.maximum(cpus - (READ_CPUS + _MARGIN), 0.0)
     with_gpu = gpus > 0
     gpu_actor_cpus = 0.0
     if with_gpu.any():
+        # At most half of a node's CPUs: the other half decodes.
         half = float((cpus[with_gpu] / (2 * gpus[with_gpu])).min())
         # Rounded down to hundredths, so that the actors fit in spite of rounding errors.
         gpu_actor_cpus = math.floor(100 * min(_GPU_ACTOR_CPUS, half)) / 100
     free_cpus = cpus - gpus * gpu_actor_cpus
     node_actors = np.where(free_cpus > _MIN_ACTOR_CPUS, np.maximum(1, np.round(free_cpus)), 0)
-    num_actors = min(num_workers or int(node_actors.sum()), most)
+    num_actors = min(num_workers or int(node_actors.sum()), max_actors)
     cpus_each = _largest_share(free_cpus, num_actors)
     if not num_actors or cpus_each < _MIN_ACTOR_CPUS:
         total = ray.cluster_resources().get("CPU", 0.0)
         raise ClusterError(
             f"{max(1, num_actors)} embedding worker(s) do not fit: {free_cpus.sum():.2f} of the "
             f"cluster's {total:g} CPUs are free on {len(cpus)} node(s). Wait for the other work to "
-            f"end, set num_workers lower, or add nodes"
+            f"end, lower num_workers, or add nodes"
         )
     return Pools(num_actors, cpus_each, int(gpus.sum()), gpu_actor_cpus)
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,7 @@ from raysl.evaluate.embedding import (
     normalisation,
 )
 from raysl.pack.folder import Bad, PackFolder
+from raysl.pack.run import CountProgress
 from raysl.sources.pixels import Decoding
 from raysl.sources.place import absolute_source
 from raysl.sources.source import Source, SourceConfig
@@ -53,18 +54,6 @@ _TINY = np.finfo(np.float32).tiny
 
 MakeChunks = Callable[[Source, ChunkPlan, EmbeddingSpec], Generator[Chunk, None, None]]
 """A function that computes chunks, in any order; closing its generator ends the work."""
-
-
-class CountProgress(Protocol):
-    """The interface of a progress display that counts images."""
-
-    def begin(self, what: str, *, total: int, done: int) -> None:
-        """Start a count of ``total`` images, of which ``done`` are done."""
-        ...
-
-    def advance(self, count: int) -> None:
-        """Add ``count`` images that are done."""
-        ...
 
 
 class EmbedResult(NamedTuple):

@@ -16,7 +16,6 @@ class Normalisation(NamedTuple):
 
 IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "ImageNet's")
 PIXELS = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "none, unnormalised pixels")
-HALVES = Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "pixels in [-1, 1]")
 
 # By data.dataset; source: solo-learn's solo/data/pretrain_dataloader.py.
 SOLO_LEARN = {

@@ -15,6 +15,7 @@ from raysl.encoder.stored import State, StoredTensor
 TRANSFORMERS_VIT_NAME = "embeddings.patch_embeddings.projection.weight"
 TRANSFORMERS_RESNET_NAME = "embedder.embedder.convolution.weight"
 
+# The beginnings of names outside of the layers.
 _TOP = {
     "embeddings.patch_embeddings.projection.": "patch_embed.proj.",
     "embeddings.position_embeddings": "pos_embed",
@@ -44,7 +45,7 @@ _LAYER = {
     "mlp.down_proj": "mlp.fc2",
 }
 _JOINED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.fc1": ("mlp.gate", "mlp.up")}
-"""The layers that timm joins to one, in the order of its rows."""
+"""A layer of timm, and the layers whose rows it holds, in their order."""
 
 
 def vit_from_transformers(state: State) -> State:

@@ -13,7 +13,7 @@ from raysl.errors import DataError, counted
 from raysl.evaluate.features import EvalImages, Rows
 from raysl.evaluate.protocol import EvaluateConfig, LabelledSets
 from raysl.sources.labels import hold_out
-from raysl.sources.open import open_source, with_keys_of
+from raysl.sources.open import open_source
 from raysl.sources.source import BUILT_IN, DataConfig, Labels, Source
 from raysl.sources.splits import HELD_OUT, TRAIN, canonical
 
@@ -180,15 +180,12 @@ def _test_on_source(
     config: EvaluateConfig, data: DataConfig, source: Source, labels: Labels, keys: ImageKeys
 ) -> _Candidates:
     """Test on ``evaluate.source``; also train probes on it if the training images cannot."""
-    where = f"{keys.source}={config.source}"
-    try:
-        test = open_source(config.test_images(data), held_out=True, data=data)
-    except DataError as error:
-        raise DataError(with_keys_of(keys.section, str(error), source=keys.source)) from None
+    images = config.test_images(data).called(keys.section, source=keys.source)
+    where = images.named
+    test = open_source(images, held_out=True, data=data)
     test_labels = test.labels()
     if test_labels is None or not (test_labels >= 0).any():
-        advice = with_keys_of(keys.section, test.label_advice, source=keys.source)
-        raise DataError(f"{where}: no labels; {advice}")
+        raise DataError(f"{where}: no labels; {test.label_advice}")
     labelled = np.flatnonzero(test_labels >= 0)
     unknown, shared = _compare(test, test_labels, source)
     if shared and unknown and _num_classes(labels) >= _FEWEST_CLASSES:

@@ -125,8 +125,6 @@ FORMATS = {
 }
 """The formats, by the name that ``--format`` takes."""
 
-LIBRARIES = ("torchvision", "timm")
-
 
 def export(exportable: Exportable, format_name: str, path: Path, config: ExportConfig) -> Exported:
     """Write a copy, load it as its users do, compare its outputs, and only then give it its name.

@@ -16,7 +16,15 @@ BatchNormScope = Literal["worker", "sync", "split"]
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
-class SyncBatchNorm(_BatchNorm):
+class _AnyDimBatchNorm(_BatchNorm):
+    """Takes ``(N, C, ...)`` of any number of dimensions."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 2:
+            raise ShapeError(f"expected (N, C, ...); got {tuple(input.shape)}")
+
+
+class SyncBatchNorm(_AnyDimBatchNorm):
     """Batch normalisation with the statistics of all ranks, on any device.
 
     Torch's own SyncBatchNorm only has kernels for accelerators and rejects CPU tensors. This one
@@ -25,10 +33,6 @@ class SyncBatchNorm(_BatchNorm):
 
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167v3, Algorithm 1, with the batch of all workers.
     """
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.ndim < 2:
-            raise ShapeError(f"expected (N, C, ...); got {tuple(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``(N, C, ...)``, in training by the statistics of the global batch."""
@@ -72,7 +76,7 @@ class SyncBatchNorm(_BatchNorm):
         cast(Tensor, self.running_var).lerp_(variance, momentum)
 
 
-class SplitBatchNorm(_BatchNorm):
+class SplitBatchNorm(_AnyDimBatchNorm):
     """Batch normalisation over equal parts of a worker's batch, as if each were on its own GPU.
 
     MoCo needs statistics of small groups; this provides them on a single worker. The running
@@ -82,10 +86,6 @@ class SplitBatchNorm(_BatchNorm):
     """
 
     num_splits: int = 1
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.ndim < 2:
-            raise ShapeError(f"expected (N, C, ...); got {tuple(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``(N, C, ...)`` part by part in training; the number of parts must divide N."""

@@ -7,11 +7,19 @@ from pydantic import Field
 from raysl.config.base import Idle, PositiveFloat, PositiveInt, Probability
 from raysl.sources.source import LocatedSource
 
-# Settings that may change when resuming, since no byte of a shard depends on them.
+# Settings that may change when resuming, since nothing in a shard depends on them.
 _CHANGEABLE = {"source", "max_bad_share", "num_workers", "torchvision_root"}
 
 
-class PackConfig(LocatedSource):
+class ResumableSource(LocatedSource):
+    """A source, and work on its images that the same command resumes."""
+
+    def lasting(self) -> dict[str, Any]:
+        """Return the settings that the shards depend on, which must not change when resuming."""
+        return {k: v for k, v in self.model_dump(mode="json").items() if k not in _CHANGEABLE}
+
+
+class PackConfig(ResumableSource):
     """The source to pack, and the settings of its shards."""
 
     idle: ClassVar[tuple[Idle, ...]] = (
@@ -41,7 +49,3 @@ class PackConfig(LocatedSource):
     num_workers: Annotated[int, Field(ge=0)] | None = None
     """Number of concurrent Ray tasks; null runs one per CPU of the cluster, 0 works in threads of
     this process, without Ray."""
-
-    def lasting(self) -> dict[str, Any]:
-        """Return the settings that the shards depend on, which must not change when resuming."""
-        return {k: v for k, v in self.model_dump(mode="json").items() if k not in _CHANGEABLE}

@@ -32,7 +32,7 @@ Report = Callable[[int], None]
 
 _MIB = 1 << 20
 _CHUNK = 32  # images per call of a thread
-_FACTS_KEY = b"raysl"  # of the footer's metadata
+_FACTS_KEY = b"raysl"  # in the metadata of the footer
 _BUCKET_SCHEMA = pa.schema(
     [
         ("place", pa.int64()),
@@ -64,7 +64,10 @@ class Job(NamedTuple):
         return numbers * self.num_images // self.num_shards
 
     def shuffled(self, start: int, stop: int) -> Indices:
-        """Return a slice of the shuffle, its own inverse: rows by position or positions by row."""
+        """Return a slice of the shuffle: rows by position, and also positions by row.
+
+        The permutation is its own inverse, so both are the same.
+        """
         key = np.array([self.config.seed, 0], dtype=np.uint64)
         rng = np.random.Generator(np.random.Philox(key=key))
         return Permutation(rng, self.num_images)[start:stop]

@@ -18,11 +18,11 @@ from raysl.run.stored import check_stored
 from raysl.sources.source import Source
 from raysl.track.uri import check_tracking_uri
 
-_MOST_IMAGES = 10**15  # a billion images, a million times
+_MOST_IMAGES = 10**15  # a million epochs of a billion images
 
 
 def check_names(config: RunConfig[Any]) -> None:
-    """Check the names of the model, the tracking URI and a store; open and build nothing.
+    """Check the model's name, the tracking URI and a store's address; nothing is opened or built.
 
     Raises:
         ConfigError: If torchvision or timm do not have the model, MLflow does not support the
@@ -67,9 +67,9 @@ def check_lengths(config: RunConfig[Any], source: Source) -> Derived:
             never end.
     """
     derived = derive_for(config, source)
-    problems = (_run_problems, _length_problems, _keep_problems)
-    for problem in (text for each in problems for text in each(config, derived)):
-        raise ConfigError(problem)
+    for find_problems in (_run_problems, _length_problems, _keep_problems):
+        for problem in find_problems(config, derived):
+            raise ConfigError(problem)
     return derived
 
 
@@ -116,13 +116,16 @@ def _length_problems(config: RunConfig[Any], derived: Derived) -> Iterator[str]:
 
 
 def _keep_problems(config: RunConfig[Any], derived: Derived) -> Iterator[str]:
-    """Yield a message if no checkpoint before the end would have the metric of the best ones."""
+    """Yield a message if the metric of ``keep_best`` is never measured at a checkpoint's step."""
     best, every = config.train.keep_best, derived.evaluate_every_steps
     if best is None or not best.metric.startswith("eval/"):
         return
     where, saved_every = f"train.keep_best.metric={best.metric}", derived.checkpoint_every_steps
     if every is None:
-        yield f"{where} is measured during training, which evaluate.every=null leaves out; set it"
+        yield (
+            f"{where} is measured during training, which evaluate.every=null leaves out; set "
+            f"evaluate.every"
+        )
     elif math.lcm(every, saved_every) >= derived.total_steps:
         yield (
             f"{where}: evaluations every {every:,} steps and checkpoints every {saved_every:,} "

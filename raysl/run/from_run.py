@@ -105,9 +105,9 @@ def finetune_from(
     of 0.005 sqrt(B) (0.002 for wide networks and selective kernels), no weight decay, no warm-up;
     batches of 1,024 images, or of all if there are fewer; 60 epochs with 1 % of the labels, else
     30; with a fraction of the labels, fine-tuning starts from the first layer of a head of three.
-    A ViT has MAE's settings without RandAugment and random erasing. A ViT that MAE pretrained is
-    pooled by the mean of its patches instead of its class token, through a newly initialised norm,
-    unless it is frozen (the authors' FINETUNE.md; their linear probing keeps the token).
+    A ViT has MAE's settings without RandAugment and random erasing. If MAE pretrained it, its
+    features are the mean of its patches, through a new norm; a frozen one keeps the class token, as
+    in the authors' linear probing (their FINETUNE.md).
 
     Args:
         origin: The run to start from.
@@ -124,9 +124,9 @@ def finetune_from(
     labels = values["data"].get("labels")
     fraction = labels.get("fraction", _ALL_LABELS) if isinstance(labels, dict) else _ALL_LABELS
     method, backbone = values["method"], values["backbone"]
-    few = fraction < _ALL_LABELS and origin.head_layers >= _DEEP_HEAD
+    starts_in_head = fraction < _ALL_LABELS and origin.head_layers >= _DEEP_HEAD
     if method["name"] == "supervised" and method.get("head") is not None:
-        method.setdefault("head_layers", int(few))
+        method.setdefault("head_layers", int(starts_in_head))
     if method.get("head") == str(origin.folder) and method["head_layers"] > origin.head_layers:
         raise ConfigError(
             f"method.head_layers={method['head_layers']}: the projection head in {origin.folder} "
@@ -140,8 +140,8 @@ def finetune_from(
         values["method"] = {"label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0} | method
         if not _is_given(overrides, "backbone.drop_path"):
             backbone["drop_path"] = 0.1
-        learns = not method.get("freeze_encoder", False)
-        if origin.finetuned_pool and learns and not _is_given(overrides, "backbone.pool"):
+        is_trained = not method.get("freeze_encoder", False)
+        if origin.finetuned_pool and is_trained and not _is_given(overrides, "backbone.pool"):
             backbone["pool"] = origin.finetuned_pool
     else:
         epochs = 60.0 if fraction <= _FEW_LABELS else 30.0
@@ -185,11 +185,10 @@ def distill_from(
     """Return the settings that distil a teacher into a student.
 
     Settings that are not overridden are SimCLR v2's: all training images without labels, one crop
-    and flip; a student of the teacher's architecture from random weights (the paper names no
-    others, and the authors' notebook starts so) with temperature 0.1, or 1 if ``backbone`` sets
-    another architecture; optimizer, schedule and batch of pretraining: LARS with a learning rate of
-    0.1 sqrt(B), weight decay 1e-4, warm-up for 5 % of the run, batches of 4,096 images, or of all
-    if there are fewer; 400 epochs.
+    and flip; a student of the teacher's architecture from random weights (as in the authors'
+    notebook) with temperature 0.1, or 1 if ``backbone`` sets another architecture; optimizer,
+    schedule and batch of pretraining: LARS with a learning rate of 0.1 sqrt(B), weight decay 1e-4,
+    warm-up for 5 % of the run, batches of 4,096 images, or of all if there are fewer; 400 epochs.
 
     Args:
         teacher: The run of the teacher.
@@ -205,8 +204,8 @@ def distill_from(
     values = resolve_final(apply_overrides(values, overrides))
     architecture = _architecture(values["backbone"])
     values["method"].setdefault("temperature", 0.1 if architecture == teacher_architecture else 1.0)
-    slow = {"weight_decay": 1e-4, "warmup": {"fraction": 0.05}}
-    values["optim"] = _with_defaults(values.get("optim"), _lars(0.1) | slow)
+    optim = _lars(0.1) | {"weight_decay": 1e-4, "warmup": {"fraction": 0.05}}
+    values["optim"] = _with_defaults(values.get("optim"), optim)
     values["train"] = _train_section(values, epochs=400.0, most=_DISTILL_BATCH, whole=whole)
     wide = f"-{architecture['width']:g}x" if architecture["width"] != 1 else ""
     name = f"{teacher.name}-distilled" + (
@@ -253,6 +252,7 @@ def finetune_data(pretrained: RunConfig[Any]) -> dict[str, Any]:
     views: dict[str, Any] = {"recipe": "finetune", "size_px": largest.size_px}
     if not any(isinstance(op, Flip) for kind in kinds for op in kind.ops):
         views["flip_prob"] = 0.0
+        data["color_on"] = "cpu"  # no operation is left for the accelerator
     if largest.crop.short_side is None:
         views["min_scale"] = largest.crop.scale[0]
     resized = {"interpolation": largest.crop.interpolation, "antialias": largest.crop.antialias}
@@ -261,7 +261,7 @@ def finetune_data(pretrained: RunConfig[Any]) -> dict[str, Any]:
 
 
 def _on_images_of(origin: RunOrigin, overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the settings inherited from ``origin``, without data settings if images differ."""
+    """Return the inherited settings, without those of the images if overrides name other images."""
     values, _ = without_other_source(
         origin.values,
         source=named_source(overrides, "data.source"),

@@ -38,26 +38,17 @@ def beats(notes: Notes, *, rank: int, limit_s: float | None) -> Iterator[None]:
     if limit_s is None:
         yield
         return
-    is_over = threading.Event()
-    facts = {
-        **{"rank": rank, "pid": os.getpid()},
-        "node": ray.get_runtime_context().get_node_id(),
-    }
+    node = ray.get_runtime_context().get_node_id()
+    facts = {"rank": rank, "pid": os.getpid(), "node": node}
 
     def beat() -> None:
-        while True:
-            with suppress(ray.exceptions.RayError):
-                notes.write(str(rank), {**facts, "time": time.time()})
-            if is_over.wait(_every_s(limit_s)):
-                return
+        with suppress(ray.exceptions.RayError):
+            notes.write(str(rank), {**facts, "time": time.time()})
 
-    thread = threading.Thread(target=beat, name="raysl-beats", daemon=True)
-    thread.start()
     try:
-        yield
+        with _repeated(beat, limit_s=limit_s, name="raysl-beats"):
+            yield
     finally:
-        is_over.set()
-        thread.join()
         with suppress(ray.exceptions.RayError):
             notes.remove(str(rank))
 
@@ -79,7 +70,6 @@ def ends_stopped_workers(
     if limit_s is None:
         yield
         return
-    is_over = threading.Event()
     last: dict[str, tuple[Any, float]] = {}  # each note, and when it changed
 
     def look(rank: str) -> None:
@@ -96,13 +86,26 @@ def ends_stopped_workers(
                     step=read_step_note(folder.last_step),
                 )
 
-    def watch() -> None:
-        while not is_over.wait(_every_s(limit_s)):
-            with suppress(OSError, ray.exceptions.RayError):
-                for rank in notes.names():
-                    look(rank)
+    def look_at_all() -> None:
+        with suppress(OSError, ray.exceptions.RayError):
+            for rank in notes.names():
+                look(rank)
 
-    thread = threading.Thread(target=watch, name="raysl-stopped", daemon=True)
+    with _repeated(look_at_all, limit_s=limit_s, name="raysl-stopped"):
+        yield
+
+
+@contextmanager
+def _repeated(work: Callable[[], None], *, limit_s: float, name: str) -> Iterator[None]:
+    """Call a function within the block from a thread, at once and several times per limit."""
+    is_over = threading.Event()
+
+    def repeat() -> None:
+        work()
+        while not is_over.wait(max(_SHORTEST_BEAT_S, limit_s / _BEATS)):
+            work()
+
+    thread = threading.Thread(target=repeat, name=name, daemon=True)
     thread.start()
     try:
         yield
@@ -127,7 +130,3 @@ def kill_worker(pid: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _every_s(limit_s: float) -> float:
-    return max(_SHORTEST_BEAT_S, limit_s / _BEATS)

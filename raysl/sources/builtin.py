@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from raysl.errors import DataError
-from raysl.sources.source import ArraySource
+from raysl.sources.source import ArraySource, SourceConfig
 
 SPLITS = ("train", "test")
 _DIGIT_LEVELS = 16  # a digit's level counts the inked pixels of a 4 x 4 cell
@@ -41,7 +41,7 @@ def open_digits(split: str) -> ArraySource:
     )
 
 
-def open_torchvision(name: str, split: str, *, root: str) -> ArraySource:
+def open_torchvision(config: SourceConfig, split: str, *, root: str) -> ArraySource:
     """Open one of torchvision's data sets; download it if it is not below ``root``.
 
     The training split of STL-10 has 105,000 images; those without a label have label -1.
@@ -49,7 +49,7 @@ def open_torchvision(name: str, split: str, *, root: str) -> ArraySource:
     Raises:
         DataError: If it is missing and cannot be downloaded.
     """
-    folder = Path(root).expanduser()
+    name, folder = config.source, Path(root).expanduser()
     train = split == "train"
     # Imported lazily: the digits do not need it.
     datasets = importlib.import_module("torchvision.datasets")
@@ -68,7 +68,7 @@ def open_torchvision(name: str, split: str, *, root: str) -> ArraySource:
             images, labels = dataset.data, dataset.targets
     except (OSError, RuntimeError) as error:
         raise DataError(
-            f"data.source={name}: not found in {folder}, and the download failed ({error}). Put "
+            f"{config.named}: not found in {folder}, and the download failed ({error}). Put "
             f"torchvision's files there, set data.torchvision_root, or use a folder or Parquet"
         ) from None
     numbers = np.asarray(labels, np.int64)

@@ -93,13 +93,14 @@ def _image_column(schema: pa.Schema, config: SourceConfig, path: str) -> tuple[s
     else:
         candidates, name = [*encoded, *lists, *texts], config.image_column
     if name is None or name not in candidates:
-        raise _no_images(path, kinds, encoded, config.image_column)
+        raise _no_images(path, kinds, encoded, config)
     return _parts(name, kinds[name])
 
 
 def _no_images(
-    path: str, kinds: Mapping[str, pa.DataType], encoded: Sequence[str], configured: str | None
+    path: str, kinds: Mapping[str, pa.DataType], encoded: Sequence[str], config: SourceConfig
 ) -> DataError:
+    configured = config.image_column
     name_text = "" if configured is None else f" called {configured!r}"
     image_lists = [
         name
@@ -109,7 +110,7 @@ def _no_images(
     cure = (
         f"{', '.join(image_lists)} holds several images per row: write a row for each image first"
         if image_lists
-        else "Set data.image_column"
+        else f"Set {config.key('image_column')}"
     )
     return DataError(
         f"{path}: no single column of encoded images{name_text}; binary columns: "
@@ -132,7 +133,7 @@ def _label_column(names: Sequence[str], config: SourceConfig, path: str) -> str 
     if name is not None and name not in names:
         raise DataError(
             f"{path}: no column {name!r} for the labels; columns: {', '.join(names)}. "
-            f"Set data.label_column"
+            f"Set {config.key('label_column')}"
         )
     return name
 
@@ -152,32 +153,35 @@ def _class_label_names(metadata: bytes, label: str | None) -> tuple[str, ...]:
     return tuple(map(str, names)) if isinstance(names, list) else ()
 
 
-def label_advice(schema: pa.Schema | None, columns: Columns, in_path: Collection[str] = ()) -> str:
+def label_advice(
+    schema: pa.Schema | None, columns: Columns, in_path: Collection[str] = (), *, key: str
+) -> str:
     """Return advice on how to use other labels; it names the columns that could hold classes.
 
     Args:
         schema: The schema of one of the files; None if none was opened.
         columns: The columns that the source uses.
         in_path: Names of columns whose values are in the names of the file's folders.
+        key: The setting that names the column of labels.
     """
     if schema is None:
-        return "set data.label_column to a column of classes"
+        return f"set {key} to a column of classes"
     used = {columns.image, columns.paths, columns.label}
     possible = [*(f.name for f in schema if _is_label(f.type)), *in_path]
     names = [name for name in dict.fromkeys(possible) if name not in used]
     if not names:
         return (
             f"use Parquet files with a column of classes (integers or names), and set "
-            f"data.label_column to it; these files have the columns {', '.join(schema.names)}"
+            f"{key} to it; these files have the columns {', '.join(schema.names)}"
         )
     more = ", ..." if len(names) > _MOST_NAMED else ""
-    return f"set data.label_column to a column of classes: {', '.join(names[:_MOST_NAMED])}{more}"
+    return f"set {key} to a column of classes: {', '.join(names[:_MOST_NAMED])}{more}"
 
 
-def no_classes(column: str | None, why: str) -> str:
+def no_classes(column: str | None, why: str, *, key: str) -> str:
     """Return a note that says why a column yields no labels."""
     return (
-        f"the column {column!r} {why}; no accuracy is measured with it (data.label_column selects "
+        f"the column {column!r} {why}; no accuracy is measured with it ({key} selects "
         f"another column)"
     )
 

@@ -61,15 +61,20 @@ class RowFilter:
     Args:
         conditions: A row must fulfil all of them.
         where: Name of the source for error messages.
+        key: The setting that gives the conditions, for messages.
 
     Raises:
         DataError: If a list file cannot be read, or is an empty list of rows to keep.
     """
 
-    def __init__(self, conditions: Sequence[Condition], *, where: str) -> None:
+    def __init__(
+        self, conditions: Sequence[Condition], *, where: str, key: str = "data.filter"
+    ) -> None:
         self.conditions = tuple(conditions)
-        self._where = where
-        self._lists = {c: _List(c, where=where) for c in self.conditions if is_list_file(c[1])}
+        self._where, self._key = where, key
+        self._lists = {
+            c: _List(c, where=where, key=key) for c in self.conditions if is_list_file(c[1])
+        }
         self._lock = threading.Lock()
         self._num_rows, self._num_selected = 0, 0
 
@@ -96,7 +101,7 @@ class RowFilter:
         lines = [note for each in self._lists.values() if (note := each.note())]
         if num_dropped := self._num_rows - self._num_selected:
             lines.insert(
-                0, f"{num_dropped:,} of {self._num_rows:,} images are left out by data.filter"
+                0, f"{num_dropped:,} of {self._num_rows:,} images are left out by {self._key}"
             )
         return tuple(lines)
 
@@ -104,12 +109,12 @@ class RowFilter:
         """Build the error for a filter that selects no row."""
         why = "; ".join(note for each in self._lists.values() if (note := each.note()))
         return DataError(
-            f"{self._where}: data.filter leaves no image" + (f": {why}" if why else "")
+            f"{self._where}: {self._key} leaves no image" + (f": {why}" if why else "")
         )
 
     def _fulfils(self, table: pa.Table, condition: Condition, where: str) -> npt.NDArray[np.bool_]:
         column, comparison, value = condition
-        setting = f"data.filter {list(condition)}"
+        setting = f"{self._key} {list(condition)}"
         if column not in table.column_names:
             raise DataError(
                 f"{where}: {setting}: no column {column!r}; there are "
@@ -138,10 +143,10 @@ class RowFilter:
 class _List:
     """The lines of a list file, and which of them matched a row."""
 
-    def __init__(self, condition: Condition, *, where: str) -> None:
+    def __init__(self, condition: Condition, *, where: str, key: str) -> None:
         self.column, self.comparison, self.path = condition[0], condition[1], str(condition[2])
-        self.keeps = self.comparison == "in file"
-        setting = f"{where}: data.filter {list(condition)}"
+        self.key, self.keeps = key, self.comparison == "in file"
+        setting = f"{where}: {key} {list(condition)}"
         try:
             self.lines = pa.array(_read_lines(self.path), pa.string())
         except DataError as error:
@@ -166,7 +171,7 @@ class _List:
         """Describe the lines that matched no row; "" if all did."""
         total, unmatched = len(self.lines), np.flatnonzero(~self._matched)
         if not total:
-            return f"{self.path} has no lines: data.filter {self.comparison!r} drops nothing"
+            return f"{self.path} has no lines: {self.key} {self.comparison!r} drops nothing"
         if not len(unmatched):
             return ""
         line = self.lines[int(unmatched[0])].as_py()

@@ -83,7 +83,7 @@ class FolderSource:
         self.label_advice = "put the images into folders, one per class"
         self._decoding = config.decoding()
         if config.filter:
-            filtered = RowFilter(config.filter, where=f"data.source={self.name}")
+            filtered = RowFilter(config.filter, where=config.named, key=config.key("filter"))
             images = images.filter(pa.array(_selected_files(images, filtered)))
             if images.num_rows == 0:
                 raise filtered.nothing_left()

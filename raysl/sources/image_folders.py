@@ -41,13 +41,13 @@ def open_images(
     layout = folder_layout(lambda folder: _folders_below(images, folder))
     chosen = choose(list(layout.splits))
     if chosen is None:
-        lines = _doubts(layout, images, root)
+        lines = _doubts(layout, images, root, setting=config.key("source"))
         classes = ClassFolders(are_classes=not layout.annotations)
         return FolderSource(
             config, filesystem, images, root, classes=classes, notes=[*notes, *lines]
         )
     counts = {name: _below(images, layout, name).num_rows for name in layout.splits}
-    lines = [describe_choice(chosen, counts, "image")]
+    lines = [describe_choice(chosen, counts, "image", key=config.key("split"))]
     if outside := images.num_rows - sum(counts.values()):
         lines.append(f"{counted(outside, 'image')} in no split left out")
     above = tuple(f"{layout.above}{folder}/" for folder in layout.splits[chosen])
@@ -75,26 +75,26 @@ def _below(images: pa.Table, layout: FolderLayout, split: str) -> pa.Table:
     return images.filter(pc.match_substring_regex(images.column("path"), pattern))
 
 
-def _doubts(layout: FolderLayout, images: pa.Table, root: str) -> list[str]:
+def _doubts(layout: FolderLayout, images: pa.Table, root: str, *, setting: str) -> list[str]:
     lines = []
     if layout.annotations:
         names = ", ".join(layout.annotations)
         lines.append(
             f"folders {names} look like annotations of the images beside them: their files are "
-            f"read as images, and no folder is a class; data.source={root}/FOLDER reads one "
+            f"read as images, and no folder is a class; {setting}={root}/FOLDER reads one "
             f"folder"
         )
     elif layout.doubtful and len(_folders_below(images, "")) > 1:
         names = ", ".join(layout.doubtful)
         lines.append(
             f"folders {names} are named like splits but used as classes, since there is not both a "
-            f"training and a test folder; data.source={root}/FOLDER reads one folder"
+            f"training and a test folder; {setting}={root}/FOLDER reads one folder"
         )
     (*others, only) = _folders_below(images, "") or [""]
     if only and not others and len(below := _folders_below(images, f"{only}/")) > 1:
         shown = ", ".join(sorted(filter(None, below))[:_SHOWN])
         lines.append(
-            f"all images are in the folder {only}, which is one class; data.source={root}/{only} "
+            f"all images are in the folder {only}, which is one class; {setting}={root}/{only} "
             f"uses the folders in it as classes ({shown}{', ...' if len(below) > _SHOWN else ''})"
         )
     return lines

@@ -45,9 +45,6 @@ from raysl.sources.tables import (
 from raysl.sources.tar import TarSource, expand_braces
 from raysl.sources.tar_members import compressed
 
-# Matches the keys of a source's settings in a message, but not in a path.
-_KEY = re.compile(rf"(?<![\w/.-])data\.({'|'.join(SourceConfig.model_fields)})\b")
-
 
 def open_source(
     config: SourceConfig, *, split: str | None = None, held_out: bool = False, data: DataConfig
@@ -70,19 +67,6 @@ def open_source(
     return UnlabelledSource(source) if unlabelled else source
 
 
-def with_keys_of(section: str, message: str, *, source: str = "") -> str:
-    """Replace the section ``data`` in a message about a source by another section.
-
-    Args:
-        section: The section that replaces ``data`` in ``data.filter``, ``data.split`` and so on.
-        message: The message, with keys of the section ``data``.
-        source: The key that replaces ``data.source``; "" takes ``source`` of the section.
-    """
-    return _KEY.sub(
-        lambda key: source if source and key[1] == "source" else f"{section}.{key[1]}", message
-    )
-
-
 def _open_mixed(
     config: SourceConfig, split: str | None, held_out: bool, data: DataConfig
 ) -> Source:
@@ -93,12 +77,13 @@ def _open_mixed(
         return first
     parts, weights = [first], [1.0]
     for number, part in enumerate(config.mix):
+        named = part.called(f"data.mix[{number}]")
         try:
-            parts.append(_Opener(part, None, held_out, data).open())
+            parts.append(_Opener(named, None, held_out, data).open())
         except DataError as error:
-            text = with_keys_of(f"data.mix[{number}]", str(error))
-            prefix = f"data.mix[{number}].source={part.source}"
-            raise DataError(text if text.startswith(prefix) else f"{prefix}: {text}") from None
+            if str(error).startswith(named.named):
+                raise
+            raise DataError(f"{named.named}: {error}") from None
         weights.append(part.weight)
     return MixedSource(parts, weights)
 
@@ -110,27 +95,29 @@ class _Opener:
         self, config: SourceConfig, split: str | None, held_out: bool, data: DataConfig
     ) -> None:
         self.config, self.data, self.split, self.held_out = config, data, split, held_out
-        self.where = f"data.source={config.source}"
+        self.where = config.named
 
     def open(self) -> Source:
         """Open the source that the configuration names."""
         if self.config.source in BUILT_IN:
             return self._built_in()
-        self.filesystem, path = resolve(self.config.source)
+        self.filesystem, path = resolve(self.config.source, setting=self.config.key("source"))
         try:
             kind = self.filesystem.get_file_info(path).type
             if kind == pafs.FileType.Directory:
                 return self._folder(path.rstrip("/") or "/")
             return self._listed(path, is_file=kind == pafs.FileType.File)
         except (OSError, pa.ArrowException) as error:
-            raise unreachable(self.config.source, error) from None
+            setting = self.config.key("source")
+            raise unreachable(self.config.source, error, setting=setting) from None
 
     def _built_in(self) -> ArraySource:
         config = self.config
         refuse_columns(config, "a built-in set")
         if config.filter:
             raise DataError(
-                f"{self.where}: data.filter does not apply to a built-in set, which has no columns"
+                f"{self.where}: {config.key('filter')} does not apply to a built-in set, which has "
+                f"no columns"
             )
         # Imported here, because data workers import this module and must not load scikit-learn.
         from raysl.sources.builtin import (  # noqa: PLC0415
@@ -143,7 +130,7 @@ class _Opener:
         source: ArraySource = (
             open_digits(split)
             if config.source == "digits"
-            else open_torchvision(config.source, split, root=self.data.torchvision_root)
+            else open_torchvision(config, split, root=self.data.torchvision_root)
         )
         return source if config.limit is None else _with_limit(source, config.limit)
 
@@ -152,7 +139,8 @@ class _Opener:
         name = self.config.split
         if names and self.split is not None:  # the caller's choice replaces the setting
             name = self.split
-        return choose_split(names, name, held_out=self.held_out, where=self.where)
+        key = self.config.key("split")
+        return choose_split(names, name, held_out=self.held_out, where=self.where, key=key)
 
     def _listed(self, path: str, *, is_file: bool) -> Source:
         """Open a file, or the files that a glob or a range matches."""
@@ -178,7 +166,9 @@ class _Opener:
         if contents.images.num_rows:
             self._choose(())
             return FolderSource(self.config, self.filesystem, files, root, notes=contents.notes)
-        note = table_note(self.filesystem, root) if contents.parquet.num_rows else ""
+        note = ""
+        if contents.parquet.num_rows:
+            note = table_note(self.filesystem, root, setting=self.config.key("source"))
         return self._shards(kinds[0], root, [*contents.notes, *filter(None, [note])], by_name=True)
 
     def _matching(self, path: str, *, is_file: bool) -> tuple[str, pa.Table]:
@@ -187,7 +177,7 @@ class _Opener:
             return root, file_table([name])
         root, rest = existing_part(self.filesystem, path)
         if re.search(r"\{.*\}", rest):
-            return root, file_table(expand_braces(rest))
+            return root, file_table(expand_braces(rest, setting=self.config.key("source")))
         root, files = match_glob(self.filesystem, path)
         if files.num_rows == 0:
             raise DataError(
@@ -214,7 +204,12 @@ class _Opener:
         )
         notes = list(contents.notes)
         if parquet and not self._are_metadata(contents, root):
-            check_no_tables_below(self.filesystem, root, names_of(contents.parquet))
+            check_no_tables_below(
+                self.filesystem,
+                root,
+                names_of(contents.parquet),
+                setting=self.config.key("source"),
+            )
             return self._parquet(contents, root)
         if parquet:
             notes += download_notes(self.filesystem, paths_below(contents.parquet, root))
@@ -237,7 +232,7 @@ class _Opener:
         return ParquetSource(
             self.config,
             self.filesystem,
-            current_files(self.filesystem, root, kind, self.config.source),
+            current_files(self.filesystem, root, kind, self.config),
             window_mib=self.data.shuffle_window_mib,
             root=root,
         )
@@ -278,7 +273,7 @@ class _Opener:
         lines = list(notes)
         chosen = self._choose(() if by_name else parts.names)
         if chosen is not None:
-            lines.append(describe_choice(chosen, counts, "file"))
+            lines.append(describe_choice(chosen, counts, "file", key=self.config.key("split")))
             names = [
                 name for name, split in zip(names, parts.split_of, strict=True) if split == chosen
             ]

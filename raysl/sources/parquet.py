@@ -80,10 +80,11 @@ class ParquetSource:
         self.filesystem = filesystem
         self.splits = tuple(splits)
         self._decoding = config.decoding()
+        self._label_key = config.key("label_column")
         self.weights: npt.NDArray[np.float64] | None = None
         self._root = root or posixpath.commonpath([posixpath.dirname(file) for file in files])
         order = reading_order(len(files), config.limit)
-        row_filter = RowFilter(config.filter, where=f"data.source={self.name}")
+        row_filter = RowFilter(config.filter, where=config.named, key=config.key("filter"))
         ordered = [files[place] for place in order]
         footers = (
             read_footers(filesystem, ordered, config, self._root, row_filter)
@@ -95,7 +96,7 @@ class ParquetSource:
         if len(groups.rows) == 0:
             if config.filter:
                 raise row_filter.nothing_left()
-            raise DataError(f"data.source={self.name}: the Parquet files hold no rows")
+            raise DataError(f"{config.named}: the Parquet files hold no rows")
         self._columns = used_footers[0].columns
         selection = selection_key(config)
         self.fingerprint = digest(manifest.fingerprint if manifest else "", fingerprint, selection)
@@ -115,11 +116,11 @@ class ParquetSource:
         )
         schema = next((footer.schema for footer in used_footers if footer.schema is not None), None)
         in_path = partition_values(relative_path(used_footers[0].path, self._root))
-        self.label_advice = label_advice(schema, self._columns, in_path)
+        self.label_advice = label_advice(schema, self._columns, in_path, key=self._label_key)
         self._labels: Labels | None = None
         self._class_names: list[str] = []
         self._labels_read = self._columns.label is None
-        self.notes: tuple[str, ...] = (*notes, *_notes(used_footers), *row_filter.notes())
+        self.notes: tuple[str, ...] = (*notes, *_notes(used_footers, config), *row_filter.notes())
         self._check_label_type(schema)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -270,7 +271,7 @@ class ParquetSource:
             except (OSError, KeyError, pa.ArrowException):
                 pass  # judge by the type alone; reading the images will report the error
         if why := why_no_classes(kind, first):
-            self.notes += (no_classes(column, why),)
+            self.notes += (no_classes(column, why, key=self._label_key),)
             self._labels_read = True
 
     def _read_labels(self) -> None:
@@ -281,7 +282,7 @@ class ParquetSource:
         chunks = [chunk for column in columns for chunk in column.chunks]
         self._labels, self._class_names, why = number_classes(chunks, named=self._named)
         if why:
-            self.notes += (no_classes(self._columns.label, why),)
+            self.notes += (no_classes(self._columns.label, why, key=self._label_key),)
         self._labels_read = True
 
     def _file_labels(self, file: int) -> pa.ChunkedArray:
@@ -300,7 +301,7 @@ class ParquetSource:
             names = ", ".join(parquet.schema_arrow.names)
             raise DataError(
                 f"{path}: no column {label!r} for the labels; columns: {names}. "
-                f"Set data.label_column"
+                f"Set {self._label_key}"
             ) from None
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{path}: the labels cannot be read: {error}") from None
@@ -312,7 +313,7 @@ class ParquetSource:
         return column.take(pa.array(starts + places))
 
 
-def _notes(footers: Sequence[Footer]) -> tuple[str, ...]:
+def _notes(footers: Sequence[Footer], config: SourceConfig) -> tuple[str, ...]:
     """Return notes about images that the footers show to be missing or stored elsewhere."""
     image, paths, *_ = footers[0].columns
     empty = sum(not footer.rows.sum() for footer in footers)
@@ -333,7 +334,7 @@ def _notes(footers: Sequence[Footer]) -> tuple[str, ...]:
     elif nulls:
         notes.append(
             f"{fraction} are null in the column {image!r}, without a path: bad images; "
-            f"data.image_column selects another column"
+            f"{config.key('image_column')} selects another column"
         )
     return tuple(notes)
 

@@ -3,11 +3,11 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, Protocol
+from typing import Annotated, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from raysl.augment.crop import Image
 from raysl.augment.pipeline import device_ops
@@ -75,6 +75,29 @@ class SourceConfig(Config):
     pages: Pages = "refuse"
     """TIFF files with several pages, or with channels that are not colours: refuse them as bad
     images, use the first page or channel, or use up to three of them as red, green and blue."""
+
+    _section: str = PrivateAttr("data")
+    _source_key: str = PrivateAttr("data.source")
+
+    def called(self, section: str, *, source: str = "") -> Self:
+        """Return a copy whose settings have other names in messages.
+
+        Args:
+            section: The section that has these settings: ``data.mix[0]``, ``evaluate``.
+            source: The key of the source; "" stands for ``source`` of the section.
+        """
+        copy = self.model_copy()
+        copy._section, copy._source_key = section, source or f"{section}.source"
+        return copy
+
+    def key(self, name: str) -> str:
+        """Return a setting's name for a message: ``data.filter`` for "filter"."""
+        return self._source_key if name == "source" else f"{self._section}.{name}"
+
+    @property
+    def named(self) -> str:
+        """The source as a user gave it, the beginning of a message: ``data.source=/photos``."""
+        return f"{self.key('source')}={self.source}"
 
     def decoding(self) -> Decoding:
         """Return the settings that the decoder needs."""
@@ -316,8 +339,8 @@ def refuse_columns(config: SourceConfig, what: str) -> None:
     for name in ("image_column", "label_column"):
         if (value := getattr(config, name)) is not None:
             raise DataError(
-                f"data.source={config.source}: data.{name}={value} does nothing, as {what} has no "
-                f"columns; drop data.{name}, or set it to null"
+                f"{config.named}: {config.key(name)}={value} does nothing, as {what} has no "
+                f"columns; drop {config.key(name)}, or set it to null"
             )
 
 

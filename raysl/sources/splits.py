@@ -145,7 +145,7 @@ def _splits_of(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def choose_split(
-    names: Sequence[str], configured: str | None, *, held_out: bool, where: str
+    names: Sequence[str], configured: str | None, *, held_out: bool, where: str, key: str
 ) -> str | None:
     """Return the split to read; None if there are none.
 
@@ -154,6 +154,7 @@ def choose_split(
         configured: Name of the configured split, or None.
         held_out: Whether to prefer validation and test images over training images.
         where: Name of the source for the error message.
+        key: The setting that names a split, for the error message.
 
     Raises:
         DataError: If the configured split does not exist, or the choice is ambiguous.
@@ -171,21 +172,22 @@ def choose_split(
         return existing[0]
     if len(names) > 1:
         raise DataError(
-            f"{where}: holds the splits {existing_text} and none for training; set data.split"
+            f"{where}: holds the splits {existing_text} and none for training; set {key}"
         )
     return names[0] if names else None
 
 
-def describe_choice(chosen: str, counts: Mapping[str, int], what: str) -> str:
+def describe_choice(chosen: str, counts: Mapping[str, int], what: str, *, key: str) -> str:
     """Return a note that names the split in use and the other splits.
 
     Args:
         chosen: Name of the split in use.
         counts: Number of files in each split.
         what: The counted unit, such as "image".
+        key: The setting that names a split.
     """
     others = [f"{name} ({count:,})" for name, count in counts.items() if name != chosen]
     line = f"the split {chosen} is read ({counted(counts[chosen], what)})"
     if not others:
         return line
-    return f"{line}; data.split=NAME reads another one: {', '.join(others)}"
+    return f"{line}; {key}=NAME reads another one: {', '.join(others)}"

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from raysl.errors import DataError
+from raysl.sources.source import SourceConfig
 from raysl.sources.storage import is_local, read_file
 
 TableKind = Literal["delta", "iceberg", "hudi"]
@@ -45,13 +46,16 @@ def table_kind(filesystem: pafs.FileSystem, root: str) -> TableKind | None:
     return None
 
 
-def check_no_tables_below(filesystem: pafs.FileSystem, root: str, files: Iterable[str]) -> None:
+def check_no_tables_below(
+    filesystem: pafs.FileSystem, root: str, files: Iterable[str], *, setting: str
+) -> None:
     """Raise DataError if a folder contains a table, among other tables or files.
 
     Args:
         filesystem: The file system of the folder.
         root: Path of the folder, which is not a table itself.
         files: Paths of the folder's Parquet files, relative to it.
+        setting: The setting that names the folder, for messages.
 
     Raises:
         DataError: If a folder in the first two levels is a table.
@@ -65,24 +69,26 @@ def check_no_tables_below(filesystem: pafs.FileSystem, root: str, files: Iterabl
     for folder in list(folders)[:_MAX_FOLDERS]:
         if kind := table_kind(filesystem, f"{root.rstrip('/')}/{folder}"):
             raise DataError(
-                f"data.source={root}: {folder} in it is a {_NAMES[kind]} table, whose files "
+                f"{setting}={root}: {folder} in it is a {_NAMES[kind]} table, whose files "
                 f"also hold removed rows. Give the table itself "
-                f"(data.source={root.rstrip('/')}/{folder}), and others with data.mix"
+                f"({setting}={root.rstrip('/')}/{folder}), and others with data.mix"
             )
 
 
-def table_note(filesystem: pafs.FileSystem, folder: str) -> str:
+def table_note(filesystem: pafs.FileSystem, folder: str, *, setting: str) -> str:
     """Return a note if files belong to a table and may be outdated; "" if they do not."""
     for root in (folder, folder.rpartition("/")[0]):
         if root and (kind := table_kind(filesystem, root)):
             return (
                 f"the files belong to a {_NAMES[kind]} table ({root}) and may also hold removed "
-                f"rows; data.source={root} reads only current rows"
+                f"rows; {setting}={root} reads only current rows"
             )
     return ""
 
 
-def current_files(filesystem: pafs.FileSystem, root: str, kind: TableKind, uri: str) -> list[str]:
+def current_files(
+    filesystem: pafs.FileSystem, root: str, kind: TableKind, config: SourceConfig
+) -> list[str]:
     """Return the paths of a table's current files, sorted.
 
     ``deltalake`` or ``pyiceberg`` reads the log. For Iceberg, it reads the newest metadata file;
@@ -92,13 +98,14 @@ def current_files(filesystem: pafs.FileSystem, root: str, kind: TableKind, uri: 
         filesystem: The file system of the table.
         root: Path of the table's folder.
         kind: The result of ``table_kind``.
-        uri: The source as configured, for messages and the settings of the store.
+        config: The source as configured, for messages and the settings of the store.
 
     Raises:
         DataError: If the library is not installed or cannot read the table, the store is not
             supported, only some rows of a file are removed, or files are outside of the folder.
     """
-    what = f"data.source={uri}: is a {_NAMES[kind]} table, whose files also hold removed rows"
+    uri = config.source
+    what = f"{config.named}: is a {_NAMES[kind]} table, whose files also hold removed rows"
     if kind == "hudi":
         raise DataError(f"{what}. {_export('its current rows')}")
     if not is_local(filesystem) and (not uri.startswith("s3://") or "?" in uri):
@@ -123,7 +130,7 @@ def current_files(filesystem: pafs.FileSystem, root: str, kind: TableKind, uri: 
         raise DataError(f"{what}; {_PACKAGES[kind]} cannot read its log: {error}") from None
     below = _below(files, root, what)
     if not below:
-        raise DataError(f"data.source={uri}: the {_NAMES[kind]} table holds no rows")
+        raise DataError(f"{config.named}: the {_NAMES[kind]} table holds no rows")
     return below
 
 

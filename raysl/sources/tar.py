@@ -90,13 +90,17 @@ class TarSource:
         self.splits = tuple(splits)
         self.label_advice = (
             "give each sample a .cls member or a key `label` in its .json, or set "
-            "data.label_column to another key of it; folders in a tar are not classes"
+            f"{config.key('label_column')} to another key of it; folders in a tar are not classes"
         )
         self._config = config
         self._root = root or posixpath.commonpath([posixpath.dirname(file) for file in files])
         self.weights: npt.NDArray[np.float64] | None = None
         shards, indexed, filtered = choose_images(filesystem, files, config, self._root)
-        self.notes = (*notes, *tar_notes(indexed), *filtered.notes())
+        self.notes = (
+            *notes,
+            *tar_notes(indexed, key=config.key("image_column")),
+            *filtered.notes(),
+        )
         self._files = pa.array([shard.path for shard in shards], pa.large_string())
         self.fingerprint = digest(*(s.digest for s in shards), selection_key(config))
         self._offsets = np.concatenate([s.offsets for s in shards] or [np.empty(0, np.int64)])
@@ -124,11 +128,13 @@ class TarSource:
         key = self._config.label_column
         if all(column.null_count == len(column) for column in columns):
             if key is not None:
-                self.notes += (f"data.label_column={key}: no .json member has that key",)
+                self.notes += (
+                    f"{self._config.key('label_column')}={key}: no .json member has that key",
+                )
             return
         classes = number_classes(columns)
         if classes.labels is None:
-            what = f"data.label_column={key or 'label'}"
+            what = f"{self._config.key('label_column')}={key or 'label'}"
             self.notes += (f"{what} {classes.note}; the images have no labels",)
         elif classes.names:
             self.class_names = classes.names
@@ -258,11 +264,11 @@ def _no_images(
     indexed: Sequence[IndexedShard],
     notes: Sequence[str],
 ) -> str:
-    where = f"data.source={config.source}"
+    where = config.named
     if any(shard.num_images for shard in indexed):
         return (
-            f"{where}: data.filter leaves no image of the tar shards; an image's path is "
-            f"SHARD/MEMBER, such as {indexed[0].shard}/0001.jpg"
+            f"{where}: {config.key('filter')} leaves no image of the tar shards; an image's path "
+            f"is SHARD/MEMBER, such as {indexed[0].shard}/0001.jpg"
         )
     flaws = [(path, each.flaw) for path, each in zip(files, indexed, strict=True) if each.flaw]
     if flaws:
@@ -277,10 +283,14 @@ def _no_images(
     )
 
 
-def expand_braces(pattern: str) -> list[str]:
+def expand_braces(pattern: str, *, setting: str = "data.source") -> list[str]:
     """Return the paths that a path with ``{0000..0099}`` or ``{a,b}`` stands for, in order.
 
     Numbers are zero-padded to the width of the first number.
+
+    Args:
+        pattern: The path with ranges or lists.
+        setting: The setting that gives it, for messages.
 
     Raises:
         DataError: If a range is empty, or there are more than a million paths.
@@ -293,14 +303,13 @@ def expand_braces(pattern: str) -> list[str]:
             first, last = int(match[1]), int(match[2])
             if last < first or last - first >= _MAX_SHARDS:
                 raise DataError(
-                    f"data.source={pattern}: {piece} must ascend, over at most "
-                    f"{_MAX_SHARDS:,} shards"
+                    f"{setting}={pattern}: {piece} must ascend, over at most {_MAX_SHARDS:,} shards"
                 )
             choices = [str(n).zfill(len(match[1])) for n in range(first, last + 1)]
         elif piece.startswith("{") and piece.endswith("}") and "," in piece:
             choices = piece[1:-1].split(",")
         total *= len(choices)
         if total > _MAX_SHARDS:
-            raise DataError(f"data.source={pattern}: names more than {_MAX_SHARDS:,} shards")
+            raise DataError(f"{setting}={pattern}: names more than {_MAX_SHARDS:,} shards")
         parts.append(choices)
     return ["".join(chosen) for chosen in itertools.product(*parts)]

@@ -54,7 +54,7 @@ def choose_images(
             and none is selected, or the filter does not fit the columns.
     """
     order = reading_order(len(files), config.limit)
-    filtered = RowFilter(config.filter, where=f"data.source={config.source}")
+    filtered = RowFilter(config.filter, where=config.named, key=config.key("filter"))
     selected: list[tuple[int, ShardIndex, IndexedShard]] = []
     rows = used = 0
     indexed = _index_all(filesystem, [files[place] for place in order], config)

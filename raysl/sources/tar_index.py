@@ -172,6 +172,7 @@ class _Samples:
 
     def __init__(self, path: str, config: SourceConfig, *, with_labels: bool) -> None:
         self._path = path
+        self._column_key = config.key("image_column")
         self._column = (config.image_column or "").lstrip(".")
         usual = [suffix for suffix in IMAGE_SUFFIXES if not missing_package(suffix)]
         wanted = [self._column] if self._column else [suffix.lstrip(".") for suffix in usual]
@@ -294,7 +295,7 @@ class _Samples:
         names = ", ".join(readable(self._name(key, text)) for text in texts)
         return DataError(
             f"{self._path}: the sample {readable(key)!r} holds several images ({names}); set "
-            f"data.image_column to the suffix of one of them"
+            f"{self._column_key} to the suffix of one of them"
         )
 
     def _label(self, key: bytes, text: bytes) -> _Label:

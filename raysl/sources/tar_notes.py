@@ -23,9 +23,14 @@ class IndexedShard(NamedTuple):
     flaw: Flaw | None
 
 
-def tar_notes(indexed: Sequence[IndexedShard]) -> tuple[str, ...]:
-    """Return a line for each kind of problem with shards, and for each kind of skipped member."""
-    return (*_of_shards(indexed), *_of_samples([shard.tally for shard in indexed], indexed))
+def tar_notes(indexed: Sequence[IndexedShard], *, key: str) -> tuple[str, ...]:
+    """Return a line for each kind of problem with shards, and for each kind of skipped member.
+
+    Args:
+        indexed: Facts about the shards.
+        key: The setting that selects one of several images of a sample.
+    """
+    return (*_of_shards(indexed), *_of_samples([s.tally for s in indexed], indexed, key=key))
 
 
 def _of_shards(indexed: Sequence[IndexedShard]) -> list[str]:
@@ -41,7 +46,9 @@ def _of_shards(indexed: Sequence[IndexedShard]) -> list[str]:
     ]
 
 
-def _of_samples(tallies: Sequence[Tally], indexed: Sequence[IndexedShard]) -> list[str]:
+def _of_samples(
+    tallies: Sequence[Tally], indexed: Sequence[IndexedShard], *, key: str
+) -> list[str]:
     lines = []
     if repeated := sum(tally.repeated for tally in tallies):
         shards = [each.shard for each in indexed if each.tally.repeated]
@@ -57,10 +64,10 @@ def _of_samples(tallies: Sequence[Tally], indexed: Sequence[IndexedShard]) -> li
     if left_out:
         lines.append(
             f"{counted(left_out.total(), 'image')} left out beside another of the same sample: "
-            f"{_ends(left_out)}; data.image_column={_commonest(left_out)} uses those instead"
+            f"{_ends(left_out)}; {key}={_commonest(left_out)} uses those instead"
         )
     if one_by_one:
-        lines.append(_separate_images(one_by_one))
+        lines.append(_separate_images(one_by_one, key=key))
     if without := sum(tally.without for tally in tallies):
         ends = _sum([tally.without_ends for tally in tallies])
         verb = "has" if without == 1 else "have"
@@ -80,7 +87,7 @@ def _of_samples(tallies: Sequence[Tally], indexed: Sequence[IndexedShard]) -> li
     return lines
 
 
-def _separate_images(ends: Counter[str]) -> str:
+def _separate_images(ends: Counter[str], *, key: str) -> str:
     line = (
         f"{counted(ends.total(), 'image')} share their names up to the first dot with others but "
         f"are used as separate images: {_ends(ends)}"
@@ -89,7 +96,7 @@ def _separate_images(ends: Counter[str]) -> str:
     # In cat.0.jpg, cat.1.jpg the dots are part of the names; they are not columns of a sample.
     if ends[commonest] == 1 or commonest.partition(".")[0].isdigit():
         return line
-    return f"{line}; data.image_column={commonest} uses one per sample"
+    return f"{line}; {key}={commonest} uses one per sample"
 
 
 def _installing(ends: Counter[str]) -> str:

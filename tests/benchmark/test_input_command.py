@@ -18,8 +18,12 @@ binding_stage repeats spilled_bytes"""
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_ends_with_one_object_of_all_documented_figures_also_on_a_tiny_source(
-    run_yaml: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    run_yaml: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    spilled = iter([5, 7])  # before and after; each asks Ray's command line
+    monkeypatch.setattr("raysl.benchmark.input_command.spilled_bytes", lambda: next(spilled))
     command = ["benchmark", "input", str(run_yaml("x")), "data.limit=5", "--json"]
     short = ["--seconds", "0.1", "--repeats", "1"]
     assert main([*command, *short, "--gpu-images-per-s", "0.1"]) == 0
@@ -31,6 +35,13 @@ def test_ends_with_one_object_of_all_documented_figures_also_on_a_tiny_source(
     assert "batches of 2 images (the run's is 32)" in err
     assert results["cores"] == 1
     assert results["bytes_per_image"] >= 2 * 32 * 32 * 3
+    assert results["spilled_bytes"] == 2
+    assert results["function_images_per_s_per_core_all_busy"] > 0
+    assert results["first_batch_s"] > 0
+    assert 0 < results["consumer_wait_s"] <= results["consumer_wait_p99_s"]
+    assert results["peak_driver_bytes"] > 0
+    assert results["peak_object_store_bytes"] > 5 * 8 * 8  # the images alone
+    assert results["peak_workers_bytes"] >= results["peak_workers_private_bytes"] > 0
     assert results["binding_stage"] == "consumer"  # a GPU of one image in ten seconds
     assert results["decode_images_per_s_per_core"] is None  # digits are pixels
     rates = [figures["ray_images_per_s"] for figures in results["repeats"]]

@@ -1,5 +1,6 @@
 """The stream is measured as training has it, and what goes wrong is told."""
 
+import subprocess
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,6 @@ from raysl.augment.pipeline import View
 from raysl.benchmark import ray_input as benchmark_input
 from raysl.benchmark.ray_input import (
     cores_of,
-    function_on_all_cores,
     input_layout,
     share_source,
     spilled_bytes,
@@ -56,20 +56,6 @@ class TestTask:
 
 class TestStream:
     @pytest.mark.usefixtures("ray_cluster")
-    def test_gives_every_figure(self) -> None:
-        task = stream_task(plan(10), MAKING, layout=TWO, num_consumers=2, prefetch=2, images=100)
-        reference = share_source(source())
-        found = stream(reference, plan(steps_needed(task)), MAKING, layout=TWO, task=task)
-        assert found.images_per_s > 0
-        assert 0 < found.wait_s <= found.wait_p99_s
-        assert found.first_batch_s > 0
-        assert 0 < found.wait_share <= 1
-        assert found.bytes_per_image >= 2 * 16 * 16 * 3
-        assert found.peak_object_store_bytes > source().images.nbytes
-        assert found.peak_driver_bytes > 0
-        assert found.peak_workers_bytes >= found.peak_workers_private_bytes > 0
-
-    @pytest.mark.usefixtures("ray_cluster")
     def test_what_a_data_worker_raises_is_raised_here_as_it_was(self) -> None:
         task = stream_task(plan(10), MAKING, layout=TWO, num_consumers=1, prefetch=2, images=10)
         broken = source()
@@ -100,15 +86,6 @@ class TestStream:
             ray.kill(holder)
 
 
-class TestFunction:
-    @pytest.mark.usefixtures("ray_cluster")
-    def test_is_measured_on_all_cores_at_once(self) -> None:
-        rate = function_on_all_cores(
-            share_source(source()), plan(1000), MAKING, layout=TWO, seconds=0.1, start=0
-        )
-        assert rate > 0
-
-
 class TestCluster:
     @pytest.mark.usefixtures("ray_cluster")
     def test_data_workers_take_every_cpu_unless_told_otherwise(self, run_yaml: Any) -> None:
@@ -125,7 +102,9 @@ class TestCluster:
             input_layout(run_from_values(values, where="test"))
 
     @pytest.mark.usefixtures("ray_cluster")
-    def test_says_what_was_spilled(self) -> None:
-        found = spilled_bytes()
-        assert found is not None
-        assert found >= 0
+    def test_says_what_was_spilled(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert spilled_bytes() == 0  # asks Ray, whose text says nothing before it spills
+        text = "Spilled 123 MiB, 4 objects, avg write throughput 567 MiB/s\n"
+        answer = subprocess.CompletedProcess([], 0, stdout=text)
+        monkeypatch.setattr(subprocess, "run", lambda *_, **__: answer)
+        assert spilled_bytes() == 123 << 20

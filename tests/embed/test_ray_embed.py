@@ -86,7 +86,7 @@ class TestFeaturesOnRay:
         stream = stream_on_ray(source, chunks, embedding, num_workers=1)
         next(iter(stream))
         stream.close()
-        assert plan_pools(None, most=100).num_cpu_actors == 4
+        assert plan_pools(None, max_actors=100).num_cpu_actors == 4
 
     def test_errors_are_raysls_own(
         self, source: Source, tiny_encoder: Callable[..., Path], photos: Path
@@ -128,7 +128,7 @@ class TestPlanPools:
         self, cpus: list[float], gpus: list[int], actors: int, free: Callable[..., None]
     ) -> None:
         free(cpus, gpus)
-        pools = plan_pools(None, most=10**6)
+        pools = plan_pools(None, max_actors=10**6)
         assert pools.num_gpu_actors == sum(gpus)
         assert pools.num_cpu_actors == pytest.approx(actors, abs=1)
         left = [
@@ -139,9 +139,9 @@ class TestPlanPools:
 
     def test_no_more_than_there_is_work_for(self, free: Callable[..., None]) -> None:
         free([64.0], [0])
-        assert plan_pools(None, most=3).num_cpu_actors == 3
+        assert plan_pools(None, max_actors=3).num_cpu_actors == 3
 
     def test_what_cannot_fit_is_refused(self, free: Callable[..., None]) -> None:
         free([1.0], [0])
         with pytest.raises(ClusterError, match=r"1000 embedding worker\(s\) do not fit"):
-            plan_pools(1000, most=10**6)
+            plan_pools(1000, max_actors=10**6)

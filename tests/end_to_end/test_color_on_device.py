@@ -1,4 +1,7 @@
-"""A run whose colour operations run in the train worker is the run whose data workers do them."""
+"""A run whose colour operations run in the train worker is the run whose data workers do them.
+
+On Ray it is the run without Ray, to the bit: tests/run/test_ray_train.py.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,19 +32,6 @@ def test_it_has_nearly_the_same_losses(run_yaml: Callable[[str], Path]) -> None:
     assert main(["pretrain", str(run_yaml("plain")), *CALM]) == 0
     assert losses("device") == pytest.approx(losses("cpu"), abs=0.02)
     assert losses("plain") != pytest.approx(losses("cpu"), abs=0.05)
-
-
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
-def test_on_ray_it_has_the_same_losses_to_the_bit_as_without(
-    run_yaml: Callable[[str], Path],
-) -> None:
-    settings = [VIEWS, *CALM, "data.color_on=device"]
-    assert main(["pretrain", str(run_yaml("bare")), *settings]) == 0
-    on_ray = [*settings, "cluster.num_train_workers=1"]
-    assert main(["pretrain", str(run_yaml("ray")), *on_ray]) == 0
-    assert losses("ray") == losses("bare")
-    assert len(losses("ray")) == 3
 
 
 def test_an_op_that_only_runs_on_the_cpu_at_the_end_is_refused_by_name(

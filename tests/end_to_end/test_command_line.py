@@ -25,6 +25,7 @@ def losses(name: str) -> dict[int, float]:
 
 
 class TestWhatARunLeaves:
+    @pytest.mark.usefixtures("empty_store_here")
     def test_leaves_everything_that_the_documents_name(
         self, run_yaml: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -115,7 +116,7 @@ class TestPretrain:
         ("workers", "number"),
         [(0, signal.SIGINT), pytest.param(1, signal.SIGTERM, marks=pytest.mark.ray)],
     )
-    @pytest.mark.usefixtures("no_ray_cluster", "empty_store_here")
+    @pytest.mark.usefixtures("empty_store_here")
     def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(
         self,
         run_yaml: Callable[[str], Path],

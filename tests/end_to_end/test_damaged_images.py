@@ -1,4 +1,4 @@
-"""A thousand images of which fifty are damaged in ten ways: training goes on and says which."""
+"""Four hundred images of which twenty are damaged in ten ways: training goes on and says which."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from raysl.track.run_folder import RunFolder, read_metrics
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
-NUM_IMAGES, NUM_BAD = 1000, 50
+NUM_IMAGES, NUM_BAD = 400, 20
 
 
 def _encode(picture: np.ndarray, kind: str) -> bytes:
@@ -55,7 +55,7 @@ def _damaged(way: int, picture: np.ndarray) -> tuple[bytes, Flaw]:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Flaw]]:
-    """A folder of 1,000 JPEG, and what is wrong with which."""
+    """A folder of JPEG files, and what is wrong with which."""
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     bad = rng.permutation(NUM_IMAGES)[:NUM_BAD].tolist()
@@ -77,7 +77,7 @@ def _settings(folder: Path) -> list[str]:
         f"data.source={folder}",
         "data.limit=null",
         "train.steps=10",
-        "train.global_batch_size=100",
+        f"train.global_batch_size={NUM_IMAGES // 10}",
         "train.checkpoint_every={steps: 5}",
         "evaluate.every=null",
         "data.bad_images={max_share: 0.06}",
@@ -127,7 +127,7 @@ def test_too_many_end_the_run_with_an_example_and_the_list(
     command[-1] = "data.bad_images={max_share: 0.02}"
     assert main(command) == 1
     error = capsys.readouterr().err
-    assert "of 1,000 images are bad, such as " in error
+    assert f"of {NUM_IMAGES} images are bad, such as " in error
     assert any(name in error for name in flaws)
     assert "data.bad_images.max_share=0.02" in error
-    assert len(Path("runs/strict/bad_images.jsonl").read_text().splitlines()) > 20
+    assert len(Path("runs/strict/bad_images.jsonl").read_text().splitlines()) > 0.02 * NUM_IMAGES

@@ -35,12 +35,6 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def undrawn(undrawn: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave an evaluation's pictures out too, which have tests of their own."""
-    monkeypatch.setattr("raysl.downstream.evaluate_command._draw", lambda asked: None)
-
-
 def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
     status = main(["evaluate", *words])
     captured = capsys.readouterr()

@@ -166,18 +166,6 @@ def test_a_run_that_was_stopped_may_be_extended_too(run: Run) -> None:
     assert sorted(logged("r")) == list(range(1, 9))
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
-def test_on_ray_it_goes_on_too(run: Run) -> None:
-    assert run("r") == 0
-    before = logged("r")
-    assert run("r", "cluster.num_train_workers=1", "train.steps=8", "--extend") == 0
-    assert sorted(logged("r")) == list(range(1, 9))
-    assert {step: loss for step, loss in logged("r").items() if step <= 4} == before
-    (record,) = records_of(RunFolder(Path("runs/r")))
-    assert record["after_step"] == 4
-
-
 class TestRefusals:
     @pytest.fixture(scope="class")
     def finished(self, tmp_path_factory: pytest.TempPathFactory, run_text: str) -> Path:

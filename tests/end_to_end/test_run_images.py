@@ -15,6 +15,8 @@ from raysl.sources.folder import FolderSource
 from raysl.sources.source import Encoded, Unreadable
 from raysl.track.run_folder import RunFolder, checkpoint_path, latest_step, list_checkpoints
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 RUN = """\
 data: {views: {recipe: simclr, size_px: 16, blur_prob: 0.0}}
 backbone: {name: resnet18, stem: small, width: 0.125}
@@ -64,7 +66,6 @@ def interrupt(name: str) -> None:
     assert list_checkpoints(folder.checkpoints)
 
 
-@pytest.mark.usefixtures("undrawn")
 class TestPlaces:
     def test_a_run_is_found_from_elsewhere_and_its_source_spelt_anyhow(
         self,
@@ -120,7 +121,6 @@ class TestPlaces:
         assert train("name=r", "data.source=p")[0] == 0
 
 
-@pytest.mark.usefixtures("undrawn")
 class TestChangedImages:
     def test_are_refused_at_a_resume_and_gone_on_with_if_asked(
         self, here: Path, draw: Draw, train: Callable[..., tuple[int, str]]

@@ -5,7 +5,9 @@ import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock, create_autospec
 
 import numpy as np
 import PIL.Image
@@ -18,10 +20,13 @@ from raysl.augment.pipeline import View
 from raysl.config.load import validate
 from raysl.data.plan import Plan
 from raysl.embed.config import EmbedConfig
+from raysl.embed.ray_embed import Pools
 from raysl.embed.source import embedding_of
 from raysl.evaluate.embedding import features_here
 from raysl.sources.open import open_source
 from raysl.sources.source import ArraySource, DataConfig
+
+SPEED = SimpleNamespace(images_per_s=10.0, first_batch_s=1.0, left_out=("noise",))
 
 STUDIES = Path(__file__).parents[2] / "docs" / "studies"
 
@@ -161,39 +166,63 @@ class TestEmbeddingLoops:
         np.testing.assert_allclose(features[:8], features[8:16], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_cluster")
 class TestSideBySide:
+    """What is measured of raysl stands in; it runs on Ray in the tests of `raysl benchmark`."""
+
+    @pytest.fixture
+    def stand_in(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Mock]:
+        """Replace a function of raysl by one that takes the same arguments and measures 20.0."""
+
+        def replace(module: Any, name: str) -> Mock:
+            monkeypatch.setattr(module, "connect", lambda: False)
+            monkeypatch.setattr(module, "in_own_process", lambda *_: SPEED)
+            measured = create_autospec(getattr(module, name))
+            measured.return_value = SimpleNamespace(images_per_s=20.0, first_batch_s=0.5)
+            monkeypatch.setattr(module, name, measured)
+            return measured
+
+        return replace
+
     def test_input(
         self,
         study: Callable[[str], Any],
+        stand_in: Callable[..., Mock],
         run_yaml: Callable[[str], Path],
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         module = study("input_against_torch")
-        speed = module.Speed(10.0, 1.0, ("noise",))
-        monkeypatch.setattr(module, "in_own_process", lambda *_: speed)
+        measured = stand_in(module, "measure_stream")
+        monkeypatch.setattr(module, "input_layout", lambda _: "a layout")
+        monkeypatch.setattr(module, "cores_of", lambda _: 2)
+        monkeypatch.setattr(module, "share_source", lambda source: source)
         words = [str(run_yaml("x")), "data.limit=16", "--peers=torch,torch-uint8"]
-        speeds = module.main([*words, "--rounds=1", "--seconds=0.1"])
-        assert list(speeds) == ["raysl", "torch", "torch-uint8"]
+        speeds = module.main([*words, "--rounds=2", "--seconds=0.1"])
+        assert {name: len(rows) for name, rows in speeds.items()} == {
+            "raysl": 2,
+            "torch": 2,
+            "torch-uint8": 2,
+        }
+        assert measured.call_count == 2
         out = capsys.readouterr().out
         assert "raysl through Ray Data" in out
         assert "torchvision on PIL, uint8, without noise" in out
-        assert f"{speeds['raysl'][0].images_per_s / 10:.2f}" in out
+        assert f"{20.0 / SPEED.images_per_s:.2f}" in out
 
     def test_embedding(
         self,
         study: Callable[[str], Any],
+        stand_in: Callable[..., Mock],
         tiny_encoder: Callable[..., Path],
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         module = study("embedding_against_torch")
-        monkeypatch.setattr(module, "in_own_process", lambda *_: module.Speed(10.0, 1.0))
+        measured = stand_in(module, "measure_on_ray")
+        monkeypatch.setattr(module, "embedding_pools", lambda _: Pools(3, 1.0, 0, 0.0))
         words = ["digits", str(tiny_encoder()), "num_workers=1", "--loops=own-decode"]
         speeds = module.main([*words, "--rounds=1", "--seconds=0.1"])
         assert list(speeds) == ["raysl", "own-decode"]
-        assert speeds["raysl"][0].images_per_s > 0
-        assert "raysl on Ray, 1 actors" in capsys.readouterr().out
+        assert [row.images_per_s for row in speeds["raysl"]] == [20.0]
+        assert measured.call_args.kwargs["images_per_s"] == SPEED.images_per_s
+        assert "raysl on Ray, 3 actors" in capsys.readouterr().out

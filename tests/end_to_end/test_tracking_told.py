@@ -19,8 +19,12 @@ SMALL = [
 TRACK = ["track.mlflow=true", "track.log_model=false"]
 
 
+@pytest.mark.usefixtures("empty_store_here")
 def test_a_folder_of_files_is_told_first_and_its_cure_sends_the_run(
-    run_yaml: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_yaml: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     command = ["pretrain", str(run_yaml("r")), *SMALL, *TRACK]
     assert main([*command, "track.tracking_uri=mlruns", "--json"]) == 0
@@ -37,6 +41,7 @@ def test_a_folder_of_files_is_told_first_and_its_cure_sends_the_run(
     assert "Map of the features" not in page
     assert "was not drawn" not in page
 
+    monkeypatch.setattr("raysl.run.page.draw_all", lambda *_, **__: [])  # looked at above
     assert main([*command, "track.tracking_uri=sqlite:///mlflow.db", "--json"]) == 0
     run_id = json.loads(capsys.readouterr().out.splitlines()[-1])["mlflow_run_id"]
     run = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(run_id)
@@ -53,6 +58,7 @@ def test_a_folder_of_files_is_told_first_and_its_cure_sends_the_run(
     assert sorted(metric.step for metric in history) == [1, 2]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_an_evaluation_leaves_of_a_runs_images_is_told(
     run_yaml: Callable[[str], Path], photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

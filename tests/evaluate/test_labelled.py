@@ -133,8 +133,10 @@ class TestGivenTestSource:
         assert sets.test.rows.tolist() == [0, 2, 4]
         assert sets.test.labels.tolist() == [1, 0, 1]
         test._labels = np.full(5, -1)
-        test.label_advice = "set data.label_column to a column of classes"
-        with pytest.raises(DataError, match=r"no labels; set evaluate\.label_column to a column"):
+        test.label_advice = "write the class on each image"
+        with pytest.raises(
+            DataError, match=r"^evaluate\.source=test: no labels; write the class on"
+        ):
             opened(made_up([0, 1] * 10), source="test")
 
     def test_of_one_class_is_told_by_the_name_of_its_folder(self, tmp_path: Path) -> None:

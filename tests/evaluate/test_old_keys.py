@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from raysl.errors import ConfigError
 from raysl.evaluate.old_keys import new_keys, rename_old_keys, resolve_final
 from raysl.evaluate.registry import FINAL
 from raysl.run.recipe import RunConfig, drop_idle, run_from_user, run_from_values
@@ -101,7 +102,7 @@ class TestFinal:
 
     def test_other_words_are_refused_with_the_most_similar_protocol(self) -> None:
         assert resolve_final({"evaluate": {"final": "linear"}})["evaluate"]["final"] == ["linear"]
-        with pytest.raises(Exception, match="mean 'knn'"):
+        with pytest.raises(ConfigError, match="mean 'knn'"):
             run(final="knnn")
 
 

@@ -69,8 +69,7 @@ def files_of(out: Path) -> dict[str, bytes]:
 
 @pytest.mark.usefixtures("ray_cluster")
 class TestOnRay:
-    @pytest.mark.parametrize("kind", ["folder", "parquet"])
-    @pytest.mark.parametrize("num_workers", [None, 1])
+    @pytest.mark.parametrize(("kind", "num_workers"), [("folder", None), ("parquet", 1)])
     def test_gives_the_same_shards_to_the_bit(
         self, kind: str, num_workers: int | None, sources: dict[str, Path], tmp_path: Path
     ) -> None:

@@ -14,6 +14,8 @@ from raysl.cli import main
 from raysl.errors import ConfigError
 from raysl.track.run_folder import RunFolder, read_metrics
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SHORT = ["train.steps=2", "evaluate.final=[knn]", "evaluate.every=null"]
 
 

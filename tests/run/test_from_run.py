@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from raysl.config.load import validate
 from raysl.config.yaml_text import to_yaml
 from raysl.errors import ConfigError, DataError
 from raysl.evaluate.training_source import open_training_source
@@ -25,6 +26,7 @@ from raysl.run.from_run import (
 )
 from raysl.run.places import dropped_settings_note
 from raysl.run.recipe import RunConfig, derive_for, load_run, run_from_values
+from raysl.sources.source import DataConfig
 from raysl.track.run_folder import RunFolder
 
 SMALL = ["backbone={name: resnet18, stem: small, width: 0.125}"]
@@ -282,6 +284,14 @@ class TestFinetuneData:
         crops = f"data.views.kinds=[{large}, {small}]"
         found = self.views(run_yaml, crops, "method={name: swav, num_prototypes: 10}")
         assert (found["size_px"], found["min_scale"]) == (32, 0.4)
+
+    def test_leaves_the_accelerator_no_operation_where_nothing_is_mirrored(
+        self, run_yaml: Callable[[str], Path]
+    ) -> None:
+        ops = "data.views.kinds.0.ops=[{op: color_jitter}]"
+        run = load_run(run_yaml("pre"), [ops, "data.color_on=device"])
+        found = validate(DataConfig, finetune_data(run), where="test")
+        assert (found.color_on, found.views.views()[0].ops) == ("cpu", ())
 
 
 class TestFinetuneMistakes:

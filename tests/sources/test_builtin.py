@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 
 from raysl.errors import DataError
 from raysl.sources.builtin import open_digits, open_torchvision
-from raysl.sources.source import ArraySource
+from raysl.sources.source import ArraySource, DataConfig
 
 DOWNLOADERS = (torchvision.datasets.cifar, torchvision.datasets.stl10)
 
@@ -109,22 +109,22 @@ class TestCIFAR:
         return tmp_path
 
     def test_training_split_is_the_five_files_in_order(self, root: Path) -> None:
-        source = open_torchvision("cifar10", "train", root=str(root))
+        source = open_torchvision(DataConfig(source="cifar10"), "train", root=str(root))
         expected = np.concatenate([_images(4, 32, seed=n) for n in range(5)])
         np.testing.assert_array_equal(source.images, expected.transpose(0, 2, 3, 1))
         assert _labels(source) == [label for n in range(5) for label in (n, 1, 2, 3)]
 
     def test_test_split_is_the_sixth(self, root: Path) -> None:
-        source = open_torchvision("cifar10", "test", root=str(root))
+        source = open_torchvision(DataConfig(source="cifar10"), "test", root=str(root))
         np.testing.assert_array_equal(source.images, _images(4, 32, seed=5).transpose(0, 2, 3, 1))
         assert source.where(2) == "cifar10/test image 2"
 
     def test_has_the_files_class_names(self, root: Path) -> None:
-        source = open_torchvision("cifar10", "train", root=str(root))
+        source = open_torchvision(DataConfig(source="cifar10"), "train", root=str(root))
         assert source.class_names == list(self.NAMES)
 
     def test_survives_pickling(self, root: Path) -> None:
-        source = open_torchvision("cifar10", "train", root=str(root))
+        source = open_torchvision(DataConfig(source="cifar10"), "train", root=str(root))
         copy = pickle.loads(pickle.dumps(source))
         np.testing.assert_array_equal(np.stack(copy.read([7, 0])), source.images[[7, 0]])
         assert copy.fingerprint == source.fingerprint
@@ -138,7 +138,7 @@ class TestCIFAR:
             (folder / name).write_bytes(pickle.dumps(content))
         meta = {"fine_label_names": [f"fine {n}" for n in range(100)]}
         (folder / "meta").write_bytes(pickle.dumps(meta))
-        source = open_torchvision("cifar100", "train", root=str(tmp_path))
+        source = open_torchvision(DataConfig(source="cifar100"), "train", root=str(tmp_path))
         np.testing.assert_array_equal(source.images, _images(3, 32, seed=0).transpose(0, 2, 3, 1))
         assert _labels(source) == [99, 7, 0]
         assert source.class_names[99] == "fine 99"
@@ -161,14 +161,14 @@ class TestSTL10:
         return tmp_path
 
     def test_training_split_is_labelled_and_unlabelled_images(self, root: Path) -> None:
-        source = open_torchvision("stl10", "train", root=str(root))
+        source = open_torchvision(DataConfig(source="stl10"), "train", root=str(root))
         expected = np.concatenate([_images(3, 96, seed=0), _images(4, 96, seed=2)])
         np.testing.assert_array_equal(source.images, expected.transpose(0, 2, 3, 1))
         assert _labels(source) == [9, 0, 4, -1, -1, -1, -1]
         assert source.class_names[9] == "truck"
 
     def test_test_split_is_labelled(self, root: Path) -> None:
-        source = open_torchvision("stl10", "test", root=str(root))
+        source = open_torchvision(DataConfig(source="stl10"), "test", root=str(root))
         np.testing.assert_array_equal(source.images, _images(2, 96, seed=1).transpose(0, 2, 3, 1))
         assert _labels(source) == [1, 2]
 
@@ -183,7 +183,7 @@ class TestMissing:
             match=rf"^data\.source={name}: not found in {tmp_path}/cache, .*no network in tests.*"
             r"set data\.torchvision_root, or use a folder or Parquet$",
         ):
-            open_torchvision(name, "train", root=str(tmp_path / "cache"))
+            open_torchvision(DataConfig(source=name), "train", root=str(tmp_path / "cache"))
 
     def test_damaged_files_are_an_error_too(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -193,9 +193,11 @@ class TestMissing:
             torchvision.datasets.cifar, "download_and_extract_archive", lambda *_, **__: None
         )
         with pytest.raises(DataError, match=r"data\.source=cifar10: .*corrupted"):
-            open_torchvision("cifar10", "train", root=str(tmp_path))
+            open_torchvision(DataConfig(source="cifar10"), "train", root=str(tmp_path))
 
     def test_a_root_that_cannot_be_made_is_an_error(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("in the way")
         with pytest.raises(DataError, match=r"data\.source=stl10: not found in .*/file/cache"):
-            open_torchvision("stl10", "train", root=str(tmp_path / "file" / "cache"))
+            open_torchvision(
+                DataConfig(source="stl10"), "train", root=str(tmp_path / "file" / "cache")
+            )

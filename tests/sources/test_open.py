@@ -1,9 +1,10 @@
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import cv2
 import numpy as np
@@ -77,9 +78,9 @@ class TestBuiltIn:
     ) -> None:
         asked = []
 
-        def open_torchvision(name: str, split: str, *, root: str) -> ArraySource:
-            asked.append((name, split, root))
-            return ArraySource(name, np.zeros((2, 3, 3, 3), dtype=np.uint8))
+        def open_torchvision(config: SourceConfig, split: str, *, root: str) -> ArraySource:
+            asked.append((config.source, split, root))
+            return ArraySource(config.source, np.zeros((2, 3, 3, 3), dtype=np.uint8))
 
         monkeypatch.setattr("raysl.sources.builtin.open_torchvision", open_torchvision)
         data = DataConfig(source="digits", torchvision_root=str(tmp_path))
@@ -228,9 +229,9 @@ class TestErrors:
             _open("nope://bucket/x")
 
 
-@pytest.mark.parametrize("module", ["raysl.sources.open", "raysl.data.stream"])
-def test_a_data_worker_loads_neither_torch_nor_scikit_learn_nor_ray_nor_mlflow(module: str) -> None:
-    code = f"import {module}, sys; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+def test_a_data_worker_loads_neither_torch_nor_scikit_learn_nor_ray_nor_mlflow() -> None:
+    code = "import raysl.sources.open, raysl.data.stream, sys; "
+    code += "print(*sorted({name.split('.')[0] for name in sys.modules}))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
@@ -243,3 +244,73 @@ def test_a_pack_that_has_not_finished_is_no_source(tmp_path: Path) -> None:
     (tmp_path / "pack.json").write_text("{}")
     with pytest.raises(DataError, match="has not finished in this folder; run the same pack again"):
         open_source(SourceConfig(source=str(tmp_path)), data=DataConfig(source=str(tmp_path)))
+
+
+class TestNamesOfSettings:
+    """A source of another section is spoken of by that section's keys."""
+
+    CASES: ClassVar[dict[str, tuple[str, dict[str, Any]]]] = {
+        "missing": ("none", {}),
+        "range": ("{9..0}.tar", {}),
+        "scheme": ("nowhere://a", {}),
+        "split": ("pictures", {"split": "dev"}),
+        "columns of images": ("pictures", {"label_column": "x"}),
+        "filter of images": ("pictures", {"filter": (("path", "==", "x"),)}),
+        "list": ("pictures", {"filter": (("path", "in file", "none"),)}),
+        "filter of digits": ("digits", {"filter": (("path", "==", "x"),)}),
+        "image column": ("tables", {"image_column": "x"}),
+        "label column": ("tables", {"label_column": "x"}),
+        "filter of Parquet": ("tables", {"filter": (("label", "==", "x"),)}),
+        "filter of a column": ("tables", {"filter": (("x", "==", "x"),)}),
+    }
+
+    @pytest.mark.parametrize("case", CASES)
+    def test_are_those_of_the_section_in_every_error(
+        self,
+        case: str,
+        folder: Path,
+        tables: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        name, settings = self.CASES[case]
+        data = DataConfig(source=name)
+        config = SourceConfig(source=name, **settings)
+        said = []
+        for each in (config, config.called("evaluate"), config.called("data.test", source="x.y")):
+            with pytest.raises(DataError) as caught:
+                open_source(each, data=data)
+            said.append(str(caught.value))
+        assert "data." in said[0]
+        assert said[1] == said[0].replace("data.", "evaluate.")
+        assert said[2] == said[0].replace("data.source", "x.y").replace("data.", "data.test.")
+
+    def test_are_in_the_advice_on_labels_and_in_notes_too(
+        self, tables: Path, tmp_path: Path
+    ) -> None:
+        data = DataConfig(source="digits")
+        folder = tmp_path / "splits"
+        folder.mkdir()
+        for split in ("train", "test"):
+            shutil.copy(tables / "part-0.parquet", folder / f"{split}.parquet")
+        advice = open_source(
+            SourceConfig(source=f"{folder}/*.parquet").called("evaluate"), data=data
+        ).label_advice
+        assert advice.startswith("use Parquet files with a column of classes")
+        assert "set evaluate.label_column to it" in advice
+        (note,) = open_source(SourceConfig(source=str(folder)).called("evaluate"), data=data).notes
+        assert "evaluate.split=NAME" in note
+
+    def test_of_mixed_images_begin_with_their_number(self, folder: Path, tables: Path) -> None:
+        wrong = {"missing": {"source": str(folder / "none")}}
+        wrong["column"] = {"source": str(tables), "label_column": "x"}
+        said = {}
+        for name, part in wrong.items():
+            with pytest.raises(DataError) as caught:
+                _open(folder, mix=(part,))
+            said[name] = str(caught.value)
+        assert said["missing"].startswith(f"data.mix[0].source={folder}/none: no such file")
+        assert said["column"].startswith(f"data.mix[0].source={tables}: {tables}/part-0.parquet: ")
+        assert said["column"].endswith("Set data.mix[0].label_column")
+        assert said["missing"].count("data.mix") == 1

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -111,45 +112,48 @@ class TestFolders:
         assert _layout("photos/cat/1.jpg", "photos/dog/1.jpg")[:2] == ("", {})
 
 
+NAMES: dict[str, Any] = {"where": "x", "key": "data.split"}
+
+
 class TestChoice:
     names = ("train", "validation", "test", "extra")
 
     def test_is_for_training_unless_asked(self) -> None:
-        assert choose_split(self.names, None, held_out=False, where="x") == "train"
+        assert choose_split(self.names, None, held_out=False, **NAMES) == "train"
 
     @pytest.mark.parametrize(
         ("asked", "found"),
         [("val", "validation"), ("validation", "validation"), ("Test", "test"), ("extra", "extra")],
     )
     def test_takes_other_words_for_the_same(self, asked: str, found: str) -> None:
-        assert choose_split(self.names, asked, held_out=False, where="x") == found
+        assert choose_split(self.names, asked, held_out=False, **NAMES) == found
 
     def test_to_test_on_is_validation_then_test_then_training(self) -> None:
         for names, found in ((self.names, "validation"), (("train", "test"), "test")):
-            assert choose_split(names, None, held_out=True, where="x") == found
-        assert choose_split(("train",), None, held_out=True, where="x") == "train"
+            assert choose_split(names, None, held_out=True, **NAMES) == found
+        assert choose_split(("train",), None, held_out=True, **NAMES) == "train"
 
     def test_of_a_single_one_is_that_one(self) -> None:
-        assert choose_split(("test",), None, held_out=False, where="x") == "test"
+        assert choose_split(("test",), None, held_out=False, **NAMES) == "test"
 
     def test_of_none_is_none(self) -> None:
-        assert choose_split((), None, held_out=True, where="x") is None
+        assert choose_split((), None, held_out=True, **NAMES) is None
 
     def test_of_one_that_is_not_there_lists_those_that_are(self) -> None:
         with pytest.raises(DataError, match=r"^x: split=dev: .*; existing splits: train, test$"):
-            choose_split(("train", "test"), "dev", held_out=False, where="x")
+            choose_split(("train", "test"), "dev", held_out=False, **NAMES)
         with pytest.raises(DataError, match=r"existing splits: none$"):
-            choose_split((), "test", held_out=False, where="x")
+            choose_split((), "test", held_out=False, **NAMES)
 
     def test_without_one_for_training_has_to_be_made(self) -> None:
         with pytest.raises(DataError, match=r"validation, test and none for training; set data"):
-            choose_split(("validation", "test"), None, held_out=False, where="x")
+            choose_split(("validation", "test"), None, held_out=False, **NAMES)
 
     def test_is_said_with_what_lies_beside_it(self) -> None:
-        line = describe_choice("train", {"train": 1200, "test": 30}, "image")
+        line = describe_choice("train", {"train": 1200, "test": 30}, "image", key="data.split")
         assert line == (
             "the split train is read (1,200 images); data.split=NAME reads another one: test (30)"
         )
-        assert describe_choice("train", {"train": 2}, "file") == (
+        assert describe_choice("train", {"train": 2}, "file", key="data.split") == (
             "the split train is read (2 files)"
         )

@@ -348,4 +348,4 @@ class TestWithoutLibrary:
         fsspec = pytest.importorskip("fsspec")
         filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.filesystem("memory")))
         with pytest.raises(DataError, match=r"is a Delta table.*from local disks and from s3://"):
-            current_files(filesystem, "bucket/t", "delta", "gs://bucket/t")
+            current_files(filesystem, "bucket/t", "delta", DataConfig(source="gs://bucket/t"))

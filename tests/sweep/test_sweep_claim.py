@@ -41,6 +41,7 @@ def test_what_may_change_is_written_down(
 ) -> None:
     claim(folder, sweep_of(space=SPACE, search={"name": "grid"}, **sections))
     kept = read_mapping(folder.config)
+    assert list(kept["space"]) == list(SPACE)
     for section, values in sections.items():
         if isinstance(values, dict):
             assert values.items() <= kept[section].items()

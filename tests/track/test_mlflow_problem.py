@@ -3,7 +3,6 @@
 import shlex
 import socket
 import sqlite3
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import mlflow.cli
 import pytest
 from mlflow.tracking import MlflowClient
 
@@ -144,7 +144,7 @@ def test_a_file_that_is_no_database_and_one_of_an_old_version(tmp_path: Path, st
 
 
 def test_the_cure_of_a_deleted_experiment_is_a_command_that_works(
-    tmp_path: Path, store: str
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = MlflowClient(store)
     client.delete_experiment(client.create_experiment("mine"))
@@ -154,9 +154,10 @@ def test_the_cure_of_a_deleted_experiment_is_a_command_that_works(
     assert tracker.trouble is not None
     assert "the experiment 'mine' was deleted" in tracker.trouble.text
     line = str(tracker.trouble.cure).splitlines()[-1].strip()
-    program = shlex.quote(f"{Path(sys.executable).parent}/mlflow")
-    line = line.replace("mlflow experiments", f"{program} experiments")
-    subprocess.run(line, shell=True, check=True)
+    variable, program, *words = shlex.split(line)
+    monkeypatch.setenv(*variable.split("=", 1))
+    assert program == "mlflow"
+    mlflow.cli.cli.main(words, standalone_mode=False)  # what the program does, in this process
     MetricsFile(RunFolder(tmp_path).metrics, start_step=0).log({"loss": 1.0}, step=1)
     tracker.finish(status="FINISHED", artifacts=[], log_model=None)
     assert tracker.problem is None

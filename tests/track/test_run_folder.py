@@ -1,6 +1,7 @@
 import errno
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -179,7 +180,7 @@ class TestMetricsFile:
         file = MetricsFile(path, start_step=0)
         file.log({"train/loss": float("nan")}, step=1)
         file.close()
-        assert read_metrics(path)[0]["train/loss"] != read_metrics(path)[0]["train/loss"]
+        assert math.isnan(read_metrics(path)[0]["train/loss"])
 
 
 class TestAMetricsFileOnATroubledDisk:
