@@ -8,11 +8,13 @@ from raysl.config.shipped import first_clause, shipped_configs
 from raysl.config.yaml_text import to_yaml
 from raysl.errors import ConfigError
 from raysl.evaluate.training_source import open_training_source
+from raysl.folder.address import path_or_address
 from raysl.folder.whole import write_text
 from raysl.report.terminal import console, mapping_table, print_json, say, say_notes
 from raysl.run.check import check_names, check_start
 from raysl.run.places import with_absolute_files
 from raysl.run.recipe import derived_facts, load_run
+from raysl.store.reading import local_copy
 from raysl.track.run_folder import working_folder
 
 # The folders of shipped configurations, with their headings.
@@ -28,7 +30,10 @@ _GROUPS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument(
-        "config", type=Path, nargs="?", help="a YAML file, or the name of a shipped one"
+        "config",
+        type=path_or_address,
+        nargs="?",
+        help="a YAML file, its address in a store, or the name of a shipped one",
     )
     parser.add_argument("overrides", nargs="*", help="section.key=value, typed as YAML")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -61,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             "give a YAML file or the name of a shipped configuration; --list shows them"
         )
-    config = load_run(arguments.config, arguments.overrides)
+    config = load_run(local_copy(arguments.config), arguments.overrides)
     check_names(config)
     absolute = with_absolute_files(config, working_folder())
     source = open_training_source(absolute.data, absolute.evaluate, absolute.method)

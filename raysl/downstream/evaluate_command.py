@@ -17,11 +17,11 @@ from raysl.downstream.evaluation_config import (
     NOT_FROM_RUN,
     EncoderOrigin,
     EvaluationConfig,
-    evaluation_folder,
+    evaluation_place,
     labels_note,
     load_evaluation,
 )
-from raysl.downstream.evaluation_folder import EvaluationFolder
+from raysl.downstream.evaluation_folder import EVALUATION, EvaluationFolder
 from raysl.downstream.evaluation_record import EvaluationResult, write_evaluation_result
 from raysl.downstream.evaluation_report import evaluation_table, json_of, send
 from raysl.downstream.evaluation_runs import run_of, train_unit
@@ -45,9 +45,9 @@ from raysl.evaluate.registry import (
     refuse_unmeasured,
     units_of,
 )
-from raysl.folder.claim import set_aside
 from raysl.report.progress import CountView
 from raysl.report.terminal import console, mapping_table, print_json, say, say_notes
+from raysl.run.held import check_reachable, held_folder
 from raysl.run.local import pretrain_here
 from raysl.run.places import dropped_settings_note
 from raysl.run.ray_cluster import connect, disconnect, plan_layout
@@ -81,7 +81,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=",".join(DEFAULT),
         protocols="\n".join(f"  {p.name:14} {p.text(p.settings())}" for p in PROTOCOLS.values()),
     )
-    parser.add_argument("encoder", help="a run folder, an encoder file, or a backbone's name")
+    parser.add_argument(
+        "encoder",
+        help="a run folder, an encoder file, the address of one in a store, or a backbone's name",
+    )
     parser.add_argument("overrides", nargs="*", help="section.key=value, typed as YAML")
     parser.add_argument("--protocols", metavar="A,B", help="protocols to measure")
     parser.add_argument("--name", help="folder of the evaluation, below evaluations/ of the run")
@@ -112,16 +115,15 @@ def run(arguments: argparse.Namespace) -> int:
         say(note)
     if TRANSFER in (names or ()) and config.transfer is None:
         raise ConfigError("--protocols transfer needs labelled images: set transfer.source=...")
-    folder = EvaluationFolder(evaluation_folder(config, origin))
-    if arguments.fresh and folder.path.exists():
-        say(f"the earlier evaluation is now in {set_aside(folder)}")
-    with folder.locked():
+    place = evaluation_place(config, origin)
+    check_reachable(str(place), uses_ray=config.cluster.uses_ray)
+    with held_folder(place, EvaluationFolder, EVALUATION, fresh=arguments.fresh) as folder:
         request = _request(config, origin, folder, names)
         transfer = _transfer(request) if TRANSFER in (names or ()) else None
         record = _evaluate(request, transfer)
         _draw(request)
         send(request, record, home=home)
-    _say_results(request, record)
+        _say_results(request, record)
     if arguments.json:
         print_json(json_of(record))
     return 0
@@ -183,9 +185,10 @@ def _evaluate(request: EvaluationRequest, transfer: EvaluationRequest | None) ->
     view = CountView()
     with ExitStack() as stack:
         stack.callback(view.close)
-        record = _evaluate_sets(request, view, stack)
+        record = _evaluate_sets(request, view, stack, where=request.folder.shown())
         if transfer is not None:
-            transferred = _evaluate_sets(transfer, view, stack)
+            where = request.folder.shown(transfer.folder.path)
+            transferred = _evaluate_sets(transfer, view, stack, where=where)
             for name, values in transferred["protocols"].items():
                 key = TRANSFER if name == "linear" else f"{TRANSFER}_{name}"
                 record["protocols"][key] = {**values, "source": transferred["source"]}
@@ -194,12 +197,12 @@ def _evaluate(request: EvaluationRequest, transfer: EvaluationRequest | None) ->
 
 
 def _evaluate_sets(
-    request: EvaluationRequest, view: CountView, stack: ExitStack
+    request: EvaluationRequest, view: CountView, stack: ExitStack, *, where: str
 ) -> EvaluationResult:
     sets = request.sets
     say(
-        f"evaluating {request.origin.encoder} on {len(sets.train):,} training and "
-        f"{len(sets.test):,} test images of {sets.test.source.name}\n  {request.folder.path}"
+        f"evaluating {request.origin.place} on {len(sets.train):,} training and "
+        f"{len(sets.test):,} test images of {sets.test.source.name}\n  {where}"
     )
     say_notes(sets.train.source)
     if sets.test.source.fingerprint != sets.train.source.fingerprint:
@@ -239,7 +242,7 @@ def _backend(request: EvaluationRequest, view: CountView, stack: ExitStack) -> E
 
     def train(config: RunConfig[Any], folder: RunFolder, source: Source) -> Results:
         view.close()
-        say(f"training {folder.path.name}: {folder.path}")
+        say(f"training {folder.path.name}: {folder.shown()}")
         if not on_ray:
             return pretrain_here(config, folder=folder, source=source)
         start_ray()
@@ -260,6 +263,7 @@ def _draw(request: EvaluationRequest) -> None:
         encoder=request.origin.encoder,
         train=request.sets.train,
         test=request.sets.test,
+        shown=request.folder.shown(),
     ):
         say(f"  {picture} could not be drawn: {problem}")
 
@@ -272,5 +276,9 @@ def _say_results(request: EvaluationRequest, record: EvaluationResult) -> None:
         out.print(mapping_table("Without labels", record["label_free"]))
     if record["bad_images"]:
         say(f"{counted(record['bad_images'], 'bad image')} replaced by black, and measured too")
-    lines = [f"numbers   {request.folder.record}", f"report    {request.folder.report}"]
+    folder = request.folder
+    lines = [
+        f"numbers   {folder.shown(folder.record)}",
+        f"report    {folder.shown(folder.report)}",
+    ]
     out.print("\n".join(lines), markup=False)

@@ -141,7 +141,7 @@ def _features(
         num_bad += len(bad_images)
         if not np.isfinite(embedded).all():
             raise DataError(
-                f"{request.origin.encoder}: returns features that are not finite; it has diverged, "
+                f"{request.origin.place}: returns features that are not finite; it has diverged, "
                 f"or features.precision={features.precision} is too narrow for it"
             )
         arrays |= {
@@ -200,7 +200,7 @@ def _write_record(request: EvaluationRequest, feature_info: Mapping[str, Any]) -
     sets = request.sets
     earlier = _earlier_protocols(request)
     record: EvaluationResult = {
-        "encoder": str(request.origin.encoder),
+        "encoder": request.origin.place,
         "source": request.config.data.source,
         "test_source": sets.test.source.name,
         "protocols": earlier | dict(_protocols(request)),

@@ -1,7 +1,6 @@
 """The settings of `raysl evaluate`, and their defaults from the run that trained the encoder."""
 
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -16,22 +15,24 @@ from raysl.config.load import (
     validate,
     validated,
 )
-from raysl.encoder.file import encoder_file, read_description, save_encoder
+from raysl.encoder.file import read_description, save_encoder
 from raysl.errors import ConfigError, DataError
 from raysl.evaluate.embedding import encoder_digest
 from raysl.evaluate.registry import ProtocolSettings
-from raysl.folder.address import is_address
-from raysl.folder.whole import appears_whole
+from raysl.folder.address import below, is_address
 from raysl.nn.backbones import NAMES, BackboneConfig, build_backbone, check_model_name
 from raysl.run.cluster_config import ClusterConfig
+from raysl.run.held import place_of
 from raysl.run.places import start_folder
 from raysl.sources.belonging import OF_SOURCE, named_source, without_other_source
 from raysl.sources.filter import Condition
 from raysl.sources.pixels import ColorProfile, Intensity, Pages
 from raysl.sources.place import absolute_config, place_key
 from raysl.sources.source import DataConfig, LocatedSource, WeightedSource
+from raysl.store.objects import Store
 from raysl.store.reading import local_copy
-from raysl.track.config import DiskDir, TrackConfig, check_run_name
+from raysl.store.scratch import scratch_folder
+from raysl.track.config import OutputDir, TrackConfig, check_run_name
 from raysl.track.run_folder import RunFolder
 
 NOT_FROM_RUN = ("data.labels", "data.if_changed")
@@ -101,8 +102,9 @@ class EvaluationConfig(ProtocolSettings):
 
     name: str | None = None
     """Folder of the evaluation below the run's; null uses the name of the images."""
-    output_dir: DiskDir = "runs"
-    """Parent of the results of an encoder that is not in a run folder on a disk."""
+    output_dir: OutputDir = "runs"
+    """Parent of the results of an encoder that is not in a run folder: a path or an address of a
+    store. The results of a run in a store go there if this is set, else below the run."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the random weights, if a backbone is named instead of an encoder."""
     data: EvaluationData
@@ -120,13 +122,27 @@ class EncoderOrigin(NamedTuple):
     """The encoder to measure."""
 
     encoder: Path
-    """Path of ``encoder.safetensors``."""
-    folder: Path
-    """Parent folder of ``evaluations``."""
+    """Path of ``encoder.safetensors``, or of its local copy."""
+    folder: Path | str
+    """Path or address of the parent folder of ``evaluations``."""
     run: Path | None
-    """Folder of the run that trained the encoder; None if unknown."""
+    """Folder of the run that trained the encoder, or its local copy; None if unknown."""
     size_px: int
     """Image size that the encoder was trained for."""
+    address: str | None = None
+    """Address of the run, or else of the encoder; None if they are on a disk."""
+
+    @property
+    def start(self) -> Path:
+        """The folder or file that a fine-tuning starts from, or its local copy."""
+        return self.run or self.encoder
+
+    @property
+    def place(self) -> str:
+        """Path or address of the encoder, as other processes know it."""
+        if self.address is None:
+            return str(self.encoder)
+        return self.address if self.run is None else f"{self.address}/{self.encoder.name}"
 
 
 def load_evaluation(
@@ -161,10 +177,9 @@ def load_evaluation(
             check_run_name(config.name)
         except ValueError as error:
             raise ConfigError(f"name: {error}") from None
-    output = home / Path(config.output_dir).expanduser()
     if path is None:
-        return config, _untrained(config, output)
-    return config, _origin_of(_placed(path, output) if is_address(encoder) else path, output)
+        return config, _untrained(config, home)
+    return config, _origin_of(encoder, path, config, home)
 
 
 def _with_absolute_sources(config: EvaluationConfig) -> EvaluationConfig:
@@ -194,10 +209,12 @@ def labels_note(config: EvaluationConfig, origin: EncoderOrigin) -> str:
     )
 
 
-def evaluation_folder(config: EvaluationConfig, origin: EncoderOrigin) -> Path:
-    """Return the folder of an evaluation."""
+def evaluation_place(config: EvaluationConfig, origin: EncoderOrigin) -> Path | str:
+    """Return the path or address of an evaluation's folder."""
     name = config.name or _name_of(config.data.source)
-    return origin.folder / _EVALUATIONS / name
+    if isinstance(origin.folder, Path):
+        return origin.folder / _EVALUATIONS / name
+    return below(origin.folder, _EVALUATIONS, name)
 
 
 def data_config(data: EvaluationData) -> DataConfig:
@@ -256,50 +273,66 @@ def _values_of_run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _origin_of(path: Path, output: Path) -> EncoderOrigin:
+def _origin_of(given: str, path: Path, config: EvaluationConfig, home: Path) -> EncoderOrigin:
+    """Return the encoder that a command names.
+
+    Args:
+        given: The argument of the command.
+        path: The run folder or encoder file that it names, or a local copy.
+        config: The settings of the evaluation.
+        home: Base folder of relative output paths.
+    """
     folder = path if path.is_dir() else path.parent
     encoder = RunFolder(folder).encoder if path.is_dir() else path
     if not encoder.is_file():
         raise DataError(
-            f"{path}: contains no {encoder.name}; give the folder of a finished run, or an encoder "
-            f"file"
+            f"{given}: contains no {encoder.name}; give the folder of a finished run, or an "
+            f"encoder file"
         )
     size_px = _size_of(read_description(encoder))
-    in_run = RunFolder(folder).config.exists()
-    if in_run and encoder == RunFolder(folder).encoder:
-        return EncoderOrigin(encoder, folder, folder, size_px)
+    address = given.rstrip("/") if is_address(given) else None
+    if RunFolder(folder).config.exists() and encoder == RunFolder(folder).encoder:
+        if address is None:
+            return EncoderOrigin(encoder, folder, folder, size_px)
+        run = address if path.is_dir() else address.rpartition("/")[0]
+        given_place = "output_dir" in config.model_fields_set
+        place = place_of(config.output_dir, folder.name, home) if given_place else run
+        return EncoderOrigin(encoder, place, folder, size_px, run)
     name = folder.name if encoder.stem == "encoder" else encoder.stem
-    return EncoderOrigin(encoder, output / re.sub(r"[^A-Za-z0-9._=-]+", "-", name), None, size_px)
+    place = place_of(config.output_dir, re.sub(r"[^A-Za-z0-9._=-]+", "-", name), home)
+    if address is None and not isinstance(place, Path):
+        return _stored(encoder, place, size_px)
+    address = f"{address}/{encoder.name}" if address is not None and path.is_dir() else address
+    return EncoderOrigin(encoder, place, None, size_px, address)
 
 
-def _placed(copy: Path, output: Path) -> Path:
-    """Copy a run, or an encoder file and what is beside it, to where all nodes and times see it.
+def _stored(encoder: Path, place: str, size_px: int) -> EncoderOrigin:
+    """Copy an encoder and its projection head to a store, where the train workers find them.
 
     Args:
-        copy: The local copy of a run or a file in a store.
-        output: Parent of the results.
+        encoder: The encoder on this machine.
+        place: Address of the parent folder of its evaluations.
+        size_px: Image size that the encoder was trained for.
 
     Raises:
         ConfigError: If another encoder has the same name there.
     """
-    source = copy if copy.is_dir() else copy.parent
-    target = output / source.name
-    files = [each if copy.is_dir() else each / copy.name for each in (source, target)]
-    if target.exists() and not _is_same_encoder(*map(encoder_file, files)):
-        raise ConfigError(
-            f"{target}: holds another encoder than the address; set output_dir to another folder"
-        )
-    if not target.exists():
-        with appears_whole(target) as temporary:
-            shutil.copytree(source, temporary)
-    return target if copy.is_dir() else target / copy.name
+    store, address = Store(place), below(place, RunFolder(encoder.parent).encoder.name)
+    if RunFolder(encoder.parent).encoder.name in store.list(recursive=False):
+        if encoder_digest(local_copy(address)) != encoder_digest(encoder):
+            raise ConfigError(
+                f"{place}: holds another encoder than {encoder}; set output_dir to another address"
+            )
+    else:
+        head = RunFolder(encoder.parent).projection_head
+        for file in (head, encoder):
+            if file.exists():
+                name = file.name if file == head else RunFolder(file.parent).encoder.name
+                store.put_file(name, file)
+    return EncoderOrigin(local_copy(address), place, None, size_px, address)
 
 
-def _is_same_encoder(one: Path, other: Path) -> bool:
-    return other.exists() and encoder_digest(one) == encoder_digest(other)
-
-
-def _untrained(config: EvaluationConfig, output: Path) -> EncoderOrigin:
+def _untrained(config: EvaluationConfig, home: Path) -> EncoderOrigin:
     """Write an encoder with random weights from the seed, unless its file exists."""
     backbone, size_px = config.backbone, config.features.size_px
     assert backbone is not None
@@ -323,16 +356,26 @@ def _untrained(config: EvaluationConfig, output: Path) -> EncoderOrigin:
         "seed": config.seed,
     }
     name = f"untrained-{re.sub(r'[^A-Za-z0-9._=-]+', '-', backbone.name)}-seed{config.seed}"
-    folder = output / name
-    folder.mkdir(parents=True, exist_ok=True)
-    file = RunFolder(folder).encoder
+    place = place_of(config.output_dir, name, home)
+    if isinstance(place, Path):
+        place.mkdir(parents=True, exist_ok=True)
+        file = RunFolder(place).encoder
+        _write_untrained(file, description, config)
+        return EncoderOrigin(file, place, None, size_px)
+    with scratch_folder(name) as folder:
+        _write_untrained(RunFolder(folder).encoder, description, config)
+        return _stored(RunFolder(folder).encoder, place, size_px)
+
+
+def _write_untrained(file: Path, description: Mapping[str, Any], config: EvaluationConfig) -> None:
     # An existing file is kept: writing it again would change the bytes of its header.
-    if not file.exists() or not _describes(read_description(file), description):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            network = build_backbone(backbone, image_size_px=size_px)
-        save_encoder(file, network, description=dict(description))
-    return EncoderOrigin(file, folder, None, size_px)
+    if file.exists() and _describes(read_description(file), description):
+        return
+    assert config.backbone is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        network = build_backbone(config.backbone, image_size_px=description["image_size_px"])
+    save_encoder(file, network, description=dict(description))
 
 
 def _describes(header: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:

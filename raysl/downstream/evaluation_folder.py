@@ -13,7 +13,9 @@ import numpy.typing as npt
 from raysl.errors import RunFolderError
 from raysl.folder.claim import changes, refusal
 from raysl.folder.lock import lock_folder
+from raysl.folder.shared import Copied, SharedFolder
 from raysl.folder.whole import appears_whole, read_json, write_json
+from raysl.run.held import Kind
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -29,20 +31,26 @@ class StoredUnit(NamedTuple):
     """``(N,)`` predicted class numbers; None if the protocol returns none."""
 
 
-class EvaluationFolder:
+RUNS = "runs"
+EVALUATION = Kind("evaluation", restored=lambda name: not name.startswith(f"{RUNS}/"))
+"""What an evaluation needs of its folder in a store. Each training writes its own run folder."""
+
+
+class EvaluationFolder(SharedFolder):
     """The paths of an evaluation in ``RUN/evaluations/NAME``, and its files.
 
     Args:
         path: The folder.
+        stored: The folder's copy in a store; None if it is on a disk that all nodes share.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path.absolute()
+    def __init__(self, path: Path, *, stored: Copied | None = None) -> None:
+        super().__init__(path, stored=stored)
         self.record = self.path / "evaluation.json"
         self.arrays = self.path / "evaluation.npz"
         self.feature_info = self.path / "features.json"
         self.units = self.path / "units"
-        self.runs = self.path / "runs"
+        self.runs = self.path / RUNS
         self.report = self.path / "report.html"
         self.pictures = self.path / "pictures"
         self.mlflow = self.path / "mlflow.json"
@@ -72,7 +80,7 @@ class EvaluationFolder:
         changed = changes(feature_info["identity"], identity, keys=identity)
         if changed:
             holds = "contains another evaluation"
-            raise RunFolderError(refusal(self.path, holds, changed))
+            raise RunFolderError(refusal(self.shown(), holds, changed))
         return feature_info if self.arrays.exists() else None
 
     def read_arrays(self) -> Arrays | None:

@@ -79,7 +79,12 @@ _BY_LABELS = (
 
 
 def draw_evaluation(
-    folder: Path, *, encoder: Path, train: EvalImages, test: EvalImages
+    folder: Path,
+    *,
+    encoder: Path,
+    train: EvalImages,
+    test: EvalImages,
+    shown: str | None = None,
 ) -> list[tuple[str, str]]:
     """Draw the pictures of an evaluation, then write its page.
 
@@ -93,6 +98,7 @@ def draw_evaluation(
             (reconstructions, attention), the page includes them.
         train: The training images of the evaluation, at the encoder's size.
         test: The test images.
+        shown: The folder's address in a store, of which ``folder`` is a local copy.
 
     Returns:
         The name and the error of each picture, or of ``report``, that failed.
@@ -108,9 +114,10 @@ def draw_evaluation(
             old.unlink()
     failures += draw_each(pictures, drawings)
     try:
-        shown = _sections(folder, evaluation, encoder, drawings)
+        sections = _sections(folder, evaluation, encoder, drawings)
+        sections.append(files_section(folder.absolute(), [*_FILES], shown=shown))
         name = f"{encoder.absolute().parent.name}: {folder.absolute().name}"
-        write_page(folder / REPORT, name=name, lead=_lead(evaluation), sections=shown)
+        write_page(folder / REPORT, name=name, lead=_lead(evaluation), sections=sections)
     except Exception as error:  # a failed page must not end an evaluation
         failures.append(("report", f"{type(error).__name__}: {error}"))
     return failures
@@ -136,7 +143,6 @@ def _sections(
         *_method_sections(folder, encoder),
         shown("spectrum", "Spectrum of the features", _SPECTRUM) + _label_free(evaluation),
         _settings_section(evaluation),
-        files_section(folder.absolute(), [*_FILES]),
     ]
 
 

@@ -111,7 +111,7 @@ def send(request: EvaluationRequest, record: EvaluationResult, *, home: Path) ->
             uri=uri,
             run_id=None if tracked is None else tracked.run_id,
             experiment=track.experiment,
-            run_name=f"{request.origin.folder.name}-evaluation",
+            run_name=f"{str(request.origin.folder).rpartition('/')[2]}-evaluation",
             key=run_key(folder.mlflow),
         )
     except Exception as error:  # a store may raise anything, and the numbers are on the disk

@@ -12,10 +12,10 @@ from raysl.evaluate.registry import ProtocolRun, key_of, settings_of
 from raysl.evaluate.training_source import open_training_source
 from raysl.nn.backbones import BackboneConfig
 from raysl.run.from_run import finetune_values
-from raysl.run.protocol_runs import TrainFunction, train_in
+from raysl.run.protocol_runs import TrainFunction, keep_labels, train_in
 from raysl.run.recipe import RunConfig, run_from_values
+from raysl.run.stored import named_after, opened_below
 from raysl.sources.source import Source
-from raysl.track.run_folder import RunFolder
 
 
 def train_unit(
@@ -26,13 +26,16 @@ def train_unit(
     ``labels.json`` in the folder of its run lists the rows used with labels.
     """
     config = run_of(request, unit)
-    folder = RunFolder(request.folder.runs / key_of(unit))
+    path = request.folder.runs / key_of(unit)
 
     def open_images() -> Source:
         return open_training_source(config.data, config.evaluate, config.method)
 
-    results = train_in(folder, config, open_images, train)
-    facts = {"num_labels": results["num_labels"], "run": str(folder.path)}
+    here = not config.cluster.uses_ray
+    with opened_below(request.folder, path, trains_here=here) as folder:
+        results = train_in(folder, config, open_images, train)
+        keep_labels(folder, path)
+    facts = {"num_labels": results["num_labels"], "run": request.folder.shown(path)}
     return ProbeResult(float(results["top1"]), None, facts)
 
 
@@ -48,7 +51,7 @@ def run_of(request: EvaluationRequest, unit: ProtocolRun) -> RunConfig[Any]:
     evaluate = tested.model_dump(mode="json") | {"every": None, "pixel_baseline": False}
     values = {
         "name": key_of(unit).replace("@", "."),
-        "output_dir": str(request.folder.runs),
+        "output_dir": request.folder.shown(request.folder.runs),
         "evaluate": evaluate,
         "cluster": config.cluster.model_dump(mode="json"),
         "track": {"mlflow": False},
@@ -62,6 +65,6 @@ def run_of(request: EvaluationRequest, unit: ProtocolRun) -> RunConfig[Any]:
         batch_multiple=config.cluster.batch_multiple,
         seed=unit.seed,
     )
-    return run_from_values(
-        finetune_values(origin.run or origin.encoder, overrides), where=unit.protocol
-    )
+    with named_after(origin.address or origin.start, origin.start) as names:
+        values = names(finetune_values(origin.start, overrides))
+    return run_from_values(values, where=unit.protocol)

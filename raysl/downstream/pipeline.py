@@ -26,8 +26,7 @@ from raysl.errors import ConfigError
 from raysl.run.from_run import RunOrigin, distill_from, finetune_from, origin_of
 from raysl.run.recipe import RunConfig, drop_idle, read_run_values, run_from_user
 from raysl.sources.source import Source
-from raysl.track.config import DiskDir, TrackConfig, check_run_name
-from raysl.track.run_folder import RunFolder
+from raysl.track.config import OutputDir, TrackConfig, check_run_name
 
 Kind = Literal["pretrain", "finetune", "linear", "scratch", "distill"]
 _Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -75,8 +74,8 @@ class PipelineConfig(Config):
 
     name: str
     """The folder is output_dir/name, with a folder per run; the same name resumes the pipeline."""
-    output_dir: DiskDir = "runs"
-    """Parent of the pipeline's folder."""
+    output_dir: OutputDir = "runs"
+    """Parent of the pipeline's folder: a path or an address of a store."""
     base: str
     """The YAML file of the pretraining, relative to this one."""
     pretrain: dict[str, Any] = Field(default_factory=dict)
@@ -227,17 +226,13 @@ class RunConfigs:
 
     Args:
         config: The pipeline's configuration.
-        folder: The pipeline's folder, an absolute path.
+        place: Path or address of the pipeline's folder; the path is absolute.
     """
 
-    def __init__(self, config: PipelineConfig, folder: Path) -> None:
+    def __init__(self, config: PipelineConfig, place: Path | str) -> None:
         self._config = config
-        self._folder = folder
+        self._place = place
         self._built: dict[str, RunConfig[Any]] = {}
-
-    def folder(self, name: str) -> RunFolder:
-        """Return the run folder of a step."""
-        return RunFolder(self._folder / name)
 
     def config(
         self, step: Step, teacher: str | None = None, *, whole: Source | None = None
@@ -267,13 +262,13 @@ class RunConfigs:
         values = drop_idle({}, values, given) if step.kind != "pretrain" else values
         track = self._config.track.model_dump(mode="json")
         track["tracking_uri"] = self._config.track.tracking_uri  # dumps leave its password out
-        fixed = {"name": step.name, "output_dir": str(self._folder), "track": track}
+        fixed = {"name": step.name, "output_dir": str(self._place), "track": track}
         run = run_from_user(values | fixed, where=f"step {step.name}")
         self._built[step.name] = run
         return run
 
     def _origin(self, name: str) -> RunOrigin:
-        return origin_of(self._built[name], self._folder / name)
+        return origin_of(self._built[name], f"{self._place}/{name}")
 
 
 def _as_overrides(settings: Mapping[str, Any]) -> tuple[str, ...]:

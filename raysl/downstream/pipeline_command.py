@@ -14,10 +14,11 @@ from raysl.config.yaml_text import to_yaml
 from raysl.downstream.pipeline import PipelineConfig, RunConfigs, Step, load_pipeline, plan_steps
 from raysl.errors import RunFolderError
 from raysl.evaluate.training_source import seen_part
-from raysl.folder.claim import changes, refusal, set_aside
+from raysl.folder.claim import changes, refusal
 from raysl.folder.whole import write_json, write_text
 from raysl.report.terminal import console, print_json, say, say_notes
 from raysl.run.environment import flatten_mapping, git_state
+from raysl.run.held import Kind, check_reachable, held_folder, place_of
 from raysl.run.places import with_absolute_files
 from raysl.run.pretrain import train_run
 from raysl.run.ray_cluster import connect, disconnect
@@ -35,6 +36,8 @@ if TYPE_CHECKING:  # MLflow takes seconds to load, and not every pipeline needs 
 
 # Wait for the pipeline's MLflow run, to which its steps refer; creating a database takes long.
 _PATIENCE_S = 45.0
+# A step's folder is that of a run, which its own driver writes.
+_PIPELINE = Kind("pipeline", restored=lambda name: "/" not in name or name.startswith("pictures/"))
 # Sections that must not change between starts of a pipeline, and the key that still may.
 _LASTING, _FREE = ("base", "pretrain"), "pretrain.data.if_changed"
 
@@ -65,16 +68,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Run or resume a pipeline."""
     config = load_pipeline(arguments.config, arguments.overrides)
     home = working_folder()
-    folder = RunFolder((home / Path(config.output_dir).expanduser() / config.name).absolute())
+    place = place_of(config.output_dir, config.name, home)
     steps = plan_steps(config)
-    runs = RunConfigs(config, folder.path)
-    needs_ray, notes_printed = _check(steps, runs)
+    needs_ray, notes_printed = _check(steps, RunConfigs(config, place))
+    check_reachable(config.output_dir, uses_ray=needs_ray)
     if arguments.dry_run:
         _say_steps(steps)
         return 0
-    if arguments.fresh and folder.path.exists():
-        say(f"the earlier pipeline is now in {set_aside(folder)}")
-    with folder.locked():
+    with held_folder(place, RunFolder, _PIPELINE, fresh=arguments.fresh) as folder:
         _claim(folder, config)
         pipeline = _Pipeline(config, folder, steps, home=home, notes_printed=notes_printed)
         results = pipeline.run_missing(needs_ray=needs_ray)
@@ -127,7 +128,7 @@ class _Pipeline:
         self._config = config
         self._folder = folder
         self._steps = steps
-        self._runs = RunConfigs(config, folder.path)
+        self._runs = RunConfigs(config, folder.shown())
         self._home = home
         self._notes_printed = notes_printed
         self._rows: list[StepResult] = []
@@ -152,7 +153,7 @@ class _Pipeline:
             self._end_tracking(status)
         results = self._write()
         console().print(_table(self._rows))
-        console().print(f"report    {self._folder.report}", markup=False)
+        console().print(f"report    {self._folder.shown(self._folder.report)}", markup=False)
         return results
 
     def _run(self, step: Step, number: int) -> StepResult:
@@ -178,7 +179,7 @@ class _Pipeline:
         """Write the results so far: table, picture and page."""
         finished = len(self._rows)
         results: PipelineResults = {
-            "pipeline_dir": str(self._folder.path),
+            "pipeline_dir": self._folder.shown(),
             "finished": finished,
             "steps": list(self._rows),
             "mlflow_run_id": None if self._tracker is None else self._tracker.run_id,
@@ -192,8 +193,10 @@ class _Pipeline:
             name=self._config.name,
             rows=self._rows,
             settings=to_yaml(self._config.model_dump(mode="json")),
+            shown=self._folder.shown(),
         ):
             say(f"  {picture} could not be drawn: {problem}")
+        self._folder.publish()
         return results
 
     def _start_tracker(self) -> "MlflowTracker | None":
@@ -307,7 +310,7 @@ def _claim(folder: RunFolder, config: PipelineConfig) -> None:
         which = [key for key in _LASTING if any(line.startswith(key) for line in changed)]
         if changed:
             holds = f"holds a pipeline with another {' and '.join(which)}"
-            raise RunFolderError(refusal(folder.path, holds, changed))
+            raise RunFolderError(refusal(folder.shown(), holds, changed))
     write_text(path, to_yaml(values))
 
 

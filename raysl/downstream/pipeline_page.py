@@ -51,7 +51,12 @@ class _Measured(NamedTuple):
 
 
 def draw_pipeline(
-    folder: Path, *, name: str, rows: Sequence[StepResult], settings: str
+    folder: Path,
+    *,
+    name: str,
+    rows: Sequence[StepResult],
+    settings: str,
+    shown: str | None = None,
 ) -> list[tuple[str, str]]:
     """Draw the picture of a pipeline, then write its page.
 
@@ -60,6 +65,7 @@ def draw_pipeline(
         name: Name of the pipeline.
         rows: One for each finished step.
         settings: The configuration as YAML.
+        shown: The folder's address in a store, of which ``folder`` is a local copy.
 
     Returns:
         The name and the error of each picture, or of ``report``, that failed.
@@ -73,7 +79,7 @@ def draw_pipeline(
     sections = [
         section("Accuracy on the test images", picture + _table(rows), _NOTE),
         section("Settings", collapsible("Configuration", f"<pre>{escape(settings)}</pre>")),
-        files_section(folder, _FILES),
+        files_section(folder, _FILES, shown=shown),
     ]
     try:
         write_page(folder / "report.html", name=name, lead=_lead(rows), sections=sections)

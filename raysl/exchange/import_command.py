@@ -8,6 +8,7 @@ from raysl.config.load import apply_overrides, validate
 from raysl.encoder.layouts import LAYOUTS
 from raysl.errors import ConfigError
 from raysl.exchange.import_encoder import ImportConfig, Imported, import_encoder
+from raysl.folder.address import is_address, path_or_address
 from raysl.report.terminal import console, mapping_table, print_json, say
 from raysl.run.shell import command
 
@@ -38,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     layouts = "\n".join(f"  {layout.name:<13} {layout.origin}" for layout in LAYOUTS)
     parser.epilog = _EPILOG.format(layouts=layouts, settings=settings_text(ImportConfig))
-    parser.add_argument("file", type=Path, help="a weight file, or a Hugging Face folder")
+    parser.add_argument(
+        "file", type=path_or_address, help="a weight file, or a Hugging Face folder"
+    )
     parser.add_argument("overrides", nargs="*", help="settings as key=value, with YAML values")
     parser.add_argument(
         "--layout",
@@ -60,6 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Convert a weight file to an encoder file; print what was recognised and assumed."""
+    if is_address(arguments.file):
+        raise ConfigError(
+            f"{arguments.file}: raysl import reads files of this machine; copy it here first. A "
+            f"run can start from the address itself: backbone.weights={arguments.file}"
+        )
     values = apply_overrides({}, arguments.overrides)
     config = validate(ImportConfig, values, where="raysl import")
     output = _output(arguments.file, arguments.output)

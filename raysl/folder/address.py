@@ -51,19 +51,3 @@ def check_output_dir(value: str) -> str:
     if not urlsplit(value).netloc:
         raise ValueError(f"{value}: names no bucket; write {scheme}://BUCKET/FOLDER")
     return value.rstrip("/")
-
-
-def check_disk_dir(value: str) -> str:
-    """Return ``output_dir`` of a command that only writes to disks; ``file://`` becomes a path.
-
-    Raises:
-        ValueError: If it is an address of a store.
-    """
-    path = check_output_dir(value)
-    if is_address(path):
-        raise ValueError(
-            f"{path}: sweeps, pipelines and evaluations are written to a disk that all nodes "
-            f"share; give a path. pretrain, finetune and distill also write to object stores, and "
-            f"evaluate, embed and export read an encoder there"
-        )
-    return path

@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from raysl.errors import RunFolderError
+
 UNFINISHED = ".tmp-"
 """Prefix of the names of files and folders that are being written or deleted."""
 
@@ -90,6 +92,22 @@ def clear_unfinished(folder: Path) -> None:
     """
     for leftover in folder.glob(f"{UNFINISHED}*"):
         _try_to_remove(leftover)
+
+
+@contextmanager
+def disk_errors_named(path: Path) -> Iterator[None]:
+    """Raise errors of the disk in the block as RunFolderError, which names the file and the remedy.
+
+    Args:
+        path: The file or folder that is written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(
+            f"{error.filename or path}: cannot be written: {error.strerror or error}; free space, "
+            f"then run the same command"
+        ) from None
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -86,19 +86,22 @@ def picture_html(folder: Path, name: str, alt: str) -> str:
     )
 
 
-def files_section(folder: Path, files: Iterable[tuple[str, str]]) -> str:
+def files_section(
+    folder: Path, files: Iterable[tuple[str, str]], *, shown: str | None = None
+) -> str:
     """Return the HTML of a section that lists the files of a folder.
 
     Args:
         folder: The folder of the files.
         files: Name and HTML description of each file; missing files are left out.
+        shown: The folder's address in a store, of which ``folder`` is a local copy.
     """
     rows = "\n".join(
         f"<tr><th scope=row><code>{name}</code><td>{description}"
         for name, description in files
         if (folder / name).exists()
     )
-    where = f"<p class=path><code>{escape(folder)}</code></p>"
+    where = f"<p class=path><code>{escape(shown or folder)}</code></p>"
     return section("Files", f"{where}<div class=scroll><table>\n{rows}\n</table></div>")
 
 

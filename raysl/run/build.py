@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from raysl.encoder.file import load_weights, save_encoder
 from raysl.errors import RayslError
+from raysl.folder.whole import disk_errors_named
 from raysl.methods import load_method
 from raysl.methods.base import Method, TrainingSet
 from raysl.nn.backbones import build_backbone
@@ -158,10 +159,14 @@ def save_networks(folder: RunFolder, method: Method, config: RunConfig[Any]) -> 
         folder: The run folder.
         method: The trained method.
         config: The run's configuration.
+
+    Raises:
+        RunFolderError: If they cannot be written, as on a full disk.
     """
     description = describe(config)
-    save_encoder(folder.encoder, method.encoder, description=description)
-    if method.projection_head is not None:
-        save_head(folder.projection_head, method.projection_head, description=description)
-    if method.label_classifier is not None:
-        save_classifier(folder.classifier, method.label_classifier, description=description)
+    with disk_errors_named(folder.path):
+        save_encoder(folder.encoder, method.encoder, description=description)
+        if method.projection_head is not None:
+            save_head(folder.projection_head, method.projection_head, description=description)
+        if method.label_classifier is not None:
+            save_classifier(folder.classifier, method.label_classifier, description=description)

@@ -9,15 +9,17 @@ from typing import Any
 
 from raysl.config.base import Duration
 from raysl.errors import ConfigError
+from raysl.evaluate.labelled import Labelling
 from raysl.nn.backbones import check_model_name
 from raysl.run.check_network import check_network
-from raysl.run.labelled_sets import labelling_notes
+from raysl.run.labelled_sets import labelling_of
 from raysl.run.protocol_runs import check_protocol_runs
 from raysl.run.recipe import Derived, RunConfig, derive_for
 from raysl.run.stored import check_stored
 from raysl.sources.source import Source
 from raysl.track.uri import check_tracking_uri
 
+_OF_CLASSIFIERS = "eval/top1"
 _MOST_IMAGES = 10**15  # a million epochs of a billion images
 
 
@@ -53,7 +55,8 @@ def check_start(config: RunConfig[Any], source: Source) -> Derived:
         DataError: If weights do not fit, or the run needs labels that the images do not have.
     """
     derived = check_lengths(config, source)
-    labelling_notes(config, source)
+    for problem in _best_problems(config, labelling_of(config, source)):
+        raise ConfigError(problem)
     check_protocol_runs(config, source)
     check_network(config, source, derived)
     return derived
@@ -120,6 +123,13 @@ def _keep_problems(config: RunConfig[Any], derived: Derived) -> Iterator[str]:
     best, every = config.train.keep_best, derived.evaluate_every_steps
     if best is None or not best.metric.startswith("eval/"):
         return
+    classifies, name = config.method.classifies, config.method.name
+    if classifies != (best.metric == _OF_CLASSIFIERS):
+        trains, other = ("a", _OF_CLASSIFIERS) if classifies else ("no", "eval/knn_top1")
+        yield (
+            f"train.keep_best.metric={best.metric}: method {name} trains {trains} classifier, so "
+            f"this is never measured; use {other} or train/loss"
+        )
     where, saved_every = f"train.keep_best.metric={best.metric}", derived.checkpoint_every_steps
     if every is None:
         yield (
@@ -131,6 +141,20 @@ def _keep_problems(config: RunConfig[Any], derived: Derived) -> Iterator[str]:
             f"{where}: evaluations every {every:,} steps and checkpoints every {saved_every:,} "
             f"never fall on the same step before the end, at {derived.total_steps:,}; set "
             f"train.checkpoint_every to {{steps: {every}}}, or evaluate.every to a multiple of it"
+        )
+
+
+def _best_problems(config: RunConfig[Any], labelling: Labelling) -> Iterator[str]:
+    """Yield a message if the best checkpoints are chosen by a metric that needs missing labels."""
+    best = config.train.keep_best
+    if best is None or best.metric not in ("eval/knn_top1", _OF_CLASSIFIERS):
+        return
+    if labelling.train is None:
+        why = "; ".join(labelling.notes) or "there are no labels"
+        yield (
+            f"train.keep_best.metric={best.metric} is never measured, so no checkpoint would be "
+            f"kept: {why}\n  Set evaluate.source to labelled images, or the metric to one that "
+            f"needs no labels, such as eval/rankme"
         )
 
 

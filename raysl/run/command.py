@@ -1,22 +1,24 @@
 """`raysl pretrain`: train an encoder on unlabelled images."""
 
 import argparse
-from pathlib import Path
 
 import psutil
 
+from raysl.folder.address import path_or_address
 from raysl.report.terminal import print_json
 from raysl.run.pretrain import train_run
 from raysl.run.recipe import load_run
 from raysl.run.shell import Typed
+from raysl.store.reading import local_copy
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument(
         "config",
-        type=Path,
-        help="a YAML file or the name of a shipped configuration, such as quickstart",
+        type=path_or_address,
+        help="a YAML file, its address in a store, or the name of a shipped configuration, such as "
+        "quickstart",
     )
     parser.add_argument("overrides", nargs="*", help="section.key=value, typed as YAML")
     parser.add_argument("--json", action="store_true", help="end with one JSON object of results")
@@ -38,7 +40,7 @@ def add_start_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train or resume the run of the configuration."""
-    config = load_run(arguments.config, arguments.overrides)
+    config = load_run(local_copy(arguments.config), arguments.overrides)
     results = train_run(
         config,
         began_at=psutil.Process().create_time(),

@@ -8,9 +8,11 @@ from typing import Any
 from raysl.config.idle import dotted_keys
 from raysl.config.load import EXTENDS, apply_overrides, merge, parse_override, plain_copy
 from raysl.config.shipped import find_config
+from raysl.folder.address import path_or_address
 from raysl.run.pretrain import train_run
 from raysl.run.recipe import RunConfig, drop_idle, load_run, read_run_values, run_from_user
 from raysl.run.shell import Typed
+from raysl.store.reading import local_copy
 from raysl.track.results import Results
 
 _WHERE = "raysl.pretrain"
@@ -26,8 +28,9 @@ def pretrain(
     """Train or resume a run, as ``raysl pretrain`` does.
 
     Args:
-        config: A YAML file, the name of a shipped configuration, or a mapping of settings, which
-            may extend a file or a name (``{"extends": "quickstart", "name": "mine"}``).
+        config: A YAML file, its address in a store, the name of a shipped configuration, or a
+            mapping of settings, which may extend a file or a name (``{"extends": "quickstart",
+            "name": "mine"}``).
         overrides: Dotted settings, such as ``train.epochs=5``.
         fresh: Start again from step 0; the folder of an earlier run is renamed.
         extend: Continue an earlier run to the larger length given here.
@@ -43,11 +46,11 @@ def pretrain(
     texts = [overrides] if isinstance(overrides, str) else list(overrides)
     if isinstance(config, Mapping):
         return train_run(_run_of(config, texts), began_at=began_at, fresh=fresh, extend=extend)
-    path = Path(config)
+    place = path_or_address(config) if isinstance(config, str) else config
     return train_run(
-        load_run(path, texts),
+        load_run(local_copy(place), texts),
         began_at=began_at,
-        typed=Typed(path, tuple(texts)),
+        typed=Typed(place, tuple(texts)),
         fresh=fresh,
         extend=extend,
     )

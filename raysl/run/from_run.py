@@ -54,8 +54,9 @@ class RunOrigin(NamedTuple):
     """A finished or planned run from which another run starts."""
 
     name: str
-    folder: Path
-    weights: Path
+    folder: Path | str
+    """Its path, or its address in a store."""
+    weights: Path | str
     """Value of ``backbone.weights`` in the next run."""
     head_layers: int
     """Number of layers of the projection head in the folder; 0 without a head."""
@@ -229,15 +230,15 @@ def run_after(values: Mapping[str, Any], overrides: Sequence[str], *, where: str
     return run_from_user(drop_idle({}, values, given), where=" ".join([where, *overrides]))
 
 
-def origin_of(run: RunConfig[Any], folder: Path) -> RunOrigin:
+def origin_of(run: RunConfig[Any], folder: Path | str) -> RunOrigin:
     """Return a run, finished or not, as the origin of another run.
 
     Args:
         run: The run's configuration.
-        folder: The run folder.
+        folder: Path or address of the run folder.
     """
     layers = run.method.projection_head_layers(is_vit=run.backbone.is_vit)
-    return _origin_from_run(run, folder, folder / "encoder.safetensors", layers)
+    return _origin_from_run(run, folder, f"{folder}/encoder.safetensors", layers)
 
 
 def finetune_data(pretrained: RunConfig[Any]) -> dict[str, Any]:
@@ -271,7 +272,7 @@ def _on_images_of(origin: RunOrigin, overrides: Sequence[str]) -> dict[str, Any]
 
 
 def _origin_from_run(
-    run: RunConfig[Any], folder: Path, weights: Path, head_layers: int
+    run: RunConfig[Any], folder: Path | str, weights: Path | str, head_layers: int
 ) -> RunOrigin:
     values = run.model_dump(mode="json", exclude={"name", "adversary_optim", "optim", "train"})
     values |= {
@@ -280,7 +281,7 @@ def _origin_from_run(
         | {"every": _EVERY_QUARTER},
         "track": values["track"] | {"registered_model": None},
         "train": {"precision": run.train.precision, "channels_last": run.train.channels_last},
-        "output_dir": str(folder.parent),
+        "output_dir": str(folder).rpartition("/")[0],
     }
     return RunOrigin(run.name, folder, weights, head_layers, values, run.method.finetuned_pool)
 

@@ -2,15 +2,15 @@
 
 from typing import Any
 
-from raysl.evaluate.labelled import choose_labelled, open_labelled
+from raysl.evaluate.labelled import Labelling, choose_labelled, open_labelled
 from raysl.evaluate.protocol import LabelledSets
 from raysl.run.recipe import RunConfig
 from raysl.sources.source import Source
 from raysl.sources.subset import whole_source
 
 
-def labelling_notes(config: RunConfig[Any], source: Source) -> list[str]:
-    """Return notes on the labels that a run is measured with, one line each.
+def labelling_of(config: RunConfig[Any], source: Source) -> Labelling:
+    """Choose the labelled images that a run is measured with, and note what is missing.
 
     Labels of training and test images are read; no image is decoded.
 
@@ -20,7 +20,7 @@ def labelling_notes(config: RunConfig[Any], source: Source) -> list[str]:
     evaluate = config.evaluate
     if config.method.classifies:  # no probes are trained
         evaluate = evaluate.model_copy(update={"final": ("knn",)})
-    return list(choose_labelled(evaluate, config.data, whole_source(source)).notes)
+    return choose_labelled(evaluate, config.data, whole_source(source))
 
 
 def open_sets(config: RunConfig[Any], source: Source, *, num_threads: int) -> LabelledSets | None:

@@ -146,7 +146,7 @@ def write_report(folder: RunFolder, *, config: RunConfig[Any], derived: Derived)
         else "",
         _encoder_section(config),
         _settings_section(config, derived),
-        files_section(folder.path, _FILES),
+        files_section(folder.path, _FILES, shown=folder.shown()),
     ]
     lead = _summary(config, derived, results)
     write_page(folder.report, name=config.name, lead=lead, sections=sections)

@@ -18,7 +18,7 @@ from raysl.run.differences import differences
 from raysl.run.environment import flatten_mapping, tags_of
 from raysl.run.extension import differences_besides_length, tags_of_extensions
 from raysl.run.extension import extend as extend_run
-from raysl.run.labelled_sets import labelling_notes
+from raysl.run.labelled_sets import labelling_of
 from raysl.run.local import pretrain_here, uses_gpu
 from raysl.run.places import start_folder, with_absolute_files, with_absolute_sources
 from raysl.run.protocol_runs import TrainFunction, train_protocols
@@ -241,7 +241,12 @@ def _train(opened: Opened, notes_printed: Collection[str]) -> Results:
             with Follower(reader, _show_progress(progress, folder), every_s=_PROGRESS_EVERY_S):
                 results = train(config, folder, opened.source)
             results = train_protocols(
-                config, results, folder=folder, source=opened.source, train=train
+                config,
+                results,
+                folder=folder,
+                source=opened.source,
+                train=train,
+                trains_here=not config.cluster.uses_ray,
             )
         except BaseException as error:
             progress.close()
@@ -355,5 +360,5 @@ def _say_sources(opened: Opened, notes_printed: Collection[str]) -> None:
         test = open_source(settings, held_out=True, data=config.data)
         if test.fingerprint not in {*notes_printed, whole.fingerprint}:
             say_notes(test, title=f"evaluate.source={test.name}")
-    for note in labelling_notes(config, opened.source):
+    for note in labelling_of(config, opened.source).notes:
         say(f"  {note}")

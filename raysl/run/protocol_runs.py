@@ -17,16 +17,18 @@ from raysl.evaluate.embedding import encoder_digest
 from raysl.evaluate.protocol import mean_and_std, protocol_texts
 from raysl.evaluate.registry import ProtocolRun, key_of, settings_of, units_of
 from raysl.evaluate.training_source import seen_part
-from raysl.folder.claim import set_aside
-from raysl.folder.whole import read_json, write_json, write_text
+from raysl.folder.whole import read_json, write_bytes, write_json, write_text
 from raysl.methods import load_method
 from raysl.report.terminal import say
 from raysl.run.from_run import finetune_from, origin_of
+from raysl.run.held import place_of
 from raysl.run.recipe import RunConfig, run_from_values
+from raysl.run.stored import opened_below, restore_checkpoint
 from raysl.sources.source import LabelsConfig, Source
 from raysl.sources.subset import whole_source
+from raysl.store.reading import local_copy
 from raysl.track.results import Results, accuracies_of
-from raysl.track.run_folder import MetricsFile, RunFolder
+from raysl.track.run_folder import PROTOCOLS, MetricsFile, RunFolder
 from raysl.train.checkpoint import set_damaged_aside
 
 TrainFunction = Callable[[RunConfig[Any], RunFolder, Source], Results]
@@ -47,6 +49,7 @@ def train_protocols(
     folder: RunFolder,
     source: Source,
     train: TrainFunction,
+    trains_here: bool,
 ) -> Results:
     """Run the training protocols of ``evaluate.final``, and write the results of the whole run.
 
@@ -58,6 +61,7 @@ def train_protocols(
         folder: The pretraining's run folder, which contains the encoder.
         source: The training images of the pretraining.
         train: Trains each run.
+        trains_here: Whether it does in this process.
 
     Returns:
         The results with ``PROTOCOL_top1`` and ``PROTOCOL_labels``, the number of labels used.
@@ -71,7 +75,9 @@ def train_protocols(
     measured: dict[str, Any] = {}
     for name in names:
         seed_results = [
-            _train_seed(config, unit, folder=folder, source=source, train=train)
+            _train_seed(
+                config, unit, folder=folder, source=source, train=train, trains_here=trains_here
+            )
             for unit in units_of(config.evaluate, name)
         ]
         measured |= mean_and_std(name, [each["top1"] for each in seed_results])
@@ -92,21 +98,21 @@ def check_protocol_runs(config: RunConfig[Any], source: Source) -> None:
     Raises:
         ConfigError: If their settings are not valid, or leave too few labels.
     """
-    folder = RunFolder(Path(config.output_dir) / config.name)
+    place = place_of(config.output_dir, config.name, Path())
     for name in protocols_to_train(config):
         first, *_ = units_of(config.evaluate, name)
-        protocol_run(config, first, folder=folder, source=source)
+        protocol_run(config, first, place=place, source=source)
 
 
 def protocol_run(
-    config: RunConfig[Any], unit: ProtocolRun, *, folder: RunFolder, source: Source
+    config: RunConfig[Any], unit: ProtocolRun, *, place: Path | str, source: Source
 ) -> RunConfig[Any]:
     """Return the run that is one seed of a protocol.
 
     Args:
         config: The pretraining's configuration.
         unit: The protocol, its settings and seed.
-        folder: The pretraining's run folder.
+        place: Path or address of the pretraining's run folder.
         source: The training images of the pretraining.
 
     Raises:
@@ -124,7 +130,7 @@ def protocol_run(
         )
     values = {
         "name": key_of(unit).replace("@", "."),
-        "output_dir": str(folder.protocols),
+        "output_dir": f"{place}/{PROTOCOLS}",
         "evaluate.every": None,
         "track.mlflow": False,
     }
@@ -136,7 +142,7 @@ def protocol_run(
         batch_multiple=config.cluster.batch_multiple,
         seed=unit.seed,
     )
-    origin = origin_of(config, folder.path)
+    origin = origin_of(config, place)
     return run_from_values(finetune_from(origin, overrides, whole=whole), where=where)
 
 
@@ -146,13 +152,22 @@ def train_in(
     open_images: Callable[[], Source],
     train: TrainFunction,
 ) -> Results:
-    """Train or resume a run in its folder; return the stored results of a finished run."""
-    with folder.locked():
-        write_text(folder.config, to_yaml(config.model_dump(mode="json")))
-        for line in set_damaged_aside(folder.checkpoints):
-            say(line)
-        results = folder.read_results()
-        return train(config, folder, open_images()) if results is None else results
+    """Train or resume a run in its folder; return the stored results of a finished run.
+
+    Args:
+        folder: The folder, which this process has opened.
+        config: The run's configuration.
+        open_images: Opens the training images.
+        train: Trains the run.
+    """
+    results = folder.read_results()
+    if results is not None:
+        return results
+    restore_checkpoint(folder)
+    write_text(folder.config, to_yaml(config.model_dump(mode="json")))
+    for line in set_damaged_aside(folder.checkpoints):
+        say(line)
+    return train(config, folder, open_images())
 
 
 def _train_seed(
@@ -162,34 +177,43 @@ def _train_seed(
     folder: RunFolder,
     source: Source,
     train: TrainFunction,
+    trains_here: bool,
 ) -> Results:
-    run = protocol_run(config, unit, folder=folder, source=source)
-    run_folder = RunFolder(folder.protocols / run.name)
-    _set_stale_run_aside(run_folder, run, encoder=encoder_digest(folder.encoder))
-    say(f"training {run.name}: {run_folder.path}")
+    run = protocol_run(config, unit, place=folder.shown(), source=source)
+    path = folder.protocols / run.name
+    encoder = {"encoder": encoder_digest(local_copy(folder.shown(folder.encoder)))}
+
+    def is_stale(old: RunFolder) -> bool:
+        """Return whether a run began with other settings or encoder, as before ``--extend``."""
+        values = run.model_dump(mode="json")
+        stored = read_mapping(old.config) if old.config.exists() else values
+        is_same = _fixed_values(stored) == _fixed_values(values)
+        return read_json(_claim(old)) != encoder or not is_same
 
     def open_images() -> Source:
         return seen_part(whole_source(source), run.data, run.evaluate, run.method)
 
-    try:
-        return train_in(run_folder, run, open_images, train)
-    except DivergedError as error:
-        lower = f"lower {'vit_' * run.backbone.is_vit}base_lr of evaluate.{unit.protocol}"
-        raise DivergedError(f"evaluate.{unit.protocol}: {error}; {lower}") from None
+    with opened_below(folder, path, trains_here=trains_here, is_stale=is_stale) as run_folder:
+        say(f"training {run.name}: {run_folder.shown()}")
+        write_json(_claim(run_folder), encoder)
+        try:
+            results = train_in(run_folder, run, open_images, train)
+        except DivergedError as error:
+            lower = f"lower {'vit_' * run.backbone.is_vit}base_lr of evaluate.{unit.protocol}"
+            raise DivergedError(f"evaluate.{unit.protocol}: {error}; {lower}") from None
+        keep_labels(run_folder, path)
+    return results
 
 
-def _set_stale_run_aside(folder: RunFolder, config: RunConfig[Any], *, encoder: str) -> None:
-    """Set aside a run that began with other settings or another encoder, as before ``--extend``."""
-    claim = folder.path / "encoder.json"
-    wanted = {"encoder": encoder}
-    values = config.model_dump(mode="json")
-    stored = read_mapping(folder.config) if folder.config.exists() else values
-    if folder.path.exists() and (
-        read_json(claim) != wanted or _fixed_values(stored) != _fixed_values(values)
-    ):
-        say(f"the earlier {folder.path.name} is now in {set_aside(folder)}")
-    folder.path.mkdir(parents=True, exist_ok=True)
-    write_json(claim, wanted)
+def keep_labels(folder: RunFolder, path: Path) -> None:
+    """Let a run's list of labels be at ``path``, below the folder that names it to MLflow."""
+    if folder.path != path and folder.labels.exists():  # of a run in a store
+        write_bytes(path / folder.labels.name, folder.labels.read_bytes())
+
+
+def _claim(folder: RunFolder) -> Path:
+    """Return the file that names the encoder from which the run of a protocol started."""
+    return folder.path / "encoder.json"
 
 
 def _fixed_values(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def _photos_command(run: Run) -> str:
     """Return the command that trains on the user's own images; empty if this run already does."""
     if run.typed is None or run.config.data.source not in BUILT_IN:
         return ""
-    photos = run.typed.config_file.with_name(f"{_PHOTOS}.yaml")
+    photos = Path(run.typed.config_file).with_name(f"{_PHOTOS}.yaml")
     if not photos.exists():
         photos = Path(_PHOTOS)  # raysl ships it
     return command("pretrain", photos, "data.source=FOLDER_OF_IMAGES", "name=mine")

@@ -16,7 +16,7 @@ _LENGTH = re.compile(r"-\d+(\.\d+)?(e[+-]?\d+)?(epochs|steps)$")
 class Typed(NamedTuple):
     """The configuration file and the overrides of a command line, as typed."""
 
-    config_file: Path
+    config_file: Path | str
     overrides: tuple[str, ...]
 
 

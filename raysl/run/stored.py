@@ -10,29 +10,50 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from raysl.errors import ConfigError, RayslError, RunFolderError
-from raysl.folder.address import below, is_address
-from raysl.folder.claim import aside_name, set_aside
+from raysl.folder.address import is_address
+from raysl.folder.claim import set_aside
+from raysl.folder.shared import SharedFolder
 from raysl.report.terminal import say
-from raysl.run.protocol_runs import protocols_to_train
+from raysl.run.held import (
+    FolderCopy,
+    Kind,
+    address_in_errors,
+    check_reachable,
+    held_folder,
+    leased_copy,
+    local_copy_of,
+    move_aside,
+    place_of,
+)
 from raysl.run.recipe import RunConfig
-from raysl.store.lease import LEASE, Lease, check_lease
 from raysl.store.mirror import CHECKPOINTS, Mirror, StoredRun, checkpoint_steps
-from raysl.store.objects import Store
 from raysl.store.publisher import Publisher
 from raysl.store.scratch import scratch_folder
 from raysl.track.run_folder import RunFolder, latest_step
 from raysl.train.checkpoint import is_damaged
 
-_INSTEAD = "give this run another name=..."
 _EVALUATED = "to_evaluate/"
 _ERROR, _STOP, _METRICS, _BAD = "error.json", "stop", "metrics.jsonl", "bad_images.jsonl"
 _EVENTS, _LAST_STEP, _STACKS = "events.jsonl", "last_step", "stacks/"
 # What the driver writes itself, on Ray too.
 _OF_DRIVER = ("config.yaml", "source.json", "extensions.json", "mlflow.json", "report.html")
-_FOLDERS_OF_OTHERS = (CHECKPOINTS, _EVALUATED, "pictures/", "ray/", "evaluations/", "exports/")
+_FOLDERS_OF_OTHERS = (
+    CHECKPOINTS,
+    _EVALUATED,
+    "pictures/",
+    "ray/",
+    "protocols/",
+    "evaluations/",
+    "exports/",
+)
 _SMALL = (".yaml", ".json", ".jsonl")
-_IN_ONE_PROCESS = "memory://"
+_RUN = Kind(
+    "run",
+    restored=lambda name: (
+        name == _STOP or (name.endswith(_SMALL) and not name.startswith(_FOLDERS_OF_OTHERS))
+    ),
+    of_others=lambda name: not name.startswith((*_FOLDERS_OF_OTHERS, *_OF_DRIVER)),
+)
 
 
 @contextmanager
@@ -51,123 +72,146 @@ def opened_folder(
         RunFolderError: If another process holds the folder, or it cannot be reached.
         ConfigError: If the run cannot be in a store.
     """
-    if is_address(config.output_dir):
-        with _stored_folder(config, fresh=fresh, extend=extend) as folder:
+    check_stored(config)
+    place = place_of(config.output_dir, config.name, home)
+    if isinstance(place, Path):
+        with held_folder(place, RunFolder, _RUN, fresh=fresh) as folder:
             yield folder
         return
-    folder = RunFolder(home / Path(config.output_dir).expanduser() / config.name)
-    if fresh and folder.path.exists():
-        say(f"the earlier run is now in {set_aside(folder)}")
-    with folder.locked():
+    with leased_copy(place, _RUN.name, fresh=fresh) as (path, stored):
+        copy = _DriverCopy(path, stored)
+        folder = RunFolder(path, stored=copy)
+        copy.restore()
+        copy.restore_of(trains_here=not config.cluster.uses_ray)
+        if extend or "run_dir" not in (folder.read_results() or {}):
+            copy.restore_checkpoint()
+        with copy.published():
+            yield folder
+
+
+@contextmanager
+def opened_below(
+    parent: SharedFolder,
+    path: Path,
+    *,
+    trains_here: bool,
+    is_stale: Callable[[RunFolder], bool] = lambda _: False,
+) -> Iterator[RunFolder]:
+    """Open the folder of a run below a folder that this command holds.
+
+    A checkpoint in a store is not copied until :func:`restore_checkpoint` is called.
+
+    Args:
+        parent: The folder that is held.
+        path: Path of the run folder, below the path of ``parent``.
+        trains_here: Whether the run trains in this process.
+        is_stale: Whether an existing folder is of another run; it is renamed then.
+
+    Raises:
+        RunFolderError: If another process holds the folder, or it cannot be reached.
+    """
+    if parent.stored is None:
+        folder = RunFolder(path)
+        if path.exists() and is_stale(folder):
+            say(f"the earlier {path.name} is now in {set_aside(folder)}")
+        with folder.locked():
+            yield folder
+        return
+    stored = parent.stored.for_workers().below(path.relative_to(parent.path).as_posix())
+    with opened_part(stored, is_stale=is_stale) as (folder, restore_of):
+        restore_of(trains_here=trains_here)
         yield folder
 
 
 @contextmanager
-def _stored_folder(config: RunConfig[Any], *, fresh: bool, extend: bool) -> Iterator[RunFolder]:
-    check_stored(config)
-    store = Store(below(config.output_dir, config.name))
-    here = config.cluster.num_train_workers == 0
-    with (
-        Lease(store, instead=_INSTEAD, tell=say) as lease,
-        scratch_folder(config.name) as path,
-        _shown_in_errors(path, store.address),
-    ):
-        if fresh and set(store.list()) - {LEASE}:
-            aside = Store(aside_name(store.address))
-            store.move_to(aside, without=[LEASE])
-            say(f"the earlier run is now in {aside.address}")
-        copy = _DriverCopy(path, store, lease, trains_here=here)
-        folder = RunFolder(path, stored=copy)
+def opened_part(
+    stored: StoredRun, *, is_stale: Callable[[RunFolder], bool] = lambda _: False
+) -> Iterator[tuple[RunFolder, Callable[..., None]]]:
+    """Open the folder of a run in a store, below one that another process may have leased.
+
+    Args:
+        stored: The run's folder.
+        is_stale: Whether an existing folder is of another run; it is moved then.
+
+    Yields:
+        The folder with the records of an earlier start, and a function to be called with
+        ``trains_here``, which copies what the run goes on with, except a checkpoint.
+
+    Raises:
+        RunFolderError: If the store cannot be reached.
+    """
+    with local_copy_of(stored.store.address) as path:
+        copy = _DriverCopy(path, stored)
         copy.restore()
-        if extend or "run_dir" not in (folder.read_results() or {}):
-            copy.restore_checkpoint()
-        with copy.publisher:
-            try:
-                yield folder
-            except RunFolderError:  # of the store, or before anything was changed
-                raise
-            except BaseException:
-                copy.try_to_publish()
-                raise
-            copy.publish(waits=True)
+        folder = RunFolder(path, stored=copy)
+        if folder.config.exists() and is_stale(folder):
+            move_aside(stored.store, "run")
+            copy.restore()  # which deletes what is gone
+        with copy.published():
+            yield folder, copy.restore_of
+
+
+def restore_checkpoint(folder: RunFolder) -> None:
+    """Copy the newest intact checkpoint of a run in a store; on a disk, it is there already."""
+    if isinstance(folder.stored, _DriverCopy):
+        folder.stored.restore_checkpoint()
+
+
+def replaced_checkpoint(folder: RunFolder) -> None:
+    """Let a store hold the checkpoint that has replaced all others in the folder, and only it."""
+    if isinstance(folder.stored, _DriverCopy):
+        folder.stored.replaced_checkpoint()
 
 
 def check_stored(config: RunConfig[Any]) -> None:
-    """Reject what only works on a disk, if the run is in a store.
+    """Reject a store that the processes of a run do not share.
 
     Raises:
-        ConfigError: If the run trains runs below its folder, or its processes share no store.
+        ConfigError: If it is in the memory of one process, and the run uses several.
     """
-    if not is_address(config.output_dir):
-        return
-    if names := protocols_to_train(config):
-        raise ConfigError(
-            f"evaluate.final={','.join(names)}: trains runs below the run folder, which needs an "
-            f"output_dir on a disk; drop it, and run raysl finetune "
-            f"{below(config.output_dir, config.name)} after this run"
-        )
-    if config.output_dir.startswith(_IN_ONE_PROCESS) and config.cluster.num_train_workers:
-        raise ConfigError(
-            f"output_dir={config.output_dir}: each process of Ray has a memory of its own; set "
-            f"cluster.num_train_workers=0, or use a store that all processes reach"
-        )
+    check_reachable(config.output_dir, uses_ray=config.cluster.uses_ray)
 
 
-class _DriverCopy:
-    """The driver's local copy of a folder in a store."""
+class _DriverCopy(FolderCopy):
+    """The driver's local copy of a run's folder in a store."""
 
-    def __init__(self, path: Path, store: Store, lease: Lease, *, trains_here: bool) -> None:
-        self.address = store.address
-        self._path = path
-        self._store = store
-        self._token = lease.token
+    def __init__(self, path: Path, stored: StoredRun) -> None:
+        super().__init__(path, stored, _RUN)
+        self._trains_here = False
+
+    def restore_of(self, *, trains_here: bool) -> None:
+        """Copy what only the process that trains needs of an earlier start."""
         self._trains_here = trains_here
-        self._mirror = Mirror(path, store, check=lambda own: check_lease(own, lease.token))
-        self.publisher = Publisher(self._copy)
-
-    def restore(self) -> None:
-        """Copy the records of an earlier start."""
-        self._mirror.pull(
-            lambda name: (
-                name == _STOP
-                or (name.endswith(_SMALL) and not name.startswith(_FOLDERS_OF_OTHERS))
-                or (self._trains_here and (name == _LAST_STEP or name.startswith(_EVALUATED)))
-            )
-        )
+        if trains_here:
+            self._mirror.pull(lambda name: name == _LAST_STEP or name.startswith(_EVALUATED))
 
     def restore_checkpoint(self) -> None:
         """Copy the newest checkpoint, and if it is damaged, older ones until one is intact."""
         checkpoints = self._path / CHECKPOINTS
-        for step in reversed(checkpoint_steps(self._store)):
+        for step in reversed(checkpoint_steps(self._stored.store)):
             self._mirror.pull_checkpoint(step)
             if not is_damaged(checkpoints, step=step):
                 break
 
+    def replaced_checkpoint(self) -> None:
+        """Copy the folder's checkpoints, and delete those that only the store holds."""
+        self.publish(waits=True)
+        self._mirror.drop_older()
+
     def publish(self, *, waits: bool) -> None:
         """Copy the folder's changes to the store; what workers wait for is waited for."""
-        self.publisher.publish(waits=waits or not self._trains_here)
+        super().publish(waits=waits or not self._trains_here)
 
-    def try_to_publish(self) -> None:
-        """Copy what can be copied; the error that ends the run is raised instead of another."""
-        try:
-            self.publish(waits=True)
-        except RunFolderError as error:
-            say(f"  {error}")
-
-    def fetch(self) -> None:
+    def fetch(self, below: str = "") -> None:
         """Copy what the workers have written, except checkpoints."""
         if not self._trains_here:
-            self._mirror.pull(lambda name: not name.startswith((*_FOLDERS_OF_OTHERS, *_OF_DRIVER)))
-
-    def for_workers(self) -> StoredRun:
-        """Return what workers need to open the folder."""
-        return StoredRun(self._store, self._token)
+            super().fetch(below)
 
     def _copy(self, patient: bool) -> None:
         if not self._trains_here:  # for the terminal and MLflow
             seen = {_METRICS, _EVENTS}
             self._mirror.pull(lambda name: name in seen, recursive=False, patient=patient)
-        self._mirror.push(patient=patient)
+        super()._copy(patient)
 
 
 @contextmanager
@@ -210,7 +254,7 @@ def shown_in_errors(folder: RunFolder) -> Iterator[None]:
     if folder.stored is None:
         yield
         return
-    with _shown_in_errors(folder.path, folder.stored.address):
+    with address_in_errors(folder.path, folder.stored.address):
         yield
 
 
@@ -247,7 +291,7 @@ def named_after(
                 return there + value.removeprefix(local)
         return value
 
-    with _shown_in_errors(Path(path), address):
+    with address_in_errors(Path(path), address):
         yield replaced
 
 
@@ -260,7 +304,7 @@ class _WorkerCopy:
         self._path = path
         self._stack = stack
         self._publisher: Publisher | None = None
-        self._mirror = Mirror(path, run.store, check=lambda own: check_lease(own, run.token))
+        self._mirror = Mirror(path, run.store, check=run.check)
         self._mirror.pull(lambda name: name in ("config.yaml", _ERROR), recursive=False)
 
     def start(self, step: int, *, rank: int) -> None:
@@ -284,7 +328,7 @@ class _WorkerCopy:
         else:
             self._publisher.publish(waits=waits)
 
-    def fetch(self) -> None:
+    def fetch(self, below: str = "") -> None:
         """Do nothing: no other process writes what a worker reads."""
 
     def for_workers(self) -> StoredRun:
@@ -295,19 +339,3 @@ class _WorkerCopy:
         self._mirror.push(patient=patient)
         # The driver asks for a stop by a file.
         self._mirror.pull(lambda name: name == _STOP, recursive=False, patient=patient)
-
-
-@contextmanager
-def _shown_in_errors(path: Path, address: str) -> Iterator[None]:
-    try:
-        yield
-    except RayslError as error:
-        text = str(error)
-        if str(path) not in text:
-            raise
-        text = text.replace(str(path), address)
-        if "No space left" in text:
-            text += f" (of the local copy, in {path}; RAYSL_SCRATCH names another folder)"
-        shown = type(error)(text)
-        shown.on_every_rank = error.on_every_rank
-        raise shown from None

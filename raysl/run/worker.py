@@ -14,7 +14,7 @@ from raysl.data.flaw import reason_of
 from raysl.evaluate.features import EvalImages, embed
 from raysl.evaluate.protocol import LabelledSets, facts_of, measure_probes, protocol_texts
 from raysl.evaluate.training_source import labels_record
-from raysl.folder.whole import appears_whole, write_json
+from raysl.folder.whole import appears_whole, disk_errors_named, write_json
 from raysl.methods.base import Progress
 from raysl.nn.backbones import Backbone
 from raysl.nn.batchnorm import average_statistics
@@ -106,6 +106,7 @@ def _end(worker: "_Worker", derived: Derived, metrics: MetricsFile | None) -> Re
     average_statistics(worker.method)
     if metrics is not None:  # before the evaluation, so that its errors do not lose the networks
         save_networks(worker.folder, worker.method, worker.config)
+        worker.bad_images.close()
         worker.draw(derived)
     counts: Results = {
         "steps": derived.total_steps,
@@ -377,7 +378,7 @@ def _write_features(
     """Save the features, labels and thumbnails for the report's map."""
     count = min(len(images), _MAP_IMAGES)
     pixels = np.concatenate(list(images.batches(np.arange(count))))
-    with appears_whole(folder.features) as temporary:
+    with disk_errors_named(folder.features), appears_whole(folder.features) as temporary:
         np.savez(
             temporary,
             features=features[:count].numpy(),

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from raysl.folder.whole import UNFINISHED, write_bytes
+from raysl.store.lease import check_lease
 from raysl.store.objects import Entry, Store
-from raysl.track.run_folder import list_steps
+from raysl.track.run_folder import checkpoint_path, list_steps
 
 PART_BYTES = 1 << 20
 """Size of the objects of a file that grows."""
@@ -95,24 +96,26 @@ class Mirror:
             self._delete([name for name in gone if name != RESULTS])
             if self._older and len(_steps(local)) >= len(_steps(self._older)) + 1:
                 # As many newer checkpoints are here as the store held: the older ones may go.
-                self.store.delete(self._older)
-                self._older = []
+                self.drop_older()
 
-    def pull(self, wanted: Wanted, *, recursive: bool = True, patient: bool = True) -> None:
+    def pull(
+        self, wanted: Wanted, *, below: str = "", recursive: bool = True, patient: bool = True
+    ) -> None:
         """Copy what has changed in the store since the last copy to the folder.
 
         Wanted files that another process deleted from the store are deleted.
 
         Args:
             wanted: The files to copy. This process must not have changed them since the last copy.
-            recursive: Also look at files in folders below.
+            below: The folder in this one to look at; empty for the whole folder.
+            recursive: Also look at files in folders below it.
             patient: Repeat requests for a while after transient errors.
 
         Raises:
             RunFolderError: If the store fails.
         """
         with self._patience(patient):
-            entries = self.store.list(recursive=recursive)
+            entries = self.store.list(below, recursive=recursive)
             parts: dict[str, dict[int, Entry]] = {}
             for name, entry in entries.items():
                 if any(map(_is_hidden, name.split("/"))):  # a lease, an upload that was cut
@@ -124,8 +127,9 @@ class Mirror:
             for name, numbered in parts.items():
                 self._download_parts(name, numbered)
             for name in [*self._files, *self._grown]:
-                is_listed = wanted(name) and (recursive or "/" not in name)
-                if is_listed and name not in parts and name not in entries:
+                if not _is_listed(name, below, recursive=recursive) or not wanted(name):
+                    continue
+                if name not in parts and name not in entries:
                     (self.folder / name).unlink(missing_ok=True)
                     self._forget(name)
 
@@ -138,8 +142,19 @@ class Mirror:
             RunFolderError: If the store fails.
         """
         top = f"{_STEPS}{step:09d}/"
-        self.pull(lambda name: name.startswith(top))
-        self._older = [each for each in self.store.list() if _STEPS <= each < top]
+        self.pull(lambda name: name.startswith(top), below=CHECKPOINTS.rstrip("/"))
+        held = self.store.list(CHECKPOINTS.rstrip("/"))
+        self._older = [each for each in held if _STEPS <= each < top]
+
+    def drop_older(self) -> None:
+        """Delete the older checkpoints, which only the store holds.
+
+        Raises:
+            RunFolderError: If the store fails.
+        """
+        with self._lock:
+            self.store.delete(name for name in self._older if name not in self._files)
+            self._older = []
 
     @contextmanager
     def _patience(self, patient: bool) -> Iterator[None]:
@@ -245,9 +260,26 @@ class Mirror:
         self._grown.pop(name, None)
 
 
+def _is_listed(name: str, below: str, *, recursive: bool) -> bool:
+    """Return whether the listing of a folder includes the file of a name."""
+    top = f"{below}/" if below else ""
+    return name.startswith(top) and (recursive or "/" not in name.removeprefix(top))
+
+
 def checkpoint_steps(store: Store) -> list[int]:
     """Return the steps of the complete checkpoints in a run's folder in a store, in order."""
     return _steps(store.list(CHECKPOINTS.rstrip("/")))
+
+
+def copy_checkpoint(store: Store, step: int, folder: Path) -> None:
+    """Copy a checkpoint of a run in a store to a local folder.
+
+    Raises:
+        RunFolderError: If the store fails.
+    """
+    top = checkpoint_path(Path(CHECKPOINTS), step).as_posix()
+    for name in store.list(top):
+        store.get_file(name, folder / name.removeprefix(f"{top}/"))
 
 
 def _steps(names: Iterable[str]) -> list[int]:
@@ -257,11 +289,31 @@ def _steps(names: Iterable[str]) -> list[int]:
 
 
 class StoredRun(NamedTuple):
-    """A run's folder in a store, for its workers and for Ray's controller, which loads no torch."""
+    """A folder in a store, for workers and for Ray's controller, which loads no torch."""
 
     store: Store
     token: str
     """Token of the driver's lease."""
+    leased: Store | None = None
+    """The leased folder, if it is one above; None: this one."""
+
+    def below(self, name: str) -> "StoredRun":
+        """Return a folder in this one, which is written under the same lease."""
+        store = Store(f"{self.store.address}/{name}", setting=self.store.setting)
+        return StoredRun(store, self.token, self.leased or self.store)
+
+    def check(self, own: Store) -> None:
+        """Check that the folder is still leased to the driver of this process.
+
+        Args:
+            own: This folder, with the patience of the process that wants to write.
+
+        Raises:
+            RunFolderError: If the lease was taken over or has ended.
+        """
+        leased = copy(self.leased or own)
+        leased.retry_s = own.retry_s
+        check_lease(leased, self.token)
 
     def newest_step(self) -> int:
         """Return the step of the newest complete checkpoint, 0 if there is none."""

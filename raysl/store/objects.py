@@ -138,6 +138,12 @@ class Store:
                     f"deleting {name}", partial(self.filesystem.delete_file, self._path(name))
                 )
 
+    def delete_folder(self, name: str) -> None:
+        """Delete a folder and all below it; a missing one is skipped."""
+        path = self._path(name)
+        with suppress(FileNotFoundError):
+            self._retried(f"deleting {name}", lambda: self.filesystem.delete_dir(path))
+
     def move_to(self, other: "Store", *, without: Iterable[str] = ()) -> None:
         """Copy all objects to another address of the same store, then delete them here."""
         names = sorted(set(self.list()) - set(without))

@@ -43,7 +43,7 @@ def check(
     sweep: SweepConfig,
     candidates: Sequence[Candidate],
     *,
-    folder: Path,
+    folder: Path | str,
     check_run: RunCheck | None = None,
 ) -> list[RunConfig[Any]]:
     """Check a sweep and all its runs.
@@ -54,7 +54,7 @@ def check(
     Args:
         sweep: The sweep.
         candidates: The result of :func:`raysl.sweep.space.draw`.
-        folder: The sweep's folder.
+        folder: Path or address of the sweep's folder.
         check_run: Checks the images of each run; None skips this.
 
     Returns:
@@ -104,7 +104,11 @@ class _FoundProblem:
 
 
 def _run_problems(
-    sweep: SweepConfig, candidates: Sequence[Candidate], *, folder: Path, check_run: RunCheck | None
+    sweep: SweepConfig,
+    candidates: Sequence[Candidate],
+    *,
+    folder: Path | str,
+    check_run: RunCheck | None,
 ) -> tuple[list[str], list[RunConfig[Any]]]:
     """Return the problems of the runs, one line each, and the valid runs of the candidates."""
     unreadable = {str(base) for base in sweep.bases.values() if not _can_be_read(base)}
@@ -154,7 +158,7 @@ def _can_be_read(base: Path) -> bool:
 
 
 def _problems_of(
-    sweep: SweepConfig, candidate: Candidate, *, folder: Path, check_run: RunCheck | None
+    sweep: SweepConfig, candidate: Candidate, *, folder: Path | str, check_run: RunCheck | None
 ) -> tuple[list[Problem], RunConfig[Any] | None]:
     """Return the problems of a run, and the run if it can be built."""
     values, problems = run_values(sweep, candidate, folder=folder)

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from raysl.config.base import Config, PositiveFloat, PositiveInt, Probability
 from raysl.evaluate.protocol import known_protocols
-from raysl.track.config import DiskDir, TrackConfig, check_run_name
+from raysl.track.config import OutputDir, TrackConfig, check_run_name
 
 Scalar = str | int | float | bool | None
 Kind = Literal["grid", "choice", "uniform", "log_uniform", "int", "log_int"]
@@ -262,8 +262,8 @@ class SweepConfig(Config):
 
     name: str
     """The sweep's folder is output_dir/name; starting the same name again resumes the sweep."""
-    output_dir: DiskDir = "runs"
-    """Parent of the sweep's folder, which is called ``name``."""
+    output_dir: OutputDir = "runs"
+    """Parent of the sweep's folder, which is called ``name``: a path or an address of a store."""
     base: Annotated[
         tuple[str, ...],
         BeforeValidator(_as_tuple),

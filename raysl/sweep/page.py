@@ -138,7 +138,7 @@ def _write_page(
         _trials_section(sweep, summary, display),
         _failed_section(summary),
         _settings_section(sweep),
-        files_section(folder.path, _FILES),
+        files_section(folder.path, _FILES, shown=folder.shown()),
     ]
     lead = _lead(summary, sweep.metric)
     write_page(folder.report, name=sweep.name, lead=lead, sections=sections)

@@ -4,7 +4,8 @@ import gc
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,8 +25,11 @@ from raysl.run.protocol_runs import train_protocols
 from raysl.run.ray_cluster import in_background, plan_layout
 from raysl.run.ray_train import pretrain_on_ray
 from raysl.run.recipe import RunConfig, derive_for, run_from_values
+from raysl.run.stored import opened_part, restore_checkpoint, shown_in_errors
 from raysl.sources.source import Source
+from raysl.store.mirror import StoredRun
 from raysl.sweep.config import Dimension
+from raysl.sweep.space import TRIALS
 from raysl.sweep.trial import Change, newest_change, write_change
 from raysl.sweep.trial_run import run_trial, take_over
 from raysl.track.follow import MetricsReader
@@ -59,7 +63,7 @@ _SETS: dict[str, LabelledSets | None] = {}
 def trial_in_process(
     point: dict[str, Any],
     *,
-    trials: Path,
+    sweep: Path | StoredRun,
     sources: Mapping[str, Source],
     metrics: tuple[str, ...],
     exchanges: bool,
@@ -69,45 +73,71 @@ def trial_in_process(
 
     Args:
         point: The trial's number, and the displayed values of settings that may change in flight.
-        trials: The folder that contains the trials' run folders.
+        sweep: The sweep's folder, on a disk that all nodes share or in a store.
         sources: Training images by :func:`source_key`; others are opened here.
         metrics: Keys of the metrics file to report, the sweep's metric first.
         exchanges: Whether trials are paused or copy checkpoints of others.
         space: The dimensions of the settings in ``point``.
     """
-    folder = RunFolder(trials / str(tune.get_context().get_trial_name()))
-    source = _source_of(_config_of(folder), sources)
-    total_steps = derive_for(_config_of(folder), source).total_steps
-    if exchanges:
-        _exchange(folder, point, space, total_steps=total_steps)
+    name = str(tune.get_context().get_trial_name())
+    try:
+        with _opened(sweep, name) as folder:
+            source = _source_of(_config_of(folder), sources)
+            total_steps = derive_for(_config_of(folder), source).total_steps
+            if exchanges:
+                _exchange(folder, point, space, total_steps=total_steps)
+            _run(folder, source, metrics=metrics, total_steps=total_steps, exchanges=exchanges)
+    finally:  # the next trial reuses this process, also if this trial was stopped
+        _free_memory()
+
+
+@contextmanager
+def _opened(sweep: Path | StoredRun, name: str) -> Iterator[RunFolder]:
+    """Provide a trial's run folder: the folder itself, or a local copy of one in a store."""
+    if isinstance(sweep, Path):
+        yield RunFolder(sweep / TRIALS / name)
+        return
+    with opened_part(sweep.below(f"{TRIALS}/{name}")) as (folder, restore_of):
+        restore_of(trains_here=not _is_nested(_config_of(folder)))
+        restore_checkpoint(folder)
+        yield folder
+
+
+def _run(
+    folder: RunFolder,
+    source: Source,
+    *,
+    metrics: tuple[str, ...],
+    total_steps: int,
+    exchanges: bool,
+) -> None:
+    """Run a trial in its folder, and report its evaluations to Tune."""
     config = _config_of(folder)
     cpus = tune.get_context().get_trial_resources().head_cpus or 1.0
 
     def report(values: Mapping[str, float]) -> None:
+        folder.publish(waits=True)  # the driver reads the folder when it is told
         if not exchanges:
             tune.report(dict(values))
             return
         with tempfile.TemporaryDirectory() as pointer:
-            write_json(
-                Path(pointer) / _POINTER, {"folder": str(folder.path), "step": int(values["step"])}
-            )
+            place = {"folder": folder.shown(), "step": int(values["step"])}
+            write_json(Path(pointer) / _POINTER, place)
             tune.report(dict(values), checkpoint=tune.Checkpoint.from_directory(pointer))
 
     def train(evaluated: Log) -> Results:
-        return _train(
-            config, folder, source, evaluated, metrics=metrics, num_cpus=max(1, int(cpus))
-        )
+        with shown_in_errors(folder):
+            return _train(
+                config, folder, source, evaluated, metrics=metrics, num_cpus=max(1, int(cpus))
+            )
 
-    try:
-        run_trial(
-            folder,
-            metrics=metrics,
-            total_steps=total_steps,
-            report=report,
-            train=train,
-        )
-    finally:  # the next trial reuses this process, also if this trial was stopped
-        _free_memory()
+    run_trial(folder, metrics=metrics, total_steps=total_steps, report=report, train=train)
+    folder.publish(waits=True)
+
+
+def _is_nested(config: RunConfig[Any]) -> bool:
+    """Return whether a trial starts train workers of its own."""
+    return config.cluster.counts[-1] > 1
 
 
 def _train(
@@ -123,7 +153,7 @@ def _train(
 
     def train_run(run: RunConfig[Any], run_folder: RunFolder, images: Source) -> Results:
         log = evaluated if run_folder is folder else None
-        if run.cluster.counts[-1] > 1:
+        if _is_nested(run):
             return _train_nested(run, run_folder, images, log, metrics)
         sets = _sets_of(run, images, num_threads=num_cpus) if run_folder is folder else None
         return pretrain_here(
@@ -131,7 +161,14 @@ def _train(
         )
 
     results = train_run(config, folder, source)
-    return train_protocols(config, results, folder=folder, source=source, train=train_run)
+    return train_protocols(
+        config,
+        results,
+        folder=folder,
+        source=source,
+        train=train_run,
+        trains_here=not _is_nested(config),
+    )
 
 
 def _free_memory() -> None:
@@ -144,8 +181,9 @@ def _config_of(folder: RunFolder) -> RunConfig[Any]:
     """Return a trial's run with the settings that changed in flight."""
     if not folder.config.exists():
         raise ClusterError(
-            f"node {ray.util.get_node_ip_address()} does not see {folder.path}: on several nodes "
-            f"output_dir must be on a disk that all share"
+            f"node {ray.util.get_node_ip_address()} does not see {folder.shown()}: on several "
+            f"nodes output_dir must be on a disk that all share, or an address of an object store, "
+            f"such as s3://BUCKET/FOLDER"
         )
     values = read_mapping(folder.config)
     change = newest_change(folder)
@@ -194,9 +232,8 @@ def _exchange(
     if checkpoint is not None:
         with checkpoint.as_directory() as pointer:
             origin = read_json(Path(pointer) / _POINTER) or {}
-        donor = RunFolder(Path(origin["folder"]))
-        step = int(origin["step"])
-        if donor.path != folder.path and not take_over(
+        donor, step = str(origin["folder"]), int(origin["step"])
+        if donor != folder.shown() and not take_over(
             folder, donor, step=step, total_steps=total_steps
         ):
             return

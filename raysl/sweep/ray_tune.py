@@ -10,14 +10,17 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, Searcher
 
+from raysl.errors import RunFolderError
 from raysl.run.ray_cluster import in_background
 from raysl.sources.source import Source
+from raysl.store.objects import Store
 from raysl.sweep.config import Dimension, SweepConfig
 from raysl.sweep.ray_schedulers import Asha, HyperBand, Pbt
 from raysl.sweep.ray_shares import Shares
@@ -25,6 +28,7 @@ from raysl.sweep.ray_trial import NUMBER, trial_in_process
 from raysl.sweep.space import trial_name
 from raysl.sweep.trial import ENDED, SweepFolder, Trial
 
+_TUNE = ".tune"  # folder of Tune's own state
 _TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial may fail before its first evaluation
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # everything is in the trials' folders
@@ -87,7 +91,7 @@ def sweep_on_ray(
         most_trials: Maximum number of trials that ``suggestions`` supplies.
         earlier: All trials of earlier starts, for the scheduler to compare with.
         sources: Training images by :func:`source_key`; others are opened by the trials.
-        folder: The sweep's folder, on a disk that all nodes share.
+        folder: The sweep's folder.
         seconds: Time limit in seconds, after which all trials end; None for no limit.
 
     Returns:
@@ -99,8 +103,6 @@ def sweep_on_ray(
     max_running = shares.at_a_time if shares.nested else None
     _add_earlier(scheduler, earlier, most_trials=most_trials, max_running=max_running)
     callback = _Callback(watcher, suggestions)
-    scratch = folder.path / ".tune"
-    shutil.rmtree(scratch, ignore_errors=True)
     if sweep.scheduler.name == "pbt":  # Tune's PBT accepts no searcher
         search, space = _all_points(suggestions)
     else:
@@ -113,18 +115,38 @@ def sweep_on_ray(
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=str(scratch),
+            **_storage(folder),
             callbacks=[callback],
             failure_config=tune.FailureConfig(max_failures=sweep.retries),
             verbose=0,
         ),
     )
+    _delete_storage(folder)
     try:
         # In the main thread Ray would handle Ctrl-C itself.
         in_background(tuner.fit, name="raysl-tune").result()
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(RunFolderError):  # the next start deletes it
+            _delete_storage(folder)
     return callback.lost
+
+
+def _storage(folder: SweepFolder) -> dict[str, Any]:
+    """Return where Tune keeps its state, which every process of the sweep must see."""
+    if folder.stored is None:
+        return {"storage_path": str(folder.path / _TUNE)}
+    store: Store = folder.stored.for_workers().store
+    return {
+        "storage_path": f"{store.root.rstrip('/')}/{_TUNE}",
+        "storage_filesystem": store.filesystem,
+    }
+
+
+def _delete_storage(folder: SweepFolder) -> None:
+    if folder.stored is None:
+        shutil.rmtree(folder.path / _TUNE, ignore_errors=True)
+    else:
+        folder.stored.for_workers().store.delete_folder(_TUNE)
 
 
 def _prepare(shares: Shares) -> None:
@@ -141,7 +163,7 @@ def _trainable(sweep: SweepConfig, folder: SweepFolder, sources: Mapping[str, So
     return tune.with_parameters(
         _run_in_process,
         run=trial_in_process,
-        trials=folder.trials,
+        sweep=folder.path if folder.stored is None else folder.stored.for_workers(),
         sources=dict(sources),
         metrics=(sweep.metric.name, *sweep.metric.also),
         exchanges=sweep.scheduler.name in ("pbt", "hyperband"),

@@ -51,7 +51,8 @@ def next_line(sweep: SweepConfig, folder: SweepFolder, summary: Summary) -> str 
     else:
         longer = f"train.steps={_LONGER * (train.steps or 1)}"
     best, here = folder.best, Path.cwd()
-    path = best.relative_to(here) if best.is_relative_to(here) else best
+    is_near = folder.stored is None and best.is_relative_to(here)
+    path = best.relative_to(here) if is_near else folder.shown(best)
     return command("pretrain", path, longer)
 
 
@@ -62,7 +63,7 @@ def results_of(
     best = summary.best
     placed = sum(placed_seconds(trial) for trial in trials)
     return {
-        "sweep_dir": str(folder.path),
+        "sweep_dir": folder.shown(),
         "parent_run_id": None,
         "trials": len(trials),
         "finished": summary.counts.get("finished", 0),
@@ -72,7 +73,7 @@ def results_of(
         "best_trial": None if best is None else best.number,
         "best_params": None if best is None else best.params,
         "best_metric": None if best is None else best.metric,
-        "best_config": None if best is None else str(folder.best),
+        "best_config": None if best is None else folder.shown(folder.best),
         "importance": summary.importance,
         # Seconds for which trials held resources, and the share spent in training steps.
         "placed_s": placed,
@@ -92,7 +93,7 @@ def print_results(
     for trial in trials:
         if trial.status == "failed":
             out.print(f"trial {trial.number:04d} failed: {trial.error}", markup=False)
-    lines = [f"report    {folder.report}"]
+    lines = [f"report    {folder.shown(folder.report)}"]
     if sweep.track.mlflow:
         lines.append(f"compare   {compare_line(sweep.track.tracking_uri, folder=working_folder())}")
     if summary.best is not None:

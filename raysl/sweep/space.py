@@ -127,13 +127,13 @@ def _candidate(
     return Candidate(number, params, values, str(base))
 
 
-def run_config(sweep: SweepConfig, candidate: Candidate, *, folder: Path) -> RunConfig[Any]:
+def run_config(sweep: SweepConfig, candidate: Candidate, *, folder: Path | str) -> RunConfig[Any]:
     """Build the configuration of a candidate; its run folder is ``folder/trials/NUMBER``.
 
     Args:
         sweep: The sweep.
         candidate: One of its candidates.
-        folder: The sweep's folder.
+        folder: Path or address of the sweep's folder.
 
     Raises:
         ConfigError: Lists every bad key at once.
@@ -146,7 +146,7 @@ def run_config(sweep: SweepConfig, candidate: Candidate, *, folder: Path) -> Run
 
 
 def run_values(
-    sweep: SweepConfig, candidate: Candidate, *, folder: Path
+    sweep: SweepConfig, candidate: Candidate, *, folder: Path | str
 ) -> tuple[dict[str, Any], list[Problem]]:
     """Return the plain, unvalidated values of a candidate's run, and settings that failed.
 
@@ -171,7 +171,7 @@ def run_values(
             set_key(values, key, value)
     sweep_settings = {
         "name": trial_name(candidate.number),
-        "output_dir": str(folder / TRIALS),
+        "output_dir": f"{folder}/{TRIALS}",
         # The sweep's own process reports all trials to MLflow.
         "track": sweep.track.model_dump(mode="json") | {"mlflow": False},
     }

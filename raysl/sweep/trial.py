@@ -16,8 +16,10 @@ from raysl.config.yaml_text import to_yaml
 from raysl.errors import RunFolderError
 from raysl.folder.claim import ANOTHER_NAME, changes, refusal
 from raysl.folder.lock import lock_folder
+from raysl.folder.shared import Copied, SharedFolder
 from raysl.folder.whole import read_json, write_json, write_text
 from raysl.run.environment import flatten_mapping
+from raysl.run.held import Kind
 from raysl.sources.place import as_place
 from raysl.sweep.config import IF_CHANGED, MetricConfig, SweepConfig
 from raysl.sweep.space import TRIALS, Candidate, trial_name
@@ -59,15 +61,37 @@ class Trial(NamedTuple):
     mlflow_run_id: str | None
 
 
-class SweepFolder:
+_OF_DRIVER = ("config.yaml", "trial.json", "source.json", "mlflow.json", "told.json", "times.jsonl")
+_OF_TRIAL = ("metrics.jsonl", "results.json", "error.json", "changes.json")
+
+
+def _is_of_trial(name: str, files: tuple[str, ...]) -> bool:
+    parts = name.split("/")
+    return len(parts) == 3 and parts[0] == TRIALS and parts[2] in files
+
+
+SWEEP = Kind(
+    "sweep",
+    restored=lambda name: (
+        ("/" not in name and not name.endswith(".lock"))  # of Optuna's journal
+        or name.startswith("pictures/")
+        or _is_of_trial(name, (*_OF_DRIVER, *_OF_TRIAL))
+    ),
+    of_others=lambda name: _is_of_trial(name, _OF_TRIAL),
+)
+"""What a sweep's driver needs of its folder in a store. Each trial writes its own run folder."""
+
+
+class SweepFolder(SharedFolder):
     """The paths in ``OUTPUT_DIR/NAME``.
 
     Args:
-        path: The folder; absolute, because trials have other working directories.
+        path: The folder.
+        stored: The folder's copy in a store; None if it is on a disk that all nodes share.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path.absolute()
+    def __init__(self, path: Path, *, stored: Copied | None = None) -> None:
+        super().__init__(path, stored=stored)
         self.config = self.path / "sweep.yaml"
         self.trials = self.path / TRIALS
         self.mlflow = self.path / "mlflow.json"
@@ -78,8 +102,16 @@ class SweepFolder:
         self.optuna = self.path / "optuna.log"
 
     def trial(self, number: int) -> RunFolder:
-        """Return the run folder of a trial."""
+        """Return the run folder of a trial, as the driver sees it."""
         return RunFolder(self.trials / trial_name(number))
+
+    def fetch_trial(self, number: int) -> None:
+        """Get what a trial has written.
+
+        Raises:
+            RunFolderError: If the store fails for longer than a minute.
+        """
+        self.fetch(f"{TRIALS}/{trial_name(number)}")
 
     def locked(self) -> AbstractContextManager[None]:
         """Lock the folder for one process; the lock ends with the process.
@@ -105,7 +137,7 @@ def claim(folder: SweepFolder, sweep: SweepConfig) -> None:
         keys = [key for key in sorted({*old, *new}) if key.split(".")[0] not in _MAY_CHANGE]
         changed = changes(old, new, keys=keys)
         if changed:
-            text = refusal(folder.path, "holds another sweep", changed, instead=ANOTHER_NAME)
+            text = refusal(folder.shown(), "holds another sweep", changed, instead=ANOTHER_NAME)
             raise RunFolderError(text)
     write_text(folder.config, to_yaml(values))
 

@@ -2,9 +2,14 @@
 
 import shutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
-from raysl.errors import RayslError
+from raysl.errors import RayslError, RunFolderError
+from raysl.folder.address import is_address
 from raysl.folder.whole import appears_whole
+from raysl.run.stored import replaced_checkpoint
+from raysl.store.mirror import checkpoint_steps, copy_checkpoint
+from raysl.store.objects import Store
 from raysl.track.results import Results
 from raysl.track.run_folder import (
     RunFolder,
@@ -40,7 +45,7 @@ def run_trial(
     Evaluations up to the newest checkpoint are reported again first, since a restarted scheduler
     does not have them. The evaluation of the last step is reported after the results are written,
     so that a trial that is stopped there is finished. An error of raysl ends the trial and is
-    written to ``error.json``, since a retry would repeat it.
+    written to ``error.json``, since a retry would repeat it; one of a store is raised.
 
     Args:
         folder: The trial's run folder.
@@ -67,6 +72,8 @@ def run_trial(
     try:
         train(lambda logged, step: report_step(logged, step, {}))
     except RayslError as error:
+        if folder.stored is not None and isinstance(error, RunFolderError):
+            raise  # a store that is down may be up again at a retry
         write_error(folder, error)
         return
     for values in last[-1:]:
@@ -80,12 +87,12 @@ def _report_values(
     return {"step": float(step), "epoch": float(logged.get("train/epoch", 0.0)), **values}
 
 
-def take_over(folder: RunFolder, donor: RunFolder, *, step: int, total_steps: int) -> int:
+def take_over(folder: RunFolder, donor: str, *, step: int, total_steps: int) -> int:
     """Replace a trial's checkpoints by one of another trial (population based training).
 
     Args:
         folder: The trial that continues.
-        donor: The trial whose checkpoint is copied.
+        donor: Path, or address in a store, of the trial whose checkpoint is copied.
         step: Step of the checkpoint; if it no longer exists, the newest one before it, else the
             oldest, is copied.
         total_steps: Steps of a trial; the last checkpoint leaves no step to train and is never
@@ -94,12 +101,20 @@ def take_over(folder: RunFolder, donor: RunFolder, *, step: int, total_steps: in
     Returns:
         The step of the copied checkpoint; 0 if the donor has none, and the trial is unchanged.
     """
-    steps = [each for each in list_checkpoints(donor.checkpoints) if each < total_steps]
+    store = Store(donor) if is_address(donor) else None
+    local = RunFolder(Path(donor)).checkpoints
+    held = list_checkpoints(local) if store is None else checkpoint_steps(store)
+    steps = [each for each in held if each < total_steps]
     chosen = max((s for s in steps if s <= step), default=min(steps, default=0))
     if not chosen:
         return 0
-    with appears_whole(checkpoint_path(folder.checkpoints, chosen)) as temporary:
-        shutil.copytree(checkpoint_path(donor.checkpoints, chosen), temporary)
+    target = checkpoint_path(folder.checkpoints, chosen)
+    with appears_whole(target) as temporary:
+        if store is None:
+            shutil.copytree(checkpoint_path(local, chosen), temporary)
+        else:
+            copy_checkpoint(store, chosen, temporary)
         for old_step in list_checkpoints(folder.checkpoints):
             shutil.rmtree(checkpoint_path(folder.checkpoints, old_step))
+    replaced_checkpoint(folder)
     return chosen

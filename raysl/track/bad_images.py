@@ -2,17 +2,19 @@
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from raysl.errors import DataError
-from raysl.folder.whole import json_object
+from raysl.folder.whole import disk_errors_named, json_object
 
 
 class BadImages:
     """The bad images of a run, listed in ``bad_images.jsonl``: one line per image.
 
-    All ranks add the same images, so their lists are equal; one rank writes the file.
+    All ranks add the same images, so their lists are equal; one rank writes the file. While it
+    cannot be written, as on a full disk, its records wait in memory.
 
     Args:
         path: Path of ``bad_images.jsonl``; images that it already lists are included.
@@ -42,6 +44,7 @@ class BadImages:
         self._row_id = row_id
         self._reason = reason
         self._writes = writes
+        self._unwritten = b""
         self._rows = {int(record["row"]) for record in _read(path)}
 
     def __len__(self) -> int:
@@ -58,17 +61,18 @@ class BadImages:
             DataError: If the share of bad images exceeds ``max_share``.
         """
         new = {row: flaw for row, flaw in sorted(flaws.items()) if row not in self._rows}
-        if self._writes and new:
-            with open(self.path, "a", encoding="utf-8") as file:
-                for row, flaw in new.items():
-                    record = {
-                        "row": row,
-                        "id": self._row_id(row),
-                        "name": self._name(row),
-                        "reason": self._reason(row, flaw),
-                        "step": step,
-                    }
-                    file.write(json.dumps(record) + "\n")
+        if self._writes:
+            for row, flaw in new.items():
+                record = {
+                    "row": row,
+                    "id": self._row_id(row),
+                    "name": self._name(row),
+                    "reason": self._reason(row, flaw),
+                    "step": step,
+                }
+                self._unwritten += (json.dumps(record) + "\n").encode()
+            with suppress(OSError):  # a full disk is reported when a checkpoint fails
+                self._write()
         self._rows.update(new)
         if len(self._rows) > self.max_share * self.num_images:
             last = next(reversed(new.items()), None)
@@ -79,6 +83,23 @@ class BadImages:
                 f"{self.path}. Repair or remove them, or allow a larger share"
             )
         return len(self._rows)
+
+    def close(self) -> None:
+        """Write the records that wait because the disk was full.
+
+        Raises:
+            RunFolderError: If they cannot be written.
+        """
+        with disk_errors_named(self.path):
+            self._write()
+
+    def _write(self) -> None:
+        if not self._unwritten:
+            return
+        with open(self.path, "ab", buffering=0) as file:
+            while self._unwritten:
+                written = file.write(self._unwritten) or 0
+                self._unwritten = self._unwritten[written:]
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -12,13 +12,10 @@ from pydantic import (
 
 from raysl.config.base import Config, Idle
 from raysl.errors import hide_passwords
-from raysl.folder.address import check_disk_dir, check_output_dir
+from raysl.folder.address import check_output_dir
 
 OutputDir = Annotated[str, AfterValidator(check_output_dir)]
 """Parent of run folders: a path, or an address of a store without a password."""
-
-DiskDir = Annotated[str, AfterValidator(check_disk_dir)]
-"""Parent of folders on a disk that all nodes share."""
 
 _Named = Annotated[str, Field(min_length=1)]
 _LONGEST_NAME = 200  # file systems take 255 bytes, and others are added behind it

@@ -7,15 +7,19 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from raysl.errors import ErrorRecord, RayslError, RunFolderError, to_record
+from raysl.errors import ErrorRecord, RayslError, to_record
 from raysl.folder.lock import lock_folder
-from raysl.folder.whole import json_object, read_json, write_json, write_text
+from raysl.folder.shared import Copied, SharedFolder
+from raysl.folder.whole import disk_errors_named, json_object, read_json, write_json, write_text
 from raysl.track.results import Results, with_new_names
 
 JOB_FOLDER = "/runtime_resources/"
 """Part of the path of a Ray job's working directory, a copy that Ray deletes after the job."""
+
+PROTOCOLS = "protocols"
+"""Folder of the runs that measure a run's encoder by training copies of it."""
 
 _CHECKPOINT_NAME = re.compile(r"^step-(\d{9})$")
 _COMPARED_BYTES = 4096
@@ -34,37 +38,16 @@ def working_folder() -> Path:
     return Path.home() / "raysl" if JOB_FOLDER in f"{current}/" else current
 
 
-class Copied(Protocol):
-    """The copy in a store of a run folder that is a local copy itself; see ``raysl.store``."""
-
-    address: str
-    """Address of the folder in the store."""
-
-    def publish(self, *, waits: bool) -> None:
-        """Copy the folder's changes to the store."""
-        ...
-
-    def fetch(self) -> None:
-        """Copy what other processes have written from the store."""
-        ...
-
-    def for_workers(self) -> Any:
-        """Return what workers need to open the folder; it can be pickled."""
-        ...
-
-
-class RunFolder:
+class RunFolder(SharedFolder):
     """The paths in a run folder, ``runs/NAME``.
 
     Args:
-        path: Path of the run folder; stored as absolute, since workers have other working
-            directories.
+        path: Path of the run folder.
         stored: The folder's copy in a store; None if the folder is on a disk that all nodes share.
     """
 
     def __init__(self, path: Path, *, stored: Copied | None = None) -> None:
-        self.path = path.absolute()
-        self.stored = stored
+        super().__init__(path, stored=stored)
         self.config = self.path / "config.yaml"
         self.source = self.path / "source.json"
         self.extensions = self.path / "extensions.json"
@@ -75,7 +58,7 @@ class RunFolder:
         self.projection_head = self.path / "projection_head.safetensors"
         self.classifier = self.path / "classifier.safetensors"
         self.labels = self.path / "labels.json"
-        self.protocols = self.path / "protocols"
+        self.protocols = self.path / PROTOCOLS
         self.features = self.path / "features.npz"
         self.method_pictures = self.path / "method_pictures.npz"
         self.report = self.path / "report.html"
@@ -100,30 +83,6 @@ class RunFolder:
         return lock_folder(
             self.path, doing="is training in", instead="give this run another name=..."
         )
-
-    def publish(self, *, waits: bool = False) -> None:
-        """Let other nodes see what is in the folder; on a disk, they do already.
-
-        Without ``waits`` this copies in the background, and only waits for the copy before.
-
-        Raises:
-            RunFolderError: If the store fails for longer than a minute.
-        """
-        if self.stored is not None:
-            self.stored.publish(waits=waits)
-
-    def fetch(self) -> None:
-        """Get what other nodes have written; on a disk, it is there already."""
-        if self.stored is not None:
-            self.stored.fetch()
-
-    def shown(self, path: Path | None = None) -> str:
-        """Return the path or address of the folder, or of a file in it, for messages."""
-        path = path or self.path
-        if self.stored is None:
-            return str(path)
-        name = path.relative_to(self.path).as_posix()
-        return self.stored.address if name == "." else f"{self.stored.address}/{name}"
 
     def read_results(self) -> Results | None:
         """Return the results of a finished run, or None."""
@@ -223,12 +182,8 @@ class MetricsFile:
             RunFolderError: If records cannot be written.
         """
         try:
-            self._write()
-        except OSError as error:
-            raise RunFolderError(
-                f"{self._path}: cannot be written: {error.strerror}; free space, then run the same "
-                f"command"
-            ) from None
+            with disk_errors_named(self._path):
+                self._write()
         finally:
             self._file.close()
 

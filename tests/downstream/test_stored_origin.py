@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from raysl.cli import main
 from raysl.config.yaml_text import to_yaml
-from raysl.downstream.evaluation_config import load_evaluation
+from raysl.downstream.evaluation_config import evaluation_place, load_evaluation
 from raysl.errors import ConfigError
 from raysl.evaluate.embedding import encoder_digest
 from raysl.methods.base import TrainingSet
@@ -79,18 +79,38 @@ def test_a_network_starts_from_weights_in_a_store(
     assert all(torch.equal(state[name], value) for name, value in load_file(encoder).items())
 
 
-def test_an_evaluation_copies_the_run_to_a_disk_and_only_its_own(
-    run: str, encoder: Path, tmp_path: Path, tiny_encoder: Callable[..., Path]
+@pytest.mark.parametrize(
+    ("file", "overrides", "folder"),
+    [
+        ("", [], "{run}"),
+        ("/encoder.safetensors", [], "{run}"),
+        ("", ["output_dir=memory://else/where"], "memory://else/where/pre"),
+    ],
+)
+def test_an_evaluation_of_a_run_in_a_store_belongs_there(
+    run: str, encoder: Path, tmp_path: Path, file: str, overrides: list[str], folder: str
 ) -> None:
-    for _ in range(2):  # the second finds the copy
-        config, origin = load_evaluation(run, ["data.limit=100"], home=tmp_path)
-    assert origin.folder == tmp_path / "runs" / "pre"
-    assert origin.run == origin.folder
+    config, origin = load_evaluation(run + file, ["data.limit=100", *overrides], home=tmp_path)
+    assert origin.folder == folder.format(run=run)
+    assert origin.place == f"{run}/encoder.safetensors"
+    assert origin.run is not None
+    assert (origin.run / "config.yaml").exists()
     assert config.data.source == "digits"
     assert encoder_digest(origin.encoder) == encoder_digest(encoder)
-    tiny_encoder(seed=1).replace(origin.encoder)
+    assert evaluation_place(config, origin) == f"{origin.folder}/evaluations/digits"
+
+
+def test_an_encoder_on_a_disk_goes_to_the_store_of_its_results_and_only_it(
+    encoder: Path, tmp_path: Path, tiny_encoder: Callable[..., Path]
+) -> None:
+    given = [f"output_dir=memory://{tmp_path.name}/results", "data.source=digits"]
+    for _ in range(2):  # the second finds it
+        _, origin = load_evaluation(str(encoder), given, home=tmp_path)
+    assert origin.place == f"memory://{tmp_path.name}/results/encoder/encoder.safetensors"
+    assert encoder_digest(origin.encoder) == encoder_digest(encoder)
+    tiny_encoder(seed=1)
     with pytest.raises(ConfigError, match="holds another encoder"):
-        load_evaluation(run, [], home=tmp_path)
+        load_evaluation(str(encoder), given, home=tmp_path)
 
 
 def test_embeddings_name_their_encoder_in_the_store(run: str, tmp_path: Path) -> None:
@@ -107,6 +127,26 @@ def test_an_export_of_a_run_in_a_store_needs_a_folder(
     assert "-o FOLDER" in capsys.readouterr().err
 
 
-def test_a_sweep_into_a_store_says_what_works(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sweep", "simclr_temperature_batch", "output_dir=s3://bucket/runs"]) == 1
-    assert "pretrain, finetune and distill also write" in capsys.readouterr().err
+def test_a_checkpoint_to_import_is_a_file_of_this_machine(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["import", "s3://bucket/checkpoint.pth"]) == 1
+    assert "backbone.weights=s3://bucket/checkpoint.pth" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["sweep", "simclr_temperature_batch"],
+        ["pipeline", "simclr_v2_cifar10"],
+        ["evaluate", "resnet18", "data.source=digits", "features.size_px=16"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_an_address_with_a_password_is_refused_and_not_repeated(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words, "output_dir=s3://key:hidden@bucket/runs"]) == 1
+    error = capsys.readouterr().err
+    assert "an address must hold neither a password nor settings" in error
+    assert "hidden" not in error

@@ -6,7 +6,6 @@ import pytest
 
 from raysl.folder.address import (
     below,
-    check_disk_dir,
     check_output_dir,
     is_address,
     path_or_address,
@@ -54,9 +53,3 @@ def test_a_password_is_refused_and_not_repeated(given: str) -> None:
 def test_an_address_without_a_bucket_is_refused() -> None:
     with pytest.raises(ValueError, match="s3://BUCKET/FOLDER"):
         check_output_dir("s3://")
-
-
-def test_what_only_writes_to_disks_says_what_works() -> None:
-    assert check_disk_dir("file:///runs") == "/runs"
-    with pytest.raises(ValueError, match="pretrain, finetune and distill also write"):
-        check_disk_dir("s3://bucket/runs")

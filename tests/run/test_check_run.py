@@ -64,6 +64,21 @@ class TestBestCheckpoints:
     def test_by_the_loss_need_no_evaluation(self, check: Check) -> None:
         check("train.keep_best={metric: train/loss, mode: min}", "evaluate.every=null")
 
+    def test_by_a_metric_that_needs_labels_are_refused_without_labels(self, check: Check) -> None:
+        text = refused(check, "train.keep_best={}", "evaluate.every={steps: 2}", "data.labels=none")
+        assert "train.keep_best.metric=eval/knn_top1 is never measured" in text
+        assert "such as eval/rankme" in text
+        check(
+            "train.keep_best={metric: eval/rankme}", "evaluate.every={steps: 2}", "data.labels=none"
+        )
+
+    def test_by_a_classifiers_accuracy_are_refused_where_none_is_trained(
+        self, check: Check
+    ) -> None:
+        text = refused(check, "train.keep_best={metric: eval/top1}", "evaluate.every={steps: 2}")
+        assert "method simclr trains no classifier" in text
+        assert "use eval/knn_top1" in text
+
     def test_by_an_unknown_metric_are_refused_with_the_known_ones(self, check: Check) -> None:
         text = refused(check, "train.keep_best={metric: knn}")
         assert "train.keep_best.metric" in text

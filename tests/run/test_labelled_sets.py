@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from raysl.evaluate.training_source import seen_part
-from raysl.run.labelled_sets import labelling_notes, open_sets
+from raysl.run.labelled_sets import labelling_of, open_sets
 from raysl.run.recipe import RunConfig, run_from_values
 from raysl.sources.source import ArraySource, Source
 
@@ -36,7 +36,7 @@ def seen(config: RunConfig[Any]) -> Source:
 
 
 def test_a_probe_that_is_left_out_is_told() -> None:
-    (note,) = labelling_notes(run(), source())
+    (note,) = labelling_of(run(), source()).notes
     assert "('dog' has 3)" in note or "('dog' has 2)" in note
     sets = open_sets(run(), source(), num_threads=1)
     assert sets is not None
@@ -49,11 +49,11 @@ def test_a_probe_that_is_left_out_is_told() -> None:
     ids=str,
 )
 def test_a_probe_that_nobody_trains_is_not_told(config: RunConfig[Any]) -> None:
-    assert labelling_notes(config, seen(config)) == []
+    assert labelling_of(config, seen(config)).notes == ()
 
 
 def test_a_run_without_labels_says_that_nothing_is_measured() -> None:
-    (note,) = labelling_notes(run(), source(None))
+    (note,) = labelling_of(run(), source(None)).notes
     assert (
         note
         == "photos has no labels, so that no accuracy is measured; use a source that has labels"

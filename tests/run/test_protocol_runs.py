@@ -66,7 +66,9 @@ class Trains:
 
 def trained(pretrained: Pretrained, train: Any) -> Results:
     config, folder, source = pretrained
-    return train_protocols(config, MEASURED, folder=folder, source=source, train=train)
+    return train_protocols(
+        config, MEASURED, folder=folder, source=source, train=train, trains_here=True
+    )
 
 
 class TestTrainProtocols:
@@ -137,7 +139,7 @@ class TestProtocolRun:
     def first(self, given: Pretrained) -> RunConfig[Any]:
         config, folder, source = given
         (unit, *_) = units_of(config.evaluate, protocols_to_train(config)[0])
-        return protocol_run(config, unit, folder=folder, source=source)
+        return protocol_run(config, unit, place=folder.path, source=source)
 
     @pytest.mark.parametrize(("overrides", "pool"), [(MAE, "mean_norm"), (DINO, "cls")])
     def test_of_mae_takes_the_mean_of_the_patches(

@@ -75,6 +75,21 @@ class FullDisk:
 
 
 class TestAFullDisk:
+    def test_at_the_end_is_named_and_the_same_command_writes_the_networks(
+        self, train: Train, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(path: Path, *_: Any, **__: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+        with monkeypatch.context() as patch:
+            patch.setattr("raysl.run.build.save_encoder", full)
+            text = r"encoder\.safetensors: cannot be written: No space left on device; free space"
+            with pytest.raises(RunFolderError, match=text):
+                train("train.steps=2")
+        assert not RunFolder(FOLDER).encoder.exists()
+        train("train.steps=2")
+        assert RunFolder(FOLDER).encoder.exists()
+
     def test_ends_the_run_and_loses_nothing_that_was_written(
         self, train: Train, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -1,5 +1,6 @@
 """A local folder and its copy in a store: whatever ends in the middle, what is there fits."""
 
+import json
 import pickle
 import shutil
 import subprocess
@@ -303,3 +304,44 @@ def test_what_ray_s_controller_gets_of_a_run_loads_no_torch(store: Noted) -> Non
     code = "import pickle, sys; run = pickle.loads(sys.stdin.buffer.read()); "
     code += "assert run.newest_step() == 0; assert 'torch' not in sys.modules, 'torch'"
     subprocess.run([sys.executable, "-c", code], input=pickle.dumps(run), check=True)
+
+
+def test_one_folder_is_pulled_without_looking_at_the_others(tmp_path: Path, store: Noted) -> None:
+    for name in ("trials/0/metrics.jsonl", "trials/0/deep/more.json", "trials/1/results.json"):
+        store.put(name, b"{}\n")
+    here = tmp_path / "here"
+    copy = mirror(here, store)
+    copy.pull(lambda _: True, below="trials/0", recursive=False)
+    assert [path.name for path in here.rglob("*.json*")] == ["metrics.jsonl"]
+    copy.pull(lambda _: True)
+    store.delete(["trials/0/metrics.jsonl", "trials/1/results.json"])
+    copy.pull(lambda _: True, below="trials/0", recursive=False)
+    assert sorted(path.name for path in here.rglob("*.json*")) == ["more.json", "results.json"]
+
+
+def test_a_folder_below_is_written_under_the_lease_of_the_one_above(store: Noted) -> None:
+    lease = {"host": "h", "pid": 1, "token": "mine", "machine": "m", "began": 0, "renewed": 0}
+    store.put(".lease.json", json.dumps(lease).encode())
+    run = pickle.loads(pickle.dumps(StoredRun(store, "mine").below("trials/0000").below("more")))
+    assert run.store.address == f"{store.address}/trials/0000/more"
+    run.check(run.store)
+    store.put(".lease.json", json.dumps(lease | {"token": "another"}).encode())
+    with pytest.raises(RunFolderError, match=r"/mirror: .* process 1 of h"):
+        run.check(run.store)
+
+
+@pytest.mark.parametrize("step", [2, 3, 4])
+def test_a_checkpoint_in_the_place_of_all_others_leaves_none_of_them(
+    tmp_path: Path, store: Noted, step: int
+) -> None:
+    for own in (2, 4):
+        store.put(f"checkpoints/step-{own:09d}/state.pt", b"own")
+    here = tmp_path / "here"
+    copy = mirror(here, store)
+    copy.pull_checkpoint(4)
+    shutil.rmtree(here / "checkpoints")
+    checkpoint(here, step)
+    copy.push()
+    copy.drop_older()
+    assert checkpoint_steps(store) == [step]
+    assert store.get(f"checkpoints/step-{step:09d}/state.pt") == f"state of {step}".encode()

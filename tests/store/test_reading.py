@@ -10,7 +10,7 @@ from raysl.errors import DataError
 from raysl.evaluate.embedding import encoder_digest
 from raysl.nn.backbones import BackboneConfig, build_backbone
 from raysl.store.objects import Store
-from raysl.store.reading import local_copy
+from raysl.store.reading import held_copy, local_copy
 
 
 @pytest.fixture
@@ -53,3 +53,33 @@ def test_a_place_without_an_encoder_is_named(name: str, run: tuple[str, Path]) -
 def test_a_path_is_returned_as_it_is() -> None:
     assert local_copy("some/run") == Path("some/run")
     assert local_copy(Path("/some/run")) == Path("/some/run")
+
+
+def test_a_folder_that_was_replaced_is_copied_again(
+    run: tuple[str, Path], tiny_encoder: Callable[..., Path]
+) -> None:
+    address, file = run
+    before = encoder_digest(local_copy(address) / "encoder.safetensors")
+    Store(address).put_file("encoder.safetensors", tiny_encoder("another", seed=1))
+    copied = encoder_digest(local_copy(address) / "encoder.safetensors")
+    assert copied != before == encoder_digest(file)
+
+
+def test_a_folder_that_this_process_works_on_is_read_from_its_copy(
+    run: tuple[str, Path], tmp_path: Path
+) -> None:
+    address, file = run
+    with held_copy(address, file.parent):
+        assert local_copy(address) == file.parent
+        assert local_copy(f"{address}/encoder.safetensors") == file
+    assert local_copy(address) != file.parent
+
+
+def test_settings_are_read_with_those_beside_them(bucket: str) -> None:
+    store = Store(f"{bucket}/sweep")
+    store.put("best.yaml", b"extends: base.yaml\n")
+    store.put("base.yaml", b"{}\n")
+    store.put("large.safetensors", b"large")
+    copy = local_copy(f"{store.address}/best.yaml")
+    assert copy.read_text() == "extends: base.yaml\n"
+    assert sorted(path.name for path in copy.parent.iterdir()) == ["base.yaml", "best.yaml"]

@@ -178,8 +178,8 @@ class TestExchange:
     ) -> None:
         asked: list[Any] = []
 
-        def take_over(ours: RunFolder, donor: RunFolder, **given: Any) -> int:
-            asked.append((ours.path.name, donor.path.name, given))
+        def take_over(ours: RunFolder, donor: str, **given: Any) -> int:
+            asked.append((ours.path.name, Path(donor).name, given))
             return int(taken)
 
         monkeypatch.setattr(ray_trial, "take_over", take_over)

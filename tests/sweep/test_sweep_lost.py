@@ -10,6 +10,7 @@ import pytest
 from raysl.errors import SweepError
 from raysl.folder.whole import write_json
 from raysl.sweep import command as verb
+from raysl.sweep import start as start_module
 from raysl.sweep.ray_shares import Shares
 from raysl.track.run_folder import MetricsFile
 
@@ -59,11 +60,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base.yaml").write_text(BASE)
     (tmp_path / "sweep.yaml").write_text(SWEEP)
-    monkeypatch.setattr(verb, "connect", lambda: False)
-    monkeypatch.setattr(verb, "plan_shares", lambda *_, **__: Shares(1, 1.0, 0.0, False, ""))
+    monkeypatch.setattr(start_module, "connect", lambda: False)
+    monkeypatch.setattr(
+        start_module, "plan_shares", lambda *_, **__: Shares(1, 1.0, 0.0, False, "")
+    )
 
     def start(ray: Ray, *overrides: str) -> int:
-        monkeypatch.setattr(verb, "sweep_on_ray", ray.sweep)
+        monkeypatch.setattr(start_module, "sweep_on_ray", ray.sweep)
         return verb.run(
             argparse.Namespace(
                 config=Path("sweep.yaml"), overrides=list(overrides), json=True, dry_run=False

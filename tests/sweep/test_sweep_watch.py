@@ -8,8 +8,9 @@ import pytest
 from raysl.config.yaml_text import to_yaml
 from raysl.sweep.config import SweepConfig
 from raysl.sweep.space import Candidate
+from raysl.sweep.tracking import _params
 from raysl.sweep.trial import SweepFolder, read_trial, write_trial
-from raysl.sweep.watch import SweepWatch, _params, placed_seconds
+from raysl.sweep.watch import SweepWatch, placed_seconds
 
 SETTINGS = {
     "name": "0000",

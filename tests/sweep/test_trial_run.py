@@ -178,7 +178,7 @@ class TestTakeOver:
         self, folder: RunFolder, donor: RunFolder
     ) -> None:
         checkpoint_path(folder.checkpoints, 60).mkdir(parents=True)
-        assert take_over(folder, donor, step=40, total_steps=80) == 40
+        assert take_over(folder, str(donor.path), step=40, total_steps=80) == 40
         assert list_checkpoints(folder.checkpoints) == [40]
         state = checkpoint_path(folder.checkpoints, 40) / "state.pt"
         assert state.read_text() == "donor 40"
@@ -187,19 +187,19 @@ class TestTakeOver:
     def test_takes_the_newest_before_a_checkpoint_that_is_gone(
         self, folder: RunFolder, donor: RunFolder
     ) -> None:
-        assert take_over(folder, donor, step=30, total_steps=80) == 20
+        assert take_over(folder, str(donor.path), step=30, total_steps=80) == 20
         assert list_checkpoints(folder.checkpoints) == [20]
 
     def test_leaves_the_trial_as_it_is_if_the_donor_has_none(
         self, folder: RunFolder, tmp_path: Path
     ) -> None:
         checkpoint_path(folder.checkpoints, 60).mkdir(parents=True)
-        assert take_over(folder, RunFolder(tmp_path / "empty"), step=30, total_steps=80) == 0
+        assert take_over(folder, str(tmp_path / "empty"), step=30, total_steps=80) == 0
         assert list_checkpoints(folder.checkpoints) == [60]
 
     def test_never_takes_what_leaves_nothing_to_train(
         self, folder: RunFolder, donor: RunFolder
     ) -> None:
-        assert take_over(folder, donor, step=40, total_steps=40) == 20
-        assert take_over(folder, donor, step=40, total_steps=20) == 0
+        assert take_over(folder, str(donor.path), step=40, total_steps=40) == 20
+        assert take_over(folder, str(donor.path), step=40, total_steps=20) == 0
         assert list_checkpoints(folder.checkpoints) == [20]

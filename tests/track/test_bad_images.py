@@ -1,9 +1,10 @@
+import errno
 import json
 from pathlib import Path
 
 import pytest
 
-from raysl.errors import DataError
+from raysl.errors import DataError, RunFolderError
 from raysl.track.bad_images import BadImages
 
 
@@ -58,3 +59,21 @@ def test_more_than_the_largest_share_is_an_error_that_names_one(tmp_path: Path) 
     with pytest.raises(DataError, match=r"^3 of 10 images are bad, such as photo 8: flaw 4 of 8; "):
         bad.add({8: 4}, step=2)
     assert len(_lines(tmp_path / "bad.jsonl")) == 3
+
+
+def test_records_wait_while_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = _list(tmp_path / "bad.jsonl")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("raysl.track.bad_images.open", full, raising=False)
+        assert bad.add({2: 1}, step=1) == 1
+        with pytest.raises(RunFolderError, match=r"bad\.jsonl: cannot be written: No space left"):
+            bad.close()
+    assert bad.add({3: 1}, step=2) == 2
+    assert [line["row"] for line in _lines(tmp_path / "bad.jsonl")] == [2, 3]
+    bad.close()
