@@ -106,6 +106,8 @@ def measure(options: argparse.Namespace, most_ranks: int) -> Measured:
     ray.get([consumer.take.remote(1) for consumer in consumers])
     first_block_s = time.perf_counter() - began
     ray.get([consumer.take.remote(WARM_UP - 1) for consumer in consumers])
+    while sum(kind == "data worker" for kind, _ in _cpu_seconds().values()) < options.data_workers:
+        time.sleep(0.2)
     before, began = _cpu_seconds(), time.perf_counter()
     ray.get([consumer.take.remote(count) for consumer in consumers])
     seconds, after = time.perf_counter() - began, _cpu_seconds()
