@@ -1,4 +1,4 @@
-"""Stream the batches of a run through Ray Data, in one execution from first to last step.
+"""Stream the batches of a run through Ray Data, in executions that last from first to last step.
 
 Four Ray processes import this module one after the other before the first batch, so each import
 costs its time four times. It therefore imports neither torch nor the configuration.
@@ -18,11 +18,13 @@ from ray.data.datasource import Datasource, ReadTask
 from raysl.data.block import INDEX, Block, is_view_column
 from raysl.data.plan import Plan, item_size_for
 from raysl.data.stream import BlockSpec, ItemMaker, concatenate
+from raysl.run.rank_groups import MOST_RANKS, RankGroup, rank_groups
 from raysl.run.ray_cluster import READ_CPUS, ClusterNeeds, Layout, in_background, layout_for
 
 _FirstBatch = tuple[Block | None, Iterator[Block]]
 _NUMBER = "number"
 _BLOCKS_PER_READ_TASK = 100
+_MOST_READ_TASKS = 1000
 # Limits of a block that holds several steps, and the fewest blocks of a run, so that many data
 # workers share a short run.
 _BLOCK_IMAGES = 4096
@@ -34,9 +36,10 @@ class PlanSource(Datasource):
     """Yields the numbers of the remaining blocks in order, one number per block.
 
     A read task is one `ray.put` on the driver, so 10,000 of them would take 12 seconds before the
-    first batch; here each task yields many numbers. All tasks yield the same count, or Ray would
-    split them unevenly and a block would no longer be one number. The last numbers may therefore
-    lie past the end of the plan, where blocks are empty and never consumed.
+    first batch; here each task yields many numbers, and there are at most a thousand tasks. All
+    tasks yield the same count, or Ray would split them unevenly and a block would no longer be one
+    number. The last numbers may therefore lie past the end of the plan, where blocks are empty and
+    never consumed.
 
     Args:
         count: Number of blocks to make.
@@ -44,8 +47,9 @@ class PlanSource(Datasource):
 
     def __init__(self, count: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.per_task = min(_BLOCKS_PER_READ_TASK, max(1, count))
-        self.num_tasks = -(-max(1, count) // self.per_task)
+        count = max(1, count)
+        self.per_task = max(min(_BLOCKS_PER_READ_TASK, count), -(-count // _MOST_READ_TASKS))
+        self.num_tasks = -(-count // self.per_task)
 
     @property
     def num_blocks(self) -> int:
@@ -83,36 +87,36 @@ def _reader(start: int, count: int) -> Callable[[], Iterable[pa.Table]]:
 
 
 class Packing(NamedTuple):
-    """The assignment of the plan's items to blocks.
+    """The assignment of the plan's items to the blocks of one execution.
 
     Ray Data spends about 15 ms per block, independent of its size. If an item is a train worker's
-    whole batch and small, a block therefore holds that worker's batches of several steps.
+    whole batch and small, a block therefore holds that worker's batches of several steps. Block
+    after block goes to the ranks of the execution in turn.
     """
 
     start_step: int
     num_workers: int
     steps_per_block: int
+    ranks: range
 
     def num_blocks(self, plan: Plan) -> int:
         """Return the number of blocks for the rest of the plan."""
         items = (plan.num_steps - self.start_step) * plan.items_per_step
-        if self.steps_per_block == 1:
-            return items
-        return -(-items // (self.num_workers * self.steps_per_block)) * self.num_workers
+        return -(-items // (self.num_workers * self.steps_per_block)) * len(self.ranks)
 
     def positions(self, block: int, plan: Plan) -> list[int]:
         """Return the positions of a block's items; items past the end of the plan are empty."""
-        first = self.start_step * plan.items_per_step
-        if self.steps_per_block == 1:
-            return [first + block]
-        turn, rank = divmod(block, self.num_workers)
+        turn, place = divmod(block, len(self.ranks))
+        first = self.start_step * plan.items_per_step + self.ranks[place]
         return [
-            first + (turn * self.steps_per_block + step) * plan.items_per_step + rank
+            first + (turn * self.steps_per_block + step) * self.num_workers
             for step in range(self.steps_per_block)
         ]
 
 
-def packing_for(plan: Plan, spec: BlockSpec, *, start_step: int, num_workers: int) -> Packing:
+def packing_for(
+    plan: Plan, spec: BlockSpec, *, start_step: int, num_workers: int, ranks: range | None = None
+) -> Packing:
     """Return the packing for the rest of a plan from ``start_step`` on.
 
     Args:
@@ -120,13 +124,14 @@ def packing_for(plan: Plan, spec: BlockSpec, *, start_step: int, num_workers: in
         spec: The views of a block.
         start_step: Number of global batches already consumed.
         num_workers: Number of train workers.
+        ranks: The train workers of the execution; None means all.
     """
     steps = 1
     if plan.items_per_step == num_workers:
         images = min(_BLOCK_IMAGES, _BLOCK_BYTES // spec.bytes_per_image)
         steps_left = plan.num_steps - start_step
         steps = max(1, min(images // plan.item_size, steps_left // _FEWEST_BLOCKS))
-    return Packing(start_step, num_workers, steps)
+    return Packing(start_step, num_workers, steps, range(num_workers) if ranks is None else ranks)
 
 
 class MakeItems:
@@ -149,7 +154,13 @@ def execution_options() -> ExecutionOptions:
 
 
 def open_dataset(
-    source: Any, plan: Plan, spec: BlockSpec, *, start_step: int, layout: Layout
+    source: Any,
+    plan: Plan,
+    spec: BlockSpec,
+    *,
+    start_step: int,
+    layout: Layout,
+    group: RankGroup | None = None,
 ) -> Dataset:
     """Return the lazy dataset of a run from ``start_step`` to its end.
 
@@ -159,27 +170,48 @@ def open_dataset(
         spec: The views to make.
         start_step: Number of global batches already consumed.
         layout: Numbers of data workers and train workers.
+        group: The train workers whose items these are, of several groups; None means all.
 
     Returns:
         Blocks with the columns of :class:`ItemMaker` and the same number of rows each: one item,
         or the items of several steps of one train worker.
     """
-    packing = packing_for(plan, spec, start_step=start_step, num_workers=layout.num_train_workers)
+    packing = packing_for(
+        plan,
+        spec,
+        start_step=start_step,
+        num_workers=layout.num_train_workers,
+        ranks=None if group is None else group.ranks,
+    )
     numbers = PlanSource(packing.num_blocks(plan))
     dataset: Dataset = ray.data.read_datasource(
-        numbers, override_num_blocks=numbers.num_blocks, num_cpus=READ_CPUS, concurrency=1
+        numbers,
+        override_num_blocks=numbers.num_blocks,
+        # Executions share the CPUs of each node in whole numbers. The share of one of many may be
+        # zero, and a read task that asked for any of it would wait for ever.
+        num_cpus=READ_CPUS if group is None else 0,
+        concurrency=1,
     ).map_batches(
         MakeItems,
         fn_constructor_args=(source, plan, spec, packing),
         batch_size=1,
-        compute=ActorPoolStrategy(size=layout.num_data_workers),
+        compute=ActorPoolStrategy(
+            size=layout.num_data_workers if group is None else group.num_data_workers
+        ),
         num_cpus=layout.cpus_per_data_worker,
     )
     return dataset
 
 
+class Stream(NamedTuple):
+    """The lazy dataset of some train workers."""
+
+    ranks: range
+    dataset: Dataset
+
+
 class RemainingDataset:
-    """Dataset factory: Ray Train calls it at each start of the workers.
+    """Factory of a run's datasets: Ray Train calls it at each start of the workers.
 
     Args:
         source: Object reference of the source.
@@ -190,6 +222,7 @@ class RemainingDataset:
             nodes may have gone or come since the last.
 
     Attributes:
+        most_ranks: Largest number of train workers that share an execution of Ray Data.
         num_workers: Number of train workers of the start; the controller sets it before each.
     """
 
@@ -207,10 +240,11 @@ class RemainingDataset:
         self.spec = spec
         self.newest_step = newest_step
         self.needs = needs
+        self.most_ranks = MOST_RANKS
         self.num_workers = needs.worker_counts[0]
 
-    def __call__(self) -> Dataset:
-        """Return the dataset from the newest complete checkpoint on.
+    def __call__(self) -> list[Stream]:
+        """Return the dataset of each group of ranks from the newest complete checkpoint on.
 
         Raises:
             ClusterError: If the nodes that are left have no CPU to make views.
@@ -219,13 +253,25 @@ class RemainingDataset:
         plan = self.plan
         if self.num_workers != self.needs.worker_counts[0]:
             plan = plan_for(plan, self.spec, num_workers=self.num_workers)
-        return open_dataset(
-            self.source,
-            plan,
-            self.spec,
-            start_step=self.newest_step(),
-            layout=layout_for(self.needs._replace(worker_counts=(self.num_workers,))),
+        layout = layout_for(self.needs._replace(worker_counts=(self.num_workers,)))
+        groups = rank_groups(
+            layout.num_train_workers, layout.num_data_workers, most_ranks=self.most_ranks
         )
+        start_step = self.newest_step()
+        return [
+            Stream(
+                group.ranks,
+                open_dataset(
+                    self.source,
+                    plan,
+                    self.spec,
+                    start_step=start_step,
+                    layout=layout,
+                    group=group if len(groups) > 1 else None,
+                ),
+            )
+            for group in groups
+        ]
 
 
 def plan_for(plan: Plan, spec: BlockSpec, *, num_workers: int) -> Plan:

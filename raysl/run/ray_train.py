@@ -8,7 +8,6 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train import DataConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.train.v2.api.config import RunConfig as RayRunConfig
@@ -23,11 +22,12 @@ from raysl.run.ray_cluster import (
     started_here,
     worker_runtime_env,
 )
-from raysl.run.ray_data import RemainingDataset, execution_options
+from raysl.run.ray_data import RemainingDataset
 from raysl.run.ray_group import BatchOptions, ProcessGroupConfig, train_worker
 from raysl.run.ray_notes import Board, Notes
 from raysl.run.ray_scaling import RunFailures, RunScaling, TellWorkers
 from raysl.run.ray_stopped import ends_stopped_workers
+from raysl.run.ray_streams import EndExecutions, StreamConfig
 from raysl.run.ray_validate import evaluator_share
 from raysl.run.recipe import RunConfig, block_spec, plan_of
 from raysl.run.scaling import Pace
@@ -135,7 +135,7 @@ def _trainer(
         datasets={
             "train": RemainingDataset(source_ref, plan, spec, newest_step=newest_step, needs=needs)
         },
-        dataset_config=DataConfig(execution_options=execution_options()),
+        dataset_config=StreamConfig(str(folder.path)),
         run_config=RayRunConfig(
             name="ray",
             # Ray checks that every worker sees this folder, and writes nothing else to it.
@@ -193,7 +193,8 @@ class _Trainer(TorchTrainer):
             unneeded = "PlacementGroupCleanerCallback"
             callbacks = [c for c in callbacks if type(c).__name__ != unneeded]
         datasets: Any = self.datasets  # type: ignore[attr-defined] # stubs are of V1
-        return [TellWorkers(datasets["train"]), *callbacks]
+        ends = EndExecutions(self.data_config.run)  # type: ignore[attr-defined]
+        return [TellWorkers(datasets["train"]), ends, *callbacks]
 
 
 def _own_or_cluster_error(

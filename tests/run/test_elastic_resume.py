@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,11 @@ import pytest
 import ray
 import ray.train
 import torch.distributed as dist
-from ray.train import DataConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.data._internal.cluster_autoscaler import (
+    ResourceRequestPriority,
+    get_or_create_autoscaling_coordinator,
+)
+from ray.train import RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
 from raysl.augment.crop import Crop
@@ -33,7 +38,8 @@ from raysl.data.block import Block
 from raysl.data.plan import Plan
 from raysl.data.stream import BlockSpec, ItemMaker, iterate, join_chunks
 from raysl.run.ray_cluster import ClusterNeeds
-from raysl.run.ray_data import RemainingDataset, execution_options, iterate_shard
+from raysl.run.ray_data import RemainingDataset, iterate_shard
+from raysl.run.ray_streams import StreamConfig
 from raysl.sources.source import ArraySource
 from raysl.track.run_folder import checkpoint_path, latest_step
 
@@ -173,7 +179,7 @@ def fit(
         datasets={
             "train": rest(folder, source(), num_workers, item_size=item_size, num_data_workers=1)
         },
-        dataset_config=DataConfig(execution_options=execution_options()),
+        dataset_config=StreamConfig(str(folder)),
         run_config=RunConfig(name=f"until-{stop}", storage_path=str(folder)),
     )
     with pytest.raises(TrainingFailedError, match=ENDS[how]):
@@ -198,7 +204,7 @@ def read_here(opened: RemainingDataset, num_steps: int) -> list[list[Block]]:
     """Return the batches of each rank as threads of this process read them."""
     num_workers = opened.num_workers
     # What Ray Train does with its datasets once it knows its workers.
-    shards = DataConfig(execution_options=execution_options()).configure(
+    shards = StreamConfig("test").configure(
         {"train": opened()}, num_workers, worker_handles=None, worker_node_ids=None
     )
 
@@ -212,6 +218,16 @@ def read_here(opened: RemainingDataset, num_steps: int) -> list[list[Block]]:
 
     with ThreadPoolExecutor(num_workers) as pool:
         return list(pool.map(read, range(num_workers)))
+
+
+@contextmanager
+def no_whole_cpu_for_each() -> Iterator[None]:
+    """Let a request leave one of four CPUs to several executions, who share it in whole numbers."""
+    coordinator = get_or_create_autoscaling_coordinator()
+    highest = ResourceRequestPriority.HIGH
+    ray.get(coordinator.request_resources.remote("test", [{"CPU": 3.0}], 600.0, priority=highest))
+    yield
+    ray.get(coordinator.cancel_request.remote("test"))
 
 
 def together(ranks: Sequence[Sequence[Seen]]) -> Seen:
@@ -244,10 +260,11 @@ class TestTheRunWithoutRay:
 
 class TestAnUninterruptedRun:
     @pytest.mark.parametrize(
-        ("num_workers", "item_size"),
+        ("num_workers", "num_data_workers", "item_size", "overtaken", "most_ranks"),
         [
-            (1, 4),  # three blocks make a step
-            (3, 4),  # a block holds six steps of a worker
+            (1, 4, 4, True, 4),  # three blocks make a step
+            (2, 2, 2, False, 1),  # two executions
+            (3, 4, 4, True, 2),  # two, and a block holds six steps of a worker
         ],
     )
     def test_is_the_same_on_any_number_of_workers_in_whatever_order_items_get_ready(
@@ -255,19 +272,26 @@ class TestAnUninterruptedRun:
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
         num_workers: int,
+        num_data_workers: int,
         item_size: int,
+        overtaken: bool,
+        most_ranks: int,
     ) -> None:
         monkeypatch.setattr("raysl.run.ray_data._BLOCK_IMAGES", 24)
         monkeypatch.setattr("raysl.run.ray_data._FEWEST_BLOCKS", 1)
         images = source()
-        # The very first batch is ready after one that is steps away.
-        rows = dict.fromkeys(row for batch in expected().values() for row in batch)
-        images.slow, *_, images.late = rows
-        images.mark = tmp_path / "overtaken"
-        opened = rest(tmp_path, images, num_workers, item_size=item_size, num_data_workers=4)
-        ranks = read_here(opened, NUM_STEPS)
+        if overtaken:  # the very first batch is ready after one that is steps away
+            rows = dict.fromkeys(row for batch in expected().values() for row in batch)
+            images.slow, *_, images.late = rows
+            images.mark = tmp_path / "overtaken"
+        opened = rest(
+            tmp_path, images, num_workers, item_size=item_size, num_data_workers=num_data_workers
+        )
+        opened.most_ranks = most_ranks
+        with no_whole_cpu_for_each() if most_ranks == 1 else nullcontext():
+            ranks = read_here(opened, NUM_STEPS)
         assert together([list(map(hashes, batches)) for batches in ranks]) == expected()
-        assert images.mark.exists()
+        assert not overtaken or images.mark.exists()
         if num_workers == 1:
             for found, wanted in zip(ranks[0], bare(item_size), strict=True):
                 for name in wanted:

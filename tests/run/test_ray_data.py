@@ -54,6 +54,11 @@ class TestPlanSource:
         assert found == list(range(numbers.num_blocks))
         assert numbers.num_blocks >= count
 
+    def test_there_are_at_most_a_thousand_of_them(self) -> None:
+        short, long = PlanSource(99_999), PlanSource(12_207_040)  # a billion images, 100 times
+        assert (short.per_task, short.num_tasks) == (100, 1000)
+        assert (long.per_task, long.num_tasks) == (12_208, 1000)
+
 
 class TestPacking:
     def test_a_small_batch_of_one_item_shares_a_block_with_those_of_later_steps(self) -> None:
@@ -62,7 +67,7 @@ class TestPacking:
             packing_for(long, BlockSpec(VIEWS), start_step=0, num_workers=1).steps_per_block == 512
         )
         packing = packing_for(long, BlockSpec(VIEWS), start_step=99_900, num_workers=1)
-        assert packing == Packing(99_900, 1, 3)  # so that there are at least 32 blocks
+        assert packing == Packing(99_900, 1, 3, range(1))  # so that there are at least 32 blocks
         assert packing.num_blocks(long) == 34
         assert packing.positions(1, long) == [99_903, 99_904, 99_905]
         assert (
@@ -76,7 +81,7 @@ class TestPacking:
         self, start_step: int, steps_per_block: int, num_workers: int
     ) -> None:
         order = plan(8 // num_workers)
-        packing = Packing(start_step, num_workers, steps_per_block)
+        packing = Packing(start_step, num_workers, steps_per_block, range(num_workers))
         blocks = range(packing.num_blocks(order))
         for rank in range(num_workers):
             mine = [p for b in blocks[rank::num_workers] for p in packing.positions(b, order)]
