@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from raysl.config.shipped import shipped_configs
+from raysl.run.nodes import Node
 from raysl.run.recipe import load_run
 
 ROOT = Path(__file__).parent.parent
@@ -107,6 +108,13 @@ def test_the_command_is_one_that_loads_on_the_gpus_that_are_asked_for(
         for pod in group["template"]["spec"]["containers"]
     )
     assert run.cluster.num_train_workers == gpus == 1
+    nodes = [
+        Node(group["groupName"], 1.0, 0.0, "", group["labels"])
+        for group in cluster["workerGroupSpecs"]
+    ]
+    roles = run.cluster.roles
+    assert [node.name for node in roles.train_nodes(nodes)] == ["train"]
+    assert [node.name for node in roles.data_nodes(nodes)] == ["views"]
 
 
 def test_the_image_copies_what_there_is_and_all_that_the_package_needs() -> None:

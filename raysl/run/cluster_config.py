@@ -3,9 +3,10 @@
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from raysl.config.base import Config, PositiveFloat, PositiveInt
+from raysl.run.nodes import Roles, check_labels
 
 _NUMBER, _RANGE = "number", "range"
 _MOST_WORKERS = 4096
@@ -27,6 +28,15 @@ class WorkerRange(Config):
 
     def __str__(self) -> str:
         return f"{{min: {self.min}, max: {self.max}}}"
+
+
+def _checked(labels: dict[str, str]) -> dict[str, str]:
+    check_labels(labels)
+    return labels
+
+
+NodeLabels = Annotated[dict[str, str], AfterValidator(_checked)]
+"""Labels of nodes, in Ray's syntax."""
 
 
 def _kind(value: Any) -> str:
@@ -51,6 +61,11 @@ class ClusterConfig(Config):
     """Threads of torch in a train worker on CPU; null divides the node's cores evenly."""
     num_data_workers: PositiveInt | None = None
     """Number of processes that read, decode and augment; null uses all CPUs that are left."""
+    train_on: NodeLabels | None = None
+    """Labels of the nodes that train, such as {role: train}; a value may be a, !a, in(a, b) or
+    !in(a, b). null trains on GPUs wherever they are, and without GPUs on any node."""
+    data_on: NodeLabels | None = None
+    """Labels of the nodes that make views; null makes them on every CPU that is left."""
     prefetch_batches: Annotated[int, Field(gt=0, le=1000)] = 2
     """Number of batches that a train worker prefetches."""
     max_failures: Annotated[int, Field(ge=0)] = 3
@@ -63,6 +78,11 @@ class ClusterConfig(Config):
     resize_every_s: Annotated[float, Field(ge=0.0)] = 300.0
     """Shortest time in seconds between two increases of the number of train workers. Each restarts
     the workers after a checkpoint. A fixed number never changes."""
+
+    @property
+    def roles(self) -> Roles:
+        """Which nodes train and which make views."""
+        return Roles(self.train_on, self.data_on)
 
     @property
     def is_elastic(self) -> bool:

@@ -23,7 +23,7 @@ from raysl.run.local import pretrain_here, uses_gpu
 from raysl.run.places import start_folder, with_absolute_files, with_absolute_sources
 from raysl.run.protocol_runs import TrainFunction, train_protocols
 from raysl.run.ray_cluster import connect, describe_cluster, disconnect, plan_layout
-from raysl.run.ray_preflight import check_cluster
+from raysl.run.ray_preflight import check_cluster, wait_for_roles
 from raysl.run.ray_train import pretrain_on_ray
 from raysl.run.recipe import (
     Derived,
@@ -219,6 +219,7 @@ def _train(opened: Opened, notes_printed: Collection[str]) -> Results:
         if config.cluster.uses_ray:
             if connect():
                 stack.callback(disconnect)
+            wait_for_roles(config)
             layout = plan_layout(config)
             use_gpu = layout.use_gpu
             facts = describe_cluster()

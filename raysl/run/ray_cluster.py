@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import ray
 
 from raysl.errors import ClusterError
+from raysl.run.nodes import ANYWHERE, Node, Nodes, Roles, describe_nodes
 from raysl.run.stop import keeps_sigterm
 
 if TYPE_CHECKING:  # the recipe loads torch; Ray's actors import this file and must not
@@ -24,7 +25,6 @@ T = TypeVar("T")
 READ_CPUS = 0.01
 _MARGIN = 0.02
 _ROUNDING = 1e-6  # Ray counts in units of 1e-4
-_SHOWN_NODES = 8
 
 # Environment of every process of a run. Ray reads most of these variables only when it starts.
 WORKER_ENVIRONMENT = {
@@ -62,6 +62,7 @@ class ClusterNeeds(NamedTuple):
         cpus_per_train_worker: ``cluster.cpus_per_train_worker``, or what the first layout decided.
         num_data_workers: ``cluster.num_data_workers``.
         threads_per_train_worker: ``cluster.threads_per_train_worker``.
+        roles: ``cluster.train_on`` and ``cluster.data_on``.
     """
 
     worker_counts: tuple[int, ...]
@@ -69,23 +70,7 @@ class ClusterNeeds(NamedTuple):
     cpus_per_train_worker: float | None
     num_data_workers: int | None
     threads_per_train_worker: int | None
-
-
-class Node(NamedTuple):
-    """A node, with all its CPUs and GPUs or with those that nothing holds."""
-
-    name: str
-    cpus: float
-    gpus: float = 0.0
-    node_id: str = ""
-
-
-class Nodes(NamedTuple):
-    """The nodes of a cluster, in one order."""
-
-    all: Sequence[Node]
-    free: Sequence[Node]
-    """The same nodes with the CPUs and GPUs that nothing holds."""
+    roles: Roles = ANYWHERE
 
 
 class Layout(NamedTuple):
@@ -196,6 +181,7 @@ def needs_of(config: "RunConfig[Any]", layout: Layout | None = None) -> ClusterN
         cluster.cpus_per_train_worker,
         cluster.num_data_workers,
         cluster.threads_per_train_worker,
+        cluster.roles,
     )
     if layout is None:
         return needs
@@ -225,7 +211,8 @@ def nodes_now() -> Nodes:
 
 def _node(node: Any, resources: Any) -> Node:
     cpus, gpus = (float(resources.get(kind, 0.0)) for kind in ("CPU", "GPU"))
-    return Node(node.get("NodeManagerAddress", ""), cpus, gpus, node.get("NodeID", ""))
+    labels = node.get("Labels") or {}
+    return Node(node.get("NodeManagerAddress", ""), cpus, gpus, node.get("NodeID", ""), labels)
 
 
 def layout_for(needs: ClusterNeeds, nodes: Sequence[Node] | None = None) -> Layout:
@@ -240,7 +227,10 @@ def layout_for(needs: ClusterNeeds, nodes: Sequence[Node] | None = None) -> Layo
             CPUs that the train workers hold.
     """
     nodes = all_nodes() if nodes is None else nodes
-    fewest, gpus = needs.worker_counts[0], sum(node.gpus for node in nodes)
+    missing = needs.roles.missing(nodes)
+    if missing is not None:
+        raise ClusterError(f"the cluster has no place for this run, which needs {missing}")
+    fewest, gpus = needs.worker_counts[0], sum(n.gpus for n in needs.roles.train_nodes(nodes))
     use_gpu = needs.device == "cuda" or (needs.device == "auto" and gpus >= fewest)
     for workers in reversed(needs.worker_counts[1:]):
         with suppress(ClusterError):
@@ -252,49 +242,73 @@ def _layout_of(
     workers: int, needs: ClusterNeeds, nodes: Sequence[Node], *, use_gpu: bool
 ) -> Layout:
     """Divide nodes between so many train workers and their data workers."""
-    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    roles = needs.roles
+    train, data = roles.train_nodes(nodes), roles.data_nodes(nodes)
+    cpus, gpus = sum(node.cpus for node in train), sum(node.gpus for node in train)
     if use_gpu and gpus < workers:
+        has = "the cluster has" if roles.train_on is None else f"the nodes{roles.of_train} have"
         raise ClusterError(
-            f"cluster.device=cuda needs {workers} GPUs, one per train worker; the cluster has "
-            f"{gpus:g}. Lower cluster.num_train_workers or set cluster.device=cpu"
+            f"cluster.device=cuda needs {workers} GPUs, one per train worker; {has} {gpus:g}. "
+            f"Lower cluster.num_train_workers or set cluster.device=cpu"
         )
-    # On a machine of one or two CPUs, train workers take half of them instead of failing, but a
-    # range does not have more of them for that.
-    half = math.floor(50 * cpus / workers) / 100
-    whole = workers < cpus or workers > needs.worker_counts[0]
-    per_worker = needs.cpus_per_train_worker or (1.0 if whole else half)
-    left = cpus - workers * per_worker - READ_CPUS - _MARGIN
+    per_worker = needs.cpus_per_train_worker or _default_cpus(workers, needs, cpus, data)
+    both = [node for node in train if roles.makes_views(node)]
+    taken = workers * per_worker  # of the CPUs that make views, at most
+    if per_worker > 0 and len(both) < len(train):
+        taken = min(workers, places_for(per_worker, both, use_gpu=use_gpu)) * per_worker
+    left = sum(node.cpus for node in data) - taken - READ_CPUS - _MARGIN
     data_workers = needs.num_data_workers or max(1, math.floor(left + READ_CPUS + _MARGIN))
     each = left / data_workers
-    if per_worker > 0 and (placed := places_for(per_worker, nodes, use_gpu=use_gpu)) >= workers:
-        each = min(each, _largest_rest(workers, per_worker, nodes, use_gpu=use_gpu))
+    if per_worker > 0 and (placed := places_for(per_worker, train, use_gpu=use_gpu)) >= workers:
+        each = min(each, _largest_rest(workers, per_worker, data, roles, use_gpu=use_gpu))
     cpus_each = math.floor(100 * min(1.0, each)) / 100
     if per_worker <= 0 or cpus_each < _MARGIN:
+        whose = "the" if roles.data_on else "the cluster's"
         raise ClusterError(
             f"{workers} train workers with cluster.cpus_per_train_worker={per_worker:g} leave none "
-            f"of the cluster's {cpus:g} CPUs to make views. Lower cluster.num_train_workers or "
-            f"cluster.cpus_per_train_worker, or add nodes"
+            f"of {whose} {sum(node.cpus for node in data):g} CPUs{roles.of_data} to make views. "
+            f"Lower cluster.num_train_workers or cluster.cpus_per_train_worker, or add nodes"
         )
     if placed < workers:
         raise ClusterError(
-            f"the nodes have room for {placed} of {workers} train workers of {per_worker:g} CPUs"
-            f"{' and 1 GPU' if use_gpu else ''} each: {describe_nodes(nodes)}. Lower "
-            f"cluster.num_train_workers or cluster.cpus_per_train_worker, or add nodes"
+            f"the nodes{roles.of_train} have room for {placed} of {workers} train workers of "
+            f"{per_worker:g} CPUs{' and 1 GPU' if use_gpu else ''} each: {describe_nodes(train)}. "
+            f"Lower cluster.num_train_workers or cluster.cpus_per_train_worker, or add nodes"
         )
-    threads = needs.threads_per_train_worker or threads_for(workers, nodes)
+    training = roles.train_nodes(nodes, use_gpu=use_gpu)
     # The train workers of a later start may need a GPU that is spare now.
     spare_gpus = math.floor(gpus) - workers if use_gpu and len(needs.worker_counts) == 1 else 0
+    # The actor that evaluates runs beside a train worker.
+    spare = left - data_workers * cpus_each if both else (cpus - workers * per_worker) / len(train)
     return Layout(
         workers,
         per_worker,
         data_workers,
         cpus_each,
         use_gpu,
-        threads,
-        len(nodes),
-        spare_cpus=max(0, math.floor(left - data_workers * cpus_each)),
+        needs.threads_per_train_worker or threads_for(workers, training),
+        len(roles.members(nodes)),
+        spare_cpus=max(0, math.floor(spare)),
         spare_gpus=max(0, spare_gpus),
     )
+
+
+def _default_cpus(workers: int, needs: ClusterNeeds, cpus: float, data: Sequence[Node]) -> float:
+    """Return the CPUs of a train worker if the configuration does not say it.
+
+    Args:
+        workers: Number of train workers.
+        needs: What the run asks of the cluster.
+        cpus: All CPUs of the nodes that train.
+        data: The nodes that make views.
+    """
+    # On a machine of one or two CPUs, train workers take half of them instead of failing, but a
+    # range does not have more of them for that. Where other nodes make views, they take all.
+    shares = all(needs.roles.trains(node) for node in data)
+    whole = workers < cpus or (workers == cpus and not shares)
+    if whole or workers > needs.worker_counts[0]:
+        return 1.0
+    return math.floor((50 if shares else 100) * cpus / workers) / 100
 
 
 def threads_for(workers: int, nodes: Sequence[Node]) -> int:
@@ -313,31 +327,13 @@ def _places_on(node: Node, cpus: float, *, use_gpu: bool) -> int:
     return min(places, math.floor(node.gpus)) if use_gpu else places
 
 
-def _largest_rest(workers: int, cpus: float, nodes: Sequence[Node], *, use_gpu: bool) -> float:
+def _largest_rest(
+    workers: int, cpus: float, nodes: Sequence[Node], roles: Roles, *, use_gpu: bool
+) -> float:
     """Return the CPUs that some node has left, wherever Ray places so many train workers."""
-    places = [_places_on(node, cpus, use_gpu=use_gpu) for node in nodes]
+    places = [_places_on(node, cpus, use_gpu=use_gpu) * roles.trains(node) for node in nodes]
     rests = [node.cpus - taken * cpus for node, taken in zip(nodes, places, strict=True)]
     return max(*rests, cpus) if workers < sum(places) else max(rests)
-
-
-def describe_nodes(nodes: Sequence[Node], free: Sequence[Node] | None = None) -> str:
-    """Return the CPUs and GPUs of each node in one line, and how many of them are free."""
-    lefts: Sequence[Node | None] = [None] * len(nodes) if free is None else free
-    shown = [
-        f"{node.name or 'node'} has {_amounts(node, left)}"
-        for node, left in list(zip(nodes, lefts, strict=True))[:_SHOWN_NODES]
-    ]
-    more = len(nodes) - len(shown)
-    return "; ".join(shown + [f"{more} more nodes"] * (more > 0)) or "no node"
-
-
-def _amounts(node: Node, free: Node | None) -> str:
-    kinds = [("CPUs", node.cpus, free and free.cpus), ("GPUs", node.gpus, free and free.gpus)]
-    return " and ".join(
-        f"{total:g} {what}" if left is None else f"{left:g} of {total:g} {what} free"
-        for what, total, left in kinds
-        if total or what == "CPUs"
-    )
 
 
 def describe_cluster() -> dict[str, str]:

@@ -18,6 +18,7 @@ from ray.data.datasource import Datasource, ReadTask
 from raysl.data.block import INDEX, Block, is_view_column
 from raysl.data.plan import Plan, item_size_for
 from raysl.data.stream import BlockSpec, ItemMaker, concatenate
+from raysl.run.nodes import ANYWHERE, Roles
 from raysl.run.rank_groups import MOST_RANKS, RankGroup, rank_groups
 from raysl.run.ray_cluster import READ_CPUS, ClusterNeeds, Layout, in_background, layout_for
 
@@ -148,9 +149,13 @@ class MakeItems:
         return concatenate([self._make(position) for position in positions])
 
 
-def execution_options() -> ExecutionOptions:
-    """Return options that keep the order: position p reaches rank p % world_size."""
-    return ExecutionOptions(preserve_order=True)
+def execution_options(roles: Roles = ANYWHERE) -> ExecutionOptions:
+    """Return options that keep the order: position p reaches rank p % world_size.
+
+    All tasks and actors of the stream are then on the nodes that make views.
+    """
+    labels = None if roles.data_on is None else dict(roles.data_on)
+    return ExecutionOptions(preserve_order=True, label_selector=labels)
 
 
 def open_dataset(

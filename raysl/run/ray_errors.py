@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import ray
 
-from raysl.errors import ClusterError, RayslError, from_record
+from raysl.errors import ClusterError, RayslError, RunFolderError, from_record
 
 T = TypeVar("T")
 
@@ -52,6 +52,17 @@ def wrapped_errors(error: BaseException | None) -> Iterator[RayslError]:
     if not is_named and isinstance(outermost, ray.exceptions.RayError):
         for name, message in _OWN_ERROR.findall(str(outermost))[-1:]:
             yield from_record({"error": name, "message": message})
+
+
+def folder_error(error: BaseException) -> RunFolderError | None:
+    """Return the error of the run folder that ended a training of Ray Train, if one did."""
+    failures: dict[int, BaseException] = getattr(error, "worker_failures", None) or {}
+    for failure in [getattr(error, "controller_failure", None), *failures.values()]:
+        # Ray wraps what a worker raises, to keep its traceback.
+        for own in wrapped_errors(getattr(failure, "_base_exc", failure)):
+            if isinstance(own, RunFolderError):
+                return own
+    return None
 
 
 def result_of(reference: "ray.ObjectRef[T]", *, lost: str) -> T:

@@ -50,8 +50,8 @@ def train_worker(settings: dict[str, Any]) -> Any:
 
     Args:
         settings: ``batches``, a :class:`BatchOptions`; ``notes``, the run's name for
-            :class:`raysl.run.ray_notes.Notes`; and ``settings``, the object reference of the other
-            settings.
+            :class:`raysl.run.ray_notes.Notes`; ``roles`` of the nodes; and ``settings``, the object
+            reference of the other settings.
     """
     context, notes = ray.train.get_context(), Notes(settings["notes"])
     tells = context.get_world_rank() == 0
@@ -59,7 +59,7 @@ def train_worker(settings: dict[str, Any]) -> Any:
         notes.write("load", "waits for its train workers to load and to find each other")
     batches = iterate_shard(
         lambda: ray.train.get_dataset_shard("train"),
-        wait=first_batch_with_notes(notes) if tells else Future.result,
+        wait=first_batch_with_notes(notes, settings["roles"]) if tells else Future.result,
         **settings["batches"].of_worker(context.get_world_size()),
     )
     from raysl.run import ray_worker  # noqa: PLC0415 - loads torch, while the stream starts

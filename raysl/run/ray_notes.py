@@ -9,14 +9,15 @@ import ray
 from ray.experimental import internal_kv
 
 from raysl.errors import counted
-from raysl.run.ray_cluster import describe_nodes, nodes_now
+from raysl.run.nodes import ANYWHERE, Roles, describe_nodes
+from raysl.run.ray_cluster import nodes_now
 from raysl.run.ray_data import MakeItems
 from raysl.run.waiting import Note
 
 T = TypeVar("T")
 
 _NAMESPACE = b"raysl"
-_NOTE = "note"
+_NOTE, _STOP = "note", "stop"
 _FIRST_BATCH = "first batch"
 _TELL_EVERY_S = 5.0
 
@@ -59,6 +60,8 @@ class Board:
 class Notes:
     """What one run waits for: its controller and its rank 0 write it, its driver reads it.
 
+    The driver also asks the controller to stop by it.
+
     Args:
         run: A text that names the run in the cluster.
     """
@@ -80,8 +83,21 @@ class Notes:
         """Write that the run waits for nothing."""
         self._board.remove(_NOTE)
 
+    def ask_to_stop(self) -> None:
+        """Ask the controller, which sees no folder of the driver, to end a run that waits."""
+        self._board.write(_STOP, True)
 
-def first_batch_with_notes(notes: Notes) -> Callable[["Future[T]"], T]:
+    def is_to_stop(self) -> bool:
+        """Return whether the run is to end."""
+        return bool(self._board.read(_STOP))
+
+    def forget(self) -> None:
+        """Remove everything, at the start and the end of a command."""
+        self.clear()
+        self._board.remove(_STOP)
+
+
+def first_batch_with_notes(notes: Notes, roles: Roles = ANYWHERE) -> Callable[["Future[T]"], T]:
     """Return a function that waits for the first batch, and writes meanwhile what it waits for."""
 
     def wait(first_batch: "Future[T]") -> T:
@@ -91,7 +107,7 @@ def first_batch_with_notes(notes: Notes) -> Callable[["Future[T]"], T]:
             except TimeoutError:
                 if first_batch.done():  # the error is the stream's own
                     raise
-                notes.write(_FIRST_BATCH, _missing_batch())
+                notes.write(_FIRST_BATCH, _missing_batch(roles))
             else:
                 notes.clear()
                 return first
@@ -109,12 +125,14 @@ def data_worker_actors() -> list[dict[str, Any]]:
     ]
 
 
-def _missing_batch() -> str:
+def _missing_batch(roles: Roles) -> str:
     """Return what the first batch of this run waits for."""
     states = [actor["State"] for actor in data_worker_actors()]
     started = states.count("ALIVE")
     nodes = nodes_now()
-    cluster = describe_nodes(nodes.all, nodes.free)
+    if (node := roles.missing(nodes.all)) is not None:
+        return f"waits for {node}"
+    cluster = describe_nodes(*nodes.only(roles.makes_views))
     if not states:
         return f"waits for Ray Data to start its data workers: {cluster}"
     if started < len(states):

@@ -2,6 +2,7 @@
 
 import platform
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,15 +14,20 @@ import raysl
 from raysl.data.plan import Plan
 from raysl.data.stream import BlockSpec
 from raysl.errors import ClusterError, counted
-from raysl.run.ray_cluster import Layout, Node, all_nodes, worker_runtime_env
+from raysl.report.terminal import say
+from raysl.run.nodes import ANYWHERE, Node, Roles
+from raysl.run.ray_cluster import Layout, all_nodes, worker_runtime_env
 from raysl.run.ray_data import packing_for, plan_for
 from raysl.run.ray_errors import wrapped_errors
+from raysl.run.waiting import Note, Patience, WaitMessages
 from raysl.sources.source import Source, Unreadable
 
 if TYPE_CHECKING:  # the recipe loads torch; a node's answer must not wait for that
     from raysl.run.recipe import RunConfig
 
 _ANSWER_S = 60.0
+_POLL_S = 0.5
+_ROLES = "roles"
 _SHM = "/dev/shm"
 _SHOWN = 5
 _MIB = 1 << 20
@@ -53,7 +59,7 @@ def check_cluster(config: "RunConfig[Any]", source: Source, layout: Layout) -> l
         layout: The workers of the run.
 
     Returns:
-        Notes on nodes that will be slow or did not answer.
+        The nodes of each role, and notes on nodes that will be slow or did not answer.
 
     Raises:
         ClusterError: If the object store is too small, or a node has other versions or cannot read
@@ -67,18 +73,58 @@ def check_cluster(config: "RunConfig[Any]", source: Source, layout: Layout) -> l
         layout,
         prefetch_batches=config.cluster.prefetch_batches,
     )
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    stores = {
-        node["NodeManagerAddress"]: float(node["Resources"].get("object_store_memory", 0.0))
-        for node in nodes
+    roles, everywhere = config.cluster.roles, all_nodes()
+    nodes = roles.members(everywhere)
+    bytes_of = {
+        node["NodeID"]: float(node["Resources"].get("object_store_memory", 0.0))
+        for node in ray.nodes()
     }
-    check_store(need, ray.cluster_resources().get("object_store_memory", 0.0), layout)
-    if len(nodes) == 1:
-        return notes_on([(next(iter(stores)), facts_here(None))], stores)
+    for names, asked, members in (
+        (("data", "train"), "", nodes),
+        (("data",), roles.of_data, roles.data_nodes(nodes)),
+        (("train",), roles.of_train, roles.train_nodes(nodes)),
+    ):
+        store_bytes = sum(bytes_of[node.node_id] for node in members)
+        check_store({name: need[name] for name in names}, store_bytes, layout, asked=asked)
+    stores = {node.name: bytes_of[node.node_id] for node in nodes}
+    lines = roles_lines(roles, nodes, layout)
+    if len(everywhere) == 1:
+        return lines + notes_on([(nodes[0].name, facts_here(None))], stores)
     here = facts_here(source)
-    answers = ask_nodes(all_nodes(), ray.put(source if here.problem is None else None))
+    answers = ask_nodes(nodes, ray.put(source if here.problem is None else None))
     raise_problems(here, answers)
-    return notes_on(answers, stores)
+    return lines + notes_on(answers, stores)
+
+
+def wait_for_roles(config: "RunConfig[Any]") -> None:
+    """Wait until the cluster has a node that may train and one that may make views.
+
+    Raises:
+        ClusterError: If it has none for ``cluster.max_wait_s``.
+    """
+    roles, note = config.cluster.roles, Note(_ROLES, "")
+    patience = Patience(config.cluster.max_wait_s)
+    messages = WaitMessages(lambda: note, say)
+    while (missing := roles.missing(all_nodes())) is not None:
+        note = Note(_ROLES, f"waits for {missing}")
+        messages.look()
+        if (problem := patience.too_long(note)) is not None:
+            raise ClusterError(problem)
+        time.sleep(_POLL_S)
+
+
+def roles_lines(roles: Roles, nodes: Sequence[Node], layout: Layout) -> list[str]:
+    """Return which nodes have which role, in one line; none if all may have both."""
+    if roles == ANYWHERE:
+        return []
+    train = roles.train_nodes(nodes, use_gpu=layout.use_gpu)
+    return [f"trains on {_names(train)}; makes views on {_names(roles.data_nodes(nodes))}"]
+
+
+def _names(nodes: Sequence[Node]) -> str:
+    names = [node.name for node in nodes]
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def bytes_in_flight(
@@ -96,16 +142,28 @@ def bytes_in_flight(
     }
 
 
-def check_store(need: dict[str, int], store_bytes: float, layout: Layout) -> None:
-    """Raise ClusterError if the object store of the cluster cannot hold the views in flight."""
+def check_store(
+    need: Mapping[str, int], store_bytes: float, layout: Layout, *, asked: str = ""
+) -> None:
+    """Raise ClusterError if an object store cannot hold the views in flight.
+
+    Args:
+        need: Bytes of views, by who holds them: ``data`` and ``train`` workers.
+        store_bytes: Bytes of the store of the nodes that these are on.
+        layout: The workers of the run.
+        asked: What is asked of these nodes; of all nodes nothing.
+    """
     if sum(need.values()) <= store_bytes:
         return
+    who = {
+        "data": f"{counted(layout.num_data_workers, 'data worker')} make",
+        "train": f"{counted(layout.num_train_workers, 'train worker')} prefetch",
+    }
+    parts = [f"{who[name]} {size / _MIB:,.0f} MiB" for name, size in need.items()]
     raise ClusterError(
-        f"views in flight need {sum(need.values()) / _MIB:,.0f} MiB of object store, and the "
-        f"cluster has {store_bytes / _MIB:,.0f} MiB: "
-        f"{counted(layout.num_data_workers, 'data worker')} make {need['data'] / _MIB:,.0f} MiB, "
-        f"{counted(layout.num_train_workers, 'train worker')} prefetch "
-        f"{need['train'] / _MIB:,.0f} MiB. Lower cluster.prefetch_batches, "
+        f"views in flight need {sum(need.values()) / _MIB:,.0f} MiB of object store, and "
+        f"{f'the nodes{asked} have' if asked else 'the cluster has'} "
+        f"{store_bytes / _MIB:,.0f} MiB: {', '.join(parts)}. Lower cluster.prefetch_batches, "
         f"cluster.num_data_workers or train.global_batch_size, or start Ray with a larger "
         f"--object-store-memory"
     )

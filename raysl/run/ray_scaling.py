@@ -7,6 +7,7 @@ wait without a word. The controller loads this module, so it must not import tor
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
@@ -23,13 +24,14 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 from ray.train.v2.api.config import FailureConfig, ScalingConfig
 
-from raysl.errors import ClusterError, StoppedError, counted
-from raysl.run.ray_cluster import ClusterNeeds, Node, Nodes, layout_for, nodes_now
+from raysl.errors import ClusterError, RunFolderError, StoppedError, counted
+from raysl.run.nodes import Node, Nodes
+from raysl.run.ray_cluster import ClusterNeeds, layout_for, nodes_now
 from raysl.run.ray_data import RemainingDataset
+from raysl.run.ray_errors import folder_error
 from raysl.run.ray_notes import Notes, data_worker_actors
 from raysl.run.scaling import Pace, WorkerCounts, with_held
 from raysl.run.waiting import RESIZE, Note, Patience
-from raysl.track.run_folder import RunFolder
 
 _POLL_S = 0.5
 _PLACE, _START = "place", "start"
@@ -49,7 +51,7 @@ class RunScaling(ScalingPolicy):
         num_workers: Number of train workers of the first layout.
         num_steps: Number of steps of the run.
         newest_step: Returns the step of the newest checkpoint.
-        folder: The run folder.
+        run: The name of the run's notes.
         pace: How soon the number of workers follows the nodes.
         max_wait_s: Longest wait for room or for a first batch; None waits for ever.
     """
@@ -62,7 +64,7 @@ class RunScaling(ScalingPolicy):
         num_workers: int,
         num_steps: int,
         newest_step: Callable[[], int],
-        folder: RunFolder,
+        run: str,
         pace: Pace,
         max_wait_s: float | None,
     ) -> None:
@@ -71,9 +73,8 @@ class RunScaling(ScalingPolicy):
         self._num_workers = num_workers
         self._num_steps = num_steps
         self._newest_step = newest_step
-        self._folder = folder
         self._patience = Patience(max_wait_s)
-        self._notes = Notes(str(folder.path))
+        self._notes = Notes(run)
         self._cpus_per_data_worker = 0.0
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
@@ -91,7 +92,7 @@ class RunScaling(ScalingPolicy):
         count = self._counts.at_start(nodes)
         if count is None:
             self._notes.write(*note)
-            if self._folder.stop.exists():
+            if self._notes.is_to_stop():
                 raise StoppedError("stopped while it waited for room for its train workers")
             time.sleep(_POLL_S)
             return NoopDecision()
@@ -110,10 +111,13 @@ class RunScaling(ScalingPolicy):
         if not self.scaling_config.elasticity_enabled:
             return NoopDecision()
         nodes, current = nodes_now(), worker_group_state.num_workers
-        count = self._counts.while_running(
-            nodes, current=current, step=self._newest_step, room=lambda: self._room(nodes)
-        )
-        if count is None or self._newest_step() >= self._num_steps:
+        try:
+            count = self._counts.while_running(
+                nodes, current=current, step=self._newest_step, room=lambda: self._room(nodes)
+            )
+            if count is None or self._newest_step() >= self._num_steps:
+                return NoopDecision()
+        except RunFolderError:  # the workers wait longer than this for their store
             return NoopDecision()
         return self._resize(count, nodes)
 
@@ -159,7 +163,8 @@ class RunFailures(DefaultFailurePolicy):
 
     A start that finds no room after all, since a node has just been lost or another job was faster,
     is no failure: the next one waits. Where nodes come and go each lost node is a failure, so only
-    those without a new checkpoint between them add up.
+    those without a new checkpoint between them add up. A run folder that could not be reached for
+    as long as is tried ends the run: each further start would try as long again.
 
     Args:
         failure_config: Ray Train's settings.
@@ -180,7 +185,11 @@ class RunFailures(DefaultFailurePolicy):
         cause = getattr(training_failed_error, "controller_failure", None)
         if isinstance(cause, WorkerGroupStartupTimeoutError):
             return FailureDecision.RETRY
-        step = self._newest_step() if self._is_elastic else -1
+        if folder_error(training_failed_error) is not None:
+            return FailureDecision.RAISE
+        step = self._step
+        with suppress(RunFolderError):  # else the next start raises it
+            step = self._newest_step() if self._is_elastic else -1
         if step > self._step:
             self._step, self._worker_group_failures, self._controller_failures = step, 0, 0
         return super().make_decision(training_failed_error)

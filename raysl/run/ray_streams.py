@@ -20,6 +20,7 @@ from ray.train import DataConfig
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raysl.run.nodes import ANYWHERE, Roles
 from raysl.run.ray_data import Stream, execution_options
 
 
@@ -31,10 +32,11 @@ class StreamConfig(DataConfig):
 
     Args:
         run: A text that names the run in the cluster.
+        roles: Which nodes make views.
     """
 
-    def __init__(self, run: str) -> None:
-        super().__init__(execution_options=execution_options())
+    def __init__(self, run: str, roles: Roles = ANYWHERE) -> None:
+        super().__init__(execution_options=execution_options(roles))
         self.run = run
 
     def configure(

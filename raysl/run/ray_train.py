@@ -23,6 +23,7 @@ from raysl.run.ray_cluster import (
     worker_runtime_env,
 )
 from raysl.run.ray_data import RemainingDataset
+from raysl.run.ray_errors import folder_error
 from raysl.run.ray_group import BatchOptions, ProcessGroupConfig, train_worker
 from raysl.run.ray_notes import Board, Notes
 from raysl.run.ray_scaling import RunFailures, RunScaling, TellWorkers
@@ -60,6 +61,7 @@ def pretrain_on_ray(
     start_shared_actors()
     trainer = _trainer(config, folder=folder, source=source, layout=layout)
     notes = Notes(str(folder.path))
+    notes.forget()
     notes.write("controller", "waits for Ray Train's controller to start")
     messages = WaitMessages(notes.read, say)
     folder.stop.unlink(missing_ok=True)
@@ -73,6 +75,8 @@ def pretrain_on_ray(
             fitting = in_background(trainer.fit, name="raysl-train")
             while not wait([fitting], timeout=_LOOK_EVERY_S).done:
                 messages.look()
+                if folder.stop.exists():  # the handler of a signal only touches the file
+                    notes.ask_to_stop()
             fitted: Any = fitting.result()
             outcome: Results | ErrorRecord = fitted.return_value
             if "error" in outcome:
@@ -82,7 +86,7 @@ def pretrain_on_ray(
         hung = last_hang(folder, since=began)
         raise _own_or_cluster_error(error, config, hung=hung) from None
     finally:
-        notes.clear()
+        notes.forget()
         folder.stop.unlink(missing_ok=True)
     return outcome
 
@@ -117,7 +121,7 @@ def _trainer(
             num_workers=layout.num_train_workers,
             num_steps=plan.num_steps,
             newest_step=newest_step,
-            folder=RunFolder(folder.path),
+            run=str(folder.path),
             pace=Pace(cluster.resize_every_s),
             max_wait_s=cluster.max_wait_s,
         ),
@@ -129,13 +133,14 @@ def _trainer(
             "settings": ray.put(worker_settings),
             "batches": batches,
             "notes": str(folder.path),
+            "roles": needs.roles,
         },
         torch_config=ProcessGroupConfig(backend),
         scaling_config=scaling_config,
         datasets={
             "train": RemainingDataset(source_ref, plan, spec, newest_step=newest_step, needs=needs)
         },
-        dataset_config=StreamConfig(str(folder.path)),
+        dataset_config=StreamConfig(str(folder.path), needs.roles),
         run_config=RayRunConfig(
             name="ray",
             # Ray checks that every worker sees this folder, and writes nothing else to it.
@@ -154,6 +159,7 @@ def _scaling_config(config: RunConfig[Any], layout: Layout) -> ScalingConfig:
         num_workers=(counts[0], counts[-1]) if config.cluster.is_elastic else counts[0],
         use_gpu=layout.use_gpu,
         resources_per_worker=resources | ({"GPU": 1} if layout.use_gpu else {}),
+        label_selector=config.cluster.train_on,
     )
 
 
@@ -200,10 +206,12 @@ class _Trainer(TorchTrainer):
 def _own_or_cluster_error(
     error: Any, config: RunConfig[Any], *, hung: str | None = None
 ) -> RayslError:
-    """Return raysl's own error of the controller, else that workers failed too often."""
+    """Return raysl's own error of controller or folder, else that workers failed too often."""
     own = getattr(error, "controller_failure", None)
     if isinstance(own, RayslError):
         return own
+    if (of_folder := folder_error(error)) is not None:
+        return of_folder
     error_by_rank = getattr(error, "worker_failures", None) or {}
     inner = next(iter(error_by_rank.values()), error)
     text = hung or str(inner).strip() or type(inner).__name__

@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysl.evaluate.online import OnlineSets
 from raysl.run.measuring import measure_file
-from raysl.run.ray_cluster import Layout
+from raysl.run.ray_cluster import Layout, nodes_now
 from raysl.run.recipe import RunConfig, run_from_values
 
 _NICENESS = 10
@@ -94,7 +94,8 @@ class Evaluator:
     def _start(self, sets: OnlineSets) -> Any:
         # The train workers hold their GPUs by now, so a GPU still available is a spare one. There
         # is none if another run has taken it.
-        on_gpu = self._share.use_gpu and ray.available_resources().get("GPU", 0.0) >= 1
+        roles = self._config.cluster.roles
+        on_gpu = self._share.use_gpu and bool(roles.train_nodes(nodes_now().free, use_gpu=True))
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         return (
             ray.remote(_Measurer)
@@ -103,6 +104,7 @@ class Evaluator:
                 num_gpus=1 if on_gpu else 0,
                 # Always set, or Ray would place it in the train workers' placement group.
                 scheduling_strategy="DEFAULT" if on_gpu else here,
+                label_selector=roles.train_on if on_gpu else None,
                 max_restarts=_RESTARTS,
                 max_task_retries=1,
             )

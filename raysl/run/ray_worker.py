@@ -74,7 +74,9 @@ def _train(
     share: Share | None = settings["evaluation"]
     if rank == 0:
         Notes(settings["folder"]).clear()  # the next note waits for the first batch
-    threads = settings["threads"] or threads_for(num_ranks, all_nodes())
+    on_gpu = settings["backend"] == "nccl"
+    nodes = config.cluster.roles.train_nodes(all_nodes(), use_gpu=on_gpu)
+    threads = settings["threads"] or threads_for(num_ranks, nodes)
     evaluator = None
     if share is not None:
         sees_files = folder.stored is None

@@ -5,14 +5,8 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from raysl.errors import ClusterError, counted
-from raysl.run.ray_cluster import (
-    ClusterNeeds,
-    Node,
-    Nodes,
-    describe_nodes,
-    layout_for,
-    places_for,
-)
+from raysl.run.nodes import Node, Nodes, describe_nodes
+from raysl.run.ray_cluster import ClusterNeeds, layout_for, places_for
 
 _SETTLE_S = 15.0
 _STUCK_S = 30.0
@@ -105,15 +99,21 @@ class WorkerCounts:
 
     def missing(self, nodes: Nodes) -> str:
         """Return what a start waits for, in one line."""
-        fewest, needs = self.needs.worker_counts[0], self.needs
+        fewest, needs, roles = self.needs.worker_counts[0], self.needs, self.needs.roles
+        if (node := roles.missing(nodes.all)) is not None:
+            return f"waits for {node}"
         cpus, use_gpu = needs.cpus_per_train_worker or 0.0, needs.device == "cuda"
-        placed = min(fewest, places_for(cpus, nodes.free, use_gpu=use_gpu))
+        train = nodes.only(roles.trains)
+        placed = min(fewest, places_for(cpus, train.free, use_gpu=use_gpu))
         each = f"{cpus:g} CPUs{' and 1 GPU' if use_gpu else ''}"
         if placed < fewest:
             what = f"{fewest - placed} of {counted(fewest, 'train worker')}, {each} each"
+            where, asked = train, roles.of_train
         else:
             what = f"CPUs to make views, besides {counted(fewest, 'train worker')} of {each}"
-        return f"waits for room for {what}: {describe_nodes(nodes.all, nodes.free)}"
+            where, asked = nodes.only(roles.makes_views), roles.of_data
+        on = f", on the nodes{asked}" if asked else ""
+        return f"waits for room for {what}{on}: {describe_nodes(*where)}"
 
     def _most(self, nodes: Sequence[Node], counts: tuple[int, ...] | None = None) -> int | None:
         """Return the most workers that fit, of the allowed counts; None if none does."""

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import ray
 
 from raysl.errors import ClusterError
-from raysl.run.ray_cluster import plan_layout
+from raysl.run.nodes import ANYWHERE
+from raysl.run.ray_cluster import Layout, all_nodes, places_for, plan_layout
 from raysl.run.recipe import RunConfig
 from raysl.sweep.config import SweepConfig
 
@@ -45,6 +46,12 @@ def plan_shares(
     workers = max(config.cluster.counts[-1] for config in configs)
     if workers > 1:
         return _nested_shares(sweep, configs, most_trials)
+    if any(config.cluster.roles != ANYWHERE for config in configs):
+        raise ClusterError(
+            "cluster.train_on and cluster.data_on: a trial with one train worker runs in a process "
+            "of Ray Tune, which places it by CPUs and GPUs only. Set both to null, or give trials "
+            "cluster.num_train_workers=2 or more"
+        )
     total_gpus = sum(node.get("GPU", 0.0) for node in nodes)
     wants_gpu = any(config.cluster.device != "cpu" for config in configs)
     gpus = wanted.gpus_per_trial if wanted.gpus_per_trial is not None else 1.0
@@ -94,6 +101,10 @@ def _nested_shares(
     gpus = max(layout.num_train_workers * layout.use_gpu for layout in layouts)
     if gpus:
         fits = min(fits, math.floor(total.get("GPU", 0.0) / gpus))
+    with_roles = [
+        pair for pair in zip(configs, layouts, strict=True) if pair[0].cluster.roles != ANYWHERE
+    ]
+    fits = min([fits, *(_fits_of_roles(*pair) for pair in with_roles)])
     fits = max(1, fits)
     at_a_time = min(sweep.resources.trials_at_a_time or fits, fits, most_trials)
     why = (
@@ -104,3 +115,16 @@ def _nested_shares(
     if any(config.cluster.num_data_workers is None for config in configs):
         why += " (set cluster.num_data_workers and more trials may fit)"
     return Shares(at_a_time, 0.0, 0.0, nested=True, why=why)
+
+
+def _fits_of_roles(config: RunConfig[Any], layout: Layout) -> int:
+    """Return how many trials fit on the nodes that train and on those that make views."""
+    roles, nodes = config.cluster.roles, all_nodes()
+    workers = layout.num_train_workers
+    fits = [
+        places_for(layout.cpus_per_train_worker, roles.train_nodes(nodes), use_gpu=layout.use_gpu)
+        // workers
+    ]
+    made = layout.num_data_workers * layout.cpus_per_data_worker
+    fits.append(math.floor(sum(node.cpus for node in roles.data_nodes(nodes)) / made))
+    return min(fits)

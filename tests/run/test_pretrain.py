@@ -225,6 +225,7 @@ def test_on_ray_it_says_the_layout_and_leaves_only_a_ray_that_it_started(
     stand_ins = SimpleNamespace(
         connect=lambda: connected,
         disconnect=lambda: left.append("left"),
+        wait_for_roles=lambda _: None,
         plan_layout=lambda _: Layout(2, 1.0, 3, 0.5, False, 4, 1),
         describe_cluster=lambda: {},
         check_cluster=lambda *_: ["a node is slow"],

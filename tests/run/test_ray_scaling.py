@@ -6,7 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.exceptions import (
+    UserExceptionWithTraceback,
+    WorkerGroupStartupTimeoutError,
+)
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
@@ -15,9 +18,10 @@ from raysl.augment.crop import Crop
 from raysl.augment.pipeline import View
 from raysl.data.plan import Plan
 from raysl.data.stream import BlockSpec
-from raysl.errors import ClusterError, StoppedError
+from raysl.errors import ClusterError, RunFolderError, StoppedError
 from raysl.run import ray_cluster, ray_data, ray_scaling
-from raysl.run.ray_cluster import ClusterNeeds, Node, Nodes
+from raysl.run.nodes import Node, Nodes
+from raysl.run.ray_cluster import ClusterNeeds
 from raysl.run.ray_scaling import RunFailures, RunScaling, TellWorkers
 from raysl.run.ray_train import _own_or_cluster_error
 from raysl.run.scaling import Pace
@@ -34,6 +38,7 @@ class Ray:
         self.now = 0.0
         self.nodes = nodes(2.0)
         self.note: Note | None = None
+        self.is_to_stop = False
         self.requested: list[int] = []
         self.actors: list[dict[str, Any]] = []
 
@@ -51,6 +56,7 @@ def ray_(monkeypatch: pytest.MonkeyPatch) -> Ray:
     notes = SimpleNamespace(
         write=lambda phase, text: setattr(state, "note", Note(phase, text)),
         read=lambda: state.note,
+        is_to_stop=lambda: state.is_to_stop,
     )
     clock = SimpleNamespace(
         monotonic=lambda: state.now, sleep=lambda s: setattr(state, "now", state.now + s)
@@ -82,7 +88,7 @@ def policy(folder: Path, *counts: int, max_wait_s: float | None = 60.0) -> RunSc
         num_workers=counts[0],
         num_steps=100,
         newest_step=partial(latest_step, RunFolder(folder).checkpoints),
-        folder=RunFolder(folder),
+        run=str(folder),
         pace=Pace(resize_every_s=0.0),
         max_wait_s=max_wait_s,
     )
@@ -132,7 +138,7 @@ class TestAStart:
 
     def test_that_waits_ends_when_it_is_asked_to_stop(self, ray_: Ray, tmp_path: Path) -> None:
         fixed = policy(tmp_path, 2)
-        RunFolder(tmp_path).stop.touch()
+        ray_.is_to_stop = True
         with pytest.raises(StoppedError, match="while it waited for room"):
             fixed.make_decision_for_non_running_worker_group()
 
@@ -258,6 +264,42 @@ def test_lost_nodes_add_up_but_with_a_range_only_without_a_checkpoint_between_th
         found.append(failures.make_decision(lost).value)
         assert failures.make_decision(no_room).value == "RETRY"
     assert " ".join(found) == decisions
+
+
+class TestAStoreThatIsDown:
+    """Each start would try it for a minute."""
+
+    DOWN = UserExceptionWithTraceback(RunFolderError("s3://a: cannot be reached"), "a traceback")
+
+    def test_ends_the_run_at_the_first_worker_that_gave_up(self) -> None:
+        error = WorkerGroupError(
+            "2 of 2", {0: UserExceptionWithTraceback(OSError(), ""), 1: self.DOWN}
+        )
+        failures = RunFailures(
+            FailureConfig(max_failures=9), newest_step=lambda: 0, is_elastic=True
+        )
+        assert failures.make_decision(error).value == "RAISE"
+        config: Any = SimpleNamespace(cluster=SimpleNamespace(max_failures=9))
+        raised = _own_or_cluster_error(error, config)
+        assert (type(raised), str(raised)) == (RunFolderError, "s3://a: cannot be reached")
+        other = WorkerGroupError("1 of 2", {0: UserExceptionWithTraceback(ClusterError("x"), "")})
+        assert failures.make_decision(other).value == "RETRY"
+
+    def test_does_not_keep_the_controller_from_deciding(self, ray_: Ray, tmp_path: Path) -> None:
+        def newest_step() -> int:
+            raise RunFolderError("s3://a: cannot be reached")
+
+        failures = RunFailures(
+            FailureConfig(max_failures=1), newest_step=newest_step, is_elastic=True
+        )
+        lost = WorkerGroupError("a node was lost", {0: RuntimeError()})
+        assert [failures.make_decision(lost).value for _ in range(2)] == ["RETRY", "RAISE"]
+        elastic = policy(tmp_path, 1, 2)
+        elastic._newest_step = newest_step
+        ray_.nodes = nodes(2.0, 2.0, free=(0.0, 2.0))
+        ray_.actors = [{"State": "ALIVE", "Address": {"NodeID": "id 0"}}]
+        found = elastic.make_decision_for_running_worker_group(started("id 0"), None)
+        assert found == NoopDecision()
 
 
 def test_the_rest_of_a_run_is_opened_in_items_for_the_workers_that_start(

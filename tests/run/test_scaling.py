@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import pytest
 
 from raysl.errors import ClusterError
-from raysl.run.ray_cluster import ClusterNeeds, Node, Nodes, describe_nodes, layout_for
+from raysl.run.nodes import Node, Nodes, describe_nodes
+from raysl.run.ray_cluster import ClusterNeeds, layout_for
 from raysl.run.scaling import Pace, WorkerCounts, with_held
 
 Held = Sequence[tuple[str, float, float]]

@@ -31,8 +31,12 @@ def shares(
     sweep = SweepConfig(
         name="s", base=("base.yaml",), resources=ResourcesConfig(**(resources or {}))
     )
-    alive = [{"Alive": True, "Resources": node} for node in nodes]
-    total = {key: sum(node.get(key, 0.0) for node in nodes) for node in nodes for key in node}
+    alive = [
+        {"Alive": True, "Resources": node, "Labels": {"role": node.pop("role", "none")}}
+        for node in map(dict, nodes)
+    ]
+    kinds = {"CPU", "GPU"} & {key for node in nodes for key in node}
+    total = {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in kinds}
     with (
         patch("raysl.sweep.ray_shares.ray.nodes", return_value=alive),
         patch("raysl.sweep.ray_shares.ray.cluster_resources", return_value=total),
@@ -97,6 +101,19 @@ class TestNested:
     def test_one_that_does_not_fit_is_refused(self) -> None:
         with pytest.raises(ClusterError, match="leave none of the cluster's 2 CPUs"):
             shares({"CPU": 2.0}, num_train_workers=2, cpus_per_train_worker=1.0, device="cpu")
+
+
+class TestRoles:
+    def test_of_trials_in_tunes_processes_are_refused(self) -> None:
+        with pytest.raises(ClusterError, match=r"train_on and cluster.data_on: a trial with one"):
+            shares({"CPU": 2.0}, train_on={"role": "train"})
+
+    def test_of_trials_with_own_workers_count_their_nodes(self) -> None:
+        roles = {"train_on": {"role": "train"}, "data_on": {"role": "!train"}}
+        workers = {"num_train_workers": 2, "num_data_workers": 2, "device": "cpu"}
+        nodes: list[Any] = [{"CPU": 5.0, "role": "train"}, {"CPU": 64.0}]
+        assert shares(*nodes, **workers, **roles).at_a_time == 2
+        assert shares(*nodes, **workers).at_a_time == 17
 
 
 def test_the_reason_names_what_a_trial_takes_and_what_there_is() -> None:
