@@ -34,32 +34,42 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Run the whole suite in two processes, and a choice of tests in this one."""
-    return 2 if config.args_source is not pytest.Config.ArgsSource.ARGS else 0
+    """Run the whole suite in three processes, and a choice of tests in this one."""
+    return 3 if config.args_source is not pytest.Config.ArgsSource.ARGS else 0
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
-    """Let one process run all files with tests on Ray, and the other process the rest."""
-    return _OneForRay(config, log)
+    """Let two processes begin with the tests on Ray, and the third with the others."""
+    return _TwoForRay(config, log)
 
 
-class _OneForRay(LoadScopeScheduling):
-    """Sends whole files to the processes, and those with tests on Ray to the same one.
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests on Ray first, which take longest."""
+    items.sort(key=lambda item: not _is_on_ray(item.path))
 
-    Two tests on Ray at the same time would slow each other down until something times out. The
-    other tests wait much less and use one core. The pool of ranks is started by one process.
+
+class _TwoForRay(LoadScopeScheduling):
+    """Sends whole files to the processes, and those with tests on Ray to two of them.
+
+    A test on Ray mostly waits for processes to start, one after the other, so two of them and the
+    other tests share two cores; more of them would slow each other down until something times out.
+    The pool of ranks is started by one process.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         path = Path(nodeid.partition("::")[0])
         if _is_on_ray(self.config.rootpath / path):
-            return "ray"
+            return f"ray, {'commands' if path.parent.name == 'end_to_end' else 'the rest'}"
         return path.parent.name if path.parent.name == "distributed" else str(path)
 
 
 @cache
 def _is_on_ray(path: Path) -> bool:
-    return re.search(r"mark\.ray\b|ray_cluster\b", path.read_text()) is not None
+    """Return whether a file has tests with a mark or a fixture of Ray."""
+    return (
+        re.search(r"mark\.ray\b|\"(no_)?ray_cluster\"|\bray_cluster: None", path.read_text())
+        is not None
+    )
 
 
 RUN = """\
