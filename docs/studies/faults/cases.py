@@ -207,7 +207,7 @@ class MlflowAway(Case):
             "tracking_uri": f"http://127.0.0.1:{self.port}",
             "log_model": False,
         }
-        config["method"] |= {"pace_s": 1.0}  # steps while the server is away
+        config["method"] |= {"pace_s": 1.0}  # few steps while the server is away
         yield Running(trial, config)
 
     def _start(self, trial: Trial) -> None:

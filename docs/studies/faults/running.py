@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from faults.paced import HANG
 from faults.trial import Head, Trial, checkpoints, end_all, records, waiting
 
-PACE_S = 0.2
+PACE_S = 0.5
 EVERY = 10  # steps between two faults
 FIRST = 12  # step of the first fault: two checkpoints before it, two steps after the newest
 _CHECKPOINT_EVERY = 5
@@ -39,7 +39,7 @@ def settings(*, times: int, num_train_workers: Any) -> Settings:
             "global_batch_size": 32,
             "log_every": 1,
             "checkpoint_every": {"steps": _CHECKPOINT_EVERY},
-            "keep_checkpoints": 3,
+            "keep_checkpoints": 5,
         },
         "evaluate": {
             "every": None,
@@ -179,12 +179,12 @@ class Running:
         for _ in waiting(limit_s):
             new = [r for r in records(self.folder) if r["step"] > before and "train/loss" in r]
             new = [r for r in new if r["time"] > at]
-            if new and (self._has_other_workers() or not self._has_ended(statuses)):
+            resumed = max((s for s in checkpoints(self.folder) if s <= before), default=0)
+            others = bool(new) and self._has_other_workers()
+            if new and (others or not self._has_ended(statuses)):
                 seconds = min(r["time"] for r in new) - at
-                resumed = max((s for s in checkpoints(self.folder) if s <= before), default=0)
-                wasted = before - resumed if self._has_other_workers() else 0
                 by = "command" if statuses else "itself"
-                wasted = None if start_over else wasted
+                wasted = None if start_over else (before - resumed) * others
                 return Outcome(by, round(seconds, 1), before, wasted, tuple(statuses))
             before = max([before, *(r["step"] for r in new)])  # workers that outlived the driver
             if self.status() is not None:

@@ -22,6 +22,8 @@ HERE = Path(__file__).resolve().parent
 _MARK = "FAULTS_TRIAL"
 _POLL_S = 0.05
 _ATTEMPTS = 3
+_FOREIGN_S = 30.0
+_FOREIGN: dict[str, tuple[float, set[str]]] = {}
 _HEAD_ROLES = ("raylet", "gcs", "dashboard", "log monitor", "autoscaler monitor", "client server")
 
 # Words of a command line by role; the first that fits counts.
@@ -61,17 +63,29 @@ class Found(NamedTuple):
 
 def processes(mark: str) -> list[Found]:
     """Return the processes of a trial, those of Ray that outlived their driver too."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            environment = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
-            marks = [e[len(_MARK) + 1 :] for e in environment if e.startswith(f"{_MARK}=".encode())]
-            if marks and marks[0].decode().split(":")[0] == mark:
-                run = marks[0].decode().partition(":")[2]
-                words = " ".join(process.cmdline())
-                if process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(Found(process.pid, role_of(words), process.create_time(), run))
+    found, foreign = [], _foreign_of(mark)
+    for name in os.listdir("/proc"):
+        if name.isdigit() and name not in foreign:
+            with suppress(psutil.Error, OSError):
+                environment = Path(f"/proc/{name}/environ").read_bytes().split(b"\0")
+                marks = [e for e in environment if e.startswith(f"{_MARK}=".encode())]
+                ours, _, run = (marks or [b""])[0].decode()[len(_MARK) + 1 :].partition(":")
+                if ours == mark:
+                    words = Path(f"/proc/{name}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    started = psutil.Process(int(name)).create_time()
+                    found.append(Found(int(name), role_of(words), started, run))
+                elif environment != [b""]:  # one that is just starting has none yet
+                    foreign.add(name)
     return found
+
+
+def _foreign_of(mark: str) -> set[str]:
+    """Return the processes that were not of the trial a moment ago: to look at all takes time."""
+    until, foreign = _FOREIGN.get(mark, (0.0, set()))
+    if time.monotonic() > until:  # numbers of processes are used again
+        foreign = set()
+        _FOREIGN[mark] = (time.monotonic() + _FOREIGN_S, foreign)
+    return foreign
 
 
 def role_of(words: str) -> str:
