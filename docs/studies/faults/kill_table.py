@@ -12,6 +12,7 @@ repeated. ``--code CHECKOUT --build NAME`` does the same to another version.
 import argparse
 import json
 import shutil
+import signal
 import statistics
 import sys
 from pathlib import Path
@@ -29,7 +30,8 @@ def undisturbed(arguments: argparse.Namespace, case: Case) -> Path:
     workers = case.num_train_workers if isinstance(case.num_train_workers, int) else 1
     name = f"kt-{arguments.build}-alone-{workers}-{case.times(arguments.times)}"
     trial = Trial(arguments.folder / name, arguments.code)
-    run = Running(trial, settings(times=case.times(arguments.times), num_train_workers=workers))
+    here = 0 if workers == 1 else workers  # one worker computes the same without Ray
+    run = Running(trial, settings(times=case.times(arguments.times), num_train_workers=here))
     if not (run.folder / "encoder.safetensors").exists():
         run.start()
         if not run.end(600):
@@ -120,6 +122,8 @@ def main() -> None:
     if arguments.verb == "table":
         print(table(arguments.folder))
         return
+    # A shell lets what it starts with & ignore Ctrl-C, and so would what is started here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in arguments.faults:
         try_fault(arguments, name)
 

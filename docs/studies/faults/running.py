@@ -30,7 +30,7 @@ def settings(*, times: int, num_train_workers: Any) -> Settings:
             "name": "resnet18",
             "width": 0.125,
             "stem": "small",
-            "batch_norm": "worker" if num_train_workers == 1 else "sync",
+            "batch_norm": "worker" if num_train_workers in (0, 1) else "sync",
         },
         "method": {"name": "faults.paced", "pace_s": PACE_S},
         "optim": {"name": "adamw", "base_lr": 1e-3},
@@ -138,7 +138,7 @@ class Running:
         """Return the newest step in the metrics."""
         return max((r["step"] for r in records(self.folder) if "train/loss" in r), default=0)
 
-    def reach(self, step: int, limit_s: float = 400.0) -> None:
+    def reach(self, step: int, limit_s: float = 1200.0) -> None:
         """Wait until a step is done; the run may end meanwhile, and is started again."""
         starts = 0
         for _ in waiting(limit_s):
@@ -152,7 +152,7 @@ class Running:
                 starts += 1
         raise TimeoutError(f"step {step} was not reached within {limit_s:g} s")
 
-    def end(self, limit_s: float = 400.0) -> bool:
+    def end(self, limit_s: float = 1200.0) -> bool:
         """Wait for the end of the run; return whether it has its encoder."""
         starts = 0
         for _ in waiting(limit_s):
@@ -181,7 +181,7 @@ class Running:
             new = [r for r in new if r["time"] > at]
             resumed = max((s for s in checkpoints(self.folder) if s <= before), default=0)
             others = bool(new) and self._has_other_workers()
-            if new and (others or not self._has_ended(statuses)):
+            if new and (others or (not statuses and self.status() in (None, 0))):
                 seconds = min(r["time"] for r in new) - at
                 by = "command" if statuses else "itself"
                 wasted = None if start_over else (before - resumed) * others
@@ -196,10 +196,6 @@ class Running:
         self.kill()
         self.start()
         return Outcome(by, None, before, None, tuple(statuses))
-
-    def _has_ended(self, statuses: list[int]) -> bool:
-        """Return whether the driver of the fault has ended."""
-        return bool(statuses) or self.status() is not None
 
     def _has_other_workers(self) -> bool:
         """Return whether train workers started since the fault; if not, no step is done again."""

@@ -140,6 +140,10 @@ class Trial:
             "RAY_USAGE_STATS_ENABLED": "0",
             # Ray kills workers if the machine, with whatever else runs on it, is short of memory.
             "RAY_memory_monitor_refresh_ms": "0",
+            # On a busy machine Ray would give up its own start.
+            "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "180",
+            "RAY_gcs_server_port_wait_time_s": "180",
+            "RAY_NUM_REDIS_GET_RETRIES": "180",
             "RAYSL_HOME": str(self.folder),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "GIT_PYTHON_REFRESH": "quiet",
