@@ -1,7 +1,9 @@
 """Train a run on Ray Train: configure the trainer, and convert its errors."""
 
 import logging
+import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import wait
 from functools import partial
 from typing import Any
@@ -22,6 +24,7 @@ from raysl.run.ray_cluster import (
     started_here,
     worker_runtime_env,
 )
+from raysl.run.ray_controller import run_controller
 from raysl.run.ray_data import RemainingDataset
 from raysl.run.ray_errors import folder_error
 from raysl.run.ray_group import BatchOptions, ProcessGroupConfig, train_worker
@@ -49,8 +52,8 @@ def pretrain_on_ray(
 
     Raises:
         RayslError: If a worker returned an error; same class and message.
-        ClusterError: If workers failed more often than ``cluster.max_failures``, or the run waited
-            for longer than ``cluster.max_wait_s``.
+        ClusterError: If workers or the controller failed more often than ``cluster.max_failures``,
+            the run waited for longer than ``cluster.max_wait_s``, or Ray itself failed.
         KeyboardInterrupt: If Ctrl-C or SIGTERM stopped it.
     """
     began = time.time()
@@ -59,7 +62,9 @@ def pretrain_on_ray(
         logging.getLogger(name).setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     start_shared_actors()
+    is_over = threading.Event()
     trainer = _trainer(config, folder=folder, source=source, layout=layout)
+    trainer.is_over = lambda: is_over.is_set() or folder.stop.exists()
     notes = Notes(str(folder.path))
     notes.forget()
     notes.write("controller", "waits for Ray Train's controller to start")
@@ -86,6 +91,7 @@ def pretrain_on_ray(
         hung = last_hang(folder, since=began)
         raise _own_or_cluster_error(error, config, hung=hung) from None
     finally:
+        is_over.set()
         notes.forget()
         folder.stop.unlink(missing_ok=True)
     return outcome
@@ -93,7 +99,7 @@ def pretrain_on_ray(
 
 def _trainer(
     config: RunConfig[Any], *, folder: RunFolder, source: Source, layout: Layout
-) -> TorchTrainer:
+) -> "_Trainer":
     cluster, needs = config.cluster, needs_of(config, layout)
     source_ref, plan, spec = ray.put(source), plan_of(config, source), block_spec(config.data)
     stored = None if folder.stored is None else folder.stored.for_workers()
@@ -128,6 +134,7 @@ def _trainer(
         failures=RunFailures(
             failure_config, newest_step=newest_step, is_elastic=cluster.is_elastic
         ),
+        most_failures=most,
         # Pass a reference: the controller loads this dict, and loading the settings imports torch.
         train_loop_config={
             "settings": ray.put(worker_settings),
@@ -170,7 +177,11 @@ class _Trainer(TorchTrainer):
         train_loop: The function that each train worker runs.
         policy: When the train workers start, and how many.
         failures: After which failures they start again.
+        most_failures: How often the controller may end early.
         settings: The arguments of TorchTrainer; its dataset ``train`` is a RemainingDataset.
+
+    Attributes:
+        is_over: Whether the command ends, so that no other controller may start.
     """
 
     def __init__(
@@ -179,14 +190,23 @@ class _Trainer(TorchTrainer):
         *,
         policy: RunScaling,
         failures: RunFailures,
+        most_failures: int,
         **settings: Any,
     ) -> None:
         super().__init__(train_loop, **settings)
+        self.is_over: Callable[[], bool] = lambda: False
+        self._most_failures = most_failures
         self._policies = {"scaling_policy": policy, "failure_policy": failures}
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         """Run the controller with this run's policies; Ray chooses among its own."""
-        return super()._initialize_and_run_controller(**{**arguments, **self._policies})  # type: ignore[misc]
+        start: Callable[..., Any] = super()._initialize_and_run_controller  # type: ignore[misc]
+        return run_controller(
+            lambda: start(**{**arguments, **self._policies}),
+            most_failures=self._most_failures,
+            is_over=self.is_over,
+            tell=say,
+        )
 
     def _create_default_callbacks(self) -> list[Any]:
         """Tell the dataset how many workers start, and leave out Ray's cleaner in a Ray of our own.

@@ -107,19 +107,21 @@ class TestTwoWorkers:
 
 
 class TestAKilledWorker:
+    # Ray Train replaces its workers; its controller we replace, and the workers end with it.
+    @pytest.mark.parametrize("process", ["RayTrainWorker", "TrainController"])
     def test_the_run_goes_on_and_ends_as_if_nothing_had_happened(
-        self, run_yaml: Callable[[str], Path]
+        self, run_yaml: Callable[[str], Path], process: str
     ) -> None:
         longer = ["train.steps=12", "train.checkpoint_every={steps: 5}"]
         # Slow enough to be shot before it is measured.
         longer += ["evaluate.every={steps: 4}", "backbone={name: resnet18}"]
         assert pretrain(run_yaml("calm"), *longer) == 0
         killed: list[list[int]] = []
-        killer = threading.Thread(target=kill_at, args=("shot", 8, killed), daemon=True)
+        killer = threading.Thread(target=kill_at, args=("shot", process, 8, killed), daemon=True)
         killer.start()
         assert pretrain(run_yaml("shot"), *longer, *ON_RAY) == 0
         killer.join(timeout=5)
-        assert killed, "no worker was killed, so nothing was tested"
+        assert killed, "nothing was killed, so nothing was tested"
         assert losses("shot") == losses("calm")
         # Of the evaluations that nobody had made, one was before the checkpoint and one after it.
         assert killed == [[4, 8]]
@@ -130,13 +132,13 @@ class TestAKilledWorker:
         assert not processes("_Measurer")
 
 
-def kill_at(name: str, step: int, killed: list[list[int]]) -> None:
-    """SIGKILL this test's train worker once the run is past a step; note what then waits."""
+def kill_at(name: str, title: str, step: int, killed: list[list[int]]) -> None:
+    """SIGKILL a process of this test's run once the run is past a step; note what then waits."""
     folder = RunFolder(Path("runs") / name)
     deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
         if any(r["step"] >= step for r in read_metrics(folder.metrics)):
-            for process in processes("RayTrainWorker"):
+            for process in processes(title):
                 os.kill(process.pid, signal.SIGKILL)
                 killed.append(list_waiting(folder.to_evaluate))
             return

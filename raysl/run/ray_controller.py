@@ -1,0 +1,91 @@
+"""Run Ray Train's controller, and start it again if its process ends.
+
+Ray Train replaces train workers that fail, but its controller is one process that nobody replaces.
+Workers and streams end with it, so another one resumes the run from its last checkpoint.
+"""
+
+import time
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
+
+import ray
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from raysl.errors import ClusterError
+from raysl.run.ray_cluster import started_here
+
+T = TypeVar("T")
+
+_NAME = "TrainController"
+_ENDS_WITHIN_S = 60.0
+_POLL_S = 0.25
+_REMEDY = "The same command resumes from the last checkpoint"
+_GONE: Collection[str] = ("REMOVED", "INFEASIBLE")
+
+
+def run_controller(
+    run: Callable[[], T],
+    *,
+    most_failures: int,
+    is_over: Callable[[], bool],
+    tell: Callable[[str], None],
+) -> T:
+    """Run a controller to its end; start another one each time its process ends too early.
+
+    Args:
+        run: Starts a controller and returns its result.
+        most_failures: How often another one is started.
+        is_over: Whether the command ends, or is to stop, so that no other one may start.
+        tell: Receives a line about each new start.
+
+    Raises:
+        ClusterError: If the process ended once more, nobody knows whether it did, or Ray failed.
+    """
+    failures = 0
+    while True:
+        try:
+            return run()
+        except ray.exceptions.RayActorError as error:
+            failures += 1
+            if is_over() or failures > most_failures:
+                raise ClusterError(
+                    f"Ray Train's controller, a process on this machine, ended {failures} times "
+                    f"(cluster.max_failures={most_failures}): {_text(error)}. {_REMEDY}"
+                ) from None
+            _wait_for_end()
+            _free_room()
+            tell("Ray Train's controller ended; another one starts from the last checkpoint")
+        except ray.exceptions.RayError as error:
+            raise ClusterError(f"Ray failed: {_text(error)}. {_REMEDY}") from None
+
+
+def _text(error: Exception) -> str:
+    last = (str(error).strip().splitlines() or [""])[-1]
+    return f"{type(error).__name__}: {last.removesuffix('.')}"
+
+
+def _wait_for_end() -> None:
+    """Wait until no controller of this job is left: two would train into one folder."""
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    deadline = time.monotonic() + _ENDS_WITHIN_S
+    while time.monotonic() < deadline:
+        actors: Any = ray._private.state.actors(job_id=job)
+        if not any(a["ActorClassName"] == _NAME and a["State"] != "DEAD" for a in actors.values()):
+            return
+        time.sleep(_POLL_S)
+    raise ClusterError(
+        f"Ray Train's controller does not answer, and did not end within {_ENDS_WITHIN_S:.0f} s. "
+        f"{_REMEDY}"
+    )
+
+
+def _free_room() -> None:
+    """Free what the train workers of the ended controller held, in a Ray of our own.
+
+    In a lasting cluster Ray Train's cleaner does it, see :mod:`raysl.run.ray_train`.
+    """
+    if not started_here():
+        return
+    for group_id, group in ray.util.placement_group_table().items():
+        if group["state"] not in _GONE:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group_id)))
