@@ -10,6 +10,7 @@ import pytest
 
 from raysl.cli import main
 from raysl.downstream.evaluation import measure_unit
+from raysl.downstream.evaluation_page import draw_evaluation
 from raysl.errors import StoppedError
 from raysl.evaluate.embedding import encoder_digest
 from raysl.store.lease import LEASE
@@ -90,6 +91,7 @@ def test_a_pipeline_goes_on_elsewhere_with_its_unfinished_step(
 def test_an_evaluation_goes_on_elsewhere_and_equals_that_on_a_disk(
     base: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("raysl.downstream.evaluation_page.draw_evaluation", draw_evaluation)
     protocols = ["--protocols", "knn,linear_lbfgs,finetune"]
     words = [
         "cluster.num_train_workers=0", "seeds=[0]", "track.mlflow=false", "finetune.epochs=1",

@@ -51,7 +51,8 @@ def test_prints_writes_and_goes_on(
 ) -> None:
     drawn: list[Evaluation] = []
 
-    def draw(folder: Path, *, encoder: Path, **images: Any) -> list[tuple[str, str]]:
+    def draw(folder: Path, *, encoder: Path, shown: str, **images: Any) -> list[tuple[str, str]]:
+        assert shown == str(folder)
         assert encoder == tmp_path / "runs" / "untrained-resnet18-seed0" / "encoder.safetensors"
         drawn.append(read_evaluation(folder, **images))
         return [("map", "no room")]
