@@ -34,13 +34,13 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Run the whole suite in three processes, and a choice of tests in this one."""
-    return 3 if config.args_source is not pytest.Config.ArgsSource.ARGS else 0
+    """Run the whole suite in two processes, and a choice of tests in this one."""
+    return 2 if config.args_source is not pytest.Config.ArgsSource.ARGS else 0
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
-    """Let two processes begin with the tests on Ray, and the third with the others."""
-    return _TwoForRay(config, log)
+    """Let one process run all files with tests on Ray, and the other process the rest."""
+    return _OneForRay(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,18 +48,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not _is_on_ray(item.path))
 
 
-class _TwoForRay(LoadScopeScheduling):
-    """Sends whole files to the processes, and those with tests on Ray to two of them.
+class _OneForRay(LoadScopeScheduling):
+    """Sends whole files to the processes, and those with tests on Ray to the same one.
 
-    A test on Ray mostly waits for processes to start, one after the other, so two of them and the
-    other tests share two cores; more of them would slow each other down until something times out.
-    The pool of ranks is started by one process.
+    Two tests on Ray at the same time slow each other down, each to twice its time on two cores. The
+    other tests wait much less and use one core. The pool of ranks is started by one process.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         path = Path(nodeid.partition("::")[0])
         if _is_on_ray(self.config.rootpath / path):
-            return f"ray, {'commands' if path.parent.name == 'end_to_end' else 'the rest'}"
+            return "ray"
         return path.parent.name if path.parent.name == "distributed" else str(path)
 
 

@@ -16,7 +16,6 @@ from raysl.run.ray_cluster import started_here
 
 T = TypeVar("T")
 
-_NAME = "TrainController"
 _ENDS_WITHIN_S = 60.0
 _POLL_S = 0.25
 _REMEDY = "The same command resumes from the last checkpoint"
@@ -52,7 +51,7 @@ def run_controller(
                     f"Ray Train's controller, a process on this machine, ended {failures} times "
                     f"(cluster.max_failures={most_failures}): {_text(error)}. {_REMEDY}"
                 ) from None
-            _wait_for_end()
+            _wait_for_end(error.actor_id)
             _free_room()
             tell("Ray Train's controller ended; another one starts from the last checkpoint")
         except ray.exceptions.RayError as error:
@@ -64,13 +63,12 @@ def _text(error: Exception) -> str:
     return f"{type(error).__name__}: {last.removesuffix('.')}"
 
 
-def _wait_for_end() -> None:
-    """Wait until no controller of this job is left: two would train into one folder."""
-    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+def _wait_for_end(actor_id: str | None) -> None:
+    """Wait until a controller has ended: two would train into one folder."""
     deadline = time.monotonic() + _ENDS_WITHIN_S
-    while time.monotonic() < deadline:
-        actors: Any = ray._private.state.actors(job_id=job)
-        if not any(a["ActorClassName"] == _NAME and a["State"] != "DEAD" for a in actors.values()):
+    while actor_id is not None and time.monotonic() < deadline:
+        actor: Any = ray._private.state.actors(actor_id)
+        if actor.get("State", "DEAD") == "DEAD":
             return
         time.sleep(_POLL_S)
     raise ClusterError(

@@ -17,7 +17,7 @@ DIED = ray.exceptions.RayActorError(error_msg="It died.\nThis is the last line."
 def ended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was done after each end, instead of asking a cluster."""
     done: list[str] = []
-    monkeypatch.setattr(ray_controller, "_wait_for_end", lambda: done.append("waited"))
+    monkeypatch.setattr(ray_controller, "_wait_for_end", lambda _: done.append("waited"))
     monkeypatch.setattr(ray_controller, "_free_room", lambda: done.append("freed"))
     return done
 

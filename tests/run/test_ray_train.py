@@ -138,9 +138,10 @@ def kill_at(name: str, title: str, step: int, killed: list[list[int]]) -> None:
     deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
         if any(r["step"] >= step for r in read_metrics(folder.metrics)):
-            for process in processes(title):
-                os.kill(process.pid, signal.SIGKILL)
-                killed.append(list_waiting(folder.to_evaluate))
+            # The newest: one of an earlier test may not have ended yet.
+            newest = max(processes(title), key=lambda process: process.create_time())
+            os.kill(newest.pid, signal.SIGKILL)
+            killed.append(list_waiting(folder.to_evaluate))
             return
         time.sleep(0.05)
 
