@@ -82,14 +82,15 @@ def pretrain_on_ray(
                 messages.look()
                 if folder.stop.exists():  # the handler of a signal only touches the file
                     notes.ask_to_stop()
-            fitted: Any = fitting.result()
+            try:
+                fitted: Any = fitting.result()
+            except ray.train.TrainingFailedError as error:  # here, as it may tell of a stop
+                hung = last_hang(folder, since=began)
+                raise _own_or_cluster_error(error, config, hung=hung) from None
             outcome: Results | ErrorRecord = fitted.return_value
             if "error" in outcome:
                 raise from_record(outcome)
             folder.fetch()
-    except ray.train.TrainingFailedError as error:
-        hung = last_hang(folder, since=began)
-        raise _own_or_cluster_error(error, config, hung=hung) from None
     finally:
         is_over.set()
         notes.forget()

@@ -1,5 +1,7 @@
 """A run that cannot go on says what it waits for, and ends when it has waited too long."""
 
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +11,10 @@ import pytest
 import ray
 
 from raysl.cli import main
+from raysl.errors import Terminated
+from raysl.run.pretrain import train_run
 from raysl.run.ray_notes import Notes, first_batch_with_notes
+from raysl.run.recipe import load_run
 from raysl.run.waiting import Note
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster", "known_to_workers")]
@@ -59,6 +64,16 @@ class TestNotes:
         notes.clear()
         notes.clear()
         assert notes.read() is None
+
+    def test_also_ask_the_controller_to_stop(self) -> None:
+        notes = Notes("runs/a")
+        stops = ray.remote(num_cpus=0)(lambda: Notes("runs/a").is_to_stop())
+        assert not ray.get(stops.remote())
+        notes.ask_to_stop()
+        assert ray.get(stops.remote())
+        assert not Notes("runs/b").is_to_stop()
+        notes.forget()
+        assert not ray.get(stops.remote())
 
     def test_of_a_first_batch_count_the_data_workers_that_have_no_room(
         self, monkeypatch: pytest.MonkeyPatch
@@ -121,3 +136,24 @@ def test_a_run_without_room_for_its_train_worker_says_so_and_ends(
     assert "longer than cluster.max_wait_s=4. The same command resumes" in ending
     assert "max_failures" not in ending
     assert Notes(str(Path("runs/crowded").absolute())).read() is None
+
+
+@pytest.mark.usefixtures("said_soon", "undrawn")
+def test_sigterm_ends_a_run_that_waits_though_its_folder_is_the_drivers_own(
+    run_yaml: Callable[[str], Path],
+    hold: Callable[[float], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hold(3.0)
+    config = load_run(run_yaml("crowded"), [*ON_RAY, "cluster.cpus_per_train_worker=2"])
+    stored = config.model_copy(update={"output_dir": f"file://{tmp_path}/store"})
+    (tmp_path / "store").mkdir()
+
+    def say(line: str) -> None:
+        if "waits for room" in line:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("raysl.run.ray_train.say", say)
+    with pytest.raises(Terminated, match="while it waited for room"):
+        train_run(stored, began_at=time.time())
