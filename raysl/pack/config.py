@@ -12,7 +12,7 @@ _CHANGEABLE = {"source", "max_bad_share", "num_workers", "torchvision_root"}
 
 
 class ResumableSource(LocatedSource):
-    """A source, and work on its images that the same command resumes."""
+    """The source of a command that may be interrupted, and then must find it unchanged."""
 
     def lasting(self) -> dict[str, Any]:
         """Return the settings that the shards depend on, which must not change when resuming."""

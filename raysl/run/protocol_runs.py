@@ -206,7 +206,7 @@ def _train_seed(
 
 
 def keep_labels(folder: RunFolder, path: Path) -> None:
-    """Let a run's list of labels be at ``path``, below the folder that names it to MLflow."""
+    """Copy the list of labels of a run in a store to ``path``, from where MLflow gets it."""
     if folder.path != path and folder.labels.exists():  # of a run in a store
         write_bytes(path / folder.labels.name, folder.labels.read_bytes())
 

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from raysl.errors import ClusterError
+from raysl.errors import ClusterError, counted
 from raysl.run.ray_cluster import started_here
+from raysl.run.ray_errors import last_line
 
 T = TypeVar("T")
 
@@ -38,7 +39,8 @@ def run_controller(
         tell: Receives a line about each new start.
 
     Raises:
-        ClusterError: If the process ended once more, nobody knows whether it did, or Ray failed.
+        ClusterError: If the process ended once more or cannot be shown to have ended, or if Ray
+            failed.
     """
     failures = 0
     while True:
@@ -48,19 +50,15 @@ def run_controller(
             failures += 1
             if is_over() or failures > most_failures:
                 raise ClusterError(
-                    f"Ray Train's controller, a process on this machine, ended {failures} times "
-                    f"(cluster.max_failures={most_failures}): {_text(error)}. {_REMEDY}"
+                    f"Ray Train's controller, a process on this machine, ended early "
+                    f"{counted(failures, 'time')} (cluster.max_failures={most_failures}): "
+                    f"{last_line(error)}. {_REMEDY}"
                 ) from None
             _wait_for_end(error.actor_id)
             _free_room()
             tell("Ray Train's controller ended; another one starts from the last checkpoint")
         except ray.exceptions.RayError as error:
-            raise ClusterError(f"Ray failed: {_text(error)}. {_REMEDY}") from None
-
-
-def _text(error: Exception) -> str:
-    last = (str(error).strip().splitlines() or [""])[-1]
-    return f"{type(error).__name__}: {last.removesuffix('.')}"
+            raise ClusterError(f"Ray failed: {last_line(error)}. {_REMEDY}") from None
 
 
 def _wait_for_end(actor_id: str | None) -> None:
@@ -72,7 +70,7 @@ def _wait_for_end(actor_id: str | None) -> None:
             return
         time.sleep(_POLL_S)
     raise ClusterError(
-        f"Ray Train's controller does not answer, and did not end within {_ENDS_WITHIN_S:.0f} s. "
+        f"Ray Train's controller does not answer, and Ray does not say that its process has ended. "
         f"{_REMEDY}"
     )
 

@@ -32,8 +32,13 @@ def own_errors(what: str) -> Iterator[None]:
                 # Its traceback refers to this frame: a cycle that would keep the stream's actors,
                 # and their CPUs, until the garbage collector runs.
                 del own
-        last = str(error).strip().splitlines()[-1]
-        raise ClusterError(f"{what} failed: {type(error).__name__}: {last}") from None
+        raise ClusterError(f"{what} failed: {last_line(error)}") from None
+
+
+def last_line(error: Exception) -> str:
+    """Return the class of an exception and the last line of its text, which is Ray's reason."""
+    last = (str(error).strip().splitlines() or [""])[-1]
+    return f"{type(error).__name__}: {last.removesuffix('.')}"
 
 
 def wrapped_errors(error: BaseException | None) -> Iterator[RayslError]:

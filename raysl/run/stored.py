@@ -158,7 +158,7 @@ def restore_checkpoint(folder: RunFolder) -> None:
 
 
 def replaced_checkpoint(folder: RunFolder) -> None:
-    """Let a store hold the checkpoint that has replaced all others in the folder, and only it."""
+    """Delete the checkpoints in a store that those in the folder have replaced."""
     if isinstance(folder.stored, _DriverCopy):
         folder.stored.replaced_checkpoint()
 

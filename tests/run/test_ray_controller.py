@@ -53,7 +53,8 @@ class TestRunController:
 
     def test_gives_up_after_max_failures(self, ended: list[str]) -> None:
         with pytest.raises(
-            ClusterError, match=r"ended 3 times \(cluster.max_failures=2\).*: This is the last"
+            ClusterError,
+            match=r"ended early 3 times \(cluster.max_failures=2\).*: This is the last",
         ):
             attempt(run_of(DIED, DIED, DIED, 7))
         assert ended == ["waited", "freed"] * 2
