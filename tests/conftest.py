@@ -4,6 +4,9 @@ import logging
 import os
 import re
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -155,6 +158,51 @@ def no_ray_cluster() -> None:
     import ray
 
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def processes() -> Callable[[str], list[Any]]:
+    """Find the processes below this one that have a text in their command line."""
+    import psutil
+
+    def find(text: str) -> list[Any]:
+        found = []
+        for process in psutil.Process().children(recursive=True):
+            try:
+                if text in " ".join(process.cmdline()):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    return find
+
+
+@pytest.fixture
+def kill_in_the_middle() -> Callable[[Sequence[str], Callable[[], bool]], None]:
+    """Start a command of raysl here; once it is time, kill it and all that it started."""
+    import psutil
+
+    def kill(words: Sequence[str], is_time: Callable[[], bool]) -> None:
+        with subprocess.Popen(
+            [sys.executable, "-m", "raysl", *words],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        ) as process:
+            patience = time.monotonic() + 900
+            while not is_time():
+                assert process.poll() is None, "the command ended before it was killed"
+                assert time.monotonic() < patience, "the command did not come far enough"
+                time.sleep(0.1)
+            below = psutil.Process(process.pid).children(recursive=True)
+            process.kill()
+            for child in below:
+                if child.is_running():
+                    child.kill()
+            psutil.wait_procs(below, timeout=30)
+
+    return kill
 
 
 @pytest.fixture(scope="session")

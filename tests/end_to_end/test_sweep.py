@@ -2,16 +2,10 @@
 
 import importlib.util
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
@@ -63,28 +57,6 @@ def sweep(folder: Path, capsys: pytest.CaptureFixture[str]) -> Sweep:
     return run
 
 
-def kill_in_the_middle(is_time: Callable[[], bool], cwd: Path) -> None:
-    """Start the sweep; once it is time, end it and all that it started, without a warning."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "raysl", "sweep", "sweep.yaml", *AT_A_TIME],
-        cwd=cwd,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    ) as process:
-        patience = time.monotonic() + 600
-        while not is_time():
-            assert process.poll() is None, "the sweep ended before it was killed"
-            assert time.monotonic() < patience, "the sweep did not come far enough"
-            time.sleep(0.1)
-        below = psutil.Process(process.pid).children(recursive=True)
-        os.kill(process.pid, signal.SIGKILL)
-        for child in below:
-            if child.is_running():
-                child.kill()
-        psutil.wait_procs(below, timeout=30)
-
-
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -95,7 +67,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.usefixtures("empty_store_here")
 def test_a_sweep_that_is_killed_goes_on_and_loses_and_repeats_nothing(
-    folder: Path, sweep: Sweep
+    folder: Path, sweep: Sweep, kill_in_the_middle: Callable[..., None]
 ) -> None:
     trials = folder / "runs" / "sweep" / "trials"
 
@@ -104,7 +76,7 @@ def test_a_sweep_that_is_killed_goes_on_and_loses_and_repeats_nothing(
         saved = {path.parents[1] for path in trials.glob("*/checkpoints/step-*")}
         return bool(finished) and bool(saved - set(finished))
 
-    kill_in_the_middle(one_finished_and_another_saved, folder)
+    kill_in_the_middle(["sweep", "sweep.yaml", *AT_A_TIME], one_finished_and_another_saved)
     finished = {path: path.stat().st_mtime_ns for path in trials.glob("*/results.json")}
     measured = {
         path: [r["step"] for r in read_metrics(path) if "eval/knn_top1" in r]

@@ -6,8 +6,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-import psutil
 import pytest
 
 from raysl.cli import main
@@ -24,18 +24,6 @@ def records(name: str) -> Iterator[tuple[int, float]]:
             yield int(record["step"]), record["train/loss"]
 
 
-def processes(name: str) -> list[psutil.Process]:
-    """Return the processes below this one that Ray gave such a name."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if name in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 def wait_for_step(name: str, step: int) -> None:
     deadline = time.monotonic() + 400
     while max((s for s, _ in records(name)), default=0) < step and time.monotonic() < deadline:
@@ -43,7 +31,9 @@ def wait_for_step(name: str, step: int) -> None:
 
 
 def test_a_run_of_two_executions_whose_coordinator_is_killed_gives_the_losses_of_one(
-    run_yaml: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    run_yaml: Callable[[str], Path],
+    processes: Callable[[str], list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Ray Train itself ends only the execution of rank 0, and only if it is not the killed one."""
     options = ["cluster.num_train_workers=2", "cluster.num_data_workers=2"]
@@ -54,7 +44,7 @@ def test_a_run_of_two_executions_whose_coordinator_is_killed_gives_the_losses_of
     seen: list[tuple[int, ...]] = []
     others = {process.pid for name in ACTORS for process in processes(name)}  # of earlier tests
 
-    def own(name: str) -> list[psutil.Process]:
+    def own(name: str) -> list[Any]:
         return [process for process in processes(name) if process.pid not in others]
 
     def count() -> None:

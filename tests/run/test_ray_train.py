@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from raysl.cli import main
 from raysl.track.run_folder import RunFolder, list_waiting, read_metrics
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster", "undrawn")]
+
+Processes = Callable[[str], list[Any]]
 
 ON_RAY = ["cluster.num_train_workers=1"]
 # The last two operations run in the train worker, the first in the data workers.
@@ -83,7 +84,7 @@ class TestOneWorker:
 
 class TestTwoWorkers:
     def test_give_the_losses_of_one_worker_with_the_same_global_batch(
-        self, run_yaml: Callable[[str], Path]
+        self, run_yaml: Callable[[str], Path], processes: Processes
     ) -> None:
         # Steps so small that rounding stays rounding. At the usual ones this is a chaotic system:
         # the same batches with their rows in another order part by 0.1 after five steps, even in
@@ -93,7 +94,7 @@ class TestTwoWorkers:
         assert pretrain(run_yaml("one"), *calm) == 0
         loads_torch: dict[str, bool] = {}
         names = ("TrainController", "DatasetManager", "RayTrainWorker")
-        watcher = threading.Thread(target=watch_torch, args=("two", names, loads_torch))
+        watcher = threading.Thread(target=watch_torch, args=(processes, "two", names, loads_torch))
         watcher.start()
         assert pretrain(run_yaml("two"), *calm, "cluster.num_train_workers=2") == 0
         watcher.join()
@@ -110,14 +111,15 @@ class TestAKilledWorker:
     # Ray Train replaces its workers; its controller we replace, and the workers end with it.
     @pytest.mark.parametrize("process", ["RayTrainWorker", "TrainController"])
     def test_the_run_goes_on_and_ends_as_if_nothing_had_happened(
-        self, run_yaml: Callable[[str], Path], process: str
+        self, run_yaml: Callable[[str], Path], processes: Processes, process: str
     ) -> None:
         longer = ["train.steps=12", "train.checkpoint_every={steps: 5}"]
         # Slow enough to be shot before it is measured.
         longer += ["evaluate.every={steps: 4}", "backbone={name: resnet18}"]
         assert pretrain(run_yaml("calm"), *longer) == 0
         killed: list[list[int]] = []
-        killer = threading.Thread(target=kill_at, args=("shot", process, 8, killed), daemon=True)
+        shot = (lambda: processes(process), "shot", 8, killed)
+        killer = threading.Thread(target=kill_at, args=shot, daemon=True)
         killer.start()
         assert pretrain(run_yaml("shot"), *longer, *ON_RAY) == 0
         killer.join(timeout=5)
@@ -129,42 +131,37 @@ class TestAKilledWorker:
         records = read_metrics(RunFolder(Path("runs/shot")).metrics)
         assert [r["step"] for r in records if "eval/rankme" in r] == [4, 8, 12]
         assert not RunFolder(Path("runs/shot")).to_evaluate.exists()
+        deadline = time.monotonic() + 60
+        while processes("_Measurer") and time.monotonic() < deadline:
+            time.sleep(0.2)
         assert not processes("_Measurer")
 
 
-def kill_at(name: str, title: str, step: int, killed: list[list[int]]) -> None:
-    """SIGKILL a process of this test's run once the run is past a step; note what then waits."""
+def kill_at(
+    targets: Callable[[], list[Any]], name: str, step: int, killed: list[list[int]]
+) -> None:
+    """SIGKILL the newest of some processes once a run is past a step; note what then waits."""
     folder = RunFolder(Path("runs") / name)
     deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
         if any(r["step"] >= step for r in read_metrics(folder.metrics)):
-            # The newest: one of an earlier test may not have ended yet.
-            newest = max(processes(title), key=lambda process: process.create_time())
+            # One of an earlier test may not have ended yet.
+            newest = max(targets(), key=lambda process: process.create_time())
             os.kill(newest.pid, signal.SIGKILL)
             killed.append(list_waiting(folder.to_evaluate))
             return
         time.sleep(0.05)
 
 
-def watch_torch(name: str, processes_of: Sequence[str], loads_torch: dict[str, bool]) -> None:
+def watch_torch(
+    processes: Processes, name: str, titles: Sequence[str], loads_torch: dict[str, bool]
+) -> None:
     """Note which of Ray's processes have loaded torch by a run's first step."""
     folder = RunFolder(Path("runs") / name)
     deadline = time.monotonic() + 400
     while not read_metrics(folder.metrics) and time.monotonic() < deadline:
         time.sleep(0.05)
-    for each in processes_of:
+    for each in titles:
         for process in processes(each):
             maps = Path(f"/proc/{process.pid}/maps").read_text()
             loads_torch[each] = "libtorch" in maps
-
-
-def processes(name: str) -> list[Any]:
-    """Return the processes below this one that Ray gave such a name."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if name in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
