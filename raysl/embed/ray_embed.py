@@ -37,6 +37,7 @@ from raysl.evaluate.embedding import (
     normalisation,
     read_pixels,
 )
+from raysl.run.ray_bounds import bound_execution
 from raysl.run.ray_cluster import READ_CPUS
 from raysl.run.ray_data import PlanSource
 from raysl.run.ray_errors import own_errors
@@ -156,6 +157,7 @@ def _dataset(
 
 def _without_order(dataset: Dataset) -> Dataset:
     dataset.context.execution_options = ExecutionOptions(preserve_order=False)
+    bound_execution(dataset.context)
     return dataset
 
 

@@ -20,6 +20,7 @@ from raysl.data.plan import Plan, item_size_for
 from raysl.data.stream import BlockSpec, ItemMaker, concatenate
 from raysl.run.nodes import ANYWHERE, Roles
 from raysl.run.rank_groups import MOST_RANKS, RankGroup, rank_groups
+from raysl.run.ray_bounds import bound_execution
 from raysl.run.ray_cluster import READ_CPUS, ClusterNeeds, Layout, in_background, layout_for
 
 _FirstBatch = tuple[Block | None, Iterator[Block]]
@@ -205,6 +206,7 @@ def open_dataset(
         ),
         num_cpus=layout.cpus_per_data_worker,
     )
+    bound_execution(dataset.context)
     return dataset
 
 
