@@ -138,12 +138,16 @@ def empty_store_here(empty_store: Path, tmp_path: Path) -> None:
 def _ray_session() -> Iterator[Callable[[], None]]:
     import ray
 
+    from raysl.run.ray_forks import end_server, forked_workers
+
     def start() -> None:
         if not ray.is_initialized():
-            ray.init(address="local", num_cpus=4, log_to_driver=False, include_dashboard=True)
+            with forked_workers():
+                ray.init(address="local", num_cpus=4, log_to_driver=False, include_dashboard=True)
 
     yield start
     ray.shutdown()
+    end_server()
 
 
 @pytest.fixture

@@ -7,13 +7,14 @@ import secrets
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import ray
 
 from raysl.errors import ClusterError
 from raysl.run.nodes import ANYWHERE, Node, Nodes, Roles, describe_nodes
+from raysl.run.ray_forks import end_server, forked_workers
 from raysl.run.stop import keeps_sigterm
 
 if TYPE_CHECKING:  # the recipe loads torch; Ray's actors import this file and must not
@@ -101,7 +102,8 @@ def connect() -> bool:
     if ray.is_initialized():
         return False
     options: dict[str, Any] = {}
-    if "RAY_ADDRESS" not in os.environ:
+    is_ours = "RAY_ADDRESS" not in os.environ
+    if is_ours:
         for name, value in _LOCAL_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         # A new Ray asks for a token unless RAY_AUTH_MODE says otherwise, because who reaches one of
@@ -111,7 +113,7 @@ def connect() -> bool:
         # Not the cluster, dead or a stranger's, that a file of an earlier Ray may name.
         options = {"address": "local", "include_dashboard": False}
     try:
-        with keeps_sigterm():
+        with keeps_sigterm(), forked_workers() if is_ours else nullcontext():
             ray.init(
                 logging_level=logging.ERROR,
                 log_to_driver=False,
@@ -129,6 +131,7 @@ def disconnect() -> None:
     """Disconnect from the cluster, and stop it if :func:`connect` started it."""
     with suppress(RuntimeError):
         ray.shutdown()
+    end_server()
 
 
 def started_here() -> bool:

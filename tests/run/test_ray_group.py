@@ -49,6 +49,7 @@ def test_importing_it_and_what_the_stream_needs_does_not_load_torch() -> None:
     code = (
         "import sys, raysl.run.ray_data; print(*sys.modules)\n"
         "import raysl.run.ray_group, raysl.run.ray_scaling, raysl.run.ray_preflight\n"
+        "import raysl.run.ray_streams, raysl.run.ray_controller\n"
         "print(*sys.modules)"
     )
     done = subprocess.run(

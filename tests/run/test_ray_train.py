@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ class TestOneWorker:
 
 class TestTwoWorkers:
     def test_give_the_losses_of_one_worker_with_the_same_global_batch(
-        self, run_yaml: Callable[[str], Path], processes: Processes
+        self, run_yaml: Callable[[str], Path]
     ) -> None:
         # Steps so small that rounding stays rounding. At the usual ones this is a chaotic system:
         # the same batches with their rows in another order part by 0.1 after five steps, even in
@@ -92,14 +92,7 @@ class TestTwoWorkers:
         calm = ["method.temperature=1.0", "optim.base_lr=1e-4", "optim.warmup={steps: 0}"]
         calm += ["backbone={name: resnet18, batch_norm: sync}", "evaluate.every=null"]
         assert pretrain(run_yaml("one"), *calm) == 0
-        loads_torch: dict[str, bool] = {}
-        names = ("TrainController", "DatasetManager", "RayTrainWorker")
-        watcher = threading.Thread(target=watch_torch, args=(processes, "two", names, loads_torch))
-        watcher.start()
         assert pretrain(run_yaml("two"), *calm, "cluster.num_train_workers=2") == 0
-        watcher.join()
-        # The workers wait for the other two, which must not load for seconds what they do not use.
-        assert loads_torch == dict(zip(names, (False, False, True), strict=True))
         one, two = losses("one"), losses("two")
         assert two == pytest.approx(one, abs=1e-3)
         assert max(one.values()) - min(one.values()) > 0.02  # each step has images of its own
@@ -125,8 +118,8 @@ class TestAKilledWorker:
         killer.join(timeout=5)
         assert killed, "nothing was killed, so nothing was tested"
         assert losses("shot") == losses("calm")
-        # Of the evaluations that nobody had made, one was before the checkpoint and one after it.
-        assert killed == [[4, 8]]
+        # That of step 4, before the checkpoint, may have been made; that of step 8 waited.
+        assert killed in ([[4, 8]], [[8]])
         assert values("eval/knn_top1", "shot") == values("eval/knn_top1", "calm")
         records = read_metrics(RunFolder(Path("runs/shot")).metrics)
         assert [r["step"] for r in records if "eval/rankme" in r] == [4, 8, 12]
@@ -151,17 +144,3 @@ def kill_at(
             killed.append(list_waiting(folder.to_evaluate))
             return
         time.sleep(0.05)
-
-
-def watch_torch(
-    processes: Processes, name: str, titles: Sequence[str], loads_torch: dict[str, bool]
-) -> None:
-    """Note which of Ray's processes have loaded torch by a run's first step."""
-    folder = RunFolder(Path("runs") / name)
-    deadline = time.monotonic() + 400
-    while not read_metrics(folder.metrics) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for each in titles:
-        for process in processes(each):
-            maps = Path(f"/proc/{process.pid}/maps").read_text()
-            loads_torch[each] = "libtorch" in maps

@@ -1,0 +1,227 @@
+"""Fork the worker processes of a Ray of our own from a process that has imported everything.
+
+A run on one machine has fifteen processes of Ray, most of which need one to six seconds of a core
+to import ray, ray.data or torch. A fork has them at once, and shares their memory. Ray starts
+:mod:`raysl.run.fork_client` for each worker process, which asks this server.
+
+Python and the C++ part of Ray allow this under three conditions. No other thread of the server may
+hold a lock, so it starts none. Ray reads some variables only when it is imported, among them the
+raylet's process id, so the server imports it at the first request, with the variables of that
+request. And no random number of Ray may be drawn before the fork, or all workers would draw the
+same identifiers: :func:`_has_own_random_numbers` makes sure.
+"""
+
+import array
+import gc
+import importlib
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import sys
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+# Imported one after the other while no worker is asked for.
+_BEFORE_RAY = ("pandas", "pyarrow", "cv2")
+_TORCH = "torch"
+# Imported before the first worker.
+_RAY = (
+    "ray._private.node",
+    "ray._private.async_compat",
+    "ray._private.runtime_env.setup_hook",
+    "ray.data._internal.execution.streaming_executor",
+    "ray.data._internal.iterator.stream_split_iterator",
+    "ray.train.v2._internal.execution.controller",
+)
+_AFTER_RAY = ("raysl.run.ray_data", "raysl.run.ray_group")
+_TRAIN_WORKER = "raysl.run.ray_worker"
+_ANY_JOB = "f" * 8  # Ray's id of no job; a worker gets its own with its first task
+_NEW, _END = "new", "end"
+
+
+class _Server:
+    def __init__(self, path: str, *, with_torch: bool) -> None:
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(path)
+        self._listener.listen(128)
+        self._path = path
+        self._wake, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ, _NEW)
+        self._selector.register(self._wake, selectors.EVENT_READ, _END)
+        self._selector.register(sys.stdin.fileno(), selectors.EVENT_READ, None)
+        self._clients: dict[int, socket.socket] = {}  # by process id
+        self._imports = [*_BEFORE_RAY, *([_TORCH] if with_torch else [])]
+        self._after_ray = [*_AFTER_RAY, *([_TRAIN_WORKER] if with_torch else [])]
+        self._knows_ray = False
+
+    def serve(self) -> dict[str, Any]:
+        """Serve until the process that started this one ends; return, in each fork, its request."""
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # so that it writes to the pipe
+        signal.set_wakeup_fd(self._write)
+        while True:
+            events = self._selector.select(0 if self._imports else None)
+            if not events:
+                self._import_next()
+            for key, _ in events:
+                if key.data is None:
+                    self._end()
+                elif key.data is _END:
+                    self._reap()
+                elif key.data is _NEW:
+                    asked = self._fork()
+                    if asked is not None:
+                        return asked
+                elif self._clients.get(key.data) is key.fileobj:
+                    # Ray has ended the client: it does not want the worker any more.
+                    with suppress(OSError):
+                        os.kill(key.data, signal.SIGKILL)
+                    self._forget(key.data)
+
+    def _import_next(self) -> None:
+        name = self._imports.pop(0)
+        if self._knows_ray:
+            _import_without_random_numbers(name)
+        else:
+            importlib.import_module(name)
+        if self._knows_ray and not self._imports:
+            self._check()
+            gc.collect()
+            gc.freeze()  # a collection in a fork does not write to the shared pages
+
+    def _fork(self) -> dict[str, Any] | None:
+        client, _ = self._listener.accept()
+        asked, output = _receive(client)
+        if asked is None:
+            client.close()
+            return None
+        if not self._knows_ray:
+            self._import_ray(asked["environment"])
+        process = os.fork()
+        if process == 0:
+            self._leave_to(output)
+            client.close()
+            return asked
+        for descriptor in output:
+            os.close(descriptor)
+        self._clients[process] = client
+        self._selector.register(client, selectors.EVENT_READ, process)
+        return None
+
+    def _import_ray(self, environment: dict[str, str]) -> None:
+        """Import Ray with the variables of a worker of the raylet; see the module."""
+        os.environ.update(environment)
+        os.environ["RAY_JOB_ID"] = _ANY_JOB
+        for name in _RAY:
+            _import_without_random_numbers(name)
+        self._knows_ray = True
+        self._imports = [*self._after_ray, *self._imports]
+        self._check()
+
+    def _check(self) -> None:
+        if not _has_own_random_numbers():
+            self._end()  # Ray's script takes over
+
+    def _leave_to(self, output: list[int]) -> None:
+        """Make this process, which was just forked, independent of the server."""
+        os.setpgrp()  # as Ray does, which kills the group of a worker that has ended
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._selector.close()
+        for each in (self._listener, *self._clients.values()):
+            each.close()
+        for descriptor in (self._wake, self._write):
+            os.close(descriptor)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for number, descriptor in enumerate((nothing, *output)):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+
+    def _reap(self) -> None:
+        os.read(self._wake, 4096)
+        with suppress(ChildProcessError):
+            while (process := os.waitpid(-1, os.WNOHANG)[0]) != 0:
+                self._forget(process)
+
+    def _forget(self, process: int) -> None:
+        client = self._clients.pop(process, None)
+        if client is not None:
+            self._selector.unregister(client)
+            client.close()
+
+    def _end(self) -> NoReturn:
+        with suppress(OSError):
+            os.unlink(self._path)
+            os.rmdir(os.path.dirname(self._path))
+        os._exit(0)
+
+
+def _receive(client: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
+    """Return a request and the files of the worker's output; no request if the client has gone."""
+    output = array.array("i")
+    head, ancillary, *_ = client.recvmsg(8, socket.CMSG_SPACE(2 * output.itemsize))
+    for _, _, data in ancillary:
+        output.frombytes(data)
+    left, parts = int.from_bytes(head, "little"), []
+    while left > 0:
+        part = client.recv(left)
+        if not part:
+            break
+        parts.append(part)
+        left -= len(part)
+    if left > 0 or not parts:
+        for descriptor in output:
+            os.close(descriptor)
+        return None, []
+    return json.loads(b"".join(parts)), list(output)
+
+
+def _import_without_random_numbers(name: str) -> None:
+    """Import a module while Ray's actor classes get their identifiers from the system."""
+    import ray.actor  # noqa: PLC0415 - only with the raylet's variables
+
+    actor: Any = ray.actor
+    real = actor.ActorClassID
+    actor.ActorClassID = SimpleNamespace(from_random=lambda: real(os.urandom(real.size())))
+    try:
+        importlib.import_module(name)
+    finally:
+        actor.ActorClassID = real
+
+
+def _has_own_random_numbers() -> bool:
+    """Return whether two forks of this process draw different random identifiers of Ray."""
+    from ray import ActorClassID  # noqa: PLC0415 - only with the raylet's variables
+
+    drawn = []
+    for _ in range(2):
+        read, write = os.pipe()
+        process = os.fork()
+        if process == 0:
+            os.write(write, ActorClassID.from_random().binary())
+            os._exit(0)
+        os.close(write)
+        drawn.append(os.read(read, 64))
+        os.close(read)
+        os.waitpid(process, 0)
+    return drawn[0] != drawn[1]
+
+
+def main() -> None:
+    """Serve, and in each fork run what Ray asked for."""
+    asked = _Server(sys.argv[1], with_torch="with-torch" in sys.argv[2:]).serve()
+    os.environ.clear()
+    os.environ.update(asked["environment"])
+    os.chdir(asked["folder"])
+    sys.argv = asked["arguments"]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

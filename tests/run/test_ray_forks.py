@@ -1,0 +1,107 @@
+"""Worker processes of a Ray of our own are forks that know their modules and share no identity."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raysl.run import ray_forks
+from raysl.run.ray_cluster import connect, disconnect
+
+pytestmark = pytest.mark.ray
+
+
+def actor_class() -> Any:
+    """Return a class that is sent by value: workers cannot import this file."""
+    import ray
+
+    class Worker:
+        def look(self) -> dict[str, Any]:
+            import os
+            import sys
+            from pathlib import Path
+
+            from ray import ActorClassID
+
+            return {
+                "pid": os.getpid(),
+                "group": os.getpgid(0),
+                "parent": Path(f"/proc/{os.getppid()}/cmdline").read_text(),
+                "knows_ray_data": "ray.data" in sys.modules,
+                "random": ActorClassID.from_random().hex(),
+                "variable": os.environ.get("SOME_VARIABLE"),
+                "input": os.readlink("/proc/self/fd/0"),
+            }
+
+    return ray.remote(num_cpus=0)(Worker)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+class TestWorkers:
+    def test_are_forks_of_one_server_with_numbers_and_variables_of_their_own(self) -> None:
+        import ray
+
+        kind = actor_class()
+        variables = {"env_vars": {"SOME_VARIABLE": "7"}}
+        actors = [kind.remote() for _ in range(3)]
+        actors.append(kind.options(runtime_env=variables).remote())
+        found = ray.get([actor.look.remote() for actor in actors])
+        assert all("raysl.run.ray_fork_server" in each["parent"] for each in found)
+        assert len({each["pid"] for each in found}) == 4
+        assert all(each["group"] == each["pid"] for each in found)
+        assert len({each["random"] for each in found}) == 4
+        assert [each["variable"] for each in found] == [None, None, None, "7"]
+        assert all(each["input"] == os.devnull for each in found)
+        assert all(each["knows_ray_data"] for each in found)  # torch may come later
+
+    def test_end_each_on_its_own(self) -> None:
+        import ray
+
+        kind = actor_class()
+        one, other = kind.remote(), kind.remote()
+        pids = [each["pid"] for each in ray.get([one.look.remote(), other.look.remote()])]
+        os.kill(pids[0], signal.SIGKILL)
+        with pytest.raises(ray.exceptions.RayActorError):
+            ray.get(one.look.remote())
+        assert ray.get(other.look.remote())["pid"] == pids[1]
+        ray.kill(other)
+        deadline = time.monotonic() + 30
+        while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+@pytest.mark.usefixtures("no_ray_cluster")
+class TestServer:
+    def test_if_it_ends_early_ray_starts_its_workers_as_usual(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import ray
+
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        assert connect()
+        try:
+            server: Any = ray_forks._server
+            kind = actor_class()
+            assert "ray_fork_server" in ray.get(kind.remote().look.remote())["parent"]
+            server.kill()
+            server.wait()
+            variables = {"env_vars": {"SOME_VARIABLE": "8"}}  # so that no waiting process fits
+            later = ray.get(kind.options(runtime_env=variables).remote().look.remote())
+            assert "raylet" in later["parent"]
+            assert later["variable"] == "8"
+        finally:
+            disconnect()
+        assert ray_forks._server is None
+
+    def test_is_not_started_where_it_is_not_wanted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from ray._private import parameter
+
+        monkeypatch.setenv(ray_forks.SWITCH, "0")
+        real = parameter.RayParams
+        with ray_forks.forked_workers():
+            assert parameter.RayParams is real
+        assert ray_forks._server is None
