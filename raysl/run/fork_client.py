@@ -13,6 +13,7 @@ from contextlib import suppress
 
 SERVER = "RAYSL_FORK_SERVER"  # the server's socket
 OTHERWISE = "RAYSL_SETUP_WORKER"  # Ray's script
+FORKED = b"1"  # the server's answer
 
 _CONTEXT, _LANGUAGE = "--serialized-runtime-env-context", "--language"
 
@@ -53,10 +54,11 @@ def main() -> None:
             size = len(message).to_bytes(8, "little")
             server.sendmsg([size], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, output)])
             server.sendall(message)
-            os.dup2(server.fileno(), 0)
-            # Ray waits for the process that it started. This one reads until the server hangs up,
-            # in less memory than Python needs.
-            os.execvp("cat", ["cat"])
+            if server.recv(1) == FORKED:
+                os.dup2(server.fileno(), 0)
+                # Ray watches the process that it started. This one reads until the server hangs
+                # up, in less memory than Python needs.
+                os.execvp("cat", ["cat"])
     os.execv(sys.executable, [sys.executable, os.environ[OTHERWISE], *arguments])
 
 

@@ -121,6 +121,7 @@ def connect() -> bool:
                 **options,
             )
     except Exception as error:  # Ray raises a plain Exception if its start takes over 30 s
+        end_server()
         raise ClusterError(
             f"cannot connect to Ray ({os.environ.get('RAY_ADDRESS', 'this machine')}): {error}"
         ) from None

@@ -25,6 +25,8 @@ from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
+from raysl.run.fork_client import FORKED
+
 # Imported one after the other while no worker is asked for.
 _BEFORE_RAY = ("pandas", "pyarrow", "cv2")
 _TORCH = "torch"
@@ -85,10 +87,11 @@ class _Server:
 
     def _import_next(self) -> None:
         name = self._imports.pop(0)
-        if self._knows_ray:
-            _import_without_random_numbers(name)
-        else:
-            importlib.import_module(name)
+        with suppress(ImportError):  # whoever needs it will say so
+            if self._knows_ray:
+                _import_without_random_numbers(name)
+            else:
+                importlib.import_module(name)
         if self._knows_ray and not self._imports:
             self._check()
             gc.collect()
@@ -102,13 +105,20 @@ class _Server:
             return None
         if not self._knows_ray:
             self._import_ray(asked["environment"])
-        process = os.fork()
+        process = -1
+        with suppress(OSError):  # no memory or process left
+            process = os.fork()
         if process == 0:
             self._leave_to(output)
             client.close()
             return asked
         for descriptor in output:
             os.close(descriptor)
+        if process == -1:
+            client.close()  # Ray's script takes over
+            return None
+        with suppress(OSError):
+            client.sendall(FORKED)
         self._clients[process] = client
         self._selector.register(client, selectors.EVENT_READ, process)
         return None
@@ -125,7 +135,7 @@ class _Server:
 
     def _check(self) -> None:
         if not _has_own_random_numbers():
-            self._end()  # Ray's script takes over
+            self._end()  # Ray's script takes over, for this request and later ones
 
     def _leave_to(self, output: list[int]) -> None:
         """Make this process, which was just forked, independent of the server."""
@@ -165,16 +175,16 @@ class _Server:
 def _receive(client: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
     """Return a request and the files of the worker's output; no request if the client has gone."""
     output = array.array("i")
-    head, ancillary, *_ = client.recvmsg(8, socket.CMSG_SPACE(2 * output.itemsize))
-    for _, _, data in ancillary:
-        output.frombytes(data)
-    left, parts = int.from_bytes(head, "little"), []
-    while left > 0:
-        part = client.recv(left)
-        if not part:
-            break
-        parts.append(part)
-        left -= len(part)
+    left = 0
+    parts: list[bytes] = []
+    with suppress(OSError):
+        head, ancillary, *_ = client.recvmsg(8, socket.CMSG_SPACE(2 * output.itemsize))
+        for _, _, data in ancillary:
+            output.frombytes(data)
+        left = int.from_bytes(head, "little")
+        while left > 0 and (part := client.recv(left)):
+            parts.append(part)
+            left -= len(part)
     if left > 0 or not parts:
         for descriptor in output:
             os.close(descriptor)
@@ -215,7 +225,9 @@ def _has_own_random_numbers() -> bool:
 
 def main() -> None:
     """Serve, and in each fork run what Ray asked for."""
-    asked = _Server(sys.argv[1], with_torch="with-torch" in sys.argv[2:]).serve()
+    path, scripts, *options = sys.argv[1:]
+    sys.path[0] = scripts  # as in a process that runs Ray's script
+    asked = _Server(path, with_torch="with-torch" in options).serve()
     os.environ.clear()
     os.environ.update(asked["environment"])
     os.chdir(asked["folder"])

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ray._private.workers import __file__ as of_workers
 from raysl.run import fork_client
 
 SWITCH = "RAYSL_FORK_WORKERS"
+_LONGEST_PATH = 107  # of a Unix socket, in bytes
 _server: "subprocess.Popen[bytes] | None" = None
 
 
@@ -34,32 +35,45 @@ def forked_workers() -> Iterator[None]:
 
     The server ends with this process, or with :func:`end_server`.
     """
-    global _server  # noqa: PLW0603 - one for each process, like Ray itself
-    if not can_fork():
+    path = _start_server() if can_fork() else None
+    if path is None:
         yield
         return
-    end_server()
-    path = Path(tempfile.mkdtemp(prefix="raysl-")) / "fork"  # a folder of this user only
-    # A process that was forked after CUDA was initialized could not use it, and importing torch
-    # might do so where there is a GPU.
-    options = [] if glob.glob("/dev/nvidia[0-9]*") else ["with-torch"]
-    command = [sys.executable, "-m", "raysl.run.ray_fork_server", str(path), *options]
-    _server = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
-    )
     names = {
-        fork_client.SERVER: str(path),
+        fork_client.SERVER: path,
         fork_client.OTHERWISE: str(Path(of_workers).with_name(SETUP_WORKER_FILENAME)),
     }
-    real: Any = parameter.RayParams
-    parameter.RayParams = partial(real, setup_worker_path=fork_client.__file__)  # type: ignore[misc,assignment]
+    module: Any = parameter
+    real = module.RayParams
+    module.RayParams = partial(real, setup_worker_path=fork_client.__file__)
     os.environ.update(names)
     try:
         yield
     finally:
-        parameter.RayParams = real  # type: ignore[misc]
+        module.RayParams = real
         for name in names:
             os.environ.pop(name, None)
+
+
+def _start_server() -> str | None:
+    """Return the socket of a new server; None if there cannot be one, which costs only time."""
+    global _server  # noqa: PLW0603 - one for each process, like Ray itself
+    end_server()
+    # A process that is forked after CUDA was initialized cannot use it, and importing torch might
+    # do that where there is a GPU.
+    gpus = glob.glob("/dev/nvidia[0-9]*") + glob.glob("/dev/kfd")
+    options = [] if gpus else ["with-torch"]
+    with suppress(OSError):
+        path = os.path.join(tempfile.mkdtemp(prefix="raysl-"), "fork")  # for this user only
+        if len(path) <= _LONGEST_PATH:
+            scripts = os.path.dirname(of_workers)
+            command = [sys.executable, "-m", "raysl.run.ray_fork_server", path, scripts, *options]
+            _server = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+            )
+            return path
+        os.rmdir(os.path.dirname(path))
+    return None
 
 
 def end_server() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ class TestOnRay:
         assert len(list((tmp_path / "ray").glob("part-*.parquet"))) > 2
         assert all(0 < count <= 40 for count in view.counts)
 
-    def test_a_task_that_is_killed_is_done_again_in_a_process_without_torch(
+    def test_a_task_that_is_killed_is_done_again(
         self, sources: dict[str, Path], tmp_path: Path
     ) -> None:
         def fragile(source: Source, job: Job, unit: int, **_: Any) -> BucketFacts:
@@ -87,9 +88,7 @@ class TestOnRay:
             if not marker.exists():
                 marker.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-            return BucketFacts(
-                [(str(unit), name) for name in ("torch", "ray") if name in sys.modules]
-            )
+            return BucketFacts([(str(unit), name) for name in ("ray",) if name in sys.modules])
 
         config = PackConfig(source=str(sources["folder"]))
         source = open_source(config, data=DataConfig(source=config.source))
@@ -97,6 +96,12 @@ class TestOnRay:
         job = Job(config, str(tmp_path), 40, 1, True)
         made = ray_runner(None)(fragile, source, job, [(0,), (1,)], report=lambda _: None)
         assert sorted(facts.bad for facts in made) == [[("0", "ray")], [("1", "ray")]]
+
+    def test_tasks_do_not_import_torch(self) -> None:
+        code = "import sys, raysl.pack.ray_pack; print('torch' in sys.modules)"
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        assert done.stdout.strip() == "False"
 
     def test_raises_what_a_task_raised(self, sources: dict[str, Path], tmp_path: Path) -> None:
         for path in list(sources["folder"].rglob("*.png"))[:20]:

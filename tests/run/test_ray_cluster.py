@@ -13,6 +13,7 @@ from raysl.errors import ClusterError
 from raysl.run import ray_cluster, ray_data
 from raysl.run.nodes import Node
 from raysl.run.ray_cluster import Layout, connect, needs_of, plan_layout
+from raysl.run.ray_forks import SWITCH
 from raysl.run.recipe import block_spec, load_run
 
 pytestmark = pytest.mark.ray
@@ -91,10 +92,14 @@ def test_whatever_keeps_ray_from_starting_is_told_as_what_it_is(
     def init(**_: object) -> None:
         raise Exception("The current node timed out during startup.")
 
+    ends: list[bool] = []
+    monkeypatch.setenv(SWITCH, "0")  # a server would replace that of the Ray that tests share
+    monkeypatch.setattr("raysl.run.ray_cluster.end_server", lambda: ends.append(True))
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(ClusterError, match=r"cannot connect to Ray.*timed out during startup"):
         connect()
+    assert ends == [True]
 
 
 _STRANGER = '''

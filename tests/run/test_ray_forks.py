@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,9 @@ def actor_class() -> Any:
                 "random": ActorClassID.from_random().hex(),
                 "variable": os.environ.get("SOME_VARIABLE"),
                 "input": os.readlink("/proc/self/fd/0"),
+                "path": [*sys.path],
+                "arguments": sys.argv[:1],
+                "names": set(os.environ),
             }
 
     return ray.remote(num_cpus=0)(Worker)
@@ -74,6 +79,19 @@ class TestWorkers:
         assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
+@pytest.mark.parametrize("draws", [False, True])
+def test_numbers_that_were_drawn_before_a_fork_are_noticed(draws: bool) -> None:
+    code = (
+        "import ray; from raysl.run.ray_fork_server import _has_own_random_numbers\n"
+        f"if {draws}: ray.ActorClassID.from_random()\n"
+        "print(_has_own_random_numbers())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.split() == [str(not draws)]
+
+
 @pytest.mark.usefixtures("no_ray_cluster")
 class TestServer:
     def test_if_it_ends_early_ray_starts_its_workers_as_usual(
@@ -86,13 +104,18 @@ class TestServer:
         try:
             server: Any = ray_forks._server
             kind = actor_class()
-            assert "ray_fork_server" in ray.get(kind.remote().look.remote())["parent"]
+            actor = kind.remote()
+            forked = ray.get(actor.look.remote())
+            assert "ray_fork_server" in forked["parent"]
             server.kill()
             server.wait()
             variables = {"env_vars": {"SOME_VARIABLE": "8"}}  # so that no waiting process fits
             later = ray.get(kind.options(runtime_env=variables).remote().look.remote())
             assert "raylet" in later["parent"]
             assert later["variable"] == "8"
+            assert later["names"] - forked["names"] == {"SOME_VARIABLE"}
+            assert (later["path"], later["arguments"]) == (forked["path"], forked["arguments"])
+            assert ray.get(actor.look.remote())["pid"] == forked["pid"]
         finally:
             disconnect()
         assert ray_forks._server is None
