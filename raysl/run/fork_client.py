@@ -46,20 +46,26 @@ def main() -> None:
     """Become a process that lasts as long as the worker, or Ray's script."""
     arguments = sys.argv[1:]
     message = request(arguments, environment=dict(os.environ))
-    if message is not None and SERVER in os.environ:
-        with suppress(OSError):
-            server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            server.connect(os.environ[SERVER])
-            output = array.array("i", [1, 2])
-            size = len(message).to_bytes(8, "little")
-            server.sendmsg([size], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, output)])
-            server.sendall(message)
-            if server.recv(1) == FORKED:
-                os.dup2(server.fileno(), 0)
-                # Ray watches the process that it started. This one reads until the server hangs
-                # up, in less memory than Python needs.
-                os.execvp("cat", ["cat"])
+    if message is not None and SERVER in os.environ and _is_forked(message):
+        # Ray watches the process that it started. This one reads until the server hangs up, in
+        # less memory than Python needs.
+        os.execvp("cat", ["cat"])
     os.execv(sys.executable, [sys.executable, os.environ[OTHERWISE], *arguments])
+
+
+def _is_forked(message: bytes) -> bool:
+    """Ask the server for a worker; if it forks one, the connection becomes the standard input."""
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with suppress(OSError):
+        server.connect(os.environ[SERVER])
+        output = array.array("i", [1, 2])
+        size = len(message).to_bytes(8, "little")
+        server.sendmsg([size], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, output)])
+        server.sendall(message)
+        if server.recv(1) == FORKED:
+            os.dup2(server.fileno(), 0)
+            return True
+    return False
 
 
 if __name__ == "__main__":

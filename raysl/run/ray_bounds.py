@@ -1,7 +1,7 @@
 """Bound what an execution of Ray Data keeps, so that its memory does not grow with its length.
 
-Ray Data is made for executions that end. Of each block, its coordinator keeps until the end
-statistics, a slot in the queue that restores the order, and the entry in the store of its process
+Ray Data is made for executions that end. Until the end, its coordinator keeps statistics of each
+block, a slot in the queue that restores the order, and the entry in the store of its process
 (version 2.60). It also reads the numbers of all blocks ahead, because these take no room in the
 object store. Here an execution lasts from the first step of a run to the last, which may be
 millions of blocks (docs/scale.md has the figures).
@@ -19,7 +19,7 @@ from ray.data._internal.execution.backpressure_policy import (
 )
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-# Numbers wait here for a free data worker; a coordinator passes on at most 100 blocks a second.
+# Numbers wait here for a free data worker. A coordinator passes on some 70 blocks a second at most.
 MOST_NUMBERS_AHEAD = 64
 KEPT_STATISTICS = 32
 

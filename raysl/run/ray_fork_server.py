@@ -4,11 +4,12 @@ A run on one machine has fifteen processes of Ray, most of which need one to six
 to import ray, ray.data or torch. A fork has them at once, and shares their memory. Ray starts
 :mod:`raysl.run.fork_client` for each worker process, which asks this server.
 
-Python and the C++ part of Ray allow this under three conditions. No other thread of the server may
-hold a lock, so it starts none. Ray reads some variables only when it is imported, among them the
-raylet's process id, so the server imports it at the first request, with the variables of that
-request. And no random number of Ray may be drawn before the fork, or all workers would draw the
-same identifiers: :func:`_has_own_random_numbers` makes sure.
+Three conditions make this possible. The server has no thread that might hold a lock in a fork: the
+only ones belong to allocators and BLAS, which expect forks. Ray reads some variables when it is
+imported, among them the raylet's process id, so the server imports Ray at the first request, with
+the variables of that request. And the server draws no random number of Ray, or all workers would
+draw the same identifiers; :func:`_has_own_random_numbers` checks this before the first fork and
+after each later import.
 """
 
 import array
@@ -22,6 +23,7 @@ import signal
 import socket
 import sys
 from contextlib import suppress
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -42,7 +44,6 @@ _RAY = (
 _AFTER_RAY = ("raysl.run.ray_data", "raysl.run.ray_group")
 _TRAIN_WORKER = "raysl.run.ray_worker"
 _ANY_JOB = "f" * 8  # Ray's id of no job; a worker gets its own with its first task
-_NEW, _END = "new", "end"
 
 
 class _Server:
@@ -54,9 +55,9 @@ class _Server:
         self._wake, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._listener, selectors.EVENT_READ, _NEW)
-        self._selector.register(self._wake, selectors.EVENT_READ, _END)
-        self._selector.register(sys.stdin.fileno(), selectors.EVENT_READ, None)
+        self._selector.register(self._listener, selectors.EVENT_READ, self._fork)
+        self._selector.register(self._wake, selectors.EVENT_READ, self._reap)
+        self._selector.register(sys.stdin.fileno(), selectors.EVENT_READ, self._end)
         self._clients: dict[int, socket.socket] = {}  # by process id
         self._imports = [*_BEFORE_RAY, *([_TORCH] if with_torch else [])]
         self._after_ray = [*_AFTER_RAY, *([_TRAIN_WORKER] if with_torch else [])]
@@ -71,47 +72,42 @@ class _Server:
             if not events:
                 self._import_next()
             for key, _ in events:
-                if key.data is None:
-                    self._end()
-                elif key.data is _END:
-                    self._reap()
-                elif key.data is _NEW:
-                    asked = self._fork()
-                    if asked is not None:
-                        return asked
-                elif self._clients.get(key.data) is key.fileobj:
-                    # Ray has ended the client: it does not want the worker any more.
-                    with suppress(OSError):
-                        os.kill(key.data, signal.SIGKILL)
-                    self._forget(key.data)
+                request: dict[str, Any] | None = key.data()
+                if request is not None:
+                    return request
 
     def _import_next(self) -> None:
         name = self._imports.pop(0)
         with suppress(ImportError):  # whoever needs it will say so
             if self._knows_ray:
                 _import_without_random_numbers(name)
+                self._check()
             else:
                 importlib.import_module(name)
         if self._knows_ray and not self._imports:
-            self._check()
             gc.collect()
             gc.freeze()  # a collection in a fork does not write to the shared pages
 
+    def _check(self) -> None:
+        if not _has_own_random_numbers():
+            self._end()  # Ray's script takes over, for this request and later ones
+
     def _fork(self) -> dict[str, Any] | None:
+        """Fork a worker for the next client; return its request in the fork, None in the server."""
         client, _ = self._listener.accept()
-        asked, output = _receive(client)
-        if asked is None:
+        request, output = _receive(client)
+        if request is None:
             client.close()
             return None
         if not self._knows_ray:
-            self._import_ray(asked["environment"])
+            self._import_ray(request["environment"])
         process = -1
         with suppress(OSError):  # no memory or process left
             process = os.fork()
         if process == 0:
             self._leave_to(output)
             client.close()
-            return asked
+            return request
         for descriptor in output:
             os.close(descriptor)
         if process == -1:
@@ -120,7 +116,7 @@ class _Server:
         with suppress(OSError):
             client.sendall(FORKED)
         self._clients[process] = client
-        self._selector.register(client, selectors.EVENT_READ, process)
+        self._selector.register(client, selectors.EVENT_READ, partial(self._abandon, process))
         return None
 
     def _import_ray(self, environment: dict[str, str]) -> None:
@@ -129,13 +125,16 @@ class _Server:
         os.environ["RAY_JOB_ID"] = _ANY_JOB
         for name in _RAY:
             _import_without_random_numbers(name)
+        self._check()
         self._knows_ray = True
         self._imports = [*self._after_ray, *self._imports]
-        self._check()
 
-    def _check(self) -> None:
-        if not _has_own_random_numbers():
-            self._end()  # Ray's script takes over, for this request and later ones
+    def _abandon(self, process: int) -> None:
+        """End a worker whose client Ray has ended: it does not want the worker any more."""
+        if process in self._clients:
+            with suppress(OSError):
+                os.kill(process, signal.SIGKILL)
+            self._forget(process)
 
     def _leave_to(self, output: list[int]) -> None:
         """Make this process, which was just forked, independent of the server."""
@@ -227,11 +226,11 @@ def main() -> None:
     """Serve, and in each fork run what Ray asked for."""
     path, scripts, *options = sys.argv[1:]
     sys.path[0] = scripts  # as in a process that runs Ray's script
-    asked = _Server(path, with_torch="with-torch" in options).serve()
+    request = _Server(path, with_torch="with-torch" in options).serve()
     os.environ.clear()
-    os.environ.update(asked["environment"])
-    os.chdir(asked["folder"])
-    sys.argv = asked["arguments"]
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
+    sys.argv = request["arguments"]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

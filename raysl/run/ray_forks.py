@@ -20,7 +20,7 @@ from raysl.run import fork_client
 
 SWITCH = "RAYSL_FORK_WORKERS"
 _LONGEST_PATH = 107  # of a Unix socket, in bytes
-_server: "subprocess.Popen[bytes] | None" = None
+_server: "tuple[subprocess.Popen[bytes], str] | None" = None  # and the folder of its socket
 
 
 def can_fork() -> bool:
@@ -64,22 +64,26 @@ def _start_server() -> str | None:
     gpus = glob.glob("/dev/nvidia[0-9]*") + glob.glob("/dev/kfd")
     options = [] if gpus else ["with-torch"]
     with suppress(OSError):
-        path = os.path.join(tempfile.mkdtemp(prefix="raysl-"), "fork")  # for this user only
+        folder = tempfile.mkdtemp(prefix="raysl-")  # for this user only
+        path = os.path.join(folder, "fork")
         if len(path) <= _LONGEST_PATH:
             scripts = os.path.dirname(of_workers)
             command = [sys.executable, "-m", "raysl.run.ray_fork_server", path, scripts, *options]
-            _server = subprocess.Popen(
+            server = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
             )
+            _server = server, folder
             return path
-        os.rmdir(os.path.dirname(path))
+        os.rmdir(folder)
     return None
 
 
 def end_server() -> None:
     """End the fork server of this process; its workers, if any are left, go on."""
     global _server  # noqa: PLW0603
-    if _server is not None and _server.stdin is not None:
-        _server.stdin.close()
-        _server.wait(timeout=30)
+    if _server is not None:
+        server, folder = _server
+        server.kill()  # it may be in the middle of an import, for which nobody should wait
+        server.communicate()
+        shutil.rmtree(folder, ignore_errors=True)
     _server = None

@@ -102,7 +102,8 @@ class TestServer:
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
         assert connect()
         try:
-            server: Any = ray_forks._server
+            started: Any = ray_forks._server
+            server, folder = started
             kind = actor_class()
             actor = kind.remote()
             forked = ray.get(actor.look.remote())
@@ -119,6 +120,7 @@ class TestServer:
         finally:
             disconnect()
         assert ray_forks._server is None
+        assert not Path(folder).exists()
 
     def test_is_not_started_where_it_is_not_wanted(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from ray._private import parameter
