@@ -1,12 +1,17 @@
-"""Bound what an execution of Ray Data keeps, so that its memory does not grow with its length.
+"""Bound what an execution of Ray Data keeps and computes, however long it lasts.
 
 Ray Data is made for executions that end. Until the end, its coordinator keeps statistics of each
 block, a slot in the queue that restores the order, and the entry in the store of its process
 (version 2.60). It also reads the numbers of all blocks ahead, because these take no room in the
 object store. Here an execution lasts from the first step of a run to the last, which may be
 millions of blocks (docs/scale.md has the figures).
+
+While the output of every task waits for room, the coordinator looks for work without a pause, and
+so takes a core from those that train (2.60). Here it waits until an output is taken.
 """
 
+import threading
+import time
 from collections import deque
 from typing import Any
 
@@ -22,6 +27,8 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 # Numbers wait here for a free data worker. A coordinator passes on some 70 blocks a second at most.
 MOST_NUMBERS_AHEAD = 64
 KEPT_STATISTICS = 32
+SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.001, 0.05
+_WAITED_S = 0.09  # a step as long as this has waited for a task: Ray does so for 0.1 s
 
 
 def bound_execution(context: DataContext) -> None:
@@ -33,7 +40,7 @@ def bound_execution(context: DataContext) -> None:
     context.set_config(
         ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, FewNumbersAhead]
     )
-    context.custom_execution_callback_classes = [ForgetConsumed]
+    context.custom_execution_callback_classes = [ForgetConsumed, PauseWithoutChange]
     # By default an execution fails when no block has moved for half an hour, as in a long
     # validation. What trains has a watchdog of its own (health.max_step_s).
     context.execution_no_progress_timeout_s = -1
@@ -91,3 +98,51 @@ def _forget_slots(queue: Any) -> None:
     for task in [task for task in queue._inner if task < queue._current_key]:
         del queue._inner[task]
         queue._finalized_keys.discard(task)
+
+
+class PauseWithoutChange(ExecutionCallback):
+    """Lets the coordinator wait while it has nothing to do, until an output is taken.
+
+    The pause doubles from step to step, as Ray's thread that fetches the sizes of blocks may
+    bring new work as well: it then comes late by no more than it took.
+    """
+
+    def __init__(self) -> None:
+        self._taken = threading.Event()
+        self._pause_s = SHORTEST_PAUSE_S
+        self._progress: list[int] = []
+        self._step_ended = 0.0
+
+    def before_execution_starts(self, executor: Any) -> None:
+        """Note each output that a consumer takes."""
+        _, outputs = executor._output_node
+        take = outputs.get_output_blocking
+
+        def get_output_blocking(split: int | None) -> Any:
+            output = take(split)
+            self._taken.set()
+            return output
+
+        outputs.get_output_blocking = get_output_blocking
+
+    def on_execution_step(self, executor: Any) -> None:
+        """Wait after a step that neither changed anything nor waited."""
+        progress = [number for each in executor._topology.items() for number in _progress(*each)]
+        waited = time.monotonic() - self._step_ended > _WAITED_S
+        if waited or progress != self._progress or self._taken.wait(self._pause_s):
+            self._pause_s = SHORTEST_PAUSE_S
+        else:
+            self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+        self._taken.clear()
+        self._progress, self._step_ended = progress, time.monotonic()
+
+
+def _progress(op: Any, state: Any) -> tuple[int, ...]:
+    """Return what grows or shrinks when an operator starts, ends or passes on anything."""
+    metrics = op.metrics
+    return (
+        metrics.num_tasks_submitted,
+        metrics.num_tasks_finished,
+        metrics.num_task_outputs_generated,
+        state.total_enqueued_output_blocks(),
+    )
