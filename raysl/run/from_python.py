@@ -1,5 +1,6 @@
 """`raysl.pretrain`: the verb as a function, for notebooks and scripts."""
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ _WHERE = "raysl.pretrain"
 
 def pretrain(
     config: str | Path | Mapping[str, Any],
-    overrides: Sequence[str] = (),
+    overrides: Sequence[str] | Mapping[str, Any] = (),
     *,
     fresh: bool = False,
     extend: bool = False,
@@ -31,7 +32,7 @@ def pretrain(
         config: A YAML file, its address in a store, the name of a shipped configuration, or a
             mapping of settings, which may extend a file or a name (``{"extends": "quickstart",
             "name": "mine"}``).
-        overrides: Dotted settings, such as ``train.epochs=5``.
+        overrides: Dotted settings, as ``["train.epochs=5"]`` or ``{"train.epochs": 5}``.
         fresh: Start again from step 0; the folder of an earlier run is renamed.
         extend: Continue an earlier run to the larger length given here.
 
@@ -43,7 +44,7 @@ def pretrain(
         RayslError: If the run fails otherwise; the subclass names the kind of failure.
     """
     began_at = time.time()
-    texts = [overrides] if isinstance(overrides, str) else list(overrides)
+    texts = _texts_of(overrides)
     if isinstance(config, Mapping):
         return train_run(_run_of(config, texts), began_at=began_at, fresh=fresh, extend=extend)
     place = path_or_address(config) if isinstance(config, str) else config
@@ -54,6 +55,15 @@ def pretrain(
         fresh=fresh,
         extend=extend,
     )
+
+
+def _texts_of(overrides: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    """Return overrides as they are typed in a shell."""
+    if isinstance(overrides, Mapping):
+        values = plain_copy(overrides).items()
+        # JSON is YAML.
+        return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values]
+    return [overrides] if isinstance(overrides, str) else list(overrides)
 
 
 def _run_of(settings: Mapping[str, Any], overrides: Sequence[str]) -> RunConfig[Any]:

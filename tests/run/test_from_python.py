@@ -52,10 +52,15 @@ def test_a_mapping_may_extend_a_shipped_configuration(
     )
     raysl.pretrain({"extends": "quickstart", "name": "mine", "seed": 5}, "train.epochs=1")
     raysl.pretrain("quickstart", ["seed=6"])
-    first, second = asked
+    raysl.pretrain("quickstart", {"seed": 6})
+    raysl.pretrain("quickstart", {"data.source": tmp_path, "optim.warmup": {"steps": 2}})
+    first, second, third, fourth = asked
     assert (first.name, first.seed, first.train.epochs) == ("mine", 5, 1)
     assert (second.name, second.seed, second.train.epochs) == ("quickstart", 6, 12)
     assert first.data == second.data
+    assert third == second
+    assert (fourth.data.source, fourth.optim.warmup.steps) == (str(tmp_path), 2)
+    assert fourth.optim.base_lr == second.optim.base_lr
 
 
 def test_errors_are_raysl_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
