@@ -1,9 +1,13 @@
-"""Compute convolutions on small maps on CPU as matrix products; use torch's otherwise.
+"""Compute in other ways those convolutions on CPU that oneDNN does slowly or wrongly.
 
 The last stages of a ResNet on 32 px images work on maps of 4 x 4 and 2 x 2 pixels with hundreds of
 channels. oneDNN, which torch calls, loops over their pixels and leaves most of a core unused: the
 weights' gradient of 512 channels on 2 x 2 pixels takes 111 ms, nine matrix products take 3 ms (256
-images, bfloat16 with AMX; docs/results.md).
+images, bfloat16 with AMX; docs/results.md). On small maps, convolutions are therefore products.
+
+The weights' gradient of a 1 x 1 convolution with a stride writes past its workspace if there are
+fewer input channels than a vector register has numbers, and maps are channels last (oneDNN issue
+6035; seen with 3.13.3 in torch 2.15.0, AVX-512). Without a stride it does not.
 """
 
 from typing import Any
@@ -16,6 +20,7 @@ from torch.nn.modules.utils import _pair
 # Largest side of an output map for which products were faster, for 64 to 512 channels.
 FORWARD_SIDE_PX = 2
 BACKWARD_SIDE_PX = {torch.bfloat16: 4, torch.float32: 2, torch.float64: 2}
+_VECTOR_CHANNELS = 16  # of AVX-512, the widest
 
 
 class Conv2d(nn.Conv2d):
@@ -29,10 +34,19 @@ class Conv2d(nn.Conv2d):
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             maps, weight = maps.to(dtype), weight.to(dtype)
+        if self._skips_pixels_of_few_channels() and torch.is_grad_enabled():
+            vertical, horizontal = self.stride
+            maps = maps[:, :, ::vertical, ::horizontal]
+            return F.conv2d(maps, weight, self.bias)
         if not self._is_small(maps):
             return super().forward(maps)
         result: Tensor = _SmallConvolution.apply(maps, weight, self.stride[0], self.padding[0])
         return result
+
+    def _skips_pixels_of_few_channels(self) -> bool:
+        """Return whether oneDNN's weight gradient of this convolution may be wrong."""
+        is_pointwise = self.kernel_size == (1, 1) and self.padding == (0, 0) and self.groups == 1
+        return is_pointwise and max(self.stride) > 1 and self.in_channels < _VECTOR_CHANNELS
 
     def _is_small(self, maps: Tensor) -> bool:
         """Return whether this is a plain square convolution whose output map is small."""

@@ -102,3 +102,38 @@ def test_traces_to_one_convolution() -> None:
     traced = torch.jit.trace(Conv2d(4, 4, 3, padding=1, bias=False).eval(), torch.randn(1, 4, 2, 2))
     assert "_convolution" in str(traced.inlined_graph)
     assert "unfold" not in str(traced.inlined_graph)
+
+
+@pytest.mark.parametrize("stride", [2, 3, (1, 2)])
+@pytest.mark.parametrize("height", [7, 8])
+def test_a_pointwise_convolution_of_few_channels_never_strides_over_maps(
+    stride: int | tuple[int, int], height: int
+) -> None:
+    torch.manual_seed(0)
+    ours = Conv2d(6, 10, 1, stride=stride).double()
+    theirs = nn.Conv2d(6, 10, 1, stride=stride).double()
+    theirs.load_state_dict(ours.state_dict())
+    maps = torch.randn(3, 6, height, 9, dtype=torch.float64).to(memory_format=torch.channels_last)
+    expected = run(theirs, maps)
+    with patch.object(convolution.F, "conv2d", wraps=convolution.F.conv2d) as conv2d:
+        found = run(ours, maps)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    (call,) = conv2d.mock_calls
+    assert call.args[0].shape == (3, 6, *found[0].shape[-2:])
+    assert "stride" not in call.kwargs
+    assert len(call.args) == 3
+
+
+@pytest.mark.parametrize(("channels", "with_gradient"), [(16, True), (6, False)])
+def test_other_pointwise_convolutions_are_torch_s(channels: int, with_gradient: bool) -> None:
+    ours = Conv2d(channels, 4, 1, stride=2).double()
+    maps = torch.randn(2, channels, 8, 8, dtype=torch.float64)
+    with (
+        torch.set_grad_enabled(with_gradient),
+        patch.object(convolution.F, "conv2d", wraps=convolution.F.conv2d) as conv2d,
+    ):
+        ours(maps)
+    (call,) = conv2d.mock_calls
+    assert call.args[0] is maps
+    assert call.args[3] == (2, 2)

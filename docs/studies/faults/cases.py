@@ -48,6 +48,8 @@ class Case:
     """Whether the run has to start from its first step afterwards."""
     compares = True
     """Whether its numbers must be those of an undisturbed run."""
+    alike = "small"
+    """Cases of the same name and number of train workers share their undisturbed run."""
 
     def __init__(
         self,
@@ -69,6 +71,16 @@ class Case:
     def settings(self, times: int) -> Settings:
         """Return the settings of the run."""
         return settings(times=times, num_train_workers=self.num_train_workers)
+
+    @property
+    def most_workers(self) -> int:
+        """Number of train workers of the undisturbed run."""
+        return self.num_train_workers if isinstance(self.num_train_workers, int) else 1
+
+    def alone(self, times: int) -> Settings:
+        """Return the settings of the undisturbed run: one worker computes the same without Ray."""
+        workers = self.most_workers
+        return settings(times=times, num_train_workers=0 if workers == 1 else workers)
 
     @contextmanager
     def prepared(self, trial: Trial, times: int) -> Iterator[Running]:
@@ -256,6 +268,26 @@ class OnCluster(Case):
     def running(self, trial: Trial, times: int) -> Running:
         """Return the run."""
         return Running(trial, self.settings(times), head=self.head)
+
+
+class DataWorkerLost(OnCluster):
+    """A data worker is killed, in a run whose views do not fit into the object store at once."""
+
+    alike = "large"
+
+    def settings(self, times: int) -> Settings:
+        """Return settings by which data workers have work until after the last fault."""
+        return self._large(super().settings(times))
+
+    def alone(self, times: int) -> Settings:
+        """Return the same for the undisturbed run."""
+        return self._large(super().alone(times))
+
+    def _large(self, config: Settings) -> Settings:
+        config["data"]["views"]["kinds"][0]["size_px"] = 224
+        config["backbone"]["stem"] = "imagenet"
+        config["train"]["steps"] += 4 * EVERY
+        return config
 
 
 class JobStop(OnCluster):
@@ -473,7 +505,7 @@ class StoreAway(Case):
 CASES: dict[str, Case] = {  # in the order of the table
     "train worker": Case("train worker"),
     "train worker of 2": Case("train worker", num_train_workers=2),
-    "data worker": Case("data worker"),
+    "data worker": DataWorkerLost("data worker"),
     "driver": Case("driver"),
     "controller": Case("controller"),
     "SIGTERM": Case("driver", signal.SIGTERM),

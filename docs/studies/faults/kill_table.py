@@ -21,22 +21,20 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from faults.cases import CASES, Case
-from faults.running import Running, settings
+from faults.running import Running
 from faults.trial import HERE, Trial, differing, end_all
 
 
 def undisturbed(arguments: argparse.Namespace, case: Case) -> Path:
     """Return the folder of a run of the same settings without a fault; make it if need be."""
-    workers = case.num_train_workers if isinstance(case.num_train_workers, int) else 1
-    name = f"kt-{arguments.build}-alone-{workers}-{case.times(arguments.times)}"
-    trial = Trial(arguments.folder / name, arguments.code)
-    here = 0 if workers == 1 else workers  # one worker computes the same without Ray
-    run = Running(trial, settings(times=case.times(arguments.times), num_train_workers=here))
+    times = case.times(arguments.times)
+    name = f"kt-{arguments.build}-alone-{case.alike}-{case.most_workers}-{times}"
+    run = Running(Trial(arguments.folder / name, arguments.code), case.alone(times))
     if not (run.folder / "encoder.safetensors").exists():
         run.start()
         if not run.end(600):
-            raise RuntimeError(f"the undisturbed run did not end: {trial.log}")
-        end_all(trial.mark)
+            raise RuntimeError(f"the undisturbed run did not end: {run.trial.log}")
+        end_all(run.trial.mark)
     return run.folder
 
 
