@@ -2,14 +2,8 @@
 
 import argparse
 
-import psutil
-
 from raysl.folder.address import path_or_address
-from raysl.report.terminal import print_json
-from raysl.run.pretrain import train_run
-from raysl.run.recipe import load_run
-from raysl.run.shell import Typed
-from raysl.store.reading import local_copy
+from raysl.run.fork_start import server_beside_imports
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,14 +34,7 @@ def add_start_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train or resume the run of the configuration."""
-    config = load_run(local_copy(arguments.config), arguments.overrides)
-    results = train_run(
-        config,
-        began_at=psutil.Process().create_time(),
-        typed=Typed(arguments.config, tuple(arguments.overrides)),
-        fresh=arguments.fresh,
-        extend=arguments.extend,
-    )
-    if arguments.json:
-        print_json(results)
-    return 0
+    with server_beside_imports(arguments.config, arguments.overrides):
+        from raysl.run import typed_run  # noqa: PLC0415 - loads torch and ray
+
+        return typed_run.run(arguments)

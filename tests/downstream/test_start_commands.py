@@ -14,7 +14,7 @@ from raysl.run.shell import Typed
 from raysl.track.run_folder import RunFolder
 
 DRIVERS = (
-    "raysl.run.command.train_run",
+    "raysl.run.typed_run.train_run",
     "raysl.downstream.finetune_command.train_run",
     "raysl.downstream.distill_command.train_run",
 )
