@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from faults.memory import Sampler, as_markdown, draw, read_lives, slopes
-from faults.trial import HERE, Head, Trial, differing, end_all, free_port, records
+from faults.trial import HERE, Head, Trial, differing, end_all, free_port, losses, records
 
 KINDS = ("train worker", "data worker", "controller", "driver", "terminate", "mlflow")
 DISTURBED, ALONE = "disturbed", "alone"
@@ -225,7 +225,7 @@ def report(arguments: argparse.Namespace) -> None:
         found = differing(*runs)
         print(f"weights and losses differ in {len(found)} places {found[:5]}")
     else:  # the runs go on: compare what both have
-        one, two = ({r["step"]: r.get("train/loss") for r in records(run)} for run in runs)
+        one, two = (losses(run) for run in runs)
         both = one.keys() & two.keys()
         wrong = [step for step in both if one[step] != two[step]]
         print(f"losses differ in {len(wrong)} of {len(both)} logged steps so far")
