@@ -1,9 +1,9 @@
 """Free the room of a controller that died, in a cluster that outlives its runs.
 
-Ray Train starts an actor for each run that watches the controller and removes the placement group of
-the train workers if it dies. Ray 2.60 asks the dashboard of whatever Ray it finds on the machine: if
-there are two, or it has no dashboard, the room is never freed, and the actor, some 100 MiB, stays
-(``findings/train_cleaner_beside_another_ray.sh``). Here the actor asks its own cluster.
+Ray Train starts an actor for each run that watches the controller, and removes the placement group
+of the train workers if it dies. Ray 2.60 asks the dashboard of whatever Ray it finds on the
+machine: if there are two, or it has no dashboard, the room is never freed, and the actor, some 100
+MiB, stays (``findings/train_cleaner_beside_another_ray.sh``). Here it asks its own cluster.
 """
 
 from typing import Any
