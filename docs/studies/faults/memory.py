@@ -26,6 +26,7 @@ _FIELDS = (
 )
 _WARM_UP_S = 600.0  # of a process: imports, pools of its allocator, first batches
 _FEWEST_S = 1200.0  # shorter lives after the warm-up tell no slope per hour
+_FASTEST = 2
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#7A7A7A", "#222222")
 
 
@@ -150,11 +151,14 @@ def as_markdown(table: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(lives: Sequence[Life], faults: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw the memory of the roles of each run over time, with a mark at each fault."""
+    """Draw the memory of each run over time, with a mark at each fault.
+
+    Shown are the roles that need most, and those that grow fastest.
+    """
     from raysl.report.figure import GREY, LIGHT_GREY, new_figure, save_png, style_axes  # noqa: PLC0415
 
     runs = sorted({life.run for life in lives})
-    roles = [role for role, _ in _largest(lives)][: len(_COLORS)]
+    roles = _shown_roles(lives)
     began = min(life.times[0] for life in lives)
     figure = new_figure(height_in=2.6 * len(runs) + 0.4)
     for axes, run in zip(np.atleast_1d(figure.subplots(len(runs), sharex=True)), runs, strict=True):
@@ -171,6 +175,14 @@ def draw(lives: Sequence[Life], faults: Sequence[Mapping[str, Any]], path: Path)
         figure.axes[0].plot([], [], color=color, label=role)
     figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=7)
     save_png(figure, path)
+
+
+def _shown_roles(lives: Sequence[Life]) -> list[str]:
+    largest = [role for role, _ in _largest(lives)]
+    growth = {row["role"]: row["mib_per_hour"] or 0.0 for row in slopes(lives)}
+    fastest = sorted(growth, key=lambda role: -growth[role])[:_FASTEST]
+    kept = [role for role in largest if role not in fastest][: len(_COLORS) - len(fastest)]
+    return kept + fastest
 
 
 def _largest(lives: Iterable[Life]) -> list[tuple[str, float]]:
