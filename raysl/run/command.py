@@ -3,7 +3,6 @@
 import argparse
 
 from raysl.folder.address import path_or_address
-from raysl.run.fork_start import server_beside_imports
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +33,6 @@ def add_start_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train or resume the run of the configuration."""
-    with server_beside_imports(arguments.config, arguments.overrides):
-        from raysl.run import typed_run  # noqa: PLC0415 - loads torch and ray
+    from raysl.run import typed_run  # noqa: PLC0415 - loads torch and ray
 
-        return typed_run.run(arguments)
+    return typed_run.run(arguments)

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import ray
 
 from raysl.errors import ClusterError
-from raysl.run.fork_start import end_server
 from raysl.run.nodes import ANYWHERE, Node, Nodes, Roles, describe_nodes
-from raysl.run.ray_forks import forked_workers
+from raysl.run.ray_forks import end_server, forked_workers
 from raysl.run.stop import keeps_sigterm
 
 if TYPE_CHECKING:  # the recipe loads torch; Ray's actors import this file and must not

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from raysl.run import fork_start, ray_forks
+from raysl.run import ray_forks
 from raysl.run.ray_cluster import connect, disconnect
 
 pytestmark = pytest.mark.ray
@@ -100,12 +100,10 @@ class TestServer:
         import ray
 
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
-        fork_start.start_server()
-        begun: Any = fork_start._server
-        server, path = begun
         assert connect()
         try:
-            assert fork_start._server is begun  # what was started beside the imports is used
+            started: Any = ray_forks._server
+            server, folder = started
             kind = actor_class()
             actor = kind.remote()
             forked = ray.get(actor.look.remote())
@@ -121,14 +119,14 @@ class TestServer:
             assert ray.get(actor.look.remote())["pid"] == forked["pid"]
         finally:
             disconnect()
-        assert fork_start._server is None
-        assert not Path(path).parent.exists()
+        assert ray_forks._server is None
+        assert not Path(folder).exists()
 
     def test_is_not_started_where_it_is_not_wanted(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from ray._private import parameter
 
-        monkeypatch.setenv(fork_start.SWITCH, "0")
+        monkeypatch.setenv(ray_forks.SWITCH, "0")
         real = parameter.RayParams
         with ray_forks.forked_workers():
             assert parameter.RayParams is real
-        assert fork_start._server is None
+        assert ray_forks._server is None
