@@ -51,8 +51,8 @@ _LOCAL_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # How often the controller asks its workers whether they are done; Ray's default is 2 s.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    # No record of each task for a dashboard: the control store keeps the last 100,000, so it would
-    # grow by some 75 MiB an hour, to some 300.
+    # No record of each task for a dashboard: the control store keeps the last 100,000, and grew by
+    # some 75 MiB an hour.
     "RAY_task_events_report_interval_ms": "0",
 }
 

@@ -78,7 +78,7 @@ def _wait_for_end(actor_id: str | None) -> None:
 def _free_room() -> None:
     """Free what the train workers of the ended controller held, in a Ray of our own.
 
-    In a lasting cluster Ray Train's cleaner does it, see :mod:`raysl.run.ray_train`.
+    In a lasting cluster :mod:`raysl.run.ray_cleaner` does it.
     """
     if not started_here():
         return

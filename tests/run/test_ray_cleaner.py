@@ -49,3 +49,30 @@ def test_frees_the_room_of_a_controller_that_died_and_ends() -> None:
     ray.kill(controller)
     assert wait_for(lambda: placement_group_table(group)["state"] == "REMOVED")
     assert wait_for(lambda: state(cleaner) == "DEAD")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_run_in_a_lasting_cluster_starts_it_in_place_of_ray_train_s() -> None:
+    import ray
+
+    @ray.remote(num_cpus=0)
+    class Controller:
+        def start(self) -> str:
+            from types import SimpleNamespace
+
+            from raysl.run.ray_cleaner import OwnClusterCleanerCallback
+
+            self.callback = OwnClusterCleanerCallback()
+            self.callback.after_controller_start(SimpleNamespace(run_id="run"))
+            cleaner: Any = self.callback._cleaner
+            return str(cleaner._actor_id.hex())
+
+        def end(self) -> None:
+            self.callback.before_controller_abort()
+
+    controller = Controller.remote()
+    cleaner = ray.get(controller.start.remote())
+    found: Any = ray._private.state.actors(cleaner)
+    assert found["ActorClassName"] == "OwnClusterCleaner"
+    ray.get(controller.end.remote())
+    assert wait_for(lambda: ray._private.state.actors(cleaner)["State"] == "DEAD")
