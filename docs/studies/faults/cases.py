@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from faults.running import EVERY, FIRST, Running, Settings, settings
 from faults.trial import (
     Head,
@@ -49,7 +50,9 @@ class Case:
     compares = True
     """Whether its numbers must be those of an undisturbed run."""
     alike = "small"
-    """Cases of the same name and number of train workers share their undisturbed run."""
+    """Cases of one name, number of train workers and length share their undisturbed run."""
+    every = EVERY
+    """Steps between two faults; more if a fault lasts while the run goes on."""
 
     def __init__(
         self,
@@ -66,11 +69,15 @@ class Case:
 
     def step(self, number: int) -> int:
         """Return the step at which fault ``number``, from 0, is done."""
-        return FIRST + EVERY * number
+        return self.length(number)
+
+    def length(self, times: int) -> int:
+        """Return the number of steps of the run."""
+        return FIRST + self.every * times
 
     def settings(self, times: int) -> Settings:
         """Return the settings of the run."""
-        return settings(times=times, num_train_workers=self.num_train_workers)
+        return settings(steps=self.length(times), num_train_workers=self.num_train_workers)
 
     @property
     def most_workers(self) -> int:
@@ -80,7 +87,7 @@ class Case:
     def alone(self, times: int) -> Settings:
         """Return the settings of the undisturbed run: one worker computes the same without Ray."""
         workers = self.most_workers
-        return settings(times=times, num_train_workers=0 if workers == 1 else workers)
+        return settings(steps=self.length(times), num_train_workers=0 if workers == 1 else workers)
 
     @contextmanager
     def prepared(self, trial: Trial, times: int) -> Iterator[Running]:
@@ -171,6 +178,8 @@ class FolderDeleted(Case):
 class DiskFull(Case):
     """The disk of the run folder has no room for ten seconds, over a checkpoint."""
 
+    every = 50
+
     @contextmanager
     def prepared(self, trial: Trial, times: int) -> Iterator[Running]:
         """Provide the run on a small disk of its own, which needs root."""
@@ -206,7 +215,9 @@ class DiskFull(Case):
 
 
 class MlflowAway(Case):
-    """The MLflow server is killed, and started again after twenty seconds."""
+    """The MLflow server is killed, and started again after some twenty seconds."""
+
+    every = 25
 
     @contextmanager
     def prepared(self, trial: Trial, times: int) -> Iterator[Running]:
@@ -347,9 +358,10 @@ class ControlStoreLost(OnCluster):
 
 
 class NodeLost(OnCluster):
-    """A node dies; the head has room for all train workers, but for fewer data workers."""
+    """One of two nodes dies with a train worker on it; the other has room for all of them."""
 
-    num_cpus = 3
+    num_cpus = 0
+    every = 25
 
     def settings(self, times: int) -> Settings:
         """Return settings by which every free CPU makes views."""
@@ -358,26 +370,34 @@ class NodeLost(OnCluster):
         return config
 
     def running(self, trial: Trial, times: int) -> Running:
-        """Return the run, with a second node."""
-        self.node = self.head.add_node(2)
+        """Return the run, with two nodes."""
+        self.nodes = [self.head.add_node(3), self.head.add_node(3)]
         return super().running(trial, times)
 
     def harm(self, run: Running) -> float:
-        """Kill the node; the one that takes its place comes after the next step."""
-        if not self.node:
-            self.node = self.head.add_node(2)
+        """Kill a node with a train worker; the one that took its place came before."""
+        if len(self.nodes) == 1:
+            self.nodes.append(self.head.add_node(3))
             run.reach(run.step() + 2)  # Ray has heard of it
+        of_workers = {psutil.Process(p.pid).ppid() for p in run.trial.find("train worker")}
+        lost = next(node for node in self.nodes if node & of_workers)
         now = time.time()
-        kill(self.node)
-        self.node = set()
+        kill(lost | {p.pid for p in processes(run.trial.mark) if _parent(p.pid) in lost})
+        self.nodes.remove(lost)
         return now
+
+
+def _parent(pid: int) -> int | None:
+    with suppress(psutil.Error):
+        return psutil.Process(pid).ppid()
+    return None
 
 
 class NodeAdded(OnCluster):
     """A node comes, and a run that may have two train workers gets the second."""
 
     compares = False  # two workers round otherwise than one
-    _EVERY = 25
+    every = 25  # restarts
 
     def settings(self, times: int) -> Settings:
         """Return settings of an elastic run, long enough for its restarts."""
@@ -389,12 +409,7 @@ class NodeAdded(OnCluster):
         }
         config["backbone"] |= {"batch_norm": "sync"}
         config["method"] |= {"pace_s": 1.0}
-        config["train"] |= {"steps": FIRST + self._EVERY * times}
         return config
-
-    def step(self, number: int) -> int:
-        """Return steps that are far apart: the node goes again in between."""
-        return FIRST + self._EVERY * number
 
     def running(self, trial: Trial, times: int) -> Running:
         """Return the run on one node."""
@@ -434,6 +449,8 @@ def _workers(run: Running) -> int:
 
 class StoreAway(Case):
     """The object store of the run folder does not answer for twenty seconds."""
+
+    every = 40
 
     @contextmanager
     def prepared(self, trial: Trial, times: int) -> Iterator[Running]:

@@ -28,7 +28,8 @@ from faults.trial import HERE, Trial, differing, end_all
 def undisturbed(arguments: argparse.Namespace, case: Case) -> Path:
     """Return the folder of a run of the same settings without a fault; make it if need be."""
     times = case.times(arguments.times)
-    name = f"kt-{arguments.build}-alone-{case.alike}-{case.most_workers}-{times}"
+    alone = f"{case.alike}-{case.most_workers}-{case.every}-{times}"
+    name = f"kt-{arguments.build}-alone-{alone}"
     run = Running(Trial(arguments.folder / name, arguments.code), case.alone(times))
     if not (run.folder / "encoder.safetensors").exists():
         run.start()

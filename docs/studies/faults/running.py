@@ -14,15 +14,15 @@ from faults.paced import HANG
 from faults.trial import Head, Trial, checkpoints, end_all, records, waiting
 
 PACE_S = 0.5
-EVERY = 10  # steps between two faults
+EVERY = 10  # steps between two faults that end processes
 FIRST = 12  # step of the first fault: two checkpoints before it, two steps after the newest
 _CHECKPOINT_EVERY = 5
 _MOST_COMMANDS = 3
 Settings = dict[str, Any]
 
 
-def settings(*, times: int, num_train_workers: Any) -> Settings:
-    """Return the configuration of a run with so many faults."""
+def settings(*, steps: int, num_train_workers: Any) -> Settings:
+    """Return the configuration of a run of so many steps."""
     kind = {"count": 2, "size_px": 16, "crop": {"scale": [0.3, 1.0]}, "ops": [{"op": "rotate"}]}
     return {
         "data": {"source": "digits", "views": {"recipe": "custom", "kinds": [kind]}},
@@ -35,7 +35,7 @@ def settings(*, times: int, num_train_workers: Any) -> Settings:
         "method": {"name": "faults.paced", "pace_s": PACE_S},
         "optim": {"name": "adamw", "base_lr": 1e-3},
         "train": {
-            "steps": FIRST + EVERY * times,
+            "steps": steps,
             "global_batch_size": 32,
             "log_every": 1,
             "checkpoint_every": {"steps": _CHECKPOINT_EVERY},

@@ -45,6 +45,10 @@ _ROLES = [
     ("log monitor", "log_monitor.py"),
     ("autoscaler monitor", "autoscaler/_private/monitor.py"),
     ("client server", "ray.util.client.server"),
+    # The agents before they have their titles; the raylet's command line names them too.
+    ("dashboard agent", "dashboard/agent.py"),
+    ("runtime env agent", "runtime_env/agent/main.py"),
+    ("fork server", "raysl.run.ray_fork_server"),
     ("driver", "raysl pretrain"),
     ("driver", "pipelines/pretrain.py"),
     ("mlflow", "mlflow"),
