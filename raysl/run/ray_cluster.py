@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import secrets
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -14,7 +13,8 @@ import ray
 
 from raysl.errors import ClusterError
 from raysl.run.nodes import ANYWHERE, Node, Nodes, Roles, describe_nodes
-from raysl.run.ray_forks import end_server, forked_workers
+from raysl.run.ray_forks import end_server
+from raysl.run.ray_own import OPTIONS, own_ray
 from raysl.run.stop import keeps_sigterm
 
 if TYPE_CHECKING:  # the recipe loads torch; Ray's actors import this file and must not
@@ -43,17 +43,6 @@ WORKER_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     # Workers keep the driver's current folder, so that relative paths resolve.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-}
-
-# Environment of a cluster that this process starts for itself.
-_LOCAL_ENVIRONMENT = {
-    # No watcher for preempted nodes: the only node is this machine.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    # How often the controller asks its workers whether they are done; Ray's default is 2 s.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    # No record of each task for a dashboard: the control store keeps the last 100,000, and grew by
-    # some 75 MiB an hour.
-    "RAY_task_events_report_interval_ms": "0",
 }
 
 
@@ -104,24 +93,14 @@ def connect() -> bool:
         os.environ.setdefault(name, value)
     if ray.is_initialized():
         return False
-    options: dict[str, Any] = {}
     is_ours = "RAY_ADDRESS" not in os.environ
-    if is_ours:
-        for name, value in _LOCAL_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        # A new Ray asks for a token unless RAY_AUTH_MODE says otherwise, because who reaches one of
-        # its ports can start processes. This one only this process and its children know. Ray would
-        # write its own to a file in the home folder, and later clusters would require that.
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        # Not the cluster, dead or a stranger's, that a file of an earlier Ray may name.
-        options = {"address": "local", "include_dashboard": False}
     try:
-        with keeps_sigterm(), forked_workers() if is_ours else nullcontext():
+        with keeps_sigterm(), own_ray() if is_ours else nullcontext():
             ray.init(
                 logging_level=logging.ERROR,
                 log_to_driver=False,
                 runtime_env=worker_runtime_env(),
-                **options,
+                **(OPTIONS if is_ours else {}),
             )
     except Exception as error:  # Ray raises a plain Exception if its start takes over 30 s
         end_server()

@@ -118,11 +118,14 @@ print(GcsClient(sys.argv[1]).get_all_node_info())
 done = subprocess.run([sys.executable, "-c", code, address], env=environment, text=True,
                       capture_output=True, timeout=120)
 print(done.returncode, done.stdout, done.stderr[-2000:])
+import psutil
+started = [" ".join(each.cmdline()) for each in psutil.Process().children(recursive=True)]
+print(*[name for name in started if "/ray/" in name], sep="\\n")
 disconnect()
 '''
 
 
-def test_a_cluster_of_its_own_refuses_who_does_not_know_its_token(
+def test_a_cluster_of_its_own_refuses_who_does_not_know_its_token_and_has_few_processes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ADDRESS"):
@@ -133,5 +136,9 @@ def test_a_cluster_of_its_own_refuses_who_does_not_know_its_token(
     )
     assert done.stdout.startswith("1 "), done.stdout
     assert "uthentication" in done.stdout
+    for needed in ("gcs_server", "raylet/raylet"):
+        assert needed in done.stdout
+    for only_in_lasting_ones in ("dashboard/dashboard.py", "log_monitor.py", "/monitor.py"):
+        assert only_in_lasting_ones not in done.stdout
     assert "NodeID" not in done.stdout
     assert not (tmp_path / ".ray").exists()  # a token there would be asked for by later clusters
