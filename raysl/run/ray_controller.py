@@ -28,6 +28,7 @@ def run_controller(
     *,
     most_failures: int,
     is_over: Callable[[], bool],
+    head_answers: Callable[[], bool],
     tell: Callable[[str], None],
 ) -> T:
     """Run a controller to its end; start another one each time its process ends too early.
@@ -36,6 +37,7 @@ def run_controller(
         run: Starts a controller and returns its result.
         most_failures: How often another one is started.
         is_over: Whether the command ends, or is to stop, so that no other one may start.
+        head_answers: Whether the control store answers; raises ClusterError if it is gone.
         tell: Receives a line about each new start.
 
     Raises:
@@ -54,20 +56,21 @@ def run_controller(
                     f"{counted(failures, 'time')} (cluster.max_failures={most_failures}): "
                     f"{last_line(error)}. {_REMEDY}"
                 ) from None
-            _wait_for_end(error.actor_id)
+            _wait_for_end(error.actor_id, head_answers)
             _free_room()
             tell("Ray Train's controller ended; another one starts from the last checkpoint")
         except ray.exceptions.RayError as error:
             raise ClusterError(f"Ray failed: {last_line(error)}. {_REMEDY}") from None
 
 
-def _wait_for_end(actor_id: str | None) -> None:
+def _wait_for_end(actor_id: str | None, head_answers: Callable[[], bool]) -> None:
     """Wait until a controller has ended: two would train into one folder."""
     deadline = time.monotonic() + _ENDS_WITHIN_S
     while actor_id is not None and time.monotonic() < deadline:
-        actor: Any = ray._private.state.actors(actor_id)
-        if actor.get("State", "DEAD") == "DEAD":
-            return
+        if head_answers():
+            actor: Any = ray._private.state.actors(actor_id)
+            if actor.get("State", "DEAD") == "DEAD":
+                return
         time.sleep(_POLL_S)
     raise ClusterError(
         f"Ray Train's controller does not answer, and Ray does not say that its process has ended. "

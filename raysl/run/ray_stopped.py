@@ -17,6 +17,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raysl.errors import ClusterError
 from raysl.run.notes import Notes
 from raysl.track.events import note_hang
 from raysl.track.run_folder import RunFolder
@@ -55,7 +56,12 @@ def beats(notes: Notes, *, rank: int, limit_s: float | None) -> Iterator[None]:
 
 @contextmanager
 def ends_stopped_workers(
-    folder: RunFolder, notes: Notes, *, limit_s: float | None, kill: Kill | None = None
+    folder: RunFolder,
+    notes: Notes,
+    *,
+    limit_s: float | None,
+    head_answers: Callable[[], bool] = lambda: True,
+    kill: Kill | None = None,
 ) -> Iterator[None]:
     """End within the block, in the driver, each train worker whose process does not run.
 
@@ -63,6 +69,7 @@ def ends_stopped_workers(
         folder: The run folder, where it is told.
         notes: The notes of the run's workers; those of an earlier start are removed.
         limit_s: ``health.max_step_s``; None ends none.
+        head_answers: Whether the control store answers; see :mod:`raysl.run.ray_head`.
         kill: Replaces the end of a process, in tests.
     """
     for rank in notes.names():
@@ -87,8 +94,8 @@ def ends_stopped_workers(
                 )
 
     def look_at_all() -> None:
-        with suppress(OSError, ray.exceptions.RayError):
-            for rank in notes.names():
+        with suppress(OSError, ray.exceptions.RayError, ClusterError):
+            for rank in notes.names() if head_answers() else ():
                 look(rank)
 
     with _repeated(look_at_all, limit_s=limit_s, name="raysl-stopped"):

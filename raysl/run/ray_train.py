@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import wait
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ from raysl.run.ray_controller import run_controller
 from raysl.run.ray_data import RemainingDataset
 from raysl.run.ray_errors import folder_error
 from raysl.run.ray_group import BatchOptions, ProcessGroupConfig, train_worker
+from raysl.run.ray_head import watch_head
 from raysl.run.ray_notes import Board, Notes
 from raysl.run.ray_scaling import RunFailures, RunScaling, TellWorkers
 from raysl.run.ray_stopped import ends_stopped_workers
@@ -65,8 +67,10 @@ def pretrain_on_ray(
     ray.data.DataContext.get_current().enable_progress_bars = False
     start_shared_actors()
     is_over = threading.Event()
+    head = watch_head(say)
     trainer = _trainer(config, folder=folder, source=source, layout=layout)
     trainer.is_over = lambda: is_over.is_set() or folder.stop.exists()
+    trainer.head_answers = head.answers
     notes = Notes(str(folder.path))
     notes.forget()
     notes.write("controller", "waits for Ray Train's controller to start")
@@ -75,12 +79,16 @@ def pretrain_on_ray(
     folder.publish(waits=True)
     try:
         beats = Board("beats", str(folder.path))
-        watched = ends_stopped_workers(folder, beats, limit_s=config.health.max_step_s)
+        watched = ends_stopped_workers(
+            folder, beats, limit_s=config.health.max_step_s, head_answers=head.answers
+        )
         with stops_after_step(folder.stop.touch), watched:
             # Run `fit` in a thread, so that Ctrl-C interrupts only the wait and the caller
             # disconnects. In the main thread, Ray would end the process with its own error.
             fitting = in_background(trainer.fit, name="raysl-train")
             while not wait([fitting], timeout=_LOOK_EVERY_S).done:
+                if not head.answers():
+                    continue
                 messages.look()
                 if folder.stop.exists():  # the handler of a signal only touches the file
                     notes.ask_to_stop()
@@ -95,8 +103,10 @@ def pretrain_on_ray(
             folder.fetch()
     finally:
         is_over.set()
-        notes.forget()
         folder.stop.unlink(missing_ok=True)
+        with suppress(ClusterError):
+            if head.answers():
+                notes.forget()
     return outcome
 
 
@@ -185,6 +195,7 @@ class _Trainer(TorchTrainer):
 
     Attributes:
         is_over: Whether the command ends, so that no other controller may start.
+        head_answers: Whether the control store answers; see :mod:`raysl.run.ray_head`.
     """
 
     def __init__(
@@ -198,6 +209,7 @@ class _Trainer(TorchTrainer):
     ) -> None:
         super().__init__(train_loop, **settings)
         self.is_over: Callable[[], bool] = lambda: False
+        self.head_answers: Callable[[], bool] = lambda: True
         self._most_failures = most_failures
         self._policies = {"scaling_policy": policy, "failure_policy": failures}
 
@@ -208,6 +220,7 @@ class _Trainer(TorchTrainer):
             lambda: start(**{**arguments, **self._policies}),
             most_failures=self._most_failures,
             is_over=self.is_over,
+            head_answers=self.head_answers,
             tell=say,
         )
 

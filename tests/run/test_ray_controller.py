@@ -17,7 +17,7 @@ DIED = ray.exceptions.RayActorError(error_msg="It died.\nThis is the last line."
 def ended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was done after each end, instead of asking a cluster."""
     done: list[str] = []
-    monkeypatch.setattr(ray_controller, "_wait_for_end", lambda _: done.append("waited"))
+    monkeypatch.setattr(ray_controller, "_wait_for_end", lambda *_: done.append("waited"))
     monkeypatch.setattr(ray_controller, "_free_room", lambda: done.append("freed"))
     return done
 
@@ -37,7 +37,13 @@ def run_of(*outcomes: Any) -> Callable[[], Any]:
 
 def attempt(run: Callable[[], Any], *, is_over: bool = False) -> tuple[Any, list[str]]:
     told: list[str] = []
-    result = run_controller(run, most_failures=2, is_over=lambda: is_over, tell=told.append)
+    result = run_controller(
+        run,
+        most_failures=2,
+        is_over=lambda: is_over,
+        head_answers=lambda: True,
+        tell=told.append,
+    )
     return result, told
 
 
@@ -68,3 +74,14 @@ class TestRunController:
         with pytest.raises(ClusterError, match=r"Ray failed: RaySystemError: .*resumes from"):
             attempt(run_of(ray.exceptions.RaySystemError("the disk"), 7))
         assert not ended
+
+
+def test_a_control_store_that_is_gone_is_not_asked_about_the_controller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gone() -> bool:
+        raise ClusterError("the head is gone")
+
+    monkeypatch.setattr(ray._private.state, "actors", lambda _: pytest.fail("it was asked"))
+    with pytest.raises(ClusterError, match="the head is gone"):
+        ray_controller._wait_for_end("id", gone)
