@@ -58,6 +58,8 @@ raysl pretrains image encoders without labels, on Ray.
   raysl config CONFIG [overrides]                  check a run without starting it
   raysl config --list                              the configurations shipped with raysl
   raysl benchmark input CONFIG [overrides]         images/s that the CPUs can feed, by stage
+  raysl benchmark step CONFIG [overrides]          what loop, DDP, Ray and stream add to a step
+  raysl benchmark scale CONFIG --workers 1,2,4     images/s over the number of train workers
   raysl data SOURCE                                content and problems of a source
   raysl pack SOURCE OUT short_side_px=256          shuffled Parquet shards that stream fast
   raysl embed SOURCE RUN OUT                       features to Parquet; then:

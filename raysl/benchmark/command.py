@@ -1,8 +1,15 @@
-"""`raysl benchmark`: measure input, plan, loss and embedding on this machine or cluster."""
+"""`raysl benchmark`: measure parts of the work on this machine or cluster."""
 
 import argparse
 
-from raysl.benchmark import embed_command, input_command, loss_command, plan_command
+from raysl.benchmark import (
+    embed_command,
+    input_command,
+    loss_command,
+    plan_command,
+    scale_command,
+    step_command,
+)
 from raysl.report.terminal import print_json
 
 _RUN = {
@@ -10,6 +17,8 @@ _RUN = {
     "plan": plan_command.run,
     "loss": loss_command.run,
     "embed": embed_command.run,
+    "step": step_command.run,
+    "scale": scale_command.run,
 }
 
 
@@ -20,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan_command.add_arguments(kinds)
     loss_command.add_arguments(kinds)
     embed_command.add_arguments(kinds)
+    step_command.add_arguments(kinds)
+    scale_command.add_arguments(kinds)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -6,7 +6,6 @@ not count the memory of another. One that would not fit into the free memory is 
 
 import contextlib
 import json
-import resource
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ from torch import Tensor
 from raysl.benchmark.own_process import run_in_own_process
 from raysl.errors import DataError
 from raysl.methods.simclr import nt_xent_loss
+from raysl.train.memory import peak_bytes
 
 TEMPERATURE = 0.1
 PLAIN_MATRICES = 3
@@ -118,28 +118,17 @@ class _PeakMemory:
     """Measures the peak memory since its creation, minus the memory in use at its creation."""
 
     def __init__(self, device: str) -> None:
-        self.device = device
+        self.device = torch.device(device)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             self.start = torch.cuda.memory_allocated()
             return
         with contextlib.suppress(OSError):  # on Linux, 5 resets the peak to the current memory
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        self.start = _peak_resident_bytes()
+        self.start = peak_bytes(self.device)
 
     def above_start(self) -> int:
-        now = torch.cuda.max_memory_allocated() if self.device == "cuda" else _peak_resident_bytes()
-        return now - self.start
-
-
-def _peak_resident_bytes() -> int:
-    # On Linux, getrusage's peak starts at the parent's peak; that of /proc (VmHWM) does not.
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+        return peak_bytes(self.device) - self.start
 
 
 def measure_in_own_process(form: str, batch_size: int, dim: int) -> dict[str, Any]:

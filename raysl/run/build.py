@@ -1,13 +1,15 @@
-"""Build a run's method and optimizers, and write its networks."""
+"""Build a run's method, optimizers and training loop, and write its networks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
+from raysl.augment.pipeline import device_ops
 from raysl.encoder.file import load_weights, save_encoder
 from raysl.errors import RayslError
 from raysl.folder.whole import disk_errors_named
@@ -16,13 +18,18 @@ from raysl.methods.base import Method, TrainingSet
 from raysl.nn.backbones import build_backbone
 from raysl.nn.batchnorm import set_batch_norm_scope
 from raysl.nn.classifier import save_classifier, save_head
+from raysl.nn.collectives import rank_and_size
 from raysl.nn.depth import depth_scales
 from raysl.nn.precision import bf16_slowdown_on_cpu
 from raysl.optim.build import ScheduledOptimizer, Special, scheduled_optimizer
 from raysl.run.recipe import Derived, RunConfig
 from raysl.sources.pixels import Decoding
+from raysl.sources.source import Source
 from raysl.store.reading import local_copy
 from raysl.track.run_folder import RunFolder
+from raysl.train.batches import NumpyBatch, batch_converter, view_converter
+from raysl.train.health import HealthCheck
+from raysl.train.loop import Schedule, Trainer
 
 # With bfloat16 instructions a CPU is faster than in float32; a slowdown of two is not noise.
 _NOTABLE_SLOWDOWN = 2.0
@@ -170,3 +177,62 @@ def save_networks(folder: RunFolder, method: Method, config: RunConfig[Any]) -> 
             save_head(folder.projection_head, method.projection_head, description=description)
         if method.label_classifier is not None:
             save_classifier(folder.classifier, method.label_classifier, description=description)
+
+
+def views_on(
+    config: RunConfig[Any], *, device: torch.device
+) -> Callable[[NumpyBatch], list[Tensor]]:
+    """Return the function that converts a batch of a run's stream to normalised views."""
+    return view_converter(
+        device=device,
+        mean=config.data.mean,
+        std=config.data.std,
+        channels_last=config.train.channels_last,
+        device_ops=[device_ops(view) for view in config.data.views.views()],
+    )
+
+
+def schedule_of(config: RunConfig[Any], derived: Derived) -> Schedule:
+    """Return when a run logs, saves and evaluates."""
+    return Schedule(
+        total_steps=derived.total_steps,
+        steps_per_epoch=derived.steps_per_epoch,
+        log_every=config.train.log_every,
+        checkpoint_every=derived.checkpoint_every_steps,
+        evaluate_every=derived.evaluate_every_steps,
+        seed=config.seed,
+    )
+
+
+def build_trainer(
+    config: RunConfig[Any],
+    method: Method,
+    optimizers: Sequence[ScheduledOptimizer],
+    *,
+    schedule: Schedule,
+    source: Source,
+    device: torch.device,
+) -> Trainer:
+    """Build the training loop of this rank's method."""
+    labels = source.labels() if config.method.uses_labels else None
+    return Trainer(
+        method,
+        optimizers,
+        model=data_parallel(config, method, device=device),
+        schedule=schedule,
+        to_batch=batch_converter(views_on(config, device=device), device=device, labels=labels),
+        micro_batch_size=config.train.micro_batch_size,
+        precision=precision_on(config, device),
+        max_grad_norm=config.optim.max_grad_norm,
+        health=HealthCheck(config.health),
+        check_ranks=config.health.check_ranks,
+    )
+
+
+def data_parallel(config: RunConfig[Any], method: Method, *, device: torch.device) -> nn.Module:
+    """Return the module that the loop calls: the method, wrapped in DDP on several ranks."""
+    if rank_and_size()[1] == 1 or config.train.micro_batch_size is not None:
+        return method  # the micro-batch step averages gradients itself
+    # The method keeps buffers equal on all ranks: queues are the same, statistics are averaged.
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(method, device_ids=ids, broadcast_buffers=False)

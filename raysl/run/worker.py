@@ -5,10 +5,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from raysl.augment.pipeline import device_ops
 from raysl.data.decode import Flaw
 from raysl.data.flaw import reason_of
 from raysl.evaluate.features import EvalImages, embed
@@ -19,7 +17,14 @@ from raysl.methods.base import Progress
 from raysl.nn.backbones import Backbone
 from raysl.nn.batchnorm import average_statistics
 from raysl.nn.collectives import barrier, gather_objects, rank_and_size
-from raysl.run.build import build_method, build_optimizers, precision_on, save_networks
+from raysl.run.build import (
+    build_method,
+    build_optimizers,
+    build_trainer,
+    save_networks,
+    schedule_of,
+    views_on,
+)
 from raysl.run.checkpoints import Checkpoints
 from raysl.run.classify import ClassifierEvaluation
 from raysl.run.labelled_sets import open_sets
@@ -34,9 +39,9 @@ from raysl.sources.source import Source
 from raysl.track.bad_images import BadImages
 from raysl.track.results import Features, Results, accuracies_of, with_prefix
 from raysl.track.run_folder import MetricsFile, RunFolder
-from raysl.train.batches import NumpyBatch, batch_converter, input_converter, view_converter
-from raysl.train.health import HealthCheck
-from raysl.train.loop import Doing, Hooks, Log, Schedule, Trainer
+from raysl.train.batches import NumpyBatch, batch_converter, input_converter
+from raysl.train.loop import Doing, Hooks, Log, Trainer
+from raysl.train.memory import peak_bytes
 
 # Largest number of images whose features are drawn as a map.
 _MAP_IMAGES = 1500
@@ -91,7 +96,7 @@ def pretrain(
     metrics = open_metrics(folder, start_step) if worker.rank == 0 else None
     worker.measuring.open(metrics, begin, start_step=start_step)
     if batches is not None:
-        trainer = worker.trainer(_schedule(config, derived))
+        trainer = worker.trainer(derived)
         log = _log_into(metrics, worker)
         limit_s = config.health.max_step_s
         watched = watch(folder, start_step=start_step, limit_s=limit_s, on_hang=on_hang)
@@ -112,6 +117,7 @@ def _end(worker: "_Worker", derived: Derived, metrics: MetricsFile | None) -> Re
         "steps": derived.total_steps,
         "repeated_steps": repeated_steps(worker.folder),
         "num_bad_images": len(worker.bad_images),
+        "peak_memory_bytes": peak_bytes(worker.place.device),
     }
     results = worker.results() | counts
     worker.checkpoints.raise_trouble()  # such as a folder that was deleted meanwhile
@@ -177,13 +183,7 @@ class _Worker:
             std=config.data.std,
             channels_last=config.train.channels_last,
         )
-        self.to_views = view_converter(
-            device=place.device,
-            mean=config.data.mean,
-            std=config.data.std,
-            channels_last=config.train.channels_last,
-            device_ops=[device_ops(view) for view in config.data.views.views()],
-        )
+        self.to_views = views_on(config, device=place.device)
         self.bad_images = BadImages(
             folder.bad_images,
             num_images=int(source.group_sizes.sum()),
@@ -213,33 +213,16 @@ class _Worker:
             place=place,
         )
 
-    def trainer(self, schedule: Schedule) -> Trainer:
+    def trainer(self, derived: Derived) -> Trainer:
         """Return the training loop of this rank's method."""
-        return Trainer(
+        return build_trainer(
+            self.config,
             self.method,
             self.optimizers,
-            model=self._model(),
-            schedule=schedule,
-            to_batch=batch_converter(
-                self.to_views,
-                device=self.place.device,
-                labels=self.source.labels() if self.config.method.uses_labels else None,
-            ),
-            micro_batch_size=self.config.train.micro_batch_size,
-            precision=precision_on(self.config, self.place.device),
-            max_grad_norm=self.config.optim.max_grad_norm,
-            health=HealthCheck(self.config.health),
-            check_ranks=self.config.health.check_ranks,
+            schedule=schedule_of(self.config, derived),
+            source=self.source,
+            device=self.place.device,
         )
-
-    def _model(self) -> nn.Module:
-        """Return the module that the loop calls: the method, wrapped in DDP on several ranks."""
-        if rank_and_size()[1] == 1 or self.config.train.micro_batch_size is not None:
-            return self.method  # the micro-batch step averages gradients itself
-        # The method keeps buffers equal on all ranks: queues are the same, statistics are averaged.
-        device = self.place.device
-        ids = [device.index] if device.type == "cuda" else None
-        return DistributedDataParallel(self.method, device_ids=ids, broadcast_buffers=False)
 
     def hooks(
         self, log: Log, evaluated: Log | None, stops: Callable[[], bool], doing: Doing
@@ -359,17 +342,6 @@ class _Worker:
         features = embed(self.method.encoder, images, to_input=self.to_input)
         if self.rank == 0:
             _write_features(self.folder, features, images, [])
-
-
-def _schedule(config: RunConfig[Any], derived: Derived) -> Schedule:
-    return Schedule(
-        total_steps=derived.total_steps,
-        steps_per_epoch=derived.steps_per_epoch,
-        log_every=config.train.log_every,
-        checkpoint_every=derived.checkpoint_every_steps,
-        evaluate_every=derived.evaluate_every_steps,
-        seed=config.seed,
-    )
 
 
 def _write_features(

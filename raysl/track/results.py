@@ -50,6 +50,8 @@ class Results(TypedDict, total=False):
     repeated_steps: int
     """Number of steps that were done again after faults."""
     num_bad_images: int
+    peak_memory_bytes: int
+    """Peak memory of the first train worker: of the process, or on its GPU."""
     num_failed_evaluations: int
     run_dir: str
     """The driver adds this key and those below at the end; a run with these keys is complete."""

@@ -275,9 +275,7 @@ class Trainer:
         return dict(zip(metrics, mean_over_ranks(values).tolist(), strict=True))
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.precision == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return nullcontext()
+        return autocast(self.precision, self.device)
 
     def _due_after(self, steps_done: int) -> tuple[bool, bool, bool]:
         """Return whether to save, to evaluate and to read the metrics after a step.
@@ -297,6 +295,13 @@ class Trainer:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context of a forward pass in a precision, ``fp32`` or ``bf16``."""
+    if precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
 
 
 class _Meter:
