@@ -21,10 +21,7 @@ from raysl.run.recipe import RunConfig, load_run
 from raysl.track.run_folder import working_folder
 
 STRONG, WEAK = "strong", "weak"
-_TEXTS = {
-    STRONG: "the same batch for all workers together (strong)",
-    WEAK: "the same batch for each worker (weak)",
-}
+_LABELS = {STRONG: "strong: one batch for all", WEAK: "weak: one batch for each"}
 _COLORS = {STRONG: BLUE, WEAK: ORANGE}
 _STEPS = 20
 
@@ -186,9 +183,8 @@ def scale_table(results: Mapping[str, Any]) -> Table:
         title=f"Images per second over train workers: {results['method']}, {results['backbone']}",
         title_justify="left",
         caption=(
-            "; ".join(f"{name}: {text.rpartition(' (')[0]}" for name, text in _TEXTS.items())
-            + ". Efficiency: images/s of a worker against those with the fewest workers. "
-            + f"System load {results['load_before']:.1f} before."
+            f"{'; '.join(_LABELS.values())}. Efficiency: images/s of a worker against those with "
+            f"the fewest workers. System load {results['load_before']:.1f} before."
         ),
         caption_justify="left",
     )
@@ -226,7 +222,7 @@ def draw_scale(path: Path, points: Sequence[Mapping[str, Any]]) -> None:
         chosen = [point for point in points if point["scaling"] == scaling]
         x = [point["num_workers"] for point in chosen]
         look = {"color": _COLORS[scaling], "marker": "o", "markersize": 4}
-        rates.plot(x, [point["images_per_s"] for point in chosen], label=_TEXTS[scaling], **look)
+        rates.plot(x, [point["images_per_s"] for point in chosen], label=_LABELS[scaling], **look)
         y = [point["efficiency"] for point in chosen]
         below = [point["efficiency"] - point["min_efficiency"] for point in chosen]
         above = [point["max_efficiency"] - point["efficiency"] for point in chosen]
@@ -236,7 +232,7 @@ def draw_scale(path: Path, points: Sequence[Mapping[str, Any]]) -> None:
         axes.xaxis.set_major_locator(FixedLocator(counts))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])  # room above the highest marker
     rates.legend(fontsize=7.5, frameon=False, labelcolor=INK)
     figure.supxlabel("train workers", fontsize=9, color=INK)
     save_png(figure, path)
