@@ -5,12 +5,15 @@ The process is ``python -m MODULE WORD ...``; its result is the JSON object on i
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from raysl.errors import DataError
+
+_OWN_CLASS = re.compile(r"^raysl\.errors\.\w+: ")  # before the message, in a traceback
 
 
 def run_in_own_process(module: str, *words: object, timeout_s: float) -> dict[str, Any]:
@@ -45,4 +48,5 @@ def run_in_own_process(module: str, *words: object, timeout_s: float) -> dict[st
     except (IndexError, ValueError):
         pass
     lines = process.stderr.strip().splitlines()
-    raise DataError(lines[-1] if lines else f"ended with status {process.returncode}")
+    reason = lines[-1] if lines else f"ended with status {process.returncode}"
+    raise DataError(_OWN_CLASS.sub("", reason))

@@ -15,6 +15,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "import json, sys, time\n"
         "what = sys.argv[1]\n"
         "if what == 'fail': sys.exit('first line\\nno such GPU')\n"
+        "if what == 'own': sys.exit('raysl.errors.DataError: no such folder')\n"
         "if what == 'end': sys.exit(3)\n"
         "if what == 'sleep': time.sleep(60)\n"
         "print('progress')\n"
@@ -32,6 +33,7 @@ def test_the_last_line_is_the_result(module: str) -> None:
     ("what", "reason"),
     [
         ("fail", "no such GPU"),
+        ("own", "no such folder"),
         ("end", "ended with status 3"),
         ("words", "ended with status 0"),
     ],
