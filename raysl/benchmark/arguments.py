@@ -2,6 +2,9 @@
 
 import argparse
 import math
+from pathlib import Path
+
+_STEPS = 20
 
 
 def add_benchmark(
@@ -9,6 +12,28 @@ def add_benchmark(
 ) -> argparse.ArgumentParser:
     """Add a subcommand of `raysl benchmark` and return its parser."""
     return kinds.add_parser(name, help=summary, description=f"raysl benchmark {name}: {summary}")
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Declare the configuration of a run and its overrides."""
+    parser.add_argument(
+        "config",
+        type=Path,
+        help="a YAML file, or the name of a shipped configuration such as quickstart",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", help="settings as section.key=value, with YAML values"
+    )
+
+
+def add_steps(parser: argparse.ArgumentParser) -> None:
+    """Declare the number of training steps to time."""
+    parser.add_argument(
+        "--steps",
+        type=whole,
+        default=_STEPS,
+        help=f"steps to time, rounded up to whole logging intervals ({_STEPS})",
+    )
 
 
 def add_repeats(parser: argparse.ArgumentParser) -> None:

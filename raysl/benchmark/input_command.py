@@ -4,12 +4,11 @@ import argparse
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from raysl.benchmark.arguments import add_benchmark, add_json, add_rounds, positive, whole
+from raysl.benchmark.arguments import add_benchmark, add_json, add_rounds, add_run, positive, whole
 from raysl.benchmark.input import InputBenchmark, measure_round, medians, open_input
 from raysl.benchmark.ray_input import cores_of, input_layout, share_source, spilled_bytes
 from raysl.benchmark.view_function import AUGMENT, CONSUMER, DECODE, READ, STAGES, cost_of
@@ -37,14 +36,7 @@ def add_arguments(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     """Declare the arguments."""
     summary = "measure the making of views: on one core, on all cores, and through Ray Data"
     parser = add_benchmark(kinds, "input", summary)
-    parser.add_argument(
-        "config",
-        type=Path,
-        help="a YAML file, or the name of a shipped configuration such as quickstart",
-    )
-    parser.add_argument(
-        "overrides", nargs="*", help="settings as section.key=value, with YAML values"
-    )
+    add_run(parser)
     add_rounds(parser, seconds=10.0, after=", after its warm-up")
     parser.add_argument("--batch-size", type=whole, help="images per batch of a consumer")
     parser.add_argument(

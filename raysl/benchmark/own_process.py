@@ -13,7 +13,7 @@ from typing import Any
 
 from raysl.errors import DataError
 
-_OWN_CLASS = re.compile(r"^raysl\.errors\.\w+: ")  # before the message, in a traceback
+_OWN_CLASS = re.compile(r"^raysl\.errors\.\w+: ")  # the last line of a traceback begins with it
 
 
 def run_in_own_process(module: str, *words: object, timeout_s: float) -> dict[str, Any]:

@@ -10,7 +10,14 @@ from typing import Any
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 from rich.table import Table
 
-from raysl.benchmark.arguments import add_benchmark, add_json, add_repeats, whole, wholes
+from raysl.benchmark.arguments import (
+    add_benchmark,
+    add_json,
+    add_repeats,
+    add_run,
+    add_steps,
+    wholes,
+)
 from raysl.benchmark.step import LOOP, RUN, StepCost, StepRequest, measure_in_own_processes
 from raysl.benchmark.step import request_for as step_request_for
 from raysl.errors import ConfigError
@@ -23,21 +30,13 @@ from raysl.track.run_folder import working_folder
 STRONG, WEAK = "strong", "weak"
 _LABELS = {STRONG: "strong: one batch for all", WEAK: "weak: one batch for each"}
 _COLORS = {STRONG: BLUE, WEAK: ORANGE}
-_STEPS = 20
 
 
 def add_arguments(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the arguments."""
     summary = "measure images per second over the number of train workers, and draw the efficiency"
     parser = add_benchmark(kinds, "scale", summary)
-    parser.add_argument(
-        "config",
-        type=Path,
-        help="a YAML file, or the name of a shipped configuration such as quickstart",
-    )
-    parser.add_argument(
-        "overrides", nargs="*", help="settings as section.key=value, with YAML values"
-    )
+    add_run(parser)
     parser.add_argument(
         "--workers", type=wholes, default=[1, 2], help="numbers of train workers (1,2)"
     )
@@ -45,19 +44,14 @@ def add_arguments(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--scaling",
         choices=[STRONG, WEAK, "both"],
         default="both",
-        help="whether the batch of the run is that of all workers, of each, or both in turn (both)",
+        help="divide the batch of the run among the workers, give it to each, or do both (both)",
     )
     parser.add_argument(
         "--without-ray",
         action="store_true",
-        help="measure processes of this machine with views in memory: what gradients cost alone",
+        help="measure processes on this machine, with views in memory and without Ray",
     )
-    parser.add_argument(
-        "--steps",
-        type=whole,
-        default=_STEPS,
-        help=f"steps to time, rounded up to whole logging intervals ({_STEPS})",
-    )
+    add_steps(parser)
     add_repeats(parser)
     parser.add_argument("--figure", type=Path, help="PNG for a figure of the results")
     add_json(parser)
@@ -66,8 +60,8 @@ def add_arguments(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure each number of workers in turn, in rounds; print a table, and draw if requested.
 
-    On CPU each worker has one thread unless ``cluster.threads_per_train_worker`` says otherwise:
-    workers that share the cores of a machine would otherwise slow each other by their number.
+    On CPU each worker has one thread unless ``cluster.threads_per_train_worker`` says otherwise. A
+    single worker would otherwise have all cores, and more workers could not be faster.
 
     Raises:
         ConfigError: If a setting is wrong, or a batch cannot be divided by a number of workers.
@@ -119,7 +113,7 @@ def request_for(
         config: The run's configuration, with absolute paths.
         num_workers: Number of train workers.
         scaling: ``strong`` divides the run's batch between them, ``weak`` gives it to each.
-        steps: Least number of steps to time.
+        steps: Number of steps to time, rounded up to whole logging intervals.
         form: A key of :data:`raysl.benchmark.step.FORMS`.
 
     Raises:
@@ -146,8 +140,8 @@ def summarise(
 ) -> list[dict[str, Any]]:
     """Return medians over the rounds for each scaling and number of workers.
 
-    The efficiency is the images per second of a worker against those with the fewest workers, in
-    the same round, so that a machine whose speed drifts does not change it.
+    The efficiency is a worker's images per second, divided by those of a worker in the measurement
+    with the fewest workers. Both are of the same round, as the machine's speed may drift.
     """
     fewest = {scaling: min(n for s, n in rounds[0] if s == scaling) for scaling, _ in rounds[0]}
     points = []
@@ -183,8 +177,8 @@ def scale_table(results: Mapping[str, Any]) -> Table:
         title=f"Images per second over train workers: {results['method']}, {results['backbone']}",
         title_justify="left",
         caption=(
-            f"{'; '.join(_LABELS.values())}. Efficiency: images/s of a worker against those with "
-            f"the fewest workers. System load {results['load_before']:.1f} before."
+            f"{'; '.join(_LABELS.values())}. Efficiency: images/s of a worker, divided by those "
+            f"with the fewest workers. System load {results['load_before']:.1f} before."
         ),
         caption_justify="left",
     )

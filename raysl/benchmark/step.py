@@ -1,7 +1,7 @@
 """Measure the training step of a run, from torch alone to the whole run on Ray.
 
-Each measurement runs in processes of its own (``python -m raysl.benchmark.step REQUEST``), without
-threads, memory and caches of another.
+Each measurement runs in new processes (``python -m raysl.benchmark.step REQUEST``), so that none
+inherits threads, memory or caches of another.
 """
 
 import json
@@ -59,14 +59,14 @@ FORMS = {
     RAY: "the same in actors of Ray",
     RUN: "raysl pretrain, views streamed",
 }
-"""What is measured, each with one thing more than the one before it."""
+"""What is measured. Each form adds one thing to the form before it."""
 _BATCHES = 2  # batches in memory, used in turn
 _TIMEOUT_S = 3600.0
 _JOIN_WITHIN = timedelta(minutes=5)
 
 
 class StepRequest(NamedTuple):
-    """One measurement."""
+    """What to measure, and how long."""
 
     form: str
     """A key of :data:`FORMS`."""
@@ -82,7 +82,7 @@ class StepRequest(NamedTuple):
     use_gpu: bool
     rank: int = 0
     rendezvous: str = ""
-    """Where the workers meet, as ``init_method`` of torch; empty for one that needs no other."""
+    """Where the workers meet: ``init_method`` of torch's process group; empty without a group."""
 
 
 class StepCost(NamedTuple):
@@ -103,9 +103,10 @@ def request_for(config: RunConfig[Any], *, steps: int) -> StepRequest:
 
     Args:
         config: The run's configuration, with absolute paths.
-        steps: Least number of steps to time; whole logging intervals are timed.
+        steps: Number of steps to time, rounded up to whole logging intervals.
 
     Raises:
+        ConfigError: If the run cannot have so many train workers.
         ClusterError: If ``cluster.device=cuda`` and this machine has too few GPUs.
     """
     counts = config.worker_counts or config.cluster.counts
@@ -123,7 +124,8 @@ def request_for(config: RunConfig[Any], *, steps: int) -> StepRequest:
         "keep_best": None,
         "keep_every": None,
     }
-    values["optim"] |= {"warmup": {"steps": total - 1}}  # two batches over and over diverge less
+    # A low learning rate, because training on two batches alone could diverge.
+    values["optim"] |= {"warmup": {"steps": total - 1}}
     values["evaluate"] |= {"every": None, "final": ["knn"]}  # at least one, after the steps
     values["cluster"] |= {"num_train_workers": num_workers}
     values["track"] |= {"mlflow": False}
@@ -151,7 +153,7 @@ def _uses_gpu(config: RunConfig[Any], num_workers: int) -> bool:
 
 
 def measure_in_own_processes(request: StepRequest) -> StepCost:
-    """Measure a form in new processes: one for each worker, or one that starts the others.
+    """Measure a form in new processes: one for each worker, or one that starts workers on Ray.
 
     Raises:
         DataError: If a process fails; the message is the last line that it wrote.
@@ -210,7 +212,7 @@ def _trainer(config: RunConfig[Any], source: Source, device: torch.device) -> Tr
 
 
 def _hooks() -> Hooks:
-    """Return hooks that do nothing: what they cost is not part of a step."""
+    """Return hooks that do nothing, because evaluations and checkpoints are not measured."""
     return Hooks(
         log=lambda values, step: None,
         checkpoint=lambda step: None,
@@ -240,7 +242,7 @@ def _of_step(batch: NumpyBatch, step: int) -> NumpyBatch:
 def _run_torch(
     trainer: Trainer, batches: Sequence[Any], clock: "_Clock", request: StepRequest
 ) -> None:
-    """Train as one would write it without raysl: no schedule, no metrics, no checks."""
+    """Train with a plain loop: no schedule, no metrics, no checks."""
     method, model = trainer.method, _torch_model(trainer, request)
     method.train()
     for optimizer in trainer.optimizers:
@@ -282,7 +284,7 @@ class _Clock:
         self._began = self._ended = 0.0
 
     def over(self, batches: Sequence[Any]) -> Iterator[Any]:
-        """Yield batches in turn for all steps; the time of the last ends when more is asked for."""
+        """Yield batches in turn, one for each step, and note when the timed steps begin and end."""
         for step in range(self._request.warm_up + self._request.steps):
             if step == self._request.warm_up:
                 self._began = self._now()
@@ -291,7 +293,7 @@ class _Clock:
 
     def ms(self) -> float:
         """Return the mean milliseconds of a timed step."""
-        ended = self._ended or self._now()  # the loop does not ask for more than its steps
+        ended = self._ended or self._now()  # raysl's loop stops without exhausting the iterator
         return 1000 * (ended - self._began) / self._request.steps
 
     def _now(self) -> float:
@@ -302,7 +304,7 @@ class _Clock:
 
 @contextmanager
 def _process_group(request: StepRequest, device: torch.device) -> Iterator[None]:
-    """Let the workers begin together; all forms but torch alone stay in touch."""
+    """Start the workers together; only torch alone then trains without a process group."""
     is_alone = request.num_workers == 1
     if is_alone and request.form != DDP:
         yield

@@ -4,13 +4,12 @@ import argparse
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 
-from raysl.benchmark.arguments import add_benchmark, add_json, add_repeats, whole
+from raysl.benchmark.arguments import add_benchmark, add_json, add_repeats, add_run, add_steps
 from raysl.benchmark.step import FORMS, StepCost, measure_in_own_processes, request_for
 from raysl.report.terminal import console, say
 from raysl.run.places import with_absolute_files
@@ -18,27 +17,14 @@ from raysl.run.recipe import load_run
 from raysl.track.run_folder import working_folder
 
 _MIB = 1 << 20
-_STEPS = 20
 
 
 def add_arguments(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the arguments."""
     summary = "measure a training step: torch alone, in DDP, in raysl's loop, on Ray, with its data"
     parser = add_benchmark(kinds, "step", summary)
-    parser.add_argument(
-        "config",
-        type=Path,
-        help="a YAML file, or the name of a shipped configuration such as quickstart",
-    )
-    parser.add_argument(
-        "overrides", nargs="*", help="settings as section.key=value, with YAML values"
-    )
-    parser.add_argument(
-        "--steps",
-        type=whole,
-        default=_STEPS,
-        help=f"steps to time, rounded up to whole logging intervals ({_STEPS})",
-    )
+    add_run(parser)
+    add_steps(parser)
     parser.add_argument(
         "--forms",
         type=_forms,

@@ -20,9 +20,9 @@ _REMEDY = "Start the cluster if it is gone; the same command resumes from the la
 class HeadWatch:
     """Watches the control store of the connected cluster.
 
-    Ray's clients wait for a control store that does not answer, and end the process after a minute,
-    or as soon as one of another cluster answers at its address: with a stack trace, and without a
-    word about the run. So whoever is about to ask Ray something looks here first.
+    If the control store does not answer, Ray's clients end this process after a minute. If that of
+    another cluster answers at its address, they end it at once. Either way the user sees a stack
+    trace and not a word about the run, so code that asks Ray something calls :meth:`answers` first.
 
     Args:
         address: Host and port of the control store.

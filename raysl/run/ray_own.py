@@ -1,4 +1,4 @@
-"""What a Ray that this process starts for itself has, and what it does without."""
+"""Start a Ray for this process alone, without the parts that only lasting clusters need."""
 
 import os
 import secrets
@@ -38,7 +38,7 @@ def own_ray() -> Iterator[None]:
     # its own to a file in the home folder, and later clusters would require that.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     with ExitStack() as stack:
-        stack.enter_context(_lean())
+        stack.enter_context(_without_helpers())
         stack.enter_context(forked_workers())
         yield
 
@@ -55,8 +55,8 @@ _PARAMETERS: Mapping[str, Any] = {
 
 
 @contextmanager
-def _lean() -> Iterator[None]:
-    """Leave out what serves only clusters of several users or nodes, and what they wait for.
+def _without_helpers() -> Iterator[None]:
+    """Keep ``ray.init`` from starting what only clusters of several users or nodes need.
 
     Ray 2.60 starts the server behind the dashboard, and waits for it, even without a dashboard.
     """

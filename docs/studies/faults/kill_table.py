@@ -20,7 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from faults.cases import CASES, Case
+from faults.case import Case
+from faults.cases import CASES
 from faults.running import Running
 from faults.trial import HERE, Trial, differing, end_all
 
