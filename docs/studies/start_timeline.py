@@ -50,9 +50,10 @@ def watch(code: Path, config: str, overrides: list[str]) -> tuple[list[Row], flo
             while time.time() - began < _LIMIT_S:
                 now = time.time() - began
                 for process in processes(trial.mark):
+                    facts[process.pid] = process.role, process.started - began
+                for pid in facts:  # Ray's agents lose their mark when they set their titles
                     with suppress(OSError):
-                        samples.setdefault(process.pid, []).append((now, _cpu_s(process.pid)))
-                        facts[process.pid] = process.role, process.started - began
+                        samples.setdefault(pid, []).append((now, _cpu_s(pid)))
                 first = next((r for r in records(run) if "time/first_step_at" in r), None)
                 if first is not None:
                     return _rows(samples, facts), first["time/first_step_at"] - began
