@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 from raysl.errors import RayslError, Terminated
 from raysl.run.stop import sigterm_raises
@@ -75,6 +75,9 @@ The same command resumes a stopped run. Compare runs in MLflow's UI:
   mlflow ui --backend-store-uri sqlite:///mlflow.db
 """
 
+# Verbs that train, by default on a Ray of their own.
+_ON_RAY = ("pretrain", "finetune", "distill", "sweep")
+
 _INTERRUPTED = 128 + signal.SIGINT
 _TERMINATED = 128 + signal.SIGTERM
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
@@ -118,6 +121,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     let_waiting_threads_sleep()
     arguments = list(sys.argv[1:] if argv is None else argv)
+    with _early_server(arguments):
+        return _run(arguments)
+
+
+def _early_server(arguments: list[str]) -> AbstractContextManager[None]:
+    """Start a verb that trains on Ray before its module is loaded, which takes seconds."""
+    if arguments[:1] and arguments[0] in _ON_RAY:
+        from raysl.run.early import early_server_for  # noqa: PLC0415 - not for every verb
+
+        return early_server_for(arguments)
+    return nullcontext()
+
+
+def _run(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="raysl", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from raysl.config.help_text import docstring_of
 from raysl.config.load import models_in, tags_of
 from raysl.downstream.evaluation_config import EvaluationConfig
 from raysl.downstream.pipeline import PipelineConfig
@@ -107,8 +108,7 @@ def _sections(dotted: str, field: FieldInfo) -> Iterator[_Section]:
 
 def _meaning(model: type[BaseModel], name: str) -> str:
     """Return the description of a field, inherited if a subclass only changes the default."""
-    owners = [c for c in model.__mro__ if issubclass(c, BaseModel) and name in c.model_fields]
-    texts = [owner.model_fields[name].description for owner in owners]
+    texts: list[str | None] = [docstring_of(model, name)]
     # A field of one section without a description takes the docstring of the section.
     sections = models_in(model.model_fields[name].annotation)
     texts += [inspect.getdoc(section) for section in sections if len(sections) == 1]

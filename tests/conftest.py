@@ -138,7 +138,8 @@ def empty_store_here(empty_store: Path, tmp_path: Path) -> None:
 def _ray_session() -> Iterator[Callable[[], None]]:
     import ray
 
-    from raysl.run.ray_forks import end_server, forked_workers
+    from raysl.run.forks import end_server
+    from raysl.run.ray_forks import forked_workers
 
     def start() -> None:
         if not ray.is_initialized():

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize
 from torch import Tensor
 
 Parameters = npt.NDArray[np.float64]
@@ -65,6 +64,9 @@ def fit_logistic(
     # For two classes scikit-learn penalises one weight vector w. The two here are w / 2 and -w / 2:
     # the sum of their squares is half as large.
     penalty = (2 if count == 2 else 1) / (inverse_penalty * len(features))
+
+    # SciPy's optimizers take .3 s to load, in each process of a run, few of which fit.
+    from scipy.optimize import minimize  # noqa: PLC0415
 
     def loss_and_gradient(flat: Parameters) -> tuple[float, Parameters]:
         parameters = torch.from_numpy(flat.reshape(width + 1, count))

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import ray
 
 from raysl.errors import ClusterError
+from raysl.run.forks import end_server
 from raysl.run.nodes import ANYWHERE, Node, Nodes, Roles, describe_nodes
-from raysl.run.ray_forks import end_server
 from raysl.run.ray_own import OPTIONS, own_ray
 from raysl.run.stop import keeps_sigterm
+from raysl.run.variables import WORKER_VARIABLES, has_own_ray, set_worker_variables
 
 if TYPE_CHECKING:  # the recipe loads torch; Ray's actors import this file and must not
     from raysl.run.recipe import RunConfig
@@ -26,24 +27,6 @@ T = TypeVar("T")
 READ_CPUS = 0.01
 _MARGIN = 0.02
 _ROUNDING = 1e-6  # Ray counts in units of 1e-4
-
-# Environment of every process of a run. Ray reads most of these variables only when it starts.
-WORKER_ENVIRONMENT = {
-    # Waiting torch threads must sleep: spinning threads take the cores from the data workers
-    # (65 instead of 245 images/s on two busy cores).
-    "OMP_WAIT_POLICY": "passive",
-    # But not at once: bfloat16 on CPU waits so often that it would be 50 times slower (ADR 5).
-    "GOMP_SPINCOUNT": "30000",
-    # If on, a driver under `uv run` starts every worker through uv with a copy of the folder.
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    # Train workers start when there is room, so a start without it has a node that was just lost.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    # Workers keep the driver's current folder, so that relative paths resolve.
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-}
 
 
 class ClusterNeeds(NamedTuple):
@@ -89,11 +72,10 @@ def connect() -> bool:
     Raises:
         ClusterError: If the cluster does not answer.
     """
-    for name, value in WORKER_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_worker_variables()
     if ray.is_initialized():
         return False
-    is_ours = "RAY_ADDRESS" not in os.environ
+    is_ours = has_own_ray()
     try:
         with keeps_sigterm(), own_ray() if is_ours else nullcontext():
             ray.init(
@@ -147,9 +129,9 @@ def worker_runtime_env() -> dict[str, dict[str, str]] | None:
     Workers of a cluster that this process started inherit its environment. None lets Ray use its
     prestarted processes for the actors that Ray Data shares.
     """
-    if "RAY_ADDRESS" not in os.environ:
+    if has_own_ray():
         return None
-    variables = {name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}
+    variables = {name: os.environ.get(name, value) for name, value in WORKER_VARIABLES.items()}
     return {"env_vars": variables}
 
 

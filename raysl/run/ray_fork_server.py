@@ -5,11 +5,11 @@ to import ray, ray.data or torch. A fork has them at once, and shares their memo
 :mod:`raysl.run.fork_client` for each worker process, which asks this server.
 
 Three conditions make this possible. The server has no thread that might hold a lock in a fork: the
-only ones belong to allocators and BLAS, which expect forks. Ray reads some variables when it is
-imported, among them the raylet's process id, so the server imports Ray at the first request, with
-the variables of that request. And the server draws no random number of Ray, or all workers would
-draw the same identifiers; :func:`_has_own_random_numbers` checks this before the first fork and
-after each later import.
+only ones belong to allocators and BLAS, which expect forks. It draws no random number of Ray, or
+all workers would draw the same identifiers; :func:`_has_own_random_numbers` checks this before the
+first fork and after each later import. And Ray reads some variables when it is imported, among them
+the process id of the raylet, which does not run yet: workers end when that process has ended. They
+watch :class:`_StandIn`, a process that ends with the raylet.
 """
 
 import array
@@ -18,10 +18,12 @@ import importlib
 import json
 import os
 import runpy
+import select
 import selectors
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from types import SimpleNamespace
@@ -29,9 +31,6 @@ from typing import Any, NoReturn
 
 from raysl.run.fork_client import FORKED
 
-# Imported one after the other while no worker is asked for.
-_BEFORE_RAY = ("pandas", "pyarrow", "cv2")
-_TORCH = "torch"
 # Imported before the first worker.
 _RAY = (
     "ray._private.node",
@@ -40,14 +39,18 @@ _RAY = (
     "ray.data._internal.execution.streaming_executor",
     "ray.data._internal.iterator.stream_split_iterator",
     "ray.train.v2._internal.execution.controller",
+    # By every worker when it connects, for its serializers.
+    "pydantic.v1",
+    "pyarrow.json",
+    "starlette.datastructures",
 )
-_AFTER_RAY = ("raysl.run.ray_data", "raysl.run.ray_group")
-_TRAIN_WORKER = "raysl.run.ray_worker"
+# Imported one after the other while no worker is asked for, and then what the command line names.
+_LATER = ("raysl.run.ray_data", "raysl.run.ray_group", "raysl.run.ray_streams")
 _ANY_JOB = "f" * 8  # Ray's id of no job; a worker gets its own with its first task
 
 
 class _Server:
-    def __init__(self, path: str, *, with_torch: bool) -> None:
+    def __init__(self, path: str, stand_in: "_StandIn", more: Sequence[str]) -> None:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(path)
         self._listener.listen(128)
@@ -59,9 +62,8 @@ class _Server:
         self._selector.register(self._wake, selectors.EVENT_READ, self._reap)
         self._selector.register(sys.stdin.fileno(), selectors.EVENT_READ, self._end)
         self._clients: dict[int, socket.socket] = {}  # by process id
-        self._imports = [*_BEFORE_RAY, *([_TORCH] if with_torch else [])]
-        self._after_ray = [*_AFTER_RAY, *([_TRAIN_WORKER] if with_torch else [])]
-        self._knows_ray = False
+        self._imports = [*_RAY, *_LATER, *more]
+        self._stand_in = stand_in
 
     def serve(self) -> dict[str, Any]:
         """Serve until the process that started this one ends; return, in each fork, its request."""
@@ -79,12 +81,9 @@ class _Server:
     def _import_next(self) -> None:
         name = self._imports.pop(0)
         with suppress(ImportError):  # whoever needs it will say so
-            if self._knows_ray:
-                _import_without_random_numbers(name)
-                self._check()
-            else:
-                importlib.import_module(name)
-        if self._knows_ray and not self._imports:
+            _import_without_random_numbers(name)
+            self._check()
+        if not self._imports:
             gc.collect()
             gc.freeze()  # a collection in a fork does not write to the shared pages
 
@@ -99,8 +98,11 @@ class _Server:
         if request is None:
             client.close()
             return None
-        if not self._knows_ray:
-            self._import_ray(request["environment"])
+        if not self._stand_in.is_for(int(request["environment"]["RAY_RAYLET_PID"])):
+            client.close()
+            return None
+        while any(name in self._imports for name in _RAY):
+            self._import_next()
         process = -1
         with suppress(OSError):  # no memory or process left
             process = os.fork()
@@ -118,16 +120,6 @@ class _Server:
         self._clients[process] = client
         self._selector.register(client, selectors.EVENT_READ, partial(self._abandon, process))
         return None
-
-    def _import_ray(self, environment: dict[str, str]) -> None:
-        """Import Ray with the variables of a worker of the raylet; see the module."""
-        os.environ.update(environment)
-        os.environ["RAY_JOB_ID"] = _ANY_JOB
-        for name in _RAY:
-            _import_without_random_numbers(name)
-        self._check()
-        self._knows_ray = True
-        self._imports = [*self._after_ray, *self._imports]
 
     def _abandon(self, process: int) -> None:
         """End a worker whose client Ray has ended: it does not want the worker any more."""
@@ -169,6 +161,39 @@ class _Server:
             os.unlink(self._path)
             os.rmdir(os.path.dirname(self._path))
         os._exit(0)
+
+
+class _StandIn:
+    """A process that ends when the raylet ends, or this process before it knows the raylet."""
+
+    def __init__(self) -> None:
+        self._raylet: int | None = None
+        read, self._write = os.pipe()
+        process = os.fork()
+        if process == 0:
+            os.close(self._write)
+            _wait_for_raylet(read)
+        os.close(read)
+        os.environ |= {"RAY_RAYLET_PID": str(process), "RAY_JOB_ID": _ANY_JOB}
+
+    def is_for(self, raylet: int) -> bool:
+        """Return whether it ends with this raylet: with the first that is asked about."""
+        if self._raylet is None:
+            self._raylet = raylet
+            os.write(self._write, raylet.to_bytes(8, "little"))
+            os.close(self._write)  # no worker has it
+        return self._raylet == raylet
+
+
+def _wait_for_raylet(read: int) -> NoReturn:
+    """Read the process id of the raylet, and end this process when that process has ended."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for number in range(3):  # who reads the output of the server does not wait for this process
+        os.dup2(nothing, number)
+    raylet = int.from_bytes(os.read(read, 8), "little")
+    with suppress(OSError):  # it has ended
+        select.select([os.pidfd_open(raylet)], [], [])
+    os._exit(0)
 
 
 def _receive(client: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
@@ -224,9 +249,10 @@ def _has_own_random_numbers() -> bool:
 
 def main() -> None:
     """Serve, and in each fork run what Ray asked for."""
-    path, scripts, *options = sys.argv[1:]
+    path, scripts, *more = sys.argv[1:]
     sys.path[0] = scripts  # as in a process that runs Ray's script
-    request = _Server(path, with_torch="with-torch" in options).serve()
+    stand_in = _StandIn()  # before the socket, which it must not keep open
+    request = _Server(path, stand_in, more).serve()
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])

@@ -11,9 +11,9 @@ import ray
 from raysl.data.plan import Plan
 from raysl.errors import ClusterError
 from raysl.run import ray_cluster, ray_data
+from raysl.run.forks import SWITCH
 from raysl.run.nodes import Node
 from raysl.run.ray_cluster import Layout, connect, needs_of, plan_layout
-from raysl.run.ray_forks import SWITCH
 from raysl.run.recipe import block_spec, load_run
 
 pytestmark = pytest.mark.ray

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from raysl.run import ray_forks
+from raysl.run import forks
 from raysl.run.ray_cluster import connect, disconnect
+from raysl.run.ray_forks import forked_workers
 
 pytestmark = pytest.mark.ray
 
@@ -97,13 +98,21 @@ class TestServer:
     def test_if_it_ends_early_ray_starts_its_workers_as_usual(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        monkeypatch.setattr(forks, "_knows_ray", lambda: False)  # as when a command starts
+        with forks.early_server():
+            early: Any = forks._server
+            self.check_its_workers(early)
+        assert forks._server is None
+        assert not Path(early.folder).exists()
+
+    def check_its_workers(self, early: Any) -> None:
         import ray
 
-        monkeypatch.delenv("RAY_ADDRESS", raising=False)
         assert connect()
         try:
-            started: Any = ray_forks._server
-            server, folder = started
+            assert forks._server is early
+            server = early.process
             kind = actor_class()
             actor = kind.remote()
             forked = ray.get(actor.look.remote())
@@ -119,14 +128,12 @@ class TestServer:
             assert ray.get(actor.look.remote())["pid"] == forked["pid"]
         finally:
             disconnect()
-        assert ray_forks._server is None
-        assert not Path(folder).exists()
 
     def test_is_not_started_where_it_is_not_wanted(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from ray._private import parameter
 
-        monkeypatch.setenv(ray_forks.SWITCH, "0")
+        monkeypatch.setenv(forks.SWITCH, "0")
         real = parameter.RayParams
-        with ray_forks.forked_workers():
+        with forked_workers():
             assert parameter.RayParams is real
-        assert ray_forks._server is None
+        assert forks._server is None
