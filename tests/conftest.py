@@ -143,7 +143,7 @@ def _ray_session() -> Iterator[Callable[[], None]]:
 
     def start() -> None:
         if not ray.is_initialized():
-            with forked_workers():
+            with forked_workers(["raysl.sources.builtin"]):  # the digits
                 ray.init(address="local", num_cpus=4, log_to_driver=False, include_dashboard=True)
 
     yield start

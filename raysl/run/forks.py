@@ -81,8 +81,11 @@ def _knows_ray() -> bool:
     return "ray" in sys.modules
 
 
-def serve_workers() -> str | None:
+def serve_workers(modules: Sequence[str] = ()) -> str | None:
     """Return the socket of a server for a Ray that is about to start; None if there cannot be one.
+
+    Args:
+        modules: What a new server imports besides what all runs need.
 
     Takes the server of :func:`early_server` if it has the variables that this process has now.
     """
@@ -91,7 +94,7 @@ def serve_workers() -> str | None:
     if _is_early and fits and _server is not None and _server.process.poll() is None:
         _is_early = False
         return _server.socket
-    return _start() if can_fork() else None
+    return _start(modules) if can_fork() else None
 
 
 def _start(modules: Sequence[str] = ()) -> str | None:

@@ -1,7 +1,7 @@
 """Let the worker processes of a Ray that this process starts come from a fork server."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,12 +14,15 @@ from raysl.run.forks import serve_workers, workers_folder
 
 
 @contextmanager
-def forked_workers() -> Iterator[None]:
+def forked_workers(modules: Sequence[str] = ()) -> Iterator[None]:
     """Give the Ray that is started meanwhile a fork server, where this is possible.
+
+    Args:
+        modules: What a new server imports besides what all runs need.
 
     The server ends with this process, or with :func:`raysl.run.forks.end_server`.
     """
-    path = serve_workers()
+    path = serve_workers(modules)
     if path is None:
         yield
         return
