@@ -1,7 +1,9 @@
 """Drive a run: open its folder, start the workers, follow their metrics, write the report."""
 
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raysl.config.load import read_mapping
@@ -22,7 +24,7 @@ from raysl.run.labelled_sets import labelling_of
 from raysl.run.local import pretrain_here, uses_gpu
 from raysl.run.places import start_folder, with_absolute_files, with_absolute_sources
 from raysl.run.protocol_runs import TrainFunction, train_protocols
-from raysl.run.ray_cluster import connect, describe_cluster, disconnect, plan_layout
+from raysl.run.ray_cluster import connect, describe_cluster, disconnect, in_background, plan_layout
 from raysl.run.ray_preflight import check_cluster, wait_for_roles
 from raysl.run.ray_train import pretrain_on_ray
 from raysl.run.recipe import (
@@ -235,8 +237,8 @@ def _train(opened: Opened, notes_printed: Collection[str]) -> Results:
             )
         if note := precision_note(config, use_gpu=use_gpu):
             say(f"  {note}")
-        tracker = _start_tracker(opened, facts)
         progress = ProgressView(total_steps=derived.total_steps, done=steps_done)
+        tracking = _start_tracking(opened, facts, progress.note)
         reader = MetricsReader(folder.metrics, only_new=True)
         try:
             with Follower(reader, _show_progress(progress, folder), every_s=_PROGRESS_EVERY_S):
@@ -251,14 +253,14 @@ def _train(opened: Opened, notes_printed: Collection[str]) -> Results:
             )
         except BaseException as error:
             progress.close()
-            if tracker is not None:
+            if (tracker := tracking.result()) is not None:
                 killed = isinstance(error, KeyboardInterrupt)
                 tracker.finish(
                     status="KILLED" if killed else "FAILED", artifacts=[], log_model=None
                 )
             raise
         progress.close()
-    return _finish(opened, results, tracker)
+    return _finish(opened, results, tracking.result())
 
 
 def _other_counts(config: RunConfig[Any]) -> str:
@@ -278,8 +280,20 @@ def _show_progress(progress: ProgressView, folder: RunFolder) -> Callable[[list[
     return show
 
 
+def _start_tracking(
+    opened: Opened, facts: dict[str, str], tell: Callable[[str], None]
+) -> "Future[MlflowTracker | None]":
+    """Start the tracker; on Ray in a thread: workers start while MLflow is loaded and answers."""
+    start = partial(_start_tracker, opened, facts, tell=tell)
+    if opened.config.cluster.uses_ray:
+        return in_background(start, name="raysl-start-tracker")
+    started: Future[MlflowTracker | None] = Future()
+    started.set_result(start())
+    return started
+
+
 def _start_tracker(
-    opened: Opened, facts: dict[str, str], *, ended: bool = False
+    opened: Opened, facts: dict[str, str], *, tell: Callable[[str], None] | None = say
 ) -> "MlflowTracker | None":
     track = opened.config.track
     if not track.mlflow:
@@ -298,7 +312,7 @@ def _start_tracker(
             **tags_of_extensions(opened.folder),
             **opened.run.tags,
         },
-        ended=ended,
+        tell=tell,
     )
 
 
@@ -331,7 +345,7 @@ def _send_again(opened: Opened, results: Results) -> Results:
     if results.get("mlflow_problem") is None:
         return results
     opened.folder.fetch()
-    tracker = _start_tracker(opened, {}, ended=True)
+    tracker = _start_tracker(opened, {}, tell=None)  # a problem is told at the end
     results = results | _end_tracker(opened, tracker)
     opened.folder.write_results(results)
     return results

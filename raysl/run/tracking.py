@@ -43,9 +43,9 @@ def start_tracker(
     params: Mapping[str, Any],
     tags: Mapping[str, str],
     patience_s: float = _FIRST_ANSWER_S,
-    ended: bool = False,
+    tell: Callable[[str], None] | None = say,
 ) -> "MlflowTracker":
-    """Start sending a run to MLflow; print a warning if MLflow does not accept it.
+    """Start sending a run to MLflow; warn if MLflow does not accept it.
 
     Args:
         folder: The run folder.
@@ -55,7 +55,7 @@ def start_tracker(
         params: The settings, flattened to dotted names.
         tags: Tags of the run in MLflow.
         patience_s: Seconds to wait for MLflow's first answer.
-        ended: The run has ended; a problem is printed only by :func:`end_tracker`.
+        tell: Takes the warning; None if only :func:`end_tracker` warns, as the run has ended.
 
     Returns:
         The started tracker.
@@ -67,18 +67,21 @@ def start_tracker(
     )
     tracker.start()
     tracker.wait_for_run(patience_s)
-    if not ended:
-        print_problem(tracker.trouble, uri, ended=False)
+    if tell is not None:
+        print_problem(tracker.trouble, uri, ended=False, tell=tell)
     return tracker
 
 
-def print_problem(trouble: "MlflowProblem | None", uri: str, *, ended: bool) -> None:
+def print_problem(
+    trouble: "MlflowProblem | None", uri: str, *, ended: bool, tell: Callable[[str], None] = say
+) -> None:
     """Print why MLflow does not accept records, when they are sent again, and the remedy, if any.
 
     Args:
         trouble: The problem; None prints nothing.
         uri: MLflow tracking URI.
         ended: Whether the run has ended; otherwise it continues untracked.
+        tell: Prints the message.
     """
     if trouble is None:
         return
@@ -89,7 +92,7 @@ def print_problem(trouble: "MlflowProblem | None", uri: str, *, ended: bool) -> 
     else:
         what = f"MLflow ({without_password(uri)}) accepts nothing: {text}. Work continues: "
         then = "records are stored, and sent when MLflow accepts them or by the same command"
-    say(f"  {what}{then}" if cure is None else f"  {what}{then}. What to do: {cure}")
+    tell(f"  {what}{then}" if cure is None else f"  {what}{then}. What to do: {cure}")
 
 
 def end_tracker(

@@ -4,6 +4,7 @@ A stand-in trains nothing, so that each case takes milliseconds; real runs are i
 tests/run/test_worker.py, tests/run/test_ray_train.py and tests/end_to_end.
 """
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -211,35 +212,76 @@ class TestTracking:
         assert tracker.statuses == ["FINISHED"] * 2
 
 
-@pytest.mark.parametrize("connected", [True, False])
-@pytest.mark.parametrize("fails", [True, False])
-def test_on_ray_it_says_the_layout_and_leaves_only_a_ray_that_it_started(
-    train: Train,
-    worker: Worker,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    connected: bool,
-    fails: bool,
-) -> None:
-    left: list[str] = []
-    stand_ins = SimpleNamespace(
-        connect=lambda: connected,
-        disconnect=lambda: left.append("left"),
-        wait_for_roles=lambda _: None,
-        plan_layout=lambda _: Layout(2, 1.0, 3, 0.5, False, 4, 1),
-        describe_cluster=lambda: {},
-        check_cluster=lambda *_: ["a node is slow"],
-    )
-    for name, stand_in in vars(stand_ins).items():
-        monkeypatch.setattr(driver, name, stand_in)
-    if fails:
-        worker.error = DivergedError("nan")
-        with pytest.raises(DivergedError):
+class Cluster:
+    """Stands for Ray: a layout of two train workers, and whether it was left."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, connected: bool = True) -> None:
+        self.left: list[str] = []
+        stand_ins = SimpleNamespace(
+            connect=lambda: connected,
+            disconnect=lambda: self.left.append("left"),
+            wait_for_roles=lambda _: None,
+            plan_layout=lambda _: Layout(2, 1.0, 3, 0.5, False, 4, 1),
+            describe_cluster=lambda: {},
+            check_cluster=lambda *_: ["a node is slow"],
+        )
+        for name, stand_in in vars(stand_ins).items():
+            monkeypatch.setattr(driver, name, stand_in)
+
+
+class TestOnRay:
+    @pytest.mark.parametrize("connected", [True, False])
+    @pytest.mark.parametrize("fails", [True, False])
+    def test_it_says_the_layout_and_leaves_only_a_ray_that_it_started(
+        self,
+        train: Train,
+        worker: Worker,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        connected: bool,
+        fails: bool,
+    ) -> None:
+        cluster = Cluster(monkeypatch, connected=connected)
+        if fails:
+            worker.error = DivergedError("nan")
+            with pytest.raises(DivergedError):
+                train("cluster.num_train_workers=2")
+        else:
             train("cluster.num_train_workers=2")
-    else:
-        train("cluster.num_train_workers=2")
-    assert worker.starts == ["ray"]
-    assert left == (["left"] if connected else [])
-    printed = capsys.readouterr().err
-    assert "2 train worker(s) on CPU (4 threads), 3 data worker(s), 1 node(s)\n" in printed
-    assert "  a node is slow\n" in printed
+        assert worker.starts == ["ray"]
+        assert cluster.left == (["left"] if connected else [])
+        printed = capsys.readouterr().err
+        assert "2 train worker(s) on CPU (4 threads), 3 data worker(s), 1 node(s)\n" in printed
+        assert "  a node is slow\n" in printed
+
+    @pytest.mark.parametrize("error", [None, KeyboardInterrupt()])
+    def test_workers_start_before_mlflow_answers_and_the_run_is_tracked(
+        self,
+        train: Train,
+        worker: Worker,
+        tracker: Tracker,
+        monkeypatch: pytest.MonkeyPatch,
+        error: BaseException | None,
+    ) -> None:
+        Cluster(monkeypatch)
+        worker.error, answers = error, threading.Event()
+
+        def start(*_: Any, tell: Callable[[str], None], **__: Any) -> Tracker:
+            assert answers.wait(60)
+            tell("MLflow answers late")
+            return tracker
+
+        def trains(*arguments: Any, **more: Any) -> Results:
+            answers.set()  # without the thread the start would wait in vain
+            return worker(*arguments, **more)
+
+        monkeypatch.setattr(driver, "start_tracker", start)
+        monkeypatch.setattr(driver, "load_mlflow", lambda _: None)
+        monkeypatch.setattr(driver, "pretrain_on_ray", trains)
+        words = ["cluster.num_train_workers=2", "track.mlflow=true"]
+        if error is None:
+            assert train(*words)["mlflow_run_id"] == "abc"
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                train(*words)
+        assert tracker.statuses == ["FINISHED" if error is None else "KILLED"]

@@ -67,7 +67,7 @@ def test_a_start_waits_for_the_first_answer_and_tells_once(
         params={},
         tags={},
         patience_s=3.0,
-        ended=ended,
+        **({"tell": None} if ended else {}),
     )
     assert tracker.waited == [3.0]  # type: ignore[attr-defined]
     assert ("accepts nothing" in capsys.readouterr().err) == (not ended)
