@@ -42,36 +42,40 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
-    """Let one process run all files with tests on Ray, and the other process the rest."""
+    """Let one process run all files whose tests share a Ray."""
     return _OneForRay(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests on Ray first, which take longest."""
-    items.sort(key=lambda item: not _is_on_ray(item.path))
+    """Put the tests that share a Ray first, then those that start one of their own."""
+    items.sort(key=lambda item: (not _shares_ray(item.path), not _is_on_ray(item.path)))
 
 
 class _OneForRay(LoadScopeScheduling):
-    """Sends whole files to the processes, and those with tests on Ray to the same one.
+    """Sends whole files to the processes, and those whose tests share a Ray to the same one.
 
-    Two tests on Ray at the same time slow each other down, each to twice its time on two cores. The
-    other tests wait much less and use one core. The pool of ranks is started by one process.
+    Tests on Ray mostly wait for processes to start, one after the other. Those that start a Ray of
+    their own take their files' turn in the other process, beside the tests that share one.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         path = Path(nodeid.partition("::")[0])
-        if _is_on_ray(self.config.rootpath / path):
+        if _shares_ray(self.config.rootpath / path):
             return "ray"
+        # The pool of ranks is started by one process.
         return path.parent.name if path.parent.name == "distributed" else str(path)
 
 
 @cache
+def _shares_ray(path: Path) -> bool:
+    """Return whether tests of a file use the Ray that tests share."""
+    return re.search(r"\"ray_cluster\"|\bray_cluster: None", path.read_text()) is not None
+
+
+@cache
 def _is_on_ray(path: Path) -> bool:
-    """Return whether a file has tests with a mark or a fixture of Ray."""
-    return (
-        re.search(r"mark\.ray\b|\"(no_)?ray_cluster\"|\bray_cluster: None", path.read_text())
-        is not None
-    )
+    """Return whether a file has tests on Ray."""
+    return _shares_ray(path) or re.search(r"mark\.ray\b", path.read_text()) is not None
 
 
 RUN = """\
