@@ -134,7 +134,9 @@ def workers_folder() -> Path:
 
 
 def _variables_of_ray() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
+    variables = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
+    variables.pop("RAY_CLIENT_MODE", None)  # Ray sets it when it is imported, also in the server
+    return variables
 
 
 def end_server() -> None:

@@ -93,6 +93,18 @@ class TestServer:
             assert forks.serve_workers() != early.socket  # a server serves one Ray
         assert not Path(early.folder).exists()
 
+    def test_is_taken_after_the_imports_of_a_command(self) -> None:
+        code = (
+            "from raysl.run import forks\n"
+            "with forks.early_server():\n"
+            "    early = forks._server\n"
+            "    import raysl.run.pretrain\n"
+            "    print(forks.serve_workers() == early.socket)\n"
+        )
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=120)
+        assert done.stdout.split() == ["True"]
+
     def test_is_not_taken_with_other_variables_of_ray(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
