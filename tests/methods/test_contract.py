@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from raysl.config.help_text import docstring_of
 from raysl.errors import ConfigError
 from raysl.methods import load_method, method_names
 from raysl.methods.base import Batch, LossOutput, Method, MethodConfig, Progress, TrainingSet
@@ -106,8 +107,9 @@ class TestMethod:
         assert kind.Config().name == name
 
     def test_says_of_every_setting_what_it_means(self, name: str) -> None:
-        fields = load_method(name).Config.model_fields
-        assert [f for f, info in fields.items() if f != "name" and not info.description] == []
+        config = load_method(name).Config
+        settings = [setting for setting in config.model_fields if setting != "name"]
+        assert [setting for setting in settings if not docstring_of(config, setting)] == []
 
     def test_loss_is_a_finite_float32_scalar_also_under_autocast(
         self, subject: Subject, progress: Progress
