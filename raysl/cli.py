@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _early_server(arguments: list[str]) -> AbstractContextManager[None]:
-    """Start a verb that trains on Ray before its module is loaded, which takes seconds."""
+    """Start the fork server of a verb that trains before its module loads, which takes seconds."""
     if arguments[:1] and arguments[0] in _ON_RAY:
         from raysl.run.early import early_server_for  # noqa: PLC0415 - not for every verb
 

@@ -1,4 +1,4 @@
-"""Say what settings mean, by the docstrings below them, also in a verb's --help."""
+"""Read the docstrings of settings, and format them for a verb's --help."""
 
 import ast
 import inspect
@@ -33,7 +33,7 @@ def docstring_of(model: type, name: str) -> str:
     """Return the docstring below an attribute of a class or of the nearest parent that has one.
 
     Read from the source when somebody asks: with pydantic's ``use_attribute_docstrings`` each
-    process of a run would take .24 s longer to start.
+    process of a run would take 0.24 s longer to start.
     """
     docstrings = (_docstrings(each).get(name) for each in model.__mro__ if each is not object)
     return next((text for text in docstrings if text), "")

@@ -65,7 +65,7 @@ def fit_logistic(
     # the sum of their squares is half as large.
     penalty = (2 if count == 2 else 1) / (inverse_penalty * len(features))
 
-    # SciPy's optimizers take .3 s to load, in each process of a run, few of which fit.
+    # SciPy's optimizers take 0.3 s to load, and most processes of a run fit no classifier.
     from scipy.optimize import minimize  # noqa: PLC0415
 
     def loss_and_gradient(flat: Parameters) -> tuple[float, Parameters]:

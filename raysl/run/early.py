@@ -15,10 +15,10 @@ _WITHOUT_WORKERS = ("-h", "--help", "--dry-run")
 
 
 def early_server_for(words: Sequence[str]) -> AbstractContextManager[None]:
-    """Return the context of a command: one with a fork server if it seems to train on Ray.
+    """Return a context for a command, with a fork server if the command seems to train on Ray.
 
     Args:
-        words: The verb, and the words after it. Where they are wrong, the command says so.
+        words: The verb and its arguments. Mistakes in them are left to the command to report.
     """
     given = [word for word in words[1:] if not word.startswith("-")]
     if not given or any(word in _WITHOUT_WORKERS for word in words):
@@ -33,7 +33,7 @@ def early_server_for(words: Sequence[str]) -> AbstractContextManager[None]:
 
 
 def _plain_values(origin: str) -> dict[str, Any]:
-    """Return the settings of a configuration or of a run's folder; none of one in a store."""
+    """Return the settings of a configuration or of a run folder; nothing for one in a store."""
     path = path_or_address(origin)
     if isinstance(path, str):
         return {}
@@ -46,7 +46,7 @@ def _trains_on_ray(values: Mapping[str, Any]) -> bool:
 
 
 def _modules_of(values: Mapping[str, Any]) -> list[str]:
-    """Return what a run's workers import besides what all workers do."""
+    """Return the modules that the workers of this run import in addition to those of every run."""
     data = values.get("data")
     source = data.get("source") if isinstance(data, dict) else None
     is_name = isinstance(source, str) and source.isidentifier() and not Path(source).exists()

@@ -24,8 +24,8 @@ _LONGEST_PATH = 107  # of a Unix socket, in bytes
 _FOR_TRAINING = (
     "torch",
     "raysl.run.ray_worker",
-    "ray.tune",  # by Ray Train when a worker first asks about its run
-    "torch._dynamo",  # by torch when it makes an optimizer
+    "ray.tune",  # Ray Train imports it when a worker first asks about its run
+    "torch._dynamo",  # torch imports it for the first optimizer
 )
 
 
@@ -40,7 +40,7 @@ class _Server(NamedTuple):
 
 
 _server: _Server | None = None
-_is_early = False  # whether no Ray uses it yet
+_is_early = False  # whether the server was started early and no Ray uses it yet
 
 
 def can_fork() -> bool:
@@ -58,11 +58,11 @@ def can_fork() -> bool:
 def early_server(modules: Sequence[str] = ()) -> Iterator[None]:
     """Start the fork server of the Ray that this process will start, and end it after the block.
 
-    Args:
-        modules: What the workers of this run need besides what all runs need.
-
     Does nothing if workers cannot be forked, the run joins a cluster, or Ray is imported already:
     its variables are read by then, and the imports that the server would overlap are done.
+
+    Args:
+        modules: Modules that this run's workers need in addition to those of every run.
     """
     global _is_early  # noqa: PLW0603
     if not can_fork() or not has_own_ray() or _knows_ray():
@@ -84,10 +84,10 @@ def _knows_ray() -> bool:
 def serve_workers(modules: Sequence[str] = ()) -> str | None:
     """Return the socket of a server for a Ray that is about to start; None if there cannot be one.
 
-    Args:
-        modules: What a new server imports besides what all runs need.
-
     Takes the server of :func:`early_server` if it has the variables that this process has now.
+
+    Args:
+        modules: Modules that a new server imports in addition to those of every run.
     """
     global _is_early  # noqa: PLW0603
     fits = _server is not None and _server.variables == _variables_of_ray()

@@ -39,7 +39,7 @@ _RAY = (
     "ray.data._internal.execution.streaming_executor",
     "ray.data._internal.iterator.stream_split_iterator",
     "ray.train.v2._internal.execution.controller",
-    # By every worker when it connects, for its serializers.
+    # Each worker imports these for its serializers when it connects.
     "pydantic.v1",
     "pyarrow.json",
     "starlette.datastructures",
@@ -164,7 +164,7 @@ class _Server:
 
 
 class _StandIn:
-    """A process that ends when the raylet ends, or this process before it knows the raylet."""
+    """A process that ends when the raylet ends, or when the server ends without a raylet."""
 
     def __init__(self) -> None:
         self._raylet: int | None = None
@@ -177,18 +177,18 @@ class _StandIn:
         os.environ |= {"RAY_RAYLET_PID": str(process), "RAY_JOB_ID": _ANY_JOB}
 
     def is_for(self, raylet: int) -> bool:
-        """Return whether it ends with this raylet: with the first that is asked about."""
+        """Return whether this process ends with that raylet: the first one that is given."""
         if self._raylet is None:
             self._raylet = raylet
             os.write(self._write, raylet.to_bytes(8, "little"))
-            os.close(self._write)  # no worker has it
+            os.close(self._write)  # before a worker could inherit it
         return self._raylet == raylet
 
 
 def _wait_for_raylet(read: int) -> NoReturn:
     """Read the process id of the raylet, and end this process when that process has ended."""
     nothing = os.open(os.devnull, os.O_RDWR)
-    for number in range(3):  # who reads the output of the server does not wait for this process
+    for number in range(3):  # a reader of the server's output must not wait for this process
         os.dup2(nothing, number)
     raylet = int.from_bytes(os.read(read, 8), "little")
     with suppress(OSError):  # it has ended

@@ -17,10 +17,10 @@ from raysl.run.forks import serve_workers, workers_folder
 def forked_workers(modules: Sequence[str] = ()) -> Iterator[None]:
     """Give the Ray that is started meanwhile a fork server, where this is possible.
 
-    Args:
-        modules: What a new server imports besides what all runs need.
-
     The server ends with this process, or with :func:`raysl.run.forks.end_server`.
+
+    Args:
+        modules: Modules that a new server imports in addition to those of every run.
     """
     path = serve_workers(modules)
     if path is None:

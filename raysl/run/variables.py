@@ -38,13 +38,13 @@ def has_own_ray() -> bool:
 
 
 def set_worker_variables() -> None:
-    """Set the variables of this process that every process of a run has."""
+    """Set the variables that every process of a run has in this process."""
     for name, value in WORKER_VARIABLES.items():
         os.environ.setdefault(name, value)
 
 
 def set_own_variables() -> None:
-    """Set those of a Ray that this process starts, which its children inherit."""
+    """Set also the variables of a Ray that this process starts; its children inherit them."""
     set_worker_variables()
     for name, value in _OWN_RAY.items():
         os.environ.setdefault(name, value)

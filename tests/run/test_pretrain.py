@@ -261,6 +261,7 @@ class TestOnRay:
         worker: Worker,
         tracker: Tracker,
         monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
         error: BaseException | None,
     ) -> None:
         Cluster(monkeypatch)
@@ -285,3 +286,4 @@ class TestOnRay:
             with pytest.raises(KeyboardInterrupt):
                 train(*words)
         assert tracker.statuses == ["FINISHED" if error is None else "KILLED"]
+        assert "MLflow answers late\n" in capsys.readouterr().err
